@@ -1,0 +1,106 @@
+"""Which backend runs an operation: loading, selection, and the report of what is built and present.
+
+A backend is a folder with a ``load()`` that returns a :class:`Backend` or raises :class:`BackendUnavailable`.
+Nothing is imported, loaded or probed before an operation, or the report, needs it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from torch import Tensor
+
+#: Automatic choice for a device, best first.
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+NAMES = ("reference", "cpu", "triton", "cuda")
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend that cannot be used here; the message says why and what mends it."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The kernels of one backend.  Arguments arrive checked; ``combine`` may be given ``out`` equal to ``params``."""
+
+    name: str
+    devices: frozenset[str]
+    combine: Callable[
+        [list[Tensor], list[Tensor], Tensor, Tensor, list[int], list[int], str, Tensor | None, Tensor | None], None
+    ]
+    derive_seed: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+_forced: ContextVar[str | None] = ContextVar("zokernels_backend", default=None)
+
+
+@functools.cache
+def _load(name: str) -> Backend | BackendUnavailable:
+    module = importlib.import_module(f".{name}", __package__)
+    try:
+        backend: Backend = module.load()
+    except BackendUnavailable as error:
+        return error
+    return backend
+
+
+def _check_name(name: str, where: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{where}: expected one of {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+def get(name: str) -> Backend:
+    """The backend ``name``; raises :class:`BackendUnavailable` with the reason and the command that mends it."""
+    loaded = _load(_check_name(name, "backend"))
+    if isinstance(loaded, BackendUnavailable):
+        raise loaded
+    return loaded
+
+
+def forced() -> str | None:
+    """The backend asked for by :func:`backend` or ``ZOKERNELS_BACKEND``, if any."""
+    name = _forced.get()
+    if name is None and (name := os.environ.get("ZOKERNELS_BACKEND") or None) is not None:
+        _check_name(name, "ZOKERNELS_BACKEND")
+    return None if name == "auto" else name
+
+
+def select(device_type: str) -> Backend:
+    """The backend for tensors on ``device_type``: the forced one, else the first of ``PREFERENCE`` that loads."""
+    name = forced()
+    if name is not None:
+        chosen = get(name)
+        if device_type not in chosen.devices:
+            raise BackendUnavailable(
+                f"backend {name!r}: expected tensors on {' or '.join(sorted(chosen.devices))}, got {device_type}"
+                + ("; set TRITON_INTERPRET=1 before Python starts to run Triton on CPU" if name == "triton" else "")
+            )
+        return chosen
+    for name in PREFERENCE.get(device_type, ("reference",)):
+        loaded = _load(name)
+        if isinstance(loaded, Backend) and device_type in loaded.devices:
+            return loaded
+    raise BackendUnavailable(f"no backend for device type {device_type!r}: expected cpu or cuda")
+
+
+@contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Within the block, run every operation on backend ``name`` (``None`` or ``"auto"``: choose automatically).
+
+    Raises :class:`BackendUnavailable` at once where that backend cannot be used.
+    """
+    if name not in (None, "auto"):
+        get(name)
+    token = _forced.set(name or "auto")
+    try:
+        yield
+    finally:
+        _forced.reset(token)
