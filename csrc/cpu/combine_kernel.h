@@ -1,0 +1,172 @@
+// The CPU kernel, for any set of lanes L: included by one translation unit per instruction set.
+//
+// Work proceeds in tiles of L::width blocks of eight elements, aligned to logical indices. A tile that the span covers in
+// part goes through a small buffer, so there is no second code path for heads and tails.
+#pragma once
+
+#include "../noise/normal.h"
+#include "../noise/rademacher.h"
+#include "../noise/rounding.h"
+#include "combine.h"
+
+namespace zk::cpu {
+
+template <class L, DType D>
+struct Storage;
+
+template <class L>
+struct Storage<L, DType::f32> {
+  using T = float;
+  static ZK_HD void load(const T* p, typename L::F x[8]) { L::load_floats(p, x); }
+  template <bool Stochastic>
+  static ZK_HD void store(T* p, const typename L::F x[8], const Words<typename L::U>&) {
+    L::store_floats(p, x);
+  }
+};
+
+template <class L>
+struct Storage<L, DType::bf16> {
+  using T = uint16_t;
+  using F = typename L::F;
+  using U = typename L::U;
+  static ZK_HD void load(const T* p, typename L::F x[8]) {
+    U w[4];
+    L::load_words(reinterpret_cast<const uint32_t*>(p), w);
+    for (int i = 0; i < 4; ++i) {
+      x[2 * i] = from_bits(w[i] << 16);
+      x[2 * i + 1] = from_bits(w[i] & Splat<U>::of(0xffff0000u));
+    }
+  }
+  template <bool Stochastic>
+  static ZK_HD void store(T* p, const typename L::F x[8], const Words<U>& random) {
+    U w[4];
+    for (int i = 0; i < 4; ++i) {
+      const F x0 = x[2 * i], x1 = x[2 * i + 1];
+      const U low = Stochastic ? bf16_stochastic(bits(x0), random.w[i] & Splat<U>::of(0xffffu)) : bf16_nearest(x0);
+      const U high = Stochastic ? bf16_stochastic(bits(x1), random.w[i] >> 16) : bf16_nearest(x1);
+      w[i] = and_or(high, Splat<U>::of(0xffff0000u), low >> 16);
+    }
+    L::store_words(reinterpret_cast<uint32_t*>(p), w);
+  }
+};
+
+template <class L>
+struct Storage<L, DType::f16> {
+  using T = uint16_t;
+  using U = typename L::U;
+  static ZK_HD void load(const T* p, typename L::F x[8]) {
+    U w[4];
+    L::load_words(reinterpret_cast<const uint32_t*>(p), w);
+    for (int i = 0; i < 4; ++i) L::unpack_halves(w[i], x[2 * i], x[2 * i + 1]);
+  }
+  template <bool Stochastic>
+  static ZK_HD void store(T* p, const typename L::F x[8], const Words<U>& random) {
+    U w[4];
+    for (int i = 0; i < 4; ++i) {
+      w[i] = Stochastic ? L::pack_halves(half_stochastic(x[2 * i], random.w[i] & Splat<U>::of(0xffffu)),
+                                         half_stochastic(x[2 * i + 1], random.w[i] >> 16))
+                        : L::pack_halves(x[2 * i], x[2 * i + 1]);
+    }
+    L::store_words(reinterpret_cast<uint32_t*>(p), w);
+  }
+};
+
+template <class L>
+ZK_HD Words<typename L::U> draw(const PhiloxKey& key, uint64_t block, uint32_t stream, Domain domain) {
+  return philox<L>(L::counter(static_cast<uint32_t>(block)), static_cast<uint32_t>(block >> 32), stream, domain, key);
+}
+
+// One tile: acc = decay * theta + sum c_k z_k, rounded once.
+// signs: for Rademacher, the words of the 32 blocks of the surrounding tile of 4096, [direction][group][word].
+template <class L, DType D, Domain Dist, bool Stochastic>
+ZK_HD void combine_tile(const Combine& op, uint32_t stream, uint64_t block, const typename Storage<L, D>::T* in,
+                        typename Storage<L, D>::T* out, const Words<typename L::U>* signs) {
+  using F = typename L::F;
+  using U = typename L::U;
+  F acc[8];
+  Storage<L, D>::load(in, acc);
+  if (op.has_decay) {
+    for (int e = 0; e < 8; ++e) acc[e] = mul(Splat<F>::of(op.decay), acc[e]);
+  }
+  for (int64_t k = 0; k < op.count; ++k) {
+    const Direction& direction = op.directions[k];
+    const F c = Splat<F>::of(direction.coeff);
+    if constexpr (Dist == kNormal) {
+      F z[8];
+      normal8(draw<L>(direction.key, block, stream, kNormal), z);
+      for (int e = 0; e < 8; ++e) acc[e] = fma(c, z[e], acc[e]);
+    } else {
+      constexpr int groups = kRademacherBlocks / L::width;
+      const int vec = static_cast<int>(block & (kRademacherTile / 8 - 1));
+      const int byte = vec >> 5;
+      const U word = signs[k * groups + (vec & 31) / L::width].w[byte >> 2] >> (8 * (byte & 3));
+      for (int e = 0; e < 8; ++e) acc[e] = add(acc[e], signed_coefficient(word, e, c));  // fma(c, +-1, acc)
+    }
+  }
+  Words<U> random{};
+  if constexpr (Stochastic && D != DType::f32) random = draw<L>(op.rounding, block, stream, kRounding);
+  Storage<L, D>::template store<Stochastic>(out, acc, random);
+}
+
+template <class L, DType D, Domain Dist, bool Stochastic>
+void combine_elements(const Combine& op, const Span& span, void* scratch) {
+  using T = typename Storage<L, D>::T;
+  constexpr int64_t tile = 8 * L::width;
+  const T* in = static_cast<const T*>(span.in);
+  T* out = static_cast<T*>(span.out);
+  auto* signs = static_cast<Words<typename L::U>*>(scratch);
+  uint64_t signs_of = ~uint64_t{0};
+
+  // Logical indices; `in - offset` addresses them, computed as integers to stay inside the arrays.
+  uint64_t at = span.offset + static_cast<uint64_t>(span.begin);
+  const uint64_t end = span.offset + static_cast<uint64_t>(span.end);
+  while (at < end) {
+    const uint64_t base = at - at % tile;
+    const uint64_t stop = end - base < static_cast<uint64_t>(tile) ? end : base + tile;
+    if constexpr (Dist == kRademacher) {
+      if (const uint64_t sign_tile = base / kRademacherTile; sign_tile != signs_of) {
+        constexpr int groups = kRademacherBlocks / L::width;
+        for (int64_t k = 0; k < op.count; ++k) {
+          for (int g = 0; g < groups; ++g) {
+            const uint64_t block = sign_tile * kRademacherBlocks + g * L::width;
+            signs[k * groups + g] = draw<L>(op.directions[k].key, block, span.stream, kRademacher);
+          }
+        }
+        signs_of = sign_tile;
+      }
+    }
+    const int64_t first = static_cast<int64_t>(at - span.offset);
+    if (stop - at == static_cast<uint64_t>(tile)) {
+      combine_tile<L, D, Dist, Stochastic>(op, span.stream, base / 8, in + first, out + first, signs);
+    } else {
+      alignas(64) T buffer[tile] = {};
+      const int64_t skip = static_cast<int64_t>(at - base), n = static_cast<int64_t>(stop - at);
+      __builtin_memcpy(buffer + skip, in + first, n * sizeof(T));
+      combine_tile<L, D, Dist, Stochastic>(op, span.stream, base / 8, buffer, buffer, signs);
+      __builtin_memcpy(out + first, buffer + skip, n * sizeof(T));
+    }
+    at = stop;
+  }
+}
+
+template <class L, DType D>
+void combine_dtype(const Combine& op, const Span& span, void* scratch) {
+  if (op.dist == kNormal) {
+    op.stochastic ? combine_elements<L, D, kNormal, true>(op, span, scratch)
+                  : combine_elements<L, D, kNormal, false>(op, span, scratch);
+  } else {
+    op.stochastic ? combine_elements<L, D, kRademacher, true>(op, span, scratch)
+                  : combine_elements<L, D, kRademacher, false>(op, span, scratch);
+  }
+}
+
+template <class L>
+void combine_span(const Combine& op, const Span& span, void* scratch) {
+  switch (op.dtype) {
+    case DType::f32: return combine_dtype<L, DType::f32>(op, span, scratch);
+    case DType::bf16: return combine_dtype<L, DType::bf16>(op, span, scratch);
+    case DType::f16: return combine_dtype<L, DType::f16>(op, span, scratch);
+  }
+}
+
+}  // namespace zk::cpu

@@ -1,0 +1,39 @@
+// One lane for every machine: the scalar vocabulary, with conversions to and from fp16 in integers.
+#pragma once
+
+#include "../noise/lanes.h"
+#include "../noise/rounding.h"
+
+namespace zk::cpu {
+
+struct Portable : Scalar {
+  static void load_words(const uint32_t* p, U w[4]) { std::memcpy(w, p, 16); }
+  static void store_words(uint32_t* p, const U w[4]) { std::memcpy(p, w, 16); }
+  static void load_floats(const float* p, F x[8]) { std::memcpy(x, p, 32); }
+  static void store_floats(float* p, const F x[8]) { std::memcpy(p, x, 32); }
+  static C counter(uint32_t first) { return first; }
+
+  static float from_half(uint32_t h) {
+    const uint32_t sign = (h & 0x8000u) << 16, rest = h & 0x7fffu;
+    if (rest >= 0x7c00u) return from_bits(sign | kInfinity | (rest & 0x3ffu) << 13);
+    // The exponent is 112 too small, subnormals included: one exact multiplication.
+    return from_bits(sign | bits(from_bits(rest << 13) * from_bits(0x77800000u)));
+  }
+
+  static uint32_t to_half(float x) {
+    const uint32_t b = bits(x), sign = b >> 16 & 0x8000u, mag = b & 0x7fffffffu;
+    if (mag > kInfinity) return sign | 0x7e00u | (mag >> 13 & 0x3ffu);
+    if (mag >= 0x477ff000u) return sign | 0x7c00u;  // 65520 and above
+    if (mag < 0x38800000u)                          // adding 1/2 rounds to a multiple of 2^-24, the subnormal unit
+      return sign | (bits(from_bits(mag) + 0.5f) - 0x3f000000u);
+    return sign | (mag + 0xfffu + (mag >> 13 & 1u) - 0x38000000u) >> 13;
+  }
+
+  static void unpack_halves(U w, F& x0, F& x1) {
+    x0 = from_half(w & 0xffffu);
+    x1 = from_half(w >> 16);
+  }
+  static U pack_halves(F x0, F x1) { return to_half(x0) | to_half(x1) << 16; }
+};
+
+}  // namespace zk::cpu

@@ -1,0 +1,71 @@
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC'11).
+#pragma once
+
+#include "lanes.h"
+
+namespace zk {
+
+enum Domain : uint32_t { kSeed = 0, kNormal = 1, kRademacher = 2, kMask = 3, kRounding = 4 };
+
+constexpr int kPhiloxRounds = 10;
+
+// The key of every round. They depend on the seed alone, so whoever draws many blocks computes them once.
+struct PhiloxKey {
+  uint32_t k0[kPhiloxRounds], k1[kPhiloxRounds];
+};
+
+ZK_HD PhiloxKey philox_key(uint64_t seed) {
+  PhiloxKey key;
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int r = 0; r < kPhiloxRounds; ++r) {
+    key.k0[r] = k0;
+    key.k1[r] = k1;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return key;
+}
+
+template <class U>
+struct Words {
+  U w[4];
+};
+
+// The lanes differ in c0 alone: the upper counter words are one value for all, so half of round 1 and of round 2 is
+// scalar work that a compiler hoists (37 instead of 40 multiply-and-xor instructions a block).
+template <class L>
+ZK_HD Words<typename L::U> philox(typename L::C c0, uint32_t c1, uint32_t c2, uint32_t c3, const PhiloxKey& key) {
+  using C = typename L::C;
+  constexpr uint32_t m0 = 0xD2511F53u, m1 = 0xCD9E8D57u;
+  uint32_t u_hi, u_lo, u0_hi, u0_lo;
+  C hi0, lo0, hi1, lo1;
+  mul_wide(c2, m1, u_hi, u_lo);  // round 1
+  mul_wide(c0, m0, hi0, lo0);
+  mul_wide(u_hi ^ c1 ^ key.k0[0], m0, u0_hi, u0_lo);  // round 2
+  mul_wide(hi0 ^ Splat<C>::of(c3 ^ key.k1[0]), m1, hi1, lo1);
+  C x0 = hi1 ^ Splat<C>::of(u_lo ^ key.k0[1]), x1 = lo1;
+  C x2 = lo0 ^ Splat<C>::of(u0_hi ^ key.k1[1]), x3 = Splat<C>::of(u0_lo);
+#if defined(__CUDACC__)
+#pragma unroll
+#else
+#pragma GCC unroll 8
+#endif
+  for (int r = 2; r < kPhiloxRounds; ++r) {
+    mul_wide(x0, m0, hi0, lo0);
+    mul_wide(x2, m1, hi1, lo1);
+    x0 = xor3(hi1, x1, Splat<C>::of(key.k0[r]));
+    x1 = lo1;
+    x2 = xor3(hi0, x3, Splat<C>::of(key.k1[r]));
+    x3 = lo0;
+  }
+  return {{join(x0), join(x1), join(x2), join(x3)}};
+}
+
+// Seed of direction k at a step of a run.
+ZK_HD uint64_t derive_seed(uint64_t run_seed, uint64_t step, uint32_t k) {
+  const Words<uint32_t> x = philox<Scalar>(static_cast<uint32_t>(step), static_cast<uint32_t>(step >> 32), k, kSeed,
+                                           philox_key(run_seed));
+  return x.w[0] | static_cast<uint64_t>(x.w[1]) << 32;
+}
+
+}  // namespace zk
