@@ -1,5 +1,23 @@
+"""Triton kernels: contract ``zk1`` on NVIDIA GPUs without a CUDA toolkit, and on CPU in Triton's interpreter."""
+
+from __future__ import annotations
+
+import torch
+
 from ..registry import Backend, BackendUnavailable
 
 
 def load() -> Backend:
-    raise BackendUnavailable("not written yet")
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise BackendUnavailable(f"triton: cannot import triton ({error}); `pip install triton` installs it") from error
+    if torch.version.hip is not None:
+        raise BackendUnavailable(
+            "triton: expected an NVIDIA build of torch, got ROCm (the kernels hold PTX); ZOKERNELS_BACKEND=reference runs"
+        )
+    from .device import DEVICES
+    from .launch import combine
+    from .seeds import derive_seed
+
+    return Backend("triton", DEVICES, combine, derive_seed)

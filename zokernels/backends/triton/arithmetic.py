@@ -1,0 +1,79 @@
+"""The few operations that Triton's language lacks or rounds differently in its interpreter.  Each is exact IEEE fp32.
+
+Compiled, an operation is the one instruction (or the inline PTX) named beside it.  In the interpreter kernels run in NumPy,
+which has no fma, so it is computed from exact float64 pieces; tests there then hold for the compiled code as well.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+#: Fixed when the kernels are decorated, as in Triton itself: TRITON_INTERPRET must be set before the import.
+INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+_INF = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def fma(a, b, c):
+    """a * b + c, rounded once.  fma.rn.f32"""
+    if INTERPRET:
+        # a * b is exact in float64.  The sum is rounded to odd there (Boldo and Melquiond, 2008): then fp32 rounds right.
+        p, d = a.to(tl.float64) * b.to(tl.float64), c.to(tl.float64)
+        s = p + d
+        t = s - p
+        error = (p - (s - t)) + (d - t)
+        bits = s.to(tl.int64, bitcast=True)
+        away = tl.where((error > 0) == (s > 0), 1, -1).to(tl.int64)
+        inexact_even = (error != 0) & ((bits & 1) == 0) & (tl.abs(s) < _INF)
+        return tl.where(inexact_even, bits + away, bits).to(tl.float64, bitcast=True).to(tl.float32)
+    else:
+        return tl.fma(a, b, c)
+
+
+@triton.jit
+def sqrt(s):
+    """sqrt(s) to nearest even, for 2^-100 < s < 2^100.
+
+    The fast path of sqrt.rn.f32.  Its range check and slow path cost 2.5 instructions more per normal.  A normal s does not
+    notice the .ftz of rsqrt, which saves the rescaling of subnormal ones.
+    """
+    if INTERPRET:
+        return tl.sqrt_rn(s)
+    else:
+        return tl.inline_asm_elementwise(
+            """{ .reg .f32 r, g, h, n, e;
+            rsqrt.approx.ftz.f32 r, $1;
+            mul.rn.f32 g, r, $1;
+            mul.rn.f32 h, r, 0f3F000000;
+            neg.f32 n, g;
+            fma.rn.f32 e, n, g, $1;
+            fma.rn.f32 $0, e, h, g; }""",
+            "=f,f",
+            [s],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
+def mul_wide(a, b):
+    """(low, high) words of the product of two uint32.  mul.wide.u32, one IMAD.WIDE
+
+    LLVM takes a third of the equivalent uint64 products apart into a low and a high multiplication: 0.75 instructions
+    more per normal.
+    """
+    if INTERPRET:
+        product = a.to(tl.uint64) * b
+        return product.to(tl.uint32), (product >> 32).to(tl.uint32)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .u64 p; mul.wide.u32 p, $2, $3; mov.b64 {$0, $1}, p; }",
+            "=r,=r,r,r",
+            [a, b],
+            dtype=(tl.uint32, tl.uint32),
+            is_pure=True,
+            pack=1,
+        )

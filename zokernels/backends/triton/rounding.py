@@ -1,0 +1,55 @@
+"""A parameter's dtype to fp32 and back, to nearest even or stochastically with given 16-bit fields, in Triton."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .arithmetic import INTERPRET
+
+_TINY_HALF = tl.constexpr(2.0**-14)  # the smallest normal fp16
+
+
+@triton.jit
+def to_float(x):
+    """Exact.  A bf16 is the high half of its fp32: as integers the unpacking is one instruction, cvt would take 1.5."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def _high_half(bits):
+    return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def round_nearest(x, dtype: tl.constexpr):
+    """fp32 to ``dtype``, ties to even."""
+    if INTERPRET and dtype == tl.bfloat16:  # NumPy has no bf16
+        bits = x.to(tl.uint32, bitcast=True)
+        return _high_half(tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000))
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def round_stochastic(x, u16, dtype: tl.constexpr):
+    """Away from zero with probability equal to the dropped fraction; ``u16``: uint32 in [0, 65536).
+
+    bf16 adds the field to the 16 dropped bits and truncates; fp16 adds the top 13 bits of it to the 13 dropped ones.
+    Below 2^-14 an fp16 drops more bits than 13: there |x| is first added to 2^-14, which puts the last kept bit of a
+    subnormal in the place of the last kept bit of a normal.  Infinities stay: their mantissa of 0 carries nothing over.
+    """
+    bits = x.to(tl.uint32, bitcast=True)
+    if dtype == tl.bfloat16:
+        return _high_half(tl.where(x == x, bits + u16, 0x7FC00000))
+    else:
+        magnitude = tl.abs(x)
+        subnormal = magnitude < _TINY_HALF
+        shifted = tl.where(subnormal, magnitude + _TINY_HALF, magnitude).to(tl.uint32, bitcast=True)
+        rounded = ((shifted + (u16 >> 3)) & 0xFFFFE000).to(tl.float32, bitcast=True)
+        rounded = tl.where(subnormal, rounded - _TINY_HALF, rounded).to(tl.uint32, bitcast=True)
+        signed = (rounded | (bits & 0x80000000)).to(tl.float32, bitcast=True)
+        return tl.where(x == x, signed, x).to(dtype)
