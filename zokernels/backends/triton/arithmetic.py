@@ -20,7 +20,7 @@ def fma(a, b, c):
     """a * b + c, rounded once.  fma.rn.f32"""
     if INTERPRET:
         # a * b is exact in float64.  The sum is rounded to odd there (Boldo and Melquiond, 2008): then fp32 rounds right.
-        p, d = a.to(tl.float64) * b.to(tl.float64), c.to(tl.float64)
+        p, d = tl.cast(a, tl.float64) * tl.cast(b, tl.float64), tl.cast(c, tl.float64)
         s = p + d
         t = s - p
         error = (p - (s - t)) + (d - t)

@@ -68,13 +68,21 @@ def _round(acc, dtype: tl.constexpr, rounding_seed, index, row, stream):
 
 
 @triton.jit
-def _add_normal(acc, seed, c, index, row, stream):
+def _mantissa(num_k):
+    """0x007fffff in a register.  LOP3 takes one immediate, so two constants in (n & a) | b would cost a second LOP3 for
+    each radius, 0.5 instructions per normal; ptxas does not know that num_k is not negative."""
+    return 0x007FFFFF | (num_k >> 31).to(tl.uint32)
+
+
+@triton.jit
+def _add_normal(acc, seed, c, index, row, stream, mantissa):
     w0, w1, w2, w3 = _draw(seed, index, row, stream, _NORMAL)
-    return fma(tl.full(acc.shape, 0.0, tl.float32) + c, normal(w0, w1, w2, w3), acc)
+    return fma(c, normal(w0, w1, w2, w3, mantissa), acc)
 
 
 @triton.jit
 def _full_normal(out, theta, index, stream, seeds, coeffs, num_k, decay, rounding_seed, K: tl.constexpr):
+    mantissa = _mantissa(num_k)
     for first in range(0, _PROGRAM // 8, _BLOCKS * _THREADS):
         row = first + tl.arange(0, _BLOCKS * _THREADS)
         acc = _load(theta, row)
@@ -82,10 +90,10 @@ def _full_normal(out, theta, index, stream, seeds, coeffs, num_k, decay, roundin
             acc = decay * acc
         if K is None:
             for k in range(num_k):
-                acc = _add_normal(acc, tl.load(seeds + k), tl.load(coeffs + k), index, row, stream)
+                acc = _add_normal(acc, tl.load(seeds + k), tl.load(coeffs + k), index, row, stream, mantissa)
         else:
             for k in tl.static_range(K):
-                acc = _add_normal(acc, seeds[k], coeffs[k], index, row, stream)
+                acc = _add_normal(acc, seeds[k], coeffs[k], index, row, stream, mantissa)
         _store(out, _round(acc, out.dtype.element_ty, rounding_seed, index, row, stream), row)
 
 
@@ -127,6 +135,7 @@ def _full_rademacher(out, theta, index, stream, seeds, coeffs, num_k, decay, rou
 @triton.jit
 def _masked(out, theta, begin, end, index, stream, seeds, coeffs, num_k, decay, rounding_seed, DOMAIN: tl.constexpr):
     """Elements begin <= i < end of the program, for the edges of a tensor and for pointers off 16 bytes."""
+    mantissa = _mantissa(num_k)
     for first in range(begin // (8 * _THREADS) * _THREADS, (end + 7) // 8, _THREADS):
         row = first + tl.arange(0, _THREADS)
         element = row[:, None] * 8 + tl.arange(0, 8)[None, :]
@@ -137,7 +146,7 @@ def _masked(out, theta, begin, end, index, stream, seeds, coeffs, num_k, decay, 
         for k in range(num_k):
             seed, c = tl.load(seeds + k), tl.load(coeffs + k)
             if DOMAIN == _NORMAL:
-                acc = _add_normal(acc, seed, c, index, row, stream)
+                acc = _add_normal(acc, seed, c, index, row, stream, mantissa)
             else:
                 block_lo, block_hi = words(index >> 7)
                 block_lo += ((row >> 9) * 32 + (row & 31)).to(tl.uint32)

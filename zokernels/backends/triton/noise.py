@@ -34,41 +34,36 @@ def join8(x0, x1, x2, x3, x4, x5, x6, x7):
 
 
 @triton.jit
-def _constant(x, value):
-    return tl.full(x.shape, value, tl.float32)
-
-
-@triton.jit
-def _normal_pair(v, w):
+def _normal_pair(v, w, mantissa):
     n = v.to(tl.int32, bitcast=True).to(tl.float32)
     bits = n.to(tl.uint32, bitcast=True)
-    m = ((bits & 0x007FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+    m = ((bits & mantissa) | 0x3F800000).to(tl.float32, bitcast=True)
     ef = (bits & 0x7F800000).to(tl.int32, bitcast=True).to(tl.float32)
-    q = fma(_constant(m, _R4), m, _constant(m, _R3))
-    q = fma(q, m, _constant(m, _R2))
-    q = fma(q, m, _constant(m, _R1))
-    q = fma(q, m, _constant(m, _R0))
-    s = fma(q, m, fma(ef, _constant(m, _NC2), _constant(m, _LK)))
+    q = fma(_R4, m, _R3)
+    q = fma(q, m, _R2)
+    q = fma(q, m, _R1)
+    q = fma(q, m, _R0)
+    s = fma(q, m, fma(ef, _NC2, _LK))
     r = (sqrt(s).to(tl.uint32, bitcast=True) ^ (v & 0x80000000)).to(tl.float32, bitcast=True)
     t = w.to(tl.int16).to(tl.float32)
     y = t * t
-    cos = fma(_constant(y, _COS3), y, _constant(y, _COS2))
-    cos = fma(cos, y, _constant(y, _COS1))
-    cos = fma(cos, y, _constant(y, _COS0))
-    sin = fma(_constant(y, _SIN3), y, _constant(y, _SIN2))
-    sin = fma(sin, y, _constant(y, _SIN1))
-    sin = fma(sin, y, _constant(y, _SIN0))
+    cos = fma(_COS3, y, _COS2)
+    cos = fma(cos, y, _COS1)
+    cos = fma(cos, y, _COS0)
+    sin = fma(_SIN3, y, _SIN2)
+    sin = fma(sin, y, _SIN1)
+    sin = fma(sin, y, _SIN0)
     return r * cos, r * (sin * t)
 
 
 @triton.jit
-def normal(w0, w1, w2, w3):
-    """Words [B] of each block to its eight normals, fp32 [B, 8]."""
+def normal(w0, w1, w2, w3, mantissa):
+    """Words [B] of each block to its eight normals, fp32 [B, 8].  ``mantissa``: the scalar 0x007fffff."""
     v0, v1, v2, v3 = w0 | 1, w1 | 1, w2 | 1, w3 | 1
-    z0, z1 = _normal_pair(v0, v1)
-    z2, z3 = _normal_pair(v1, v2)
-    z4, z5 = _normal_pair(v2, v3)
-    z6, z7 = _normal_pair(v3, v0)
+    z0, z1 = _normal_pair(v0, v1, mantissa)
+    z2, z3 = _normal_pair(v1, v2, mantissa)
+    z4, z5 = _normal_pair(v2, v3, mantissa)
+    z6, z7 = _normal_pair(v3, v0, mantissa)
     return join8(z0, z1, z2, z3, z4, z5, z6, z7)
 
 

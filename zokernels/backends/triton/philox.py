@@ -30,7 +30,7 @@ def philox(c0, c1, c2, c3, seed):
     for _ in tl.static_range(_ROUNDS):
         lo0, hi0 = mul_wide(c0, _M0)
         lo1, hi1 = mul_wide(c2, _M1)
-        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        c0, c1, c2, c3 = hi1 ^ (c1 ^ k0), lo1, hi0 ^ (c3 ^ k1), lo0
         k0 += _W0
         k1 += _W1
     return c0, c1, c2, c3

@@ -1,0 +1,196 @@
+"""SASS of a cubin, and the instructions per element of its hot path.
+
+    figure = (instructions on the path + (trips - 1) * instructions of the path's loop) / elements a thread handles
+
+The path is what one thread executes where nothing is masked: it starts at the entry, so the whole prologue counts, runs
+through the basic block with the most 16-byte global stores, and ends at EXIT.  Where branches leave a choice it is the
+longest such path, so the figure is an upper bound.  A loop (backward branch) on the path is executed ``trips`` times.
+Predicated instructions count whether or not they take effect; a called subroutine counts as the one CALL.  NOPs and code
+that no path reaches (the padding behind EXIT) do not count.  An instruction is an instruction: issue slots are what these
+kernels are short of, and one that takes two slots is not counted twice.
+
+Works on Triton's and nvcc's cubins alike.  nvdisasm is looked for in Triton's package, on PATH and in /usr/local/cuda.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)([^;]*);")
+_LABEL = re.compile(r"^(\.L_\w+):")
+_TEXT = re.compile(r"^\.text\.(\S+):")
+_TARGET = re.compile(r"`\((\.L_\w+)\)")
+
+WIDE_LOAD, WIDE_STORE = r"LDG\.E.*\.128", r"STG\.E.*\.128"
+LOCAL = r"LDL|STL"
+
+
+def find_tool(name: str) -> str | None:
+    """Path of a CUDA binary utility, or None."""
+    places = []
+    if spec := importlib.util.find_spec("triton"):
+        places += [Path(root) / "backends/nvidia/bin" for root in spec.submodule_search_locations or ()]
+    for place in places:
+        if (place / name).exists():
+            return str(place / name)
+    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    predicate: str | None
+    opcode: str
+    operands: str
+
+    @property
+    def target(self) -> str | None:
+        """Label that a branch may go to."""
+        found = _TARGET.search(self.operands)
+        return found[1] if found and self.opcode.split(".")[0] in ("BRA", "JMP") else None
+
+    @property
+    def falls_through(self) -> bool:
+        conditional = self.predicate is not None or re.match(r"\s*U?P\d|\s*!U?P\d", self.operands) is not None
+        return conditional or self.opcode.split(".")[0] not in ("BRA", "JMP", "EXIT", "RET", "BRX")
+
+
+@dataclass
+class Block:
+    instructions: list[Instruction]
+    successors: list[int] = field(default_factory=list)  # indices into Function.blocks
+
+    def __len__(self) -> int:
+        return len(self.instructions)
+
+    def count(self, pattern: str) -> int:
+        return sum(re.match(pattern, i.opcode) is not None for i in self.instructions)
+
+
+@dataclass
+class Function:
+    name: str
+    instructions: list[Instruction]
+    labels: dict[str, int]  # label -> address
+
+    def count(self, pattern: str) -> int:
+        """Instructions of the whole function whose opcode begins with ``pattern`` (a regular expression)."""
+        return sum(re.match(pattern, i.opcode) is not None for i in self.instructions)
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """Basic blocks in the order of their addresses."""
+        leaders = {self.instructions[0].address}
+        for here, after in zip(self.instructions, [*self.instructions[1:], None], strict=True):
+            if here.target is not None:
+                leaders.add(self.labels[here.target])
+            if after and (here.target is not None or not here.falls_through or here.opcode == "EXIT"):
+                leaders.add(after.address)
+        blocks: list[Block] = []
+        for instruction in self.instructions:
+            if instruction.address in leaders:
+                blocks.append(Block([]))
+            blocks[-1].instructions.append(instruction)
+        at = {block.instructions[0].address: i for i, block in enumerate(blocks)}
+        for i, block in enumerate(blocks):
+            last = block.instructions[-1]
+            if last.target is not None:
+                block.successors.append(at[self.labels[last.target]])
+            if last.falls_through and i + 1 < len(blocks):
+                block.successors.append(i + 1)
+        return blocks
+
+    @cached_property
+    def loops(self) -> list[tuple[int, int]]:
+        """(first, last) block of each loop that is not padding: the spans of the backward branches."""
+        return [(s, i) for i, b in enumerate(self.blocks) for s in b.successors if s <= i and (s < i or len(b) > 1)]
+
+    def hot_path(self, store: str = WIDE_STORE) -> list[int]:
+        """Blocks of the longest acyclic path from entry to EXIT through the block with the most ``store``."""
+        hot = max(range(len(self.blocks)), key=lambda i: self.blocks[i].count(store))
+        if not self.blocks[hot].count(store):
+            raise ValueError(f"{self.name}: no instruction matches {store!r}")
+        forward = [[s for s in block.successors if s > i] for i, block in enumerate(self.blocks)]
+
+        def longest(start: int, goal: int | None) -> list[int] | None:
+            best: dict[int, tuple[int, list[int]] | None] = {}
+            for i in reversed(range(start, len(self.blocks))):
+                tails = [best[s] for s in forward[i] if best[s] is not None]
+                if i == goal or (goal is None and any(x.opcode == "EXIT" for x in self.blocks[i].instructions)):
+                    tails.append((0, []))
+                size, tail = max(tails, default=(None, None), key=lambda t: t[0])
+                best[i] = None if tail is None else (size + len(self.blocks[i]), [i, *tail])
+            found = best[start]
+            return None if found is None else found[1]
+
+        head, tail = longest(0, hot), longest(hot, None)
+        if head is None or tail is None:
+            raise ValueError(f"{self.name}: no path from entry through block {hot} to EXIT without a backward branch")
+        return head + tail[1:]
+
+    def executed(self, trips: int = 1, store: str = WIDE_STORE) -> int:
+        """Instructions that one thread executes on the hot path, the outermost loop of it ``trips`` times."""
+        path = self.hot_path(store)
+        total = sum(len(self.blocks[i]) for i in path)
+        spans = [span for span in self.loops if span[1] in path]
+        outer = [a for a in spans if not any(b != a and b[0] <= a[0] and a[1] <= b[1] for b in spans)]
+        if len(outer) > 1 or (trips > 1 and not outer):
+            raise ValueError(f"{self.name}: expected one loop on the hot path for {trips} trips, got {len(outer)}")
+        if outer:
+            first, last = outer[0]
+            total += (trips - 1) * sum(len(self.blocks[i]) for i in path if first <= i <= last)
+        return total
+
+    def mix(self, store: str = WIDE_STORE) -> Counter[str]:
+        """Opcodes of the hot path, each loop once: what to look at when a ceiling breaks."""
+        return Counter(x.opcode for i in self.hot_path(store) for x in self.blocks[i].instructions)
+
+
+def parse(sass: str) -> dict[str, Function]:
+    """The functions of ``nvdisasm -c`` output by (mangled) name."""
+    functions: dict[str, Function] = {}
+    current: Function | None = None
+    pending: list[str] = []
+    for line in sass.splitlines():
+        if found := _TEXT.match(line):
+            current = functions.setdefault(found[1], Function(found[1], [], {}))
+            pending = []
+        elif found := _LABEL.match(line):
+            pending.append(found[1])
+        elif current is not None and (found := _LINE.search(line)):
+            address = int(found[1], 16)
+            current.labels.update(dict.fromkeys(pending, address))
+            pending = []
+            if found[3] != "NOP":
+                current.instructions.append(Instruction(address, found[2], found[3], found[4]))
+    return functions
+
+
+def disassemble(cubin: bytes) -> dict[str, Function]:
+    """The functions of a cubin by (mangled) name.  Raises ``FileNotFoundError`` without nvdisasm."""
+    tool = find_tool("nvdisasm")
+    if tool is None:
+        raise FileNotFoundError("nvdisasm: expected in Triton's package, on PATH or in /usr/local/cuda/bin")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"nvdisasm: {done.stderr.strip()}")
+    return parse(done.stdout)
+
+
+def select(functions: dict[str, Function], pattern: str) -> Function:
+    """The one function whose name matches ``pattern`` (a regular expression)."""
+    found = [f for name, f in functions.items() if re.search(pattern, name)]
+    if len(found) != 1:
+        raise ValueError(f"{pattern!r}: expected one function, got {[f.name for f in found] or list(functions)}")
+    return found[0]
