@@ -1,0 +1,5 @@
+"""Optimizers on the noise contract: they hold a seed and a step counter instead of per-weight state."""
+
+from .zosgd import ZOSGD
+
+__all__ = ["ZOSGD"]

@@ -1,0 +1,88 @@
+"""The exact probe: the weights stay as they are, and each torch function of the forward is handed perturbed copies."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from .groups import Bucket
+from .scratch import ScratchPool
+from .substitute import USE_INPLACE, HiddenParameters, Substitution
+
+
+class ExactProbe:
+    """Both forwards run under a :class:`Substitution`; nothing is ever written to a weight.
+
+    What the mode cannot see it looks for: torch.compile is told to run eagerly, TorchScript is refused, and parameters
+    that no function took are reported.  ``told``: the warnings already given.
+    """
+
+    def __init__(
+        self, buckets: list[Bucket], seeds: dict[torch.device, Tensor], pool: ScratchPool, told: set[str]
+    ) -> None:
+        self.buckets, self.seeds, self.pool, self.told = buckets, seeds, pool, told
+        self._addresses = {p.data_ptr() for b in buckets for p in b.params}
+
+    @contextmanager
+    def at(self, sign: int) -> Iterator[None]:
+        mode = Substitution(self.buckets, self.seeds, self.pool, sign)
+        hook = register_module_forward_pre_hook(self._check_module)
+        try:
+            # A graph of torch.compile takes parameters as hidden inputs; run eagerly, it calls functions that we see.
+            with torch.compiler.set_stance("force_eager"), mode:
+                yield
+        finally:
+            hook.remove()
+        self._check_seen(mode.seen)
+
+    def __enter__(self) -> ExactProbe:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass  # the weights never moved
+
+    def _check_seen(self, seen: set[int]) -> None:
+        if not seen:
+            raise HiddenParameters(
+                "ZOSGD: closure: expected torch functions that take the parameters, got none (another model, or a "
+                f"graph that holds them: TorchScript, CUDA graph, C++ extension); {USE_INPLACE}"
+            )
+        unseen = [name for b in self.buckets for p, name in zip(b.params, b.names, strict=True) if id(p) not in seen]
+        if unseen:
+            total = sum(len(b.params) for b in self.buckets)
+            few = ", ".join(unseen[:5]) + (", ..." if len(unseen) > 5 else "")
+            self._tell(
+                "unseen",
+                f"{len(unseen)} of {total} parameters were taken by no torch function of the "
+                f"closure ({few}): either the forward does not use them, or something that hides them does "
+                f"(TorchScript function, C++ extension); then {USE_INPLACE}",
+            )
+
+    def _check_module(self, module: nn.Module, inputs: object) -> None:
+        """Global forward pre-hook, called for every module of the forward."""
+        if isinstance(module, torch.jit.ScriptModule):
+            with torch._C.DisableTorchFunction():
+                hidden = any(p.data_ptr() in self._addresses for p in module.parameters())
+            if hidden:
+                raise HiddenParameters(
+                    "ZOSGD: closure: expected modules whose functions take the parameters, got the TorchScript module "
+                    f"{module.original_name!r}; {USE_INPLACE}"
+                )
+        eval_frame = sys.modules.get("torch._dynamo.eval_frame")
+        if module._compiled_call_impl is not None or (eval_frame and isinstance(module, eval_frame.OptimizedModule)):
+            self._tell(
+                "compiled",
+                "restore='exact' runs torch.compile'd modules uncompiled, because a graph would hide their parameters; "
+                "restore='inplace' keeps them compiled",
+            )
+
+    def _tell(self, key: str, message: str) -> None:
+        if key not in self.told:
+            self.told.add(key)
+            warnings.warn(f"ZOSGD: {message}", stacklevel=2)

@@ -1,0 +1,140 @@
+"""Parameter groups: what a group may hold, the stream of each parameter, and the buckets one combine call takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import DTYPES, check_dist, check_overlap, check_stream, fail
+from ..contract import streams_of
+
+OP = "ZOSGD"
+ROUNDINGS = ("stochastic", "nearest")
+RESTORES = ("exact", "inplace")
+
+
+@dataclass(eq=False)
+class Bucket:
+    """The trainable parameters of one group that share device and dtype: one combine call."""
+
+    group: dict[str, Any]
+    device: torch.device
+    dtype: torch.dtype
+    params: list[Tensor] = field(default_factory=list)
+    streams: list[int] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    #: Multiples of eps * z now in the weights; only the in-place probe ever moves it from 0.
+    at: int = 0
+
+
+def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        fail(OP, argument, " or ".join(map(repr, choices)), repr(value))
+
+
+def check_number(argument: str, value: object, *, positive: bool = False) -> None:
+    expected = "a finite number > 0" if positive else "a finite number >= 0"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        fail(OP, argument, expected, repr(value), TypeError)
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        fail(OP, argument, expected, repr(value))
+
+
+def check_hyperparameters(group: dict[str, Any]) -> None:
+    """Host values only: a learning rate that is a tensor is never read back."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1 or not lr.is_floating_point():
+            fail(OP, "lr", "a number or a floating-point tensor of one element", f"{lr.dtype} x {lr.numel()}")
+    else:
+        check_number("lr", lr)
+    check_number("eps", group["eps"], positive=True)
+    check_number("weight_decay", group["weight_decay"])
+    check_dist(OP, group["dist"])
+    check_choice("rounding", group["rounding"], ROUNDINGS)
+
+
+def label_of(group: dict[str, Any], index: int) -> str:
+    names = group.get("param_names")
+    return repr(names[index]) if names else f"params[{index}]"
+
+
+def check_param(param: Tensor, label: str) -> None:
+    """A trainable parameter is dense memory that a kernel can walk in logical order."""
+    if isinstance(param, torch.nn.parameter.UninitializedTensorMixin):
+        fail(OP, label, "an initialized parameter", "a lazy one; run the model once before", TypeError)
+    if type(param).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        fail(OP, label, "a plain dense tensor", f"the tensor subclass {type(param).__name__}", TypeError)
+    if param.dtype not in DTYPES:
+        fail(OP, label, "dtype float32, bfloat16 or float16 (or requires_grad=False)", param.dtype, TypeError)
+    if param.layout is not torch.strided or not param.is_contiguous():
+        got = f"strides {param.stride()}" if param.layout is torch.strided else param.layout
+        fail(OP, label, "a contiguous tensor", f"shape {tuple(param.shape)}, {got}")
+
+
+def assign_streams(groups: list[dict[str, Any]]) -> None:
+    """Give the last of ``groups`` its ``streams``, unique among all groups.
+
+    Explicit ones stay; a named parameter gets the hash of its name; an unnamed one its ordinal in the optimizer.
+    """
+    group = groups[-1]
+    count, names, explicit = len(group["params"]), group.get("param_names"), group.get("streams")
+    if explicit is not None:
+        if len(explicit) != count:
+            fail(OP, "streams", f"{count} integers, one for each parameter of the group", len(explicit))
+        for i, stream in enumerate(explicit):
+            if not isinstance(stream, int) or isinstance(stream, bool):
+                fail(OP, f"streams[{i}]", "an integer", repr(stream), TypeError)
+            check_stream(OP, f"streams[{i}]", stream)
+        group["streams"] = list(explicit)
+    elif names is not None:
+        group["streams"] = streams_of(names)
+    else:
+        first = sum(len(g["params"]) for g in groups[:-1])
+        group["streams"] = list(range(first, first + count))
+    check_streams(groups)
+
+
+def check_streams(groups: list[dict[str, Any]]) -> None:
+    owner: dict[int, str] = {}
+    for at, group in enumerate(groups):
+        if len(group["streams"]) != len(group["params"]):
+            fail(OP, f"param_groups[{at}]['streams']", f"{len(group['params'])} integers", len(group["streams"]))
+        for i, stream in enumerate(group["streams"]):
+            label = f"{label_of(group, i)} of group {at}"
+            if stream in owner:
+                fail(OP, "streams", "one stream for each parameter", f"{stream} for both {owner[stream]} and {label}")
+            owner[stream] = label
+
+
+def plan(groups: list[dict[str, Any]]) -> list[Bucket]:
+    """The buckets of a step.  Parameters with ``requires_grad=False`` are in none.
+
+    Built anew at each step (about a microsecond a parameter), because dtype, device, requires_grad and the groups may
+    all change between steps; everything that would make a step fail half-way is checked here.
+    """
+    buckets: dict[tuple, Bucket] = {}
+    for at, group in enumerate(groups):
+        check_hyperparameters(group)
+        for i, (param, stream) in enumerate(zip(group["params"], group["streams"], strict=True)):
+            if not param.requires_grad:
+                continue
+            label = label_of(group, i)
+            check_param(param, label)
+            if param.numel():
+                key = (at, param.device, param.dtype)
+                if (bucket := buckets.get(key)) is None:
+                    bucket = buckets[key] = Bucket(group, param.device, param.dtype)
+                bucket.params.append(param)
+                bucket.streams.append(stream)
+                bucket.names.append(label)
+    if not buckets:
+        fail(OP, "params", "at least one parameter with requires_grad=True and an element", "none")
+    check_overlap(OP, {"params": [p for b in buckets.values() for p in b.params]}, {})
+    return list(buckets.values())

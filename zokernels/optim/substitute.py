@@ -1,0 +1,186 @@
+"""A torch function mode that hands every function perturbed copies in place of the parameters it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import HigherOrderOperator
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from ..functional import combine
+from .groups import Bucket
+from .scratch import ScratchPool
+
+_GETTERS = """shape dtype device layout requires_grad is_leaf grad grad_fn ndim itemsize nbytes name output_nr
+    retains_grad is_cuda is_cpu is_sparse is_sparse_csr is_quantized is_meta is_mps is_xpu is_nested is_mkldnn is_mtia
+    is_xla is_vulkan is_ipu is_maia names _version _backward_hooks _grad""".split()
+_METHODS = """size dim ndimension numel nelement stride storage_offset is_contiguous is_floating_point is_complex
+    is_signed is_inference is_conj is_neg is_pinned is_shared is_coalesced is_same_size element_size get_device
+    requires_grad_ register_hook register_post_accumulate_grad_hook retain_grad _is_view has_names
+    __len__ __hash__""".split()
+
+
+def _metadata() -> frozenset:
+    """Functions that read no element: they see the parameter itself, and nothing is materialised for them."""
+    functions = [getattr(Tensor, n).__get__ for n in _GETTERS if hasattr(Tensor, n)]
+    functions += [getattr(Tensor, n) for n in _METHODS if hasattr(Tensor, n)]
+    functions += [Tensor.requires_grad.__set__, Tensor.grad.__set__, torch.numel, torch.is_floating_point]
+    functions += [torch.is_complex, torch.is_signed, torch.is_inference, torch.is_same_size, torch.result_type]
+    functions += [
+        torch.empty_like,
+        torch.zeros_like,
+        torch.ones_like,
+        torch.rand_like,
+        torch.randn_like,
+        torch.full_like,
+    ]
+    functions += [Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_tensor]
+    return frozenset(functions)
+
+
+_METADATA = _metadata()
+#: These give out an address without a reference to its memory: the copy lives to the end of the forward.
+_ADDRESS = frozenset((Tensor.data_ptr, Tensor.__cuda_array_interface__.__get__))
+#: Writes whose name does not end in a single underscore.
+_WRITES = frozenset(f"__{n}__" for n in "setitem iadd isub imul itruediv ifloordiv imod ipow iand ior ixor".split())
+
+USE_INPLACE = "use restore='inplace', which perturbs the parameters themselves"
+
+
+class HiddenParameters(RuntimeError):
+    """The closure reads parameters where the exact probe cannot perturb them.  The weights are untouched."""
+
+
+def _members(value: Any) -> Iterable | None:
+    if isinstance(value, (list, tuple)):
+        return value
+    return value.values() if isinstance(value, dict) else None
+
+
+def _find(values: Iterable, wanted: dict[int, Any], found: dict[int, Any]) -> None:
+    """The entries of ``wanted`` (by id) that occur in ``values``, lists, tuples and dicts included."""
+    for value in values:
+        if (entry := wanted.get(id(value))) is not None:
+            found[id(value)] = entry
+        elif (inner := _members(value)) is not None:
+            _find(inner, wanted, found)
+
+
+def _swap(value: Any, copies: dict[int, Tensor]) -> Any:
+    """``value`` with each parameter replaced by its copy; containers without one are passed on as they are."""
+    if (copy := copies.get(id(value))) is not None:
+        return copy
+    if isinstance(value, dict):
+        swapped = {k: _swap(v, copies) for k, v in value.items()}
+        return swapped if any(swapped[k] is not value[k] for k in value) else value
+    if isinstance(value, (list, tuple)):
+        items = [_swap(v, copies) for v in value]
+        if all(a is b for a, b in zip(items, value, strict=True)):
+            return value
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def _storage(tensor: Tensor) -> int | None:
+    """Identity of a tensor's storage, for comparison only; None for tensors that have none."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+class Substitution(TorchFunctionMode):
+    """While active, every torch function sees theta + sign * eps * z in place of each managed parameter theta.
+
+    The copies of one call are written by one combine per bucket into scratch that is used again for the next call, so
+    the extra memory is that of the call with the most weights.  Torch turns the mode off inside
+    ``__torch_function__``: a Python-level function such as ``F.multi_head_attention_forward`` is handed copies once
+    and runs on them.
+    """
+
+    def __init__(self, buckets: list[Bucket], seeds: dict[torch.device, Tensor], pool: ScratchPool, sign: int) -> None:
+        super().__init__()
+        self.seeds, self.pool = seeds, pool
+        self.entries = {id(p): (p, s, b) for b in buckets for p, s in zip(b.params, b.streams, strict=True)}
+        self.seen: set[int] = set()
+        self._coeffs = {
+            id(b): torch.full((1,), sign * b.group["eps"], dtype=torch.float32, device=b.device) for b in buckets
+        }
+        self._held: list[Tensor] = []
+        self._views: dict[int, StorageWeakRef] = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            name = getattr(func, "__name__", func)
+            raise HiddenParameters(
+                f"ZOSGD: closure: expected plain torch functions, got the higher-order operator {name!r}, whose inner "
+                f"functions can hold parameters; {USE_INPLACE}"
+            )
+        found: dict[int, tuple] = {}
+        _find(args, self.entries, found)
+        if kwargs:
+            _find(kwargs.values(), self.entries, found)
+        if not found:
+            if self._views:
+                self._check_view_write(func, args, kwargs)
+            return func(*args, **kwargs)
+        if func in _METADATA:
+            return func(*args, **kwargs)
+        if func is Tensor.data.__set__ and id(args[0]) in found:
+            self._refuse_write(func)
+        copies, arenas = self._perturb(found)
+        versions = [a._version for a in arenas]
+        out = func(*_swap(args, copies), **_swap(kwargs, copies))
+        if [a._version for a in arenas] != versions:
+            self._refuse_write(func)
+        self.seen.update(found)
+        if func in _ADDRESS:
+            self._held.extend(arenas)
+        self._note_views(out, arenas)
+        return out
+
+    def _perturb(self, found: dict[int, tuple]) -> tuple[dict[int, Tensor], list[Tensor]]:
+        """Copies by id of the parameter, and one tensor of each arena they lie in."""
+        by_bucket: dict[int, list] = {}
+        for param, stream, bucket in found.values():
+            by_bucket.setdefault(id(bucket), []).append((param, stream, bucket))
+        copies, arenas = {}, []
+        for members in by_bucket.values():
+            params, streams, (bucket, *_) = zip(*members, strict=True)
+            out = self.pool.like(params)
+            combine(out, params, self.seeds[bucket.device], self._coeffs[id(bucket)], streams=streams,
+                    dist=bucket.group["dist"])  # fmt: skip
+            copies.update(zip(map(id, params), out, strict=True))
+            arenas.append(out[0])
+        return copies, arenas
+
+    def _note_views(self, out: Any, arenas: list[Tensor]) -> None:
+        """Remember scratch that ``out`` still refers to: writing to it would be writing to a weight."""
+        if isinstance(out, Tensor):
+            for arena in arenas:
+                storage = arena.untyped_storage()
+                if _storage(out) == storage._cdata:
+                    self._views[storage._cdata] = StorageWeakRef(storage)
+        elif isinstance(out, (list, tuple)):
+            for item in out:
+                self._note_views(item, arenas)
+
+    def _check_view_write(self, func: Any, args: tuple, kwargs: dict) -> None:
+        name = getattr(func, "__name__", "")
+        if (name.endswith("_") and not name.endswith("__")) or name in _WRITES:
+            target = args[0] if args else None
+        else:
+            target = kwargs.get("out")
+        if isinstance(target, Tensor) and _storage(target) in self._views:
+            self._refuse_write(func)
+
+    def _refuse_write(self, func: Any) -> None:
+        raise RuntimeError(
+            "ZOSGD: closure: expected a forward that does not write to its parameters, got "
+            f"{resolve_name(func) or func}, whose effect would be lost with the perturbed copy; do it outside step()"
+        )
