@@ -3,12 +3,14 @@
 from .backends import BackendUnavailable, backend
 from .contract import CONTRACT, stream_of, streams_of
 from .functional import combine, combine_, derive_seed, noise
+from .version import __version__
 
-__version__ = "0.1.0"
+
 
 __all__ = [
     "CONTRACT",
     "BackendUnavailable",
+    "__version__",
     "backend",
     "combine",
     "combine_",

@@ -1,0 +1,110 @@
+// Eight parameters at a time between memory and fp32 registers. The device converts by instruction; the host branch is for
+// tests/cuda_on_host, which runs the kernels' code on the CPU.
+#pragma once
+
+#include "../cpu/lanes_portable.h"
+#include "../noise/rounding.h"
+#include "combine.h"
+
+namespace zk::cuda {
+
+struct alignas(16) Vec16 {
+  uint32_t w[4];
+};
+
+template <DType D>
+struct Storage;
+
+template <>
+struct Storage<DType::f32> {
+  using T = float;
+  struct Raw {
+    Vec16 v[2];
+  };
+  static ZK_HD void unpack(const Raw& raw, float x[8]) {
+    for (int i = 0; i < 8; ++i) x[i] = from_bits(raw.v[i / 4].w[i % 4]);
+  }
+  template <bool Stochastic>
+  static ZK_HD Raw pack(const float x[8], const Words<uint32_t>&) {
+    Raw raw;
+    for (int i = 0; i < 8; ++i) raw.v[i / 4].w[i % 4] = bits(x[i]);
+    return raw;
+  }
+};
+
+template <>
+struct Storage<DType::bf16> {
+  using T = uint16_t;
+  struct Raw {
+    Vec16 v[1];
+  };
+  static ZK_HD uint32_t nearest(float x0, float x1) {
+#if defined(__CUDA_ARCH__)
+    uint32_t w;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(x1), "f"(x0));
+    return w;
+#else
+    return bf16_nearest(x0) >> 16 | (bf16_nearest(x1) & 0xffff0000u);
+#endif
+  }
+  static ZK_HD void unpack(const Raw& raw, float x[8]) {
+    for (int p = 0; p < 4; ++p) {
+      x[2 * p] = from_bits(raw.v[0].w[p] << 16);
+      x[2 * p + 1] = from_bits(raw.v[0].w[p] & 0xffff0000u);
+    }
+  }
+  template <bool Stochastic>
+  static ZK_HD Raw pack(const float x[8], const Words<uint32_t>& random) {
+    Raw raw;
+    for (int p = 0; p < 4; ++p) {
+      if constexpr (Stochastic) {
+        const uint32_t low = bf16_stochastic(bits(x[2 * p]), random.w[p] & 0xffffu);
+        const uint32_t high = bf16_stochastic(bits(x[2 * p + 1]), random.w[p] >> 16);
+        raw.v[0].w[p] = low >> 16 | (high & 0xffff0000u);
+      } else {
+        raw.v[0].w[p] = nearest(x[2 * p], x[2 * p + 1]);
+      }
+    }
+    return raw;
+  }
+};
+
+template <>
+struct Storage<DType::f16> {
+  using T = uint16_t;
+  struct Raw {
+    Vec16 v[1];
+  };
+  static ZK_HD uint32_t nearest(float x0, float x1) {
+#if defined(__CUDA_ARCH__)
+    uint32_t w;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(x1), "f"(x0));
+    return w;
+#else
+    return cpu::Portable::pack_halves(x0, x1);
+#endif
+  }
+  static ZK_HD void unpack(const Raw& raw, float x[8]) {
+    for (int p = 0; p < 4; ++p) {
+#if defined(__CUDA_ARCH__)
+      asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+          : "=f"(x[2 * p]), "=f"(x[2 * p + 1])
+          : "r"(raw.v[0].w[p]));
+#else
+      cpu::Portable::unpack_halves(raw.v[0].w[p], x[2 * p], x[2 * p + 1]);
+#endif
+    }
+  }
+  template <bool Stochastic>
+  static ZK_HD Raw pack(const float x[8], const Words<uint32_t>& random) {
+    Raw raw;
+    for (int p = 0; p < 4; ++p) {
+      raw.v[0].w[p] = Stochastic ? nearest(half_stochastic(x[2 * p], random.w[p] & 0xffffu),
+                                           half_stochastic(x[2 * p + 1], random.w[p] >> 16))
+                                 : nearest(x[2 * p], x[2 * p + 1]);
+    }
+    return raw;
+  }
+};
+
+}  // namespace zk::cuda

@@ -1,0 +1,75 @@
+"""Builds the native libraries with CMake; everything else about the package stands in pyproject.toml.
+
+ZOKERNELS_CUDA=auto|0|1   build the CUDA library where nvcc is found (auto), never, or fail without it
+TORCH_CUDA_ARCH_LIST      architectures, as torch's own extensions take them: "8.0;9.0+PTX" (default: 8.0 9.0 10.0 12.0+PTX)
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = pathlib.Path(__file__).parent.resolve()
+
+
+def torch_folder() -> pathlib.Path:
+    # Located, not imported: importing torch takes seconds and may probe devices.
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        sys.exit(
+            "zokernels: torch is needed to build; install torch >= 2.10 first and build with: "
+            "pip install --no-build-isolation ."
+        )
+    return pathlib.Path(spec.origin).parent
+
+
+def cuda_architectures() -> str | None:
+    """TORCH_CUDA_ARCH_LIST in CMake's form: "8.0 9.0+PTX" -> "80-real;90"."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    codes = []
+    for arch in wanted:
+        number = arch.removesuffix("+PTX").replace(".", "")
+        codes.append(number if arch.endswith("+PTX") else f"{number}-real")
+    return ";".join(codes) or None
+
+
+class CMakeBuild(build_ext):
+    """One CMake run builds and installs everything: into the source tree for an editable install, else to be packed."""
+
+    def run(self) -> None:
+        to_source = bool(self.inplace) or self.editable_mode
+        self.cmake((ROOT if to_source else pathlib.Path(self.build_lib).resolve()) / "zokernels")
+
+    def cmake(self, package: pathlib.Path) -> None:
+        import pybind11
+
+        folder = pathlib.Path(self.build_temp).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        torch = torch_folder()
+        settings = {
+            "CMAKE_BUILD_TYPE": "Debug" if self.debug else "Release",
+            "CMAKE_INSTALL_PREFIX": package,
+            "TORCH_INCLUDE": torch / "include",
+            "TORCH_LIB": torch / "lib",
+            "PYBIND11_CMAKE": pybind11.get_cmake_dir(),
+            "Python_EXECUTABLE": sys.executable,
+            "ZOKERNELS_CUDA": os.environ.get("ZOKERNELS_CUDA", "auto"),
+        }
+        if architectures := cuda_architectures():
+            settings["ZOKERNELS_CUDA_ARCHS"] = architectures
+        defines = [f"-D{name}={value}" for name, value in settings.items()]
+        subprocess.run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", folder, *defines], check=True)
+        subprocess.run(["cmake", "--build", folder], check=True)
+        subprocess.run(["cmake", "--install", folder], check=True)
+
+
+setup(
+    ext_modules=[Extension("zokernels._host", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

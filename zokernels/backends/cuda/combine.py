@@ -1,0 +1,22 @@
+"""combine on an NVIDIA GPU: csrc/cuda/combine_kernel.cuh."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...contract import DISTS
+
+
+def combine(
+    out: list[Tensor],
+    params: list[Tensor],
+    seeds: Tensor,
+    coeffs: Tensor,
+    streams: list[int],
+    offsets: list[int],
+    dist: str,
+    decay: Tensor | None,
+    rounding_seed: Tensor | None,
+) -> None:
+    torch.ops.zokernels_cuda.combine(out, params, seeds, coeffs, streams, offsets, DISTS[dist], decay, rounding_seed)
