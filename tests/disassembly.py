@@ -4,10 +4,10 @@
 
 The path is what one thread executes where nothing is masked: it starts at the entry, so the whole prologue counts, runs
 through the basic block with the most 16-byte global stores, and ends at EXIT.  Where branches leave a choice it is the
-longest such path, so the figure is an upper bound.  A loop (backward branch) on the path is executed ``trips`` times.
-Predicated instructions count whether or not they take effect; a called subroutine counts as the one CALL.  NOPs and code
-that no path reaches (the padding behind EXIT) do not count.  An instruction is an instruction: issue slots are what these
-kernels are short of, and one that takes two slots is not counted twice.
+longest such path, so the figure is an upper bound.  The loop (backward branch) around the stores runs ``trips`` times.
+Predicated instructions count whether or not they take effect; a called subroutine counts as the one CALL.  NOPs and
+code that no path reaches (the padding behind EXIT) do not count.  Every instruction counts once, also those that a pipe
+issues at half rate.
 
 Works on Triton's and nvcc's cubins alike.  nvdisasm is looked for in Triton's package, on PATH and in /usr/local/cuda.
 """
@@ -113,41 +113,55 @@ class Function:
         """(first, last) block of each loop that is not padding: the spans of the backward branches."""
         return [(s, i) for i, b in enumerate(self.blocks) for s in b.successors if s <= i and (s < i or len(b) > 1)]
 
-    def hot_path(self, store: str = WIDE_STORE) -> list[int]:
-        """Blocks of the longest acyclic path from entry to EXIT through the block with the most ``store``."""
+    def _longest(self, start: int, goal: int | None) -> list[int] | None:
+        """Longest path of forward branches from block ``start`` to block ``goal``, or to an EXIT."""
+        best: dict[int, tuple[int, list[int]] | None] = {}
+        for i in reversed(range(start, len(self.blocks))):
+            block = self.blocks[i]
+            tails = [best[s] for s in block.successors if s > i and best[s] is not None]
+            if i == goal or (goal is None and any(x.opcode == "EXIT" for x in block.instructions)):
+                tails.append((0, []))
+            size, tail = max(tails, default=(0, None), key=lambda t: t[0])
+            best[i] = None if tail is None else (size + len(block), [i, *tail])
+        found = best.get(start)
+        return None if found is None else found[1]
+
+    def _through(self, start: int, hot: int, goal: int | None) -> list[int]:
+        head, tail = self._longest(start, hot), self._longest(hot, goal)
+        if head is None or tail is None:
+            raise ValueError(f"{self.name}: no path of forward branches from block {start} through block {hot}")
+        return head + tail[1:]
+
+    def _hot(self, store: str) -> int:
         hot = max(range(len(self.blocks)), key=lambda i: self.blocks[i].count(store))
         if not self.blocks[hot].count(store):
             raise ValueError(f"{self.name}: no instruction matches {store!r}")
-        forward = [[s for s in block.successors if s > i] for i, block in enumerate(self.blocks)]
+        return hot
 
-        def longest(start: int, goal: int | None) -> list[int] | None:
-            best: dict[int, tuple[int, list[int]] | None] = {}
-            for i in reversed(range(start, len(self.blocks))):
-                tails = [best[s] for s in forward[i] if best[s] is not None]
-                if i == goal or (goal is None and any(x.opcode == "EXIT" for x in self.blocks[i].instructions)):
-                    tails.append((0, []))
-                size, tail = max(tails, default=(None, None), key=lambda t: t[0])
-                best[i] = None if tail is None else (size + len(self.blocks[i]), [i, *tail])
-            found = best[start]
-            return None if found is None else found[1]
-
-        head, tail = longest(0, hot), longest(hot, None)
-        if head is None or tail is None:
-            raise ValueError(f"{self.name}: no path from entry through block {hot} to EXIT without a backward branch")
-        return head + tail[1:]
+    def hot_path(self, store: str = WIDE_STORE) -> list[int]:
+        """Blocks from entry to EXIT through the block with the most ``store``."""
+        return self._through(0, self._hot(store), None)
 
     def executed(self, trips: int = 1, store: str = WIDE_STORE) -> int:
-        """Instructions that one thread executes on the hot path, the outermost loop of it ``trips`` times."""
+        """Instructions that one thread executes on the hot path, with ``trips`` iterations of the loop around it."""
+        path, hot = self.hot_path(store), self._hot(store)
+        around = [span for span in self.loops if span[0] <= hot <= span[1]]
+        if trips > 1 and not around:
+            raise ValueError(f"{self.name}: expected a loop around the hot path for {trips} trips, got none")
+        once = sum(len(self.blocks[i]) for i in path)
+        if not around:
+            return once
+        header, latch = max(around, key=lambda span: span[1] - span[0])
+        return once + (trips - 1) * sum(len(self.blocks[i]) for i in self._through(header, hot, latch))
+
+    def loop_size(self, store: str = WIDE_STORE) -> int:
+        """Instructions of the longest innermost loop on the hot path: one direction where K is known at run time."""
         path = self.hot_path(store)
-        total = sum(len(self.blocks[i]) for i in path)
-        spans = [span for span in self.loops if span[1] in path]
-        outer = [a for a in spans if not any(b != a and b[0] <= a[0] and a[1] <= b[1] for b in spans)]
-        if len(outer) > 1 or (trips > 1 and not outer):
-            raise ValueError(f"{self.name}: expected one loop on the hot path for {trips} trips, got {len(outer)}")
-        if outer:
-            first, last = outer[0]
-            total += (trips - 1) * sum(len(self.blocks[i]) for i in path if first <= i <= last)
-        return total
+        return max((len(self.blocks[i]) for a, i in self.loops if a == i and i in path), default=0)
+
+    def hot_count(self, pattern: str, store: str = WIDE_STORE) -> int:
+        """Instructions of the hot path, each loop once, whose opcode begins with ``pattern``."""
+        return sum(self.blocks[i].count(pattern) for i in self.hot_path(store))
 
     def mix(self, store: str = WIDE_STORE) -> Counter[str]:
         """Opcodes of the hot path, each loop once: what to look at when a ceiling breaks."""

@@ -1,0 +1,131 @@
+"""The triton backend equals the reference bit for bit, in Triton's interpreter (see triton_cases), and its sqrt is exact."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import triton_cases
+
+from zokernels import contract
+from zokernels.backends import BackendUnavailable, get
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> dict[str, dict]:
+    """Result of every case by name, from one worker process."""
+    root = str(Path(__file__).parents[1])
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, triton_cases.__file__], env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode:
+        pytest.fail(f"the worker ended with {done.returncode} after {len(results)} cases:\n{done.stderr[-4000:]}")
+    return {result["case"]: result for result in results}
+
+
+@pytest.mark.parametrize("name", triton_cases.CASES)
+def test_interpreter(interpreted, name):
+    detail = interpreted[name]["detail"]
+    if detail:
+        pytest.fail(detail, pytrace=False)
+
+
+def test_a_case_can_fail():
+    """A difference reaches the report: here the worker compares against a reference with doubled coefficients."""
+    code = (
+        "import triton_cases as t, dataclasses\n"
+        "from zokernels.backends import registry\n"
+        "r = registry.get('reference')\n"
+        "bad = dataclasses.replace(r, combine=lambda o, p, s, c, *rest: r.combine(o, p, s, 2 * c, *rest))\n"
+        "load = registry._load\n"
+        "registry._load = lambda name: bad if name == 'reference' else load(name)\n"
+        "t.main(['directions: normal K=1', 'directions: normal K=0'])\n"
+    )
+    here = Path(__file__).parent
+    path = os.pathsep.join((str(here), str(here.parent), os.environ.get("PYTHONPATH", "")))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    wrong, right = (json.loads(line)["detail"] for line in done.stdout.splitlines())
+    assert "of 130 elements of tensor 0" in wrong and "ZOKERNELS_TEST_SEED=" in wrong
+    assert right == ""
+
+
+def test_devices():
+    if os.environ.get("TRITON_INTERPRET"):
+        pytest.skip("the interpreter is on in this process")
+    assert get("triton").devices == {"cuda"}
+
+
+def test_missing_triton_names_the_command():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from zokernels.backends import get\n"
+        "try: get('triton')\n"
+        "except Exception as e: print(type(e).__name__, e)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(BackendUnavailable.__name__) and "pip install triton" in done.stdout
+
+
+def _f32(bits: int) -> np.float32:
+    return np.uint32(bits).view(np.float32)
+
+
+def _fma(a, b, c) -> np.ndarray:
+    """fp32 fma: the float64 sum is rounded to odd."""
+    p, c = np.float64(a) * np.float64(b), np.float64(c)
+    s = p + c
+    t = s - p
+    error = (p - (s - t)) + (c - t)
+    bits = s.view(np.int64)
+    away = np.where((error > 0) == (s > 0), 1, -1)
+    return np.where((error != 0) & (bits & 1 == 0), bits + away, bits).view(np.float64).astype(np.float32)
+
+
+def _radius_squared(n: np.ndarray) -> np.ndarray:
+    """s of the contract for n = float(int32(v))."""
+    bits = n.view(np.uint32)
+    m = (bits & np.uint32(0x7FFFFF) | np.uint32(0x3F800000)).view(np.float32)
+    ef = (bits & np.uint32(0x7F800000)).view(np.int32).astype(np.float32)
+    q = np.full_like(m, _f32(contract.NORMAL_R[4]))
+    for c in reversed(contract.NORMAL_R[:4]):
+        q = _fma(q, m, _f32(c))
+    return _fma(q, m, _fma(ef, _f32(contract.NORMAL_NC2), _f32(contract.NORMAL_LK)))
+
+
+def test_sqrt_fast_path_is_exact():
+    """The hand-written sqrt equals IEEE for every rsqrt that the hardware may return, on the s that occur.
+
+    rsqrt.approx.ftz.f32 is within 2^-22.9 relative (PTX ISA): every fp32 value that near must lead to the same root.
+    """
+    seed = int.from_bytes(os.urandom(4), "little")
+    rng = np.random.default_rng(seed)
+    top = np.arange(2**24 - 2**19, 2**24, dtype=np.float64) * 2**7  # the largest |n|: the smallest s
+    wide = rng.integers(0, 2**32, 2**19, dtype=np.uint32) >> rng.integers(1, 32, 2**19, dtype=np.uint32) | 1
+    s = _radius_squared(np.concatenate((top, [2.0**31, 1.0], wide.astype(np.float64))).astype(np.float32))
+    assert 2.0**-100 < s.min() and s.max() < 2.0**100, (s.min(), s.max())
+    exact = np.sqrt(s)
+    inverse = 1 / np.sqrt(s.astype(np.float64))
+    tried = 0
+    for ulp in range(-2, 3):
+        r = (inverse.astype(np.float32).view(np.int32) + ulp).view(np.float32)
+        possible = np.abs(r - inverse) <= 2**-22.9 * inverse
+        tried += possible.sum()
+        g, h = s * r, np.float32(0.5) * r
+        root = _fma(_fma(-g, g, s), h, g)
+        wrong = np.flatnonzero(possible & (root != exact))
+        assert wrong.size == 0, f"seed {seed}, rsqrt {ulp:+} ulp: {wrong.size} wrong, first s = {s[wrong[0]]!r}"
+    assert tried > 2 * s.size

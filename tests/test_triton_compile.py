@@ -1,0 +1,188 @@
+"""The Triton kernels compile for sm_80, sm_90 and sm_100 without a GPU, and their SASS stays under the ceilings.
+
+Ceilings are instructions per element as disassembly.py defines them; ``ZOKERNELS_SHOW_SASS=1 pytest -s`` prints each.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import disassembly
+
+triton = pytest.importorskip("triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("TRITON_INTERPRET is set: there is no compiler in this process", allow_module_level=True)
+
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from zokernels.backends.triton import combine as kernels
+from zokernels.backends.triton import launch, seeds
+from zokernels.contract import DISTS
+
+DTYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
+ELEMENTS = kernels.PROGRAM // (32 * kernels.NUM_WARPS)  # of one thread
+OPTIONS = {"num_warps": kernels.NUM_WARPS, "enable_fp_fusion": False}
+
+
+@cache
+def compiled(arch, dtype, dist, k, *, rounding=False, decay=False, table=False, aligned=True):
+    constants = {"DOMAIN": DISTS[dist], "K": k, "ALIGNED": aligned}
+    signature = {"seeds": "*i64", "coeffs": "*fp32", "num_k": "i32"}
+    for name, present, kind in (("decay", decay, "*fp32"), ("rounding_seed", rounding, "*i64")):
+        if present:
+            signature[name] = kind
+        else:
+            constants[name] = None
+    if table:
+        function, signature = kernels.combine_table_kernel, {"table": "*i64", "owner": "*i32", **signature}
+        constants["DTYPE"] = DTYPES[dtype]
+    else:
+        numbers = dict.fromkeys(("numel", "offset", "stream"), "i64")
+        function, signature = kernels.combine_kernel, {"out": f"*{dtype}", "theta": f"*{dtype}", **numbers, **signature}
+    signature.update(dict.fromkeys(constants, "constexpr"))
+    signature = {name: signature[name] for name in function.arg_names}
+    source = ASTSource(function, signature=signature, constexprs=constants)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=OPTIONS)
+
+
+def sass(kernel) -> disassembly.Function:
+    return disassembly.select(disassembly.disassemble(kernel.asm["cubin"]), "combine|derive_seed")
+
+
+def per_element(kernel, dist) -> float:
+    function = sass(kernel)
+    # Normals: four passes of a loop, unless the compiler unrolled it; Rademacher: straight code.
+    stores = function.hot_count(disassembly.WIDE_STORE)
+    trips = 4 if dist == "normal" and stores < ELEMENTS // 8 else 1
+    figure = function.executed(trips) / ELEMENTS
+    if os.environ.get("ZOKERNELS_SHOW_SASS"):
+        print(f"\n{figure:.2f} instructions per element; {function.mix().most_common(12)}")
+    return figure
+
+
+VARIANTS = [
+    ("bf16", "normal", 1, {}),
+    ("bf16", "normal", 2, {"rounding": True, "decay": True, "table": True}),
+    ("bf16", "normal", None, {}),
+    ("bf16", "rademacher", 1, {"table": True}),
+    ("bf16", "rademacher", None, {"rounding": True}),
+    ("fp16", "normal", 1, {"rounding": True}),
+    ("fp16", "rademacher", 0, {"rounding": True, "decay": True}),
+    ("fp32", "normal", 1, {"table": True, "decay": True}),
+    ("fp32", "rademacher", 2, {}),
+]
+
+
+def name_of(variant):
+    dtype, dist, k, extra = variant
+    return "-".join([dtype, dist, f"K{'n' if k is None else k}", *extra])
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_variant_compiles_to_what_it_should(arch, variant):
+    """16-byte accesses only, nothing in local or shared memory, no flush to zero, no contraction left to ptxas."""
+    if arch != 90 and variant not in VARIANTS[:5:2]:
+        pytest.skip("the whole matrix is compiled for sm_90, a third of it for the others")
+    dtype, dist, k, extra = variant
+    kernel = compiled(arch, dtype, dist, k, **extra)
+    function = sass(kernel)
+    assert function.count(disassembly.LOCAL) == 0
+    assert function.hot_count("LDS|STS|LDSM|BAR|SHFL") == 0
+    bytes_each = 16 * ELEMENTS // (4 if dtype == "fp32" else 8)
+    assert (wide := function.hot_count(disassembly.WIDE_STORE)) in (bytes_each // 16, bytes_each // 64)
+    assert function.hot_count(disassembly.WIDE_LOAD) == wide
+    assert function.hot_count(r"STG") == wide
+    ftz = [line for line in kernel.asm["ptx"].splitlines() if ".ftz" in line and "rsqrt.approx.ftz.f32" not in line]
+    assert ftz == []
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_unaligned_variant_has_no_wide_access(aligned):
+    """Off 16 bytes a wide access would fault; this also shows that the counts above can fail."""
+    function = sass(compiled(90, "bf16", "rademacher", 1, table=True, aligned=aligned))
+    assert (function.count(disassembly.WIDE_STORE) > 0) == aligned
+    assert (function.count(disassembly.WIDE_LOAD) > 0) == aligned
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dist", "k", "extra", "ceiling"),
+    [
+        ("bf16", "normal", 1, {}, 24.0),
+        ("bf16", "normal", 1, {"table": True}, 24.0),
+        ("fp32", "normal", 1, {"table": True, "decay": True}, 24.0),
+        ("fp16", "normal", 1, {"rounding": True}, 40.0),
+        ("bf16", "rademacher", 1, {"table": True}, 6.0),
+    ],
+)
+def test_instructions_per_element(dtype, dist, k, extra, ceiling):
+    figure = per_element(compiled(90, dtype, dist, k, **extra), dist)
+    floor = 14 if dist == "normal" else 3  # fewer would mean that the count lost the kernel
+    assert floor < figure <= ceiling
+
+
+def test_directions_known_at_run_time_cost_one_loop_each():
+    assert 18 < sass(compiled(90, "bf16", "normal", None)).loop_size() / 32 <= 23
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_derive_seed_compiles(arch):
+    pointers = dict.fromkeys(("out_ptr", "run_seed_ptr", "step_ptr", "k_ptr"), "*i64")
+    signature = {**pointers, "numel": "i64", "BLOCK": "constexpr"}
+    source = ASTSource(seeds.derive_seed_kernel, signature=signature, constexprs={"BLOCK": 128})
+    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4})
+    assert sass(kernel).count(disassembly.LOCAL) == 0
+
+
+class FakeDriver:
+    """Enough of a driver for Triton to compile what a launch asks for, without launching it."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def test_launch_binds_and_values_do_not_recompile(monkeypatch):
+    """The launcher's own calls compile, and numel, offset, stream and K > UNROLLED are not specialised by value."""
+    driver = triton.runtime.driver
+    monkeypatch.setattr(type(driver), "active", property(lambda self: FakeDriver()))
+    asked = []
+
+    class Compiled:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def launch_one(*args, **options):
+                asked.append((self.kernel.__name__, grid, self.kernel.warmup(*args, grid=grid, **options).hash))
+
+            return launch_one
+
+    for kernel in ("combine_kernel", "combine_table_kernel"):
+        monkeypatch.setattr(launch, kernel, Compiled(getattr(launch, kernel)))
+    coeffs = lambda k: (torch.zeros(k, dtype=torch.int64), torch.zeros(k))
+    theta = torch.zeros(70000, dtype=torch.bfloat16)
+    for numel, offset, stream, k in ((70000, 0, 1, 3), (1, 8, 2**32 - 1, 5), (16, 2**40, 0, 16), (17, 2**33, 16, 4)):
+        piece = [theta[:numel]]
+        launch.combine(piece, piece, *coeffs(k), [stream], [offset], "rademacher", None, None)
+    assert len(asked) == 4
+    assert len({key for _, _, key in asked}) == 1, asked
+    assert [grid for _, grid, _ in asked] == [(5,), (1,), (1,), (1,)]
+    asked.clear()
+    pieces = [theta[:5], theta[8:70], theta[80:80], theta[81:90]]
+    launch.combine(pieces, pieces, *coeffs(1), [0] * 4, [0] * 4, "rademacher", torch.ones(1), torch.zeros(1).long())
+    assert [(name, grid) for name, grid, _ in asked] == [("combine_table_kernel", (2,)), ("combine_kernel", (1,))]

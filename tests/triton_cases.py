@@ -1,0 +1,262 @@
+"""Cases for the triton backend in Triton's interpreter, run by test_triton.py in one process of their own.
+
+The interpreter must be asked for before Triton is imported, and the compile tests need the compiler, so both cannot live in
+one process.  ``python triton_cases.py`` runs every case, or those named, and prints one JSON line for each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+SEED = int(os.environ.get("ZOKERNELS_TEST_SEED") or int.from_bytes(os.urandom(4), "little"))
+GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
+DTYPES = ("float32", "bfloat16", "float16")
+PROGRAM = 16384  # logical indices of one program
+
+CASES: dict[str, Callable[[], None]] = {}
+
+
+def case(name: str, *args):
+    def register(function):
+        CASES[name] = lambda: function(*args)
+        return function
+
+    return register
+
+
+def bits(x):
+    """Integers with the bits of ``x``; every NaN becomes one."""
+    import torch
+
+    x = torch.where(x.isnan(), torch.full_like(x, float("nan")), x)
+    return x.view(torch.int32 if x.element_size() == 4 else torch.int16)
+
+
+def check(dtype, dist, sizes, offsets, *, k=1, decay=None, rounding=None, slides=(0,), fill=None, in_place=True):
+    """Triton equals reference on tensors that slide over sentinel buffers, and leaves the neighbours alone."""
+    import torch
+    from zokernels.backends import get
+
+    torch.manual_seed(SEED)
+    dtype = getattr(torch, dtype)
+    seeds = torch.randint(-(2**63), 2**63 - 1, (k,))
+    coeffs = torch.randn(k) * 0.3
+    decay = None if decay is None else torch.tensor([decay])
+    rounding = None if rounding is None else torch.tensor([rounding])
+    slides = [slides[i % len(slides)] for i in range(len(sizes))]
+    streams = [int(s) for s in torch.randint(0, 2**32, (len(sizes),))]
+    results = []
+    values = [torch.randn(n) if fill is None else fill(n) for n in sizes]
+    for name in ("triton", "reference"):
+        buffers = [torch.full((s + n + 16,), 7.0).to(dtype) for s, n in zip(slides, sizes, strict=True)]
+        out = [b[s : s + n] for b, s, n in zip(buffers, slides, sizes, strict=True)]
+        theta = [v.to(dtype) for v in values]
+        if in_place:
+            for o, t in zip(out, theta, strict=True):
+                o.copy_(t)
+        before = [t.clone() for t in theta]
+        get(name).combine(out, out if in_place else theta, seeds, coeffs, streams, offsets, dist, decay, rounding)
+        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(theta, before, strict=True)), f"{name} changed theta"
+        results.append(buffers)
+    for i, (ours, theirs) in enumerate(zip(*results, strict=True)):
+        wrong = (bits(ours) != bits(theirs)).nonzero().flatten()
+        if wrong.numel():
+            at = int(wrong[0])
+            raise AssertionError(
+                f"{wrong.numel()} of {sizes[i]} elements of tensor {i} (offset {offsets[i]}, slide {slides[i]}) differ, first "
+                f"at {at - slides[i]}: {ours[at].item()!r} instead of {theirs[at].item()!r}"
+            )
+
+
+@case("philox: Random123 known answers")
+def _():
+    global philox, tl  # a kernel sees globals, no closure
+    import torch
+    import triton
+    import triton.language as tl
+    from zokernels.backends.triton.philox import philox
+
+    @triton.jit
+    def kernel(out, counter, key):
+        c0, c1 = tl.load(counter).to(tl.uint32), tl.load(counter + 1).to(tl.uint32)
+        c2, c3 = tl.load(counter + 2).to(tl.uint32), tl.load(counter + 3).to(tl.uint32)
+        w0, w1, w2, w3 = philox(c0, c1, c2, c3, tl.load(key))
+        tl.store(out, w0.to(tl.int64))
+        tl.store(out + 1, w1.to(tl.int64))
+        tl.store(out + 2, w2.to(tl.int64))
+        tl.store(out + 3, w3.to(tl.int64))
+
+    for kat in GOLDEN["philox_kat"]:
+        counter = torch.tensor([int(c, 16) for c in kat["counter"]])
+        k0, k1 = (int(k, 16) for k in kat["key"])
+        out = torch.zeros(4, dtype=torch.int64)
+        kernel[(1,)](out, counter, torch.tensor([(k1 - (k1 >> 31 << 32)) << 32 | k0]))
+        got = [f"{w & 0xFFFFFFFF:08x}" for w in out.tolist()]
+        assert got == kat["out"], f"expected {kat['out']}, got {got}"
+
+
+@case("golden: normal", "normal")
+@case("golden: rademacher", "rademacher")
+def _(dist):
+    import torch
+    import zokernels
+
+    for vector in GOLDEN[dist]:
+        with zokernels.backend("triton"):
+            z = zokernels.noise(
+                vector["n"], seed=int(vector["seed"], 16), stream=vector["stream"], offset=vector["offset"], dist=dist
+            )
+        if dist == "normal":
+            got = [f"{b & 0xFFFFFFFF:08x}" for b in z.view(torch.int32).tolist()]
+        else:
+            got = "".join("+" if x == 1 else "-" if x == -1 else "?" for x in z.tolist())
+        assert got == vector["z"], f"{vector}: got {got}"
+
+
+@case("golden: derive_seed")
+def _():
+    import torch
+    import zokernels
+
+    for vector in GOLDEN["derive_seed"]:
+        run_seed = torch.tensor(zokernels.contract.seed_to_int64(int(vector["run_seed"], 16)))
+        with zokernels.backend("triton"):
+            seed = zokernels.derive_seed(run_seed, vector["step"], vector["k"])
+        got = f"{seed.item() & (2**64 - 1):016x}"
+        assert got == vector["seed"], f"{vector}: got {got}"
+
+
+@case("derive_seed: equals reference")
+def _():
+    import torch
+    from zokernels.backends import get
+
+    torch.manual_seed(SEED)
+    run_seed, step = (torch.randint(-(2**63), 2**63 - 1, (3, 50)) for _ in range(2))
+    k = torch.randint(0, 2**32, (3, 50))
+    assert torch.equal(get("triton").derive_seed(run_seed, step, k), get("reference").derive_seed(run_seed, step, k))
+    empty = torch.empty(0, dtype=torch.int64)
+    assert get("triton").derive_seed(empty, empty, empty).shape == (0,)
+
+
+# Small tensors take the masked path alone; together they go through the pointer table.
+_SIZES, _OFFSETS = [1, 0, 300, 21], [5, 0, 2**33 + 8, 16380]
+for _dist in ("normal", "rademacher"):
+    for _dtype in DTYPES:
+        for _rounding in (None, 11):
+            _name = f"{_dist} {_dtype} {'nearest' if _rounding is None else 'stochastic'}"
+
+            @case(f"edges: {_name}", _dist, _dtype, _rounding)
+            def _(dist, dtype, rounding):
+                check(dtype, dist, _SIZES, _OFFSETS, k=2, decay=0.9, rounding=rounding)
+
+    for _k in (0, 1, 2, 7):
+
+        @case(f"directions: {_dist} K={_k}", _dist, _k)
+        def _(dist, k):
+            check("bfloat16", dist, [130], [2**35 + 3], k=k)
+
+    @case(f"alignment: {_dist}", _dist)
+    def _(dist):
+        # Every slide of the pointer against an offset that is a multiple of eight, and one that is not.
+        check("bfloat16", dist, [23] * 8, [16 + (i % 3 == 1) for i in range(8)], slides=range(8))
+        check("float32", dist, [23] * 4, [16, 16, 19, 16], slides=range(4))
+
+    @case(f"offsets: {_dist}", _dist)
+    def _(dist):
+        # 2^35 is where block_hi of the normals steps, 2^39 where that of the Rademacher blocks does.
+        offsets = [2**35 - 5, 2**39 - 9, 2**32 - 1, 2**63 - 1 - 40]
+        check("float32", dist, [40] * 4, offsets)
+
+    @case(f"out of place: {_dist}", _dist)
+    def _(dist):
+        check("bfloat16", dist, [100, 33], [0, 4], in_place=False, slides=(8, 1))
+
+
+@case("tails: rademacher")
+def _():
+    sizes = [0, 1, 2, 7, 8, 9, 15, 17, 4095, 4096, 4097, 4100]
+    check("bfloat16", "rademacher", sizes, [0] * len(sizes))
+
+
+@case("tails: normal")
+def _():
+    sizes = [2, 7, 9, 17, 1025]
+    check("float32", "normal", sizes, [0] * len(sizes))
+
+
+# A whole program takes the path without masks: PROGRAM elements from a multiple of PROGRAM, with an edge on both sides.
+for _dtype in DTYPES:
+
+    @case(f"whole program: normal {_dtype}", _dtype)
+    def _(dtype):
+        check(dtype, "normal", [PROGRAM + 24], [PROGRAM - 8], rounding=None if dtype == "float16" else 5)
+
+    @case(f"whole program: rademacher {_dtype}", _dtype)
+    def _(dtype):
+        check(dtype, "rademacher", [PROGRAM + 24], [2**39 + PROGRAM - 8], k=2, decay=0.99, rounding=9)
+
+
+@case("whole program: normal, run-time K")
+def _():
+    check("bfloat16", "normal", [PROGRAM], [0], k=3)
+
+
+@case("whole program: rademacher, run-time K")
+def _():
+    check("bfloat16", "rademacher", [PROGRAM, PROGRAM + 9], [0, 2**33 - PROGRAM], k=3)
+
+
+def _extremes(n):
+    """NaN, infinities, zeros, subnormals, the largest values and powers of two down to the last subnormal."""
+    import torch
+
+    special = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-40, -1e-45, 3.3895e38, -3.3895e38, 65504.0, -65504.0]
+    values = torch.tensor(special + [s * 2.0**-e for e in range(10, 28) for s in (1, -1, 1.37)])
+    return values.repeat(-(-n // values.numel()))[:n]
+
+
+for _dtype in DTYPES:
+
+    @case(f"extremes: {_dtype}", _dtype)
+    def _(dtype):
+        for rounding in (None, 3):
+            check(dtype, "normal", [200], [0], k=0, fill=_extremes, rounding=rounding)
+            check(dtype, "rademacher", [200], [0], k=1, decay=1.1e-4, fill=_extremes, rounding=rounding)
+            check(dtype, "rademacher", [200], [0], k=1, decay=1e-8, fill=lambda n: _extremes(n) * 1e4, rounding=rounding)
+
+
+@case("table: kept per addresses, offsets and streams")
+def _():
+    from zokernels.backends.triton.launch import _table
+
+    before = _table.cache_info().hits
+    for _ in range(2):
+        check("float32", "rademacher", [5, 9], [0, 3])
+    rows = ((64, 64, 5, 0, 1), (128, 256, 40000, 16383, 2))
+    import torch
+
+    table, owner = _table(torch.device("cpu"), 0, rows)
+    assert table.tolist() == [[64, 64, 5, 0, 1, 0], [128, 256, 40000, 16383, 2, 1]], table
+    assert owner.tolist() == [0, 1, 1, 1, 1], owner
+    assert _table(torch.device("cpu"), 0, rows)[0] is table and _table.cache_info().hits > before
+
+
+def main(names: list[str]) -> None:
+    for name in names or CASES:
+        start, detail = time.perf_counter(), ""
+        try:
+            CASES[name]()
+        except Exception:  # noqa: BLE001 - a case may fail in any way; its test shows how
+            detail = f"ZOKERNELS_TEST_SEED={SEED}\n{traceback.format_exc()}"
+        print(json.dumps({"case": name, "detail": detail, "seconds": round(time.perf_counter() - start, 2)}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
