@@ -53,9 +53,9 @@ class Instruction:
 
     @property
     def target(self) -> str | None:
-        """Label that a branch may go to."""
+        """Label that a branch may go to.  On sm_80 a CALL.REL to a label of the function serves as a far branch."""
         found = _TARGET.search(self.operands)
-        return found[1] if found and self.opcode.split(".")[0] in ("BRA", "JMP") else None
+        return found[1] if found and self.opcode.split(".")[0] in ("BRA", "JMP", "CALL") else None
 
     @property
     def falls_through(self) -> bool:

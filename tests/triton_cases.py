@@ -1,7 +1,7 @@
 """Cases for the triton backend in Triton's interpreter, run by test_triton.py in one process of their own.
 
-The interpreter must be asked for before Triton is imported, and the compile tests need the compiler, so both cannot live in
-one process.  ``python triton_cases.py`` runs every case, or those named, and prints one JSON line for each.
+The interpreter must be asked for before Triton is imported, and the compile tests need the compiler, so both cannot
+live in one process.  ``python triton_cases.py`` runs every case, or those named, and prints one JSON line for each.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def bits(x):
 def check(dtype, dist, sizes, offsets, *, k=1, decay=None, rounding=None, slides=(0,), fill=None, in_place=True):
     """Triton equals reference on tensors that slide over sentinel buffers, and leaves the neighbours alone."""
     import torch
+
     from zokernels.backends import get
 
     torch.manual_seed(SEED)
@@ -69,8 +70,8 @@ def check(dtype, dist, sizes, offsets, *, k=1, decay=None, rounding=None, slides
         if wrong.numel():
             at = int(wrong[0])
             raise AssertionError(
-                f"{wrong.numel()} of {sizes[i]} elements of tensor {i} (offset {offsets[i]}, slide {slides[i]}) differ, first "
-                f"at {at - slides[i]}: {ours[at].item()!r} instead of {theirs[at].item()!r}"
+                f"{wrong.numel()} of {sizes[i]} elements of tensor {i} (offset {offsets[i]}, slide {slides[i]}) differ,"
+                f" first at {at - slides[i]}: {ours[at].item()!r} instead of {theirs[at].item()!r}"
             )
 
 
@@ -80,6 +81,7 @@ def _():
     import torch
     import triton
     import triton.language as tl
+
     from zokernels.backends.triton.philox import philox
 
     @triton.jit
@@ -105,6 +107,7 @@ def _():
 @case("golden: rademacher", "rademacher")
 def _(dist):
     import torch
+
     import zokernels
 
     for vector in GOLDEN[dist]:
@@ -122,6 +125,7 @@ def _(dist):
 @case("golden: derive_seed")
 def _():
     import torch
+
     import zokernels
 
     for vector in GOLDEN["derive_seed"]:
@@ -135,6 +139,7 @@ def _():
 @case("derive_seed: equals reference")
 def _():
     import torch
+
     from zokernels.backends import get
 
     torch.manual_seed(SEED)
@@ -217,7 +222,8 @@ def _extremes(n):
     """NaN, infinities, zeros, subnormals, the largest values and powers of two down to the last subnormal."""
     import torch
 
-    special = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-40, -1e-45, 3.3895e38, -3.3895e38, 65504.0, -65504.0]
+    inf, nan = float("inf"), float("nan")
+    special = [nan, inf, -inf, 0.0, -0.0, 1e-40, -1e-45, 3.3895e38, -3.3895e38, 65504.0, -65504.0]
     values = torch.tensor(special + [s * 2.0**-e for e in range(10, 28) for s in (1, -1, 1.37)])
     return values.repeat(-(-n // values.numel()))[:n]
 
@@ -229,23 +235,50 @@ for _dtype in DTYPES:
         for rounding in (None, 3):
             check(dtype, "normal", [200], [0], k=0, fill=_extremes, rounding=rounding)
             check(dtype, "rademacher", [200], [0], k=1, decay=1.1e-4, fill=_extremes, rounding=rounding)
-            check(dtype, "rademacher", [200], [0], k=1, decay=1e-8, fill=lambda n: _extremes(n) * 1e4, rounding=rounding)
+            large = lambda n: _extremes(n) * 1e4
+            check(dtype, "rademacher", [200], [0], k=1, decay=1e-8, fill=large, rounding=rounding)
 
 
-@case("table: kept per addresses, offsets and streams")
+@case("more than 2^31 elements")
 def _():
-    from zokernels.backends.triton.launch import _table
+    """Programs 2^18 and 2^18 + 1 of a tensor of 2^32 + 16404 elements, of which only the last 16404 exist."""
+    import torch
+    import triton.language as tl
 
-    before = _table.cache_info().hits
-    for _ in range(2):
-        check("float32", "rademacher", [5, 9], [0, 3])
-    rows = ((64, 64, 5, 0, 1), (128, 256, 40000, 16383, 2))
+    from zokernels.backends import get
+    from zokernels.backends.triton.combine import combine_table_kernel
+
+    skipped, n = 2**32, PROGRAM + 20
+    ours, theirs = (torch.linspace(-1, 1, n).bfloat16() for _ in range(2))
+    seeds, coeffs = torch.tensor([SEED]), torch.tensor([0.1])
+    address = ours.data_ptr() - skipped * ours.element_size()
+    rows = torch.tensor([[address, address, skipped + n, 0, 9, -skipped // PROGRAM]])
+    owner = torch.zeros(2, dtype=torch.int32)
+    for domain, dist in ((1, "normal"), (2, "rademacher")):
+        combine_table_kernel[(2,)](
+            rows, owner, seeds, coeffs, 1, None, None, DTYPE=tl.bfloat16, DOMAIN=domain, K=1, ALIGNED=True
+        )
+        get("reference").combine([theirs], [theirs], seeds, coeffs, [9], [skipped], dist, None, None)
+        assert torch.equal(bits(ours), bits(theirs)), dist
+
+
+@case("table: built once for the same addresses, offsets and streams")
+def _():
     import torch
 
-    table, owner = _table(torch.device("cpu"), 0, rows)
-    assert table.tolist() == [[64, 64, 5, 0, 1, 0], [128, 256, 40000, 16383, 2, 1]], table
-    assert owner.tolist() == [0, 1, 1, 1, 1], owner
-    assert _table(torch.device("cpu"), 0, rows)[0] is table and _table.cache_info().hits > before
+    from zokernels.backends.triton import table
+
+    cpu = torch.device("cpu")
+    rows = ((64, 64, 5, 0, 1), (128, 256, 40000, 16383, 2))
+    first = table.table_of(cpu, rows)
+    assert first.rows.tolist() == [[64, 64, 5, 0, 1, 0], [128, 256, 40000, 16383, 2, 1]], first.rows
+    assert first.owner.tolist() == [0, 1, 1, 1, 1], first.owner
+    assert table.table_of(cpu, rows) is first
+    assert table.table_of(cpu, ((64, 64, 5, 0, 3), rows[1])) is not first
+    for i in range(table.KEPT):
+        table.table_of(cpu, ((i, i, 1, 0, 0),))
+    assert len(table._tables) == table.KEPT
+    assert table.table_of(cpu, rows) is not first
 
 
 def main(names: list[str]) -> None:
@@ -253,9 +286,10 @@ def main(names: list[str]) -> None:
         start, detail = time.perf_counter(), ""
         try:
             CASES[name]()
-        except Exception:  # noqa: BLE001 - a case may fail in any way; its test shows how
+        except Exception:  # a case may fail in any way; its test shows how
             detail = f"ZOKERNELS_TEST_SEED={SEED}\n{traceback.format_exc()}"
-        print(json.dumps({"case": name, "detail": detail, "seconds": round(time.perf_counter() - start, 2)}), flush=True)
+        seconds = round(time.perf_counter() - start, 2)
+        print(json.dumps({"case": name, "detail": detail, "seconds": seconds}), flush=True)
 
 
 if __name__ == "__main__":

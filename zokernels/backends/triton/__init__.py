@@ -14,7 +14,8 @@ def load() -> Backend:
         raise BackendUnavailable(f"triton: cannot import triton ({error}); `pip install triton` installs it") from error
     if torch.version.hip is not None:
         raise BackendUnavailable(
-            "triton: expected an NVIDIA build of torch, got ROCm (the kernels hold PTX); ZOKERNELS_BACKEND=reference runs"
+            "triton: expected an NVIDIA build of torch, got ROCm, and the kernels hold PTX; "
+            "ZOKERNELS_BACKEND=reference runs"
         )
     from .device import DEVICES
     from .launch import combine

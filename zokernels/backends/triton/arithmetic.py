@@ -1,7 +1,7 @@
 """The few operations that Triton's language lacks or rounds differently in its interpreter.  Each is exact IEEE fp32.
 
-Compiled, an operation is the one instruction (or the inline PTX) named beside it.  In the interpreter kernels run in NumPy,
-which has no fma, so it is computed from exact float64 pieces; tests there then hold for the compiled code as well.
+Compiled, an operation is the one instruction (or the inline PTX) named beside it.  In the interpreter kernels run in
+NumPy, which has no fma, so it is computed from exact float64 pieces; tests there then hold for the compiled code too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _INF = tl.constexpr(float("inf"))
 def fma(a, b, c):
     """a * b + c, rounded once.  fma.rn.f32"""
     if INTERPRET:
-        # a * b is exact in float64.  The sum is rounded to odd there (Boldo and Melquiond, 2008): then fp32 rounds right.
+        # a * b is exact in float64.  The sum is rounded to odd (Boldo and Melquiond, 2008): then fp32 rounds right.
         p, d = tl.cast(a, tl.float64) * tl.cast(b, tl.float64), tl.cast(c, tl.float64)
         s = p + d
         t = s - p
@@ -36,8 +36,8 @@ def fma(a, b, c):
 def sqrt(s):
     """sqrt(s) to nearest even, for 2^-100 < s < 2^100.
 
-    The fast path of sqrt.rn.f32.  Its range check and slow path cost 2.5 instructions more per normal.  A normal s does not
-    notice the .ftz of rsqrt, which saves the rescaling of subnormal ones.
+    The fast path of sqrt.rn.f32, whose range check and slow path cost 2.5 instructions more per normal.  A normal s
+    does not notice the .ftz of rsqrt, which saves the rescaling of subnormal ones.
     """
     if INTERPRET:
         return tl.sqrt_rn(s)

@@ -1,8 +1,8 @@
 """combine: theta = round(decay * theta + sum_k c_k z_k), one pass, in Triton.
 
-A program owns PROGRAM consecutive logical indices that begin at a multiple of PROGRAM, whatever the offset: so blocks of
-eight normals and Rademacher tiles lie whole in one program, and the high word of its block index is one scalar.  A thread
-owns whole blocks of eight elements, and a block is one 16-byte access (two in fp32).
+A program owns PROGRAM consecutive logical indices that begin at a multiple of PROGRAM, whatever the offset: so blocks
+of eight normals and Rademacher tiles lie whole in one program, and the high word of its block index is one scalar.  A
+thread owns whole blocks of eight elements, and a block is one 16-byte access (two in fp32).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PROGRAM, _PROGRAM_SHIFT = tl.constexpr(PROGRAM), tl.constexpr(PROGRAM.bit_lengt
 _NORMAL, _RADEMACHER = tl.constexpr(DOMAIN_NORMAL), tl.constexpr(DOMAIN_RADEMACHER)
 _ROUNDING = tl.constexpr(DOMAIN_ROUNDING)
 _THREADS = tl.constexpr(32 * NUM_WARPS)
-#: Blocks a thread handles at once where nothing is masked: four loads in flight, 24.5 instructions per element.
+#: Blocks a thread handles at once where nothing is masked: four loads in flight.
 _BLOCKS = tl.constexpr(4)
 
 
@@ -193,7 +193,8 @@ def _program(
 
 @triton.jit(do_not_specialize=["numel", "offset", "stream", "num_k"])
 def combine_kernel(
-    out, theta, numel: tl.int64, offset: tl.int64, stream: tl.int64, seeds, coeffs, num_k: tl.int32, decay, rounding_seed,
+    out, theta, numel: tl.int64, offset: tl.int64, stream: tl.int64,
+    seeds, coeffs, num_k: tl.int32, decay, rounding_seed,
     DOMAIN: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One tensor."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from ...contract import DISTS
-from .combine import NUM_WARPS, PROGRAM, combine_kernel, combine_table_kernel
+from .combine import NUM_WARPS, combine_kernel, combine_table_kernel
 from .device import on_device
+from .table import Row, programs, table_of
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -20,36 +19,11 @@ UNROLLED = 2
 #: enable_fp_fusion=False: a product and a sum of the contract must stay two roundings.
 _OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
 
-#: (out address, theta address, numel, offset, stream) of one tensor
-Row = tuple[int, int, int, int, int]
-
-
-def _row(target: Tensor, theta: Tensor, stream: int, offset: int) -> Row:
-    return target.data_ptr(), theta.data_ptr(), theta.numel(), offset, stream
-
 
 def is_aligned(row: Row) -> bool:
     """Whether every block of eight lies on 16 bytes, so that whole programs move 16 bytes at a time."""
     target, theta, _, offset, _ = row
     return target % 16 == 0 and theta % 16 == 0 and offset % 8 == 0
-
-
-def programs(numel: int, offset: int) -> int:
-    """Programs of one tensor: the aligned spans of PROGRAM logical indices that it touches."""
-    return (offset + numel - 1) // PROGRAM - offset // PROGRAM + 1
-
-
-@functools.lru_cache(maxsize=128)
-def _table(device: torch.device, cuda_stream: int, rows: tuple[Row, ...]) -> tuple[Tensor, Tensor]:
-    """Device copy of ``rows`` with each one's first program, and the row of every program.
-
-    Keyed on everything it holds, so that a stale one is never used, and on the stream that its copy was queued on.
-    """
-    counts = torch.tensor([programs(numel, offset) for _, _, numel, offset, _ in rows])
-    firsts = counts.cumsum(0) - counts
-    table = torch.cat((torch.tensor(rows, dtype=torch.int64), firsts[:, None]), dim=1)
-    owner = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), counts)
-    return table.to(device), owner.to(device)
 
 
 def combine(
@@ -70,20 +44,17 @@ def combine(
     groups: dict[bool, list[tuple[Tensor, Tensor, Row]]] = {True: [], False: []}
     for target, theta, stream, offset in zip(out, params, streams, offsets, strict=True):
         if theta.numel():
-            row = _row(target, theta, stream, offset)
+            row = (target.data_ptr(), theta.data_ptr(), theta.numel(), offset, stream)
             groups[is_aligned(row)].append((target, theta, row))
     with on_device(device):
-        # A captured graph would outlive a table in the cache; the launches that tables save cost a graph nothing.
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         for aligned, group in groups.items():
-            if len(group) > 1 and not capturing:
-                cuda_stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-                table, owner = _table(device, cuda_stream, tuple(row for _, _, row in group))
-                combine_table_kernel[(owner.numel(),)](
-                    table, owner, *scalars, DTYPE=_DTYPES[dtype], ALIGNED=aligned, **variant
+            table = table_of(device, tuple(row for _, _, row in group)) if len(group) > 1 else None
+            if table is not None:
+                combine_table_kernel[(table.owner.numel(),)](
+                    table.rows, table.owner, *scalars, DTYPE=_DTYPES[dtype], ALIGNED=aligned, **variant
                 )
-            else:
-                for target, theta, (_, _, numel, offset, stream) in group:
-                    combine_kernel[(programs(numel, offset),)](
-                        target, theta, numel, offset, stream, *scalars, ALIGNED=aligned, **variant
-                    )
+                continue
+            for target, theta, (_, _, numel, offset, stream) in group:
+                combine_kernel[(programs(numel, offset),)](
+                    target, theta, numel, offset, stream, *scalars, ALIGNED=aligned, **variant
+                )

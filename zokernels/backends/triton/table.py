@@ -1,0 +1,70 @@
+"""Device copies of pointer tables, kept between calls: a step with the same tensors copies nothing to the device."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .combine import PROGRAM
+
+#: (out address, theta address, numel, offset, stream) of one tensor
+Row = tuple[int, int, int, int, int]
+
+#: Tables kept.  One takes 4 bytes for 16384 elements and 48 for a tensor: 128 of them at most 1.6% of bf16 parameters.
+KEPT = 128
+
+
+class Table(NamedTuple):
+    rows: Tensor  # int64 [n, 6]: a Row and the row's first program
+    owner: Tensor  # int32 [programs]: the row of each program
+    cuda_stream: int  # the stream whose allocations they are
+
+
+def programs(numel: int, offset: int) -> int:
+    """Programs of one tensor: the aligned spans of PROGRAM logical indices that it touches."""
+    return (offset + numel - 1) // PROGRAM - offset // PROGRAM + 1
+
+
+def build(device: torch.device, rows: tuple[Row, ...]) -> Table:
+    """The copy waits for its end, so that any stream may read the table; it is paid once for new addresses."""
+    counts = torch.tensor([programs(numel, offset) for _, _, numel, offset, _ in rows])
+    firsts = counts.cumsum(0) - counts
+    table = torch.cat((torch.tensor(rows, dtype=torch.int64), firsts[:, None]), dim=1)
+    owner = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), counts)
+    return Table(table.to(device), owner.to(device), _current_stream(device))
+
+
+def _current_stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+_tables: OrderedDict[tuple[torch.device, tuple[Row, ...]], Table] = OrderedDict()
+_captured: list[Table] = []
+_lock = threading.Lock()
+
+
+def table_of(device: torch.device, rows: tuple[Row, ...]) -> Table | None:
+    """The table of ``rows``, or None where it would have to be built while a CUDA graph is captured.
+
+    The key is everything that a table holds, so none is ever stale.  What a graph has captured is kept for good.
+    """
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    with _lock:
+        table = _tables.get((device, rows))
+        if table is None:
+            if capturing:
+                return None
+            table = _tables[device, rows] = build(device, rows)
+            if len(_tables) > KEPT:
+                _tables.popitem(last=False)
+        _tables.move_to_end((device, rows))
+        if capturing:
+            _captured.append(table)
+    if table.cuda_stream != _current_stream(device):
+        for tensor in (table.rows, table.owner):
+            tensor.record_stream(torch.cuda.current_stream(device))
+    return table
