@@ -33,11 +33,14 @@ class ExactProbe:
     def at(self, sign: int) -> Iterator[None]:
         mode = Substitution(self.buckets, self.seeds, self.pool, sign)
         hook = register_module_forward_pre_hook(self._check_module)
+        cached = torch.is_autocast_cache_enabled()
         try:
+            torch.set_autocast_cache_enabled(False)  # it would keep a cast of every copy: a second model
             # A graph of torch.compile takes parameters as hidden inputs; run eagerly, it calls functions that we see.
             with torch.compiler.set_stance("force_eager"), mode:
                 yield
         finally:
+            torch.set_autocast_cache_enabled(cached)
             hook.remove()
         self._check_seen(mode.seen)
 

@@ -17,11 +17,11 @@ from .scratch import ScratchPool
 
 _GETTERS = """shape dtype device layout requires_grad is_leaf grad grad_fn ndim itemsize nbytes name output_nr
     retains_grad is_cuda is_cpu is_sparse is_sparse_csr is_quantized is_meta is_mps is_xpu is_nested is_mkldnn is_mtia
-    is_xla is_vulkan is_ipu is_maia names _version _backward_hooks _grad""".split()
+    is_xla is_vulkan is_ipu is_maia names _version _backward_hooks _grad""".split()  # noqa: SIM905
 _METHODS = """size dim ndimension numel nelement stride storage_offset is_contiguous is_floating_point is_complex
     is_signed is_inference is_conj is_neg is_pinned is_shared is_coalesced is_same_size element_size get_device
     requires_grad_ register_hook register_post_accumulate_grad_hook retain_grad _is_view has_names
-    __len__ __hash__""".split()
+    __len__ __hash__""".split()  # noqa: SIM905
 
 
 def _metadata() -> frozenset:
@@ -45,8 +45,10 @@ def _metadata() -> frozenset:
 _METADATA = _metadata()
 #: These give out an address without a reference to its memory: the copy lives to the end of the forward.
 _ADDRESS = frozenset((Tensor.data_ptr, Tensor.__cuda_array_interface__.__get__))
+_SET_DATA = Tensor.data.__set__
 #: Writes whose name does not end in a single underscore.
-_WRITES = frozenset(f"__{n}__" for n in "setitem iadd isub imul itruediv ifloordiv imod ipow iand ior ixor".split())
+_OPERATORS = "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor setitem".split()  # noqa: SIM905
+_WRITES = frozenset(f"__{name}__" for name in _OPERATORS)
 
 USE_INPLACE = "use restore='inplace', which perturbs the parameters themselves"
 
@@ -131,7 +133,7 @@ class Substitution(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in _METADATA:
             return func(*args, **kwargs)
-        if func is Tensor.data.__set__ and id(args[0]) in found:
+        if func == _SET_DATA and id(args[0]) in found:  # method wrappers are made anew at each look-up
             self._refuse_write(func)
         copies, arenas = self._perturb(found)
         versions = [a._version for a in arenas]
@@ -155,7 +157,9 @@ class Substitution(TorchFunctionMode):
             out = self.pool.like(params)
             combine(out, params, self.seeds[bucket.device], self._coeffs[id(bucket)], streams=streams,
                     dist=bucket.group["dist"])  # fmt: skip
-            copies.update(zip(map(id, params), out, strict=True))
+            for param, copy in zip(params, out, strict=True):
+                # A leaf that requires grad, as the parameter: matmul picks its kernel by that, views of it included.
+                copies[id(param)] = copy.detach().requires_grad_()
             arenas.append(out[0])
         return copies, arenas
 
