@@ -49,7 +49,7 @@ class CMakeBuild(build_ext):
     def cmake(self, package: pathlib.Path) -> None:
         import pybind11
 
-        folder = pathlib.Path(self.build_temp).resolve()
+        folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"  # kept: the next build is incremental
         folder.mkdir(parents=True, exist_ok=True)
         torch = torch_folder()
         settings = {

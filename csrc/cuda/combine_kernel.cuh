@@ -17,11 +17,13 @@
 #define ZK_GLOBAL __global__ void __launch_bounds__(zk::cuda::kThreads)
 #define ZK_GRID_CONSTANT const __grid_constant__
 #define ZK_UNROLL _Pragma("unroll")
+#define ZK_NO_UNROLL _Pragma("unroll 1")
 #else
 #define ZK_DEVICE inline
 #define ZK_GLOBAL void
 #define ZK_GRID_CONSTANT const
 #define ZK_UNROLL
+#define ZK_NO_UNROLL
 #endif
 
 namespace zk::cuda {
@@ -30,6 +32,12 @@ ZK_DEVICE uint64_t seed_at(const int64_t* seeds, int k) { return static_cast<uin
 
 ZK_DEVICE Words<uint32_t> draw(const PhiloxKey& key, uint64_t block, uint32_t stream, Domain domain) {
   return philox<Scalar>(static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), stream, domain, key);
+}
+
+// Word byte / 4, without indexing registers by a variable, which would move them to memory.
+ZK_DEVICE uint32_t word_of(const Words<uint32_t>& x, int byte) {
+  const uint32_t low = byte & 4 ? x.w[1] : x.w[0], high = byte & 4 ? x.w[3] : x.w[2];
+  return byte & 8 ? high : low;
 }
 
 // The tensor whose chunks include `chunk`. The index is the same in all threads, so the table is read as constants.
@@ -149,6 +157,7 @@ ZK_GLOBAL combine_normal_kernel(ZK_GRID_CONSTANT CombineLaunch p) {
       dst[s * kThreads] = S::template pack<kRound>(acc, random);
     }
   } else {
+    ZK_NO_UNROLL
     for (int s = 0; s < kSteps; ++s) {
       const int64_t v = threadIdx.x + s * kThreads;
       const int64_t first = position + v * kVector;
@@ -198,7 +207,7 @@ ZK_GLOBAL combine_rademacher_kernel(ZK_GRID_CONSTANT CombineLaunch p) {
 
   // fma(c, +-1, acc) is acc +- c.
   const auto direction = [&](const Words<uint32_t>& w, float c, int byte, float acc[kVector]) {
-    const uint32_t word = w.w[byte / 4] >> (8 * (byte % 4));
+    const uint32_t word = word_of(w, byte) >> (8 * (byte % 4));
     ZK_UNROLL
     for (int e = 0; e < kVector; ++e) acc[e] = add(acc[e], signed_coefficient(word, e, c));
   };
@@ -249,7 +258,7 @@ ZK_GLOBAL combine_rademacher_kernel(ZK_GRID_CONSTANT CombineLaunch p) {
       }
     }
   } else {
-    ZK_UNROLL
+    ZK_NO_UNROLL
     for (int byte = 0; byte < kBytes; ++byte) {
       const int64_t first = position + (32 * byte + static_cast<int64_t>(lane)) * kVector;
       edge_vector<D, kRound>(in, out, first, t.numel, rounding_words(byte), [&](float acc[kVector]) {

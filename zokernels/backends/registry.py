@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import NoReturn
 
 from torch import Tensor
 
@@ -51,15 +52,15 @@ def _load(name: str) -> Backend | BackendUnavailable:
     return backend
 
 
-def _check_name(name: str, where: str) -> str:
-    if name not in NAMES:
-        raise ValueError(f"{where}: expected one of {', '.join(NAMES)}, got {name!r}")
-    return name
+def _unknown(name: str, where: str) -> NoReturn:
+    raise ValueError(f"{where}: expected one of {', '.join(NAMES)}, got {name!r}")
 
 
 def get(name: str) -> Backend:
     """The backend ``name``; raises :class:`BackendUnavailable` with the reason and the command that mends it."""
-    loaded = _load(_check_name(name, "backend"))
+    if name not in NAMES:
+        _unknown(name, "backend")
+    loaded = _load(name)
     if isinstance(loaded, BackendUnavailable):
         raise loaded
     return loaded
@@ -68,8 +69,10 @@ def get(name: str) -> Backend:
 def forced() -> str | None:
     """The backend asked for by :func:`backend` or ``ZOKERNELS_BACKEND``, if any."""
     name = _forced.get()
-    if name is None and (name := os.environ.get("ZOKERNELS_BACKEND") or None) is not None:
-        _check_name(name, "ZOKERNELS_BACKEND")
+    if name is None:
+        name = os.environ.get("ZOKERNELS_BACKEND") or "auto"
+        if name not in (*NAMES, "auto"):
+            _unknown(name, "ZOKERNELS_BACKEND")
     return None if name == "auto" else name
 
 

@@ -1,0 +1,46 @@
+# Each target does all its own set-up: `make test` and `make demo` work in a fresh clone.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check -q install -c constraints.txt
+# Here for tests and local use; wheels take setup.py's longer list.
+export TORCH_CUDA_ARCH_LIST ?= 9.0
+NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: test demo bench lint format clean gpu-check
+
+test: $(VENV)/tested lint
+	$(BIN)/python -m bench run --op combine --device cpu --tiny
+	$(BIN)/python -m pytest -q
+
+demo: $(VENV)/demo
+	$(BIN)/python examples/demo.py $(ARGS)
+
+bench: $(VENV)/built
+	$(BIN)/python -m bench run --op combine --device cpu $(ARGS)
+
+lint: $(VENV)/tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/tested
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist *.egg-info zokernels/lib zokernels/_host*.so $(VENV)
+
+# torch first and pinned: an unpinned torch, also in an isolated build environment, would fetch gigabytes of CUDA packages.
+$(VENV)/environment: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) setuptools cmake ninja pybind11 numpy
+	touch $@
+
+$(VENV)/built: $(VENV)/environment $(NATIVE)
+	$(PIP) --no-build-isolation --no-deps -e .
+	touch $@
+
+$(VENV)/tested: $(VENV)/built
+	$(PIP) pytest triton ruff matplotlib
+	touch $@

@@ -1,0 +1,186 @@
+"""combine against the reference, bit for bit, and the reference against its formula."""
+
+from __future__ import annotations
+
+import fractions
+
+import pytest
+import torch
+from helpers import DISTS, DTYPES, assert_same_bits, random_call, random_values, reference_result
+
+import zokernels
+from zokernels.backends.reference.combine import fma
+
+
+def test_reference_fma_rounds_once(rng):
+    """Against exact rational arithmetic, where float64 alone would round twice."""
+    a, b, c = (random_values(3000, torch.float32, rng) for _ in range(3))
+    # Halfway cases: c decides on which side of a rounding boundary the sum lies, far below float64's last bit.
+    a[:1000], b[:1000] = 1.0 + 2.0**-23 * torch.randint(0, 2**23, (1000,)), 1.0 + 2.0**-23
+    c[:1000] = a[:1000] * 2.0**-40 * torch.randn(1000)
+    got = fma(a, b, c)
+    for i in range(3000):
+        x, y, z = a[i].item(), b[i].item(), c[i].item()
+        if not all(map(torch.isfinite, (a[i], b[i], c[i]))):
+            continue
+        exact = fractions.Fraction(x) * fractions.Fraction(y) + fractions.Fraction(z)
+        if not torch.isfinite(got[i]):
+            assert abs(exact) > torch.finfo(torch.float32).max
+            continue
+        error = abs(fractions.Fraction(got[i].item()) - exact)
+        for direction in (float("inf"), float("-inf")):
+            neighbour = torch.nextafter(got[i], torch.tensor(direction))
+            if torch.isfinite(neighbour):
+                assert error <= abs(fractions.Fraction(neighbour.item()) - exact)
+
+
+@pytest.mark.parametrize("dist", DISTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_reference_follows_the_formula(dtype, dist, rng):
+    theta = (torch.randn(1000) * 0.02).to(dtype)
+    seeds, coeffs = [rng.getrandbits(64), rng.getrandbits(64)], [1e-2, -3e-3]
+    z = [zokernels.noise(1000, seed=s, stream=5, offset=11, dist=dist).double() for s in seeds]
+    want = 0.5 * theta.double() + 1e-2 * z[0] - 3e-3 * z[1]
+    with zokernels.backend("reference"):
+        zokernels.combine_(theta, seeds, coeffs, streams=5, offsets=11, dist=dist, decay=0.5)
+    # One rounding to dtype, and fp32 roundings below.
+    torch.testing.assert_close(theta.double(), want, rtol=torch.finfo(dtype).eps / 2 + 1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("repeat", range(12))
+def test_kernels_equal_reference(cpu_kernel, rng, repeat):
+    for _ in range(5):
+        buffers, parts, kwargs = random_call(rng)
+        want = reference_result(buffers, parts, kwargs)
+        got = [b.clone() for b in buffers]
+        zokernels.combine_([b[p] for b, p in zip(got, parts, strict=True)], **kwargs)
+        for a, b in zip(got, want, strict=True):  # the whole buffers: neighbours are not written
+            assert_same_bits(a, b, f"{cpu_kernel} {a.dtype} {kwargs}")
+
+
+@pytest.mark.parametrize("dist", DISTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernels_at_every_alignment_and_small_size(cpu_kernel, dtype, dist, rng):
+    for n in [*range(18), 31, 63, 64, 65, 127, 128, 129, 255, 4095, 4096, 4097, 4100]:
+        begin, offset = rng.randrange(9), rng.choice([0, rng.randrange(9), 4096 * 8 - 5])
+        buffers, _, kwargs = random_call(rng, sizes=[n], dtype=dtype, dist=dist, count=1, offsets=[offset])
+        parts = [slice(begin, begin + n)]
+        want = reference_result(buffers, parts, kwargs)
+        zokernels.combine_(buffers[0][parts[0]], **kwargs)
+        assert_same_bits(buffers[0], want[0], f"n {n}, begin {begin}, offset {offset}")
+
+
+def test_many_tensors_and_threads(cpu_kernel, rng):
+    """Work splits over threads inside tensors; no split may show."""
+    sizes = [rng.randrange(1, 3000) for _ in range(60)] + [200_001, 77_777]
+    rng.shuffle(sizes)
+    buffers, parts, kwargs = random_call(rng, sizes=sizes, count=1)
+    want = reference_result(buffers, parts, kwargs)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            got = [b.clone() for b in buffers]
+            zokernels.combine_([b[p] for b, p in zip(got, parts, strict=True)], **kwargs)
+            for a, b in zip(got, want, strict=True):
+                assert_same_bits(a, b, f"{count} threads {kwargs['dist']}")
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_out_of_place_equals_in_place(cpu_backend, rng):
+    for _ in range(10):
+        buffers, parts, kwargs = random_call(rng)
+        want = reference_result(buffers, parts, kwargs)
+        params = [b[p].clone() for b, p in zip(buffers, parts, strict=True)]
+        kept = [p.clone() for p in params]
+        out = [torch.full_like(p, 77.0) for p in params]
+        zokernels.combine(out, params, **kwargs)
+        for o, w, p, k, part in zip(out, want, params, kept, parts, strict=True):
+            assert_same_bits(o, w[part])
+            assert_same_bits(p, k)
+
+
+def test_split_anywhere_equals_whole(cpu_backend, rng):
+    """A shard that passes its offset computes what the unsharded parameter computes."""
+    buffers, _, kwargs = random_call(rng, sizes=[4000], offsets=[0])
+    whole, pieces = buffers[0].clone()[:4000], buffers[0].clone()[:4000]
+    zokernels.combine_(whole, **kwargs)
+    cuts = sorted(rng.randrange(4001) for _ in range(5))
+    for begin, end in zip([0, *cuts], [*cuts, 4000], strict=True):
+        zokernels.combine_(pieces[begin:end], **{**kwargs, "offsets": begin})
+    assert_same_bits(pieces, whole)
+
+
+def test_lists_and_numbers_are_accepted(cpu_backend):
+    theta = torch.randn(3, 5)
+    want = torch.empty_like(theta)
+    zokernels.combine(want, theta, torch.tensor([7]), torch.tensor([0.25]), streams=[3])
+    zokernels.combine_(theta, 7, 0.25, streams=3)
+    assert torch.equal(theta, want)
+    zokernels.combine_([], [], [], streams=[])
+    zokernels.combine_([torch.empty(0), torch.empty(0)], 1, 0.5, streams=[0, 1])
+
+
+def test_parameters_that_require_grad(cpu_backend):
+    theta = torch.nn.Parameter(torch.randn(10))
+    before, version = theta.detach().clone(), theta._version
+    zokernels.combine_([theta], 1, 0.5, streams=[0])
+    assert theta.requires_grad
+    assert theta._version > version  # autograd notices that saved tensors are stale
+    torch.testing.assert_close(theta.detach(), before + 0.5 * zokernels.noise(10, seed=1))
+
+
+@pytest.mark.large
+def test_more_than_2_31_elements(cpu_kernel):
+    n = 2**31 + 5
+    theta = torch.zeros(n, dtype=torch.bfloat16)
+    zokernels.combine_(theta, 9, 1.0, streams=4)
+    for at in (0, 2**31 - 3):
+        want = torch.zeros(8, dtype=torch.bfloat16)
+        zokernels.combine_(want, 9, 1.0, streams=4, offsets=at)
+        assert_same_bits(theta[at : at + 8], want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton", "reference"])
+@pytest.mark.parametrize("repeat", range(12))
+def test_gpu_equals_reference(backend, rng, repeat):
+    for _ in range(5):
+        buffers, parts, kwargs = random_call(rng, max_size=40000 if repeat % 3 == 0 else 4100)
+        want = reference_result(buffers, parts, kwargs)
+        got = [b.cuda() for b in buffers]
+        kwargs = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+        with zokernels.backend(backend):
+            zokernels.combine_([b[p] for b, p in zip(got, parts, strict=True)], **kwargs)
+        for a, b in zip(got, want, strict=True):
+            assert_same_bits(a, b, f"{backend} {a.dtype} {kwargs}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("dist", DISTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gpu_large(backend, dtype, dist, rng):
+    sizes = [rng.randrange(1, 3000) for _ in range(120)] + [3_000_001]
+    buffers, parts, kwargs = random_call(rng, sizes=sizes, dtype=dtype, dist=dist, count=rng.choice([1, 2, 7]))
+    with zokernels.backend("cpu"):
+        want = [b.clone() for b in buffers]
+        zokernels.combine_([b[p] for b, p in zip(want, parts, strict=True)], **kwargs)
+    got = [b.cuda() for b in buffers]
+    kwargs = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+    with zokernels.backend(backend):
+        zokernels.combine_([b[p] for b, p in zip(got, parts, strict=True)], **kwargs)
+    for a, b in zip(got, want, strict=True):
+        assert_same_bits(a, b, f"{backend} {kwargs}")
+
+
+@pytest.mark.gpu
+def test_gpu_does_not_wait_for_the_host():
+    theta = torch.randn(100_000, device="cuda")
+    zokernels.combine_(theta, 1, 0.5, streams=0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        zokernels.combine_(theta, [1, 2], [0.5, 0.25], streams=0, decay=0.9)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
