@@ -116,6 +116,37 @@ def test_unaligned_variant_has_no_wide_access(aligned):
     assert (function.count(disassembly.WIDE_LOAD) > 0) == aligned
 
 
+SAMPLE = """
+.text.sample:
+        /*0000*/                   S2R R0, SR_TID.X ;
+        /*0010*/              @!P0 BRA `(.L_x_0) ;
+.L_x_1:
+        /*0020*/                   LDG.E.128 R4, [R2.64] ;
+        /*0030*/                   FFMA R4, R4, R4, R4 ;
+        /*0040*/                   STG.E.128 [R2.64], R4 ;
+        /*0050*/               @P1 EXIT ;
+        /*0060*/                   BRA `(.L_x_1) ;
+.L_x_0:
+        /*0070*/                   STG.E.U16 [R2.64], R4 ;
+        /*0080*/                   NOP ;
+        /*0090*/                   EXIT ;
+.L_x_2:
+        /*00a0*/                   BRA `(.L_x_2);
+        /*00b0*/                   NOP;
+"""
+
+
+def test_count_by_hand():
+    """Two of prologue and four up to EXIT; each further trip adds the branch back: 3 + 1 + 1."""
+    function = disassembly.select(disassembly.parse(SAMPLE), "sample")
+    assert function.loops == [(1, 2)]
+    assert [function.executed(trips) for trips in (1, 2, 4)] == [6, 11, 21]
+    assert function.executed(store=r"STG\.E\.U16") == 4
+    assert function.hot_count("STG") == 1
+    with pytest.raises(ValueError, match="no instruction matches"):
+        function.executed(store="LDL")
+
+
 @pytest.mark.parametrize(
     ("dtype", "dist", "k", "extra", "ceiling"),
     [
