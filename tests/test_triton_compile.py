@@ -94,7 +94,7 @@ def name_of(variant):
     ids=lambda x: f"sm_{x}" if isinstance(x, int) else name_of(x),
 )
 def test_variant_compiles_to_what_it_should(arch, variant):
-    """16-byte accesses only, nothing in local or shared memory, no flush to zero, no contraction left to ptxas."""
+    """16-byte accesses only, nothing in local or shared memory, no flush to zero."""
     dtype, dist, k, extra = variant
     kernel = compiled(arch, dtype, dist, k, **extra)
     function = sass(kernel)
@@ -161,6 +161,14 @@ def test_instructions_per_element(dtype, dist, k, extra, ceiling):
     figure = per_element(compiled(90, dtype, dist, k, **extra), dist)
     floor = 14 if dist == "normal" else 3  # fewer would mean that the count lost the kernel
     assert floor < figure <= ceiling
+
+
+@pytest.mark.parametrize("dist", ["normal", "rademacher"])
+def test_no_product_and_sum_are_contracted(dist):
+    """The fmas of the contract and no others: 14 a pair and one an element, 32 elements a loop; Rademacher has none."""
+    function = sass(compiled(90, "fp32", dist, 1, decay=True))
+    assert function.hot_count("FFMA") == (32 * 7 + 32 if dist == "normal" else 0)
+    assert function.hot_count("FADD") == (0 if dist == "normal" else ELEMENTS)
 
 
 def test_directions_known_at_run_time_cost_one_loop_each():
