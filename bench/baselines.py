@@ -30,7 +30,12 @@ def mezo_perturb(params: Sequence[Tensor], scaling: float, eps: float, seed: int
 
 
 def mezo_update(
-    params: Sequence[Tensor], lr: float, projected_grad: float, seed: int, weight_decay: float = 0.0, dist: str = "normal"
+    params: Sequence[Tensor],
+    lr: float,
+    projected_grad: float,
+    seed: int,
+    weight_decay: float = 0.0,
+    dist: str = "normal",
 ) -> None:
     """theta - lr * (g z + wd theta); without the decay term where ``weight_decay`` is 0, as for biases and norms."""
     torch.manual_seed(seed)
@@ -75,7 +80,7 @@ PERTURB: dict[str, Callable[..., None]] = {
 def copy_in_place(tensor: Tensor) -> None:
     """Read and write every byte of ``tensor`` where it lies: the floor of an in-place pass.
 
-    Bits are flipped as int64, so that the pass costs the same in every dtype: ``mul_`` in half precision converts on the
-    CPU, and on arbitrary bits meets subnormals.  ``x.copy_(x)`` would be skipped by torch.
+    Bits are flipped as int64, so that the pass costs the same in every dtype: ``mul_`` in half precision converts on
+    the CPU, and on arbitrary bits meets subnormals.  ``x.copy_(x)`` would be skipped by torch.
     """
     tensor.view(torch.int64).bitwise_not_()

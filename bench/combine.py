@@ -1,6 +1,7 @@
 """combine and combine_: one pass theta + sum_k c_k z_k, against a copy of the same bytes and against eager loops.
 
-Modelled bytes: one read and one write of theta.  A K = 2 row does the work of two eager passes and is compared with two.
+Modelled bytes: one read and one write of theta.  A K = 2 row does the work of two eager passes and is compared with
+two.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def forms(dtype: str) -> list[Form]:
 
 
 def usable_backends(device: str, wanted: tuple[str, ...]) -> list[str]:
-    """The backends to measure.  Unasked: all that load for ``device``, except the slow reference and the interpreter."""
+    """The backends to measure.  Unasked: all that load, except the slow reference and the interpreter."""
     if wanted:
         for name in wanted:
             if device not in get(name).devices:
@@ -99,7 +100,7 @@ def _eager(perturb: Callable[..., None], dist: str, buffers: Buffers, numel: int
 
 @register("combine", "theta + sum_k c_k z_k in one pass: combine_ (in place) and combine (out of place)")
 def run(settings: Settings) -> Iterator[Row]:
-    """Rows for every thread count, dtype, dist, form and backend.  What one row is compared with ran in turns with it."""
+    """Rows for every thread count, dtype, dist, form and backend; each ran in turns with what it is compared with."""
     backends = usable_backends(settings.device, settings.backends)
     small = min(settings.numel, settings.baseline_numel)
     threads_before = torch.get_num_threads()
@@ -108,7 +109,9 @@ def run(settings: Settings) -> Iterator[Row]:
             torch.set_num_threads(threads)
             buffers = Buffers(settings, DTYPES[dtype])
             for dist in settings.dists:
-                kernels = {(f, b): _kernel(f, b, dist, buffers, settings.device) for f in forms(dtype) for b in backends}
+                kernels = {
+                    (f, b): _kernel(f, b, dist, buffers, settings.device) for f in forms(dtype) for b in backends
+                }
                 candidates: dict = {name: _eager(fn, dist, buffers, small) for name, fn in PERTURB.items()}
                 candidates["copy_inplace"] = lambda b=buffers: copy_in_place(b.next())
                 candidates["copy"] = lambda b=buffers: b.out.copy_(b.next())

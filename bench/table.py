@@ -6,6 +6,12 @@ from collections.abc import Callable, Sequence
 
 from .registry import Row
 
+
+def short(value: float) -> str:
+    """Three significant digits without an exponent, in five characters up to 99999."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
 #: Heading, how a row is shown, and whether it is a number (flush right).
 COLUMNS: list[tuple[str, Callable[[Row], str], bool]] = [
     ("op", lambda r: r["op"], False),
@@ -15,11 +21,11 @@ COLUMNS: list[tuple[str, Callable[[Row], str], bool]] = [
     ("rounding", lambda r: r["rounding"], False),
     ("backend", lambda r: r["backend"], False),
     ("thr", lambda r: str(r["threads"]), True),
-    ("p20 ms", lambda r: f"{r['p20'] * 1e3:.3g}", True),
-    ("p50 ms", lambda r: f"{r['p50'] * 1e3:.3g}", True),
-    ("p80 ms", lambda r: f"{r['p80'] * 1e3:.3g}", True),
-    ("GB/s", lambda r: f"{r['gb_per_s']:.3g}", True),
-    ("ns/el", lambda r: f"{r['ns_per_element']:.3g}", True),
+    ("p20 ms", lambda r: short(r["p20"] * 1e3), True),
+    ("p50 ms", lambda r: short(r["p50"] * 1e3), True),
+    ("p80 ms", lambda r: short(r["p80"] * 1e3), True),
+    ("GB/s", lambda r: short(r["gb_per_s"]), True),
+    ("ns/el", lambda r: short(r["ns_per_element"]), True),
     ("of copy", lambda r: f"{r['copy_fraction']:.2f}", True),
     ("x MeZO", lambda r: f"{r['ratio']['mezo']:.1f}", True),
     ("x foreach", lambda r: f"{r['ratio']['foreach']:.1f}", True),
@@ -27,9 +33,9 @@ COLUMNS: list[tuple[str, Callable[[Row], str], bool]] = [
 ]
 
 LEGEND = (
-    "of copy: share of the bandwidth of a plain pass over the same bytes (in place for combine_).  "
-    "x MeZO, foreach, add_: times faster than\nMeZO's eager loop, torch._foreach_add_ and normal_ + add_, per element.  "
-    "All of them were timed in turns with the row, in this run."
+    "of copy: share of the bandwidth of a plain pass over the same bytes (in place for combine_).\n"
+    "x MeZO, x foreach, x add_: times faster, per element, than MeZO's loop, torch._foreach_add_ and a draw + add_.\n"
+    "All of these were timed in turns with the row, in the same run."
 )
 
 

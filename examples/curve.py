@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 _INK, _BLUE, _ORANGE = "#222222", "#3b6ea5", "#d1662a"
 
@@ -22,11 +22,11 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
     return out
 
 
-def draw(path: pathlib.Path, losses: Sequence[float], validation: Sequence[tuple[int, float, float]], title: str) -> None:
-    """``losses`` by step; ``validation``: (steps taken, loss, accuracy in [0, 1])."""
+def draw(path: pathlib.Path, losses: Sequence[float], points: Sequence[tuple[int, float, float]], title: str) -> None:
+    """``losses`` by step; ``points`` on the validation sentences: (steps taken, loss, accuracy in [0, 1])."""
     window = max(1, len(losses) // 20)
     steps = range(1, len(losses) + 1)
-    at, val_loss, accuracy = zip(*validation, strict=True)
+    at, val_loss, accuracy = zip(*points, strict=True)
     with plt.rc_context({"font.size": 10, "axes.edgecolor": "#999999", "axes.labelcolor": _INK, "text.color": _INK}):
         figure, (top, bottom) = plt.subplots(
             2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 2), constrained_layout=True
@@ -35,7 +35,6 @@ def draw(path: pathlib.Path, losses: Sequence[float], validation: Sequence[tuple
         top.plot(steps, smooth(losses, window), color=_BLUE, linewidth=1.8, label=f"training, mean of {window} steps")
         top.plot(at, val_loss, "o-", color=_ORANGE, linewidth=1.2, markersize=4.5, label="validation")
         top.set_ylabel("cross entropy")
-        low, high = min(losses), max(losses)
         ordered = sorted(losses)
         trim = lambda q: ordered[min(len(ordered) - 1, int(q * len(ordered)))]
         low, high = min(trim(0.01), *val_loss), max(trim(0.99), *val_loss)

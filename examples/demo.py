@@ -1,9 +1,9 @@
 """Fine-tunes every weight of a pretrained sentence encoder on movie reviews, with forward passes only.
 
-``python examples/demo.py`` (or ``make demo``) trains MiniLM-L6 and a fresh linear head with ZOSGD, then times the hot path
-of a step against MeZO's eager loop, checks that the weights are restored bit for bit, and leaves weights, loss curve and
-``report.json`` in ``build/demo``.  It exits with 1 where loss or accuracy did not improve or restoring was not exact.
-docs/demo.md says what was tried.
+``python examples/demo.py`` (or ``make demo``) trains MiniLM-L6 and a fresh linear head with ZOSGD, then times the hot
+path of a step against MeZO's eager loop, checks that the weights are restored bit for bit, and leaves weights, loss
+curve and ``report.json`` in ``build/demo``.  It exits with 1 where loss or accuracy did not improve, or restoring was
+not exact.  docs/demo.md says what was tried.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def evaluate(model: nn.Module, batches: list[reviews.Batch]) -> tuple[float, flo
 def optimizer_for(model: Classifier, args: argparse.Namespace) -> ZOSGD:
     """One z for all weights, with two sizes of perturbation.
 
-    The head's eps is 100 times the encoder's: g is one number for both, and the encoder's part of it is, at this length of
-    training, mostly noise of the batch.  docs/demo.md has the figures.
+    The head's eps is 100 times the encoder's: g is one number for both, and the encoder's part of it is, at this length
+    of training, mostly noise of the batch.  docs/demo.md has the figures.
     """
     head = [(n, p) for n, p in model.named_parameters() if n.startswith("head.")]
     encoder = [(n, p) for n, p in model.named_parameters() if not n.startswith("head.")]
@@ -129,10 +129,8 @@ def main() -> int:
     model.set_centre((b.ids, b.mask) for b in some)
 
     losses, points, seconds = train(model, data, validation, args)
-    probe = validation[0] if not args.tiny else validation[0]
-    restored = {
-        name: hotpath.restored_exactly(model, lambda m: loss_of(m, probe), DTYPES[name]) for name in ("fp32", "bf16")
-    }
+    check = lambda dtype: hotpath.restored_exactly(model, lambda m: loss_of(m, validation[0]), dtype)
+    restored = {name: check(DTYPES[name]) for name in ("fp32", "bf16")}
     print(f"restored  bit for bit: {', '.join(f'{n} {str(ok).lower()}' for n, ok in restored.items())}")
     ours, eager = hotpath.measure(model, rounds=1 if args.tiny else 7)
     print(f"hot path  {ours:.1f} ms a step, MeZO's eager loop {eager:.1f} ms: {eager / ours:.1f}x, one thread each")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ def leaves(model: nn.Module) -> list[list[Tensor]]:
 def touch(groups: list[list[Tensor]]) -> Callable[[], float]:
     """A closure that hands every parameter to a torch function, as a forward does, and computes nothing.
 
-    ``atleast_1d`` returns its arguments; so the exact probe writes each module's perturbed weights, and no more happens.
+    ``atleast_1d`` returns its arguments: the exact probe writes each module's perturbed weights, and no more happens.
     """
 
     def closure() -> float:
@@ -70,7 +71,7 @@ class _Interrupted(Exception):
 
 
 def restored_exactly(model: nn.Module, loss: Callable[[nn.Module], Tensor], dtype: torch.dtype) -> bool:
-    """Whether every bit of every weight, as ``dtype``, survives two steps at lr = 0 and one whose second forward raises."""
+    """Whether every bit of every weight, as ``dtype``, survives two steps at lr = 0 and one whose closure raises."""
     model = copy.deepcopy(model).to(dtype)
     bits = lambda: [p.detach().view(_BITS[p.element_size()]).clone() for p in model.parameters()]
     before, calls = bits(), 0
@@ -85,8 +86,6 @@ def restored_exactly(model: nn.Module, loss: Callable[[nn.Module], Tensor], dtyp
     optimizer = ZOSGD(model.named_parameters(), lr=0.0)
     for _ in range(2):
         optimizer.step(lambda: loss(model))
-    try:
+    with contextlib.suppress(_Interrupted):
         ZOSGD(model.named_parameters(), lr=1e-3).step(raising)
-    except _Interrupted:
-        pass
     return calls == 2 and all(torch.equal(a, b) for a, b in zip(before, bits(), strict=True))

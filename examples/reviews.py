@@ -1,9 +1,9 @@
 """Movie-review sentences with human sentiment ratings, in batches of similar length.
 
-The sentences are Pang and Lee's Rotten Tomatoes snippets as rated for VADER (Hutto and Gilbert, ICWSM 2014): each has the
-mean of 20 people's ratings on [-4, 4].  They come in the source archive of the PyPI package ``vaderSentiment`` (MIT); its
-wheel leaves them out, so the archive is downloaded with pip, pinned by hash, and read without being installed.  Of the
-same sentences, gensim's test data holds 200.
+The sentences are Pang and Lee's Rotten Tomatoes snippets as rated for VADER (Hutto and Gilbert, ICWSM 2014): each has
+the mean of 20 people's ratings on [-4, 4].  They come in the source archive of the PyPI package ``vaderSentiment``
+(MIT); its wheel leaves them out, so the archive is downloaded with pip, pinned by hash, and read without being
+installed.  Of the same sentences, gensim's test data holds 200.
 """
 
 from __future__ import annotations

@@ -1,0 +1,164 @@
+"""The benchmark: its ratios follow from the times in its JSON, and its baselines compute what they claim."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bench import baselines, report, table, timing
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "bench", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory) -> dict:
+    path = tmp_path_factory.mktemp("bench") / "result.json"
+    # The reference backend runs on every machine, built or not
+    done = run("run", "--op", "combine", "--tiny", "--backend", "reference", "--threads", "1,2", "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    assert all(len(line) <= 120 for line in done.stdout.split("\n\n")[1].splitlines())
+    return {"path": path, "stdout": done.stdout, **json.loads(path.read_text())}
+
+
+def test_rows_cover_everything(result):
+    cases = {(r["op"], r["k"], r["dtype"], r["dist"], r["rounding"], r["threads"]) for r in result["rows"]}
+    assert len(cases) == len(result["rows"]) == 2 * 2 * (3 + 4 + 4)  # threads, dists, forms of fp32, bf16 and fp16
+    assert {r["backend"] for r in result["rows"]} == {"reference"}
+    assert result["schema"] == 1
+    assert result["command"].startswith("python -m bench run --op combine")
+
+
+def test_header_names_machine_and_versions(result):
+    header = result["machine"]
+    assert header["torch"] == torch.__version__
+    assert header["contract"] == "zk1"
+    for key in ("cpu", "cores", "python", "zokernels", "commit", "date"):
+        assert key in header
+
+
+def test_ratios_follow_from_the_times(result):
+    for row in result["rows"]:
+        assert 0 < row["p20"] <= row["p50"] <= row["p80"]
+        assert row["rounds"] >= 3
+        size = {"fp32": 4, "bf16": 2, "fp16": 2}[row["dtype"]]
+        assert row["bytes"] == 2 * size * row["numel"]
+        assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["p50"] / 1e9)
+        assert row["ns_per_element"] == pytest.approx(row["p50"] / row["numel"] * 1e9)
+        assert row["copy"]["name"] == ("copy_inplace" if row["op"] == "combine_" else "copy")
+        assert row["copy_fraction"] == pytest.approx(row["copy"]["p50"] / row["p50"])
+        for name, base in row["baselines"].items():
+            per_element = base["passes"] * base["p50"] / base["numel"]
+            assert base["passes"] == row["k"]
+            assert row["ratio"][name] == pytest.approx(per_element * row["numel"] / row["p50"])
+
+
+def test_rows_of_one_group_share_their_baselines(result):
+    """Ratios are of one run: what the rows of one dtype, dist and thread count are compared with is the same times."""
+    groups: dict = {}
+    for row in result["rows"]:
+        groups.setdefault((row["threads"], row["dtype"], row["dist"]), set()).add(row["baselines"]["mezo"]["p50"])
+    assert all(len(times) == 1 for times in groups.values())
+
+
+def test_report_writes_table_and_plot(result, tmp_path):
+    output = tmp_path / "performance.md"
+    output.write_text(f"# Performance\n\nOwn words.\n\n{report.BEGIN}\nold\n{report.END}\n\nMore words.\n")
+    report.write([result["path"]], output)
+    text = output.read_text()
+    assert "Own words." in text
+    assert "More words." in text
+    assert "old" not in text
+    assert text.count("\n| combine") == len(result["rows"])
+    assert (tmp_path / "performance.png").read_bytes().startswith(b"\x89PNG")
+    report.write([result["path"]], output)
+    assert output.read_text() == text
+
+
+def test_list_and_errors():
+    assert "combine" in run("list").stdout
+    wrong = run("run", "--tiny", "--numel", "17")
+    assert wrong.returncode != 0
+    assert "--numel: expected a positive multiple of 16, got 17" in wrong.stderr
+
+
+@pytest.mark.parametrize("dist", ["normal", "rademacher"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mezo_perturb_is_the_published_loop(dtype, dist):
+    torch.manual_seed(3)
+    theta = [torch.randn(40, 3, dtype=dtype), torch.randn(7, dtype=dtype)]
+    params = [torch.nn.Parameter(t.clone()) for t in theta]
+    baselines.mezo_perturb(params, -2, 1e-3, seed=11, dist=dist)
+    torch.manual_seed(11)
+    for param, t in zip(params, theta, strict=True):
+        assert torch.equal(param.data, t + -2 * baselines.draw(t, dist) * 1e-3)
+
+
+def test_mezo_step_moves_by_the_update_alone():
+    """+eps, -2 eps, +eps come back to theta up to fp32 rounding; the update remains, with the z of the perturbation."""
+    torch.manual_seed(0)
+    theta = torch.randn(5000)
+    param = torch.nn.Parameter(theta.clone())
+    baselines.mezo_step([param], eps=1e-3, lr=0.5, projected_grad=2.0, seed=4)
+    torch.manual_seed(4)
+    torch.testing.assert_close(param.data, theta - 0.5 * 2.0 * torch.randn(5000), rtol=0, atol=1e-5)
+
+
+def test_mezo_update_decays():
+    param = torch.nn.Parameter(torch.ones(8))
+    baselines.mezo_update([param], lr=0.1, projected_grad=0.0, seed=0, weight_decay=0.5)
+    torch.testing.assert_close(param.data, torch.full((8,), 0.95))
+
+
+@pytest.mark.parametrize("name", list(baselines.PERTURB))
+def test_every_eager_loop_computes_the_same_sum(name):
+    torch.manual_seed(1)
+    theta = [torch.randn(300), torch.randn(17)]
+    expected = [torch.nn.Parameter(t.clone()) for t in theta]
+    params = [torch.nn.Parameter(t.clone()) for t in theta]
+    baselines.mezo_perturb(expected, 1, 1e-3, seed=5)
+    baselines.PERTURB[name](params, 1, 1e-3, seed=5)
+    for a, b in zip(expected, params, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_copy_in_place_writes_every_byte(dtype):
+    theta = torch.randn(64).to(dtype)
+    before = theta.clone()
+    baselines.copy_in_place(theta)
+    assert (theta.view(torch.uint8) == ~before.view(torch.uint8)).all()
+
+
+def test_rademacher_draws_are_signs():
+    z = baselines.draw(torch.empty(1000, dtype=torch.bfloat16), "rademacher")
+    assert z.dtype is torch.bfloat16
+    assert set(z.tolist()) == {-1.0, 1.0}
+
+
+def test_candidates_run_in_turns():
+    order = []
+    candidates = {name: lambda name=name: order.append(name) for name in "abc"}
+    times = timing.measure(candidates, "cpu", seconds=0.0, min_rounds=4)
+    assert order == list("abc") * 5  # one round to warm up
+    assert all(t.rounds == 4 for t in times.values())
+
+
+def test_percentiles():
+    times = timing.Times.of([5.0, 1.0, 3.0, 2.0, 4.0, 6.0])
+    assert (times.p20, times.p50, times.p80, times.rounds) == (2.0, 3.0, 5.0, 6)
+
+
+def test_table_fits_a_terminal(result):
+    printer = table.Printer()
+    for line in [*printer.head().splitlines(), *(printer.row(r) for r in result["rows"])]:
+        assert len(line) <= 120
