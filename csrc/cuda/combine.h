@@ -39,6 +39,7 @@ struct CombineLaunch {
   const int64_t* rounding_seed;  // null: nearest
   int32_t count;                 // K
   int32_t tensors;
+  uint32_t mantissa = 0x007fffffu;  // a constant that the compiler must not know: see noise/normal.h
   uint32_t first_chunk[kMaxTensors];
   uint32_t stream[kMaxTensors];
   TensorEntry tensor[kMaxTensors];

@@ -121,7 +121,7 @@ ZK_GLOBAL combine_normal_kernel(ZK_GRID_CONSTANT CombineLaunch p) {
     apply_decay<Decay>(p, decay, acc);
     const auto direction = [&](const PhiloxKey& k, float c) {
       float z[kVector];
-      normal8(draw(k, b, stream, kNormal), z);
+      normal8(draw(k, b, stream, kNormal), z, p.mantissa);
       ZK_UNROLL
       for (int e = 0; e < kVector; ++e) acc[e] = fma(c, z[e], acc[e]);
     };

@@ -39,7 +39,7 @@ py::dict check_sqrt(uint32_t stride, int ulps) {
   uint64_t tried = 0, wrong = 0;
   float smallest = 1e30f, largest = 0.0f;
   for (uint64_t v = 1; v < (uint64_t{1} << 32); v += 2 * uint64_t{stride}) {
-    const float s = zk::radius_squared<float>(static_cast<uint32_t>(v));
+    const float s = zk::radius_squared<float>(static_cast<uint32_t>(v), zk::kMantissa);
     const auto y = zk::bits(static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(s))));
     wrong += zk::sqrt_from_rsqrt(s, zk::from_bits(y + ulps)) != __builtin_sqrtf(s);
     smallest = s < smallest ? s : smallest;
