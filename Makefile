@@ -41,6 +41,12 @@ $(VENV)/built: $(VENV)/environment $(NATIVE)
 	$(PIP) --no-build-isolation --no-deps -e .
 	touch $@
 
-$(VENV)/tested: $(VENV)/built
+DEMO := examples/demo-requirements.txt examples/demo-data.txt
+$(VENV)/demo: $(VENV)/built $(DEMO)
+	$(PIP) -r examples/demo-requirements.txt
+	$(PIP) --no-deps -r examples/demo-data.txt
+	touch $@
+
+$(VENV)/tested: $(VENV)/demo
 	$(PIP) pytest triton ruff matplotlib
 	touch $@

@@ -1,7 +1,7 @@
 """Builds the native libraries with CMake; everything else about the package stands in pyproject.toml.
 
 ZOKERNELS_CUDA=auto|0|1   build the CUDA library where nvcc is found (auto), never, or fail without it
-TORCH_CUDA_ARCH_LIST      architectures, as torch's own extensions take them: "8.0;9.0+PTX" (default: 8.0 9.0 10.0 12.0+PTX)
+TORCH_CUDA_ARCH_LIST      architectures, as torch's own extensions take them (default: "8.0;9.0;10.0;12.0+PTX")
 """
 
 from __future__ import annotations

@@ -20,9 +20,11 @@ from zokernels.contract import DISTS as DOMAIN
 from zokernels.contract import seed_to_int64
 
 ROOT = pathlib.Path(__file__).parent.parent
-needs_library = pytest.mark.skipif(not library.path_of("cuda").exists(), reason="the CUDA library is not built (no nvcc)")
+needs_library = pytest.mark.skipif(
+    not library.path_of("cuda").exists(), reason="the CUDA library is not built (no nvcc)"
+)
 
-# --- the kernels on the host --------------------------------------------------------------------------------------------
+# --- the kernels on the host ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +35,18 @@ def on_host(tmp_path_factory):
         pytest.skip("no C++ compiler")
     target = tmp_path_factory.mktemp("cuda_on_host") / "libcuda_on_host.so"
     source = ROOT / "tests/cuda_on_host/combine.cpp"
-    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-I", str(ROOT)]
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-fPIC",
+        "-shared",
+        "-ffp-contract=off",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-I",
+        str(ROOT),
+    ]
     if "avx2" in _host.instruction_sets():
         flags.append("-mfma")
     subprocess.run([compiler, *flags, str(source), "-o", str(target)], check=True)
@@ -119,16 +132,18 @@ def test_square_root_without_range_check_is_exact():
     assert found["largest"] < 43
 
 
-# --- the library --------------------------------------------------------------------------------------------------------
+# --- the library ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=needs_library)])
 def test_only_stable_symbols_are_used(name):
-    """One binary serves torch 2.10 and later: nothing of at::, c10:: or torch:: in C++, only functions of the C shim."""
+    """One binary serves torch 2.10 and later: no C++ symbol of torch, only functions of its C shim."""
     nm = shutil.which("nm")
     if nm is None:
         pytest.skip("no nm")
-    done = subprocess.run([nm, "-DC", "--undefined-only", library.path_of(name)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [nm, "-DC", "--undefined-only", library.path_of(name)], capture_output=True, text=True, check=True
+    )
     symbols = [line.split(maxsplit=1)[-1].strip() for line in done.stdout.splitlines()]
     assert any("torch_library_impl" in s for s in symbols)
     unstable = [s for s in symbols if re.search(r"\b(at|c10|torch|caffe2|pybind11)::", s)]
@@ -187,7 +202,9 @@ def test_instructions_per_element(sm90, dist, dtype, count, decay, stochastic, c
     print(f"{dist} {dtype} K={count} stochastic={stochastic}: {figure:.2f} instructions per element")
     assert figure <= ceiling, function.mix().most_common(12)
     width = 1 if dtype is not torch.float32 else 2
-    assert function.hot_count(disassembly.WIDE_LOAD) == function.hot_count(disassembly.WIDE_STORE) == elements // 8 * width
+    assert (
+        function.hot_count(disassembly.WIDE_LOAD) == function.hot_count(disassembly.WIDE_STORE) == elements // 8 * width
+    )
 
 
 @needs_library

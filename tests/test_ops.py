@@ -114,7 +114,10 @@ def test_out_of_place_errors(cpu_backend):
     params = args["params"]
     for out, message in [
         ([torch.empty(5, 7)], r"combine: out: expected 2 tensors, as in params, got 1"),
-        ([torch.empty(7, 5), torch.empty(9)], r"combine: out\[0\]: expected shape \(5, 7\), as params\[0\], got \(7, 5\)"),
+        (
+            [torch.empty(7, 5), torch.empty(9)],
+            r"combine: out\[0\]: expected shape \(5, 7\), as params\[0\], got \(7, 5\)",
+        ),
         (params, r"combine: .*share no memory"),
         ([torch.empty(5, 7), params[1]], r"combine: .*share no memory"),
     ]:
@@ -159,5 +162,5 @@ def test_derive_seed_errors():
         zokernels.derive_seed(1, -1)
     with pytest.raises(ValueError, match="derive_seed: k"):
         zokernels.derive_seed(1, 1, 2**32)
-    with pytest.raises(TypeError, match="derive_seed: step: .*float32"):
+    with pytest.raises(TypeError, match=r"derive_seed: step: .*float32"):
         zokernels.derive_seed(torch.tensor(1), torch.tensor(1.0))

@@ -8,7 +8,6 @@ import sys
 import textwrap
 
 import pytest
-import torch
 
 import zokernels
 from zokernels.backends import library, registry
@@ -82,7 +81,9 @@ def test_missing_library_says_how_to_build_it(monkeypatch, tmp_path):
     with pytest.raises(zokernels.BackendUnavailable, match="'cpu' is not built; build it with: pip install"):
         library.load("cpu")
     (tmp_path / "libzokernels_cuda.so").write_bytes(b"not a library")
-    with pytest.raises(zokernels.BackendUnavailable, match="does not load with torch .*; rebuild it with: ZOKERNELS_CUDA=1"):
+    with pytest.raises(
+        zokernels.BackendUnavailable, match=r"does not load with torch .*; rebuild it with: ZOKERNELS_CUDA=1"
+    ):
         library.load("cuda")
 
 

@@ -31,7 +31,9 @@ def test_probability_is_the_dropped_fraction(dtype, rng):
     fp16 uses 13 bits of the field, so its fraction is resolved to 2^-13.
     """
     fields = torch.arange(65536)
-    scales = [1.0, 0.02, 1e-3, 300.0] + ([2.0**-14, 3e-5, 2e-6, 5e-8, 1e-9] if dtype is torch.float16 else [1e-30, 1e-39])
+    scales = [1.0, 0.02, 1e-3, 300.0] + (
+        [2.0**-14, 3e-5, 2e-6, 5e-8, 1e-9] if dtype is torch.float16 else [1e-30, 1e-39]
+    )
     for scale in scales:
         for _ in range(4):
             x = torch.tensor(rng.gauss(0, 1) * scale)
@@ -56,7 +58,7 @@ def test_representable_values_never_move(dtype, cpu_backend, rng):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_frequencies_lie_within_exact_bounds(dtype, cpu_kernel, rng):
-    """A tensor of one value, updated by an amount below its last bit: a binomial count, bounded at 1e-12 by Hoeffding."""
+    """A tensor of one value, moved by less than its last bit: a binomial count, bounded at 1e-12 by Hoeffding."""
     n = 1 << 18
     theta = torch.full((n,), 1.0, dtype=dtype)
     fraction = rng.choice([1 / 8, 1 / 3, 7 / 10])

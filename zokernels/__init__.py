@@ -5,8 +5,6 @@ from .contract import CONTRACT, stream_of, streams_of
 from .functional import combine, combine_, derive_seed, noise
 from .version import __version__
 
-
-
 __all__ = [
     "CONTRACT",
     "BackendUnavailable",

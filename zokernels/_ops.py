@@ -80,7 +80,9 @@ def _(out, params, seeds, coeffs, streams, offsets, dist, decay, rounding_seed):
 def _check_noise(shape: Sequence[int], seed: Tensor, stream: int, offset: int, dist: str) -> None:
     check_dist("noise", dist)
     if seed.dtype is not torch.int64 or seed.numel() != 1:
-        fail("noise", "seed", "an integer or an int64 tensor of one element", f"{seed.dtype} x {seed.numel()}", TypeError)
+        fail(
+            "noise", "seed", "an integer or an int64 tensor of one element", f"{seed.dtype} x {seed.numel()}", TypeError
+        )
     if any(n < 0 for n in shape):
         fail("noise", "shape", "sizes >= 0", tuple(shape))
     numel = 1
@@ -91,7 +93,9 @@ def _check_noise(shape: Sequence[int], seed: Tensor, stream: int, offset: int, d
 
 
 @torch.library.custom_op(
-    "zokernels::noise", mutates_args=(), schema="(SymInt[] shape, Tensor seed, int stream, int offset, str dist) -> Tensor"
+    "zokernels::noise",
+    mutates_args=(),
+    schema="(SymInt[] shape, Tensor seed, int stream, int offset, str dist) -> Tensor",
 )
 def noise(shape: Sequence[int], seed: Tensor, stream: int, offset: int, dist: str) -> Tensor:
     _check_noise(shape, seed, stream, offset, dist)

@@ -58,10 +58,8 @@ def _combine_args(
         fail(op, "rounding_seed", "a seed where rounding is 'stochastic'", None)
     device = params[0].device if params else torch.device("cpu")
     stream_list = [streams] if isinstance(streams, int) else list(streams)
-    if offsets is None:
-        offset_list = [0] * len(params)
-    else:
-        offset_list = [offsets] if isinstance(offsets, int) else list(offsets)
+    offsets = [0] * len(params) if offsets is None else offsets
+    offset_list = [offsets] if isinstance(offsets, int) else list(offsets)
     return (
         _device_values(op, "seeds", seeds, torch.int64, device),
         _device_values(op, "coeffs", coeffs, torch.float32, device),
@@ -88,7 +86,7 @@ def combine_(
 ) -> None:
     """In place, theta = round(decay * theta + sum_k coeffs[k] * z_k), for every tensor of ``params`` in one pass.
 
-    The sum is a chain of fp32 fmas in the order of k, from fp32(theta) (times ``decay``), and is rounded once, at the end.
+    The sum is a chain of fp32 fmas in the order of k, from fp32(theta) (times ``decay``), rounded once, at the end.
 
     Args:
         params: tensors of any shape, one dtype (fp32, bf16, fp16) and one device, contiguous and sharing no memory; or
@@ -133,8 +131,8 @@ def combine(
 ) -> None:
     """out = round(decay * theta + sum_k coeffs[k] * z_k): :func:`combine_` out of place; theta is only read.
 
-    ``out`` has the shapes, dtype and device of ``params`` and shares no memory with them.  Perturbing into a scratch this
-    way makes restoring exact and free.
+    ``out`` has the shapes, dtype and device of ``params`` and shares no memory with them.  Perturbing into a scratch
+    this way makes restoring exact and free.
     """
     tensors = _as_list(params)
     _ops.combine(
@@ -155,8 +153,8 @@ def noise(
 ) -> Tensor:
     """z[offset : offset + numel] of (``seed``, ``stream``) as a fp32 tensor of ``shape``.
 
-    "normal" is standard normal (|z| <= 6.556), "rademacher" is +1 or -1.  For tests, baselines and a look: training never
-    materialises z.  ``device`` defaults to the seed's where it is a tensor, else to torch's default device.
+    "normal" is standard normal (|z| <= 6.556), "rademacher" is +1 or -1.  For tests, baselines and a look: training
+    never materialises z.  ``device`` defaults to the seed's where it is a tensor, else to torch's default device.
     """
     if isinstance(seed, Tensor):
         seed_tensor = seed if device is None else seed.to(device)
@@ -173,12 +171,14 @@ def derive_seed(run_seed: Tensor, step: int | Tensor, k: int | Tensor = 0) -> Te
 def derive_seed(run_seed, step, k=0):
     """Seed of direction ``k`` at ``step`` of a run: Philox(key = run_seed, counter = (step_lo, step_hi, k, 0)).
 
-    Python integers give an integer in [0, 2^64).  Where any argument is an int64 tensor, the arguments broadcast and the
-    result is an int64 tensor with the same bits, computed on the device.
+    Python integers give an integer in [0, 2^64).  Where any argument is an int64 tensor, the arguments broadcast and
+    the result is an int64 tensor with the same bits, computed on the device.
     """
     tensors = [v for v in (run_seed, step, k) if isinstance(v, Tensor)]
     if not tensors:
         return derive_seed_int(run_seed, step, k)
     device = tensors[0].device
-    as_tensor = lambda v: v if isinstance(v, Tensor) else torch.full((), seed_to_int64(v), dtype=torch.int64, device=device)
+    as_tensor = lambda v: (
+        v if isinstance(v, Tensor) else torch.full((), seed_to_int64(v), dtype=torch.int64, device=device)
+    )
     return _ops.derive_seed(as_tensor(run_seed), as_tensor(step), as_tensor(k))

@@ -59,6 +59,8 @@ class ScratchPool:
         if device.type != "cpu":
             return _Arena(numel, dtype, device)
         arenas = self._arenas.setdefault((device, dtype), [])
+        if len(arenas) == 1 and arenas[0].data.numel() >= numel and arenas[0].idle():
+            return arenas[0]  # the usual case
         busy = [a for a in arenas if not a.idle()]
         idle = [a for a in arenas if a.idle()]
         fit = min((a for a in idle if a.data.numel() >= numel), key=lambda a: a.data.numel(), default=None)
