@@ -272,9 +272,10 @@ def test_duplicates_and_shared_memory_are_refused():
         ZOSGD([p, p], lr=0.1)
     with pytest.raises(ValueError, match="more than one parameter group"):
         ZOSGD([{"params": [p]}, {"params": [p]}], lr=0.1)
-    opt = ZOSGD([p, nn.Parameter(p.data)], lr=0.1)  # two parameters over one memory: two different z
+    twin = nn.Parameter(p.data)  # two parameters over one memory would get two different z
+    opt = ZOSGD([{"params": [p]}, {"params": [twin]}], lr=0.1)
     with pytest.raises(ValueError, match="share no memory"):
-        opt.step(lambda: p.sum())
+        opt.step(lambda: pytest.fail("the closure must not run"))
 
 
 def test_frozen_parameters_are_left_alone():
