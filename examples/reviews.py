@@ -57,13 +57,13 @@ def fetch() -> pathlib.Path:
 
 
 def load(clear: float = CLEAR) -> list[Review]:
-    """Sentences rated at least ``clear`` away from 0, repeated ones left out."""
+    """Sentences rated at least ``clear`` away from 0; those rated exactly 0 and repeated ones are left out."""
     with tarfile.open(fetch()) as outer, tarfile.open(fileobj=io.BytesIO(_read(outer, _INNER))) as inner:
         lines = _read(inner, _TABLE).decode("utf-8").splitlines()
     reviews, seen = [], set()
     for line in lines:
         _, rating, text = line.split("\t")
-        if abs(float(rating)) >= clear and text.lower() not in seen:
+        if float(rating) and abs(float(rating)) >= clear and text.lower() not in seen:
             seen.add(text.lower())
             reviews.append(Review(text, int(float(rating) > 0)))
     return reviews

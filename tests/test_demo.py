@@ -1,0 +1,136 @@
+"""The demo: its data, its batches, its checks, and a tiny run of the whole."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+from itertools import islice
+
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "examples"))
+
+import hotpath  # noqa: E402
+import reviews  # noqa: E402
+
+from zokernels.optim import ZOSGD  # noqa: E402
+
+KEYS = {
+    *("loss_first", "loss_last", "acc_before", "acc_after", "steps", "restored_exactly"),
+    *("ms_per_step_hot_path", "ms_per_step_hot_path_eager", "hot_path_speedup"),
+    *("loss_definition", "seed", "steps_per_second", "wall_seconds", "machine"),
+}
+
+
+@pytest.fixture(scope="module")
+def sentences() -> list[reviews.Review]:
+    try:
+        reviews.fetch()
+    except SystemExit as error:
+        pytest.skip(str(error))
+    return reviews.load(clear=0.0)
+
+
+class Tokenizer:
+    """A token a character: batches can be tested without transformers."""
+
+    pad_token_id = 0
+
+    def __call__(self, texts, truncation, max_length):
+        return {"input_ids": [[1 + ord(c) % 50 for c in text][:max_length] for text in texts]}
+
+
+def test_every_sentence_is_there(sentences):
+    labels = [r.label for r in sentences]
+    assert (labels.count(1), labels.count(0)) == (5241, 5325)
+    assert len({r.text.lower() for r in sentences}) == len(sentences)
+
+
+def test_clear_sentences_are_balanced(sentences):
+    labels = [r.label for r in reviews.load()]
+    assert (labels.count(1), labels.count(0)) == (2093, 2145)
+
+
+def test_split_is_disjoint_and_fixed(sentences):
+    training, validation = reviews.split(sentences, 1000)
+    assert len(validation) == 1000
+    assert not {r.text for r in training} & {r.text for r in validation}
+    assert reviews.split(sentences, 1000) == (training, validation)
+    assert 450 < sum(r.label for r in validation) < 550
+
+
+def test_batches():
+    data = [reviews.Review("x" * (1 + i % 37), i % 2) for i in range(200)]
+    batcher = reviews.Batcher(data, Tokenizer(), 8, torch.device("cpu"))
+    ordered = batcher.ordered()
+    assert sum(len(b.labels) for b in ordered) == 200
+    assert sum(int(b.mask.sum()) for b in ordered) == sum(len(r.text) for r in data)
+    assert all(torch.equal(b.mask.bool(), b.ids != 0) for b in ordered)
+    some = list(islice(batcher.forever(seed=1), 60))
+    assert all(len(b.labels) == 8 for b in some)
+    again = list(islice(batcher.forever(seed=1), 60))
+    assert all(torch.equal(a.ids, b.ids) for a, b in zip(some, again, strict=True))
+    padding = 1 - sum(int(b.mask.sum()) for b in some) / sum(b.mask.numel() for b in some)
+    assert padding < 0.25
+
+
+def test_hot_path_writes_every_weight(monkeypatch):
+    """The timed step perturbs every parameter into scratch, once for each sign, a module at a time."""
+    from zokernels.optim import substitute
+
+    model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2, bias=False))
+    calls: list[list[int]] = []
+    real = substitute.combine
+
+    def spy(out, params, *rest, **options):
+        calls.append([id(p) for p in params])
+        real(out, params, *rest, **options)
+
+    monkeypatch.setattr(substitute, "combine", spy)
+    ZOSGD(model.named_parameters(), lr=1e-3).step(hotpath.touch(hotpath.leaves(model)))
+    modules = [[id(m.weight), id(m.bias)] for m in model[:2]] + [[id(model[2].weight)]]
+    assert calls == modules * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_restoring_is_checked(dtype, monkeypatch):
+    model = torch.nn.Linear(6, 3)
+    x = torch.randn(4, 6)
+    loss = lambda m: m(x.to(m.weight.dtype)).float().square().mean()
+    assert hotpath.restored_exactly(model, loss, dtype)
+
+    def careless(m):  # a forward that leaves a weight changed
+        with torch._C.DisableTorchFunction():
+            m.bias.data.add_(1)
+        return loss(m)
+
+    assert not hotpath.restored_exactly(model, careless, dtype)
+
+
+@pytest.mark.slow
+def test_tiny_run_writes_a_report(sentences, tmp_path):
+    for package in ("transformers", "safetensors", "tqdm", "matplotlib"):
+        pytest.importorskip(package)
+    options = ["--tiny", "--steps", "2", "--device", "cpu", "--output", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "examples/demo.py", *options], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    if "demo-data.txt" in done.stderr:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert KEYS <= set(report)
+    assert report["steps"] == 2
+    assert report["restored_exactly"] is True
+    assert report["hot_path_speedup"] == pytest.approx(
+        report["ms_per_step_hot_path_eager"] / report["ms_per_step_hot_path"]
+    )
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    from safetensors.torch import load_file
+
+    weights = load_file(tmp_path / "model.safetensors")
+    assert sum(t.numel() for n, t in weights.items() if n != "centre") == report["weights"] == 22_566_146
