@@ -30,15 +30,15 @@ from bench import machine  # noqa: E402
 from zokernels.optim import ZOSGD  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-VALIDATION, EVALUATIONS = 1000, 8
+VALIDATION, EVALUATIONS = 1000, 5
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=32, help="sentences a step")
-    parser.add_argument("--lr", type=float, default=3e-5, help="of the encoder, at the first step; it falls to 0")
-    parser.add_argument("--head-lr", type=float, default=0.3, help="of the head")
+    parser.add_argument("--lr", type=float, default=1e-5, help="of the encoder, at the first step; it falls to 0")
+    parser.add_argument("--head-lr", type=float, default=0.4, help="of the head")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32")
     parser.add_argument("--seed", type=int, default=0)
