@@ -2,11 +2,14 @@
 
 The schemas exist without any compiled library.  An entry checks its arguments and hands them to the selected backend;
 the typed wrappers in ``functional`` are what users call.
+
+Entries are registered through ``Library.impl``: ``torch.library.custom_op`` wraps each call in aliasing checks of its
+own, which cost more than ours and the launch together (docs/design.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,75 +17,80 @@ from torch import Tensor
 from .backends import select
 from .checks import check_combine, check_dist, check_offset, check_overlap, check_stream, fail
 
+_LIBRARY = torch.library.Library("zokernels", "DEF")
+
+
+def _register(schema: str, entry: Callable, fake: Callable) -> Callable:
+    """Defines the operation and gives back the callable that goes through torch's dispatcher."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, entry, key)
+    torch.library.register_fake(f"zokernels::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.zokernels, name).default
+
+
 _COMBINE_ARGS = (
     "Tensor seeds, Tensor coeffs, int[] streams, int[] offsets, str dist, Tensor? decay, Tensor? rounding_seed"
 )
 
 
-@torch.library.custom_op(
-    "zokernels::combine_", mutates_args=("params",), schema=f"(Tensor(a!)[] params, {_COMBINE_ARGS}) -> ()"
-)
-def combine_(
-    params: Sequence[Tensor],
+def _check_combine_(params, *args) -> None:
+    check_combine("combine_", {"params": params}, *args)
+
+
+def _combine_(
+    params: list[Tensor],
     seeds: Tensor,
     coeffs: Tensor,
-    streams: Sequence[int],
-    offsets: Sequence[int],
+    streams: list[int],
+    offsets: list[int],
     dist: str,
     decay: Tensor | None,
     rounding_seed: Tensor | None,
 ) -> None:
-    check_combine("combine_", {"params": params}, seeds, coeffs, streams, offsets, dist, decay, rounding_seed)
+    _check_combine_(params, seeds, coeffs, streams, offsets, dist, decay, rounding_seed)
     check_overlap("combine_", {"params": params}, {})
     if params:
-        theta = list(params)
-        select(theta[0].device.type).combine(
-            theta, theta, seeds, coeffs, list(streams), list(offsets), dist, decay, rounding_seed
-        )
+        backend = select(params[0].device.type)
+        backend.combine(params, params, seeds, coeffs, streams, offsets, dist, decay, rounding_seed)
+        torch.autograd.graph.increment_version(params)
 
 
-@combine_.register_fake
-def _(params, seeds, coeffs, streams, offsets, dist, decay, rounding_seed):
-    check_combine("combine_", {"params": params}, seeds, coeffs, streams, offsets, dist, decay, rounding_seed)
+combine_ = _register(f"combine_(Tensor(a!)[] params, {_COMBINE_ARGS}) -> ()", _combine_, _check_combine_)
 
 
-@torch.library.custom_op(
-    "zokernels::combine",
-    mutates_args=("out",),
-    schema=f"(Tensor(a!)[] out, Tensor[] params, {_COMBINE_ARGS}) -> ()",
-)
-def combine(
-    out: Sequence[Tensor],
-    params: Sequence[Tensor],
+def _check_combine(out, params, *args) -> None:
+    check_combine("combine", {"params": params, "out": out}, *args)
+
+
+def _combine(
+    out: list[Tensor],
+    params: list[Tensor],
     seeds: Tensor,
     coeffs: Tensor,
-    streams: Sequence[int],
-    offsets: Sequence[int],
+    streams: list[int],
+    offsets: list[int],
     dist: str,
     decay: Tensor | None,
     rounding_seed: Tensor | None,
 ) -> None:
-    groups = {"params": params, "out": out}
-    check_combine("combine", groups, seeds, coeffs, streams, offsets, dist, decay, rounding_seed)
+    _check_combine(out, params, seeds, coeffs, streams, offsets, dist, decay, rounding_seed)
     check_overlap("combine", {"out": out}, {"params": params})
     if params:
-        select(params[0].device.type).combine(
-            list(out), list(params), seeds, coeffs, list(streams), list(offsets), dist, decay, rounding_seed
-        )
+        backend = select(params[0].device.type)
+        backend.combine(out, params, seeds, coeffs, streams, offsets, dist, decay, rounding_seed)
+        torch.autograd.graph.increment_version(out)
 
 
-@combine.register_fake
-def _(out, params, seeds, coeffs, streams, offsets, dist, decay, rounding_seed):
-    groups = {"params": params, "out": out}
-    check_combine("combine", groups, seeds, coeffs, streams, offsets, dist, decay, rounding_seed)
+combine = _register(f"combine(Tensor(a!)[] out, Tensor[] params, {_COMBINE_ARGS}) -> ()", _combine, _check_combine)
 
 
 def _check_noise(shape: Sequence[int], seed: Tensor, stream: int, offset: int, dist: str) -> None:
     check_dist("noise", dist)
     if seed.dtype is not torch.int64 or seed.numel() != 1:
-        fail(
-            "noise", "seed", "an integer or an int64 tensor of one element", f"{seed.dtype} x {seed.numel()}", TypeError
-        )
+        got = f"{seed.numel()} elements of {seed.dtype}"
+        fail("noise", "seed", "an integer or an int64 tensor of one element", got, TypeError)
     if any(n < 0 for n in shape):
         fail("noise", "shape", "sizes >= 0", tuple(shape))
     numel = 1
@@ -92,12 +100,7 @@ def _check_noise(shape: Sequence[int], seed: Tensor, stream: int, offset: int, d
     check_offset("noise", "offset", offset, numel)
 
 
-@torch.library.custom_op(
-    "zokernels::noise",
-    mutates_args=(),
-    schema="(SymInt[] shape, Tensor seed, int stream, int offset, str dist) -> Tensor",
-)
-def noise(shape: Sequence[int], seed: Tensor, stream: int, offset: int, dist: str) -> Tensor:
+def _noise(shape: list[int], seed: Tensor, stream: int, offset: int, dist: str) -> Tensor:
     _check_noise(shape, seed, stream, offset, dist)
     # z is combine over -0.0 with coefficient 1: -0.0, unlike 0.0, is the neutral element of addition.
     z = torch.full(tuple(shape), -0.0, dtype=torch.float32, device=seed.device)
@@ -106,10 +109,12 @@ def noise(shape: Sequence[int], seed: Tensor, stream: int, offset: int, dist: st
     return z
 
 
-@noise.register_fake
-def _(shape, seed, stream, offset, dist):
+def _fake_noise(shape, seed, stream, offset, dist):
     _check_noise(shape, seed, stream, offset, dist)
     return torch.empty(tuple(shape), dtype=torch.float32, device=seed.device)
+
+
+noise = _register("noise(SymInt[] shape, Tensor seed, int stream, int offset, str dist) -> Tensor", _noise, _fake_noise)
 
 
 def _check_derive_seed(run_seed: Tensor, step: Tensor, k: Tensor) -> None:
@@ -120,18 +125,19 @@ def _check_derive_seed(run_seed: Tensor, step: Tensor, k: Tensor) -> None:
             fail("derive_seed", argument, f"device {run_seed.device}, as run_seed", value.device)
 
 
-@torch.library.custom_op(
-    "zokernels::derive_seed", mutates_args=(), schema="(Tensor run_seed, Tensor step, Tensor k) -> Tensor"
-)
-def derive_seed(run_seed: Tensor, step: Tensor, k: Tensor) -> Tensor:
+def _derive_seed(run_seed: Tensor, step: Tensor, k: Tensor) -> Tensor:
     _check_derive_seed(run_seed, step, k)
     shape = torch.broadcast_shapes(run_seed.shape, step.shape, k.shape)
     run_seed, step, k = (t.expand(shape).contiguous() for t in (run_seed, step, k))
     return select(run_seed.device.type).derive_seed(run_seed, step, k)
 
 
-@derive_seed.register_fake
-def _(run_seed, step, k):
+def _fake_derive_seed(run_seed, step, k):
     _check_derive_seed(run_seed, step, k)
     shape = torch.broadcast_shapes(run_seed.shape, step.shape, k.shape)
     return torch.empty(shape, dtype=torch.int64, device=run_seed.device)
+
+
+derive_seed = _register(
+    "derive_seed(Tensor run_seed, Tensor step, Tensor k) -> Tensor", _derive_seed, _fake_derive_seed
+)
