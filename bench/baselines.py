@@ -37,18 +37,17 @@ def mezo_update(
     weight_decay: float = 0.0,
     dist: str = "normal",
 ) -> None:
-    """theta - lr * (g z + wd theta); without the decay term where ``weight_decay`` is 0, as for biases and norms."""
+    """theta - lr * (g z + wd theta).  The published loop computes the decay term also at wd = 0, for all but biases and
+    norms; here it stands for every tensor, which on MiniLM-L6 adds 0.05% of the elements.
+    """
     torch.manual_seed(seed)
     for param in params:
         z = draw(param.data, dist)
-        if weight_decay:
-            param.data = param.data - lr * (projected_grad * z + weight_decay * param.data)
-        else:
-            param.data = param.data - lr * (projected_grad * z)
+        param.data = param.data - lr * (projected_grad * z + weight_decay * param.data)
 
 
 def mezo_step(params: Sequence[Tensor], eps: float, lr: float, projected_grad: float, seed: int) -> None:
-    """The hot path of one step: +eps, -2 eps, +eps, update; the two forwards left out."""
+    """The hot path of one step: +eps, -2 eps, +eps, update.  18 kernels and 37 element accesses a tensor."""
     for scaling in (1, -2, 1):
         mezo_perturb(params, scaling, eps, seed)
     mezo_update(params, lr, projected_grad, seed)

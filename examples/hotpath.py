@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from bench import timing
 from bench.baselines import mezo_step
+from zokernels import combine, combine_
 from zokernels.optim import ZOSGD
 
 _BITS = {4: torch.int32, 2: torch.int16}
@@ -19,6 +21,34 @@ _BITS = {4: torch.int32, 2: torch.int16}
 def leaves(model: nn.Module) -> list[list[Tensor]]:
     """Parameters by the module that owns them: the weight and bias that one function of the forward takes together."""
     return [params for m in model.modules() if (params := list(m.parameters(recurse=False)))]
+
+
+def combines(groups: list[list[Tensor]]) -> Callable[[], None]:
+    """The combine calls of one ZOSGD step with exact restore, and nothing else.
+
+    For each sign, each module's theta + sign * eps * z into one scratch, used again for every module; then the update
+    of all weights in one call.  A test holds the same calls against those that ZOSGD makes.
+    """
+    params = [p.detach() for group in groups for p in group]
+    seed = torch.ones(1, dtype=torch.int64, device=params[0].device)
+    plus, minus, update = (seed.float() * c for c in (1e-3, -1e-3, 1e-6))
+    scratch = params[0].new_empty(max(sum(p.numel() + 64 for p in group) for group in groups))
+    forward, first = [], 0
+    for group in groups:
+        out, at = [], 0
+        for p in group:
+            out.append(scratch.narrow(0, at, p.numel()).view_as(p))
+            at += -(-p.numel() // 64) * 64
+        forward.append((out, [p.detach() for p in group], list(range(first, first + len(group)))))
+        first += len(group)
+
+    def call() -> None:
+        for coeff in (plus, minus):
+            for out, theta, streams in forward:
+                combine(out, theta, seed, coeff, streams=streams)
+        combine_(params, seed, update, streams=range(len(params)))
+
+    return call
 
 
 def touch(groups: list[list[Tensor]]) -> Callable[[], float]:
@@ -35,35 +65,40 @@ def touch(groups: list[list[Tensor]]) -> Callable[[], float]:
     return closure
 
 
-def measure(model: nn.Module, rounds: int = 7) -> tuple[float, float]:
-    """Milliseconds of a step without its forwards: (ZOSGD with exact restore, MeZO's eager loop), medians, one thread.
+@dataclass(frozen=True)
+class HotPath:
+    """Milliseconds a step without its forwards, medians, one thread each, all of the model's weights."""
 
-    Ours is the real optimizer, its Python included: theta + eps z and theta - eps z into scratch, then the update.
-    MeZO's is +eps, -2 eps, +eps and the update.  They run in turns on copies of all weights.
-    """
-    ours, theirs = copy.deepcopy(model), [p.detach().clone() for p in model.parameters()]
-    optimizer, closure = ZOSGD(ours.named_parameters(), lr=1e-6), touch(leaves(ours))
-    cuda = theirs[0].is_cuda
-    calls = (lambda: optimizer.step(closure), lambda: mezo_step(theirs, 1e-3, 1e-6, 1.0, seed=1))
-    times: tuple[list[float], list[float]] = ([], [])
-    threads = torch.get_num_threads()
+    combines: float  #: the combine calls of ZOSGD with exact restore
+    optimizer: float  #: the same inside the real ZOSGD.step, its Python included
+    eager: float  #: MeZO's eager loop: +eps, -2 eps, +eps, update
+
+    @property
+    def speedup(self) -> float:
+        return self.eager / self.combines
+
+
+def measure(model: nn.Module, rounds: int = 9) -> HotPath:
+    """Times the three in turns, on copies of the weights."""
+    ours, optimized, theirs = (
+        copy.deepcopy(model),
+        copy.deepcopy(model),
+        [p.detach().clone() for p in model.parameters()],
+    )
+    optimizer, closure = ZOSGD(optimized.named_parameters(), lr=1e-6), touch(leaves(optimized))
+    calls = {
+        "combines": combines(leaves(ours)),
+        "optimizer": lambda: optimizer.step(closure),
+        "eager": lambda: mezo_step(theirs, 1e-3, 1e-6, 1.0, seed=1),
+    }
+    device, threads = theirs[0].device.type, torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.random.fork_rng(), torch.no_grad():
-            for i in range(rounds + 1):
-                for call, samples in zip(calls, times, strict=True):
-                    if cuda:
-                        torch.cuda.synchronize()
-                    start = time.perf_counter()
-                    call()
-                    if cuda:
-                        torch.cuda.synchronize()
-                    if i:  # the first round warms up
-                        samples.append((time.perf_counter() - start) * 1e3)
+            times = timing.measure(calls, device, seconds=0.0, min_rounds=rounds)
     finally:
         torch.set_num_threads(threads)
-    ours_ms, theirs_ms = (sorted(t)[len(t) // 2] for t in times)
-    return ours_ms, theirs_ms
+    return HotPath(**{name: t.p50 * 1e3 for name, t in times.items()})
 
 
 class _Interrupted(Exception):

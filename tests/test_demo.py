@@ -17,6 +17,7 @@ sys.path.append(str(ROOT / "examples"))
 import hotpath  # noqa: E402
 import reviews  # noqa: E402
 
+import zokernels  # noqa: E402
 from zokernels.optim import ZOSGD  # noqa: E402
 
 KEYS = {
@@ -78,22 +79,41 @@ def test_batches():
     assert padding < 0.25
 
 
-def test_hot_path_writes_every_weight(monkeypatch):
-    """The timed step perturbs every parameter into scratch, once for each sign, a module at a time."""
-    from zokernels.optim import substitute
+def test_hot_path_is_what_the_optimizer_calls(monkeypatch):
+    """The timed combines are those of a real ZOSGD step: the same sizes in the same order, in and out of place."""
+    from zokernels.optim import substitute, zosgd
 
     model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2, bias=False))
-    calls: list[list[int]] = []
-    real = substitute.combine
+    x, calls = torch.randn(3, 5), []
 
-    def spy(out, params, *rest, **options):
-        calls.append([id(p) for p in params])
-        real(out, params, *rest, **options)
+    def spy(module, name):
+        real = getattr(zokernels, name)
 
-    monkeypatch.setattr(substitute, "combine", spy)
-    ZOSGD(model.named_parameters(), lr=1e-3).step(hotpath.touch(hotpath.leaves(model)))
-    modules = [[id(m.weight), id(m.bias)] for m in model[:2]] + [[id(model[2].weight)]]
-    assert calls == modules * 2
+        def call(*args, **options):
+            calls.append((name, [p.numel() for p in args[0]]))
+            real(*args, **options)
+
+        monkeypatch.setattr(module, name, call)
+
+    for module, name in ((hotpath, "combine"), (substitute, "combine"), (hotpath, "combine_"), (zosgd, "combine_")):
+        spy(module, name)
+    hotpath.combines(hotpath.leaves(model))()
+    timed = calls.copy()
+    for closure in (lambda: model(x).sum(), hotpath.touch(hotpath.leaves(model))):
+        calls.clear()
+        ZOSGD(model.named_parameters(), lr=1e-3).step(closure)
+        assert calls == timed
+    assert timed == [("combine", n) for n in ([20, 4], [4, 4], [8])] * 2 + [("combine_", [20, 4, 4, 4, 8])]
+
+
+def test_hot_path_perturbs_into_scratch():
+    model = torch.nn.Linear(5, 4)
+    before = [p.detach().clone() for p in model.parameters()]
+    call = hotpath.combines(hotpath.leaves(model))
+    call()
+    for stream, (p, t) in enumerate(zip(model.parameters(), before, strict=True)):
+        z = zokernels.noise(p.shape, seed=1, stream=stream)
+        torch.testing.assert_close(p.detach(), t + 1e-6 * z, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
