@@ -149,7 +149,7 @@ def main() -> int:
         "ms_per_step_hot_path_eager": hot.eager,
         "ms_per_step_optimizer_without_forwards": hot.optimizer,
         "hot_path_speedup": hot.speedup,
-        "hot_path_definition": "combine calls of a step, exact restore; eager: 3 perturbations, 1 update; 1 thread each",
+        "hot_path_definition": "the combine calls of a step; eager: 3 perturbations, 1 update; 1 thread each",
         "restored_exactly": all(restored.values()),
         "restored_exactly_by_dtype": restored,
         "loss_definition": "cross entropy on the validation sentences, before the first and after the last step",
