@@ -41,11 +41,9 @@ def draw(path: pathlib.Path, losses: Sequence[float], points: Sequence[tuple[int
         top.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
         top.legend(frameon=False)
         bottom.plot(at, [100 * a for a in accuracy], "o-", color=_ORANGE, linewidth=1.2, markersize=4.5)
-        for i in (0, -1):
-            bottom.annotate(
-                f"{100 * accuracy[i]:.1f} %", (at[i], 100 * accuracy[i]), xytext=(0, 8), textcoords="offset points",
-                ha="left" if i == 0 else "right",
-            )  # fmt: skip
+        for i, offset, align in ((0, (9, -3), "left"), (-1, (0, 8), "right")):
+            where = (at[i], 100 * accuracy[i])
+            bottom.annotate(f"{where[1]:.1f} %", where, xytext=offset, textcoords="offset points", ha=align)
         bottom.margins(y=0.2)
         bottom.set_ylabel("validation accuracy, %")
         bottom.set_xlabel("step (two forwards each)")
@@ -53,6 +51,7 @@ def draw(path: pathlib.Path, losses: Sequence[float], points: Sequence[tuple[int
         for axes in (top, bottom):
             axes.grid(color="#e6e6e6", linewidth=0.8)
             axes.set_axisbelow(True)
+            axes.tick_params(color="#999999", labelcolor=_INK)
             axes.spines[["top", "right"]].set_visible(False)
         figure.suptitle(title, fontsize=11)
         figure.savefig(path, dpi=150)
