@@ -62,4 +62,4 @@ def use_kernel(name: str, monkeypatch) -> None:
     isa = name.removeprefix("cpu-")
     if isa not in _host.instruction_sets():
         pytest.skip(f"this machine has no {isa}")
-    monkeypatch.setattr(importlib.import_module("zokernels.backends.cpu.combine"), "isa", isa)
+    monkeypatch.setattr(importlib.import_module("zokernels.backends.cpu.isa"), "isa", isa)

@@ -2,7 +2,7 @@
 
 from .backends import BackendUnavailable, backend
 from .contract import CONTRACT, stream_of, streams_of
-from .functional import combine, combine_, derive_seed, noise
+from .functional import combine, combine_, derive_seed, fan_out_, noise
 from .version import __version__
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "combine",
     "combine_",
     "derive_seed",
+    "fan_out_",
     "noise",
     "stream_of",
     "streams_of",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .backends import select
-from .checks import check_combine, check_dist, check_offset, check_overlap, check_stream, fail
+from .checks import check_combine, check_dist, check_offset, check_one, check_overlap, check_stream, fail
 
 _LIBRARY = torch.library.Library("zokernels", "DEF")
 
@@ -84,6 +84,45 @@ def _combine(
 
 
 combine = _register(f"combine(Tensor(a!)[] out, Tensor[] params, {_COMBINE_ARGS}) -> ()", _combine, _check_combine)
+
+
+def _check_fan_out_(params, plus, minus, seed, coeff, *args) -> None:
+    groups = {"params": params, "plus": plus, "minus": minus}
+    check_combine("fan_out_", groups, *args)
+    if params:
+        check_one("fan_out_", "seed", seed, torch.int64, params[0].device)
+        check_one("fan_out_", "coeff", coeff, torch.float32, params[0].device)
+
+
+def _fan_out_(
+    params: list[Tensor],
+    plus: list[Tensor],
+    minus: list[Tensor],
+    seed: Tensor,
+    coeff: Tensor,
+    seeds: Tensor,
+    coeffs: Tensor,
+    streams: list[int],
+    offsets: list[int],
+    dist: str,
+    decay: Tensor | None,
+    rounding_seed: Tensor | None,
+) -> None:
+    _check_fan_out_(params, plus, minus, seed, coeff, seeds, coeffs, streams, offsets, dist, decay, rounding_seed)
+    check_overlap("fan_out_", {"params": params, "plus": plus, "minus": minus}, {})
+    if params:
+        fan_out = select(params[0].device.type).fan_out
+        fan_out(params, plus, minus, seed, coeff, seeds, coeffs, streams, offsets, dist, decay, rounding_seed)
+        pending = params if seeds.numel() or decay is not None else []
+        torch.autograd.graph.increment_version([*pending, *plus, *minus])
+
+
+fan_out_ = _register(
+    "fan_out_(Tensor(a!)[] params, Tensor(b!)[] plus, Tensor(c!)[] minus, Tensor seed, Tensor coeff, "
+    f"{_COMBINE_ARGS}) -> ()",
+    _fan_out_,
+    _check_fan_out_,
+)
 
 
 def _check_noise(shape: Sequence[int], seed: Tensor, stream: int, offset: int, dist: str) -> None:

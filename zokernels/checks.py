@@ -41,6 +41,12 @@ def _check_scalars(op: str, argument: str, value: Tensor, dtype: torch.dtype, de
         fail(op, argument, f"the parameters' device {device}", value.device)
 
 
+def check_one(op: str, argument: str, value: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    _check_scalars(op, argument, value, dtype, device)
+    if value.numel() != 1:
+        fail(op, argument, "one value", value.numel())
+
+
 def _is_flat(t: Tensor) -> bool:
     return t.is_contiguous() and t.layout is torch.strided
 
@@ -108,9 +114,7 @@ def check_combine(
         fail(op, "coeffs", f"{seeds.numel()} values, one for each seed", coeffs.numel())
     for argument, value, kind in (("decay", decay, torch.float32), ("rounding_seed", rounding_seed, torch.int64)):
         if value is not None:
-            _check_scalars(op, argument, value, kind, device)
-            if value.numel() != 1:
-                fail(op, argument, "one value", value.numel())
+            check_one(op, argument, value, kind, device)
 
 
 def check_overlap(op: str, written: dict[str, Sequence[Tensor]], read: dict[str, Sequence[Tensor]]) -> None:

@@ -142,6 +142,50 @@ def combine(
     )
 
 
+@torch.no_grad()
+def fan_out_(
+    params: Tensor | Sequence[Tensor],
+    plus: Tensor | Sequence[Tensor],
+    minus: Tensor | Sequence[Tensor],
+    seed: int | Tensor,
+    coeff: float | Tensor,
+    *,
+    seeds: int | Sequence[int] | Tensor = (),
+    coeffs: float | Sequence[float] | Tensor = (),
+    streams: int | Sequence[int],
+    offsets: int | Sequence[int] | None = None,
+    dist: Dist = "normal",
+    decay: float | Tensor | None = None,
+    rounding: Rounding = "nearest",
+    rounding_seed: int | Tensor | None = None,
+) -> None:
+    """plus = round(theta + coeff * z), minus = round(theta - coeff * z), in one read of theta; z is ``seed``'s noise.
+
+    With ``seeds`` and ``coeffs`` (or ``decay``) theta first takes a pending update, as by :func:`combine_`, and is
+    written back: plus and minus start from the updated, rounded theta.  Without, theta is only read.  The bits are
+    those of ``combine_`` followed by two calls of :func:`combine`, with four accesses of memory for each element
+    instead of six: for weights that visit the device once a step, or whose perturbed copies are both needed.
+
+    Args:
+        params, plus, minus: as ``params`` of :func:`combine_`, of the same shapes; none shares memory with another.
+        seed, coeff: the direction of the two sides (int64, fp32; one element) and the size of the perturbation.
+        seeds, coeffs, decay, rounding, rounding_seed: the pending update; its rounding.  The sides round to nearest.
+        streams, offsets, dist: as for :func:`combine_`.
+
+    Raises: as :func:`combine_`.
+    """
+    tensors = _as_list(params)
+    device = tensors[0].device if tensors else torch.device("cpu")
+    _ops.fan_out_(
+        tensors,
+        _as_list(plus),
+        _as_list(minus),
+        _device_values("fan_out_", "seed", seed, torch.int64, device),
+        _device_values("fan_out_", "coeff", coeff, torch.float32, device),
+        *_combine_args("fan_out_", tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed),
+    )
+
+
 def noise(
     shape: int | Sequence[int],
     *,

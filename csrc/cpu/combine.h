@@ -16,9 +16,12 @@ struct Direction {
   float coeff;
 };
 
+// theta = round(decay * theta + sum over `count` directions); with fan_out also, from the rounded theta and the direction
+// behind those, plus = round(theta + c z) and minus = round(theta - c z), to nearest.
 struct Combine {
   const Direction* directions;
   int64_t count;
+  bool fan_out;
   Domain dist;
   bool has_decay;
   float decay;
@@ -30,13 +33,15 @@ struct Combine {
 // Elements [begin, end) of one tensor. offset: logical index of the tensor's element 0.
 struct Span {
   const void* in;
-  void* out;
+  void* out;    // null where theta is not written: fan_out with nothing pending
+  void* plus;   // fan_out only
+  void* minus;  // fan_out only
   uint64_t offset;
   uint32_t stream;
   int64_t begin, end;
 };
 
-// scratch: count * kScratchPerDirection bytes aligned to 64, for the Rademacher blocks of a tile.
+// scratch: kScratchPerDirection bytes a direction, aligned to 64, for the Rademacher blocks of a tile.
 constexpr int64_t kScratchPerDirection = 512;
 using CombineSpan = void (*)(const Combine&, const Span&, void* scratch);
 

@@ -76,48 +76,74 @@ ZK_HD Words<typename L::U> draw(const PhiloxKey& key, uint64_t block, uint32_t s
   return philox<L>(L::counter(static_cast<uint32_t>(block)), static_cast<uint32_t>(block >> 32), stream, domain, key);
 }
 
-// One tile: acc = decay * theta + sum c_k z_k, rounded once.
+// to = from + c z for the eight elements of each block of a tile, z of direction k.
 // signs: for Rademacher, the words of the 32 blocks of the surrounding tile of 4096, [direction][group][word].
-template <class L, DType D, Domain Dist, bool Stochastic>
-ZK_HD void combine_tile(const Combine& op, uint32_t stream, uint64_t block, const typename Storage<L, D>::T* in,
-                        typename Storage<L, D>::T* out, const Words<typename L::U>* signs) {
+template <class L, Domain Dist>
+ZK_HD void accumulate(const Direction& direction, int64_t k, float coeff, uint32_t stream, uint64_t block,
+                      const Words<typename L::U>* signs, const typename L::F from[8], typename L::F to[8]) {
   using F = typename L::F;
   using U = typename L::U;
+  const F c = Splat<F>::of(coeff);
+  if constexpr (Dist == kNormal) {
+    F z[8];
+    normal8(draw<L>(direction.key, block, stream, kNormal), z);
+    for (int e = 0; e < 8; ++e) to[e] = fma(c, z[e], from[e]);
+  } else {
+    constexpr int groups = kRademacherBlocks / L::width;
+    const int vec = static_cast<int>(block & (kRademacherTile / 8 - 1));
+    const int byte = vec >> 5;
+    const U word = signs[k * groups + (vec & 31) / L::width].w[byte >> 2] >> (8 * (byte & 3));
+    for (int e = 0; e < 8; ++e) to[e] = add(from[e], signed_coefficient(word, e, c));  // fma(c, +-1, from)
+  }
+}
+
+template <class T>
+struct Pointers {
+  const T* in;
+  T *out, *plus, *minus;
+};
+
+// One tile: acc = decay * theta + sum c_k z_k, rounded once; then the fan-out.
+template <class L, DType D, Domain Dist, bool Stochastic>
+ZK_HD void combine_tile(const Combine& op, uint32_t stream, uint64_t block,
+                        const Pointers<typename Storage<L, D>::T>& at, const Words<typename L::U>* signs) {
+  using F = typename L::F;
+  using S = Storage<L, D>;
   F acc[8];
-  Storage<L, D>::load(in, acc);
+  S::load(at.in, acc);
   if (op.has_decay) {
     for (int e = 0; e < 8; ++e) acc[e] = mul(Splat<F>::of(op.decay), acc[e]);
   }
   for (int64_t k = 0; k < op.count; ++k) {
-    const Direction& direction = op.directions[k];
-    const F c = Splat<F>::of(direction.coeff);
-    if constexpr (Dist == kNormal) {
-      F z[8];
-      normal8(draw<L>(direction.key, block, stream, kNormal), z);
-      for (int e = 0; e < 8; ++e) acc[e] = fma(c, z[e], acc[e]);
-    } else {
-      constexpr int groups = kRademacherBlocks / L::width;
-      const int vec = static_cast<int>(block & (kRademacherTile / 8 - 1));
-      const int byte = vec >> 5;
-      const U word = signs[k * groups + (vec & 31) / L::width].w[byte >> 2] >> (8 * (byte & 3));
-      for (int e = 0; e < 8; ++e) acc[e] = add(acc[e], signed_coefficient(word, e, c));  // fma(c, +-1, acc)
-    }
+    accumulate<L, Dist>(op.directions[k], k, op.directions[k].coeff, stream, block, signs, acc, acc);
   }
-  Words<U> random{};
-  if constexpr (Stochastic && D != DType::f32) random = draw<L>(op.rounding, block, stream, kRounding);
-  Storage<L, D>::template store<Stochastic>(out, acc, random);
+  if (at.out != nullptr) {
+    Words<typename L::U> random{};
+    if constexpr (Stochastic && D != DType::f32) random = draw<L>(op.rounding, block, stream, kRounding);
+    S::template store<Stochastic>(at.out, acc, random);
+  }
+  if (op.fan_out) {
+    if (at.out != nullptr) S::load(at.out, acc);  // as rounded
+    const Direction& probe = op.directions[op.count];
+    F side[8];
+    accumulate<L, Dist>(probe, op.count, probe.coeff, stream, block, signs, acc, side);
+    S::template store<false>(at.plus, side, {});
+    accumulate<L, Dist>(probe, op.count, -probe.coeff, stream, block, signs, acc, side);
+    S::template store<false>(at.minus, side, {});
+  }
 }
 
 template <class L, DType D, Domain Dist, bool Stochastic>
 void combine_elements(const Combine& op, const Span& span, void* scratch) {
   using T = typename Storage<L, D>::T;
   constexpr int64_t tile = 8 * L::width;
-  const T* in = static_cast<const T*>(span.in);
-  T* out = static_cast<T*>(span.out);
+  const Pointers<T> whole = {static_cast<const T*>(span.in), static_cast<T*>(span.out), static_cast<T*>(span.plus),
+                             static_cast<T*>(span.minus)};
   auto* signs = static_cast<Words<typename L::U>*>(scratch);
   uint64_t signs_of = ~uint64_t{0};
+  const int64_t directions = op.count + (op.fan_out ? 1 : 0);
 
-  // Logical indices; `in - offset` addresses them, computed as integers to stay inside the arrays.
+  // Logical indices; positions in the tensor are differences, to stay inside the arrays.
   uint64_t at = span.offset + static_cast<uint64_t>(span.begin);
   const uint64_t end = span.offset + static_cast<uint64_t>(span.end);
   while (at < end) {
@@ -126,7 +152,7 @@ void combine_elements(const Combine& op, const Span& span, void* scratch) {
     if constexpr (Dist == kRademacher) {
       if (const uint64_t sign_tile = base / kRademacherTile; sign_tile != signs_of) {
         constexpr int groups = kRademacherBlocks / L::width;
-        for (int64_t k = 0; k < op.count; ++k) {
+        for (int64_t k = 0; k < directions; ++k) {
           for (int g = 0; g < groups; ++g) {
             const uint64_t block = sign_tile * kRademacherBlocks + g * L::width;
             signs[k * groups + g] = draw<L>(op.directions[k].key, block, span.stream, kRademacher);
@@ -136,14 +162,21 @@ void combine_elements(const Combine& op, const Span& span, void* scratch) {
       }
     }
     const int64_t first = static_cast<int64_t>(at - span.offset);
+    const auto moved = [first](T* p) { return p != nullptr ? p + first : nullptr; };
+    const Pointers<T> here = {whole.in + first, moved(whole.out), moved(whole.plus), moved(whole.minus)};
     if (stop - at == static_cast<uint64_t>(tile)) {
-      combine_tile<L, D, Dist, Stochastic>(op, span.stream, base / 8, in + first, out + first, signs);
+      combine_tile<L, D, Dist, Stochastic>(op, span.stream, base / 8, here, signs);
     } else {
-      alignas(64) T buffer[tile] = {};
-      const int64_t skip = static_cast<int64_t>(at - base), n = static_cast<int64_t>(stop - at);
-      __builtin_memcpy(buffer + skip, in + first, n * sizeof(T));
-      combine_tile<L, D, Dist, Stochastic>(op, span.stream, base / 8, buffer, buffer, signs);
-      __builtin_memcpy(out + first, buffer + skip, n * sizeof(T));
+      alignas(64) T theta[tile] = {}, plus[tile], minus[tile];
+      const int64_t skip = static_cast<int64_t>(at - base), bytes = static_cast<int64_t>(stop - at) * sizeof(T);
+      __builtin_memcpy(theta + skip, here.in, bytes);
+      const Pointers<T> buffered = {theta, here.out != nullptr ? theta : nullptr, plus, minus};
+      combine_tile<L, D, Dist, Stochastic>(op, span.stream, base / 8, buffered, signs);
+      if (here.out != nullptr) __builtin_memcpy(here.out, theta + skip, bytes);
+      if (op.fan_out) {
+        __builtin_memcpy(here.plus, plus + skip, bytes);
+        __builtin_memcpy(here.minus, minus + skip, bytes);
+      }
     }
     at = stop;
   }

@@ -32,21 +32,15 @@ DType dtype_of(const Tensor& t) {
   }
 }
 
-void combine_cpu(std::vector<Tensor> out, std::vector<Tensor> params, Tensor seeds, Tensor coeffs,
-                 std::vector<int64_t> streams, std::vector<int64_t> offsets, int64_t dist, std::optional<Tensor> decay,
-                 std::optional<Tensor> rounding_seed, std::string isa) {
-  check_combine_args(out, params, seeds, coeffs, streams, offsets, dist);
-  if (params.empty()) return;
-
-  const int64_t count = seeds.numel();
-  const auto* seed = static_cast<const int64_t*>(seeds.const_data_ptr());
-  const auto* coeff = static_cast<const float*>(coeffs.const_data_ptr());
-  std::vector<Direction> directions(count);
-  for (int64_t k = 0; k < count; ++k) directions[k] = {philox_key(static_cast<uint64_t>(seed[k])), coeff[k]};
-
+// combine where plus and minus are empty, else fan_out; `write`: whether theta is written.
+void run(const std::vector<Tensor>& out, const std::vector<Tensor>& params, const std::vector<Tensor>& plus,
+         const std::vector<Tensor>& minus, const std::vector<Direction>& directions, const std::vector<int64_t>& streams,
+         const std::vector<int64_t>& offsets, int64_t dist, const std::optional<Tensor>& decay,
+         const std::optional<Tensor>& rounding_seed, const std::string& isa) {
   Combine op{};
   op.directions = directions.data();
-  op.count = count;
+  op.fan_out = !plus.empty();
+  op.count = static_cast<int64_t>(directions.size()) - (op.fan_out ? 1 : 0);
   op.dist = static_cast<Domain>(dist);
   op.dtype = dtype_of(params[0]);
   if (decay) op.decay = *static_cast<const float*>(decay->const_data_ptr());
@@ -55,6 +49,7 @@ void combine_cpu(std::vector<Tensor> out, std::vector<Tensor> params, Tensor see
   if (op.stochastic) {
     op.rounding = philox_key(static_cast<uint64_t>(*static_cast<const int64_t*>(rounding_seed->const_data_ptr())));
   }
+  const bool writes = !op.fan_out || op.count > 0 || decay.has_value();
 
   std::vector<Span> spans;
   std::vector<int64_t> starts;  // elements before each span
@@ -62,15 +57,16 @@ void combine_cpu(std::vector<Tensor> out, std::vector<Tensor> params, Tensor see
   for (size_t i = 0; i < params.size(); ++i) {
     const int64_t n = params[i].numel();
     if (n == 0) continue;
-    spans.push_back({params[i].const_data_ptr(), out[i].mutable_data_ptr(), static_cast<uint64_t>(offsets[i]),
-                     static_cast<uint32_t>(streams[i]), 0, n});
+    spans.push_back({params[i].const_data_ptr(), writes ? out[i].mutable_data_ptr() : nullptr,
+                     op.fan_out ? plus[i].mutable_data_ptr() : nullptr, op.fan_out ? minus[i].mutable_data_ptr() : nullptr,
+                     static_cast<uint64_t>(offsets[i]), static_cast<uint32_t>(streams[i]), 0, n});
     starts.push_back(total);
     total += n;
   }
 
   const CombineSpan kernel = combine_span(isa);
   torch::stable::parallel_for(0, total, kGrain, [&](int64_t begin, int64_t end) {
-    const size_t scratch_size = op.dist == kRademacher ? static_cast<size_t>(count * kScratchPerDirection) : 0;
+    const size_t scratch_size = op.dist == kRademacher ? directions.size() * kScratchPerDirection : 0;
     std::unique_ptr<std::byte[]> memory(new std::byte[scratch_size + 64]);
     void* scratch = memory.get();
     size_t space = scratch_size + 64;
@@ -87,6 +83,34 @@ void combine_cpu(std::vector<Tensor> out, std::vector<Tensor> params, Tensor see
   });
 }
 
+void append(std::vector<Direction>& directions, const Tensor& seeds, const Tensor& coeffs) {
+  const auto* seed = static_cast<const int64_t*>(seeds.const_data_ptr());
+  const auto* coeff = static_cast<const float*>(coeffs.const_data_ptr());
+  for (int64_t k = 0; k < seeds.numel(); ++k) directions.push_back({philox_key(static_cast<uint64_t>(seed[k])), coeff[k]});
+}
+
+void combine_cpu(std::vector<Tensor> out, std::vector<Tensor> params, Tensor seeds, Tensor coeffs,
+                 std::vector<int64_t> streams, std::vector<int64_t> offsets, int64_t dist, std::optional<Tensor> decay,
+                 std::optional<Tensor> rounding_seed, std::string isa) {
+  check_combine_args({out}, params, seeds, coeffs, streams, offsets, dist);
+  if (params.empty()) return;
+  std::vector<Direction> directions;
+  append(directions, seeds, coeffs);
+  run(out, params, {}, {}, directions, streams, offsets, dist, decay, rounding_seed, isa);
+}
+
+void fan_out_cpu(std::vector<Tensor> params, std::vector<Tensor> plus, std::vector<Tensor> minus, Tensor seed, Tensor coeff,
+                 Tensor seeds, Tensor coeffs, std::vector<int64_t> streams, std::vector<int64_t> offsets, int64_t dist,
+                 std::optional<Tensor> decay, std::optional<Tensor> rounding_seed, std::string isa) {
+  check_combine_args({plus, minus}, params, seeds, coeffs, streams, offsets, dist);
+  check_one_direction(seed, coeff);
+  if (params.empty()) return;
+  std::vector<Direction> directions;
+  append(directions, seeds, coeffs);
+  append(directions, seed, coeff);
+  run(params, params, plus, minus, directions, streams, offsets, dist, decay, rounding_seed, isa);
+}
+
 Tensor derive_seed_cpu(Tensor run_seed, Tensor step, Tensor k) {
   Tensor seeds = torch::stable::empty_like(run_seed);
   const auto* r = static_cast<const uint64_t*>(run_seed.const_data_ptr());
@@ -101,11 +125,13 @@ Tensor derive_seed_cpu(Tensor run_seed, Tensor step, Tensor k) {
 
 STABLE_TORCH_LIBRARY(zokernels_cpu, m) {
   m.def(ZK_COMBINE_SCHEMA(", str isa"));
+  m.def(ZK_FAN_OUT_SCHEMA(", str isa"));
   m.def(ZK_DERIVE_SEED_SCHEMA);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(zokernels_cpu, CPU, m) {
   m.impl("combine", TORCH_BOX(&combine_cpu));
+  m.impl("fan_out", TORCH_BOX(&fan_out_cpu));
   m.impl("derive_seed", TORCH_BOX(&derive_seed_cpu));
 }
 

@@ -6,23 +6,26 @@
 namespace zk::cuda {
 namespace {
 
-template <DType D, Domain Dist, int K, bool Decay, bool Stochastic>
+template <DType D, Domain Dist, int K, bool Decay, bool Stochastic, bool FanOut>
 void launch(const CombineLaunch& p, uint32_t chunks, cudaStream_t stream) {
   if constexpr (Dist == kNormal) {
-    combine_normal_kernel<D, K, Decay, Stochastic><<<chunks, kThreads, 0, stream>>>(p);
+    combine_normal_kernel<D, K, Decay, Stochastic, FanOut><<<chunks, kThreads, 0, stream>>>(p);
   } else {
-    combine_rademacher_kernel<D, K, Decay, Stochastic><<<chunks, kThreads, 0, stream>>>(p);
+    combine_rademacher_kernel<D, K, Decay, Stochastic, FanOut><<<chunks, kThreads, 0, stream>>>(p);
   }
 }
 
 // One direction (perturb, update), one with weight decay, and two (update and next perturbation) are compiled for; any
-// other number reads keys and coefficients in a loop.
+// other number reads keys and coefficients in a loop. A fan-out has one pending update, or any.
 template <DType D, Domain Dist, bool Stochastic>
 void launch_count(const CombineLaunch& p, uint32_t chunks, cudaStream_t stream) {
-  if (p.count == 1 && p.decay == nullptr) return launch<D, Dist, 1, false, Stochastic>(p, chunks, stream);
-  if (p.count == 1) return launch<D, Dist, 1, true, Stochastic>(p, chunks, stream);
-  if (p.count == 2 && p.decay == nullptr) return launch<D, Dist, 2, false, Stochastic>(p, chunks, stream);
-  launch<D, Dist, 0, true, Stochastic>(p, chunks, stream);
+  const bool decay = p.decay != nullptr, fan_out = p.probe_seed != nullptr;
+  if (fan_out && p.count == 1 && !decay) return launch<D, Dist, 1, false, Stochastic, true>(p, chunks, stream);
+  if (fan_out) return launch<D, Dist, 0, true, Stochastic, true>(p, chunks, stream);
+  if (p.count == 1 && !decay) return launch<D, Dist, 1, false, Stochastic, false>(p, chunks, stream);
+  if (p.count == 1) return launch<D, Dist, 1, true, Stochastic, false>(p, chunks, stream);
+  if (p.count == 2 && !decay) return launch<D, Dist, 2, false, Stochastic, false>(p, chunks, stream);
+  launch<D, Dist, 0, true, Stochastic, false>(p, chunks, stream);
 }
 
 template <DType D, Domain Dist>

@@ -24,20 +24,24 @@ constexpr int64_t tile_of(Domain dist) { return dist == kNormal ? kVector : 4096
 struct TensorEntry {
   const void* in;
   void* out;
+  void* plus;   // fan-out only
+  void* minus;  // fan-out only
   int64_t numel;
   uint64_t offset;  // logical index of element 0
 };
 
 // Tensors of one launch travel as a kernel argument (4 KiB at most on every architecture), so a launch needs no copy to the
 // device, no allocation and no cache, and a CUDA graph captures it whole.
-constexpr int kMaxTensors = 96;
+constexpr int kMaxTensors = 70;
 
 struct CombineLaunch {
   const int64_t* seeds;
   const float* coeffs;
   const float* decay;            // null: none
   const int64_t* rounding_seed;  // null: nearest
-  int32_t count;                 // K
+  const int64_t* probe_seed;     // null: combine; else fan-out, from the rounded theta, along this direction
+  const float* probe_coeff;
+  int32_t count;  // K
   int32_t tensors;
   uint32_t mantissa = 0x007fffffu;  // a constant that the compiler must not know: see noise/normal.h
   uint32_t first_chunk[kMaxTensors];

@@ -54,25 +54,73 @@ ZK_DEVICE int tensor_of(const CombineLaunch& p, uint32_t chunk) {
   return low;
 }
 
-// Eight elements whose positions start at `first` and may lie in part outside [0, numel).
-template <DType D, bool Stochastic, class Accumulate>
-ZK_DEVICE void edge_vector(const typename Storage<D>::T* in, typename Storage<D>::T* out, int64_t first, int64_t numel,
-                           const Words<uint32_t>& random, const Accumulate& accumulate) {
+// Eight elements whose positions start at `first` and may lie in part outside [0, numel): element by element.
+template <DType D>
+struct EdgeAccess {
   using T = typename Storage<D>::T;
-  union {
-    typename Storage<D>::Raw raw;
+  using Raw = typename Storage<D>::Raw;
+  union Buffer {
+    Raw raw;
     T element[kVector];
-  } buffer;
-  ZK_UNROLL
-  for (int e = 0; e < kVector; ++e) buffer.element[e] = first + e >= 0 && first + e < numel ? in[first + e] : T{};
-  float acc[kVector];
-  Storage<D>::unpack(buffer.raw, acc);
-  accumulate(acc);
-  buffer.raw = Storage<D>::template pack<Stochastic>(acc, random);
-  ZK_UNROLL
-  for (int e = 0; e < kVector; ++e) {
-    if (first + e >= 0 && first + e < numel) out[first + e] = buffer.element[e];
+  };
+  int64_t first, numel;
+
+  ZK_DEVICE bool inside(int e) const { return first + e >= 0 && first + e < numel; }
+  ZK_DEVICE Raw load(const void* p) const {
+    Buffer buffer;
+    ZK_UNROLL
+    for (int e = 0; e < kVector; ++e) buffer.element[e] = inside(e) ? static_cast<const T*>(p)[first + e] : T{};
+    return buffer.raw;
   }
+  ZK_DEVICE void store(void* p, const Raw& raw) const {
+    Buffer buffer;
+    buffer.raw = raw;
+    ZK_UNROLL
+    for (int e = 0; e < kVector; ++e) {
+      if (inside(e)) static_cast<T*>(p)[first + e] = buffer.element[e];
+    }
+  }
+};
+
+// Eight elements inside the tensor, at an aligned address: vector `step` from element `base`. Apart, so that one address
+// serves all steps and the steps become immediates (0.9 instructions a Rademacher element less than with their sum).
+template <DType D>
+struct VectorAccess {
+  using T = typename Storage<D>::T;
+  using Raw = typename Storage<D>::Raw;
+  int64_t base;
+  int step;
+
+  ZK_DEVICE Raw load(const void* p) const { return reinterpret_cast<const Raw*>(static_cast<const T*>(p) + base)[step]; }
+  ZK_DEVICE void store(void* p, const Raw& raw) const { reinterpret_cast<Raw*>(static_cast<T*>(p) + base)[step] = raw; }
+};
+
+// What follows the sum: round once, store, and fan out from the rounded value.
+// probe(sign, from, to): to = from + sign * c * z of the probe's direction.
+template <DType D, bool Round, bool FanOut, class Access, class Probe>
+ZK_DEVICE void finish(const CombineLaunch& p, const TensorEntry& t, const Access& at, float acc[kVector],
+                      const Words<uint32_t>& random, const Probe& probe) {
+  using S = Storage<D>;
+  const auto raw = S::template pack<Round>(acc, random);
+  if constexpr (!FanOut) {
+    at.store(t.out, raw);
+  } else {
+    if (p.count > 0 || p.decay != nullptr) at.store(t.out, raw);  // something was pending
+    S::unpack(raw, acc);
+    float side[kVector];
+    probe(1.0f, acc, side);
+    at.store(t.plus, S::template pack<false>(side, random));
+    probe(-1.0f, acc, side);
+    at.store(t.minus, S::template pack<false>(side, random));
+  }
+}
+
+// Whether every pointer of the tensor and its logical offset allow 16-byte accesses of whole blocks.
+template <bool FanOut>
+ZK_DEVICE bool is_aligned(const TensorEntry& t) {
+  uint64_t all = reinterpret_cast<uint64_t>(t.in) | reinterpret_cast<uint64_t>(t.out);
+  if constexpr (FanOut) all |= reinterpret_cast<uint64_t>(t.plus) | reinterpret_cast<uint64_t>(t.minus);
+  return (all % 16 | t.offset % kVector) == 0;
 }
 
 template <bool Decay>
@@ -85,16 +133,13 @@ ZK_DEVICE void apply_decay(const CombineLaunch& p, float decay, float acc[kVecto
   }
 }
 
-template <DType D, int K, bool Decay, bool Stochastic>
+template <DType D, int K, bool Decay, bool Stochastic, bool FanOut>
 ZK_GLOBAL combine_normal_kernel(ZK_GRID_CONSTANT CombineLaunch p) {
   using S = Storage<D>;
-  using T = typename S::T;
   constexpr bool kRound = Stochastic && D != DType::f32;
   const int i = tensor_of(p, blockIdx.x);
   const TensorEntry& t = p.tensor[i];
   const uint32_t stream = p.stream[i];
-  const T* in = static_cast<const T*>(t.in);
-  T* out = static_cast<T*>(t.out);
 
   const uint64_t chunk = blockIdx.x - p.first_chunk[i];
   const uint64_t start = t.offset / kVector * kVector + chunk * kNormalChunk;  // logical
@@ -112,12 +157,15 @@ ZK_GLOBAL combine_normal_kernel(ZK_GRID_CONSTANT CombineLaunch p) {
       coeff[k] = p.coeffs[k];
     }
   }
-  PhiloxKey rounding{};
+  PhiloxKey rounding{}, probe_key{};
   if constexpr (kRound) rounding = philox_key(seed_at(p.rounding_seed, 0));
+  if constexpr (FanOut) probe_key = philox_key(seed_at(p.probe_seed, 0));
   float decay = 1.0f;
   if constexpr (Decay) decay = p.decay != nullptr ? *p.decay : 1.0f;
 
-  const auto accumulate = [&](uint64_t b, float acc[kVector]) {
+  const auto block_of_eight = [&](uint64_t b, const auto& at, const typename S::Raw& raw) {
+    float acc[kVector];
+    S::unpack(raw, acc);
     apply_decay<Decay>(p, decay, acc);
     const auto direction = [&](const PhiloxKey& k, float c) {
       float z[kVector];
@@ -131,56 +179,57 @@ ZK_GLOBAL combine_normal_kernel(ZK_GRID_CONSTANT CombineLaunch p) {
     } else {
       for (int k = 0; k < count; ++k) direction(philox_key(seed_at(p.seeds, k)), p.coeffs[k]);
     }
+    Words<uint32_t> random{};
+    if constexpr (kRound) random = draw(rounding, b, stream, kRounding);
+    float z[kVector];
+    if constexpr (FanOut) normal8(draw(probe_key, b, stream, kNormal), z, p.mantissa);
+    finish<D, kRound, FanOut>(p, t, at, acc, random, [&](float sign, const float from[kVector], float to[kVector]) {
+      const float c = mul(sign, *p.probe_coeff);
+      ZK_UNROLL
+      for (int e = 0; e < kVector; ++e) to[e] = fma(c, z[e], from[e]);
+    });
   };
 
   const bool inside = position >= 0 && position + kNormalChunk <= t.numel;
-  const bool aligned = ((reinterpret_cast<uint64_t>(in) | reinterpret_cast<uint64_t>(out)) % 16 | t.offset % kVector) == 0;
   // Where the low counter word wraps inside the chunk, the upper word differs between threads: left to the slow path.
   const bool wraps = static_cast<uint32_t>(block) > 0xffffffffu - kThreads * kSteps;
-  if (inside && aligned && !wraps) {
-    using Raw = typename S::Raw;
-    const Raw* src = reinterpret_cast<const Raw*>(in + position) + threadIdx.x;
-    Raw* dst = reinterpret_cast<Raw*>(out + position) + threadIdx.x;
-    Raw raw[kSteps];
-    ZK_UNROLL
-    for (int s = 0; s < kSteps; ++s) raw[s] = src[s * kThreads];
-    ZK_UNROLL
-    for (int s = 0; s < kSteps; ++s) {
-      // The sum cannot carry into the upper word, and written so the compiler knows.
-      const uint32_t low = static_cast<uint32_t>(block) + threadIdx.x + s * kThreads;
-      const uint64_t b = (block & 0xffffffff00000000u) | low;
-      float acc[kVector];
-      S::unpack(raw[s], acc);
-      accumulate(b, acc);
-      Words<uint32_t> random{};
-      if constexpr (kRound) random = draw(rounding, b, stream, kRounding);
-      dst[s * kThreads] = S::template pack<kRound>(acc, random);
+  if (inside && is_aligned<FanOut>(t) && !wraps) {
+    const auto access = [&](int s) {
+      return VectorAccess<D>{position + static_cast<int64_t>(threadIdx.x) * kVector, s * kThreads};
+    };
+    // Loads in flight. A fan-out holds the keys of up to three seeds and would spill with eight.
+    constexpr int kFlight = FanOut ? 4 : kSteps;
+    ZK_NO_UNROLL
+    for (int first = 0; first < kSteps; first += kFlight) {
+      typename S::Raw raw[kFlight];
+      ZK_UNROLL
+      for (int s = 0; s < kFlight; ++s) raw[s] = access(first + s).load(t.in);
+      ZK_UNROLL
+      for (int s = 0; s < kFlight; ++s) {
+        // The sum cannot carry into the upper word, and written so the compiler knows.
+        const uint32_t low = static_cast<uint32_t>(block) + threadIdx.x + (first + s) * kThreads;
+        block_of_eight((block & 0xffffffff00000000u) | low, access(first + s), raw[s]);
+      }
     }
   } else {
     ZK_NO_UNROLL
     for (int s = 0; s < kSteps; ++s) {
       const int64_t v = threadIdx.x + s * kThreads;
-      const int64_t first = position + v * kVector;
-      if (first >= t.numel) break;
-      const uint64_t b = block + v;
-      Words<uint32_t> random{};
-      if constexpr (kRound) random = draw(rounding, b, stream, kRounding);
-      edge_vector<D, kRound>(in, out, first, t.numel, random, [&](float acc[kVector]) { accumulate(b, acc); });
+      const EdgeAccess<D> at{position + v * kVector, t.numel};
+      if (at.first >= t.numel) break;
+      block_of_eight(block + v, at, at.load(t.in));
     }
   }
 }
 
-template <DType D, int K, bool Decay, bool Stochastic>
+template <DType D, int K, bool Decay, bool Stochastic, bool FanOut>
 ZK_GLOBAL combine_rademacher_kernel(ZK_GRID_CONSTANT CombineLaunch p) {
   using S = Storage<D>;
-  using T = typename S::T;
   constexpr bool kRound = Stochastic && D != DType::f32;
   constexpr int kBytes = kRademacherTile / kVector / kRademacherBlocks;  // vecs of a lane: 16
   const int i = tensor_of(p, blockIdx.x);
   const TensorEntry& t = p.tensor[i];
   const uint32_t stream = p.stream[i];
-  const T* in = static_cast<const T*>(t.in);
-  T* out = static_cast<T*>(t.out);
 
   const uint64_t chunk = blockIdx.x - p.first_chunk[i];
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -188,33 +237,39 @@ ZK_GLOBAL combine_rademacher_kernel(ZK_GRID_CONSTANT CombineLaunch p) {
   const int64_t position = static_cast<int64_t>(start - t.offset);
   if (position >= t.numel) return;
   const uint64_t block = start / kRademacherTile * kRademacherBlocks + lane;
+  const auto sign_words = [&](const int64_t* seeds, int k) {
+    return draw(philox_key(seed_at(seeds, k)), block, stream, kRademacher);
+  };
 
   const int count = K > 0 ? K : p.count;
   constexpr int kKept = K > 0 ? K : 1;
-  Words<uint32_t> signs[kKept];
+  Words<uint32_t> signs[kKept], probe_signs{};
   float coeff[kKept];
   if constexpr (K > 0) {
     ZK_UNROLL
     for (int k = 0; k < K; ++k) {
-      signs[k] = draw(philox_key(seed_at(p.seeds, k)), block, stream, kRademacher);
+      signs[k] = sign_words(p.seeds, k);
       coeff[k] = p.coeffs[k];
     }
   }
+  if constexpr (FanOut) probe_signs = sign_words(p.probe_seed, 0);
   PhiloxKey rounding{};
   if constexpr (kRound) rounding = philox_key(seed_at(p.rounding_seed, 0));
   float decay = 1.0f;
   if constexpr (Decay) decay = p.decay != nullptr ? *p.decay : 1.0f;
 
-  // fma(c, +-1, acc) is acc +- c.
-  const auto direction = [&](const Words<uint32_t>& w, float c, int byte, float acc[kVector]) {
+  // fma(c, +-1, from) is from +- c.
+  const auto direction = [&](const Words<uint32_t>& w, float c, int byte, const float from[kVector], float to[kVector]) {
     const uint32_t word = word_of(w, byte) >> (8 * (byte % 4));
     ZK_UNROLL
-    for (int e = 0; e < kVector; ++e) acc[e] = add(acc[e], signed_coefficient(word, e, c));
+    for (int e = 0; e < kVector; ++e) to[e] = add(from[e], signed_coefficient(word, e, c));
   };
-  const auto rounding_words = [&](int byte) {
+  const auto vec_end = [&](int byte, const auto& at, float acc[kVector]) {
     Words<uint32_t> random{};
     if constexpr (kRound) random = draw(rounding, start / kVector + 32 * byte + lane, stream, kRounding);
-    return random;
+    finish<D, kRound, FanOut>(p, t, at, acc, random, [&](float sign, const float from[kVector], float to[kVector]) {
+      direction(probe_signs, mul(sign, *p.probe_coeff), byte, from, to);
+    });
   };
   // A group of vecs at a time: with any number of directions, a block is drawn anew for every four vecs of its sixteen
   // (37 instructions over 32 elements), so that no more than four vecs of sums are held.
@@ -226,52 +281,47 @@ ZK_GLOBAL combine_rademacher_kernel(ZK_GRID_CONSTANT CombineLaunch p) {
       ZK_UNROLL
       for (int k = 0; k < K; ++k) {
         ZK_UNROLL
-        for (int v = 0; v < kGroup; ++v) direction(signs[k], coeff[k], group * kGroup + v, acc[v]);
+        for (int v = 0; v < kGroup; ++v) direction(signs[k], coeff[k], group * kGroup + v, acc[v], acc[v]);
       }
     } else {
       for (int k = 0; k < count; ++k) {
-        const Words<uint32_t> w = draw(philox_key(seed_at(p.seeds, k)), block, stream, kRademacher);
+        const Words<uint32_t> w = sign_words(p.seeds, k);
         ZK_UNROLL
-        for (int v = 0; v < kGroup; ++v) direction(w, p.coeffs[k], group * kGroup + v, acc[v]);
+        for (int v = 0; v < kGroup; ++v) direction(w, p.coeffs[k], group * kGroup + v, acc[v], acc[v]);
       }
     }
   };
 
-  const bool inside = position >= 0 && position + kRademacherTile <= t.numel;
-  const bool aligned = ((reinterpret_cast<uint64_t>(in) | reinterpret_cast<uint64_t>(out)) % 16 | t.offset % kVector) == 0;
-  if (inside && aligned) {
-    using Raw = typename S::Raw;
-    const Raw* src = reinterpret_cast<const Raw*>(in + position) + lane;
-    Raw* dst = reinterpret_cast<Raw*>(out + position) + lane;
+  if (position >= 0 && position + kRademacherTile <= t.numel && is_aligned<FanOut>(t)) {
+    const auto access = [&](int byte) {
+      return VectorAccess<D>{position + static_cast<int64_t>(lane) * kVector, 32 * byte};
+    };
     ZK_UNROLL
     for (int group = 0; group < kBytes / kGroup; ++group) {
-      Raw raw[kGroup];
+      typename S::Raw raw[kGroup];
       float acc[kGroup][kVector];
       ZK_UNROLL
-      for (int v = 0; v < kGroup; ++v) raw[v] = src[32 * (group * kGroup + v)];
+      for (int v = 0; v < kGroup; ++v) raw[v] = access(group * kGroup + v).load(t.in);
       ZK_UNROLL
       for (int v = 0; v < kGroup; ++v) S::unpack(raw[v], acc[v]);
       accumulate(group, acc);
       ZK_UNROLL
-      for (int v = 0; v < kGroup; ++v) {
-        dst[32 * (group * kGroup + v)] = S::template pack<kRound>(acc[v], rounding_words(group * kGroup + v));
-      }
+      for (int v = 0; v < kGroup; ++v) vec_end(group * kGroup + v, access(group * kGroup + v), acc[v]);
     }
   } else {
     ZK_NO_UNROLL
     for (int byte = 0; byte < kBytes; ++byte) {
-      const int64_t first = position + (32 * byte + static_cast<int64_t>(lane)) * kVector;
-      edge_vector<D, kRound>(in, out, first, t.numel, rounding_words(byte), [&](float acc[kVector]) {
-        apply_decay<Decay>(p, decay, acc);
-        if constexpr (K > 0) {
-          ZK_UNROLL
-          for (int k = 0; k < K; ++k) direction(signs[k], coeff[k], byte, acc);
-        } else {
-          for (int k = 0; k < count; ++k) {
-            direction(draw(philox_key(seed_at(p.seeds, k)), block, stream, kRademacher), p.coeffs[k], byte, acc);
-          }
-        }
-      });
+      const EdgeAccess<D> at{position + (32 * byte + static_cast<int64_t>(lane)) * kVector, t.numel};
+      float acc[kVector];
+      S::unpack(at.load(t.in), acc);
+      apply_decay<Decay>(p, decay, acc);
+      if constexpr (K > 0) {
+        ZK_UNROLL
+        for (int k = 0; k < K; ++k) direction(signs[k], coeff[k], byte, acc, acc);
+      } else {
+        for (int k = 0; k < count; ++k) direction(sign_words(p.seeds, k), p.coeffs[k], byte, acc, acc);
+      }
+      vec_end(byte, at, acc);
     }
   }
 }

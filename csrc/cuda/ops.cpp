@@ -41,18 +41,16 @@ void check_launch(const char* op, int error) {
   STD_TORCH_CHECK(error == 0, "zokernels_cuda::", op, ": launch failed: ", error_string(error));
 }
 
-void combine_cuda(std::vector<Tensor> out, std::vector<Tensor> params, Tensor seeds, Tensor coeffs,
-                  std::vector<int64_t> streams, std::vector<int64_t> offsets, int64_t dist, std::optional<Tensor> decay,
-                  std::optional<Tensor> rounding_seed) {
-  check_combine_args(out, params, seeds, coeffs, streams, offsets, dist);
-  if (params.empty()) return;
-
+// combine where plus and minus are empty, else fan_out.
+void run(const char* op, CombineLaunch shared, const std::vector<Tensor>& out, const std::vector<Tensor>& params,
+         const std::vector<Tensor>& plus, const std::vector<Tensor>& minus, const Tensor& seeds, const Tensor& coeffs,
+         const std::vector<int64_t>& streams, const std::vector<int64_t>& offsets, int64_t dist,
+         const std::optional<Tensor>& decay, const std::optional<Tensor>& rounding_seed) {
   torch::stable::accelerator::DeviceGuard guard(params[0].get_device_index());
   void* stream = current_stream(params[0]);
   const DType dtype = dtype_of(params[0]);
   const auto domain = static_cast<Domain>(dist);
 
-  CombineLaunch shared{};
   shared.seeds = static_cast<const int64_t*>(seeds.const_data_ptr());
   shared.coeffs = static_cast<const float*>(coeffs.const_data_ptr());
   if (decay) shared.decay = static_cast<const float*>(decay->const_data_ptr());
@@ -62,13 +60,35 @@ void combine_cuda(std::vector<Tensor> out, std::vector<Tensor> params, Tensor se
   std::vector<std::pair<TensorEntry, uint32_t>> tensors;
   tensors.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
-    tensors.push_back({{params[i].const_data_ptr(), out[i].mutable_data_ptr(), params[i].numel(),
+    tensors.push_back({{params[i].const_data_ptr(), out[i].mutable_data_ptr(),
+                        plus.empty() ? nullptr : plus[i].mutable_data_ptr(),
+                        minus.empty() ? nullptr : minus[i].mutable_data_ptr(), params[i].numel(),
                         static_cast<uint64_t>(offsets[i])},
                        static_cast<uint32_t>(streams[i])});
   }
   pack_launches(shared, tensors, domain, [&](const CombineLaunch& launch, uint32_t chunks) {
-    check_launch("combine", launch_combine(launch, chunks, dtype, domain, stream));
+    check_launch(op, launch_combine(launch, chunks, dtype, domain, stream));
   });
+}
+
+void combine_cuda(std::vector<Tensor> out, std::vector<Tensor> params, Tensor seeds, Tensor coeffs,
+                  std::vector<int64_t> streams, std::vector<int64_t> offsets, int64_t dist, std::optional<Tensor> decay,
+                  std::optional<Tensor> rounding_seed) {
+  check_combine_args({out}, params, seeds, coeffs, streams, offsets, dist);
+  if (params.empty()) return;
+  run("combine", CombineLaunch{}, out, params, {}, {}, seeds, coeffs, streams, offsets, dist, decay, rounding_seed);
+}
+
+void fan_out_cuda(std::vector<Tensor> params, std::vector<Tensor> plus, std::vector<Tensor> minus, Tensor seed,
+                  Tensor coeff, Tensor seeds, Tensor coeffs, std::vector<int64_t> streams, std::vector<int64_t> offsets,
+                  int64_t dist, std::optional<Tensor> decay, std::optional<Tensor> rounding_seed) {
+  check_combine_args({plus, minus}, params, seeds, coeffs, streams, offsets, dist);
+  check_one_direction(seed, coeff);
+  if (params.empty()) return;
+  CombineLaunch shared{};
+  shared.probe_seed = static_cast<const int64_t*>(seed.const_data_ptr());
+  shared.probe_coeff = static_cast<const float*>(coeff.const_data_ptr());
+  run("fan_out", shared, params, params, plus, minus, seeds, coeffs, streams, offsets, dist, decay, rounding_seed);
 }
 
 Tensor derive_seed_cuda(Tensor run_seed, Tensor step, Tensor k) {
@@ -88,11 +108,13 @@ Tensor derive_seed_cuda(Tensor run_seed, Tensor step, Tensor k) {
 
 STABLE_TORCH_LIBRARY(zokernels_cuda, m) {
   m.def(ZK_COMBINE_SCHEMA(""));
+  m.def(ZK_FAN_OUT_SCHEMA(""));
   m.def(ZK_DERIVE_SEED_SCHEMA);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(zokernels_cuda, CUDA, m) {
   m.impl("combine", TORCH_BOX(&combine_cuda));
+  m.impl("fan_out", TORCH_BOX(&fan_out_cuda));
   m.impl("derive_seed", TORCH_BOX(&derive_seed_cuda));
 }
 

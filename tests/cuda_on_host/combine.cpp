@@ -28,19 +28,22 @@ void run(const CombineLaunch& p, uint32_t chunks, const Kernel& kernel) {
   }
 }
 
-template <DType D, int K, bool Decay, bool Stochastic>
+template <DType D, int K, bool Decay, bool Stochastic, bool FanOut>
 void run_dist(const CombineLaunch& p, uint32_t chunks, Domain dist) {
-  run(p, chunks, dist == kNormal ? combine_normal_kernel<D, K, Decay, Stochastic>
-                                 : combine_rademacher_kernel<D, K, Decay, Stochastic>);
+  run(p, chunks, dist == kNormal ? combine_normal_kernel<D, K, Decay, Stochastic, FanOut>
+                                 : combine_rademacher_kernel<D, K, Decay, Stochastic, FanOut>);
 }
 
 // The same choice of instantiation as csrc/cuda/combine.cu.
 template <DType D, bool Stochastic>
 void run_count(const CombineLaunch& p, uint32_t chunks, Domain dist) {
-  if (p.count == 1 && p.decay == nullptr) return run_dist<D, 1, false, Stochastic>(p, chunks, dist);
-  if (p.count == 1) return run_dist<D, 1, true, Stochastic>(p, chunks, dist);
-  if (p.count == 2 && p.decay == nullptr) return run_dist<D, 2, false, Stochastic>(p, chunks, dist);
-  run_dist<D, 0, true, Stochastic>(p, chunks, dist);
+  const bool decay = p.decay != nullptr, fan_out = p.probe_seed != nullptr;
+  if (fan_out && p.count == 1 && !decay) return run_dist<D, 1, false, Stochastic, true>(p, chunks, dist);
+  if (fan_out) return run_dist<D, 0, true, Stochastic, true>(p, chunks, dist);
+  if (p.count == 1 && !decay) return run_dist<D, 1, false, Stochastic, false>(p, chunks, dist);
+  if (p.count == 1) return run_dist<D, 1, true, Stochastic, false>(p, chunks, dist);
+  if (p.count == 2 && !decay) return run_dist<D, 2, false, Stochastic, false>(p, chunks, dist);
+  run_dist<D, 0, true, Stochastic, false>(p, chunks, dist);
 }
 
 template <DType D>
@@ -53,7 +56,8 @@ void run_dtype(const CombineLaunch& p, uint32_t chunks, Domain dist) {
 
 // Returns the number of launches.
 extern "C" __attribute__((visibility("default"))) int combine_on_host(
-    int64_t tensors, const void* const* in, void* const* out, const int64_t* numel, const uint64_t* offset,
+    int64_t tensors, const void* const* in, void* const* out, void* const* plus, void* const* minus,
+    const int64_t* probe_seed, const float* probe_coeff, const int64_t* numel, const uint64_t* offset,
     const uint32_t* stream, int64_t count, const int64_t* seeds, const float* coeffs, const float* decay,
     const int64_t* rounding_seed, int dtype, int dist) {
   using namespace zk::cuda;
@@ -62,9 +66,14 @@ extern "C" __attribute__((visibility("default"))) int combine_on_host(
   shared.coeffs = coeffs;
   shared.decay = decay;
   shared.rounding_seed = rounding_seed;
+  shared.probe_seed = probe_seed;
+  shared.probe_coeff = probe_coeff;
   shared.count = static_cast<int32_t>(count);
   std::vector<std::pair<TensorEntry, uint32_t>> entries;
-  for (int64_t i = 0; i < tensors; ++i) entries.push_back({{in[i], out[i], numel[i], offset[i]}, stream[i]});
+  for (int64_t i = 0; i < tensors; ++i) {
+    void *up = plus != nullptr ? plus[i] : nullptr, *down = minus != nullptr ? minus[i] : nullptr;
+    entries.push_back({{in[i], out[i], up, down, numel[i], offset[i]}, stream[i]});
+  }
   int launches = 0;
   const auto domain = static_cast<zk::Domain>(dist);
   pack_launches(shared, entries, domain, [&](const CombineLaunch& p, uint32_t chunks) {

@@ -37,6 +37,7 @@ class Backend:
         [list[Tensor], list[Tensor], Tensor, Tensor, list[int], list[int], str, Tensor | None, Tensor | None], None
     ]
     derive_seed: Callable[[Tensor, Tensor, Tensor], Tensor]
+    fan_out: Callable[..., None]
 
 
 _forced: ContextVar[str | None] = ContextVar("zokernels_backend", default=None)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
 from ...contract import DISTS
-
-#: auto, portable, avx2 or avx512: for tests and for measuring one against the other.
-isa = os.environ.get("ZOKERNELS_CPU_ISA", "auto")
+from .isa import current_isa
 
 
 def combine(
@@ -25,5 +21,5 @@ def combine(
     rounding_seed: Tensor | None,
 ) -> None:
     torch.ops.zokernels_cpu.combine(
-        out, params, seeds, coeffs, streams, offsets, DISTS[dist], decay, rounding_seed, isa
+        out, params, seeds, coeffs, streams, offsets, DISTS[dist], decay, rounding_seed, current_isa()
     )

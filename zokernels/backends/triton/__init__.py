@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..composed import fan_out_by
 from ..registry import Backend, BackendUnavailable
 
 
@@ -21,4 +22,4 @@ def load() -> Backend:
     from .launch import combine
     from .seeds import derive_seed
 
-    return Backend("triton", DEVICES, combine, derive_seed)
+    return Backend("triton", DEVICES, combine, derive_seed, fan_out_by(combine))

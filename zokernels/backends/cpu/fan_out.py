@@ -1,0 +1,40 @@
+"""fan_out on the host: the combine kernel with two more outputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...contract import DISTS
+from .isa import current_isa
+
+
+def fan_out(
+    params: list[Tensor],
+    plus: list[Tensor],
+    minus: list[Tensor],
+    seed: Tensor,
+    coeff: Tensor,
+    seeds: Tensor,
+    coeffs: Tensor,
+    streams: list[int],
+    offsets: list[int],
+    dist: str,
+    decay: Tensor | None,
+    rounding_seed: Tensor | None,
+) -> None:
+    torch.ops.zokernels_cpu.fan_out(
+        params,
+        plus,
+        minus,
+        seed,
+        coeff,
+        seeds,
+        coeffs,
+        streams,
+        offsets,
+        DISTS[dist],
+        decay,
+        rounding_seed,
+        current_isa(),
+    )

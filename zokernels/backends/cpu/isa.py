@@ -1,0 +1,12 @@
+"""Which instruction set the host kernels use: ``ZOKERNELS_CPU_ISA``, for tests and measurements."""
+
+from __future__ import annotations
+
+import os
+
+#: auto, portable, avx2 or avx512.
+isa = os.environ.get("ZOKERNELS_CPU_ISA", "auto")
+
+
+def current_isa() -> str:
+    return isa
