@@ -29,6 +29,15 @@ def torch_folder() -> pathlib.Path:
     return pathlib.Path(spec.origin).parent
 
 
+def pybind11_folder() -> str:
+    try:
+        import pybind11
+    except ImportError:
+        print("zokernels: host module: skipped, no pybind11 (the tensor libraries do not need it)", file=sys.stderr)
+        return ""
+    return pybind11.get_cmake_dir()
+
+
 def cuda_architectures() -> str | None:
     """TORCH_CUDA_ARCH_LIST in CMake's form: "8.0 9.0+PTX" -> "80-real;90"."""
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
@@ -47,8 +56,6 @@ class CMakeBuild(build_ext):
         self.cmake((ROOT if to_source else pathlib.Path(self.build_lib).resolve()) / "zokernels")
 
     def cmake(self, package: pathlib.Path) -> None:
-        import pybind11
-
         folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"  # kept: the next build is incremental
         folder.mkdir(parents=True, exist_ok=True)
         torch = torch_folder()
@@ -57,7 +64,7 @@ class CMakeBuild(build_ext):
             "CMAKE_INSTALL_PREFIX": package,
             "TORCH_INCLUDE": torch / "include",
             "TORCH_LIB": torch / "lib",
-            "PYBIND11_CMAKE": pybind11.get_cmake_dir(),
+            "PYBIND11_CMAKE": pybind11_folder(),
             "Python_EXECUTABLE": sys.executable,
             "ZOKERNELS_CUDA": os.environ.get("ZOKERNELS_CUDA", "auto"),
         }
