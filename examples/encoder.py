@@ -26,10 +26,11 @@ def folder() -> pathlib.Path:
 
 
 class Classifier(nn.Module):
-    """logits = W (e - centre) + b, e the normalised mean of the encoder's last hidden states; W and b start at 0.
+    """logits = W (e - centre), e the normalised mean of the encoder's last hidden states; W starts at 0.
 
     ``centre``, a buffer, is the mean of e over training sentences before training.  It holds 21% of e's energy and says
-    nothing about the class, yet noise in W along it shifts every logit.
+    nothing about the class, yet noise in W along it shifts every logit.  A bias would do the same: its input, 1, is as
+    large as the 384 others together, and with it accuracy falls from 80% to 75%.
     """
 
     def __init__(self, classes: int = 2) -> None:
@@ -41,10 +42,9 @@ class Classifier(nn.Module):
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder(), local_files_only=True)
         # The pooler would be 0.15 M weights that no loss depends on
         self.encoder = transformers.AutoModel.from_pretrained(folder(), local_files_only=True, add_pooling_layer=False)
-        self.head = nn.Linear(self.encoder.config.hidden_size, classes)
+        self.head = nn.Linear(self.encoder.config.hidden_size, classes, bias=False)
         self.register_buffer("centre", torch.zeros(self.encoder.config.hidden_size))
         nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
         self.eval()  # no dropout: the loss difference of two forwards has noise enough
 
     def embed(self, ids: Tensor, mask: Tensor) -> Tensor:

@@ -153,4 +153,4 @@ def test_tiny_run_writes_a_report(sentences, tmp_path):
     from safetensors.torch import load_file
 
     weights = load_file(tmp_path / "model.safetensors")
-    assert sum(t.numel() for n, t in weights.items() if n != "centre") == report["weights"] == 22_566_146
+    assert sum(t.numel() for n, t in weights.items() if n != "centre") == report["weights"] == 22_566_144
