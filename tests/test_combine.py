@@ -122,6 +122,20 @@ def test_lists_and_numbers_are_accepted(cpu_backend):
     zokernels.combine_([torch.empty(0), torch.empty(0)], 1, 0.5, streams=[0, 1])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_nan_coefficient_gives_nan_whatever_its_payload(dtype, cpu_backend):
+    """A NaN whose bits are all set, as NVIDIA's arithmetic makes them, must not carry over into a zero."""
+    payloads = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000], dtype=torch.int32).view(torch.float32)
+    for i in range(len(payloads)):
+        for rounding in ("nearest", "stochastic"):
+            options = {"streams": 0, "rounding": rounding, "rounding_seed": 5}
+            theta, decayed = torch.ones(200, dtype=dtype), torch.ones(200, dtype=dtype)
+            zokernels.combine_(theta, torch.tensor([1]), payloads[i : i + 1], **options)
+            zokernels.combine_(decayed, [], [], decay=payloads[i : i + 1], **options)
+            assert theta.isnan().all()
+            assert decayed.isnan().all()
+
+
 def test_parameters_that_require_grad(cpu_backend):
     theta = torch.nn.Parameter(torch.randn(10))
     before, version = theta.detach().clone(), theta._version

@@ -27,7 +27,6 @@ struct Storage<L, DType::f32> {
 template <class L>
 struct Storage<L, DType::bf16> {
   using T = uint16_t;
-  using F = typename L::F;
   using U = typename L::U;
   static ZK_HD void load(const T* p, typename L::F x[8]) {
     U w[4];
@@ -41,9 +40,9 @@ struct Storage<L, DType::bf16> {
   static ZK_HD void store(T* p, const typename L::F x[8], const Words<U>& random) {
     U w[4];
     for (int i = 0; i < 4; ++i) {
-      const F x0 = x[2 * i], x1 = x[2 * i + 1];
-      const U low = Stochastic ? bf16_stochastic(bits(x0), random.w[i] & Splat<U>::of(0xffffu)) : bf16_nearest(x0);
-      const U high = Stochastic ? bf16_stochastic(bits(x1), random.w[i] >> 16) : bf16_nearest(x1);
+      const U b0 = bits(x[2 * i]), b1 = bits(x[2 * i + 1]);
+      const U low = Stochastic ? bf16_stochastic(b0, random.w[i] & Splat<U>::of(0xffffu)) : bf16_nearest(b0);
+      const U high = Stochastic ? bf16_stochastic(b1, random.w[i] >> 16) : bf16_nearest(b1);
       w[i] = and_or(high, Splat<U>::of(0xffff0000u), low >> 16);
     }
     L::store_words(reinterpret_cast<uint32_t*>(p), w);

@@ -44,9 +44,6 @@ ZK_HD F8 low_half_to_float(U8 a) { return {_mm256_cvtepi32_ps(_mm256_srai_epi32(
 ZK_HD U8 select_ge(U8 a, uint32_t threshold, U8 yes, U8 no) {
   return {_mm256_blendv_epi8(no.v, yes.v, _mm256_cmpgt_epi32(a.v, _mm256_set1_epi32(static_cast<int>(threshold) - 1)))};
 }
-ZK_HD U8 zero_if_nan(F8 x, U8 u) {
-  return {_mm256_and_si256(_mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_ORD_Q)), u.v)};
-}
 ZK_HD void mul_wide(C8 c, uint32_t m, C8& hi, C8& lo) {
   const __m256i factor = _mm256_set1_epi32(static_cast<int>(m));
   lo = {_mm256_mul_epu32(c.even, factor), _mm256_mul_epu32(c.odd, factor)};

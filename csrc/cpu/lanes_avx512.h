@@ -44,7 +44,6 @@ ZK_HD U16 select_ge(U16 a, uint32_t threshold, U16 yes, U16 no) {
   const __mmask16 ge = _mm512_cmpge_epu32_mask(a.v, _mm512_set1_epi32(static_cast<int>(threshold)));
   return {_mm512_mask_mov_epi32(no.v, ge, yes.v)};
 }
-ZK_HD U16 zero_if_nan(F16 x, U16 u) { return {_mm512_maskz_mov_epi32(_mm512_cmp_ps_mask(x.v, x.v, _CMP_ORD_Q), u.v)}; }
 ZK_HD void mul_wide(C16 c, uint32_t m, C16& hi, C16& lo) {
   const __m512i factor = _mm512_set1_epi32(static_cast<int>(m));
   lo = {_mm512_mul_epu32(c.even, factor), _mm512_mul_epu32(c.odd, factor)};

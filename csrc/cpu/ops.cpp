@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "../noise/rounding.h"
 #include "../op_args.h"
 #include "combine.h"
 #include "isa.h"
@@ -43,7 +44,7 @@ void run(const std::vector<Tensor>& out, const std::vector<Tensor>& params, cons
   op.count = static_cast<int64_t>(directions.size()) - (op.fan_out ? 1 : 0);
   op.dist = static_cast<Domain>(dist);
   op.dtype = dtype_of(params[0]);
-  if (decay) op.decay = *static_cast<const float*>(decay->const_data_ptr());
+  if (decay) op.decay = canonical_nan(*static_cast<const float*>(decay->const_data_ptr()));
   op.has_decay = decay && op.decay != 1.0f;
   op.stochastic = rounding_seed.has_value() && op.dtype != DType::f32;
   if (op.stochastic) {
@@ -86,7 +87,9 @@ void run(const std::vector<Tensor>& out, const std::vector<Tensor>& params, cons
 void append(std::vector<Direction>& directions, const Tensor& seeds, const Tensor& coeffs) {
   const auto* seed = static_cast<const int64_t*>(seeds.const_data_ptr());
   const auto* coeff = static_cast<const float*>(coeffs.const_data_ptr());
-  for (int64_t k = 0; k < seeds.numel(); ++k) directions.push_back({philox_key(static_cast<uint64_t>(seed[k])), coeff[k]});
+  for (int64_t k = 0; k < seeds.numel(); ++k) {
+    directions.push_back({philox_key(static_cast<uint64_t>(seed[k])), canonical_nan(coeff[k])});
+  }
 }
 
 void combine_cpu(std::vector<Tensor> out, std::vector<Tensor> params, Tensor seeds, Tensor coeffs,

@@ -44,7 +44,7 @@ struct Storage<DType::bf16> {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(x1), "f"(x0));
     return w;
 #else
-    return bf16_nearest(x0) >> 16 | (bf16_nearest(x1) & 0xffff0000u);
+    return bf16_nearest(bits(x0)) >> 16 | (bf16_nearest(bits(x1)) & 0xffff0000u);
 #endif
   }
   static ZK_HD void unpack(const Raw& raw, float x[8]) {
@@ -58,8 +58,9 @@ struct Storage<DType::bf16> {
     Raw raw;
     for (int p = 0; p < 4; ++p) {
       if constexpr (Stochastic) {
-        const uint32_t low = bf16_stochastic(bits(x[2 * p]), random.w[p] & 0xffffu);
-        const uint32_t high = bf16_stochastic(bits(x[2 * p + 1]), random.w[p] >> 16);
+        const uint32_t b0 = bits(x[2 * p]), b1 = bits(x[2 * p + 1]);
+        const uint32_t low = pass_special(b0, bf16_stochastic(b0, random.w[p] & 0xffffu));
+        const uint32_t high = pass_special(b1, bf16_stochastic(b1, random.w[p] >> 16));
         raw.v[0].w[p] = low >> 16 | (high & 0xffff0000u);
       } else {
         raw.v[0].w[p] = nearest(x[2 * p], x[2 * p + 1]);
@@ -75,6 +76,9 @@ struct Storage<DType::f16> {
   struct Raw {
     Vec16 v[1];
   };
+  static ZK_HD float stochastic(float x, uint32_t u16) {
+    return from_bits(pass_special(bits(x), bits(half_stochastic(x, u16))));
+  }
   static ZK_HD uint32_t nearest(float x0, float x1) {
 #if defined(__CUDA_ARCH__)
     uint32_t w;
@@ -99,8 +103,8 @@ struct Storage<DType::f16> {
   static ZK_HD Raw pack(const float x[8], const Words<uint32_t>& random) {
     Raw raw;
     for (int p = 0; p < 4; ++p) {
-      raw.v[0].w[p] = Stochastic ? nearest(half_stochastic(x[2 * p], random.w[p] & 0xffffu),
-                                           half_stochastic(x[2 * p + 1], random.w[p] >> 16))
+      raw.v[0].w[p] = Stochastic ? nearest(stochastic(x[2 * p], random.w[p] & 0xffffu),
+                                           stochastic(x[2 * p + 1], random.w[p] >> 16))
                                  : nearest(x[2 * p], x[2 * p + 1]);
     }
     return raw;

@@ -111,8 +111,6 @@ ZK_HD uint32_t xor3(uint32_t a, uint32_t b, uint32_t c) { return a ^ b ^ c; }
 ZK_HD uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) { return (a & b) | c; }
 ZK_HD uint32_t and_xor(uint32_t a, uint32_t b, uint32_t c) { return (a & b) ^ c; }
 
-ZK_HD uint32_t zero_if_nan(float x, uint32_t u) { return x != x ? 0u : u; }
-
 ZK_HD void mul_wide(uint32_t c, uint32_t m, uint32_t& hi, uint32_t& lo) {
   const uint64_t p = static_cast<uint64_t>(c) * m;
   hi = static_cast<uint32_t>(p >> 32);

@@ -13,32 +13,38 @@ ZK_HD U magnitude(U b) {
   return b & Splat<U>::of(0x7fffffffu);
 }
 
-// fp32 to bf16 bits in the high half (the low half is garbage). A NaN is not incremented: its quiet bit, which every
-// arithmetic result has, survives the truncation.
-template <class F>
-ZK_HD auto bf16_nearest(F x) {
-  const auto b = bits(x);
-  using U = decltype(bits(x));
-  return b + zero_if_nan(x, Splat<U>::of(0x7fffu) + ((b >> 16) & Splat<U>::of(1u)));
+// None of these looks for NaN and infinities. An infinity has no bits below the kept ones, so nothing can carry into it; nor
+// has any NaN here: those from parameters in half precision end in zeros, the host's own is 0x7fc00000 or 0xffc00000, and
+// coefficients are made so (canonical_nan). Only NVIDIA's arithmetic makes NaNs with all bits set: pass_special.
+ZK_HD float canonical_nan(float x) { return x != x ? from_bits(0x7fc00000u) : x; }
+
+template <class U>
+ZK_HD U pass_special(U b, U rounded) {
+  return select_ge(magnitude(b), kInfinity, b, rounded);
 }
 
-// u16: the field in the low half. Adds it below the kept bits and truncates; infinities and NaN pass.
+// fp32 bits to bf16 bits in the high half (the low half is garbage).
+template <class U>
+ZK_HD U bf16_nearest(U b) {
+  return b + Splat<U>::of(0x7fffu) + ((b >> 16) & Splat<U>::of(1u));
+}
+
+// u16: the field in the low half, added below the kept bits.
 template <class U>
 ZK_HD U bf16_stochastic(U b, U u16) {
-  return select_ge(magnitude(b), kInfinity, b, b + u16);
+  return b + u16;
 }
 
 // fp32 to the fp32 bits of an fp16 value: adds the top 13 bits of u16 below the kept bits and truncates. Below 2^-14 an
 // fp16 keeps fewer bits; adding 2^-14 first moves its last bit, 2^-24, to where a normal has it.
 template <class F, class U>
 ZK_HD F half_stochastic(F x, U u16) {
-  const U b = bits(x), sign = b & Splat<U>::of(0x80000000u), mag = magnitude(b);
-  const uint32_t tiny = 0x38800000u;  // 2^-14
-  const F tiny_f = Splat<F>::of(from_bits(tiny));
-  const U shifted = select_ge(mag, tiny, mag, bits(add(from_bits(mag), tiny_f)));
-  const U rounded = (shifted + (u16 >> 3)) & Splat<U>::of(0xffffe000u);
-  const U unshifted = select_ge(mag, tiny, rounded, bits(add(from_bits(rounded), Splat<F>::of(-from_bits(tiny)))));
-  return from_bits(select_ge(mag, kInfinity, b, unshifted | sign));
+  const U b = bits(x), mag = magnitude(b);
+  constexpr uint32_t tiny = 0x38800000u, minus = 0x80000000u;  // 2^-14
+  const U shift = select_ge(mag, tiny, Splat<U>::of(0u), Splat<U>::of(tiny));
+  const U rounded = (bits(add(from_bits(mag), from_bits(shift))) + (u16 >> 3)) & Splat<U>::of(0xffffe000u);
+  const U moved = bits(add(from_bits(rounded), from_bits(shift | Splat<U>::of(minus))));
+  return from_bits(and_or(b, Splat<U>::of(minus), moved));
 }
 
 }  // namespace zk
