@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import sysconfig
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -71,9 +73,14 @@ class CMakeBuild(build_ext):
         if architectures := cuda_architectures():
             settings["ZOKERNELS_CUDA_ARCHS"] = architectures
         defines = [f"-D{name}={value}" for name, value in settings.items()]
-        subprocess.run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", folder, *defines], check=True)
-        subprocess.run(["cmake", "--build", folder], check=True)
-        subprocess.run(["cmake", "--install", folder], check=True)
+        # This Python's cmake and ninja first: its scripts are not on PATH where the environment is not activated.
+        scripts = sysconfig.get_path("scripts")
+        environment = {**os.environ, "PATH": os.pathsep.join([scripts, os.environ.get("PATH", "")])}
+        cmake = shutil.which("cmake", path=environment["PATH"])
+        if cmake is None:
+            sys.exit("zokernels: cmake is needed to build: pip install cmake ninja")
+        for step in (["-G", "Ninja", "-S", ROOT, "-B", folder, *defines], ["--build", folder], ["--install", folder]):
+            subprocess.run([cmake, *step], check=True, env=environment)
 
 
 setup(
