@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checks import DTYPES, check_dist, check_overlap, check_stream, fail
-from ..contract import streams_of
+from ..contract import canonical_name, streams_of
 
 OP = "ZOSGD"
 ROUNDINGS = ("stochastic", "nearest")
@@ -29,8 +29,15 @@ class Bucket:
     params: list[Tensor] = field(default_factory=list)
     streams: list[int] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    #: As they were when the step began: what moved the weights must bring them back, whatever the group says by then.
+    eps: float = 0.0
+    dist: str = ""
     #: Multiples of eps * z now in the weights; only the in-place probe ever moves it from 0.
     at: int = 0
+
+    def layout(self) -> tuple:
+        """All that a perturbation depends on, besides its seed."""
+        return self.device, self.dtype, self.eps, self.dist, self.streams, [id(p) for p in self.params]
 
 
 def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
@@ -56,6 +63,8 @@ def check_hyperparameters(group: dict[str, Any]) -> None:
         check_number("lr", lr)
     check_number("eps", group["eps"], positive=True)
     check_number("weight_decay", group["weight_decay"])
+    if group["clip"] is not None:
+        check_number("clip", group["clip"], positive=True)
     check_dist(OP, group["dist"])
     check_choice("rounding", group["rounding"], ROUNDINGS)
 
@@ -113,6 +122,16 @@ def check_streams(groups: list[dict[str, Any]]) -> None:
             owner[stream] = label
 
 
+def check_groups(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    """Whether the saved groups ``theirs`` can take the place of ``ours``; torch itself compares their numbers."""
+    for mine, saved in zip(ours, theirs):  # noqa: B905
+        check_hyperparameters(saved)
+        for name, saved_name in zip(mine.get("param_names", ()), saved.get("param_names", ())):  # noqa: B905
+            if canonical_name(name) != canonical_name(saved_name):
+                fail(OP, "state_dict", f"parameters in the same order ({name!r} here)", repr(saved_name))
+    check_streams(theirs)
+
+
 def plan(groups: list[dict[str, Any]]) -> list[Bucket]:
     """The buckets of a step.  Parameters with ``requires_grad=False`` are in none.
 
@@ -130,7 +149,8 @@ def plan(groups: list[dict[str, Any]]) -> list[Bucket]:
             if param.numel():
                 key = (at, param.device, param.dtype)
                 if (bucket := buckets.get(key)) is None:
-                    bucket = buckets[key] = Bucket(group, param.device, param.dtype)
+                    bucket = Bucket(group, param.device, param.dtype, eps=group["eps"], dist=group["dist"])
+                    buckets[key] = bucket
                 bucket.params.append(param)
                 bucket.streams.append(stream)
                 bucket.names.append(label)

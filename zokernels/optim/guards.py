@@ -10,8 +10,13 @@ from contextlib import contextmanager
 import torch
 
 
+def is_capturing(devices: Iterable[torch.device]) -> bool:
+    """Whether a CUDA graph is being captured.  Never asks where no parameter is on a GPU."""
+    return any(d.type == "cuda" for d in devices) and torch.cuda.is_current_stream_capturing()
+
+
 class RngState:
-    """torch's RNG state on the CPU and on each CUDA device of the parameters.
+    """torch's RNG state on the CPU and on each CUDA device of the parameters; both forwards start from it.
 
     On CUDA it is the host-side (seed, offset) of the generator: nothing waits for the device.
     """
@@ -24,6 +29,58 @@ class RngState:
         torch.set_rng_state(self._cpu)
         for device, state in self._cuda:
             torch.cuda.set_rng_state(state, device)
+
+    @contextmanager
+    def forward(self, index: int) -> Iterator[None]:
+        """Around the first (0) and the second (1) forward."""
+        if index:
+            self.restore()
+        yield
+
+
+class GraphRng:
+    """For each CUDA device a pair of generators, equal and drawn from by nobody else: one for each forward in a graph.
+
+    A graph cannot set a generator back, as :class:`RngState` does.  But a generator that it captured moves by the same
+    amount at each replay, so two that begin equal stay equal, whatever the default generator does between replays.
+    """
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        default = torch.cuda.default_generators
+        self._pairs = [
+            (default[d.index], default[d.index].clone_state(), default[d.index].clone_state())
+            for d in devices
+            if d.type == "cuda"
+        ]
+
+    def register(self, graph: torch.cuda.CUDAGraph) -> None:
+        for _, *pair in self._pairs:
+            for generator in pair:
+                graph.register_generator_state(generator)
+
+    @contextmanager
+    def forward(self, index: int) -> Iterator[None]:
+        """Around the first (0) and the second (1) forward while a graph is captured: the default generators draw from
+        the pair.  Where the pair is not part of the graph, torch refuses the draw, and the error says what to do."""
+        if index:  # numbers drawn on the CPU are constants of the graph; the same ones in both forwards
+            torch.set_rng_state(self._cpu)
+        else:
+            self._cpu = torch.get_rng_state()
+        held = [(default, default.graphsafe_get_state(), pair[index]) for default, *pair in self._pairs]
+        try:
+            for default, _, own in held:
+                default.graphsafe_set_state(own)
+            yield
+        except RuntimeError as error:
+            if "generator" in str(error) and "captur" in str(error):
+                raise RuntimeError(
+                    "ZOSGD: closure: expected no random numbers in a captured step, or register_graph(graph) before "
+                    "the capture, got a draw (dropout?) that the two forwards could not share"
+                ) from error
+            raise
+        finally:
+            for default, state, _ in held:
+                default.graphsafe_set_state(state)
 
 
 @contextmanager

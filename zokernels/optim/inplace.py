@@ -14,18 +14,23 @@ from .guards import uninterrupted
 
 
 class InplaceProbe:
-    """Weights at theta + at * eps * z, rounded to nearest at each move: in half precision the way back is not exact."""
+    """Weights at theta + at * eps * z, rounded to nearest at each move: in half precision the way back is not exact.
 
-    def __init__(self, buckets: list[Bucket], seeds: dict[torch.device, Tensor]) -> None:
-        self.buckets, self.seeds = buckets, seeds
+    ``key``: (run seed, step) of the direction, for the two-pass form.
+    """
+
+    def __init__(
+        self, buckets: list[Bucket], seeds: dict[torch.device, Tensor], key: tuple[int, int] | None = None
+    ) -> None:
+        self.buckets, self.seeds, self.key = buckets, seeds, key
 
     def move(self, to: int) -> None:
         """Weights from theta + at * eps * z to theta + to * eps * z."""
         with uninterrupted():
             for b in self.buckets:
                 if b.at != to:
-                    shift = (to - b.at) * b.group["eps"]
-                    combine_(b.params, self.seeds[b.device], shift, streams=b.streams, dist=b.group["dist"])
+                    shift = (to - b.at) * b.eps
+                    combine_(b.params, self.seeds[b.device], shift, streams=b.streams, dist=b.dist)
                     b.at = to
             # autocast would go on computing with the casts it made of the weights before the move
             torch.clear_autocast_cache()

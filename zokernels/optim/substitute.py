@@ -109,9 +109,7 @@ class Substitution(TorchFunctionMode):
         self.seeds, self.pool = seeds, pool
         self.entries = {id(p): (p, s, b) for b in buckets for p, s in zip(b.params, b.streams, strict=True)}
         self.seen: set[int] = set()
-        self._coeffs = {
-            id(b): torch.full((1,), sign * b.group["eps"], dtype=torch.float32, device=b.device) for b in buckets
-        }
+        self._coeffs = {id(b): torch.full((1,), sign * b.eps, dtype=torch.float32, device=b.device) for b in buckets}
         self._held: list[Tensor] = []
         self._views: dict[int, StorageWeakRef] = {}
 
@@ -156,7 +154,7 @@ class Substitution(TorchFunctionMode):
             params, streams, (bucket, *_) = zip(*members, strict=True)
             out = self.pool.like(params)
             combine(out, params, self.seeds[bucket.device], self._coeffs[id(bucket)], streams=streams,
-                    dist=bucket.group["dist"])  # fmt: skip
+                    dist=bucket.dist)  # fmt: skip
             for param, copy in zip(params, out, strict=True):
                 # A leaf that requires grad, as the parameter: matmul picks its kernel by that, views of it included.
                 copies[id(param)] = copy.detach().requires_grad_()

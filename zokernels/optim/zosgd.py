@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
-from collections.abc import Callable
-from numbers import Real
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checks import fail
-from ..contract import CONTRACT, canonical_name, derive_seed_int, seed_to_int64
+from ..contract import CONTRACT
 from ..functional import combine_
 from .exact import ExactProbe
 from .groups import (
@@ -21,15 +20,19 @@ from .groups import (
     Bucket,
     assign_streams,
     check_choice,
+    check_groups,
     check_hyperparameters,
     check_param,
-    check_streams,
     label_of,
     plan,
 )
-from .guards import RngState, uninterrupted
+from .guards import GraphRng, RngState, is_capturing, uninterrupted
 from .inplace import InplaceProbe
+from .loss import as_loss
 from .scratch import ScratchPool
+from .state import DeviceState, HostState, check_capture, check_seed
+from .two_pass import TwoPass, check_modules, check_two_pass
+from .update import coefficients, is_zero, known_on_host, projected_gradient
 
 
 class ZOSGD(torch.optim.Optimizer):
@@ -40,9 +43,10 @@ class ZOSGD(torch.optim.Optimizer):
 
     Args:
         params: ``model.named_parameters()`` (recommended: noise then depends on names, not on order), parameters,
-            or group dicts of either.  A group takes lr, eps, weight_decay, dist, rounding and streams (a 32-bit id for
-            each parameter).  Parameters with ``requires_grad=False`` are neither perturbed nor updated.
-        lr: step size, in units of theta per unit of g; a number or a one-element tensor.  Read at every step.
+            or group dicts of either.  A group takes lr, eps, weight_decay, dist, rounding, clip and streams (a 32-bit
+            id for each parameter).  Parameters with ``requires_grad=False`` are neither perturbed nor updated.
+        lr: step size, in units of theta per unit of g; a number or a one-element tensor.  Read at every step; in a CUDA
+            graph a number is a constant, and a tensor is read at each replay.
         eps: size of the perturbation, in units of theta.  A group with an eps of its own divides by that one.
         weight_decay: decoupled: theta shrinks by the factor 1 - lr * weight_decay at each step.
         seed: run seed, an integer in [-2^63, 2^64).  0 is a seed like any other.
@@ -52,6 +56,10 @@ class ZOSGD(torch.optim.Optimizer):
         restore: "exact": the weights do not move during the forwards; each torch function gets perturbed copies, and
             scratch is the size of the call with the most weights.  "inplace": the weights move by +eps z and -2 eps z
             and the update brings them back: no scratch, any kind of model, but half-precision weights drift.
+            :meth:`two_pass` saves one of its three passes.
+        clip: bound on \|g\|, in units of g: min(max(g, -clip), clip).  A g that is not finite still skips the step.
+        capturable: the step counter and the seeds live on the device and no step needs the host, so that one whole step
+            can be captured in a CUDA graph and replayed; see :meth:`register_graph`.
 
     Raises:
         TypeError, ValueError: naming argument, what was expected and what came.
@@ -75,37 +83,48 @@ class ZOSGD(torch.optim.Optimizer):
         dist: str = "normal",
         rounding: str = "stochastic",
         restore: str = "exact",
+        *,
+        clip: float | None = None,
+        capturable: bool = False,
     ) -> None:
-        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "dist": dist, "rounding": rounding}
+        defaults = {
+            "lr": lr,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "dist": dist,
+            "rounding": rounding,
+            "clip": clip,
+        }
         check_hyperparameters(defaults)
         check_choice("restore", restore, RESTORES)
-        if isinstance(seed, bool) or not hasattr(seed, "__index__") or isinstance(seed, Tensor):
-            fail(OP, "seed", "an integer", repr(seed), TypeError)
-        seed_to_int64(operator.index(seed))  # raises outside the range
-        self._seed, self._steps, self._restore = operator.index(seed), 0, restore
-        self._skipped, self._skips_told = torch.zeros((), dtype=torch.int64), 0
-        self._told: set[str] = set()
-        self._pool = ScratchPool()
-        #: g of the last step (a device tensor, fp32), with the first group's eps; (L(theta + eps z), L(theta - eps z)).
+        self._restore, self._told, self._skips_told = restore, set(), 0
+        self._state = (DeviceState if capturable else HostState)(check_seed(seed))
+        self._pool, self._two_pass, self._graph_rng = ScratchPool(), None, None
+        #: g of the last step (on the device, fp32), with the first group's eps and clip; the losses at +eps and -eps.
         self.last_projected_gradient: Tensor | None = None
         self.last_losses: tuple[Tensor, Tensor] | None = None
         super().__init__(params, defaults)
+        self._state.place(self._devices())
 
     @property
     def seed(self) -> int:
         """Seed of the run; step t draws z with ``derive_seed(seed, t, 0)``."""
-        return self._seed
+        return self._state.seed
 
     @property
     def step_count(self) -> int:
-        """Steps taken, skipped ones included."""
-        return self._steps
+        """Steps taken, skipped ones included.  With ``capturable`` reading it waits for the device."""
+        return self._state.step
 
     @property
     def skipped_steps(self) -> Tensor:
         """Steps skipped because a loss was not finite (int64, on the loss's device).  Reading warns of new ones."""
         self._warn_skipped()
-        return self._skipped
+        return self._state.skipped
+
+    def _devices(self) -> list[torch.device]:
+        params = (p for g in self.param_groups for p in g["params"] if p.requires_grad and p.numel())
+        return list(dict.fromkeys(p.device for p in params))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         with warnings.catch_warnings():
@@ -136,70 +155,116 @@ class ZOSGD(torch.optim.Optimizer):
             fail(OP, "closure", "a function that runs the forward and returns the loss", repr(closure), TypeError)
         buckets = plan(self.param_groups)
         devices = list(dict.fromkeys(b.device for b in buckets))
-        seed = seed_to_int64(derive_seed_int(self._seed, self._steps, 0))
-        seeds = {d: torch.full((1,), seed, dtype=torch.int64, device=d) for d in devices}
-        rng = RngState(devices)
-        with self._probe(buckets, seeds) as probe:
+        if capturing := is_capturing(devices):
+            check_capture(self._state, buckets, devices)
+        self._state.place(devices)
+        rng = (self._graph_rng or GraphRng(devices)) if capturing else RngState(devices)
+        with self._probe(buckets, devices) as probe:
+            if self._two_pass:
+                self._two_pass.release()  # from here on the probe restores
             losses = []
-            for sign in (1, -1):
-                if losses:
-                    rng.restore()
-                with probe.at(sign):
-                    losses.append(_as_loss(closure(), devices[0]))
+            for index, sign in enumerate((1, -1)):
+                with rng.forward(index), probe.at(sign):
+                    losses.append(as_loss(closure(), devices[0], capturing))
             plus, minus = losses[0], losses[1].to(losses[0].device)
             with uninterrupted():
-                self._update(buckets, seeds, plus, minus)
-                self._steps += 1
-        if _known_on_host(self._skipped):
+                self._update(probe, plus, minus)
+        if not self._state.capturable and known_on_host(self._state.skipped):
             self._warn_skipped()
         return (plus + minus) / 2
 
-    def _probe(self, buckets: list[Bucket], seeds: dict[torch.device, Tensor]) -> ExactProbe | InplaceProbe:
+    def _probe(self, buckets: list[Bucket], devices: list[torch.device]) -> ExactProbe | InplaceProbe:
+        if self._two_pass:
+            key = (self._state.seed, self._state.step)
+            return self._two_pass.take(key, buckets) or InplaceProbe(buckets, self._state.seeds(devices), key)
+        seeds = self._state.seeds(devices)
         if self._restore == "exact":
             return ExactProbe(buckets, seeds, self._pool, self._told)
         return InplaceProbe(buckets, seeds)
 
-    def _update(self, buckets: list[Bucket], seeds: dict[torch.device, Tensor], plus: Tensor, minus: Tensor) -> None:
-        """theta = round(decay * theta' + (-lr * g - decay * at * eps) * z), where theta' = theta + at * eps * z.
-
-        The scalars are computed in float64 and rounded to fp32 once each, so that a log of g gives the same
-        coefficients in plain Python.
-        """
+    def _update(self, probe: ExactProbe | InplaceProbe, plus: Tensor, minus: Tensor) -> None:
+        """One combine a bucket, which also restores; in the two-pass form it adds the next step's +eps z as well."""
         difference = plus.double() - minus.double()
-        self.last_losses = (plus, minus)
-        self.last_projected_gradient = (difference / (2 * self.param_groups[0]["eps"])).float()
-        steps = []
-        for b in buckets:
-            lr, eps = b.group["lr"], b.group["eps"]
-            if isinstance(lr, Tensor):
-                lr = lr.detach().reshape(()).to(plus.device, torch.float64, non_blocking=True)
-            g = (difference / (2 * eps)).float().double()
-            decay = torch.ones_like(g) - lr * b.group["weight_decay"]
-            back = -b.at * eps
-            steps.append((b, decay.float(), back, (decay * back - lr * g).float()))
-        finite = torch.isfinite(torch.stack([coeff for *_, coeff in steps])).all()
-        self._skipped = self._skipped.to(plus.device) + ~finite
-        if _known_on_host(finite) and not finite:
-            return  # in place, the probe restores the weights
-        for b, decay, back, coeff in steps:
-            if b.at == 0 and not isinstance(b.group["lr"], Tensor) and b.group["lr"] == 0:
-                continue  # 0 * z would turn a weight of -0.0 into 0.0
-            coeff, decay = torch.where(finite, coeff, back), torch.where(finite, decay, 1.0)
-            combine_(
-                b.params,
-                seeds[b.device],
-                coeff.reshape(1).to(b.device, non_blocking=True),
-                streams=b.streams,
-                dist=b.group["dist"],
-                decay=decay.reshape(1).to(b.device, non_blocking=True) if b.group["weight_decay"] else None,
-                rounding=b.group["rounding"],
-                rounding_seed=seeds[b.device],
-            )
-            b.at = 0
+        first, buckets, seeds = self.param_groups[0], probe.buckets, probe.seeds
+        values, finite = coefficients(buckets, difference)
+        skip = not self._state.capturable and known_on_host(finite) and not finite
+        following = self._two_pass and self._two_pass.following(probe, self._state)
+        try:
+            for i, (b, (coeff, decay)) in enumerate(zip(buckets, values, strict=True)):
+                if b.at == 0 and (skip or is_zero(b.group["lr"])):
+                    continue  # 0 * z would turn a weight of -0.0 into 0.0
+                z_seeds, coeffs = seeds[b.device], coeff.reshape(1).to(b.device, non_blocking=True)
+                if following:
+                    z_seeds = torch.cat((z_seeds, following.seeds[b.device]))
+                    coeffs = torch.cat((coeffs, torch.full_like(coeffs, b.eps)))
+                combine_(
+                    b.params,
+                    z_seeds,
+                    coeffs,
+                    streams=b.streams,
+                    dist=b.dist,
+                    decay=decay.reshape(1).to(b.device, non_blocking=True) if b.group["weight_decay"] else None,
+                    rounding=b.group["rounding"],
+                    rounding_seed=seeds[b.device],
+                )
+                b.at = 0
+                if following:
+                    following.buckets[i].at = 1
+        except BaseException:
+            if following:
+                following.move(0)
+            raise
         torch.clear_autocast_cache()  # casts of the old weights, where step() runs inside autocast
+        self.last_losses = (plus, minus)
+        self.last_projected_gradient = projected_gradient(difference, first["eps"], first["clip"])
+        self._state.advance(finite)
+        if following:
+            self._two_pass.keep(following)
+
+    @contextmanager
+    def two_pass(self, *modules: nn.Module) -> Iterator[None]:
+        """Inside, the update also adds the next step's perturbation: two passes over the weights a step, not three.
+
+            theta'' = round(decay * theta' + (-lr * g - decay * at * eps) * z_t + eps * z_{t+1}),   at = -1
+
+        One rounding a pass, so half-precision weights differ from those of the three-pass form.  Between steps the
+        weights hold a perturbation; :meth:`flush` takes it out.  Leaving the context flushes, however it is left; so do
+        this optimizer's ``state_dict``, a forward of any module with managed parameters, and ``state_dict`` and
+        ``load_state_dict`` of ``modules``, which must own all trained parameters.  Whatever else reads weights
+        (a tensor saved or averaged by itself, ``.to()``) calls :meth:`flush` first.  docs/optimizer.md has the list.
+
+        Raises: ValueError where ``restore`` is not "inplace", with ``capturable``, where ``modules`` lack a trained
+        parameter; RuntimeError inside another ``two_pass``.
+        """
+        check_two_pass(self._restore, self._state, self._two_pass)
+        check_modules(self.param_groups, modules)
+        with TwoPass(modules) as self._two_pass:
+            try:
+                yield
+            finally:
+                with uninterrupted():
+                    self._two_pass.flush()
+                    self._two_pass = None
+
+    def flush(self) -> None:
+        """Take the perturbation of a :meth:`two_pass` out of the weights; without one, nothing to do."""
+        if self._two_pass:
+            with uninterrupted():
+                self._two_pass.flush()
+
+    def register_graph(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Before the capture of a step that draws random numbers on the GPU (dropout): gives ``graph`` two copies of
+        each default CUDA generator as it stands, one for each forward: both see the same numbers at every replay.
+
+        Replays do not move the default generator, and reseeding it does not reach them.
+        """
+        if not self._state.capturable:
+            fail(OP, "capturable", "True where a CUDA graph is captured", False, RuntimeError)
+        self._graph_rng = GraphRng(self._devices())
+        self._graph_rng.register(graph)
 
     def _warn_skipped(self) -> None:
-        if (count := int(self._skipped)) > self._skips_told:
+        if (count := int(self._state.skipped)) > self._skips_told:
             new, self._skips_told = count - self._skips_told, count
             warnings.warn(
                 f"ZOSGD: {new} step(s) skipped: the loss was not finite; the weights did not change", stacklevel=3
@@ -207,10 +272,11 @@ class ZOSGD(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with a third entry "zo": contract, seed, step, skipped steps.  Plain numbers and lists only."""
+        self.flush()
         state = super().state_dict()
         self._warn_skipped()
-        zo = {"contract": CONTRACT, "seed": self._seed, "step": self._steps, "skipped_steps": int(self._skipped)}
-        return {**state, "zo": zo}
+        own = {"seed": self._state.seed, "step": self._state.step, "skipped_steps": int(self._state.skipped)}
+        return {**state, "zo": {"contract": CONTRACT, **own}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue bit for bit from a :meth:`state_dict`, whose seed, step, hyper-parameters and streams replace ours.
@@ -222,40 +288,20 @@ class ZOSGD(torch.optim.Optimizer):
             fail(OP, "state_dict", "an entry 'zo' (written by ZOSGD.state_dict)", f"entries {sorted(state_dict)}")
         if zo["contract"] != CONTRACT:
             fail(OP, "state_dict", f"noise contract {CONTRACT!r}", repr(zo["contract"]))
-        for ours, theirs in zip(self.param_groups, groups):  # noqa: B905  torch reports a different number of groups
-            check_hyperparameters(theirs)
-            if "param_names" in ours and "param_names" in theirs:
-                for mine, saved in zip(ours["param_names"], theirs["param_names"]):  # noqa: B905  as above
-                    if canonical_name(mine) != canonical_name(saved):
-                        fail(OP, "state_dict", f"parameters in the same order ({mine!r} here)", repr(saved))
-        check_streams(groups)
+        check_groups(self.param_groups, groups)
+        self.flush()
+        rates = [g["lr"] for g in self.param_groups]
         super().load_state_dict(state_dict)
-        self._seed, self._steps = zo["seed"], zo["step"]
-        self._skipped = torch.full_like(self._skipped, zo["skipped_steps"])
+        for group, lr in zip(self.param_groups, rates, strict=True):
+            if self._state.capturable and isinstance(lr, Tensor):  # a graph holds its address
+                group["lr"] = lr.fill_(group["lr"])
+        self._state.load(zo["seed"], zo["step"], zo["skipped_steps"])
         self._skips_told = zo["skipped_steps"]
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copy and pickle; torch's own keeps only groups and state.  Scratch is not copied."""
-        own = {k: v for k, v in self.__dict__.items() if k in ("last_projected_gradient", "last_losses")}
-        own |= {k: getattr(self, k) for k in ("_seed", "_steps", "_restore", "_skipped", "_skips_told", "_told")}
-        return {**super().__getstate__(), **own, "_pool": ScratchPool()}
-
-
-def _known_on_host(value: Tensor) -> bool:
-    """Whether the host can read ``value`` without waiting for a device."""
-    return value.device.type == "cpu"
-
-
-def _as_loss(value: object, device: torch.device) -> Tensor:
-    """The closure's result as a new 0-dim tensor: fp32, or float64 where it was float64 or a Python number.
-
-    A copy, because a closure may return one buffer twice.
-    """
-    if isinstance(value, Tensor):
-        if value.numel() != 1 or value.is_complex():
-            fail(OP, "closure", "a real scalar loss", f"{value.dtype} of shape {tuple(value.shape)}")
-        dtype = torch.float32 if value.dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float64
-        return value.detach().reshape(()).to(dtype, copy=True)
-    if isinstance(value, bool) or not isinstance(value, Real):
-        fail(OP, "closure", "a scalar loss (a tensor or a number)", repr(value), TypeError)
-    return torch.full((), float(value), dtype=torch.float64, device=device)
+        """For copy and pickle; torch's own keeps only groups and state.  Scratch and graphs are not copied."""
+        if self._two_pass and self._two_pass.pending:
+            fail(OP, "two_pass", "flush() before a copy", "weights that hold a perturbation", RuntimeError)
+        keys = ("_restore", "_state", "_skips_told", "_told", "last_projected_gradient", "last_losses")
+        own = {k: self.__dict__[k] for k in keys}
+        return {**super().__getstate__(), **own, "_pool": ScratchPool(), "_two_pass": None, "_graph_rng": None}

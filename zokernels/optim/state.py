@@ -1,0 +1,113 @@
+"""Run seed, step counter and skipped steps: as Python numbers, or as tensors that a replayed CUDA graph advances."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..checks import fail
+from ..contract import derive_seed_int, seed_to_int64
+from ..functional import derive_seed
+from .groups import OP, Bucket
+
+
+class HostState:
+    """The seed and the step are Python integers; only the count of skipped steps lies where the losses are."""
+
+    capturable = False
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.step = seed, 0
+        self.skipped = torch.zeros((), dtype=torch.int64)
+
+    def place(self, devices: Iterable[torch.device]) -> None:
+        pass  # nothing lies on a device
+
+    def seeds(self, devices: Iterable[torch.device], ahead: int = 0) -> dict[torch.device, Tensor]:
+        """derive_seed(seed, step + ahead, 0) as an int64 tensor of one element on each device."""
+        seed = seed_to_int64(derive_seed_int(self.seed, self.step + ahead, 0))
+        return {d: torch.full((1,), seed, dtype=torch.int64, device=d) for d in devices}
+
+    def advance(self, finite: Tensor) -> None:
+        """A step has been taken; unless ``finite``, its update was skipped."""
+        self.skipped = self.skipped.to(finite.device, non_blocking=True) + ~finite
+        self.step += 1
+
+    def load(self, seed: int, step: int, skipped: int) -> None:
+        self.seed, self.step = seed, step
+        self.skipped = torch.full_like(self.skipped, skipped)
+
+
+class DeviceState:
+    """Seed, step and skipped steps as int64 tensors, one of each on every device of the parameters.
+
+    They are only ever written in place, because a CUDA graph holds their addresses.  Reading :attr:`step` waits for
+    the device.
+    """
+
+    capturable = True
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._steps: dict[torch.device, Tensor] = {}
+        self._seeds: dict[torch.device, Tensor] = {}
+        self.skipped: Tensor = _filled(0, torch.device("cpu")).reshape(())
+
+    @property
+    def step(self) -> int:
+        return int(next(iter(self._steps.values()))) if self._steps else 0
+
+    def is_placed(self, devices: Iterable[torch.device]) -> bool:
+        return self._steps.keys() == set(devices)
+
+    def place(self, devices: Iterable[torch.device]) -> None:
+        """Bring the counters to ``devices``, before any capture: what a capture creates, every replay resets."""
+        devices = list(devices)
+        if devices and not self.is_placed(devices):
+            step, skipped = self.step, int(self.skipped)
+            self._steps = {d: self._steps.get(d, _filled(step, d)) for d in devices}
+            self._seeds = {d: self._seeds.get(d, _filled(seed_to_int64(self.seed), d)) for d in devices}
+            if self.skipped.device != devices[0]:
+                self.skipped = _filled(skipped, devices[0]).reshape(())
+
+    def seeds(self, devices: Iterable[torch.device], ahead: int = 0) -> dict[torch.device, Tensor]:
+        return {d: derive_seed(self._seeds[d], self._steps[d] + ahead) for d in devices}
+
+    def advance(self, finite: Tensor) -> None:
+        self.skipped.add_((~finite).to(self.skipped.device, non_blocking=True))
+        for step in self._steps.values():
+            step.add_(1)
+
+    def load(self, seed: int, step: int, skipped: int) -> None:
+        self.seed = seed
+        for value, tensors in ((step, self._steps), (seed_to_int64(seed), self._seeds)):
+            for tensor in tensors.values():
+                tensor.fill_(value)
+        self.skipped.fill_(skipped)
+
+
+def check_seed(seed: object) -> int:
+    if isinstance(seed, bool) or not hasattr(seed, "__index__") or isinstance(seed, Tensor):
+        fail(OP, "seed", "an integer", repr(seed), TypeError)
+    seed_to_int64(operator.index(seed))  # raises outside the range
+    return operator.index(seed)
+
+
+def check_capture(state: HostState | DeviceState, buckets: list[Bucket], devices: list[torch.device]) -> None:
+    """While a CUDA graph is captured: what it would freeze or lose without a word is an error."""
+    if not isinstance(state, DeviceState):
+        fail(OP, "capturable", "True where a CUDA graph is captured", False, RuntimeError)
+    if not state.is_placed(devices):
+        fail(OP, "step", "one step before the capture", "none on the parameters' devices", RuntimeError)
+    for b in buckets:
+        lr = b.group["lr"]
+        if isinstance(lr, Tensor) and lr.device.type == "cpu":
+            fail(OP, "lr", f"a number or a tensor on {b.device} where a CUDA graph is captured", "a CPU tensor")
+
+
+def _filled(value: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # an inference tensor could not be advanced in later, ordinary steps
+        return torch.full((1,), value, dtype=torch.int64, device=device)
