@@ -19,6 +19,10 @@ demo: $(VENV)/demo
 bench: $(VENV)/built
 	$(BIN)/python -m bench run --op combine --device cpu $(ARGS)
 
+# For a machine with an NVIDIA GPU and nvcc; uses the Python and torch that are there, installs nothing, needs no network.
+gpu-check:
+	$(PYTHON) -m bench gpu-check $(ARGS)
+
 lint: $(VENV)/tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
