@@ -92,7 +92,8 @@ def train(
     every = max(1, -(-args.steps // EVALUATIONS))
     points, losses, seconds = [(0, *evaluate(model, validation))], [], 0.0
     print(f"before    validation loss {points[0][1]:.4f}, accuracy {100 * points[0][2]:.1f} %", flush=True)
-    with tqdm(total=args.steps, desc="training", unit="step", ncols=100, smoothing=0.1) as bar:
+    interval = 0.1 if sys.stderr.isatty() else 10  # a log gets a line every ten seconds
+    with tqdm(total=args.steps, desc="training", unit="step", ncols=100, mininterval=interval) as bar:
         for step, batch in zip(range(1, args.steps + 1), data.forever(args.seed), strict=False):
             start = time.perf_counter()
             losses.append(optimizer.step(lambda batch=batch: loss_of(model, batch)))
