@@ -16,7 +16,8 @@ from zokernels import BackendUnavailable
 from zokernels.backends.registry import NAMES
 
 from . import machine, table
-from .registry import Settings, ops
+from .registry import SKIPPED, Settings, ops
+from .workloads import WORKLOADS
 
 SCHEMA = 1
 DTYPES, DISTS = ("fp32", "bf16", "fp16"), ("normal", "rademacher")
@@ -32,21 +33,34 @@ def _threads(text: str, device: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(counts))
 
 
+def _default_numel(device: str) -> int:
+    """2^24 elements on the CPU: four buffers of the smallest dtype are 128 MiB.  On a GPU 1 GiB of bf16 and 2 of fp32,
+    or what fits: five buffers and three temporaries of fp32.
+    """
+    if device == "cpu":
+        return 1 << 24
+    numel = 1 << 29
+    while numel > 1 << 20 and 8 * 4 * numel > 0.9 * machine.free_memory(device):
+        numel //= 2
+    return numel
+
+
 def _settings(args: argparse.Namespace) -> Settings:
-    # 2^24 elements: four buffers of the smallest dtype are 128 MiB; the H200's L2 is 50 MiB, so there 2^27 and 1 GiB.
-    default = 1 << 27 if args.device == "cuda" else 1 << 24
+    cpu = args.device == "cpu"
     if args.tiny:
-        sizes = dict(numel=args.numel or 1 << 14, baseline_numel=1 << 14, seconds=0.0, min_rounds=3)
+        sizes = dict(numel=args.numel or 1 << 14, baseline_numel=1 << 14, seconds=0.0, min_rounds=3, tiny=True)
     else:
-        numel = args.numel or default
+        numel = args.numel or _default_numel(args.device)
         # Eager passes cost about ten times as much: a quarter of the elements on the CPU, all of them on a GPU
-        sizes = dict(numel=numel, baseline_numel=numel // 4 if args.device == "cpu" else numel, seconds=args.seconds)
+        sizes = dict(numel=numel, baseline_numel=numel // 4 if cpu else numel, seconds=args.seconds)
     return Settings(
         device=args.device,
         backends=tuple(args.backend or ()),
-        dtypes=tuple(args.dtype or DTYPES),
-        dists=tuple(args.dist or DISTS),
+        dtypes=tuple(args.dtype or ()),
+        dists=tuple(args.dist or ()),
         threads=_threads(args.threads, args.device),
+        workloads=tuple(args.workload),
+        scale=args.scale or (0.02 if args.tiny else 0.3 if cpu else 1.0),
         **sizes,
     )
 
@@ -56,18 +70,26 @@ def run(args: argparse.Namespace) -> int:
         raise SystemExit("--device cuda: torch sees no CUDA device")
     if args.numel is not None and (args.numel < 16 or args.numel % 16):
         raise SystemExit(f"--numel: expected a positive multiple of 16, got {args.numel}")
+    if args.scale is not None and not 0 < args.scale <= 1:
+        raise SystemExit(f"--scale: expected a number in (0, 1], got {args.scale}")
     settings, header = _settings(args), machine.describe(args.device)
     print(f"{machine.title(header)}\n{settings.numel:,} elements, {settings.buffers} buffers in turn\n")
     printer, rows, start = table.Printer(), [], time.perf_counter()
-    print(printer.head())
     for op in [ops()[args.op]] if args.op else ops().values():
         for row in op.run(settings):
             rows.append(row)
+            if head := printer.head(row):
+                print(head)
             print(printer.row(row), flush=True)
+        if settings.device == "cuda":
+            torch.cuda.empty_cache()
     print(f"\n{table.LEGEND}\n{len(rows)} rows in {time.perf_counter() - start:.0f} s")
+    for what, why in SKIPPED.items():
+        print(f"skipped: {what}: {why}")
     if args.json:
         command = "python -m bench " + shlex.join(sys.argv[1:])
-        result = {"schema": SCHEMA, "command": command, "machine": header, "settings": asdict(settings), "rows": rows}
+        result = {"schema": SCHEMA, "command": command, "machine": header, "settings": asdict(settings)}
+        result |= {"skipped": SKIPPED, "rows": rows}
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1) + "\n")
         print(f"wrote {args.json}")
@@ -97,10 +119,12 @@ def main() -> int:
     sub.add_argument("--op", choices=sorted(ops()), help="default: all")
     sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     sub.add_argument("--backend", nargs="+", choices=NAMES, help="default: all compiled ones that load for the device")
-    sub.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: all")
-    sub.add_argument("--dist", nargs="+", choices=DISTS, help="default: all")
+    sub.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: those of the op")
+    sub.add_argument("--dist", nargs="+", choices=DISTS, help="default: those of the op")
     sub.add_argument("--threads", default="1,all", help="thread counts, e.g. 1,2,all (CPU; default 1,all)")
-    sub.add_argument("--numel", type=int, help="elements of one tensor (default 2^24, on a GPU 2^27)")
+    sub.add_argument("--numel", type=int, help="elements of one tensor (default 2^24, on a GPU 2^29)")
+    sub.add_argument("--workload", nargs="+", choices=sorted(WORKLOADS), default=["opt-1.3b"], help="for op step")
+    sub.add_argument("--scale", type=float, help="layers and widths of the workload (default 1, on the CPU 0.3)")
     sub.add_argument("--seconds", type=float, default=2.0, help="time for each dtype, dist and thread count")
     sub.add_argument("--tiny", action="store_true", help="small and short: whether it runs, not how fast")
     sub.add_argument("--json", type=pathlib.Path, help="write everything to this file")

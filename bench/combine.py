@@ -1,7 +1,7 @@
 """combine and combine_: one pass theta + sum_k c_k z_k, against a copy of the same bytes and against eager loops.
 
 Modelled bytes: one read and one write of theta.  A K = 2 row does the work of two eager passes and is compared with
-two.
+two.  The baselines follow as rows of op "perturb_", so that their own bandwidth can be seen.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import zokernels
 from zokernels.backends import BackendUnavailable, get
 from zokernels.backends.registry import NAMES
 
-from .baselines import PERTURB, copy_in_place
+from .baselines import copy_in_place, usable
 from .registry import Row, Settings, register
-from .timing import measure
+from .timing import Times, measure
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EPS, SEED = 1e-3, 20240229
@@ -67,8 +67,8 @@ class Buffers:
     """Tensors used in turn, so that no call finds its input in a cache."""
 
     def __init__(self, settings: Settings, dtype: torch.dtype) -> None:
-        generator = torch.Generator().manual_seed(0)
-        theta = torch.randn(settings.numel, generator=generator).to(settings.device, dtype)
+        generator = torch.Generator(settings.device).manual_seed(0)
+        theta = torch.randn(settings.numel, generator=generator, device=settings.device).to(dtype)
         self.thetas = [theta, *(theta.clone() for _ in range(settings.buffers - 1))]
         self.out = torch.empty_like(theta)
         self._turn = itertools.cycle(range(settings.buffers))
@@ -94,6 +94,11 @@ def _kernel(form: Form, backend: str, dist: str, buffers: Buffers, device: str) 
     return call
 
 
+def forked_rng(device: str):
+    """The eager loops seed torch's global generator: the caller's comes back."""
+    return torch.random.fork_rng(devices=[torch.cuda.current_device()] if device == "cuda" else [])
+
+
 def _eager(perturb: Callable[..., None], dist: str, buffers: Buffers, numel: int) -> Callable[[], None]:
     return lambda: perturb([buffers.next()[:numel]], 1, EPS, SEED, dist)
 
@@ -105,46 +110,62 @@ def run(settings: Settings) -> Iterator[Row]:
     small = min(settings.numel, settings.baseline_numel)
     threads_before = torch.get_num_threads()
     try:
-        for threads, dtype in itertools.product(settings.threads, settings.dtypes):
+        for threads, dtype in itertools.product(settings.threads, settings.dtypes or tuple(DTYPES)):
             torch.set_num_threads(threads)
             buffers = Buffers(settings, DTYPES[dtype])
-            for dist in settings.dists:
+            for dist in settings.dists or ("normal", "rademacher"):
                 kernels = {
                     (f, b): _kernel(f, b, dist, buffers, settings.device) for f in forms(dtype) for b in backends
                 }
-                candidates: dict = {name: _eager(fn, dist, buffers, small) for name, fn in PERTURB.items()}
+                loops = usable(settings.device, DTYPES[dtype], dist, settings.tiny)
+                candidates: dict = {name: _eager(fn, dist, buffers, small) for name, fn in loops.items()}
                 candidates["copy_inplace"] = lambda b=buffers: copy_in_place(b.next())
                 candidates["copy"] = lambda b=buffers: b.out.copy_(b.next())
-                with torch.random.fork_rng(devices=[0] if settings.device == "cuda" else []), torch.no_grad():
+                with forked_rng(settings.device), torch.no_grad():
                     times = measure(candidates | kernels, settings.device, settings.seconds, settings.min_rounds)
+                where = {"device": settings.device, "dtype": dtype, "dist": dist, "threads": threads}
+                compared = Compared({n: (small, times[n]) for n in loops}, settings.numel, times)
                 for form, backend in kernels:
-                    yield _row(settings, form, backend, dtype, dist, threads, small, times)
+                    what = {"op": form.name, "backend": backend, "rounding": form.rounding, "k": form.k}
+                    yield row(what | where, times[form, backend], settings.numel, form.inplace, compared)
+                for name in loops:
+                    what = {"op": "perturb_", "backend": name, "rounding": "nearest", "k": 1}
+                    yield row(what | where, times[name], small, True, compared)
     finally:
         torch.set_num_threads(threads_before)
 
 
-def _row(
-    settings: Settings, form: Form, backend: str, dtype: str, dist: str, threads: int, small: int, times: dict
+@dataclass(frozen=True)
+class Compared:
+    """What a row is compared with: passes of the eager loops by name, (elements, times), and the two copies."""
+
+    loops: dict[str, tuple[int, Times]]
+    copy_numel: int
+    times: dict
+
+
+def row(
+    what: Row, mine: Times, numel: int, inplace: bool, compared: Compared, accesses: int = 2, passes: int | None = None
 ) -> Row:
-    mine, copy_name = times[form, backend], "copy_inplace" if form.inplace else "copy"
-    moved = 2 * settings.numel * DTYPES[dtype].itemsize
-    per_element = mine.p50 / settings.numel
+    """One result.  ``accesses`` of memory for each element; ``passes`` of an eager loop do the same work (default K).
+
+    A copy makes two accesses, so it is charged accesses / 2 times.
+    """
+    passes = what["k"] if passes is None else passes
+    moved = accesses * numel * DTYPES[what["dtype"]].itemsize
+    per_element = mine.p50 / numel
+    copy_name = "copy_inplace" if inplace else "copy"
+    copy = compared.times[copy_name]
+    loops = compared.loops.items()
     return {
-        "op": form.name,
-        "backend": backend,
-        "device": settings.device,
-        "dtype": dtype,
-        "dist": dist,
-        "rounding": form.rounding,
-        "k": form.k,
-        "threads": threads,
-        "numel": settings.numel,
+        **what,
+        "numel": numel,
         **asdict(mine),
         "bytes": moved,
         "gb_per_s": moved / mine.p50 / 1e9,
         "ns_per_element": per_element * 1e9,
-        "copy": {"name": copy_name, "numel": settings.numel, **asdict(times[copy_name])},
-        "copy_fraction": times[copy_name].p50 / mine.p50,
-        "baselines": {name: {"numel": small, "passes": form.k, **asdict(times[name])} for name in PERTURB},
-        "ratio": {name: form.k * times[name].p50 / small / per_element for name in PERTURB},
+        "copy": {"name": copy_name, "numel": compared.copy_numel, **asdict(copy)},
+        "copy_fraction": accesses / 2 * copy.p50 / compared.copy_numel / per_element,
+        "baselines": {name: {"numel": n, "passes": passes, **asdict(times)} for name, (n, times) in loops},
+        "ratio": {name: passes * times.p50 / n / per_element for name, (n, times) in loops},
     }

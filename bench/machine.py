@@ -41,21 +41,37 @@ def cpu_model() -> str:
 def _host_library() -> dict[str, Any]:
     """Instruction sets and build of the compiled host library, where it is built."""
     try:
-        from zokernels import host
+        from zokernels import _host
     except ImportError:
         return {}
-    found = {}
-    for name in ("instruction_sets", "build_info"):
-        if callable(member := getattr(host, name, None)):
-            found[name] = member()
-    return found
+    return {"instruction_sets": _host.instruction_sets(), "build_info": _host.build_info()}
+
+
+def commit() -> str | None:
+    """The short hash, ending in ``+`` where tracked files were changed; ``ZOKERNELS_COMMIT`` names it where a copy of
+    the tree came without its git directory.
+    """
+    if named := os.environ.get("ZOKERNELS_COMMIT"):
+        return named
+    found = _run("git", "rev-parse", "--short=12", "HEAD")
+    return f"{found}+" if found and _run("git", "status", "--porcelain", "--untracked-files=no") else found
+
+
+def free_memory(device: str) -> int:
+    """Bytes that can be allocated on ``device`` now; on a GPU torch's own cached blocks count as free."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    try:
+        for line in pathlib.Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 4 << 30  # unknown: a size that any machine of today has
 
 
 def describe(device: str) -> dict[str, Any]:
-    """Everything a reader needs to judge the figures.  ``commit`` ends in ``+`` where tracked files were changed."""
-    commit = _run("git", "rev-parse", "--short=12", "HEAD")
-    if commit and _run("git", "status", "--porcelain", "--untracked-files=no"):
-        commit += "+"
+    """Everything a reader needs to judge the figures."""
     header: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cpu": cpu_model(),
@@ -65,7 +81,7 @@ def describe(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "zokernels": zokernels.__version__,
         "contract": zokernels.CONTRACT,
-        "commit": commit,
+        "commit": commit(),
         "load_1min": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "host_library": _host_library(),
     }
@@ -74,9 +90,11 @@ def describe(device: str) -> dict[str, Any]:
         header |= {
             "gpu": properties.name,
             "gpu_memory": properties.total_memory,
+            "gpu_l2": properties.L2_cache_size,
+            "multiprocessors": properties.multi_processor_count,
             "capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda,
-            "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "driver": (_run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "").split("\n")[0],
         }
     return header
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 #: Modules that register ops; a new op is one more module here.
-MODULES = ("combine",)
+MODULES = ("combine", "fan_out", "many", "step")
 
 Row = dict[str, Any]
 
@@ -19,14 +19,17 @@ class Settings:
 
     device: str = "cpu"
     backends: tuple[str, ...] = ()
-    dtypes: tuple[str, ...] = ("fp32", "bf16", "fp16")
-    dists: tuple[str, ...] = ("normal", "rademacher")
+    dtypes: tuple[str, ...] = ()
+    dists: tuple[str, ...] = ()
     threads: tuple[int, ...] = (1,)
     numel: int = 1 << 24
     baseline_numel: int = 1 << 22
     buffers: int = 4
     seconds: float = 2.0
     min_rounds: int = 7
+    tiny: bool = False
+    workloads: tuple[str, ...] = ("opt-1.3b",)
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,13 @@ class Op:
 
 
 _OPS: dict[str, Op] = {}
+
+#: What a run left out, and why: printed and written with the rows, so that nothing is missing silently.
+SKIPPED: dict[str, str] = {}
+
+
+def skip(what: str, why: str) -> None:
+    SKIPPED[what] = why
 
 
 def register(name: str, summary: str) -> Callable[[Callable[[Settings], Iterator[Row]]], Callable]:

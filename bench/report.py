@@ -40,8 +40,11 @@ def section(result: dict[str, Any]) -> str:
     )
 
 
-def plot(path: pathlib.Path, results: Sequence[dict[str, Any]]) -> None:
-    """Share of the copy's bandwidth and ratio to MeZO's loop: in place, nearest, K = 1, by dtype, dist and threads."""
+def plot(path: pathlib.Path, results: Sequence[dict[str, Any]]) -> bool:
+    """False where nothing is to be drawn.
+
+    Share of the copy's bandwidth and ratio to MeZO's loop: in place, nearest, K = 1, by dtype, dist and threads.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -53,6 +56,8 @@ def plot(path: pathlib.Path, results: Sequence[dict[str, Any]]) -> None:
         for row in result["rows"]
         if row["op"] == "combine_" and row["k"] == 1 and row["rounding"] == "nearest"
     ]
+    if not rows:
+        return False
     labels = [_label(row) for _, row in rows]
     colour = {"normal": "#3b6ea5", "rademacher": "#d1662a"}
     with plt.rc_context({"font.size": 9, "axes.edgecolor": "#999999"}):
@@ -74,6 +79,7 @@ def plot(path: pathlib.Path, results: Sequence[dict[str, Any]]) -> None:
         figure.suptitle("combine_, one tensor, in place:  " + ", ".join(machines), fontsize=10)
         figure.savefig(path, dpi=150)
         plt.close(figure)
+    return True
 
 
 def _label(row: Row) -> str:
@@ -86,12 +92,13 @@ def write(files: Sequence[pathlib.Path], output: pathlib.Path) -> list[pathlib.P
     results = [load(path) for path in files]
     picture = output.with_suffix(".png")
     output.parent.mkdir(parents=True, exist_ok=True)
-    plot(picture, results)
-    body = [BEGIN, f"![Bars of the tables below]({picture.name})", LEGEND.replace("\n", " ")]
+    drawn = plot(picture, results)
+    image = [f"![Bars of the tables below]({picture.name})"] if drawn else []
+    body = [BEGIN, *image, LEGEND.replace("\n", " ")]
     body += [*(section(result) for result in results), END]
     text = output.read_text() if output.exists() else f"# Performance\n\n{BEGIN}\n{END}\n"
     if BEGIN not in text or END not in text:
         raise SystemExit(f"{output}: expected the markers {BEGIN} and {END}")
     before, rest = text.split(BEGIN, 1)
     output.write_text(before + "\n\n".join(body) + rest.split(END, 1)[1])
-    return [output, picture]
+    return [output, picture] if drawn else [output]

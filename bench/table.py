@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from .registry import Row
 
@@ -12,55 +13,113 @@ def short(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-#: Heading, how a row is shown, and whether it is a number (flush right).
-COLUMNS: list[tuple[str, Callable[[Row], str], bool]] = [
-    ("op", lambda r: r["op"], False),
-    ("K", lambda r: str(r["k"]), True),
-    ("dtype", lambda r: r["dtype"], False),
-    ("dist", lambda r: r["dist"], False),
-    ("rounding", lambda r: r["rounding"], False),
-    ("backend", lambda r: r["backend"], False),
-    ("thr", lambda r: str(r["threads"]), True),
-    ("p20 ms", lambda r: short(r["p20"] * 1e3), True),
-    ("p50 ms", lambda r: short(r["p50"] * 1e3), True),
-    ("p80 ms", lambda r: short(r["p80"] * 1e3), True),
-    ("GB/s", lambda r: short(r["gb_per_s"]), True),
-    ("ns/el", lambda r: short(r["ns_per_element"]), True),
-    ("of copy", lambda r: f"{r['copy_fraction']:.2f}", True),
-    ("x MeZO", lambda r: f"{r['ratio']['mezo']:.1f}", True),
-    ("x foreach", lambda r: f"{r['ratio']['foreach']:.1f}", True),
-    ("x add_", lambda r: f"{r['ratio']['inplace']:.1f}", True),
+@dataclass(frozen=True)
+class Column:
+    head: str
+    show: Callable[[Row], str]
+    width: int
+    right: bool = True
+
+
+def _ratio(name: str) -> Callable[[Row], str]:
+    return lambda r: f"{r['ratio'][name]:.1f}" if name in r["ratio"] else "-"
+
+
+def _text(head: str, key: str, width: int) -> Column:
+    return Column(head, lambda r: r[key], width, right=False)
+
+
+_K = Column("K", lambda r: str(r["k"]), 2)
+_DTYPE, _DIST, _BACKEND = _text("dtype", "dtype", 5), _text("dist", "dist", 10), _text("backend", "backend", 10)
+_THREADS = Column("thr", lambda r: str(r["threads"]), 3)
+_P20, _P50, _P80 = (Column(f"{p} ms", lambda r, p=p: short(r[p] * 1e3), 6) for p in ("p20", "p50", "p80"))
+_GB = Column("GB/s", lambda r: short(r["gb_per_s"]), 5)
+_NS = Column("ns/el", lambda r: short(r["ns_per_element"]), 5)
+_COPY = Column("of copy", lambda r: f"{r['copy_fraction']:.2f}", 7)
+_HOST = Column("host ms", lambda r: short(r["host"] * 1e3) if r.get("host") else "-", 7)
+_MEZO, _FOREACH = Column("x MeZO", _ratio("mezo"), 6), Column("x foreach", _ratio("foreach"), 9)
+_ADD = Column("x add_", _ratio("inplace"), 6)
+_TIMES = [_THREADS, _P20, _P50, _P80]
+
+#: Columns of a pass over one tensor.
+COLUMNS = [
+    _text("op", "op", 8),
+    _K,
+    _DTYPE,
+    _DIST,
+    _text("rounding", "rounding", 10),
+    _BACKEND,
+    *_TIMES,
+    *(_GB, _NS, _COPY, _MEZO, _FOREACH, _ADD),
 ]
+STEP = [
+    _text("workload", "workload", 10),
+    _text("form", "form", 8),
+    *(_DTYPE, _DIST, _BACKEND, *_TIMES, _HOST),
+    Column("B/par", lambda r: str(r["bytes_per_parameter"]), 5),
+    *(_COPY, _MEZO, _FOREACH, _ADD),
+]
+FAN_OUT = [
+    _text("op", "op", 8),
+    _text("form", "form", 8),
+    *(_DTYPE, _DIST, _BACKEND, *_TIMES, _GB, _NS, _COPY),
+    Column("x composed", lambda r: f"{r['ratio']['composed']:.2f}", 10),
+    _MEZO,
+]
+MANY = [
+    _text("op", "op", 8),
+    *(_K, _DTYPE, _DIST, _BACKEND, *_TIMES),
+    Column("G noise/s", lambda r: short(r["noise_per_s"] / 1e9), 9),
+    *(_MEZO, _ADD),
+]
+_KINDS = {"step": STEP, "fan_out_": FAN_OUT, "many": MANY}
+
+
+def columns_of(row: Row) -> list[Column]:
+    return _KINDS.get(row["op"], COLUMNS)
+
 
 LEGEND = (
+    "perturb_: one pass of an eager loop or of a kernel on another generator, named in the column backend.\n"
     "of copy: share of the bandwidth of a plain pass over the same bytes (in place for combine_).\n"
     "x MeZO, x foreach, x add_: times faster, per element, than MeZO's loop, torch._foreach_add_ and a draw + add_.\n"
     "All of these were timed in turns with the row, in the same run."
 )
 
 
-def _cells(rows: Sequence[Row]) -> list[list[str]]:
-    return [[show(row) for _, show, _ in COLUMNS] for row in rows]
-
-
 class Printer:
-    """Prints rows as they come: widths are those of the headings and of the widest value that a column can take."""
+    """Prints rows as they come, in columns of fixed width, with a new heading wherever the columns change."""
 
-    WIDTHS = (8, 1, 5, 10, 10, 9, 3, 6, 6, 6, 5, 5, 7, 6, 9, 6)
+    def __init__(self) -> None:
+        self._columns: list[Column] | None = None
 
-    def _line(self, cells: Sequence[str]) -> str:
-        pairs = zip(cells, self.WIDTHS, COLUMNS, strict=True)
-        return " ".join(c.rjust(w) if right else c.ljust(w) for c, w, (_, _, right) in pairs).rstrip()
+    @staticmethod
+    def _line(cells: Sequence[str], columns: Sequence[Column]) -> str:
+        pairs = zip(cells, columns, strict=True)
+        return " ".join(c.rjust(k.width) if k.right else c.ljust(k.width) for c, k in pairs).rstrip()
 
-    def head(self) -> str:
-        line = self._line([name for name, _, _ in COLUMNS])
-        return f"{line}\n{'-' * len(line)}"
+    def head(self, row: Row) -> str | None:
+        """The heading, where ``row`` needs another one than the row before."""
+        columns = columns_of(row)
+        if columns is self._columns:
+            return None
+        gap = "" if self._columns is None else "\n"
+        self._columns = columns
+        line = self._line([c.head for c in columns], columns)
+        return f"{gap}{line}\n{'-' * len(line)}"
 
     def row(self, row: Row) -> str:
-        return self._line(_cells([row])[0])
+        columns = columns_of(row)
+        return self._line([c.show(row) for c in columns], columns)
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    head = "| " + " | ".join(name for name, _, _ in COLUMNS) + " |"
-    rule = "|" + "|".join("--:" if right else "---" for _, _, right in COLUMNS) + "|"
-    return "\n".join([head, rule, *("| " + " | ".join(cells) + " |" for cells in _cells(rows))])
+    """One table for each kind of row, in the order in which they come."""
+    tables = []
+    for columns in ({id(columns_of(r)): columns_of(r) for r in rows}).values():
+        lines = ["| " + " | ".join(c.head for c in columns) + " |"]
+        lines.append("|" + "|".join("--:" if c.right else "---" for c in columns) + "|")
+        mine = (r for r in rows if columns_of(r) is columns)
+        lines += ["| " + " | ".join(c.show(r) for c in columns) + " |" for r in mine]
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)

@@ -1,26 +1,34 @@
-"""Timing in turns: every candidate runs once a round, so that what disturbs the machine disturbs all of them."""
+"""Timing in turns: every candidate runs once a round, so that what disturbs the machine disturbs all of them.
+
+On a GPU device events are timed; the host's share, the time until the call returns, is measured apart.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-#: Cycles that the GPU spins before an event pair: the host queues all of a candidate's launches in this time
-#: (about 0.5 ms), so that an eager loop of many small kernels is not charged for the host.
-_SPIN = 1_000_000
+#: Cycles a second at most: what turns host time into a spin of the device.
+_CLOCK = 2e9
+
+#: Spin before an event pair, in seconds: 1.5 times the host time of the call, within these bounds.  The host queues the
+#: launches while the device spins, so that many small kernels are not charged for it; in training, the forwards give it
+#: that time.  The driver queues about a thousand launches, so a longer spin would change nothing.
+_SPIN = (0.5e-3, 20e-3)
 
 
 @dataclass(frozen=True)
 class Times:
-    """Percentiles of one call, in seconds, over ``rounds`` calls."""
+    """Percentiles of one call, in seconds, over ``rounds`` calls; ``host``: until the call returns (GPU only)."""
 
     p20: float
     p50: float
     p80: float
     rounds: int
+    host: float | None = None
 
     @classmethod
     def of(cls, samples: list[float]) -> Times:
@@ -35,9 +43,19 @@ def _time_cpu(call: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def _time_cuda(call: Callable[[], None]) -> float:
+def _time_host(call: Callable[[], None]) -> float:
+    """Until the call returns, on an idle device: the best of three, since the host is what is disturbed."""
+    best = float("inf")
+    for _ in range(3):
+        torch.cuda.synchronize()
+        best = min(best, _time_cpu(call))
+    torch.cuda.synchronize()
+    return best
+
+
+def _time_cuda(call: Callable[[], None], spin: float) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(_SPIN)
+    torch.cuda._sleep(int(spin * _CLOCK))
     start.record()
     call()
     end.record()
@@ -49,16 +67,16 @@ def measure(
     candidates: dict[str, Callable[[], None]], device: str, seconds: float, min_rounds: int = 5, max_rounds: int = 200
 ) -> dict[str, Times]:
     """Times of each candidate by name.  One round warms up; then rounds until ``seconds`` have passed."""
-    clock = _time_cuda if device == "cuda" else _time_cpu
+    cuda = device == "cuda"
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     for call in candidates.values():
         call()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    host = {name: _time_host(call) if cuda else None for name, call in candidates.items()}
+    spin = {name: min(max(1.5 * (h or 0), _SPIN[0]), _SPIN[1]) for name, h in host.items()}
     stop = time.perf_counter() + seconds
     rounds = 0
     while rounds < min_rounds or (rounds < max_rounds and time.perf_counter() < stop):
         for name, call in candidates.items():
-            samples[name].append(clock(call))
+            samples[name].append(_time_cuda(call, spin[name]) if cuda else _time_cpu(call))
         rounds += 1
-    return {name: Times.of(s) for name, s in samples.items()}
+    return {name: replace(Times.of(s), host=host[name]) for name, s in samples.items()}

@@ -31,9 +31,13 @@ def result(tmp_path_factory) -> dict:
 
 
 def test_rows_cover_everything(result):
-    cases = {(r["op"], r["k"], r["dtype"], r["dist"], r["rounding"], r["threads"]) for r in result["rows"]}
-    assert len(cases) == len(result["rows"]) == 2 * 2 * (3 + 4 + 4)  # threads, dists, forms of fp32, bf16 and fp16
-    assert {r["backend"] for r in result["rows"]} == {"reference"}
+    ours = [r for r in result["rows"] if r["op"] != "perturb_"]
+    cases = {(r["op"], r["k"], r["dtype"], r["dist"], r["rounding"], r["threads"]) for r in ours}
+    assert len(cases) == len(ours) == 2 * 2 * (3 + 4 + 4)  # threads, dists, forms of fp32, bf16 and fp16
+    assert {r["backend"] for r in ours} == {"reference"}
+    loops = [r for r in result["rows"] if r["op"] == "perturb_"]
+    assert len(loops) == 2 * 2 * 3 * len(baselines.PERTURB)
+    assert {r["backend"] for r in loops} == set(baselines.PERTURB)
     assert result["schema"] == 1
     assert result["command"].startswith("python -m bench run --op combine")
 
@@ -54,8 +58,9 @@ def test_ratios_follow_from_the_times(result):
         assert row["bytes"] == 2 * size * row["numel"]
         assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["p50"] / 1e9)
         assert row["ns_per_element"] == pytest.approx(row["p50"] / row["numel"] * 1e9)
-        assert row["copy"]["name"] == ("copy_inplace" if row["op"] == "combine_" else "copy")
-        assert row["copy_fraction"] == pytest.approx(row["copy"]["p50"] / row["p50"])
+        assert row["copy"]["name"] == ("copy" if row["op"] == "combine" else "copy_inplace")
+        copy = row["copy"]["p50"] / row["copy"]["numel"]
+        assert row["copy_fraction"] == pytest.approx(copy * row["numel"] / row["p50"])
         for name, base in row["baselines"].items():
             per_element = base["passes"] * base["p50"] / base["numel"]
             assert base["passes"] == row["k"]
@@ -78,7 +83,7 @@ def test_report_writes_table_and_plot(result, tmp_path):
     assert "Own words." in text
     assert "More words." in text
     assert "old" not in text
-    assert text.count("\n| combine") == len(result["rows"])
+    assert text.count("\n| combine") + text.count("\n| perturb_") == len(result["rows"])
     assert (tmp_path / "performance.png").read_bytes().startswith(b"\x89PNG")
     report.write([result["path"]], output)
     assert output.read_text() == text
@@ -160,5 +165,7 @@ def test_percentiles():
 
 def test_table_fits_a_terminal(result):
     printer = table.Printer()
-    for line in [*printer.head().splitlines(), *(printer.row(r) for r in result["rows"])]:
+    heads = [head for row in result["rows"] if (head := printer.head(row))]
+    assert len(heads) == 1
+    for line in [*heads[0].splitlines(), *(printer.row(r) for r in result["rows"])]:
         assert len(line) <= 120

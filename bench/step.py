@@ -1,0 +1,202 @@
+"""step: the hot path of one two-sided step over a whole model, everything that is not the two forwards.
+
+Our forms, by accesses of memory for each parameter (bf16: two bytes each):
+
+* exact, 6: each module's perturbed copy into scratch, twice, and one update in place.  The weights never move.
+* inplace, 6: +eps, -2 eps, and restore and update in one pass.
+* two-pass, 4: restore, update and the next step's +eps in one pass of two directions; -2 eps.
+* fan-out, 4: layer by layer, one read; the updated weights and both perturbed copies are written.
+
+They are compared with MeZO's loop (four passes, 37 accesses), the other eager loops as four passes, and a plain pass
+over the same bytes.  All parameters lie in one allocation, each on 256 bytes, so that the plain pass is one launch:
+the real limit, not that of 400 launches.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+import zokernels
+
+from . import machine, workloads
+from .baselines import copy_in_place, mezo_step, usable
+from .combine import DTYPES, EPS, SEED, Compared, forked_rng, row, usable_backends
+from .registry import Row, Settings, register, skip
+from .timing import measure
+
+LR, GRADIENT = 1e-6, 0.5
+ALIGN = 256
+
+Call = Callable[[], None]
+
+
+def arena_bytes(shapes: workloads.Shapes, itemsize: int) -> int:
+    return sum(-(-workloads.total({n: s}) * itemsize // ALIGN) * ALIGN for n, s in shapes.items())
+
+
+def arena(shapes: workloads.Shapes, dtype: torch.dtype, device: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """One flat tensor and, by name, its views; values as large as weights."""
+    unit = ALIGN // dtype.itemsize
+    flat = torch.empty(arena_bytes(shapes, dtype.itemsize) // dtype.itemsize, dtype=dtype, device=device)
+    flat.normal_(0, 0.02)
+    views, at = {}, 0
+    for name, shape in shapes.items():
+        numel = workloads.total({name: shape})
+        views[name] = flat[at : at + numel].view(shape)
+        at += -(-numel // unit) * unit
+    return flat, views
+
+
+class Parts:
+    """The list cut into modules or layers, with scratch for the largest of them that all use in turn."""
+
+    def __init__(self, views: dict[str, Tensor], part_of: Callable[[str], str], copies: int) -> None:
+        groups: dict[str, list[str]] = {}
+        for name in views:
+            groups.setdefault(part_of(name), []).append(name)
+        some = next(iter(views.values()))
+        shapes = [{n: tuple(views[n].shape) for n in names} for names in groups.values()]
+        largest = max(shapes, key=lambda s: arena_bytes(s, some.element_size()))
+        flats = [arena(largest, some.dtype, some.device.type)[0] for _ in range(copies)]
+        #: (parameters, streams, scratch for each copy)
+        self.parts = []
+        for names in groups.values():
+            params, unit, at = [views[n] for n in names], ALIGN // some.element_size(), 0
+            scratch: list[list[Tensor]] = [[] for _ in flats]
+            for p in params:
+                for flat, mine in zip(flats, scratch, strict=True):
+                    mine.append(flat[at : at + p.numel()].view(p.shape))
+                at += -(-p.numel() // unit) * unit
+            self.parts.append((params, [zokernels.stream_of(n) for n in names], scratch))
+
+
+def forms(views: dict[str, Tensor], dist: str) -> dict[str, tuple[int, Call]]:
+    """Each form's accesses a parameter and its call, for the backend that is selected when it runs."""
+    params, streams = list(views.values()), [zokernels.stream_of(n) for n in views]
+    device = params[0].device
+    seeds = torch.arange(SEED, SEED + 2, dtype=torch.int64, device=device)
+    this, following = seeds[:1], seeds[1:]
+    number = lambda *values: torch.tensor(values, dtype=torch.float32, device=device)
+    up, down, update = number(EPS), number(-EPS), number(-LR * GRADIENT)
+    twice, back, both = number(-2 * EPS), number(EPS - LR * GRADIENT), number(EPS - LR * GRADIENT, EPS)
+    modules = Parts(views, workloads.module_of, copies=1)
+    layers = Parts(views, workloads.layer_of, copies=2)
+
+    def exact() -> None:
+        for coeff in (up, down):
+            for tensors, ids, (scratch,) in modules.parts:
+                zokernels.combine(scratch, tensors, this, coeff, streams=ids, dist=dist)
+        zokernels.combine_(params, this, update, streams=streams, dist=dist)
+
+    def inplace() -> None:
+        for coeff in (up, twice, back):
+            zokernels.combine_(params, this, coeff, streams=streams, dist=dist)
+
+    def two_pass() -> None:
+        zokernels.combine_(params, seeds, both, streams=streams, dist=dist)
+        zokernels.combine_(params, following, twice, streams=streams, dist=dist)
+
+    def fan_out() -> None:
+        for tensors, ids, (plus, minus) in layers.parts:
+            zokernels.fan_out_(tensors, plus, minus, following, up, seeds=this, coeffs=update, streams=ids, dist=dist)
+
+    return {"exact": (6, exact), "inplace": (6, inplace), "two-pass": (4, two_pass), "fan-out": (4, fan_out)}
+
+
+def _four_passes(perturb: Callable[..., None], tensors: list[Tensor], dist: str) -> Call:
+    def call() -> None:
+        for scaling in (1, -2, 1, -LR * GRADIENT / EPS):
+            perturb(tensors, scaling, EPS, SEED, dist)
+
+    return call
+
+
+def _loops(views: dict[str, Tensor], settings: Settings, dtype: torch.dtype, dist: str, what: str) -> dict[str, Call]:
+    """The eager steps that fit the memory.  MeZO's loop moves each parameter to memory of its own: a second model."""
+    tensors = list(views.values())
+    model, largest = sum(t.nbytes for t in tensors), max(t.nbytes for t in tensors)
+    found: dict[str, Call] = {}
+    free = machine.free_memory(settings.device) - 3 * largest  # z and two temporaries
+    for name, perturb in usable(settings.device, dtype, dist, settings.tiny).items():
+        need = model if name in ("mezo", "foreach") else 0
+        if need > 0.95 * free:
+            skip(f"{what}: {name}", f"needs {need / 1e9:.0f} GB more, {max(free, 0) / 1e9:.0f} GB are free")
+        elif name == "mezo":
+            params = [nn.Parameter(t, requires_grad=False) for t in tensors]
+            found[name] = lambda params=params: mezo_step(params, EPS, LR, GRADIENT, SEED, dist)
+            free -= need
+        else:
+            found[name] = _four_passes(perturb, tensors, dist)
+    return found
+
+
+@register("step", "one step's whole hot path over a model's parameter list, against the eager loops")
+def run(settings: Settings) -> Iterator[Row]:
+    backends = usable_backends(settings.device, settings.backends)
+    threads_before = torch.get_num_threads()
+    cases = itertools.product(settings.workloads, settings.dtypes or ("bf16",), settings.dists or ("normal",))
+    try:
+        for (workload, dtype, dist), threads in itertools.product(cases, settings.threads):
+            torch.set_num_threads(threads)
+            shapes = workloads.shapes(workload, settings.scale)
+            what = f"step {workload} {dtype} {dist}"
+            need = int(1.1 * arena_bytes(shapes, DTYPES[dtype].itemsize))
+            if need > (free := machine.free_memory(settings.device)):
+                skip(what, f"needs {need / 1e9:.0f} GB, {free / 1e9:.0f} GB are free")
+                continue
+            with forked_rng(settings.device), torch.no_grad():
+                yield from _rows(settings, what, workload, shapes, dtype, dist, threads, backends)
+            if settings.device == "cuda":
+                torch.cuda.empty_cache()  # the next model may need all of it in other block sizes
+    finally:
+        torch.set_num_threads(threads_before)
+
+
+def _rows(
+    settings: Settings,
+    what: str,
+    workload: str,
+    shapes: workloads.Shapes,
+    dtype: str,
+    dist: str,
+    threads: int,
+    backends: list[str],
+) -> Iterator[Row]:
+    flat, views = arena(shapes, DTYPES[dtype], settings.device)
+    ours = forms(views, dist)
+    numel = workloads.total(shapes)
+
+    def on(backend: str, call: Call) -> Call:
+        def selected() -> None:
+            with zokernels.backend(backend):
+                call()
+
+        return selected
+
+    kernels = {(form, b): on(b, call) for form, (_, call) in ours.items() for b in backends}
+    loops = _loops(views, settings, DTYPES[dtype], dist, what)
+    candidates = {**loops, "copy_inplace": lambda: copy_in_place(flat), **kernels}
+    times = measure(candidates, settings.device, settings.seconds, min(settings.min_rounds, 5))
+    compared = Compared({n: (numel, times[n]) for n in loops}, flat.numel(), times)
+    where = {"device": settings.device, "dtype": dtype, "dist": dist, "rounding": "nearest", "threads": threads, "k": 1}
+    where |= {"op": "step", "workload": workload, "scale": settings.scale, "tensors": len(shapes)}
+    for (form, backend), mine in ((key, times[key]) for key in kernels):
+        accesses = ours[form][0]
+        each = accesses * DTYPES[dtype].itemsize
+        yield row(
+            {**where, "form": form, "backend": backend, "bytes_per_parameter": each},
+            mine,
+            numel,
+            True,
+            compared,
+            accesses,
+        )
+    for name in loops:  # accesses: MeZO's counted from its source; the others' as four plain passes, as if z were free
+        accesses = 37 if name == "mezo" else 8
+        each = accesses * DTYPES[dtype].itemsize
+        labels = {**where, "form": "eager", "backend": name, "bytes_per_parameter": each}
+        yield row(labels, times[name], numel, True, compared, accesses)
