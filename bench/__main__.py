@@ -1,4 +1,4 @@
-"""``python -m bench list``, ``run`` and ``report``."""
+"""``python -m bench list``, ``run``, ``report`` and ``gpu-check``."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def _threads(text: str, device: str) -> tuple[int, ...]:
 
 def _default_numel(device: str) -> int:
     """2^24 elements on the CPU: four buffers of the smallest dtype are 128 MiB.  On a GPU 1 GiB of bf16 and 2 of fp32,
-    or what fits: five buffers and three temporaries of fp32.
+    or what fits: five buffers and four temporaries of fp32, and the five of the dtype before.
     """
     if device == "cpu":
         return 1 << 24
     numel = 1 << 29
-    while numel > 1 << 20 and 8 * 4 * numel > 0.9 * machine.free_memory(device):
+    while numel > 1 << 20 and 14 * 4 * numel > 0.9 * machine.free_memory(device):
         numel //= 2
     return numel
 
@@ -75,23 +75,29 @@ def run(args: argparse.Namespace) -> int:
     settings, header = _settings(args), machine.describe(args.device)
     print(f"{machine.title(header)}\n{settings.numel:,} elements, {settings.buffers} buffers in turn\n")
     printer, rows, start = table.Printer(), [], time.perf_counter()
+
+    def save(complete: bool) -> None:
+        if args.json:
+            command = "python -m bench " + shlex.join(sys.argv[1:])
+            result = {"schema": SCHEMA, "command": command, "complete": complete, "machine": header}
+            result |= {"settings": asdict(settings), "skipped": SKIPPED, "rows": rows}
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(result, indent=1) + "\n")
+
     for op in [ops()[args.op]] if args.op else ops().values():
         for row in op.run(settings):
             rows.append(row)
             if head := printer.head(row):
                 print(head)
             print(printer.row(row), flush=True)
+            save(complete=False)  # what was measured stays where a time limit ends the run
         if settings.device == "cuda":
             torch.cuda.empty_cache()
     print(f"\n{table.LEGEND}\n{len(rows)} rows in {time.perf_counter() - start:.0f} s")
     for what, why in SKIPPED.items():
         print(f"skipped: {what}: {why}")
+    save(complete=True)
     if args.json:
-        command = "python -m bench " + shlex.join(sys.argv[1:])
-        result = {"schema": SCHEMA, "command": command, "machine": header, "settings": asdict(settings)}
-        result |= {"skipped": SKIPPED, "rows": rows}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
         print(f"wrote {args.json}")
     return 0
 
@@ -108,6 +114,12 @@ def report(args: argparse.Namespace) -> int:
     for path in write(args.files, args.output):
         print(f"wrote {path}")
     return 0
+
+
+def check(args: argparse.Namespace) -> int:
+    from .gpu_check import main as gpu_check
+
+    return gpu_check(args)
 
 
 def main() -> int:
@@ -133,6 +145,12 @@ def main() -> int:
     sub.add_argument("files", nargs="+", type=pathlib.Path)
     sub.add_argument("--output", type=pathlib.Path, default=pathlib.Path("docs/performance.md"))
     sub.set_defaults(call=report)
+    sub = commands.add_parser("gpu-check", help="build, test and measure on the GPU at hand; offline")
+    sub.add_argument("--output", type=pathlib.Path, help="folder for a folder named after the GPU (bench/results)")
+    sub.add_argument("--minutes", type=float, default=9.0, help="for everything; stages that do not fit are skipped")
+    sub.add_argument("--commit", help="name of the commit, where the tree came without its git directory")
+    sub.add_argument("--rehearse", action="store_true", help="without a GPU: every stage that can, tiny, on the CPU")
+    sub.set_defaults(call=check)
     args = parser.parse_args()
     try:
         return args.call(args)

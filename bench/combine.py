@@ -18,7 +18,7 @@ from zokernels.backends import BackendUnavailable, get
 from zokernels.backends.registry import NAMES
 
 from .baselines import copy_in_place, usable
-from .registry import Row, Settings, register
+from .registry import Row, Settings, register, skip
 from .timing import Times, measure
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -57,10 +57,21 @@ def usable_backends(device: str, wanted: tuple[str, ...]) -> list[str]:
             continue
         try:
             if device in get(name).devices:
+                _try(name, device)
                 found.append(name)
-        except BackendUnavailable:
-            continue
+        except BackendUnavailable as error:
+            skip(f"backend {name}", str(error))
+        except Exception as error:  # it loads but does not launch (Triton without a C compiler): measure the others
+            skip(f"backend {name}", f"{type(error).__name__}: {str(error)[:300]}")
     return found or ["reference"]
+
+
+def _try(name: str, device: str) -> None:
+    theta = torch.zeros(4096, device=device)
+    with zokernels.backend(name):
+        zokernels.combine_(theta, SEED, EPS, streams=7)
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 class Buffers:

@@ -131,6 +131,15 @@ def _loops(views: dict[str, Tensor], settings: Settings, dtype: torch.dtype, dis
             free -= need
         else:
             found[name] = _four_passes(perturb, tensors, dist)
+    if settings.device == "cuda":  # the estimate knows nothing of fragments
+        for name in list(found):
+            try:
+                found[name]()
+                torch.cuda.synchronize()
+            except torch.cuda.OutOfMemoryError:
+                del found[name]
+                torch.cuda.empty_cache()
+                skip(f"{what}: {name}", "out of memory")
     return found
 
 
