@@ -54,9 +54,10 @@ class GraphRng:
         ]
 
     def register(self, graph: torch.cuda.CUDAGraph) -> None:
-        for _, *pair in self._pairs:
-            for generator in pair:
-                graph.register_generator_state(generator)
+        for default, *pair in self._pairs:
+            with torch.cuda.device(default.device):  # where torch allocates what the graph reads
+                for generator in pair:
+                    graph.register_generator_state(generator)
 
     @contextmanager
     def forward(self, index: int) -> Iterator[None]:

@@ -12,6 +12,7 @@ from ..checks import fail
 from ..contract import derive_seed_int, seed_to_int64
 from ..functional import derive_seed
 from .groups import OP, Bucket
+from .guards import GraphRng
 
 
 class HostState:
@@ -96,11 +97,17 @@ def check_seed(seed: object) -> int:
     return operator.index(seed)
 
 
-def check_capture(state: HostState | DeviceState, buckets: list[Bucket], devices: list[torch.device]) -> None:
-    """While a CUDA graph is captured: what it would freeze or lose without a word is an error."""
-    if not isinstance(state, DeviceState):
+def check_capturable(state: HostState | DeviceState) -> None:
+    if not state.capturable:
         fail(OP, "capturable", "True where a CUDA graph is captured", False, RuntimeError)
-    if not state.is_placed(devices):
+
+
+def check_capture(
+    state: HostState | DeviceState, rng: GraphRng | None, buckets: list[Bucket], devices: list[torch.device]
+) -> None:
+    """While a CUDA graph is captured: what it would freeze or lose without a word is an error."""
+    check_capturable(state)
+    if rng is None or not state.is_placed(devices):
         fail(OP, "step", "one step before the capture", "none on the parameters' devices", RuntimeError)
     for b in buckets:
         lr = b.group["lr"]

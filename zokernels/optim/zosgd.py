@@ -30,7 +30,7 @@ from .guards import GraphRng, RngState, is_capturing, uninterrupted
 from .inplace import InplaceProbe
 from .loss import as_loss
 from .scratch import ScratchPool
-from .state import DeviceState, HostState, check_capture, check_seed
+from .state import DeviceState, HostState, check_capturable, check_capture, check_seed
 from .two_pass import TwoPass, check_modules, check_two_pass
 from .update import coefficients, is_zero, known_on_host, projected_gradient
 
@@ -156,9 +156,11 @@ class ZOSGD(torch.optim.Optimizer):
         buckets = plan(self.param_groups)
         devices = list(dict.fromkeys(b.device for b in buckets))
         if capturing := is_capturing(devices):
-            check_capture(self._state, buckets, devices)
+            check_capture(self._state, self._graph_rng, buckets, devices)
+        elif self._state.capturable and self._graph_rng is None:
+            self._graph_rng = GraphRng(devices)  # a capture cannot make generators
         self._state.place(devices)
-        rng = (self._graph_rng or GraphRng(devices)) if capturing else RngState(devices)
+        rng = self._graph_rng if capturing else RngState(devices)
         with self._probe(buckets, devices) as probe:
             if self._two_pass:
                 self._two_pass.release()  # from here on the probe restores
@@ -258,8 +260,7 @@ class ZOSGD(torch.optim.Optimizer):
 
         Replays do not move the default generator, and reseeding it does not reach them.
         """
-        if not self._state.capturable:
-            fail(OP, "capturable", "True where a CUDA graph is captured", False, RuntimeError)
+        check_capturable(self._state)
         self._graph_rng = GraphRng(self._devices())
         self._graph_rng.register(graph)
 
