@@ -69,6 +69,10 @@ def check_hyperparameters(group: dict[str, Any]) -> None:
     check_choice("rounding", group["rounding"], ROUNDINGS)
 
 
+def devices_of(groups: list[dict[str, Any]]) -> list[torch.device]:
+    return list(dict.fromkeys(p.device for g in groups for p in g["params"] if p.requires_grad and p.numel()))
+
+
 def label_of(group: dict[str, Any], index: int) -> str:
     names = group.get("param_names")
     return repr(names[index]) if names else f"params[{index}]"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..checks import fail
-from .groups import OP, Bucket
+from .groups import OP, Bucket, label_of
 from .inplace import InplaceProbe
 from .state import DeviceState, HostState
 
@@ -104,21 +105,23 @@ class _FlushHook:
         return _FlushHook, (None,)
 
 
-def check_two_pass(restore: str, state: HostState | DeviceState, current: TwoPass | None) -> None:
+def check_two_pass(
+    restore: str,
+    state: HostState | DeviceState,
+    current: TwoPass | None,
+    groups: list[dict[str, Any]],
+    modules: tuple[nn.Module, ...],
+) -> None:
+    """Every trainable parameter must be one of ``modules``, or its state_dict would not flush."""
     if restore != "inplace":
         fail(OP, "two_pass", "restore='inplace'", repr(restore))
     if state.capturable:
         fail(OP, "two_pass", "capturable=False: a graph would replay on weights that hold a perturbation", True)
     if current:
         fail(OP, "two_pass", "one at a time", "a second one inside it", RuntimeError)
-
-
-def check_modules(groups: list[dict], modules: tuple[nn.Module, ...]) -> None:
-    """Every trainable parameter must be one of ``modules``, or its state_dict would not flush."""
     held = {id(p) for m in modules for p in m.parameters()}
     for at, group in enumerate(groups):
         for i, param in enumerate(group["params"]):
             if param.requires_grad and id(param) not in held:
-                name = group["param_names"][i] if "param_names" in group else i
                 expected = "the modules that own all trained parameters (torch.nn.ParameterList for bare ones)"
-                fail(OP, "two_pass", expected, f"none with parameter {name!r} of group {at}")
+                fail(OP, "two_pass", expected, f"none with {label_of(group, i)} of group {at}")

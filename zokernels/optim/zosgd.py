@@ -23,6 +23,7 @@ from .groups import (
     check_groups,
     check_hyperparameters,
     check_param,
+    devices_of,
     label_of,
     plan,
 )
@@ -31,7 +32,7 @@ from .inplace import InplaceProbe
 from .loss import as_loss
 from .scratch import ScratchPool
 from .state import DeviceState, HostState, check_capturable, check_capture, check_seed
-from .two_pass import TwoPass, check_modules, check_two_pass
+from .two_pass import TwoPass, check_two_pass
 from .update import coefficients, is_zero, known_on_host, projected_gradient
 
 
@@ -104,7 +105,7 @@ class ZOSGD(torch.optim.Optimizer):
         self.last_projected_gradient: Tensor | None = None
         self.last_losses: tuple[Tensor, Tensor] | None = None
         super().__init__(params, defaults)
-        self._state.place(self._devices())
+        self._state.place(devices_of(self.param_groups))
 
     @property
     def seed(self) -> int:
@@ -121,10 +122,6 @@ class ZOSGD(torch.optim.Optimizer):
         """Steps skipped because a loss was not finite (int64, on the loss's device).  Reading warns of new ones."""
         self._warn_skipped()
         return self._state.skipped
-
-    def _devices(self) -> list[torch.device]:
-        params = (p for g in self.param_groups for p in g["params"] if p.requires_grad and p.numel())
-        return list(dict.fromkeys(p.device for p in params))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         with warnings.catch_warnings():
@@ -179,10 +176,9 @@ class ZOSGD(torch.optim.Optimizer):
         if self._two_pass:
             key = (self._state.seed, self._state.step)
             return self._two_pass.take(key, buckets) or InplaceProbe(buckets, self._state.seeds(devices), key)
-        seeds = self._state.seeds(devices)
         if self._restore == "exact":
-            return ExactProbe(buckets, seeds, self._pool, self._told)
-        return InplaceProbe(buckets, seeds)
+            return ExactProbe(buckets, self._state.seeds(devices), self._pool, self._told)
+        return InplaceProbe(buckets, self._state.seeds(devices))
 
     def _update(self, probe: ExactProbe | InplaceProbe, plus: Tensor, minus: Tensor) -> None:
         """One combine a bucket, which also restores; in the two-pass form it adds the next step's +eps z as well."""
@@ -235,11 +231,9 @@ class ZOSGD(torch.optim.Optimizer):
         ``load_state_dict`` of ``modules``, which must own all trained parameters.  Whatever else reads weights
         (a tensor saved or averaged by itself, ``.to()``) calls :meth:`flush` first.  docs/optimizer.md has the list.
 
-        Raises: ValueError where ``restore`` is not "inplace", with ``capturable``, where ``modules`` lack a trained
-        parameter; RuntimeError inside another ``two_pass``.
+        Raises: ValueError without restore="inplace", with ``capturable``, where ``modules`` lack a trained parameter.
         """
-        check_two_pass(self._restore, self._state, self._two_pass)
-        check_modules(self.param_groups, modules)
+        check_two_pass(self._restore, self._state, self._two_pass, self.param_groups, modules)
         with TwoPass(modules) as self._two_pass:
             try:
                 yield
@@ -261,15 +255,13 @@ class ZOSGD(torch.optim.Optimizer):
         Replays do not move the default generator, and reseeding it does not reach them.
         """
         check_capturable(self._state)
-        self._graph_rng = GraphRng(self._devices())
+        self._graph_rng = GraphRng(devices_of(self.param_groups))
         self._graph_rng.register(graph)
 
     def _warn_skipped(self) -> None:
         if (count := int(self._state.skipped)) > self._skips_told:
             new, self._skips_told = count - self._skips_told, count
-            warnings.warn(
-                f"ZOSGD: {new} step(s) skipped: the loss was not finite; the weights did not change", stacklevel=3
-            )
+            warnings.warn(f"ZOSGD: {new} step(s) skipped: loss not finite; the weights did not change", stacklevel=3)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with a third entry "zo": contract, seed, step, skipped steps.  Plain numbers and lists only."""
@@ -304,5 +296,5 @@ class ZOSGD(torch.optim.Optimizer):
         if self._two_pass and self._two_pass.pending:
             fail(OP, "two_pass", "flush() before a copy", "weights that hold a perturbation", RuntimeError)
         keys = ("_restore", "_state", "_skips_told", "_told", "last_projected_gradient", "last_losses")
-        own = {k: self.__dict__[k] for k in keys}
-        return {**super().__getstate__(), **own, "_pool": ScratchPool(), "_two_pass": None, "_graph_rng": None}
+        own = {k: self.__dict__[k] for k in keys} | {"_two_pass": None, "_graph_rng": None}
+        return {**super().__getstate__(), **own, "_pool": ScratchPool()}
