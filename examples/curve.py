@@ -32,7 +32,9 @@ def draw(path: pathlib.Path, losses: Sequence[float], points: Sequence[tuple[int
             2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 2), constrained_layout=True
         )
         top.plot(steps, losses, color=_BLUE, alpha=0.18, linewidth=0.8, label="training, each step")
-        top.plot(steps, smooth(losses, window), color=_BLUE, linewidth=1.8, label=f"training, mean of {window} steps")
+        full = slice(window - 1, None)  # from the first full window on
+        mean = smooth(losses, window)[full]
+        top.plot(steps[full], mean, color=_BLUE, linewidth=1.8, label=f"training, mean of {window} steps")
         top.plot(at, val_loss, "o-", color=_ORANGE, linewidth=1.2, markersize=4.5, label="validation")
         top.set_ylabel("cross entropy")
         ordered = sorted(losses)

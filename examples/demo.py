@@ -35,7 +35,7 @@ VALIDATION, EVALUATIONS = 1000, 4
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=24, help="sentences a step")
     parser.add_argument("--lr", type=float, default=3e-6, help="of the encoder")
     parser.add_argument("--head-lr", type=float, default=0.15, help="of the head")
