@@ -75,26 +75,38 @@ ZK_HD Words<typename L::U> draw(const PhiloxKey& key, uint64_t block, uint32_t s
   return philox<L>(L::counter(static_cast<uint32_t>(block)), static_cast<uint32_t>(block >> 32), stream, domain, key);
 }
 
-// to = from + c z for the eight elements of each block of a tile, z of direction k.
-// signs: for Rademacher, the words of the 32 blocks of the surrounding tile of 4096, [direction][group][word].
+// One direction's noise for the eight elements of each block of a tile: drawn once, added with any coefficient.
 template <class L, Domain Dist>
-ZK_HD void accumulate(const Direction& direction, int64_t k, float coeff, uint32_t stream, uint64_t block,
-                      const Words<typename L::U>* signs, const typename L::F from[8], typename L::F to[8]) {
+struct TileNoise;
+
+template <class L>
+struct TileNoise<L, kNormal> {
+  using F = typename L::F;
+  F z[8];
+  ZK_HD TileNoise(const Direction& direction, int64_t, uint32_t stream, uint64_t block, const Words<typename L::U>*) {
+    normal8(draw<L>(direction.key, block, stream, kNormal), z);
+  }
+  ZK_HD void add_to(const F from[8], F c, F to[8]) const {
+    for (int e = 0; e < 8; ++e) to[e] = fma(c, z[e], from[e]);
+  }
+};
+
+// signs: the words of the 32 blocks of the surrounding tile of 4096, [direction][group][word].
+template <class L>
+struct TileNoise<L, kRademacher> {
   using F = typename L::F;
   using U = typename L::U;
-  const F c = Splat<F>::of(coeff);
-  if constexpr (Dist == kNormal) {
-    F z[8];
-    normal8(draw<L>(direction.key, block, stream, kNormal), z);
-    for (int e = 0; e < 8; ++e) to[e] = fma(c, z[e], from[e]);
-  } else {
+  U word;
+  ZK_HD TileNoise(const Direction&, int64_t k, uint32_t, uint64_t block, const Words<U>* signs) {
     constexpr int groups = kRademacherBlocks / L::width;
     const int vec = static_cast<int>(block & (kRademacherTile / 8 - 1));
     const int byte = vec >> 5;
-    const U word = signs[k * groups + (vec & 31) / L::width].w[byte >> 2] >> (8 * (byte & 3));
+    word = signs[k * groups + (vec & 31) / L::width].w[byte >> 2] >> (8 * (byte & 3));
+  }
+  ZK_HD void add_to(const F from[8], F c, F to[8]) const {
     for (int e = 0; e < 8; ++e) to[e] = add(from[e], signed_coefficient(word, e, c));  // fma(c, +-1, from)
   }
-}
+};
 
 template <class T>
 struct Pointers {
@@ -114,7 +126,7 @@ ZK_HD void combine_tile(const Combine& op, uint32_t stream, uint64_t block,
     for (int e = 0; e < 8; ++e) acc[e] = mul(Splat<F>::of(op.decay), acc[e]);
   }
   for (int64_t k = 0; k < op.count; ++k) {
-    accumulate<L, Dist>(op.directions[k], k, op.directions[k].coeff, stream, block, signs, acc, acc);
+    TileNoise<L, Dist>(op.directions[k], k, stream, block, signs).add_to(acc, Splat<F>::of(op.directions[k].coeff), acc);
   }
   if (at.out != nullptr) {
     Words<typename L::U> random{};
@@ -124,10 +136,11 @@ ZK_HD void combine_tile(const Combine& op, uint32_t stream, uint64_t block,
   if (op.fan_out) {
     if (at.out != nullptr) S::load(at.out, acc);  // as rounded
     const Direction& probe = op.directions[op.count];
+    const TileNoise<L, Dist> noise(probe, op.count, stream, block, signs);
     F side[8];
-    accumulate<L, Dist>(probe, op.count, probe.coeff, stream, block, signs, acc, side);
+    noise.add_to(acc, Splat<F>::of(probe.coeff), side);
     S::template store<false>(at.plus, side, {});
-    accumulate<L, Dist>(probe, op.count, -probe.coeff, stream, block, signs, acc, side);
+    noise.add_to(acc, Splat<F>::of(-probe.coeff), side);
     S::template store<false>(at.minus, side, {});
   }
 }
