@@ -14,8 +14,8 @@ from .combine import PROGRAM
 #: (out address, theta address, numel, offset, stream) of one tensor
 Row = tuple[int, int, int, int, int]
 
-#: Tables kept: more than the modules of OPT-13B (330), which exact restoring perturbs one by one.  One takes 4 bytes for
-#: 16384 elements and 48 for a tensor: a table of each module together 0.02% of bf16 parameters.
+#: Tables kept: more than the modules of OPT-13B (330), which exact restoring perturbs one by one.  One takes 4 bytes
+#: for 16384 elements and 48 for a tensor: a table of each module together 0.02% of bf16 parameters.
 KEPT = 512
 
 
