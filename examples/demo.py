@@ -35,7 +35,7 @@ VALIDATION, EVALUATIONS = 1000, 4
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=350)
     parser.add_argument("--batch", type=int, default=24, help="sentences a step")
     parser.add_argument("--lr", type=float, default=3e-6, help="of the encoder")
     parser.add_argument("--head-lr", type=float, default=0.15, help="of the head")
@@ -124,14 +124,14 @@ def main() -> int:
     weights = sum(p.numel() for p in model.parameters())
     print(f"model     MiniLM-L6, {weights / 1e6:.1f} M weights, all trained, {args.dtype} on {args.device}")
     print(f"data      {len(training):,} movie-review sentences, {len(held_out):,} more to validate")
-    some = reviews.Batcher(training[:VALIDATION], model.tokenizer, 50, device).ordered()
+    some = reviews.Batcher(training[:500], model.tokenizer, 50, device).ordered()
     model.set_centre((b.ids, b.mask) for b in some)
 
     losses, points, seconds = train(model, data, validation, args)
     check = lambda dtype: hotpath.restored_exactly(model, lambda m: loss_of(m, validation[0]), dtype)
     restored = {name: check(DTYPES[name]) for name in ("fp32", "bf16")}
     print(f"restored  bit for bit: {', '.join(f'{n} {str(ok).lower()}' for n, ok in restored.items())}")
-    hot = hotpath.measure(model, rounds=1 if args.tiny else 9)
+    hot = hotpath.measure(model, rounds=1 if args.tiny else 7)
     print(
         f"hot path  {hot.combines:.0f} ms a step ({hot.optimizer:.0f} with the optimizer's Python), "
         f"MeZO's eager loop {hot.eager:.0f} ms: {hot.speedup:.1f}x"
