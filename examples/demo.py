@@ -35,7 +35,7 @@ VALIDATION, EVALUATIONS = 1000, 4
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--steps", type=int, default=350)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=24, help="sentences a step")
     parser.add_argument("--lr", type=float, default=3e-6, help="of the encoder")
     parser.add_argument("--head-lr", type=float, default=0.15, help="of the head")
@@ -124,7 +124,7 @@ def main() -> int:
     weights = sum(p.numel() for p in model.parameters())
     print(f"model     MiniLM-L6, {weights / 1e6:.1f} M weights, all trained, {args.dtype} on {args.device}")
     print(f"data      {len(training):,} movie-review sentences, {len(held_out):,} more to validate")
-    some = reviews.Batcher(training[:500], model.tokenizer, 50, device).ordered()
+    some = reviews.Batcher(training[:VALIDATION], model.tokenizer, 50, device).ordered()
     model.set_centre((b.ids, b.mask) for b in some)
 
     losses, points, seconds = train(model, data, validation, args)
