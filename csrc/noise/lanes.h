@@ -81,8 +81,8 @@ ZK_HD float fma(float a, float b, float c) {
 }
 
 // sqrt(s) from y, an approximation of 1 / sqrt(s). These are the instructions of the compiler's own sqrt.rn.f32 without its
-// range check and slow path: 23.6 instead of 28.4 instructions per bf16 element. With rsqrt.approx as y they are correctly
-// rounded for s >= 2^-100; the normal transform gives s in [4.5e-7, 43] (tests/test_cuda_math.py).
+// range check and slow path. With rsqrt.approx as y they are correctly rounded for s >= 2^-100; the normal transform gives
+// s in [4.5e-7, 43] (tests/test_cuda.py; on a device, tests/gpu/check_math.cu).
 ZK_HD float sqrt_from_rsqrt(float s, float y) {
   const float g = mul(s, y);
   const float h = mul(0.5f, y);
