@@ -42,7 +42,8 @@ def test_opcheck_noise_and_derive_seed(cpu_backend):
 def test_schemas_exist_without_a_library():
     assert str(ops.combine_.default._schema) == (
         "zokernels::combine_(Tensor(a!)[] params, Tensor seeds, Tensor coeffs, int[] streams, int[] offsets, str dist, "
-        "Tensor? decay, Tensor? rounding_seed) -> ()"
+        "Tensor? decay, Tensor? rounding_seed, Tensor[]? masks=None, Tensor? mask_seed=None, int mask_keep=65536, "
+        "Tensor[]? curvature=None) -> ()"
     )
 
 

@@ -50,7 +50,7 @@ def test_a_case_can_fail():
         "import triton_cases as t, dataclasses\n"
         "from zokernels.backends import registry\n"
         "r = registry.get('reference')\n"
-        "bad = dataclasses.replace(r, combine=lambda o, p, s, c, *rest: r.combine(o, p, s, 2 * c, *rest))\n"
+        "bad = dataclasses.replace(r, combine=lambda o, p, t: r.combine(o, p, t._replace(coeffs=2 * t.coeffs)))\n"
         "load = registry._load\n"
         "registry._load = lambda name: bad if name == 'reference' else load(name)\n"
         "t.main(['directions: normal K=1', 'directions: normal K=0'])\n"

@@ -24,6 +24,7 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from zokernels.backends.terms import Terms  # noqa: E402
 from zokernels.backends.triton import combine as kernels  # noqa: E402
 from zokernels.backends.triton import launch, seeds  # noqa: E402
 from zokernels.contract import DISTS  # noqa: E402
@@ -219,11 +220,13 @@ def test_launch_binds_and_values_do_not_recompile(monkeypatch):
     theta = torch.zeros(70000, dtype=torch.bfloat16)
     for numel, offset, stream, k in ((70000, 0, 1, 3), (1, 8, 2**32 - 1, 5), (16, 2**40, 0, 16), (17, 2**33, 16, 4)):
         piece = [theta[:numel]]
-        launch.combine(piece, piece, *coeffs(k), [stream], [offset], "rademacher", None, None)
+        launch.combine(piece, piece, Terms(*coeffs(k), [stream], [offset], "rademacher", None, None))
     assert len(asked) == 4
     assert len({key for _, _, key in asked}) == 1, asked
     assert [grid for _, grid, _ in asked] == [(5,), (1,), (1,), (1,)]
     asked.clear()
     pieces = [theta[:5], theta[8:70], theta[80:80], theta[81:90]]
-    launch.combine(pieces, pieces, *coeffs(1), [0] * 4, [0] * 4, "rademacher", torch.ones(1), torch.zeros(1).long())
+    launch.combine(
+        pieces, pieces, Terms(*coeffs(1), [0] * 4, [0] * 4, "rademacher", torch.ones(1), torch.zeros(1).long())
+    )
     assert [(name, grid) for name, grid, _ in asked] == [("combine_table_kernel", (2,)), ("combine_kernel", (1,))]

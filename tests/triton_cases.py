@@ -43,6 +43,7 @@ def check(dtype, dist, sizes, offsets, *, k=1, decay=None, rounding=None, slides
     import torch
 
     from zokernels.backends import get
+    from zokernels.backends.terms import Terms
 
     torch.manual_seed(SEED)
     dtype = getattr(torch, dtype)
@@ -62,7 +63,9 @@ def check(dtype, dist, sizes, offsets, *, k=1, decay=None, rounding=None, slides
             for o, t in zip(out, theta, strict=True):
                 o.copy_(t)
         before = [t.clone() for t in theta]
-        get(name).combine(out, out if in_place else theta, seeds, coeffs, streams, offsets, dist, decay, rounding)
+        get(name).combine(
+            out, out if in_place else theta, Terms(seeds, coeffs, streams, offsets, dist, decay, rounding)
+        )
         assert all(torch.equal(bits(a), bits(b)) for a, b in zip(theta, before, strict=True)), f"{name} changed theta"
         results.append(buffers)
     for i, (ours, theirs) in enumerate(zip(*results, strict=True)):
@@ -246,6 +249,7 @@ def _():
     import triton.language as tl
 
     from zokernels.backends import get
+    from zokernels.backends.terms import Terms
     from zokernels.backends.triton.combine import combine_table_kernel
 
     skipped, n = 2**32, PROGRAM + 20
@@ -258,7 +262,7 @@ def _():
         combine_table_kernel[(2,)](
             rows, owner, seeds, coeffs, 1, None, None, DTYPE=tl.bfloat16, DOMAIN=domain, K=1, ALIGNED=True
         )
-        get("reference").combine([theirs], [theirs], seeds, coeffs, [9], [skipped], dist, None, None)
+        get("reference").combine([theirs], [theirs], Terms(seeds, coeffs, [9], [skipped], dist, None, None))
         assert torch.equal(bits(ours), bits(theirs)), dist
 
 

@@ -2,7 +2,21 @@
 
 from .backends import BackendUnavailable, backend
 from .contract import CONTRACT, stream_of, streams_of
-from .functional import combine, combine_, derive_seed, fan_out_, noise
+from .functional import (
+    combine,
+    combine_,
+    derive_seed,
+    fan_out_,
+    low_rank,
+    low_rank_,
+    noise,
+    pack_mask,
+    requantize,
+    requantize_,
+    spread,
+    squared_norm,
+    update_,
+)
 from .version import __version__
 
 __all__ = [
@@ -14,7 +28,15 @@ __all__ = [
     "combine_",
     "derive_seed",
     "fan_out_",
+    "low_rank",
+    "low_rank_",
     "noise",
+    "pack_mask",
+    "requantize",
+    "requantize_",
+    "spread",
+    "squared_norm",
     "stream_of",
     "streams_of",
+    "update_",
 ]

@@ -15,7 +15,21 @@ import torch
 from torch import Tensor
 
 from .backends import select
-from .checks import check_combine, check_dist, check_offset, check_one, check_overlap, check_stream, fail
+from .backends.terms import Terms
+from .checks import (
+    STATE_DTYPES,
+    check_dist,
+    check_offset,
+    check_one,
+    check_overlap,
+    check_places,
+    check_scalars,
+    check_states,
+    check_stream,
+    check_tensors,
+    check_terms,
+    fail,
+)
 
 _LIBRARY = torch.library.Library("zokernels", "DEF")
 
@@ -30,99 +44,275 @@ def _register(schema: str, entry: Callable, fake: Callable) -> Callable:
     return getattr(torch.ops.zokernels, name).default
 
 
-_COMBINE_ARGS = (
-    "Tensor seeds, Tensor coeffs, int[] streams, int[] offsets, str dist, Tensor? decay, Tensor? rounding_seed"
-)
+def _written(*tensors: Sequence[Tensor]) -> None:
+    torch.autograd.graph.increment_version([t for group in tensors for t in group])
 
 
-def _check_combine_(params, *args) -> None:
-    check_combine("combine_", {"params": params}, *args)
+def _read(terms: Terms) -> dict[str, Sequence[Tensor]]:
+    return {"masks": terms.masks or (), "curvature": terms.curvature or ()}
 
 
-def _combine_(
-    params: list[Tensor],
-    seeds: Tensor,
-    coeffs: Tensor,
-    streams: list[int],
-    offsets: list[int],
-    dist: str,
-    decay: Tensor | None,
-    rounding_seed: Tensor | None,
-) -> None:
-    _check_combine_(params, seeds, coeffs, streams, offsets, dist, decay, rounding_seed)
-    check_overlap("combine_", {"params": params}, {})
+# The fields of Terms, in its order; torch leaves out arguments that equal their defaults.
+_NOISE = "Tensor seeds, Tensor coeffs, int[] streams, int[] offsets, str dist, Tensor? decay, Tensor? rounding_seed"
+_MASK = "Tensor[]? masks=None, Tensor? mask_seed=None, int mask_keep=65536"
+_TERMS = f"{_NOISE}, {_MASK}, Tensor[]? curvature=None"
+
+
+# combine ----------------------------------------------------------------------------------------------------------
+
+
+def _check_combine_(params: list[Tensor], *fields: object) -> Terms:
+    terms = Terms(*fields)
     if params:
-        backend = select(params[0].device.type)
-        backend.combine(params, params, seeds, coeffs, streams, offsets, dist, decay, rounding_seed)
-        torch.autograd.graph.increment_version(params)
+        check_tensors("combine_", {"params": params})
+    check_terms("combine_", "params", params, terms)
+    return terms
 
 
-combine_ = _register(f"combine_(Tensor(a!)[] params, {_COMBINE_ARGS}) -> ()", _combine_, _check_combine_)
-
-
-def _check_combine(out, params, *args) -> None:
-    check_combine("combine", {"params": params, "out": out}, *args)
-
-
-def _combine(
-    out: list[Tensor],
-    params: list[Tensor],
-    seeds: Tensor,
-    coeffs: Tensor,
-    streams: list[int],
-    offsets: list[int],
-    dist: str,
-    decay: Tensor | None,
-    rounding_seed: Tensor | None,
-) -> None:
-    _check_combine(out, params, seeds, coeffs, streams, offsets, dist, decay, rounding_seed)
-    check_overlap("combine", {"out": out}, {"params": params})
+def _combine_(params: list[Tensor], *fields: object) -> None:
+    terms = _check_combine_(params, *fields)
+    check_overlap("combine_", {"params": params}, _read(terms))
     if params:
-        backend = select(params[0].device.type)
-        backend.combine(out, params, seeds, coeffs, streams, offsets, dist, decay, rounding_seed)
-        torch.autograd.graph.increment_version(out)
+        select(params[0].device.type).combine(params, params, terms)
+        _written(params)
 
 
-combine = _register(f"combine(Tensor(a!)[] out, Tensor[] params, {_COMBINE_ARGS}) -> ()", _combine, _check_combine)
+def _check_combine(out: list[Tensor], params: list[Tensor], *fields: object) -> Terms:
+    terms = Terms(*fields)
+    if params or out:
+        check_tensors("combine", {"params": params, "out": out} if params else {"out": out, "params": params})
+    check_terms("combine", "params", params, terms)
+    return terms
 
 
-def _check_fan_out_(params, plus, minus, seed, coeff, *args) -> None:
-    groups = {"params": params, "plus": plus, "minus": minus}
-    check_combine("fan_out_", groups, *args)
+def _combine(out: list[Tensor], params: list[Tensor], *fields: object) -> None:
+    terms = _check_combine(out, params, *fields)
+    check_overlap("combine", {"out": out}, {"params": params, **_read(terms)})
     if params:
+        select(params[0].device.type).combine(out, params, terms)
+        _written(out)
+
+
+def _fake(check: Callable) -> Callable[..., None]:
+    def fake(*args: object) -> None:
+        check(*args)
+
+    return fake
+
+
+combine_ = _register(f"combine_(Tensor(a!)[] params, {_TERMS}) -> ()", _combine_, _fake(_check_combine_))
+combine = _register(f"combine(Tensor(a!)[] out, Tensor[] params, {_TERMS}) -> ()", _combine, _fake(_check_combine))
+
+
+# fan_out, spread --------------------------------------------------------------------------------------------------
+
+
+def _check_fan_out_(params, plus, minus, seed, coeff, *fields) -> Terms:
+    terms = Terms(*fields)
+    if params or plus or minus:
+        check_tensors("fan_out_", {"params": params, "plus": plus, "minus": minus})
+    check_terms("fan_out_", "params", params, terms)
+    if params:
+        check_scalars("fan_out_", "coeffs", terms.coeffs, torch.float32, params[0].device)
         check_one("fan_out_", "seed", seed, torch.int64, params[0].device)
         check_one("fan_out_", "coeff", coeff, torch.float32, params[0].device)
+    return terms
 
 
 def _fan_out_(
-    params: list[Tensor],
-    plus: list[Tensor],
-    minus: list[Tensor],
-    seed: Tensor,
-    coeff: Tensor,
-    seeds: Tensor,
-    coeffs: Tensor,
-    streams: list[int],
-    offsets: list[int],
-    dist: str,
-    decay: Tensor | None,
-    rounding_seed: Tensor | None,
+    params: list[Tensor], plus: list[Tensor], minus: list[Tensor], seed: Tensor, coeff: Tensor, *fields: object
 ) -> None:
-    _check_fan_out_(params, plus, minus, seed, coeff, seeds, coeffs, streams, offsets, dist, decay, rounding_seed)
+    terms = _check_fan_out_(params, plus, minus, seed, coeff, *fields)
     check_overlap("fan_out_", {"params": params, "plus": plus, "minus": minus}, {})
     if params:
-        fan_out = select(params[0].device.type).fan_out
-        fan_out(params, plus, minus, seed, coeff, seeds, coeffs, streams, offsets, dist, decay, rounding_seed)
-        pending = params if seeds.numel() or decay is not None else []
-        torch.autograd.graph.increment_version([*pending, *plus, *minus])
+        select(params[0].device.type).fan_out(params, plus, minus, seed, coeff, terms)
+        _written(params if terms.seeds.numel() or terms.decay is not None else [], plus, minus)
 
 
 fan_out_ = _register(
-    "fan_out_(Tensor(a!)[] params, Tensor(b!)[] plus, Tensor(c!)[] minus, Tensor seed, Tensor coeff, "
-    f"{_COMBINE_ARGS}) -> ()",
+    f"fan_out_(Tensor(a!)[] params, Tensor(b!)[] plus, Tensor(c!)[] minus, Tensor seed, Tensor coeff, {_NOISE}) -> ()",
     _fan_out_,
-    _check_fan_out_,
+    _fake(_check_fan_out_),
 )
+
+
+def _check_spread(out: Tensor, x: Tensor, seeds: Tensor, coeffs: Tensor, stream: int, offset: int, dist: str) -> Terms:
+    terms = Terms(seeds, coeffs, [stream], [offset], dist, None, None)
+    check_tensors("spread", {"x": [x]})
+    check_terms("spread", "x", [x], terms)
+    check_scalars("spread", "coeffs", coeffs, torch.float32, x.device)
+    if out.dtype is not x.dtype or out.device != x.device:
+        fail("spread", "out", f"{x.dtype} on {x.device}, as x", f"{out.dtype} on {out.device}", TypeError)
+    shape = (seeds.numel(), *x.shape)
+    if tuple(out.shape) != shape or not out.is_contiguous():
+        fail("spread", "out", f"a contiguous tensor of shape {shape}", f"{tuple(out.shape)}, strides {out.stride()}")
+    return terms
+
+
+def _spread(out: Tensor, x: Tensor, seeds: Tensor, coeffs: Tensor, stream: int, offset: int, dist: str) -> None:
+    terms = _check_spread(out, x, seeds, coeffs, stream, offset, dist)
+    check_overlap("spread", {"out": [out]}, {"x": [x]})
+    if out.numel():
+        select(x.device.type).spread(out, x, terms)
+        _written([out])
+
+
+spread = _register(
+    "spread(Tensor(a!) out, Tensor x, Tensor seeds, Tensor coeffs, int stream, int offset, str dist) -> ()",
+    _spread,
+    _fake(_check_spread),
+)
+
+
+# update -----------------------------------------------------------------------------------------------------------
+
+#: Rules of ``update_``: state tensors, values in hyper (of adam_window: those before one value for each seed).
+RULES = {"momentum": (1, 4), "adam": (2, 8), "adam_window": (0, 2), "sign": (0, 2), "hizoo": (1, 2)}
+
+
+def _check_update_(params, first, second, rule, hyper, *fields) -> Terms:
+    terms = Terms(*fields)
+    if rule not in RULES:
+        fail("update_", "rule", " or ".join(map(repr, RULES)), repr(rule))
+    if params:
+        check_tensors("update_", {"params": params})
+    check_terms("update_", "params", params, terms)
+    states, values = RULES[rule]
+    for i, (argument, tensors) in enumerate((("first", first), ("second", second))):
+        if i < states:
+            check_states("update_", argument, tensors, params, STATE_DTYPES)
+        elif tensors:
+            fail("update_", argument, f"no state for rule {rule!r}", f"{len(tensors)} tensors")
+    if params:
+        seeds = terms.seeds.numel()
+        check_scalars("update_", "hyper", hyper, torch.float32, params[0].device)
+        values += seeds if rule == "adam_window" else 0
+        if hyper.numel() != values:
+            fail("update_", "hyper", f"{values} values for rule {rule!r}", hyper.numel())
+        if rule == "hizoo" and seeds != 1:
+            fail("update_", "seeds", "one seed for rule 'hizoo'", seeds)
+    return terms
+
+
+def _update_(params, first, second, rule, hyper, *fields) -> None:
+    terms = _check_update_(params, first, second, rule, hyper, *fields)
+    check_overlap("update_", {"params": params, "first": first, "second": second}, _read(terms))
+    if params:
+        select(params[0].device.type).update(params, first, second, rule, hyper, terms)
+        _written(params, first, second)
+
+
+update_ = _register(
+    "update_(Tensor(a!)[] params, Tensor(b!)[] first, Tensor(c!)[] second, str rule, Tensor hyper, "
+    f"{_NOISE}, {_MASK}) -> ()",
+    _update_,
+    _fake(_check_update_),
+)
+
+
+# low_rank ---------------------------------------------------------------------------------------------------------
+
+
+def _check_low_rank(op: str, groups: dict[str, list[Tensor]], left, right, coeffs, *places) -> Terms:
+    params = groups["params"]
+    # The directions are the factors': no seed is drawn from, and K is the factors' first dimension.
+    none = torch.empty(coeffs.shape[-1] if coeffs.dim() else 0, dtype=torch.int64, device=coeffs.device)
+    streams, offsets, decay, rounding_seed = places
+    terms = Terms(none, coeffs, streams, offsets, "normal", decay, rounding_seed)
+    if any(groups.values()):
+        check_tensors(op, groups)
+    check_terms(op, "params", params, terms)
+    count = none.numel()
+    for argument, factors, at in (("left", left, 0), ("right", right, 1)):
+        if len(factors) != len(params):
+            fail(op, argument, f"{len(params)} tensors, as in params", len(factors))
+        for i, (factor, param) in enumerate(zip(factors, params, strict=True)):
+            name = f"{argument}[{i}]"
+            if factor.dtype is not torch.float32 or factor.device != param.device:
+                got = f"{factor.dtype} on {factor.device}"
+                fail(op, name, f"torch.float32 on {param.device}", got, TypeError)
+            if param.dim() < 2:
+                fail(op, f"params[{i}]", "a matrix (two dimensions or more)", f"shape {tuple(param.shape)}")
+            rows = param.shape[0] if at == 0 else param[0].numel() if param.shape[0] else 0
+            rank = left[i].shape[-1]
+            if tuple(factor.shape) != (count, rows, rank) or not factor.is_contiguous():
+                fail(op, name, f"a contiguous tensor of shape {(count, rows, rank)}", tuple(factor.shape))
+    return terms
+
+
+def _low_rank_(params, left, right, *fields) -> None:
+    terms = _check_low_rank("low_rank_", {"params": params}, left, right, *fields)
+    check_overlap("low_rank_", {"params": params}, {"left": left, "right": right})
+    if params:
+        select(params[0].device.type).low_rank(params, params, left, right, terms)
+        _written(params)
+
+
+def _low_rank(out, params, left, right, *fields) -> None:
+    terms = _check_low_rank("low_rank", {"params": params, "out": out}, left, right, *fields)
+    check_overlap("low_rank", {"out": out}, {"params": params, "left": left, "right": right})
+    if params:
+        select(params[0].device.type).low_rank(out, params, left, right, terms)
+        _written(out)
+
+
+_FACTORS = (
+    "Tensor[] left, Tensor[] right, Tensor coeffs, int[] streams, int[] offsets, Tensor? decay, Tensor? rounding_seed"
+)
+low_rank_ = _register(
+    f"low_rank_(Tensor(a!)[] params, {_FACTORS}) -> ()",
+    _low_rank_,
+    _fake(lambda params, *rest: _check_low_rank("low_rank_", {"params": params}, *rest)),
+)
+low_rank = _register(
+    f"low_rank(Tensor(a!)[] out, Tensor[] params, {_FACTORS}) -> ()",
+    _low_rank,
+    _fake(lambda out, params, *rest: _check_low_rank("low_rank", {"params": params, "out": out}, *rest)),
+)
+
+
+# requantize -------------------------------------------------------------------------------------------------------
+
+
+def _check_requantize(op: str, groups: dict[str, list[Tensor]], low: int, high: int, *fields: object) -> Terms:
+    terms = Terms(*fields)
+    if any(groups.values()):
+        check_tensors(op, groups, (torch.int8,))
+    check_terms(op, "params", groups["params"], terms)
+    if not -128 <= low < high <= 127:
+        fail(op, "low, high", "-128 <= low < high <= 127", (low, high))
+    return terms
+
+
+def _requantize_(params: list[Tensor], low: int, high: int, *fields: object) -> None:
+    terms = _check_requantize("requantize_", {"params": params}, low, high, *fields)
+    check_overlap("requantize_", {"params": params}, _read(terms))
+    if params:
+        select(params[0].device.type).requantize(params, params, low, high, terms)
+        _written(params)
+
+
+def _requantize(out: list[Tensor], params: list[Tensor], low: int, high: int, *fields: object) -> None:
+    terms = _check_requantize("requantize", {"params": params, "out": out}, low, high, *fields)
+    check_overlap("requantize", {"out": out}, {"params": params, **_read(terms)})
+    if params:
+        select(params[0].device.type).requantize(out, params, low, high, terms)
+        _written(out)
+
+
+requantize_ = _register(
+    f"requantize_(Tensor(a!)[] params, int low, int high, {_NOISE}, {_MASK}) -> ()",
+    _requantize_,
+    _fake(lambda params, *rest: _check_requantize("requantize_", {"params": params}, *rest)),
+)
+requantize = _register(
+    f"requantize(Tensor(a!)[] out, Tensor[] params, int low, int high, {_NOISE}, {_MASK}) -> ()",
+    _requantize,
+    _fake(lambda out, params, *rest: _check_requantize("requantize", {"params": params, "out": out}, *rest)),
+)
+
+
+# noise ------------------------------------------------------------------------------------------------------------
 
 
 def _check_noise(shape: Sequence[int], seed: Tensor, stream: int, offset: int, dist: str) -> None:
@@ -144,7 +334,8 @@ def _noise(shape: list[int], seed: Tensor, stream: int, offset: int, dist: str) 
     # z is combine over -0.0 with coefficient 1: -0.0, unlike 0.0, is the neutral element of addition.
     z = torch.full(tuple(shape), -0.0, dtype=torch.float32, device=seed.device)
     one = torch.ones(1, dtype=torch.float32, device=seed.device)
-    select(z.device.type).combine([z], [z], seed.reshape(1), one, [stream], [offset], dist, None, None)
+    terms = Terms(seed.reshape(1), one, [stream], [offset], dist, None, None)
+    select(z.device.type).combine([z], [z], terms)
     return z
 
 
@@ -154,6 +345,32 @@ def _fake_noise(shape, seed, stream, offset, dist):
 
 
 noise = _register("noise(SymInt[] shape, Tensor seed, int stream, int offset, str dist) -> Tensor", _noise, _fake_noise)
+
+
+def _check_squares(seeds: Tensor, sizes: list[int], streams: list[int], offsets: list[int], dist: str) -> None:
+    check_dist("squares", dist)
+    check_scalars("squares", "seeds", seeds, torch.int64, seeds.device)
+    if any(n < 0 for n in sizes):
+        fail("squares", "sizes", "integers >= 0", sizes)
+    check_places("squares", sizes, streams, offsets, "sizes")
+
+
+def _squares(seeds: Tensor, sizes: list[int], streams: list[int], offsets: list[int], dist: str) -> Tensor:
+    _check_squares(seeds, sizes, streams, offsets, dist)
+    return select(seeds.device.type).squares(seeds, sizes, streams, offsets, dist)
+
+
+def _fake_squares(seeds, sizes, streams, offsets, dist):
+    _check_squares(seeds, sizes, streams, offsets, dist)
+    return torch.empty_like(seeds)
+
+
+squares = _register(
+    "squares(Tensor seeds, int[] sizes, int[] streams, int[] offsets, str dist) -> Tensor", _squares, _fake_squares
+)
+
+
+# seeds ------------------------------------------------------------------------------------------------------------
 
 
 def _check_derive_seed(run_seed: Tensor, step: Tensor, k: Tensor) -> None:

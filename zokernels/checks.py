@@ -8,9 +8,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from .backends.terms import KEEP_ALL, Terms, mask_bytes
 from .contract import DISTS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: Of optimizer states.
+STATE_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def fail(op: str, argument: str, expected: str, got: Any, error: type[Exception] = ValueError) -> NoReturn:
@@ -32,7 +35,7 @@ def check_offset(op: str, argument: str, offset: int, numel: int) -> None:
         fail(op, argument, f"0 <= offset and offset + {numel} elements < 2^63", offset)
 
 
-def _check_scalars(op: str, argument: str, value: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+def check_scalars(op: str, argument: str, value: Tensor, dtype: torch.dtype, device: torch.device) -> None:
     if value.dtype is not dtype:
         fail(op, argument, f"dtype {dtype}", value.dtype, TypeError)
     if value.dim() != 1 or not value.is_contiguous():
@@ -42,7 +45,7 @@ def _check_scalars(op: str, argument: str, value: Tensor, dtype: torch.dtype, de
 
 
 def check_one(op: str, argument: str, value: Tensor, dtype: torch.dtype, device: torch.device) -> None:
-    _check_scalars(op, argument, value, dtype, device)
+    check_scalars(op, argument, value, dtype, device)
     if value.numel() != 1:
         fail(op, argument, "one value", value.numel())
 
@@ -51,70 +54,118 @@ def _is_flat(t: Tensor) -> bool:
     return t.is_contiguous() and t.layout is torch.strided
 
 
-def _find_fault(op: str, groups: dict[str, Sequence[Tensor]]) -> None:
+def _find_fault(op: str, groups: dict[str, Sequence[Tensor]], dtypes: tuple[torch.dtype, ...]) -> None:
     """Raises for the first tensor that does not go with the first one of all."""
     (leader, params), *_ = groups.items()
     device, dtype = params[0].device, params[0].dtype
+    names = " or ".join(", ".join(str(d).removeprefix("torch.") for d in dtypes).rsplit(", ", 1))
     for argument, tensors in groups.items():
         if len(tensors) != len(params):
             fail(op, argument, f"{len(params)} tensors, as in {leader}", len(tensors))
         for i, tensor in enumerate(tensors):
             name, shape = f"{argument}[{i}]", tuple(params[i].shape)
-            if tensor.dtype not in DTYPES:
-                fail(op, name, "dtype float32, bfloat16 or float16", tensor.dtype, TypeError)
+            if tensor.dtype not in dtypes:
+                fail(op, name, f"dtype {names}", tensor.dtype, TypeError)
             if tensor.dtype is not dtype:
                 fail(op, name, f"dtype {dtype}, as {leader}[0]", tensor.dtype, TypeError)
-            if tensor.device != device:
-                fail(op, name, f"device {device}, as {leader}[0]", tensor.device)
-            if tensor.layout is not torch.strided:
-                fail(op, name, "a contiguous tensor", tensor.layout)
-            if not tensor.is_contiguous():
-                fail(op, name, "a contiguous tensor", f"shape {tuple(tensor.shape)}, strides {tensor.stride()}")
+            _check_beside(op, name, tensor, device, leader)
             if tuple(tensor.shape) != shape:
                 fail(op, name, f"shape {shape}, as {leader}[{i}]", tuple(tensor.shape))
 
 
-def check_combine(
-    op: str,
-    groups: dict[str, Sequence[Tensor]],
-    seeds: Tensor,
-    coeffs: Tensor,
-    streams: Sequence[int],
-    offsets: Sequence[int],
-    dist: str,
-    decay: Tensor | None,
-    rounding_seed: Tensor | None,
-) -> None:
-    """Everything about a combine call that needs no data pointer; ``groups``: tensor lists by argument name."""
-    check_dist(op, dist)
-    (leader, params), *others = groups.items()
-    if not params:
-        return
+def _check_beside(op: str, name: str, tensor: Tensor, device: torch.device, leader: str) -> None:
+    if tensor.device != device:
+        fail(op, name, f"device {device}, as {leader}[0]", tensor.device)
+    if tensor.layout is not torch.strided:
+        fail(op, name, "a contiguous tensor", tensor.layout)
+    if not tensor.is_contiguous():
+        fail(op, name, "a contiguous tensor", f"shape {tuple(tensor.shape)}, strides {tensor.stride()}")
+
+
+def check_tensors(op: str, groups: dict[str, Sequence[Tensor]], dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
+    """Tensor lists by argument name: one dtype of ``dtypes`` and one device, contiguous, element by element alike."""
+    (_, params), *others = groups.items()
     device, dtype = params[0].device, params[0].dtype
-    good = dtype in DTYPES and all(len(tensors) == len(params) for tensors in groups.values())
+    good = dtype in dtypes and all(len(tensors) == len(params) for tensors in groups.values())
     for tensors in groups.values():
         # One test a tensor where all is well: a list of 400 costs a quarter of what looking for the fault would.
         good = good and all(t.dtype is dtype and t.device == device and _is_flat(t) for t in tensors)
     for _, tensors in others:
         good = good and all(t.shape == p.shape for t, p in zip(tensors, params, strict=True))
     if not good:
-        _find_fault(op, groups)
+        _find_fault(op, groups, dtypes)
+
+
+def check_states(
+    op: str, argument: str, states: Sequence[Tensor], params: Sequence[Tensor], dtypes: Sequence[torch.dtype]
+) -> None:
+    """Tensors beside the parameters, of a dtype of their own."""
+    if len(states) != len(params):
+        fail(op, argument, f"{len(params)} tensors, as in params", len(states))
+    for i, (state, param) in enumerate(zip(states, params, strict=True)):
+        if state.dtype not in dtypes or state.dtype is not states[0].dtype:
+            fail(op, f"{argument}[{i}]", f"one dtype of {', '.join(map(str, dtypes))}", state.dtype, TypeError)
+        _check_beside(op, f"{argument}[{i}]", state, params[0].device, "params")
+        if state.shape != param.shape:
+            fail(op, f"{argument}[{i}]", f"shape {tuple(param.shape)}, as params[{i}]", tuple(state.shape))
+
+
+def check_places(op: str, sizes: Sequence[int], streams: Sequence[int], offsets: Sequence[int], leader: str) -> None:
     for argument, values in (("streams", streams), ("offsets", offsets)):
-        if len(values) != len(params):
-            fail(op, argument, f"{len(params)} integers, one for each tensor of {leader}", len(values))
+        if len(values) != len(sizes):
+            fail(op, argument, f"{len(sizes)} integers, one for each tensor of {leader}", len(values))
     if not all(0 <= s < 2**32 for s in streams):
         for i, stream in enumerate(streams):
             check_stream(op, f"streams[{i}]", stream)
     if any(offsets):  # 0 is right for every tensor
-        for i, tensor in enumerate(params):
-            check_offset(op, f"offsets[{i}]", offsets[i], tensor.numel())
-    _check_scalars(op, "seeds", seeds, torch.int64, device)
-    _check_scalars(op, "coeffs", coeffs, torch.float32, device)
-    if seeds.numel() != coeffs.numel():
-        fail(op, "coeffs", f"{seeds.numel()} values, one for each seed", coeffs.numel())
-    for argument, value, kind in (("decay", decay, torch.float32), ("rounding_seed", rounding_seed, torch.int64)):
+        for i, numel in enumerate(sizes):
+            check_offset(op, f"offsets[{i}]", offsets[i], numel)
+
+
+def check_terms(op: str, leader: str, params: Sequence[Tensor], terms: Terms) -> None:
+    """Everything about ``terms`` that needs no data pointer; ``leader``: the argument whose tensors ``params`` are."""
+    check_dist(op, terms.dist)
+    if not params:
+        return
+    device = params[0].device
+    check_places(op, [p.numel() for p in params], terms.streams, terms.offsets, leader)
+    check_scalars(op, "seeds", terms.seeds, torch.int64, device)
+    seeds, coeffs = terms.seeds.numel(), terms.coeffs
+    if coeffs.dim() == 2:
+        if coeffs.dtype is not torch.float32:
+            fail(op, "coeffs", f"dtype {torch.float32}", coeffs.dtype, TypeError)
+        if coeffs.device != device:
+            fail(op, "coeffs", f"the parameters' device {device}", coeffs.device)
+        if tuple(coeffs.shape) != (len(params), seeds) or not coeffs.is_contiguous():
+            expected = f"[{seeds}] or a contiguous [{len(params)}, {seeds}] (a row for each tensor)"
+            fail(op, "coeffs", expected, f"shape {tuple(coeffs.shape)}, strides {coeffs.stride()}")
+    else:
+        check_scalars(op, "coeffs", coeffs, torch.float32, device)
+        if coeffs.numel() != seeds:
+            fail(op, "coeffs", f"{seeds} values, one for each seed", coeffs.numel())
+    one = (("decay", terms.decay, torch.float32), ("rounding_seed", terms.rounding_seed, torch.int64),
+           ("mask_seed", terms.mask_seed, torch.int64))  # fmt: skip
+    for argument, value, kind in one:
         if value is not None:
             check_one(op, argument, value, kind, device)
+    if not 0 <= terms.mask_keep <= KEEP_ALL:
+        fail(op, "mask_keep", f"an integer in [0, {KEEP_ALL}]", terms.mask_keep)
+    if terms.masks:
+        _check_masks(op, leader, params, terms)
+    if terms.curvature:
+        check_states(op, "curvature", terms.curvature, params, STATE_DTYPES)
+
+
+def _check_masks(op: str, leader: str, params: Sequence[Tensor], terms: Terms) -> None:
+    if len(terms.masks) != len(params):
+        fail(op, "masks", f"{len(params)} tensors, as in {leader}", len(terms.masks))
+    for i, (mask, param) in enumerate(zip(terms.masks, params, strict=True)):
+        name, size = f"masks[{i}]", mask_bytes(param.numel(), terms.offsets[i])
+        if mask.dtype is not torch.uint8:
+            fail(op, name, "dtype torch.uint8, eight elements a byte", mask.dtype, TypeError)
+        _check_beside(op, name, mask, params[0].device, leader)
+        if mask.numel() != size:
+            fail(op, name, f"{size} bytes for {param.numel()} elements from index {terms.offsets[i]}", mask.numel())
 
 
 def check_overlap(op: str, written: dict[str, Sequence[Tensor]], read: dict[str, Sequence[Tensor]]) -> None:

@@ -16,6 +16,8 @@ CONTRACT = "zk1"
 
 #: Fourth counter word: it separates the uses of one seed.
 DOMAIN_SEED, DOMAIN_NORMAL, DOMAIN_RADEMACHER, DOMAIN_MASK, DOMAIN_ROUNDING = range(5)
+#: Rounding of an optimizer's first state tensor; the second has the next number.
+DOMAIN_STATE = 5
 
 #: Distributions of z by name, with the counter domain that each draws from.
 DISTS = {"normal": DOMAIN_NORMAL, "rademacher": DOMAIN_RADEMACHER}
@@ -32,6 +34,9 @@ NORMAL_COS = (0x3F7FFF90, 0xB09DE2D2, 0x20815232, 0x8F9C6EA9)
 NORMAL_SIN = (0x38490FAE, 0xA8A5593C, 0x1822AE79, 0x870DFCA3)
 
 RADEMACHER_TILE = 4096
+
+#: Sums of z^2 are integers in units of 1 / SQUARE_SCALE, so that no order of summation changes them.
+SQUARE_SCALE = 2.0**20
 
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from . import _ops
+from .backends.terms import KEEP_ALL, mask_bytes
 from .checks import fail
-from .contract import derive_seed_int, seed_to_int64
+from .contract import SQUARE_SCALE, derive_seed_int, seed_to_int64
 
 Dist = Literal["normal", "rademacher"]
+Rule = Literal["momentum", "adam", "adam_window", "sign", "hizoo"]
 Rounding = Literal["nearest", "stochastic"]
 
 
@@ -40,7 +42,13 @@ def _as_list(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else list(value)
 
 
-def _combine_args(
+def _places(streams: int | Sequence[int], offsets: int | Sequence[int] | None, count: int) -> tuple[list, list]:
+    stream_list = [streams] if isinstance(streams, int) else list(streams)
+    offsets = [0] * count if offsets is None else offsets
+    return stream_list, [offsets] if isinstance(offsets, int) else list(offsets)
+
+
+def _noise_args(
     op: str,
     params: list[Tensor],
     seeds: object,
@@ -57,18 +65,28 @@ def _combine_args(
     if rounding == "stochastic" and rounding_seed is None:
         fail(op, "rounding_seed", "a seed where rounding is 'stochastic'", None)
     device = params[0].device if params else torch.device("cpu")
-    stream_list = [streams] if isinstance(streams, int) else list(streams)
-    offsets = [0] * len(params) if offsets is None else offsets
-    offset_list = [offsets] if isinstance(offsets, int) else list(offsets)
     return (
         _device_values(op, "seeds", seeds, torch.int64, device),
         _device_values(op, "coeffs", coeffs, torch.float32, device),
-        stream_list,
-        offset_list,
+        *_places(streams, offsets, len(params)),
         dist,
         None if decay is None else _device_values(op, "decay", decay, torch.float32, device),
         None if rounding == "nearest" else _device_values(op, "rounding_seed", rounding_seed, torch.int64, device),
     )
+
+
+def _mask_args(
+    op: str, params: list[Tensor], masks: Tensor | Sequence[Tensor] | None, mask_seed: object, density: float | None
+) -> tuple:
+    if (mask_seed is None) != (density is None):
+        fail(op, "mask_seed, density", "both or none", (mask_seed, density))
+    if density is None:
+        return None if masks is None else _as_list(masks), None, KEEP_ALL
+    if not 0 <= density <= 1:
+        fail(op, "density", "a number in [0, 1]", density)
+    device = params[0].device if params else torch.device("cpu")
+    seed = _device_values(op, "mask_seed", mask_seed, torch.int64, device)
+    return None if masks is None else _as_list(masks), seed, round(density * KEEP_ALL)
 
 
 @torch.no_grad()
@@ -83,6 +101,10 @@ def combine_(
     decay: float | Tensor | None = None,
     rounding: Rounding = "nearest",
     rounding_seed: int | Tensor | None = None,
+    masks: Tensor | Sequence[Tensor] | None = None,
+    mask_seed: int | Tensor | None = None,
+    density: float | None = None,
+    curvature: Tensor | Sequence[Tensor] | None = None,
 ) -> None:
     """In place, theta = round(decay * theta + sum_k coeffs[k] * z_k), for every tensor of ``params`` in one pass.
 
@@ -92,14 +114,18 @@ def combine_(
         params: tensors of any shape, one dtype (fp32, bf16, fp16) and one device, contiguous and sharing no memory; or
             one tensor.
         seeds: int64 [K]; z_k is the noise of seeds[k].  K = 0 is allowed.
-        coeffs: fp32 [K].  Tensors lie on the parameters' device, so that nothing waits for the host; Python numbers are
-            moved there.
+        coeffs: fp32 [K], or [tensors, K] for coefficients of each tensor's own.  Tensors lie on the parameters' device,
+            so that nothing waits for the host; Python numbers are moved there.
         streams: the 32-bit stream id of each tensor (``zokernels.stream_of(name)``).
         offsets: logical flat index of each tensor's first element in the unsharded parameter (default 0).
         dist: "normal" or "rademacher".
         decay: factor of theta before the noise is added (default none).
         rounding: "nearest" (ties to even) or "stochastic" (unbiased; fp32 is not changed by it).
         rounding_seed: seed of the rounding bits, needed for "stochastic"; it may equal a noise seed.
+        masks: uint8, a bit for each element of each tensor (:func:`pack_mask`).  Where it is 0 no noise is added.
+        mask_seed, density: a random mask in the kernel: elements whose 16-bit field of domain 3 is below
+            round(65536 * density) are kept, the same ones wherever ``mask_seed`` is the same.
+        curvature: positive fp32 or bf16 tensors h of the parameters' shapes: z_k becomes z_k / sqrt(h) (HiZOO).
 
     Raises:
         TypeError, ValueError: naming op, argument, what was expected and what came, before anything is written.
@@ -111,7 +137,9 @@ def combine_(
     tensors = _as_list(params)
     _ops.combine_(
         tensors,
-        *_combine_args("combine_", tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed),
+        *_noise_args("combine_", tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed),
+        *_mask_args("combine_", tensors, masks, mask_seed, density),
+        None if curvature is None else _as_list(curvature),
     )
 
 
@@ -128,6 +156,10 @@ def combine(
     decay: float | Tensor | None = None,
     rounding: Rounding = "nearest",
     rounding_seed: int | Tensor | None = None,
+    masks: Tensor | Sequence[Tensor] | None = None,
+    mask_seed: int | Tensor | None = None,
+    density: float | None = None,
+    curvature: Tensor | Sequence[Tensor] | None = None,
 ) -> None:
     """out = round(decay * theta + sum_k coeffs[k] * z_k): :func:`combine_` out of place; theta is only read.
 
@@ -138,8 +170,247 @@ def combine(
     _ops.combine(
         _as_list(out),
         tensors,
-        *_combine_args("combine", tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed),
+        *_noise_args("combine", tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed),
+        *_mask_args("combine", tensors, masks, mask_seed, density),
+        None if curvature is None else _as_list(curvature),
     )
+
+
+@torch.no_grad()
+def update_(
+    params: Tensor | Sequence[Tensor],
+    rule: Rule,
+    hyper: Sequence[float] | Tensor,
+    seeds: int | Sequence[int] | Tensor,
+    coeffs: float | Sequence[float] | Tensor,
+    *,
+    first: Tensor | Sequence[Tensor] = (),
+    second: Tensor | Sequence[Tensor] = (),
+    streams: int | Sequence[int],
+    offsets: int | Sequence[int] | None = None,
+    dist: Dist = "normal",
+    decay: float | Tensor | None = None,
+    rounding: Rounding = "nearest",
+    rounding_seed: int | Tensor | None = None,
+    masks: Tensor | Sequence[Tensor] | None = None,
+    mask_seed: int | Tensor | None = None,
+    density: float | None = None,
+) -> None:
+    r"""One pass of an update rule over theta and its state, from G = sum_k coeffs[k] * z_k, which is never stored.
+
+    In fp32, with theta' = decay * theta, every fma rounded once, square roots and quotients to nearest:
+
+    ===========  =================================  ===============================================================
+    rule         hyper                              formula
+    ===========  =================================  ===============================================================
+    momentum     l2, beta, gain, lr                 g = fma(l2, theta, G);  m = fma(beta, m, gain g);
+                                                    theta = fma(-lr, m, theta')
+    adam         l2, beta1, gain1, beta2, gain2,    g as above;  m = fma(beta1, m, gain1 g);
+                 lr, scale, eps                     v = fma(beta2, v, gain2 g g);
+                                                    theta = fma(-lr, m / fma(sqrt(v), scale, eps), theta')
+    adam_window  lr, eps, b_0 ... b_{K-1}           m = G;  v = sum_k b_k z_k^2 (fmas in the order of k);
+                                                    theta = fma(-lr, m / (sqrt(v) + eps), theta')
+    sign         l2, lr                             theta = fma(-lr, sign(fma(l2, theta, G)), theta')
+    hizoo        keep, gain                         one seed;  h = fma(gain, h (z z), keep h);
+                                                    theta = fma(coeffs[0], z / sqrt(h), theta')
+    ===========  =================================  ===============================================================
+
+    theta is rounded once, and so is each state; in ``theta`` the state acts as it was before that rounding.  An element
+    that a mask drops gets theta' and keeps its state.
+
+    Args:
+        hyper: fp32, on the parameters' device, so that a schedule never waits for the host.
+        first, second: the states (m; m and v; h), fp32 or bf16 tensors of the parameters' shapes.  With
+            rounding="stochastic" bf16 states are rounded so too, with bits of their own (domains 5 and 6).
+        params, seeds, coeffs, streams, ...: as for :func:`combine_`.
+
+    Raises: as :func:`combine_`.
+
+    Sources: Adam, Kingma and Ba 2015 (scale = 1 / sqrt(1 - beta2^t), lr over 1 - beta1^t); ZO-signSGD, Liu et al. 2019;
+    HiZOO, Zhao et al. 2024 (arXiv 2402.15173).
+    """
+    tensors = _as_list(params)
+    device = tensors[0].device if tensors else torch.device("cpu")
+    _ops.update_(
+        tensors,
+        _as_list(first),
+        _as_list(second),
+        rule,
+        _device_values("update_", "hyper", hyper, torch.float32, device),
+        *_noise_args("update_", tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed),
+        *_mask_args("update_", tensors, masks, mask_seed, density),
+    )
+
+
+def _low_rank_args(op, tensors, left, right, coeffs, streams, offsets, decay, rounding, rounding_seed) -> tuple:
+    noise = _noise_args(op, tensors, (), coeffs, streams, offsets, "normal", decay, rounding, rounding_seed)
+    _, coeffs, streams, offsets, _, decay, rounding_seed = noise
+    return _as_list(left), _as_list(right), coeffs, streams, offsets, decay, rounding_seed
+
+
+@torch.no_grad()
+def low_rank_(
+    params: Tensor | Sequence[Tensor],
+    left: Tensor | Sequence[Tensor],
+    right: Tensor | Sequence[Tensor],
+    coeffs: float | Sequence[float] | Tensor,
+    *,
+    streams: int | Sequence[int],
+    offsets: int | Sequence[int] | None = None,
+    decay: float | Tensor | None = None,
+    rounding: Rounding = "nearest",
+    rounding_seed: int | Tensor | None = None,
+) -> None:
+    """theta = round(decay * theta + sum_k coeffs[k] * L_k R_k^T) for matrices; the dense products are never stored.
+
+    An element's inner product is a chain of fp32 fmas in the order of the rank, from 0; the sum one in the order of k.
+
+    Args:
+        params: [m, ...] tensors, taken as [m, n] matrices.
+        left, right: fp32 [K, m, r] and [K, n, r] for each; r may differ from tensor to tensor.
+        coeffs, streams, offsets, decay, rounding, rounding_seed: as for :func:`combine_` (streams and offsets place the
+            bits of stochastic rounding).
+
+    Raises: as :func:`combine_`.
+
+    Sources: LOZO, Chen et al. 2024 (arXiv 2410.07698); SubZero, Yu et al. 2024 (2410.08989); TeZO, Sun et al. 2025
+    (2501.19057); EGGROLL, Sarkar et al. 2025 (2511.16652).
+    """
+    tensors = _as_list(params)
+    _ops.low_rank_(
+        tensors,
+        *_low_rank_args("low_rank_", tensors, left, right, coeffs, streams, offsets, decay, rounding, rounding_seed),
+    )
+
+
+@torch.no_grad()
+def low_rank(
+    out: Tensor | Sequence[Tensor],
+    params: Tensor | Sequence[Tensor],
+    left: Tensor | Sequence[Tensor],
+    right: Tensor | Sequence[Tensor],
+    coeffs: float | Sequence[float] | Tensor,
+    *,
+    streams: int | Sequence[int],
+    offsets: int | Sequence[int] | None = None,
+    decay: float | Tensor | None = None,
+    rounding: Rounding = "nearest",
+    rounding_seed: int | Tensor | None = None,
+) -> None:
+    """:func:`low_rank_` out of place; theta is only read."""
+    tensors = _as_list(params)
+    _ops.low_rank(
+        _as_list(out),
+        tensors,
+        *_low_rank_args("low_rank", tensors, left, right, coeffs, streams, offsets, decay, rounding, rounding_seed),
+    )
+
+
+@torch.no_grad()
+def requantize_(
+    params: Tensor | Sequence[Tensor],
+    seeds: int | Sequence[int] | Tensor,
+    coeffs: float | Sequence[float] | Tensor,
+    *,
+    low: int = -127,
+    high: int = 127,
+    streams: int | Sequence[int],
+    offsets: int | Sequence[int] | None = None,
+    dist: Dist = "normal",
+    decay: float | Tensor | None = None,
+    rounding: Rounding = "stochastic",
+    rounding_seed: int | Tensor | None = None,
+    masks: Tensor | Sequence[Tensor] | None = None,
+    mask_seed: int | Tensor | None = None,
+    density: float | None = None,
+) -> None:
+    """:func:`combine_` over int8: q = clamp(round(decay * q + sum_k coeffs[k] * z_k), low, high).
+
+    Coefficients are in quantisation steps; a row for each tensor (fp32 [tensors, K]) gives each its own scale.
+    "stochastic" is floor(acc + u / 65536) with the 16-bit field u of domain 4, so that q moves by the coefficients on
+    average; "nearest" has ties to even.  NaN becomes ``low``.
+
+    Source: QuZO, Zhou et al. 2025 (arXiv 2502.12346).
+    """
+    tensors = _as_list(params)
+    _ops.requantize_(
+        tensors,
+        low,
+        high,
+        *_noise_args("requantize_", tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed),
+        *_mask_args("requantize_", tensors, masks, mask_seed, density),
+    )
+
+
+@torch.no_grad()
+def requantize(
+    out: Tensor | Sequence[Tensor],
+    params: Tensor | Sequence[Tensor],
+    seeds: int | Sequence[int] | Tensor,
+    coeffs: float | Sequence[float] | Tensor,
+    *,
+    low: int = -127,
+    high: int = 127,
+    streams: int | Sequence[int],
+    offsets: int | Sequence[int] | None = None,
+    dist: Dist = "normal",
+    decay: float | Tensor | None = None,
+    rounding: Rounding = "stochastic",
+    rounding_seed: int | Tensor | None = None,
+    masks: Tensor | Sequence[Tensor] | None = None,
+    mask_seed: int | Tensor | None = None,
+    density: float | None = None,
+) -> None:
+    """:func:`requantize_` out of place; the weights are only read."""
+    tensors = _as_list(params)
+    _ops.requantize(
+        _as_list(out),
+        tensors,
+        low,
+        high,
+        *_noise_args("requantize", tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed),
+        *_mask_args("requantize", tensors, masks, mask_seed, density),
+    )
+
+
+@torch.no_grad()
+def spread(
+    out: Tensor,
+    x: Tensor,
+    seeds: int | Sequence[int] | Tensor,
+    coeffs: float | Sequence[float] | Tensor,
+    *,
+    stream: int = 0,
+    offset: int = 0,
+    dist: Dist = "normal",
+) -> None:
+    """out[k] = round(x + coeffs[k] * z_k) for every k, in one read of x: queries of a black box, or candidates.
+
+    ``out`` is a contiguous tensor of shape [K, *x.shape], of x's dtype and device; seeds and coeffs have K values.
+
+    Raises: as :func:`combine_`.  Source: ZO-AE-DS, Zhang et al. 2022 (arXiv 2203.14195).
+    """
+    _ops.spread(
+        out,
+        x,
+        _device_values("spread", "seeds", seeds, torch.int64, x.device),
+        _device_values("spread", "coeffs", coeffs, torch.float32, x.device),
+        stream,
+        offset,
+        dist,
+    )
+
+
+def pack_mask(keep: Tensor, offset: int = 0) -> Tensor:
+    """``keep`` (bool, any shape) as the packed mask of :func:`combine_`: uint8, eight elements a byte.
+
+    Bit (i & 7) of byte (i >> 3) - (offset >> 3) is the element with logical index i; its first element is ``offset``.
+    """
+    lead = offset & 7
+    bits = torch.zeros(8 * mask_bytes(keep.numel(), offset), dtype=torch.uint8, device=keep.device)
+    bits[lead : lead + keep.numel()] = keep.reshape(-1)
+    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=keep.device)
+    return (bits.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
 
 
 @torch.no_grad()
@@ -182,7 +453,7 @@ def fan_out_(
         _as_list(minus),
         _device_values("fan_out_", "seed", seed, torch.int64, device),
         _device_values("fan_out_", "coeff", coeff, torch.float32, device),
-        *_combine_args("fan_out_", tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed),
+        *_noise_args("fan_out_", tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed),
     )
 
 
@@ -206,6 +477,27 @@ def noise(
         target = torch.get_default_device() if device is None else torch.device(device)
         seed_tensor = _device_values("noise", "seed", seed, torch.int64, target)
     return _ops.noise((shape,) if isinstance(shape, int) else tuple(shape), seed_tensor, stream, offset, dist)
+
+
+def squared_norm(
+    seeds: int | Sequence[int] | Tensor,
+    sizes: Sequence[int],
+    *,
+    streams: Sequence[int],
+    offsets: Sequence[int] | None = None,
+    dist: Dist = "normal",
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """|z_k|^2 of each seed over tensors of ``sizes`` elements, float64 [K], for directions on a sphere.
+
+    Every square (fp32) is rounded to a multiple of 2^-20 and summed as an integer, so no order of summation, shard or
+    device changes a bit; the sum fits for 2^42 elements.  Rounding costs about sqrt(n) * 2^-22 in n elements.
+    """
+    if not isinstance(seeds, Tensor):
+        target = torch.get_default_device() if device is None else torch.device(device)
+        seeds = _device_values("squares", "seeds", seeds, torch.int64, target)
+    places = _places(streams, offsets, len(sizes))
+    return _ops.squares(seeds.reshape(-1), list(sizes), *places, dist).double() / SQUARE_SCALE
 
 
 @overload

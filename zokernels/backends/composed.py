@@ -6,27 +6,31 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from .terms import Terms
 
-def fan_out_by(combine: Callable[..., None]) -> Callable[..., None]:
+Combine = Callable[[list[Tensor], list[Tensor], Terms], None]
+
+
+def fan_out_by(combine: Combine) -> Callable[..., None]:
     """fan_out as the pending combine in place, then one combine out of place for each side."""
 
     def fan_out(
-        params: list[Tensor],
-        plus: list[Tensor],
-        minus: list[Tensor],
-        seed: Tensor,
-        coeff: Tensor,
-        seeds: Tensor,
-        coeffs: Tensor,
-        streams: list[int],
-        offsets: list[int],
-        dist: str,
-        decay: Tensor | None,
-        rounding_seed: Tensor | None,
+        params: list[Tensor], plus: list[Tensor], minus: list[Tensor], seed: Tensor, coeff: Tensor, terms: Terms
     ) -> None:
-        if seeds.numel() or decay is not None:
-            combine(params, params, seeds, coeffs, streams, offsets, dist, decay, rounding_seed)
-        combine(plus, params, seed, coeff, streams, offsets, dist, None, None)
-        combine(minus, params, seed, -coeff, streams, offsets, dist, None, None)
+        if terms.seeds.numel() or terms.decay is not None:
+            combine(params, params, terms)
+        side = terms._replace(seeds=seed, coeffs=coeff, decay=None, rounding_seed=None)
+        combine(plus, params, side)
+        combine(minus, params, side._replace(coeffs=-coeff))
 
     return fan_out
+
+
+def spread_by(combine: Combine) -> Callable[..., None]:
+    """spread as one combine out of place for each direction."""
+
+    def spread(out: Tensor, x: Tensor, terms: Terms) -> None:
+        for k in range(terms.seeds.numel()):
+            combine([out[k]], [x], terms._replace(seeds=terms.seeds[k : k + 1], coeffs=terms.coeffs[k : k + 1]))
+
+    return spread

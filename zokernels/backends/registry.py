@@ -17,6 +17,8 @@ from typing import NoReturn
 
 from torch import Tensor
 
+from .terms import Terms
+
 #: Automatic choice for a device, best first.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
@@ -29,15 +31,26 @@ class BackendUnavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Backend:
-    """The kernels of one backend.  Arguments arrive checked; ``combine`` may be given ``out`` equal to ``params``."""
+    """The kernels of one backend.  Arguments arrive checked; ``out`` may equal ``params``.  Formulas: ``reference``."""
 
     name: str
     devices: frozenset[str]
-    combine: Callable[
-        [list[Tensor], list[Tensor], Tensor, Tensor, list[int], list[int], str, Tensor | None, Tensor | None], None
-    ]
+    #: (run_seed, step, k), int64 tensors of one shape
     derive_seed: Callable[[Tensor, Tensor, Tensor], Tensor]
-    fan_out: Callable[..., None]
+    #: (out, params, terms)
+    combine: Callable[[list[Tensor], list[Tensor], Terms], None]
+    #: (params, plus, minus, seed, coeff, plain terms)
+    fan_out: Callable[[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor, Terms], None]
+    #: (out [K, *shape], x, plain terms of one tensor)
+    spread: Callable[[Tensor, Tensor, Terms], None]
+    #: (params, first states, second states, rule, hyper, terms without curvature)
+    update: Callable[[list[Tensor], list[Tensor], list[Tensor], str, Tensor, Terms], None]
+    #: (out, params, left, right, terms without seeds, masks and curvature)
+    low_rank: Callable[[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Terms], None]
+    #: (out, params, low, high, terms without curvature), int8
+    requantize: Callable[[list[Tensor], list[Tensor], int, int, Terms], None]
+    #: (seeds, sizes, plain terms' streams, offsets, dist)
+    squares: Callable[[Tensor, list[int], list[int], list[int], str], Tensor]
 
 
 _forced: ContextVar[str | None] = ContextVar("zokernels_backend", default=None)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from .. import library
+from .. import library, reference
+from ..composed import spread_by
 from ..registry import Backend
 from .combine import combine
 from .fan_out import fan_out
@@ -12,4 +15,12 @@ from .fan_out import fan_out
 
 def load() -> Backend:
     library.load("cpu")
-    return Backend("cpu", frozenset(("cpu",)), combine, torch.ops.zokernels_cpu.derive_seed, fan_out)
+    return replace(
+        reference.load(),
+        name="cpu",
+        devices=frozenset(("cpu",)),
+        derive_seed=torch.ops.zokernels_cpu.derive_seed,
+        combine=combine,
+        fan_out=fan_out,
+        spread=spread_by(combine),
+    )

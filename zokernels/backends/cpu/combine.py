@@ -6,20 +6,15 @@ import torch
 from torch import Tensor
 
 from ...contract import DISTS
+from ..reference.combine import combine as reference
+from ..terms import Terms
 from .isa import current_isa
 
 
-def combine(
-    out: list[Tensor],
-    params: list[Tensor],
-    seeds: Tensor,
-    coeffs: Tensor,
-    streams: list[int],
-    offsets: list[int],
-    dist: str,
-    decay: Tensor | None,
-    rounding_seed: Tensor | None,
-) -> None:
+def combine(out: list[Tensor], params: list[Tensor], terms: Terms) -> None:
+    if not terms.is_plain:
+        return reference(out, params, terms)
+    seeds, coeffs, streams, offsets, dist, decay, rounding_seed, *_ = terms
     torch.ops.zokernels_cpu.combine(
         out, params, seeds, coeffs, streams, offsets, DISTS[dist], decay, rounding_seed, current_isa()
     )

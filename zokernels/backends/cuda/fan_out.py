@@ -6,33 +6,13 @@ import torch
 from torch import Tensor
 
 from ...contract import DISTS
+from ..terms import Terms
 
 
 def fan_out(
-    params: list[Tensor],
-    plus: list[Tensor],
-    minus: list[Tensor],
-    seed: Tensor,
-    coeff: Tensor,
-    seeds: Tensor,
-    coeffs: Tensor,
-    streams: list[int],
-    offsets: list[int],
-    dist: str,
-    decay: Tensor | None,
-    rounding_seed: Tensor | None,
+    params: list[Tensor], plus: list[Tensor], minus: list[Tensor], seed: Tensor, coeff: Tensor, terms: Terms
 ) -> None:
+    seeds, coeffs, streams, offsets, dist, decay, rounding_seed, *_ = terms
     torch.ops.zokernels_cuda.fan_out(
-        params,
-        plus,
-        minus,
-        seed,
-        coeff,
-        seeds,
-        coeffs,
-        streams,
-        offsets,
-        DISTS[dist],
-        decay,
-        rounding_seed,
+        params, plus, minus, seed, coeff, seeds, coeffs, streams, offsets, DISTS[dist], decay, rounding_seed
     )

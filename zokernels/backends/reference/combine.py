@@ -1,16 +1,19 @@
-"""combine: theta = round(decay * theta + sum_k c_k z_k), one rounding, in pure PyTorch."""
+"""combine: theta = round(decay * theta + sum_k c_k w_k), one rounding, in pure PyTorch."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from ...contract import DOMAIN_ROUNDING
+from ...contract import DOMAIN_MASK, DOMAIN_ROUNDING
+from ..terms import Terms
 from .noise import NOISE, uniform16
 from .rounding import round_stochastic
 
 #: Elements at a time: the float64 intermediates of a chunk stay near 100 MB.
-_CHUNK = 1 << 20
+CHUNK = 1 << 20
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -29,31 +32,76 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return torch.where(inexact_even, bits + away, bits).view(torch.float64).float()
 
 
-def combine(
-    out: list[Tensor],
-    params: list[Tensor],
-    seeds: Tensor,
-    coeffs: Tensor,
-    streams: list[int],
-    offsets: list[int],
-    dist: str,
-    decay: Tensor | None,
-    rounding_seed: Tensor | None,
+def sqrt(x: Tensor) -> Tensor:
+    return x.double().sqrt().float()  # fp32 torch.sqrt on CPU can be one ulp off
+
+
+def divide(a: Tensor, b: Tensor) -> Tensor:
+    return (a.double() / b.double()).float()  # float64 has more than twice the bits: no double rounding
+
+
+class Chunk:
+    """Elements [at, at + n) of tensor ``index`` of a call."""
+
+    def __init__(self, terms: Terms, index: int, at: int, n: int) -> None:
+        self.terms, self.index, self.at, self.n = terms, index, at, n
+        self.stream, self.start = terms.streams[index], terms.offsets[index] + at
+        self.coeffs = terms.coeffs[index] if terms.coeffs.dim() == 2 else terms.coeffs
+
+    def of(self, tensor: Tensor) -> Tensor:
+        return tensor.view(-1)[self.at : self.at + self.n]
+
+    def noise(self, k: int) -> Tensor:
+        return NOISE[self.terms.dist](self.terms.seeds[k], self.stream, self.start, self.n)
+
+    def kept(self) -> Tensor | None:
+        """bool [n]: the elements that the masks keep; None: all."""
+        kept = None
+        if self.terms.masks:
+            first = self.terms.offsets[self.index] >> 3
+            index = torch.arange(self.start, self.start + self.n, device=self.coeffs.device)
+            kept = (self.terms.masks[self.index].view(-1)[(index >> 3) - first] >> (index & 7)) & 1 == 1
+        if self.terms.mask_seed is not None:
+            u16 = uniform16(self.terms.mask_seed, self.stream, DOMAIN_MASK, self.start, self.n)
+            kept = u16 < self.terms.mask_keep if kept is None else kept & (u16 < self.terms.mask_keep)
+        return kept
+
+    def decayed(self, theta: Tensor) -> Tensor:
+        acc = self.of(theta).float()
+        return acc if self.terms.decay is None else self.terms.decay * acc  # 1 * acc is acc
+
+    def rounded(self, acc: Tensor, dtype: torch.dtype, domain: int = DOMAIN_ROUNDING) -> Tensor:
+        if self.terms.rounding_seed is None:
+            return acc.to(dtype)
+        u16 = uniform16(self.terms.rounding_seed, self.stream, domain, self.start, self.n)
+        return round_stochastic(acc, u16, dtype)
+
+
+def chunks(params: list[Tensor], terms: Terms) -> Iterator[Chunk]:
+    for index, theta in enumerate(params):
+        for at in range(0, theta.numel(), CHUNK):
+            yield Chunk(terms, index, at, min(CHUNK, theta.numel() - at))
+
+
+def accumulate(chunk: Chunk, acc: Tensor) -> Tensor:
+    """acc + sum_k c_k w_k, a chain of fmas in the order of k; where a mask drops the element, acc."""
+    terms, total = chunk.terms, acc
+    root = sqrt(chunk.of(terms.curvature[chunk.index]).float()) if terms.curvature else None
+    for k in range(terms.seeds.numel()):
+        w = chunk.noise(k) if root is None else divide(chunk.noise(k), root)
+        total = fma(chunk.coeffs[k].expand(chunk.n), w, total)
+    kept = chunk.kept()
+    return total if kept is None else torch.where(kept, total, acc)
+
+
+def combine_by(
+    out: list[Tensor], params: list[Tensor], terms: Terms, rounded: Callable[[Chunk, Tensor, torch.dtype], Tensor]
 ) -> None:
-    noise = NOISE[dist]
-    for target, theta, stream, offset in zip(out, params, streams, offsets, strict=True):
-        target, theta = target.view(-1), theta.view(-1)
-        for at in range(0, theta.numel(), _CHUNK):
-            piece = theta[at : at + _CHUNK]
-            start, n = offset + at, piece.numel()
-            acc = piece.float()
-            if decay is not None:
-                acc = decay * acc  # 1 * acc is acc
-            for k in range(seeds.numel()):
-                acc = fma(coeffs[k].expand(n), noise(seeds[k], stream, start, n), acc)
-            if rounding_seed is None:
-                rounded = acc.to(theta.dtype)
-            else:
-                u16 = uniform16(rounding_seed, stream, DOMAIN_ROUNDING, start, n)
-                rounded = round_stochastic(acc, u16, theta.dtype)
-            target[at : at + _CHUNK].copy_(rounded)
+    for chunk in chunks(params, terms):
+        theta = params[chunk.index]
+        acc = accumulate(chunk, chunk.decayed(theta))
+        chunk.of(out[chunk.index]).copy_(rounded(chunk, acc, theta.dtype))
+
+
+def combine(out: list[Tensor], params: list[Tensor], terms: Terms) -> None:
+    combine_by(out, params, terms, Chunk.rounded)

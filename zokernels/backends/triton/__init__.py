@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from ..composed import fan_out_by
+from .. import reference
+from ..composed import fan_out_by, spread_by
 from ..registry import Backend, BackendUnavailable
 
 
@@ -22,4 +25,12 @@ def load() -> Backend:
     from .launch import combine
     from .seeds import derive_seed
 
-    return Backend("triton", DEVICES, combine, derive_seed, fan_out_by(combine))
+    return replace(
+        reference.load(),
+        name="triton",
+        devices=DEVICES,
+        derive_seed=derive_seed,
+        combine=combine,
+        fan_out=fan_out_by(combine),
+        spread=spread_by(combine),
+    )

@@ -7,6 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...contract import DISTS
+from ..reference.combine import combine as reference
+from ..terms import Terms
 from .combine import NUM_WARPS, combine_kernel, combine_table_kernel
 from .device import on_device
 from .table import Row, programs, table_of
@@ -26,17 +28,10 @@ def is_aligned(row: Row) -> bool:
     return target % 16 == 0 and theta % 16 == 0 and offset % 8 == 0
 
 
-def combine(
-    out: list[Tensor],
-    params: list[Tensor],
-    seeds: Tensor,
-    coeffs: Tensor,
-    streams: list[int],
-    offsets: list[int],
-    dist: str,
-    decay: Tensor | None,
-    rounding_seed: Tensor | None,
-) -> None:
+def combine(out: list[Tensor], params: list[Tensor], terms: Terms) -> None:
+    if not terms.is_plain:
+        return reference(out, params, terms)
+    seeds, coeffs, streams, offsets, dist, decay, rounding_seed, *_ = terms
     device, dtype = params[0].device, params[0].dtype
     num_k = seeds.numel()
     scalars = (seeds, coeffs, num_k, decay, None if dtype is torch.float32 else rounding_seed)
