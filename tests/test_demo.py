@@ -81,7 +81,7 @@ def test_batches():
 
 def test_hot_path_is_what_the_optimizer_calls(monkeypatch):
     """The timed combines are those of a real ZOSGD step: the same sizes in the same order, in and out of place."""
-    from zokernels.optim import substitute, zosgd
+    from zokernels.optim import direction
 
     model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2, bias=False))
     x, calls = torch.randn(3, 5), []
@@ -95,7 +95,7 @@ def test_hot_path_is_what_the_optimizer_calls(monkeypatch):
 
         monkeypatch.setattr(module, name, call)
 
-    for module, name in ((hotpath, "combine"), (substitute, "combine"), (hotpath, "combine_"), (zosgd, "combine_")):
+    for module, name in ((hotpath, "combine"), (direction, "combine"), (hotpath, "combine_"), (direction, "combine_")):
         spy(module, name)
     hotpath.combines(hotpath.leaves(model))()
     timed = calls.copy()

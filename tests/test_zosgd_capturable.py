@@ -150,7 +150,7 @@ def test_errors_of_a_capture(monkeypatch):
     )
     for warm in (plain, opt, cpu_lr):
         warm.step(lambda: p.sum())
-    monkeypatch.setattr("zokernels.optim.zosgd.is_capturing", lambda devices: True)
+    monkeypatch.setattr("zokernels.optim.optimizer.is_capturing", lambda devices: True)
     with pytest.raises(RuntimeError, match="capturable: expected True where a CUDA graph is captured"):
         plain.step(lambda: p.sum())
     with pytest.raises(RuntimeError, match="step: expected one step before the capture"):
@@ -189,7 +189,7 @@ def test_both_forwards_of_a_graph_draw_from_equal_generators(monkeypatch):
     default = FakeGenerator({"offset": 8})
     monkeypatch.setattr(torch.cuda, "default_generators", (default,))
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
-    rng = GraphRng([torch.device("cpu"), torch.device("cuda:0")])
+    rng = GraphRng("ZOSGD", [torch.device("cpu"), torch.device("cuda:0")], 2)
     graph = SimpleNamespace(register_generator_state=lambda g: g.state.update(registered=True))
     before = default.state
     with pytest.raises(RuntimeError, match=r"register_graph\(graph\) before the capture"), rng.forward(0):

@@ -12,6 +12,7 @@ from torch import nn
 import zokernels as zk
 from zokernels.optim import ZOSGD
 from zokernels.optim.guards import RngState, uninterrupted
+from zokernels.optim.rules import SGD
 
 BOTH = pytest.mark.parametrize("restore", ["exact", "inplace"])
 
@@ -61,7 +62,7 @@ def test_kernel_that_fails_in_the_second_bucket(monkeypatch):
             raise MemoryError
         real(params, *args, **kwargs)
 
-    monkeypatch.setattr("zokernels.optim.inplace.combine_", failing)
+    monkeypatch.setattr("zokernels.optim.direction.combine_", failing)
     with pytest.raises(MemoryError):
         opt.step(lambda: a.sum() + b.float().sum())
     assert calls == [torch.float32, torch.bfloat16, torch.float32]
@@ -73,13 +74,13 @@ def test_kernel_that_fails_in_the_second_bucket(monkeypatch):
 def test_interrupt_in_the_update_waits_for_its_end(restore, monkeypatch):
     """Ctrl-C between two buckets of the update: both are updated, the step counts, then it is raised."""
     a, b = nn.Parameter(torch.ones(50)), nn.Parameter(torch.ones(50, dtype=torch.bfloat16))
-    real = zk.combine_
+    real = SGD.update
 
-    def interrupting(*args, **kwargs):
+    def interrupting(*args):
         os.kill(os.getpid(), signal.SIGINT)
-        real(*args, **kwargs)
+        real(*args)
 
-    monkeypatch.setattr("zokernels.optim.zosgd.combine_", interrupting)
+    monkeypatch.setattr(SGD, "update", interrupting)
     opt = ZOSGD([a, b], lr=0.1, restore=restore)
     with pytest.raises(KeyboardInterrupt):
         opt.step(lambda: a.sum() + b.float().sum())

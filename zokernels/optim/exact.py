@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from .direction import Point
 from .groups import Bucket
 from .scratch import ScratchPool
 from .substitute import USE_INPLACE, HiddenParameters, Substitution
@@ -24,14 +25,15 @@ class ExactProbe:
     """
 
     def __init__(
-        self, buckets: list[Bucket], seeds: dict[torch.device, Tensor], pool: ScratchPool, told: set[str]
+        self, op: str, buckets: list[Bucket], seeds: dict[torch.device, Tensor], pool: ScratchPool, told: set[str]
     ) -> None:
-        self.buckets, self.seeds, self.pool, self.told = buckets, seeds, pool, told
+        self.op, self.buckets, self.seeds, self.pool, self.told = op, buckets, seeds, pool, told
         self._addresses = {p.data_ptr() for b in buckets for p in b.params}
 
     @contextmanager
-    def at(self, sign: int) -> Iterator[None]:
-        mode = Substitution(self.buckets, self.seeds, self.pool, sign)
+    def at(self, points: list[Point]) -> Iterator[None]:
+        """``points``: of each bucket."""
+        mode = Substitution(self.op, self.buckets, self.seeds, self.pool, points)
         hook = register_module_forward_pre_hook(self._check_module)
         cached = torch.is_autocast_cache_enabled()
         try:
@@ -44,16 +46,19 @@ class ExactProbe:
             hook.remove()
         self._check_seen(mode.seen)
 
+    def restore(self) -> None:
+        pass  # the weights never moved
+
     def __enter__(self) -> ExactProbe:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        pass  # the weights never moved
+        self.restore()
 
     def _check_seen(self, seen: set[int]) -> None:
         if not seen:
             raise HiddenParameters(
-                "ZOSGD: closure: expected torch functions that take the parameters, got none (another model, or a "
+                f"{self.op}: closure: expected torch functions that take the parameters, got none (another model, or a "
                 f"graph that holds them: TorchScript, CUDA graph, C++ extension); {USE_INPLACE}"
             )
         unseen = [name for b in self.buckets for p, name in zip(b.params, b.names, strict=True) if id(p) not in seen]
@@ -74,8 +79,8 @@ class ExactProbe:
                 hidden = any(p.data_ptr() in self._addresses for p in module.parameters())
             if hidden:
                 raise HiddenParameters(
-                    "ZOSGD: closure: expected modules whose functions take the parameters, got the TorchScript module "
-                    f"{module.original_name!r}; {USE_INPLACE}"
+                    f"{self.op}: closure: expected modules whose functions take the parameters, got the TorchScript "
+                    f"module {module.original_name!r}; {USE_INPLACE}"
                 )
         eval_frame = sys.modules.get("torch._dynamo.eval_frame")
         if module._compiled_call_impl is not None or (eval_frame and isinstance(module, eval_frame.OptimizedModule)):
@@ -88,4 +93,4 @@ class ExactProbe:
     def _tell(self, key: str, message: str) -> None:
         if key not in self.told:
             self.told.add(key)
-            warnings.warn(f"ZOSGD: {message}", stacklevel=2)
+            warnings.warn(f"{self.op}: {message}", stacklevel=2)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..checks import DTYPES, check_dist, check_overlap, check_stream, fail
 from ..contract import canonical_name, streams_of
+from .direction import DENSE, Dense, Point
 
-OP = "ZOSGD"
 ROUNDINGS = ("stochastic", "nearest")
 RESTORES = ("exact", "inplace")
 
@@ -32,41 +32,56 @@ class Bucket:
     #: As they were when the step began: what moved the weights must bring them back, whatever the group says by then.
     eps: float = 0.0
     dist: str = ""
-    #: Multiples of eps * z now in the weights; only the in-place probe ever moves it from 0.
-    at: int = 0
+    #: How a direction is applied to the parameters.
+    direction: Dense = DENSE
+    #: Where the weights now stand; only the in-place probe ever moves it from {}.
+    at: Point = field(default_factory=dict)
+    #: Seeds and coefficients that the update adds to its own (:class:`TwoPass`).
+    ahead: tuple[Tensor, Tensor] | None = None
+
+    def point(self, k: int, sign: int) -> Point:
+        """theta + sign * eps * z_k."""
+        return {k: sign * self.eps} if sign else {}
+
+    def way_back(self, g: Tensor) -> Tensor:
+        """Coefficients from :attr:`at` back to theta, float64, of the shape [q] and on the device of ``g``."""
+        back = torch.zeros_like(g, dtype=torch.float64)
+        for k, c in self.at.items():
+            back[k].sub_(c)
+        return back
 
     def layout(self) -> tuple:
         """All that a perturbation depends on, besides its seed."""
-        return self.device, self.dtype, self.eps, self.dist, self.streams, [id(p) for p in self.params]
+        return self.device, self.dtype, self.eps, self.dist, self.direction, self.streams, [id(p) for p in self.params]
 
 
-def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
+def check_choice(op: str, argument: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
-        fail(OP, argument, " or ".join(map(repr, choices)), repr(value))
+        fail(op, argument, " or ".join(map(repr, choices)), repr(value))
 
 
-def check_number(argument: str, value: object, *, positive: bool = False) -> None:
+def check_number(op: str, argument: str, value: object, *, positive: bool = False) -> None:
     expected = "a finite number > 0" if positive else "a finite number >= 0"
     if isinstance(value, bool) or not isinstance(value, Real):
-        fail(OP, argument, expected, repr(value), TypeError)
+        fail(op, argument, expected, repr(value), TypeError)
     if not math.isfinite(value) or value < 0 or (positive and value == 0):
-        fail(OP, argument, expected, repr(value))
+        fail(op, argument, expected, repr(value))
 
 
-def check_hyperparameters(group: dict[str, Any]) -> None:
+def check_hyperparameters(op: str, group: dict[str, Any]) -> None:
     """Host values only: a learning rate that is a tensor is never read back."""
     lr = group["lr"]
     if isinstance(lr, Tensor):
         if lr.numel() != 1 or not lr.is_floating_point():
-            fail(OP, "lr", "a number or a floating-point tensor of one element", f"{lr.dtype} x {lr.numel()}")
+            fail(op, "lr", "a number or a floating-point tensor of one element", f"{lr.dtype} x {lr.numel()}")
     else:
-        check_number("lr", lr)
-    check_number("eps", group["eps"], positive=True)
-    check_number("weight_decay", group["weight_decay"])
+        check_number(op, "lr", lr)
+    check_number(op, "eps", group["eps"], positive=True)
+    check_number(op, "weight_decay", group["weight_decay"])
     if group["clip"] is not None:
-        check_number("clip", group["clip"], positive=True)
-    check_dist(OP, group["dist"])
-    check_choice("rounding", group["rounding"], ROUNDINGS)
+        check_number(op, "clip", group["clip"], positive=True)
+    check_dist(op, group["dist"])
+    check_choice(op, "rounding", group["rounding"], ROUNDINGS)
 
 
 def devices_of(groups: list[dict[str, Any]]) -> list[torch.device]:
@@ -78,20 +93,20 @@ def label_of(group: dict[str, Any], index: int) -> str:
     return repr(names[index]) if names else f"params[{index}]"
 
 
-def check_param(param: Tensor, label: str) -> None:
+def check_param(op: str, param: Tensor, label: str) -> None:
     """A trainable parameter is dense memory that a kernel can walk in logical order."""
     if isinstance(param, torch.nn.parameter.UninitializedTensorMixin):
-        fail(OP, label, "an initialized parameter", "a lazy one; run the model once before", TypeError)
+        fail(op, label, "an initialized parameter", "a lazy one; run the model once before", TypeError)
     if type(param).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        fail(OP, label, "a plain dense tensor", f"the tensor subclass {type(param).__name__}", TypeError)
+        fail(op, label, "a plain dense tensor", f"the tensor subclass {type(param).__name__}", TypeError)
     if param.dtype not in DTYPES:
-        fail(OP, label, "dtype float32, bfloat16 or float16 (or requires_grad=False)", param.dtype, TypeError)
+        fail(op, label, "dtype float32, bfloat16 or float16 (or requires_grad=False)", param.dtype, TypeError)
     if param.layout is not torch.strided or not param.is_contiguous():
         got = f"strides {param.stride()}" if param.layout is torch.strided else param.layout
-        fail(OP, label, "a contiguous tensor", f"shape {tuple(param.shape)}, {got}")
+        fail(op, label, "a contiguous tensor", f"shape {tuple(param.shape)}, {got}")
 
 
-def assign_streams(groups: list[dict[str, Any]]) -> None:
+def assign_streams(op: str, groups: list[dict[str, Any]]) -> None:
     """Give the last of ``groups`` its ``streams``, unique among all groups.
 
     Explicit ones stay; a named parameter gets the hash of its name; an unnamed one its ordinal in the optimizer.
@@ -100,43 +115,43 @@ def assign_streams(groups: list[dict[str, Any]]) -> None:
     count, names, explicit = len(group["params"]), group.get("param_names"), group.get("streams")
     if explicit is not None:
         if len(explicit) != count:
-            fail(OP, "streams", f"{count} integers, one for each parameter of the group", len(explicit))
+            fail(op, "streams", f"{count} integers, one for each parameter of the group", len(explicit))
         for i, stream in enumerate(explicit):
             if not isinstance(stream, int) or isinstance(stream, bool):
-                fail(OP, f"streams[{i}]", "an integer", repr(stream), TypeError)
-            check_stream(OP, f"streams[{i}]", stream)
+                fail(op, f"streams[{i}]", "an integer", repr(stream), TypeError)
+            check_stream(op, f"streams[{i}]", stream)
         group["streams"] = list(explicit)
     elif names is not None:
         group["streams"] = streams_of(names)
     else:
         first = sum(len(g["params"]) for g in groups[:-1])
         group["streams"] = list(range(first, first + count))
-    check_streams(groups)
+    check_streams(op, groups)
 
 
-def check_streams(groups: list[dict[str, Any]]) -> None:
+def check_streams(op: str, groups: list[dict[str, Any]]) -> None:
     owner: dict[int, str] = {}
     for at, group in enumerate(groups):
         if len(group["streams"]) != len(group["params"]):
-            fail(OP, f"param_groups[{at}]['streams']", f"{len(group['params'])} integers", len(group["streams"]))
+            fail(op, f"param_groups[{at}]['streams']", f"{len(group['params'])} integers", len(group["streams"]))
         for i, stream in enumerate(group["streams"]):
             label = f"{label_of(group, i)} of group {at}"
             if stream in owner:
-                fail(OP, "streams", "one stream for each parameter", f"{stream} for both {owner[stream]} and {label}")
+                fail(op, "streams", "one stream for each parameter", f"{stream} for both {owner[stream]} and {label}")
             owner[stream] = label
 
 
-def check_groups(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+def check_groups(op: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
     """Whether the saved groups ``theirs`` can take the place of ``ours``; torch itself compares their numbers."""
     for mine, saved in zip(ours, theirs):  # noqa: B905
-        check_hyperparameters(saved)
+        check_hyperparameters(op, saved)
         for name, saved_name in zip(mine.get("param_names", ()), saved.get("param_names", ())):  # noqa: B905
             if canonical_name(name) != canonical_name(saved_name):
-                fail(OP, "state_dict", f"parameters in the same order ({name!r} here)", repr(saved_name))
-    check_streams(theirs)
+                fail(op, "state_dict", f"parameters in the same order ({name!r} here)", repr(saved_name))
+    check_streams(op, theirs)
 
 
-def plan(groups: list[dict[str, Any]]) -> list[Bucket]:
+def plan(op: str, groups: list[dict[str, Any]]) -> list[Bucket]:
     """The buckets of a step.  Parameters with ``requires_grad=False`` are in none.
 
     Built anew at each step (about a microsecond a parameter), because dtype, device, requires_grad and the groups may
@@ -144,12 +159,12 @@ def plan(groups: list[dict[str, Any]]) -> list[Bucket]:
     """
     buckets: dict[tuple, Bucket] = {}
     for at, group in enumerate(groups):
-        check_hyperparameters(group)
+        check_hyperparameters(op, group)
         for i, (param, stream) in enumerate(zip(group["params"], group["streams"], strict=True)):
             if not param.requires_grad:
                 continue
             label = label_of(group, i)
-            check_param(param, label)
+            check_param(op, param, label)
             if param.numel():
                 key = (at, param.device, param.dtype)
                 if (bucket := buckets.get(key)) is None:
@@ -159,6 +174,6 @@ def plan(groups: list[dict[str, Any]]) -> list[Bucket]:
                 bucket.streams.append(stream)
                 bucket.names.append(label)
     if not buckets:
-        fail(OP, "params", "at least one parameter with requires_grad=True and an element", "none")
-    check_overlap(OP, {"params": [p for b in buckets.values() for p in b.params]}, {})
+        fail(op, "params", "at least one parameter with requires_grad=True and an element", "none")
+    check_overlap(op, {"params": [p for b in buckets.values() for p in b.params]}, {})
     return list(buckets.values())

@@ -1,4 +1,4 @@
-"""What must hold around the forwards of a step: one RNG state for both, and no interrupt inside a weight update."""
+"""What must hold around the forwards of a step: one RNG state for all, and no interrupt inside a weight update."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def is_capturing(devices: Iterable[torch.device]) -> bool:
 
 
 class RngState:
-    """torch's RNG state on the CPU and on each CUDA device of the parameters; both forwards start from it.
+    """torch's RNG state on the CPU and on each CUDA device of the parameters; all forwards start from it.
 
     On CUDA it is the host-side (seed, offset) of the generator: nothing waits for the device.
     """
@@ -32,42 +32,43 @@ class RngState:
 
     @contextmanager
     def forward(self, index: int) -> Iterator[None]:
-        """Around the first (0) and the second (1) forward."""
+        """Around the forward ``index`` (0 is the first)."""
         if index:
             self.restore()
         yield
 
 
 class GraphRng:
-    """For each CUDA device a pair of generators, equal and drawn from by nobody else: one for each forward in a graph.
+    """For each CUDA device equal generators, drawn from by nobody else: one for each of the ``forwards`` in a graph.
 
     A graph cannot set a generator back, as :class:`RngState` does.  But a generator that it captured moves by the same
-    amount at each replay, so two that begin equal stay equal, whatever the default generator does between replays.
+    amount at each replay, so those that begin equal stay equal, whatever the default generator does between replays.
     """
 
-    def __init__(self, devices: Iterable[torch.device]) -> None:
+    def __init__(self, op: str, devices: Iterable[torch.device], forwards: int) -> None:
         default = torch.cuda.default_generators
-        self._pairs = [
-            (default[d.index], default[d.index].clone_state(), default[d.index].clone_state())
+        self._op = op
+        self._owned = [
+            (default[d.index], [default[d.index].clone_state() for _ in range(forwards)])
             for d in devices
             if d.type == "cuda"
         ]
 
     def register(self, graph: torch.cuda.CUDAGraph) -> None:
-        for default, *pair in self._pairs:
+        for default, owned in self._owned:
             with torch.cuda.device(default.device):  # where torch allocates what the graph reads
-                for generator in pair:
+                for generator in owned:
                     graph.register_generator_state(generator)
 
     @contextmanager
     def forward(self, index: int) -> Iterator[None]:
-        """Around the first (0) and the second (1) forward while a graph is captured: the default generators draw from
-        the pair.  Where the pair is not part of the graph, torch refuses the draw, and the error says what to do."""
-        if index:  # numbers drawn on the CPU are constants of the graph; the same ones in both forwards
+        """Around the forward ``index`` (0 is the first) while a graph is captured: the default generators draw from
+        its own.  Where those are not part of the graph, torch refuses the draw, and the error says what to do."""
+        if index:  # numbers drawn on the CPU are constants of the graph; the same ones in all forwards
             torch.set_rng_state(self._cpu)
         else:
             self._cpu = torch.get_rng_state()
-        held = [(default, default.graphsafe_get_state(), pair[index]) for default, *pair in self._pairs]
+        held = [(default, default.graphsafe_get_state(), owned[index]) for default, owned in self._owned]
         try:
             for default, _, own in held:
                 default.graphsafe_set_state(own)
@@ -75,8 +76,8 @@ class GraphRng:
         except RuntimeError as error:
             if "generator" in str(error) and "captur" in str(error):
                 raise RuntimeError(
-                    "ZOSGD: closure: expected no random numbers in a captured step, or register_graph(graph) before "
-                    "the capture, got a draw (dropout?) that the two forwards could not share"
+                    f"{self._op}: closure: expected no random numbers in a captured step, or register_graph(graph) "
+                    "before the capture, got a draw (dropout?) that the forwards could not share"
                 ) from error
             raise
         finally:

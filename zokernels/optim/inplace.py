@@ -1,4 +1,4 @@
-"""The classical probe: the weights themselves move by +eps z, then -2 eps z; the update brings them back."""
+"""The classical probe: the weights themselves move to each point; the update brings them back."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..functional import combine_
+from .direction import Point, between, terms
 from .groups import Bucket
 from .guards import uninterrupted
 
 
 class InplaceProbe:
-    """Weights at theta + at * eps * z, rounded to nearest at each move: in half precision the way back is not exact.
+    """Weights at a point, rounded to nearest at each move: in half precision the way back is not exact.
 
-    ``key``: (run seed, step) of the direction, for the two-pass form.
+    A move along one direction (+eps z to -eps z, or back to theta) is a combine of K = 1; one from a direction to
+    another has K = 2.  ``key``: (run seed, step) of the direction, for the two-pass form.
     """
 
     def __init__(
@@ -24,24 +25,26 @@ class InplaceProbe:
     ) -> None:
         self.buckets, self.seeds, self.key = buckets, seeds, key
 
-    def move(self, to: int) -> None:
-        """Weights from theta + at * eps * z to theta + to * eps * z."""
+    def move(self, points: list[Point]) -> None:
+        """The weights of each bucket from where they stand to its point."""
         with uninterrupted():
-            for b in self.buckets:
-                if b.at != to:
-                    shift = (to - b.at) * b.eps
-                    combine_(b.params, self.seeds[b.device], shift, streams=b.streams, dist=b.dist)
-                    b.at = to
+            for b, point in zip(self.buckets, points, strict=True):
+                if way := between(b.at, point):
+                    b.direction.update(b, *terms(way, self.seeds[b.device]))
+                    b.at = point
             # autocast would go on computing with the casts it made of the weights before the move
             torch.clear_autocast_cache()
 
+    def restore(self) -> None:
+        self.move([{}] * len(self.buckets))
+
     @contextmanager
-    def at(self, sign: int) -> Iterator[None]:
-        self.move(sign)
+    def at(self, points: list[Point]) -> Iterator[None]:
+        self.move(points)
         yield
 
     def __enter__(self) -> InplaceProbe:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.move(0)  # after an update nothing is left to move; after an exception this restores the weights
+        self.restore()  # after an update nothing is left to move; after an exception this brings the weights back

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checks import fail
 from ..contract import derive_seed_int, seed_to_int64
 from ..functional import derive_seed
-from .groups import OP, Bucket
+from .groups import Bucket
 from .guards import GraphRng
 
 
@@ -27,10 +27,11 @@ class HostState:
     def place(self, devices: Iterable[torch.device]) -> None:
         pass  # nothing lies on a device
 
-    def seeds(self, devices: Iterable[torch.device], ahead: int = 0) -> dict[torch.device, Tensor]:
-        """derive_seed(seed, step + ahead, 0) as an int64 tensor of one element on each device."""
-        seed = seed_to_int64(derive_seed_int(self.seed, self.step + ahead, 0))
-        return {d: torch.full((1,), seed, dtype=torch.int64, device=d) for d in devices}
+    def seeds(self, devices: Iterable[torch.device], count: int, ahead: int = 0) -> dict[torch.device, Tensor]:
+        """derive_seed(seed, step + ahead, k) for k = 0 .. count - 1, as an int64 tensor on each device."""
+        values = [seed_to_int64(derive_seed_int(self.seed, self.step + ahead, k)) for k in range(count)]
+        # Fills: a list would be copied from pageable memory.
+        return {d: torch.cat([torch.full((1,), v, dtype=torch.int64, device=d) for v in values]) for d in devices}
 
     def advance(self, finite: Tensor) -> None:
         """A step has been taken; unless ``finite``, its update was skipped."""
@@ -74,8 +75,8 @@ class DeviceState:
             if self.skipped.device != devices[0]:
                 self.skipped = _filled(skipped, devices[0]).reshape(())
 
-    def seeds(self, devices: Iterable[torch.device], ahead: int = 0) -> dict[torch.device, Tensor]:
-        return {d: derive_seed(self._seeds[d], self._steps[d] + ahead) for d in devices}
+    def seeds(self, devices: Iterable[torch.device], count: int, ahead: int = 0) -> dict[torch.device, Tensor]:
+        return {d: derive_seed(self._seeds[d], self._steps[d] + ahead, torch.arange(count, device=d)) for d in devices}
 
     def advance(self, finite: Tensor) -> None:
         self.skipped.add_((~finite).to(self.skipped.device, non_blocking=True))
@@ -90,29 +91,29 @@ class DeviceState:
         self.skipped.fill_(skipped)
 
 
-def check_seed(seed: object) -> int:
+def check_seed(op: str, seed: object) -> int:
     if isinstance(seed, bool) or not hasattr(seed, "__index__") or isinstance(seed, Tensor):
-        fail(OP, "seed", "an integer", repr(seed), TypeError)
+        fail(op, "seed", "an integer", repr(seed), TypeError)
     seed_to_int64(operator.index(seed))  # raises outside the range
     return operator.index(seed)
 
 
-def check_capturable(state: HostState | DeviceState) -> None:
+def check_capturable(op: str, state: HostState | DeviceState) -> None:
     if not state.capturable:
-        fail(OP, "capturable", "True where a CUDA graph is captured", False, RuntimeError)
+        fail(op, "capturable", "True where a CUDA graph is captured", False, RuntimeError)
 
 
 def check_capture(
-    state: HostState | DeviceState, rng: GraphRng | None, buckets: list[Bucket], devices: list[torch.device]
+    op: str, state: HostState | DeviceState, rng: GraphRng | None, buckets: list[Bucket], devices: list[torch.device]
 ) -> None:
     """While a CUDA graph is captured: what it would freeze or lose without a word is an error."""
-    check_capturable(state)
+    check_capturable(op, state)
     if rng is None or not state.is_placed(devices):
-        fail(OP, "step", "one step before the capture", "none on the parameters' devices", RuntimeError)
+        fail(op, "step", "one step before the capture", "none on the parameters' devices", RuntimeError)
     for b in buckets:
         lr = b.group["lr"]
         if isinstance(lr, Tensor) and lr.device.type == "cpu":
-            fail(OP, "lr", f"a number or a tensor on {b.device} where a CUDA graph is captured", "a CPU tensor")
+            fail(op, "lr", f"a number or a tensor on {b.device} where a CUDA graph is captured", "a CPU tensor")
 
 
 def _filled(value: int, device: torch.device) -> Tensor:

@@ -11,7 +11,7 @@ from torch._ops import HigherOrderOperator
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from ..functional import combine
+from .direction import Point, terms
 from .groups import Bucket
 from .scratch import ScratchPool
 
@@ -96,7 +96,7 @@ def _storage(tensor: Tensor) -> int | None:
 
 
 class Substitution(TorchFunctionMode):
-    """While active, every torch function sees theta + sign * eps * z in place of each managed parameter theta.
+    """While active, every torch function sees the point theta + sum_k c_k z_k in place of each parameter theta.
 
     The copies of one call are written by one combine per bucket into scratch that is used again for the next call, so
     the extra memory is that of the call with the most weights.  Torch turns the mode off inside
@@ -104,12 +104,19 @@ class Substitution(TorchFunctionMode):
     and runs on them.
     """
 
-    def __init__(self, buckets: list[Bucket], seeds: dict[torch.device, Tensor], pool: ScratchPool, sign: int) -> None:
+    def __init__(
+        self,
+        op: str,
+        buckets: list[Bucket],
+        seeds: dict[torch.device, Tensor],
+        pool: ScratchPool,
+        points: list[Point],
+    ) -> None:
         super().__init__()
-        self.seeds, self.pool = seeds, pool
+        self.op, self.pool = op, pool
         self.entries = {id(p): (p, s, b) for b in buckets for p, s in zip(b.params, b.streams, strict=True)}
         self.seen: set[int] = set()
-        self._coeffs = {id(b): torch.full((1,), sign * b.eps, dtype=torch.float32, device=b.device) for b in buckets}
+        self._terms = {id(b): terms(point, seeds[b.device]) for b, point in zip(buckets, points, strict=True)}
         self._held: list[Tensor] = []
         self._views: dict[int, StorageWeakRef] = {}
 
@@ -118,8 +125,8 @@ class Substitution(TorchFunctionMode):
         if isinstance(func, HigherOrderOperator):
             name = getattr(func, "__name__", func)
             raise HiddenParameters(
-                f"ZOSGD: closure: expected plain torch functions, got the higher-order operator {name!r}, whose inner "
-                f"functions can hold parameters; {USE_INPLACE}"
+                f"{self.op}: closure: expected plain torch functions, got the higher-order operator {name!r}, whose "
+                f"inner functions can hold parameters; {USE_INPLACE}"
             )
         found: dict[int, tuple] = {}
         _find(args, self.entries, found)
@@ -153,8 +160,7 @@ class Substitution(TorchFunctionMode):
         for members in by_bucket.values():
             params, streams, (bucket, *_) = zip(*members, strict=True)
             out = self.pool.like(params)
-            combine(out, params, self.seeds[bucket.device], self._coeffs[id(bucket)], streams=streams,
-                    dist=bucket.dist)  # fmt: skip
+            bucket.direction.perturb(bucket, out, params, streams, *self._terms[id(bucket)])
             for param, copy in zip(params, out, strict=True):
                 # A leaf that requires grad, as the parameter: matmul picks its kernel by that, views of it included.
                 copies[id(param)] = copy.detach().requires_grad_()
@@ -183,6 +189,6 @@ class Substitution(TorchFunctionMode):
 
     def _refuse_write(self, func: Any) -> None:
         raise RuntimeError(
-            "ZOSGD: closure: expected a forward that does not write to its parameters, got "
+            f"{self.op}: closure: expected a forward that does not write to its parameters, got "
             f"{resolve_name(func) or func}, whose effect would be lost with the perturbed copy; do it outside step()"
         )

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..checks import fail
-from .groups import OP, Bucket, label_of
+from .direction import terms
+from .groups import Bucket, label_of
 from .inplace import InplaceProbe
 from .state import DeviceState, HostState
 
@@ -42,9 +43,12 @@ class TwoPass:
             handle.remove()
 
     def following(self, probe: InplaceProbe, state: HostState) -> InplaceProbe:
-        """The next step's probe, over the same buckets, of which none has moved yet."""
-        seeds = state.seeds({b.device: None for b in probe.buckets}, ahead=1)
-        return InplaceProbe([replace(b, at=0) for b in probe.buckets], seeds, (state.seed, state.step + 1))
+        """The next step's probe, over the same buckets, of which none has moved yet: their update will."""
+        seeds = state.seeds({b.device: None for b in probe.buckets}, 1, ahead=1)
+        following = [replace(b, at={}) for b in probe.buckets]
+        for b in probe.buckets:
+            b.ahead = terms(b.point(0, 1), seeds[b.device])
+        return InplaceProbe(following, seeds, (state.seed, state.step + 1))
 
     def keep(self, probe: InplaceProbe) -> None:
         """``probe`` has moved the weights."""
@@ -61,7 +65,7 @@ class TwoPass:
 
     def flush(self) -> None:
         if self.pending is not None:
-            self.pending.move(0)
+            self.pending.restore()
             self.release()
 
     def take(self, key: tuple[int, int], buckets: list[Bucket]) -> InplaceProbe | None:
@@ -106,6 +110,7 @@ class _FlushHook:
 
 
 def check_two_pass(
+    op: str,
     restore: str,
     state: HostState | DeviceState,
     current: TwoPass | None,
@@ -114,14 +119,14 @@ def check_two_pass(
 ) -> None:
     """Every trainable parameter must be one of ``modules``, or its state_dict would not flush."""
     if restore != "inplace":
-        fail(OP, "two_pass", "restore='inplace'", repr(restore))
+        fail(op, "two_pass", "restore='inplace'", repr(restore))
     if state.capturable:
-        fail(OP, "two_pass", "capturable=False: a graph would replay on weights that hold a perturbation", True)
+        fail(op, "two_pass", "capturable=False: a graph would replay on weights that hold a perturbation", True)
     if current:
-        fail(OP, "two_pass", "one at a time", "a second one inside it", RuntimeError)
+        fail(op, "two_pass", "one at a time", "a second one inside it", RuntimeError)
     held = {id(p) for m in modules for p in m.parameters()}
     for at, group in enumerate(groups):
         for i, param in enumerate(group["params"]):
             if param.requires_grad and id(param) not in held:
                 expected = "the modules that own all trained parameters (torch.nn.ParameterList for bare ones)"
-                fail(OP, "two_pass", expected, f"none with {label_of(group, i)} of group {at}")
+                fail(op, "two_pass", expected, f"none with {label_of(group, i)} of group {at}")

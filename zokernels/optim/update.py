@@ -1,6 +1,8 @@
-"""The scalars of an update, from the two losses to one coefficient and one decay per bucket, all on the device."""
+"""The scalars of an update, from the losses to g, learning rate and decay of each group, all on the device."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,39 +10,37 @@ from torch import Tensor
 from .groups import Bucket
 
 
-def projected_gradient(difference: Tensor, eps: float, clip: float | None) -> Tensor:
-    """g = (l+ - l-) / (2 eps) in float64, rounded once to fp32; then min(max(g, -clip), clip).
+def projected_gradient(g: Tensor, clip: float | None) -> Tensor:
+    """g (float64) rounded once to fp32; then each min(max(g, -clip), clip).
 
     A g that is not finite stays so: clipping must not turn an overflow into a step.
     """
-    g = (difference / (2 * eps)).float()
+    g = g.float()
     return g if clip is None else torch.where(g.isfinite(), g.clamp(-clip, clip), g)
 
 
-def coefficients(buckets: list[Bucket], difference: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """(c, decay) of each bucket for theta = round(decay * theta' + c z), where theta' = theta + at * eps * z, and
-    whether all is finite (bool); every one a 0-dim tensor on the losses' device.
+def learning_rate(group: dict[str, Any], like: Tensor) -> float | Tensor:
+    """The group's lr; where it is a tensor, 0-dim, in float64 and on the device of ``like``."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        lr = lr.detach().reshape(()).to(like.device, torch.float64, non_blocking=True)
+    return lr
 
-        decay = 1 - lr * weight_decay,   c = -lr * g - decay * at * eps
 
-    in float64, rounded to fp32 once each, so that a log of g gives the same bits in plain Python.  Where any g or c is
-    not finite, all buckets get decay = 1 and c = -at * eps, which only restores.
-    """
-    values, checked = [], []
-    for b in buckets:
-        lr = b.group["lr"]
-        if isinstance(lr, Tensor):
-            lr = lr.detach().reshape(()).to(difference.device, torch.float64, non_blocking=True)
-        g = projected_gradient(difference, b.eps, b.group["clip"]).double()
-        decay, back = torch.ones_like(g) - lr * b.group["weight_decay"], -b.at * b.eps
-        c = (decay * back - lr * g).float()
-        # The other side of torch.where as a tensor of the device: a number would be copied there, and waited for.
-        values.append((c, torch.full_like(c, back), decay.float()))
-        checked += [g, c.double()]
-    finite = torch.isfinite(torch.stack(checked)).all()
-    gated = [(torch.where(finite, c, back), torch.where(finite, decay, torch.ones_like(decay)))
-             for c, back, decay in values]  # fmt: skip
-    return gated, finite
+def decay_of(group: dict[str, Any], like: Tensor) -> Tensor:
+    """1 - lr * weight_decay: float64, 0-dim, on the device of ``like``."""
+    one = torch.ones((), dtype=torch.float64, device=like.device)
+    return one - learning_rate(group, like) * group["weight_decay"]
+
+
+def gate(buckets: list[Bucket], gradients: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """``gradients`` (fp32 [q] of each bucket), and whether all of them, every lr * g and every decay are finite in fp32
+    (bool, 0-dim); where one is not, all are 0."""
+    checked = []
+    for b, g in zip(buckets, gradients, strict=True):
+        checked += [g, (learning_rate(b.group, g) * g.double()).float(), decay_of(b.group, g).float().reshape(1)]
+    finite = torch.isfinite(torch.cat(checked)).all()
+    return [torch.where(finite, g, torch.zeros_like(g)) for g in gradients], finite
 
 
 def is_zero(lr: float | Tensor) -> bool:

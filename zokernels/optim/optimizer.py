@@ -1,0 +1,317 @@
+"""The zeroth-order step: forwards at perturbed points, an estimate from their losses, one pass over the weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import fail
+from ..contract import CONTRACT
+from .estimators import Estimator, TwoSided
+from .exact import ExactProbe
+from .groups import (
+    RESTORES,
+    Bucket,
+    assign_streams,
+    check_choice,
+    check_groups,
+    check_hyperparameters,
+    check_param,
+    devices_of,
+    label_of,
+    plan,
+)
+from .guards import GraphRng, RngState, is_capturing, uninterrupted
+from .inplace import InplaceProbe
+from .loss import Losses
+from .rules import SGD, Rule
+from .scratch import ScratchPool
+from .state import DeviceState, HostState, check_capturable, check_capture, check_seed
+from .two_pass import TwoPass, check_two_pass
+from .update import gate, known_on_host, projected_gradient
+
+
+class ZerothOrder(torch.optim.Optimizer):
+    r"""An :class:`Estimator` makes sum_k g_k z_k of losses at perturbed weights, and a :class:`Rule` applies it.
+
+    z_k is the noise of contract ``zk1``, a pure function of (seed, step, k, parameter), regenerated wherever it is
+    needed: the optimizer stores a seed and a counter, and whatever state the rule keeps.
+
+    Args:
+        params: ``model.named_parameters()`` (recommended: noise then depends on names, not on order), parameters,
+            or group dicts of either.  A group takes lr, eps, weight_decay, dist, rounding, clip and streams (a 32-bit
+            id for each parameter).  Parameters with ``requires_grad=False`` are neither perturbed nor updated.
+        lr: step size, in units of theta per unit of g; a number or a one-element tensor.  Read at every step; in a CUDA
+            graph a number is a constant, and a tensor is read at each replay.
+        eps: size of the perturbation, in units of theta.  A group with an eps of its own divides by that one.
+        weight_decay: decoupled: theta shrinks by the factor 1 - lr * weight_decay at each step.
+        seed: run seed, an integer in [-2^63, 2^64).  0 is a seed like any other.
+        dist: "normal" or "rademacher".
+        rounding: of the update, "stochastic" (bf16 and fp16 keep small updates on average; fp32 is not changed by it)
+            or "nearest".
+        restore: "exact": the weights do not move during the forwards; each torch function gets perturbed copies, and
+            scratch is the size of the call with the most weights.  "inplace": the weights move from point to point
+            and the update brings them back: no scratch, any kind of model, but half-precision weights drift.
+        clip: bound on each \|g_k\|, in units of g: min(max(g, -clip), clip).  A g that is not finite still skips the
+            step.
+        capturable: the step counter and the seeds live on the device and no step needs the host, so that one whole step
+            can be captured in a CUDA graph and replayed; see :meth:`register_graph`.
+        estimator, rule: what a subclass is made of.
+
+    Raises:
+        TypeError, ValueError: naming argument, what was expected and what came.
+        HiddenParameters: (exact) the closure runs TorchScript or another graph that holds weights; they are untouched.
+
+    See docs/optimizer.md.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor,
+        eps: float = 1e-3,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        dist: str = "normal",
+        rounding: str = "stochastic",
+        restore: str = "exact",
+        *,
+        clip: float | None = None,
+        capturable: bool = False,
+        estimator: Estimator,
+        rule: Rule,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "dist": dist,
+            "rounding": rounding,
+            "clip": clip,
+        }
+        check_hyperparameters(self._op, defaults)
+        check_choice(self._op, "restore", restore, RESTORES)
+        self.estimator, self.rule = estimator, rule
+        self._restore, self._told, self._skips_told = restore, set(), 0
+        self._state = (DeviceState if capturable else HostState)(check_seed(self._op, seed))
+        self._pool, self._two_pass, self._graph_rng = ScratchPool(), None, None
+        #: g of the last step (fp32, on the device; 0-dim for one direction, else [q]), of the first group's eps, clip.
+        self.last_projected_gradient: Tensor | None = None
+        #: The losses of the last step, in the order of the estimator's points.
+        self.last_losses: tuple[Tensor, ...] | None = None
+        super().__init__(params, defaults)
+        self._state.place(devices_of(self.param_groups))
+
+    @property
+    def _op(self) -> str:
+        return type(self).__name__
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run; step t draws z with ``derive_seed(seed, t, 0)``."""
+        return self._state.seed
+
+    @property
+    def step_count(self) -> int:
+        """Steps taken, skipped ones included.  With ``capturable`` reading it waits for the device."""
+        return self._state.step
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """Steps skipped because a loss was not finite (int64, on the loss's device).  Reading warns of new ones."""
+        self._warn_skipped()
+        return self._state.skipped
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "optimizer contains a parameter group with duplicate", UserWarning)
+            super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_hyperparameters(self._op, group)
+            if len({id(p) for p in group["params"]}) != len(group["params"]):
+                fail(self._op, "params", "each parameter once (tied ones are one parameter)", "a duplicate")
+            for i, param in enumerate(group["params"]):
+                if param.requires_grad:
+                    check_param(self._op, param, label_of(group, i))
+            assign_streams(self._op, self.param_groups)
+        except BaseException:
+            self.param_groups.pop()
+            raise
+
+    def step(self, closure: Callable[[], Tensor | float] | None = None) -> Tensor:
+        """One step.  ``closure`` runs the forward and returns the scalar loss (a tensor or a number); it is called
+        once for each of the estimator's points, without gradients and with the same torch RNG state.
+
+        Returns the estimator's loss (the mean, unless it says otherwise) on the losses' device; nothing in a step waits
+        for a GPU.  If the closure raises, the weights are back at theta and the step does not count.  A loss that is
+        not finite skips the update.
+        """
+        return self._step(closure, Losses())
+
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], Any] | None, reading: Losses) -> Tensor:
+        if not callable(closure):
+            fail(self._op, "closure", "a function that runs the forward and returns the loss", repr(closure), TypeError)
+        buckets = plan(self._op, self.param_groups)
+        devices = list(dict.fromkeys(b.device for b in buckets))
+        if capturing := is_capturing(devices):
+            check_capture(self._op, self._state, self._graph_rng, buckets, devices)
+        elif self._state.capturable and self._graph_rng is None:
+            self._graph_rng = self._new_graph_rng(devices)  # a capture cannot make generators
+        self._state.place(devices)
+        rng = self._graph_rng if capturing else RngState(devices)
+        with self._probe(buckets, devices) as probe:
+            if self._two_pass:
+                self._two_pass.release()  # from here on the probe restores
+            results = []
+            for index, (k, sign) in enumerate(self.estimator.points()):
+                with rng.forward(index), probe.at([b.point(k, sign) for b in probe.buckets]):
+                    results.append(reading.read(self._op, closure(), devices[0], capturing))
+            losses = reading.losses(results)
+            with uninterrupted():
+                self._update(probe, losses)
+        if not self._state.capturable and known_on_host(self._state.skipped):
+            self._warn_skipped()
+        return self.estimator.loss(losses)
+
+    def _probe(self, buckets: list[Bucket], devices: list[torch.device]) -> ExactProbe | InplaceProbe:
+        seeds = self._state.seeds(devices, self.estimator.directions)
+        if self._two_pass:
+            key = (self._state.seed, self._state.step)
+            return self._two_pass.take(key, buckets) or InplaceProbe(buckets, seeds, key)
+        if self._restore == "exact":
+            return ExactProbe(self._op, buckets, seeds, self._pool, self._told)
+        return InplaceProbe(buckets, seeds)
+
+    def _gradient(self, losses: Tensor, eps: float, clip: float | None) -> Tensor:
+        return projected_gradient(self.estimator.coefficients(losses.double(), eps), clip)
+
+    def _update(self, probe: ExactProbe | InplaceProbe, losses: Tensor) -> None:
+        """The rule, bucket by bucket; in the two-pass form it adds the next step's +eps z as well."""
+        buckets = probe.buckets
+        gradients, finite = gate(buckets, [self._gradient(losses, b.eps, b.group["clip"]) for b in buckets])
+        skip = not self._state.capturable and known_on_host(finite) and not finite
+        if not self.rule.restores:
+            probe.restore()
+        following = self._two_pass and self._two_pass.following(probe, self._state)
+        try:
+            for i, (b, g) in enumerate(zip(buckets, gradients, strict=True)):
+                if b.at or not skip:
+                    self.rule.update(self, b, probe.seeds[b.device], g, finite)
+                    b.at = {}
+                if following:
+                    following.buckets[i].at = b.point(0, 1)
+        except BaseException:
+            if following:
+                following.restore()
+            raise
+        torch.clear_autocast_cache()  # casts of the old weights, where step() runs inside autocast
+        self.last_losses, first = tuple(losses), self.param_groups[0]
+        g = self._gradient(losses, first["eps"], first["clip"])
+        self.last_projected_gradient = g if len(g) > 1 else g.reshape(())
+        self._state.advance(finite)
+        if following:
+            self._two_pass.keep(following)
+
+    @contextmanager
+    def two_pass(self, *modules: nn.Module) -> Iterator[None]:
+        """Inside, the update also adds the next step's perturbation: two passes over the weights a step, not three.
+
+            theta'' = round(decay * theta' + (-lr * g - decay * at * eps) * z_t + eps * z_{t+1}),   at = -1
+
+        One rounding a pass, so half-precision weights differ from those of the three-pass form.  Between steps the
+        weights hold a perturbation; :meth:`flush` takes it out.  Leaving the context flushes, however it is left; so do
+        this optimizer's ``state_dict``, a forward of any module with managed parameters, and ``state_dict`` and
+        ``load_state_dict`` of ``modules``, which must own all trained parameters.  Whatever else reads weights
+        (a tensor saved or averaged by itself, ``.to()``) calls :meth:`flush` first.  docs/optimizer.md has the list.
+
+        Raises: ValueError without restore="inplace", with ``capturable``, with another estimator than two-sided with
+        one direction, with another rule than SGD, where ``modules`` lack a trained parameter.
+        """
+        if self.estimator != TwoSided(1) or type(self.rule) is not SGD:
+            got = f"{self.estimator} with {type(self.rule).__name__}"
+            fail(self._op, "two_pass", "the two-sided estimator with one direction and SGD", got)
+        check_two_pass(self._op, self._restore, self._state, self._two_pass, self.param_groups, modules)
+        with TwoPass(modules) as self._two_pass:
+            try:
+                yield
+            finally:
+                with uninterrupted():
+                    self._two_pass.flush()
+                    self._two_pass = None
+
+    def flush(self) -> None:
+        """Take the perturbation of a :meth:`two_pass` out of the weights; without one, nothing to do."""
+        if self._two_pass:
+            with uninterrupted():
+                self._two_pass.flush()
+
+    def register_graph(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Before the capture of a step that draws random numbers on the GPU (dropout): gives ``graph`` copies of
+        each default CUDA generator as it stands, one for each forward: all see the same numbers at every replay.
+
+        Replays do not move the default generator, and reseeding it does not reach them.
+        """
+        check_capturable(self._op, self._state)
+        self._graph_rng = self._new_graph_rng(devices_of(self.param_groups))
+        self._graph_rng.register(graph)
+
+    def _new_graph_rng(self, devices: list[torch.device]) -> GraphRng:
+        return GraphRng(self._op, devices, len(self.estimator.points()))
+
+    def _warn_skipped(self) -> None:
+        if (count := int(self._state.skipped)) > self._skips_told:
+            new, self._skips_told = count - self._skips_told, count
+            text = f"{self._op}: {new} step(s) skipped: loss not finite; the weights did not change"
+            warnings.warn(text, stacklevel=3)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with a third entry "zo": contract, seed, step, skipped steps.  Plain numbers and lists only."""
+        self.flush()
+        state = super().state_dict()
+        self._warn_skipped()
+        own = {"seed": self._state.seed, "step": self._state.step, "skipped_steps": int(self._state.skipped)}
+        return {**state, "zo": {"contract": CONTRACT, **own}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue bit for bit from a :meth:`state_dict`, whose seed, step, hyper-parameters and streams replace ours.
+
+        Raises ValueError, before anything changes, where it is not of this optimizer, contract or list of parameters.
+        """
+        zo, groups = state_dict.get("zo"), state_dict["param_groups"]
+        if zo is None:
+            fail(self._op, "state_dict", "an entry 'zo' (as zokernels.optim writes)", f"entries {sorted(state_dict)}")
+        if zo["contract"] != CONTRACT:
+            fail(self._op, "state_dict", f"noise contract {CONTRACT!r}", repr(zo["contract"]))
+        check_groups(self._op, self.param_groups, groups)
+        self.flush()
+        rates = [g["lr"] for g in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, lr in zip(self.param_groups, rates, strict=True):
+            if self._state.capturable and isinstance(lr, Tensor):  # a graph holds its address
+                group["lr"] = lr.fill_(group["lr"])
+        self._state.load(zo["seed"], zo["step"], zo["skipped_steps"])
+        self._skips_told = zo["skipped_steps"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle; torch's own keeps only groups and state.  Scratch and graphs are not copied."""
+        if self._two_pass and self._two_pass.pending:
+            fail(self._op, "two_pass", "flush() before a copy", "weights that hold a perturbation", RuntimeError)
+        keys = (
+            "estimator",
+            "rule",
+            "_restore",
+            "_state",
+            "_skips_told",
+            "_told",
+            "last_projected_gradient",
+            "last_losses",
+        )
+        own = {k: self.__dict__[k] for k in keys} | {"_two_pass": None, "_graph_rng": None}
+        return {**super().__getstate__(), **own, "_pool": ScratchPool()}
