@@ -62,6 +62,18 @@ class Dense:
         """out = round(theta + sum_k c_k z_k) to nearest, for some of the bucket's parameters."""
         combine(out, params, seeds, coeffs, streams=streams, dist=bucket.dist)
 
+    def tangent(
+        self,
+        bucket: Bucket,
+        out: Sequence[Tensor],
+        params: Sequence[Tensor],
+        streams: Sequence[int],
+        seeds: Tensor,
+        coeffs: Tensor,
+    ) -> None:
+        """out = round(sum_k c_k z_k) to nearest, for some of the bucket's parameters."""
+        combine(out, params, seeds, coeffs, streams=streams, dist=bucket.dist, decay=0.0)
+
     def update(
         self,
         bucket: Bucket,

@@ -9,12 +9,14 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from .direction import Point
 from .groups import Bucket
 from .scratch import ScratchPool
-from .substitute import USE_INPLACE, HiddenParameters, Substitution
+from .substitute import USE_INPLACE, HiddenParameters, Substitution, Tangents
 
 
 class ExactProbe:
@@ -33,7 +35,7 @@ class ExactProbe:
     @contextmanager
     def at(self, points: list[Point]) -> Iterator[None]:
         """``points``: of each bucket."""
-        mode = Substitution(self.op, self.buckets, self.seeds, self.pool, points)
+        mode = self._mode(points)
         hook = register_module_forward_pre_hook(self._check_module)
         cached = torch.is_autocast_cache_enabled()
         try:
@@ -45,6 +47,9 @@ class ExactProbe:
             torch.set_autocast_cache_enabled(cached)
             hook.remove()
         self._check_seen(mode.seen)
+
+    def _mode(self, points: list[Point]) -> Substitution:
+        return Substitution(self.op, self.buckets, self.seeds, self.pool, points)
 
     def restore(self) -> None:
         pass  # the weights never moved
@@ -94,3 +99,17 @@ class ExactProbe:
         if key not in self.told:
             self.told.add(key)
             warnings.warn(f"{self.op}: {message}", stacklevel=2)
+
+
+class TangentProbe(ExactProbe):
+    """Forwards at theta itself, of dual tensors: their tangents are the directions of the points, at length 1."""
+
+    @contextmanager
+    def at(self, points: list[Point]) -> Iterator[None]:
+        unit = [dict.fromkeys(point, 1.0) for point in points]
+        # Fused attention has no forward-mode derivative.
+        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), super().at(unit):
+            yield
+
+    def _mode(self, points: list[Point]) -> Substitution:
+        return Tangents(self.op, self.buckets, self.seeds, self.pool, points)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable, Iterable
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..checks import fail
 
@@ -39,3 +42,37 @@ class Losses:
     def losses(self, results: list[Any]) -> Tensor:
         """[n]: one value for each of the estimator's points, of all that was kept."""
         return torch.stack([loss.to(results[0].device) for loss in results])
+
+
+class Derivatives(Losses):
+    """Each result is a dual tensor: [2], the loss and its derivative."""
+
+    def read(self, op: str, result: Any, device: torch.device, capturing: bool) -> Tensor:
+        primal, tangent = forward_ad.unpack_dual(result) if isinstance(result, Tensor) else (result, None)
+        if tangent is None:
+            got = f"a tensor of shape {tuple(result.shape)} without one" if isinstance(result, Tensor) else repr(result)
+            fail(op, "closure", "a loss with a forward-mode derivative along the parameters", got, TypeError)
+        return torch.stack([as_loss(op, value, device, capturing) for value in (primal, tangent)])
+
+
+class Places(Losses):
+    """Results are any objects, ordered by ``rank``; the losses are their places, 0 for the ``best``.
+
+    ``rank``: takes the list of results, returns indices, best first, at least ``top`` of them.
+    """
+
+    def __init__(self, rank: Callable[[list[Any]], Iterable[int]], top: int) -> None:
+        self.rank, self.top = rank, top
+
+    def read(self, op: str, result: Any, device: torch.device, capturing: bool) -> Any:
+        self.op, self.device = op, device
+        return result
+
+    def losses(self, results: list[Any]) -> Tensor:
+        order, count = [operator.index(i) for i in self.rank(results)], len(results)
+        if len(order) < self.top or len(set(order)) < len(order) or not set(order) <= set(range(count)):
+            fail(self.op, "rank", f"{self.top} or more different indices in [0, {count}), best first", order)
+        self.best, places = results[order[0]], [count] * count
+        for place, index in enumerate(order):
+            places[index] = place
+        return torch.tensor(places, dtype=torch.float64).to(self.device, non_blocking=True)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import fail
 from ..contract import CONTRACT
+from .direction import Point
 from .estimators import Estimator, TwoSided
 from .exact import ExactProbe
 from .groups import (
@@ -33,7 +35,17 @@ from .rules import SGD, Rule
 from .scratch import ScratchPool
 from .state import DeviceState, HostState, check_capturable, check_capture, check_seed
 from .two_pass import TwoPass, check_two_pass
-from .update import gate, known_on_host, projected_gradient
+from .update import descent, gate, known_on_host, projected_gradient
+
+
+class Estimate(NamedTuple):
+    """What the forwards of a step gave."""
+
+    losses: Tensor  #: at the estimator's points
+    gradients: list[Tensor]  #: g of each bucket, fp32 [q], all 0 unless ``finite``
+    finite: Tensor
+    forwards: tuple[Tensor, ...]  #: the losses, those of the rule's trials included
+    g: Tensor  #: with the first group's eps and clip
 
 
 class ZerothOrder(torch.optim.Optimizer):
@@ -102,7 +114,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self._pool, self._two_pass, self._graph_rng = ScratchPool(), None, None
         #: g of the last step (fp32, on the device; 0-dim for one direction, else [q]), of the first group's eps, clip.
         self.last_projected_gradient: Tensor | None = None
-        #: The losses of the last step, in the order of the estimator's points.
+        #: The losses of the last step, in the order of the forwards: the estimator's points, the rule's trials.
         self.last_losses: tuple[Tensor, ...] | None = None
         super().__init__(params, defaults)
         self._state.place(devices_of(self.param_groups))
@@ -146,7 +158,8 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], Tensor | float] | None = None) -> Tensor:
         """One step.  ``closure`` runs the forward and returns the scalar loss (a tensor or a number); it is called
-        once for each of the estimator's points, without gradients and with the same torch RNG state.
+        once for each of the estimator's points and the rule's trials, without gradients, each time from the same torch
+        RNG state.
 
         Returns the estimator's loss (the mean, unless it says otherwise) on the losses' device; nothing in a step waits
         for a GPU.  If the closure raises, the weights are back at theta and the step does not count.  A loss that is
@@ -169,16 +182,21 @@ class ZerothOrder(torch.optim.Optimizer):
         with self._probe(buckets, devices) as probe:
             if self._two_pass:
                 self._two_pass.release()  # from here on the probe restores
-            results = []
-            for index, (k, sign) in enumerate(self.estimator.points()):
-                with rng.forward(index), probe.at([b.point(k, sign) for b in probe.buckets]):
-                    results.append(reading.read(self._op, closure(), devices[0], capturing))
-            losses = reading.losses(results)
+            around = map(rng.forward, itertools.count())
+
+            def losses_at(points: list[list[Point]]) -> Tensor:
+                results = []
+                for of_buckets in points:
+                    with next(around), probe.at(of_buckets):
+                        results.append(reading.read(self._op, closure(), devices[0], capturing))
+                return reading.losses(results)
+
+            estimate = self._estimate(probe.buckets, losses_at)
             with uninterrupted():
-                self._update(probe, losses)
+                self._update(probe, estimate)
         if not self._state.capturable and known_on_host(self._state.skipped):
             self._warn_skipped()
-        return self.estimator.loss(losses)
+        return self.estimator.loss(estimate.losses)
 
     def _probe(self, buckets: list[Bucket], devices: list[torch.device]) -> ExactProbe | InplaceProbe:
         seeds = self._state.seeds(devices, self.estimator.directions)
@@ -192,16 +210,29 @@ class ZerothOrder(torch.optim.Optimizer):
     def _gradient(self, losses: Tensor, eps: float, clip: float | None) -> Tensor:
         return projected_gradient(self.estimator.coefficients(losses.double(), eps), clip)
 
-    def _update(self, probe: ExactProbe | InplaceProbe, losses: Tensor) -> None:
-        """The rule, bucket by bucket; in the two-pass form it adds the next step's +eps z as well."""
-        buckets = probe.buckets
+    def _estimate(self, buckets: list[Bucket], losses_at: Callable[[list[list[Point]]], Tensor]) -> Estimate:
+        """``losses_at``: runs the closure at each of some points, given for each bucket."""
+        losses = losses_at([[b.point(k, sign) for b in buckets] for k, sign in self.estimator.points()])
         gradients, finite = gate(buckets, [self._gradient(losses, b.eps, b.group["clip"]) for b in buckets])
+        first, trials = self.param_groups[0], ()
+        g = self._gradient(losses, first["eps"], first["clip"])
+        if self.rule.trials:
+            steps = [descent(b.group, g).unbind() for b, g in zip(buckets, gradients, strict=True)]
+            scaled = lambda step, multiple: {k: multiple * c for k, c in enumerate(step)} if multiple else {}
+            trials = losses_at([[scaled(step, multiple) for step in steps] for multiple in self.rule.trials])
+            multiple = self.rule.choose(trials.double()).to(g.device, g.dtype)
+            gradients, g = [multiple * g for g in gradients], multiple * g
+        return Estimate(losses, gradients, finite, (*losses, *trials), g if len(g) > 1 else g.reshape(()))
+
+    def _update(self, probe: ExactProbe | InplaceProbe, estimate: Estimate) -> None:
+        """The rule, bucket by bucket; in the two-pass form it adds the next step's +eps z as well."""
+        buckets, finite = probe.buckets, estimate.finite
         skip = not self._state.capturable and known_on_host(finite) and not finite
         if not self.rule.restores:
             probe.restore()
         following = self._two_pass and self._two_pass.following(probe, self._state)
         try:
-            for i, (b, g) in enumerate(zip(buckets, gradients, strict=True)):
+            for i, (b, g) in enumerate(zip(buckets, estimate.gradients, strict=True)):
                 if b.at or not skip:
                     self.rule.update(self, b, probe.seeds[b.device], g, finite)
                     b.at = {}
@@ -212,9 +243,7 @@ class ZerothOrder(torch.optim.Optimizer):
                 following.restore()
             raise
         torch.clear_autocast_cache()  # casts of the old weights, where step() runs inside autocast
-        self.last_losses, first = tuple(losses), self.param_groups[0]
-        g = self._gradient(losses, first["eps"], first["clip"])
-        self.last_projected_gradient = g if len(g) > 1 else g.reshape(())
+        self.last_losses, self.last_projected_gradient = estimate.forwards, estimate.g
         self._state.advance(finite)
         if following:
             self._two_pass.keep(following)
@@ -263,7 +292,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self._graph_rng.register(graph)
 
     def _new_graph_rng(self, devices: list[torch.device]) -> GraphRng:
-        return GraphRng(self._op, devices, len(self.estimator.points()))
+        return GraphRng(self._op, devices, len(self.estimator.points()) + len(self.rule.trials))
 
     def _warn_skipped(self) -> None:
         if (count := int(self._state.skipped)) > self._skips_told:

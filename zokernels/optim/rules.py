@@ -22,6 +22,19 @@ class Rule:
 
     #: Whether :meth:`update` takes what ``bucket.at`` says out of the weights; where not, that is done before.
     restores = False
+    #: Multiples of the update sum_k -lr * g_k z_k at which the closure runs once more before :meth:`update`, which gets
+    #: the g_k times that multiple whose loss is lowest.
+    trials: tuple[int, ...] = ()
+
+    def choose(self, losses: Tensor) -> Tensor:
+        """The multiple (0-dim) of the lowest of the trials' losses (float64); of equal ones the first, and never one of
+        NaN but the first."""
+        best, chosen = losses[0], torch.full_like(losses[0], self.trials[0])
+        for loss, multiple in zip(losses[1:], self.trials[1:], strict=True):
+            better = loss < best
+            best = torch.where(better, loss, best)
+            chosen = torch.where(better, torch.full_like(chosen, multiple), chosen)
+        return chosen
 
     def update(self, optimizer: ZerothOrder, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor) -> None:
         """Update the weights of ``bucket``.
@@ -66,3 +79,13 @@ class SGD(Rule):
             rounding=bucket.group["rounding"],
             rounding_seed=rounding_seed,
         )
+
+
+class Conservative(SGD):
+    """:class:`SGD` that keeps the best of theta, theta - lr sum_k g_k z_k and theta + lr sum_k g_k z_k: three forwards
+    more, which see the update without weight decay, rounded to nearest.  Weight decay is applied whichever is kept.
+
+    ZO-SGD-Cons of Zhang et al., 2024 (arXiv 2402.11592).
+    """
+
+    trials = (0, 1, -1)

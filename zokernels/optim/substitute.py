@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
+from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode, resolve_name
 
@@ -159,13 +160,17 @@ class Substitution(TorchFunctionMode):
         copies, arenas = {}, []
         for members in by_bucket.values():
             params, streams, (bucket, *_) = zip(*members, strict=True)
-            out = self.pool.like(params)
-            bucket.direction.perturb(bucket, out, params, streams, *self._terms[id(bucket)])
-            for param, copy in zip(params, out, strict=True):
-                # A leaf that requires grad, as the parameter: matmul picks its kernel by that, views of it included.
-                copies[id(param)] = copy.detach().requires_grad_()
-            arenas.append(out[0])
+            made, arena = self._copy(bucket, params, streams)
+            copies.update(zip(map(id, params), made, strict=True))
+            arenas.append(arena)
         return copies, arenas
+
+    def _copy(self, bucket: Bucket, params: tuple[Tensor], streams: tuple[int]) -> tuple[list[Tensor], Tensor]:
+        """Copies of some parameters of a bucket, and one tensor of the arena they lie in."""
+        out = self.pool.like(params)
+        bucket.direction.perturb(bucket, out, params, streams, *self._terms[id(bucket)])
+        # Leaves that require grad, as the parameters: matmul picks its kernel by that, views of them included.
+        return [copy.detach().requires_grad_() for copy in out], out[0]
 
     def _note_views(self, out: Any, arenas: list[Tensor]) -> None:
         """Remember scratch that ``out`` still refers to: writing to it would be writing to a weight."""
@@ -192,3 +197,19 @@ class Substitution(TorchFunctionMode):
             f"{self.op}: closure: expected a forward that does not write to its parameters, got "
             f"{resolve_name(func) or func}, whose effect would be lost with the perturbed copy; do it outside step()"
         )
+
+
+class Tangents(Substitution):
+    """Every torch function sees a dual tensor in place of each parameter: a copy of theta, with the point's
+    sum_k c_k z_k as its tangent, both scratch of the one call.
+
+    The tangent has the parameter's dtype: z, which is fp32, rounded to nearest.
+    """
+
+    def _copy(self, bucket: Bucket, params: tuple[Tensor], streams: tuple[int]) -> tuple[list[Tensor], Tensor]:
+        seeds, coeffs = self._terms[id(bucket)]
+        scratch, count = self.pool.like((*params, *params)), len(params)
+        out, tangents = scratch[:count], scratch[count:]
+        bucket.direction.perturb(bucket, out, params, streams, seeds[:0], coeffs[:0])
+        bucket.direction.tangent(bucket, tangents, params, streams, seeds, coeffs)
+        return [forward_ad.make_dual(copy, t) for copy, t in zip(out, tangents, strict=True)], out[0]

@@ -27,6 +27,11 @@ def learning_rate(group: dict[str, Any], like: Tensor) -> float | Tensor:
     return lr
 
 
+def descent(group: dict[str, Any], g: Tensor) -> Tensor:
+    """-lr * g in float64, rounded once to fp32."""
+    return -(learning_rate(group, g) * g.double()).float()
+
+
 def decay_of(group: dict[str, Any], like: Tensor) -> Tensor:
     """1 - lr * weight_decay: float64, 0-dim, on the device of ``like``."""
     one = torch.ones((), dtype=torch.float64, device=like.device)
@@ -38,7 +43,7 @@ def gate(buckets: list[Bucket], gradients: list[Tensor]) -> tuple[list[Tensor], 
     (bool, 0-dim); where one is not, all are 0."""
     checked = []
     for b, g in zip(buckets, gradients, strict=True):
-        checked += [g, (learning_rate(b.group, g) * g.double()).float(), decay_of(b.group, g).float().reshape(1)]
+        checked += [g, descent(b.group, g), decay_of(b.group, g).float().reshape(1)]
     finite = torch.isfinite(torch.cat(checked)).all()
     return [torch.where(finite, g, torch.zeros_like(g)) for g in gradients], finite
 

@@ -1,0 +1,141 @@
+"""Named optimizers that are an estimator and a rule: arguments beyond their own are those of :class:`ZerothOrder`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import fail
+from .estimators import ForwardMode, Ranking, StdNormalized, TwoSided
+from .exact import ExactProbe, TangentProbe
+from .groups import Bucket
+from .loss import Derivatives, Places
+from .optimizer import ZerothOrder
+from .rules import SGD, Conservative
+
+
+class FZOO(ZerothOrder):
+    """theta <- theta - lr * sum_k (L_k - L_0) / (q sigma) * z_k,   k = 0 .. q - 1.
+
+    L_k = L(theta + eps z_k), L_0 = L(theta), sigma the sample standard deviation of the L_k: q + 1 forwards along
+    Rademacher directions, and steps that are normalized by the losses' own spread.  ``step`` returns L_0.
+
+    Args:
+        directions: q >= 2.
+        std_eps: in units of the loss: where sigma <= std_eps, g is 0 instead of a division by next to nothing.
+
+    Source: Dang et al., 2025, arXiv 2506.09034.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor,
+        eps: float = 1e-3,
+        *,
+        directions: int = 8,
+        std_eps: float = 1e-8,
+        dist: str = "rademacher",
+        **options,
+    ) -> None:
+        super().__init__(
+            params, lr, eps, dist=dist, estimator=StdNormalized(directions, std_eps), rule=SGD(), **options
+        )
+
+
+class ZORankSGD(ZerothOrder):
+    """Descent on an order alone: ``candidates`` forwards at theta + eps z_k, of which the best ``top`` are ranked.
+
+        g_k = (times worse - times better) / number of edges,   theta <- theta - lr * sum_k g_k z_k
+
+    An edge joins two candidates whose order is known: i better than j is the direction z_j - z_i uphill.  For people or
+    programs that can compare results but not score them.
+
+    Args:
+        candidates: m >= 2.
+        top: how many of the best are in order, in [1, m] (default: all).
+
+    Example::
+
+        opt = ZORankSGD(model.named_parameters(), lr=1e-2, eps=1e-2, candidates=4, top=1)
+        best = opt.step(lambda: generate(model), rank=lambda images: [choose(images)])
+
+    Source: ZO-RankSGD, Tang, Rybin and Chang, 2023, arXiv 2303.03751; without its line search.
+    """
+
+    def __init__(
+        self, params, lr: float | Tensor, eps: float = 1e-3, *, candidates: int = 8, top: int | None = None, **options
+    ) -> None:
+        super().__init__(params, lr, eps, estimator=Ranking(candidates, top), rule=SGD(), **options)
+
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        rank: Callable[[list[Any]], Iterable[int]] | None = None,
+    ) -> Any:
+        """One step, as :meth:`ZerothOrder.step`.
+
+        Without ``rank`` the closure returns losses, and the step the lowest.  With it the closure returns anything, one
+        result for each candidate; ``rank`` gets their list and returns indices, best first, at least ``top``; the step
+        returns the best result, and ``last_losses`` are places, 0 for the best.  ``rank`` runs on the host, so not with
+        ``capturable``.
+        """
+        if rank is None:
+            return super().step(closure)
+        if self._state.capturable:
+            fail(self._op, "rank", "capturable=False: a CUDA graph calls no host function", "capturable=True")
+        places = Places(rank, self.estimator.top or self.estimator.directions)
+        self._step(closure, places)
+        return places.best
+
+
+class ZOConservative(ZerothOrder):
+    """:class:`ZOSGD` that then runs the closure at theta, theta - lr g z and theta + lr g z, and keeps the best.
+
+    5 forwards with q = 1, one update; the choice is made on the device.  ``last_projected_gradient`` is the g applied:
+    g, 0 or -g.  ``last_losses``: l+, l-, then the three.  A trial sees the update rounded to nearest and without weight
+    decay, which is applied whichever is kept.
+
+    Args:
+        directions: q.
+
+    Source: ZO-SGD-Cons of Zhang et al., 2024, arXiv 2402.11592.
+    """
+
+    def __init__(self, params, lr: float | Tensor, eps: float = 1e-3, *, directions: int = 1, **options) -> None:
+        super().__init__(params, lr, eps, estimator=TwoSided(directions), rule=Conservative(), **options)
+
+
+class ForwardGradient(ZerothOrder):
+    """theta <- theta - lr * sum_k g_k z_k,   g_k = <grad L(theta), z_k> / q by forward-mode differentiation.
+
+    One forward a direction, of dual numbers: no eps and no truncation error, no memory of activations.  The tangent of
+    a parameter is z rounded to its dtype, made for each torch function call as the exact probe makes its copies, so
+    that no more than one call's are ever stored.  The closure returns a tensor, and every function between parameters
+    and loss needs a forward-mode derivative (``torch.autograd.forward_ad``).  ``scaled_dot_product_attention`` runs
+    unfused, because its fused kernels have none.
+
+    Args:
+        directions: q.
+        restore: "exact" only; eps is not used.
+
+    ``last_losses``: for each direction a tensor [2], the loss and its derivative along z_k.
+
+    Source: Baydin et al., 2022, arXiv 2202.08587.
+    """
+
+    def __init__(self, params, lr: float | Tensor, *, directions: int = 1, restore: str = "exact", **options) -> None:
+        if restore != "exact":
+            fail(self._op, "restore", "'exact': the weights are never perturbed", repr(restore))
+        super().__init__(params, lr, estimator=ForwardMode(directions), rule=SGD(), **options)
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:
+        """One step, as :meth:`ZerothOrder.step`; the closure returns a tensor.  Returns the mean loss, at theta."""
+        return self._step(closure, Derivatives())
+
+    def _probe(self, buckets: list[Bucket], devices: list[torch.device]) -> ExactProbe:
+        seeds = self._state.seeds(devices, self.estimator.directions)
+        return TangentProbe(self._op, buckets, seeds, self._pool, self._told)
