@@ -1,17 +1,19 @@
-"""Points of the weights, and the one place where a direction is applied: out of place, in place, with an update."""
+"""Directions: points of the weights along them, and the one place where they are applied."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..functional import Rounding, combine, combine_
+from ..contract import derive_seed_int, seed_to_int64
+from ..functional import Rule, combine, combine_, update_
 
 if TYPE_CHECKING:
     from .groups import Bucket
+    from .optimizer import ZerothOrder
 
 #: {k: c, ...} is theta + sum_k c * z_k, and {} is theta; c is a number, or a fp32 tensor of one element.
 Point = dict[int, "float | Tensor"]
@@ -46,9 +48,18 @@ def terms(point: Point, seeds: Tensor) -> tuple[Tensor, Tensor]:
 class Dense:
     """z_k is the noise of seed k in every weight: fp32, of the parameter's stream and the group's dist.
 
-    Another kind of direction (masked, low-rank) has the same methods.  ``seeds``: int64 [K], ``coeffs``: fp32 [K], on
-    the bucket's device.
+    Another kind of direction gives other arguments (:meth:`noise`), or applies itself.  ``seeds``: int64 [K],
+    ``coeffs``: fp32 [K], on the bucket's device.
     """
+
+    #: Whether a move by c z and an update by c z add the same; where not, weights are restored before the update.
+    uniform = True
+
+    def noise(
+        self, bucket: Bucket, params: Sequence[Tensor], streams: Sequence[int], seeds: Tensor, coeffs: Tensor
+    ) -> dict[str, Any]:
+        """Arguments of a combine for some of the bucket's parameters."""
+        return {"seeds": seeds, "coeffs": coeffs, "streams": streams, "dist": bucket.dist}
 
     def perturb(
         self,
@@ -58,43 +69,56 @@ class Dense:
         streams: Sequence[int],
         seeds: Tensor,
         coeffs: Tensor,
+        decay: float | None = None,
     ) -> None:
-        """out = round(theta + sum_k c_k z_k) to nearest, for some of the bucket's parameters."""
-        combine(out, params, seeds, coeffs, streams=streams, dist=bucket.dist)
+        """out = round(decay * theta + sum_k c_k z_k) to nearest, for some of the bucket's parameters."""
+        combine(out, params, **self.noise(bucket, params, streams, seeds, coeffs), decay=decay)
 
-    def tangent(
-        self,
-        bucket: Bucket,
-        out: Sequence[Tensor],
-        params: Sequence[Tensor],
-        streams: Sequence[int],
-        seeds: Tensor,
-        coeffs: Tensor,
-    ) -> None:
-        """out = round(sum_k c_k z_k) to nearest, for some of the bucket's parameters."""
-        combine(out, params, seeds, coeffs, streams=streams, dist=bucket.dist, decay=0.0)
+    def move(self, bucket: Bucket, seeds: Tensor, coeffs: Tensor) -> None:
+        """theta = round(theta + sum_k c_k z_k) to nearest, for all of the bucket's parameters."""
+        combine_(bucket.params, **self.noise(bucket, bucket.params, bucket.streams, seeds, coeffs))
 
-    def update(
-        self,
-        bucket: Bucket,
-        seeds: Tensor,
-        coeffs: Tensor,
-        *,
-        decay: Tensor | None = None,
-        rounding: Rounding = "nearest",
-        rounding_seed: Tensor | None = None,
+    def update(self, bucket: Bucket, seeds: Tensor, coeffs: Tensor, **rounding: Any) -> None:
+        """theta = round(decay * theta + sum_k c_k z_k) for all of the bucket's parameters, in one pass.
+
+        ``rounding``: decay, rounding, rounding_seed of :func:`combine_`.
+        """
+        combine_(bucket.params, **self.noise(bucket, bucket.params, bucket.streams, seeds, coeffs), **rounding)
+
+    def step(
+        self, bucket: Bucket, rule: Rule, hyper: Tensor, seeds: Tensor, coeffs: Tensor, **states_and_rounding: Any
     ) -> None:
-        """theta = round(decay * theta + sum_k c_k z_k) for all of the bucket's parameters, in one pass."""
-        combine_(
-            bucket.params,
-            seeds,
-            coeffs,
-            streams=bucket.streams,
-            dist=bucket.dist,
-            decay=decay,
-            rounding=rounding,
-            rounding_seed=rounding_seed,
-        )
+        """One :func:`update_` of all of the bucket's parameters, with G = sum_k c_k z_k.
+
+        ``states_and_rounding``: first, second, decay, rounding, rounding_seed.
+        """
+        noise = self.noise(bucket, bucket.params, bucket.streams, seeds, coeffs)
+        update_(bucket.params, rule, hyper, **noise, **states_and_rounding)
 
 
 DENSE = Dense()
+
+
+class Direction:
+    """What z is.  Once a step, before anything moves, it gives each bucket what applies it."""
+
+    #: Host steps after which something is drawn or measured anew; None: never, and so within a CUDA graph.
+    refresh: int | None = None
+
+    def prepare(self, optimizer: ZerothOrder, buckets: list[Bucket], seeds: dict[torch.device, Tensor]) -> None:
+        """Set ``bucket.direction``.  The weights are unperturbed; ``seeds``: int64 [q] of the step."""
+        for bucket in buckets:
+            bucket.direction = DENSE
+
+    def window(self, optimizer: ZerothOrder) -> int:
+        """How often :attr:`refresh` steps have passed."""
+        return optimizer.step_count // self.refresh if self.refresh else 0
+
+    def begins_window(self, optimizer: ZerothOrder) -> bool:
+        return self.refresh is not None and optimizer.step_count % self.refresh == 0
+
+
+def derived_seed(optimizer: ZerothOrder, window: int, k: int, device: torch.device) -> Tensor:
+    """derive_seed(run seed, window, k) as an int64 tensor [1]; directions' own k stay far below those used here."""
+    value = seed_to_int64(derive_seed_int(optimizer.seed, window, k))
+    return torch.full((1,), value, dtype=torch.int64, device=device)

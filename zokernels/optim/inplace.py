@@ -30,7 +30,7 @@ class InplaceProbe:
         with uninterrupted():
             for b, point in zip(self.buckets, points, strict=True):
                 if way := between(b.at, point):
-                    b.direction.update(b, *terms(way, self.seeds[b.device]))
+                    b.direction.move(b, *terms(way, self.seeds[b.device]))
                     b.at = point
             # autocast would go on computing with the casts it made of the weights before the move
             torch.clear_autocast_cache()

@@ -136,6 +136,5 @@ class ForwardGradient(ZerothOrder):
         """One step, as :meth:`ZerothOrder.step`; the closure returns a tensor.  Returns the mean loss, at theta."""
         return self._step(closure, Derivatives())
 
-    def _probe(self, buckets: list[Bucket], devices: list[torch.device]) -> ExactProbe:
-        seeds = self._state.seeds(devices, self.estimator.directions)
+    def _probe(self, buckets: list[Bucket], seeds: dict[torch.device, Tensor]) -> ExactProbe:
         return TangentProbe(self._op, buckets, seeds, self._pool, self._told)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..checks import fail
 from ..contract import CONTRACT
-from .direction import Point
+from .direction import Direction, Point
 from .estimators import Estimator, TwoSided
 from .exact import ExactProbe
 from .groups import (
@@ -34,6 +34,7 @@ from .loss import Losses
 from .rules import SGD, Rule
 from .scratch import ScratchPool
 from .state import DeviceState, HostState, check_capturable, check_capture, check_seed
+from .subset import Subset
 from .two_pass import TwoPass, check_two_pass
 from .update import descent, gate, known_on_host, projected_gradient
 
@@ -73,6 +74,8 @@ class ZerothOrder(torch.optim.Optimizer):
             step.
         capturable: the step counter and the seeds live on the device and no step needs the host, so that one whole step
             can be captured in a CUDA graph and replayed; see :meth:`register_graph`.
+        direction: what z is (default: dense noise): a mask, factors of low rank, a scale (:class:`Direction`).
+        subset: which parameters take part in a step (default: all): blocks in turn, layers at random.
         estimator, rule: what a subclass is made of.
 
     Raises:
@@ -95,6 +98,8 @@ class ZerothOrder(torch.optim.Optimizer):
         *,
         clip: float | None = None,
         capturable: bool = False,
+        direction: Direction | None = None,
+        subset: Subset | None = None,
         estimator: Estimator,
         rule: Rule,
     ) -> None:
@@ -108,7 +113,10 @@ class ZerothOrder(torch.optim.Optimizer):
         }
         check_hyperparameters(self._op, defaults)
         check_choice(self._op, "restore", restore, RESTORES)
-        self.estimator, self.rule = estimator, rule
+        self.estimator, self.rule, self.subset = estimator, rule, subset
+        self.direction = Direction() if direction is None else direction
+        if capturable and (self.direction.refresh is not None or subset is not None):
+            fail(self._op, "capturable", "False with a schedule that the host keeps (refresh, subset)", True)
         self._restore, self._told, self._skips_told = restore, set(), 0
         self._state = (DeviceState if capturable else HostState)(check_seed(self._op, seed))
         self._pool, self._two_pass, self._graph_rng = ScratchPool(), None, None
@@ -172,6 +180,8 @@ class ZerothOrder(torch.optim.Optimizer):
         if not callable(closure):
             fail(self._op, "closure", "a function that runs the forward and returns the loss", repr(closure), TypeError)
         buckets = plan(self._op, self.param_groups)
+        if self.subset is not None:
+            buckets = self.subset.select(self, buckets)
         devices = list(dict.fromkeys(b.device for b in buckets))
         if capturing := is_capturing(devices):
             check_capture(self._op, self._state, self._graph_rng, buckets, devices)
@@ -179,7 +189,9 @@ class ZerothOrder(torch.optim.Optimizer):
             self._graph_rng = self._new_graph_rng(devices)  # a capture cannot make generators
         self._state.place(devices)
         rng = self._graph_rng if capturing else RngState(devices)
-        with self._probe(buckets, devices) as probe:
+        seeds = self._state.seeds(devices, self.estimator.directions)
+        self.direction.prepare(self, buckets, seeds)
+        with self._probe(buckets, seeds) as probe:
             if self._two_pass:
                 self._two_pass.release()  # from here on the probe restores
             around = map(rng.forward, itertools.count())
@@ -198,8 +210,7 @@ class ZerothOrder(torch.optim.Optimizer):
             self._warn_skipped()
         return self.estimator.loss(estimate.losses)
 
-    def _probe(self, buckets: list[Bucket], devices: list[torch.device]) -> ExactProbe | InplaceProbe:
-        seeds = self._state.seeds(devices, self.estimator.directions)
+    def _probe(self, buckets: list[Bucket], seeds: dict[torch.device, Tensor]) -> ExactProbe | InplaceProbe:
         if self._two_pass:
             key = (self._state.seed, self._state.step)
             return self._two_pass.take(key, buckets) or InplaceProbe(buckets, seeds, key)
@@ -228,7 +239,7 @@ class ZerothOrder(torch.optim.Optimizer):
         """The rule, bucket by bucket; in the two-pass form it adds the next step's +eps z as well."""
         buckets, finite = probe.buckets, estimate.finite
         skip = not self._state.capturable and known_on_host(finite) and not finite
-        if not self.rule.restores:
+        if not (self.rule.restores and all(b.direction.uniform for b in buckets)):
             probe.restore()
         following = self._two_pass and self._two_pass.following(probe, self._state)
         try:
@@ -263,9 +274,10 @@ class ZerothOrder(torch.optim.Optimizer):
         Raises: ValueError without restore="inplace", with ``capturable``, with another estimator than two-sided with
         one direction, with another rule than SGD, where ``modules`` lack a trained parameter.
         """
-        if self.estimator != TwoSided(1) or type(self.rule) is not SGD:
-            got = f"{self.estimator} with {type(self.rule).__name__}"
-            fail(self._op, "two_pass", "the two-sided estimator with one direction and SGD", got)
+        parts = (type(self.rule), type(self.direction), type(self.subset))
+        if self.estimator != TwoSided(1) or parts != (SGD, Direction, type(None)):
+            got = f"{self.estimator} with {', '.join(p.__name__ for p in parts)}"
+            fail(self._op, "two_pass", "the two-sided estimator with one direction and SGD on dense noise", got)
         check_two_pass(self._op, self._restore, self._state, self._two_pass, self.param_groups, modules)
         with TwoPass(modules) as self._two_pass:
             try:
@@ -322,11 +334,21 @@ class ZerothOrder(torch.optim.Optimizer):
         self.flush()
         rates = [g["lr"] for g in self.param_groups]
         super().load_state_dict(state_dict)
+        self._load_tensors(state_dict)
         for group, lr in zip(self.param_groups, rates, strict=True):
             if self._state.capturable and isinstance(lr, Tensor):  # a graph holds its address
                 group["lr"] = lr.fill_(group["lr"])
         self._state.load(zo["seed"], zo["step"], zo["skipped_steps"])
         self._skips_told = zo["skipped_steps"]
+
+    def _load_tensors(self, state_dict: dict[str, Any]) -> None:
+        """The states' bits and dtypes as they were saved: torch has cast them to their parameters' dtype."""
+        params = [p for g in self.param_groups for p in g["params"]]
+        indices = [i for g in state_dict["param_groups"] for i in g["params"]]
+        for p, index in zip(params, indices, strict=True):
+            for key, value in state_dict["state"].get(index, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[p][key] = value.detach().to(p.device, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle; torch's own keeps only groups and state.  Scratch and graphs are not copied."""
@@ -335,6 +357,8 @@ class ZerothOrder(torch.optim.Optimizer):
         keys = (
             "estimator",
             "rule",
+            "direction",
+            "subset",
             "_restore",
             "_state",
             "_skips_told",

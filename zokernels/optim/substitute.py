@@ -211,5 +211,5 @@ class Tangents(Substitution):
         scratch, count = self.pool.like((*params, *params)), len(params)
         out, tangents = scratch[:count], scratch[count:]
         bucket.direction.perturb(bucket, out, params, streams, seeds[:0], coeffs[:0])
-        bucket.direction.tangent(bucket, tangents, params, streams, seeds, coeffs)
+        bucket.direction.perturb(bucket, tangents, params, streams, seeds, coeffs, decay=0.0)
         return [forward_ad.make_dual(copy, t) for copy, t in zip(out, tangents, strict=True)], out[0]

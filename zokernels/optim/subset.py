@@ -1,0 +1,115 @@
+"""Subsets: only some parameters take part in a step; the others cost no traffic at all."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from ..checks import fail
+from ..contract import derive_seed_int
+
+if TYPE_CHECKING:
+    from .groups import Bucket
+    from .optimizer import ZerothOrder
+
+#: Layers of transformers as their modules are named (LLaMA, OPT, GPT-2, BERT, nanoGPT).
+LAYERS = r"(?:^|\.)(?:layers|layer|blocks|block|h)\.(\d+)\."
+
+#: k of the seeds that choose layers, downwards from here: far above any direction's.
+_FIRST_K = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Subset:
+    """The parameters of a step by a schedule that is a function of (run seed, step) alone.
+
+    A parameter belongs to the layer whose number the first group of ``layers`` finds in its name.
+    """
+
+    #: Regular expression, searched in the parameters' names.
+    layers: str = LAYERS
+
+    def select(self, optimizer: ZerothOrder, buckets: list[Bucket]) -> list[Bucket]:
+        """``buckets`` with the parameters of this step alone."""
+        owner = self._layers(optimizer)
+        chosen = self._chosen(optimizer, sorted({layer for layer in owner.values() if layer is not None}))
+        kept = []
+        for bucket in buckets:
+            members = [i for i, p in enumerate(bucket.params) if owner[id(p)] in chosen]
+            if members:
+                pick = lambda values, members=members: [values[i] for i in members]
+                kept.append(
+                    replace(bucket, params=pick(bucket.params), streams=pick(bucket.streams), names=pick(bucket.names))
+                )
+        if not kept:
+            fail(type(optimizer).__name__, "subset", "trainable parameters in every part", f"none in {chosen}")
+        return kept
+
+    def _layers(self, optimizer: ZerothOrder) -> dict[int, int | None]:
+        """Layer of each parameter, by id; None: in no layer."""
+        pattern, owner = re.compile(self.layers), {}
+        for group in optimizer.param_groups:
+            if group["params"] and "param_names" not in group:
+                fail(type(optimizer).__name__, "subset", "named parameters (model.named_parameters())", "unnamed ones")
+            for name, param in zip(group.get("param_names", ()), group["params"], strict=True):
+                found = pattern.search(name)
+                owner[id(param)] = int(found.group(1)) if found else None
+        if all(layer is None for layer in owner.values()):
+            got = ", ".join(repr(n) for g in optimizer.param_groups for n in g.get("param_names", ())[:2])
+            fail(type(optimizer).__name__, "subset", f"names with a layer number ({self.layers!r})", got)
+        return owner
+
+    def _chosen(self, optimizer: ZerothOrder, layers: list[int]) -> set[int | None]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Blocks(Subset):
+    """Block coordinate descent: one block a time, for ``period`` steps.
+
+    A block is ``size`` consecutive layers, and one more holds what is in no layer (embeddings, head).
+
+    Source: ZO-LLM, Zhang et al. 2024 (arXiv 2402.11592).
+    """
+
+    size: int = 1
+    period: int = 1
+    #: "cyclic": in their order; "random": drawn anew for each period.
+    order: str = "cyclic"
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.period < 1:
+            fail("Blocks", "size, period", "integers >= 1", (self.size, self.period))
+        if self.order not in ("cyclic", "random"):
+            fail("Blocks", "order", "'cyclic' or 'random'", repr(self.order))
+
+    def _chosen(self, optimizer: ZerothOrder, layers: list[int]) -> set[int | None]:
+        blocks: list[set[int | None]] = [set(layers[i : i + self.size]) for i in range(0, len(layers), self.size)]
+        if any(layer is None for layer in self._layers(optimizer).values()):
+            blocks.append({None})
+        turn = optimizer.step_count // self.period
+        if self.order == "random":
+            turn = derive_seed_int(optimizer.seed, turn, _FIRST_K)
+        return blocks[turn % len(blocks)]
+
+
+@dataclass(frozen=True)
+class LayerSkip(Subset):
+    """Each step leaves out round(skipped * layers) layers, drawn anew; what is in no layer always takes part.
+
+    Source: LeZO, Wang et al. 2024 (arXiv 2410.09823).
+    """
+
+    #: Share of the layers left out.
+    skipped: float = field(default=0.75)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.skipped < 1:
+            fail("LayerSkip", "skipped", "a number in [0, 1)", self.skipped)
+
+    def _chosen(self, optimizer: ZerothOrder, layers: list[int]) -> set[int | None]:
+        order = sorted(
+            layers, key=lambda layer: derive_seed_int(optimizer.seed, optimizer.step_count, _FIRST_K - layer)
+        )
+        return {None, *order[round(self.skipped * len(layers)) :]}
