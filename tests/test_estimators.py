@@ -8,13 +8,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from estimator_cases import CASES, FORWARD, METHODS, PERTURBING, build, plain_step, ranked, seeds_of
+from test_zosgd_capturable import NoReads
 from torch import nn
 from torch.autograd import forward_ad
 from zosgd_cases import BOTH, batch, combined, loss_of, mlp, same_bits, weights
 
 import zokernels as zk
-from zokernels.optim import FZOO, ZOSGD, ForwardGradient, ZOConservative, ZORankSGD
+from zokernels.optim import FZOO, ZOSGD, ForwardGradient, ZerothOrder, ZOConservative, ZORankSGD
 from zokernels.optim.estimators import OneSided, Ranking, StdNormalized, TwoSided
+from zokernels.optim.rules import Rule
+
+# torch's forward-mode derivatives are compiled by torch.jit.script when first used.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 
 
 def trained(model):
@@ -275,8 +280,6 @@ def test_capturable_equals_the_ordinary_step(method, restore, dtype):
 
 @CASES
 def test_nothing_is_read_back(method, restore):
-    from test_zosgd_capturable import NoReads
-
     model, data = mlp(), batch()
     opt = build(method, model.named_parameters(), restore=restore, capturable=True, clip=1.0)
     with NoReads():
@@ -499,3 +502,49 @@ def test_a_rank_is_not_for_graphs():
     opt = ZORankSGD([p], lr=0.1, capturable=True)
     with pytest.raises(ValueError, match="ZORankSGD: rank: expected capturable=False"):
         opt.step(lambda: p.sum(), rank=lambda results: range(8))
+
+
+# --- a rule with state ---
+
+
+class Momentum(Rule):
+    """m <- beta m + sum_k g_k z_k, theta <- theta - lr m, with m in the optimizer's state."""
+
+    def update(self, optimizer, bucket, seeds, g, finite):
+        assert not bucket.at  # restored before
+        assert seeds.numel() == g.numel() == optimizer.estimator.directions
+        for p, stream in zip(bucket.params, bucket.streams, strict=True):
+            z = torch.stack([zk.noise(p.shape, seed=s, stream=stream, dist=bucket.dist) for s in seeds])
+            state = optimizer.state[p]
+            state["m"] = 0.5 * state.get("m", torch.zeros_like(p)) + torch.tensordot(g, z, 1)
+            p.sub_(bucket.group["lr"] * state["m"])
+
+
+@BOTH
+def test_a_rule_may_keep_state(restore, rng):
+    """It gets restored weights, seeds and g; its state is saved, and not touched by a skipped step."""
+    data, seed = batch(), rng.getrandbits(64)
+    make = lambda m: ZerothOrder(m.named_parameters(), 0.05, seed=seed, restore=restore, estimator=TwoSided(2),
+                                 rule=Momentum())  # fmt: skip
+    model, plain = mlp(), mlp()
+    opt, sgd = make(model), ZOSGD(plain.named_parameters(), 0.05, seed=seed, restore=restore, directions=2)
+    for m, o in ((model, opt), (plain, sgd)):
+        run(m, o, 1, data)
+    torch.testing.assert_close(weights(model), weights(plain), rtol=1e-5, atol=1e-6)
+    run(model, opt, 1, data)
+    held = {p: s["m"].clone() for p, s in opt.state.items()}
+    with pytest.warns(UserWarning, match="ZerothOrder: 1 step"):
+        opt.step(lambda: loss_of(model, *data) * float("nan"))
+    assert all(torch.equal(opt.state[p]["m"], m) for p, m in held.items())
+    file = io.BytesIO()
+    torch.save((model.state_dict(), opt.state_dict()), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    again = mlp()
+    opt2 = make(again)
+    again.load_state_dict(saved[0])
+    opt2.load_state_dict(saved[1])
+    for m, o in ((model, opt), (again, opt2)):
+        run(m, o, 2, data)
+    assert same_bits(weights(model), weights(again))
+    assert len(opt2.state) == len(weights(model))

@@ -185,11 +185,11 @@ class FakeGenerator:
         return self.state["offset"]
 
 
-def test_both_forwards_of_a_graph_draw_from_equal_generators(monkeypatch):
+def test_all_forwards_of_a_graph_draw_from_equal_generators(monkeypatch):
     default = FakeGenerator({"offset": 8})
     monkeypatch.setattr(torch.cuda, "default_generators", (default,))
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
-    rng = GraphRng("ZOSGD", [torch.device("cpu"), torch.device("cuda:0")], 2)
+    rng = GraphRng("ZOSGD", [torch.device("cpu"), torch.device("cuda:0")], 3)
     graph = SimpleNamespace(register_generator_state=lambda g: g.state.update(registered=True))
     before = default.state
     with pytest.raises(RuntimeError, match=r"register_graph\(graph\) before the capture"), rng.forward(0):
@@ -197,11 +197,11 @@ def test_both_forwards_of_a_graph_draw_from_equal_generators(monkeypatch):
     assert default.state is before
     rng.register(graph)
     draws = []
-    for index in (0, 1):
+    for index in range(3):
         with rng.forward(index):
             draws.append((default.draw(), default.draw(), torch.rand(()).item()))
         assert default.state is before
-    assert draws[0] == draws[1]
+    assert draws[0] == draws[1] == draws[2]
     assert draws[0][:2] == (12, 16)
     assert default.state == {"offset": 8}
 
