@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from estimator_cases import CASES, FORWARD, METHODS, PERTURBING, build, plain_step, ranked, seeds_of
 from test_zosgd_capturable import NoReads
+from test_zosgd_graph import capture, no_waiting, side_stream
 from torch import nn
 from torch.autograd import forward_ad
 from zosgd_cases import BOTH, batch, combined, loss_of, mlp, same_bits, weights
@@ -288,6 +289,36 @@ def test_nothing_is_read_back(method, restore):
     assert opt.step_count == 2
     with NoReads(), pytest.raises(AssertionError):
         assert int(opt.skipped_steps)
+
+
+@pytest.mark.gpu
+@CASES
+def test_replays_equal_eager_steps(method, restore):
+    """Four steps in a CUDA graph, and nothing that waits, whatever the method."""
+    data, results = [t.cuda() for t in batch()], []
+    for captured in (False, True):
+        model = mlp(torch.bfloat16, dropout=0.25).cuda()
+        lr = torch.tensor(0.05, device="cuda")
+        opt = build(method, model.named_parameters(), lr=lr, restore=restore, seed=3, capturable=True, clip=3.0)
+        closure = lambda: loss_of(model, *data)
+        torch.manual_seed(7)
+        for _ in range(2):
+            with side_stream():
+                opt.step(closure)
+        if captured:
+            with no_waiting():
+                graph, loss = capture(opt, closure)
+        for _ in range(4):
+            if captured:
+                graph.replay()
+            else:
+                with no_waiting(), side_stream():
+                    loss = opt.step(closure)
+        results.append(([loss.clone(), opt.last_projected_gradient.clone()], weights(model)))
+        assert opt.step_count == 6
+    (a, w1), (b, w2) = results
+    assert all(map(torch.equal, a, b))
+    assert same_bits(w1, w2)
 
 
 @CASES

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .groups import Bucket
-from .update import decay_of, is_zero, learning_rate
+from .update import decay_of, gated_decay, is_zero, learning_rate
 
 if TYPE_CHECKING:
     from .optimizer import ZerothOrder
@@ -67,7 +67,6 @@ class SGD(Rule):
         c = (decay * back - learning_rate(bucket.group, g) * g.double()).float()
         # The other side of torch.where as a tensor of the device: a number would be copied there, and waited for.
         coeffs = torch.where(finite, c, back.float()).to(bucket.device, non_blocking=True)
-        decay = torch.where(finite, decay.float(), torch.ones_like(decay, dtype=torch.float32))
         rounding_seed = seeds[:1]
         if bucket.ahead is not None:
             seeds, coeffs = torch.cat((seeds, bucket.ahead[0])), torch.cat((coeffs, bucket.ahead[1]))
@@ -75,7 +74,7 @@ class SGD(Rule):
             bucket,
             seeds,
             coeffs,
-            decay=decay.reshape(1).to(bucket.device, non_blocking=True) if bucket.group["weight_decay"] else None,
+            decay=gated_decay(decay, finite, bucket.device) if bucket.group["weight_decay"] else None,
             rounding=bucket.group["rounding"],
             rounding_seed=rounding_seed,
         )

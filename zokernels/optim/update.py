@@ -32,20 +32,23 @@ def descent(group: dict[str, Any], g: Tensor) -> Tensor:
     return -(learning_rate(group, g) * g.double()).float()
 
 
-def decay_of(group: dict[str, Any], like: Tensor) -> Tensor:
-    """1 - lr * weight_decay: float64, 0-dim, on the device of ``like``."""
-    one = torch.ones((), dtype=torch.float64, device=like.device)
-    return one - learning_rate(group, like) * group["weight_decay"]
+def decay_of(group: dict[str, Any], like: Tensor) -> float | Tensor:
+    """1 - lr * weight_decay; where lr is a tensor, as :func:`learning_rate`."""
+    return 1 - learning_rate(group, like) * group["weight_decay"]
 
 
 def gate(buckets: list[Bucket], gradients: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """``gradients`` (fp32 [q] of each bucket), and whether all of them, every lr * g and every decay are finite in fp32
-    (bool, 0-dim); where one is not, all are 0."""
-    checked = []
-    for b, g in zip(buckets, gradients, strict=True):
-        checked += [g, descent(b.group, g), decay_of(b.group, g).float().reshape(1)]
-    finite = torch.isfinite(torch.cat(checked)).all()
+    """``gradients`` (fp32 [q] of each bucket), all 0 unless each of them and each lr * g is finite in fp32; and whether
+    that is so (bool, 0-dim)."""
+    steps = [descent(b.group, g) for b, g in zip(buckets, gradients, strict=True)]
+    finite = torch.isfinite(torch.cat((*gradients, *steps))).all()
     return [torch.where(finite, g, torch.zeros_like(g)) for g in gradients], finite
+
+
+def gated_decay(decay: float | Tensor, finite: Tensor, device: torch.device) -> Tensor:
+    """``decay`` as fp32 [1] on ``device``; 1 unless ``finite``."""
+    one = torch.ones(1, dtype=torch.float64, device=finite.device)
+    return torch.where(finite, decay * one, one).float().to(device, non_blocking=True)
 
 
 def is_zero(lr: float | Tensor) -> bool:
