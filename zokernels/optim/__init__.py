@@ -1,7 +1,52 @@
-"""Optimizers on the noise contract: they hold a seed and a step counter instead of per-weight state."""
+"""Optimizers on the noise contract: they hold a seed and a step counter instead of per-weight state.
 
-from .methods import FZOO, ForwardGradient, ZOConservative, ZORankSGD
+An optimizer is an estimator (where the closure runs), a direction (what z is), a subset (which parameters take part)
+and an update rule; the named classes put them together.
+"""
+
+from .low_rank import FreshFactors, KeptRight, Subspace, TemporalFactor
+from .masks import GivenMask, MagnitudeMask, RandomMask
+from .methods import (
+    EGGROLL,
+    FZOO,
+    LOZO,
+    ZOBCD,
+    ForwardGradient,
+    LeZO,
+    SparseMeZO,
+    SubZero,
+    TeZO,
+    ZOConservative,
+    ZORankSGD,
+)
 from .optimizer import ZerothOrder
+from .scaling import Sphere, TensorScale
+from .subset import Blocks, LayerSkip
 from .zosgd import ZOSGD
 
-__all__ = ["FZOO", "ZOSGD", "ForwardGradient", "ZOConservative", "ZORankSGD", "ZerothOrder"]
+__all__ = [
+    "EGGROLL",
+    "FZOO",
+    "LOZO",
+    "ZOBCD",
+    "ZOSGD",
+    "Blocks",
+    "ForwardGradient",
+    "FreshFactors",
+    "GivenMask",
+    "KeptRight",
+    "LayerSkip",
+    "LeZO",
+    "MagnitudeMask",
+    "RandomMask",
+    "SparseMeZO",
+    "Sphere",
+    "SubZero",
+    "Subspace",
+    "TeZO",
+    "TemporalFactor",
+    "TensorScale",
+    "ZOConservative",
+    "ZORankSGD",
+    "ZerothOrder",
+]

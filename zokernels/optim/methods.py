@@ -1,4 +1,4 @@
-"""Named optimizers that are an estimator and a rule: arguments beyond their own are those of :class:`ZerothOrder`."""
+"""Named optimizers that are parts put together: arguments beyond their own are those of :class:`ZerothOrder`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from .estimators import ForwardMode, Ranking, StdNormalized, TwoSided
 from .exact import ExactProbe, TangentProbe
 from .groups import Bucket
 from .loss import Derivatives, Places
+from .low_rank import FreshFactors, KeptRight, Subspace, TemporalFactor
+from .masks import MagnitudeMask
 from .optimizer import ZerothOrder
 from .rules import SGD, Conservative
+from .subset import LAYERS, Blocks, LayerSkip
+from .zosgd import ZOSGD
 
 
 class FZOO(ZerothOrder):
@@ -138,3 +142,88 @@ class ForwardGradient(ZerothOrder):
 
     def _probe(self, buckets: list[Bucket], seeds: dict[torch.device, Tensor]) -> ExactProbe:
         return TangentProbe(self._op, buckets, seeds, self._pool, self._told)
+
+
+class SparseMeZO(ZOSGD):
+    """:class:`ZOSGD` on the ``density`` smallest weights of each tensor; the others never move.
+
+    One bit a weight of extra memory (:class:`MagnitudeMask`).
+
+    Source: Liu et al., 2024, arXiv 2402.15751 (density = 1 - its sparsity).
+    """
+
+    def __init__(self, params, *args, density: float = 0.25, refresh: int | None = None, **options) -> None:
+        super().__init__(params, *args, direction=MagnitudeMask(density, refresh), **options)
+
+
+class LeZO(ZOSGD):
+    """:class:`ZOSGD` that leaves out a random ``skipped`` share of the layers in each step (:class:`LayerSkip`).
+
+    Source: Wang et al., 2024, arXiv 2410.09823.
+    """
+
+    def __init__(self, params, *args, skipped: float = 0.75, layers: str = LAYERS, **options) -> None:
+        super().__init__(params, *args, subset=LayerSkip(layers, skipped), **options)
+
+
+class ZOBCD(ZOSGD):
+    """:class:`ZOSGD` by block coordinate descent: ``size`` layers at a time, for ``period`` steps (:class:`Blocks`).
+
+    Source: ZO-LLM, Zhang et al., 2024, arXiv 2402.11592.
+    """
+
+    def __init__(
+        self,
+        params,
+        *args,
+        size: int = 1,
+        period: int = 1,
+        order: str = "cyclic",
+        layers: str = LAYERS,
+        **options,
+    ) -> None:
+        super().__init__(params, *args, subset=Blocks(layers, size, period, order), **options)
+
+
+class LOZO(ZOSGD):
+    """:class:`ZOSGD` along U V^T / sqrt(rank), V kept for ``interval`` steps (:class:`KeptRight`).
+
+    The paper perturbs by its eps times U V^T and updates by U V^T / r: this class with eps times sqrt(r).
+
+    Source: Chen et al., 2024, arXiv 2410.07698.
+    """
+
+    def __init__(self, params, *args, rank: int = 4, interval: int | None = 50, **options) -> None:
+        super().__init__(params, *args, direction=KeptRight(rank, interval), **options)
+
+
+class SubZero(ZOSGD):
+    """:class:`ZOSGD` in a random subspace of each layer, kept for ``interval`` steps (:class:`Subspace`).
+
+    Source: Yu et al., 2024, arXiv 2410.08989.
+    """
+
+    def __init__(self, params, *args, rank: int = 16, interval: int | None = 500, **options) -> None:
+        super().__init__(params, *args, direction=Subspace(rank, interval), **options)
+
+
+class TeZO(ZOSGD):
+    """:class:`ZOSGD` along a sum of kept outer products with fresh weights (:class:`TemporalFactor`).
+
+    Source: Sun et al., 2025, arXiv 2501.19057.
+    """
+
+    def __init__(self, params, *args, rank: int = 16, **options) -> None:
+        super().__init__(params, *args, direction=TemporalFactor(rank), **options)
+
+
+class EGGROLL(ZOSGD):
+    """:class:`ZOSGD` along A B^T / sqrt(rank), drawn anew for each of ``directions`` pairs (:class:`FreshFactors`).
+
+    Evolution strategies at large populations; ``directions`` is half the population, each with its mirror image.
+
+    Source: Sarkar et al., 2025, arXiv 2511.16652.
+    """
+
+    def __init__(self, params, *args, rank: int = 1, directions: int = 8, **options) -> None:
+        super().__init__(params, *args, directions=directions, direction=FreshFactors(rank), **options)

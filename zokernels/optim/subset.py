@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..checks import fail
@@ -102,7 +102,7 @@ class LayerSkip(Subset):
     """
 
     #: Share of the layers left out.
-    skipped: float = field(default=0.75)
+    skipped: float = 0.75
 
     def __post_init__(self) -> None:
         if not 0 <= self.skipped < 1:

@@ -1,0 +1,217 @@
+"""Directions of low rank for matrices: z = L R^T, factors drawn when needed, the product never stored.
+
+Tensors of more dimensions are [m, n] matrices of their first dimension and the rest; vectors take dense noise.  Every
+element of z has variance 1, so eps and lr mean what they mean for dense noise.  The drawn factors are scratch of
+(m + n) r numbers for the parameters at hand; what is kept between steps is drawn again from its seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ..checks import fail
+from ..functional import combine_, low_rank, low_rank_
+from .direction import Dense, Direction, derived_seed
+from .masks import check_refresh
+
+if TYPE_CHECKING:
+    from .groups import Bucket
+    from .optimizer import ZerothOrder
+
+#: k of the seed of factors that are kept: far above any direction's.
+_FACTOR_K = 0x80000001
+
+
+Shapes = list[tuple[int, int]]
+
+
+def _draw(
+    shapes: list[tuple[int, int]], seed: Tensor, streams: list[int], offsets: list[int], c: float
+) -> list[Tensor]:
+    """c z [rows, columns] in fp32, of each stream from its offset on: one combine over -0.0."""
+    out = [torch.full(shape, -0.0, dtype=torch.float32, device=seed.device) for shape in shapes]
+    combine_(out, seed, c, streams=streams, offsets=offsets)
+    return out
+
+
+def _orthonormal(x: Tensor) -> Tensor:
+    """Columns that span those of ``x`` (float64 QR, rounded to fp32)."""
+    return torch.linalg.qr(x.double()).Q.float().contiguous()
+
+
+class _Factored(Dense):
+    """Applies ``kind`` to matrices and dense noise to the rest."""
+
+    def __init__(self, kind: LowRank, kept_seed: Tensor, cache: dict[tuple, Any]) -> None:
+        self._kind, self._kept_seed, self._cache = kind, kept_seed, cache
+
+    def _apply(
+        self,
+        bucket: Bucket,
+        out: Sequence[Tensor] | None,
+        params: Sequence[Tensor],
+        streams: Sequence[int],
+        seeds: Tensor,
+        coeffs: Tensor,
+        **rounding: Any,
+    ) -> None:
+        wide = [i for i, p in enumerate(params) if p.dim() >= 2]
+        flat = [i for i, p in enumerate(params) if p.dim() < 2]
+        pick = lambda values, at: [values[i] for i in at]
+        if flat:
+            noise = self.noise(bucket, pick(params, flat), pick(streams, flat), seeds, coeffs)
+            if out is None:
+                combine_(pick(params, flat), **noise, **rounding)
+            else:
+                Dense().perturb(
+                    bucket, pick(out, flat), pick(params, flat), pick(streams, flat), seeds, coeffs, **rounding
+                )
+        if wide:
+            matrices, places = pick(params, wide), pick(streams, wide)
+            left, right = self.factors(matrices, places, seeds)
+            if out is None:
+                low_rank_(matrices, left, right, coeffs, streams=places, **rounding)
+            else:
+                low_rank(pick(out, wide), matrices, left, right, coeffs, streams=places, **rounding)
+
+    def factors(self, params: list[Tensor], streams: list[int], seeds: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """[K, m, r] and [K, n, r] of each parameter for K seeds."""
+        shapes = [(p.shape[0], p.numel() // p.shape[0]) for p in params]
+        kept = self._kind.kept(shapes, streams, self._kept_seed, self._cache)
+        pairs = [self._kind.drawn(shapes, streams, seeds[k : k + 1], kept) for k in range(len(seeds))]
+        empty = lambda rows: torch.empty(0, rows, self._kind.rank, device=seeds.device)
+        if not pairs:
+            return [empty(m) for m, _ in shapes], [empty(n) for _, n in shapes]
+        return tuple([torch.stack([pair[side][t] for pair in pairs]) for t in range(len(shapes))] for side in (0, 1))  # type: ignore[return-value]
+
+    def perturb(self, bucket, out, params, streams, seeds, coeffs, decay=None) -> None:
+        self._apply(bucket, out, params, streams, seeds, coeffs, decay=decay)
+
+    def move(self, bucket: Bucket, seeds: Tensor, coeffs: Tensor) -> None:
+        self._apply(bucket, None, bucket.params, bucket.streams, seeds, coeffs)
+
+    def update(self, bucket: Bucket, seeds: Tensor, coeffs: Tensor, **rounding: Any) -> None:
+        self._apply(bucket, None, bucket.params, bucket.streams, seeds, coeffs, **rounding)
+
+    def step(self, bucket: Bucket, rule: str, *args: Any, **options: Any) -> NoReturn:
+        fail(type(self._kind).__name__, "rule", "SGD: a rule with state needs every element of z", repr(rule))
+
+
+@dataclass(frozen=True)
+class LowRank(Direction):
+    """What the kinds share.  ``refresh``: steps for which what is kept stays; None: for the whole run."""
+
+    rank: int = 4
+    refresh: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+            fail(type(self).__name__, "rank", "an integer >= 1", repr(self.rank))
+        check_refresh(type(self).__name__, self.refresh)
+
+    def prepare(self, optimizer: ZerothOrder, buckets: list[Bucket], seeds: dict[torch.device, Tensor]) -> None:
+        window = self.window(optimizer)
+        for bucket in buckets:
+            seed = derived_seed(optimizer, window, _FACTOR_K, bucket.device)
+            bucket.direction = _Factored(self, seed, self._cache(optimizer, window))
+
+    def _cache(self, optimizer: ZerothOrder, window: int) -> dict[tuple, Any]:
+        """Of what is too dear to draw again in every call; it dies with the window."""
+        return {}
+
+    def kept(self, shapes: Shapes, streams: list[int], seed: Tensor, cache: dict[tuple, Any]) -> Any:
+        """What stays for a window, for the matrices at hand."""
+        return None
+
+    def drawn(self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """Left [m, r] and right [n, r] factors of one direction."""
+        raise NotImplementedError
+
+    def _left(self, shapes, streams, seed, c: float) -> list[Tensor]:
+        return _draw([(m, self.rank) for m, _ in shapes], seed, streams, [0] * len(shapes), c)
+
+    def _right(self, shapes, streams, seed) -> list[Tensor]:
+        """Of the same seed and stream as the left factors, behind their elements."""
+        return _draw([(n, self.rank) for _, n in shapes], seed, streams, [m * self.rank for m, _ in shapes], 1.0)
+
+
+@dataclass(frozen=True)
+class KeptRight(LowRank):
+    """z = U V^T / sqrt(r): U fresh in every direction, V kept (LOZO)."""
+
+    refresh: int | None = 50
+
+    def kept(self, shapes, streams, seed, cache):
+        return self._right(shapes, streams, seed)
+
+    def drawn(self, shapes, streams, seed, kept):
+        return self._left(shapes, streams, seed, self.rank**-0.5), kept
+
+
+@dataclass(frozen=True)
+class FreshFactors(LowRank):
+    """z = A B^T / sqrt(r), both fresh in every direction (EGGROLL)."""
+
+    def drawn(self, shapes, streams, seed, kept):
+        return self._left(shapes, streams, seed, self.rank**-0.5), self._right(shapes, streams, seed)
+
+
+@dataclass(frozen=True)
+class TemporalFactor(LowRank):
+    """z = sum_s tau_s u_s v_s^T / sqrt(r): u and v kept, tau [r] fresh in every direction (TeZO)."""
+
+    def kept(self, shapes, streams, seed, cache):
+        return self._left(shapes, streams, seed, self.rank**-0.5), self._right(shapes, streams, seed)
+
+    def drawn(self, shapes, streams, seed, kept):
+        tau = _draw([(1, self.rank)] * len(shapes), seed, streams, [0] * len(shapes), 1.0)
+        left, right = kept
+        return [u * t for u, t in zip(left, tau, strict=True)], right
+
+
+@dataclass(frozen=True)
+class Subspace(LowRank):
+    """z = sqrt(m n) / r * U G V^T: U and V with orthonormal columns, kept; G [r, r] fresh in every direction (SubZero).
+
+    U and V come from a QR factorisation in float64, whose last bits may depend on the machine and the device: alone
+    among the directions this one is the same bits only where LAPACK is the same.
+    """
+
+    refresh: int | None = 500
+
+    def prepare(self, optimizer: ZerothOrder, buckets: list[Bucket], seeds: dict[torch.device, Tensor]) -> None:
+        for bucket in buckets:
+            for p in bucket.params:
+                if p.dim() >= 2 and min(p.shape[0], p.numel() // p.shape[0]) < self.rank:
+                    fail("Subspace", "rank", f"at most the size of every matrix, {tuple(p.shape)}", self.rank)
+        super().prepare(optimizer, buckets, seeds)
+
+    def _cache(self, optimizer: ZerothOrder, window: int) -> dict[tuple, Any]:
+        key = (optimizer.seed, window)
+        held = optimizer.__dict__.setdefault("_subspaces", {})
+        if key not in held:
+            held.clear()
+            held[key] = {}
+        return held[key]
+
+    def kept(self, shapes, streams, seed, cache):
+        found = []
+        for shape, stream in zip(shapes, streams, strict=True):
+            key = (shape, stream, seed.device)
+            if key not in cache:
+                (left,), (right,) = self._left([shape], [stream], seed, 1.0), self._right([shape], [stream], seed)
+                cache[key] = _orthonormal(left), _orthonormal(right)
+            found.append(cache[key])
+        return found
+
+    def drawn(self, shapes, streams, seed, kept):
+        mixed = _draw([(self.rank, self.rank)] * len(shapes), seed, streams, [0] * len(shapes), 1.0)
+        left = [torch.full((m, self.rank), -0.0, device=seed.device) for m, _ in shapes]
+        scales = torch.cat([torch.full((1, 1), (m * n) ** 0.5 / self.rank, device=seed.device) for m, n in shapes])
+        low_rank_(left, [u[None] for u, _ in kept], [g[None] for g in mixed], scales, streams=streams)
+        return left, [v for _, v in kept]

@@ -1,0 +1,158 @@
+"""Sparse directions: z is 0 where a mask drops the element.  A mask is one bit a weight, or only a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..checks import fail
+from ..functional import pack_mask
+from .direction import Dense, Direction, derived_seed
+
+if TYPE_CHECKING:
+    from .groups import Bucket
+    from .optimizer import ZerothOrder
+
+#: k of the seed of a random mask: far above any direction's.
+_MASK_K = 0x80000000
+
+
+class _Packed(Dense):
+    """Noise where a packed mask has a 1; tensors without a mask take part as a whole."""
+
+    def __init__(self, masks: dict[int, Tensor]) -> None:
+        self._masks = masks
+
+    def noise(
+        self, bucket: Bucket, params: Sequence[Tensor], streams: Sequence[int], seeds: Tensor, coeffs: Tensor
+    ) -> dict[str, Any]:
+        masks = [self._masks[id(p)] for p in params]
+        return super().noise(bucket, params, streams, seeds, coeffs) | {"masks": masks}
+
+
+class _Random(Dense):
+    """Noise where the kernel's own draw keeps an element."""
+
+    def __init__(self, seed: Tensor, density: float) -> None:
+        self._mask = {"mask_seed": seed, "density": density}
+
+    def noise(
+        self, bucket: Bucket, params: Sequence[Tensor], streams: Sequence[int], seeds: Tensor, coeffs: Tensor
+    ) -> dict[str, Any]:
+        return super().noise(bucket, params, streams, seeds, coeffs) | self._mask
+
+
+def _check_density(name: str, density: float) -> None:
+    if not 0 < density <= 1:
+        fail(name, "density", "a number in (0, 1]", density)
+
+
+def check_refresh(name: str, refresh: int | None) -> None:
+    if refresh is not None and (not isinstance(refresh, int) or isinstance(refresh, bool) or refresh < 1):
+        fail(name, "refresh", "None or a number of steps >= 1", repr(refresh))
+
+
+class _KeptMask(Direction):
+    """Packed masks in ``optimizer.state[p]["mask"]``: saved with it, and frozen until the next refresh."""
+
+    def prepare(self, optimizer: ZerothOrder, buckets: list[Bucket], seeds: dict[torch.device, Tensor]) -> None:
+        fresh = self.begins_window(optimizer)
+        for bucket in buckets:
+            masks = {}
+            for p in bucket.params:
+                state = optimizer.state[p]
+                if fresh or "mask" not in state:
+                    state["mask"] = pack_mask(self.keep(optimizer, p))
+                masks[id(p)] = state["mask"]
+            bucket.direction = _Packed(masks)
+
+    def keep(self, optimizer: ZerothOrder, param: Tensor) -> Tensor:
+        """bool, of the parameter's shape.  ``param`` holds the unperturbed weights."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class MagnitudeMask(_KeptMask):
+    """The ``density`` smallest weights of each tensor move: \\|theta\\| <= the tensor's own quantile.
+
+    Measured before anything moves, so that a perturbed weight never changes the mask, and kept as bits until the next
+    ``refresh`` (a number of steps; None: for the whole run).
+
+    Source: Sparse-MeZO, Liu et al. 2024 (arXiv 2402.15751).
+    """
+
+    density: float = 0.25
+    refresh: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_density("MagnitudeMask", self.density)
+        check_refresh("MagnitudeMask", self.refresh)
+
+    def keep(self, optimizer: ZerothOrder, param: Tensor) -> Tensor:
+        size = param.detach().abs()
+        rank = max(1, round(self.density * size.numel()))
+        return size <= size.view(-1).float().kthvalue(rank).values
+
+
+@dataclass(frozen=True)
+class RandomMask(Direction):
+    """Each weight moves with probability ``density``, drawn in the kernel: nothing is stored.
+
+    The same weights for ``refresh`` steps (None: for the whole run).  The density is rounded to 1 / 65536.
+    """
+
+    density: float = 0.25
+    refresh: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_density("RandomMask", self.density)
+        check_refresh("RandomMask", self.refresh)
+
+    def prepare(self, optimizer: ZerothOrder, buckets: list[Bucket], seeds: dict[torch.device, Tensor]) -> None:
+        window = self.window(optimizer)
+        for bucket in buckets:
+            bucket.direction = _Random(derived_seed(optimizer, window, _MASK_K, bucket.device), self.density)
+
+
+@dataclass(frozen=True)
+class GivenMask(_KeptMask):
+    """Masks of your own, by parameter or its name: bool of its shape, or int64 flat indices of the weights that move.
+
+    A parameter without an entry moves as a whole.
+    """
+
+    masks: Mapping[Any, Tensor] = field(default_factory=dict)
+
+    def prepare(self, optimizer: ZerothOrder, buckets: list[Bucket], seeds: dict[torch.device, Tensor]) -> None:
+        known = {n for g in optimizer.param_groups for n in g.get("param_names", ())}
+        known |= {p for g in optimizer.param_groups for p in g["params"]}
+        if unknown := [key for key in self.masks if key not in known]:
+            name = unknown[0] if isinstance(unknown[0], str) else f"a tensor of shape {tuple(unknown[0].shape)}"
+            fail("GivenMask", "masks", "names or parameters of the optimizer", repr(name))
+        super().prepare(optimizer, buckets, seeds)
+
+    def keep(self, optimizer: ZerothOrder, param: Tensor) -> Tensor:
+        mask = self.masks.get(param)
+        for group in optimizer.param_groups:
+            for name, other in zip(group.get("param_names", ()), group["params"], strict=False):
+                if other is param and name in self.masks:
+                    mask = self.masks[name]
+        if mask is None:
+            return torch.ones(param.shape, dtype=torch.bool, device=param.device)
+        mask = mask.to(param.device)
+        if mask.dtype is torch.bool and mask.shape == param.shape:
+            return mask
+        if mask.dtype is not torch.int64 or mask.dim() != 1:
+            expected = f"bool of shape {tuple(param.shape)} or int64 flat indices"
+            fail("GivenMask", "masks", expected, f"{mask.dtype} of shape {tuple(mask.shape)}", TypeError)
+        if mask.numel() and not (mask.min() >= 0 and mask.max() < param.numel()):
+            fail(
+                "GivenMask", "masks", f"indices in [0, {param.numel()})", f"{mask.min().item()} to {mask.max().item()}"
+            )
+        keep = torch.zeros(param.numel(), dtype=torch.bool, device=param.device)
+        keep[mask] = True
+        return keep.view(param.shape)
