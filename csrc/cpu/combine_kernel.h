@@ -53,58 +53,94 @@ template <class L>
 struct Storage<L, DType::f16> {
   using T = uint16_t;
   using U = typename L::U;
-  static ZK_HD void load(const T* p, typename L::F x[8]) {
-    U w[4];
-    L::load_words(reinterpret_cast<const uint32_t*>(p), w);
-    for (int i = 0; i < 4; ++i) L::unpack_halves(w[i], x[2 * i], x[2 * i + 1]);
-  }
+  static ZK_HD void load(const T* p, typename L::F x[8]) { L::load_halves(p, x); }
   template <bool Stochastic>
   static ZK_HD void store(T* p, const typename L::F x[8], const Words<U>& random) {
-    U w[4];
+    typename L::F y[8];
     for (int i = 0; i < 4; ++i) {
-      w[i] = Stochastic ? L::pack_halves(half_stochastic(x[2 * i], random.w[i] & Splat<U>::of(0xffffu)),
-                                         half_stochastic(x[2 * i + 1], random.w[i] >> 16))
-                        : L::pack_halves(x[2 * i], x[2 * i + 1]);
+      y[2 * i] = Stochastic ? half_stochastic(x[2 * i], random.w[i] & Splat<U>::of(0xffffu)) : x[2 * i];
+      y[2 * i + 1] = Stochastic ? half_stochastic(x[2 * i + 1], random.w[i] >> 16) : x[2 * i + 1];
     }
-    L::store_words(reinterpret_cast<uint32_t*>(p), w);
+    L::store_halves(p, y);
   }
 };
+
+template <class L>
+ZK_HD PhiloxState<L> begin_draw(const PhiloxKey& key, uint64_t block, uint32_t stream, Domain domain) {
+  return {L::counter(static_cast<uint32_t>(block)), static_cast<uint32_t>(block >> 32), stream, domain, key};
+}
 
 template <class L>
 ZK_HD Words<typename L::U> draw(const PhiloxKey& key, uint64_t block, uint32_t stream, Domain domain) {
   return philox<L>(L::counter(static_cast<uint32_t>(block)), static_cast<uint32_t>(block >> 32), stream, domain, key);
 }
 
-// One direction's noise for the eight elements of each block of a tile: drawn once, added with any coefficient.
+// The noise of a run of tiles, asked for in order: every direction of a tile, then the next tile.
+// scratch: kScratchPerDirection bytes a direction.
 template <class L, Domain Dist>
-struct TileNoise;
+struct Noise;
 
+// Words are drawn one request ahead, two rounds next to each pair of the transform: each alone is a chain of dependent
+// instructions that leaves the machine idle half of the time.
 template <class L>
-struct TileNoise<L, kNormal> {
+struct Noise<L, kNormal> {
   using F = typename L::F;
+  const Direction* directions;
+  int64_t count;
+  uint32_t stream;
+  Words<typename L::U> words{};
   F z[8];
-  ZK_HD TileNoise(const Direction& direction, int64_t, uint32_t stream, uint64_t block, const Words<typename L::U>*) {
-    normal8(draw<L>(direction.key, block, stream, kNormal), z);
+
+  ZK_HD Noise(const Direction* directions, int64_t count, uint32_t stream, uint64_t block, void*)
+      : directions(directions), count(count), stream(stream) {
+    if (count > 0) words = draw<L>(directions[0].key, block, stream, kNormal);
+  }
+  ZK_HD void enter(uint64_t) {}
+  ZK_HD void take(int64_t k, uint64_t block) {
+    const bool last = k + 1 == count;
+    const PhiloxKey& key = directions[last ? 0 : k + 1].key;
+    PhiloxState<L> state = begin_draw<L>(key, last ? block + L::width : block, stream, kNormal);
+    normal8(words, z, Splat<typename L::U>::of(kMantissa), [&](int p) __attribute__((always_inline)) {
+      state.round(key, 2 * p + 2);
+      state.round(key, 2 * p + 3);
+    });
+    words = state.words();
   }
   ZK_HD void add_to(const F from[8], F c, F to[8]) const {
     for (int e = 0; e < 8; ++e) to[e] = fma(c, z[e], from[e]);
   }
 };
 
-// signs: the words of the 32 blocks of the surrounding tile of 4096, [direction][group][word].
 template <class L>
-struct TileNoise<L, kRademacher> {
+struct Noise<L, kRademacher> {
   using F = typename L::F;
   using U = typename L::U;
-  U word;
-  ZK_HD TileNoise(const Direction&, int64_t k, uint32_t, uint64_t block, const Words<U>* signs) {
-    constexpr int groups = kRademacherBlocks / L::width;
+  static constexpr int groups = kRademacherBlocks / L::width;
+  const Direction* directions;
+  int64_t count;
+  uint32_t stream;
+  Words<U>* signs;  // the words of the 32 blocks of a tile of 4096, [direction][group]
+  uint64_t signs_of = ~uint64_t{0};
+  U bits[4];  // bit 30 for the first and bit 31 for the second element of a pair
+
+  ZK_HD Noise(const Direction* directions, int64_t count, uint32_t stream, uint64_t, void* scratch)
+      : directions(directions), count(count), stream(stream), signs(static_cast<Words<U>*>(scratch)) {}
+  ZK_HD void enter(uint64_t block) {
+    if (block / (kRademacherTile / 8) == signs_of) return;
+    signs_of = block / (kRademacherTile / 8);
+    for (int64_t k = 0; k < count; ++k) {
+      for (int g = 0; g < groups; ++g) {
+        signs[k * groups + g] = draw<L>(directions[k].key, signs_of * kRademacherBlocks + g * L::width, stream, kRademacher);
+      }
+    }
+  }
+  ZK_HD void take(int64_t k, uint64_t block) {
     const int vec = static_cast<int>(block & (kRademacherTile / 8 - 1));
-    const int byte = vec >> 5;
-    word = signs[k * groups + (vec & 31) / L::width].w[byte >> 2] >> (8 * (byte & 3));
+    const Words<U>& words = signs[k * groups + (vec & 31) / L::width];
+    for (int i = 0; i < 4; ++i) bits[i] = L::sign_bits(words.w, i, vec >> 5);
   }
   ZK_HD void add_to(const F from[8], F c, F to[8]) const {
-    for (int e = 0; e < 8; ++e) to[e] = add(from[e], signed_coefficient(word, e, c));  // fma(c, +-1, from)
+    for (int e = 0; e < 8; ++e) to[e] = add(from[e], signed_coefficient(bits[e >> 1], 30 + (e & 1), c));  // fma(c, +-1, from)
   }
 };
 
@@ -117,16 +153,18 @@ struct Pointers {
 // One tile: acc = decay * theta + sum c_k z_k, rounded once; then the fan-out.
 template <class L, DType D, Domain Dist, bool Stochastic>
 ZK_HD void combine_tile(const Combine& op, uint32_t stream, uint64_t block,
-                        const Pointers<typename Storage<L, D>::T>& at, const Words<typename L::U>* signs) {
+                        const Pointers<typename Storage<L, D>::T>& at, Noise<L, Dist>& noise) {
   using F = typename L::F;
   using S = Storage<L, D>;
+  noise.enter(block);
   F acc[8];
   S::load(at.in, acc);
   if (op.has_decay) {
     for (int e = 0; e < 8; ++e) acc[e] = mul(Splat<F>::of(op.decay), acc[e]);
   }
   for (int64_t k = 0; k < op.count; ++k) {
-    TileNoise<L, Dist>(op.directions[k], k, stream, block, signs).add_to(acc, Splat<F>::of(op.directions[k].coeff), acc);
+    noise.take(k, block);
+    noise.add_to(acc, Splat<F>::of(op.directions[k].coeff), acc);
   }
   if (at.out != nullptr) {
     Words<typename L::U> random{};
@@ -136,7 +174,7 @@ ZK_HD void combine_tile(const Combine& op, uint32_t stream, uint64_t block,
   if (op.fan_out) {
     if (at.out != nullptr) S::load(at.out, acc);  // as rounded
     const Direction& probe = op.directions[op.count];
-    const TileNoise<L, Dist> noise(probe, op.count, stream, block, signs);
+    noise.take(op.count, block);
     F side[8];
     noise.add_to(acc, Splat<F>::of(probe.coeff), side);
     S::template store<false>(at.plus, side, {});
@@ -161,41 +199,26 @@ void combine_elements(const Combine& op, const Span& span, void* scratch) {
   constexpr int64_t tile = 8 * L::width;
   const Pointers<T> whole = {static_cast<const T*>(span.in), static_cast<T*>(span.out), static_cast<T*>(span.plus),
                              static_cast<T*>(span.minus)};
-  auto* signs = static_cast<Words<typename L::U>*>(scratch);
-  uint64_t signs_of = ~uint64_t{0};
-  const int64_t directions = op.count + (op.fan_out ? 1 : 0);
-
   // Logical indices; positions in the tensor are differences, to stay inside the arrays.
   uint64_t at = span.offset + static_cast<uint64_t>(span.begin);
   const uint64_t end = span.offset + static_cast<uint64_t>(span.end);
+  Noise<L, Dist> noise(op.directions, op.count + (op.fan_out ? 1 : 0), span.stream, (at - at % tile) / 8, scratch);
   while (at < end) {
     const uint64_t base = at - at % tile;
     const uint64_t stop = end - base < static_cast<uint64_t>(tile) ? end : base + tile;
-    if constexpr (Dist == kRademacher) {
-      if (const uint64_t sign_tile = base / kRademacherTile; sign_tile != signs_of) {
-        constexpr int groups = kRademacherBlocks / L::width;
-        for (int64_t k = 0; k < directions; ++k) {
-          for (int g = 0; g < groups; ++g) {
-            const uint64_t block = sign_tile * kRademacherBlocks + g * L::width;
-            signs[k * groups + g] = draw<L>(op.directions[k].key, block, span.stream, kRademacher);
-          }
-        }
-        signs_of = sign_tile;
-      }
-    }
     const int64_t first = static_cast<int64_t>(at - span.offset);
     const auto moved = [first](T* p) { return p != nullptr ? p + first : nullptr; };
     const Pointers<T> here = {whole.in + first, moved(whole.out), moved(whole.plus), moved(whole.minus)};
     if (stop - at == static_cast<uint64_t>(tile)) {
       prefetch(here.in, tile * sizeof(T));
       if (here.out != here.in) prefetch(here.out, tile * sizeof(T));
-      combine_tile<L, D, Dist, Stochastic>(op, span.stream, base / 8, here, signs);
+      combine_tile<L, D, Dist, Stochastic>(op, span.stream, base / 8, here, noise);
     } else {
       alignas(64) T theta[tile] = {}, plus[tile], minus[tile];
       const int64_t skip = static_cast<int64_t>(at - base), bytes = static_cast<int64_t>(stop - at) * sizeof(T);
       __builtin_memcpy(theta + skip, here.in, bytes);
       const Pointers<T> buffered = {theta, here.out != nullptr ? theta : nullptr, plus, minus};
-      combine_tile<L, D, Dist, Stochastic>(op, span.stream, base / 8, buffered, signs);
+      combine_tile<L, D, Dist, Stochastic>(op, span.stream, base / 8, buffered, noise);
       if (here.out != nullptr) __builtin_memcpy(here.out, theta + skip, bytes);
       if (op.fan_out) {
         __builtin_memcpy(here.plus, plus + skip, bytes);

@@ -29,11 +29,14 @@ struct Portable : Scalar {
     return sign | (mag + 0xfffu + (mag >> 13 & 1u) - 0x38000000u) >> 13;
   }
 
-  static void unpack_halves(U w, F& x0, F& x1) {
-    x0 = from_half(w & 0xffffu);
-    x1 = from_half(w >> 16);
+  static void load_halves(const uint16_t* p, F x[8]) {
+    for (int e = 0; e < 8; ++e) x[e] = from_half(p[e]);
   }
-  static U pack_halves(F x0, F x1) { return to_half(x0) | to_half(x1) << 16; }
+  static void store_halves(uint16_t* p, const F x[8]) {
+    for (int e = 0; e < 8; ++e) p[e] = static_cast<uint16_t>(to_half(x[e]));
+  }
+
+  static U sign_bits(const U w[4], int i, int byte) { return w[byte >> 2] >> (8 * (byte & 3)) << (30 - 2 * i); }
 };
 
 }  // namespace zk::cpu

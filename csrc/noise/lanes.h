@@ -117,6 +117,12 @@ ZK_HD void mul_wide(uint32_t c, uint32_t m, uint32_t& hi, uint32_t& lo) {
   lo = static_cast<uint32_t>(p);
 }
 
-ZK_HD uint32_t join(uint32_t c) { return c; }
+// The four counter words after the last round as words of noise, in memory order where there are more lanes than one.
+ZK_HD void join(const uint32_t x[4], uint32_t w[4]) {
+  for (int i = 0; i < 4; ++i) w[i] = x[i];
+}
+
+// The words of the same block that follow those of register i, cyclically.
+ZK_HD uint32_t next_word(const uint32_t w[4], int i) { return w[(i + 1) & 3]; }
 
 }  // namespace zk
