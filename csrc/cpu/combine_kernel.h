@@ -41,9 +41,9 @@ struct Storage<L, DType::bf16> {
     U w[4];
     for (int i = 0; i < 4; ++i) {
       const U b0 = bits(x[2 * i]), b1 = bits(x[2 * i + 1]);
-      const U low = Stochastic ? bf16_stochastic(b0, random.w[i] & Splat<U>::of(0xffffu)) : bf16_nearest(b0);
-      const U high = Stochastic ? bf16_stochastic(b1, random.w[i] >> 16) : bf16_nearest(b1);
-      w[i] = and_or(high, Splat<U>::of(0xffff0000u), low >> 16);
+      w[i] = Stochastic ? high_halves(bf16_stochastic(b0, random.w[i] & Splat<U>::of(0xffffu)),
+                                      bf16_stochastic(b1, random.w[i] >> 16))
+                        : L::pack_bf16(b0, b1);
     }
     L::store_words(reinterpret_cast<uint32_t*>(p), w);
   }
@@ -95,7 +95,7 @@ struct Noise<L, kNormal> {
       : directions(directions), count(count), stream(stream) {
     if (count > 0) words = draw<L>(directions[0].key, block, stream, kNormal);
   }
-  ZK_HD void enter(uint64_t) {}
+  ZK_HD uint64_t enter(uint64_t, uint64_t stop) { return stop; }
   ZK_HD void take(int64_t k, uint64_t block) {
     const bool last = k + 1 == count;
     const PhiloxKey& key = directions[last ? 0 : k + 1].key;
@@ -114,64 +114,79 @@ struct Noise<L, kNormal> {
 template <class L>
 struct Noise<L, kRademacher> {
   using F = typename L::F;
-  using U = typename L::U;
-  static constexpr int groups = kRademacherBlocks / L::width;
   const Direction* directions;
   int64_t count;
   uint32_t stream;
-  Words<U>* signs;  // the words of the 32 blocks of a tile of 4096, [direction][group]
-  uint64_t signs_of = ~uint64_t{0};
-  U bits[4];  // bit 30 for the first and bit 31 for the second element of a pair
+  uint32_t* signs;  // of a tile of 4096, [direction][vec / 4 % 8][vec / 32]: the bytes of four consecutive vecs
+  const uint32_t* here = nullptr;
+  int vec = 0;
 
   ZK_HD Noise(const Direction* directions, int64_t count, uint32_t stream, uint64_t, void* scratch)
-      : directions(directions), count(count), stream(stream), signs(static_cast<Words<U>*>(scratch)) {}
-  ZK_HD void enter(uint64_t block) {
-    if (block / (kRademacherTile / 8) == signs_of) return;
-    signs_of = block / (kRademacherTile / 8);
+      : directions(directions), count(count), stream(stream), signs(static_cast<uint32_t*>(scratch)) {}
+  ZK_HD uint64_t enter(uint64_t block, uint64_t stop) {
+    const uint64_t sign_tile = block / (kRademacherTile / 8), next = (sign_tile + 1) * (kRademacherTile / 8);
     for (int64_t k = 0; k < count; ++k) {
-      for (int g = 0; g < groups; ++g) {
-        signs[k * groups + g] = draw<L>(directions[k].key, signs_of * kRademacherBlocks + g * L::width, stream, kRademacher);
+      alignas(64) uint8_t bytes[kRademacherBlocks][16];
+      for (int b = 0; b < kRademacherBlocks; b += L::width) {
+        const auto words = draw<L>(directions[k].key, sign_tile * kRademacherBlocks + b, stream, kRademacher);
+        L::store_words(reinterpret_cast<uint32_t*>(bytes[b]), words.w);
+      }
+      auto* of_direction = reinterpret_cast<uint8_t*>(signs + k * (kRademacherTile / 32));
+      for (int quad = 0; quad < kRademacherBlocks / 4; ++quad) {
+        for (int row = 0; row < 16; ++row) {
+          for (int b = 0; b < 4; ++b) of_direction[64 * quad + 4 * row + b] = bytes[4 * quad + b][row];
+        }
       }
     }
+    return next < stop ? next : stop;
   }
   ZK_HD void take(int64_t k, uint64_t block) {
-    const int vec = static_cast<int>(block & (kRademacherTile / 8 - 1));
-    const Words<U>& words = signs[k * groups + (vec & 31) / L::width];
-    for (int i = 0; i < 4; ++i) bits[i] = L::sign_bits(words.w, i, vec >> 5);
+    vec = static_cast<int>(block & (kRademacherTile / 8 - 1));
+    here = signs + k * (kRademacherTile / 32) + (vec / 4 & 7) * 16 + (vec >> 5);
   }
   ZK_HD void add_to(const F from[8], F c, F to[8]) const {
-    for (int e = 0; e < 8; ++e) to[e] = add(from[e], signed_coefficient(bits[e >> 1], 30 + (e & 1), c));  // fma(c, +-1, from)
+    for (int i = 0; i < 4; ++i) {  // fma(c, +-1, from)
+      F c0, c1;
+      L::plus_minus(here, vec, i, c, c0, c1);
+      to[2 * i] = add(from[2 * i], c0);
+      to[2 * i + 1] = add(from[2 * i + 1], c1);
+    }
   }
 };
 
 template <class T>
 struct Pointers {
   const T* in;
-  T *out, *plus, *minus;
+  T *out, *plus, *minus;  // null where not written
+  ZK_HD void advance(int64_t n) {
+    in += n;
+    if (out != nullptr) out += n;
+    if (plus != nullptr) plus += n, minus += n;
+  }
 };
 
 // One tile: acc = decay * theta + sum c_k z_k, rounded once; then the fan-out.
-template <class L, DType D, Domain Dist, bool Stochastic>
+// Plain: one direction, no decay, no fan-out, so that nothing is asked at run time.
+template <class L, DType D, Domain Dist, bool Stochastic, bool Plain>
 ZK_HD void combine_tile(const Combine& op, uint32_t stream, uint64_t block,
                         const Pointers<typename Storage<L, D>::T>& at, Noise<L, Dist>& noise) {
   using F = typename L::F;
   using S = Storage<L, D>;
-  noise.enter(block);
   F acc[8];
   S::load(at.in, acc);
-  if (op.has_decay) {
+  if (!Plain && op.has_decay) {
     for (int e = 0; e < 8; ++e) acc[e] = mul(Splat<F>::of(op.decay), acc[e]);
   }
-  for (int64_t k = 0; k < op.count; ++k) {
+  for (int64_t k = 0; k < (Plain ? 1 : op.count); ++k) {
     noise.take(k, block);
     noise.add_to(acc, Splat<F>::of(op.directions[k].coeff), acc);
   }
-  if (at.out != nullptr) {
+  if (Plain || at.out != nullptr) {
     Words<typename L::U> random{};
-    if constexpr (Stochastic && D != DType::f32) random = draw<L>(op.rounding, block, stream, kRounding);
+    if constexpr (Stochastic) random = draw<L>(op.rounding, block, stream, kRounding);
     S::template store<Stochastic>(at.out, acc, random);
   }
-  if (op.fan_out) {
+  if (!Plain && op.fan_out) {
     if (at.out != nullptr) S::load(at.out, acc);  // as rounded
     const Direction& probe = op.directions[op.count];
     noise.take(op.count, block);
@@ -193,50 +208,70 @@ ZK_HD void prefetch(const void* p, uint64_t bytes) {
   for (uint64_t b = 0; b < bytes; b += 64) __builtin_prefetch(reinterpret_cast<const void*>(address + b), 1);
 }
 
-template <class L, DType D, Domain Dist, bool Stochastic>
+// Whole tiles: the blocks [block, stop).
+template <class L, DType D, Domain Dist, bool Stochastic, bool Plain>
+__attribute__((noinline)) void combine_tiles(const Combine& op, uint32_t stream, uint64_t block, uint64_t stop,
+                                             Pointers<typename Storage<L, D>::T> at, void* scratch) {
+  constexpr int64_t tile = 8 * L::width, bytes = tile * sizeof(*at.in);
+  Noise<L, Dist> noise(op.directions, Plain ? 1 : op.count + op.fan_out, stream, block, scratch);
+  while (block < stop) {
+    for (const uint64_t pause = noise.enter(block, stop); block < pause; block += L::width) {
+      prefetch(at.in, bytes);
+      if (at.out != at.in) prefetch(at.out, bytes);
+      combine_tile<L, D, Dist, Stochastic, Plain>(op, stream, block, at, noise);
+      at.advance(tile);
+    }
+  }
+}
+
+template <class L, DType D, Domain Dist, bool Stochastic, bool Plain>
 void combine_elements(const Combine& op, const Span& span, void* scratch) {
   using T = typename Storage<L, D>::T;
-  constexpr int64_t tile = 8 * L::width;
-  const Pointers<T> whole = {static_cast<const T*>(span.in), static_cast<T*>(span.out), static_cast<T*>(span.plus),
-                             static_cast<T*>(span.minus)};
-  // Logical indices; positions in the tensor are differences, to stay inside the arrays.
-  uint64_t at = span.offset + static_cast<uint64_t>(span.begin);
+  constexpr uint64_t tile = 8 * L::width;
+  Pointers<T> at = {static_cast<const T*>(span.in), static_cast<T*>(span.out), static_cast<T*>(span.plus),
+                    static_cast<T*>(span.minus)};
+  at.advance(span.begin);
+  // Logical indices.
+  uint64_t index = span.offset + static_cast<uint64_t>(span.begin);
   const uint64_t end = span.offset + static_cast<uint64_t>(span.end);
-  Noise<L, Dist> noise(op.directions, op.count + (op.fan_out ? 1 : 0), span.stream, (at - at % tile) / 8, scratch);
-  while (at < end) {
-    const uint64_t base = at - at % tile;
-    const uint64_t stop = end - base < static_cast<uint64_t>(tile) ? end : base + tile;
-    const int64_t first = static_cast<int64_t>(at - span.offset);
-    const auto moved = [first](T* p) { return p != nullptr ? p + first : nullptr; };
-    const Pointers<T> here = {whole.in + first, moved(whole.out), moved(whole.plus), moved(whole.minus)};
-    if (stop - at == static_cast<uint64_t>(tile)) {
-      prefetch(here.in, tile * sizeof(T));
-      if (here.out != here.in) prefetch(here.out, tile * sizeof(T));
-      combine_tile<L, D, Dist, Stochastic>(op, span.stream, base / 8, here, noise);
+  while (index < end) {
+    const uint64_t skip = index % tile, left = end - index, block = index / tile * L::width;
+    uint64_t count = left / tile * tile;
+    if (skip == 0 && count > 0) {
+      combine_tiles<L, D, Dist, Stochastic, Plain>(op, span.stream, block, block + count / 8, at, scratch);
     } else {
       alignas(64) T theta[tile] = {}, plus[tile], minus[tile];
-      const int64_t skip = static_cast<int64_t>(at - base), bytes = static_cast<int64_t>(stop - at) * sizeof(T);
-      __builtin_memcpy(theta + skip, here.in, bytes);
-      const Pointers<T> buffered = {theta, here.out != nullptr ? theta : nullptr, plus, minus};
-      combine_tile<L, D, Dist, Stochastic>(op, span.stream, base / 8, buffered, noise);
-      if (here.out != nullptr) __builtin_memcpy(here.out, theta + skip, bytes);
+      count = left < tile - skip ? left : tile - skip;
+      const uint64_t bytes = count * sizeof(T);
+      __builtin_memcpy(theta + skip, at.in, bytes);
+      combine_tiles<L, D, Dist, Stochastic, Plain>(op, span.stream, block, block + L::width,
+                                                   {theta, at.out != nullptr ? theta : nullptr, plus, minus}, scratch);
+      if (at.out != nullptr) __builtin_memcpy(at.out, theta + skip, bytes);
       if (op.fan_out) {
-        __builtin_memcpy(here.plus, plus + skip, bytes);
-        __builtin_memcpy(here.minus, minus + skip, bytes);
+        __builtin_memcpy(at.plus, plus + skip, bytes);
+        __builtin_memcpy(at.minus, minus + skip, bytes);
       }
     }
-    at = stop;
+    index += count;
+    at.advance(static_cast<int64_t>(count));
   }
+}
+
+template <class L, DType D, Domain Dist, bool Stochastic>
+void combine_form(const Combine& op, const Span& span, void* scratch) {
+  op.count == 1 && !op.has_decay && !op.fan_out ? combine_elements<L, D, Dist, Stochastic, true>(op, span, scratch)
+                                                : combine_elements<L, D, Dist, Stochastic, false>(op, span, scratch);
 }
 
 template <class L, DType D>
 void combine_dtype(const Combine& op, const Span& span, void* scratch) {
+  constexpr bool rounds = D != DType::f32;
   if (op.dist == kNormal) {
-    op.stochastic ? combine_elements<L, D, kNormal, true>(op, span, scratch)
-                  : combine_elements<L, D, kNormal, false>(op, span, scratch);
+    op.stochastic ? combine_form<L, D, kNormal, rounds>(op, span, scratch)
+                  : combine_form<L, D, kNormal, false>(op, span, scratch);
   } else {
-    op.stochastic ? combine_elements<L, D, kRademacher, true>(op, span, scratch)
-                  : combine_elements<L, D, kRademacher, false>(op, span, scratch);
+    op.stochastic ? combine_form<L, D, kRademacher, rounds>(op, span, scratch)
+                  : combine_form<L, D, kRademacher, false>(op, span, scratch);
   }
 }
 

@@ -7,6 +7,7 @@
 #include <immintrin.h>
 
 #include "../noise/lanes.h"
+#include "../noise/rounding.h"
 
 namespace zk::cpu {
 
@@ -144,9 +145,23 @@ struct Avx2 {
     }
   }
 
-  static ZK_HD U sign_bits(const U w[4], int i, int byte) {
-    const __m256i chosen = _mm256_shuffle_epi8(w[i].v, _mm256_set1_epi8(static_cast<char>(byte)));
-    return {_mm256_sllv_epi32(chosen, _mm256_setr_epi32(6, 4, 2, 0, 6, 4, 2, 0))};
+  // bf16_nearest of a pair, in halves of 16 bits: the average of the dropped half and 0x7ffe plus the last kept bit has the
+  // carry as its highest bit. 9 instructions instead of 11 (8 instead of 10 with AVX-512).
+  static ZK_HD U pack_bf16(U b0, U b1) {
+    const __m256i high = _mm256_blend_epi16((b0 >> 16).v, b1.v, 0xaa), low = _mm256_blend_epi16(b0.v, (b1 << 16).v, 0xaa);
+    const U half = U{high} & Splat<U>::of(0x00010001u) | Splat<U>::of(0x7ffe7ffeu);
+    return {_mm256_add_epi16(high, _mm256_srli_epi16(_mm256_avg_epu16(low, half.v), 15))};
+  }
+
+  // +-c for the pairs of register i: two sign bits choose from four floats. signs[16 q]: the bytes of vecs 4 q .. 4 q + 3.
+  static ZK_HD void plus_minus(const uint32_t* signs, int, int i, F c, F& c0, F& c1) {
+    const int first = 16 * (i & 1);
+    const __m256i two = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(signs[16 * (i >> 1)])),
+                                          _mm256_setr_epi32(first, first + 2, first + 4, first + 6, first + 8, first + 10,
+                                                            first + 12, first + 14));
+    const F minus = from_bits(bits(c) ^ Splat<U>::of(0x80000000u));
+    c0 = {_mm256_permutevar_ps(_mm256_blend_ps(c.v, minus.v, 0xaa), two)};
+    c1 = {_mm256_permutevar_ps(_mm256_blend_ps(c.v, minus.v, 0xcc), two)};
   }
 };
 

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "../noise/lanes.h"
+#include "../noise/rounding.h"
 
 namespace zk::cpu {
 
@@ -140,9 +141,18 @@ struct Avx512 {
     }
   }
 
-  static ZK_HD U sign_bits(const U w[4], int i, int byte) {
-    const __m512i chosen = _mm512_shuffle_epi8(w[i].v, _mm512_set1_epi8(static_cast<char>(byte)));
-    return {_mm512_sllv_epi32(chosen, _mm512_broadcast_i32x4(_mm_setr_epi32(6, 4, 2, 0)))};
+  // See lanes_avx2.h for both.
+  static ZK_HD U pack_bf16(U b0, U b1) {
+    const U high = high_halves(b0, b1), low = and_or(b0, Splat<U>::of(0xffffu), b1 << 16);
+    const U half = and_or(high, Splat<U>::of(0x00010001u), Splat<U>::of(0x7ffe7ffeu));
+    return {_mm512_add_epi16(high.v, _mm512_srli_epi16(_mm512_avg_epu16(low.v, half.v), 15))};
+  }
+  static ZK_HD void plus_minus(const uint32_t* signs, int, int i, F c, F& c0, F& c1) {
+    const __m512i two = _mm512_srlv_epi32(_mm512_set1_epi32(static_cast<int>(signs[16 * i])),
+                                          _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30));
+    const F minus = from_bits(bits(c) ^ Splat<U>::of(0x80000000u));
+    c0 = {_mm512_permutevar_ps(_mm512_mask_blend_ps(0xaaaa, c.v, minus.v), two)};
+    c1 = {_mm512_permutevar_ps(_mm512_mask_blend_ps(0xcccc, c.v, minus.v), two)};
   }
 };
 

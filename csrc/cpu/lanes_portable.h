@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../noise/lanes.h"
+#include "../noise/rademacher.h"
 #include "../noise/rounding.h"
 
 namespace zk::cpu {
@@ -36,7 +37,13 @@ struct Portable : Scalar {
     for (int e = 0; e < 8; ++e) p[e] = static_cast<uint16_t>(to_half(x[e]));
   }
 
-  static U sign_bits(const U w[4], int i, int byte) { return w[byte >> 2] >> (8 * (byte & 3)) << (30 - 2 * i); }
+  static U pack_bf16(U b0, U b1) { return high_halves(bf16_nearest(b0), bf16_nearest(b1)); }
+
+  static void plus_minus(const uint32_t* signs, int vec, int i, F c, F& c0, F& c1) {
+    const uint32_t byte = *signs >> 8 * (vec & 3);
+    c0 = signed_coefficient(byte, 2 * i, c);
+    c1 = signed_coefficient(byte, 2 * i + 1, c);
+  }
 };
 
 }  // namespace zk::cpu

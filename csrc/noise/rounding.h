@@ -35,6 +35,12 @@ ZK_HD U bf16_stochastic(U b, U u16) {
   return b + u16;
 }
 
+// The high halves of two words: the bf16 of elements 2p and 2p + 1 as they lie in memory.
+template <class U>
+ZK_HD U high_halves(U b0, U b1) {
+  return and_or(b1, Splat<U>::of(0xffff0000u), b0 >> 16);
+}
+
 // fp32 to the fp32 bits of an fp16 value: adds the top 13 bits of u16 below the kept bits and truncates. Below 2^-14 an
 // fp16 keeps fewer bits; adding 2^-14 first moves its last bit, 2^-24, to where a normal has it.
 template <class F, class U>
