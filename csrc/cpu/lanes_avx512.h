@@ -141,6 +141,14 @@ struct Avx512 {
     }
   }
 
+  // Copies from a buffer to memory past the caches; both aligned to 64 bytes.
+  static ZK_HD void stream(void* to, const void* from, int64_t bytes) {
+    auto* t = static_cast<__m512i*>(to);
+    const auto* f = static_cast<const __m512i*>(from);
+    for (int64_t i = 0; i < bytes / 64; ++i) _mm512_stream_si512(t + i, _mm512_load_si512(f + i));
+  }
+  static ZK_HD void stream_end() { _mm_sfence(); }
+
   // See lanes_avx2.h for both.
   static ZK_HD U pack_bf16(U b0, U b1) {
     const U high = high_halves(b0, b1), low = and_or(b0, Splat<U>::of(0xffffu), b1 << 16);

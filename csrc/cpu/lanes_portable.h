@@ -37,6 +37,8 @@ struct Portable : Scalar {
     for (int e = 0; e < 8; ++e) p[e] = static_cast<uint16_t>(to_half(x[e]));
   }
 
+  static void stream(void* to, const void* from, int64_t bytes) { std::memcpy(to, from, bytes); }
+  static void stream_end() {}
   static U pack_bf16(U b0, U b1) { return high_halves(bf16_nearest(b0), bf16_nearest(b1)); }
 
   static void plus_minus(const uint32_t* signs, int vec, int i, F c, F& c0, F& c1) {
