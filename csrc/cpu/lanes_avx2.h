@@ -63,6 +63,13 @@ ZK_HD void join(const C8 x[4], U8 w[4]) {
 }
 ZK_HD U8 next_word(const U8 w[4], int i) { return {_mm256_shuffle_epi32(w[i].v, 0x39)}; }
 
+ZK_HD F8 sqrt_full(F8 a) { return sqrt(a); }
+ZK_HD F8 div(F8 a, F8 b) { return {_mm256_div_ps(a.v, b.v)}; }
+ZK_HD F8 select_top(U8 a, F8 yes, F8 no) { return {_mm256_blendv_ps(no.v, yes.v, _mm256_castsi256_ps(a.v))}; }
+ZK_HD F8 clamp(F8 x, F8 low, F8 high) { return {_mm256_min_ps(_mm256_max_ps(x.v, low.v), high.v)}; }  // max(NaN, b) is b
+ZK_HD U8 nearest_int(F8 x) { return {_mm256_cvtps_epi32(x.v)}; }
+ZK_HD U8 floor_int(F8 x) { return {_mm256_cvttps_epi32(_mm256_floor_ps(x.v))}; }
+
 }  // namespace zk::cpu
 
 namespace zk {

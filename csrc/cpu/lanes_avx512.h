@@ -61,6 +61,13 @@ ZK_HD void join(const C16 x[4], U16 w[4]) {
 }
 ZK_HD U16 next_word(const U16 w[4], int i) { return {_mm512_shuffle_epi32(w[i].v, static_cast<_MM_PERM_ENUM>(0x39))}; }
 
+ZK_HD F16 sqrt_full(F16 a) { return sqrt(a); }
+ZK_HD F16 div(F16 a, F16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+ZK_HD F16 select_top(U16 a, F16 yes, F16 no) { return {_mm512_mask_mov_ps(no.v, _mm512_movepi32_mask(a.v), yes.v)}; }
+ZK_HD F16 clamp(F16 x, F16 low, F16 high) { return {_mm512_min_ps(_mm512_max_ps(x.v, low.v), high.v)}; }  // max(NaN, b) is b
+ZK_HD U16 nearest_int(F16 x) { return {_mm512_cvtps_epi32(x.v)}; }
+ZK_HD U16 floor_int(F16 x) { return {_mm512_cvt_roundps_epi32(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
+
 }  // namespace zk::cpu
 
 namespace zk {
