@@ -124,6 +124,10 @@ struct Avx2 {
     b = _mm256_permute2f128_ps(low, high, 0x31);
   }
 
+  // Eight floats in a row, a lane each.
+  static ZK_HD F load_row(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static ZK_HD void store_row(float* p, F x) { _mm256_storeu_ps(p, x.v); }
+
   static ZK_HD void load_floats(const float* p, F x[8]) {
     for (int i = 0; i < 8; i += 2) unzip(_mm256_loadu_ps(p + 8 * i), _mm256_loadu_ps(p + 8 * i + 8), x[i], x[i + 1]);
   }
@@ -152,6 +156,24 @@ struct Avx2 {
     }
   }
 
+  // Lane l takes bytes 2 l and 2 l + 1.
+  static ZK_HD void load_byte_pairs(const uint8_t* p, U w[4]) {
+    for (int i = 0; i < 4; ++i) w[i] = {_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + i))};
+  }
+  static ZK_HD void store_byte_pairs(uint8_t* p, const U w[4]) {
+    const __m256i low = _mm256_set1_epi32(0xffff);
+    for (int i = 0; i < 4; i += 2) {
+      const __m256i both = _mm256_packus_epi32(_mm256_and_si256(w[i].v, low), _mm256_and_si256(w[i + 1].v, low));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 16 * i), _mm256_permute4x64_epi64(both, 0xd8));
+    }
+  }
+
+  // Bits 30 and 31: those of the lane's two elements in a mask. The register's blocks have two bytes, 16 elements.
+  static ZK_HD U mask_bits(const uint8_t* bytes, int i) {
+    const int word = bytes[2 * i] | bytes[2 * i + 1] << 8;
+    return {_mm256_sllv_epi32(_mm256_set1_epi32(word), _mm256_setr_epi32(30, 28, 26, 24, 22, 20, 18, 16))};
+  }
+
   // Copies from a buffer to memory past the caches; both aligned to 64 bytes.
   static ZK_HD void stream(void* to, const void* from, int64_t bytes) {
     auto* t = static_cast<__m256i*>(to);
@@ -164,7 +186,7 @@ struct Avx2 {
   // carry as its highest bit. 9 instructions instead of 11 (8 instead of 10 with AVX-512).
   static ZK_HD U pack_bf16(U b0, U b1) {
     const __m256i high = _mm256_blend_epi16((b0 >> 16).v, b1.v, 0xaa), low = _mm256_blend_epi16(b0.v, (b1 << 16).v, 0xaa);
-    const U half = (U{high} & Splat<U>::of(0x00010001u)) | Splat<U>::of(0x7ffe7ffeu);
+    const U half = and_or(U{high}, Splat<U>::of(0x00010001u), Splat<U>::of(0x7ffe7ffeu));
     return {_mm256_add_epi16(high, _mm256_srli_epi16(_mm256_avg_epu16(low, half.v), 15))};
   }
 

@@ -120,6 +120,10 @@ struct Avx512 {
     b = _mm512_permutex2var_ps(x0.v, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31), x1.v);
   }
 
+  // Sixteen floats in a row, a lane each.
+  static ZK_HD F load_row(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static ZK_HD void store_row(float* p, F x) { _mm512_storeu_ps(p, x.v); }
+
   static ZK_HD void load_floats(const float* p, F x[8]) {
     for (int i = 0; i < 8; i += 2) unzip(_mm512_loadu_ps(p + 16 * i), _mm512_loadu_ps(p + 16 * i + 16), x[i], x[i + 1]);
   }
@@ -146,6 +150,22 @@ struct Avx512 {
       _mm256_storeu_si256(row + i, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
       _mm256_storeu_si256(row + i + 1, _mm512_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT));
     }
+  }
+
+  // Lane l takes bytes 2 l and 2 l + 1.
+  static ZK_HD void load_byte_pairs(const uint8_t* p, U w[4]) {
+    for (int i = 0; i < 4; ++i) w[i] = {_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + i))};
+  }
+  static ZK_HD void store_byte_pairs(uint8_t* p, const U w[4]) {
+    for (int i = 0; i < 4; ++i) _mm256_storeu_si256(reinterpret_cast<__m256i*>(p) + i, _mm512_cvtepi32_epi16(w[i].v));
+  }
+
+  // Bits 30 and 31: those of the lane's two elements in a mask. The register's blocks have four bytes, 32 elements.
+  static ZK_HD U mask_bits(const uint8_t* bytes, int i) {
+    int32_t word;
+    __builtin_memcpy(&word, bytes + 4 * i, 4);
+    const __m512i shift = _mm512_setr_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    return {_mm512_sllv_epi32(_mm512_set1_epi32(word), shift)};
   }
 
   // Copies from a buffer to memory past the caches; both aligned to 64 bytes.

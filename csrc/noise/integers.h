@@ -11,17 +11,12 @@ ZK_HD auto square_units(F z) {
   return nearest_int(mul(mul(z, z), Splat<F>::of(1048576.0f)));
 }
 
-// round(x), clamped to [low, high]; NaN becomes low. Clamping first is the same, since the bounds are integers, and leaves
-// values that every conversion takes. u16: the field in the low half.
-template <class F>
-ZK_HD auto quantize_nearest(F x, float low, float high) {
-  return nearest_int(clamp(x, Splat<F>::of(low), Splat<F>::of(high)));
-}
-
+// x to an integer: nearest_int, or stochastically floor(x + u16 / 65536) with the field in the low half of u16.
+// The caller clamps x before (clamp: NaN becomes the lower bound). The bounds are integers, so that clamping the result
+// would give the same, and every conversion takes what is left.
 template <class F, class U>
-ZK_HD U quantize_stochastic(F x, U u16, float low, float high) {
-  const F moved = fma(signed_to_float(u16), Splat<F>::of(0x1p-16f), x);  // the product is exact
-  return floor_int(clamp(moved, Splat<F>::of(low), Splat<F>::of(high)));
+ZK_HD U integer_stochastic(F x, U u16) {
+  return floor_int(fma(signed_to_float(u16), Splat<F>::of(0x1p-16f), x));  // the product is exact
 }
 
 }  // namespace zk

@@ -11,6 +11,7 @@
 #define ZK_HD __host__ __device__ __forceinline__
 #else
 #define ZK_HD inline __attribute__((always_inline))
+#define ZK_INLINE __attribute__((always_inline))  // of a lambda
 #endif
 
 namespace zk {

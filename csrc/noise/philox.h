@@ -5,7 +5,7 @@
 
 namespace zk {
 
-enum Domain : uint32_t { kSeed = 0, kNormal = 1, kRademacher = 2, kMask = 3, kRounding = 4 };
+enum Domain : uint32_t { kSeed = 0, kNormal = 1, kRademacher = 2, kMask = 3, kRounding = 4, kState = 5 };
 
 constexpr int kPhiloxRounds = 10;
 

@@ -18,6 +18,12 @@ ZK_HD U magnitude(U b) {
 // coefficients are made so (canonical_nan). Only NVIDIA's arithmetic makes NaNs with all bits set: pass_special.
 ZK_HD float canonical_nan(float x) { return x != x ? from_bits(0x7fc00000u) : x; }
 
+template <class F>
+ZK_HD F without_payload(F x) {
+  using U = decltype(bits(x));
+  return from_bits(select_ge(magnitude(bits(x)), kInfinity + 1, Splat<U>::of(0x7fc00000u), bits(x)));
+}
+
 template <class U>
 ZK_HD U pass_special(U b, U rounded) {
   return select_ge(magnitude(b), kInfinity, b, rounded);

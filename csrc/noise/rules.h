@@ -3,6 +3,7 @@
 // A rule is a functor over lanes F. h: its hyper values, c: a coefficient for each direction, both on the host free of NaN
 // payloads (canonical_nan).
 //   states, sums      how many state tensors it has, and values that it sums for each element (from 0)
+//   values            how many hyper values it has; value_per_seed: and then one for each direction
 //   accumulate        takes direction k, whose noise is z, into the sums
 //   apply             returns the new theta and replaces the states
 // A further rule is a functor here, a line of ZK_RULES, and its row in zokernels/_ops.py.
@@ -22,6 +23,7 @@ ZK_HD F of(float x) {
 // G = sum c_k z_k
 struct Gradient {
   static constexpr int sums = 1;
+  static constexpr bool value_per_seed = false;
   template <class F>
   static ZK_HD void accumulate(const float*, const float* c, int64_t k, F z, F sum[]) {
     sum[0] = fma(of<F>(c[k]), z, sum[0]);
@@ -29,7 +31,7 @@ struct Gradient {
 };
 
 struct momentum : Gradient {
-  static constexpr int states = 1;
+  static constexpr int states = 1, values = 4;
   template <class F>
   static ZK_HD F apply(const float* h, const float*, const F sum[], F theta, F decayed, F state[]) {
     const F g = fma(of<F>(h[0]), theta, sum[0]);
@@ -39,7 +41,7 @@ struct momentum : Gradient {
 };
 
 struct adam : Gradient {
-  static constexpr int states = 2;
+  static constexpr int states = 2, values = 8;
   template <class F>
   static ZK_HD F apply(const float* h, const float*, const F sum[], F theta, F decayed, F state[]) {
     const F g = fma(of<F>(h[0]), theta, sum[0]);
@@ -50,7 +52,8 @@ struct adam : Gradient {
 };
 
 struct adam_window {
-  static constexpr int states = 0, sums = 2;
+  static constexpr int states = 0, sums = 2, values = 2;
+  static constexpr bool value_per_seed = true;
   template <class F>
   static ZK_HD void accumulate(const float* h, const float* c, int64_t k, F z, F sum[]) {
     sum[0] = fma(of<F>(c[k]), z, sum[0]);
@@ -63,7 +66,7 @@ struct adam_window {
 };
 
 struct sign : Gradient {
-  static constexpr int states = 0;
+  static constexpr int states = 0, values = 2;
   template <class F>
   static ZK_HD F apply(const float* h, const float*, const F sum[], F theta, F decayed, F[]) {
     using U = decltype(bits(theta));
@@ -76,7 +79,8 @@ struct sign : Gradient {
 
 // One direction: the sum is z.
 struct hizoo {
-  static constexpr int states = 1, sums = 1;
+  static constexpr int states = 1, sums = 1, values = 2;
+  static constexpr bool value_per_seed = false;
   template <class F>
   static ZK_HD void accumulate(const float*, const float*, int64_t, F z, F sum[]) {
     sum[0] = z;
