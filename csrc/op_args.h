@@ -4,45 +4,148 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cstring>
+#include <optional>
+#include <string>
 #include <vector>
 
+#include "noise/philox.h"
+#include "noise/rules.h"
+
+// The terms of an operation (zokernels/backends/terms.py) in a schema, as parameters of its entry, and packed.
+// low_rank has neither masks nor curvature, and of its seeds only the number counts.
+#define ZK_TERMS_SCHEMA                                                                                            \
+  "Tensor seeds, Tensor coeffs, int[] streams, int[] offsets, int dist, Tensor? decay, Tensor? rounding_seed, "    \
+  "Tensor[] masks, Tensor? mask_seed, int mask_keep, Tensor[] curvature"
+#define ZK_TERMS_PARAMS                                                                                            \
+  torch::stable::Tensor seeds, torch::stable::Tensor coeffs, std::vector<int64_t> streams,                         \
+      std::vector<int64_t> offsets, int64_t dist, std::optional<torch::stable::Tensor> decay,                      \
+      std::optional<torch::stable::Tensor> rounding_seed, std::vector<torch::stable::Tensor> masks,                \
+      std::optional<torch::stable::Tensor> mask_seed, int64_t mask_keep, std::vector<torch::stable::Tensor> curvature
+#define ZK_TERMS                                                                                                   \
+  zk::TermArgs{seeds, coeffs, streams, offsets, dist, decay, rounding_seed, masks, mask_seed, mask_keep, curvature}
+
 // `extra`: further arguments of the backend, from the comma on.
-#define ZK_COMBINE_SCHEMA(extra)                                                                               \
-  "combine(Tensor(a!)[] out, Tensor[] params, Tensor seeds, Tensor coeffs, int[] streams, int[] offsets, "     \
-  "int dist, Tensor? decay, Tensor? rounding_seed" extra ") -> ()"
-#define ZK_FAN_OUT_SCHEMA(extra)                                                                               \
-  "fan_out(Tensor(a!)[] params, Tensor(b!)[] plus, Tensor(c!)[] minus, Tensor seed, Tensor coeff, "            \
-  "Tensor seeds, Tensor coeffs, int[] streams, int[] offsets, int dist, Tensor? decay, Tensor? rounding_seed"  \
+#define ZK_COMBINE_SCHEMA(extra) "combine(Tensor(a!)[] out, Tensor[] params, " ZK_TERMS_SCHEMA extra ") -> ()"
+#define ZK_FAN_OUT_SCHEMA(extra)                                                                                   \
+  "fan_out(Tensor(a!)[] params, Tensor(b!)[] plus, Tensor(c!)[] minus, Tensor seed, Tensor coeff, " ZK_TERMS_SCHEMA \
   extra ") -> ()"
+#define ZK_SPREAD_SCHEMA(extra) "spread(Tensor(a!) out, Tensor x, " ZK_TERMS_SCHEMA extra ") -> ()"
+#define ZK_UPDATE_SCHEMA(extra)                                                                                    \
+  "update(Tensor(a!)[] params, Tensor(b!)[] first, Tensor(c!)[] second, str rule, Tensor hyper, " ZK_TERMS_SCHEMA  \
+  extra ") -> ()"
+#define ZK_LOW_RANK_SCHEMA(extra)                                                                                  \
+  "low_rank(Tensor(a!)[] out, Tensor[] params, Tensor[] left, Tensor[] right, " ZK_TERMS_SCHEMA extra ") -> ()"
+#define ZK_REQUANTIZE_SCHEMA(extra)                                                                                \
+  "requantize(Tensor(a!)[] out, Tensor[] params, int low, int high, " ZK_TERMS_SCHEMA extra ") -> ()"
+#define ZK_SQUARES_SCHEMA(extra)                                                                                   \
+  "squares(Tensor seeds, int[] sizes, int[] streams, int[] offsets, int dist" extra ") -> Tensor"
 #define ZK_DERIVE_SEED_SCHEMA "derive_seed(Tensor run_seed, Tensor step, Tensor k) -> Tensor"
 
 namespace zk {
 
-// `written`: lists that go with params element by element.
-inline void check_combine_args(const std::vector<std::vector<torch::stable::Tensor>>& written,
-                               const std::vector<torch::stable::Tensor>& params, const torch::stable::Tensor& seeds,
-                               const torch::stable::Tensor& coeffs, const std::vector<int64_t>& streams,
-                               const std::vector<int64_t>& offsets, int64_t dist) {
-  STD_TORCH_CHECK(streams.size() == params.size() && offsets.size() == params.size(),
-                  "combine: params, streams, offsets: expected equal lengths");
-  STD_TORCH_CHECK(seeds.numel() == coeffs.numel(), "combine: seeds, coeffs: expected equal lengths");
-  STD_TORCH_CHECK(dist == 1 || dist == 2, "combine: dist: expected 1 (normal) or 2 (rademacher), got ", dist);
+struct TermArgs {
+  const torch::stable::Tensor &seeds, &coeffs;
+  const std::vector<int64_t>&streams, &offsets;
+  int64_t dist;
+  const std::optional<torch::stable::Tensor>&decay, &rounding_seed;
+  const std::vector<torch::stable::Tensor>& masks;
+  const std::optional<torch::stable::Tensor>& mask_seed;
+  int64_t mask_keep;
+  const std::vector<torch::stable::Tensor>& curvature;
+
+  // Elements from a tensor's coefficients to the next one's.
+  int64_t coeff_stride() const { return coeffs.dim() == 2 ? seeds.numel() : 0; }
+  Domain domain() const { return static_cast<Domain>(dist); }
+};
+
+using TensorList = std::vector<torch::stable::Tensor>;
+
+// Tensors that go with params element by element: of one dtype, params' own or (another == true) a state's.
+inline void check_beside(const char* op, const TensorList& tensors, const TensorList& params, bool another = false) {
+  using torch::headeronly::ScalarType;
+  STD_TORCH_CHECK(tensors.size() == params.size(), op, ": expected as many tensors beside params as params");
   for (size_t i = 0; i < params.size(); ++i) {
-    STD_TORCH_CHECK(params[i].is_contiguous() && params[i].scalar_type() == params[0].scalar_type(),
-                    "combine: params: expected contiguous tensors of one dtype; not so at ", i);
+    const ScalarType dtype = tensors[i].scalar_type();
+    const bool right = another ? dtype == ScalarType::Float || dtype == ScalarType::BFloat16
+                               : dtype == params[0].scalar_type();
+    STD_TORCH_CHECK(right && dtype == tensors[0].scalar_type() && tensors[i].is_contiguous() &&
+                        tensors[i].numel() == params[i].numel(),
+                    op, ": expected contiguous tensors like params; not so at ", i);
   }
-  for (const auto& list : written) {
-    STD_TORCH_CHECK(list.size() == params.size(), "combine: expected as many tensors to write as params");
-    for (size_t i = 0; i < params.size(); ++i) {
-      STD_TORCH_CHECK(list[i].is_contiguous() && list[i].scalar_type() == params[0].scalar_type() &&
-                          list[i].numel() == params[i].numel(),
-                      "combine: expected contiguous tensors to write, like params; not so at ", i);
-    }
+}
+
+inline void check_dist(const char* op, int64_t dist) {
+  STD_TORCH_CHECK(dist == 1 || dist == 2, op, ": dist: expected 1 (normal) or 2 (rademacher), got ", dist);
+}
+
+inline void check_terms(const char* op, const TensorList& params, const TermArgs& terms) {
+  const size_t n = params.size();
+  STD_TORCH_CHECK(terms.streams.size() == n && terms.offsets.size() == n,
+                  op, ": params, streams, offsets: expected equal lengths");
+  STD_TORCH_CHECK(terms.coeffs.numel() == (terms.coeffs.dim() == 2 ? static_cast<int64_t>(n) : 1) * terms.seeds.numel(),
+                  op, ": coeffs: expected one for each seed, or one for each tensor and seed");
+  check_dist(op, terms.dist);
+  check_beside(op, params, params);
+  STD_TORCH_CHECK(terms.masks.empty() || terms.masks.size() == n, op, ": masks: expected one for each of params");
+  for (size_t i = 0; i < terms.masks.size(); ++i) {
+    const int64_t numel = params[i].numel(), bytes = (terms.offsets[i] % 8 + numel + 7) / 8;
+    STD_TORCH_CHECK(terms.masks[i].is_contiguous() && (numel == 0 || terms.masks[i].numel() == bytes),
+                    op, ": masks: expected a byte for each block of eight; not so at ", i);
   }
+  if (!terms.curvature.empty()) check_beside(op, terms.curvature, params, true);
 }
 
 inline void check_one_direction(const torch::stable::Tensor& seed, const torch::stable::Tensor& coeff) {
   STD_TORCH_CHECK(seed.numel() == 1 && coeff.numel() == 1, "fan_out: seed, coeff: expected one value each");
+}
+
+inline void check_spread(const torch::stable::Tensor& out, const torch::stable::Tensor& x, const TermArgs& terms) {
+  STD_TORCH_CHECK(out.is_contiguous() && out.scalar_type() == x.scalar_type() &&
+                      out.numel() == terms.seeds.numel() * x.numel(),
+                  "spread: out: expected a contiguous tensor like x for each seed");
+}
+
+inline Rule rule_of(const std::string& name) {
+#define ZK_RULE_NAME(rule) \
+  if (name == #rule) return Rule::rule;
+  ZK_RULES(ZK_RULE_NAME)
+#undef ZK_RULE_NAME
+  STD_TORCH_CHECK(false, "update: rule: unknown: ", name);
+}
+
+// The states of a rule: first and second as far as it has them.
+inline void check_update(const TensorList& first, const TensorList& second, Rule rule, const torch::stable::Tensor& hyper,
+                         const TensorList& params, const TermArgs& terms) {
+  int states = 0;
+  int64_t values = 0;
+#define ZK_RULE_SIZES(name)                                                                          \
+  if (rule == Rule::name) {                                                                          \
+    states = rules::name::states;                                                                    \
+    values = rules::name::values + (rules::name::value_per_seed ? terms.seeds.numel() : 0);          \
+  }
+  ZK_RULES(ZK_RULE_SIZES)
+#undef ZK_RULE_SIZES
+  if (states > 0) check_beside("update", first, params, true);
+  if (states > 1) check_beside("update", second, params, true);
+  STD_TORCH_CHECK(hyper.numel() == values, "update: hyper: expected ", values, " values");
+  STD_TORCH_CHECK(rule != Rule::hizoo || terms.seeds.numel() == 1, "update: seeds: expected one for hizoo");
+}
+
+// left [K, m, r] and right [K, n, r] for params of m n elements.
+inline void check_factors(const TensorList& left, const TensorList& right, const TensorList& params, const TermArgs& terms) {
+  STD_TORCH_CHECK(left.size() == params.size() && right.size() == params.size(),
+                  "low_rank: left, right: expected one for each of params");
+  for (size_t i = 0; i < params.size(); ++i) {
+    bool right_shape = true;
+    for (const auto* factor : {&left[i], &right[i]}) {
+      right_shape = right_shape && factor->dim() == 3 && factor->is_contiguous() &&
+                    factor->scalar_type() == torch::headeronly::ScalarType::Float &&
+                    factor->size(0) == terms.seeds.numel() && factor->size(2) == left[i].size(2);
+    }
+    STD_TORCH_CHECK(right_shape && left[i].size(1) * right[i].size(1) == params[i].numel(),
+                    "low_rank: left, right: expected fp32 [K, m, r] and [K, n, r]; not so at ", i);
+  }
 }
 
 }  // namespace zk

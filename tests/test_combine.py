@@ -47,6 +47,31 @@ def test_reference_follows_the_formula(dtype, dist, rng):
     torch.testing.assert_close(theta.double(), want, rtol=torch.finfo(dtype).eps / 2 + 1e-6, atol=1e-7)
 
 
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dist", DISTS)
+def test_large_outputs(cpu_kernel, one_thread, rng, dist):
+    """Outputs of 8 MiB and more, which bypass the caches, have the bits that theta has in place."""
+    dtype = rng.choice(DTYPES)
+    n, offset = 2**23 // dtype.itemsize + 10000 + rng.randrange(1000), rng.choice([0, 8 * 2**32 - 4096])
+    theta = (torch.randn(n, generator=torch.Generator().manual_seed(rng.getrandbits(60))) * 0.02).to(dtype)
+    where = dict(streams=rng.getrandbits(32), offsets=offset, dist=dist)
+    out, plus, minus = (torch.full((n + 16,), 55.0, dtype=dtype) for _ in range(3))
+    zokernels.combine(out[:n], theta, 11, 1e-3, **where)
+    zokernels.fan_out_(theta, plus[:n], minus[:n], 11, 1e-3, **where)
+    for got, coeff in ((out, 1e-3), (plus, 1e-3), (minus, -1e-3)):
+        want = theta.clone()
+        zokernels.combine_(want, 11, coeff, **where)
+        assert_same_bits(got[:n], want, f"{cpu_kernel} {dtype} {coeff}")
+        assert (got[n:] == 55).all()
+
+
 @pytest.mark.parametrize("repeat", range(12))
 def test_kernels_equal_reference(cpu_kernel, rng, repeat):
     for _ in range(5):

@@ -1,229 +1,121 @@
-// The CPU kernel, for any set of lanes L: included by one translation unit per instruction set.
-//
-// Work proceeds in tiles of L::width blocks of eight elements, aligned to logical indices. A tile that the span covers in
-// part goes through a small buffer, so there is no second code path for heads and tails.
+// theta = round(decay * theta + sum c_k w_k): the kernel of combine, fan_out, spread, requantize and low_rank, which differ in
+// what a direction is and in what becomes of the sum.
 #pragma once
 
-#include "../noise/normal.h"
-#include "../noise/rademacher.h"
-#include "../noise/rounding.h"
-#include "combine.h"
+#include "tile.h"
 
 namespace zk::cpu {
 
-template <class L, DType D>
-struct Storage;
-
-template <class L>
-struct Storage<L, DType::f32> {
-  using T = float;
-  static ZK_HD void load(const T* p, typename L::F x[8]) { L::load_floats(p, x); }
-  template <bool Stochastic>
-  static ZK_HD void store(T* p, const typename L::F x[8], const Words<typename L::U>&) {
-    L::store_floats(p, x);
+template <class L, DType D, class Tile>
+ZK_HD void load_decayed(const Combine& op, const Span& span, const Tile& tile, typename L::F acc[8]) {
+  load<L, D>(span.in, tile, acc);
+  if (op.has_decay) {
+    for (int e = 0; e < 8; ++e) acc[e] = mul(Splat<typename L::F>::of(op.decay), acc[e]);
   }
-};
-
-template <class L>
-struct Storage<L, DType::bf16> {
-  using T = uint16_t;
-  using U = typename L::U;
-  static ZK_HD void load(const T* p, typename L::F x[8]) {
-    U w[4];
-    L::load_words(reinterpret_cast<const uint32_t*>(p), w);
-    for (int i = 0; i < 4; ++i) {
-      x[2 * i] = from_bits(w[i] << 16);
-      x[2 * i + 1] = from_bits(w[i] & Splat<U>::of(0xffff0000u));
-    }
-  }
-  template <bool Stochastic>
-  static ZK_HD void store(T* p, const typename L::F x[8], const Words<U>& random) {
-    U w[4];
-    for (int i = 0; i < 4; ++i) {
-      const U b0 = bits(x[2 * i]), b1 = bits(x[2 * i + 1]);
-      const U low = Stochastic ? bf16_stochastic(b0, random.w[i] & Splat<U>::of(0xffffu)) : bf16_nearest(b0);
-      const U high = Stochastic ? bf16_stochastic(b1, random.w[i] >> 16) : bf16_nearest(b1);
-      w[i] = and_or(high, Splat<U>::of(0xffff0000u), low >> 16);
-    }
-    L::store_words(reinterpret_cast<uint32_t*>(p), w);
-  }
-};
-
-template <class L>
-struct Storage<L, DType::f16> {
-  using T = uint16_t;
-  using U = typename L::U;
-  static ZK_HD void load(const T* p, typename L::F x[8]) {
-    U w[4];
-    L::load_words(reinterpret_cast<const uint32_t*>(p), w);
-    for (int i = 0; i < 4; ++i) L::unpack_halves(w[i], x[2 * i], x[2 * i + 1]);
-  }
-  template <bool Stochastic>
-  static ZK_HD void store(T* p, const typename L::F x[8], const Words<U>& random) {
-    U w[4];
-    for (int i = 0; i < 4; ++i) {
-      w[i] = Stochastic ? L::pack_halves(half_stochastic(x[2 * i], random.w[i] & Splat<U>::of(0xffffu)),
-                                         half_stochastic(x[2 * i + 1], random.w[i] >> 16))
-                        : L::pack_halves(x[2 * i], x[2 * i + 1]);
-    }
-    L::store_words(reinterpret_cast<uint32_t*>(p), w);
-  }
-};
-
-template <class L>
-ZK_HD Words<typename L::U> draw(const PhiloxKey& key, uint64_t block, uint32_t stream, Domain domain) {
-  return philox<L>(L::counter(static_cast<uint32_t>(block)), static_cast<uint32_t>(block >> 32), stream, domain, key);
 }
 
-// One direction's noise for the eight elements of each block of a tile: drawn once, added with any coefficient.
-template <class L, Domain Dist>
-struct TileNoise;
+template <class L, DType D, bool Stochastic, class Tile>
+ZK_HD void store_rounded(const Combine& op, const Span& span, const Tile& tile, typename L::F acc[8]) {
+  Words<typename L::U> random{};
+  if constexpr (Stochastic && D != DType::f32) random = draw<L>(op.rounding, tile.block, span.stream, kRounding);
+  if constexpr (D == DType::i8) {
+    using F = typename L::F;
+    for (int e = 0; e < 8; ++e) acc[e] = clamp(acc[e], Splat<F>::of(op.low), Splat<F>::of(op.high));
+  }
+  store<L, D, Stochastic>(span.out, tile, acc, random, span.out != span.in);
+}
 
-template <class L>
-struct TileNoise<L, kNormal> {
+// to = round(from + c z) of the direction that was taken last.
+template <class L, DType D, class Noise, class Tile>
+ZK_HD void store_side(const Noise& noise, float c, void* to, const Tile& tile, const typename L::F from[8]) {
   using F = typename L::F;
-  F z[8];
-  ZK_HD TileNoise(const Direction& direction, int64_t, uint32_t stream, uint64_t block, const Words<typename L::U>*) {
-    normal8(draw<L>(direction.key, block, stream, kNormal), z);
-  }
-  ZK_HD void add_to(const F from[8], F c, F to[8]) const {
-    for (int e = 0; e < 8; ++e) to[e] = fma(c, z[e], from[e]);
-  }
-};
+  F side[8];
+  noise.add_to(from, Splat<F>::of(c), side);
+  store<L, D, false>(to, tile, side, {}, true);
+}
 
-// signs: the words of the 32 blocks of the surrounding tile of 4096, [direction][group][word].
-template <class L>
-struct TileNoise<L, kRademacher> {
+// What is done with a tile. single: one direction and nothing else, so that nothing is asked at run time.
+template <class L, DType D, bool Stochastic, class Noise, class Tile>
+ZK_HD void single_tile(const Combine& op, const Span& span, const Tile& tile, Noise& noise) {
+  typename L::F acc[8];
+  load<L, D>(span.in, tile, acc);
+  noise.take(0, tile);
+  noise.add_to(acc, Splat<typename L::F>::of(span.coeffs[0]), acc);
+  store_rounded<L, D, Stochastic>(op, span, tile, acc);
+}
+
+// Neither masks nor curvature.
+template <class L, DType D, bool Stochastic, class Noise, class Tile>
+ZK_HD void plain_tile(const Combine& op, const Span& span, const Tile& tile, Noise& noise) {
   using F = typename L::F;
-  using U = typename L::U;
-  U word;
-  ZK_HD TileNoise(const Direction&, int64_t k, uint32_t, uint64_t block, const Words<U>* signs) {
-    constexpr int groups = kRademacherBlocks / L::width;
-    const int vec = static_cast<int>(block & (kRademacherTile / 8 - 1));
-    const int byte = vec >> 5;
-    word = signs[k * groups + (vec & 31) / L::width].w[byte >> 2] >> (8 * (byte & 3));
-  }
-  ZK_HD void add_to(const F from[8], F c, F to[8]) const {
-    for (int e = 0; e < 8; ++e) to[e] = add(from[e], signed_coefficient(word, e, c));  // fma(c, +-1, from)
-  }
-};
-
-template <class T>
-struct Pointers {
-  const T* in;
-  T *out, *plus, *minus;
-};
-
-// One tile: acc = decay * theta + sum c_k z_k, rounded once; then the fan-out.
-template <class L, DType D, Domain Dist, bool Stochastic>
-ZK_HD void combine_tile(const Combine& op, uint32_t stream, uint64_t block,
-                        const Pointers<typename Storage<L, D>::T>& at, const Words<typename L::U>* signs) {
-  using F = typename L::F;
-  using S = Storage<L, D>;
   F acc[8];
-  S::load(at.in, acc);
-  if (op.has_decay) {
-    for (int e = 0; e < 8; ++e) acc[e] = mul(Splat<F>::of(op.decay), acc[e]);
+  load_decayed<L, D>(op, span, tile, acc);
+  for (int64_t k = 0; k < op.count; ++k) {
+    noise.take(k, tile);
+    noise.add_to(acc, Splat<F>::of(span.coeffs[k]), acc);
+  }
+  if (span.out != nullptr) store_rounded<L, D, Stochastic>(op, span, tile, acc);
+  if (op.form == Form::fan_out) {
+    if (span.out != nullptr) load<L, D>(span.out, tile, acc);  // as rounded
+    const float c = span.coeffs[op.count];
+    noise.take(op.count, tile);
+    store_side<L, D>(noise, c, span.more[0], tile, acc);
+    store_side<L, D>(noise, -c, span.more[1], tile, acc);
+  }
+}
+
+template <class L, DType D, class Noise, class Tile>
+ZK_HD void spread_tile(const Combine& op, const Span& span, const Tile& tile, Noise& noise) {
+  using T = typename Storage<L, D>::T;
+  typename L::F x[8];
+  load<L, D>(span.in, tile, x);
+  for (int64_t k = 0; k < op.count; ++k) {
+    noise.take(k, tile);
+    store_side<L, D>(noise, span.coeffs[k], static_cast<T*>(span.out) + k * span.numel, tile, x);
+  }
+}
+
+// Masks, curvature, or weights of eight bits.
+template <class L, DType D, class Noise, class Tile>
+ZK_HD void full_tile(const Combine& op, const Span& span, const Tile& tile, Noise& noise) {
+  using F = typename L::F;
+  F acc[8], total[8], root[8];
+  load_decayed<L, D>(op, span, tile, acc);
+  for (int e = 0; e < 8; ++e) total[e] = acc[e];
+  if (span.curvature != nullptr) {
+    load_state<L>(op.curvature, span.curvature, tile, root);
+    for (int e = 0; e < 8; ++e) root[e] = sqrt_full(root[e]);
   }
   for (int64_t k = 0; k < op.count; ++k) {
-    TileNoise<L, Dist>(op.directions[k], k, stream, block, signs).add_to(acc, Splat<F>::of(op.directions[k].coeff), acc);
-  }
-  if (at.out != nullptr) {
-    Words<typename L::U> random{};
-    if constexpr (Stochastic && D != DType::f32) random = draw<L>(op.rounding, block, stream, kRounding);
-    S::template store<Stochastic>(at.out, acc, random);
-  }
-  if (op.fan_out) {
-    if (at.out != nullptr) S::load(at.out, acc);  // as rounded
-    const Direction& probe = op.directions[op.count];
-    const TileNoise<L, Dist> noise(probe, op.count, stream, block, signs);
-    F side[8];
-    noise.add_to(acc, Splat<F>::of(probe.coeff), side);
-    S::template store<false>(at.plus, side, {});
-    noise.add_to(acc, Splat<F>::of(-probe.coeff), side);
-    S::template store<false>(at.minus, side, {});
-  }
-}
-
-// Asks for the tile kPrefetch bytes ahead. The hardware's own prefetch stops at pages and starts late: in place on data in
-// memory this takes Rademacher bf16 from 0.33 to 0.28 ns an element, a plain pass over the same bytes taking 0.30
-// (AVX-512), and from 0.55 to 0.36 with AVX2; 1024 and 4096 bytes were no better.
-constexpr uint64_t kPrefetch = 2048;
-
-ZK_HD void prefetch(const void* p, uint64_t bytes) {
-  const auto address = reinterpret_cast<uint64_t>(p) + kPrefetch;
-  for (uint64_t b = 0; b < bytes; b += 64) __builtin_prefetch(reinterpret_cast<const void*>(address + b), 1);
-}
-
-template <class L, DType D, Domain Dist, bool Stochastic>
-void combine_elements(const Combine& op, const Span& span, void* scratch) {
-  using T = typename Storage<L, D>::T;
-  constexpr int64_t tile = 8 * L::width;
-  const Pointers<T> whole = {static_cast<const T*>(span.in), static_cast<T*>(span.out), static_cast<T*>(span.plus),
-                             static_cast<T*>(span.minus)};
-  auto* signs = static_cast<Words<typename L::U>*>(scratch);
-  uint64_t signs_of = ~uint64_t{0};
-  const int64_t directions = op.count + (op.fan_out ? 1 : 0);
-
-  // Logical indices; positions in the tensor are differences, to stay inside the arrays.
-  uint64_t at = span.offset + static_cast<uint64_t>(span.begin);
-  const uint64_t end = span.offset + static_cast<uint64_t>(span.end);
-  while (at < end) {
-    const uint64_t base = at - at % tile;
-    const uint64_t stop = end - base < static_cast<uint64_t>(tile) ? end : base + tile;
-    if constexpr (Dist == kRademacher) {
-      if (const uint64_t sign_tile = base / kRademacherTile; sign_tile != signs_of) {
-        constexpr int groups = kRademacherBlocks / L::width;
-        for (int64_t k = 0; k < directions; ++k) {
-          for (int g = 0; g < groups; ++g) {
-            const uint64_t block = sign_tile * kRademacherBlocks + g * L::width;
-            signs[k * groups + g] = draw<L>(op.directions[k].key, block, span.stream, kRademacher);
-          }
-        }
-        signs_of = sign_tile;
-      }
-    }
-    const int64_t first = static_cast<int64_t>(at - span.offset);
-    const auto moved = [first](T* p) { return p != nullptr ? p + first : nullptr; };
-    const Pointers<T> here = {whole.in + first, moved(whole.out), moved(whole.plus), moved(whole.minus)};
-    if (stop - at == static_cast<uint64_t>(tile)) {
-      prefetch(here.in, tile * sizeof(T));
-      if (here.out != here.in) prefetch(here.out, tile * sizeof(T));
-      combine_tile<L, D, Dist, Stochastic>(op, span.stream, base / 8, here, signs);
+    const F c = Splat<F>::of(span.coeffs[k]);
+    noise.take(k, tile);
+    if (span.curvature == nullptr) {
+      noise.add_to(total, c, total);
     } else {
-      alignas(64) T theta[tile] = {}, plus[tile], minus[tile];
-      const int64_t skip = static_cast<int64_t>(at - base), bytes = static_cast<int64_t>(stop - at) * sizeof(T);
-      __builtin_memcpy(theta + skip, here.in, bytes);
-      const Pointers<T> buffered = {theta, here.out != nullptr ? theta : nullptr, plus, minus};
-      combine_tile<L, D, Dist, Stochastic>(op, span.stream, base / 8, buffered, signs);
-      if (here.out != nullptr) __builtin_memcpy(here.out, theta + skip, bytes);
-      if (op.fan_out) {
-        __builtin_memcpy(here.plus, plus + skip, bytes);
-        __builtin_memcpy(here.minus, minus + skip, bytes);
-      }
+      F z[8];
+      noise.values(z);
+      for (int e = 0; e < 8; ++e) total[e] = fma(c, div(z[e], root[e]), total[e]);
     }
-    at = stop;
   }
+  if (typename L::U kept[8]; draw_mask<L>(op, span, tile, kept)) {
+    for (int e = 0; e < 8; ++e) total[e] = select_top(kept[e], total[e], acc[e]);
+  }
+  op.stochastic ? store_rounded<L, D, true>(op, span, tile, total) : store_rounded<L, D, false>(op, span, tile, total);
 }
 
-template <class L, DType D>
-void combine_dtype(const Combine& op, const Span& span, void* scratch) {
-  if (op.dist == kNormal) {
-    op.stochastic ? combine_elements<L, D, kNormal, true>(op, span, scratch)
-                  : combine_elements<L, D, kNormal, false>(op, span, scratch);
-  } else {
-    op.stochastic ? combine_elements<L, D, kRademacher, true>(op, span, scratch)
-                  : combine_elements<L, D, kRademacher, false>(op, span, scratch);
-  }
-}
-
-template <class L>
-void combine_span(const Combine& op, const Span& span, void* scratch) {
-  switch (op.dtype) {
-    case DType::f32: return combine_dtype<L, DType::f32>(op, span, scratch);
-    case DType::bf16: return combine_dtype<L, DType::bf16>(op, span, scratch);
-    case DType::f16: return combine_dtype<L, DType::f16>(op, span, scratch);
-  }
+// for_tiles, with the arrays of dtype D asked for ahead.
+template <class L, DType D, class Begin, class Body>
+void combine_tiles(const Span& span, const Begin& begin, const Body& body) {
+  using T = typename Storage<L, D>::T;
+  for_tiles<L>(span, begin, [body, in = static_cast<const T*>(span.in), out = static_cast<const T*>(span.out)](
+                                const auto& tile, auto& noise) ZK_INLINE {
+    if constexpr (tile.whole) {
+      constexpr int64_t bytes = tile.size * sizeof(T);
+      prefetch(in + tile.first, bytes);
+      if (out != in && tile.run * static_cast<int64_t>(sizeof(T)) < kStream) prefetch(out + tile.first, bytes);
+    }
+    body(tile, noise);
+  });
 }
 
 }  // namespace zk::cpu

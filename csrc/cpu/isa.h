@@ -1,10 +1,10 @@
-// Instruction sets: which this machine has, and the kernel for each.
+// Instruction sets: which this machine has, and its kernels.
 #pragma once
 
 #include <stdexcept>
 #include <string>
 
-#include "combine.h"
+#include "kernels.h"
 
 namespace zk::cpu {
 
@@ -27,15 +27,15 @@ inline bool has_avx512() {
 
 inline std::string best_isa() { return has_avx512() ? "avx512" : has_avx2() ? "avx2" : "portable"; }
 
-inline CombineSpan combine_span(const std::string& name) {
+inline const Kernels& kernels_of(const std::string& name) {
   const std::string isa = name == "auto" ? best_isa() : name;
 #if defined(ZK_BUILD_AVX512)
-  if (isa == "avx512" && has_avx512()) return combine_span_avx512;
+  if (isa == "avx512" && has_avx512()) return avx512::kernels;
 #endif
 #if defined(ZK_BUILD_AVX2)
-  if (isa == "avx2" && has_avx2()) return combine_span_avx2;
+  if (isa == "avx2" && has_avx2()) return avx2::kernels;
 #endif
-  if (isa == "portable") return combine_span_portable;
+  if (isa == "portable") return portable::kernels;
   throw std::runtime_error("ZOKERNELS_CPU_ISA: expected auto or an instruction set that this build and machine have (best: " +
                            best_isa() + "), got " + name);
 }

@@ -1,10 +1,10 @@
-// Sixteen lanes: AVX-512 F, DQ, BW and VL. As lanes_avx2.h, with lane 4 b + q for block 4 q + b of sixteen, 32 registers and
-// three-input logic.
+// Sixteen lanes: AVX-512 F, DQ, BW and VL. As lanes_avx2.h, with 32 registers, three-input logic and shuffles of two registers.
 #pragma once
 
 #include <immintrin.h>
 
 #include "../noise/lanes.h"
+#include "../noise/rounding.h"
 
 namespace zk::cpu {
 
@@ -39,7 +39,7 @@ ZK_HD F16 sqrt(F16 a) { return {_mm512_sqrt_ps(a.v)}; }
 ZK_HD U16 bits(F16 a) { return {_mm512_castps_si512(a.v)}; }
 ZK_HD F16 from_bits(U16 a) { return {_mm512_castsi512_ps(a.v)}; }
 ZK_HD F16 signed_to_float(U16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
-ZK_HD F16 low_half_to_float(U16 a) { return {_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(a.v, 16), 16))}; }
+ZK_HD F16 low_half_to_float(U16 a) { return {_mm512_cvtepi32_ps(_mm512_madd_epi16(a.v, _mm512_set1_epi32(1)))}; }
 ZK_HD U16 select_ge(U16 a, uint32_t threshold, U16 yes, U16 no) {
   const __mmask16 ge = _mm512_cmpge_epu32_mask(a.v, _mm512_set1_epi32(static_cast<int>(threshold)));
   return {_mm512_mask_mov_epi32(no.v, ge, yes.v)};
@@ -49,7 +49,24 @@ ZK_HD void mul_wide(C16 c, uint32_t m, C16& hi, C16& lo) {
   lo = {_mm512_mul_epu32(c.even, factor), _mm512_mul_epu32(c.odd, factor)};
   hi = {_mm512_srli_epi64(lo.even, 32), _mm512_srli_epi64(lo.odd, 32)};
 }
-ZK_HD U16 join(C16 c) { return {_mm512_mask_mov_epi32(c.even, 0xaaaa, _mm512_slli_epi64(c.odd, 32))}; }
+ZK_HD void join(const C16 x[4], U16 w[4]) {
+  const auto gather = [](__m512i a, __m512i b, __m512i c, __m512i d, U16& first, U16& second) {
+    const __m512 ab = _mm512_shuffle_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), 0x88);
+    const __m512 cd = _mm512_shuffle_ps(_mm512_castsi512_ps(c), _mm512_castsi512_ps(d), 0x88);
+    first = {_mm512_castps_si512(_mm512_shuffle_ps(ab, cd, 0x88))};
+    second = {_mm512_castps_si512(_mm512_shuffle_ps(ab, cd, 0xdd))};
+  };
+  gather(x[0].even, x[1].even, x[2].even, x[3].even, w[0], w[1]);
+  gather(x[0].odd, x[1].odd, x[2].odd, x[3].odd, w[2], w[3]);
+}
+ZK_HD U16 next_word(const U16 w[4], int i) { return {_mm512_shuffle_epi32(w[i].v, static_cast<_MM_PERM_ENUM>(0x39))}; }
+
+ZK_HD F16 sqrt_full(F16 a) { return sqrt(a); }
+ZK_HD F16 div(F16 a, F16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+ZK_HD F16 select_top(U16 a, F16 yes, F16 no) { return {_mm512_mask_mov_ps(no.v, _mm512_movepi32_mask(a.v), yes.v)}; }
+ZK_HD F16 clamp(F16 x, F16 low, F16 high) { return {_mm512_min_ps(_mm512_max_ps(x.v, low.v), high.v)}; }  // max(NaN, b) is b
+ZK_HD U16 nearest_int(F16 x) { return {_mm512_cvtps_epi32(x.v)}; }
+ZK_HD U16 floor_int(F16 x) { return {_mm512_cvt_roundps_epi32(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
 
 }  // namespace zk::cpu
 
@@ -82,66 +99,95 @@ struct Avx512 {
   // Block indices first .. first + 15; first is a multiple of 16, so no lane carries.
   static ZK_HD C counter(uint32_t first) {
     const __m512i base = _mm512_set1_epi32(static_cast<int>(first));
-    return {_mm512_add_epi32(base, _mm512_setr_epi32(0, 0, 8, 0, 1, 0, 9, 0, 2, 0, 10, 0, 3, 0, 11, 0)),
-            _mm512_add_epi32(base, _mm512_setr_epi32(4, 0, 12, 0, 5, 0, 13, 0, 6, 0, 14, 0, 7, 0, 15, 0))};
-  }
-
-  // 4 x 4 words within each 128-bit quarter.
-  static ZK_HD void transpose(const __m512i r[4], U w[4]) {
-    const __m512i a = _mm512_unpacklo_epi32(r[0], r[1]), b = _mm512_unpackhi_epi32(r[0], r[1]);
-    const __m512i c = _mm512_unpacklo_epi32(r[2], r[3]), d = _mm512_unpackhi_epi32(r[2], r[3]);
-    w[0] = {_mm512_unpacklo_epi64(a, c)};
-    w[1] = {_mm512_unpackhi_epi64(a, c)};
-    w[2] = {_mm512_unpacklo_epi64(b, d)};
-    w[3] = {_mm512_unpackhi_epi64(b, d)};
+    return {_mm512_add_epi32(base, _mm512_setr_epi32(0, 0, 4, 0, 1, 0, 5, 0, 2, 0, 6, 0, 3, 0, 7, 0)),
+            _mm512_add_epi32(base, _mm512_setr_epi32(8, 0, 12, 0, 9, 0, 13, 0, 10, 0, 14, 0, 11, 0, 15, 0))};
   }
 
   static ZK_HD void load_words(const uint32_t* p, U w[4]) {
-    __m512i r[4];
-    for (int q = 0; q < 4; ++q) r[q] = _mm512_loadu_si512(p + 16 * q);
-    transpose(r, w);
+    for (int i = 0; i < 4; ++i) w[i] = {_mm512_loadu_si512(p + 16 * i)};
   }
   static ZK_HD void store_words(uint32_t* p, const U w[4]) {
-    const __m512i r[4] = {w[0].v, w[1].v, w[2].v, w[3].v};
-    U t[4];
-    transpose(r, t);
-    for (int q = 0; q < 4; ++q) _mm512_storeu_si512(p + 16 * q, t[q].v);
+    for (int i = 0; i < 4; ++i) _mm512_storeu_si512(p + 16 * i, w[i].v);
   }
 
-  // A register of memory holds blocks 2 j and 2 j + 1 as quarters [lo, hi, lo, hi]; rows want four lo or four hi.
+  // Sixteen pairs in memory order to their first and their second elements, and back.
+  static ZK_HD void unzip(__m512 a, __m512 b, F& x0, F& x1) {
+    x0 = {_mm512_permutex2var_ps(a, _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30), b)};
+    x1 = {_mm512_permutex2var_ps(a, _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31), b)};
+  }
+  static ZK_HD void zip(F x0, F x1, __m512& a, __m512& b) {
+    a = _mm512_permutex2var_ps(x0.v, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), x1.v);
+    b = _mm512_permutex2var_ps(x0.v, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31), x1.v);
+  }
+
+  // Sixteen floats in a row, a lane each.
+  static ZK_HD F load_row(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static ZK_HD void store_row(float* p, F x) { _mm512_storeu_ps(p, x.v); }
+
   static ZK_HD void load_floats(const float* p, F x[8]) {
-    __m512i lo[4], hi[4];
-    for (int q = 0; q < 4; ++q) {
-      const __m512i a = _mm512_loadu_si512(p + 32 * q), b = _mm512_loadu_si512(p + 32 * q + 16);
-      lo[q] = _mm512_shuffle_i32x4(a, b, 0x88);
-      hi[q] = _mm512_shuffle_i32x4(a, b, 0xdd);
-    }
-    U w[8];
-    transpose(lo, w);
-    transpose(hi, w + 4);
-    for (int i = 0; i < 8; ++i) x[i] = from_bits(w[i]);
+    for (int i = 0; i < 8; i += 2) unzip(_mm512_loadu_ps(p + 16 * i), _mm512_loadu_ps(p + 16 * i + 16), x[i], x[i + 1]);
   }
   static ZK_HD void store_floats(float* p, const F x[8]) {
-    __m512i r[8];
-    for (int i = 0; i < 8; ++i) r[i] = bits(x[i]).v;
-    U lo[4], hi[4];
-    transpose(r, lo);
-    transpose(r + 4, hi);
-    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-    for (int q = 0; q < 4; ++q) {
-      _mm512_storeu_si512(p + 32 * q, _mm512_permutex2var_epi64(lo[q].v, first, hi[q].v));
-      _mm512_storeu_si512(p + 32 * q + 16, _mm512_permutex2var_epi64(lo[q].v, second, hi[q].v));
+    for (int i = 0; i < 8; i += 2) {
+      __m512 a, b;
+      zip(x[i], x[i + 1], a, b);
+      _mm512_storeu_ps(p + 16 * i, a);
+      _mm512_storeu_ps(p + 16 * i + 16, b);
     }
   }
 
-  static ZK_HD void unpack_halves(U w, F& x0, F& x1) {
-    x0 = {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(w.v))};
-    x1 = {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(w.v, 16)))};
+  static ZK_HD void load_halves(const uint16_t* p, F x[8]) {
+    const auto* row = reinterpret_cast<const __m256i*>(p);
+    for (int i = 0; i < 8; i += 2) {
+      unzip(_mm512_cvtph_ps(_mm256_loadu_si256(row + i)), _mm512_cvtph_ps(_mm256_loadu_si256(row + i + 1)), x[i], x[i + 1]);
+    }
   }
-  static ZK_HD U pack_halves(F x0, F x1) {
-    const __m512i a = _mm512_cvtepu16_epi32(_mm512_cvtps_ph(x0.v, _MM_FROUND_TO_NEAREST_INT));
-    const __m512i b = _mm512_cvtepu16_epi32(_mm512_cvtps_ph(x1.v, _MM_FROUND_TO_NEAREST_INT));
-    return {_mm512_or_si512(a, _mm512_slli_epi32(b, 16))};
+  static ZK_HD void store_halves(uint16_t* p, const F x[8]) {
+    auto* row = reinterpret_cast<__m256i*>(p);
+    for (int i = 0; i < 8; i += 2) {
+      __m512 a, b;
+      zip(x[i], x[i + 1], a, b);
+      _mm256_storeu_si256(row + i, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+      _mm256_storeu_si256(row + i + 1, _mm512_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT));
+    }
+  }
+
+  // Lane l takes bytes 2 l and 2 l + 1.
+  static ZK_HD void load_byte_pairs(const uint8_t* p, U w[4]) {
+    for (int i = 0; i < 4; ++i) w[i] = {_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + i))};
+  }
+  static ZK_HD void store_byte_pairs(uint8_t* p, const U w[4]) {
+    for (int i = 0; i < 4; ++i) _mm256_storeu_si256(reinterpret_cast<__m256i*>(p) + i, _mm512_cvtepi32_epi16(w[i].v));
+  }
+
+  // Bits 30 and 31: those of the lane's two elements in a mask. The register's blocks have four bytes, 32 elements.
+  static ZK_HD U mask_bits(const uint8_t* bytes, int i) {
+    int32_t word;
+    __builtin_memcpy(&word, bytes + 4 * i, 4);
+    const __m512i shift = _mm512_setr_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    return {_mm512_sllv_epi32(_mm512_set1_epi32(word), shift)};
+  }
+
+  // Copies from a buffer to memory past the caches; both aligned to 64 bytes.
+  static ZK_HD void stream(void* to, const void* from, int64_t bytes) {
+    auto* t = static_cast<__m512i*>(to);
+    const auto* f = static_cast<const __m512i*>(from);
+    for (int64_t i = 0; i < bytes / 64; ++i) _mm512_stream_si512(t + i, _mm512_load_si512(f + i));
+  }
+  static ZK_HD void stream_end() { _mm_sfence(); }
+
+  // See lanes_avx2.h for both.
+  static ZK_HD U pack_bf16(U b0, U b1) {
+    const U high = high_halves(b0, b1), low = and_or(b0, Splat<U>::of(0xffffu), b1 << 16);
+    const U half = and_or(high, Splat<U>::of(0x00010001u), Splat<U>::of(0x7ffe7ffeu));
+    return {_mm512_add_epi16(high.v, _mm512_srli_epi16(_mm512_avg_epu16(low.v, half.v), 15))};
+  }
+  static ZK_HD void plus_minus(const uint32_t* signs, int, int i, F c, F& c0, F& c1) {
+    const __m512i two = _mm512_srlv_epi32(_mm512_set1_epi32(static_cast<int>(signs[16 * i])),
+                                          _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30));
+    const F minus = from_bits(bits(c) ^ Splat<U>::of(0x80000000u));
+    c0 = {_mm512_permutevar_ps(_mm512_mask_blend_ps(0xaaaa, c.v, minus.v), two)};
+    c1 = {_mm512_permutevar_ps(_mm512_mask_blend_ps(0xcccc, c.v, minus.v), two)};
   }
 };
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../noise/lanes.h"
+#include "../noise/rademacher.h"
 #include "../noise/rounding.h"
 
 namespace zk::cpu {
@@ -9,6 +10,9 @@ namespace zk::cpu {
 struct Portable : Scalar {
   static void load_words(const uint32_t* p, U w[4]) { std::memcpy(w, p, 16); }
   static void store_words(uint32_t* p, const U w[4]) { std::memcpy(p, w, 16); }
+  static F load_row(const float* p) { return *p; }
+  static void store_row(float* p, F x) { *p = x; }
+
   static void load_floats(const float* p, F x[8]) { std::memcpy(x, p, 32); }
   static void store_floats(float* p, const F x[8]) { std::memcpy(p, x, 32); }
   static C counter(uint32_t first) { return first; }
@@ -29,11 +33,33 @@ struct Portable : Scalar {
     return sign | (mag + 0xfffu + (mag >> 13 & 1u) - 0x38000000u) >> 13;
   }
 
-  static void unpack_halves(U w, F& x0, F& x1) {
-    x0 = from_half(w & 0xffffu);
-    x1 = from_half(w >> 16);
+  static void load_halves(const uint16_t* p, F x[8]) {
+    for (int e = 0; e < 8; ++e) x[e] = from_half(p[e]);
   }
-  static U pack_halves(F x0, F x1) { return to_half(x0) | to_half(x1) << 16; }
+  static void store_halves(uint16_t* p, const F x[8]) {
+    for (int e = 0; e < 8; ++e) p[e] = static_cast<uint16_t>(to_half(x[e]));
+  }
+
+  static void load_byte_pairs(const uint8_t* p, U w[4]) {
+    for (int i = 0; i < 4; ++i) w[i] = p[2 * i] | p[2 * i + 1] << 8;
+  }
+  static void store_byte_pairs(uint8_t* p, const U w[4]) {
+    for (int i = 0; i < 4; ++i) {
+      p[2 * i] = static_cast<uint8_t>(w[i]);
+      p[2 * i + 1] = static_cast<uint8_t>(w[i] >> 8);
+    }
+  }
+  static U mask_bits(const uint8_t* bytes, int i) { return static_cast<U>(bytes[0]) << (30 - 2 * i); }
+
+  static void stream(void* to, const void* from, int64_t bytes) { std::memcpy(to, from, bytes); }
+  static void stream_end() {}
+  static U pack_bf16(U b0, U b1) { return high_halves(bf16_nearest(b0), bf16_nearest(b1)); }
+
+  static void plus_minus(const uint32_t* signs, int vec, int i, F c, F& c0, F& c1) {
+    const uint32_t byte = *signs >> 8 * (vec & 3);
+    c0 = signed_coefficient(byte, 2 * i, c);
+    c1 = signed_coefficient(byte, 2 * i + 1, c);
+  }
 };
 
 }  // namespace zk::cpu

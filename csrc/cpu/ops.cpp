@@ -6,6 +6,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <optional>
 #include <string>
@@ -13,7 +14,6 @@
 
 #include "../noise/rounding.h"
 #include "../op_args.h"
-#include "combine.h"
 #include "isa.h"
 
 namespace zk::cpu {
@@ -29,45 +29,34 @@ DType dtype_of(const Tensor& t) {
     case torch::headeronly::ScalarType::Float: return DType::f32;
     case torch::headeronly::ScalarType::BFloat16: return DType::bf16;
     case torch::headeronly::ScalarType::Half: return DType::f16;
-    default: STD_TORCH_CHECK(false, "zokernels_cpu::combine: expected float32, bfloat16 or float16 tensors");
+    case torch::headeronly::ScalarType::Char: return DType::i8;
+    default: STD_TORCH_CHECK(false, "zokernels_cpu: expected float32, bfloat16, float16 or int8 tensors");
   }
 }
 
-// combine where plus and minus are empty, else fan_out; `write`: whether theta is written.
-void run(const std::vector<Tensor>& out, const std::vector<Tensor>& params, const std::vector<Tensor>& plus,
-         const std::vector<Tensor>& minus, const std::vector<Direction>& directions, const std::vector<int64_t>& streams,
-         const std::vector<int64_t>& offsets, int64_t dist, const std::optional<Tensor>& decay,
-         const std::optional<Tensor>& rounding_seed, const std::string& isa) {
-  Combine op{};
-  op.directions = directions.data();
-  op.fan_out = !plus.empty();
-  op.count = static_cast<int64_t>(directions.size()) - (op.fan_out ? 1 : 0);
-  op.dist = static_cast<Domain>(dist);
-  op.dtype = dtype_of(params[0]);
-  if (decay) op.decay = canonical_nan(*static_cast<const float*>(decay->const_data_ptr()));
-  op.has_decay = decay && op.decay != 1.0f;
-  op.stochastic = rounding_seed.has_value() && op.dtype != DType::f32;
-  if (op.stochastic) {
-    op.rounding = philox_key(static_cast<uint64_t>(*static_cast<const int64_t*>(rounding_seed->const_data_ptr())));
-  }
-  const bool writes = !op.fan_out || op.count > 0 || decay.has_value();
+template <class T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
 
-  std::vector<Span> spans;
+PhiloxKey key_of(const Tensor& seed) { return philox_key(data<uint64_t>(seed)[0]); }
+
+std::vector<float> without_payloads(const Tensor& values) {
+  std::vector<float> result(data<float>(values), data<float>(values) + values.numel());
+  for (float& x : result) x = canonical_nan(x);
+  return result;
+}
+
+// body(piece, scratch) over the elements of all spans, which lie in the thread pool's pieces end to end.
+template <class Body>
+void parallel(const std::vector<Span>& spans, int64_t scratch_size, const Body& body) {
   std::vector<int64_t> starts;  // elements before each span
   int64_t total = 0;
-  for (size_t i = 0; i < params.size(); ++i) {
-    const int64_t n = params[i].numel();
-    if (n == 0) continue;
-    spans.push_back({params[i].const_data_ptr(), writes ? out[i].mutable_data_ptr() : nullptr,
-                     op.fan_out ? plus[i].mutable_data_ptr() : nullptr, op.fan_out ? minus[i].mutable_data_ptr() : nullptr,
-                     static_cast<uint64_t>(offsets[i]), static_cast<uint32_t>(streams[i]), 0, n});
+  for (const Span& span : spans) {
     starts.push_back(total);
-    total += n;
+    total += span.numel;
   }
-
-  const CombineSpan kernel = combine_span(isa);
   torch::stable::parallel_for(0, total, kGrain, [&](int64_t begin, int64_t end) {
-    const size_t scratch_size = op.dist == kRademacher ? directions.size() * kScratchPerDirection : 0;
     std::unique_ptr<std::byte[]> memory(new std::byte[scratch_size + 64]);
     void* scratch = memory.get();
     size_t space = scratch_size + 64;
@@ -75,50 +64,215 @@ void run(const std::vector<Tensor>& out, const std::vector<Tensor>& params, cons
     auto i = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
     for (; begin < end; ++i) {
       Span piece = spans[i];
-      const int64_t stop = std::min(end, starts[i] + piece.end);
+      const int64_t stop = std::min(end, starts[i] + piece.numel);
       piece.begin = begin - starts[i];
       piece.end = stop - starts[i];
-      kernel(op, piece, scratch);
+      body(piece, scratch);
       begin = stop;
     }
   });
 }
 
-void append(std::vector<Direction>& directions, const Tensor& seeds, const Tensor& coeffs) {
-  const auto* seed = static_cast<const int64_t*>(seeds.const_data_ptr());
-  const auto* coeff = static_cast<const float*>(coeffs.const_data_ptr());
-  for (int64_t k = 0; k < seeds.numel(); ++k) {
-    directions.push_back({philox_key(static_cast<uint64_t>(seed[k])), canonical_nan(coeff[k])});
+// What an operation's kernel gets: its terms, a span for each tensor that has elements, and what both point into.
+struct Call {
+  const TermArgs& args;
+  std::vector<PhiloxKey> keys;
+  std::vector<float> coeffs;
+  Terms terms{};
+  std::vector<Span> spans;
+
+  Call(const TermArgs& args, const TensorList& params) : args(args), coeffs(without_payloads(args.coeffs)) {
+    const auto* seeds = data<uint64_t>(args.seeds);
+    for (int64_t k = 0; k < args.seeds.numel(); ++k) keys.push_back(philox_key(seeds[k]));
+    terms.count = args.seeds.numel();
+    terms.dist = args.domain();
+    terms.dtype = dtype_of(params[0]);
+    if (args.decay) terms.decay = canonical_nan(data<float>(*args.decay)[0]);
+    terms.has_decay = args.decay && terms.decay != 1.0f;
+    terms.stochastic = args.rounding_seed.has_value();
+    if (terms.stochastic) terms.rounding = key_of(*args.rounding_seed);
+    terms.has_mask_seed = args.mask_seed.has_value();
+    if (terms.has_mask_seed) terms.mask = key_of(*args.mask_seed);
+    terms.mask_keep = static_cast<uint32_t>(args.mask_keep);
+    if (!args.curvature.empty()) terms.curvature = dtype_of(args.curvature[0]);
+  }
+
+  // The spans; set(span, i) adds what the operation has of its own for tensor i. Keys and coefficients are complete.
+  template <class Set>
+  void add_spans(const TensorList& params, const Set& set) {
+    terms.keys = keys.data();
+    for (size_t i = 0; i < params.size(); ++i) {
+      Span span{};
+      span.numel = params[i].numel();
+      if (span.numel == 0) continue;
+      span.in = params[i].const_data_ptr();
+      span.offset = static_cast<uint64_t>(args.offsets[i]);
+      span.stream = static_cast<uint32_t>(args.streams[i]);
+      span.coeffs = coeffs.data() + i * args.coeff_stride();
+      if (!args.masks.empty()) span.mask = data<uint8_t>(args.masks[i]);
+      if (!args.curvature.empty()) span.curvature = args.curvature[i].const_data_ptr();
+      set(span, i);
+      spans.push_back(span);
+    }
+  }
+
+  template <class Op, class Kernel>
+  void run(const Op& op, const Kernel& kernel) const {
+    const int64_t scratch = op.dist == kRademacher ? static_cast<int64_t>(keys.size()) * kScratchPerDirection : 0;
+    parallel(spans, scratch, [&](const Span& piece, void* memory) { kernel(op, piece, memory); });
+  }
+};
+
+void combine_by(const TensorList& out, const TensorList& params, const TermArgs& args, float low, float high,
+                const std::string& isa) {
+  Call call(args, params);
+  call.add_spans(params, [&](Span& span, size_t i) { span.out = out[i].mutable_data_ptr(); });
+  call.run(Combine{{call.terms}, Form::one, low, high}, kernels_of(isa).combine);
+}
+
+void check_params(const char* op, const TensorList& written, const TensorList& params, const TermArgs& args,
+                  bool quantized = false) {
+  check_terms(op, params, args);
+  check_beside(op, written, params);
+  STD_TORCH_CHECK((dtype_of(params[0]) == DType::i8) == quantized, op, ": params: unexpected dtype");
+}
+
+void combine_cpu(TensorList out, TensorList params, ZK_TERMS_PARAMS, std::string isa) {
+  if (params.empty()) return;
+  const TermArgs args = ZK_TERMS;
+  check_params("combine", out, params, args);
+  combine_by(out, params, args, 0.0f, 0.0f, isa);
+}
+
+void requantize_cpu(TensorList out, TensorList params, int64_t low, int64_t high, ZK_TERMS_PARAMS, std::string isa) {
+  if (params.empty()) return;
+  const TermArgs args = ZK_TERMS;
+  check_params("requantize", out, params, args, true);
+  combine_by(out, params, args, static_cast<float>(low), static_cast<float>(high), isa);
+}
+
+void fan_out_cpu(TensorList params, TensorList plus, TensorList minus, Tensor seed, Tensor coeff, ZK_TERMS_PARAMS,
+                 std::string isa) {
+  if (params.empty()) return;
+  const TermArgs args = ZK_TERMS;
+  check_params("fan_out", plus, params, args);
+  check_beside("fan_out", minus, params);
+  check_one_direction(seed, coeff);
+  Call call(args, params);
+  call.keys.push_back(key_of(seed));
+  call.coeffs.push_back(canonical_nan(data<float>(coeff)[0]));
+  const bool writes = args.seeds.numel() > 0 || decay.has_value();
+  call.add_spans(params, [&](Span& span, size_t i) {
+    span.out = writes ? params[i].mutable_data_ptr() : nullptr;
+    span.more[0] = plus[i].mutable_data_ptr();
+    span.more[1] = minus[i].mutable_data_ptr();
+  });
+  call.run(Combine{{call.terms}, Form::fan_out, 0.0f, 0.0f}, kernels_of(isa).combine);
+}
+
+void spread_cpu(Tensor out, Tensor x, ZK_TERMS_PARAMS, std::string isa) {
+  const TensorList params = {x};
+  const TermArgs args = ZK_TERMS;
+  check_params("spread", params, params, args);
+  check_spread(out, x, args);
+  Call call(args, params);
+  call.add_spans(params, [&](Span& span, size_t) { span.out = out.mutable_data_ptr(); });
+  call.run(Combine{{call.terms}, Form::spread, 0.0f, 0.0f}, kernels_of(isa).combine);
+}
+
+void update_cpu(TensorList params, TensorList first, TensorList second, std::string rule, Tensor hyper, ZK_TERMS_PARAMS,
+                std::string isa) {
+  if (params.empty()) return;
+  const TermArgs args = ZK_TERMS;
+  check_params("update", params, params, args);
+  check_update(first, second, rule_of(rule), hyper, params, args);
+  Call call(args, params);
+  const TensorList* states[2] = {&first, &second};
+  call.add_spans(params, [&](Span& span, size_t i) {
+    span.out = params[i].mutable_data_ptr();
+    for (int s = 0; s < 2; ++s) span.more[s] = states[s]->empty() ? nullptr : (*states[s])[i].mutable_data_ptr();
+  });
+  const std::vector<float> values = without_payloads(hyper);
+  Update op{{call.terms}, rule_of(rule), values.data(), {}};
+  for (int s = 0; s < 2; ++s) {
+    if (!states[s]->empty()) op.state[s] = dtype_of(states[s]->front());
+  }
+  call.run(op, kernels_of(isa).update);
+}
+
+// right [K, n, r] as [K, r, n], so that lanes read rows.
+void transpose(const float* right, int64_t count, int64_t columns, int64_t rank, float* to) {
+  for (int64_t k = 0; k < count; ++k) {
+    for (int64_t r = 0; r < rank; ++r) {
+      for (int64_t j = 0; j < columns; ++j) to[(k * rank + r) * columns + j] = right[(k * columns + j) * rank + r];
+    }
   }
 }
 
-void combine_cpu(std::vector<Tensor> out, std::vector<Tensor> params, Tensor seeds, Tensor coeffs,
-                 std::vector<int64_t> streams, std::vector<int64_t> offsets, int64_t dist, std::optional<Tensor> decay,
-                 std::optional<Tensor> rounding_seed, std::string isa) {
-  check_combine_args({out}, params, seeds, coeffs, streams, offsets, dist);
+void low_rank_cpu(TensorList out, TensorList params, TensorList left, TensorList right, ZK_TERMS_PARAMS, std::string isa) {
   if (params.empty()) return;
-  std::vector<Direction> directions;
-  append(directions, seeds, coeffs);
-  run(out, params, {}, {}, directions, streams, offsets, dist, decay, rounding_seed, isa);
+  const TermArgs args = ZK_TERMS;
+  check_params("low_rank", out, params, args);
+  check_factors(left, right, params, args);
+  constexpr int64_t padding = 16;  // the kernel reads whole registers
+  int64_t size = padding;
+  for (const Tensor& factor : right) size += factor.numel();
+  const std::unique_ptr<float[]> memory(new float[size]());
+  float* next = memory.get();
+  Call call(args, params);
+  call.add_spans(params, [&](Span& span, size_t i) {
+    span.out = out[i].mutable_data_ptr();
+    span.rows = left[i].size(1);
+    span.columns = right[i].size(1);
+    span.rank = left[i].size(2);
+    span.left = data<float>(left[i]);
+    span.right = next;
+    transpose(data<float>(right[i]), args.seeds.numel(), span.columns, span.rank, next);
+    next += right[i].numel();
+  });
+  call.run(Combine{{call.terms}, Form::one, 0.0f, 0.0f}, kernels_of(isa).low_rank);
 }
 
-void fan_out_cpu(std::vector<Tensor> params, std::vector<Tensor> plus, std::vector<Tensor> minus, Tensor seed, Tensor coeff,
-                 Tensor seeds, Tensor coeffs, std::vector<int64_t> streams, std::vector<int64_t> offsets, int64_t dist,
-                 std::optional<Tensor> decay, std::optional<Tensor> rounding_seed, std::string isa) {
-  check_combine_args({plus, minus}, params, seeds, coeffs, streams, offsets, dist);
-  check_one_direction(seed, coeff);
-  if (params.empty()) return;
-  std::vector<Direction> directions;
-  append(directions, seeds, coeffs);
-  append(directions, seed, coeff);
-  run(params, params, plus, minus, directions, streams, offsets, dist, decay, rounding_seed, isa);
+Tensor squares_cpu(Tensor seeds, std::vector<int64_t> sizes, std::vector<int64_t> streams, std::vector<int64_t> offsets,
+                   int64_t dist, std::string isa) {
+  STD_TORCH_CHECK(streams.size() == sizes.size() && offsets.size() == sizes.size(),
+                  "squares: sizes, streams, offsets: expected equal lengths");
+  check_dist("squares", dist);
+  const int64_t count = seeds.numel();
+  std::vector<PhiloxKey> keys;
+  for (int64_t k = 0; k < count; ++k) keys.push_back(philox_key(data<uint64_t>(seeds)[k]));
+  std::vector<Span> spans;
+  int64_t total = 0;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    total += sizes[i];
+    if (sizes[i] == 0) continue;
+    Span span{};
+    span.numel = sizes[i];
+    span.offset = static_cast<uint64_t>(offsets[i]);
+    span.stream = static_cast<uint32_t>(streams[i]);
+    spans.push_back(span);
+  }
+  Tensor result = torch::stable::empty_like(seeds);
+  auto* sums = static_cast<uint64_t*>(result.mutable_data_ptr());
+  const bool signs = static_cast<Domain>(dist) == kRademacher;
+  std::fill(sums, sums + count, signs ? static_cast<uint64_t>(total) << 20 : 0);
+  if (signs) return result;  // every square is 1
+
+  Terms terms{};
+  terms.keys = keys.data();
+  terms.count = count;
+  const auto kernel = kernels_of(isa).squares;
+  parallel(spans, 0, [&](const Span& piece, void*) {
+    std::vector<uint64_t> part(count);
+    kernel(terms, piece, part.data());
+    for (int64_t k = 0; k < count; ++k) std::atomic_ref(sums[k]).fetch_add(part[k], std::memory_order_relaxed);
+  });
+  return result;
 }
 
 Tensor derive_seed_cpu(Tensor run_seed, Tensor step, Tensor k) {
   Tensor seeds = torch::stable::empty_like(run_seed);
-  const auto* r = static_cast<const uint64_t*>(run_seed.const_data_ptr());
-  const auto* s = static_cast<const uint64_t*>(step.const_data_ptr());
-  const auto* j = static_cast<const uint64_t*>(k.const_data_ptr());
+  const auto *r = data<uint64_t>(run_seed), *s = data<uint64_t>(step), *j = data<uint64_t>(k);
   auto* out = static_cast<uint64_t*>(seeds.mutable_data_ptr());
   for (int64_t i = 0; i < run_seed.numel(); ++i) out[i] = derive_seed(r[i], s[i], static_cast<uint32_t>(j[i]));
   return seeds;
@@ -129,12 +283,22 @@ Tensor derive_seed_cpu(Tensor run_seed, Tensor step, Tensor k) {
 STABLE_TORCH_LIBRARY(zokernels_cpu, m) {
   m.def(ZK_COMBINE_SCHEMA(", str isa"));
   m.def(ZK_FAN_OUT_SCHEMA(", str isa"));
+  m.def(ZK_SPREAD_SCHEMA(", str isa"));
+  m.def(ZK_UPDATE_SCHEMA(", str isa"));
+  m.def(ZK_LOW_RANK_SCHEMA(", str isa"));
+  m.def(ZK_REQUANTIZE_SCHEMA(", str isa"));
+  m.def(ZK_SQUARES_SCHEMA(", str isa"));
   m.def(ZK_DERIVE_SEED_SCHEMA);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(zokernels_cpu, CPU, m) {
   m.impl("combine", TORCH_BOX(&combine_cpu));
   m.impl("fan_out", TORCH_BOX(&fan_out_cpu));
+  m.impl("spread", TORCH_BOX(&spread_cpu));
+  m.impl("update", TORCH_BOX(&update_cpu));
+  m.impl("low_rank", TORCH_BOX(&low_rank_cpu));
+  m.impl("requantize", TORCH_BOX(&requantize_cpu));
+  m.impl("squares", TORCH_BOX(&squares_cpu));
   m.impl("derive_seed", TORCH_BOX(&derive_seed_cpu));
 }
 

@@ -71,20 +71,19 @@ void run(const char* op, CombineLaunch shared, const std::vector<Tensor>& out, c
   });
 }
 
-void combine_cuda(std::vector<Tensor> out, std::vector<Tensor> params, Tensor seeds, Tensor coeffs,
-                  std::vector<int64_t> streams, std::vector<int64_t> offsets, int64_t dist, std::optional<Tensor> decay,
-                  std::optional<Tensor> rounding_seed) {
-  check_combine_args({out}, params, seeds, coeffs, streams, offsets, dist);
+void combine_cuda(TensorList out, TensorList params, ZK_TERMS_PARAMS) {
   if (params.empty()) return;
+  check_terms("combine", params, ZK_TERMS);
+  check_beside("combine", out, params);
   run("combine", CombineLaunch{}, out, params, {}, {}, seeds, coeffs, streams, offsets, dist, decay, rounding_seed);
 }
 
-void fan_out_cuda(std::vector<Tensor> params, std::vector<Tensor> plus, std::vector<Tensor> minus, Tensor seed,
-                  Tensor coeff, Tensor seeds, Tensor coeffs, std::vector<int64_t> streams, std::vector<int64_t> offsets,
-                  int64_t dist, std::optional<Tensor> decay, std::optional<Tensor> rounding_seed) {
-  check_combine_args({plus, minus}, params, seeds, coeffs, streams, offsets, dist);
-  check_one_direction(seed, coeff);
+void fan_out_cuda(TensorList params, TensorList plus, TensorList minus, Tensor seed, Tensor coeff, ZK_TERMS_PARAMS) {
   if (params.empty()) return;
+  check_terms("fan_out", params, ZK_TERMS);
+  check_beside("fan_out", plus, params);
+  check_beside("fan_out", minus, params);
+  check_one_direction(seed, coeff);
   CombineLaunch shared{};
   shared.probe_seed = static_cast<const int64_t*>(seed.const_data_ptr());
   shared.probe_coeff = static_cast<const float*>(coeff.const_data_ptr());

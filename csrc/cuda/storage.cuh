@@ -85,7 +85,7 @@ struct Storage<DType::f16> {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(x1), "f"(x0));
     return w;
 #else
-    return cpu::Portable::pack_halves(x0, x1);
+    return cpu::Portable::to_half(x0) | cpu::Portable::to_half(x1) << 16;
 #endif
   }
   static ZK_HD void unpack(const Raw& raw, float x[8]) {
@@ -95,7 +95,8 @@ struct Storage<DType::f16> {
           : "=f"(x[2 * p]), "=f"(x[2 * p + 1])
           : "r"(raw.v[0].w[p]));
 #else
-      cpu::Portable::unpack_halves(raw.v[0].w[p], x[2 * p], x[2 * p + 1]);
+      x[2 * p] = cpu::Portable::from_half(raw.v[0].w[p] & 0xffffu);
+      x[2 * p + 1] = cpu::Portable::from_half(raw.v[0].w[p] >> 16);
 #endif
     }
   }

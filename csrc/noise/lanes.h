@@ -11,6 +11,7 @@
 #define ZK_HD __host__ __device__ __forceinline__
 #else
 #define ZK_HD inline __attribute__((always_inline))
+#define ZK_INLINE __attribute__((always_inline))  // of a lambda
 #endif
 
 namespace zk {
@@ -117,6 +118,55 @@ ZK_HD void mul_wide(uint32_t c, uint32_t m, uint32_t& hi, uint32_t& lo) {
   lo = static_cast<uint32_t>(p);
 }
 
-ZK_HD uint32_t join(uint32_t c) { return c; }
+// The four counter words after the last round as words of noise, in memory order where there are more lanes than one.
+ZK_HD void join(const uint32_t x[4], uint32_t w[4]) {
+  for (int i = 0; i < 4; ++i) w[i] = x[i];
+}
+
+// The words of the same block that follow those of register i, cyclically.
+ZK_HD uint32_t next_word(const uint32_t w[4], int i) { return w[(i + 1) & 3]; }
+
+// Of any value, where `sqrt` takes those of the normal transform.
+ZK_HD float sqrt_full(float s) {
+#if defined(__CUDA_ARCH__)
+  return __fsqrt_rn(s);
+#else
+  return __builtin_sqrtf(s);
+#endif
+}
+
+ZK_HD float div(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fdiv_rn(a, b);
+#else
+  return a / b;
+#endif
+}
+
+// yes where the top bit of a is set.
+ZK_HD float select_top(uint32_t a, float yes, float no) { return static_cast<int32_t>(a) < 0 ? yes : no; }
+
+// min(max(x, low), high), low for NaN.
+ZK_HD float clamp(float x, float low, float high) {
+  const float above = x > low ? x : low;
+  return above < high ? above : high;
+}
+
+// Small values to integers: to nearest even, and downward.
+ZK_HD uint32_t nearest_int(float x) {
+#if defined(__CUDA_ARCH__)
+  return static_cast<uint32_t>(__float2int_rn(x));
+#else
+  return static_cast<uint32_t>(static_cast<int32_t>(__builtin_rintf(x)));
+#endif
+}
+
+ZK_HD uint32_t floor_int(float x) {
+#if defined(__CUDA_ARCH__)
+  return static_cast<uint32_t>(__float2int_rd(x));
+#else
+  return static_cast<uint32_t>(static_cast<int32_t>(__builtin_floorf(x)));
+#endif
+}
 
 }  // namespace zk

@@ -47,11 +47,19 @@ ZK_HD void normal_pair(U v, U next, U mantissa, F& z0, F& z1) {
   z1 = mul(r, mul(horner(y, 0x38490faeu, 0xa8a5593cu, 0x1822ae79u, 0x870dfca3u), t));
 }
 
-template <class F, class U>
-ZK_HD void normal8(const Words<U>& words, F z[8], U mantissa = Splat<U>::of(kMantissa)) {
+struct Nothing {
+  ZK_HD void operator()(int) const {}
+};
+
+// meanwhile(p): independent work to be done next to pair p.
+template <class F, class U, class Other = Nothing>
+ZK_HD void normal8(const Words<U>& words, F z[8], U mantissa = Splat<U>::of(kMantissa), Other meanwhile = {}) {
   U v[4];
   for (int p = 0; p < 4; ++p) v[p] = words.w[p] | Splat<U>::of(1u);
-  for (int p = 0; p < 4; ++p) normal_pair(v[p], v[(p + 1) & 3], mantissa, z[2 * p], z[2 * p + 1]);
+  for (int p = 0; p < 4; ++p) {
+    normal_pair(v[p], next_word(v, p), mantissa, z[2 * p], z[2 * p + 1]);
+    meanwhile(p);
+  }
 }
 
 }  // namespace zk

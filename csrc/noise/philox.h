@@ -5,7 +5,7 @@
 
 namespace zk {
 
-enum Domain : uint32_t { kSeed = 0, kNormal = 1, kRademacher = 2, kMask = 3, kRounding = 4 };
+enum Domain : uint32_t { kSeed = 0, kNormal = 1, kRademacher = 2, kMask = 3, kRounding = 4, kState = 5 };
 
 constexpr int kPhiloxRounds = 10;
 
@@ -31,34 +31,56 @@ struct Words {
   U w[4];
 };
 
-// The lanes differ in c0 alone: the upper counter words are one value for all, so half of round 1 and of round 2 is
-// scalar work that a compiler hoists (37 instead of 40 multiply-and-xor instructions a block).
+// The generator's state between rounds. Constructed with the first two done; philox() does the others. A round is a chain of
+// dependent instructions, so a SIMD kernel that has other work at hand does it in between.
+template <class L>
+struct PhiloxState {
+  using C = typename L::C;
+  static constexpr uint32_t m0 = 0xD2511F53u, m1 = 0xCD9E8D57u;
+  C x[4];
+
+  // The lanes differ in c0 alone: the upper counter words are one value for all, so half of round 1 and of round 2 is
+  // scalar work that a compiler hoists (37 instead of 40 multiply-and-xor instructions a block).
+  ZK_HD PhiloxState(C c0, uint32_t c1, uint32_t c2, uint32_t c3, const PhiloxKey& key) {
+    uint32_t u_hi, u_lo, u0_hi, u0_lo;
+    C hi0, lo0, hi1, lo1;
+    mul_wide(c2, m1, u_hi, u_lo);  // round 1
+    mul_wide(c0, m0, hi0, lo0);
+    mul_wide(u_hi ^ c1 ^ key.k0[0], m0, u0_hi, u0_lo);  // round 2
+    mul_wide(hi0 ^ Splat<C>::of(c3 ^ key.k1[0]), m1, hi1, lo1);
+    x[0] = hi1 ^ Splat<C>::of(u_lo ^ key.k0[1]);
+    x[1] = lo1;
+    x[2] = lo0 ^ Splat<C>::of(u0_hi ^ key.k1[1]);
+    x[3] = Splat<C>::of(u0_lo);
+  }
+
+  ZK_HD void round(const PhiloxKey& key, int r) {
+    C hi0, lo0, hi1, lo1;
+    mul_wide(x[0], m0, hi0, lo0);
+    mul_wide(x[2], m1, hi1, lo1);
+    x[0] = xor3(hi1, x[1], Splat<C>::of(key.k0[r]));
+    x[1] = lo1;
+    x[2] = xor3(hi0, x[3], Splat<C>::of(key.k1[r]));
+    x[3] = lo0;
+  }
+
+  ZK_HD Words<typename L::U> words() const {
+    Words<typename L::U> words;
+    join(x, words.w);
+    return words;
+  }
+};
+
 template <class L>
 ZK_HD Words<typename L::U> philox(typename L::C c0, uint32_t c1, uint32_t c2, uint32_t c3, const PhiloxKey& key) {
-  using C = typename L::C;
-  constexpr uint32_t m0 = 0xD2511F53u, m1 = 0xCD9E8D57u;
-  uint32_t u_hi, u_lo, u0_hi, u0_lo;
-  C hi0, lo0, hi1, lo1;
-  mul_wide(c2, m1, u_hi, u_lo);  // round 1
-  mul_wide(c0, m0, hi0, lo0);
-  mul_wide(u_hi ^ c1 ^ key.k0[0], m0, u0_hi, u0_lo);  // round 2
-  mul_wide(hi0 ^ Splat<C>::of(c3 ^ key.k1[0]), m1, hi1, lo1);
-  C x0 = hi1 ^ Splat<C>::of(u_lo ^ key.k0[1]), x1 = lo1;
-  C x2 = lo0 ^ Splat<C>::of(u0_hi ^ key.k1[1]), x3 = Splat<C>::of(u0_lo);
+  PhiloxState<L> state(c0, c1, c2, c3, key);
 #if defined(__CUDACC__)
 #pragma unroll
 #else
 #pragma GCC unroll 8
 #endif
-  for (int r = 2; r < kPhiloxRounds; ++r) {
-    mul_wide(x0, m0, hi0, lo0);
-    mul_wide(x2, m1, hi1, lo1);
-    x0 = xor3(hi1, x1, Splat<C>::of(key.k0[r]));
-    x1 = lo1;
-    x2 = xor3(hi0, x3, Splat<C>::of(key.k1[r]));
-    x3 = lo0;
-  }
-  return {{join(x0), join(x1), join(x2), join(x3)}};
+  for (int r = 2; r < kPhiloxRounds; ++r) state.round(key, r);
+  return state.words();
 }
 
 // Seed of direction k at a step of a run.

@@ -18,6 +18,12 @@ ZK_HD U magnitude(U b) {
 // coefficients are made so (canonical_nan). Only NVIDIA's arithmetic makes NaNs with all bits set: pass_special.
 ZK_HD float canonical_nan(float x) { return x != x ? from_bits(0x7fc00000u) : x; }
 
+template <class F>
+ZK_HD F without_payload(F x) {
+  using U = decltype(bits(x));
+  return from_bits(select_ge(magnitude(bits(x)), kInfinity + 1, Splat<U>::of(0x7fc00000u), bits(x)));
+}
+
 template <class U>
 ZK_HD U pass_special(U b, U rounded) {
   return select_ge(magnitude(b), kInfinity, b, rounded);
@@ -33,6 +39,12 @@ ZK_HD U bf16_nearest(U b) {
 template <class U>
 ZK_HD U bf16_stochastic(U b, U u16) {
   return b + u16;
+}
+
+// The high halves of two words: the bf16 of elements 2p and 2p + 1 as they lie in memory.
+template <class U>
+ZK_HD U high_halves(U b0, U b1) {
+  return and_or(b1, Splat<U>::of(0xffff0000u), b0 >> 16);
 }
 
 // fp32 to the fp32 bits of an fp16 value: adds the top 13 bits of u16 below the kept bits and truncates. Below 2^-14 an

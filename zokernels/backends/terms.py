@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..contract import DISTS
+
 #: ``mask_keep`` that keeps every element: a field of 16 bits is always below it.
 KEEP_ALL = 1 << 16
 
@@ -34,6 +36,15 @@ class Terms(NamedTuple):
     def is_plain(self) -> bool:
         """One coefficient a direction, no mask, no curvature."""
         return self.coeffs.dim() == 1 and not self.masks and self.mask_seed is None and not self.curvature
+
+    @property
+    def packed(self) -> tuple:
+        """The fields as the compiled libraries take them (csrc/op_args.h)."""
+        seeds, coeffs, streams, offsets, dist, decay, rounding_seed, masks, mask_seed, mask_keep, curvature = self
+        return (
+            seeds, coeffs, streams, offsets, DISTS[dist], decay, rounding_seed, masks or [], mask_seed, mask_keep,
+            curvature or [],
+        )  # fmt: skip
 
 
 def mask_bytes(numel: int, offset: int) -> int:

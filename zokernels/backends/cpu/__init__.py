@@ -1,26 +1,31 @@
-"""C++ kernels for the host: one translation unit per instruction set, chosen at run time."""
+"""C++ kernels for the host, compiled once for each instruction set, which is chosen at run time."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
-from .. import library, reference
-from ..composed import spread_by
+from .. import library
 from ..registry import Backend
 from .combine import combine
 from .fan_out import fan_out
+from .low_rank import low_rank
+from .requantize import requantize
+from .spread import spread
+from .squares import squares
+from .update import update
 
 
 def load() -> Backend:
     library.load("cpu")
-    return replace(
-        reference.load(),
-        name="cpu",
-        devices=frozenset(("cpu",)),
+    return Backend(
+        "cpu",
+        frozenset(("cpu",)),
         derive_seed=torch.ops.zokernels_cpu.derive_seed,
         combine=combine,
         fan_out=fan_out,
-        spread=spread_by(combine),
+        spread=spread,
+        update=update,
+        low_rank=low_rank,
+        requantize=requantize,
+        squares=squares,
     )

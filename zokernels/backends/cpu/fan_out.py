@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...contract import DISTS
 from ..terms import Terms
 from .isa import current_isa
 
@@ -13,8 +12,4 @@ from .isa import current_isa
 def fan_out(
     params: list[Tensor], plus: list[Tensor], minus: list[Tensor], seed: Tensor, coeff: Tensor, terms: Terms
 ) -> None:
-    seeds, coeffs, streams, offsets, dist, decay, rounding_seed, *_ = terms
-    torch.ops.zokernels_cpu.fan_out(
-        params, plus, minus, seed, coeff, seeds, coeffs, streams, offsets, DISTS[dist], decay, rounding_seed,
-        current_isa(),
-    )  # fmt: skip
+    torch.ops.zokernels_cpu.fan_out(params, plus, minus, seed, coeff, *terms.packed, current_isa())

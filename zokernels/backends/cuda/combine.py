@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...contract import DISTS
 from ..reference.combine import combine as reference
 from ..terms import Terms
 
@@ -13,5 +12,4 @@ from ..terms import Terms
 def combine(out: list[Tensor], params: list[Tensor], terms: Terms) -> None:
     if not terms.is_plain:
         return reference(out, params, terms)
-    seeds, coeffs, streams, offsets, dist, decay, rounding_seed, *_ = terms
-    torch.ops.zokernels_cuda.combine(out, params, seeds, coeffs, streams, offsets, DISTS[dist], decay, rounding_seed)
+    torch.ops.zokernels_cuda.combine(out, params, *terms.packed)

@@ -5,14 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...contract import DISTS
 from ..terms import Terms
 
 
 def fan_out(
     params: list[Tensor], plus: list[Tensor], minus: list[Tensor], seed: Tensor, coeff: Tensor, terms: Terms
 ) -> None:
-    seeds, coeffs, streams, offsets, dist, decay, rounding_seed, *_ = terms
-    torch.ops.zokernels_cuda.fan_out(
-        params, plus, minus, seed, coeff, seeds, coeffs, streams, offsets, DISTS[dist], decay, rounding_seed
-    )
+    torch.ops.zokernels_cuda.fan_out(params, plus, minus, seed, coeff, *terms.packed)

@@ -1,0 +1,92 @@
+// update: theta and the states of a rule from what the directions add up to, in one pass. The rules: noise/rules.h.
+#include "tile.h"
+
+namespace zk::cpu {
+namespace {
+
+// One kernel for all dtypes: a branch a tile costs nothing beside the noise.
+template <class L, class Tile>
+ZK_HD void load_param(DType dtype, const void* array, const Tile& tile, typename L::F x[8]) {
+  dtype == DType::f16 ? load<L, DType::f16>(array, tile, x) : load_state<L>(dtype, array, tile, x);
+}
+
+// Rounded with the fields of `domain` where the op rounds stochastically.
+template <class L, class Tile>
+ZK_HD void store_rounded(const Terms& op, DType dtype, uint32_t domain, uint32_t stream, void* array, const Tile& tile,
+                         const typename L::F x[8]) {
+  if (dtype == DType::f32) return store<L, DType::f32, false>(array, tile, x, {});
+  if (!op.stochastic) {
+    return dtype == DType::bf16 ? store<L, DType::bf16, false>(array, tile, x, {})
+                                : store<L, DType::f16, false>(array, tile, x, {});
+  }
+  const Words<typename L::U> random = draw<L>(op.rounding, tile.block, stream, static_cast<Domain>(domain));
+  dtype == DType::bf16 ? store<L, DType::bf16, true>(array, tile, x, random)
+                       : store<L, DType::f16, true>(array, tile, x, random);
+}
+
+template <class F>
+ZK_HD F decayed(const Terms& op, F theta) {
+  return op.has_decay ? mul(Splat<F>::of(op.decay), theta) : theta;
+}
+
+template <class L, class R, class Noise, class Tile>
+ZK_HD void update_tile(const Update& op, const Span& span, const Tile& tile, Noise& noise) {
+  using F = typename L::F;
+  F sum[8][R::sums];
+  for (auto& element : sum) {
+    for (F& s : element) s = Splat<F>::of(0.0f);
+  }
+  for (int64_t k = 0; k < op.count; ++k) {
+    F z[8];
+    noise.take(k, tile);
+    noise.values(z);
+    for (int e = 0; e < 8; ++e) R::accumulate(op.hyper, span.coeffs, k, z[e], sum[e]);
+  }
+
+  F theta[8], state[R::states + 1][8];
+  load_param<L>(op.dtype, span.in, tile, theta);
+  for (int i = 0; i < R::states; ++i) load_state<L>(op.state[i], span.more[i], tile, state[i]);
+  for (int e = 0; e < 8; ++e) {
+    F values[R::states + 1];
+    for (int i = 0; i < R::states; ++i) values[i] = state[i][e];
+    theta[e] = R::apply(op.hyper, span.coeffs, sum[e], theta[e], decayed(op, theta[e]), values);
+    for (int i = 0; i < R::states; ++i) state[i][e] = values[i];
+  }
+  if (typename L::U kept[8]; draw_mask<L>(op, span, tile, kept)) {
+    F before[8];
+    load_param<L>(op.dtype, span.in, tile, before);
+    for (int e = 0; e < 8; ++e) theta[e] = select_top(kept[e], theta[e], decayed(op, before[e]));
+    for (int i = 0; i < R::states; ++i) {
+      load_state<L>(op.state[i], span.more[i], tile, before);
+      for (int e = 0; e < 8; ++e) state[i][e] = select_top(kept[e], state[i][e], before[e]);
+    }
+  }
+  store_rounded<L>(op, op.dtype, kRounding, span.stream, span.out, tile, theta);
+  for (int i = 0; i < R::states; ++i) {
+    store_rounded<L>(op, op.state[i], kState + i, span.stream, span.more[i], tile, state[i]);
+  }
+}
+
+template <class L, class R, Domain Dist>
+void run(const Update& op, const Span& span, void* scratch) {
+  const auto begin = [&](uint64_t block) ZK_INLINE { return Noise<L, Dist>(op.keys, op.count, span.stream, block, scratch); };
+  for_tiles<L>(span, begin, [op, span](const auto& tile, auto& noise) ZK_INLINE { update_tile<L, R>(op, span, tile, noise); });
+}
+
+template <class L, class R>
+void run_rule(const Update& op, const Span& span, void* scratch) {
+  op.dist == kNormal ? run<L, R, kNormal>(op, span, scratch) : run<L, R, kRademacher>(op, span, scratch);
+}
+
+}  // namespace
+
+void ZK_ISA::update(const Update& op, const Span& span, void* scratch) {
+  switch (op.rule) {
+#define ZK_CASE(rule) \
+  case Rule::rule: return run_rule<ZK_LANES, rules::rule>(op, span, scratch);
+    ZK_RULES(ZK_CASE)
+#undef ZK_CASE
+  }
+}
+
+}  // namespace zk::cpu
