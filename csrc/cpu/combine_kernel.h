@@ -112,7 +112,7 @@ void combine_tiles(const Span& span, const Begin& begin, const Body& body) {
     if constexpr (tile.whole) {
       constexpr int64_t bytes = tile.size * sizeof(T);
       prefetch(in + tile.first, bytes);
-      if (out != in && tile.run * static_cast<int64_t>(sizeof(T)) < kStream) prefetch(out + tile.first, bytes);
+      if (out != nullptr && out != in && tile.run * static_cast<int64_t>(sizeof(T)) < kStream) prefetch(out + tile.first, bytes);
     }
     body(tile, noise);
   });
