@@ -1,10 +1,11 @@
-"""Random calls of combine, and exact comparison."""
+"""Random calls of the operations, and exact comparison of backends."""
 
 from __future__ import annotations
 
 import json
 import pathlib
 import random
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,12 +15,15 @@ from zokernels.contract import seed_to_int64
 
 CPU_KERNELS = ["cpu-portable", "cpu-avx2", "cpu-avx512"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+STATE_DTYPES = [torch.float32, torch.bfloat16]
 DISTS = ["normal", "rademacher"]
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden.json").read_text())
 
 
 def bits(x: Tensor) -> Tensor:
     """The bit patterns of ``x``, with every NaN made the same: its payload is not part of the contract."""
+    if not x.is_floating_point():
+        return x
     x = torch.where(x.isnan(), torch.full_like(x, float("nan")), x)
     return x.view(torch.int32 if x.dtype is torch.float32 else torch.int16)
 
@@ -87,3 +91,55 @@ def reference_result(buffers: list[Tensor], parts: list[slice], kwargs: dict) ->
     with zokernels.backend("reference"):
         zokernels.combine_([b[p] for b, p in zip(result, parts, strict=True)], **kwargs)
     return result
+
+
+def add_extras(rng: random.Random, parts: list[slice], kwargs: dict, *, curvature: bool = True) -> dict:
+    """``kwargs`` of :func:`random_call` with some of masks, rows of coefficients and curvature."""
+    sizes = [p.stop - p.start for p in parts]
+    generator = torch.Generator().manual_seed(rng.getrandbits(60))
+    kwargs = dict(kwargs)
+    if rng.random() < 0.5:
+        scales = 10.0 ** torch.randint(-6, 2, (len(sizes), 1), generator=generator)
+        kwargs["coeffs"] = scales * torch.randn(len(sizes), kwargs["seeds"].numel(), generator=generator)
+    if rng.random() < 0.5:
+        keep = [torch.rand(n, generator=generator) < rng.choice([0.1, 0.5, 0.9]) for n in sizes]
+        kwargs["masks"] = [zokernels.pack_mask(k, offset) for k, offset in zip(keep, kwargs["offsets"], strict=True)]
+    if rng.random() < 0.5:
+        kwargs |= {"mask_seed": rng.getrandbits(64), "density": rng.choice([0.0, 0.01, 0.5, rng.random(), 1.0])}
+    if curvature and rng.random() < 0.5:
+        dtype = rng.choice(STATE_DTYPES)
+        kwargs["curvature"] = [random_values(n, dtype, rng) for n in sizes]  # negative ones too: the root is NaN
+    return kwargs
+
+
+def moved(value: object, device: str) -> object:
+    """A copy of ``value``, an argument of an operation or a nest of them, with its tensors on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device, copy=True)
+    if isinstance(value, dict):
+        return {k: moved(v, device) for k, v in value.items()}
+    return [moved(v, device) for v in value] if isinstance(value, list) else value
+
+
+def check_backend(
+    run: Callable[..., list[Tensor]], args: dict, device: str = "cpu", threads: tuple[int, ...] = ()
+) -> None:
+    """``run(**args)``, which gives the tensors it wrote, has the reference's bits on the backend chosen.
+
+    With ``threads``, for each of these numbers of threads.
+    """
+    with zokernels.backend("reference"):
+        want = run(**moved(args, "cpu"))
+    before = torch.get_num_threads()
+    try:
+        for count in threads or (before,):
+            torch.set_num_threads(count)
+            got = run(**moved(args, device))
+            for i, (a, b) in enumerate(zip(got, want, strict=True)):
+                assert_same_bits(a, b, f"tensor {i}, {a.dtype}, {count} threads, {args}")
+    finally:
+        torch.set_num_threads(before)
+
+
+def placed(buffers: list[Tensor], parts: list[slice]) -> list[Tensor]:
+    return [b[p] for b, p in zip(buffers, parts, strict=True)]

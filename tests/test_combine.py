@@ -6,10 +6,22 @@ import fractions
 
 import pytest
 import torch
-from helpers import DISTS, DTYPES, assert_same_bits, random_call, random_values, reference_result
+from helpers import (
+    DISTS,
+    DTYPES,
+    STATE_DTYPES,
+    add_extras,
+    assert_same_bits,
+    check_backend,
+    placed,
+    random_call,
+    random_values,
+    reference_result,
+)
 
 import zokernels
 from zokernels.backends.reference.combine import fma
+from zokernels.contract import philox4x32
 
 
 def test_reference_fma_rounds_once(rng):
@@ -93,6 +105,100 @@ def test_kernels_at_every_alignment_and_small_size(cpu_kernel, dtype, dist, rng)
         want = reference_result(buffers, parts, kwargs)
         zokernels.combine_(buffers[0][parts[0]], **kwargs)
         assert_same_bits(buffers[0], want[0], f"n {n}, begin {begin}, offset {offset}")
+
+
+def run(buffers, parts, **kwargs):
+    zokernels.combine_(placed(buffers, parts), **kwargs)
+    return buffers
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_reference_follows_the_formula_with_extras(dtype, rng):
+    """Masks, curvature and coefficients of each tensor, in float64."""
+    sizes, offsets = [700, 9], [13, 8 * 2**32 - 100]
+    theta = [(torch.randn(n) * 0.02).to(dtype) for n in sizes]
+    keep = [torch.rand(n) < 0.5 for n in sizes]
+    h = [(torch.rand(n) + 0.1).to(rng.choice(STATE_DTYPES)) for n in sizes]
+    h = [x.to(h[0].dtype) for x in h]
+    seeds, coeffs = [rng.getrandbits(64), rng.getrandbits(64)], torch.tensor([[1e-2, -3e-3], [0.5, 0.25]])
+    want = []
+    for i, t in enumerate(theta):
+        z = [
+            zokernels.noise(t.numel(), seed=s, stream=i, offset=offsets[i]).double() / h[i].double().sqrt()
+            for s in seeds
+        ]
+        added = coeffs[i, 0].double() * z[0] + coeffs[i, 1].double() * z[1]
+        want.append(0.5 * t.double() + torch.where(keep[i], added, 0.0))
+    masks = [zokernels.pack_mask(k, o) for k, o in zip(keep, offsets, strict=True)]
+    with zokernels.backend("reference"):
+        zokernels.combine_(theta, seeds, coeffs, streams=[0, 1], offsets=offsets, decay=0.5, masks=masks, curvature=h)
+    for got, expected in zip(theta, want, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=torch.finfo(dtype).eps / 2 + 1e-6, atol=1e-7)
+
+
+def test_reference_mask_seed_keeps_the_fields_below(rng):
+    """Domain 3: 16 bits an element; two masks keep what both keep."""
+    n, offset, seed = 1000, rng.randrange(2**40), rng.getrandbits(63)
+    blocks = range(offset >> 3, (offset + n + 7) >> 3)
+    words = [w for b in blocks for w in philox4x32((b & 2**32 - 1, b >> 32, 7, 3), (seed & 2**32 - 1, seed >> 32))]
+    fields = torch.tensor([f for w in words for f in (w & 0xFFFF, w >> 16)])[offset & 7 :][:n]
+    other = torch.rand(n) < 0.5
+    for density in (0.0, 0.25, 0.7, 1.0):
+        for masks, keep in (
+            (None, fields < round(65536 * density)),
+            (other, (fields < round(65536 * density)) & other),
+        ):
+            theta = torch.zeros(n)
+            with zokernels.backend("reference"):
+                packed = None if masks is None else zokernels.pack_mask(masks, offset)
+                zokernels.combine_(
+                    theta, 5, 1.0, streams=7, offsets=offset, masks=packed, mask_seed=seed, density=density
+                )
+            assert torch.equal(theta != 0, keep)  # no z is zero
+
+
+@pytest.mark.parametrize("repeat", range(20))
+def test_kernels_equal_reference_with_extras(cpu_kernel, rng, repeat):
+    for _ in range(5):
+        buffers, parts, kwargs = random_call(rng)
+        check_backend(run, {"buffers": buffers, "parts": parts, **add_extras(rng, parts, kwargs)})
+
+
+@pytest.mark.parametrize("dist", DISTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_extras_at_every_alignment_and_small_size(cpu_kernel, dtype, dist, rng):
+    for n in [*range(10), 63, 64, 65, 127, 128, 129, 4097]:
+        begin, offset = rng.randrange(9), rng.choice([rng.randrange(140), 8 * 2**32 - n // 2, 2**63 - 1 - n])
+        buffers, _, kwargs = random_call(rng, sizes=[n], dtype=dtype, dist=dist, count=2, offsets=[offset])
+        parts = [slice(begin, begin + n)]
+        kwargs |= {"masks": [zokernels.pack_mask(torch.rand(n) < 0.5, offset)], "mask_seed": 3, "density": 0.8}
+        check_backend(run, {"buffers": buffers, "parts": parts, **add_extras(rng, parts, kwargs)})
+
+
+def test_dropped_elements_keep_their_bits(cpu_backend, rng):
+    """Whatever the noise would do: even a coefficient that is infinite or NaN."""
+    theta = random_values(500, torch.bfloat16, rng)
+    keep, before = torch.rand(500) < 0.5, theta.clone()
+    coeffs = torch.tensor([float("inf"), float("nan")])
+    zokernels.combine_(theta, [1, 2], coeffs, streams=0, masks=zokernels.pack_mask(keep))
+    assert_same_bits(theta[~keep], before[~keep])
+    assert theta[keep].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_nan_of_curvature_gives_nan_whatever_its_payload(dtype, cpu_backend):
+    payloads = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000], dtype=torch.int32).view(torch.float32)
+    for rounding in ("nearest", "stochastic"):
+        theta = torch.ones(200, dtype=dtype)
+        zokernels.combine_(theta, 1, 0.1, streams=0, curvature=payloads.repeat(50), rounding=rounding, rounding_seed=5)
+        assert theta.isnan().all()
+
+
+def test_threads_with_extras(cpu_kernel, rng):
+    sizes = [rng.randrange(1, 3000) for _ in range(20)] + [70_001]
+    buffers, parts, kwargs = random_call(rng, sizes=sizes, count=1)
+    args = {"buffers": buffers, "parts": parts, **add_extras(rng, parts, kwargs)}
+    check_backend(run, args, threads=(1, 3))
 
 
 def test_many_tensors_and_threads(cpu_kernel, rng):
@@ -223,3 +329,14 @@ def test_gpu_does_not_wait_for_the_host():
         zokernels.combine_(theta, [1, 2], [0.5, 0.25], streams=0, decay=0.9)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton", "reference"])
+@pytest.mark.parametrize("repeat", range(12))
+def test_gpu_equals_reference_with_extras(backend, rng, repeat):
+    for _ in range(5):
+        buffers, parts, kwargs = random_call(rng, max_size=40000 if repeat % 3 == 0 else 4100)
+        args = {"buffers": buffers, "parts": parts, **add_extras(rng, parts, kwargs)}
+        with zokernels.backend(backend):
+            check_backend(run, args, "cuda")

@@ -1,0 +1,102 @@
+"""requantize: the reference against its formula, and every kernel against the reference, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import DISTS, add_extras, check_backend, placed, random_call
+
+import zokernels
+from zokernels.backends.reference.noise import uniform16
+
+BOUNDS = [(-127, 127), (-128, 127), (-8, 7), (0, 1), (100, 120)]
+
+
+def run(buffers, parts, bounds, out, **kwargs):
+    low, high = bounds
+    if out is None:
+        zokernels.requantize_(placed(buffers, parts), low=low, high=high, **kwargs)
+        return buffers
+    zokernels.requantize(placed(out, parts), placed(buffers, parts), low=low, high=high, **kwargs)
+    return [*buffers, *out]
+
+
+def random_requantize(rng, **fixed):
+    buffers, parts, kwargs = random_call(rng, dtype=torch.float32, **fixed)
+    kwargs = add_extras(rng, parts, kwargs, curvature=False)
+    coeffs = torch.randn(kwargs["coeffs"].shape) * rng.choice([0.1, 3.0, 100.0])
+    if coeffs.numel() and rng.random() < 0.3:
+        coeffs.view(-1)[rng.randrange(coeffs.numel())] = rng.choice([float("inf"), -float("inf"), float("nan"), 1e30])
+    buffers = [torch.randint(-128, 128, b.shape).to(torch.int8) for b in buffers]
+    out = rng.choice([None, [torch.full_like(b, 55) for b in buffers]])
+    return {**kwargs, "buffers": buffers, "parts": parts, "bounds": rng.choice(BOUNDS), "out": out, "coeffs": coeffs}
+
+
+@pytest.mark.parametrize("dist", DISTS)
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_reference_follows_the_formula(dist, rounding, rng):
+    n, offset, seed = 3000, 11, rng.getrandbits(62)
+    q = torch.randint(-127, 128, (n,)).to(torch.int8)
+    seeds, coeffs = [rng.getrandbits(64), rng.getrandbits(64)], [2.5, -0.7]
+    z = [zokernels.noise(n, seed=s, stream=5, offset=offset, dist=dist).double() for s in seeds]
+    exact = 0.5 * q.double() + 2.5 * z[0] - 0.7 * z[1]
+    with zokernels.backend("reference"):
+        zokernels.requantize_(
+            q, seeds, coeffs, low=-60, high=50, streams=5, offsets=offset, dist=dist, decay=0.5, rounding=rounding,
+            rounding_seed=seed,
+        )  # fmt: skip
+    u = uniform16(torch.tensor(seed), 5, 4, offset, n).double() / 65536 if rounding == "stochastic" else 0.5
+    want = (exact + u).floor().clamp(-60, 50)
+    edge = ((exact + u) - (exact + u).round()).abs() < 1e-4  # fp32 sums may lie on the other side of an integer
+    assert torch.equal(q.double()[~edge], want[~edge])
+    assert edge.float().mean() < 0.02 or dist == "rademacher"
+    assert q.min() >= -60
+    assert q.max() <= 50
+
+
+def test_ties_go_to_even(cpu_backend):
+    every = torch.arange(-128, 128).to(torch.int8)
+    q = every.clone()
+    zokernels.requantize_(q, [], [], low=-128, streams=0, decay=0.5, rounding="nearest")
+    assert torch.equal(q, (every.double() / 2).round().to(torch.int8))
+
+
+def test_integers_never_move(cpu_backend, rng):
+    every = torch.arange(-128, 128).to(torch.int8).repeat(5)
+    q = every.clone()
+    zokernels.requantize_(q, [], [], low=-128, streams=0, rounding_seed=rng.getrandbits(64))
+    assert torch.equal(q, every)
+
+
+def test_nan_becomes_low(cpu_backend):
+    for rounding in ("nearest", "stochastic"):
+        q = torch.ones(300, dtype=torch.int8)
+        zokernels.requantize_(q, 1, float("nan"), low=-5, high=7, streams=0, rounding=rounding, rounding_seed=2)
+        assert (q == -5).all()
+
+
+@pytest.mark.parametrize("repeat", range(15))
+def test_kernels_equal_reference(cpu_kernel, rng, repeat):
+    for _ in range(4):
+        check_backend(run, random_requantize(rng))
+
+
+@pytest.mark.parametrize("dist", DISTS)
+def test_kernels_at_every_small_size(cpu_kernel, dist, rng):
+    for n in [*range(18), 63, 64, 65, 127, 128, 129, 4097]:
+        check_backend(run, random_requantize(rng, sizes=[n], dist=dist, count=1))
+
+
+def test_many_tensors_and_threads(cpu_kernel, rng):
+    args = random_requantize(rng, sizes=[rng.randrange(1, 2000) for _ in range(20)] + [70_001], count=1)
+    check_backend(run, args, threads=(1, 3))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton", "reference"])
+@pytest.mark.parametrize("repeat", range(10))
+def test_gpu_equals_reference(backend, rng, repeat):
+    for _ in range(4):
+        args = random_requantize(rng, max_size=40000 if repeat % 3 == 0 else 4100)
+        with zokernels.backend(backend):
+            check_backend(run, args, "cuda")
