@@ -131,14 +131,15 @@ def check_backend(
     with zokernels.backend("reference"):
         want = run(**moved(args, "cpu"))
     before = torch.get_num_threads()
-    try:
-        for count in threads or (before,):
-            torch.set_num_threads(count)
-            got = run(**moved(args, device))
-            for i, (a, b) in enumerate(zip(got, want, strict=True)):
-                assert_same_bits(a, b, f"tensor {i}, {a.dtype}, {count} threads, {args}")
-    finally:
-        torch.set_num_threads(before)
+    for count in threads or (before,):
+        arguments = moved(args, device)
+        torch.set_num_threads(count)
+        try:
+            got = run(**arguments)
+        finally:
+            torch.set_num_threads(before)
+        for i, (a, b) in enumerate(zip(got, want, strict=True)):
+            assert_same_bits(a, b, f"tensor {i}, {a.dtype}, {count} threads, {args}")
 
 
 def placed(buffers: list[Tensor], parts: list[slice]) -> list[Tensor]:
