@@ -139,7 +139,7 @@ def check_backend(
         finally:
             torch.set_num_threads(before)
         for i, (a, b) in enumerate(zip(got, want, strict=True)):
-            assert_same_bits(a, b, f"tensor {i}, {a.dtype}, {count} threads, {args}")
+            assert_same_bits(a, b, f"tensor {i}, {a.dtype}, {count} threads")
 
 
 def placed(buffers: list[Tensor], parts: list[slice]) -> list[Tensor]:
