@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import zokernels
+from zokernels._ops import RULES
+from zokernels.backends.terms import mask_bytes
 
 ops = torch.ops.zokernels
 
@@ -32,6 +34,110 @@ def test_opcheck_combine(dtype, dist, cpu_backend):
     out = [torch.empty_like(p) for p in args["params"]]
     torch.library.opcheck(ops.combine, (out, *args.values()))
     torch.library.opcheck(ops.combine_, tuple(combine_args(dtype, decay=None, rounding_seed=None).values()))
+
+
+# One good call of every operation over parameters: what its arguments are called, in order.  Errors below change them.
+
+
+def noise_args():
+    return {
+        "seeds": torch.tensor([1, 2]),
+        "coeffs": torch.tensor([0.5, 0.25]),
+        "streams": [3, 4],
+        "offsets": [0, 13],
+        "dist": "normal",
+        "decay": torch.tensor([0.9]),
+        "rounding_seed": torch.tensor([5]),
+    }
+
+
+def mask_args():
+    masks = [torch.randint(256, (mask_bytes(n, at),), dtype=torch.uint8) for n, at in ((35, 0), (9, 13))]
+    return {"masks": masks, "mask_seed": torch.tensor([7]), "mask_keep": 30000}
+
+
+def tensors(dtype=torch.float32):
+    return [torch.rand(5, 7).to(dtype), torch.rand(9).to(dtype)]
+
+
+def matrices():
+    return [torch.rand(5, 7), torch.rand(3, 2, 2)]
+
+
+def factors():
+    places = {k: v for k, v in noise_args().items() if k not in ("seeds", "dist")}
+    return {
+        "left": [torch.rand(2, 5, 4), torch.rand(2, 3, 1)],
+        "right": [torch.rand(2, 7, 4), torch.rand(2, 4, 1)],
+        **places,
+    }
+
+
+def update_args(rule):
+    states, values = RULES[rule]
+    noise = noise_args()
+    if rule == "hizoo":
+        noise |= {"seeds": torch.tensor([1]), "coeffs": torch.tensor([0.5])}
+    first, second = tensors() if states else [], tensors(torch.bfloat16) if states > 1 else []
+    hyper = torch.rand(values + (2 if rule == "adam_window" else 0))
+    return {"params": tensors(), "first": first, "second": second, "rule": rule, "hyper": hyper, **noise, **mask_args()}
+
+
+CALLS = {
+    "combine_": lambda: {"params": tensors(), **noise_args(), **mask_args(), "curvature": tensors()},
+    "combine": lambda: {"out": tensors(), "params": tensors(), **noise_args(), **mask_args(), "curvature": tensors()},
+    "fan_out_": lambda: {
+        "params": tensors(),
+        "plus": tensors(),
+        "minus": tensors(),
+        "seed": torch.tensor([4]),
+        "coeff": torch.tensor([0.1]),
+        **noise_args(),
+    },
+    "spread": lambda: {
+        "out": torch.rand(2, 5, 7),
+        "x": torch.rand(5, 7),
+        "seeds": torch.tensor([1, 2]),
+        "coeffs": torch.tensor([0.5, 0.25]),
+        "stream": 3,
+        "offset": 8,
+        "dist": "normal",
+    },
+    **{f"update_ {rule}": lambda rule=rule: update_args(rule) for rule in RULES},
+    "low_rank_": lambda: {"params": matrices(), **factors()},
+    "low_rank": lambda: {"out": matrices(), "params": matrices(), **factors()},
+    "requantize_": lambda: {
+        "params": tensors(torch.int8),
+        "low": -127,
+        "high": 127,
+        **noise_args(),
+        **mask_args(),
+    },
+    "requantize": lambda: {
+        "out": tensors(torch.int8),
+        "params": tensors(torch.int8),
+        "low": -127,
+        "high": 127,
+        **noise_args(),
+        **mask_args(),
+    },
+    "squares": lambda: {
+        "seeds": torch.tensor([1, 2]),
+        "sizes": [30, 0],
+        "streams": [3, 4],
+        "offsets": [0, 13],
+        "dist": "normal",
+    },
+}
+
+
+def call(op, args):
+    return getattr(ops, op.split()[0])(*args.values())
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_opcheck(op, cpu_backend):
+    torch.library.opcheck(getattr(ops, op.split()[0]), tuple(CALLS[op]().values()))
 
 
 def test_opcheck_noise_and_derive_seed(cpu_backend):
@@ -108,6 +214,137 @@ def test_bad_input_is_refused_before_anything_is_written(case, cpu_backend):
         ops.combine_(*args.values())
     for p, b in zip(args["params"], before, strict=True):
         assert p.device.type == "meta" or torch.equal(p, b)
+
+
+V, T = ValueError, TypeError
+ONE_MASK = torch.zeros(5, dtype=torch.uint8)
+LEFT, RIGHT = torch.rand(2, 5, 4), torch.rand(2, 4, 1)
+
+#: (operation, argument changed, its bad value, error, message)
+BAD = [
+    ("combine_", "coeffs", torch.rand(2, 3), V, r"coeffs: expected \[2\] or a contiguous \[2, 2\] .*shape \(2, 3\)"),
+    ("combine_", "coeffs", torch.rand(2, 2).t(), V, r"coeffs: .*strides \(1, 2\)"),
+    ("combine_", "coeffs", torch.rand(2, 2).double(), T, r"coeffs: expected dtype torch.float32"),
+    ("combine_", "coeffs", torch.rand(2, 2, device="meta"), V, "coeffs: expected the parameters' device cpu"),
+    ("combine_", "masks", [ONE_MASK], V, "masks: expected 2 tensors, as in params, got 1"),
+    ("combine_", "masks", [ONE_MASK, ONE_MASK], V, r"masks\[1\]: expected 2 bytes for 9 elements from index 13"),
+    ("combine_", "masks", [ONE_MASK.bool(), ONE_MASK], T, r"masks\[0\]: expected dtype torch.uint8.*got torch.bool"),
+    ("combine_", "masks", [ONE_MASK.to("meta"), ONE_MASK], V, r"masks\[0\]: expected device cpu.*got meta"),
+    ("combine_", "masks", [torch.zeros(10, dtype=torch.uint8)[::2], ONE_MASK], V, r"masks\[0\]: expected a contiguous"),
+    ("combine_", "mask_seed", torch.tensor([1, 2]), V, "mask_seed: expected one value, got 2"),
+    ("combine_", "mask_seed", torch.tensor([1.0]), T, "mask_seed: expected dtype torch.int64"),
+    ("combine_", "mask_keep", 65537, V, r"mask_keep: expected an integer in \[0, 65536\], got 65537"),
+    ("combine_", "mask_keep", -1, V, "mask_keep: .*got -1"),
+    ("combine_", "curvature", [torch.rand(5, 7)], V, "curvature: expected 2 tensors, as in params, got 1"),
+    ("combine_", "curvature", tensors(torch.float16), T, r"curvature\[0\]: expected one dtype of .*got torch.float16"),
+    ("combine_", "curvature", [torch.rand(5, 7), torch.rand(8)], V, r"curvature\[1\]: expected shape \(9,\)"),
+    ("combine_", "curvature", [torch.rand(7, 5).t(), torch.rand(9)], V, r"curvature\[0\]: expected a contiguous"),
+    ("combine", "out", tensors(torch.bfloat16), T, r"out\[0\]: expected dtype torch.float32, as params\[0\]"),
+    ("fan_out_", "coeff", torch.tensor([0.1, 0.2]), V, "coeff: expected one value, got 2"),
+    ("fan_out_", "coeffs", torch.rand(2, 2), V, r"coeffs: expected a contiguous 1-D tensor, got shape \(2, 2\)"),
+    ("fan_out_", "minus", tensors()[:1], V, "minus: expected 2 tensors, as in params, got 1"),
+    ("spread", "out", torch.rand(3, 5, 7), V, r"out: expected a contiguous tensor of shape \(2, 5, 7\), got"),
+    ("spread", "out", torch.rand(2, 5, 7).bfloat16(), T, "out: expected torch.float32 on cpu, as x"),
+    ("spread", "out", torch.rand(2, 7, 5).transpose(1, 2), V, "out: expected a contiguous tensor"),
+    ("spread", "x", torch.arange(35).view(5, 7), T, r"x\[0\]: expected dtype float32.*got torch.int64"),
+    ("spread", "stream", 2**32, V, r"streams\[0\]: expected an integer in \[0, 2\^32\)"),
+    ("spread", "offset", -1, V, r"offsets\[0\]: .*got -1"),
+    ("spread", "coeffs", torch.rand(1), V, "coeffs: expected 2 values, one for each seed, got 1"),
+    ("spread", "coeffs", torch.rand(1, 2), V, r"coeffs: expected a contiguous 1-D tensor, got shape \(1, 2\)"),
+    ("spread", "dist", "cauchy", V, "dist: expected 'normal' or 'rademacher', got 'cauchy'"),
+    ("update_ adam", "rule", "lion", V, "rule: expected 'momentum' or .*got 'lion'"),
+    ("update_ adam", "first", [], V, "first: expected 2 tensors, as in params, got 0"),
+    ("update_ adam", "second", [], V, "second: expected 2 tensors, as in params, got 0"),
+    ("update_ momentum", "second", tensors(), V, "second: expected no state for rule 'momentum', got 2 tensors"),
+    ("update_ sign", "first", tensors(), V, "first: expected no state for rule 'sign', got 2 tensors"),
+    ("update_ adam", "first", tensors(torch.float16), T, r"first\[0\]: expected one dtype of .*got torch.float16"),
+    ("update_ adam", "first", [torch.rand(5, 7), torch.rand(9).bfloat16()], T, r"first\[1\]: .*got torch.bfloat16"),
+    ("update_ adam", "first", [torch.rand(7, 5), torch.rand(9)], V, r"first\[0\]: expected shape \(5, 7\)"),
+    ("update_ adam", "hyper", torch.rand(7), V, "hyper: expected 8 values for rule 'adam', got 7"),
+    ("update_ adam", "hyper", torch.rand(8).double(), T, "hyper: expected dtype torch.float32"),
+    ("update_ adam_window", "hyper", torch.rand(2), V, "hyper: expected 4 values for rule 'adam_window', got 2"),
+    ("update_ adam", "masks", [ONE_MASK], V, "masks: expected 2 tensors"),
+    ("low_rank_", "left", [LEFT], V, "left: expected 2 tensors, as in params, got 1"),
+    ("low_rank_", "left", [LEFT, torch.rand(2, 4, 1)], V, r"left\[1\]: expected .*\(2, 3, 1\), got \(2, 4, 1\)"),
+    ("low_rank_", "right", [torch.rand(2, 7, 3), RIGHT], V, r"right\[0\]: expected .*\(2, 7, 4\), got \(2, 7, 3\)"),
+    ("low_rank_", "right", [torch.rand(2, 7, 4).half(), RIGHT], T, r"right\[0\]: expected torch.float32 on cpu"),
+    ("low_rank_", "params", tensors(), V, r"params\[1\]: expected a matrix"),
+    ("low_rank_", "coeffs", torch.rand(3), V, r"left\[0\]: expected a contiguous tensor of shape \(3, 5, 4\)"),
+    ("low_rank", "out", matrices()[:1], V, "out: expected 2 tensors, as in params, got 1"),
+    ("requantize_", "params", tensors(), T, r"params\[0\]: expected dtype int8, got torch.float32"),
+    ("requantize_", "low", 127, V, r"low, high: expected -128 <= low < high <= 127, got \(127, 127\)"),
+    ("requantize_", "high", 128, V, r"low, high: .*got \(-127, 128\)"),
+    ("requantize", "out", tensors(), T, r"out\[0\]: expected dtype int8, got torch.float32"),
+    ("squares", "sizes", [30, -1], V, r"sizes: expected integers >= 0, got \[30, -1\]"),
+    ("squares", "sizes", [30], V, "streams: expected 1 integers, one for each tensor of sizes, got 2"),
+    ("squares", "offsets", [0, -13], V, r"offsets\[1\]: .*got -13"),
+    ("squares", "seeds", torch.tensor([1.0]), T, "seeds: expected dtype torch.int64"),
+    ("squares", "dist", "cauchy", V, "dist: expected"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("op", "argument", "value", "error", "message"), BAD, ids=lambda v: v if isinstance(v, str) else ""
+)
+def test_every_operation_refuses_bad_input(op, argument, value, error, message):
+    args = CALLS[op]()
+    assert argument in args
+    args[argument] = value
+    written = [args[name] for name in ("params", "out", "plus", "minus", "first", "second") if name in args]
+    written = [t for group in written for t in ([group] if isinstance(group, torch.Tensor) else group)]
+    before = [t.clone() for t in written]
+    with pytest.raises(error, match=f"^{op.split()[0]}: {message}"):
+        call(op, args)
+    assert all(torch.equal(a, b) for a, b in zip(written, before, strict=True))
+
+
+#: (operation, the argument written, the argument that it overlaps with)
+OVERLAPS = [
+    ("combine_", "params", "curvature"),
+    ("combine", "out", "params"),
+    ("combine", "out", "curvature"),
+    ("fan_out_", "plus", "params"),
+    ("fan_out_", "minus", "plus"),
+    ("spread", "out", "x"),
+    ("update_ momentum", "first", "params"),
+    ("update_ adam", "second", "first"),
+    ("low_rank_", "params", "left"),
+    ("low_rank_", "params", "right"),
+    ("low_rank", "out", "params"),
+    ("requantize", "out", "params"),
+]
+
+
+@pytest.mark.parametrize(("op", "written", "other"), OVERLAPS)
+def test_written_tensors_share_no_memory(op, written, other):
+    args, memory = CALLS[op](), torch.zeros(80)
+    for name in (written, other):
+        value = args[name]
+        first = value if isinstance(value, torch.Tensor) else value[0]
+        view = memory.view(first.dtype)[: first.numel()].view(first.shape)
+        args[name] = view if isinstance(value, torch.Tensor) else [view, *value[1:]]
+    with pytest.raises(ValueError, match=f"^{op.split()[0]}: .*share no memory within one call, got overlap with"):
+        call(op, args)
+
+
+def test_masks_may_be_shared_but_not_written(cpu_backend):
+    """One mask for two parameters is fine; a mask that is a part of what is written is not."""
+    theta, mask = [torch.rand(40), torch.rand(40)], torch.randint(256, (5,), dtype=torch.uint8)
+    zokernels.combine_(theta, 1, 0.5, streams=[0, 1], masks=[mask, mask])
+    q = torch.zeros(40, dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"requantize_: .*share no memory"):
+        zokernels.requantize_(q, 1, 0.5, streams=0, rounding="nearest", masks=q.view(torch.uint8)[:5])
+
+
+def test_density_errors():
+    theta = torch.rand(4)
+    for kwargs, message in [
+        (dict(density=0.5), r"combine_: mask_seed, density: expected both or none, got \(None, 0.5\)"),
+        (dict(mask_seed=1), r"combine_: mask_seed, density: expected both or none, got \(1, None\)"),
+        (dict(mask_seed=1, density=1.5), r"combine_: density: expected a number in \[0, 1\], got 1.5"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            zokernels.combine_(theta, 1, 0.5, streams=0, **kwargs)
 
 
 def test_out_of_place_errors(cpu_backend):
