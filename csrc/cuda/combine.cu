@@ -1,4 +1,4 @@
-// Launches of combine: which instantiation serves a call.
+// Launches of plain combine and fan-out: which instantiation serves a call.
 #include <cuda_runtime.h>
 
 #include "combine_kernel.cuh"
@@ -49,6 +49,7 @@ int launch_combine(const CombineLaunch& p, uint32_t chunks, DType dtype, Domain 
     case DType::f32: launch_dist<DType::f32>(p, chunks, dist, s); break;
     case DType::bf16: launch_dist<DType::bf16>(p, chunks, dist, s); break;
     case DType::f16: launch_dist<DType::f16>(p, chunks, dist, s); break;
+    case DType::i8: return cudaErrorInvalidValue;  // never plain
   }
   return cudaGetLastError();
 }
