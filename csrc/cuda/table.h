@@ -24,6 +24,7 @@ constexpr int64_t tile_of(Domain dist) { return dist == kNormal ? kVector : 4096
 
 // Chunks are aligned to logical indices, so that a chunk never splits a Philox block or a Rademacher tile.
 constexpr int64_t chunks_of(uint64_t offset, int64_t numel, Domain dist) {
+  if (numel == 0) return 0;
   const int64_t lead = static_cast<int64_t>(offset % static_cast<uint64_t>(tile_of(dist)));
   return (lead + numel + chunk_of(dist) - 1) / chunk_of(dist);
 }
@@ -72,6 +73,16 @@ void pack_launches(Launch p, const Tensors& tensors, const Run& launch) {
     chunks += tensor.chunks;
   }
   flush();
+}
+
+// f<D>() for a floating dtype; every kernel but requantize's takes those alone.
+template <class F>
+auto with_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f32: return f.template operator()<DType::f32>();
+    case DType::bf16: return f.template operator()<DType::bf16>();
+    default: return f.template operator()<DType::f16>();
+  }
 }
 
 // Of the cudaError_t that every launch function returns (0 is success).
