@@ -49,7 +49,7 @@ ZK_GLOBAL combine_normal_kernel(ZK_GRID_CONSTANT CombineLaunch p) {
   using S = Storage<D>;
   constexpr bool kRound = Stochastic && D != DType::f32;
   const int i = tensor_of(p.table, blockIdx.x);
-  const CombineEntry t = p.table.tensor[i];
+  const CombineEntry& t = p.table.tensor[i];
   const uint32_t stream = p.table.stream[i];
 
   const uint64_t chunk = blockIdx.x - p.table.first_chunk[i];
@@ -139,7 +139,7 @@ ZK_GLOBAL combine_rademacher_kernel(ZK_GRID_CONSTANT CombineLaunch p) {
   constexpr bool kRound = Stochastic && D != DType::f32;
   constexpr int kBytes = kRademacherTile / kVector / kRademacherBlocks;  // vecs of a lane: 16
   const int i = tensor_of(p.table, blockIdx.x);
-  const CombineEntry t = p.table.tensor[i];
+  const CombineEntry& t = p.table.tensor[i];
   const uint32_t stream = p.table.stream[i];
 
   const uint64_t chunk = blockIdx.x - p.table.first_chunk[i];
