@@ -56,6 +56,8 @@ struct TermArgs {
 
   // Elements from a tensor's coefficients to the next one's.
   int64_t coeff_stride() const { return coeffs.dim() == 2 ? seeds.numel() : 0; }
+  // One coefficient a direction, no mask, no curvature: Terms.is_plain.
+  bool is_plain() const { return coeffs.dim() == 1 && masks.empty() && !mask_seed && curvature.empty(); }
   Domain domain() const { return static_cast<Domain>(dist); }
 };
 

@@ -64,7 +64,7 @@ def random_call(rng: random.Random, *, max_size: int = 4100, **fixed) -> tuple[l
     for n in sizes:
         begin = rng.randrange(SENTINELS + 1)
         parts.append(slice(begin, begin + n))
-    aligned = rng.random() < 0.3
+    aligned = fixed.pop("aligned", rng.random() < 0.3)
     if aligned:
         parts = [slice(0, n) for n in sizes]
     offsets = []

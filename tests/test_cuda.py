@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import importlib
 import pathlib
 import re
 import shutil
@@ -10,14 +12,20 @@ import subprocess
 
 import disassembly
 import pytest
+import test_combine
 import test_fan_out
+import test_low_rank
+import test_requantize
+import test_spread
+import test_squares
+import test_update
 import torch
-from helpers import DISTS, DTYPES, assert_same_bits, random_call, reference_result
+from helpers import DISTS, DTYPES, add_extras, check_backend, random_call
 
 import zokernels
 from zokernels import _host
-from zokernels.backends import library
-from zokernels.contract import DISTS as DOMAIN
+from zokernels._ops import RULES
+from zokernels.backends import library, registry, select
 from zokernels.contract import seed_to_int64
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -29,120 +37,155 @@ needs_library = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="session")
-def on_host(tmp_path_factory):
-    """The kernels of csrc/cuda compiled by the host compiler, each thread run in turn."""
+def library_on_host(tmp_path_factory):
+    """csrc/cuda compiled by the host compiler as torch.ops.zokernels_cuda_on_host, each thread run in turn."""
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler")
     target = tmp_path_factory.mktemp("cuda_on_host") / "libcuda_on_host.so"
-    source = ROOT / "tests/cuda_on_host/combine.cpp"
-    flags = [
-        "-std=c++20",
-        "-O1",
-        "-fPIC",
-        "-shared",
-        "-ffp-contract=off",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-I",
-        str(ROOT),
-    ]
+    torch_folder = pathlib.Path(torch.__file__).parent
+    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"]
+    flags += ["-Wall", "-Wextra", "-Werror", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
+    flags += ["-I", str(ROOT), "-isystem", str(torch_folder / "include")]
     if "avx2" in _host.instruction_sets():
         flags.append("-mfma")
-    subprocess.run([compiler, *flags, str(source), "-o", str(target)], check=True)
-    return ctypes.CDLL(str(target)).combine_on_host
+    libraries = ["-L", str(torch_folder / "lib"), "-ltorch", "-ltorch_cpu"]
+    source = ROOT / "tests/cuda_on_host/library.cpp"
+    subprocess.run([compiler, *flags, str(source), "-o", str(target), *libraries], check=True)
+    torch.ops.load_library(target)
+    return ctypes.CDLL(str(target))
 
 
-def pointers(values) -> ctypes.Array:
-    return (ctypes.c_void_p * len(values))(*values)
-
-
-def run_on_host(
-    function, params, sides=None, probe=None, *, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed
-) -> int:
-    n = len(params)
-    pointer = pointers([p.data_ptr() for p in params])
-    plus, minus = (pointers([t.data_ptr() for t in side]) for side in sides) if sides else (None, None)
-    probe_seed, probe_coeff = probe or (None, None)
-    factor = None if decay is None else ctypes.byref(ctypes.c_float(decay))
-    seed = ctypes.byref(ctypes.c_int64(seed_to_int64(rounding_seed))) if rounding == "stochastic" else None
-    return function(
-        ctypes.c_int64(n),
-        pointer,
-        pointer,
-        plus,
-        minus,
-        None if probe is None else ctypes.byref(ctypes.c_int64(seed_to_int64(probe_seed))),
-        None if probe is None else ctypes.byref(ctypes.c_float(probe_coeff)),
-        (ctypes.c_int64 * n)(*[p.numel() for p in params]),
-        (ctypes.c_uint64 * n)(*offsets),
-        (ctypes.c_uint32 * n)(*streams),
-        ctypes.c_int64(seeds.numel()),
-        ctypes.c_void_p(seeds.data_ptr()),
-        ctypes.c_void_p(coeffs.data_ptr()),
-        factor,
-        seed,
-        DTYPES.index(params[0].dtype),
-        DOMAIN[dist],
+@pytest.fixture
+def on_host(library_on_host, monkeypatch):
+    """The operations on CPU tensors through the CUDA backend.  Gives the number of launches so far."""
+    monkeypatch.setattr(library, "load", lambda name: None)
+    monkeypatch.setattr(torch.version, "cuda", "on host")
+    monkeypatch.setattr(torch.ops, "zokernels_cuda", torch.ops.zokernels_cuda_on_host)
+    backend = importlib.import_module("zokernels.backends.cuda").load()
+    monkeypatch.setattr(
+        zokernels._ops, "select", lambda device: select(device) if registry.forced() == "reference" else backend
     )
+    return library_on_host.launches_on_host
+
+
+def random_combine(rng, **fixed):
+    buffers, parts, kwargs = random_call(rng, **fixed)
+    return {"buffers": buffers, "parts": parts, **add_extras(rng, parts, kwargs)}
+
+
+#: What each operation runs, and its random arguments.
+CASES = {
+    "combine": (test_combine.run, random_combine),
+    "requantize": (test_requantize.run, test_requantize.random_requantize),
+    "squares": (test_squares.run, test_squares.random_squares),
+    **{f"update {rule}": (test_update.run, functools.partial(test_update.random_update, rule=rule)) for rule in RULES},
+}
+
+
+def chunk_of(dist: str) -> int:
+    return 16384 if dist == "normal" else 32768
 
 
 @pytest.mark.parametrize("repeat", range(10))
-def test_kernels_on_host_equal_reference(on_host, rng, repeat):
+def test_plain_combine_on_host_equals_reference(on_host, rng, repeat):
     for _ in range(4):
         buffers, parts, kwargs = random_call(rng)
-        want = reference_result(buffers, parts, kwargs)
-        got = [b.clone() for b in buffers]
-        run_on_host(on_host, [b[p] for b, p in zip(got, parts, strict=True)], **kwargs)
-        for a, b in zip(got, want, strict=True):
-            assert_same_bits(a, b, f"{a.dtype} {kwargs}")
+        check_backend(test_combine.run, {"buffers": buffers, "parts": parts, **kwargs})
+
+
+@pytest.mark.parametrize("repeat", range(4))
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_on_host_equal_reference(on_host, rng, case, repeat):
+    run, random_arguments = CASES[case]
+    for _ in range(4):
+        check_backend(run, random_arguments(rng))
+
+
+@pytest.mark.parametrize("dist", DISTS)
+@pytest.mark.parametrize("case", CASES)
+def test_fast_path_on_host_equals_reference(on_host, rng, case, dist):
+    """Aligned tensors of several chunks take the vector path for the middle, the edge path for the ends."""
+    run, random_arguments = CASES[case]
+    chunk = chunk_of(dist)
+    sizes = [2 * chunk + rng.randrange(chunk), chunk]
+    # The counter wraps inside the second or third chunk.
+    offsets = [8 * 2**32 - chunk - 8 * rng.randrange(chunk // 8), 8 * rng.randrange(1 << 20)]
+    check_backend(run, random_arguments(rng, sizes=sizes, dist=dist, aligned=True, offsets=offsets))
 
 
 @pytest.mark.parametrize("dist", DISTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_fast_path_on_host_equals_reference(on_host, rng, dtype, dist, count):
-    """Aligned tensors of several chunks take the vector path for the middle, the edge path for the ends."""
-    chunk = 16384 if dist == "normal" else 32768
+def test_fast_path_of_plain_combine_on_host(on_host, rng, dtype, dist, count):
+    chunk = chunk_of(dist)
     sizes = [2 * chunk + rng.randrange(chunk), chunk]
-    offset = 8 * 2**32 - chunk - 8 * rng.randrange(chunk // 8)  # the counter wraps inside the second or third chunk
-    buffers, _, kwargs = random_call(rng, sizes=sizes, dtype=dtype, dist=dist, count=count)
-    kwargs["offsets"] = [offset, 8 * rng.randrange(1 << 20)]
-    parts = [slice(0, n) for n in sizes]
-    want = reference_result(buffers, parts, kwargs)
-    run_on_host(on_host, [b[p] for b, p in zip(buffers, parts, strict=True)], **kwargs)
-    for a, b in zip(buffers, want, strict=True):
-        assert_same_bits(a, b, f"{kwargs}")
+    offsets = [8 * 2**32 - chunk - 8 * rng.randrange(chunk // 8), 8 * rng.randrange(1 << 20)]
+    buffers, parts, kwargs = random_call(
+        rng, sizes=sizes, dtype=dtype, dist=dist, count=count, aligned=True, offsets=offsets
+    )
+    check_backend(test_combine.run, {"buffers": buffers, "parts": parts, **kwargs})
 
 
 @pytest.mark.parametrize("dist", DISTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_fan_out_on_host_equals_reference(on_host, rng, dtype, dist, count):
-    chunk = 16384 if dist == "normal" else 32768
+    chunk = chunk_of(dist)
     sizes = [chunk + rng.randrange(chunk), rng.randrange(4100)]
-    buffers, parts, kwargs = random_call(rng, sizes=sizes, dtype=dtype, dist=dist, count=count)
-    parts[0], kwargs["offsets"][0] = slice(0, sizes[0]), 8 * rng.randrange(2**40)
-    params, (seed, coeff) = [b[p] for b, p in zip(buffers, parts, strict=True)], (rng.getrandbits(64), 0.125)
-    want = test_fan_out.composed(params, seed, coeff, kwargs)
-    sides = [[torch.empty_like(p) for p in params] for _ in range(2)]
-    run_on_host(on_host, params, sides, (seed, coeff), **kwargs)
-    for name, got, expected in zip(("theta", "plus", "minus"), (params, *sides), want, strict=True):
-        for a, b in zip(got, expected, strict=True):
-            assert_same_bits(a, b, f"{name} {kwargs}")
+    offsets = [8 * rng.randrange(2**40), rng.randrange(2**40)]
+    buffers, parts, kwargs = random_call(rng, sizes=sizes, dtype=dtype, dist=dist, count=count, offsets=offsets)
+    parts[0] = slice(0, sizes[0])
+    test_fan_out.check(buffers, parts, kwargs, rng)
 
 
-def test_many_tensors_take_few_launches(on_host, rng):
-    """70 tensors a launch: their table is a kernel argument of at most 4 KiB."""
-    for n in (1, 70, 71, 250):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_low_rank_on_host_equals_reference(on_host, rng, dtype):
+    for _ in range(8):
+        check_backend(test_low_rank.run, test_low_rank.random_low_rank(rng, dtype=dtype))
+    # Rows of whole vectors, the last few of them one by one; factors read by four or by one.
+    for rank in (1, 4, 6, 8):
+        shape = 64 + rng.randrange(70), 256 + 8 * rng.randrange(40)
+        args = test_low_rank.random_low_rank(rng, shapes=[shape], dtype=dtype, count=2)
+        args |= {"offsets": [8 * rng.randrange(2**40)]}
+        args |= {"left": [torch.randn(2, shape[0], rank)], "right": [torch.randn(2, shape[1], rank)]}
+        check_backend(test_low_rank.run, args)
+
+
+@pytest.mark.parametrize("dist", DISTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_spread_on_host_equals_reference(on_host, rng, dtype, dist):
+    for _ in range(4):
+        check_backend(test_spread.run, test_spread.random_spread(rng, dtype=dtype, dist=dist))
+    n = chunk_of(dist) + 8 * rng.randrange(5000)
+    args = test_spread.random_spread(rng, sizes=[n], aligned=True, dtype=dtype, dist=dist, count=3)
+    args["offset"] = 8 * rng.randrange(2**30)
+    check_backend(test_spread.run, args)
+
+
+def test_derive_seed_on_host_equals_reference(on_host, rng):
+    run_seed, step = (torch.tensor([seed_to_int64(rng.getrandbits(64)) for _ in range(700)]) for _ in range(2))
+    k = torch.tensor([rng.getrandbits(32) for _ in range(700)])
+    with zokernels.backend("reference"):
+        want = zokernels.derive_seed(run_seed, step, k)
+    assert torch.equal(zokernels.derive_seed(run_seed, step, k), want)
+
+
+#: Tensors of one launch: their table is a kernel argument of at most 4 KiB.
+@pytest.mark.parametrize(("case", "capacity"), [("plain", 70), ("combine", 55), ("update adam", 55), ("squares", 160)])
+def test_many_tensors_take_few_launches(on_host, rng, case, capacity):
+    for n in (1, capacity, capacity + 1, 250):
         sizes = [rng.randrange(0, 40) if i % 7 else 0 for i in range(n - 1)] + [17000]
-        buffers, parts, kwargs = random_call(rng, sizes=sizes, count=1, dtype=torch.bfloat16)
-        want = reference_result(buffers, parts, kwargs)
-        launches = run_on_host(on_host, [b[p] for b, p in zip(buffers, parts, strict=True)], **kwargs)
-        assert launches == -(-sum(size > 0 for size in sizes) // 70)
-        for a, b in zip(buffers, want, strict=True):
-            assert_same_bits(a, b)
+        if case == "plain":
+            buffers, parts, kwargs = random_call(rng, sizes=sizes, count=1, dtype=torch.bfloat16)
+            run, args = test_combine.run, {"buffers": buffers, "parts": parts, **kwargs}
+        else:
+            run, args = CASES[case][0], CASES[case][1](rng, sizes=sizes, count=1, dist="normal")
+            if case == "combine":
+                args["mask_seed"], args["density"] = 3, 0.5
+        before = on_host()
+        check_backend(run, args)
+        assert on_host() - before == -(-sum(size > 0 for size in sizes) // capacity)
 
 
 def test_square_root_without_range_check_is_exact():

@@ -1,126 +1,37 @@
 // combine on the device: theta = round(decay * theta + sum c_k z_k), many tensors in one launch.
-//
-// A thread owns whole Philox blocks: eight elements, one 16-byte access in half precision, no output thrown away. Chunks
-// that lie inside their tensor and are aligned take the fast path; the rest (first and last chunk of a tensor, shards that
-// start inside a block) goes element by element through the same arithmetic.
-//
-// Threads neither communicate nor synchronise, so tests/cuda_on_host runs this file on the CPU, thread by thread.
 #pragma once
 
-#include "../noise/normal.h"
-#include "../noise/rademacher.h"
 #include "combine.h"
-#include "storage.cuh"
-
-#if defined(__CUDACC__)
-#define ZK_DEVICE __device__ __forceinline__
-#define ZK_GLOBAL __global__ void __launch_bounds__(zk::cuda::kThreads)
-#define ZK_GRID_CONSTANT const __grid_constant__
-#define ZK_UNROLL _Pragma("unroll")
-#define ZK_NO_UNROLL _Pragma("unroll 1")
-#else
-#define ZK_DEVICE inline
-#define ZK_GLOBAL void
-#define ZK_GRID_CONSTANT const
-#define ZK_UNROLL
-#define ZK_NO_UNROLL
-#endif
+#include "device.cuh"
 
 namespace zk::cuda {
-
-ZK_DEVICE uint64_t seed_at(const int64_t* seeds, int k) { return static_cast<uint64_t>(seeds[k]); }
-
-ZK_DEVICE Words<uint32_t> draw(const PhiloxKey& key, uint64_t block, uint32_t stream, Domain domain) {
-  return philox<Scalar>(static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), stream, domain, key);
-}
-
-// Word byte / 4, without indexing registers by a variable, which would move them to memory.
-ZK_DEVICE uint32_t word_of(const Words<uint32_t>& x, int byte) {
-  const uint32_t low = byte & 4 ? x.w[1] : x.w[0], high = byte & 4 ? x.w[3] : x.w[2];
-  return byte & 8 ? high : low;
-}
-
-// The tensor whose chunks include `chunk`. The index is the same in all threads, so the table is read as constants.
-ZK_DEVICE int tensor_of(const CombineLaunch& p, uint32_t chunk) {
-  int low = 0, high = p.tensors;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (p.first_chunk[middle] <= chunk) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
-
-// Eight elements whose positions start at `first` and may lie in part outside [0, numel): element by element.
-template <DType D>
-struct EdgeAccess {
-  using T = typename Storage<D>::T;
-  using Raw = typename Storage<D>::Raw;
-  union Buffer {
-    Raw raw;
-    T element[kVector];
-  };
-  int64_t first, numel;
-
-  ZK_DEVICE bool inside(int e) const { return first + e >= 0 && first + e < numel; }
-  ZK_DEVICE Raw load(const void* p) const {
-    Buffer buffer;
-    ZK_UNROLL
-    for (int e = 0; e < kVector; ++e) buffer.element[e] = inside(e) ? static_cast<const T*>(p)[first + e] : T{};
-    return buffer.raw;
-  }
-  ZK_DEVICE void store(void* p, const Raw& raw) const {
-    Buffer buffer;
-    buffer.raw = raw;
-    ZK_UNROLL
-    for (int e = 0; e < kVector; ++e) {
-      if (inside(e)) static_cast<T*>(p)[first + e] = buffer.element[e];
-    }
-  }
-};
-
-// Eight elements inside the tensor, at an aligned address: vector `step` from element `base`. Apart, so that one address
-// serves all steps and the steps become immediates (0.9 instructions a Rademacher element less than with their sum).
-template <DType D>
-struct VectorAccess {
-  using T = typename Storage<D>::T;
-  using Raw = typename Storage<D>::Raw;
-  int64_t base;
-  int step;
-
-  ZK_DEVICE Raw load(const void* p) const { return reinterpret_cast<const Raw*>(static_cast<const T*>(p) + base)[step]; }
-  ZK_DEVICE void store(void* p, const Raw& raw) const { reinterpret_cast<Raw*>(static_cast<T*>(p) + base)[step] = raw; }
-};
 
 // What follows the sum: round once, store, and fan out from the rounded value.
 // probe(sign, from, to): to = from + sign * c * z of the probe's direction.
 template <DType D, bool Round, bool FanOut, class Access, class Probe>
-ZK_DEVICE void finish(const CombineLaunch& p, const TensorEntry& t, const Access& at, float acc[kVector],
+ZK_DEVICE void finish(const CombineLaunch& p, const CombineEntry& t, const Access& at, float acc[kVector],
                       const Words<uint32_t>& random, const Probe& probe) {
   using S = Storage<D>;
   const auto raw = S::template pack<Round>(acc, random);
   if constexpr (!FanOut) {
-    at.store(t.out, raw);
+    at.template store<D>(t.out, raw);
   } else {
-    if (p.count > 0 || p.decay != nullptr) at.store(t.out, raw);  // something was pending
+    if (p.count > 0 || p.decay != nullptr) at.template store<D>(t.out, raw);  // something was pending
     S::unpack(raw, acc);
     float side[kVector];
     probe(1.0f, acc, side);
-    at.store(t.plus, S::template pack<false>(side, random));
+    at.template store<D>(t.plus, S::template pack<false>(side, random));
     probe(-1.0f, acc, side);
-    at.store(t.minus, S::template pack<false>(side, random));
+    at.template store<D>(t.minus, S::template pack<false>(side, random));
   }
 }
 
 // Whether every pointer of the tensor and its logical offset allow 16-byte accesses of whole blocks.
-template <bool FanOut>
-ZK_DEVICE bool is_aligned(const TensorEntry& t) {
-  uint64_t all = reinterpret_cast<uint64_t>(t.in) | reinterpret_cast<uint64_t>(t.out);
-  if constexpr (FanOut) all |= reinterpret_cast<uint64_t>(t.plus) | reinterpret_cast<uint64_t>(t.minus);
-  return (all % 16 | t.offset % kVector) == 0;
+template <DType D, bool FanOut>
+ZK_DEVICE bool allows_vectors(const CombineEntry& t) {
+  uint64_t all = address(t.in) | address(t.out);
+  if constexpr (FanOut) all |= address(t.plus) | address(t.minus);
+  return is_aligned<D>(all, t.offset);
 }
 
 template <bool Decay>
@@ -137,11 +48,11 @@ template <DType D, int K, bool Decay, bool Stochastic, bool FanOut>
 ZK_GLOBAL combine_normal_kernel(ZK_GRID_CONSTANT CombineLaunch p) {
   using S = Storage<D>;
   constexpr bool kRound = Stochastic && D != DType::f32;
-  const int i = tensor_of(p, blockIdx.x);
-  const TensorEntry& t = p.tensor[i];
-  const uint32_t stream = p.stream[i];
+  const int i = tensor_of(p.table, blockIdx.x);
+  const CombineEntry& t = p.table.tensor[i];
+  const uint32_t stream = p.table.stream[i];
 
-  const uint64_t chunk = blockIdx.x - p.first_chunk[i];
+  const uint64_t chunk = blockIdx.x - p.table.first_chunk[i];
   const uint64_t start = t.offset / kVector * kVector + chunk * kNormalChunk;  // logical
   const int64_t position = static_cast<int64_t>(start - t.offset);
   const uint64_t block = start / kVector;
@@ -193,9 +104,9 @@ ZK_GLOBAL combine_normal_kernel(ZK_GRID_CONSTANT CombineLaunch p) {
   const bool inside = position >= 0 && position + kNormalChunk <= t.numel;
   // Where the low counter word wraps inside the chunk, the upper word differs between threads: left to the slow path.
   const bool wraps = static_cast<uint32_t>(block) > 0xffffffffu - kThreads * kSteps;
-  if (inside && is_aligned<FanOut>(t) && !wraps) {
+  if (inside && allows_vectors<D, FanOut>(t) && !wraps) {
     const auto access = [&](int s) {
-      return VectorAccess<D>{position + static_cast<int64_t>(threadIdx.x) * kVector, s * kThreads};
+      return VectorAccess{position + static_cast<int64_t>(threadIdx.x) * kVector, s * kThreads};
     };
     // Loads in flight. A fan-out holds the keys of up to three seeds and would spill with eight.
     constexpr int kFlight = FanOut ? 4 : kSteps;
@@ -203,7 +114,7 @@ ZK_GLOBAL combine_normal_kernel(ZK_GRID_CONSTANT CombineLaunch p) {
     for (int first = 0; first < kSteps; first += kFlight) {
       typename S::Raw raw[kFlight];
       ZK_UNROLL
-      for (int s = 0; s < kFlight; ++s) raw[s] = access(first + s).load(t.in);
+      for (int s = 0; s < kFlight; ++s) raw[s] = access(first + s).template load<D>(t.in);
       ZK_UNROLL
       for (int s = 0; s < kFlight; ++s) {
         // The sum cannot carry into the upper word, and written so the compiler knows.
@@ -215,9 +126,9 @@ ZK_GLOBAL combine_normal_kernel(ZK_GRID_CONSTANT CombineLaunch p) {
     ZK_NO_UNROLL
     for (int s = 0; s < kSteps; ++s) {
       const int64_t v = threadIdx.x + s * kThreads;
-      const EdgeAccess<D> at{position + v * kVector, t.numel};
+      const EdgeAccess at{position + v * kVector, t.numel};
       if (at.first >= t.numel) break;
-      block_of_eight(block + v, at, at.load(t.in));
+      block_of_eight(block + v, at, at.template load<D>(t.in));
     }
   }
 }
@@ -227,11 +138,11 @@ ZK_GLOBAL combine_rademacher_kernel(ZK_GRID_CONSTANT CombineLaunch p) {
   using S = Storage<D>;
   constexpr bool kRound = Stochastic && D != DType::f32;
   constexpr int kBytes = kRademacherTile / kVector / kRademacherBlocks;  // vecs of a lane: 16
-  const int i = tensor_of(p, blockIdx.x);
-  const TensorEntry& t = p.tensor[i];
-  const uint32_t stream = p.stream[i];
+  const int i = tensor_of(p.table, blockIdx.x);
+  const CombineEntry& t = p.table.tensor[i];
+  const uint32_t stream = p.table.stream[i];
 
-  const uint64_t chunk = blockIdx.x - p.first_chunk[i];
+  const uint64_t chunk = blockIdx.x - p.table.first_chunk[i];
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const uint64_t start = t.offset / kRademacherTile * kRademacherTile + chunk * kRademacherChunk + warp * kRademacherTile;
   const int64_t position = static_cast<int64_t>(start - t.offset);
@@ -292,16 +203,16 @@ ZK_GLOBAL combine_rademacher_kernel(ZK_GRID_CONSTANT CombineLaunch p) {
     }
   };
 
-  if (position >= 0 && position + kRademacherTile <= t.numel && is_aligned<FanOut>(t)) {
+  if (position >= 0 && position + kRademacherTile <= t.numel && allows_vectors<D, FanOut>(t)) {
     const auto access = [&](int byte) {
-      return VectorAccess<D>{position + static_cast<int64_t>(lane) * kVector, 32 * byte};
+      return VectorAccess{position + static_cast<int64_t>(lane) * kVector, 32 * byte};
     };
     ZK_UNROLL
     for (int group = 0; group < kBytes / kGroup; ++group) {
       typename S::Raw raw[kGroup];
       float acc[kGroup][kVector];
       ZK_UNROLL
-      for (int v = 0; v < kGroup; ++v) raw[v] = access(group * kGroup + v).load(t.in);
+      for (int v = 0; v < kGroup; ++v) raw[v] = access(group * kGroup + v).template load<D>(t.in);
       ZK_UNROLL
       for (int v = 0; v < kGroup; ++v) S::unpack(raw[v], acc[v]);
       accumulate(group, acc);
@@ -311,9 +222,9 @@ ZK_GLOBAL combine_rademacher_kernel(ZK_GRID_CONSTANT CombineLaunch p) {
   } else {
     ZK_NO_UNROLL
     for (int byte = 0; byte < kBytes; ++byte) {
-      const EdgeAccess<D> at{position + (32 * byte + static_cast<int64_t>(lane)) * kVector, t.numel};
+      const EdgeAccess at{position + (32 * byte + static_cast<int64_t>(lane)) * kVector, t.numel};
       float acc[kVector];
-      S::unpack(at.load(t.in), acc);
+      S::unpack(at.template load<D>(t.in), acc);
       apply_decay<Decay>(p, decay, acc);
       if constexpr (K > 0) {
         ZK_UNROLL

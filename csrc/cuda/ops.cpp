@@ -6,11 +6,15 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <utility>
+#include <string>
 #include <vector>
 
 #include "../op_args.h"
 #include "combine.h"
+#include "low_rank.h"
+#include "spread.h"
+#include "squares.h"
+#include "update.h"
 
 // In libtorch_cuda, which a CPU build of torch lacks: weak, so that the library loads there too.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
@@ -21,13 +25,25 @@ namespace {
 
 using torch::stable::Tensor;
 
-DType dtype_of(const Tensor& t) {
+DType dtype_of(const char* op, const Tensor& t) {
   switch (t.scalar_type()) {
     case torch::headeronly::ScalarType::Float: return DType::f32;
     case torch::headeronly::ScalarType::BFloat16: return DType::bf16;
     case torch::headeronly::ScalarType::Half: return DType::f16;
-    default: STD_TORCH_CHECK(false, "zokernels_cuda::combine: expected float32, bfloat16 or float16 tensors");
+    default: STD_TORCH_CHECK(false, "zokernels_cuda::", op, ": expected float32, bfloat16 or float16 tensors");
   }
+}
+
+bool is_bf16(const Tensor& t) { return t.scalar_type() == torch::headeronly::ScalarType::BFloat16; }
+
+template <class T>
+const T* pointer(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <class T>
+const T* pointer(const std::optional<Tensor>& t) {
+  return t ? pointer<T>(*t) : nullptr;
 }
 
 void* current_stream(const Tensor& t) {
@@ -41,53 +57,200 @@ void check_launch(const char* op, int error) {
   STD_TORCH_CHECK(error == 0, "zokernels_cuda::", op, ": launch failed: ", error_string(error));
 }
 
-// combine where plus and minus are empty, else fan_out.
-void run(const char* op, CombineLaunch shared, const std::vector<Tensor>& out, const std::vector<Tensor>& params,
-         const std::vector<Tensor>& plus, const std::vector<Tensor>& minus, const Tensor& seeds, const Tensor& coeffs,
-         const std::vector<int64_t>& streams, const std::vector<int64_t>& offsets, int64_t dist,
-         const std::optional<Tensor>& decay, const std::optional<Tensor>& rounding_seed) {
+// Tensor i of a call with its table entry, for pack_launches.
+template <class Entry>
+Packed<Entry> packed(const Entry& entry, const TermArgs& terms, size_t i, int64_t chunks) {
+  return {entry, static_cast<uint32_t>(terms.streams[i]), chunks};
+}
+
+// Plain combine where plus and minus are empty, else fan_out.
+void run_plain(const char* op, CombineLaunch shared, const TensorList& out, const TensorList& params, const TensorList& plus,
+               const TensorList& minus, const TermArgs& terms) {
   torch::stable::accelerator::DeviceGuard guard(params[0].get_device_index());
   void* stream = current_stream(params[0]);
-  const DType dtype = dtype_of(params[0]);
-  const auto domain = static_cast<Domain>(dist);
+  const DType dtype = dtype_of(op, params[0]);
+  shared.seeds = pointer<int64_t>(terms.seeds);
+  shared.coeffs = pointer<float>(terms.coeffs);
+  shared.decay = pointer<float>(terms.decay);
+  shared.rounding_seed = pointer<int64_t>(terms.rounding_seed);
+  shared.count = static_cast<int32_t>(terms.seeds.numel());
 
-  shared.seeds = static_cast<const int64_t*>(seeds.const_data_ptr());
-  shared.coeffs = static_cast<const float*>(coeffs.const_data_ptr());
-  if (decay) shared.decay = static_cast<const float*>(decay->const_data_ptr());
-  if (rounding_seed) shared.rounding_seed = static_cast<const int64_t*>(rounding_seed->const_data_ptr());
-  shared.count = static_cast<int32_t>(seeds.numel());
-
-  std::vector<std::pair<TensorEntry, uint32_t>> tensors;
+  std::vector<Packed<CombineEntry>> tensors;
   tensors.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
-    tensors.push_back({{params[i].const_data_ptr(), out[i].mutable_data_ptr(),
-                        plus.empty() ? nullptr : plus[i].mutable_data_ptr(),
-                        minus.empty() ? nullptr : minus[i].mutable_data_ptr(), params[i].numel(),
-                        static_cast<uint64_t>(offsets[i])},
-                       static_cast<uint32_t>(streams[i])});
+    const CombineEntry entry{params[i].const_data_ptr(),
+                             out[i].mutable_data_ptr(),
+                             plus.empty() ? nullptr : plus[i].mutable_data_ptr(),
+                             minus.empty() ? nullptr : minus[i].mutable_data_ptr(),
+                             params[i].numel(),
+                             static_cast<uint64_t>(terms.offsets[i])};
+    tensors.push_back(packed(entry, terms, i, chunks_of(entry.offset, entry.numel, terms.domain())));
   }
-  pack_launches(shared, tensors, domain, [&](const CombineLaunch& launch, uint32_t chunks) {
-    check_launch(op, launch_combine(launch, chunks, dtype, domain, stream));
+  pack_launches(shared, tensors, [&](const CombineLaunch& launch, uint32_t chunks) {
+    check_launch(op, launch_combine(launch, chunks, dtype, terms.domain(), stream));
+  });
+}
+
+// update, and combine that is not plain. `states`: the rule's state lists, or the curvature.
+void run_update(const char* op, UpdateLaunch shared, const TensorList& out, const TensorList& params,
+                const std::vector<const TensorList*>& states, DType dtype, Action action, const TermArgs& terms) {
+  torch::stable::accelerator::DeviceGuard guard(params[0].get_device_index());
+  void* stream = current_stream(params[0]);
+  shared.seeds = pointer<int64_t>(terms.seeds);
+  shared.decay = pointer<float>(terms.decay);
+  shared.rounding_seed = pointer<int64_t>(terms.rounding_seed);
+  shared.mask_seed = pointer<int64_t>(terms.mask_seed);
+  shared.mask_keep = static_cast<uint32_t>(terms.mask_keep);
+  shared.count = static_cast<int32_t>(terms.seeds.numel());
+  for (size_t s = 0; s < states.size(); ++s) shared.state_is_bf16[s] = is_bf16((*states[s])[0]);
+
+  std::vector<Packed<UpdateEntry>> tensors;
+  tensors.reserve(params.size());
+  for (size_t i = 0; i < params.size(); ++i) {
+    UpdateEntry entry{};
+    entry.in = params[i].const_data_ptr();
+    entry.out = out[i].mutable_data_ptr();
+    for (size_t s = 0; s < states.size(); ++s) entry.state[s] = (*states[s])[i].mutable_data_ptr();
+    if (!terms.masks.empty()) entry.mask = pointer<uint8_t>(terms.masks[i]);
+    entry.coeffs = pointer<float>(terms.coeffs) + i * terms.coeff_stride();
+    entry.numel = params[i].numel();
+    entry.offset = static_cast<uint64_t>(terms.offsets[i]);
+    tensors.push_back(packed(entry, terms, i, chunks_of(entry.offset, entry.numel, terms.domain())));
+  }
+  pack_launches(shared, tensors, [&](const UpdateLaunch& launch, uint32_t chunks) {
+    check_launch(op, launch_update(launch, chunks, dtype, terms.domain(), action, stream));
   });
 }
 
 void combine_cuda(TensorList out, TensorList params, ZK_TERMS_PARAMS) {
+  const TermArgs terms = ZK_TERMS;
   if (params.empty()) return;
-  check_terms("combine", params, ZK_TERMS);
+  check_terms("combine", params, terms);
   check_beside("combine", out, params);
-  run("combine", CombineLaunch{}, out, params, {}, {}, seeds, coeffs, streams, offsets, dist, decay, rounding_seed);
+  if (terms.is_plain()) return run_plain("combine", CombineLaunch{}, out, params, {}, {}, terms);
+  const DType dtype = dtype_of("combine", params[0]);
+  if (curvature.empty()) return run_update("combine", {}, out, params, {}, dtype, Action::combine, terms);
+  run_update("combine", {}, out, params, {&curvature}, dtype, Action::scaled_combine, terms);
 }
 
 void fan_out_cuda(TensorList params, TensorList plus, TensorList minus, Tensor seed, Tensor coeff, ZK_TERMS_PARAMS) {
+  const TermArgs terms = ZK_TERMS;
   if (params.empty()) return;
-  check_terms("fan_out", params, ZK_TERMS);
+  check_terms("fan_out", params, terms);
   check_beside("fan_out", plus, params);
   check_beside("fan_out", minus, params);
   check_one_direction(seed, coeff);
   CombineLaunch shared{};
-  shared.probe_seed = static_cast<const int64_t*>(seed.const_data_ptr());
-  shared.probe_coeff = static_cast<const float*>(coeff.const_data_ptr());
-  run("fan_out", shared, params, params, plus, minus, seeds, coeffs, streams, offsets, dist, decay, rounding_seed);
+  shared.probe_seed = pointer<int64_t>(seed);
+  shared.probe_coeff = pointer<float>(coeff);
+  run_plain("fan_out", shared, params, params, plus, minus, terms);
+}
+
+void spread_cuda(Tensor out, Tensor x, ZK_TERMS_PARAMS) {
+  const TermArgs terms = ZK_TERMS;
+  check_terms("spread", {x}, terms);
+  check_spread(out, x, terms);
+  const int64_t chunks = chunks_of(static_cast<uint64_t>(offsets[0]), x.numel(), terms.domain());
+  if (out.numel() == 0) return;
+  STD_TORCH_CHECK(chunks <= kMaxChunks, "spread: x: expected fewer elements, got ", x.numel());
+  torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  SpreadLaunch p{};
+  p.seeds = pointer<int64_t>(seeds);
+  p.coeffs = pointer<float>(coeffs);
+  p.in = x.const_data_ptr();
+  p.out = out.mutable_data_ptr();
+  p.numel = x.numel();
+  p.offset = static_cast<uint64_t>(offsets[0]);
+  p.stream = static_cast<uint32_t>(streams[0]);
+  p.count = static_cast<int32_t>(seeds.numel());
+  check_launch("spread", launch_spread(p, static_cast<uint32_t>(chunks), dtype_of("spread", x), terms.domain(),
+                                       current_stream(x)));
+}
+
+void update_cuda(TensorList params, TensorList first, TensorList second, std::string rule, Tensor hyper, ZK_TERMS_PARAMS) {
+  const TermArgs terms = ZK_TERMS;
+  if (params.empty()) return;
+  check_terms("update", params, terms);
+  check_update(first, second, rule_of(rule), hyper, params, terms);
+  UpdateLaunch shared{};
+  shared.hyper = pointer<float>(hyper);
+  std::vector<const TensorList*> states;
+  if (!first.empty()) states.push_back(&first);
+  if (!second.empty()) states.push_back(&second);
+  const Action action = action_of(rule_of(rule));
+  run_update("update", shared, params, params, states, dtype_of("update", params[0]), action, terms);
+}
+
+void requantize_cuda(TensorList out, TensorList params, int64_t low, int64_t high, ZK_TERMS_PARAMS) {
+  const TermArgs terms = ZK_TERMS;
+  if (params.empty()) return;
+  check_terms("requantize", params, terms);
+  check_beside("requantize", out, params);
+  STD_TORCH_CHECK(params[0].scalar_type() == torch::headeronly::ScalarType::Char, "requantize: expected int8 tensors");
+  UpdateLaunch shared{};
+  shared.low = static_cast<float>(low);
+  shared.high = static_cast<float>(high);
+  run_update("requantize", shared, out, params, {}, DType::i8, Action::combine, terms);
+}
+
+void low_rank_cuda(TensorList out, TensorList params, TensorList left, TensorList right, ZK_TERMS_PARAMS) {
+  const TermArgs terms = ZK_TERMS;
+  if (params.empty()) return;
+  check_terms("low_rank", params, terms);
+  check_beside("low_rank", out, params);
+  check_factors(left, right, params, terms);
+  torch::stable::accelerator::DeviceGuard guard(params[0].get_device_index());
+  void* stream = current_stream(params[0]);
+  const DType dtype = dtype_of("low_rank", params[0]);
+  LowRankLaunch shared{};
+  shared.decay = pointer<float>(decay);
+  shared.rounding_seed = pointer<int64_t>(rounding_seed);
+  shared.count = static_cast<int32_t>(seeds.numel());
+
+  std::vector<Packed<LowRankEntry>> tensors;
+  tensors.reserve(params.size());
+  for (size_t i = 0; i < params.size(); ++i) {
+    LowRankEntry entry{};
+    entry.in = params[i].const_data_ptr();
+    entry.out = out[i].mutable_data_ptr();
+    entry.left = pointer<float>(left[i]);
+    entry.right = pointer<float>(right[i]);
+    entry.coeffs = pointer<float>(coeffs) + i * terms.coeff_stride();
+    entry.rows = left[i].size(1);
+    entry.columns = right[i].size(1);
+    entry.offset = static_cast<uint64_t>(offsets[i]);
+    entry.rank = static_cast<int32_t>(left[i].size(2));
+    entry.has_vectors = rows_are_vectors(entry);
+    tensors.push_back(packed(entry, terms, i, low_rank_chunks(entry)));
+  }
+  pack_launches(shared, tensors, [&](const LowRankLaunch& launch, uint32_t chunks) {
+    check_launch("low_rank", launch_low_rank(launch, chunks, dtype, stream));
+  });
+}
+
+// partial: int64 zeros [K, n]; its sums over n are the result. Normal noise only: of signs every square is 1.
+void squares_cuda(Tensor partial, Tensor seeds, std::vector<int64_t> sizes, std::vector<int64_t> streams,
+                  std::vector<int64_t> offsets) {
+  STD_TORCH_CHECK(sizes.size() == streams.size() && sizes.size() == offsets.size(),
+                  "squares: sizes, streams, offsets: expected equal lengths");
+  STD_TORCH_CHECK(partial.is_contiguous() && partial.dim() == 2 && partial.size(0) == seeds.numel() && partial.size(1) > 0,
+                  "squares: partial: expected a contiguous tensor with a row for each seed");
+  torch::stable::accelerator::DeviceGuard guard(seeds.get_device_index());
+  void* stream = current_stream(seeds);
+  SquaresLaunch shared{};
+  shared.seeds = pointer<int64_t>(seeds);
+  shared.partial = static_cast<unsigned long long*>(partial.mutable_data_ptr());
+  shared.columns = static_cast<uint32_t>(partial.size(1));
+  shared.count = static_cast<int32_t>(seeds.numel());
+  std::vector<Packed<SquaresEntry>> tensors;
+  tensors.reserve(sizes.size());
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    const SquaresEntry entry{sizes[i], static_cast<uint64_t>(offsets[i])};
+    tensors.push_back({entry, static_cast<uint32_t>(streams[i]), chunks_of(entry.offset, entry.numel, kNormal)});
+  }
+  pack_launches(shared, tensors, [&](const SquaresLaunch& launch, uint32_t chunks) {
+    check_launch("squares", launch_squares(launch, chunks, stream));
+  });
 }
 
 Tensor derive_seed_cuda(Tensor run_seed, Tensor step, Tensor k) {
@@ -95,9 +258,7 @@ Tensor derive_seed_cuda(Tensor run_seed, Tensor step, Tensor k) {
   if (run_seed.numel() == 0) return seeds;
   torch::stable::accelerator::DeviceGuard guard(run_seed.get_device_index());
   check_launch("derive_seed",
-               launch_derive_seed(static_cast<const int64_t*>(run_seed.const_data_ptr()),
-                                  static_cast<const int64_t*>(step.const_data_ptr()),
-                                  static_cast<const int64_t*>(k.const_data_ptr()),
+               launch_derive_seed(pointer<int64_t>(run_seed), pointer<int64_t>(step), pointer<int64_t>(k),
                                   static_cast<int64_t*>(seeds.mutable_data_ptr()), run_seed.numel(),
                                   current_stream(run_seed)));
   return seeds;
@@ -108,12 +269,22 @@ Tensor derive_seed_cuda(Tensor run_seed, Tensor step, Tensor k) {
 STABLE_TORCH_LIBRARY(zokernels_cuda, m) {
   m.def(ZK_COMBINE_SCHEMA(""));
   m.def(ZK_FAN_OUT_SCHEMA(""));
+  m.def(ZK_SPREAD_SCHEMA(""));
+  m.def(ZK_UPDATE_SCHEMA(""));
+  m.def(ZK_LOW_RANK_SCHEMA(""));
+  m.def(ZK_REQUANTIZE_SCHEMA(""));
+  m.def("squares(Tensor(a!) partial, Tensor seeds, int[] sizes, int[] streams, int[] offsets) -> ()");
   m.def(ZK_DERIVE_SEED_SCHEMA);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(zokernels_cuda, CUDA, m) {
   m.impl("combine", TORCH_BOX(&combine_cuda));
   m.impl("fan_out", TORCH_BOX(&fan_out_cuda));
+  m.impl("spread", TORCH_BOX(&spread_cuda));
+  m.impl("update", TORCH_BOX(&update_cuda));
+  m.impl("low_rank", TORCH_BOX(&low_rank_cuda));
+  m.impl("requantize", TORCH_BOX(&requantize_cuda));
+  m.impl("squares", TORCH_BOX(&squares_cuda));
   m.impl("derive_seed", TORCH_BOX(&derive_seed_cuda));
 }
 

@@ -3,8 +3,9 @@
 #pragma once
 
 #include "../cpu/lanes_portable.h"
+#include "../noise/integers.h"
 #include "../noise/rounding.h"
-#include "combine.h"
+#include "table.h"
 
 namespace zk::cuda {
 
@@ -107,6 +108,32 @@ struct Storage<DType::f16> {
       raw.v[0].w[p] = Stochastic ? nearest(stochastic(x[2 * p], random.w[p] & 0xffffu),
                                            stochastic(x[2 * p + 1], random.w[p] >> 16))
                                  : nearest(x[2 * p], x[2 * p + 1]);
+    }
+    return raw;
+  }
+};
+
+template <>
+struct Storage<DType::i8> {
+  using T = int8_t;
+  struct alignas(8) Raw {
+    uint32_t w[2];
+  };
+  static ZK_HD void unpack(const Raw& raw, float x[8]) {
+    for (int i = 0; i < 8; ++i) x[i] = static_cast<float>(static_cast<int8_t>(raw.w[i / 4] >> 8 * (i % 4)));
+  }
+  template <bool Stochastic>
+  static ZK_HD Raw pack(const float x[8], const Words<uint32_t>& random, float low, float high) {
+    Raw raw{};
+    for (int i = 0; i < 8; ++i) {
+      const float clamped = clamp(x[i], low, high);
+      uint32_t q;
+      if constexpr (Stochastic) {
+        q = integer_stochastic(clamped, random.w[i / 2] >> 16 * (i % 2) & 0xffffu);
+      } else {
+        q = nearest_int(clamped);
+      }
+      raw.w[i / 4] |= (q & 0xffu) << 8 * (i % 4);
     }
     return raw;
   }

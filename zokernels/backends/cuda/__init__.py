@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
-from .. import library, reference
-from ..composed import spread_by
+from .. import library
 from ..registry import Backend, BackendUnavailable
 from .combine import combine
 from .fan_out import fan_out
+from .low_rank import low_rank
+from .requantize import requantize
+from .spread import spread
+from .squares import squares
+from .update import update
 
 
 def load() -> Backend:
@@ -19,12 +21,15 @@ def load() -> Backend:
         raise BackendUnavailable(
             f"backend 'cuda' is built, but torch {torch.__version__} has no CUDA; install a CUDA build of torch"
         )
-    return replace(
-        reference.load(),
-        name="cuda",
-        devices=frozenset(("cuda",)),
+    return Backend(
+        "cuda",
+        frozenset(("cuda",)),
         derive_seed=torch.ops.zokernels_cuda.derive_seed,
         combine=combine,
         fan_out=fan_out,
-        spread=spread_by(combine),
+        spread=spread,
+        update=update,
+        low_rank=low_rank,
+        requantize=requantize,
+        squares=squares,
     )

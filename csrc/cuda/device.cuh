@@ -1,0 +1,207 @@
+// What the kernels share: the drawing of noise, the search of the table, and the access to eight elements.
+//
+// A thread owns whole Philox blocks: eight elements, one 16-byte access in half precision, no output thrown away. Chunks
+// that lie inside their tensor and are aligned take the fast path; the rest (first and last chunk of a tensor, shards that
+// start inside a block) goes element by element through the same arithmetic.
+//
+// Threads neither communicate nor synchronise, so tests/cuda_on_host runs the kernels on the CPU, thread by thread.
+#pragma once
+
+#include "../noise/normal.h"
+#include "../noise/rademacher.h"
+#include "storage.cuh"
+#include "table.h"
+
+#if defined(__CUDACC__)
+#define ZK_DEVICE __device__ __forceinline__
+#define ZK_GLOBAL __global__ void __launch_bounds__(zk::cuda::kThreads)
+#define ZK_GRID_CONSTANT const __grid_constant__
+#define ZK_UNROLL _Pragma("unroll")
+#define ZK_NO_UNROLL _Pragma("unroll 1")
+#else
+#define ZK_DEVICE inline
+#define ZK_GLOBAL void
+#define ZK_GRID_CONSTANT const
+#define ZK_UNROLL
+#define ZK_NO_UNROLL
+#endif
+
+namespace zk::cuda {
+
+ZK_DEVICE uint64_t seed_at(const int64_t* seeds, int k) { return static_cast<uint64_t>(seeds[k]); }
+
+ZK_DEVICE Words<uint32_t> draw(const PhiloxKey& key, uint64_t block, uint32_t stream, Domain domain) {
+  return philox<Scalar>(static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), stream, domain, key);
+}
+
+// Word byte / 4, without indexing registers by a variable, which would move them to memory.
+ZK_DEVICE uint32_t word_of(const Words<uint32_t>& x, int byte) {
+  const uint32_t low = byte & 4 ? x.w[1] : x.w[0], high = byte & 4 ? x.w[3] : x.w[2];
+  return byte & 8 ? high : low;
+}
+
+// The tensor whose chunks include `chunk`. The index is the same in all threads, so the table is read as constants.
+template <class Table>
+ZK_DEVICE int tensor_of(const Table& table, uint32_t chunk) {
+  int low = 0, high = table.tensors;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (table.first_chunk[middle] <= chunk) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// Eight elements whose positions start at `first` and may lie in part outside [0, numel): element by element.
+struct EdgeAccess {
+  int64_t first, numel;
+
+  ZK_DEVICE bool inside(int e) const { return first + e >= 0 && first + e < numel; }
+  template <DType D>
+  ZK_DEVICE typename Storage<D>::Raw load(const void* p) const {
+    using T = typename Storage<D>::T;
+    Buffer<D> buffer;
+    ZK_UNROLL
+    for (int e = 0; e < kVector; ++e) buffer.element[e] = inside(e) ? static_cast<const T*>(p)[first + e] : T{};
+    return buffer.raw;
+  }
+  template <DType D>
+  ZK_DEVICE void store(void* p, const typename Storage<D>::Raw& raw) const {
+    Buffer<D> buffer;
+    buffer.raw = raw;
+    ZK_UNROLL
+    for (int e = 0; e < kVector; ++e) {
+      if (inside(e)) static_cast<typename Storage<D>::T*>(p)[first + e] = buffer.element[e];
+    }
+  }
+
+ private:
+  template <DType D>
+  union Buffer {
+    typename Storage<D>::Raw raw;
+    typename Storage<D>::T element[kVector];
+  };
+};
+
+// Eight elements inside the tensor, at an aligned address: vector `step` from element `base`. Apart, so that one address
+// serves all steps and the steps become immediates (0.9 instructions a Rademacher element less than with their sum).
+struct VectorAccess {
+  int64_t base;
+  int step;
+
+  template <DType D>
+  ZK_DEVICE typename Storage<D>::Raw load(const void* p) const {
+    using S = Storage<D>;
+    return reinterpret_cast<const typename S::Raw*>(static_cast<const typename S::T*>(p) + base)[step];
+  }
+  template <DType D>
+  ZK_DEVICE void store(void* p, const typename Storage<D>::Raw& raw) const {
+    using S = Storage<D>;
+    reinterpret_cast<typename S::Raw*>(static_cast<typename S::T*>(p) + base)[step] = raw;
+  }
+};
+
+ZK_DEVICE void atomic_add(unsigned long long* p, unsigned long long value) {
+#if defined(__CUDA_ARCH__)
+  atomicAdd(p, value);
+#else
+  *p += value;
+#endif
+}
+
+ZK_DEVICE uint64_t address(const void* p) { return reinterpret_cast<uint64_t>(p); }
+
+// Whether vectors of D may be read at `addresses`, of which any number are or-ed, by whole Philox blocks.
+template <DType D>
+ZK_DEVICE bool is_aligned(uint64_t addresses, uint64_t offset) {
+  return (addresses % alignof(typename Storage<D>::Raw) | offset % kVector) == 0;
+}
+
+// A warp's part of a chunk: vecs of eight elements from logical index `start`, vec 32 * step + lane being a lane's own. One
+// order for both distributions; with Rademacher noise a lane's vecs then have their signs in one block.
+template <Domain Dist>
+struct Tile {
+  static constexpr int64_t kChunk = chunk_of(Dist), kAligned = tile_of(Dist);
+  static constexpr int kVecs = kChunk / kThreads / kVector;  // a lane's
+  static constexpr int64_t kElements = int64_t{32} * kVector * kVecs;
+  uint64_t start;
+  int64_t position;  // of `start` in the tensor
+  uint32_t lane, stream, mantissa;
+
+  ZK_DEVICE Tile(uint64_t offset, uint64_t chunk, uint32_t stream_, uint32_t mantissa_)
+      : lane(threadIdx.x % 32), stream(stream_), mantissa(mantissa_) {
+    start = offset / kAligned * kAligned + chunk * kChunk + threadIdx.x / 32 * kElements;
+    position = static_cast<int64_t>(start - offset);
+  }
+  // Whether all of it lies inside the tensor, and the low counter word does not wrap.
+  ZK_DEVICE bool is_whole(int64_t numel) const {
+    return position >= 0 && position + kElements <= numel &&
+           static_cast<uint32_t>(start / kVector) <= 0xffffffffu - 32 * kVecs;
+  }
+  template <bool Whole>
+  ZK_DEVICE uint64_t block(int step) const {
+    const uint64_t first = start / kVector;
+    if constexpr (!Whole) return first + 32 * step + lane;
+    // The sum cannot carry into the upper word, and written so the compiler knows.
+    return (first & 0xffffffff00000000u) | (static_cast<uint32_t>(first) + lane + 32 * step);
+  }
+  ZK_DEVICE EdgeAccess edge(int step, int64_t numel) const {
+    return {position + (32 * step + static_cast<int64_t>(lane)) * kVector, numel};
+  }
+  ZK_DEVICE VectorAccess vector(int step) const { return {position + static_cast<int64_t>(lane) * kVector, 32 * step}; }
+};
+
+// z of one direction over a tile.
+template <Domain Dist>
+struct Noise;
+
+template <>
+struct Noise<kNormal> {
+  PhiloxKey key;
+
+  ZK_DEVICE Noise(uint64_t seed, const Tile<kNormal>&) : key(philox_key(seed)) {}
+  template <bool Whole>
+  ZK_DEVICE void vec(const Tile<kNormal>& tile, int step, float z[kVector]) const {
+    normal8(draw(key, tile.template block<Whole>(step), tile.stream, kNormal), z, tile.mantissa);
+  }
+};
+
+template <>
+struct Noise<kRademacher> {
+  Words<uint32_t> signs;
+
+  ZK_DEVICE Noise(uint64_t seed, const Tile<kRademacher>& tile)
+      : signs(draw(philox_key(seed), tile.start / kRademacherTile * kRademacherBlocks + tile.lane, tile.stream,
+                   kRademacher)) {}
+  template <bool Whole>
+  ZK_DEVICE void vec(const Tile<kRademacher>&, int step, float z[kVector]) const {
+    const uint32_t word = word_of(signs, step) >> (8 * (step % 4));
+    ZK_UNROLL
+    for (int e = 0; e < kVector; ++e) z[e] = signed_coefficient(word, e, 1.0f);
+  }
+};
+
+// A tile in groups of N vecs where it is whole and `aligned`, so that N loads are in flight and what a direction costs is
+// shared; vec by vec at the edges. pass.template operator()<N, Whole>(first step, access of a step).
+template <int N, Domain Dist, class Pass>
+ZK_DEVICE void for_groups(const Tile<Dist>& tile, int64_t numel, bool aligned, const Pass& pass) {
+  if (aligned && tile.is_whole(numel)) {
+    ZK_NO_UNROLL
+    for (int first = 0; first < Tile<Dist>::kVecs; first += N) {
+      pass.template operator()<N, true>(first, [&](int step) { return tile.vector(step); });
+    }
+  } else {
+    ZK_NO_UNROLL
+    for (int step = 0; step < Tile<Dist>::kVecs; ++step) {
+      const EdgeAccess at = tile.edge(step, numel);
+      if (at.first + kVector > 0 && at.first < numel) {
+        pass.template operator()<1, false>(step, [&](int) { return at; });
+      }
+    }
+  }
+}
+
+}  // namespace zk::cuda

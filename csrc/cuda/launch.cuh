@@ -1,0 +1,25 @@
+// Launches a kernel of kThreads threads a block on a cudaStream_t. tests/cuda_on_host compiles this folder for the host and
+// has its own.
+#pragma once
+
+#if defined(__CUDACC__)
+
+#include <cuda_runtime.h>
+
+#include <type_traits>
+
+#include "table.h"
+
+namespace zk::cuda {
+
+template <class... Parameters>
+int launch(void (*kernel)(Parameters...), uint32_t blocks, void* stream, const std::type_identity_t<Parameters>&... arguments) {
+  kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  return cudaGetLastError();
+}
+
+inline const char* launch_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+}  // namespace zk::cuda
+
+#endif

@@ -1,0 +1,91 @@
+// Plain data that every kernel shares: dtypes, the cutting of tensors into chunks, and the packing of many tensors into
+// launches. No torch and no CUDA header: the host tests compile it too.
+#pragma once
+
+#include <cstdint>
+
+#include "../noise/philox.h"
+
+namespace zk::cuda {
+
+enum class DType { f32, bf16, f16, i8 };
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kVector = 8;  // elements of a Philox block, and of a thread's access
+
+// Elements of a thread block's chunk. Normal: kSteps blocks of eight a thread. Rademacher: a tile of 4096 a warp.
+constexpr int kSteps = 8;
+constexpr int64_t kNormalChunk = int64_t{kThreads} * kVector * kSteps;
+constexpr int64_t kRademacherChunk = int64_t{kWarps} * 4096;
+
+constexpr int64_t chunk_of(Domain dist) { return dist == kNormal ? kNormalChunk : kRademacherChunk; }
+constexpr int64_t tile_of(Domain dist) { return dist == kNormal ? kVector : 4096; }
+
+// Chunks are aligned to logical indices, so that a chunk never splits a Philox block or a Rademacher tile.
+constexpr int64_t chunks_of(uint64_t offset, int64_t numel, Domain dist) {
+  if (numel == 0) return 0;
+  const int64_t lead = static_cast<int64_t>(offset % static_cast<uint64_t>(tile_of(dist)));
+  return (lead + numel + chunk_of(dist) - 1) / chunk_of(dist);
+}
+
+// Tensors of one launch travel as a kernel argument (4 KiB at most on every architecture), so a launch needs no copy to the
+// device, no allocation and no cache, and a CUDA graph captures it whole.
+constexpr int kMaxArgument = 4096;
+constexpr int64_t kMaxChunks = 0x7fffffff;  // gridDim.x
+
+template <class EntryType, int Max>
+struct Table {
+  using Entry = EntryType;
+  static constexpr int kMax = Max;
+  uint32_t first_chunk[Max];
+  uint32_t stream[Max];
+  Entry tensor[Max];
+  int32_t tensors;
+};
+
+// A tensor of a call: its place in the table, and the number of its chunks.
+template <class Entry>
+struct Packed {
+  Entry entry;
+  uint32_t stream;
+  int64_t chunks;
+};
+
+// Launches `launch(const Launch&, chunks)` as often as needed; `p` holds what all launches share.
+template <class Launch, class Tensors, class Run>
+void pack_launches(Launch p, const Tensors& tensors, const Run& launch) {
+  auto& table = p.table;
+  table.tensors = 0;
+  int64_t chunks = 0;
+  const auto flush = [&] {
+    if (table.tensors > 0) launch(p, static_cast<uint32_t>(chunks));
+    table.tensors = 0;
+    chunks = 0;
+  };
+  for (const auto& tensor : tensors) {
+    if (tensor.chunks == 0) continue;
+    if (table.tensors == table.kMax || chunks + tensor.chunks > kMaxChunks) flush();
+    table.first_chunk[table.tensors] = static_cast<uint32_t>(chunks);
+    table.stream[table.tensors] = tensor.stream;
+    table.tensor[table.tensors] = tensor.entry;
+    ++table.tensors;
+    chunks += tensor.chunks;
+  }
+  flush();
+}
+
+// f<D>() for a floating dtype; every kernel but requantize's takes those alone.
+template <class F>
+auto with_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f32: return f.template operator()<DType::f32>();
+    case DType::bf16: return f.template operator()<DType::bf16>();
+    default: return f.template operator()<DType::f16>();
+  }
+}
+
+// Of the cudaError_t that every launch function returns (0 is success).
+const char* error_string(int error);
+
+}  // namespace zk::cuda

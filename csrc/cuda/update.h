@@ -1,0 +1,45 @@
+// The rules of update, and combine with masks, curvature, coefficients of each tensor's own or int8 weights.
+#pragma once
+
+#include "../noise/rules.h"
+#include "table.h"
+
+namespace zk::cuda {
+
+// What happens to theta: combine, combine with curvature, or a rule of update.
+#define ZK_ACTION_ENUM(rule) rule,
+enum class Action { combine, scaled_combine, ZK_RULES(ZK_ACTION_ENUM) };
+#undef ZK_ACTION_ENUM
+
+constexpr Action action_of(Rule rule) {
+  return static_cast<Action>(static_cast<int>(Action::scaled_combine) + 1 + static_cast<int>(rule));
+}
+
+struct UpdateEntry {
+  const void* in;
+  void* out;
+  void* state[2];       // of the rule; curvature is state[0], which is only read
+  const uint8_t* mask;  // null: none; else its byte 0 belongs to block offset / 8
+  const float* coeffs;  // [K]
+  int64_t numel;
+  uint64_t offset;  // logical index of element 0
+};
+
+struct UpdateLaunch {
+  const int64_t* seeds;
+  const float* hyper;
+  const float* decay;            // null: none
+  const int64_t* rounding_seed;  // null: nearest
+  const int64_t* mask_seed;      // null: no random mask
+  uint32_t mask_keep;
+  int32_t count;                    // K
+  bool state_is_bf16[2];            // else fp32
+  float low, high;                  // int8 only
+  uint32_t mantissa = 0x007fffffu;  // a constant that the compiler must not know: see noise/normal.h
+  Table<UpdateEntry, 55> table;
+};
+static_assert(sizeof(UpdateLaunch) <= kMaxArgument);
+
+int launch_update(const UpdateLaunch& p, uint32_t chunks, DType dtype, Domain dist, Action action, void* stream);
+
+}  // namespace zk::cuda
