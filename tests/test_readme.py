@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands there."""
+"""The Python in the README and in the guides runs as it stands there."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+PAGES = {"README.md": 2, "docs/blackbox.md": 2}
+BLOCKS = [(page, code) for page in PAGES for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)]
 
 
-@pytest.mark.parametrize("code", BLOCKS, ids=lambda code: code.splitlines()[-1][:30])
-def test_block_runs(code):
-    exec(compile(code, "README.md", "exec"), {})
+@pytest.mark.parametrize(("page", "code"), BLOCKS, ids=lambda text: text.splitlines()[-1][:30])
+def test_block_runs(page, code):
+    exec(compile(code, page, "exec"), {})
 
 
 def test_there_are_blocks():
-    assert len(BLOCKS) == 2
+    assert {page: sum(at == page for at, _ in BLOCKS) for page in PAGES} == PAGES

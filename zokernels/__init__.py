@@ -1,6 +1,7 @@
 """zokernels: fused kernels for zeroth-order training."""
 
 from .backends import BackendUnavailable, backend
+from .blackbox import BlackBox
 from .contract import CONTRACT, stream_of, streams_of
 from .functional import (
     combine,
@@ -22,6 +23,7 @@ from .version import __version__
 __all__ = [
     "CONTRACT",
     "BackendUnavailable",
+    "BlackBox",
     "__version__",
     "backend",
     "combine",
