@@ -37,7 +37,7 @@ struct Span {
   const uint8_t* mask;    // a byte for each block from that of element 0
   const void* curvature;
   const float* left;      // low_rank: [K, m, rank]
-  const float* right;     // low_rank: [K, rank, n]
+  const float* right;     // low_rank: [K, panels_of(n), rank, kPanel], with zeros behind the n-th column
   int64_t rows, columns, rank;
   int64_t numel;
   uint64_t offset;  // logical index of element 0
@@ -63,6 +63,14 @@ struct Update : Terms {
 
 // scratch: kScratchPerDirection bytes a direction, aligned to 64, for the Rademacher blocks of a tile.
 constexpr int64_t kScratchPerDirection = 512;
+
+// Columns of right whose ranks lie together.
+constexpr int64_t kPanel = 64;
+constexpr int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
+
+// Products of a direction that are computed at a time: 16 KiB, which fit in the first-level cache next to a panel of rank 64;
+// their place, with a panel's rest behind. low_rank takes a scratch of kProducts floats a direction.
+constexpr int64_t kBlock = 4096, kProducts = kBlock + kPanel;
 
 struct Kernels {
   void (*combine)(const Combine&, const Span&, void* scratch);

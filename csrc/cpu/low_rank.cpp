@@ -1,72 +1,110 @@
-// low_rank: combine with rows of L_k R_k^T in the place of noise.
+// low_rank: combine with products L_k R_k^T in the place of noise, computed for a block of rows and columns at a time.
 #include "combine_kernel.h"
 
 namespace zk::cpu {
 namespace {
 
-// The products of a tile, computed in the order of memory, which need not respect rows, and read back as a tile's elements.
+constexpr int64_t kBlockColumns = 512;
+
+// Rows of products with one panel of right: a chain of fmas for each, as many next to each other as registers hold.
+// Where a row ends inside the panel, what lies beyond is stored too: over what is computed later, which the order sees to
+// (columns from the last, rows from the first), or behind the block.
+template <class L, int Rows>
+ZK_HD void multiply(const float* left, const float* panel, int64_t rank, float* to, int64_t stride) {
+  using F = typename L::F;
+  constexpr int registers = L::width == 8 ? 2 : 4, columns = registers * L::width;
+  for (int64_t at = kPanel - columns; at >= 0; at -= columns) {
+    F sum[Rows][registers];
+    for (int i = 0; i < Rows; ++i) {
+      for (int j = 0; j < registers; ++j) sum[i][j] = Splat<F>::of(0.0f);
+    }
+    for (int64_t r = 0; r < rank; ++r) {
+      for (int j = 0; j < registers; ++j) {
+        const F x = L::load_row(panel + r * kPanel + at + j * L::width);
+        for (int i = 0; i < Rows; ++i) sum[i][j] = fma(Splat<F>::of(left[i * rank + r]), x, sum[i][j]);
+      }
+    }
+    for (int i = 0; i < Rows; ++i) {
+      for (int j = 0; j < registers; ++j) L::store_row(to + i * stride + at + j * L::width, sum[i][j]);
+    }
+  }
+}
+
+// The products of `rows` rows from `row` on and `columns` columns from `column` on, row by row.
 template <class L>
+__attribute__((noinline)) void multiply_block(const Span& span, int64_t k, int64_t row, int64_t rows, int64_t column,
+                                              int64_t columns, float* to) {
+  const int64_t panels = panels_of(span.columns), rank = span.rank;
+  const float* left = span.left + (k * span.rows + row) * rank;
+  for (int64_t p = (column + columns - 1) / kPanel; p >= column / kPanel; --p) {
+    const float* panel = span.right + (k * panels + p) * rank * kPanel;
+    float* corner = to + p * kPanel - column;
+    int64_t i = 0;
+    for (; i + 4 <= rows; i += 4) multiply<L, 4>(left + i * rank, panel, rank, corner + i * columns, columns);
+    for (; i < rows; ++i) multiply<L, 1>(left + i * rank, panel, rank, corner + i * columns, columns);
+  }
+}
+
+// In the place of noise: the products of elements from `origin` on, [direction][kProducts].
+template <class L, DType D>
 struct Products {
   using F = typename L::F;
-  static constexpr int64_t size = Tile<L, true>::size;
-  const Span span;
+  const float* products;
+  int64_t origin;
   F z[8];
 
-  explicit ZK_HD Products(const Span& span) : span(span) {}
+  ZK_HD Products(const float* products, int64_t origin) : products(products), origin(origin) {}
   ZK_HD uint64_t enter(uint64_t, uint64_t stop) { return stop; }
-
-  // N registers of products of one row: right is read along the row for each r.
-  template <int N>
-  ZK_HD void products(const float* left, const float* right, float* to) const {
-    F sum[N];
-    for (int j = 0; j < N; ++j) sum[j] = Splat<F>::of(0.0f);
-    for (int64_t r = 0; r < span.rank; ++r) {
-      const F l = Splat<F>::of(left[r]);
-      for (int j = 0; j < N; ++j) sum[j] = fma(l, L::load_row(right + r * span.columns + j * L::width), sum[j]);
-    }
-    for (int j = 0; j < N; ++j) L::store_row(to + j * L::width, sum[j]);
-  }
-
   template <class Tile>
   ZK_HD void take(int64_t k, const Tile& tile) {
-    alignas(64) float buffer[size + 8 * L::width];
-    const float* left = span.left + (k * span.rows + tile.first / span.columns) * span.rank;
-    const float* right = span.right + k * span.rank * span.columns;
-    int64_t from = tile.first % span.columns;
-    for (int64_t at = 0; at < tile.count;) {
-      const int64_t length = tile.count - at < span.columns - from ? tile.count - at : span.columns - from;
-      int64_t j = 0;
-      // Past the row's end lie the next one's first elements, or padding: computed, then overwritten.
-      for (; j + 8 * L::width <= length; j += 8 * L::width) products<8>(left, right + from + j, buffer + tile.skip + at + j);
-      for (; j < length; j += L::width) products<1>(left, right + from + j, buffer + tile.skip + at + j);
-      at += length;
-      from = 0;
-      left += span.rank;
+    load<L, DType::f32>(products + k * kProducts, tile.from(origin), z);
+    if constexpr (D != DType::f32) {  // rounding looks for no NaN
+      for (int e = 0; e < 8; ++e) z[e] = without_payload(z[e]);
     }
-    L::load_floats(buffer, z);
-    for (int e = 0; e < 8; ++e) z[e] = without_payload(z[e]);
   }
-
   ZK_HD void add_to(const F from[8], F c, F to[8]) const {
     for (int e = 0; e < 8; ++e) to[e] = fma(c, z[e], from[e]);
   }
 };
 
 template <class L, DType D>
-void run(const Combine& op, const Span& span) {
-  const auto begin = [&](uint64_t) ZK_INLINE { return Products<L>(span); };
-  combine_tiles<L, D>(span, begin, [op, span](const auto& tile, auto& products) ZK_INLINE {
-    op.stochastic ? plain_tile<L, D, true>(op, span, tile, products) : plain_tile<L, D, false>(op, span, tile, products);
-  });
+void run(const Combine& op, const Span& span, float* scratch) {
+  const int64_t n = span.columns, width = n < kBlockColumns ? n : kBlockColumns, height = kBlock / width;
+  const auto elements = [&](const float* products, int64_t origin, int64_t count) {
+    Span piece = span;
+    piece.begin = origin > span.begin ? origin : span.begin;
+    piece.end = origin + count < span.end ? origin + count : span.end;
+    if (piece.begin >= piece.end) return;
+    const auto begin = [&](uint64_t) ZK_INLINE { return Products<L, D>(products, origin); };
+    combine_tiles<L, D>(piece, begin, [op, piece](const auto& tile, auto& noise) ZK_INLINE {
+      op.stochastic ? plain_tile<L, D, true>(op, piece, tile, noise) : plain_tile<L, D, false>(op, piece, tile, noise);
+    });
+  };
+  const int64_t stop = (span.end + n - 1) / n;
+  for (int64_t row = span.begin / n; row < stop; row += height) {
+    const int64_t rows = stop - row < height ? stop - row : height;
+    for (int64_t column = 0; column < n; column += width) {
+      const int64_t columns = n - column < width ? n - column : width;
+      for (int64_t k = 0; k < op.count; ++k) {
+        multiply_block<L>(span, k, row, rows, column, columns, scratch + k * kProducts);
+      }
+      if (columns == n) {  // whole rows lie end to end
+        elements(scratch, row * n, rows * n);
+      } else {
+        for (int64_t i = 0; i < rows; ++i) elements(scratch + i * columns, (row + i) * n + column, columns);
+      }
+    }
+  }
 }
 
 }  // namespace
 
-void ZK_ISA::low_rank(const Combine& op, const Span& span, void*) {
+void ZK_ISA::low_rank(const Combine& op, const Span& span, void* scratch) {
+  auto* products = static_cast<float*>(scratch);
   switch (op.dtype) {
-    case DType::f32: return run<ZK_LANES, DType::f32>(op, span);
-    case DType::bf16: return run<ZK_LANES, DType::bf16>(op, span);
-    case DType::f16: return run<ZK_LANES, DType::f16>(op, span);
+    case DType::f32: return run<ZK_LANES, DType::f32>(op, span, products);
+    case DType::bf16: return run<ZK_LANES, DType::bf16>(op, span, products);
+    case DType::f16: return run<ZK_LANES, DType::f16>(op, span, products);
     case DType::i8: return;
   }
 }

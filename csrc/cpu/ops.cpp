@@ -116,10 +116,14 @@ struct Call {
     }
   }
 
+  // scratch: bytes a direction; without it, what noise takes.
   template <class Op, class Kernel>
   void run(const Op& op, const Kernel& kernel) const {
-    const int64_t scratch = op.dist == kRademacher ? static_cast<int64_t>(keys.size()) * kScratchPerDirection : 0;
-    parallel(spans, scratch, [&](const Span& piece, void* memory) { kernel(op, piece, memory); });
+    run(op, kernel, op.dist == kRademacher ? kScratchPerDirection : 0);
+  }
+  template <class Op, class Kernel>
+  void run(const Op& op, const Kernel& kernel, int64_t scratch) const {
+    parallel(spans, static_cast<int64_t>(keys.size()) * scratch, [&](const Span& piece, void* memory) { kernel(op, piece, memory); });
   }
 };
 
@@ -200,11 +204,14 @@ void update_cpu(TensorList params, TensorList first, TensorList second, std::str
   call.run(op, kernels_of(isa).update);
 }
 
-// right [K, n, r] as [K, r, n], so that lanes read rows.
-void transpose(const float* right, int64_t count, int64_t columns, int64_t rank, float* to) {
+// right [K, n, r] as Span::right.
+void pack_panels(const float* right, int64_t count, int64_t columns, int64_t rank, float* to) {
   for (int64_t k = 0; k < count; ++k) {
-    for (int64_t r = 0; r < rank; ++r) {
-      for (int64_t j = 0; j < columns; ++j) to[(k * rank + r) * columns + j] = right[(k * columns + j) * rank + r];
+    for (int64_t column = 0; column < panels_of(columns) * kPanel; ++column) {
+      float* panel = to + (k * panels_of(columns) + column / kPanel) * rank * kPanel + column % kPanel;
+      for (int64_t r = 0; r < rank; ++r) {
+        panel[r * kPanel] = column < columns ? right[(k * columns + column) * rank + r] : 0.0f;
+      }
     }
   }
 }
@@ -214,11 +221,7 @@ void low_rank_cpu(TensorList out, TensorList params, TensorList left, TensorList
   const TermArgs args = ZK_TERMS;
   check_params("low_rank", out, params, args);
   check_factors(left, right, params, args);
-  constexpr int64_t padding = 16;  // the kernel reads whole registers
-  int64_t size = padding;
-  for (const Tensor& factor : right) size += factor.numel();
-  const std::unique_ptr<float[]> memory(new float[size]());
-  float* next = memory.get();
+  std::vector<std::unique_ptr<float[]>> panels;
   Call call(args, params);
   call.add_spans(params, [&](Span& span, size_t i) {
     span.out = out[i].mutable_data_ptr();
@@ -226,11 +229,12 @@ void low_rank_cpu(TensorList out, TensorList params, TensorList left, TensorList
     span.columns = right[i].size(1);
     span.rank = left[i].size(2);
     span.left = data<float>(left[i]);
-    span.right = next;
-    transpose(data<float>(right[i]), args.seeds.numel(), span.columns, span.rank, next);
-    next += right[i].numel();
+    const int64_t count = args.seeds.numel();
+    panels.emplace_back(new float[count * panels_of(span.columns) * kPanel * span.rank]);
+    pack_panels(data<float>(right[i]), count, span.columns, span.rank, panels.back().get());
+    span.right = panels.back().get();
   });
-  call.run(Combine{{call.terms}, Form::one, 0.0f, 0.0f}, kernels_of(isa).low_rank);
+  call.run(Combine{{call.terms}, Form::one, 0.0f, 0.0f}, kernels_of(isa).low_rank, kProducts * sizeof(float));
 }
 
 Tensor squares_cpu(Tensor seeds, std::vector<int64_t> sizes, std::vector<int64_t> streams, std::vector<int64_t> offsets,

@@ -216,6 +216,9 @@ struct Tile {
   int64_t first;
   int64_t skip = 0, count = size, run = 0;
 
+  // The tile as one of an array whose first element is element `origin` of the tensor.
+  ZK_HD Tile from(int64_t origin) const { return {block, first - origin, skip, count, run}; }
+
   // The tile's elements of an array over the tensor: in place, or a copy with zeros around.
   template <class T, class Body>
   ZK_HD void read(const void* array, const Body& body) const {
