@@ -25,34 +25,55 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from zokernels.backends.terms import Terms  # noqa: E402
-from zokernels.backends.triton import combine as kernels  # noqa: E402
-from zokernels.backends.triton import launch, seeds  # noqa: E402
+from zokernels.backends.triton import combine, launch, seeds, tile  # noqa: E402
 from zokernels.contract import DISTS  # noqa: E402
 
-DTYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
-ELEMENTS = kernels.PROGRAM // (32 * kernels.NUM_WARPS)  # of one thread
-OPTIONS = {"num_warps": kernels.NUM_WARPS, "enable_fp_fusion": False}
+DTYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16, "i8": tl.int8, "u8": tl.uint8}
+ELEMENTS = tile.PROGRAM // (32 * tile.NUM_WARPS)  # of one thread
+OPTIONS = launch.OPTIONS
+
+
+#: Arguments of every kernel that are not pointers to tensors.
+KINDS = {
+    **dict.fromkeys(("numel", "offset", "stream"), "i64"),
+    **dict.fromkeys(("seeds", "rounding_seed", "mask_seed", "table"), "*i64"),
+    **dict.fromkeys(("coeffs", "decay", "hyper"), "*fp32"),
+    **dict.fromkeys(("num_k", "mask_keep"), "i32"),
+    "owner": "*i32",
+}
+#: Optional arguments: what is not asked for is None.
+OPTIONAL = ("decay", "rounding_seed", "mask_seed")
+
+
+def build(function, arch, tensors, present=(), **constants):
+    """Compiles for sm_``arch``: ``tensors`` are the types of the kernel's tensors by name, None where there is none."""
+    kinds = {**KINDS, **{name: kind and f"*{kind}" for name, kind in tensors.items()}}
+    constants.update({name: None for name in OPTIONAL if name not in present})
+    constants.update({name: None for name, kind in tensors.items() if kind is None})
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
+    signature = {name: "constexpr" if name in constants else kinds[name] for name in function.arg_names}
+    source = ASTSource(function, signature=signature, constexprs=constants)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=OPTIONS)
+
+
+def build_table(function, arch, tensors, present=(), *, columns=5, each=False, **constants):
+    dtypes = tuple(DTYPES.get(kind) for kind in tensors.values())
+    width = columns + len(dtypes)
+    return build(function, arch, {}, present, DTYPES=dtypes, WIDTH=width, EACH=each, **constants)
 
 
 @cache
-def compiled(arch, dtype, dist, k, *, rounding=False, decay=False, table=False, aligned=True):
-    constants = {"DOMAIN": DISTS[dist], "K": k, "ALIGNED": aligned}
-    signature = {"seeds": "*i64", "coeffs": "*fp32", "num_k": "i32"}
-    for name, present, kind in (("decay", decay, "*fp32"), ("rounding_seed", rounding, "*i64")):
-        if present:
-            signature[name] = kind
-        else:
-            constants[name] = None
+def compiled(
+    arch, dtype, dist, k, *, rounding=False, decay=False, table=False, aligned=True, mask=None, random=False,
+    curvature=None, bounds=(None, None), each=False,
+):  # fmt: skip
+    asked = {"decay": decay, "rounding_seed": rounding, "mask_seed": random}
+    present = [name for name in OPTIONAL if asked[name]]
+    tensors = {"out": dtype, "theta": dtype, "mask": mask, "curvature": curvature}
+    constants = {"DOMAIN": DISTS[dist], "K": k, "ALIGNED": aligned, "LOW": bounds[0], "HIGH": bounds[1]}
     if table:
-        function, signature = kernels.combine_table_kernel, {"table": "*i64", "owner": "*i32", **signature}
-        constants["DTYPE"] = DTYPES[dtype]
-    else:
-        numbers = dict.fromkeys(("numel", "offset", "stream"), "i64")
-        function, signature = kernels.combine_kernel, {"out": f"*{dtype}", "theta": f"*{dtype}", **numbers, **signature}
-    signature.update(dict.fromkeys(constants, "constexpr"))
-    signature = {name: signature[name] for name in function.arg_names}
-    source = ASTSource(function, signature=signature, constexprs=constants)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=OPTIONS)
+        return build_table(combine.combine_table_kernel, arch, tensors, present, each=each, **constants)
+    return build(combine.combine_kernel, arch, tensors, present, **constants)
 
 
 def sass(kernel) -> disassembly.Function:
@@ -215,18 +236,18 @@ def test_launch_binds_and_values_do_not_recompile(monkeypatch):
             return launch_one
 
     for kernel in ("combine_kernel", "combine_table_kernel"):
-        monkeypatch.setattr(launch, kernel, Compiled(getattr(launch, kernel)))
+        monkeypatch.setattr(combine, kernel, Compiled(getattr(combine, kernel)))
     coeffs = lambda k: (torch.zeros(k, dtype=torch.int64), torch.zeros(k))
     theta = torch.zeros(70000, dtype=torch.bfloat16)
     for numel, offset, stream, k in ((70000, 0, 1, 3), (1, 8, 2**32 - 1, 5), (16, 2**40, 0, 16), (17, 2**33, 16, 4)):
         piece = [theta[:numel]]
-        launch.combine(piece, piece, Terms(*coeffs(k), [stream], [offset], "rademacher", None, None))
+        combine.combine(piece, piece, Terms(*coeffs(k), [stream], [offset], "rademacher", None, None))
     assert len(asked) == 4
     assert len({key for _, _, key in asked}) == 1, asked
     assert [grid for _, grid, _ in asked] == [(5,), (1,), (1,), (1,)]
     asked.clear()
     pieces = [theta[:5], theta[8:70], theta[80:80], theta[81:90]]
-    launch.combine(
+    combine.combine(
         pieces, pieces, Terms(*coeffs(1), [0] * 4, [0] * 4, "rademacher", torch.ones(1), torch.zeros(1).long())
     )
     assert [(name, grid) for name, grid, _ in asked] == [("combine_table_kernel", (2,)), ("combine_kernel", (1,))]

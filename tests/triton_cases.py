@@ -38,44 +38,106 @@ def bits(x):
     return x.view(torch.int32 if x.element_size() == 4 else torch.int16)
 
 
-def check(dtype, dist, sizes, offsets, *, k=1, decay=None, rounding=None, slides=(0,), fill=None, in_place=True):
-    """Triton equals reference on tensors that slide over sentinel buffers, and leaves the neighbours alone."""
+def random_seeds(k):
     import torch
 
-    from zokernels.backends import get
-    from zokernels.backends.terms import Terms
+    return torch.randint(-(2**63), 2**63 - 1, (k,))
 
-    torch.manual_seed(SEED)
-    dtype = getattr(torch, dtype)
-    seeds = torch.randint(-(2**63), 2**63 - 1, (k,))
-    coeffs = torch.randn(k) * 0.3
-    decay = None if decay is None else torch.tensor([decay])
-    rounding = None if rounding is None else torch.tensor([rounding])
-    slides = [slides[i % len(slides)] for i in range(len(sizes))]
-    streams = [int(s) for s in torch.randint(0, 2**32, (len(sizes),))]
-    results = []
-    values = [torch.randn(n) if fill is None else fill(n) for n in sizes]
-    for name in ("triton", "reference"):
-        buffers = [torch.full((s + n + 16,), 7.0).to(dtype) for s, n in zip(slides, sizes, strict=True)]
-        out = [b[s : s + n] for b, s, n in zip(buffers, slides, sizes, strict=True)]
-        theta = [v.to(dtype) for v in values]
-        if in_place:
-            for o, t in zip(out, theta, strict=True):
-                o.copy_(t)
-        before = [t.clone() for t in theta]
-        get(name).combine(
-            out, out if in_place else theta, Terms(seeds, coeffs, streams, offsets, dist, decay, rounding)
-        )
-        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(theta, before, strict=True)), f"{name} changed theta"
-        results.append(buffers)
-    for i, (ours, theirs) in enumerate(zip(*results, strict=True)):
-        wrong = (bits(ours) != bits(theirs)).nonzero().flatten()
+
+def slid(values, slides, dtype):
+    """``values`` in sentinel buffers, and the views that hold them: every kernel must leave the neighbours alone."""
+    import torch
+
+    buffers = [torch.full((s + v.numel() + 16,), 7.0).to(dtype) for s, v in zip(slides, values, strict=True)]
+    views = [b[s : s + v.numel()] for b, s, v in zip(buffers, slides, values, strict=True)]
+    for view, value in zip(views, values, strict=True):
+        view.copy_(value)
+    return buffers, views
+
+
+def assert_same(ours, theirs, note):
+    import torch
+
+    def as_bits(x):
+        return bits(x) if x.is_floating_point() else x
+
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        wrong = (as_bits(a) != as_bits(b)).nonzero().flatten()
         if wrong.numel():
             at = int(wrong[0])
             raise AssertionError(
-                f"{wrong.numel()} of {sizes[i]} elements of tensor {i} (offset {offsets[i]}, slide {slides[i]}) differ,"
-                f" first at {at - slides[i]}: {ours[at].item()!r} instead of {theirs[at].item()!r}"
+                f"{wrong.numel()} of {note(i)} differ, first at {at}: "
+                f"{a.flatten()[at].item()!r} instead of {b.flatten()[at].item()!r}"
             )
+        assert torch.equal(as_bits(a), as_bits(b))
+
+
+def random_terms(sizes, offsets, dist, *, k=1, decay=None, rounding=None, masks=None, density=None, each=False):
+    """Terms without curvature; ``masks``: the share that packed masks keep."""
+    import torch
+
+    import zokernels
+    from zokernels.backends.terms import KEEP_ALL, Terms
+
+    packed = None
+    if masks is not None:
+        packed = [zokernels.pack_mask(torch.rand(n) < masks, o) for n, o in zip(sizes, offsets, strict=True)]
+    return Terms(
+        random_seeds(k),
+        (torch.randn(len(sizes), k) if each else torch.randn(k)) * 0.3,
+        [int(s) for s in torch.randint(0, 2**32, (len(sizes),))],
+        offsets,
+        dist,
+        None if decay is None else torch.tensor([decay]),
+        None if rounding is None else torch.tensor([rounding]),
+        packed,
+        None if density is None else random_seeds(1),
+        KEEP_ALL if density is None else round(density * KEEP_ALL),
+    )
+
+
+def cycled(slides, sizes):
+    return [slides[i % len(slides)] for i in range(len(sizes))]
+
+
+def positive(shape, dtype):
+    """Curvatures and second moments of many magnitudes."""
+    import torch
+
+    return torch.exp2(torch.empty(shape).uniform_(-60, 20)).to(dtype)
+
+
+def check(
+    dtype, dist, sizes, offsets, *, slides=(0,), fill=None, in_place=True, curvature=None, bounds=None, **options
+):  # fmt: skip
+    """Triton equals reference on tensors that slide over sentinel buffers, and leaves the neighbours alone.
+
+    ``bounds``: requantize instead of combine.
+    """
+    import torch
+
+    from zokernels.backends import get
+
+    torch.manual_seed(SEED)
+    dtype = getattr(torch, dtype)
+    terms = random_terms(sizes, offsets, dist, **options)
+    slides = cycled(slides, sizes)
+    if curvature is not None:
+        terms = terms._replace(curvature=[positive(n, getattr(torch, curvature)) for n in sizes])
+    values = [torch.randn(n) if fill is None else fill(n) for n in sizes]
+    values = [(v if bounds is None else (v * 60).clamp(*bounds)).to(dtype) for v in values]
+    results = []
+    for name in ("triton", "reference"):
+        buffers, out = slid(values, slides, dtype)
+        theta = out if in_place else [v.clone() for v in values]
+        if bounds is None:
+            get(name).combine(out, theta, terms)
+        else:
+            get(name).requantize(out, theta, *bounds, terms)
+        if not in_place:
+            assert_same(theta, values, lambda i: f"theta {i}")
+        results.append(buffers)
+    assert_same(*results, lambda i: f"{sizes[i]} elements of tensor {i} (offset {offsets[i]}, slide {slides[i]})")
 
 
 @case("philox: Random123 known answers")
@@ -221,6 +283,42 @@ def _():
     check("bfloat16", "rademacher", [PROGRAM, PROGRAM + 9], [0, 2**33 - PROGRAM], k=3)
 
 
+# Masks, curvature and coefficients of each tensor: alone, in tables, at edges and in whole programs.
+_OPTIONS = {
+    "masks": dict(masks=0.6),
+    "density": dict(density=0.3),
+    "masks and density": dict(masks=0.6, density=0.7, decay=0.9, rounding=3),
+    "curvature": dict(curvature="float32"),
+    "curvature bf16, masks": dict(curvature="bfloat16", masks=0.5, rounding=3),
+    "coeffs": dict(each=True, decay=0.9),
+}
+for _dist in ("normal", "rademacher"):
+    for _name, _options in _OPTIONS.items():
+
+        @case(f"{_name}: {_dist}", _dist, _options)
+        def _(dist, options):
+            check("bfloat16", dist, _SIZES, _OFFSETS, k=2, slides=(0, 1), **options)
+            check("float32", dist, [45], [2**33 + 4], k=3, **options)
+
+        @case(f"{_name}: whole program, {_dist}", _dist, _options)
+        def _(dist, options):
+            check("bfloat16", dist, [PROGRAM + 24, PROGRAM], [PROGRAM - 8, 2**40], k=1, **options)
+
+    @case(f"requantize: {_dist}", _dist)
+    def _(dist):
+        check("int8", dist, _SIZES, _OFFSETS, k=2, bounds=(-127, 127), decay=0.9, rounding=3)
+        check("int8", dist, _SIZES, _OFFSETS, k=1, bounds=(-128, 127), each=True, slides=(0, 3))
+        check("int8", dist, [PROGRAM + 24], [PROGRAM - 8], k=1, bounds=(-7, 6), rounding=3, density=0.5)
+        check("int8", dist, [60], [0], k=1, bounds=(-7, 6), decay=float("nan"))
+        check("int8", dist, [60], [0], k=1, bounds=(-128, 127), decay=float("inf"), rounding=3)
+
+
+@case("requantize: ties to even")
+def _():
+    for rounding in (None, 3):
+        check("int8", "normal", [400], [0], k=0, bounds=(-127, 127), decay=0.5, rounding=rounding)
+
+
 def _extremes(n):
     """NaN, infinities, zeros, subnormals, the largest values and powers of two down to the last subnormal."""
     import torch
@@ -249,19 +347,20 @@ def _():
     import triton.language as tl
 
     from zokernels.backends import get
-    from zokernels.backends.terms import Terms
+    from zokernels.backends.terms import KEEP_ALL, Terms
     from zokernels.backends.triton.combine import combine_table_kernel
 
     skipped, n = 2**32, PROGRAM + 20
     ours, theirs = (torch.linspace(-1, 1, n).bfloat16() for _ in range(2))
     seeds, coeffs = torch.tensor([SEED]), torch.tensor([0.1])
     address = ours.data_ptr() - skipped * ours.element_size()
-    rows = torch.tensor([[address, address, skipped + n, 0, 9, -skipped // PROGRAM]])
+    rows = torch.tensor([[-skipped // PROGRAM, 0, skipped + n, 0, 9, address, address, 0, 0]])
     owner = torch.zeros(2, dtype=torch.int32)
     for domain, dist in ((1, "normal"), (2, "rademacher")):
         combine_table_kernel[(2,)](
-            rows, owner, seeds, coeffs, 1, None, None, DTYPE=tl.bfloat16, DOMAIN=domain, K=1, ALIGNED=True
-        )
+            rows, owner, seeds, coeffs, 1, None, None, None, KEEP_ALL, DOMAIN=domain, K=1, ALIGNED=True,
+            DTYPES=(tl.bfloat16, tl.bfloat16, None, None), WIDTH=9, EACH=False,
+        )  # fmt: skip
         get("reference").combine([theirs], [theirs], Terms(seeds, coeffs, [9], [skipped], dist, None, None))
         assert torch.equal(bits(ours), bits(theirs)), dist
 
@@ -273,14 +372,14 @@ def _():
     from zokernels.backends.triton import table
 
     cpu = torch.device("cpu")
-    rows = ((64, 64, 5, 0, 1), (128, 256, 40000, 16383, 2))
+    rows = ((1, 0, 5, 0, 1, 64, 64), (4, 1, 40000, 16383, 2, 128, 256))
     first = table.table_of(cpu, rows)
-    assert first.rows.tolist() == [[64, 64, 5, 0, 1, 0], [128, 256, 40000, 16383, 2, 1]], first.rows
+    assert first.rows.tolist() == [[0, 0, 5, 0, 1, 64, 64], [1, 1, 40000, 16383, 2, 128, 256]], first.rows
     assert first.owner.tolist() == [0, 1, 1, 1, 1], first.owner
     assert table.table_of(cpu, rows) is first
-    assert table.table_of(cpu, ((64, 64, 5, 0, 3), rows[1])) is not first
+    assert table.table_of(cpu, ((1, 0, 5, 0, 3, 64, 64), rows[1])) is not first
     for i in range(table.KEPT):
-        table.table_of(cpu, ((i, i, 1, 0, 0),))
+        table.table_of(cpu, ((1, 0, 1, 0, 0, i, i),))
     assert len(table._tables) == table.KEPT
     assert table.table_of(cpu, rows) is not first
 

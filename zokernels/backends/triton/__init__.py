@@ -21,8 +21,8 @@ def load() -> Backend:
             "triton: expected an NVIDIA build of torch, got ROCm, and the kernels hold PTX; "
             "ZOKERNELS_BACKEND=reference runs"
         )
+    from .combine import combine, requantize
     from .device import DEVICES
-    from .launch import combine
     from .seeds import derive_seed
 
     return replace(
@@ -31,6 +31,7 @@ def load() -> Backend:
         devices=DEVICES,
         derive_seed=derive_seed,
         combine=combine,
+        requantize=requantize,
         fan_out=fan_out_by(combine),
         spread=spread_by(combine),
     )

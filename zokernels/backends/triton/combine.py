@@ -1,217 +1,152 @@
-"""combine: theta = round(decay * theta + sum_k c_k z_k), one pass, in Triton.
-
-A program owns PROGRAM consecutive logical indices that begin at a multiple of PROGRAM, whatever the offset: so blocks
-of eight normals and Rademacher tiles lie whole in one program, and the high word of its block index is one scalar.  A
-thread owns whole blocks of eight elements, and a block is one 16-byte access (two in fp32).
-"""
+"""combine and requantize: theta = round(decay * theta + sum_k c_k w_k), one pass, in Triton."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ...contract import DOMAIN_NORMAL, DOMAIN_RADEMACHER, DOMAIN_ROUNDING
-from .arithmetic import fma
-from .noise import add_rademacher, normal, rademacher, uniform16
-from .philox import philox, words
-from .rounding import round_nearest, round_stochastic, to_float
+from ..terms import Terms
+from .launch import elementwise
+from .noise import add_rademacher
+from .table import pointer, row_of
+from .tile import (
+    THREADS,
+    accumulate,
+    choose,
+    coeffs_of,
+    decayed,
+    draw_rademacher,
+    each_edge_tile,
+    each_tile,
+    is_whole,
+    kept,
+    load,
+    noise_of,
+    rounded,
+    span_of,
+    store,
+    tabled_span,
+)
 
-NUM_WARPS = 4
-#: One Rademacher tile of 4096 a warp.
-PROGRAM = 4096 * NUM_WARPS
-
-_PROGRAM, _PROGRAM_SHIFT = tl.constexpr(PROGRAM), tl.constexpr(PROGRAM.bit_length() - 1)
-_NORMAL, _RADEMACHER = tl.constexpr(DOMAIN_NORMAL), tl.constexpr(DOMAIN_RADEMACHER)
-_ROUNDING = tl.constexpr(DOMAIN_ROUNDING)
-_THREADS = tl.constexpr(32 * NUM_WARPS)
-#: Blocks a thread handles at once where nothing is masked: four loads in flight.
+#: Blocks a thread handles at once in whole programs: four loads in flight.
 _BLOCKS = tl.constexpr(4)
 
 
 @triton.jit
-def _load(ptr, row):
-    """fp32 [B, 8]: elements 8 row + (0..7) of ``ptr``, which lies on 16 bytes."""
-    base = ptr + row[:, None] * 8
-    if ptr.dtype.element_ty == tl.float32:  # 16 bytes are half a block
-        quad = base + tl.arange(0, 4)[None, :]
-        return tl.join(tl.load(quad), tl.load(quad + 4)).permute(0, 2, 1).reshape(row.shape[0], 8)
+def _root(curvature, row, inside, span):
+    if curvature is None:
+        return None
     else:
-        return to_float(tl.load(base + tl.arange(0, 8)[None, :]))
+        return tl.sqrt_rn(load(curvature, row, inside, span))
 
 
 @triton.jit
-def _store(ptr, x, row):
-    base = ptr + row[:, None] * 8
-    if ptr.dtype.element_ty == tl.float32:
-        quad = base + tl.arange(0, 4)[None, :]
-        low, high = x.reshape(row.shape[0], 2, 4).permute(0, 2, 1).split()
-        tl.store(quad, low)
-        tl.store(quad + 4, high)
+def _finish(total, acc, row, inside, span, terms, out):
+    total = choose(kept(row, inside, span, terms), total, acc)
+    store(out, rounded(total, out.dtype.element_ty, row, span, terms), row, inside, span)
+
+
+@triton.jit
+def _tile(row, inside, span, terms, out, theta, curvature):
+    acc = decayed(load(theta, row, inside, span), terms)
+    total = accumulate(acc, row, span, terms, _root(curvature, row, inside, span))
+    _finish(total, acc, row, inside, span, terms, out)
+
+
+@triton.jit
+def _unit(root):
+    """|w| of Rademacher noise; None: 1."""
+    if root is None:
+        return None
     else:
-        tl.store(base + tl.arange(0, 8)[None, :], x)
+        return tl.div_rn(1.0, root)
 
 
 @triton.jit
-def _draw(seed, index, row, stream, DOMAIN: tl.constexpr):
-    """Words of the blocks that hold elements 8 row + (0..7) from logical index ``index``, a multiple of PROGRAM."""
-    block_lo, block_hi = words(index >> 3)
-    return philox(block_lo + row.to(tl.uint32), block_hi, stream, tl.full((), DOMAIN, tl.uint32), seed)
-
-
-@triton.jit
-def _round(acc, dtype: tl.constexpr, rounding_seed, index, row, stream):
-    if rounding_seed is None or dtype == tl.float32:
-        return round_nearest(acc, dtype)
-    else:
-        w0, w1, w2, w3 = _draw(rounding_seed, index, row, stream, _ROUNDING)
-        return round_stochastic(acc, uniform16(w0, w1, w2, w3), dtype)
-
-
-@triton.jit
-def _mantissa(num_k):
-    """0x007fffff in a register.  LOP3 takes one immediate, so two constants in (n & a) | b would cost a second LOP3 for
-    each radius, 0.5 instructions per normal; ptxas does not know that num_k is not negative."""
-    return 0x007FFFFF | (num_k >> 31).to(tl.uint32)
-
-
-@triton.jit
-def _add_normal(acc, seed, c, index, row, stream, mantissa):
-    w0, w1, w2, w3 = _draw(seed, index, row, stream, _NORMAL)
-    return fma(c, normal(w0, w1, w2, w3, mantissa), acc)
-
-
-@triton.jit
-def _full_normal(out, theta, index, stream, seeds, coeffs, num_k, decay, rounding_seed, K: tl.constexpr):
-    mantissa = _mantissa(num_k)
-    for first in range(0, _PROGRAM // 8, _BLOCKS * _THREADS):
-        row = first + tl.arange(0, _BLOCKS * _THREADS)
-        acc = _load(theta, row)
-        if decay is not None:
-            acc = decay * acc
-        if K is None:
-            for k in range(num_k):
-                acc = _add_normal(acc, tl.load(seeds + k), tl.load(coeffs + k), index, row, stream, mantissa)
-        else:
-            for k in tl.static_range(K):
-                acc = _add_normal(acc, seeds[k], coeffs[k], index, row, stream, mantissa)
-        _store(out, _round(acc, out.dtype.element_ty, rounding_seed, index, row, stream), row)
-
-
-@triton.jit
-def _add_rademacher4(x0, x1, x2, x3, seed, c, index, lane, stream, WORD: tl.constexpr):
-    block_lo, block_hi = words(index >> 7)  # 32 blocks a tile of 4096
+def _add_rademacher4(t0, t1, t2, t3, u0, u1, u2, u3, seed, c, span, WORD: tl.constexpr):
     # Where K is static, the compiler makes one of the four calls with the same block: 128 elements a Philox block.
-    block = philox(block_lo + lane.to(tl.uint32), block_hi, stream, tl.full((), _RADEMACHER, tl.uint32), seed)
-    x0 = add_rademacher(x0, c, block[WORD], 0)
-    x1 = add_rademacher(x1, c, block[WORD], 1)
-    x2 = add_rademacher(x2, c, block[WORD], 2)
-    x3 = add_rademacher(x3, c, block[WORD], 3)
-    return x0, x1, x2, x3
+    word = draw_rademacher(seed, tl.arange(0, THREADS), span)[WORD]
+    t0 = add_rademacher(t0, c, u0, word, 0)
+    t1 = add_rademacher(t1, c, u1, word, 1)
+    t2 = add_rademacher(t2, c, u2, word, 2)
+    t3 = add_rademacher(t3, c, u3, word, 3)
+    return t0, t1, t2, t3
 
 
 @triton.jit
-def _full_rademacher(out, theta, index, stream, seeds, coeffs, num_k, decay, rounding_seed, K: tl.constexpr):
-    lane = tl.arange(0, _THREADS)  # a block each: lane & 31 of tile lane >> 5
-    dtype: tl.constexpr = out.dtype.element_ty
+def _whole_rademacher(span, terms, out, theta, curvature):
+    """A thread owns a Philox block: lane & 31 of tile lane >> 5, 16 bytes for 16 blocks of elements."""
+    lane = tl.arange(0, THREADS)
     for word in tl.static_range(4):
         r0 = (lane >> 5) * 512 + (lane & 31) + 128 * word
         r1, r2, r3 = r0 + 32, r0 + 64, r0 + 96
-        x0, x1, x2, x3 = _load(theta, r0), _load(theta, r1), _load(theta, r2), _load(theta, r3)
-        if decay is not None:
-            x0, x1, x2, x3 = decay * x0, decay * x1, decay * x2, decay * x3
-        if K is None:
-            for k in range(num_k):
-                seed, c = tl.load(seeds + k), tl.load(coeffs + k)
-                x0, x1, x2, x3 = _add_rademacher4(x0, x1, x2, x3, seed, c, index, lane, stream, word)
+        a0, a1 = decayed(load(theta, r0, None, span), terms), decayed(load(theta, r1, None, span), terms)
+        a2, a3 = decayed(load(theta, r2, None, span), terms), decayed(load(theta, r3, None, span), terms)
+        u0, u1 = _unit(_root(curvature, r0, None, span)), _unit(_root(curvature, r1, None, span))
+        u2, u3 = _unit(_root(curvature, r2, None, span)), _unit(_root(curvature, r3, None, span))
+        t0, t1, t2, t3 = a0, a1, a2, a3
+        if terms.num_k is not None:
+            for k in range(terms.num_k):
+                seed, c = tl.load(terms.seeds + k), tl.load(terms.coeffs + k)
+                t0, t1, t2, t3 = _add_rademacher4(t0, t1, t2, t3, u0, u1, u2, u3, seed, c, span, word)
         else:
-            for k in tl.static_range(K):
-                x0, x1, x2, x3 = _add_rademacher4(x0, x1, x2, x3, seeds[k], coeffs[k], index, lane, stream, word)
-        _store(out, _round(x0, dtype, rounding_seed, index, r0, stream), r0)
-        _store(out, _round(x1, dtype, rounding_seed, index, r1, stream), r1)
-        _store(out, _round(x2, dtype, rounding_seed, index, r2, stream), r2)
-        _store(out, _round(x3, dtype, rounding_seed, index, r3, stream), r3)
+            for k in tl.static_range(len(terms.seeds)):
+                seed, c = terms.seeds[k], terms.coeffs[k]
+                t0, t1, t2, t3 = _add_rademacher4(t0, t1, t2, t3, u0, u1, u2, u3, seed, c, span, word)
+        _finish(t0, a0, r0, None, span, terms, out)
+        _finish(t1, a1, r1, None, span, terms, out)
+        _finish(t2, a2, r2, None, span, terms, out)
+        _finish(t3, a3, r3, None, span, terms, out)
 
 
 @triton.jit
-def _masked(out, theta, begin, end, index, stream, seeds, coeffs, num_k, decay, rounding_seed, DOMAIN: tl.constexpr):
-    """Elements begin <= i < end of the program, for the edges of a tensor and for pointers off 16 bytes."""
-    mantissa = _mantissa(num_k)
-    for first in range(begin // (8 * _THREADS) * _THREADS, (end + 7) // 8, _THREADS):
-        row = first + tl.arange(0, _THREADS)
-        element = row[:, None] * 8 + tl.arange(0, 8)[None, :]
-        inside = (element >= begin) & (element < end)
-        acc = to_float(tl.load(theta + element, mask=inside, other=0.0))
-        if decay is not None:
-            acc = decay * acc
-        for k in range(num_k):
-            seed, c = tl.load(seeds + k), tl.load(coeffs + k)
-            if DOMAIN == _NORMAL:
-                acc = _add_normal(acc, seed, c, index, row, stream, mantissa)
-            else:
-                block_lo, block_hi = words(index >> 7)
-                block_lo += ((row >> 9) * 32 + (row & 31)).to(tl.uint32)
-                block = philox(block_lo, block_hi, stream, tl.full((), DOMAIN, tl.uint32), seed)
-                acc += c * rademacher(block, (row >> 5) & 15)
-        tl.store(out + element, _round(acc, out.dtype.element_ty, rounding_seed, index, row, stream), mask=inside)
-
-
-@triton.jit
-def _program(
-    out, theta, numel, offset, stream, pid, seeds, coeffs, num_k, decay, rounding_seed,
-    DOMAIN: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    index = ((offset >> _PROGRAM_SHIFT) + pid) << _PROGRAM_SHIFT
-    start = index - offset
-    out += start
-    theta += start
-    stream = stream.to(tl.uint32)
-    if decay is not None:
-        decay = tl.load(decay)
-    if rounding_seed is not None:
-        rounding_seed = tl.load(rounding_seed)
-    full = ALIGNED
-    if ALIGNED:
-        full = (start >= 0) & (start + _PROGRAM <= numel)
-    if full:
-        out, theta = tl.multiple_of(out, 16), tl.multiple_of(theta, 16)
-        if K is not None:
-            seed_list, coeff_list = (), ()
-            for k in tl.static_range(K):
-                seed_list += (tl.load(seeds + k),)
-                coeff_list += (tl.load(coeffs + k),)
-        else:
-            seed_list, coeff_list = seeds, coeffs
-        if DOMAIN == _NORMAL:
-            _full_normal(out, theta, index, stream, seed_list, coeff_list, num_k, decay, rounding_seed, K)
-        else:
-            _full_rademacher(out, theta, index, stream, seed_list, coeff_list, num_k, decay, rounding_seed, K)
+def _program(span, numel, terms, out, theta, curvature, ALIGNED: tl.constexpr):
+    args = (terms, out, theta, curvature)
+    if terms.mantissa is not None:
+        each_tile(_tile, span, numel, ALIGNED, _BLOCKS, args)
+    elif is_whole(span, numel, ALIGNED):
+        _whole_rademacher(span, *args)
     else:
-        begin = tl.maximum(-start, 0).to(tl.int32)
-        end = tl.minimum(numel - start, _PROGRAM).to(tl.int32)
-        _masked(out, theta, begin, end, index, stream, seeds, coeffs, num_k, decay, rounding_seed, DOMAIN)
+        each_edge_tile(_tile, span, numel, args)
 
 
-@triton.jit(do_not_specialize=["numel", "offset", "stream", "num_k"])
+@triton.jit(
+    do_not_specialize=["numel", "offset", "stream", "num_k", "mask_keep"], do_not_specialize_on_alignment=["coeffs"]
+)
 def combine_kernel(
-    out, theta, numel: tl.int64, offset: tl.int64, stream: tl.int64,
-    seeds, coeffs, num_k: tl.int32, decay, rounding_seed,
-    DOMAIN: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr,
+    out, theta, mask, curvature, numel: tl.int64, offset: tl.int64, stream: tl.int64,
+    seeds, coeffs, num_k: tl.int32, decay, rounding_seed, mask_seed, mask_keep: tl.int32,
+    DOMAIN: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr, LOW: tl.constexpr = None, HIGH: tl.constexpr = None,
 ):  # fmt: skip
     """One tensor."""
-    pid = tl.program_id(0).to(tl.int64)
-    _program(out, theta, numel, offset, stream, pid, seeds, coeffs, num_k, decay, rounding_seed, DOMAIN, K, ALIGNED)
+    span = span_of(offset, stream, mask, tl.program_id(0).to(tl.int64))
+    terms = noise_of(seeds, coeffs, num_k, decay, rounding_seed, mask_seed, mask_keep, DOMAIN, K, LOW, HIGH)
+    _program(span, numel, terms, out, theta, curvature, ALIGNED)
 
 
-@triton.jit(do_not_specialize=["num_k"])
+@triton.jit(do_not_specialize=["num_k", "mask_keep"])
 def combine_table_kernel(
-    table, owner, seeds, coeffs, num_k: tl.int32, decay, rounding_seed,
-    DTYPE: tl.constexpr, DOMAIN: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr,
+    table, owner, seeds, coeffs, num_k: tl.int32, decay, rounding_seed, mask_seed, mask_keep: tl.int32,
+    DOMAIN: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr,
+    DTYPES: tl.constexpr, WIDTH: tl.constexpr, EACH: tl.constexpr,
+    LOW: tl.constexpr = None, HIGH: tl.constexpr = None,
 ):  # fmt: skip
-    """Many tensors: row owner[program] of ``table`` is (out, theta, numel, offset, stream, first program)."""
-    pid = tl.program_id(0).to(tl.int64)
-    row = table + tl.load(owner + pid).to(tl.int64) * 6
-    out = tl.load(row).to(tl.pointer_type(DTYPE))
-    theta = tl.load(row + 1).to(tl.pointer_type(DTYPE))
-    numel, offset, stream = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
-    pid -= tl.load(row + 5)
-    _program(out, theta, numel, offset, stream, pid, seeds, coeffs, num_k, decay, rounding_seed, DOMAIN, K, ALIGNED)
+    """Many tensors."""
+    row, pid = row_of(table, owner, WIDTH)
+    numel, span = tabled_span(row, pointer(row, 7, DTYPES[2]), pid)
+    coeffs = coeffs_of(coeffs, row, num_k, EACH)
+    terms = noise_of(seeds, coeffs, num_k, decay, rounding_seed, mask_seed, mask_keep, DOMAIN, K, LOW, HIGH)
+    out, theta, curvature = pointer(row, 5, DTYPES[0]), pointer(row, 6, DTYPES[1]), pointer(row, 8, DTYPES[3])
+    _program(span, numel, terms, out, theta, curvature, ALIGNED)
+
+
+def requantize(out: list[Tensor], params: list[Tensor], low: int, high: int, terms: Terms) -> None:
+    groups = (out, params, terms.masks, terms.curvature)
+    elementwise(combine_kernel, combine_table_kernel, groups, terms, LOW=low, HIGH=high)
+
+
+def combine(out: list[Tensor], params: list[Tensor], terms: Terms) -> None:
+    elementwise(
+        combine_kernel, combine_table_kernel, (out, params, terms.masks, terms.curvature), terms, LOW=None, HIGH=None
+    )

@@ -1,55 +1,117 @@
-"""Launch of the combine kernels: one for a tensor, or one for all tensors of a call through a table of pointers."""
+"""Launches: one for each tensor, or one for all tensors of a call through a table."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from ...contract import DISTS
-from ..reference.combine import combine as reference
 from ..terms import Terms
-from .combine import NUM_WARPS, combine_kernel, combine_table_kernel
 from .device import on_device
-from .table import Row, programs, table_of
+from .table import Row, table_of
+from .tile import NUM_WARPS, PROGRAM
 
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.int8: tl.int8,
+    torch.uint8: tl.uint8,
+}
 
 #: Directions up to which a kernel is compiled for their number, which then stands unrolled; more run in a loop.
 UNROLLED = 2
 
 #: enable_fp_fusion=False: a product and a sum of the contract must stay two roundings.
-_OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
+OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
+
+Group = Sequence[Tensor] | None
 
 
-def is_aligned(row: Row) -> bool:
-    """Whether every block of eight lies on 16 bytes, so that whole programs move 16 bytes at a time."""
-    target, theta, _, offset, _ = row
-    return target % 16 == 0 and theta % 16 == 0 and offset % 8 == 0
+class Job(NamedTuple):
+    """One tensor of a call, or what an operation takes together with it."""
+
+    row: Row  # for the table kernel
+    args: tuple  # for the kernel of one tensor, in its order
+    aligned: bool  # every block of eight lies on 16 bytes, so that whole programs move 16 bytes at a time
 
 
-def combine(out: list[Tensor], params: list[Tensor], terms: Terms) -> None:
-    if not terms.is_plain:
-        return reference(out, params, terms)
-    seeds, coeffs, streams, offsets, dist, decay, rounding_seed, *_ = terms
-    device, dtype = params[0].device, params[0].dtype
-    num_k = seeds.numel()
-    scalars = (seeds, coeffs, num_k, decay, None if dtype is torch.float32 else rounding_seed)
-    variant = {"DOMAIN": DISTS[dist], "K": num_k if num_k <= UNROLLED else None, **_OPTIONS}
-    groups: dict[bool, list[tuple[Tensor, Tensor, Row]]] = {True: [], False: []}
-    for target, theta, stream, offset in zip(out, params, streams, offsets, strict=True):
-        if theta.numel():
-            row = (target.data_ptr(), theta.data_ptr(), theta.numel(), offset, stream)
-            groups[is_aligned(row)].append((target, theta, row))
+def dtypes(groups: Sequence[Group]) -> tuple[tl.dtype | None, ...]:
+    return tuple(_DTYPES[group[0].dtype] if group else None for group in groups)
+
+
+def programs(numel: int, offset: int) -> int:
+    """Programs of one tensor: the aligned spans of PROGRAM logical indices that it touches."""
+    return (offset + numel - 1) // PROGRAM - offset // PROGRAM + 1
+
+
+def jobs(groups: Sequence[Group], sizes: Sequence[int], terms: Terms) -> list[Job]:
+    """The jobs of element-wise kernels; every group has a tensor for each size.  Masks are read by the byte."""
+    found = []
+    columns = [group or [None] * len(sizes) for group in groups]
+    wide = [bool(group) and group[0].dtype is not torch.uint8 for group in groups]
+    places = zip(sizes, terms.offsets, terms.streams, *columns, strict=True)
+    for index, (numel, offset, stream, *tensors) in enumerate(places):
+        if numel:
+            addresses = [0 if t is None else t.data_ptr() for t in tensors]
+            aligned = offset % 8 == 0 and not any(a % 16 and w for a, w in zip(addresses, wide, strict=True))
+            row = (programs(numel, offset), index, numel, offset, stream, *addresses)
+            found.append(Job(row, (*tensors, numel, offset, stream), aligned))
+    return found
+
+
+def noise_args(terms: Terms, rounds: bool) -> dict[str, Any]:
+    """Arguments of every kernel that draws noise; ``rounds``: whether any output is narrower than fp32."""
+    num_k = terms.seeds.numel()
+    return {
+        "seeds": terms.seeds,
+        "coeffs": terms.coeffs,
+        "num_k": num_k,
+        "decay": terms.decay,
+        "rounding_seed": terms.rounding_seed if rounds else None,
+        "mask_seed": terms.mask_seed,
+        "mask_keep": terms.mask_keep,
+        "DOMAIN": DISTS[terms.dist],
+        "K": num_k if num_k <= UNROLLED else None,
+    }
+
+
+def launch(
+    device: torch.device, kernel: Any, table_kernel: Any, jobs: list[Job], args: dict[str, Any], types: tuple
+) -> None:
+    """One launch of ``table_kernel`` for the aligned jobs and one for the others, or of ``kernel`` for each.
+
+    ``args``: what both kernels take besides; of coefficients [tensors, K] each job gets its row.
+    """
+    each = args["coeffs"].dim() == 2
     with on_device(device):
-        for aligned, group in groups.items():
-            table = table_of(device, tuple(row for _, _, row in group)) if len(group) > 1 else None
+        for aligned in (True, False):
+            group = [job for job in jobs if job.aligned == aligned]
+            table = table_of(device, tuple(job.row for job in group)) if len(group) > 1 else None
             if table is not None:
-                combine_table_kernel[(table.owner.numel(),)](
-                    table.rows, table.owner, *scalars, DTYPE=_DTYPES[dtype], ALIGNED=aligned, **variant
+                width = table.rows.shape[1]
+                table_kernel[(table.owner.numel(),)](
+                    table.rows, table.owner, DTYPES=types, WIDTH=width, EACH=each, ALIGNED=aligned, **args, **OPTIONS
                 )
                 continue
-            for target, theta, (_, _, numel, offset, stream) in group:
-                combine_kernel[(programs(numel, offset),)](
-                    target, theta, numel, offset, stream, *scalars, ALIGNED=aligned, **variant
-                )
+            for job in group:
+                own = {**args, "coeffs": args["coeffs"][job.row[1]]} if each else args
+                kernel[(job.row[0],)](*job.args, ALIGNED=aligned, **own, **OPTIONS)
+
+
+def elementwise(kernel: Any, table_kernel: Any, groups: Sequence[Group], terms: Terms, **args: object) -> None:
+    """``launch`` with a tensor of each group to a job; the first group are the parameters or their outputs."""
+    leaders = groups[0]
+    rounds = any(group and group[0].dtype not in (torch.float32, torch.uint8) for group in groups)
+    launch(
+        leaders[0].device,
+        kernel,
+        table_kernel,
+        jobs(groups, [t.numel() for t in leaders], terms),
+        {**noise_args(terms, rounds), **args},
+        dtypes(groups),
+    )

@@ -68,13 +68,17 @@ def normal(w0, w1, w2, w3, mantissa):
 
 
 @triton.jit
-def add_rademacher(acc, c, word, byte: tl.constexpr):
-    """acc + c z for acc [B, 8] and the bits of one byte of ``word`` [B].
+def add_rademacher(acc, c, unit, word, byte: tl.constexpr):
+    """acc + c w for acc [B, 8] and the bits of one byte of ``word`` [B]; w = z * unit, or z where unit is None.
 
     c * (+-1) is exact, so the fma of the contract is an addition of c with its sign bit flipped.
     """
     flip = (word[:, None] << (31 - 8 * byte - tl.arange(0, 8))[None, :].to(tl.uint32)) & 0x80000000
-    return acc + (c.to(tl.uint32, bitcast=True) ^ flip).to(tl.float32, bitcast=True)
+    signed = (c.to(tl.uint32, bitcast=True) ^ flip).to(tl.float32, bitcast=True)
+    if unit is None:
+        return acc + signed
+    else:
+        return fma(signed, unit, acc)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""A parameter's dtype to fp32 and back, to nearest even or stochastically with given 16-bit fields, in Triton."""
+"""A tensor's dtype to fp32 and back, to nearest even or stochastically with given 16-bit fields, in Triton."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import triton.language as tl
 from .arithmetic import INTERPRET
 
 _TINY_HALF = tl.constexpr(2.0**-14)  # the smallest normal fp16
+_WHOLE = tl.constexpr(2.0**23)  # from here on fp32 are integers
 
 
 @triton.jit
@@ -53,3 +54,22 @@ def round_stochastic(x, u16, dtype: tl.constexpr):
         rounded = tl.where(subnormal, rounded - _TINY_HALF, rounded).to(tl.uint32, bitcast=True)
         signed = (rounded | (bits & 0x80000000)).to(tl.float32, bitcast=True)
         return tl.where(x == x, signed, x).to(dtype)
+
+
+@triton.jit
+def rint(x):
+    """The nearest integer, ties to even, of 0 <= x."""
+    return tl.where(x < _WHOLE, (x + _WHOLE) - _WHOLE, x)
+
+
+@triton.jit
+def round_integer(x, u16, low, high):
+    """To int8 in [low, high]; NaN becomes ``low``.  ``u16``: as above; None: to nearest, ties to even."""
+    if u16 is not None:
+        x += u16.to(tl.int32).to(tl.float32) * 2.0**-16
+    # The bounds are integers, so clamping first changes nothing, and makes the cast safe.
+    x = tl.where(x >= low, tl.where(x <= high, x, high), low)
+    if u16 is None:
+        return (x + 1.5 * _WHOLE).to(tl.int32, bitcast=True).to(tl.int8)  # the sum's last bits are the integer's
+    else:
+        return tl.floor(x).to(tl.int8)

@@ -1,4 +1,7 @@
-"""Device copies of pointer tables, kept between calls: a step with the same tensors copies nothing to the device."""
+"""Tables of the tensors of a call, so that one launch serves them all.
+
+The device copies are kept between calls: a step with the same tensors copies nothing to the device.
+"""
 
 from __future__ import annotations
 
@@ -7,34 +10,46 @@ from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from .combine import PROGRAM
-
-#: (out address, theta address, numel, offset, stream) of one tensor
-Row = tuple[int, int, int, int, int]
+#: Of one tensor: its number of programs, its number in the call, and then what the kernel reads, addresses last.
+Row = tuple[int, ...]
 
 #: Tables kept: more than the modules of OPT-13B (330), which exact restoring perturbs one by one.  One takes 4 bytes
-#: for 16384 elements and 48 for a tensor: a table of each module together 0.02% of bf16 parameters.
+#: for 16384 elements and about 60 for a tensor: a table of each module together 0.02% of bf16 parameters.
 KEPT = 512
 
 
 class Table(NamedTuple):
-    rows: Tensor  # int64 [n, 6]: a Row and the row's first program
+    rows: Tensor  # int64 [n, width]: a Row with its first program in the place of their number
     owner: Tensor  # int32 [programs]: the row of each program
     cuda_stream: int  # the stream whose allocations they are
 
 
-def programs(numel: int, offset: int) -> int:
-    """Programs of one tensor: the aligned spans of PROGRAM logical indices that it touches."""
-    return (offset + numel - 1) // PROGRAM - offset // PROGRAM + 1
+@triton.jit
+def row_of(table, owner, WIDTH: tl.constexpr):
+    """The row of this program, and the program's number among the row's own."""
+    pid = tl.program_id(0).to(tl.int64)
+    row = table + tl.load(owner + pid).to(tl.int64) * WIDTH
+    return row, pid - tl.load(row)
+
+
+@triton.jit
+def pointer(row, COLUMN: tl.constexpr, DTYPE: tl.constexpr):
+    """The address in a row's column; None where DTYPE is."""
+    if DTYPE is None:
+        return None
+    else:
+        return tl.load(row + COLUMN).to(tl.pointer_type(DTYPE))
 
 
 def build(device: torch.device, rows: tuple[Row, ...]) -> Table:
     """The copy waits for its end, so that any stream may read the table; it is paid once for new addresses."""
-    counts = torch.tensor([programs(numel, offset) for _, _, numel, offset, _ in rows])
-    firsts = counts.cumsum(0) - counts
-    table = torch.cat((torch.tensor(rows, dtype=torch.int64), firsts[:, None]), dim=1)
+    table = torch.tensor(rows, dtype=torch.int64)
+    counts = table[:, 0].clone()
+    table[:, 0] = counts.cumsum(0) - counts
     owner = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), counts)
     return Table(table.to(device), owner.to(device), _current_stream(device))
 

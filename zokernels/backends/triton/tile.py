@@ -1,0 +1,287 @@
+"""What the element-wise kernels share: which elements a program owns, and their loads, noise, masks and rounding.
+
+A program owns PROGRAM consecutive logical indices that begin at a multiple of PROGRAM, whatever the offset: so blocks
+of eight normals and Rademacher tiles lie whole in one program, and the high word of its block index is one scalar.  A
+thread owns whole blocks of eight elements, and a block is one 16-byte access (two in fp32).
+
+A tile is a number of such blocks: ``row`` int32 [B] are their numbers in the program, a value of every element is
+[B, 8], and ``inside`` bool [B, 8] says which elements exist; None: all, and the pointers lie on 16 bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ...contract import DOMAIN_MASK, DOMAIN_NORMAL, DOMAIN_RADEMACHER, DOMAIN_ROUNDING
+from .arithmetic import fma
+from .noise import normal, rademacher, uniform16
+from .philox import philox, words
+from .rounding import round_integer, round_nearest, round_stochastic, to_float
+
+NUM_WARPS = 4
+#: One Rademacher tile of 4096 a warp.
+PROGRAM = 4096 * NUM_WARPS
+
+_PROGRAM, _PROGRAM_SHIFT = tl.constexpr(PROGRAM), tl.constexpr(PROGRAM.bit_length() - 1)
+_NORMAL, _RADEMACHER = tl.constexpr(DOMAIN_NORMAL), tl.constexpr(DOMAIN_RADEMACHER)
+_MASK, _ROUNDING = tl.constexpr(DOMAIN_MASK), tl.constexpr(DOMAIN_ROUNDING)
+THREADS = tl.constexpr(32 * NUM_WARPS)
+
+
+class Span(NamedTuple):
+    """The elements of one program."""
+
+    index: Any  # int64: the first logical index, a multiple of PROGRAM
+    start: Any  # int64: that element's place in the tensor, negative where the tensor begins inside the program
+    stream: Any  # uint32
+    mask: Any  # uint8 pointer to the packed mask of the first block; None: no mask
+
+
+class Noise(NamedTuple):
+    """``backends.terms.Terms`` in a kernel.
+
+    Choices of the compilation stand as None or not: Triton makes a tensor of any other constexpr in an assigned tuple.
+    """
+
+    seeds: Any  # K int64 values, or a pointer to num_k of them
+    coeffs: Any  # as seeds, fp32
+    num_k: Any  # None: the kernel is compiled for the number of directions
+    decay: Any  # fp32 or None
+    rounding_seed: Any  # int64; None: to nearest
+    mask_seed: Any  # int64 or None
+    mask_keep: Any
+    mantissa: Any  # of ``normal``; None: Rademacher noise
+    low: Any  # the bounds of int8 tensors
+    high: Any
+
+
+@triton.jit
+def span_of(offset, stream, mask, pid):
+    index = ((offset >> _PROGRAM_SHIFT) + pid) << _PROGRAM_SHIFT
+    if mask is not None:
+        mask += (index >> 3) - (offset >> 3)
+    return Span(index, index - offset, stream.to(tl.uint32), mask)
+
+
+@triton.jit
+def tabled_span(row, mask, pid):
+    """numel and span of a row of ``launch.jobs``."""
+    numel = tl.load(row + 2)
+    return numel, span_of(tl.load(row + 3), tl.load(row + 4), mask, pid)
+
+
+@triton.jit
+def coeffs_of(coeffs, row, num_k, EACH: tl.constexpr):
+    """The row's own of coefficients [tensors, K], where EACH."""
+    if EACH:
+        return coeffs + tl.load(row + 1) * num_k
+    else:
+        return coeffs
+
+
+@triton.jit
+def _scalar(ptr):
+    if ptr is None:
+        return None
+    else:
+        return tl.load(ptr)
+
+
+@triton.jit
+def _mantissa(num_k, DOMAIN: tl.constexpr):
+    """0x007fffff in a register.  LOP3 takes one immediate, so two constants in (n & a) | b would cost a second LOP3 for
+    each radius, 0.5 instructions per normal; ptxas does not know that num_k is not negative."""
+    if DOMAIN == _NORMAL:
+        return 0x007FFFFF | (num_k >> 31).to(tl.uint32)
+    else:
+        return None
+
+
+@triton.jit
+def noise_of(
+    seeds, coeffs, num_k, decay, rounding_seed, mask_seed, mask_keep, DOMAIN: tl.constexpr, K: tl.constexpr,
+    LOW: tl.constexpr = None, HIGH: tl.constexpr = None,
+):  # fmt: skip
+    decay, rounding_seed, mask_seed = _scalar(decay), _scalar(rounding_seed), _scalar(mask_seed)
+    mantissa = _mantissa(num_k, DOMAIN)
+    if K is None:
+        return Noise(seeds, coeffs, num_k, decay, rounding_seed, mask_seed, mask_keep, mantissa, LOW, HIGH)
+    else:
+        seed_list, coeff_list = (), ()
+        for k in tl.static_range(K):
+            seed_list += (tl.load(seeds + k),)
+            coeff_list += (tl.load(coeffs + k),)
+        return Noise(seed_list, coeff_list, None, decay, rounding_seed, mask_seed, mask_keep, mantissa, LOW, HIGH)
+
+
+@triton.jit
+def is_whole(span, numel, ALIGNED: tl.constexpr):
+    """Whether all elements of the program exist and lie on 16 bytes."""
+    if ALIGNED:
+        return (span.start >= 0) & (span.start + _PROGRAM <= numel)
+    else:
+        return ALIGNED
+
+
+@triton.jit
+def each_tile(TILE: tl.constexpr, span, numel, ALIGNED: tl.constexpr, BLOCKS: tl.constexpr, args):
+    """TILE(row, inside, span, *args) for every tile of the program; BLOCKS: blocks of a thread in a whole one."""
+    if is_whole(span, numel, ALIGNED):
+        for first in range(0, _PROGRAM // 8, BLOCKS * THREADS):
+            TILE(first + tl.arange(0, BLOCKS * THREADS), None, span, *args)
+    else:
+        each_edge_tile(TILE, span, numel, args)
+
+
+@triton.jit
+def each_edge_tile(TILE: tl.constexpr, span, numel, args):
+    """As each_tile, for the edges of a tensor and for pointers off 16 bytes."""
+    begin = tl.maximum(-span.start, 0).to(tl.int32)
+    end = tl.minimum(numel - span.start, _PROGRAM).to(tl.int32)
+    for first in range(begin // (8 * THREADS) * THREADS, (end + 7) // 8, THREADS):
+        row = first + tl.arange(0, THREADS)
+        element = row[:, None] * 8 + tl.arange(0, 8)[None, :]
+        TILE(row, (element >= begin) & (element < end), span, *args)
+
+
+@triton.jit
+def load(ptr, row, inside, span):
+    """fp32 [B, 8] of the tensor at ``ptr``."""
+    base = ptr + span.start
+    if inside is not None:
+        return to_float(tl.load(base + (row[:, None] * 8 + tl.arange(0, 8)[None, :]), mask=inside, other=1.0))
+    else:
+        base = tl.multiple_of(base, 16) + row[:, None] * 8
+        if ptr.dtype.element_ty == tl.float32:  # 16 bytes are half a block
+            quad = base + tl.arange(0, 4)[None, :]
+            return tl.join(tl.load(quad), tl.load(quad + 4)).permute(0, 2, 1).reshape(row.shape[0], 8)
+        else:
+            return to_float(tl.load(base + tl.arange(0, 8)[None, :]))
+
+
+@triton.jit
+def store(ptr, x, row, inside, span):
+    base = ptr + span.start
+    if inside is not None:
+        tl.store(base + (row[:, None] * 8 + tl.arange(0, 8)[None, :]), x, mask=inside)
+    else:
+        base = tl.multiple_of(base, 16) + row[:, None] * 8
+        if ptr.dtype.element_ty == tl.float32:
+            quad = base + tl.arange(0, 4)[None, :]
+            low, high = x.reshape(row.shape[0], 2, 4).permute(0, 2, 1).split()
+            tl.store(quad, low)
+            tl.store(quad + 4, high)
+        else:
+            tl.store(base + tl.arange(0, 8)[None, :], x)
+
+
+@triton.jit
+def draw(seed, row, span, DOMAIN: tl.constexpr):
+    """Philox words of the blocks ``row``."""
+    block_lo, block_hi = words(span.index >> 3)
+    return philox(block_lo + row.to(tl.uint32), block_hi, span.stream, tl.full((), DOMAIN, tl.uint32), seed)
+
+
+@triton.jit
+def draw_rademacher(seed, block, span):
+    """Philox words of the Rademacher blocks with numbers ``block`` in the program: 32 a tile of 4096."""
+    block_lo, block_hi = words(span.index >> 7)
+    return philox(block_lo + block.to(tl.uint32), block_hi, span.stream, tl.full((), _RADEMACHER, tl.uint32), seed)
+
+
+@triton.jit
+def _uniform16(seed, row, span, DOMAIN: tl.constexpr):
+    w0, w1, w2, w3 = draw(seed, row, span, DOMAIN)
+    return uniform16(w0, w1, w2, w3)
+
+
+@triton.jit
+def noise(seed, row, span, terms):
+    """z, fp32 [B, 8]."""
+    if terms.mantissa is not None:
+        w0, w1, w2, w3 = draw(seed, row, span, _NORMAL)
+        return normal(w0, w1, w2, w3, terms.mantissa)
+    else:
+        return rademacher(draw_rademacher(seed, (row >> 9) * 32 + (row & 31), span), (row >> 5) & 15)
+
+
+@triton.jit
+def weighted(z, root):
+    if root is None:
+        return z
+    else:
+        return tl.div_rn(z, root)
+
+
+@triton.jit
+def accumulate(acc, row, span, terms, root):
+    """acc + sum_k c_k w_k, a chain of fmas; w = z / root, or z where root is None."""
+    if terms.num_k is not None:
+        for k in range(terms.num_k):
+            w = weighted(noise(tl.load(terms.seeds + k), row, span, terms), root)
+            acc = fma(tl.load(terms.coeffs + k), w, acc)
+    else:
+        for k in tl.static_range(len(terms.seeds)):
+            acc = fma(terms.coeffs[k], weighted(noise(terms.seeds[k], row, span, terms), root), acc)
+    return acc
+
+
+@triton.jit
+def decayed(x, terms):
+    if terms.decay is None:
+        return x
+    else:
+        return terms.decay * x
+
+
+@triton.jit
+def _packed(row, inside, span):
+    # Without the hint a thread would load the bytes of neighbouring blocks, and pass them on through shared memory.
+    row = tl.max_contiguous(row, 1)
+    if inside is None:
+        byte = tl.load(span.mask + row)
+    else:
+        byte = tl.load(span.mask + row, mask=tl.max(inside.to(tl.int32), 1) > 0, other=0)
+    return ((byte[:, None].to(tl.int32) >> tl.arange(0, 8)[None, :]) & 1) != 0
+
+
+@triton.jit
+def kept(row, inside, span, terms):
+    """bool [B, 8]: the elements that the masks keep; None: all."""
+    if span.mask is None and terms.mask_seed is None:
+        return None
+    elif terms.mask_seed is None:
+        return _packed(row, inside, span)
+    elif span.mask is None:
+        return _uniform16(terms.mask_seed, row, span, _MASK) < terms.mask_keep
+    else:
+        return _packed(row, inside, span) & (_uniform16(terms.mask_seed, row, span, _MASK) < terms.mask_keep)
+
+
+@triton.jit
+def choose(keep, x, otherwise):
+    if keep is None:
+        return x
+    else:
+        return tl.where(keep, x, otherwise)
+
+
+@triton.jit
+def rounded(acc, dtype: tl.constexpr, row, span, terms, DOMAIN: tl.constexpr = _ROUNDING):
+    """fp32 to ``dtype``, once."""
+    if dtype == tl.float32:
+        return acc
+    elif terms.rounding_seed is None:
+        if dtype == tl.int8:
+            return round_integer(acc, None, terms.low, terms.high)
+        else:
+            return round_nearest(acc, dtype)
+    else:
+        u16 = _uniform16(terms.rounding_seed, row, span, DOMAIN)
+        if dtype == tl.int8:
+            return round_integer(acc, u16, terms.low, terms.high)
+        else:
+            return round_stochastic(acc, u16, dtype)
