@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,8 +46,11 @@ class Estimate(NamedTuple):
     losses: Tensor  #: at the estimator's points
     gradients: list[Tensor]  #: g of each bucket, fp32 [q], all 0 unless ``finite``
     finite: Tensor
-    forwards: tuple[Tensor, ...]  #: the losses, those of the rule's trials included
-    g: Tensor  #: with the first group's eps and clip
+    skip: bool  #: whether the host knows that ``finite`` is false
+    forwards: tuple[Tensor, ...] = ()  #: the losses, those of the rule's trials included
+    multiple: Tensor | None = (
+        None  #: of the gradients, for the update: the rule's choice among its trials (fp32, 0-dim)
+    )
 
 
 class ZerothOrder(torch.optim.Optimizer):
@@ -76,6 +80,9 @@ class ZerothOrder(torch.optim.Optimizer):
             can be captured in a CUDA graph and replayed; see :meth:`register_graph`.
         direction: what z is (default: dense noise): a mask, factors of low rank, a scale (:class:`Direction`).
         subset: which parameters take part in a step (default: all): blocks in turn, layers at random.
+        trajectory: path of a file that gets a record of every step (:func:`zokernels.trajectory.record`).
+        resume: continue the run in ``trajectory``, where that file exists: the parameters, which hold the run's base
+            weights, and this optimizer take the recorded steps before the constructor returns.
         estimator, rule: what a subclass is made of.
 
     Raises:
@@ -100,6 +107,8 @@ class ZerothOrder(torch.optim.Optimizer):
         capturable: bool = False,
         direction: Direction | None = None,
         subset: Subset | None = None,
+        trajectory: str | os.PathLike | None = None,
+        resume: bool = False,
         estimator: Estimator,
         rule: Rule,
     ) -> None:
@@ -120,12 +129,17 @@ class ZerothOrder(torch.optim.Optimizer):
         self._restore, self._told, self._skips_told = restore, set(), 0
         self._state = (DeviceState if capturable else HostState)(check_seed(self._op, seed))
         self._pool, self._two_pass, self._graph_rng = ScratchPool(), None, None
+        self._recorder, self._carried = None, False  # whether the step began with a perturbation of the two-pass form
         #: g of the last step (fp32, on the device; 0-dim for one direction, else [q]), of the first group's eps, clip.
         self.last_projected_gradient: Tensor | None = None
         #: The losses of the last step, in the order of the forwards: the estimator's points, the rule's trials.
         self.last_losses: tuple[Tensor, ...] | None = None
         super().__init__(params, defaults)
         self._state.place(devices_of(self.param_groups))
+        if trajectory is not None:
+            from ..trajectory import record
+
+            record(self, trajectory, resume=resume)
 
     @property
     def _op(self) -> str:
@@ -179,9 +193,7 @@ class ZerothOrder(torch.optim.Optimizer):
     def _step(self, closure: Callable[[], Any] | None, reading: Losses) -> Tensor:
         if not callable(closure):
             fail(self._op, "closure", "a function that runs the forward and returns the loss", repr(closure), TypeError)
-        buckets = plan(self._op, self.param_groups)
-        if self.subset is not None:
-            buckets = self.subset.select(self, buckets)
+        buckets = self._buckets()
         devices = list(dict.fromkeys(b.device for b in buckets))
         if capturing := is_capturing(devices):
             check_capture(self._op, self._state, self._graph_rng, buckets, devices)
@@ -189,11 +201,9 @@ class ZerothOrder(torch.optim.Optimizer):
             self._graph_rng = self._new_graph_rng(devices)  # a capture cannot make generators
         self._state.place(devices)
         rng = self._graph_rng if capturing else RngState(devices)
-        seeds = self._state.seeds(devices, self.estimator.directions)
-        self.direction.prepare(self, buckets, seeds)
-        with self._probe(buckets, seeds) as probe:
-            if self._two_pass:
-                self._two_pass.release()  # from here on the probe restores
+        if self._recorder:
+            self._recorder.begin(self)
+        with self._probed(buckets, devices) as probe:
             around = map(rng.forward, itertools.count())
 
             def losses_at(points: list[list[Point]]) -> Tensor:
@@ -206,9 +216,27 @@ class ZerothOrder(torch.optim.Optimizer):
             estimate = self._estimate(probe.buckets, losses_at)
             with uninterrupted():
                 self._update(probe, estimate)
+                if self._recorder:
+                    self._recorder.append(self, probe.buckets, estimate)
+        self._publish(estimate)
         if not self._state.capturable and known_on_host(self._state.skipped):
             self._warn_skipped()
         return self.estimator.loss(estimate.losses)
+
+    def _buckets(self) -> list[Bucket]:
+        buckets = plan(self._op, self.param_groups)
+        return buckets if self.subset is None else self.subset.select(self, buckets)
+
+    @contextmanager
+    def _probed(self, buckets: list[Bucket], devices: list[torch.device]) -> Iterator[ExactProbe | InplaceProbe]:
+        """The probe of a step; the weights leave it unperturbed, or updated."""
+        seeds = self._state.seeds(devices, self.estimator.directions)
+        self.direction.prepare(self, buckets, seeds)
+        with self._probe(buckets, seeds) as probe:
+            self._carried = any(b.at for b in probe.buckets)
+            if self._two_pass:
+                self._two_pass.release()  # from here on the probe restores
+            yield probe
 
     def _probe(self, buckets: list[Bucket], seeds: dict[torch.device, Tensor]) -> ExactProbe | InplaceProbe:
         if self._two_pass:
@@ -225,27 +253,39 @@ class ZerothOrder(torch.optim.Optimizer):
         """``losses_at``: runs the closure at each of some points, given for each bucket."""
         losses = losses_at([[b.point(k, sign) for b in buckets] for k, sign in self.estimator.points()])
         gradients, finite = gate(buckets, [self._gradient(losses, b.eps, b.group["clip"]) for b in buckets])
-        first, trials = self.param_groups[0], ()
-        g = self._gradient(losses, first["eps"], first["clip"])
-        if self.rule.trials:
-            steps = [descent(b.group, g).unbind() for b, g in zip(buckets, gradients, strict=True)]
-            scaled = lambda step, multiple: {k: multiple * c for k, c in enumerate(step)} if multiple else {}
-            trials = losses_at([[scaled(step, multiple) for step in steps] for multiple in self.rule.trials])
-            multiple = self.rule.choose(trials.double()).to(g.device, g.dtype)
-            gradients, g = [multiple * g for g in gradients], multiple * g
-        return Estimate(losses, gradients, finite, (*losses, *trials), g if len(g) > 1 else g.reshape(()))
+        estimate = Estimate(losses, gradients, finite, self._skips(finite), tuple(losses))
+        if not self.rule.trials:
+            return estimate
+        trials = losses_at(self._trial_points(buckets, gradients))
+        multiple = self.rule.choose(trials.double()).to(losses.device, torch.float32)
+        return estimate._replace(forwards=(*losses, *trials), multiple=multiple)
+
+    def _publish(self, estimate: Estimate) -> None:
+        first = self.param_groups[0]
+        g = self._gradient(estimate.losses, first["eps"], first["clip"])
+        g = g if estimate.multiple is None else estimate.multiple * g
+        self.last_losses, self.last_projected_gradient = estimate.forwards, g if len(g) > 1 else g.reshape(())
+
+    def _skips(self, finite: Tensor) -> bool:
+        return not self._state.capturable and known_on_host(finite) and not finite
+
+    def _trial_points(self, buckets: list[Bucket], gradients: list[Tensor]) -> list[list[Point]]:
+        """Of each of the rule's trials, for each bucket."""
+        steps = [descent(b.group, g).unbind() for b, g in zip(buckets, gradients, strict=True)]
+        scaled = lambda step, multiple: {k: multiple * c for k, c in enumerate(step)} if multiple else {}
+        return [[scaled(step, multiple) for step in steps] for multiple in self.rule.trials]
 
     def _update(self, probe: ExactProbe | InplaceProbe, estimate: Estimate) -> None:
         """The rule, bucket by bucket; in the two-pass form it adds the next step's +eps z as well."""
-        buckets, finite = probe.buckets, estimate.finite
-        skip = not self._state.capturable and known_on_host(finite) and not finite
+        buckets, finite, multiple = probe.buckets, estimate.finite, estimate.multiple
+        scaled = lambda g: g if multiple is None else multiple * g
         if not (self.rule.restores and all(b.direction.uniform for b in buckets)):
             probe.restore()
         following = self._two_pass and self._two_pass.following(probe, self._state)
         try:
             for i, (b, g) in enumerate(zip(buckets, estimate.gradients, strict=True)):
-                if b.at or not skip:
-                    self.rule.update(self, b, probe.seeds[b.device], g, finite)
+                if b.at or not estimate.skip:
+                    self.rule.update(self, b, probe.seeds[b.device], scaled(g), finite)
                     b.at = {}
                 if following:
                     following.buckets[i].at = b.point(0, 1)
@@ -254,7 +294,6 @@ class ZerothOrder(torch.optim.Optimizer):
                 following.restore()
             raise
         torch.clear_autocast_cache()  # casts of the old weights, where step() runs inside autocast
-        self.last_losses, self.last_projected_gradient = estimate.forwards, estimate.g
         self._state.advance(finite)
         if following:
             self._two_pass.keep(following)
@@ -315,6 +354,8 @@ class ZerothOrder(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with a third entry "zo": contract, seed, step, skipped steps.  Plain numbers and lists only."""
         self.flush()
+        if self._recorder:
+            self._recorder.flush()
         state = super().state_dict()
         self._warn_skipped()
         own = {"seed": self._state.seed, "step": self._state.step, "skipped_steps": int(self._state.skipped)}
@@ -366,5 +407,5 @@ class ZerothOrder(torch.optim.Optimizer):
             "last_projected_gradient",
             "last_losses",
         )
-        own = {k: self.__dict__[k] for k in keys} | {"_two_pass": None, "_graph_rng": None}
-        return {**super().__getstate__(), **own, "_pool": ScratchPool()}
+        own = {k: self.__dict__[k] for k in keys} | {"_two_pass": None, "_graph_rng": None, "_recorder": None}
+        return {**super().__getstate__(), **own, "_pool": ScratchPool(), "_carried": False}

@@ -25,6 +25,8 @@ class Rule:
     #: Multiples of the update sum_k -lr * g_k z_k at which the closure runs once more before :meth:`update`, which gets
     #: the g_k times that multiple whose loss is lowest.
     trials: tuple[int, ...] = ()
+    #: Whether it reads the losses themselves, which a log of the run then holds.
+    reads_losses = False
 
     def choose(self, losses: Tensor) -> Tensor:
         """The multiple (0-dim) of the lowest of the trials' losses (float64); of equal ones the first, and never one of

@@ -1,0 +1,297 @@
+"""The file of a recorded run: a header, then records of one size, each with a checksum.  docs/trajectory.md has the layout.
+
+Everything in a file is checked before it is used: a header is canonical JSON of at most ``MAX_HEADER`` bytes whose
+every entry has a known name, type and range, and the size of a record must fit the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NamedTuple
+
+from ..checks import fail
+from ..contract import CONTRACT, derive_seed_int
+
+MAGIC, VERSION = b"ZKLOG\n", 1
+MAX_HEADER = 1 << 26
+#: Factors of a larger rank would be larger than most weights, which alone bound what a replay allocates.
+MAX_RANK = 4096
+_PREFIX = struct.Struct("<6sHII")  # magic, version, bytes of the header, its CRC32
+_HEAD = struct.Struct("<IBbf")  # low word of the step, flags, multiple, loss
+_CRC = struct.Struct("<I")
+FINITE, TWO_PASS, CARRIED = 1, 2, 4
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Record(NamedTuple):
+    """What one step's update needs, besides the seed of the run."""
+
+    step: int
+    finite: bool
+    #: Whether the update added the next step's perturbation, and whether the step began with one (the two-pass form).
+    two_pass: bool
+    carried: bool
+    #: Chosen among the rule's trials; the update's g is this times :attr:`gradients`.
+    multiple: int
+    #: What the step returned (fp32).
+    loss: float
+    #: lr of each group (float64).
+    rates: tuple[float, ...]
+    #: fp32 g_k of each group, before ``multiple``; zeros where none of its parameters took part.
+    gradients: tuple[tuple[float, ...], ...]
+    #: Of the estimator's points (float64), where the rule needs them.
+    losses: tuple[float, ...]
+
+
+class Layout:
+    """Records of ``groups`` groups, ``directions`` directions and ``losses`` losses; ``crc``: the header's."""
+
+    def __init__(self, groups: int, directions: int, losses: int, crc: int) -> None:
+        self.groups, self.directions, self.losses, self.crc = groups, directions, losses, crc
+        self.size = _HEAD.size + 4 * groups * directions + 8 * (groups + losses) + _CRC.size
+
+    def _body(self) -> struct.Struct:
+        return struct.Struct(f"<{self.groups}d{self.losses}d{self.groups * self.directions}f")
+
+    def pack(self, record: Record) -> bytes:
+        flags = FINITE * record.finite | TWO_PASS * record.two_pass | CARRIED * record.carried
+        head = _HEAD.pack(record.step & 0xFFFFFFFF, flags, record.multiple, record.loss)
+        numbers = (*record.rates, *record.losses, *(g for of_group in record.gradients for g in of_group))
+        data = head + self._body().pack(*numbers)
+        return data + _CRC.pack(zlib.crc32(data, self.crc))
+
+    def fault(self, data: bytes, step: int) -> str | None:
+        """Why ``data`` is no record of ``step``."""
+        if len(data) < self.size:
+            return f"{len(data)} of {self.size} bytes"
+        if _CRC.unpack_from(data, self.size - _CRC.size)[0] != zlib.crc32(data[: -_CRC.size], self.crc):
+            return "a checksum that does not match"
+        if (found := _HEAD.unpack_from(data)[0]) != step & 0xFFFFFFFF:
+            return f"the record of step {found}"
+        return None
+
+    def unpack(self, data: bytes, step: int) -> Record:
+        _, flags, multiple, loss = _HEAD.unpack_from(data)
+        numbers = self._body().unpack_from(data, _HEAD.size)
+        rates, losses = numbers[: self.groups], numbers[self.groups : self.groups + self.losses]
+        g, q = numbers[self.groups + self.losses :], self.directions
+        gradients = tuple(g[i * q : (i + 1) * q] for i in range(self.groups))
+        flag = lambda bit: bool(flags & bit)
+        return Record(step, flag(FINITE), flag(TWO_PASS), flag(CARRIED), multiple, loss, rates, gradients, losses)
+
+
+# Header ---------------------------------------------------------------------------------------------------------------
+
+
+def canonical(header: dict[str, Any]) -> bytes:
+    return json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def encode(header: dict[str, Any]) -> tuple[bytes, Layout]:
+    """The bytes before the first record."""
+    check_header(header)
+    data = canonical(header)
+    if len(data) > MAX_HEADER:
+        fail("trajectory", "header", f"at most {MAX_HEADER} bytes", len(data))
+    crc = zlib.crc32(data)
+    return _PREFIX.pack(MAGIC, VERSION, len(data), crc) + data, _layout(header, crc)
+
+
+def _layout(header: dict[str, Any], crc: int) -> Layout:
+    return Layout(len(header["groups"]), header["estimator"]["directions"], header["losses"], crc)
+
+
+def _is_int(value: object, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value < high
+
+
+def _is_option(value: object) -> bool:
+    """A setting: None, a bool, a number, a short text, or a list of a few of them."""
+    if isinstance(value, list):
+        return len(value) <= 16 and all(_is_option(v) and not isinstance(v, list) for v in value)
+    if isinstance(value, str):
+        return len(value) <= 256
+    return value is None or isinstance(value, (bool, float)) or _is_int(value, -(2**63), 2**64)
+
+
+def _is_part(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("kind"), str) and all(map(_is_option, value.values()))
+
+
+def _is_direction(value: object) -> bool:
+    return _is_part(value) and _is_int(value.get("rank", 1), 1, MAX_RANK + 1)
+
+
+def _is_name(value: object) -> bool:
+    return value is None or (isinstance(value, str) and len(value) <= 4096)
+
+
+def _is_digest(value: object) -> bool:
+    return value is None or (isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None)
+
+
+def _is_shape(value: object) -> bool:
+    return isinstance(value, list) and len(value) <= 64 and all(_is_int(n, 0, 2**63) for n in value)
+
+
+_HEADER = {
+    "contract": lambda v: v == CONTRACT,
+    "created_by": lambda v: isinstance(v, str) and len(v) <= 256,
+    "optimizer": lambda v: isinstance(v, str) and len(v) <= 256,
+    "seed": lambda v: _is_int(v, -(2**63), 2**64),
+    "start": lambda v: _is_int(v, 0, 2**63),
+    "restore": lambda v: v in ("exact", "inplace"),
+    "gated": lambda v: isinstance(v, bool),
+    "losses": lambda v: _is_int(v, 0, 2**20),
+    "estimator": lambda v: _is_part(v) and _is_int(v.get("directions"), 1, 2**20),
+    "rule": _is_part,
+    "direction": _is_direction,
+    "subset": lambda v: v is None or _is_part(v),
+    "groups": lambda v: isinstance(v, list) and v,
+}
+_GROUP = {
+    "options": lambda v: isinstance(v, dict) and all(map(_is_option, v.values())),
+    "lr_is_tensor": lambda v: isinstance(v, bool),
+    "params": lambda v: isinstance(v, list),
+}
+_PARAM = {
+    "name": _is_name,
+    "stream": lambda v: _is_int(v, 0, 2**32),
+    "shape": _is_shape,
+    "dtype": lambda v: isinstance(v, str) and len(v) <= 32,
+    "sha256": _is_digest,
+}
+
+
+def _check_entries(where: str, found: object, known: dict[str, Any]) -> None:
+    if not isinstance(found, dict) or found.keys() != known.keys():
+        got = sorted(found) if isinstance(found, dict) else type(found).__name__
+        fail("trajectory", where, f"the entries {sorted(known)}", str(got)[:200])
+    for key, is_valid in known.items():
+        if not is_valid(found[key]):
+            expected = f"contract {CONTRACT!r}" if key == "contract" else "a valid value"
+            fail("trajectory", f"{where}.{key}", expected, repr(found[key])[:200])
+
+
+def check_header(header: object) -> None:
+    _check_entries("header", header, _HEADER)
+    for i, group in enumerate(header["groups"]):
+        _check_entries(f"header.groups[{i}]", group, _GROUP)
+        for j, param in enumerate(group["params"]):
+            _check_entries(f"header.groups[{i}].params[{j}]", param, _PARAM)
+            if param["sha256"] is not None and param["dtype"] not in DTYPES:
+                fail("trajectory", f"header.groups[{i}].params[{j}].dtype", " or ".join(DTYPES), param["dtype"])
+
+
+def _read_header(file: BinaryIO, name: str) -> tuple[dict[str, Any], Layout] | None:
+    """None: the file ends inside the header, so that no step was taken."""
+    prefix = file.read(_PREFIX.size)
+    if prefix[: len(MAGIC)] != MAGIC[: len(prefix)]:
+        fail("trajectory", name, "a log of zokernels", f"a file that begins with {prefix[: len(MAGIC)]!r}")
+    if len(prefix) < _PREFIX.size:
+        return None
+    _, version, size, crc = _PREFIX.unpack(prefix)
+    if version != VERSION:
+        fail("trajectory", name, f"format version {VERSION}", version)
+    if size > MAX_HEADER:
+        fail("trajectory", name, f"a header of at most {MAX_HEADER} bytes", size)
+    data = file.read(size)
+    if len(data) < size:
+        return None
+    if zlib.crc32(data) != crc:
+        fail("trajectory", name, "a header that matches its checksum", "another one: the log is damaged")
+    try:
+        header = json.loads(data)
+        same = canonical(header) == data
+    except (ValueError, RecursionError) as error:
+        fail("trajectory", name, "a header of JSON", str(error)[:200])
+    if not same:
+        fail("trajectory", name, "a header of canonical JSON", "another form of it")
+    check_header(header)
+    return header, _layout(header, crc)
+
+
+@dataclass(frozen=True)
+class Log:
+    """A checked log.
+
+    ``broken``: what follows the last good record, where that is not the end of the file.
+    """
+
+    path: str
+    header: dict[str, Any]
+    layout: Layout
+    begin: int  #: byte of the first record
+    steps: int  #: good records
+    broken: str | None
+    cut_off: bool  #: whether that is only a part of a record, as a killed writer leaves it
+
+    @property
+    def start(self) -> int:
+        """Step of the first record."""
+        return self.header["start"]
+
+    @property
+    def end(self) -> int:
+        """Byte after the last good record."""
+        return self.begin + self.steps * self.layout.size
+
+    def records(self, upto: int | None = None) -> Iterator[Record]:
+        """The steps before step ``upto`` (default: all)."""
+        stop = self.start + self.steps if upto is None else upto
+        if not self.start <= stop <= self.start + self.steps:
+            fail("trajectory", "upto", f"a step in [{self.start}, {self.start + self.steps}]", upto)
+        with open(self.path, "rb") as file:
+            file.seek(self.begin)
+            for step in range(self.start, stop):
+                data = file.read(self.layout.size)
+                if (fault := self.layout.fault(data, step)) is not None:
+                    fail("trajectory", f"{self.path}, step {step}", "the record that was there before", fault)
+                yield self.layout.unpack(data, step)
+
+    def seeds(self, step: int) -> list[int]:
+        """Of the directions of ``step``."""
+        return [derive_seed_int(self.header["seed"], step, k) for k in range(self.layout.directions)]
+
+
+def scan(path: str | os.PathLike) -> Log | None:
+    """The log, every checksum read; None where it ends inside its header."""
+    path = os.fspath(path)
+    with open(path, "rb") as file:
+        if (found := _read_header(file, path)) is None:
+            return None
+        (header, layout), begin, size = found, file.tell(), os.fstat(file.fileno()).st_size
+        steps, fault, cut_off = 0, None, False
+        for index in range(-(-max(0, size - begin) // layout.size)):
+            step = header["start"] + index
+            if index * layout.size + begin + layout.size > size:
+                fault, cut_off = f"{size - begin - index * layout.size} of {layout.size} bytes", True
+            else:
+                fault = layout.fault(file.read(layout.size), step)
+            if fault is not None:
+                fault = f"step {step}, byte {begin + index * layout.size}: {fault}"
+                break
+            steps += 1
+    return Log(path, header, layout, begin, steps, fault, cut_off)
+
+
+def read(path: str | os.PathLike, recover: bool = False) -> Log:
+    """The log at ``path``, every checksum read.
+
+    ``recover``: take a log that is cut off or damaged up to its last good record; :attr:`Log.broken` says where.
+
+    Raises ValueError where it is no log, or, without ``recover``, where it is damaged.
+    """
+    log = scan(path)
+    if log is None:
+        fail("trajectory", os.fspath(path), "a whole header", "a file that ends inside it: no step was recorded")
+    if log.broken and not recover:
+        fail("trajectory", log.path, f"whole records (recover=True uses the {log.steps} before)", log.broken)
+    return log

@@ -1,0 +1,236 @@
+"""Writing a log while an optimizer runs, and going on with one."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+import weakref
+from collections import deque
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import fail
+from ..optim.update import known_on_host, learning_rate
+from .format import Layout, Log, Record, encode, read, scan
+from .replay import repeat_all
+from .settings import check_base, check_same_run, header_of, settings
+
+if TYPE_CHECKING:
+    from ..optim.groups import Bucket
+    from ..optim.optimizer import Estimate, ZerothOrder
+
+#: Steps whose numbers may be on their way from a GPU; the one before them is waited for.
+_IN_FLIGHT = 64
+
+
+class _Pending(NamedTuple):
+    step: int
+    two_pass: bool
+    carried: bool
+    groups: tuple[int | None, ...]  #: of each group, its place among the gradients
+    values: Tensor  #: float64 on the host: finite, multiple, loss, rates, losses, gradients
+    arrived: torch.cuda.Event | None
+
+
+class Recorder:
+    """The log that an optimizer appends to.  Made by :func:`record`.
+
+    A record is written after its step's update, by one system call: a killed process loses no completed step but those
+    whose numbers a GPU had not yet sent.  ``sync`` seconds after the last one, and at :meth:`flush`, the file is synced,
+    so that a machine that dies loses no more than that.
+    """
+
+    def __init__(self, path: str | os.PathLike, sync: float) -> None:
+        self.path, self._sync = os.fspath(path), sync
+        self._file: BinaryIO = open(self.path, "ab", buffering=0)  # noqa: SIM115
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            fail("trajectory", self.path, "a file that no one else writes", "one that is locked", RuntimeError)
+        self._settings: tuple | None = None
+        self._next = 0
+        self._queue = _Queue(self._file)
+        self._synced = time.monotonic()
+        # What is on its way reaches the file when the optimizer dies, and when the interpreter ends.
+        self._finish = weakref.finalize(self, self._queue.finish)
+
+    @property
+    def closed(self) -> bool:
+        return self._file.closed
+
+    def go_on(self, log: Log, optimizer: ZerothOrder) -> None:
+        """Append behind the last good record of ``log``."""
+        self._file.truncate(log.end)
+        self._start(log.layout, log.start + log.steps, optimizer)
+
+    def _start(self, layout: Layout, step: int, optimizer: ZerothOrder) -> None:
+        self._queue.layout, self._next, self._settings = layout, step, settings(optimizer)
+
+    def begin(self, optimizer: ZerothOrder) -> None:
+        """Before the forwards of a step: the header, before the first; and whether the log can hold the step."""
+        if self.closed:
+            fail("trajectory", self.path, "an open log", "one that was closed", RuntimeError)
+        if self._queue.layout is None:
+            if optimizer.state:
+                got = "one with state from steps that are not in the log (resume=True continues a log)"
+                fail("trajectory", "optimizer", "a fresh optimizer", got)
+            head, layout = encode(header_of(optimizer))
+            self._queue.write(head)
+            self._start(layout, optimizer.step_count, optimizer)
+            self.flush()
+        if settings(optimizer) != self._settings:
+            expected = "the settings of the log (only lr may change): record to another file from here"
+            fail("trajectory", "param_groups", expected, "other hyper-parameters, streams or frozen parameters")
+        if optimizer.step_count != self._next:
+            fail("trajectory", self.path, f"step {self._next}, the next of the log", optimizer.step_count)
+
+    def append(self, optimizer: ZerothOrder, buckets: list[Bucket], estimate: Estimate) -> None:
+        """After the update of a step."""
+        groups = optimizer.param_groups
+        place = {id(b.group): i for i, b in reversed(list(enumerate(buckets)))}
+        like = estimate.gradients[0]
+        number = lambda v: (v if isinstance(v, Tensor) else torch.full((), v, device=like.device)).double().reshape(-1)
+        rates = [learning_rate(group, like) for group in groups]
+        numbers = [estimate.finite, 1.0 if estimate.multiple is None else estimate.multiple]
+        numbers += [optimizer.estimator.loss(estimate.losses).float(), *(_double(r, like) for r in rates)]
+        numbers += [estimate.losses] if optimizer.rule.reads_losses else []
+        values, arrived = torch.cat([number(v) for v in (*numbers, *estimate.gradients)]), None
+        if not known_on_host(values):
+            values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        at = tuple(place.get(id(group)) for group in groups)
+        two_pass = bool(optimizer._two_pass)
+        self._queue.add(_Pending(self._next, two_pass, optimizer._carried, at, values, arrived))
+        self._next += 1
+        if time.monotonic() - self._synced >= self._sync:
+            self._fsync()
+
+    def flush(self) -> None:
+        """All steps taken so far into the file, and the file to the disk."""
+        if not self.closed:
+            self._queue.drain()
+            self._fsync()
+
+    def _fsync(self) -> None:
+        os.fsync(self._file.fileno())
+        self._synced = time.monotonic()
+
+    def close(self) -> None:
+        """Flush and close; the optimizer can take no further step."""
+        self._finish()
+
+
+def _double(rate: float | Tensor, like: Tensor) -> Tensor:
+    if isinstance(rate, Tensor):
+        return rate
+    return torch.full((), rate, dtype=torch.float64, device=like.device)
+
+
+class _Queue:
+    """Steps on their way into the file; it outlives the recorder."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.layout, self._steps = file, None, deque()
+
+    def add(self, step: _Pending) -> None:
+        """And write those that are here."""
+        steps = self._steps
+        steps.append(step)
+        while steps and (len(steps) > _IN_FLIGHT or steps[0].arrived is None or steps[0].arrived.query()):
+            self._write_first()
+
+    def drain(self) -> None:
+        while self._steps:
+            self._write_first()
+
+    def finish(self) -> None:
+        try:
+            self.drain()
+            os.fsync(self.file.fileno())
+        finally:
+            self.file.close()
+
+    def write(self, data: bytes) -> None:
+        if (written := self.file.write(data)) != len(data):
+            fail("trajectory", str(self.file.name), f"room for {len(data)} bytes", f"{written} written", OSError)
+
+    def _write_first(self) -> None:
+        p, layout = self._steps[0], self.layout
+        if p.arrived is not None:
+            p.arrived.synchronize()
+        finite, multiple, loss, *rest = p.values.tolist()
+        rates, losses = rest[: layout.groups], rest[layout.groups : layout.groups + layout.losses]
+        g, q = rest[layout.groups + layout.losses :], layout.directions
+        gradients = tuple((0.0,) * q if i is None else tuple(g[i * q : (i + 1) * q]) for i in p.groups)
+        flags = bool(finite), p.two_pass, p.carried
+        self.write(layout.pack(Record(p.step, *flags, int(multiple), loss, tuple(rates), gradients, tuple(losses))))
+        self._steps.popleft()
+
+
+def record(
+    optimizer: ZerothOrder,
+    path: str | os.PathLike,
+    *,
+    resume: bool = False,
+    recover: bool = False,
+    sync: float = 10.0,
+) -> Recorder:
+    """Append a record of every step of ``optimizer`` to ``path``.
+
+    The header, with the SHA-256 of the weights as they are then, is written before the first step.  The settings then
+    stay as they are but for lr.
+
+    Args:
+        path: a file that does not exist or is empty, unless ``resume``.
+        resume: where the file holds a log of a run like this optimizer's, the weights, which must be those that the
+            run began with, and the optimizer first take its steps.  A record that a kill cut off is removed.
+        recover: also remove what follows a damaged record.
+        sync: seconds between two syncs of the file to the disk; 0: after every step.
+
+    Returns: the :class:`Recorder`; ``recorder.close()`` ends the log, as does the end of the program.
+
+    Raises: ValueError, before a weight or the file changes, where the log is damaged or of another run, or the weights
+    are not its base; RuntimeError where another writer has it open.
+    """
+    if optimizer._state.capturable:
+        fail("trajectory", "capturable", "False: the replays of a CUDA graph call no host function", True)
+    if optimizer._recorder is not None and not optimizer._recorder.closed:
+        fail("trajectory", "optimizer", "one log at a time", optimizer._recorder.path, RuntimeError)
+    recorder = Recorder(path, sync)
+    try:
+        if os.path.getsize(path):
+            if not resume:
+                fail("trajectory", os.fspath(path), "a new file, or resume=True", "a file with a log")
+            _resume(optimizer, recorder, recover)
+    except BaseException:
+        recorder.close()
+        raise
+    optimizer._recorder = recorder
+    return recorder
+
+
+def _resume(optimizer: ZerothOrder, recorder: Recorder, recover: bool) -> None:
+    log = scan(recorder.path)
+    if log is None:  # killed inside the header: no step was taken
+        recorder._file.truncate(0)
+        return
+    if log.broken and not log.cut_off and not recover:
+        read(recorder.path)  # raises
+    if optimizer.state or optimizer.step_count:
+        fail("trajectory", "optimizer", "a fresh one, which takes the recorded steps", f"step {optimizer.step_count}")
+    check_same_run(optimizer, log.header)
+    check_base(log.header, [group["params"] for group in optimizer.param_groups])
+    optimizer._state.load(optimizer.seed, log.start, 0)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    try:
+        repeat_all(optimizer, log, log.records())
+    finally:
+        for group, lr in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = lr
+    optimizer._skips_told = int(optimizer._state.skipped)  # warned of when they were taken
+    recorder.go_on(log, optimizer)

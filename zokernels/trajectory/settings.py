@@ -1,0 +1,263 @@
+"""An optimizer as the header of its log, and back."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import inspect
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import fail
+from ..contract import CONTRACT, canonical_name
+from ..optim.direction import Direction
+from ..optim.estimators import Estimator
+from ..optim.optimizer import ZerothOrder
+from ..optim.rules import Rule
+from ..optim.subset import LAYERS, Subset
+from ..version import __version__
+from .format import canonical
+
+#: Bytes that are hashed at a time.
+_PIECE = 1 << 24
+
+_PARTS = {"estimator": Estimator, "rule": Rule, "direction": Direction, "subset": Subset}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def digest(tensor: Tensor, dtype: torch.dtype | None = None) -> str:
+    """SHA-256 of the elements' bytes in memory order (little-endian machines), a piece at a time, as ``dtype``."""
+    state = hashlib.sha256()
+    flat = tensor.detach().contiguous().view(-1)
+    step = max(1, _PIECE // flat.element_size())
+    for piece in flat.split(step) if flat.numel() else ():
+        piece = piece.to("cpu", dtype or piece.dtype)
+        state.update((ctypes.c_char * piece.nbytes).from_address(piece.data_ptr()))
+    return state.hexdigest()
+
+
+# Parts ----------------------------------------------------------------------------------------------------------------
+
+
+def _arguments(kind: type) -> list[str]:
+    if kind.__init__ is object.__init__:
+        return []
+    return [name for name in inspect.signature(kind).parameters if name not in ("args", "kwargs")]
+
+
+def _plain(value: object) -> Any:
+    """``value`` for JSON; what JSON cannot hold is there by its digest."""
+    if isinstance(value, torch.dtype):
+        return dtype_name(value)
+    if isinstance(value, Mapping):  # a mask of the caller's own for each parameter
+        state = hashlib.sha256()
+        for key in sorted(value, key=str):
+            if not isinstance(key, str):
+                fail("trajectory", "direction", "masks by parameter name", f"a key of {type(key).__name__}")
+            state.update(f"{key} {value[key].dtype} {tuple(value[key].shape)} {digest(value[key])}\n".encode())
+        return state.hexdigest()
+    return list(value) if isinstance(value, tuple) else value
+
+
+def describe(part: object) -> dict[str, Any] | None:
+    """A part of an optimizer: its class and the arguments of its constructor."""
+    if part is None:
+        return None
+    own, defaults = vars(part), getattr(part, "defaults", {})
+    values = {name: _plain(own[name] if name in own else defaults[name]) for name in _arguments(type(part))}
+    return {"kind": type(part).__name__, **values}
+
+
+def _kinds(base: type) -> Iterator[type]:
+    yield base
+    for kind in base.__subclasses__():
+        yield from _kinds(kind)
+
+
+def _rebuild(argument: str, described: dict[str, Any] | None, given: object) -> Any:
+    """The part that ``describe`` saw; ``given`` where the caller has one."""
+    if given is not None:
+        if describe(given) != described:
+            fail("replay_", argument, f"the one of the log, {described}", describe(given))
+        return given
+    if described is None:
+        return None
+    arguments = dict(described)
+    name = arguments.pop("kind")
+    kinds = {kind.__name__: kind for kind in _kinds(_PARTS[argument]) if not kind.__name__.startswith("_")}
+    if name not in kinds or sorted(_arguments(kinds[name])) != sorted(arguments):
+        fail("replay_", argument, f"a known kind of {argument} with its arguments", str(described)[:200])
+    if "masks" in arguments or arguments.get("layers", LAYERS) != LAYERS:
+        # Masks are not in the log, and a regular expression from elsewhere could run for ever.
+        fail("replay_", argument, f"{argument}=... as in the run (the log has not all of it)", str(described)[:200])
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in arguments.items()}
+    if "state_dtype" in values:
+        values["state_dtype"] = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(values["state_dtype"])
+    try:
+        return kinds[name](**values)
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        fail("replay_", argument, "valid settings", str(error)[:200])
+
+
+# Optimizer to header --------------------------------------------------------------------------------------------------
+
+
+def _parameter(group: dict[str, Any], index: int) -> dict[str, Any]:
+    p, names = group["params"][index], group.get("param_names")
+    return {
+        "name": canonical_name(names[index]) if names else None,
+        "stream": group["streams"][index],
+        "shape": list(p.shape),
+        "dtype": dtype_name(p.dtype),
+    }
+
+
+def settings(optimizer: ZerothOrder) -> tuple:
+    """What must stay as it is while a log is written; quick to make and to compare."""
+    own = [key for key in optimizer.defaults if key != "lr"]
+    return tuple(
+        (
+            tuple(group[key] for key in own),
+            isinstance(group["lr"], Tensor),
+            tuple(group["streams"]),
+            tuple(p.requires_grad for p in group["params"]),
+        )
+        for group in optimizer.param_groups
+    )
+
+
+def header_of(optimizer: ZerothOrder, base: bool = True) -> dict[str, Any]:
+    """The header of a log that begins now.  ``base``: with the digests of the weights."""
+    groups = []
+    for group in optimizer.param_groups:
+        params = [_parameter(group, i) for i in range(len(group["params"]))]
+        for entry, p in zip(params, group["params"], strict=True):
+            entry["sha256"] = digest(p) if base and p.requires_grad else None
+        options = {key: _plain(group[key]) for key in optimizer.defaults if key != "lr"}
+        groups.append({"options": options, "lr_is_tensor": isinstance(group["lr"], Tensor), "params": params})
+    rule, estimator = optimizer.rule, optimizer.estimator
+    devices = {p.device.type for g in optimizer.param_groups for p in g["params"] if p.requires_grad}
+    return {
+        "contract": CONTRACT,
+        "created_by": f"zokernels {__version__}",
+        "optimizer": type(optimizer).__name__,
+        "seed": optimizer.seed,
+        "start": optimizer.step_count,
+        "restore": optimizer._restore,
+        "gated": devices != {"cpu"},
+        "losses": len(estimator.points()) if rule.reads_losses else 0,
+        **{argument: describe(getattr(optimizer, argument)) for argument in _PARTS},
+        "groups": groups,
+    }
+
+
+def check_same_run(optimizer: ZerothOrder, header: dict[str, Any]) -> None:
+    """Whether ``optimizer`` is that of the log in all but its step, its learning rates and its weights."""
+    ours = json.loads(canonical(header_of(optimizer, base=False)))
+    theirs = {**header, "groups": [dict(g, params=[dict(p) for p in g["params"]]) for g in header["groups"]]}
+    trains = [[p["sha256"] is not None for p in g["params"]] for g in header["groups"]]
+    for group in theirs["groups"]:
+        for p in group["params"]:
+            p["sha256"] = None
+    for key in ours:
+        if key not in ("created_by", "start", "gated") and ours[key] != theirs[key]:
+            fail("trajectory", f"resume: {key}", f"that of the log, {str(theirs[key])[:200]}", str(ours[key])[:200])
+    if trains != [[p.requires_grad for p in g["params"]] for g in optimizer.param_groups]:
+        fail("trajectory", "resume: params", "the log's trainable parameters", "others")
+
+
+def check_base(header: dict[str, Any], tensors: Sequence[Sequence[Tensor]]) -> None:
+    """Whether ``tensors`` (of each group) hold the weights that the run began with."""
+    for group, ours in zip(header["groups"], tensors, strict=True):
+        for i, (p, tensor) in enumerate(zip(group["params"], ours, strict=True)):
+            if p["sha256"] is not None and digest(tensor, getattr(torch, p["dtype"])) != p["sha256"]:
+                label = p["name"] or f"parameter {i}"
+                fail("trajectory", label, "the base weights of the run (SHA-256)", "other values")
+
+
+# Header to optimizer --------------------------------------------------------------------------------------------------
+
+
+def _labels(header: dict[str, Any]) -> list[list[str | int]]:
+    """Names, or numbers where the run had none."""
+    count, labels = 0, []
+    for group in header["groups"]:
+        labels.append([p["name"] if p["name"] is not None else count + i for i, p in enumerate(group["params"])])
+        count += len(group["params"])
+    return labels
+
+
+def match(header: dict[str, Any], weights: object, dtype: torch.dtype | None = None) -> list[list[Tensor | None]]:
+    """The tensors of each group: those of ``weights`` (a module, a mapping or pairs by name, or tensors in the
+    optimizer's order) with the log's names and shapes, and its dtypes (or ``dtype``).  None for a parameter that was
+    not trained."""
+    by_name = any(p["name"] is not None for g in header["groups"] for p in g["params"])
+    items: Any
+    if isinstance(weights, nn.Module):
+        items = weights.named_parameters() if by_name else enumerate(weights.parameters())
+    elif isinstance(weights, Mapping):
+        items = weights.items()
+    else:
+        listed = list(weights)  # type: ignore[call-overload]
+        items = enumerate(listed) if all(isinstance(w, Tensor) for w in listed) else listed
+    found = {canonical_name(key) if isinstance(key, str) else key: tensor for key, tensor in items}
+    groups, missing = [], []
+    for group, labels in zip(header["groups"], _labels(header), strict=True):
+        tensors: list[Tensor | None] = []
+        for p, label in zip(group["params"], labels, strict=True):
+            tensor = found.get(label) if p["sha256"] is not None else None
+            if p["sha256"] is not None and tensor is None:
+                missing.append(repr(label))
+            elif tensor is not None:
+                _check_tensor(label, tensor, p["shape"], p["dtype"] if dtype is None else dtype_name(dtype))
+            tensors.append(tensor)
+        groups.append(tensors)
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        fail("replay_", "weights", f"every trained parameter of the log, {', '.join(missing[:5])}{more}", "none")
+    return groups
+
+
+def _check_tensor(label: str | int, tensor: Tensor, shape: list[int], dtype: str) -> None:
+    if list(tensor.shape) != shape:
+        fail("replay_", str(label), f"shape {tuple(shape)}", tuple(tensor.shape))
+    if dtype_name(tensor.dtype) != dtype:
+        fail("replay_", str(label), f"dtype {dtype}", dtype_name(tensor.dtype))
+
+
+def optimizer_of(
+    header: dict[str, Any], tensors: Sequence[Sequence[Tensor | None]], restore: str, **given: object
+) -> ZerothOrder:
+    """The optimizer of the run, over ``tensors``; parameters that were not trained are empty ones.
+
+    ``given``: parts (direction, subset) that a log cannot hold.
+    """
+    parts = {argument: _rebuild(argument, header[argument], given.get(argument)) for argument in _PARTS}
+    groups = []
+    for group, ours, labels in zip(header["groups"], tensors, _labels(header), strict=True):
+        frozen = lambda: nn.Parameter(torch.empty(0), requires_grad=False)
+        params = [frozen() if t is None else nn.Parameter(t.detach()) for t in ours]
+        lr = torch.zeros((), dtype=torch.float64) if group["lr_is_tensor"] else 0.0
+        streams = [p["stream"] for p in group["params"]]
+        options = {key: tuple(v) if isinstance(v, list) else v for key, v in group["options"].items()}
+        named = all(isinstance(label, str) for label in labels)
+        groups.append({**options, "params": list(zip(labels, params, strict=True)) if named else params,
+                       "lr": lr, "streams": streams})  # fmt: skip
+    try:
+        optimizer = ZerothOrder(groups, 0.0, seed=header["seed"], restore=restore, **parts)
+    except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
+        fail("replay_", "log", "valid settings", str(error)[:200])
+    optimizer._state.load(header["seed"], header["start"], 0)
+    return optimizer
+
+
+def is_sgd(header: dict[str, Any]) -> bool:
+    """Whether the run is a sum of dense noise: theta <- decay theta + sum_k c_k z_k."""
+    return header["rule"]["kind"] in ("SGD", "Conservative") and header["direction"]["kind"] == "Direction"
