@@ -8,8 +8,9 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = {"README.md": 2, "docs/blackbox.md": 2}
-BLOCKS = [(page, code) for page in PAGES for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)]
+PAGES = {"README.md": 2, "docs/blackbox.md": 2, "docs/quantized.md": 2}
+PYTHON = re.compile(r"```python\n(.*?)```", re.S)
+BLOCKS = [(page, code) for page in PAGES for code in PYTHON.findall((ROOT / page).read_text())]
 
 
 @pytest.mark.parametrize(("page", "code"), BLOCKS, ids=lambda text: text.splitlines()[-1][:30])

@@ -20,6 +20,7 @@ from .methods import (
     ZORankSGD,
 )
 from .optimizer import ZerothOrder
+from .quzo import QuZO
 from .scaling import Sphere, TensorScale
 from .subset import Blocks, LayerSkip
 from .zosgd import ZOSGD
@@ -38,6 +39,7 @@ __all__ = [
     "LayerSkip",
     "LeZO",
     "MagnitudeMask",
+    "QuZO",
     "RandomMask",
     "SparseMeZO",
     "Sphere",

@@ -82,10 +82,17 @@ def check_hyperparameters(op: str, group: dict[str, Any]) -> None:
         check_number(op, "clip", group["clip"], positive=True)
     check_dist(op, group["dist"])
     check_choice(op, "rounding", group["rounding"], ROUNDINGS)
+    if "bits" in group and group["bits"] not in range(2, 9):
+        fail(op, "bits", "an integer in [2, 8]", repr(group["bits"]))
+
+
+def takes_part(group: dict[str, Any], param: Tensor) -> bool:
+    """Not frozen.  Integers (a group with ``bits``) never require a gradient."""
+    return param.requires_grad or "bits" in group
 
 
 def devices_of(groups: list[dict[str, Any]]) -> list[torch.device]:
-    return list(dict.fromkeys(p.device for g in groups for p in g["params"] if p.requires_grad and p.numel()))
+    return list(dict.fromkeys(p.device for g in groups for p in g["params"] if takes_part(g, p) and p.numel()))
 
 
 def label_of(group: dict[str, Any], index: int) -> str:
@@ -93,13 +100,16 @@ def label_of(group: dict[str, Any], index: int) -> str:
     return repr(names[index]) if names else f"params[{index}]"
 
 
-def check_param(op: str, param: Tensor, label: str) -> None:
+def check_param(op: str, group: dict[str, Any], param: Tensor, label: str) -> None:
     """A trainable parameter is dense memory that a kernel can walk in logical order."""
     if isinstance(param, torch.nn.parameter.UninitializedTensorMixin):
         fail(op, label, "an initialized parameter", "a lazy one; run the model once before", TypeError)
     if type(param).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         fail(op, label, "a plain dense tensor", f"the tensor subclass {type(param).__name__}", TypeError)
-    if param.dtype not in DTYPES:
+    if "bits" in group:
+        if param.dtype is not torch.int8:
+            fail(op, label, "dtype int8", param.dtype, TypeError)
+    elif param.dtype not in DTYPES:
         fail(op, label, "dtype float32, bfloat16 or float16 (or requires_grad=False)", param.dtype, TypeError)
     if param.layout is not torch.strided or not param.is_contiguous():
         got = f"strides {param.stride()}" if param.layout is torch.strided else param.layout
@@ -161,10 +171,10 @@ def plan(op: str, groups: list[dict[str, Any]]) -> list[Bucket]:
     for at, group in enumerate(groups):
         check_hyperparameters(op, group)
         for i, (param, stream) in enumerate(zip(group["params"], group["streams"], strict=True)):
-            if not param.requires_grad:
+            if not takes_part(group, param):
                 continue
             label = label_of(group, i)
-            check_param(op, param, label)
+            check_param(op, group, param, label)
             if param.numel():
                 key = (at, param.device, param.dtype)
                 if (bucket := buckets.get(key)) is None:

@@ -28,6 +28,7 @@ from .groups import (
     devices_of,
     label_of,
     plan,
+    takes_part,
 )
 from .guards import GraphRng, RngState, is_capturing, uninterrupted
 from .inplace import InplaceProbe
@@ -171,8 +172,8 @@ class ZerothOrder(torch.optim.Optimizer):
             if len({id(p) for p in group["params"]}) != len(group["params"]):
                 fail(self._op, "params", "each parameter once (tied ones are one parameter)", "a duplicate")
             for i, param in enumerate(group["params"]):
-                if param.requires_grad:
-                    check_param(self._op, param, label_of(group, i))
+                if takes_part(group, param):
+                    check_param(self._op, group, param, label_of(group, i))
             assign_streams(self._op, self.param_groups)
         except BaseException:
             self.param_groups.pop()

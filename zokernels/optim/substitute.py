@@ -169,8 +169,8 @@ class Substitution(TorchFunctionMode):
         """Copies of some parameters of a bucket, and one tensor of the arena they lie in."""
         out = self.pool.like(params)
         bucket.direction.perturb(bucket, out, params, streams, *self._terms[id(bucket)])
-        # Leaves that require grad, as the parameters: matmul picks its kernel by that, views of them included.
-        return [copy.detach().requires_grad_() for copy in out], out[0]
+        # Leaves that require grad where the parameters do: matmul picks its kernel by that, views of them included.
+        return [c.detach().requires_grad_(p.requires_grad) for c, p in zip(out, params, strict=True)], out[0]
 
     def _note_views(self, out: Any, arenas: list[Tensor]) -> None:
         """Remember scratch that ``out`` still refers to: writing to it would be writing to a weight."""

@@ -1,0 +1,354 @@
+# ruff: noqa: B023  closures of a loop run inside it
+"""Integer layers, and the two ways to train them: their scales (QZO) and their integers (QuZO)."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from zosgd_cases import combined, same_bits
+
+import zokernels as zk
+from zokernels.backends.reference.combine import fma
+from zokernels.backends.reference.noise import uniform16
+from zokernels.contract import DOMAIN_ROUNDING, seed_to_int64
+from zokernels.optim import ZOSGD, QuZO
+from zokernels.quantize import (
+    QuantizedLinear,
+    limit_of,
+    named_integers,
+    named_scales,
+    pack_int4,
+    quantize_,
+    unpack_int4,
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BITS = pytest.mark.parametrize("bits", [8, 4])
+
+
+def model(rng, dtype=torch.float32):
+    torch.manual_seed(rng.getrandbits(32))
+    return nn.Sequential(nn.Linear(7, 12), nn.Tanh(), nn.Linear(12, 3)).to(dtype)
+
+
+def batch():
+    return torch.randn(16, 7), torch.randint(3, (16,))
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 7, 16])
+def test_packing(n, rng):
+    torch.manual_seed(rng.getrandbits(32))
+    q = torch.randint(-8, 8, (3, 5, n), dtype=torch.int8)
+    packed = pack_int4(q)
+    assert (packed.dtype, packed.shape) == (torch.uint8, (3, 5, (n + 1) // 2))
+    assert torch.equal(unpack_int4(packed, n), q)
+    every = torch.arange(-8, 8, dtype=torch.int8)
+    assert torch.equal(unpack_int4(pack_int4(every), 16), every)
+    assert pack_int4(torch.tensor([1, -2], dtype=torch.int8)).tolist() == [0xE1]
+
+
+@BITS
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("inputs", "group_size"), [(7, None), (12, 4), (9, 1)])
+@pytest.mark.parametrize("scale_dtype", [None, torch.float32])
+def test_weights_are_rounded_to_the_nearest_step(bits, dtype, inputs, group_size, scale_dtype, rng):
+    torch.manual_seed(rng.getrandbits(32))
+    linear = nn.Linear(inputs, 5, bias=rng.random() < 0.5).to(dtype)
+    with torch.no_grad():
+        linear.weight[2] = 0
+    layer = QuantizedLinear.from_linear(linear, bits, group_size, scale_dtype=scale_dtype)
+    assert layer.packed == (bits == 4)
+    assert layer.scale.dtype is (scale_dtype or dtype)
+    size, limit = group_size or inputs, limit_of(bits)
+    assert layer.scale.shape == (5, inputs // size)
+    assert layer.integers.abs().max() == limit
+    step = layer.scale.double().repeat_interleave(size, 1)
+    error = (linear.weight.double() - layer.integers.double() * step).abs()
+    slack = 0.5 if layer.scale.dtype is torch.float32 else 0.5 + limit * torch.finfo(layer.scale.dtype).eps
+    assert (error <= step * slack * (1 + 1e-5)).all()
+    x = torch.randn(4, inputs).to(dtype)
+    dense = (layer.integers.to(layer.scale.dtype) * layer.scale.repeat_interleave(size, 1)).to(dtype)
+    assert torch.equal(layer(x), F.linear(x, dense, linear.bias))
+
+
+def test_gradients_of_scales(rng):
+    layer = QuantizedLinear.from_linear(model(rng)[0], 4)
+    x = torch.randn(5, 7)
+    layer(x).square().sum().backward()
+    assert layer.scale.grad.abs().min() > 0
+    assert not layer.weight.requires_grad
+
+
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = self.b = nn.Linear(4, 4)
+        self.inner = nn.ModuleDict({"c": nn.Linear(4, 6), "d": nn.Linear(4, 6)})
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.embedding, self.head = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+def test_which_layers_are_replaced():
+    model = Shared()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="quantize_: skip: expected 'head', whose weight 'embedding' holds as well"):
+        quantize_(model)
+    assert type(model.a) is nn.Linear
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert quantize_(model, 4, skip=["head", "inner"]) == ["a"]
+    assert type(model.a) is QuantizedLinear
+    assert model.b is model.a
+    assert type(model.inner["c"]) is type(model.head) is nn.Linear
+    assert type(model.attention.out_proj) is not QuantizedLinear
+    assert quantize_(model, skip=["head", "inner.d"]) == ["inner.c"]
+
+
+@BITS
+def test_state_dict(bits, rng):
+    a, b = model(rng), model(rng)
+    x, _ = batch()
+    for m in (a, b):
+        quantize_(m, bits)
+    assert not torch.equal(a(x), b(x))
+    b.load_state_dict(a.state_dict())
+    assert torch.equal(a(x), b(x))
+    assert sorted(a.state_dict()) == sorted(f"{i}.{name}" for i in (0, 2) for name in ("weight", "scale", "bias"))
+
+
+# --- QZO ---
+
+
+@BITS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_qzo_is_zosgd_over_the_scales(bits, dtype, rng):
+    m, lr, eps, seed = model(rng), 1e-3, 2.0**-9, rng.getrandbits(63)
+    quantize_(m, bits, scale_dtype=dtype)
+    x, y = batch()
+    loss = lambda values: F.cross_entropy(torch.func.functional_call(m, values, (x,)), y)
+    others = {k: v.clone() for k, v in m.state_dict().items() if "scale" not in k}
+    opt = ZOSGD(named_scales(m), lr=lr, eps=eps, seed=seed)
+    for step, clip in enumerate((1e3, 1e-3, 1e3)):
+        opt.param_groups[0]["clip"] = clip
+        theta = {n: p.detach().clone() for n, p in named_scales(m)}
+        own = seed_to_int64(zk.derive_seed(seed, step))
+        z = {n: zk.noise(p.shape, seed=own, stream=zk.stream_of(n)) for n, p in theta.items()}
+        opt.step(lambda: F.cross_entropy(m(x), y))
+        with torch.no_grad():
+            plus, minus = (loss({n: combined(p, z[n], s * eps) for n, p in theta.items()}) for s in (1, -1))
+        assert torch.equal(torch.stack(opt.last_losses), torch.stack([plus, minus]))
+        g = float(((plus.double() - minus.double()) / (2 * eps)).float().clamp(-clip, clip))
+        assert g != 0
+        assert float(opt.last_projected_gradient) == g
+        want = [combined(p, z[n], -lr * g, stochastic_seed=own, stream=zk.stream_of(n)) for n, p in theta.items()]
+        assert same_bits([p.detach() for _, p in named_scales(m)], want)
+        assert not same_bits([*theta.values()], want) or dtype is torch.bfloat16
+    assert all(torch.equal(m.state_dict()[k], v) for k, v in others.items())
+
+
+# --- QuZO ---
+
+
+def requantized(q, z, c, seed, stream, limit):
+    acc = fma(torch.tensor(c, dtype=torch.float32).expand(q.shape), z, q.float()).double()
+    u = uniform16(torch.tensor(seed), stream, DOMAIN_ROUNDING, 0, q.numel()).view_as(q)
+    return (acc + u.double() / 65536).float().floor().clamp(-limit, limit).to(torch.int8)
+
+
+@BITS
+@pytest.mark.parametrize(("dist", "weight_decay"), [("normal", 0.0), ("rademacher", 0.0), ("normal", 1e-3)])
+def test_quzo_steps_equal_plain_pytorch(bits, dist, weight_decay, rng):
+    m, lr, eps, seed = model(rng), 100.0, 0.75, rng.getrandbits(63)
+    quantize_(m, bits, packed=False)
+    x, y = batch()
+    layers = {"0.weight": m[0], "2.weight": m[2]}
+    scales = [p.detach().clone() for p in m.parameters()]
+    call = lambda w: F.cross_entropy(torch.func.functional_call(m, w, (x,)), y)
+    opt = QuZO(named_integers(m), lr=lr, eps=eps, seed=seed, dist=dist, weight_decay=weight_decay)
+    moved = 0
+    for step in range(3):
+        q = {n: layer.weight.clone() for n, layer in layers.items()}
+        own = seed_to_int64(zk.derive_seed(seed, step))
+        side = seed_to_int64(zk.derive_seed(own, 0))
+        z = {n: zk.noise(w.shape, seed=own, stream=zk.stream_of(n), dist=dist) for n, w in q.items()}
+        copies = lambda c, of: {n: requantized(w, z[n], c, of, zk.stream_of(n), limit_of(bits)) for n, w in q.items()}
+        with torch.no_grad():
+            plus, minus = (call(copies(s * eps, side)) for s in (1, -1))
+        opt.step(lambda: F.cross_entropy(m(x), y))
+        assert torch.equal(torch.stack(opt.last_losses), torch.stack([plus, minus]))
+        g = float(((plus.double() - minus.double()) / (2 * eps)).float())
+        assert float(opt.last_projected_gradient) == g
+        if weight_decay:
+            decay = torch.tensor(1 - lr * weight_decay, dtype=torch.float32)
+            q = {n: decay * w.float() for n, w in q.items()}
+        for n, want in copies(-lr * g, own).items():
+            assert torch.equal(layers[n].weight, want)
+            moved += int((want != q[n].round()).sum())
+    assert moved
+    assert same_bits([p.detach() for p in m.parameters()], scales)
+
+
+def test_rounding_is_unbiased_and_the_updates_is_its_own(rng):
+    """The mean of S(q + c z) over elements is q + c z, and S' of the same numbers errs independently of S."""
+    n, c, q = 200_000, 0.4, torch.randint(-100, 100, (200_000,), dtype=torch.int8)
+    seed = seed_to_int64(rng.getrandbits(64))
+    exact = q.double() + c * zk.noise(n, seed=seed, stream=5).double()
+    errors = []
+    for rounding_seed in (zk.derive_seed(seed, 0), seed):
+        out = torch.empty_like(q)
+        zk.requantize(out, q, seed, c, streams=5, rounding_seed=rounding_seed)
+        errors.append(out.double() - exact)
+        assert errors[-1].abs().max() < 1 + 1e-4
+        assert errors[-1].mean().abs() < 6 * errors[-1].std() / n**0.5
+    assert torch.corrcoef(torch.stack(errors))[0, 1].abs() < 6 / n**0.5
+    assert errors[0].std() > 0.3
+
+
+@BITS
+def test_range(bits, rng):
+    limit = limit_of(bits)
+    weight = (torch.randint(0, 2, (4001,)) * 2 - 1).mul(limit).to(torch.int8)
+    before, seen = weight.clone(), []
+    opt = QuZO([("w", weight)], lr=1.0, eps=3.0, bits=bits, seed=rng.getrandbits(64))
+    opt.step(lambda: seen.append(weight.float() * 1) or seen[-1].sum())
+    for values in (*seen, weight):
+        assert (values.min(), values.max()) == (-limit, limit)
+        assert (values != before).any()
+
+
+def test_integers_are_written_once(rng):
+    m = model(rng)
+    quantize_(m)
+    before, (x, y) = [layer.weight.clone() for layer in (m[0], m[2])], batch()
+    opt = QuZO(named_integers(m), lr=100.0, seed=rng.getrandbits(64))
+
+    def closure(error=None):
+        with torch._C.DisableTorchFunction():
+            assert all(torch.equal(layer.weight, w) for layer, w in zip((m[0], m[2]), before, strict=True))
+        loss = F.cross_entropy(m(x), y)
+        if error:
+            raise error
+        return loss
+
+    with pytest.raises(KeyError):
+        opt.step(lambda: closure(KeyError()))
+    assert opt.step_count == 0
+    opt.step(closure)
+    assert any(not torch.equal(layer.weight, w) for layer, w in zip((m[0], m[2]), before, strict=True))
+    before[:] = [layer.weight.clone() for layer in (m[0], m[2])]
+    with pytest.warns(UserWarning, match="loss not finite"):
+        opt.step(lambda: closure() * float("nan"))
+    assert all(torch.equal(layer.weight, w) for layer, w in zip((m[0], m[2]), before, strict=True))
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_saved_run_goes_on(capturable, rng):
+    a, seed, (x, y) = model(rng), rng.getrandbits(64), batch()
+    quantize_(a, packed=False)
+    b = copy.deepcopy(a)
+    make = lambda m, **options: QuZO(named_integers(m), lr=20.0, directions=2, **options)
+    run = lambda opt, m: [opt.step(lambda: F.cross_entropy(m(x), y)) for _ in range(2)]
+    first = make(a, seed=seed)
+    run(first, a)
+    b.load_state_dict(a.state_dict())
+    second = make(b, capturable=capturable)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(torch.stack(run(first, a)), torch.stack(run(second, b)))
+    assert torch.equal(a[0].weight, b[0].weight)
+
+
+def test_mixed_bits(rng):
+    m = model(rng)
+    quantize_(m, 4, skip=["2"], packed=False)
+    quantize_(m, 8)
+    opt = QuZO(named_integers(m), lr=1e4, eps=2.0, seed=rng.getrandbits(64))
+    x, y = batch()
+    for _ in range(3):
+        opt.step(lambda: F.cross_entropy(m(x), y))
+    assert m[0].weight.abs().max() == 7
+    assert m[2].weight.abs().max() > 7
+
+
+@pytest.fixture(scope="module")
+def digits():
+    datasets = pytest.importorskip("sklearn.datasets")
+    x, y = datasets.load_digits(return_X_y=True)
+    return torch.tensor(x / 16).float(), torch.tensor(y)
+
+
+def pretrained(x, y):
+    """First-order training on other labels: digits above 6 have the next one's."""
+    m = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    opt = torch.optim.Adam(m.parameters(), lr=1e-2)
+    for _ in range(30):
+        opt.zero_grad()
+        F.cross_entropy(m(x), (y + (y > 6)) % 10).backward()
+        opt.step()
+    return m
+
+
+@pytest.mark.parametrize(
+    ("bits", "method", "options"),
+    [
+        (8, "qzo", {"lr": 1e-6, "eps": 1e-4, "clip": 1000.0}),
+        (4, "qzo", {"lr": 5e-5, "eps": 1e-4, "clip": 1000.0}),
+        (8, "quzo", {"lr": 300.0, "eps": 1.0, "directions": 4}),
+        (4, "quzo", {"lr": 3.0, "eps": 0.25, "directions": 4}),
+    ],
+)
+def test_training_on_digits(bits, method, options, digits, rng):
+    x, y = digits
+    torch.manual_seed(rng.getrandbits(32))
+    m = pretrained(x[:512], y[:512])
+    quantize_(m, bits, packed=False, scale_dtype=torch.float32)
+    x, y, seed = x[512:1024], y[512:1024], rng.getrandbits(64)
+    loss = lambda: F.cross_entropy(m(x), y)
+    opt = (
+        ZOSGD(named_scales(m), seed=seed, **options)
+        if method == "qzo"
+        else QuZO(named_integers(m), seed=seed, **options)
+    )
+    before = loss().item()
+    for _ in range(120):
+        opt.step(loss)
+    assert loss().item() < 0.85 * before
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: QuantizedLinear(8, 8, bits=3), "QuantizedLinear: bits: expected 8 or 4, got 3"),
+        (
+            lambda: QuantizedLinear(8, 8, group_size=3),
+            "QuantizedLinear: group_size: expected a divisor of 8 inputs, got 3",
+        ),
+        (lambda: QuantizedLinear(8, 8, packed=True), "QuantizedLinear: packed: expected False with 8 bits, got True"),
+        (lambda: QuantizedLinear(8, 8, dtype=torch.float64), "QuantizedLinear: dtype: expected float32"),
+        (lambda: quantize_(nn.Linear(2, 2)), "quantize_: module: expected a module that holds layers"),
+        (
+            lambda: quantize_(nn.Sequential(nn.Linear(2, 2)), skip=["1"]),
+            "quantize_: skip: expected names of modules, got '1'",
+        ),
+        (lambda: named_integers(QuantizedLinear(4, 4, bits=4)), "expected integers of a byte each"),
+        (lambda: QuZO([torch.zeros(3)], 1.0), r"QuZO: params\[0\]: expected dtype int8, got torch.float32"),
+        (
+            lambda: QuZO([torch.zeros(3, dtype=torch.int8)], 1.0, bits=9),
+            r"QuZO: bits: expected an integer in \[2, 8\], got 9",
+        ),
+        (lambda: QuZO([torch.zeros(3, dtype=torch.int8)], 1.0, restore="inplace"), "QuZO: restore: expected 'exact'"),
+    ],
+)
+def test_arguments(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()
+
+
+def test_frozen_integers_of_other_optimizers_stay_out():
+    """int8 weights among a model's parameters are frozen ones to an optimizer of floats."""
+    frozen = nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
+    p = nn.Parameter(torch.ones(3))
+    ZOSGD([("frozen", frozen), ("p", p)], lr=0.1).step(lambda: p.sum())
+    assert torch.equal(frozen, torch.ones(3, dtype=torch.int8))
+    assert not torch.equal(p, torch.ones(3))
