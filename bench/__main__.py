@@ -1,4 +1,4 @@
-"""``python -m bench list``, ``run``, ``report`` and ``gpu-check``."""
+"""``python -m bench list``, ``run``, ``methods``, ``report`` and ``gpu-check``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from zokernels import BackendUnavailable
 from zokernels.backends.registry import NAMES
 
 from . import machine, table
+from .methods import run as methods
 from .registry import SKIPPED, Settings, ops
 from .workloads import WORKLOADS
 
@@ -141,6 +142,8 @@ def main() -> int:
     sub.add_argument("--tiny", action="store_true", help="small and short: whether it runs, not how fast")
     sub.add_argument("--json", type=pathlib.Path, help="write everything to this file")
     sub.set_defaults(call=run)
+    sub = commands.add_parser("methods", help="every method against its eager form, and its loss after equal forwards")
+    methods.add_arguments(sub)
     sub = commands.add_parser("report", help="JSON files into docs/performance.md and a PNG")
     sub.add_argument("files", nargs="+", type=pathlib.Path)
     sub.add_argument("--output", type=pathlib.Path, default=pathlib.Path("docs/performance.md"))

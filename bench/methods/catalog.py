@@ -1,0 +1,162 @@
+"""The methods, one entry each.  ``use`` is the line that a user writes, and the line that is run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zokernels import optim
+
+from . import eager
+
+
+@dataclass(frozen=True)
+class Method:
+    name: str
+    paper: str
+    formula: str
+    #: An expression in ``named`` (named parameters) and ``lr``, evaluated with the names of zokernels.optim.
+    use: str
+    forwards: int
+    #: Accesses of weights in one step of restore="exact", in units of all trained weights.
+    accesses: float
+    #: Extra memory in bytes a weight, as text.
+    memory: str
+    #: The same method in eager PyTorch: class, options.
+    eager: tuple[type[eager.Eager], dict[str, Any]] | None
+    #: Step size in the training runs, tuned to a factor of two on seed 0.
+    lr: float
+    #: Bytes of state read and written a weight and step, beside the weights.
+    state_bytes: float = 0.0
+    task: str = "weights"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def bytes(self, itemsize: int) -> float:
+        """Modelled bytes a weight and step."""
+        return self.accesses * itemsize + self.state_bytes
+
+    def make(self, named: list[tuple[str, Tensor]], lr: float, **options: Any) -> torch.optim.Optimizer:
+        """The optimizer of :attr:`use`; ``options`` go to it on top."""
+        names = {n: _with(getattr(optim, n), self.options | options) for n in optim.__all__}
+        scope = {"named": named, "lr": lr, **names}
+        return eval(self.use, {"__builtins__": {}}, scope)  # noqa: S307: our own text
+
+
+def _with(what: Any, options: dict[str, Any]) -> Callable[..., Any]:
+    """Optimizers take ``options``; directions and subsets stay as they are."""
+    if isinstance(what, type) and issubclass(what, torch.optim.Optimizer):
+        return lambda *args, **own: what(*args, **(options | own))
+    return what
+
+
+METHODS = [
+    Method(
+        "MeZO (ZO-SGD, SPSA)", "[2305.17333](https://arxiv.org/abs/2305.17333)",
+        "g = (L+ - L-) / 2 eps, theta -= lr g z", "ZOSGD(named, lr)", 2, 6, "0", (eager.Eager, {}), 0.01,
+    ),
+    Method(
+        "one-sided", "[1312.2139](https://arxiv.org/abs/1312.2139)",
+        "g = (L+ - L0) / eps", "ZOSGD(named, lr, estimator='one-sided')", 2, 4, "0", (eager.OneSided, {}), 0.01,
+    ),
+    Method(
+        "n-SPSA, q = 4", "[2305.17333](https://arxiv.org/abs/2305.17333)",
+        "theta -= lr / q sum g_k z_k, one pass", "ZOSGD(named, lr, directions=4)", 8, 18, "0",
+        (eager.ManyDirections, {"directions": 4}), 0.03,
+    ),
+    Method(
+        "FZOO, q = 8", "[2506.09034](https://arxiv.org/abs/2506.09034)",
+        "theta -= lr / (q sigma) sum (L_k - L0) z_k", "FZOO(named, lr, directions=8)", 9, 18, "0",
+        (eager.FZOO, {"directions": 8}), 0.01,
+    ),
+    Method(
+        "ZO-RankSGD, m = 8", "[2303.03751](https://arxiv.org/abs/2303.03751)",
+        "w_k = (times worse - times better) / edges", "ZORankSGD(named, lr, candidates=8)", 8, 18, "0",
+        (eager.Ranking, {"directions": 8}), 0.02,
+    ),
+    Method(
+        "conservative", "[2402.11592](https://arxiv.org/abs/2402.11592)",
+        "best of theta, theta -+ lr g z", "ZOConservative(named, lr)", 5, 10, "0", (eager.Conservative, {}), 0.02,
+    ),
+    Method(
+        "ZO-signSGD", "[ICLR 2019](https://openreview.net/forum?id=BJe-DsC5Fm)",
+        "theta -= lr sign(g z)", "ZOSignSGD(named, lr)", 2, 6, "0", (eager.Sign, {}), 0.001,
+    ),
+    Method(
+        "ZO-SGD with momentum", "[2402.11592](https://arxiv.org/abs/2402.11592)",
+        "m = beta m + g z, theta -= lr m", "ZOSGD(named, lr, momentum=0.9)", 2, 6, "4 (m)",
+        (eager.Momentum, {}), 0.001, state_bytes=8,
+    ),
+    Method(
+        "ZO-AdamW", "[2402.11592](https://arxiv.org/abs/2402.11592)",
+        "AdamW on g z", "ZOAdamW(named, lr)", 2, 6, "8 (m, v)", (eager.Adam, {}), 0.001, state_bytes=16,
+    ),
+    Method(
+        "momentum without state, h = 8", "[MeZO, issue 37](https://github.com/princeton-nlp/MeZO/issues/37)",
+        "theta -= lr sum_j beta^j g_j z_j", "ZOSGD(named, lr, momentum=0.9, window=8)", 2, 6, "0",
+        (eager.WindowMomentum, {"window": 8}), 0.001,
+    ),
+    Method(
+        "Adam without state, h = 8", "[MeZO, issue 37](https://github.com/princeton-nlp/MeZO/issues/37)",
+        "m, v from the last h (seed, g)", "ZOAdamW(named, lr, window=8)", 2, 6, "0",
+        (eager.WindowAdam, {"window": 8}), 0.001,
+    ),
+    Method(
+        "HiZOO", "[2402.15173](https://arxiv.org/abs/2402.15173)",
+        "theta +- eps z / sqrt(h), h from L+ + L- - 2 L0", "HiZOO(named, lr)", 3, 6, "4 (h)",
+        (eager.HiZOO, {}), 0.01, state_bytes=16,
+    ),
+    Method(
+        "Sparse-MeZO, 25 %", "[2402.15751](https://arxiv.org/abs/2402.15751)",
+        "z of the smallest weights alone", "SparseMeZO(named, lr, density=0.25)", 2, 6, "1/8 (mask)",
+        (eager.Masked, {}), 0.02, state_bytes=3 / 8,
+    ),
+    Method(
+        "random mask, 25 %", "[2402.15751](https://arxiv.org/abs/2402.15751)",
+        "z where a drawn mask keeps it", "ZOSGD(named, lr, direction=RandomMask(0.25))", 2, 6, "0",
+        (eager.RandomMasked, {}), 0.02,
+    ),
+    Method(
+        "block coordinate descent", "[2402.11592](https://arxiv.org/abs/2402.11592)",
+        "one block of layers a step", "ZOBCD(named, lr)", 2, 1.5, "0", (eager.Subset, {}), 0.02,
+    ),
+    Method(
+        "LeZO, 75 % skipped", "[2410.09823](https://arxiv.org/abs/2410.09823)",
+        "a random quarter of the layers a step", "LeZO(named, lr, skipped=0.75)", 2, 1.5, "0", (eager.Subset, {}), 0.02,
+    ),
+    Method(
+        "LOZO, r = 4", "[2410.07698](https://arxiv.org/abs/2410.07698)",
+        "z = U V^T / sqrt(r), V kept", "LOZO(named, lr, rank=4)", 2, 6, "0", (eager.LOZO, {}), 0.01,
+    ),
+    Method(
+        "SubZero, r = 8", "[2410.08989](https://arxiv.org/abs/2410.08989)",
+        "z = U G V^T, U and V orthonormal, kept", "SubZero(named, lr, rank=8)", 2, 6, "(m + n) r",
+        (eager.SubZero, {"rank": 8}), 0.01,
+    ),
+    Method(
+        "TeZO, r = 8", "[2501.19057](https://arxiv.org/abs/2501.19057)",
+        "z = sum tau_s u_s v_s^T, u and v kept", "TeZO(named, lr, rank=8)", 2, 6, "0", (eager.TeZO, {"rank": 8}), 0.01,
+    ),
+    Method(
+        "EGGROLL, r = 1, 4 pairs", "[2511.16652](https://arxiv.org/abs/2511.16652)",
+        "z = A B^T / sqrt(r), both fresh", "EGGROLL(named, lr, rank=1, directions=4)", 8, 18, "0",
+        (eager.EGGROLLPairs, {"directions": 4, "rank": 1}), 0.03,
+    ),
+    Method(
+        "scaled by tensor", "[2305.17333](https://arxiv.org/abs/2305.17333)",
+        "z times the tensor's rms", "ZOSGD(named, lr, direction=TensorScale('rms'))", 2, 6, "0",
+        (eager.TensorScaled, {}), 0.5,
+    ),
+    Method(
+        "on a sphere", "[cs/0408007](https://arxiv.org/abs/cs/0408007)",
+        "z sqrt(d) / |z|", "ZOSGD(named, lr, direction=Sphere())", 2, 6, "0", (eager.Sphere, {}), 0.01,
+    ),
+    Method(
+        "CGE (DeepZero), 32 coordinates", "[2310.02025](https://arxiv.org/abs/2310.02025)",
+        "g_i = (L(theta + mu e_i) - L) / mu", "ZOCGE(named, lr, coordinates=32)", 33, 0, "0",
+        (eager.Coordinatewise, {"coordinates": 32}), 1.0,
+    ),
+]  # fmt: skip

@@ -1,0 +1,419 @@
+"""Each method as its authors' trainers run it: eager torch, a z from torch's global generator for every use.
+
+They restate the published operations, not the published mistakes (a second z, the same z for every tensor, a mask of
+perturbed weights), so that a ratio of times is one of kernels.  A step takes the parameters and a closure, as ours.
+Between steps they keep what their authors keep: moments, masks, factors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..baselines import draw
+
+Closure = Callable[[], Tensor | float]
+
+
+class Eager:
+    """theta + c z, tensor after tensor, and the plain step of SPSA.  Subclasses change z, the points or the rule."""
+
+    dist = "normal"
+
+    def __init__(self, params: Sequence[Tensor], lr: float = 1e-6, eps: float = 1e-3, **options: object) -> None:
+        self.params, self.lr, self.eps, self.step_count = list(params), lr, eps, 0
+        self.options = options
+        self.setup(**options)
+
+    def setup(self) -> None:
+        """What the method keeps between steps."""
+
+    def seed(self, k: int = 0) -> int:
+        return 1_000_003 * self.step_count + k
+
+    def noises(self, seed: int):
+        """(parameter, z) of every tensor that the step touches."""
+        torch.manual_seed(seed)
+        for p in self.params:
+            yield p, draw(p.data, self.dist)
+
+    def perturb(self, seed: int, scaling: float) -> None:
+        for p, z in self.noises(seed):
+            p.data = p.data + scaling * z * self.eps
+
+    def apply(self, seed: int, g: float) -> None:
+        for p, z in self.noises(seed):
+            p.data = p.data - self.lr * (g * z)
+
+    def two_sided(self, closure: Closure, k: int = 0) -> float:
+        """g, with the weights back where they were."""
+        seed = self.seed(k)
+        self.perturb(seed, 1)
+        plus = float(closure())
+        self.perturb(seed, -2)
+        minus = float(closure())
+        self.perturb(seed, 1)
+        return (plus - minus) / (2 * self.eps)
+
+    def one_sided(self, closure: Closure, k: int = 0) -> float:
+        """L(theta + eps z)."""
+        seed = self.seed(k)
+        self.perturb(seed, 1)
+        loss = float(closure())
+        self.perturb(seed, -1)
+        return loss
+
+    def step(self, closure: Closure) -> None:
+        with torch.no_grad():
+            self.run(closure)
+        self.step_count += 1
+
+    def run(self, closure: Closure) -> None:
+        g = self.two_sided(closure)
+        self.apply(self.seed(), g)
+
+
+class OneSided(Eager):
+    def run(self, closure: Closure) -> None:
+        base = float(closure())
+        self.apply(self.seed(), (self.one_sided(closure) - base) / self.eps)
+
+
+class ManyDirections(Eager):
+    """n-SPSA: q pairs of forwards, then q update passes."""
+
+    def setup(self, directions: int) -> None:
+        self.directions = directions
+
+    def run(self, closure: Closure) -> None:
+        gs = [self.two_sided(closure, k) for k in range(self.directions)]
+        for k, g in enumerate(gs):
+            self.apply(self.seed(k), g / self.directions)
+
+
+class FZOO(ManyDirections):
+    dist = "rademacher"
+
+    def run(self, closure: Closure) -> None:
+        base = float(closure())
+        losses = torch.tensor([self.one_sided(closure, k) for k in range(self.directions)])
+        sigma = losses.std().item() + 1e-8
+        for k, loss in enumerate(losses.tolist()):
+            self.apply(self.seed(k), (loss - base) / (self.directions * sigma))
+
+
+class Ranking(ManyDirections):
+    def run(self, closure: Closure) -> None:
+        losses = [self.one_sided(closure, k) for k in range(self.directions)]
+        order, m = sorted(range(self.directions), key=losses.__getitem__), self.directions
+        for rank, k in enumerate(order):
+            self.apply(self.seed(k), (2 * rank - (m - 1)) / (m * (m - 1) / 2))
+
+
+class Conservative(Eager):
+    """The best of theta, theta - lr g z and theta + lr g z."""
+
+    def run(self, closure: Closure) -> None:
+        g, seed = self.two_sided(closure), self.seed()
+        losses = [float(closure())]
+        self.apply(seed, g)
+        losses.append(float(closure()))
+        self.apply(seed, -2 * g)
+        losses.append(float(closure()))
+        best = min(range(3), key=losses.__getitem__)
+        self.apply(seed, (g, 2 * g, 0.0)[best])
+
+
+class Sign(Eager):
+    def apply(self, seed: int, g: float) -> None:
+        for p, z in self.noises(seed):
+            p.data = p.data - self.lr * torch.sign(g * z)
+
+
+class Momentum(Eager):
+    def setup(self, momentum: float = 0.9) -> None:
+        self.momentum, self.buffers = momentum, [torch.zeros_like(p, dtype=torch.float32) for p in self.params]
+
+    def apply(self, seed: int, g: float) -> None:
+        for (p, z), m in zip(self.noises(seed), self.buffers, strict=True):
+            m.mul_(self.momentum).add_(g * z)
+            p.data = p.data - self.lr * m.to(p.dtype)
+
+
+class Adam(Eager):
+    """AdamW: torch's formula, on a gradient that is made for it."""
+
+    def setup(self, betas: tuple[float, float] = (0.9, 0.999)) -> None:
+        self.betas = betas
+        self.m, self.v = ([torch.zeros_like(p, dtype=torch.float32) for p in self.params] for _ in range(2))
+
+    def apply(self, seed: int, g: float) -> None:
+        (b1, b2), t = self.betas, self.step_count + 1
+        for (p, z), m, v in zip(self.noises(seed), self.m, self.v, strict=True):
+            gradient = (g * z).float()
+            m.mul_(b1).add_(gradient, alpha=1 - b1)
+            v.mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
+            denominator = (v / (1 - b2**t)).sqrt_().add_(1e-8)
+            p.data = p.data - (self.lr / (1 - b1**t) * (m / denominator)).to(p.dtype)
+
+
+class WindowMomentum(Eager):
+    """Momentum from the last h (seed, g): h draws and passes."""
+
+    def setup(self, window: int, momentum: float = 0.9) -> None:
+        self.window, self.momentum, self.history = window, momentum, []
+
+    def apply(self, seed: int, g: float) -> None:
+        self.history = [*self.history, (seed, g)][-self.window :]
+        for age, (old, g_old) in enumerate(reversed(self.history)):
+            super().apply(old, self.momentum**age * g_old)
+
+
+class WindowAdam(Eager):
+    """Adam's moments rebuilt from the last h (seed, g) in two temporaries of the model's size."""
+
+    def setup(self, window: int, betas: tuple[float, float] = (0.9, 0.999)) -> None:
+        self.window, self.betas, self.history = window, betas, []
+
+    def apply(self, seed: int, g: float) -> None:
+        self.history = [*self.history, (seed, g)][-self.window :]
+        m, v = ([torch.zeros_like(p, dtype=torch.float32) for p in self.params] for _ in range(2))
+        b1, b2 = self.betas
+        n = len(self.history)
+        for age, (old, g_old) in enumerate(reversed(self.history)):
+            for i, (_, z) in enumerate(self.noises(old)):
+                gradient = (g_old * z).float()
+                m[i].add_(gradient, alpha=(1 - b1) * b1**age / (1 - b1**n))
+                v[i].addcmul_(gradient, gradient, value=(1 - b2) * b2**age / (1 - b2**n))
+        for p, mean, square in zip(self.params, m, v, strict=True):
+            p.data = p.data - (self.lr * mean / (square.sqrt() + 1e-8)).to(p.dtype)
+
+
+class HiZOO(Eager):
+    """Three losses; perturbation and update scaled by the root of a diagonal curvature."""
+
+    def setup(self, smooth: float = 1e-6) -> None:
+        self.smooth, self.h = smooth, [torch.ones_like(p) for p in self.params]
+
+    def perturb(self, seed: int, scaling: float) -> None:
+        for (p, z), h in zip(self.noises(seed), self.h, strict=True):
+            p.data = p.data + scaling / torch.sqrt(h) * z * self.eps
+
+    def run(self, closure: Closure) -> None:
+        base, seed = float(closure()), self.seed()
+        self.perturb(seed, 1)
+        plus = float(closure())
+        self.perturb(seed, -2)
+        minus = float(closure())
+        self.perturb(seed, 1)
+        g, bend = (plus - minus) / (2 * self.eps), abs(plus + minus - 2 * base)
+        for i, (p, z) in enumerate(self.noises(seed)):
+            estimate = bend * (self.h[i] * z * z) * self.smooth / (2 * self.eps**2)
+            self.h[i] = (1 - self.smooth) * self.h[i] + estimate
+            p.data = p.data - self.lr * (g * z / torch.sqrt(self.h[i]))
+
+
+class Masked(Eager):
+    """Sparse-MeZO: a bool mask of the smaller weights, of the unperturbed model."""
+
+    def setup(self, sparsity: float = 0.75) -> None:
+        self.masks = [p.abs() <= p.abs().float().quantile(1 - sparsity) if p.numel() < 2**24 else p.abs() < 1e-2
+                      for p in self.params]  # fmt: skip
+
+    def noises(self, seed: int):
+        for (p, z), mask in zip(super().noises(seed), self.masks, strict=True):
+            yield p, z * mask
+
+
+class RandomMasked(Eager):
+    """A mask of given density, drawn anew in every pass from a seed of its own."""
+
+    def setup(self, density: float = 0.25) -> None:
+        self.density, self.generator = density, torch.Generator(self.params[0].device)
+
+    def noises(self, seed: int):
+        self.generator.manual_seed(1)
+        for p, z in super().noises(seed):
+            keep = torch.rand(p.shape, generator=self.generator, device=p.device) < self.density
+            yield p, z * keep
+
+
+class Subset(Eager):
+    """Only some tensors move in a step: ``fraction`` of them, in turn."""
+
+    def setup(self, fraction: float = 0.25) -> None:
+        self.every = round(1 / fraction)
+        self.all = self.params
+
+    def run(self, closure: Closure) -> None:
+        self.params = self.all[self.step_count % self.every :: self.every]
+        super().run(closure)
+        self.params = self.all
+
+
+class TensorScaled(Eager):
+    """z times the root mean square of its tensor, measured once."""
+
+    def setup(self) -> None:
+        self.scales = [p.float().square().mean().sqrt().item() for p in self.params]
+
+    def noises(self, seed: int):
+        for (p, z), scale in zip(super().noises(seed), self.scales, strict=True):
+            yield p, z * scale
+
+
+class Sphere(Eager):
+    """z sqrt(d) / |z|: one more draw of everything for the norm."""
+
+    def noises(self, seed: int):
+        total = sum(z.float().square().sum() for _, z in super().noises(seed))
+        scale = math.sqrt(sum(p.numel() for p in self.params)) / total.sqrt().item()
+        for p, z in super().noises(seed):
+            yield p, z * scale
+
+
+class LowRank(Eager):
+    """Matrices move by a product of factors, made dense in every pass; the rest as in MeZO."""
+
+    def setup(self, rank: int = 4) -> None:
+        self.rank = rank
+        self.kept = [self.keep(p) if p.dim() >= 2 else None for p in self.params]
+
+    def keep(self, p: Tensor) -> tuple[Tensor, ...]:
+        """What a matrix keeps from step to step."""
+        raise NotImplementedError
+
+    def product(self, p: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+        raise NotImplementedError
+
+    def noises(self, seed: int):
+        torch.manual_seed(seed)
+        for p, kept in zip(self.params, self.kept, strict=True):
+            yield p, draw(p.data, "normal") if kept is None else self.product(p, kept).view_as(p)
+
+    def randn(self, p: Tensor, *shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=p.dtype, device=p.device)
+
+
+class LOZO(LowRank):
+    def keep(self, p: Tensor) -> tuple[Tensor, ...]:
+        return (self.randn(p, p[0].numel(), self.rank),)
+
+    def product(self, p: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+        return self.randn(p, p.shape[0], self.rank) @ kept[0].t() / self.rank**0.5
+
+
+class SubZero(LowRank):
+    def keep(self, p: Tensor) -> tuple[Tensor, ...]:
+        left, right = (torch.linalg.qr(torch.randn(n, self.rank)).Q.to(p) for n in (p.shape[0], p[0].numel()))
+        return left, right
+
+    def product(self, p: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+        left, right = kept
+        return left @ self.randn(p, self.rank, self.rank) @ right.t()
+
+
+class TeZO(LowRank):
+    def keep(self, p: Tensor) -> tuple[Tensor, ...]:
+        return self.randn(p, p.shape[0], self.rank), self.randn(p, p[0].numel(), self.rank)
+
+    def product(self, p: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+        left, right = kept
+        return (left * self.randn(p, self.rank)) @ right.t()
+
+
+class EGGROLL(LowRank):
+    def keep(self, p: Tensor) -> tuple[Tensor, ...]:
+        return ()
+
+    def product(self, p: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+        left = self.randn(p, p.shape[0], self.rank)
+        return left @ self.randn(p, p[0].numel(), self.rank).t() / self.rank**0.5
+
+
+class Coordinatewise(Eager):
+    """CGE: one coordinate at a time, forward differences; then the sparse gradient."""
+
+    def setup(self, coordinates: int = 64) -> None:
+        self.coordinates = coordinates
+
+    def run(self, closure: Closure) -> None:
+        base = float(closure())
+        total = sum(p.numel() for p in self.params)
+        chosen = torch.randperm(min(total, 1 << 20), generator=torch.Generator().manual_seed(self.seed()))
+        gradients = [torch.zeros_like(p) for p in self.params]
+        bounds = torch.tensor([p.numel() for p in self.params]).cumsum(0)
+        for flat in chosen[: self.coordinates].tolist():
+            i = int(torch.searchsorted(bounds, flat, right=True))
+            p, at = self.params[i].data.view(-1), flat - (int(bounds[i - 1]) if i else 0)
+            old = p[at].clone()
+            p[at] += self.eps
+            gradients[i].view(-1)[at] = (float(closure()) - base) / self.eps
+            p[at] = old
+        for p, gradient in zip(self.params, gradients, strict=True):
+            p.data = p.data - self.lr * gradient
+
+
+class QuZO(Eager):
+    """int8 weights: z scaled to steps, rounded stochastically; the update with bits of its own."""
+
+    def moved(self, q: Tensor, z: Tensor) -> Tensor:
+        return (q + torch.floor(z + torch.rand_like(z))).clamp(-127, 127).to(torch.int8)
+
+    def noises(self, seed: int):
+        torch.manual_seed(seed)
+        for p in self.params:
+            yield p, torch.randn(p.shape, device=p.device)
+
+    def run(self, closure: Closure) -> None:
+        kept, losses = [p.data.clone() for p in self.params], []
+        for sign in (1, -1):
+            for (p, z), q in zip(self.noises(self.seed()), kept, strict=True):
+                p.data = self.moved(q, sign * self.eps * z)
+            losses.append(float(closure()))
+        g = (losses[0] - losses[1]) / (2 * self.eps)
+        for (p, z), q in zip(self.noises(self.seed()), kept, strict=True):
+            p.data = self.moved(q, -self.lr * g * z)
+
+
+def forward_gradient(model: Callable[..., Tensor], params: dict[str, Tensor], lr: float) -> Callable[[int], None]:
+    """theta -= lr (jvp along z) z with z of the whole model in memory; ``model``: loss of a dict of parameters."""
+
+    def step(seed: int) -> None:
+        torch.manual_seed(seed)
+        z = {name: torch.randn_like(p) for name, p in params.items()}
+        _, g = torch.func.jvp(model, (params,), (z,))
+        with torch.no_grad():
+            for name, p in params.items():
+                p -= lr * g * z[name]
+
+    return step
+
+
+def black_box(f: Callable[[Tensor], Tensor], x: Tensor, mu: float, directions: int) -> Tensor:
+    """Gradient of sum f by one-sided random directions for each sample, with every z in memory."""
+    z = torch.randn(directions, *x.shape)
+    losses = f((x + mu * z).flatten(0, 1)).view(directions, len(x))
+    weights = (losses - f(x)) / (mu * directions)
+    return (weights.view(directions, len(x), *[1] * (x.dim() - 1)) * z).sum(0)
+
+
+def black_box_coordinates(f: Callable[[Tensor], Tensor], x: Tensor, mu: float) -> Tensor:
+    """The same by forward differences along every coordinate, one after the other."""
+    base, gradient = f(x), torch.empty_like(x).flatten(1)
+    for i in range(gradient.shape[1]):
+        moved = x.clone()
+        moved.flatten(1)[:, i] += mu
+        gradient[:, i] = (f(moved) - base) / mu
+    return gradient.view_as(x)
+
+
+class EGGROLLPairs(EGGROLL, ManyDirections):
+    """q antithetic pairs, each product made dense in every pass."""
+
+    def setup(self, directions: int, rank: int = 1) -> None:
+        ManyDirections.setup(self, directions)
+        LowRank.setup(self, rank)

@@ -1,0 +1,65 @@
+"""Time of a step without its forwards: ours and the eager form, in turns, on the same shapes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .. import timing
+from ..registry import Row
+from .catalog import METHODS, Method
+
+#: A transformer of 12 layers: 28 M weights of width 512, 56 MB in bf16.
+WIDTH, LAYERS, VOCABULARY = 512, 8, 8192
+
+
+def parameters(dtype: torch.dtype, device: str, scale: float) -> list[tuple[str, nn.Parameter]]:
+    """Named weights of a decoder; ``scale``: of its width."""
+    width = max(16, int(WIDTH * scale) // 16 * 16)
+    shapes = {"embed.weight": (max(64, int(VOCABULARY * scale)), width)}
+    for i in range(LAYERS):
+        shapes |= {f"layers.{i}.attention.{name}.weight": (width, width) for name in "qkvo"}
+        shapes |= {f"layers.{i}.up.weight": (4 * width, width), f"layers.{i}.down.weight": (width, 4 * width)}
+        shapes |= {f"layers.{i}.norm.weight": (width,)}
+    make = lambda shape: nn.Parameter((torch.randn(shape) * 0.02).to(dtype).to(device))
+    return [(name, make(shape)) for name, shape in shapes.items()]
+
+
+def losses() -> Callable[[], float]:
+    """A closure that costs nothing: numbers near 1, so that every step has a g."""
+    numbers = itertools.cycle(1 + 1e-4 * torch.randn(1009, generator=torch.Generator().manual_seed(0)).double().numpy())
+    return lambda: float(next(numbers))
+
+
+def run_of(method: Method, dtype: torch.dtype, device: str, scale: float) -> tuple[Callable[[], None], ...]:
+    """One step of ours, in place so that both write the same weights, and one of the eager form."""
+    torch.manual_seed(0)
+    ours, theirs = parameters(dtype, device, scale), parameters(dtype, device, scale)
+    lr = 1e-6
+    optimizer = method.make(ours, lr, restore="inplace")
+    closure = losses()
+    kind, options = method.eager
+    loop = kind([p for _, p in theirs], lr=lr, **options)
+    return (lambda: optimizer.step(closure)), (lambda: loop.step(closure))
+
+
+def measure(method: Method, dtype: torch.dtype, device: str, scale: float, seconds: float) -> Row:
+    """p20 of both, in seconds, and their ratio; the number of weights."""
+    ours, theirs = run_of(method, dtype, device, scale)
+    times = timing.measure({"zokernels": ours, "eager": theirs}, device, seconds, min_rounds=3)
+    return {
+        "seconds": times["zokernels"].p20,
+        "eager_seconds": times["eager"].p20,
+        "ratio": times["eager"].p20 / times["zokernels"].p20,
+        "rounds": times["zokernels"].rounds,
+    }
+
+
+def weights(scale: float) -> int:
+    return sum(p.numel() for _, p in parameters(torch.bfloat16, "cpu", scale))
+
+
+__all__ = ["METHODS", "Tensor", "measure", "weights"]
