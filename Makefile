@@ -11,6 +11,7 @@ NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
 test: $(VENV)/tested lint
 	$(BIN)/python -m bench run --op combine --device cpu --tiny
+	$(BIN)/python -m bench methods --device cpu --tiny
 	$(BIN)/python -m pytest -q
 
 demo: $(VENV)/demo
@@ -52,5 +53,5 @@ $(VENV)/demo: $(VENV)/built $(DEMO)
 	touch $@
 
 $(VENV)/tested: $(VENV)/demo
-	$(PIP) pytest triton ruff matplotlib
+	$(PIP) pytest triton ruff matplotlib scikit-learn peft
 	touch $@

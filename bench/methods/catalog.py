@@ -121,11 +121,12 @@ METHODS = [
     ),
     Method(
         "block coordinate descent", "[2402.11592](https://arxiv.org/abs/2402.11592)",
-        "one block of layers a step", "ZOBCD(named, lr)", 2, 1.5, "0", (eager.Subset, {}), 0.02,
+        "one block of layers a step", "ZOBCD(named, lr)", 2, 6 / 9, "0", (eager.Subset, {}), 0.01,
     ),
     Method(
         "LeZO, 75 % skipped", "[2410.09823](https://arxiv.org/abs/2410.09823)",
-        "a random quarter of the layers a step", "LeZO(named, lr, skipped=0.75)", 2, 1.5, "0", (eager.Subset, {}), 0.02,
+        "a random quarter of the layers a step", "LeZO(named, lr, skipped=0.75)", 2, 2.1, "0",
+        (eager.Subset, {"kept": 2}), 0.007,
     ),
     Method(
         "LOZO, r = 4", "[2410.07698](https://arxiv.org/abs/2410.07698)",

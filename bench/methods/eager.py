@@ -23,9 +23,11 @@ class Eager:
 
     dist = "normal"
 
-    def __init__(self, params: Sequence[Tensor], lr: float = 1e-6, eps: float = 1e-3, **options: object) -> None:
-        self.params, self.lr, self.eps, self.step_count = list(params), lr, eps, 0
-        self.options = options
+    def __init__(
+        self, named: Sequence[tuple[str, Tensor]], lr: float = 1e-6, eps: float = 1e-3, **options: object
+    ) -> None:
+        self.named, self.params = list(named), [p for _, p in named]
+        self.lr, self.eps, self.step_count = lr, eps, 0
         self.setup(**options)
 
     def setup(self) -> None:
@@ -242,14 +244,20 @@ class RandomMasked(Eager):
 
 
 class Subset(Eager):
-    """Only some tensors move in a step: ``fraction`` of them, in turn."""
+    """Only some tensors move in a step: one layer, or what is in none, in turn (BCD); or that and ``kept`` layers."""
 
-    def setup(self, fraction: float = 0.25) -> None:
-        self.every = round(1 / fraction)
-        self.all = self.params
+    def setup(self, kept: int = 0) -> None:
+        of = lambda name: int(name.split(".")[1]) if name.startswith("layers.") else None
+        self.kept, self.layer = kept, [of(name) for name, _ in self.named]
+        self.count, self.all = 1 + max(layer for layer in self.layer if layer is not None), self.params
 
     def run(self, closure: Closure) -> None:
-        self.params = self.all[self.step_count % self.every :: self.every]
+        turn = self.step_count
+        if self.kept:
+            chosen = {None, *((turn + i) % self.count for i in range(self.kept))}
+        else:
+            chosen = {[*range(self.count), None][turn % (self.count + 1)]}
+        self.params = [p for p, layer in zip(self.all, self.layer, strict=True) if layer in chosen]
         super().run(closure)
         self.params = self.all
 

@@ -8,7 +8,6 @@ import pathlib
 import sys
 import time
 import warnings
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -93,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 LEGEND = (
-    "ms, eager ms: a step without its forwards, ours and the published form in eager torch, in turns, p20; times: their "
+    "ms, eager ms: a step without its forwards, ours and the published form in eager torch, in turns, p20; times: the "
     "ratio.\nloss 0, loss: on scikit-learn's digits before the first and after the last of an equal number of forwards."
 )
 
@@ -120,8 +119,9 @@ def write(result: dict[str, Any], path: pathlib.Path) -> list[pathlib.Path]:
     text = path.read_text()
     head, rest = text.split(BEGIN)
     tail = rest.split(END)[1]
+    header = result["machine"]
     where = (
-        f"`{result['command']}` on {machine.title(result['machine'])}; {result['machine']['date'][:10]}; {result['dtype']}, "
+        f"`{result['command']}` on {machine.title(header)}; {header['date'][:10]}; {result['dtype']}, "
         f"{result['weights']:,} weights; {result['budget']:,} forwards of training for the last column."
     )
     path.write_text(f"{head}{BEGIN}\n\n{where}\n\n{markdown(result['rows'])}\n\n{END}{tail}")
@@ -169,6 +169,3 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=pathlib.Path, help="write everything to this file")
     parser.add_argument("--write", type=pathlib.Path, help="put table and plot into this document")
     parser.set_defaults(call=run)
-
-
-__all__ = ["add_arguments", "replace"]

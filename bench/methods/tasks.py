@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
 from zokernels.blackbox import BlackBox
+
 from zokernels.optim import ForwardGradient
 
 from .. import timing
