@@ -19,7 +19,8 @@ class Method:
     name: str
     paper: str
     formula: str
-    #: An expression in ``named`` (named parameters) and ``lr``, evaluated with the names of zokernels.optim.
+    #: An expression in ``named`` (named parameters), ``lr`` and ``masks`` (of the positive weights), evaluated with the
+    #: names of zokernels.optim.  Of a black box, a line to read.
     use: str
     forwards: int
     #: Accesses of weights in one step of restore="exact", in units of all trained weights.
@@ -42,7 +43,8 @@ class Method:
     def make(self, named: list[tuple[str, Tensor]], lr: float, **options: Any) -> torch.optim.Optimizer:
         """The optimizer of :attr:`use`; ``options`` go to it on top."""
         names = {n: _with(getattr(optim, n), self.options | options) for n in optim.__all__}
-        scope = {"named": named, "lr": lr, **names}
+        masks = {name: p.detach() > 0 for name, p in named} if "masks" in self.use else None
+        scope = {"named": named, "lr": lr, "masks": masks, "bfloat16": torch.bfloat16, **names}
         return eval(self.use, {"__builtins__": {}}, scope)  # noqa: S307: our own text
 
 
@@ -57,6 +59,14 @@ METHODS = [
     Method(
         "MeZO (ZO-SGD, SPSA)", "[2305.17333](https://arxiv.org/abs/2305.17333)",
         "g = (L+ - L-) / 2 eps, theta -= lr g z", "ZOSGD(named, lr)", 2, 6, "0", (eager.Eager, {}), 0.01,
+    ),
+    Method(
+        "with rademacher directions", "[2506.09034](https://arxiv.org/abs/2506.09034)",
+        "z = +1 or -1", "ZOSGD(named, lr, dist='rademacher')", 2, 6, "0", (eager.Rademacher, {}), 0.01,
+    ),
+    Method(
+        "with weight decay", "[2305.17333](https://arxiv.org/abs/2305.17333)",
+        "theta = (1 - lr wd) theta - lr g z", "ZOSGD(named, lr, weight_decay=0.1)", 2, 6, "0", (eager.Decay, {}), 0.01,
     ),
     Method(
         "one-sided", "[1312.2139](https://arxiv.org/abs/1312.2139)",
@@ -95,6 +105,16 @@ METHODS = [
         "AdamW on g z", "ZOAdamW(named, lr)", 2, 6, "8 (m, v)", (eager.Adam, {}), 0.001, state_bytes=16,
     ),
     Method(
+        "ZO-Adam", "[1412.6980](https://arxiv.org/abs/1412.6980)",
+        "Adam on g z + wd theta", "ZOAdam(named, lr, weight_decay=0.01)", 2, 6, "8 (m, v)",
+        (eager.Adam, {"l2": 0.01}), 0.001, state_bytes=16,
+    ),
+    Method(
+        "ZO-AdamW, bf16 state", "[2402.11592](https://arxiv.org/abs/2402.11592)",
+        "AdamW, m and v in bf16, rounded stochastically", "ZOAdamW(named, lr, state_dtype=bfloat16)", 2, 6, "4 (m, v)",
+        (eager.Adam, {}), 0.001, state_bytes=8,
+    ),
+    Method(
         "momentum without state, h = 8", "[MeZO, issue 37](https://github.com/princeton-nlp/MeZO/issues/37)",
         "theta -= lr sum_j beta^j g_j z_j", "ZOSGD(named, lr, momentum=0.9, window=8)", 2, 6, "0",
         (eager.WindowMomentum, {"window": 8}), 0.001,
@@ -118,6 +138,11 @@ METHODS = [
         "random mask, 25 %", "[2402.15751](https://arxiv.org/abs/2402.15751)",
         "z where a drawn mask keeps it", "ZOSGD(named, lr, direction=RandomMask(0.25))", 2, 6, "0",
         (eager.RandomMasked, {}), 0.02,
+    ),
+    Method(
+        "a mask of your own", "[2310.02025](https://arxiv.org/abs/2310.02025)",
+        "z where a given mask keeps it", "ZOSGD(named, lr, direction=GivenMask(masks))", 2, 6, "1/8 (mask)",
+        (eager.Masked, {"sparsity": 0.5}), 0.02, state_bytes=3 / 8,
     ),
     Method(
         "block coordinate descent", "[2402.11592](https://arxiv.org/abs/2402.11592)",
@@ -152,6 +177,16 @@ METHODS = [
         (eager.TensorScaled, {}), 0.5,
     ),
     Method(
+        "variance-modified SPSA", "[2305.17333](https://arxiv.org/abs/2305.17333)",
+        "perturb by z / d_t, update by d_t z", "ZOSGD(named, lr, direction=TensorScale('variance'))", 2, 6, "0",
+        (eager.TensorScaled, {}), 0.01,
+    ),
+    Method(
+        "expectation-modified SPSA", "[2305.17333](https://arxiv.org/abs/2305.17333)",
+        "perturb by z / d_t, update by z", "ZOSGD(named, lr, direction=TensorScale('expectation'))", 2, 6, "0",
+        (eager.TensorScaled, {}), 0.001,
+    ),
+    Method(
         "on a sphere", "[cs/0408007](https://arxiv.org/abs/cs/0408007)",
         "z sqrt(d) / |z|", "ZOSGD(named, lr, direction=Sphere())", 2, 6, "0", (eager.Sphere, {}), 0.01,
     ),
@@ -159,5 +194,31 @@ METHODS = [
         "CGE (DeepZero), 32 coordinates", "[2310.02025](https://arxiv.org/abs/2310.02025)",
         "g_i = (L(theta + mu e_i) - L) / mu", "ZOCGE(named, lr, coordinates=32)", 33, 0, "0",
         (eager.Coordinatewise, {"coordinates": 32}), 1.0,
+    ),
+    Method(
+        "forward gradient", "[2202.08587](https://arxiv.org/abs/2202.08587)",
+        "g = <grad L, z> by forward mode", "ForwardGradient(named, lr)", 1, 6, "0", (eager.Eager, {}), 0.01,
+        task="forward",
+    ),
+    Method(
+        "QZO, int4 scales", "[2505.13430](https://arxiv.org/abs/2505.13430)",
+        "SPSA on the scales of integer weights", "ZOSGD(named, lr, clip=100.0)", 2, 6 / 128, "0",
+        (eager.Eager, {}), 1e-5,
+        task="scales",
+    ),
+    Method(
+        "QuZO, int8", "[2502.12346](https://arxiv.org/abs/2502.12346)",
+        "q -= lr g z, rounded stochastically to integers", "QuZO(named, lr)", 2, 3, "0", (eager.QuZO, {}), 100.0,
+        task="integers",
+    ),
+    Method(
+        "ZO-AE-DS, random, q = 16", "[2203.14195](https://arxiv.org/abs/2203.14195)",
+        "grad_x = sum_k (f(x + mu z_k) - f(x)) z_k / (mu q)", "BlackBox(f, estimator='rge', queries=16)", 17, 0, "0",
+        None, 1e-3, task="black box",
+    ),
+    Method(
+        "ZO-AE-DS, coordinates", "[2203.14195](https://arxiv.org/abs/2203.14195)",
+        "grad_x_i = (f(x + mu e_i) - f(x)) / mu", "BlackBox(f, estimator='cge')", 65, 0, "0", None, 1e-3,
+        task="black box",
     ),
 ]  # fmt: skip

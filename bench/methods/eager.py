@@ -78,6 +78,16 @@ class Eager:
         self.apply(self.seed(), g)
 
 
+class Rademacher(Eager):
+    dist = "rademacher"
+
+
+class Decay(Eager):
+    def apply(self, seed: int, g: float) -> None:
+        for p, z in self.noises(seed):
+            p.data = p.data - self.lr * (g * z + 0.1 * p.data)
+
+
 class OneSided(Eager):
     def run(self, closure: Closure) -> None:
         base = float(closure())
@@ -146,16 +156,18 @@ class Momentum(Eager):
 
 
 class Adam(Eager):
-    """AdamW: torch's formula, on a gradient that is made for it."""
+    """Adam by torch's formula, on a gradient that is made for it."""
 
-    def setup(self, betas: tuple[float, float] = (0.9, 0.999)) -> None:
-        self.betas = betas
+    def setup(self, betas: tuple[float, float] = (0.9, 0.999), l2: float = 0.0) -> None:
+        self.betas, self.l2 = betas, l2
         self.m, self.v = ([torch.zeros_like(p, dtype=torch.float32) for p in self.params] for _ in range(2))
 
     def apply(self, seed: int, g: float) -> None:
         (b1, b2), t = self.betas, self.step_count + 1
         for (p, z), m, v in zip(self.noises(seed), self.m, self.v, strict=True):
             gradient = (g * z).float()
+            if self.l2:
+                gradient = gradient.add_(p, alpha=self.l2)
             m.mul_(b1).add_(gradient, alpha=1 - b1)
             v.mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
             denominator = (v / (1 - b2**t)).sqrt_().add_(1e-8)

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from zokernels.blackbox import BlackBox
 
+from zokernels.blackbox import BlackBox
 from zokernels.optim import ForwardGradient
+from zokernels.quantize import named_integers, named_scales, quantize_
 
 from .. import timing
 from ..registry import Row
 from . import eager
 from .catalog import Method
+from .hotpath import losses
 from .train import Curve, batches, curve_of, digits, train
 
 
@@ -64,7 +66,7 @@ def _black_box_steps(method: Method) -> tuple[Callable[[], object], Callable[[],
     f = lambda rows: rows.flatten(1)[:, 0]  # costs nothing: what is timed is the queries' noise
     cge = "cge" in method.use
     small = x[:, :1, :16, :16].contiguous() if cge else x
-    box = BlackBox(f, estimator="cge" if cge else "rge", queries=_QUERIES, mu=_MU, max_batch=1 << 16)
+    box = BlackBox(f, estimator="cge" if cge else "rge", queries=_QUERIES, mu=_MU)
     leaf = small.clone().requires_grad_()
 
     def ours() -> None:
@@ -94,7 +96,7 @@ def _black_box_train(method: Method, budget: int) -> Curve:
         return F.cross_entropy(classifier(rows), labels, reduction="none")
 
     cge = "cge" in method.use
-    box = BlackBox(f, estimator="cge" if cge else "rge", queries=_QUERIES, mu=_MU, max_batch=1 << 16)
+    box = BlackBox(f, estimator="cge" if cge else "rge", queries=_QUERIES, mu=_MU)
     optimizer = torch.optim.Adam(encoder.parameters(), lr=method.lr)
 
     def step() -> None:
@@ -110,7 +112,64 @@ def _black_box_train(method: Method, budget: int) -> Curve:
     return curve_of(step, loss, method.forwards, budget, 50)
 
 
+# Quantised weights --------------------------------------------------------------------------------------------------
+
+_SIZE = 16 << 20  # integers of the timed tensors
+
+
+def _pretrained(bits: int) -> tuple[nn.Module, Callable[[], tuple[Tensor, Tensor]], Callable[[], float]]:
+    """A network of digits trained on rotated images and quantised: what remains is to adapt it to upright ones."""
+    torch.manual_seed(0)
+    (x, y), batch = digits(), batches(0)
+    rotated = x.view(-1, 8, 8).transpose(1, 2).flatten(1)
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+    first = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(200):
+        first.zero_grad()
+        F.cross_entropy(model(rotated), y).backward()
+        first.step()
+    quantize_(model, bits=bits, group_size=16)
+
+    @torch.no_grad()
+    def loss() -> float:
+        return F.cross_entropy(model(x), y).item()
+
+    return model, batch, loss
+
+
+def _quantized_train(method: Method, budget: int) -> Curve:
+    integers = "QuZO" in method.use
+    model, batch, loss = _pretrained(8 if integers else 4)
+    named = named_integers(model) if integers else list(named_scales(model))
+    optimizer = method.make(named, method.lr, eps=1.0 if integers else 1e-4)
+
+    def step() -> None:
+        rows, labels = batch()
+        optimizer.step(lambda: F.cross_entropy(model(rows), labels))
+
+    return curve_of(step, loss, method.forwards, budget, 50)
+
+
+def _scale_steps(method: Method) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Scales of 64 layers: one for 128 weights."""
+    make = lambda: [(f"layers.{i}.scale", nn.Parameter(torch.rand(4096, 8).bfloat16())) for i in range(64)]
+    optimizer = method.make(make(), 1e-9, restore="inplace", eps=1e-4)
+    loop, closure = eager.Eager(make(), lr=1e-9, eps=1e-4), losses()
+    return (lambda: optimizer.step(closure)), (lambda: loop.step(closure))
+
+
+def _integer_steps(method: Method) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The closure touches the weights, because ours perturbs copies of what it touches."""
+    make = lambda: [("w", torch.randint(-127, 128, (_SIZE,), dtype=torch.int8))]
+    ours, theirs, number = make(), make(), losses()
+    optimizer = method.make(ours, 1e-3, eps=1.0)
+    loop = eager.QuZO(theirs, lr=1e-3, eps=1.0)
+    return (lambda: optimizer.step(lambda: ours[0][1][:1].sum() * 0.0 + number())), (lambda: loop.step(number))
+
+
 TASKS = {
+    "scales": Task(_scale_steps, _quantized_train),
+    "integers": Task(_integer_steps, _quantized_train),
     "forward": Task(_forward_steps, train),
     "black box": Task(_black_box_steps, _black_box_train),
 }
