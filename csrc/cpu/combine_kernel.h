@@ -1,5 +1,5 @@
-// theta = round(decay * theta + sum c_k w_k): the kernel of combine, fan_out, spread, requantize and low_rank, which differ in
-// what a direction is and in what becomes of the sum.
+// theta = round(decay * theta + sum c_k w_k): the kernel of combine, fan_out, spread, requantize and low_rank, which differ
+// in what a direction is and in what becomes of the sum.
 #pragma once
 
 #include "tile.h"
@@ -112,7 +112,8 @@ void combine_tiles(const Span& span, const Begin& begin, const Body& body) {
     if constexpr (tile.whole) {
       constexpr int64_t bytes = tile.size * sizeof(T);
       prefetch(in + tile.first, bytes);
-      if (out != nullptr && out != in && tile.run * static_cast<int64_t>(sizeof(T)) < kStream) prefetch(out + tile.first, bytes);
+      const bool streams = tile.run * static_cast<int64_t>(sizeof(T)) >= kStream;
+      if (out != nullptr && out != in && !streams) prefetch(out + tile.first, bytes);
     }
     body(tile, noise);
   });

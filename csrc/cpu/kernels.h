@@ -68,9 +68,9 @@ constexpr int64_t kScratchPerDirection = 512;
 constexpr int64_t kPanel = 64;
 constexpr int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
 
-// Products of a direction that are computed at a time: 16 KiB, which fit in the first-level cache next to a panel of rank 64;
-// their place, with a panel's rest behind. low_rank takes a scratch of kProducts floats a direction.
-constexpr int64_t kBlock = 4096, kProducts = kBlock + kPanel;
+// Products of a direction that are computed at a time (32 KiB), and their place, with a panel's rest behind. low_rank takes
+// a scratch of kProducts floats a direction.
+constexpr int64_t kBlock = 8192, kProducts = kBlock + kPanel;
 
 struct Kernels {
   void (*combine)(const Combine&, const Span&, void* scratch);

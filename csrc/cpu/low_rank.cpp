@@ -4,7 +4,9 @@
 namespace zk::cpu {
 namespace {
 
-constexpr int64_t kBlockColumns = 512;
+// Wide blocks read and write parameters in long pieces, high ones use a panel for many rows: fp32 [1024, 1024] of rank 1
+// takes 0.159 ns an element in blocks of 8 x 512, 0.135 in 4 x 2048; [1000, 4096] of rank 64 1.04 in 4 x 1024, 0.80 so.
+constexpr int64_t kBlockColumns = 2048;
 
 // Rows of products with one panel of right: a chain of fmas for each, as many next to each other as registers hold.
 // Where a row ends inside the panel, what lies beyond is stored too: over what is computed later, which the order sees to

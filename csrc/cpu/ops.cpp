@@ -123,7 +123,8 @@ struct Call {
   }
   template <class Op, class Kernel>
   void run(const Op& op, const Kernel& kernel, int64_t scratch) const {
-    parallel(spans, static_cast<int64_t>(keys.size()) * scratch, [&](const Span& piece, void* memory) { kernel(op, piece, memory); });
+    parallel(spans, static_cast<int64_t>(keys.size()) * scratch,
+             [&](const Span& piece, void* memory) { kernel(op, piece, memory); });
   }
 };
 
