@@ -140,6 +140,44 @@ def check(
     assert_same(*results, lambda i: f"{sizes[i]} elements of tensor {i} (offset {offsets[i]}, slide {slides[i]})")
 
 
+#: State tensors and hyper of each rule.
+RULES = {
+    "momentum": (1, [0.01, 0.9, 0.1, 0.5]),
+    "adam": (2, [0.01, 0.9, 0.1, 0.99, 0.01, 0.5, 1.5, 1e-6]),
+    "adam_window": (0, [0.5, 1e-6]),
+    "sign": (0, [0.01, 0.25]),
+    "hizoo": (1, [0.95, 0.05]),
+}
+
+
+def check_update(rule, dtype, state, sizes, offsets, dist="normal", *, slides=(0,), **options):
+    """As check, for update; the second state and that of hizoo are positive."""
+    import torch
+
+    from zokernels.backends import get
+
+    torch.manual_seed(SEED)
+    dtype, state = getattr(torch, dtype), getattr(torch, state)
+    states, values = RULES[rule]
+    if rule == "hizoo":
+        options["k"] = 1
+    terms = random_terms(sizes, offsets, dist, **options)
+    hyper = torch.tensor(values + ([0.1, 0.3, 0.05][: terms.seeds.numel()] if rule == "adam_window" else []))
+    slides = cycled(slides, sizes)
+    theta = [torch.randn(n).to(dtype) for n in sizes]
+    first = [positive(n, state) if rule == "hizoo" else torch.randn(n).to(state) for n in sizes]
+    second = [positive(n, state) for n in sizes]
+    results = []
+    for name in ("triton", "reference"):
+        buffers, views = zip(*(slid(*group) for group in (
+            (theta, slides, dtype), (first, slides, state), (second, slides, state),
+        )), strict=True)  # fmt: skip
+        get(name).update(views[0], views[1] if states else [], views[2] if states > 1 else [], rule, hyper, terms)
+        results.append([buffer for group in buffers for buffer in group])
+    groups = ("theta", "first", "second")
+    assert_same(*results, lambda i: f"{rule}: {groups[i // len(sizes)]} of tensor {i % len(sizes)}")
+
+
 @case("philox: Random123 known answers")
 def _():
     global philox, tl  # a kernel sees globals, no closure
@@ -317,6 +355,20 @@ for _dist in ("normal", "rademacher"):
 def _():
     for rounding in (None, 3):
         check("int8", "normal", [400], [0], k=0, bounds=(-127, 127), decay=0.5, rounding=rounding)
+
+
+for _rule in RULES:
+
+    @case(f"update {_rule}: edges", _rule)
+    def _(rule):
+        check_update(rule, "bfloat16", "float32", _SIZES, _OFFSETS, k=2, decay=0.9, rounding=3, slides=(0, 1))
+        check_update(rule, "float32", "bfloat16", [45], [2**33 + 4], k=3, rounding=3, each=True, masks=0.5)
+        check_update(rule, "float16", "bfloat16", [1, 50], [0, 8], "rademacher", density=0.4, each=True)
+
+    @case(f"update {_rule}: whole program", _rule)
+    def _(rule):
+        check_update(rule, "bfloat16", "float32", [PROGRAM + 24], [PROGRAM - 8], "rademacher", decay=0.9)
+        check_update(rule, "bfloat16", "bfloat16", [PROGRAM + 8, 8], [0, 8], k=1, masks=0.5, rounding=3)
 
 
 def _extremes(n):

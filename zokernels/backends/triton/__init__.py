@@ -24,6 +24,7 @@ def load() -> Backend:
     from .combine import combine, requantize
     from .device import DEVICES
     from .seeds import derive_seed
+    from .update import update
 
     return replace(
         reference.load(),
@@ -33,5 +34,6 @@ def load() -> Backend:
         combine=combine,
         requantize=requantize,
         fan_out=fan_out_by(combine),
+        update=update,
         spread=spread_by(combine),
     )
