@@ -36,9 +36,9 @@ OPTIONS = launch.OPTIONS
 #: Arguments of every kernel that are not pointers to tensors.
 KINDS = {
     **dict.fromkeys(("numel", "offset", "stream"), "i64"),
-    **dict.fromkeys(("seeds", "rounding_seed", "mask_seed", "table"), "*i64"),
+    **dict.fromkeys(("seeds", "rounding_seed", "mask_seed", "table", "total"), "*i64"),
     **dict.fromkeys(("coeffs", "decay", "hyper"), "*fp32"),
-    **dict.fromkeys(("num_k", "mask_keep"), "i32"),
+    **dict.fromkeys(("num_k", "mask_keep", "each"), "i32"),
     "owner": "*i32",
 }
 #: Optional arguments: what is not asked for is None.
@@ -48,7 +48,7 @@ OPTIONAL = ("decay", "rounding_seed", "mask_seed")
 def build(function, arch, tensors, present=(), **constants):
     """Compiles for sm_``arch``: ``tensors`` are the types of the kernel's tensors by name, None where there is none."""
     kinds = {**KINDS, **{name: kind and f"*{kind}" for name, kind in tensors.items()}}
-    constants.update({name: None for name in OPTIONAL if name not in present})
+    constants = {**dict.fromkeys(set(OPTIONAL) - set(present)), **constants}
     constants.update({name: None for name, kind in tensors.items() if kind is None})
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     signature = {name: "constexpr" if name in constants else kinds[name] for name in function.arg_names}
@@ -77,7 +77,7 @@ def compiled(
 
 
 def sass(kernel) -> disassembly.Function:
-    return disassembly.select(disassembly.disassemble(kernel.asm["cubin"]), "combine|derive_seed")
+    return disassembly.select(disassembly.disassemble(kernel.asm["cubin"]), "_kernel$")
 
 
 def per_element(kernel, dist) -> float:

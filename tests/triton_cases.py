@@ -371,6 +371,41 @@ for _rule in RULES:
         check_update(rule, "bfloat16", "bfloat16", [PROGRAM + 8, 8], [0, 8], k=1, masks=0.5, rounding=3)
 
 
+for _dist in ("normal", "rademacher"):
+
+    @case(f"spread: {_dist}", _dist)
+    def _(dist):
+        import torch
+
+        from zokernels.backends import get
+        from zokernels.backends.triton import spread
+
+        torch.manual_seed(SEED)
+        for dtype, n, offset, k in (("bfloat16", 41, 2**33 + 4, 3), ("float32", PROGRAM + 16, PROGRAM - 8, 2)):
+            terms = random_terms([n], [offset], dist, k=k)
+            x = torch.randn(n).to(getattr(torch, dtype))
+            results = []
+            spread.BUSY = 1024 if n < PROGRAM else 2  # a program for each direction, and one for all
+            for name in ("triton", "reference"):
+                buffers, (out,) = slid([torch.zeros(k * n)], [0], x.dtype)
+                get(name).spread(out.view(k, n), x, terms)
+                results.append(buffers)
+            assert_same(*results, lambda i, n=n: f"{n} elements")
+
+    @case(f"squares: {_dist}", _dist)
+    def _(dist):
+        import torch
+
+        from zokernels.backends import get
+
+        torch.manual_seed(SEED)
+        for sizes, offsets in ((_SIZES, _OFFSETS), ([PROGRAM + 100], [2**35 - 77])):
+            terms = random_terms(sizes, offsets, dist, k=2)
+            args = (terms.seeds, sizes, terms.streams, offsets, dist)
+            ours, theirs = (get(name).squares(*args) for name in ("triton", "reference"))
+            assert torch.equal(ours, theirs), (ours, theirs)
+
+
 def _extremes(n):
     """NaN, infinities, zeros, subnormals, the largest values and powers of two down to the last subnormal."""
     import torch

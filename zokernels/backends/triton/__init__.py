@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from .. import reference
-from ..composed import fan_out_by, spread_by
+from ..composed import fan_out_by
 from ..registry import Backend, BackendUnavailable
 
 
@@ -24,6 +24,8 @@ def load() -> Backend:
     from .combine import combine, requantize
     from .device import DEVICES
     from .seeds import derive_seed
+    from .spread import spread
+    from .squares import squares
     from .update import update
 
     return replace(
@@ -35,5 +37,6 @@ def load() -> Backend:
         requantize=requantize,
         fan_out=fan_out_by(combine),
         update=update,
-        spread=spread_by(combine),
+        spread=spread,
+        squares=squares,
     )

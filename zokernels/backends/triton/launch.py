@@ -37,7 +37,8 @@ class Job(NamedTuple):
 
     row: Row  # for the table kernel
     args: tuple  # for the kernel of one tensor, in its order
-    aligned: bool  # every block of eight lies on 16 bytes, so that whole programs move 16 bytes at a time
+    #: Every block of eight lies on 16 bytes, so that whole programs move 16 bytes at a time; None: nothing is moved.
+    aligned: bool | None
 
 
 def dtypes(groups: Sequence[Group]) -> tuple[tl.dtype | None, ...]:
@@ -80,38 +81,33 @@ def noise_args(terms: Terms, rounds: bool) -> dict[str, Any]:
     }
 
 
-def launch(
-    device: torch.device, kernel: Any, table_kernel: Any, jobs: list[Job], args: dict[str, Any], types: tuple
-) -> None:
-    """One launch of ``table_kernel`` for the aligned jobs and one for the others, or of ``kernel`` for each.
+def launch(device: torch.device, kernels: tuple[Any, Any], jobs: list[Job], args: dict, **table_args: object) -> None:
+    """One launch of the second kernel, over a table, for all jobs of one alignment; of the first for a single job.
 
     ``args``: what both kernels take besides; of coefficients [tensors, K] each job gets its row.
     """
-    each = args["coeffs"].dim() == 2
+    coeffs = args.get("coeffs")
+    each = coeffs is not None and coeffs.dim() == 2
+    if each:
+        table_args["EACH"] = True
     with on_device(device):
-        for aligned in (True, False):
-            group = [job for job in jobs if job.aligned == aligned]
+        for aligned in (True, False, None):
+            group = [job for job in jobs if job.aligned is aligned]
+            own = args if aligned is None else {**args, "ALIGNED": aligned}
             table = table_of(device, tuple(job.row for job in group)) if len(group) > 1 else None
             if table is not None:
-                width = table.rows.shape[1]
-                table_kernel[(table.owner.numel(),)](
-                    table.rows, table.owner, DTYPES=types, WIDTH=width, EACH=each, ALIGNED=aligned, **args, **OPTIONS
-                )
+                count, width = table.owner.numel(), table.rows.shape[1]
+                kernels[1][(count,)](table.rows, table.owner, WIDTH=width, **own, **table_args, **OPTIONS)
                 continue
             for job in group:
-                own = {**args, "coeffs": args["coeffs"][job.row[1]]} if each else args
-                kernel[(job.row[0],)](*job.args, ALIGNED=aligned, **own, **OPTIONS)
+                if each:
+                    own["coeffs"] = coeffs[job.row[1]]
+                kernels[0][(job.row[0],)](*job.args, **own, **OPTIONS)
 
 
-def elementwise(kernel: Any, table_kernel: Any, groups: Sequence[Group], terms: Terms, **args: object) -> None:
+def elementwise(kernels: tuple[Any, Any], groups: Sequence[Group], terms: Terms, **args: object) -> None:
     """``launch`` with a tensor of each group to a job; the first group are the parameters or their outputs."""
     leaders = groups[0]
     rounds = any(group and group[0].dtype not in (torch.float32, torch.uint8) for group in groups)
-    launch(
-        leaders[0].device,
-        kernel,
-        table_kernel,
-        jobs(groups, [t.numel() for t in leaders], terms),
-        {**noise_args(terms, rounds), **args},
-        dtypes(groups),
-    )
+    found = jobs(groups, [t.numel() for t in leaders], terms)
+    launch(leaders[0].device, kernels, found, {**noise_args(terms, rounds), **args}, DTYPES=dtypes(groups))

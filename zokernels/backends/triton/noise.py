@@ -57,14 +57,20 @@ def _normal_pair(v, w, mantissa):
 
 
 @triton.jit
-def normal(w0, w1, w2, w3, mantissa):
-    """Words [B] of each block to its eight normals, fp32 [B, 8].  ``mantissa``: the scalar 0x007fffff."""
+def normal8(w0, w1, w2, w3, mantissa):
+    """Words [B] of each block to its eight normals, eight fp32 [B].  ``mantissa``: the scalar 0x007fffff."""
     v0, v1, v2, v3 = w0 | 1, w1 | 1, w2 | 1, w3 | 1
     z0, z1 = _normal_pair(v0, v1, mantissa)
     z2, z3 = _normal_pair(v1, v2, mantissa)
     z4, z5 = _normal_pair(v2, v3, mantissa)
     z6, z7 = _normal_pair(v3, v0, mantissa)
-    return join8(z0, z1, z2, z3, z4, z5, z6, z7)
+    return z0, z1, z2, z3, z4, z5, z6, z7
+
+
+@triton.jit
+def normal(w0, w1, w2, w3, mantissa):
+    """normal8 as fp32 [B, 8]."""
+    return join8(*normal8(w0, w1, w2, w3, mantissa))
 
 
 @triton.jit

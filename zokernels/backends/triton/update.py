@@ -26,6 +26,7 @@ from .tile import (
     span_of,
     store,
     tabled_span,
+    zeros_like,
 )
 
 _FIRST, _SECOND = tl.constexpr(DOMAIN_STATE), tl.constexpr(DOMAIN_STATE + 1)
@@ -38,7 +39,7 @@ VALUES = {"momentum": 4, "adam": 8, "adam_window": 2, "sign": 2, "hizoo": 2}
 
 @triton.jit
 def _gradient(theta, l2, row, span, terms):
-    return fma(l2, theta, accumulate(tl.zeros_like(theta), row, span, terms, None))
+    return fma(l2, theta, accumulate(zeros_like(theta, terms.num_k), row, span, terms, None))
 
 
 @triton.jit
@@ -61,7 +62,7 @@ def _adam(row, span, terms, theta, base, m, v, hyper):
 @triton.jit
 def _adam_window(row, span, terms, base, squares, hyper):
     lr, eps = hyper
-    m, v = tl.zeros_like(base), tl.zeros_like(base)
+    m, v = zeros_like(base, terms.num_k), zeros_like(base, terms.num_k)
     for k in range(terms.num_k):
         z = noise(tl.load(terms.seeds + k), row, span, terms)
         m, v = fma(tl.load(terms.coeffs + k), z, m), fma(tl.load(squares + k), z * z, v)
@@ -154,7 +155,7 @@ def update_kernel(
 def update_table_kernel(
     table, owner, seeds, coeffs, num_k: tl.int32, decay, rounding_seed, mask_seed, mask_keep: tl.int32, hyper,
     RULE: tl.constexpr, VALUES: tl.constexpr, DOMAIN: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr,
-    DTYPES: tl.constexpr, WIDTH: tl.constexpr, EACH: tl.constexpr,
+    DTYPES: tl.constexpr, WIDTH: tl.constexpr, EACH: tl.constexpr = False,
 ):  # fmt: skip
     """Many tensors."""
     row, pid = row_of(table, owner, WIDTH)
@@ -171,4 +172,5 @@ def update(
     groups = (params, first, second, terms.masks)
     # A window has many seeds, and squares beside the coefficients: they are read as the loop comes to them.
     own = {"K": None} if rule == "adam_window" else {}
-    elementwise(update_kernel, update_table_kernel, groups, terms, hyper=hyper, RULE=rule, VALUES=VALUES[rule], **own)
+    kernels = (update_kernel, update_table_kernel)
+    elementwise(kernels, groups, terms, hyper=hyper, RULE=rule, VALUES=VALUES[rule], **own)
