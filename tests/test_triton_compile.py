@@ -35,7 +35,7 @@ OPTIONS = launch.OPTIONS
 
 #: Arguments of every kernel that are not pointers to tensors.
 KINDS = {
-    **dict.fromkeys(("numel", "offset", "stream"), "i64"),
+    **dict.fromkeys(("numel", "offset", "stream", "m", "n", "rank"), "i64"),
     **dict.fromkeys(("seeds", "rounding_seed", "mask_seed", "table", "total"), "*i64"),
     **dict.fromkeys(("coeffs", "decay", "hyper"), "*fp32"),
     **dict.fromkeys(("num_k", "mask_keep", "each"), "i32"),

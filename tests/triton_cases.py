@@ -406,6 +406,43 @@ for _dist in ("normal", "rademacher"):
             assert torch.equal(ours, theirs), (ours, theirs)
 
 
+def check_low_rank(dtype, shapes, ranks, offsets, *, slides=(0,), **options):
+    """As check, for low_rank in place; tiny factors make products that underflow."""
+    import torch
+
+    from zokernels.backends import get
+
+    torch.manual_seed(SEED)
+    dtype = getattr(torch, dtype)
+    sizes = [m * n for m, n in shapes]
+    terms = random_terms(sizes, offsets, "normal", **options)
+    k = terms.seeds.numel()
+    factor = lambda rows, rank: torch.randn(k, rows, rank) * positive((k, rows, 1), torch.float32)
+    left = [factor(m, rank) for (m, _), rank in zip(shapes, ranks, strict=True)]
+    right = [factor(n, rank) for (_, n), rank in zip(shapes, ranks, strict=True)]
+    values = [torch.randn(n).to(dtype) for n in sizes]
+    results = []
+    for name in ("triton", "reference"):
+        buffers, views = slid(values, cycled(slides, sizes), dtype)
+        views = [view.view(shape) for view, shape in zip(views, shapes, strict=True)]
+        get(name).low_rank(views, views, left, right, terms)
+        results.append(buffers)
+    assert_same(*results, lambda i: f"matrix {i} of shape {shapes[i]}, rank {ranks[i]}")
+
+
+@case("low rank")
+def _():
+    check_low_rank("bfloat16", [(3, 5), (70, 72), (0, 8), (9, 8)], [2, 3, 1, 4], [5, 0, 0, 2**33 + 8], k=2, decay=0.9)
+    check_low_rank("float32", [(65, 130)], [5], [0], rounding=3)
+    check_low_rank("float16", [(7, 24), (5, 8)], [0, 1], [0, 0], each=True, k=3)
+
+
+@case("low rank: stochastic")
+def _():
+    check_low_rank("bfloat16", [(67, 72), (2, 8)], [3, 1], [2**35 - 64, 8], rounding=3, k=2, each=True)
+    check_low_rank("float16", [(9, 70), (3, 16)], [2, 2], [2**33 + 5, 0], rounding=3, slides=(0, 1))
+
+
 def _extremes(n):
     """NaN, infinities, zeros, subnormals, the largest values and powers of two down to the last subnormal."""
     import torch

@@ -23,6 +23,7 @@ def load() -> Backend:
         )
     from .combine import combine, requantize
     from .device import DEVICES
+    from .low_rank import low_rank
     from .seeds import derive_seed
     from .spread import spread
     from .squares import squares
@@ -37,6 +38,7 @@ def load() -> Backend:
         requantize=requantize,
         fan_out=fan_out_by(combine),
         update=update,
+        low_rank=low_rank,
         spread=spread,
         squares=squares,
     )

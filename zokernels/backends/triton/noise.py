@@ -99,3 +99,10 @@ def rademacher(block, byte):
 def uniform16(w0, w1, w2, w3):
     """Words [B] of each block to its eight 16-bit fields, uint32 [B, 8]: the mask and rounding domains."""
     return join8(w0 & 0xFFFF, w0 >> 16, w1 & 0xFFFF, w1 >> 16, w2 & 0xFFFF, w2 >> 16, w3 & 0xFFFF, w3 >> 16)
+
+
+@triton.jit
+def field16(w0, w1, w2, w3, at):
+    """Field ``at`` in 0..7 of each block, with words and ``at`` of one shape."""
+    word = tl.where(at < 4, tl.where(at < 2, w0, w1), tl.where(at < 6, w2, w3))
+    return (word >> 16 * (at & 1)) & 0xFFFF
