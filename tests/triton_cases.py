@@ -443,6 +443,36 @@ def _():
     check_low_rank("float16", [(9, 70), (3, 16)], [2, 2], [2**33 + 5, 0], rounding=3, slides=(0, 1))
 
 
+def check_fan_out(dtype, dist, sizes, offsets, *, slides=(0,), **options):
+    """As check, for fan_out: theta, plus and minus."""
+    import torch
+
+    from zokernels.backends import get
+
+    torch.manual_seed(SEED)
+    dtype = getattr(torch, dtype)
+    terms = random_terms(sizes, offsets, dist, **options)
+    values, slides = [torch.randn(n).to(dtype) for n in sizes], cycled(slides, sizes)
+    empty = [torch.zeros(n) for n in sizes]
+    side = random_seeds(1), torch.tensor([0.3])
+    results = []
+    for name in ("triton", "reference"):
+        theta, plus, minus = (slid(group, slides, dtype) for group in (values, empty, empty))
+        get(name).fan_out(theta[1], plus[1], minus[1], *side, terms)
+        results.append(theta[0] + plus[0] + minus[0])
+    names = ("theta", "plus", "minus")
+    assert_same(*results, lambda i: f"{names[i // len(sizes)]} of tensor {i % len(sizes)}")
+
+
+for _dist in ("normal", "rademacher"):
+
+    @case(f"fan_out: {_dist}", _dist)
+    def _(dist):
+        check_fan_out("bfloat16", dist, _SIZES, _OFFSETS, k=2, decay=0.9, rounding=3, slides=(0, 1))
+        check_fan_out("float32", dist, [45], [2**33 + 4], k=0)
+        check_fan_out("float16", dist, [PROGRAM + 8], [PROGRAM - 8], k=0, decay=0.9)
+
+
 def _extremes(n):
     """NaN, infinities, zeros, subnormals, the largest values and powers of two down to the last subnormal."""
     import torch

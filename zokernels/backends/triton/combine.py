@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..terms import Terms
-from .launch import elementwise
+from .launch import masked
 from .noise import add_rademacher
 from .table import pointer, row_of
 from .tile import (
@@ -143,9 +143,9 @@ def combine_table_kernel(
 
 def requantize(out: list[Tensor], params: list[Tensor], low: int, high: int, terms: Terms) -> None:
     kernels = (combine_kernel, combine_table_kernel)
-    elementwise(kernels, (out, params, terms.masks, None), terms, LOW=low, HIGH=high)
+    masked(kernels, (out, params, terms.masks, None), terms, LOW=low, HIGH=high)
 
 
 def combine(out: list[Tensor], params: list[Tensor], terms: Terms) -> None:
     kernels = (combine_kernel, combine_table_kernel)
-    elementwise(kernels, (out, params, terms.masks, terms.curvature), terms)
+    masked(kernels, (out, params, terms.masks, terms.curvature), terms)

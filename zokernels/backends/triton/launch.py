@@ -65,22 +65,6 @@ def jobs(groups: Sequence[Group], sizes: Sequence[int], terms: Terms) -> list[Jo
     return found
 
 
-def noise_args(terms: Terms, rounds: bool) -> dict[str, Any]:
-    """Arguments of every kernel that draws noise; ``rounds``: whether any output is narrower than fp32."""
-    num_k = terms.seeds.numel()
-    return {
-        "seeds": terms.seeds,
-        "coeffs": terms.coeffs,
-        "num_k": num_k,
-        "decay": terms.decay,
-        "rounding_seed": terms.rounding_seed if rounds else None,
-        "mask_seed": terms.mask_seed,
-        "mask_keep": terms.mask_keep,
-        "DOMAIN": DISTS[terms.dist],
-        "K": num_k if num_k <= UNROLLED else None,
-    }
-
-
 def launch(device: torch.device, kernels: tuple[Any, Any], jobs: list[Job], args: dict, **table_args: object) -> None:
     """One launch of the second kernel, over a table, for all jobs of one alignment; of the first for a single job.
 
@@ -106,8 +90,23 @@ def launch(device: torch.device, kernels: tuple[Any, Any], jobs: list[Job], args
 
 
 def elementwise(kernels: tuple[Any, Any], groups: Sequence[Group], terms: Terms, **args: object) -> None:
-    """``launch`` with a tensor of each group to a job; the first group are the parameters or their outputs."""
+    """``launch`` with a tensor of each group to a job, the parameters first, and the noise of ``terms``."""
     leaders = groups[0]
+    num_k = terms.seeds.numel()
     rounds = any(group and group[0].dtype not in (torch.float32, torch.uint8) for group in groups)
+    noise = {
+        "seeds": terms.seeds,
+        "coeffs": terms.coeffs,
+        "num_k": num_k,
+        "decay": terms.decay,
+        "rounding_seed": terms.rounding_seed if rounds else None,
+        "DOMAIN": DISTS[terms.dist],
+        "K": num_k if num_k <= UNROLLED else None,
+    }
     found = jobs(groups, [t.numel() for t in leaders], terms)
-    launch(leaders[0].device, kernels, found, {**noise_args(terms, rounds), **args}, DTYPES=dtypes(groups))
+    launch(leaders[0].device, kernels, found, {**noise, **args}, DTYPES=dtypes(groups))
+
+
+def masked(kernels: tuple[Any, Any], groups: Sequence[Group], terms: Terms, **args: object) -> None:
+    """``elementwise`` of kernels that take masks."""
+    elementwise(kernels, groups, terms, mask_seed=terms.mask_seed, mask_keep=terms.mask_keep, **args)

@@ -9,7 +9,7 @@ from torch import Tensor
 from ...contract import DOMAIN_STATE
 from ..terms import Terms
 from .arithmetic import fma
-from .launch import elementwise
+from .launch import masked
 from .rounding import round_nearest
 from .table import pointer, row_of
 from .tile import (
@@ -173,4 +173,4 @@ def update(
     # A window has many seeds, and squares beside the coefficients: they are read as the loop comes to them.
     own = {"K": None} if rule == "adam_window" else {}
     kernels = (update_kernel, update_table_kernel)
-    elementwise(kernels, groups, terms, hyper=hyper, RULE=rule, VALUES=VALUES[rule], **own)
+    masked(kernels, groups, terms, hyper=hyper, RULE=rule, VALUES=VALUES[rule], **own)
