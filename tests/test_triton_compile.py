@@ -25,20 +25,29 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from zokernels.backends.terms import Terms  # noqa: E402
-from zokernels.backends.triton import combine, launch, seeds, tile  # noqa: E402
+from zokernels.backends.triton import (  # noqa: E402
+    combine,
+    fan_out,
+    launch,
+    low_rank,
+    seeds,
+    spread,
+    squares,
+    tile,
+    update,
+)
 from zokernels.contract import DISTS  # noqa: E402
 
 DTYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16, "i8": tl.int8, "u8": tl.uint8}
 ELEMENTS = tile.PROGRAM // (32 * tile.NUM_WARPS)  # of one thread
 OPTIONS = launch.OPTIONS
 
-
 #: Arguments of every kernel that are not pointers to tensors.
 KINDS = {
-    **dict.fromkeys(("numel", "offset", "stream"), "i64"),
-    **dict.fromkeys(("seeds", "rounding_seed", "mask_seed", "table"), "*i64"),
-    **dict.fromkeys(("coeffs", "decay", "hyper"), "*fp32"),
-    **dict.fromkeys(("num_k", "mask_keep"), "i32"),
+    **dict.fromkeys(("numel", "offset", "stream", "m", "n", "rank"), "i64"),
+    **dict.fromkeys(("seeds", "seed", "rounding_seed", "mask_seed", "table", "total"), "*i64"),
+    **dict.fromkeys(("coeffs", "coeff", "decay", "hyper"), "*fp32"),
+    **dict.fromkeys(("num_k", "mask_keep", "each"), "i32"),
     "owner": "*i32",
 }
 #: Optional arguments: what is not asked for is None.
@@ -48,7 +57,7 @@ OPTIONAL = ("decay", "rounding_seed", "mask_seed")
 def build(function, arch, tensors, present=(), **constants):
     """Compiles for sm_``arch``: ``tensors`` are the types of the kernel's tensors by name, None where there is none."""
     kinds = {**KINDS, **{name: kind and f"*{kind}" for name, kind in tensors.items()}}
-    constants.update({name: None for name in OPTIONAL if name not in present})
+    constants = {**dict.fromkeys(set(OPTIONAL) - set(present)), **constants}
     constants.update({name: None for name, kind in tensors.items() if kind is None})
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     signature = {name: "constexpr" if name in constants else kinds[name] for name in function.arg_names}
@@ -77,7 +86,12 @@ def compiled(
 
 
 def sass(kernel) -> disassembly.Function:
-    return disassembly.select(disassembly.disassemble(kernel.asm["cubin"]), "combine|derive_seed")
+    return disassembly.select(disassembly.disassemble(kernel.asm["cubin"]), "_kernel$")
+
+
+def ftz_of(kernel) -> list[str]:
+    """Lines that flush subnormals, but for the square root's."""
+    return [line for line in kernel.asm["ptx"].splitlines() if ".ftz" in line and "rsqrt.approx.ftz.f32" not in line]
 
 
 def per_element(kernel, dist) -> float:
@@ -86,9 +100,13 @@ def per_element(kernel, dist) -> float:
     stores = function.hot_count(disassembly.WIDE_STORE)
     trips = 4 if dist == "normal" and stores < ELEMENTS // 8 else 1
     figure = function.executed(trips) / ELEMENTS
-    if os.environ.get("ZOKERNELS_SHOW_SASS"):
-        print(f"\n{figure:.2f} instructions per element; {function.mix().most_common(12)}")
+    show(function.mix().most_common(12), figure)
     return figure
+
+
+def show(what, figure) -> None:
+    if os.environ.get("ZOKERNELS_SHOW_SASS"):
+        print(f"\n{figure:.2f} instructions per element; {what}")
 
 
 VARIANTS = [
@@ -126,8 +144,7 @@ def test_variant_compiles_to_what_it_should(arch, variant):
     assert (wide := function.hot_count(disassembly.WIDE_STORE)) in (bytes_each // 16, bytes_each // 64)
     assert function.hot_count(disassembly.WIDE_LOAD) == wide
     assert function.hot_count(r"STG") == wide
-    ftz = [line for line in kernel.asm["ptx"].splitlines() if ".ftz" in line and "rsqrt.approx.ftz.f32" not in line]
-    assert ftz == []
+    assert ftz_of(kernel) == []
 
 
 @pytest.mark.parametrize("aligned", [True, False])
@@ -206,6 +223,105 @@ def test_derive_seed_compiles(arch):
     assert sass(kernel).count(disassembly.LOCAL) == 0
 
 
+def update_kernel(arch, rule, states, *, k=1, present=(), table=False):
+    theta, first, second, mask = states
+    tensors = {"theta": theta, "first": first, "second": second, "mask": mask}
+    constants = {"RULE": rule, "VALUES": update.VALUES[rule], "DOMAIN": DISTS["normal"], "K": k, "ALIGNED": True}
+    if table:
+        return build_table(update.update_table_kernel, arch, tensors, present, **constants)
+    return build(update.update_kernel, arch, tensors, present, **constants)
+
+
+def fan_out_kernel(arch):
+    tensors = dict.fromkeys(("theta", "plus", "minus"), "bf16")
+    return build(fan_out.fan_out_kernel, arch, tensors, DOMAIN=DISTS["normal"], K=0, PENDING=False, ALIGNED=True)
+
+
+def spread_kernel(arch, dist="normal"):
+    return build(spread.spread_kernel, arch, {"out": "bf16", "x": "bf16"}, DOMAIN=DISTS[dist], ALIGNED=True)
+
+
+def low_rank_kernel(arch, *present):
+    tensors = {"out": "bf16", "theta": "bf16", "left": "fp32", "right": "fp32"}
+    return build(low_rank.low_rank_kernel, arch, tensors, present, ALIGNED=True)
+
+
+def squares_kernel(arch):
+    return build(squares.squares_kernel, arch, {})
+
+
+WIDE, HALF, ATOMIC = disassembly.WIDE_STORE, r"STG\.E\.64", r"RED|ATOM"
+#: Of kernels of normal noise, bf16 unless said otherwise: the kernel, its passes over a whole program, ceiling, store.
+WHOLE = {
+    "combine, masks, table": (lambda: compiled(90, "bf16", "normal", 1, mask="u8", table=True), 4, 25.5, WIDE),
+    "combine, density": (lambda: compiled(90, "bf16", "normal", 1, random=True), 4, 31.5, WIDE),
+    "combine, own coefficients": (lambda: compiled(90, "bf16", "normal", 1, each=True, table=True), 4, 24.5, WIDE),
+    "requantize": (lambda: compiled(90, "i8", "normal", 1, bounds=(-127, 127)), 4, 29.5, HALF),
+    "requantize, stochastic": (
+        lambda: compiled(90, "i8", "normal", 1, bounds=(-127, 127), rounding=True), 4, 42.0, HALF,
+    ),
+    "momentum, fp32 state": (lambda: update_kernel(90, "momentum", ("bf16", "fp32", None, None)), 16, 31.5, WIDE),
+    "momentum, K at run time": (
+        lambda: update_kernel(90, "momentum", ("bf16", "fp32", None, None), k=None), 16, 37.0, WIDE,
+    ),
+    "adam, fp32 states": (lambda: update_kernel(90, "adam", ("bf16", "fp32", "fp32", None)), 16, 64.0, WIDE),
+    "adam, all bf16, stochastic, masks, table": (
+        lambda: update_kernel(
+            90, "adam", ("bf16", "bf16", "bf16", "u8"), present=("rounding_seed",), table=True
+        ), 16, 102.0, WIDE,
+    ),
+    "fan_out": (lambda: fan_out_kernel(90), 4, 26.5, WIDE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_instructions_of_other_kernels(name):
+    """Per element, with the longest path through square roots and quotients."""
+    kernel, passes, ceiling, store = WHOLE[name]
+    function = sass(kernel())
+    figure = function.executed(passes, store) / ELEMENTS
+    show(name, figure)
+    assert 20 < figure <= ceiling
+    assert function.count(disassembly.LOCAL) == 0
+    assert function.hot_count("LDS|STS|BAR|SHFL", store) == 0
+
+
+#: Kernels whose inner loop counts: the kernel, its store, elements that a pass of the loop adds to, floor and ceiling.
+LOOPS = {
+    "spread: a direction": (lambda: spread_kernel(90), WIDE, 32, 18, 23.0),
+    "spread: a Rademacher direction": (lambda: spread_kernel(90, "rademacher"), WIDE, 32, 5, 10.0),
+    "low_rank: four ranks": (lambda: low_rank_kernel(90), WIDE, 32, 4.5, 7.0),
+    "squares: a direction": (lambda: squares_kernel(90), ATOMIC, 8, 20, 34.0),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_instructions_of_inner_loops(name):
+    kernel, store, elements, floor, ceiling = LOOPS[name]
+    figure = sass(kernel()).loop_size(store) / elements
+    show(name, figure)
+    assert floor < figure <= ceiling
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_other_kernels_compile_without_spills(arch):
+    for kernel in (
+        update_kernel(arch, "hizoo", ("bf16", "bf16", None, None)),
+        update_kernel(arch, "adam_window", ("fp16", None, None, None), k=None),
+        low_rank_kernel(arch, "rounding_seed"),
+        spread_kernel(arch),
+        squares_kernel(arch),
+    ):
+        function = sass(kernel)
+        assert function.count(disassembly.LOCAL) == 0, function.name
+        if "squares" not in function.name:
+            assert function.count(disassembly.WIDE_LOAD) > 0, function.name
+            assert function.count(disassembly.WIDE_STORE) > 0, function.name
+        assert {
+            line for line in kernel.asm["ptx"].splitlines() if ".ftz" in line and "rsqrt.approx" not in line
+        } == set()
+
+
 class FakeDriver:
     """Enough of a driver for Triton to compile what a launch asks for, without launching it."""
 
@@ -219,8 +335,9 @@ class FakeDriver:
         return 0
 
 
-def test_launch_binds_and_values_do_not_recompile(monkeypatch):
-    """The launcher's own calls compile, and numel, offset, stream and K > UNROLLED are not specialised by value."""
+@pytest.fixture
+def asked(monkeypatch):
+    """(kernel, grid, hash of what was compiled) of every launch, which takes place no further than the compiler."""
     driver = triton.runtime.driver
     monkeypatch.setattr(type(driver), "active", property(lambda self: FakeDriver()))
     asked = []
@@ -235,9 +352,18 @@ def test_launch_binds_and_values_do_not_recompile(monkeypatch):
 
             return launch_one
 
-    for kernel in ("combine_kernel", "combine_table_kernel"):
-        monkeypatch.setattr(combine, kernel, Compiled(getattr(combine, kernel)))
-    coeffs = lambda k: (torch.zeros(k, dtype=torch.int64), torch.zeros(k))
+    for module in (combine, fan_out, low_rank, spread, squares, update):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Compiled(getattr(module, name)))
+    return asked
+
+
+def coeffs(k):
+    return torch.zeros(k, dtype=torch.int64), torch.zeros(k)
+
+
+def test_launch_binds_and_values_do_not_recompile(asked):
+    """The launcher's own calls compile, and numel, offset, stream and K > UNROLLED are not specialised by value."""
     theta = torch.zeros(70000, dtype=torch.bfloat16)
     for numel, offset, stream, k in ((70000, 0, 1, 3), (1, 8, 2**32 - 1, 5), (16, 2**40, 0, 16), (17, 2**33, 16, 4)):
         piece = [theta[:numel]]
@@ -251,3 +377,36 @@ def test_launch_binds_and_values_do_not_recompile(monkeypatch):
         pieces, pieces, Terms(*coeffs(1), [0] * 4, [0] * 4, "rademacher", torch.ones(1), torch.zeros(1).long())
     )
     assert [(name, grid) for name, grid, _ in asked] == [("combine_table_kernel", (2,)), ("combine_kernel", (1,))]
+
+
+def test_every_launcher_binds(asked):
+    """One tensor, then two in a table, with every optional argument; a row of coefficients does not recompile."""
+    bf16 = lambda: torch.zeros(16, 8, dtype=torch.bfloat16)
+    state = lambda: torch.zeros(16, 8)
+    for count in (1, 2):
+        params, first, second = ([make() for _ in range(count)] for make in (bf16, state, state))
+        seeds, one = coeffs(1)
+        places = ([3] * count, [8] * count, "rademacher", one, seeds)
+        masks = [torch.zeros(16, dtype=torch.uint8) for _ in range(count)]
+        terms = Terms(seeds, torch.zeros(count, 1), *places, masks, seeds, 5)
+        side = Terms(seeds, one, *places)
+        combine.combine(params, params, terms._replace(curvature=first))
+        combine.requantize([t.char() for t in params], [t.char() for t in params], -8, 7, terms)
+        update.update(params, first, second, "adam", torch.zeros(8), terms)
+        fan_out.fan_out(params, [bf16() for _ in params], [bf16() for _ in params], seeds, one, side)
+        low_rank.low_rank(params, params, [torch.zeros(1, 16, 2)] * count, [torch.zeros(1, 8, 2)] * count, terms)
+        squares.squares(seeds, [128] * count, [3] * count, [8] * count, "normal")
+    assert [name for name, _, _ in asked] == [
+        f"{stem}_{kind}"
+        for kind in ("kernel", "table_kernel")
+        for stem in ("combine", "combine", "update", "fan_out", "low_rank", "squares")
+    ]
+    asked.clear()
+    for k in (1, 3, 2000):
+        spread.spread(torch.zeros(k, 16), torch.zeros(16), Terms(*coeffs(k), [3], [8], "normal", None, None))
+    assert [grid for _, grid, _ in asked] == [(1, 1), (1, 3), (1, 1000)]
+    assert len({key for _, _, key in asked}) == 1, asked
+    asked.clear()
+    params = [bf16(), torch.zeros(20, dtype=torch.bfloat16)[4:]]  # on 16 bytes, and off: no table
+    combine.combine(params, params, Terms(coeffs(3)[0], torch.zeros(2, 3), [0, 1], [0, 0], "normal", None, None))
+    assert [name for name, _, _ in asked] == ["combine_kernel"] * 2

@@ -140,6 +140,44 @@ def check(
     assert_same(*results, lambda i: f"{sizes[i]} elements of tensor {i} (offset {offsets[i]}, slide {slides[i]})")
 
 
+#: State tensors and hyper of each rule.
+RULES = {
+    "momentum": (1, [0.01, 0.9, 0.1, 0.5]),
+    "adam": (2, [0.01, 0.9, 0.1, 0.99, 0.01, 0.5, 1.5, 1e-6]),
+    "adam_window": (0, [0.5, 1e-6]),
+    "sign": (0, [0.01, 0.25]),
+    "hizoo": (1, [0.95, 0.05]),
+}
+
+
+def check_update(rule, dtype, state, sizes, offsets, dist="normal", *, slides=(0,), **options):
+    """As check, for update; the second state and that of hizoo are positive."""
+    import torch
+
+    from zokernels.backends import get
+
+    torch.manual_seed(SEED)
+    dtype, state = getattr(torch, dtype), getattr(torch, state)
+    states, values = RULES[rule]
+    if rule == "hizoo":
+        options["k"] = 1
+    terms = random_terms(sizes, offsets, dist, **options)
+    hyper = torch.tensor(values + ([0.1, 0.3, 0.05][: terms.seeds.numel()] if rule == "adam_window" else []))
+    slides = cycled(slides, sizes)
+    theta = [torch.randn(n).to(dtype) for n in sizes]
+    first = [positive(n, state) if rule == "hizoo" else torch.randn(n).to(state) for n in sizes]
+    second = [positive(n, state) for n in sizes]
+    results = []
+    for name in ("triton", "reference"):
+        buffers, views = zip(*(slid(*group) for group in (
+            (theta, slides, dtype), (first, slides, state), (second, slides, state),
+        )), strict=True)  # fmt: skip
+        get(name).update(views[0], views[1] if states else [], views[2] if states > 1 else [], rule, hyper, terms)
+        results.append([buffer for group in buffers for buffer in group])
+    groups = ("theta", "first", "second")
+    assert_same(*results, lambda i: f"{rule}: {groups[i // len(sizes)]} of tensor {i % len(sizes)}")
+
+
 @case("philox: Random123 known answers")
 def _():
     global philox, tl  # a kernel sees globals, no closure
@@ -317,6 +355,122 @@ for _dist in ("normal", "rademacher"):
 def _():
     for rounding in (None, 3):
         check("int8", "normal", [400], [0], k=0, bounds=(-127, 127), decay=0.5, rounding=rounding)
+
+
+for _rule in RULES:
+
+    @case(f"update {_rule}: edges", _rule)
+    def _(rule):
+        check_update(rule, "bfloat16", "float32", _SIZES, _OFFSETS, k=2, decay=0.9, rounding=3, slides=(0, 1))
+        check_update(rule, "float32", "bfloat16", [45], [2**33 + 4], k=3, rounding=3, each=True, masks=0.5)
+        check_update(rule, "float16", "bfloat16", [1, 50], [0, 8], "rademacher", density=0.4, each=True)
+
+    @case(f"update {_rule}: whole program", _rule)
+    def _(rule):
+        check_update(rule, "bfloat16", "float32", [PROGRAM + 24], [PROGRAM - 8], "rademacher", decay=0.9)
+        check_update(rule, "bfloat16", "bfloat16", [PROGRAM + 8, 8], [0, 8], k=1, masks=0.5, rounding=3)
+
+
+for _dist in ("normal", "rademacher"):
+
+    @case(f"spread: {_dist}", _dist)
+    def _(dist):
+        import torch
+
+        from zokernels.backends import get
+        from zokernels.backends.triton import spread
+
+        torch.manual_seed(SEED)
+        for dtype, n, offset, k in (("bfloat16", 41, 2**33 + 4, 3), ("float32", PROGRAM + 16, PROGRAM - 8, 2)):
+            terms = random_terms([n], [offset], dist, k=k)
+            x = torch.randn(n).to(getattr(torch, dtype))
+            results = []
+            spread.BUSY = 1024 if n < PROGRAM else 2  # a program for each direction, and one for all
+            for name in ("triton", "reference"):
+                buffers, (out,) = slid([torch.zeros(k * n)], [0], x.dtype)
+                get(name).spread(out.view(k, n), x, terms)
+                results.append(buffers)
+            assert_same(*results, lambda i, n=n: f"{n} elements")
+
+    @case(f"squares: {_dist}", _dist)
+    def _(dist):
+        import torch
+
+        from zokernels.backends import get
+
+        torch.manual_seed(SEED)
+        for sizes, offsets in ((_SIZES, _OFFSETS), ([PROGRAM + 100], [2**35 - 77])):
+            terms = random_terms(sizes, offsets, dist, k=2)
+            args = (terms.seeds, sizes, terms.streams, offsets, dist)
+            ours, theirs = (get(name).squares(*args) for name in ("triton", "reference"))
+            assert torch.equal(ours, theirs), (ours, theirs)
+
+
+def check_low_rank(dtype, shapes, ranks, offsets, *, slides=(0,), **options):
+    """As check, for low_rank in place; tiny factors make products that underflow."""
+    import torch
+
+    from zokernels.backends import get
+
+    torch.manual_seed(SEED)
+    dtype = getattr(torch, dtype)
+    sizes = [m * n for m, n in shapes]
+    terms = random_terms(sizes, offsets, "normal", **options)
+    k = terms.seeds.numel()
+    factor = lambda rows, rank: torch.randn(k, rows, rank) * positive((k, rows, 1), torch.float32)
+    left = [factor(m, rank) for (m, _), rank in zip(shapes, ranks, strict=True)]
+    right = [factor(n, rank) for (_, n), rank in zip(shapes, ranks, strict=True)]
+    values = [torch.randn(n).to(dtype) for n in sizes]
+    results = []
+    for name in ("triton", "reference"):
+        buffers, views = slid(values, cycled(slides, sizes), dtype)
+        views = [view.view(shape) for view, shape in zip(views, shapes, strict=True)]
+        get(name).low_rank(views, views, left, right, terms)
+        results.append(buffers)
+    assert_same(*results, lambda i: f"matrix {i} of shape {shapes[i]}, rank {ranks[i]}")
+
+
+@case("low rank")
+def _():
+    check_low_rank("bfloat16", [(3, 5), (70, 72), (0, 8), (9, 8)], [2, 3, 1, 4], [5, 0, 0, 2**33 + 8], k=2, decay=0.9)
+    check_low_rank("float32", [(65, 130)], [5], [0], rounding=3)
+    check_low_rank("float16", [(7, 24), (5, 8)], [0, 1], [0, 0], each=True, k=3)
+
+
+@case("low rank: stochastic")
+def _():
+    check_low_rank("bfloat16", [(67, 72), (2, 8)], [3, 1], [2**35 - 64, 8], rounding=3, k=2, each=True)
+    check_low_rank("float16", [(9, 70), (3, 16)], [2, 2], [2**33 + 5, 0], rounding=3, slides=(0, 1))
+
+
+def check_fan_out(dtype, dist, sizes, offsets, *, slides=(0,), **options):
+    """As check, for fan_out: theta, plus and minus."""
+    import torch
+
+    from zokernels.backends import get
+
+    torch.manual_seed(SEED)
+    dtype = getattr(torch, dtype)
+    terms = random_terms(sizes, offsets, dist, **options)
+    values, slides = [torch.randn(n).to(dtype) for n in sizes], cycled(slides, sizes)
+    empty = [torch.zeros(n) for n in sizes]
+    side = random_seeds(1), torch.tensor([0.3])
+    results = []
+    for name in ("triton", "reference"):
+        theta, plus, minus = (slid(group, slides, dtype) for group in (values, empty, empty))
+        get(name).fan_out(theta[1], plus[1], minus[1], *side, terms)
+        results.append(theta[0] + plus[0] + minus[0])
+    names = ("theta", "plus", "minus")
+    assert_same(*results, lambda i: f"{names[i // len(sizes)]} of tensor {i % len(sizes)}")
+
+
+for _dist in ("normal", "rademacher"):
+
+    @case(f"fan_out: {_dist}", _dist)
+    def _(dist):
+        check_fan_out("bfloat16", dist, _SIZES, _OFFSETS, k=2, decay=0.9, rounding=3, slides=(0, 1))
+        check_fan_out("float32", dist, [45], [2**33 + 4], k=0)
+        check_fan_out("float16", dist, [PROGRAM + 8], [PROGRAM - 8], k=0, decay=0.9)
 
 
 def _extremes(n):

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
-from .. import reference
-from ..composed import fan_out_by, spread_by
 from ..registry import Backend, BackendUnavailable
 
 
@@ -23,15 +19,22 @@ def load() -> Backend:
         )
     from .combine import combine, requantize
     from .device import DEVICES
+    from .fan_out import fan_out
+    from .low_rank import low_rank
     from .seeds import derive_seed
+    from .spread import spread
+    from .squares import squares
+    from .update import update
 
-    return replace(
-        reference.load(),
-        name="triton",
-        devices=DEVICES,
+    return Backend(
+        "triton",
+        DEVICES,
         derive_seed=derive_seed,
         combine=combine,
         requantize=requantize,
-        fan_out=fan_out_by(combine),
-        spread=spread_by(combine),
+        fan_out=fan_out,
+        update=update,
+        low_rank=low_rank,
+        spread=spread,
+        squares=squares,
     )

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..terms import Terms
-from .launch import elementwise
+from .launch import masked
 from .noise import add_rademacher
 from .table import pointer, row_of
 from .tile import (
@@ -129,7 +129,7 @@ def combine_kernel(
 def combine_table_kernel(
     table, owner, seeds, coeffs, num_k: tl.int32, decay, rounding_seed, mask_seed, mask_keep: tl.int32,
     DOMAIN: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr,
-    DTYPES: tl.constexpr, WIDTH: tl.constexpr, EACH: tl.constexpr,
+    DTYPES: tl.constexpr, WIDTH: tl.constexpr, EACH: tl.constexpr = False,
     LOW: tl.constexpr = None, HIGH: tl.constexpr = None,
 ):  # fmt: skip
     """Many tensors."""
@@ -142,11 +142,10 @@ def combine_table_kernel(
 
 
 def requantize(out: list[Tensor], params: list[Tensor], low: int, high: int, terms: Terms) -> None:
-    groups = (out, params, terms.masks, terms.curvature)
-    elementwise(combine_kernel, combine_table_kernel, groups, terms, LOW=low, HIGH=high)
+    kernels = (combine_kernel, combine_table_kernel)
+    masked(kernels, (out, params, terms.masks, None), terms, LOW=low, HIGH=high)
 
 
 def combine(out: list[Tensor], params: list[Tensor], terms: Terms) -> None:
-    elementwise(
-        combine_kernel, combine_table_kernel, (out, params, terms.masks, terms.curvature), terms, LOW=None, HIGH=None
-    )
+    kernels = (combine_kernel, combine_table_kernel)
+    masked(kernels, (out, params, terms.masks, terms.curvature), terms)

@@ -37,7 +37,8 @@ class Job(NamedTuple):
 
     row: Row  # for the table kernel
     args: tuple  # for the kernel of one tensor, in its order
-    aligned: bool  # every block of eight lies on 16 bytes, so that whole programs move 16 bytes at a time
+    #: Every block of eight lies on 16 bytes, so that whole programs move 16 bytes at a time; None: nothing is moved.
+    aligned: bool | None
 
 
 def dtypes(groups: Sequence[Group]) -> tuple[tl.dtype | None, ...]:
@@ -64,54 +65,48 @@ def jobs(groups: Sequence[Group], sizes: Sequence[int], terms: Terms) -> list[Jo
     return found
 
 
-def noise_args(terms: Terms, rounds: bool) -> dict[str, Any]:
-    """Arguments of every kernel that draws noise; ``rounds``: whether any output is narrower than fp32."""
+def launch(device: torch.device, kernels: tuple[Any, Any], jobs: list[Job], args: dict, **table_args: object) -> None:
+    """One launch of the second kernel, over a table, for all jobs of one alignment; of the first for a single job.
+
+    ``args``: what both kernels take besides; of coefficients [tensors, K] each job gets its row.
+    """
+    coeffs = args.get("coeffs")
+    each = coeffs is not None and coeffs.dim() == 2
+    if each:
+        table_args["EACH"] = True
+    with on_device(device):
+        for aligned in (True, False, None):
+            group = [job for job in jobs if job.aligned is aligned]
+            own = args if aligned is None else {**args, "ALIGNED": aligned}
+            table = table_of(device, tuple(job.row for job in group)) if len(group) > 1 else None
+            if table is not None:
+                count, width = table.owner.numel(), table.rows.shape[1]
+                kernels[1][(count,)](table.rows, table.owner, WIDTH=width, **own, **table_args, **OPTIONS)
+                continue
+            for job in group:
+                if each:
+                    own["coeffs"] = coeffs[job.row[1]]
+                kernels[0][(job.row[0],)](*job.args, **own, **OPTIONS)
+
+
+def elementwise(kernels: tuple[Any, Any], groups: Sequence[Group], terms: Terms, **args: object) -> None:
+    """``launch`` with a tensor of each group to a job, the parameters first, and the noise of ``terms``."""
+    leaders = groups[0]
     num_k = terms.seeds.numel()
-    return {
+    rounds = any(group and group[0].dtype not in (torch.float32, torch.uint8) for group in groups)
+    noise = {
         "seeds": terms.seeds,
         "coeffs": terms.coeffs,
         "num_k": num_k,
         "decay": terms.decay,
         "rounding_seed": terms.rounding_seed if rounds else None,
-        "mask_seed": terms.mask_seed,
-        "mask_keep": terms.mask_keep,
         "DOMAIN": DISTS[terms.dist],
         "K": num_k if num_k <= UNROLLED else None,
     }
+    found = jobs(groups, [t.numel() for t in leaders], terms)
+    launch(leaders[0].device, kernels, found, {**noise, **args}, DTYPES=dtypes(groups))
 
 
-def launch(
-    device: torch.device, kernel: Any, table_kernel: Any, jobs: list[Job], args: dict[str, Any], types: tuple
-) -> None:
-    """One launch of ``table_kernel`` for the aligned jobs and one for the others, or of ``kernel`` for each.
-
-    ``args``: what both kernels take besides; of coefficients [tensors, K] each job gets its row.
-    """
-    each = args["coeffs"].dim() == 2
-    with on_device(device):
-        for aligned in (True, False):
-            group = [job for job in jobs if job.aligned == aligned]
-            table = table_of(device, tuple(job.row for job in group)) if len(group) > 1 else None
-            if table is not None:
-                width = table.rows.shape[1]
-                table_kernel[(table.owner.numel(),)](
-                    table.rows, table.owner, DTYPES=types, WIDTH=width, EACH=each, ALIGNED=aligned, **args, **OPTIONS
-                )
-                continue
-            for job in group:
-                own = {**args, "coeffs": args["coeffs"][job.row[1]]} if each else args
-                kernel[(job.row[0],)](*job.args, ALIGNED=aligned, **own, **OPTIONS)
-
-
-def elementwise(kernel: Any, table_kernel: Any, groups: Sequence[Group], terms: Terms, **args: object) -> None:
-    """``launch`` with a tensor of each group to a job; the first group are the parameters or their outputs."""
-    leaders = groups[0]
-    rounds = any(group and group[0].dtype not in (torch.float32, torch.uint8) for group in groups)
-    launch(
-        leaders[0].device,
-        kernel,
-        table_kernel,
-        jobs(groups, [t.numel() for t in leaders], terms),
-        {**noise_args(terms, rounds), **args},
-        dtypes(groups),
-    )
+def masked(kernels: tuple[Any, Any], groups: Sequence[Group], terms: Terms, **args: object) -> None:
+    """``elementwise`` of kernels that take masks."""
+    elementwise(kernels, groups, terms, mask_seed=terms.mask_seed, mask_keep=terms.mask_keep, **args)

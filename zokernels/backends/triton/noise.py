@@ -57,14 +57,20 @@ def _normal_pair(v, w, mantissa):
 
 
 @triton.jit
-def normal(w0, w1, w2, w3, mantissa):
-    """Words [B] of each block to its eight normals, fp32 [B, 8].  ``mantissa``: the scalar 0x007fffff."""
+def normal8(w0, w1, w2, w3, mantissa):
+    """Words [B] of each block to its eight normals, eight fp32 [B].  ``mantissa``: the scalar 0x007fffff."""
     v0, v1, v2, v3 = w0 | 1, w1 | 1, w2 | 1, w3 | 1
     z0, z1 = _normal_pair(v0, v1, mantissa)
     z2, z3 = _normal_pair(v1, v2, mantissa)
     z4, z5 = _normal_pair(v2, v3, mantissa)
     z6, z7 = _normal_pair(v3, v0, mantissa)
-    return join8(z0, z1, z2, z3, z4, z5, z6, z7)
+    return z0, z1, z2, z3, z4, z5, z6, z7
+
+
+@triton.jit
+def normal(w0, w1, w2, w3, mantissa):
+    """normal8 as fp32 [B, 8]."""
+    return join8(*normal8(w0, w1, w2, w3, mantissa))
 
 
 @triton.jit
@@ -93,3 +99,10 @@ def rademacher(block, byte):
 def uniform16(w0, w1, w2, w3):
     """Words [B] of each block to its eight 16-bit fields, uint32 [B, 8]: the mask and rounding domains."""
     return join8(w0 & 0xFFFF, w0 >> 16, w1 & 0xFFFF, w1 >> 16, w2 & 0xFFFF, w2 >> 16, w3 & 0xFFFF, w3 >> 16)
+
+
+@triton.jit
+def field16(w0, w1, w2, w3, at):
+    """Field ``at`` in 0..7 of each block, with words and ``at`` of one shape."""
+    word = tl.where(at < 4, tl.where(at < 2, w0, w1), tl.where(at < 6, w2, w3))
+    return (word >> 16 * (at & 1)) & 0xFFFF

@@ -1,0 +1,68 @@
+"""fan_out: a pending combine of theta, then plus = round(theta + c z) and minus = round(theta - c z), in Triton."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..terms import Terms
+from .arithmetic import fma
+from .launch import elementwise
+from .rounding import round_nearest, to_float
+from .table import pointer, row_of
+from .tile import accumulate, decayed, each_tile, load, noise, noise_of, rounded, span_of, store, tabled_span
+
+
+@triton.jit
+def _tile(row, inside, span, terms, theta, plus, minus, seed, c, PENDING: tl.constexpr):
+    dtype: tl.constexpr = theta.dtype.element_ty
+    x = load(theta, row, inside, span)
+    if PENDING:
+        total = accumulate(decayed(x, terms), row, span, terms, None)
+        updated = rounded(total, dtype, row, span, terms)
+        store(theta, updated, row, inside, span)
+        x = to_float(updated)
+    z = noise(seed, row, span, terms)
+    store(plus, round_nearest(fma(c, z, x), dtype), row, inside, span)
+    store(minus, round_nearest(fma(-c, z, x), dtype), row, inside, span)
+
+
+@triton.jit
+def _program(span, numel, terms, theta, plus, minus, seed, coeff, PENDING: tl.constexpr, ALIGNED: tl.constexpr):
+    seed, c = tl.load(seed), tl.load(coeff)
+    each_tile(_tile, span, numel, ALIGNED, 4, (terms, theta, plus, minus, seed, c, PENDING))
+
+
+@triton.jit(do_not_specialize=["numel", "offset", "stream", "num_k"])
+def fan_out_kernel(
+    theta, plus, minus, numel: tl.int64, offset: tl.int64, stream: tl.int64,
+    seed, coeff, seeds, coeffs, num_k: tl.int32, decay, rounding_seed,
+    PENDING: tl.constexpr, DOMAIN: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """One tensor."""
+    span = span_of(offset, stream, None, tl.program_id(0).to(tl.int64))
+    terms = noise_of(seeds, coeffs, num_k, decay, rounding_seed, None, None, DOMAIN, K)
+    _program(span, numel, terms, theta, plus, minus, seed, coeff, PENDING, ALIGNED)
+
+
+@triton.jit(do_not_specialize=["num_k"])
+def fan_out_table_kernel(
+    table, owner, seed, coeff, seeds, coeffs, num_k: tl.int32, decay, rounding_seed,
+    PENDING: tl.constexpr, DOMAIN: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr,
+    DTYPES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Many tensors."""
+    row, pid = row_of(table, owner, WIDTH)
+    numel, span = tabled_span(row, None, pid)
+    terms = noise_of(seeds, coeffs, num_k, decay, rounding_seed, None, None, DOMAIN, K)
+    theta, plus, minus = pointer(row, 5, DTYPES[0]), pointer(row, 6, DTYPES[1]), pointer(row, 7, DTYPES[2])
+    _program(span, numel, terms, theta, plus, minus, seed, coeff, PENDING, ALIGNED)
+
+
+def fan_out(
+    params: list[Tensor], plus: list[Tensor], minus: list[Tensor], seed: Tensor, coeff: Tensor, terms: Terms
+) -> None:
+    pending = terms.seeds.numel() > 0 or terms.decay is not None
+    kernels = (fan_out_kernel, fan_out_table_kernel)
+    elementwise(kernels, (params, plus, minus), terms, seed=seed, coeff=coeff, PENDING=pending)
