@@ -1,5 +1,5 @@
-"""``python -m zokernels``: what is built and what is present."""
+"""``python -m zokernels``: what is built and what is present; with a command, the tools of a recorded run."""
 
-from .report import report
+from .cli import main
 
-print(report())
+raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""The file of a recorded run: a header, then records of one size, each with a checksum.  docs/trajectory.md has the layout.
+"""The file of a recorded run: a header, then records of one size, each with a checksum (docs/trajectory.md).
 
 Everything in a file is checked before it is used: a header is canonical JSON of at most ``MAX_HEADER`` bytes whose
 every entry has a known name, type and range, and the size of a record must fit the file.
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
 from ..checks import fail
-from ..contract import CONTRACT, derive_seed_int
+from ..contract import CONTRACT
 
 MAGIC, VERSION = b"ZKLOG\n", 1
 MAX_HEADER = 1 << 26
@@ -243,11 +243,16 @@ class Log:
         """Byte after the last good record."""
         return self.begin + self.steps * self.layout.size
 
-    def records(self, upto: int | None = None) -> Iterator[Record]:
-        """The steps before step ``upto`` (default: all)."""
+    def check_upto(self, upto: int | None) -> int:
+        """The step that ``upto`` means."""
         stop = self.start + self.steps if upto is None else upto
         if not self.start <= stop <= self.start + self.steps:
             fail("trajectory", "upto", f"a step in [{self.start}, {self.start + self.steps}]", upto)
+        return stop
+
+    def records(self, upto: int | None = None) -> Iterator[Record]:
+        """The steps before step ``upto`` (default: all)."""
+        stop = self.check_upto(upto)
         with open(self.path, "rb") as file:
             file.seek(self.begin)
             for step in range(self.start, stop):
@@ -255,10 +260,6 @@ class Log:
                 if (fault := self.layout.fault(data, step)) is not None:
                     fail("trajectory", f"{self.path}, step {step}", "the record that was there before", fault)
                 yield self.layout.unpack(data, step)
-
-    def seeds(self, step: int) -> list[int]:
-        """Of the directions of ``step``."""
-        return [derive_seed_int(self.header["seed"], step, k) for k in range(self.layout.directions)]
 
 
 def scan(path: str | os.PathLike) -> Log | None:

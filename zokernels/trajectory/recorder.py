@@ -39,8 +39,8 @@ class Recorder:
     """The log that an optimizer appends to.  Made by :func:`record`.
 
     A record is written after its step's update, by one system call: a killed process loses no completed step but those
-    whose numbers a GPU had not yet sent.  ``sync`` seconds after the last one, and at :meth:`flush`, the file is synced,
-    so that a machine that dies loses no more than that.
+    whose numbers a GPU had not yet sent.  Every ``sync`` seconds, and at :meth:`flush`, the file is synced, so that a
+    machine that dies loses no more than that.
     """
 
     def __init__(self, path: str | os.PathLike, sync: float) -> None:

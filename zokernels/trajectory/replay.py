@@ -87,7 +87,8 @@ def repeat_all(
                 _repeat(optimizer, record, log.header["gated"])
                 if not puts_off:
                     progress(numel)
-            deferred.apply(lambda elements, steps=len(window): progress(elements * steps), fold)
+            steps = len(window)
+            deferred.apply(lambda elements: progress(elements * steps), fold)  # noqa: B023
         optimizer.flush()
         deferred.apply(lambda elements: None)
     finally:
@@ -137,8 +138,7 @@ def replay_(
     optimizer = optimizer_of(
         header, tensors, header["restore"] if exact else "exact", direction=direction, subset=subset
     )
-    records = log.records(upto)  # checks upto
-    steps = (log.start + log.steps if upto is None else upto) - log.start
+    records, steps = log.records(upto), log.check_upto(upto) - log.start
     if check:
         check_base(header, tensors)
     if steps:

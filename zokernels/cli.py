@@ -1,0 +1,195 @@
+"""The command ``zokernels``: a report, and the tools of a recorded run (docs/trajectory.md)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pathlib
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .trajectory import Log
+    from .trajectory.replay import Progress
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="zokernels", description="Without a command: what is built and present.")
+    commands = parser.add_subparsers(dest="command", title="commands")
+    base = "base weights: a .safetensors file or a Hugging Face folder"
+
+    replay = commands.add_parser("replay", help="make the weights of a run from its base and its log")
+    replay.add_argument("base", help=base)
+    replay.add_argument("log", help="the run's log")
+    replay.add_argument("-o", "--output", required=True, help="the .safetensors file to write")
+    replay.add_argument("--mode", choices=("exact", "fp32"), default="exact", help="the run's bits, or an fp32 sum")
+
+    verify = commands.add_parser("verify", help="check a log, its base weights and its final weights")
+    verify.add_argument("log", help="the run's log")
+    verify.add_argument("base", nargs="?", help=base)
+    verify.add_argument("final", nargs="?", help="weights that the run should have ended with")
+
+    log = commands.add_parser("log", help="what a log holds")
+    log.add_argument("log", help="the run's log")
+    log.add_argument("--json", action="store_true", help="as JSON")
+    log.add_argument("--plot", metavar="FILE", help="draw loss and projected gradient (needs matplotlib)")
+
+    for command in (replay, verify, log):
+        command.add_argument("--recover", action="store_true", help="use a damaged log up to its last good record")
+    for command in (replay, verify):
+        command.add_argument("--upto", type=int, metavar="STEP", help="the first step that is not taken")
+    return parser
+
+
+@contextmanager
+def _progress(log: Log, text: str) -> Iterator[Progress]:
+    """A bar of elements times steps, on a terminal that has tqdm."""
+    bar = None
+    if sys.stderr.isatty():
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            print("no progress bar: pip install zokernels[cli]", file=sys.stderr)
+        else:
+            sizes = [math.prod(p["shape"]) for g in log.header["groups"] for p in g["params"] if p["sha256"]]
+            bar = tqdm(total=sum(sizes) * log.steps, desc=text, unit="w", unit_scale=True)
+    try:
+        yield bar.update if bar is not None else lambda elements: None
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def _read(args: argparse.Namespace) -> Log:
+    from .trajectory import read
+
+    log = read(args.log, args.recover)
+    if log.broken:
+        print(f"{args.log}: damaged at {log.broken}; {log.steps} records before it are used", file=sys.stderr)
+    return log
+
+
+def _replay(args: argparse.Namespace) -> None:
+    from .trajectory.checkpoint import Checkpoint, replay_file
+
+    log = _read(args)
+    with _progress(log, "replay") as progress:
+        steps = replay_file(Checkpoint(args.base), log, args.output, args.upto, mode=args.mode, progress=progress)
+    print(f"{args.output}: {steps} steps on {args.base}")
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from .trajectory.checkpoint import Checkpoint, checked, compare, replay_file
+
+    log = _read(args)
+    print(f"log    {log.steps} records, every checksum right")
+    if args.base is None:
+        return
+    base = Checkpoint(args.base)
+    if args.final is None:
+        checked(base, log)
+        print("base   the weights that the run began with")
+        return
+    final = Checkpoint(args.final)
+    with tempfile.TemporaryDirectory() as folder, _progress(log, "verify") as progress:
+        replayed = pathlib.Path(folder) / "replayed.safetensors"
+        replay_file(base, log, replayed, args.upto, progress=progress)
+        print("base   the weights that the run began with")
+        count = compare(log, Checkpoint(replayed), final)
+    print(f"final  the weights of the run, bit for bit ({count} tensors)")
+
+
+def summary(log: Log) -> dict[str, Any]:
+    """Plain numbers and texts; null where a number is not finite or there is none."""
+    header, losses, sizes, skipped, first, last = log.header, [], [], 0, None, None
+    for record in log.records():
+        first, last = first or record, record
+        skipped += not record.finite
+        if record.finite:
+            losses.append(record.loss)
+            sizes.append(max(abs(g) for of_group in record.gradients for g in of_group))
+    tenth = max(1, len(losses) // 10)
+    mean = lambda values: finite(sum(values) / len(values)) if values else None
+    finite = lambda value: value if math.isfinite(value) else None
+    params = [p for g in header["groups"] for p in g["params"]]
+    return {
+        "file": log.path,
+        "created_by": header["created_by"],
+        "contract": header["contract"],
+        "optimizer": header["optimizer"],
+        **{part: header[part] for part in ("estimator", "rule", "direction", "subset")},
+        "restore": header["restore"],
+        "seed": header["seed"],
+        "groups": [group["options"] for group in header["groups"]],
+        "parameters": sum(p["sha256"] is not None for p in params),
+        "weights": sum(math.prod(p["shape"]) for p in params if p["sha256"] is not None),
+        "frozen_parameters": sum(p["sha256"] is None for p in params),
+        "start": log.start,
+        "steps": log.steps,
+        "skipped_steps": skipped,
+        "bytes_per_step": log.layout.size,
+        "lr_first": first and list(first.rates),
+        "lr_last": last and list(last.rates),
+        "loss_first_tenth": mean(losses[:tenth]),
+        "loss_last_tenth": mean(losses[-tenth:]),
+        "largest_gradient": finite(max(sizes)) if sizes else None,
+        "mean_gradient": mean(sizes),
+        "broken": log.broken,
+    }
+
+
+def _plot(log: Log, path: str) -> None:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise RuntimeError("log: --plot: expected matplotlib, got none; pip install zokernels[cli]") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = [record for record in log.records() if record.finite]
+    steps = [record.step for record in records]
+    figure, (top, bottom) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6), layout="constrained")
+    top.plot(steps, [record.loss for record in records], linewidth=0.8)
+    top.set_ylabel("loss")
+    for i in range(log.layout.groups):
+        size = [math.sqrt(sum(g * g for g in record.gradients[i])) for record in records]
+        signed = [record.gradients[i][0] for record in records] if log.layout.directions == 1 else size
+        bottom.plot(steps, signed, linewidth=0.8, label=f"group {i}")
+    bottom.set_ylabel("projected gradient" if log.layout.directions == 1 else "norm of the projected gradients")
+    bottom.set_xlabel("step")
+    if log.layout.groups > 1:
+        bottom.legend()
+    top.set_title(f"{log.header['optimizer']}, {log.steps} steps")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _log(args: argparse.Namespace) -> None:
+    log = _read(args)
+    found = summary(log)
+    if args.plot:
+        _plot(log, args.plot)
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return
+    for key, value in found.items():
+        print(f"{key:<18} {value if isinstance(value, str) else json.dumps(value)}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    if args.command is None:
+        from .report import report
+
+        print(report())
+        return 0
+    try:
+        {"replay": _replay, "verify": _verify, "log": _log}[args.command](args)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        print(f"zokernels {args.command}: {error}", file=sys.stderr)
+        return 1
+    return 0
