@@ -15,6 +15,7 @@ from zokernels.backends.reference.noise import uniform16, uniform16_at
 from zokernels.contract import DOMAIN_ROUNDING, seed_to_int64
 from zokernels.optim import ZOCGE, Blocks, GivenMask, MagnitudeMask, RandomMask
 from zokernels.optim.cge import sample
+from zokernels.trajectory import record
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ESTIMATOR = pytest.mark.parametrize("estimator", ["one-sided", "two-sided"])
@@ -307,6 +308,12 @@ def test_training_on_digits(estimator, rng):
 def test_arguments(options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         ZOCGE([("p", nn.Parameter(torch.ones(3)))], lr=0.1, **options)
+
+
+def test_no_log():
+    opt = ZOCGE([nn.Parameter(torch.ones(3))], lr=0.1)
+    with pytest.raises(ValueError, match="trajectory: optimizer: expected steps along directions of float weights"):
+        record(opt, "never-written")
 
 
 def test_sets_without_coordinates():

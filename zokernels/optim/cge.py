@@ -104,6 +104,8 @@ class ZOCGE(ZerothOrder):
     Source: DeepZero, Chen et al., 2024, arXiv 2310.02025.
     """
 
+    replayable = False  # a step's record would be as long as its coordinates
+
     def __init__(
         self,
         params,
@@ -155,38 +157,40 @@ class ZOCGE(ZerothOrder):
             for side in e.sides
         )
         losses = losses_at(itertools.chain((None for s in signs if not s), moves))
-        if 0 in signs:
-            change = losses[1:].double() - losses[0].double()
-        else:
-            plus, minus = losses.double().view(-1, 2).unbind(1)
-            change = plus - minus
-        quotients = change / torch.cat([e.steps().to(losses.device, non_blocking=True) for e in self._entries])
-        counts = [sum(e.index.numel() for e in self._entries if e.bucket is b) for b in buckets]
-        gradients = [
-            projected_gradient(part, b.group["clip"]) for b, part in zip(buckets, quotients.split(counts), strict=True)
+        gradients, finite = gate([e.bucket for e in self._entries], self._gradients(losses))
+        return Estimate(losses, gradients, finite, self._skips(finite), losses)
+
+    def _gradients(self, losses: Tensor) -> list[Tensor]:
+        """g of each entry of the step, fp32, clipped."""
+        values = losses.double()
+        one_sided = len(self._entries[0].sides) == 1
+        change = values[1:] - values[0] if one_sided else values[::2] - values[1::2]
+        parts = change.split([e.index.numel() for e in self._entries])
+        return [
+            projected_gradient(part / e.steps().to(losses.device, non_blocking=True), e.bucket.group["clip"])
+            for part, e in zip(parts, self._entries, strict=True)
         ]
-        g = torch.cat(gradients)
-        return Estimate(losses, *gate(buckets, gradients), losses, g)
 
     def _update(self, probe: CoordinateProbe, estimate: Estimate) -> None:
-        gradients, finite = torch.cat(estimate.gradients), estimate.finite
-        for e, g in zip(self._entries, gradients.split([e.index.numel() for e in self._entries]), strict=True):
+        for e, g in zip(self._entries, estimate.gradients, strict=True):
             group, device = e.bucket.group, e.weights.device
             if is_zero(group["lr"]):
                 continue  # 0 * g would turn a weight of -0.0 into 0.0
             acc = e.kept.float()  # unless finite, times 1 plus -0.0: the same bits
             if group["weight_decay"]:
-                acc = gated_decay(decay_of(group, g), finite, device) * acc
+                acc = gated_decay(decay_of(group, g), estimate.finite, device) * acc
             acc = acc + descent(group, g).to(device, non_blocking=True)
             if group["rounding"] == "stochastic":
                 fields = uniform16_at(probe.seeds[device], e.stream, DOMAIN_ROUNDING, e.index)
                 e.weights[e.index] = round_stochastic(acc, fields, e.weights.dtype)
             else:
                 e.weights[e.index] = acc.to(e.weights.dtype)
-        del self._entries
         torch.clear_autocast_cache()
-        self.last_losses, self.last_projected_gradient = estimate.forwards, estimate.g
-        self._state.advance(finite)
+        self._state.advance(estimate.finite)
+
+    def _publish(self, estimate: Estimate) -> None:
+        g = torch.cat(self._gradients(estimate.losses))
+        self.last_losses, self.last_projected_gradient, self._entries = estimate.forwards, g, []
 
     def _entry(self, bucket: Bucket, param: Tensor, stream: int, index: Tensor, signs: list[int]) -> Entries:
         weights = param.detach().view(-1)
