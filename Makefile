@@ -52,5 +52,5 @@ $(VENV)/demo: $(VENV)/built $(DEMO)
 	touch $@
 
 $(VENV)/tested: $(VENV)/demo
-	$(PIP) pytest triton ruff matplotlib
+	$(PIP) pytest triton ruff matplotlib scikit-learn
 	touch $@
