@@ -217,7 +217,7 @@ class ZOCGE(ZerothOrder):
             names = {
                 id(p): name
                 for group in self.param_groups
-                for name, p in zip(group["param_names"], group["params"], strict=True)
+                for name, p in zip(group.get("param_names", ()), group["params"], strict=True)
             }
             shares = [self._per_step.get(names[id(p)], 1.0) for _, p, *_ in allowed]
             chosen = [
