@@ -158,9 +158,9 @@ def requantized(q, z, c, seed, stream, limit):
 
 
 @BITS
-@pytest.mark.parametrize(("dist", "weight_decay"), [("normal", 0.0), ("rademacher", 0.0), ("normal", 1e-3)])
+@pytest.mark.parametrize(("dist", "weight_decay"), [("normal", 0.0), ("rademacher", 0.0), ("normal", 1e-4)])
 def test_quzo_steps_equal_plain_pytorch(bits, dist, weight_decay, rng):
-    m, lr, eps, seed = model(rng), 100.0, 0.75, rng.getrandbits(63)
+    m, lr, eps, seed = model(rng), 2000.0, 0.75, rng.getrandbits(63)
     quantize_(m, bits, packed=False)
     x, y = batch()
     layers = {"0.weight": m[0], "2.weight": m[2]}
@@ -222,7 +222,7 @@ def test_integers_are_written_once(rng):
     m = model(rng)
     quantize_(m)
     before, (x, y) = [layer.weight.clone() for layer in (m[0], m[2])], batch()
-    opt = QuZO(named_integers(m), lr=100.0, seed=rng.getrandbits(64))
+    opt = QuZO(named_integers(m), lr=1e5, seed=rng.getrandbits(64))
 
     def closure(error=None):
         with torch._C.DisableTorchFunction():
@@ -338,6 +338,10 @@ def test_training_on_digits(bits, method, options, digits, rng):
             r"QuZO: bits: expected an integer in \[2, 8\], got 9",
         ),
         (lambda: QuZO([torch.zeros(3, dtype=torch.int8)], 1.0, restore="inplace"), "QuZO: restore: expected 'exact'"),
+        (
+            lambda: QuZO([torch.zeros(3, dtype=torch.int8)], 1.0, trajectory="never-written"),
+            "trajectory: optimizer: expected steps along directions of float weights, got QuZO",
+        ),
     ],
 )
 def test_arguments(call, message):

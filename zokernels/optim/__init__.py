@@ -4,6 +4,7 @@ An optimizer is an estimator (where the closure runs), a direction (what z is), 
 and an update rule; the named classes put them together.
 """
 
+from .cge import ZOCGE
 from .low_rank import FreshFactors, KeptRight, Subspace, TemporalFactor
 from .masks import GivenMask, MagnitudeMask, RandomMask
 from .methods import (
@@ -30,6 +31,7 @@ __all__ = [
     "FZOO",
     "LOZO",
     "ZOBCD",
+    "ZOCGE",
     "ZOSGD",
     "Blocks",
     "ForwardGradient",

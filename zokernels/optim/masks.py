@@ -56,7 +56,7 @@ def check_refresh(name: str, refresh: int | None) -> None:
         fail(name, "refresh", "None or a number of steps >= 1", repr(refresh))
 
 
-class _KeptMask(Direction):
+class KeptMask(Direction):
     """Packed masks in ``optimizer.state[p]["mask"]``: saved with it, and frozen until the next refresh."""
 
     def prepare(self, optimizer: ZerothOrder, buckets: list[Bucket], seeds: dict[torch.device, Tensor]) -> None:
@@ -76,7 +76,7 @@ class _KeptMask(Direction):
 
 
 @dataclass(frozen=True)
-class MagnitudeMask(_KeptMask):
+class MagnitudeMask(KeptMask):
     """The ``density`` smallest weights of each tensor move: \\|theta\\| <= the tensor's own quantile.
 
     Measured before anything moves, so that a perturbed weight never changes the mask, and kept as bits until the next
@@ -119,7 +119,7 @@ class RandomMask(Direction):
 
 
 @dataclass(frozen=True)
-class GivenMask(_KeptMask):
+class GivenMask(KeptMask):
     """Masks of your own, by parameter or its name: bool of its shape, or int64 flat indices of the weights that move.
 
     A parameter without an entry moves as a whole.

@@ -93,6 +93,9 @@ class ZerothOrder(torch.optim.Optimizer):
     See docs/optimizer.md.
     """
 
+    #: Whether a log of seeds and coefficients (``trajectory``) is the whole run.
+    replayable = True
+
     def __init__(
         self,
         params,

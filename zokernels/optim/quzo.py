@@ -81,6 +81,8 @@ class QuZO(ZerothOrder):
     by itself, as unbiased.
     """
 
+    replayable = False  # replay combines float weights
+
     def __init__(
         self, params, lr: float | Tensor, eps: float = 1.0, *, directions: int = 1, bits: int = 8, **options
     ) -> None:

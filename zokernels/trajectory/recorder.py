@@ -197,6 +197,8 @@ def record(
     Raises: ValueError, before a weight or the file changes, where the log is damaged or of another run, or the weights
     are not its base; RuntimeError where another writer has it open.
     """
+    if not optimizer.replayable:
+        fail("trajectory", "optimizer", "steps along directions of float weights", type(optimizer).__name__)
     if optimizer._state.capturable:
         fail("trajectory", "capturable", "False: the replays of a CUDA graph call no host function", True)
     if optimizer._recorder is not None and not optimizer._recorder.closed:
