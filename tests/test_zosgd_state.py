@@ -122,7 +122,8 @@ def test_non_finite_loss_skips_the_update(losses, on_host, restore, monkeypatch)
     else:
         with pytest.warns(UserWarning, match="1 step"):
             assert int(opt.skipped_steps) == 1
-    assert opt.state_dict()["zo"] == {"contract": "zk1", "seed": 0, "step": 1, "skipped_steps": 1}
+    counters = {"contract": "zk1", "seed": 0, "step": 1, "skipped_steps": 1}
+    assert opt.state_dict()["zo"] == {**counters, "rule": {"name": "SGD", "groups": {}}}
     opt.step(lambda: p.float().sum())  # the next step draws another z and goes on
     assert p.isfinite().all()
     assert opt.step_count == 2

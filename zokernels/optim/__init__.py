@@ -4,6 +4,7 @@ An optimizer is an estimator (where the closure runs), a direction (what z is), 
 and an update rule; the named classes put them together.
 """
 
+from .adaptive import HiZOO, ZOAdam, ZOAdamW, ZOSignSGD
 from .cge import ZOCGE
 from .low_rank import FreshFactors, KeptRight, Subspace, TemporalFactor
 from .masks import GivenMask, MagnitudeMask, RandomMask
@@ -27,6 +28,10 @@ from .subset import Blocks, LayerSkip
 from .zosgd import ZOSGD
 
 __all__ = [
+    "ZOSignSGD",
+    "ZOAdamW",
+    "ZOAdam",
+    "HiZOO",
     "EGGROLL",
     "FZOO",
     "LOZO",

@@ -75,6 +75,32 @@ class OneSided(Estimator):
 
 
 @dataclass(frozen=True)
+class ThreePoint(Estimator):
+    """g = (L+ - L-) / (2 eps), and |L+ + L- - 2 L0| / eps^2 for the curvature along z: three forwards, one direction.
+
+    L0 = L(theta), which a step returns, L+- = L(theta +- eps z).  Not finite where the second difference is not.
+    """
+
+    def __post_init__(self) -> None:
+        self._check("directions", self.directions, 1, 1)
+
+    def points(self) -> list[tuple[int, int]]:
+        return [(0, 0), (0, 1), (0, -1)]
+
+    def coefficients(self, losses: Tensor, eps: float) -> Tensor:
+        g = (losses[1:2] - losses[2:]) / (2 * eps)
+        finite = self.second_difference(losses, eps).float().isfinite()
+        return torch.where(finite, g, torch.full_like(g, float("nan")))
+
+    def second_difference(self, losses: Tensor, eps: float) -> Tensor:
+        """|L+ + L- - 2 L0| / eps^2, float64, 0-dim."""
+        return (losses[1] + losses[2] - 2 * losses[0]).abs() / eps**2
+
+    def loss(self, losses: Tensor) -> Tensor:
+        return losses[0].clone()
+
+
+@dataclass(frozen=True)
 class StdNormalized(OneSided):
     """g_k = (L_k - L_0) / (q sigma), sigma^2 = sum_k (L_k - mean)^2 / (q - 1): q + 1 forwards, q >= 2.
 

@@ -123,10 +123,12 @@ class ZerothOrder(torch.optim.Optimizer):
             "dist": dist,
             "rounding": rounding,
             "clip": clip,
+            **rule.defaults,
         }
-        check_hyperparameters(self._op, defaults)
+        self.rule = rule
+        self._check_group(defaults)
         check_choice(self._op, "restore", restore, RESTORES)
-        self.estimator, self.rule, self.subset = estimator, rule, subset
+        self.estimator, self.subset = estimator, subset
         self.direction = Direction() if direction is None else direction
         if capturable and (self.direction.refresh is not None or subset is not None):
             fail(self._op, "capturable", "False with a schedule that the host keeps (refresh, subset)", True)
@@ -138,6 +140,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self.last_projected_gradient: Tensor | None = None
         #: The losses of the last step, in the order of the forwards: the estimator's points, the rule's trials.
         self.last_losses: tuple[Tensor, ...] | None = None
+        rule.check_parts(self)
         super().__init__(params, defaults)
         self._state.place(devices_of(self.param_groups))
         if trajectory is not None:
@@ -165,13 +168,17 @@ class ZerothOrder(torch.optim.Optimizer):
         self._warn_skipped()
         return self._state.skipped
 
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_hyperparameters(self._op, group)
+        self.rule.check(self._op, group)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "optimizer contains a parameter group with duplicate", UserWarning)
             super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            check_hyperparameters(self._op, group)
+            self._check_group(group)
             if len({id(p) for p in group["params"]}) != len(group["params"]):
                 fail(self._op, "params", "each parameter once (tied ones are one parameter)", "a duplicate")
             for i, param in enumerate(group["params"]):
@@ -229,6 +236,8 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def _buckets(self) -> list[Bucket]:
         buckets = plan(self._op, self.param_groups)
+        for group in self.param_groups:
+            self.rule.check(self._op, group)
         return buckets if self.subset is None else self.subset.select(self, buckets)
 
     @contextmanager
@@ -285,6 +294,7 @@ class ZerothOrder(torch.optim.Optimizer):
         scaled = lambda g: g if multiple is None else multiple * g
         if not (self.rule.restores and all(b.direction.uniform for b in buckets)):
             probe.restore()
+        self.rule.begin(self, probe, estimate)
         following = self._two_pass and self._two_pass.following(probe, self._state)
         try:
             for i, (b, g) in enumerate(zip(buckets, estimate.gradients, strict=True)):
@@ -356,14 +366,15 @@ class ZerothOrder(torch.optim.Optimizer):
             warnings.warn(text, stacklevel=3)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, with a third entry "zo": contract, seed, step, skipped steps.  Plain numbers and lists only."""
+        """As torch's, with a third entry "zo" of plain numbers and lists: contract, seed, step, skipped steps, and what
+        the rule keeps of each group."""
         self.flush()
         if self._recorder:
             self._recorder.flush()
         state = super().state_dict()
         self._warn_skipped()
         own = {"seed": self._state.seed, "step": self._state.step, "skipped_steps": int(self._state.skipped)}
-        return {**state, "zo": {"contract": CONTRACT, **own}}
+        return {**state, "zo": {"contract": CONTRACT, **own, "rule": self.rule.state_dict()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue bit for bit from a :meth:`state_dict`, whose seed, step, hyper-parameters and streams replace ours.
@@ -376,24 +387,37 @@ class ZerothOrder(torch.optim.Optimizer):
         if zo["contract"] != CONTRACT:
             fail(self._op, "state_dict", f"noise contract {CONTRACT!r}", repr(zo["contract"]))
         check_groups(self._op, self.param_groups, groups)
+        for group in groups:
+            self.rule.check(self._op, group)
+        self.rule.check_state_dict(self, zo["rule"])
         self.flush()
-        rates = [g["lr"] for g in self.param_groups]
+        rates, held = [g["lr"] for g in self.param_groups], {p: dict(state) for p, state in self.state.items()}
         super().load_state_dict(state_dict)
-        self._load_tensors(state_dict)
+        self._load_tensors(state_dict, held if self._state.capturable else {})
+        self.rule.load_state_dict(self, zo["rule"])
         for group, lr in zip(self.param_groups, rates, strict=True):
             if self._state.capturable and isinstance(lr, Tensor):  # a graph holds its address
                 group["lr"] = lr.fill_(group["lr"])
         self._state.load(zo["seed"], zo["step"], zo["skipped_steps"])
         self._skips_told = zo["skipped_steps"]
 
-    def _load_tensors(self, state_dict: dict[str, Any]) -> None:
-        """The states' bits and dtypes as they were saved: torch has cast them to their parameters' dtype."""
+    def _load_tensors(self, state_dict: dict[str, Any], held: dict[Tensor, dict[str, Any]]) -> None:
+        """The states' bits and dtypes as they were saved: torch has cast them to their parameters' dtype.
+
+        ``held``: the states until now, whose addresses a CUDA graph may hold: they are written in place.
+        """
         params = [p for g in self.param_groups for p in g["params"]]
         indices = [i for g in state_dict["param_groups"] for i in g["params"]]
         for p, index in zip(params, indices, strict=True):
-            for key, value in state_dict["state"].get(index, {}).items():
+            loaded, ours = state_dict["state"].get(index, {}), held.get(p, {})
+            for key, value in loaded.items():
                 if isinstance(value, Tensor):
                     self.state[p][key] = value.detach().to(p.device, copy=True)
+            for key, tensor in ours.items():
+                if key in loaded and (tensor.shape, tensor.dtype) == (loaded[key].shape, loaded[key].dtype):
+                    self.state[p][key] = tensor.copy_(loaded[key])
+                elif key not in loaded and key in self.rule.states:
+                    self.state[p][key] = tensor.fill_(self.rule.states[key])
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle; torch's own keeps only groups and state.  Scratch and graphs are not copied."""

@@ -2,24 +2,56 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .groups import Bucket
+from ..checks import fail
+from .groups import Bucket, check_number
+from .guards import is_capturing
 from .update import decay_of, gated_decay, is_zero, learning_rate
 
 if TYPE_CHECKING:
-    from .optimizer import ZerothOrder
+    from .exact import ExactProbe
+    from .inplace import InplaceProbe
+    from .optimizer import Estimate, ZerothOrder
+
+
+def check_betas(op: str, betas: object) -> None:
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        fail(op, "betas", "two numbers", repr(betas), TypeError)
+    for i, beta in enumerate(betas):
+        check_fraction(op, f"betas[{i}]", beta)
+
+
+def check_fraction(op: str, argument: str, value: object) -> None:
+    check_number(op, argument, value)
+    if value >= 1:
+        fail(op, argument, "a number in [0, 1)", value)
+
+
+def groups_of(buckets: Iterable[Bucket]) -> list[dict[str, Any]]:
+    return list({id(b.group): b.group for b in buckets}.values())
 
 
 class Rule:
-    """Called once a step for each bucket, under ``torch.no_grad`` and with interrupts held back.
+    """:meth:`begin` once a step, then :meth:`update` for each bucket, under ``torch.no_grad`` and with interrupts held
+    back.
 
-    A rule with state keeps it in ``optimizer.state[p]``, as torch does.
+    What it keeps of each weight is in ``optimizer.state[p]``, as torch does it (:attr:`states`); what it keeps of each
+    group are small tensors on the losses' device (:meth:`initial`), only ever written in place, because a CUDA graph
+    holds their addresses.  A rule belongs to one optimizer.
+
+    Args:
+        state_dtype: of the tensors in ``optimizer.state``: fp32 or bf16, which is rounded as the group's ``rounding``
+            says.
+        defaults: keys of the param groups that are the rule's own.
     """
 
+    #: Names in ``optimizer.state[p]``, and what the tensors begin with.
+    states: dict[str, float] = {}
     #: Whether :meth:`update` takes what ``bucket.at`` says out of the weights; where not, that is done before.
     restores = False
     #: Multiples of the update sum_k -lr * g_k z_k at which the closure runs once more before :meth:`update`, which gets
@@ -27,6 +59,79 @@ class Rule:
     trials: tuple[int, ...] = ()
     #: Whether it reads the losses themselves, which a log of the run then holds.
     reads_losses = False
+
+    def __init__(self, state_dtype: torch.dtype = torch.float32, **defaults: Any) -> None:
+        if state_dtype not in (torch.float32, torch.bfloat16):
+            fail(type(self).__name__, "state_dtype", "torch.float32 or torch.bfloat16", state_dtype)
+        self.state_dtype, self.defaults = state_dtype, defaults
+        self._kept: dict[int, dict[str, Tensor]] = {}
+
+    def check(self, op: str, group: dict[str, Any]) -> None:
+        """Whether a group's own keys are there and valid; a subclass checks their values."""
+        if missing := [key for key in self.defaults if key not in group]:
+            fail(op, "param_groups", f"entries {missing} of the rule {type(self).__name__}", "none (another optimizer's?)")
+
+    def check_parts(self, optimizer: ZerothOrder) -> None:
+        """Whether the rule goes with the optimizer's estimator, direction and subset."""
+
+    def initial(self, optimizer: ZerothOrder) -> dict[str, Tensor]:
+        """What is kept of each group before the first step: int64 or float64 tensors on the CPU."""
+        return {}
+
+    def kept(self, optimizer: ZerothOrder, group: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
+        """What is kept of ``group``, on ``device``."""
+        index = next(i for i, g in enumerate(optimizer.param_groups) if g is group)
+        kept = self._kept.get(index) or self.initial(optimizer)
+        if index not in self._kept or any(t.device != device for t in kept.values()):
+            self._check_capture(optimizer, device, f"none with group {index}")
+            with torch.inference_mode(False):  # an inference tensor could not be written to in later, ordinary steps
+                self._kept[index] = kept = {name: t.to(device, copy=True) for name, t in kept.items()}
+        return kept
+
+    def _check_capture(self, optimizer: ZerothOrder, device: torch.device, got: str) -> None:
+        if is_capturing([device]):  # what a capture creates, every replay resets
+            fail(type(optimizer).__name__, "step", "one step before the capture", got, RuntimeError)
+
+    def state(self, optimizer: ZerothOrder, bucket: Bucket, name: str) -> list[Tensor]:
+        """``optimizer.state[p][name]`` of all of the bucket's parameters."""
+        found = []
+        for p, label in zip(bucket.params, bucket.names, strict=True):
+            state = optimizer.state[p]
+            if name not in state:
+                self._check_capture(optimizer, p.device, f"none with {label}")
+                with torch.inference_mode(False):
+                    state[name] = torch.full(p.shape, self.states[name], dtype=self.state_dtype, device=p.device)
+            found.append(state[name])
+        return found
+
+    def begin(self, optimizer: ZerothOrder, probe: ExactProbe | InplaceProbe, estimate: Estimate) -> None:
+        """Once a step, before the first bucket: what is kept of the groups of ``probe.buckets``, from ``probe.seeds``
+        and ``estimate``.  Unless ``estimate.finite`` nothing changes."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists."""
+        groups = {i: {name: t.tolist() for name, t in kept.items()} for i, kept in self._kept.items()}
+        return {"name": type(self).__name__, "groups": groups}
+
+    def check_state_dict(self, optimizer: ZerothOrder, state: dict[str, Any]) -> None:
+        op, name = type(optimizer).__name__, type(self).__name__
+        if state["name"] != name:
+            fail(op, "state_dict", f"of the rule {name}", state["name"])
+        shapes = {key: list(t.shape) for key, t in self.initial(optimizer).items()}
+        for kept in state["groups"].values():
+            if (got := {key: list(torch.tensor(values).shape) for key, values in kept.items()}) != shapes:
+                fail(op, "state_dict", f"what {name} keeps of a group, of shapes {shapes}", got)
+
+    def load_state_dict(self, optimizer: ZerothOrder, state: dict[str, Any]) -> None:
+        initial = self.initial(optimizer)
+        for index in {*self._kept, *state["groups"]}:
+            saved, kept = state["groups"].get(index, {}), self._kept.setdefault(index, {})
+            for name, value in initial.items():
+                loaded = torch.tensor(saved[name], dtype=value.dtype) if name in saved else value
+                if name in kept:
+                    kept[name].copy_(loaded)
+                else:
+                    kept[name] = loaded
 
     def choose(self, losses: Tensor) -> Tensor:
         """The multiple (0-dim) of the lowest of the trials' losses (float64); of equal ones the first, and never one of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,6 +50,12 @@ def gated_decay(decay: float | Tensor, finite: Tensor, device: torch.device) -> 
     """``decay`` as fp32 [1] on ``device``; 1 unless ``finite``."""
     one = torch.ones(1, dtype=torch.float64, device=finite.device)
     return torch.where(finite, decay * one, one).float().to(device, non_blocking=True)
+
+
+def scalars(values: Sequence[float | Tensor], device: torch.device) -> Tensor:
+    """Numbers and 0-dim tensors as float64 [n] on ``device``, by fills: a list would be copied from the host."""
+    fill = lambda v: v.reshape(1) if isinstance(v, Tensor) else torch.full((1,), v, dtype=torch.float64, device=device)
+    return torch.cat([fill(v) for v in values])
 
 
 def is_zero(lr: float | Tensor) -> bool:

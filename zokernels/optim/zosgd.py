@@ -2,27 +2,60 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from ..checks import fail
 from .estimators import OneSided, TwoSided
 from .groups import check_choice
 from .optimizer import ZerothOrder
-from .rules import SGD
+from .rules import SGD, Rule
+from .stateful import Momentum
+from .window import MomentumWindow
 
 ESTIMATORS = {"two-sided": TwoSided, "one-sided": OneSided}
 
 
-class ZOSGD(ZerothOrder):
+class Differences(ZerothOrder):
+    """Any ``rule`` on differences of losses: ``directions`` and ``estimator`` as for :class:`ZOSGD`."""
+
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor,
+        *args,
+        directions: int = 1,
+        estimator: str = "two-sided",
+        rule: Rule,
+        **options,
+    ) -> None:
+        check_choice(self._op, "estimator", estimator, tuple(ESTIMATORS))
+        super().__init__(params, lr, *args, estimator=ESTIMATORS[estimator](directions), rule=rule, **options)
+
+
+class ZOSGD(Differences):
     r"""theta <- (1 - lr * weight_decay) * theta - lr * sum_k g_k z_k,   k = 0 .. q - 1.
 
     g_k = (L(theta + eps z_k) - L(theta - eps z_k)) / (2 eps q) with 2 q forwards ("two-sided"), or
     (L(theta + eps z_k) - L(theta)) / (eps q) with q + 1 ("one-sided"); then one fused pass over the weights.  In place,
     the forwards of q = 1 move the weights by +eps z and -2 eps z, and :meth:`two_pass` saves one of the three passes.
 
+    With ``momentum``, G = sum_k g_k z_k and
+
+        m <- momentum m + (1 - dampening) (G + l2 theta);   theta <- (1 - lr weight_decay) theta - lr m
+
+    in one pass that never stores G.  m starts at 0: torch.optim.SGD differs in its first step, which has no dampening.
+    Without momentum a gradient of l2 theta is the same as weight_decay = l2, and there is no l2.
+
     Args:
         directions: q.
         estimator: "two-sided" or "one-sided".
-        params, lr, ...: as for :class:`ZerothOrder`.
+        momentum, dampening: in [0, 1).
+        l2: coupled weight decay, of which m takes part; weight_decay is decoupled.
+        window: momentum without state: m of the last ``window`` steps alone, whose noise is drawn again in each update
+            (:class:`MomentumWindow`).  No l2, subset or refreshed direction.
+        state_dtype: of m (``state[p]["momentum_buffer"]``): fp32 or bf16, which is rounded as ``rounding`` says.
+        params, lr, ...: as for :class:`ZerothOrder`.  momentum, dampening and l2 may differ between groups.
 
     Example::
 
@@ -33,7 +66,23 @@ class ZOSGD(ZerothOrder):
     """
 
     def __init__(
-        self, params, lr: float | Tensor, *args, directions: int = 1, estimator: str = "two-sided", **options
+        self,
+        params,
+        lr: float | Tensor,
+        *args,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        l2: float = 0.0,
+        window: int | None = None,
+        state_dtype: torch.dtype = torch.float32,
+        **options,
     ) -> None:
-        check_choice(self._op, "estimator", estimator, tuple(ESTIMATORS))
-        super().__init__(params, lr, *args, estimator=ESTIMATORS[estimator](directions), rule=SGD(), **options)
+        if (window is not None or not momentum) and l2:
+            fail(self._op, "l2", "0 without momentum (weight_decay is the same there) and with a window", l2)
+        if not momentum and (dampening or window is not None):
+            fail(self._op, "dampening, window", "momentum > 0 with either", (dampening, window))
+        if window is not None:
+            rule = MomentumWindow(window, momentum, dampening)
+        else:
+            rule = Momentum(momentum, dampening, l2, state_dtype) if momentum else SGD()
+        super().__init__(params, lr, *args, rule=rule, **options)

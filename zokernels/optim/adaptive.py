@@ -1,0 +1,106 @@
+"""Named optimizers with other rules than SGD: arguments beyond their own are those of :class:`ZOSGD` without momentum."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .estimators import ThreePoint
+from .optimizer import ZerothOrder
+from .stateful import Adam, CurvedDirection, Curvature, Sign
+from .window import AdamWindow
+from .zosgd import Differences
+
+
+class ZOAdam(Differences):
+    """m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  theta <- theta - lr m' / (sqrt(v') + adam_eps)
+
+    with g = sum_k g_k z_k + weight_decay theta (coupled), m' = m / (1 - b1^t), v' = v / (1 - b2^t), in one pass that
+    never stores g.  t counts the steps that were not skipped, for each group.
+
+    Args:
+        betas: (b1, b2), each in [0, 1).
+        adam_eps: in units of g; ``eps`` is the size of the perturbation.
+        window: Adam without state: m and v of the last ``window`` steps alone, whose noise is drawn again in each update
+            (:class:`AdamWindow`).  No weight_decay here (:class:`ZOAdamW` has one), no subset or refreshed direction.
+        state_dtype: of m and v (``state[p]["exp_avg"]``, ``["exp_avg_sq"]``): fp32 or bf16, which is rounded as
+            ``rounding`` says; to nearest, a bf16 v stands still where 1 - b2 is below its precision.
+        params, lr, ...: as for :class:`ZOSGD`.  betas, adam_eps and weight_decay may differ between groups.
+
+    Source: Kingma and Ba, 2015; on differences of losses, Chen et al., 2019 (ZO-AdaMM, arXiv 1910.06513).
+    """
+
+    _decoupled = False
+
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor,
+        *args,
+        betas: tuple[float, float] = (0.9, 0.999),
+        adam_eps: float = 1e-8,
+        window: int | None = None,
+        state_dtype: torch.dtype = torch.float32,
+        **options,
+    ) -> None:
+        if window is None:
+            rule = Adam(betas, adam_eps, self._decoupled, state_dtype)
+        else:
+            rule = AdamWindow(window, betas, adam_eps, self._decoupled)
+        super().__init__(params, lr, *args, rule=rule, **options)
+
+
+class ZOAdamW(ZOAdam):
+    """:class:`ZOAdam` with decoupled weight decay: theta <- (1 - lr weight_decay) theta - lr m' / (sqrt(v') + adam_eps).
+
+    Source: Loshchilov and Hutter, 2019, arXiv 1711.05101.
+    """
+
+    _decoupled = True
+
+
+class ZOSignSGD(Differences):
+    """theta <- (1 - lr weight_decay) theta - lr sign(sum_k g_k z_k + l2 theta).
+
+    The sign is that of the whole sum: every weight moves by lr.
+
+    Args:
+        l2: coupled weight decay, inside the sign.
+        params, lr, ...: as for :class:`ZOSGD`.
+
+    Source: ZO-signSGD, Liu et al., 2019.
+    """
+
+    def __init__(self, params, lr: float | Tensor, *args, l2: float = 0.0, **options) -> None:
+        super().__init__(params, lr, *args, rule=Sign(l2), **options)
+
+
+class HiZOO(ZerothOrder):
+    """Perturbations and updates divided by the root of an estimate h of the Hessian's diagonal: three forwards.
+
+        L0 = L(theta),  L+- = L(theta +- eps z / sqrt(h)),   g = (L+ - L-) / (2 eps)
+        h     <- (1 - alpha) h + alpha |L+ + L- - 2 L0| / (2 eps^2) h z^2
+        theta <- (1 - lr weight_decay) theta - lr g z / sqrt(h)
+
+    h starts at 1; the update divides by the new one.  ``step`` returns L0; ``last_losses`` are L0, L+, L-.
+
+    Args:
+        alpha: in [0, 1).
+        state_dtype: of h (``state[p]["curvature"]``): fp32 or bf16, which is rounded as ``rounding`` says; to nearest, a
+            bf16 h stands still where alpha is below its precision.
+        params, lr, ...: as for :class:`ZerothOrder`; no ``direction``.  alpha may differ between groups.
+
+    Source: Zhao et al., 2024, arXiv 2402.15173.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor,
+        *args,
+        alpha: float = 1e-6,
+        state_dtype: torch.dtype = torch.float32,
+        **options,
+    ) -> None:
+        parts = {"estimator": ThreePoint(), "direction": CurvedDirection(), "rule": Curvature(alpha, state_dtype)}
+        super().__init__(params, lr, *args, **parts, **options)
