@@ -28,10 +28,6 @@ from .subset import Blocks, LayerSkip
 from .zosgd import ZOSGD
 
 __all__ = [
-    "ZOSignSGD",
-    "ZOAdamW",
-    "ZOAdam",
-    "HiZOO",
     "EGGROLL",
     "FZOO",
     "LOZO",
@@ -42,6 +38,7 @@ __all__ = [
     "ForwardGradient",
     "FreshFactors",
     "GivenMask",
+    "HiZOO",
     "KeptRight",
     "LayerSkip",
     "LeZO",
@@ -55,7 +52,10 @@ __all__ = [
     "TeZO",
     "TemporalFactor",
     "TensorScale",
+    "ZOAdam",
+    "ZOAdamW",
     "ZOConservative",
     "ZORankSGD",
+    "ZOSignSGD",
     "ZerothOrder",
 ]

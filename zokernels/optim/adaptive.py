@@ -1,4 +1,4 @@
-"""Named optimizers with other rules than SGD: arguments beyond their own are those of :class:`ZOSGD` without momentum."""
+"""Named optimizers with other rules than SGD; other arguments are those of :class:`ZOSGD` without its momentum."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .estimators import ThreePoint
 from .optimizer import ZerothOrder
-from .stateful import Adam, CurvedDirection, Curvature, Sign
+from .stateful import Adam, Curvature, CurvedDirection, Sign
 from .window import AdamWindow
 from .zosgd import Differences
 
@@ -21,8 +21,8 @@ class ZOAdam(Differences):
     Args:
         betas: (b1, b2), each in [0, 1).
         adam_eps: in units of g; ``eps`` is the size of the perturbation.
-        window: Adam without state: m and v of the last ``window`` steps alone, whose noise is drawn again in each update
-            (:class:`AdamWindow`).  No weight_decay here (:class:`ZOAdamW` has one), no subset or refreshed direction.
+        window: Adam without state: m and v of the last ``window`` steps alone, whose noise is drawn again in each
+            update (:class:`AdamWindow`).  No subset, no refreshed direction, and weight_decay only in :class:`ZOAdamW`.
         state_dtype: of m and v (``state[p]["exp_avg"]``, ``["exp_avg_sq"]``): fp32 or bf16, which is rounded as
             ``rounding`` says; to nearest, a bf16 v stands still where 1 - b2 is below its precision.
         params, lr, ...: as for :class:`ZOSGD`.  betas, adam_eps and weight_decay may differ between groups.
@@ -51,7 +51,7 @@ class ZOAdam(Differences):
 
 
 class ZOAdamW(ZOAdam):
-    """:class:`ZOAdam` with decoupled weight decay: theta <- (1 - lr weight_decay) theta - lr m' / (sqrt(v') + adam_eps).
+    """theta <- (1 - lr weight_decay) theta - lr m' / (sqrt(v') + adam_eps): :class:`ZOAdam`, decoupled weight decay.
 
     Source: Loshchilov and Hutter, 2019, arXiv 1711.05101.
     """
@@ -86,8 +86,8 @@ class HiZOO(ZerothOrder):
 
     Args:
         alpha: in [0, 1).
-        state_dtype: of h (``state[p]["curvature"]``): fp32 or bf16, which is rounded as ``rounding`` says; to nearest, a
-            bf16 h stands still where alpha is below its precision.
+        state_dtype: of h (``state[p]["curvature"]``): fp32 or bf16, which is rounded as ``rounding`` says; to nearest,
+            a bf16 h stands still where alpha is below its precision.
         params, lr, ...: as for :class:`ZerothOrder`; no ``direction``.  alpha may differ between groups.
 
     Source: Zhao et al., 2024, arXiv 2402.15173.

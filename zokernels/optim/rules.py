@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class Rule:
     """
 
     #: Names in ``optimizer.state[p]``, and what the tensors begin with.
-    states: dict[str, float] = {}
+    states: ClassVar[dict[str, float]] = {}
     #: Whether :meth:`update` takes what ``bucket.at`` says out of the weights; where not, that is done before.
     restores = False
     #: Multiples of the update sum_k -lr * g_k z_k at which the closure runs once more before :meth:`update`, which gets
@@ -69,7 +69,7 @@ class Rule:
     def check(self, op: str, group: dict[str, Any]) -> None:
         """Whether a group's own keys are there and valid; a subclass checks their values."""
         if missing := [key for key in self.defaults if key not in group]:
-            fail(op, "param_groups", f"entries {missing} of the rule {type(self).__name__}", "none (another optimizer's?)")
+            fail(op, "param_groups", f"entries {missing} of the rule {type(self).__name__}", "none")
 
     def check_parts(self, optimizer: ZerothOrder) -> None:
         """Whether the rule goes with the optimizer's estimator, direction and subset."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ class Momentum(Stateful):
 
     kernel = "momentum"
     identity = (0.0, 1.0, 0.0, 0.0)
-    states = {"momentum_buffer": 0.0}
+    states: ClassVar = {"momentum_buffer": 0.0}
 
     def __init__(
         self,
@@ -114,8 +114,8 @@ class Adam(Stateful):
 
     m' = m / (1 - b1^t), v' = v / (1 - b2^t), where t counts the updates of the group: steps that were skipped or in
     which none of its parameters took part do not count, as in torch.  Torch counts for each parameter; here one that
-    is unfrozen later has no bias correction of its own.  b^t is kept as a product in float64 (multiplied, so that it has
-    the same bits on every device).
+    is unfrozen later has no bias correction of its own.  b^t is kept as a product in float64: multiplied, so that it
+    has the same bits on every device.
 
     ``decoupled``: weight_decay is the factor decay = 1 - lr weight_decay (AdamW); else G has weight_decay theta added
     and decay = 1 (Adam).
@@ -123,7 +123,7 @@ class Adam(Stateful):
 
     kernel = "adam"
     identity = (0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 1.0)  # the last two keep 0 / 0 away
-    states = {"exp_avg": 0.0, "exp_avg_sq": 0.0}
+    states: ClassVar = {"exp_avg": 0.0, "exp_avg_sq": 0.0}
 
     def __init__(
         self,
@@ -165,7 +165,7 @@ class Curvature(Stateful):
 
     kernel = "hizoo"
     identity = (1.0, 0.0)
-    states = {"curvature": 1.0}
+    states: ClassVar = {"curvature": 1.0}
 
     def __init__(self, alpha: float = 1e-6, state_dtype: torch.dtype = torch.float32) -> None:
         super().__init__(state_dtype, alpha=alpha)

@@ -1,7 +1,7 @@
 """Momentum and Adam without state: the last steps' seeds and coefficients say what the state would be.
 
-z of an earlier step is drawn again: an update draws ``window`` times the noise of a plain one, in the same one pass over
-the weights, and needs no memory of their size.  MeZO (Malladi et al., 2023, arXiv 2305.17333) suggests it.
+z of an earlier step is drawn again: an update draws ``window`` times the noise of a plain one, in the same one pass
+over the weights, and needs no memory of their size.  MeZO (Malladi et al., 2023, arXiv 2305.17333) suggests it.
 """
 
 from __future__ import annotations
