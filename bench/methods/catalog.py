@@ -45,7 +45,7 @@ class Method:
         names = {n: _with(getattr(optim, n), self.options | options) for n in optim.__all__}
         masks = {name: p.detach() > 0 for name, p in named} if "masks" in self.use else None
         scope = {"named": named, "lr": lr, "masks": masks, "bfloat16": torch.bfloat16, **names}
-        return eval(self.use, {"__builtins__": {}}, scope)  # noqa: S307: our own text
+        return eval(self.use, {"__builtins__": {}}, scope)
 
 
 def _with(what: Any, options: dict[str, Any]) -> Callable[..., Any]:
