@@ -77,7 +77,7 @@ def test_groups_frozen_weights_clipping_skipped_steps_and_lr_of_zero(restore, rn
             group["lr"] = 0.0
         optimizer.step(lambda: model.loss(4))
         history.append(base_of(model))
-    assert optimizer._recorder.close() is None
+    assert optimizer.trajectory.close() is None
     records = list(read(tmp_path / "run").records())
     assert [r.finite for r in records] == [True, False, False, True, True]
     assert [r.rates for r in records] == [(0.05 / (1 + i),) * 2 for i in range(4)] + [(0.0,) * 2]
@@ -104,7 +104,7 @@ def test_two_pass_runs_replay_with_their_flushes(dtype, rng, tmp_path):
         history.append((optimizer.step_count, base_of(model)))
         run(optimizer, model, 1)
         history.append((optimizer.step_count, base_of(model)))
-    optimizer._recorder.close()
+    optimizer.trajectory.close()
     carried = [r.carried for r in read(tmp_path / "run").records()]
     assert carried == [False, False, True, True, False, True, False, False, True, False, True, False]
     for upto, want in history:
@@ -167,7 +167,7 @@ def test_weights_may_be_a_module_pairs_or_a_list(rng, tmp_path):
     optimizer = ZOSGD(bare, lr=0.05, trajectory=tmp_path / "bare")
     for _ in range(3):
         optimizer.step(lambda: sum(p.square().sum() for p in bare))
-    optimizer._recorder.close()
+    optimizer.trajectory.close()
     weights = [p.clone() for p in base.values()]
     replay_(weights, tmp_path / "bare")
     replay_(holder := nn.ParameterList([p.clone() for p in base.values()]), tmp_path / "bare")
@@ -252,7 +252,7 @@ def test_a_log_may_begin_at_any_step_without_state(rng, tmp_path):
     base = base_of(model)
     record(optimizer, tmp_path / "late")
     run(optimizer, model, 2)
-    optimizer._recorder.close()
+    optimizer.trajectory.close()
     assert (read(tmp_path / "late").start, replay_(base, tmp_path / "late")) == (3, 2)
     assert_same(base, base_of(model))
     model, optimizer = Model(torch.float32, rng), None
@@ -274,7 +274,7 @@ def test_recording_changes_nothing_and_stops_at_close(rng, tmp_path):
         results.append((base_of(model), optimizer.last_losses, optimizer.last_projected_gradient))
     assert_same(results[0][0], results[1][0])
     assert results[0][1:] == results[1][1:]
-    optimizer._recorder.close()
+    optimizer.trajectory.close()
     with pytest.raises(RuntimeError, match="expected an open log"):
         optimizer.step(lambda: model.loss(0))
 
@@ -290,7 +290,7 @@ def test_integer_weights(rng, tmp_path):
         optimizer = QuZO(named_integers(model), lr=50.0, trajectory=tmp_path / "run")
         for _ in range(4):
             optimizer.step(lambda: model(x).square().sum())
-    optimizer._recorder.close()
+    optimizer.trajectory.close()
     with zokernels.backend("reference"):
         replay_(base, tmp_path / "run")
     for i, layer in enumerate(model):
@@ -305,7 +305,7 @@ def test_lr_as_a_tensor(rng, tmp_path):
     for value in (0.3, 0.0, 0.1):
         lr.fill_(value)
         optimizer.step(lambda: model.loss(0))
-    optimizer._recorder.close()
+    optimizer.trajectory.close()
     replay_(base, tmp_path / "run")
     assert_same(base, base_of(model))
     assert [r.rates[0] for r in read(tmp_path / "run").records()] == [torch.tensor(v).item() for v in (0.3, 0.0, 0.1)]
@@ -333,6 +333,6 @@ def test_on_a_gpu_nothing_waits_and_the_cpu_replays(dtype, restore, rng, tmp_pat
             optimizer.step(lambda: model.loss(step))  # noqa: B023
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    optimizer._recorder.close()
+    optimizer.trajectory.close()
     replay_(base, tmp_path / "run")
     assert_same(base, {key: value.cpu() for key, value in base_of(model).items()})

@@ -103,10 +103,10 @@ def test_cut_anywhere_it_resumes_to_the_same_bits(short, rng, tmp_path):
         if size % 10 == 0:
             run(optimizer, model, 4 - whole)
             assert_same(base_of(model), history[-1], f"cut at {size}")
-            optimizer._recorder.close()
+            optimizer.trajectory.close()
             assert cut.read_bytes() == data
         elif size >= header.begin:
-            optimizer._recorder.close()
+            optimizer.trajectory.close()
             assert cut.read_bytes() == data[: size - rest]
 
 
@@ -290,7 +290,7 @@ def test_one_writer_at_a_time(rng, tmp_path):
     run(optimizer, model, 1)
     code = f"import fcntl; fcntl.flock(open({str(tmp_path / 'run')!r}), fcntl.LOCK_EX | fcntl.LOCK_NB)"
     assert b"BlockingIOError" in subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).stderr
-    optimizer._recorder.close()
+    optimizer.trajectory.close()
     record(optimizer, tmp_path / "other").close()
 
 
@@ -309,7 +309,7 @@ def test_syncs_come_at_their_period(rng, tmp_path, monkeypatch):
         assert read(tmp_path / path).steps == 6  # in the file at once, all the same
         optimizer.state_dict()
         counts.append(len(synced))
-        optimizer._recorder.close()
+        optimizer.trajectory.close()
     assert counts == [5, 6, 0, 1]
 
 
