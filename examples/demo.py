@@ -1,9 +1,9 @@
 """Fine-tunes every weight of a pretrained sentence encoder on movie reviews, with forward passes only.
 
 ``python examples/demo.py`` (or ``make demo``) trains MiniLM-L6 and a zero-shot head with ZOSGD, then times the hot
-path of a step against MeZO's eager loop, checks that the weights are restored bit for bit, and leaves weights, loss
-curve and ``report.json`` in ``build/demo``.  It exits with 1 where loss or accuracy did not improve, or restoring was
-not exact.  docs/demo.md says what was tried.
+path of a step against MeZO's eager loop, checks that the weights are restored bit for bit and that the log of the run
+gives them again, and leaves weights, log, loss curve and ``report.json`` in ``build/demo``.  It exits with 1 where loss
+or accuracy did not improve, or a check failed.  docs/demo.md says what was tried.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ from encoder import Classifier  # noqa: E402
 
 from bench import machine  # noqa: E402
 from zokernels.optim import ZOSGD  # noqa: E402
+from zokernels.trajectory import replay_  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VALIDATION, EVALUATIONS = 1000, 4
+LOG = "run.zk"
 
 
 def arguments() -> argparse.Namespace:
@@ -79,7 +81,10 @@ def optimizer_for(model: Classifier, args: argparse.Namespace) -> ZOSGD:
     head = [(n, p) for n, p in model.named_parameters() if n.startswith("head.")]
     encoder = [(n, p) for n, p in model.named_parameters() if not n.startswith("head.")]
     groups = [{"params": encoder, "lr": args.lr, "eps": 1e-3}, {"params": head, "lr": args.head_lr, "eps": 0.3}]
-    return ZOSGD(groups, lr=args.lr, seed=args.seed)
+    log = args.output / LOG
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.unlink(missing_ok=True)
+    return ZOSGD(groups, lr=args.lr, seed=args.seed, trajectory=log)
 
 
 def train(
@@ -105,8 +110,18 @@ def train(
             bar.update()
             if step % every == 0 or step == args.steps:
                 points.append((step, *evaluate(model, validation)))
+    optimizer.trajectory.close()
     print(f"after     validation loss {points[-1][1]:.4f}, accuracy {100 * points[-1][2]:.1f} %", flush=True)
     return [float(loss) for loss in losses], points, seconds
+
+
+def replayed(model: nn.Module, base: dict[str, Tensor], log: pathlib.Path) -> tuple[bool, float]:
+    """Whether the log makes the model's weights of ``base``, bit for bit; and the seconds that it takes."""
+    start = time.perf_counter()
+    replay_(base, log)
+    seconds = time.perf_counter() - start
+    same = all(torch.equal(hotpath.bits(p), hotpath.bits(base[n])) for n, p in model.named_parameters())
+    return same, seconds
 
 
 def main() -> int:
@@ -127,7 +142,13 @@ def main() -> int:
     some = reviews.Batcher(training[:VALIDATION], model.tokenizer, 50, device).ordered()
     model.set_centre((b.ids, b.mask) for b in some)
 
+    base = {n: p.detach().clone() for n, p in model.named_parameters()}
     losses, points, seconds = train(model, data, validation, args)
+    log = args.output / LOG
+    same, replay_seconds = replayed(model, base, log)
+    print(
+        f"replayed  {args.steps} steps of {log.name} ({log.stat().st_size:,} bytes) in {replay_seconds:.1f} s: {same}"
+    )
     check = lambda dtype: hotpath.restored_exactly(model, lambda m: loss_of(m, validation[0]), dtype)
     restored = {name: check(DTYPES[name]) for name in ("fp32", "bf16")}
     print(f"restored  bit for bit: {', '.join(f'{n} {str(ok).lower()}' for n, ok in restored.items())}")
@@ -149,6 +170,9 @@ def main() -> int:
         "ms_per_step_optimizer_without_forwards": hot.optimizer,
         "hot_path_speedup": hot.speedup,
         "hot_path_definition": "the combine calls of a step; eager: 3 perturbations, 1 update; 1 thread each",
+        "replayed_exactly": same,
+        "replay_seconds": replay_seconds,
+        "log_bytes": log.stat().st_size,
         "restored_exactly": all(restored.values()),
         "restored_exactly_by_dtype": restored,
         "loss_definition": "cross entropy on the validation sentences, before the first and after the last step",
@@ -181,7 +205,7 @@ def save(folder: pathlib.Path, model: nn.Module, losses: list[float], points: li
     curve.draw(folder / "loss.png", losses, points, title)
     report["wall_seconds"] = time.perf_counter() - begin
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(f"wrote     {folder}/report.json, loss.png, model.safetensors; {report['wall_seconds']:.0f} s in all")
+    print(f"wrote     {folder}/report.json, loss.png, model.safetensors, {LOG}; {report['wall_seconds']:.0f} s in all")
 
 
 def verdict(report: dict) -> int:
@@ -189,6 +213,7 @@ def verdict(report: dict) -> int:
     checks = {
         "the validation loss did not fall": report["loss_last"] < report["loss_first"],
         "the validation accuracy did not rise": report["acc_after"] > report["acc_before"],
+        "the log did not replay to the weights": report["replayed_exactly"],
         "the weights were not restored bit for bit": report["restored_exactly"],
     }
     for failure in (text for text, ok in checks.items() if not ok):

@@ -15,7 +15,9 @@ from bench.baselines import mezo_step
 from zokernels import combine, combine_
 from zokernels.optim import ZOSGD
 
-_BITS = {4: torch.int32, 2: torch.int16}
+
+def bits(weights: Tensor) -> Tensor:
+    return weights.detach().view({4: torch.int32, 2: torch.int16}[weights.element_size()])
 
 
 def leaves(model: nn.Module) -> list[list[Tensor]]:
@@ -108,8 +110,8 @@ class _Interrupted(Exception):
 def restored_exactly(model: nn.Module, loss: Callable[[nn.Module], Tensor], dtype: torch.dtype) -> bool:
     """Whether every bit of every weight, as ``dtype``, survives two steps at lr = 0 and one whose closure raises."""
     model = copy.deepcopy(model).to(dtype)
-    bits = lambda: [p.detach().view(_BITS[p.element_size()]).clone() for p in model.parameters()]
-    before, calls = bits(), 0
+    now = lambda: [bits(p).clone() for p in model.parameters()]
+    before, calls = now(), 0
 
     def raising() -> Tensor:
         nonlocal calls
@@ -123,4 +125,4 @@ def restored_exactly(model: nn.Module, loss: Callable[[nn.Module], Tensor], dtyp
         optimizer.step(lambda: loss(model))
     with contextlib.suppress(_Interrupted):
         ZOSGD(model.named_parameters(), lr=1e-3).step(raising)
-    return calls == 2 and all(torch.equal(a, b) for a, b in zip(before, bits(), strict=True))
+    return calls == 2 and all(torch.equal(a, b) for a, b in zip(before, now(), strict=True))

@@ -312,7 +312,7 @@ def test_arguments(options, message):
 
 def test_no_log():
     opt = ZOCGE([nn.Parameter(torch.ones(3))], lr=0.1)
-    with pytest.raises(ValueError, match="trajectory: optimizer: expected steps along directions of float weights"):
+    with pytest.raises(ValueError, match="trajectory: optimizer: expected steps along directions, got ZOCGE"):
         record(opt, "never-written")
 
 

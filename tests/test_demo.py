@@ -19,9 +19,10 @@ import reviews  # noqa: E402
 
 import zokernels  # noqa: E402
 from zokernels.optim import ZOSGD  # noqa: E402
+from zokernels.trajectory import read  # noqa: E402
 
 KEYS = {
-    *("loss_first", "loss_last", "acc_before", "acc_after", "steps", "restored_exactly"),
+    *("loss_first", "loss_last", "acc_before", "acc_after", "steps", "restored_exactly", "replayed_exactly"),
     *("ms_per_step_hot_path", "ms_per_step_hot_path_eager", "hot_path_speedup"),
     *("loss_definition", "seed", "steps_per_second", "wall_seconds", "machine"),
 }
@@ -131,6 +132,22 @@ def test_restoring_is_checked(dtype, monkeypatch):
     assert not hotpath.restored_exactly(model, careless, dtype)
 
 
+def test_replaying_is_checked(tmp_path):
+    import demo
+
+    model = torch.nn.Linear(6, 3)
+    base = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = ZOSGD(model.named_parameters(), lr=0.1, trajectory=tmp_path / "run.zk")
+    for _ in range(3):
+        optimizer.step(lambda: model(torch.ones(6)).square().sum())
+    optimizer.trajectory.close()
+    copy = lambda: {n: t.clone() for n, t in base.items()}
+    assert demo.replayed(model, copy(), tmp_path / "run.zk")[0]
+    with torch.no_grad():
+        model.bias[1] = torch.nextafter(model.bias[1], torch.tensor(torch.inf))
+    assert not demo.replayed(model, copy(), tmp_path / "run.zk")[0]
+
+
 @pytest.mark.slow
 def test_tiny_run_writes_a_report(sentences, tmp_path):
     for package in ("transformers", "safetensors", "tqdm", "matplotlib"):
@@ -149,6 +166,9 @@ def test_tiny_run_writes_a_report(sentences, tmp_path):
     assert report["hot_path_speedup"] == pytest.approx(
         report["ms_per_step_hot_path_eager"] / report["ms_per_step_hot_path"]
     )
+    assert report["replayed_exactly"] is True
+    log = read(tmp_path / "run.zk")
+    assert (log.steps, log.header["optimizer"], report["log_bytes"]) == (2, "ZOSGD", log.end)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     from safetensors.torch import load_file
 

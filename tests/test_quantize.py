@@ -338,10 +338,6 @@ def test_training_on_digits(bits, method, options, digits, rng):
             r"QuZO: bits: expected an integer in \[2, 8\], got 9",
         ),
         (lambda: QuZO([torch.zeros(3, dtype=torch.int8)], 1.0, restore="inplace"), "QuZO: restore: expected 'exact'"),
-        (
-            lambda: QuZO([torch.zeros(3, dtype=torch.int8)], 1.0, trajectory="never-written"),
-            "trajectory: optimizer: expected steps along directions of float weights, got QuZO",
-        ),
     ],
 )
 def test_arguments(call, message):

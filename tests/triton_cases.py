@@ -538,6 +538,34 @@ def _():
     assert table.table_of(cpu, rows) is not first
 
 
+@case("trajectory: a run of the reference replays")
+def _():
+    import random
+    import tempfile
+
+    import torch
+    from trajectory_cases import Model, assert_same, base_of, run
+
+    import zokernels
+    from zokernels.optim import ZOSGD
+    from zokernels.trajectory import replay_
+
+    with tempfile.TemporaryDirectory() as folder:
+        for dtype in (torch.float32, torch.bfloat16):
+            model = Model(dtype, random.Random(SEED))
+            base = base_of(model)
+            with zokernels.backend("reference"):
+                optimizer = ZOSGD(
+                    model.named_parameters(), lr=0.1, weight_decay=0.1, directions=2, trajectory=f"{folder}/{dtype}"
+                )
+                run(optimizer, model, 3)
+                optimizer.trajectory.close()
+            assert all(not torch.equal(p, base[name]) for name, p in model.named_parameters())
+            with zokernels.backend("triton"):
+                replay_(base, f"{folder}/{dtype}")
+            assert_same(base, base_of(model))
+
+
 def main(names: list[str]) -> None:
     for name in names or CASES:
         start, detail = time.perf_counter(), ""

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,9 @@ from .state import DeviceState, HostState, check_capturable, check_capture, chec
 from .subset import Subset
 from .two_pass import TwoPass, check_two_pass
 from .update import descent, gate, known_on_host, projected_gradient
+
+if TYPE_CHECKING:
+    from ..trajectory import Recorder
 
 
 class Estimate(NamedTuple):
@@ -167,6 +170,11 @@ class ZerothOrder(torch.optim.Optimizer):
         """Steps skipped because a loss was not finite (int64, on the loss's device).  Reading warns of new ones."""
         self._warn_skipped()
         return self._state.skipped
+
+    @property
+    def trajectory(self) -> Recorder | None:
+        """The log that gets a record of every step; ``optimizer.trajectory.close()`` ends it."""
+        return self._recorder
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_hyperparameters(self._op, group)

@@ -81,8 +81,6 @@ class QuZO(ZerothOrder):
     by itself, as unbiased.
     """
 
-    replayable = False  # replay combines float weights
-
     def __init__(
         self, params, lr: float | Tensor, eps: float = 1.0, *, directions: int = 1, bits: int = 8, **options
     ) -> None:

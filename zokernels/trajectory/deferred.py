@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends.registry import select
 from ..functional import Rule, combine_, update_
 from ..optim.direction import Dense
 
@@ -117,9 +118,9 @@ def _run(passes: Sequence[Pass], pieces: Pack) -> int:
 
 
 def _each(work: Callable[[Pack], int], items: Iterable[Pack], device: torch.device) -> Iterator[int]:
-    """``work`` of each pack.  On the CPU a thread takes whole packs: threads that share each call wait for one another
-    at its end, and 22 M weights are 85 calls a step."""
-    if device.type != "cpu" or (threads := torch.get_num_threads()) == 1:
+    """``work`` of each pack.  With the CPU library a thread takes whole packs: threads that share each call wait for
+    one another at its end, and 22 M weights are 85 calls a step."""
+    if select(device.type).name != "cpu" or (threads := torch.get_num_threads()) == 1:
         yield from map(work, items)
         return
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))

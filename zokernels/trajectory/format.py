@@ -27,7 +27,7 @@ _HEAD = struct.Struct("<IBbf")  # low word of the step, flags, multiple, loss
 _CRC = struct.Struct("<I")
 FINITE, TWO_PASS, CARRIED = 1, 2, 4
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
 class Record(NamedTuple):
@@ -122,7 +122,7 @@ def _is_option(value: object) -> bool:
 
 
 def _is_part(value: object) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("kind"), str) and all(map(_is_option, value.values()))
+    return isinstance(value, dict) and isinstance(value.get("class"), str) and all(map(_is_option, value.values()))
 
 
 def _is_direction(value: object) -> bool:

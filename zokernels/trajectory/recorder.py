@@ -198,7 +198,7 @@ def record(
     are not its base; RuntimeError where another writer has it open.
     """
     if not optimizer.replayable:
-        fail("trajectory", "optimizer", "steps along directions of float weights", type(optimizer).__name__)
+        fail("trajectory", "optimizer", "steps along directions", type(optimizer).__name__)
     if optimizer._state.capturable:
         fail("trajectory", "capturable", "False: the replays of a CUDA graph call no host function", True)
     if optimizer._recorder is not None and not optimizer._recorder.closed:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checks import fail
 from ..optim.direction import Direction
-from ..optim.groups import Bucket, check_choice
+from ..optim.groups import Bucket, check_choice, takes_part
 from ..optim.inplace import InplaceProbe
 from ..optim.optimizer import Estimate, ZerothOrder
 from ..optim.subset import Subset
@@ -78,7 +78,7 @@ def repeat_all(
     ``progress``: called with numbers of elements times steps.  ``fold``: see :meth:`Deferred.apply`.
     """
     records, direction, deferred = iter(records), optimizer.direction, Deferred()
-    numel = sum(p.numel() for g in optimizer.param_groups for p in g["params"] if p.requires_grad)
+    numel = sum(p.numel() for g in optimizer.param_groups for p in g["params"] if takes_part(g, p))
     if puts_off := type(direction) is Direction:
         optimizer.direction = _Put(deferred)
     try:
@@ -132,7 +132,7 @@ def replay_(
     log = log if isinstance(log, Log) else read(log, recover)
     exact, header = mode == "exact", log.header
     if not exact and not is_sgd(header):
-        got = f"{header['rule']['kind']} on {header['direction']['kind']}"
+        got = f"{header['rule']['class']} on {header['direction']['class']}"
         fail("replay_", "mode", "'exact' for all but SGD on dense noise", got)
     tensors = match(header, weights, None if exact else torch.float32)
     optimizer = optimizer_of(

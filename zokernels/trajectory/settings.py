@@ -16,6 +16,7 @@ from ..checks import fail
 from ..contract import CONTRACT, canonical_name
 from ..optim.direction import Direction
 from ..optim.estimators import Estimator
+from ..optim.groups import takes_part
 from ..optim.optimizer import ZerothOrder
 from ..optim.rules import Rule
 from ..optim.subset import LAYERS, Subset
@@ -72,7 +73,7 @@ def describe(part: object) -> dict[str, Any] | None:
         return None
     own, defaults = vars(part), getattr(part, "defaults", {})
     values = {name: _plain(own[name] if name in own else defaults[name]) for name in _arguments(type(part))}
-    return {"kind": type(part).__name__, **values}
+    return {"class": type(part).__name__, **values}
 
 
 def _kinds(base: type) -> Iterator[type]:
@@ -90,7 +91,7 @@ def _rebuild(argument: str, described: dict[str, Any] | None, given: object) -> 
     if described is None:
         return None
     arguments = dict(described)
-    name = arguments.pop("kind")
+    name = arguments.pop("class")
     kinds = {kind.__name__: kind for kind in _kinds(_PARTS[argument]) if not kind.__name__.startswith("_")}
     if name not in kinds or sorted(_arguments(kinds[name])) != sorted(arguments):
         fail("replay_", argument, f"a known kind of {argument} with its arguments", str(described)[:200])
@@ -119,15 +120,19 @@ def _parameter(group: dict[str, Any], index: int) -> dict[str, Any]:
     }
 
 
+def _options(optimizer: ZerothOrder, group: dict[str, Any]) -> list[str]:
+    """Keys of a group's own settings, without those that torch or a scheduler adds."""
+    return [key for key in (*optimizer.defaults, "bits") if key in group and key not in ("lr", "differentiable")]
+
+
 def settings(optimizer: ZerothOrder) -> tuple:
     """What must stay as it is while a log is written; quick to make and to compare."""
-    own = [key for key in optimizer.defaults if key != "lr"]
     return tuple(
         (
-            tuple(group[key] for key in own),
+            tuple(group[key] for key in _options(optimizer, group)),
             isinstance(group["lr"], Tensor),
             tuple(group["streams"]),
-            tuple(p.requires_grad for p in group["params"]),
+            tuple(takes_part(group, p) for p in group["params"]),
         )
         for group in optimizer.param_groups
     )
@@ -139,11 +144,11 @@ def header_of(optimizer: ZerothOrder, base: bool = True) -> dict[str, Any]:
     for group in optimizer.param_groups:
         params = [_parameter(group, i) for i in range(len(group["params"]))]
         for entry, p in zip(params, group["params"], strict=True):
-            entry["sha256"] = digest(p) if base and p.requires_grad else None
-        options = {key: _plain(group[key]) for key in optimizer.defaults if key != "lr"}
+            entry["sha256"] = digest(p) if base and takes_part(group, p) else None
+        options = {key: _plain(group[key]) for key in _options(optimizer, group)}
         groups.append({"options": options, "lr_is_tensor": isinstance(group["lr"], Tensor), "params": params})
     rule, estimator = optimizer.rule, optimizer.estimator
-    devices = {p.device.type for g in optimizer.param_groups for p in g["params"] if p.requires_grad}
+    devices = {p.device.type for g in optimizer.param_groups for p in g["params"] if takes_part(g, p)}
     return {
         "contract": CONTRACT,
         "created_by": f"zokernels {__version__}",
@@ -169,7 +174,7 @@ def check_same_run(optimizer: ZerothOrder, header: dict[str, Any]) -> None:
     for key in ours:
         if key not in ("created_by", "start", "gated") and ours[key] != theirs[key]:
             fail("trajectory", f"resume: {key}", f"that of the log, {str(theirs[key])[:200]}", str(ours[key])[:200])
-    if trains != [[p.requires_grad for p in g["params"]] for g in optimizer.param_groups]:
+    if trains != [[takes_part(g, p) for p in g["params"]] for g in optimizer.param_groups]:
         fail("trajectory", "resume: params", "the log's trainable parameters", "others")
 
 
@@ -201,7 +206,8 @@ def match(header: dict[str, Any], weights: object, dtype: torch.dtype | None = N
     by_name = any(p["name"] is not None for g in header["groups"] for p in g["params"])
     items: Any
     if isinstance(weights, nn.Module):
-        items = weights.named_parameters() if by_name else enumerate(weights.parameters())
+        named = (*weights.named_parameters(), *weights.named_buffers())
+        items = named if by_name else enumerate(weights.parameters())
     elif isinstance(weights, Mapping):
         items = weights.items()
     else:
@@ -242,8 +248,8 @@ def optimizer_of(
     parts = {argument: _rebuild(argument, header[argument], given.get(argument)) for argument in _PARTS}
     groups = []
     for group, ours, labels in zip(header["groups"], tensors, _labels(header), strict=True):
-        frozen = lambda: nn.Parameter(torch.empty(0), requires_grad=False)
-        params = [frozen() if t is None else nn.Parameter(t.detach()) for t in ours]
+        alias = lambda t: t.detach().requires_grad_(t.is_floating_point())
+        params = [torch.empty(0, dtype=torch.uint8) if t is None else alias(t) for t in ours]
         lr = torch.zeros((), dtype=torch.float64) if group["lr_is_tensor"] else 0.0
         streams = [p["stream"] for p in group["params"]]
         options = {key: tuple(v) if isinstance(v, list) else v for key, v in group["options"].items()}
@@ -254,10 +260,13 @@ def optimizer_of(
         optimizer = ZerothOrder(groups, 0.0, seed=header["seed"], restore=restore, **parts)
     except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
         fail("replay_", "log", "valid settings", str(error)[:200])
+    for i, (group, ours) in enumerate(zip(header["groups"], optimizer.param_groups, strict=True)):
+        if (expected := sorted(_options(optimizer, ours))) != sorted(group["options"]):
+            fail("replay_", f"log: groups[{i}]", f"the settings {expected}", str(sorted(group["options"]))[:200])
     optimizer._state.load(header["seed"], header["start"], 0)
     return optimizer
 
 
 def is_sgd(header: dict[str, Any]) -> bool:
     """Whether the run is a sum of dense noise: theta <- decay theta + sum_k c_k z_k."""
-    return header["rule"]["kind"] in ("SGD", "Conservative") and header["direction"]["kind"] == "Direction"
+    return header["rule"]["class"] in ("SGD", "Conservative") and header["direction"]["class"] == "Direction"

@@ -1,0 +1,73 @@
+"""A training run that is killed again and again (test_trajectory_file.py): ``kill_worker.py FOLDER KILLS SEED``.
+
+One process forks a child for each attempt, kills it with SIGKILL once the log has grown by a random number of bytes
+and a random time has passed, and lets the last one finish.  Prints the number of children that were killed.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import random
+import signal
+import sys
+import time
+import traceback
+
+import torch
+
+from zokernels.optim import ZOSGD
+
+STEPS = 500
+
+
+def train(log: pathlib.Path | None, out: pathlib.Path) -> None:
+    torch.manual_seed(3)
+    model = torch.nn.Linear(40, 3).bfloat16()
+    options = {"trajectory": log, "resume": True} if log else {}
+    optimizer = ZOSGD(model.named_parameters(), lr=1e-2, weight_decay=0.01, seed=9, **options)
+    while (step := optimizer.step_count) < STEPS:
+        x = torch.randn(2, 40, generator=torch.Generator().manual_seed(step)).bfloat16()
+        optimizer.param_groups[0]["lr"] = 1e-2 / (1 + step % 7)
+        optimizer.step(lambda: model(x).float().square().sum())  # noqa: B023
+    torch.save(model.state_dict(), out)
+
+
+def attempt(log: pathlib.Path, out: pathlib.Path, rng: random.Random | None) -> bool:
+    """Whether the child was killed."""
+    begin = log.stat().st_size if log.exists() else 0
+    if (child := os.fork()) == 0:
+        code = 1
+        try:
+            train(log, out)
+            code = 0
+        except BaseException:  # the child must not return into the parent's loop
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    if rng is not None:
+        target = begin + rng.randrange(60)
+        while (log.stat().st_size if log.exists() else 0) < target and os.waitid(
+            os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT
+        ) is None:
+            pass
+        time.sleep(rng.random() * 2e-3)
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
+        raise SystemExit(1)
+    return os.WIFSIGNALED(status)
+
+
+def main(folder: str, kills: str, seed: str) -> None:
+    torch.set_num_threads(1)  # a thread pool does not survive a fork
+    rng, place = random.Random(int(seed)), pathlib.Path(folder)
+    train(None, place / "whole.pt")
+    train(place / "recorded.zk", place / "recorded.pt")  # what is imported and loaded now, no child waits for
+    killed = sum(attempt(place / "run.zk", place / "killed.pt", rng) for _ in range(int(kills)))
+    attempt(place / "run.zk", place / "killed.pt", None)
+    print(killed)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
