@@ -167,6 +167,9 @@ class SGD(Rule):
 
     restores = True
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def update(self, optimizer: ZerothOrder, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor) -> None:
         if not bucket.at and is_zero(bucket.group["lr"]):
             return  # 0 * z would turn a weight of -0.0 into 0.0

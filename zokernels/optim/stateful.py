@@ -164,6 +164,7 @@ class Curvature(Stateful):
     """
 
     kernel = "hizoo"
+    reads_losses = True
     identity = (1.0, 0.0)
     states: ClassVar = {"curvature": 1.0}
 
