@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,7 +34,8 @@ class Method:
     #: Bytes of state read and written a weight and step, beside the weights.
     state_bytes: float = 0.0
     task: str = "weights"
-    options: dict[str, Any] = field(default_factory=dict)
+    #: Whether the optimizer has a restore="inplace", in which it is timed.
+    inplace: bool = True
 
     def bytes(self, itemsize: int) -> float:
         """Modelled bytes a weight and step."""
@@ -42,7 +43,7 @@ class Method:
 
     def make(self, named: list[tuple[str, Tensor]], lr: float, **options: Any) -> torch.optim.Optimizer:
         """The optimizer of :attr:`use`; ``options`` go to it on top."""
-        names = {n: _with(getattr(optim, n), self.options | options) for n in optim.__all__}
+        names = {n: _with(getattr(optim, n), options) for n in optim.__all__}
         masks = {name: p.detach() > 0 for name, p in named} if "masks" in self.use else None
         scope = {"named": named, "lr": lr, "masks": masks, "bfloat16": torch.bfloat16, **names}
         return eval(self.use, {"__builtins__": {}}, scope)
@@ -192,8 +193,8 @@ METHODS = [
     ),
     Method(
         "CGE (DeepZero), 32 coordinates", "[2310.02025](https://arxiv.org/abs/2310.02025)",
-        "g_i = (L(theta + mu e_i) - L) / mu", "ZOCGE(named, lr, coordinates=32)", 33, 0, "0",
-        (eager.Coordinatewise, {"coordinates": 32}), 1.0,
+        "g_i = (L(theta + mu e_i) - L) / mu", "ZOCGE(named, lr, per_step=32)", 33, 0, "0",
+        (eager.Coordinatewise, {"coordinates": 32}), 1.0, inplace=False,
     ),
     Method(
         "forward gradient", "[2202.08587](https://arxiv.org/abs/2202.08587)",

@@ -39,7 +39,7 @@ def run_of(method: Method, dtype: torch.dtype, device: str, scale: float) -> tup
     torch.manual_seed(0)
     ours, theirs = parameters(dtype, device, scale), parameters(dtype, device, scale)
     lr = 1e-6
-    optimizer = method.make(ours, lr, restore="inplace")
+    optimizer = method.make(ours, lr, **({"restore": "inplace"} if method.inplace else {}))
     closure = losses()
     kind, options = method.eager
     loop = kind(theirs, lr=lr, **options)
