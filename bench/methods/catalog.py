@@ -59,19 +59,19 @@ def _with(what: Any, options: dict[str, Any]) -> Callable[..., Any]:
 METHODS = [
     Method(
         "MeZO (ZO-SGD, SPSA)", "[2305.17333](https://arxiv.org/abs/2305.17333)",
-        "g = (L+ - L-) / 2 eps, theta -= lr g z", "ZOSGD(named, lr)", 2, 6, "0", (eager.Eager, {}), 0.01,
+        "g = (L+ - L-) / 2 eps, theta -= lr g z", "ZOSGD(named, lr)", 2, 6, "0", (eager.Eager, {}), 0.005,
     ),
     Method(
         "with rademacher directions", "[2506.09034](https://arxiv.org/abs/2506.09034)",
-        "z = +1 or -1", "ZOSGD(named, lr, dist='rademacher')", 2, 6, "0", (eager.Rademacher, {}), 0.01,
+        "z = +1 or -1", "ZOSGD(named, lr, dist='rademacher')", 2, 6, "0", (eager.Rademacher, {}), 0.005,
     ),
     Method(
         "with weight decay", "[2305.17333](https://arxiv.org/abs/2305.17333)",
-        "theta = (1 - lr wd) theta - lr g z", "ZOSGD(named, lr, weight_decay=0.1)", 2, 6, "0", (eager.Decay, {}), 0.01,
+        "theta = (1 - lr wd) theta - lr g z", "ZOSGD(named, lr, weight_decay=0.1)", 2, 6, "0", (eager.Decay, {}), 0.005,
     ),
     Method(
         "one-sided", "[1312.2139](https://arxiv.org/abs/1312.2139)",
-        "g = (L+ - L0) / eps", "ZOSGD(named, lr, estimator='one-sided')", 2, 4, "0", (eager.OneSided, {}), 0.01,
+        "g = (L+ - L0) / eps", "ZOSGD(named, lr, estimator='one-sided')", 2, 4, "0", (eager.OneSided, {}), 0.005,
     ),
     Method(
         "n-SPSA, q = 4", "[2305.17333](https://arxiv.org/abs/2305.17333)",
@@ -81,7 +81,7 @@ METHODS = [
     Method(
         "FZOO, q = 8", "[2506.09034](https://arxiv.org/abs/2506.09034)",
         "theta -= lr / (q sigma) sum (L_k - L0) z_k", "FZOO(named, lr, directions=8)", 9, 18, "0",
-        (eager.FZOO, {"directions": 8}), 0.01,
+        (eager.FZOO, {"directions": 8}), 0.02,
     ),
     Method(
         "ZO-RankSGD, m = 8", "[2303.03751](https://arxiv.org/abs/2303.03751)",
@@ -99,7 +99,7 @@ METHODS = [
     Method(
         "ZO-SGD with momentum", "[2402.11592](https://arxiv.org/abs/2402.11592)",
         "m = beta m + g z, theta -= lr m", "ZOSGD(named, lr, momentum=0.9)", 2, 6, "4 (m)",
-        (eager.Momentum, {}), 0.001, state_bytes=8,
+        (eager.Momentum, {}), 0.0005, state_bytes=8,
     ),
     Method(
         "ZO-AdamW", "[2402.11592](https://arxiv.org/abs/2402.11592)",
@@ -118,7 +118,7 @@ METHODS = [
     Method(
         "momentum without state, h = 8", "[MeZO, issue 37](https://github.com/princeton-nlp/MeZO/issues/37)",
         "theta -= lr sum_j beta^j g_j z_j", "ZOSGD(named, lr, momentum=0.9, window=8)", 2, 6, "0",
-        (eager.WindowMomentum, {"window": 8}), 0.001,
+        (eager.WindowMomentum, {"window": 8}), 0.0005,
     ),
     Method(
         "Adam without state, h = 8", "[MeZO, issue 37](https://github.com/princeton-nlp/MeZO/issues/37)",
@@ -128,7 +128,7 @@ METHODS = [
     Method(
         "HiZOO", "[2402.15173](https://arxiv.org/abs/2402.15173)",
         "theta +- eps z / sqrt(h), h from L+ + L- - 2 L0", "HiZOO(named, lr)", 3, 6, "4 (h)",
-        (eager.HiZOO, {}), 0.01, state_bytes=16,
+        (eager.HiZOO, {}), 0.005, state_bytes=16,
     ),
     Method(
         "Sparse-MeZO, 25 %", "[2402.15751](https://arxiv.org/abs/2402.15751)",
@@ -143,7 +143,7 @@ METHODS = [
     Method(
         "a mask of your own", "[2310.02025](https://arxiv.org/abs/2310.02025)",
         "z where a given mask keeps it", "ZOSGD(named, lr, direction=GivenMask(masks))", 2, 6, "1/8 (mask)",
-        (eager.Masked, {"sparsity": 0.5}), 0.02, state_bytes=3 / 8,
+        (eager.Masked, {"sparsity": 0.5}), 0.005, state_bytes=3 / 8,
     ),
     Method(
         "block coordinate descent", "[2402.11592](https://arxiv.org/abs/2402.11592)",
@@ -152,25 +152,25 @@ METHODS = [
     Method(
         "LeZO, 75 % skipped", "[2410.09823](https://arxiv.org/abs/2410.09823)",
         "a random quarter of the layers a step", "LeZO(named, lr, skipped=0.75)", 2, 2.1, "0",
-        (eager.Subset, {"kept": 2}), 0.007,
+        (eager.Subset, {"kept": 2}), 0.005,
     ),
     Method(
         "LOZO, r = 4", "[2410.07698](https://arxiv.org/abs/2410.07698)",
-        "z = U V^T / sqrt(r), V kept", "LOZO(named, lr, rank=4)", 2, 6, "0", (eager.LOZO, {}), 0.01,
+        "z = U V^T / sqrt(r), V kept", "LOZO(named, lr, rank=4)", 2, 6, "0", (eager.LOZO, {}), 0.005,
     ),
     Method(
         "SubZero, r = 8", "[2410.08989](https://arxiv.org/abs/2410.08989)",
         "z = U G V^T, U and V orthonormal, kept", "SubZero(named, lr, rank=8)", 2, 6, "(m + n) r",
-        (eager.SubZero, {"rank": 8}), 0.01,
+        (eager.SubZero, {"rank": 8}), 0.005,
     ),
     Method(
         "TeZO, r = 8", "[2501.19057](https://arxiv.org/abs/2501.19057)",
-        "z = sum tau_s u_s v_s^T, u and v kept", "TeZO(named, lr, rank=8)", 2, 6, "0", (eager.TeZO, {"rank": 8}), 0.01,
+        "z = sum tau_s u_s v_s^T, u and v kept", "TeZO(named, lr, rank=8)", 2, 6, "0", (eager.TeZO, {"rank": 8}), 0.005,
     ),
     Method(
         "EGGROLL, r = 1, 4 pairs", "[2511.16652](https://arxiv.org/abs/2511.16652)",
         "z = A B^T / sqrt(r), both fresh", "EGGROLL(named, lr, rank=1, directions=4)", 8, 18, "0",
-        (eager.EGGROLLPairs, {"directions": 4, "rank": 1}), 0.03,
+        (eager.EGGROLLPairs, {"directions": 4, "rank": 1}), 0.015,
     ),
     Method(
         "scaled by tensor", "[2305.17333](https://arxiv.org/abs/2305.17333)",
@@ -180,16 +180,16 @@ METHODS = [
     Method(
         "variance-modified SPSA", "[2305.17333](https://arxiv.org/abs/2305.17333)",
         "perturb by z / d_t, update by d_t z", "ZOSGD(named, lr, direction=TensorScale('variance'))", 2, 6, "0",
-        (eager.TensorScaled, {}), 0.01,
+        (eager.TensorScaled, {}), 0.002,
     ),
     Method(
         "expectation-modified SPSA", "[2305.17333](https://arxiv.org/abs/2305.17333)",
         "perturb by z / d_t, update by z", "ZOSGD(named, lr, direction=TensorScale('expectation'))", 2, 6, "0",
-        (eager.TensorScaled, {}), 0.001,
+        (eager.TensorScaled, {}), 0.0002,
     ),
     Method(
         "on a sphere", "[cs/0408007](https://arxiv.org/abs/cs/0408007)",
-        "z sqrt(d) / |z|", "ZOSGD(named, lr, direction=Sphere())", 2, 6, "0", (eager.Sphere, {}), 0.01,
+        "z sqrt(d) / |z|", "ZOSGD(named, lr, direction=Sphere())", 2, 6, "0", (eager.Sphere, {}), 0.005,
     ),
     Method(
         "CGE (DeepZero), 32 coordinates", "[2310.02025](https://arxiv.org/abs/2310.02025)",
@@ -198,7 +198,7 @@ METHODS = [
     ),
     Method(
         "forward gradient", "[2202.08587](https://arxiv.org/abs/2202.08587)",
-        "g = <grad L, z> by forward mode", "ForwardGradient(named, lr)", 1, 6, "0", (eager.Eager, {}), 0.01,
+        "g = <grad L, z> by forward mode", "ForwardGradient(named, lr)", 1, 6, "0", (eager.Eager, {}), 0.005,
         task="forward",
     ),
     Method(

@@ -6,6 +6,8 @@ and an update rule; the named classes put them together.
 
 from .adaptive import HiZOO, ZOAdam, ZOAdamW, ZOSignSGD
 from .cge import ZOCGE
+from .direction import Direction
+from .estimators import ForwardMode, OneSided, Ranking, StdNormalized, ThreePoint, TwoSided
 from .low_rank import FreshFactors, KeptRight, Subspace, TemporalFactor
 from .masks import GivenMask, MagnitudeMask, RandomMask
 from .methods import (
@@ -23,19 +25,29 @@ from .methods import (
 )
 from .optimizer import ZerothOrder
 from .quzo import QuZO
+from .rules import SGD, Conservative, Rule
 from .scaling import Sphere, TensorScale
+from .stateful import Adam, Curvature, Momentum, Sign
 from .subset import Blocks, LayerSkip
+from .window import AdamWindow, MomentumWindow
 from .zosgd import ZOSGD
 
 __all__ = [
     "EGGROLL",
     "FZOO",
     "LOZO",
+    "SGD",
     "ZOBCD",
     "ZOCGE",
     "ZOSGD",
+    "Adam",
+    "AdamWindow",
     "Blocks",
+    "Conservative",
+    "Curvature",
+    "Direction",
     "ForwardGradient",
+    "ForwardMode",
     "FreshFactors",
     "GivenMask",
     "HiZOO",
@@ -43,15 +55,24 @@ __all__ = [
     "LayerSkip",
     "LeZO",
     "MagnitudeMask",
+    "Momentum",
+    "MomentumWindow",
+    "OneSided",
     "QuZO",
     "RandomMask",
+    "Ranking",
+    "Rule",
+    "Sign",
     "SparseMeZO",
     "Sphere",
+    "StdNormalized",
     "SubZero",
     "Subspace",
     "TeZO",
     "TemporalFactor",
     "TensorScale",
+    "ThreePoint",
+    "TwoSided",
     "ZOAdam",
     "ZOAdamW",
     "ZOConservative",

@@ -203,7 +203,7 @@ class ZOCGE(ZerothOrder):
         allowed = [
             (b, p, stream, self._allowed(p)) for b in buckets for p, stream in zip(b.params, b.streams, strict=True)
         ]
-        counts = [index.numel() for *_, index in allowed]
+        counts = [p.numel() if index is None else index.numel() for _, p, _, index in allowed]
         seed = derive_seed_int(self.seed, self.step_count, _CHOICE_K)
         if self._per_step is None:
             chosen = [range(n) for n in counts]
@@ -224,18 +224,19 @@ class ZOCGE(ZerothOrder):
                 sample(seed, stream, round(share * n), n)
                 for (*_, stream, _), share, n in zip(allowed, shares, counts, strict=True)
             ]
-        found = [
-            (b, p, stream, index[torch.tensor(at, device=index.device)])
-            for (b, p, stream, index), at in zip(allowed, chosen, strict=True)
-            if len(at)
-        ]
+        found = []
+        for (b, p, stream, index), at in zip(allowed, chosen, strict=True):
+            if len(at):
+                places = torch.tensor(at, device=p.device)
+                found.append((b, p, stream, places if index is None else index[places]))
         if not found:
             fail(self._op, "mask, per_step", "at least one coordinate in a step", "none")
         return found
 
-    def _allowed(self, param: Tensor) -> Tensor:
+    def _allowed(self, param: Tensor) -> Tensor | None:
+        """Positions (int64, ascending) that the parameter's mask keeps; None: all, which are not listed."""
         if "mask" not in self.state[param]:
-            return torch.arange(param.numel(), device=param.device)
+            return None
         packed = self.state[param]["mask"]
         bits = packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
         return bits.flatten()[: param.numel()].nonzero().squeeze(1)
