@@ -194,7 +194,7 @@ METHODS = [
     Method(
         "CGE (DeepZero), 32 coordinates", "[2310.02025](https://arxiv.org/abs/2310.02025)",
         "g_i = (L(theta + mu e_i) - L) / mu", "ZOCGE(named, lr, per_step=32)", 33, 0, "0",
-        (eager.Coordinatewise, {"coordinates": 32}), 1.0, inplace=False,
+        (eager.Coordinatewise, {"coordinates": 32}), 5.0, inplace=False,
     ),
     Method(
         "forward gradient", "[2202.08587](https://arxiv.org/abs/2202.08587)",
