@@ -29,7 +29,7 @@ class Method:
     memory: str
     #: The same method in eager PyTorch: class, options.
     eager: tuple[type[eager.Eager], dict[str, Any]] | None
-    #: Step size in the training runs, tuned to a factor of two on seed 0.
+    #: Step size in the training runs, of a coarse search on seed 0.
     lr: float
     #: Bytes of state read and written a weight and step, beside the weights.
     state_bytes: float = 0.0
