@@ -89,7 +89,8 @@ def weights(model):
 
 @pytest.fixture
 def one_thread():
-    """On two threads of an AMD EPYC torch's fused encoder layer gives the last bit of a loss now so, now so."""
+    """Under a torch function mode an encoder layer in eval may leave its fused path, whose last bits on two threads (AMD
+    EPYC) are others than those of the unfused one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
