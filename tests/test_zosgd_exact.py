@@ -89,8 +89,7 @@ def weights(model):
 
 @pytest.fixture
 def one_thread():
-    """Under a torch function mode an encoder layer in eval may leave its fused path, whose last bits on two threads (AMD
-    EPYC) are others than those of the unfused one."""
+    """In a function mode nn.TransformerEncoderLayer leaves its fused path: other last bits on two threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
