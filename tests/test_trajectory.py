@@ -138,7 +138,7 @@ def test_fp32_is_one_sum_of_all_steps(name, rng, tmp_path):
         want = combined(theta.float(), tuple(z[::-1]), tuple(c[::-1]), decay=factor)
         assert_same({key: got[key]}, {key: want}, name)
         moved += not torch.equal(got[key], theta.float())
-        assert torch.allclose(got[key], history[-1][key].float(), atol=0.02)
+        assert torch.allclose(got[key], history[-1][key].float(), atol=0.1)  # bf16 steps near 2 are 2^-6, a few of them
     assert moved
 
 
