@@ -35,17 +35,30 @@ class ExactProbe:
     @contextmanager
     def at(self, points: list[Point]) -> Iterator[None]:
         """``points``: of each bucket."""
-        mode = self._mode(points)
+        with self.watching(), self.point(points):
+            yield
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Around forwards: a graph of torch.compile takes parameters as hidden inputs; run eagerly, it calls functions
+        that we see."""
         hook = register_module_forward_pre_hook(self._check_module)
-        cached = torch.is_autocast_cache_enabled()
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            hook.remove()
+
+    @contextmanager
+    def point(self, points: list[Point]) -> Iterator[None]:
+        """Within :meth:`watching`, which is the process's: what concerns the thread alone."""
+        mode, cached = self._mode(points), torch.is_autocast_cache_enabled()
         try:
             torch.set_autocast_cache_enabled(False)  # it would keep a cast of every copy: a second model
-            # A graph of torch.compile takes parameters as hidden inputs; run eagerly, it calls functions that we see.
-            with torch.compiler.set_stance("force_eager"), mode:
+            with mode:
                 yield
         finally:
             torch.set_autocast_cache_enabled(cached)
-            hook.remove()
         self._check_seen(mode.seen)
 
     def _mode(self, points: list[Point]) -> Substitution:
@@ -105,10 +118,10 @@ class TangentProbe(ExactProbe):
     """Forwards at theta itself, of dual tensors: their tangents are the directions of the points, at length 1."""
 
     @contextmanager
-    def at(self, points: list[Point]) -> Iterator[None]:
+    def point(self, points: list[Point]) -> Iterator[None]:
         unit = [dict.fromkeys(point, 1.0) for point in points]
         # Fused attention has no forward-mode derivative.
-        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), super().at(unit):
+        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), super().point(unit):
             yield
 
     def _mode(self, points: list[Point]) -> Substitution:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from torch import Tensor
 from ..checks import DTYPES, check_dist, check_overlap, check_stream, fail
 from ..contract import canonical_name, streams_of
 from .direction import DENSE, Dense, Point
+
+if TYPE_CHECKING:
+    from ..offload.engine import Engine
 
 ROUNDINGS = ("stochastic", "nearest")
 RESTORES = ("exact", "inplace")
@@ -91,6 +94,18 @@ def takes_part(group: dict[str, Any], param: Tensor) -> bool:
     return param.requires_grad or "bits" in group
 
 
+def engine_of(param: Tensor) -> Engine | None:
+    """What streams ``param``, which then is a placeholder (:mod:`zokernels.offload`)."""
+    return getattr(param, "_zo_engine", None)
+
+
+def one_engine(op: str, groups: list[dict[str, Any]]) -> Engine | None:
+    engines = {id(e): e for g in groups for p in g["params"] if (e := engine_of(p))}
+    if len(engines) > 1:
+        fail(op, "params", "parameters of one streamed model", f"those of {len(engines)}")
+    return next(iter(engines.values()), None)
+
+
 def devices_of(groups: list[dict[str, Any]]) -> list[torch.device]:
     return list(dict.fromkeys(p.device for g in groups for p in g["params"] if takes_part(g, p) and p.numel()))
 
@@ -111,6 +126,8 @@ def check_param(op: str, group: dict[str, Any], param: Tensor, label: str) -> No
             fail(op, label, "dtype int8", param.dtype, TypeError)
     elif param.dtype not in DTYPES:
         fail(op, label, "dtype float32, bfloat16 or float16 (or requires_grad=False)", param.dtype, TypeError)
+    if engine_of(param):
+        return
     if param.layout is not torch.strided or not param.is_contiguous():
         got = f"strides {param.stride()}" if param.layout is torch.strided else param.layout
         fail(op, label, "a contiguous tensor", f"shape {tuple(param.shape)}, {got}")
@@ -176,7 +193,7 @@ def plan(op: str, groups: list[dict[str, Any]]) -> list[Bucket]:
             label = label_of(group, i)
             check_param(op, group, param, label)
             if param.numel():
-                key = (at, param.device, param.dtype)
+                key = (at, param.device, param.dtype, engine_of(param) is None)
                 if (bucket := buckets.get(key)) is None:
                     bucket = Bucket(group, param.device, param.dtype, eps=group["eps"], dist=group["dist"])
                     buckets[key] = bucket
@@ -185,5 +202,5 @@ def plan(op: str, groups: list[dict[str, Any]]) -> list[Bucket]:
                 bucket.names.append(label)
     if not buckets:
         fail(op, "params", "at least one parameter with requires_grad=True and an element", "none")
-    check_overlap(op, {"params": [p for b in buckets.values() for p in b.params]}, {})
+    check_overlap(op, {"params": [p for b in buckets.values() for p in b.params if engine_of(p) is None]}, {})
     return list(buckets.values())

@@ -27,6 +27,7 @@ from .groups import (
     check_param,
     devices_of,
     label_of,
+    one_engine,
     plan,
     takes_part,
 )
@@ -41,6 +42,7 @@ from .two_pass import TwoPass, check_two_pass
 from .update import descent, gate, known_on_host, projected_gradient
 
 if TYPE_CHECKING:
+    from ..offload.engine import Engine
     from ..trajectory import Recorder
 
 
@@ -138,6 +140,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self._restore, self._told, self._skips_told = restore, set(), 0
         self._state = (DeviceState if capturable else HostState)(check_seed(self._op, seed))
         self._pool, self._two_pass, self._graph_rng = ScratchPool(), None, None
+        self._engine: Engine | None = None  # where parameters are streamed
         self._recorder, self._carried = None, False  # whether the step began with a perturbation of the two-pass form
         #: g of the last step (fp32, on the device; 0-dim for one direction, else [q]), of the first group's eps, clip.
         self.last_projected_gradient: Tensor | None = None
@@ -146,6 +149,8 @@ class ZerothOrder(torch.optim.Optimizer):
         rule.check_parts(self)
         super().__init__(params, defaults)
         self._state.place(devices_of(self.param_groups))
+        if self._engine:
+            self._engine.attach(self, trajectory)
         if trajectory is not None:
             from ..trajectory import record
 
@@ -193,6 +198,7 @@ class ZerothOrder(torch.optim.Optimizer):
                 if takes_part(group, param):
                     check_param(self._op, group, param, label_of(group, i))
             assign_streams(self._op, self.param_groups)
+            self._engine = one_engine(self._op, self.param_groups)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -225,11 +231,16 @@ class ZerothOrder(torch.optim.Optimizer):
         with self._probed(buckets, devices) as probe:
             around = map(rng.forward, itertools.count())
 
+            forward = lambda: reading.read(self._op, closure(), devices[0], capturing)
+
             def losses_at(points: list[list[Point]]) -> Tensor:
+                if self._engine:
+                    with next(around):
+                        return reading.losses(probe.forwards(points, forward))
                 results = []
                 for of_buckets in points:
                     with next(around), probe.at(of_buckets):
-                        results.append(reading.read(self._op, closure(), devices[0], capturing))
+                        results.append(forward())
                 return reading.losses(results)
 
             estimate = self._estimate(probe.buckets, losses_at)
@@ -260,6 +271,8 @@ class ZerothOrder(torch.optim.Optimizer):
             yield probe
 
     def _probe(self, buckets: list[Bucket], seeds: dict[torch.device, Tensor]) -> ExactProbe | InplaceProbe:
+        if self._engine:
+            return self._engine.probe(self, buckets, seeds)
         if self._two_pass:
             key = (self._state.seed, self._state.step)
             return self._two_pass.take(key, buckets) or InplaceProbe(buckets, seeds, key)
@@ -443,5 +456,5 @@ class ZerothOrder(torch.optim.Optimizer):
             "last_projected_gradient",
             "last_losses",
         )
-        own = {k: self.__dict__[k] for k in keys} | {"_two_pass": None, "_graph_rng": None, "_recorder": None}
+        own = {k: self.__dict__[k] for k in keys} | dict.fromkeys(("_two_pass", "_graph_rng", "_recorder", "_engine"))
         return {**super().__getstate__(), **own, "_pool": ScratchPool(), "_carried": False}

@@ -66,8 +66,11 @@ class Deferred(Dense):
 
     def _add(self, bucket: Bucket, one: Pass) -> None:
         for p, stream in zip(bucket.params, bucket.streams, strict=True):
-            self._params[id(p)] = p, stream
-            self._passes.setdefault(id(p), []).append(one)
+            self.put(p, stream, one)
+
+    def put(self, param: Tensor, stream: int, one: Pass) -> None:
+        self._params[id(param)] = param, stream
+        self._passes.setdefault(id(param), []).append(one)
 
     def move(self, bucket: Bucket, seeds: Tensor, coeffs: Tensor) -> None:
         self._add(bucket, Pass(seeds, coeffs.clone(), bucket.dist, None, "nearest", None))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import threading
 import time
 import weakref
 from collections import deque
@@ -136,17 +137,20 @@ class _Queue:
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.layout, self._steps = file, None, deque()
+        self._lock = threading.Lock()  # a streamed run drains it from the thread that writes blocks
 
     def add(self, step: _Pending) -> None:
         """And write those that are here."""
         steps = self._steps
-        steps.append(step)
-        while steps and (len(steps) > _IN_FLIGHT or steps[0].arrived is None or steps[0].arrived.query()):
-            self._write_first()
+        with self._lock:
+            steps.append(step)
+            while steps and (len(steps) > _IN_FLIGHT or steps[0].arrived is None or steps[0].arrived.query()):
+                self._write_first()
 
     def drain(self) -> None:
-        while self._steps:
-            self._write_first()
+        with self._lock:
+            while self._steps:
+                self._write_first()
 
     def finish(self) -> None:
         try:

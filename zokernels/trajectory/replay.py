@@ -95,6 +95,14 @@ def repeat_all(
         optimizer._two_pass, optimizer.direction = None, direction
 
 
+@torch.no_grad()
+def repeat_streamed(optimizer: ZerothOrder, log: Log, first: int) -> None:
+    """Let ``optimizer``, whose parameters are streamed, take the steps of ``log`` from number ``first`` on: resident
+    parameters at once, blocks as they come in."""
+    for record in itertools.islice(log.records(), first, None):
+        _repeat(optimizer, record, log.header["gated"])
+
+
 def replay_(
     weights: Any,
     log: str | os.PathLike | Log,

@@ -16,7 +16,7 @@ from ..checks import fail
 from ..contract import CONTRACT, canonical_name
 from ..optim.direction import Direction
 from ..optim.estimators import Estimator
-from ..optim.groups import takes_part
+from ..optim.groups import engine_of, takes_part
 from ..optim.optimizer import ZerothOrder
 from ..optim.rules import Rule
 from ..optim.subset import LAYERS, Subset
@@ -36,6 +36,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 def digest(tensor: Tensor, dtype: torch.dtype | None = None) -> str:
     """SHA-256 of the elements' bytes in memory order (little-endian machines), a piece at a time, as ``dtype``."""
     state = hashlib.sha256()
+    if engine := engine_of(tensor):  # a placeholder
+        tensor = engine.value(tensor)
     flat = tensor.detach().contiguous().view(-1)
     step = max(1, _PIECE // flat.element_size())
     for piece in flat.split(step) if flat.numel() else ():

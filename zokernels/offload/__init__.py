@@ -1,0 +1,7 @@
+"""Weights that live elsewhere, in host memory or on disk, and come to the device block by block (docs/offload.md)."""
+
+from .blocks import empty_weights
+from .engine import Engine
+from .stream import stream
+
+__all__ = ["Engine", "empty_weights", "stream"]

@@ -1,0 +1,231 @@
+"""The model as blocks: which parameters are streamed, and where each lies in the bytes of its block."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import DTYPES, fail
+
+#: Bytes between the starts of two tensors: a cache line pair, and the alignment of cudaMalloc.
+ALIGN = 256
+#: What direct reads and writes of a file are multiples of.
+PAGE = 4096
+
+
+class Entry(NamedTuple):
+    """A parameter of a block."""
+
+    name: str
+    param: nn.Parameter
+    begin: int  #: byte in the block
+
+    def of(self, data: Tensor) -> Tensor:
+        """The parameter in ``data``, the bytes of the block."""
+        return self.at(data, self.begin)
+
+    def at(self, data: Tensor, begin: int) -> Tensor:
+        p = self.param
+        return data[begin : begin + p.numel() * p.element_size()].view(p.dtype).view(p.shape)
+
+
+class Extent(NamedTuple):
+    """Bytes of a file that a block begins with; ``begin``: where they go, equal to ``at`` modulo :data:`PAGE`."""
+
+    path: str
+    at: int
+    begin: int
+    size: int
+
+
+class Block:
+    """A module whose parameters travel together."""
+
+    def __init__(self, index: int, name: str, module: nn.Module) -> None:
+        self.index, self.name, self.module = index, name, module
+        self.entries: list[Entry] = []
+        self.extents: list[Extent] = []  #: of the checkpoint that it begins with
+        self.nbytes = 0
+        self.scratch = 0  #: bytes of one perturbed copy
+        self.stored = 0  #: updates in the stored bytes
+        self.kept = 0  #: the same, once what is on its way there has arrived
+
+    def __repr__(self) -> str:
+        return f"{self.name} ({len(self.entries)} parameters, {self.nbytes} bytes)"
+
+    def place(self, params: Sequence[tuple[str, nn.Parameter]], begins: Sequence[int] | None = None) -> None:
+        """Lay the parameters out one after the other, or as ``begins`` says."""
+        at = 0
+        for i, (name, p) in enumerate(params):
+            begin = at if begins is None else begins[i]
+            self.entries.append(Entry(name, p, begin))
+            at = max(at, -(-(begin + p.numel() * p.element_size()) // ALIGN) * ALIGN)
+        self.nbytes = max(PAGE, -(-at // PAGE) * PAGE)
+        self.scratch = sum(-(-p.numel() * p.element_size() // ALIGN) * ALIGN for _, p in params)
+
+    def scratch_views(self, data: Tensor) -> list[Tensor]:
+        views, at = [], 0
+        for entry in self.entries:
+            views.append(entry.at(data, at))
+            at += -(-entry.param.numel() * entry.param.element_size() // ALIGN) * ALIGN
+        return views
+
+
+def find_blocks(op: str, model: nn.Module, blocks: str | Sequence[nn.Module] | None) -> list[tuple[str, nn.Module]]:
+    """Names and modules: those given, those of the container of that name, or of the largest container of modules of
+    one class."""
+    names = {id(module): name for name, module in model.named_modules()}
+    if blocks is None:
+        found = _largest_container(op, model)
+    elif isinstance(blocks, str):
+        try:
+            container = model.get_submodule(blocks)
+        except AttributeError:
+            containers = [n for n, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
+            fail(op, "blocks", f"the name of a container of modules, such as {containers[:4]}", repr(blocks))
+        found = list(container.children())
+    else:
+        found = list(blocks)
+    if not found or not all(isinstance(b, nn.Module) for b in found):
+        fail(op, "blocks", "a container with modules, or a list of modules", repr(blocks), TypeError)
+    found = list(dict.fromkeys(found))  # one that occurs twice is one block
+    if outside := [b for b in found if id(b) not in names]:
+        fail(op, "blocks", "modules of the model", f"a {type(outside[0]).__name__} that is not in it")
+    inner = {id(m) for b in found for m in b.modules() if m is not b}
+    if nested := [names[id(b)] for b in found if id(b) in inner]:
+        fail(op, "blocks", "modules none of which is in another", f"{nested[0]!r} inside another block")
+    return [(names[id(b)], b) for b in found]
+
+
+def _largest_container(op: str, model: nn.Module) -> list[nn.Module]:
+    def weight(module: nn.Module) -> int:
+        alike = len({type(c) for c in module.children()}) == 1 and len(list(module.children())) > 1
+        return sum(p.numel() for p in module.parameters()) if alike else 0
+
+    containers = [m for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
+    best = max(containers, key=weight, default=None)
+    if best is None or not weight(best):
+        fail(op, "blocks", "a list of the model's repeated modules", "a model without a container of equal ones")
+    return list(best.children())
+
+
+def streamed_parameters(
+    op: str, model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]
+) -> list[list[tuple[str, nn.Parameter]]]:
+    """Of each block, in the order of the module.  A parameter that another part of the model has too (tied weights) is
+    in none: it stays on the device."""
+    owners: dict[int, set[int]] = {}
+    within = {id(m): i for i, (_, block) in enumerate(blocks) for m in block.modules()}
+    for module in model.modules():
+        for p in module._parameters.values():
+            if p is not None:
+                owners.setdefault(id(p), set()).add(within.get(id(module), -1))
+    result = []
+    for name, block in blocks:
+        params = []
+        for inner, p in block.named_parameters():
+            if len(owners[id(p)]) == 1 and p.numel():
+                if p.dtype not in DTYPES and p.requires_grad:
+                    fail(op, f"{name}.{inner}", "dtype float32, bfloat16 or float16", p.dtype, TypeError)
+                params.append((f"{name}.{inner}", p))
+        result.append(params)
+    if not any(result):
+        fail(op, "blocks", "modules with parameters of their own", "none")
+    return result
+
+
+def aliases(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """(name, module, attribute, parameter) of every place of every parameter."""
+    for prefix, module in model.named_modules():
+        for key, p in module._parameters.items():
+            if p is not None:
+                yield (f"{prefix}.{key}" if prefix else key), module, key, p
+
+
+@contextmanager
+def empty_weights() -> Iterator[None]:
+    """Modules that are made inside have parameters without memory (device "meta"); buffers are real.
+
+    For :func:`stream` with ``weights``: a model larger than memory is built at no cost.
+    """
+    register = nn.Module.register_parameter
+
+    def without_memory(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(module, name, param)
+        if param is not None and not param.is_meta:
+            meta = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+            module._parameters[name] = meta
+
+    nn.Module.register_parameter = without_memory  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def materialise(model: nn.Module, streamed: set[int]) -> list[tuple[str, nn.Parameter]]:
+    """Put ordinary parameters in the place of those on "meta", which cannot change their device; tied ones stay tied.
+
+    Returns the resident ones, whose values are still to come, and fills the streamed ones' places with new objects,
+    whose ids are added to ``streamed``.
+    """
+    made: dict[int, nn.Parameter] = {}
+    resident = []
+    for name, module, key, p in list(aliases(model)):
+        if not p.is_meta:
+            continue
+        if id(p) not in made:
+            data = placeholder(p, torch.device("cpu")) if id(p) in streamed else torch.empty(p.shape, dtype=p.dtype)
+            made[id(p)] = nn.Parameter(data, requires_grad=p.requires_grad)
+            if id(p) in streamed:
+                streamed.add(id(made[id(p)]))
+            else:
+                resident.append((name, made[id(p)]))
+        module._parameters[key] = made[id(p)]
+    return resident
+
+
+def placeholder(p: Tensor, device: torch.device) -> Tensor:
+    """What a streamed parameter is while its block is away: its shape and dtype, every element one NaN.
+
+    Reading it shows at once; writing to it is an error of torch's.
+    """
+    value = float("nan") if p.is_floating_point() else 0
+    return torch.full((), value, dtype=p.dtype, device=device).expand(p.shape)
+
+
+def runs(extents: Sequence[tuple[str, int, int]]) -> list[list[tuple[str, int, int]]]:
+    """(path, begin, size) of tensors, in runs that follow one another in a file without a gap of a page."""
+    ordered = sorted(extents)
+    found: list[list[tuple[str, int, int]]] = []
+    for one in ordered:
+        if found and found[-1][-1][0] == one[0] and one[1] - sum(found[-1][-1][1:]) < PAGE:
+            found[-1].append(one)
+        else:
+            found.append([one])
+    return found
+
+
+def place_extents(block: Block, params: Sequence[tuple[str, nn.Parameter]], where: Sequence[tuple[str, int, int]]):
+    """Lay a block out so that each run of a file is one read of whole pages: a byte's place in the block and in its
+    file are equal modulo :data:`PAGE`."""
+    begins, at = {}, 0
+    for run in runs(where):
+        path, first, _ = run[0]
+        end = sum(run[-1][1:])
+        begin = at + first % PAGE
+        block.extents.append(Extent(path, first, begin, end - first))
+        for one in run:
+            begins[one] = begin + one[1] - first
+        at = -(-(begin + end - first) // PAGE) * PAGE
+    block.place(params, [begins[one] for one in where])
+    block.nbytes = max(block.nbytes, at)
+
+
+def flatten(blocks: Sequence[Block]) -> Iterator[tuple[Block, Entry]]:
+    return itertools.chain.from_iterable(((b, e) for e in b.entries) for b in blocks)

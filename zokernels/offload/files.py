@@ -1,0 +1,221 @@
+"""Blocks in files: direct reads of a checkpoint, and of a store whose blocks are replaced one whole file at a time."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import mmap
+import os
+import pathlib
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, wait
+
+from torch import Tensor
+
+from ..checks import fail
+from ..trajectory.checkpoint import _DTYPES, File
+from .blocks import PAGE, Block
+
+#: Bytes of one read or write.
+CHUNK = 8 << 20
+
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_DIRECT = getattr(os, "O_DIRECT", 0)
+
+
+class Direct:
+    """A file that is read past the page cache, which would else hold a second copy; where the file system has no direct
+    access (tmpfs), through it."""
+
+    def __init__(self, path: str | os.PathLike, write: bool = False) -> None:
+        self.path = os.fspath(path)
+        flags = (os.O_RDWR | os.O_CREAT | os.O_EXCL) if write else os.O_RDONLY
+        try:
+            self.fd = os.open(self.path, flags | _DIRECT, 0o666)
+            self.direct = bool(_DIRECT)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self.fd = os.open(self.path, flags & ~os.O_EXCL, 0o666)
+            self.direct = False
+
+    def read(self, into: memoryview, at: int) -> None:
+        """Whole pages; what lies behind the end of the file stays as it is."""
+        while into:
+            count = os.preadv(self.fd, [into], at)
+            if count == 0:
+                return
+            at, into = at + count, into[count:]
+            if count % PAGE:  # the end of the file
+                return
+        if not self.direct:
+            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def write(self, data: memoryview, at: int) -> None:
+        while data:
+            count = os.pwritev(self.fd, [data], at)
+            at, data = at + count, data[count:]
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    __del__ = close
+
+
+def memory_of(data: Tensor) -> memoryview:
+    """A writable view of the bytes of a host tensor."""
+    array = (ctypes.c_char * data.nbytes).from_address(data.data_ptr())
+    return memoryview(array).cast("B")
+
+
+def in_chunks(run: Callable[[memoryview, int], None], data: memoryview, at: int, pool: Executor | None) -> list[Future]:
+    pieces = [(data[i : i + CHUNK], at + i) for i in range(0, len(data), CHUNK)]
+    if pool is None or len(pieces) == 1:
+        for piece in pieces:
+            run(*piece)
+        return []
+    return [pool.submit(run, *piece) for piece in pieces]
+
+
+class Reader:
+    """The bytes of blocks, each from the checkpoint until the store has a file of it."""
+
+    def __init__(self, pool: Executor) -> None:
+        self._pool, self._lock = pool, threading.Lock()
+        self._files: dict[str, Direct] = {}
+        self.own: dict[int, Direct] = {}  #: the store's file of a block
+
+    def file(self, path: str) -> Direct:
+        with self._lock:
+            if path not in self._files:
+                self._files[path] = Direct(path)
+            return self._files[path]
+
+    def read(self, block: Block, data: Tensor) -> None:
+        """All of ``block`` into ``data``."""
+        memory, waiting = memory_of(data), []
+        if (own := self.own.get(block.index)) is not None:
+            waiting = in_chunks(own.read, memory[: block.nbytes], len(header(block, 0)), self._pool)
+        else:
+            for path, at, begin, size in block.extents:
+                first = begin - at % PAGE
+                last = -(-(begin + size) // PAGE) * PAGE
+                waiting += in_chunks(self.file(path).read, memory[first:last], at - at % PAGE, self._pool)
+        wait(waiting)
+        for future in waiting:
+            future.result()
+
+    def close(self) -> None:
+        for file in (*self._files.values(), *self.own.values()):
+            file.close()
+
+
+class Folder:
+    """A store on disk: ``block-00012.safetensors`` for each block, ``resident.safetensors`` for the other parameters.
+
+    A file holds all updates up to the number in its metadata.  It is written beside the old one, synced, and renamed
+    over it, so that at any moment one whole file is there.  Tensors lie where they do in memory (the gaps are entries
+    of their own), in whole pages behind the header.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = pathlib.Path(path)
+
+    def file_of(self, block: Block) -> pathlib.Path:
+        return self.path / f"block-{block.index:05d}.safetensors"
+
+    def open(self, op: str, block: Block) -> Direct | None:
+        """The file of ``block`` where there is one; sets ``block.stored``."""
+        path = self.file_of(block)
+        if not path.exists():
+            return None
+        found = File(path)
+        first = len(header(block, 0))
+        ours = {e.name: (_NAMES[e.param.dtype], tuple(e.param.shape), first + e.begin) for e in block.entries}
+        theirs = {n: (e.dtype, e.shape, e.begin) for n, e in found.entries.items() if not n.startswith("_gap")}
+        if ours != theirs:
+            name = next(n for n in (*ours, *theirs) if ours.get(n) != theirs.get(n))
+            fail(op, f"{path.name}: {name}", f"{ours.get(name)} (the model's)", theirs.get(name))
+        block.stored = version_of(op, found)
+        return Direct(path)
+
+    def write(
+        self,
+        block: Block,
+        data: Tensor,
+        version: int,
+        pool: Executor | None,
+        before: Callable[[], None],
+        path: pathlib.Path | None = None,
+    ) -> Direct:
+        """Replace the file of ``block``.  ``before``: called between the sync of the new file and the renaming."""
+        path = path or self.file_of(block)
+        temporary = path.with_suffix(".part")
+        temporary.unlink(missing_ok=True)
+        file = Direct(temporary, write=True)
+        try:
+            head = header(block, version)
+            os.posix_fallocate(file.fd, 0, len(head) + block.nbytes)
+            pages = mmap.mmap(-1, len(head))  # direct writes begin at a page in memory, too
+            pages[:] = head
+            file.write(memoryview(pages), 0)
+            waiting = in_chunks(file.write, memory_of(data)[: block.nbytes], len(head), pool)
+            wait(waiting)
+            for future in waiting:
+                future.result()
+            os.fdatasync(file.fd)
+            before()
+            os.replace(temporary, path)
+        except BaseException:
+            file.close()
+            temporary.unlink(missing_ok=True)
+            raise
+        file.path = os.fspath(path)
+        return file
+
+    def sync(self) -> None:
+        fd = os.open(self.path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def version_of(op: str, file: File) -> int:
+    version = file.metadata.get("zokernels_updates", "")
+    if not version.isdecimal():
+        fail(op, str(file.path), "metadata 'zokernels_updates', a number", repr(version))
+    return int(version)
+
+
+def header(block: Block, version: int) -> bytes:
+    """Length and JSON in whole pages, as many for every ``version``.
+
+    safetensors takes no gap between tensors, and wants them in the header's order.
+    """
+    entries: dict[str, object] = {"__metadata__": {"zokernels_updates": f"{version:020d}", "block": block.name}}
+    at = 0
+
+    def gap(end: int) -> None:
+        if end > at:
+            entries[f"_gap{at}"] = {"dtype": "U8", "shape": [end - at], "data_offsets": [at, end]}
+
+    for e in sorted(block.entries, key=lambda e: e.begin):
+        gap(e.begin)
+        at = e.begin + e.param.numel() * e.param.element_size()
+        entries[e.name] = {"dtype": _NAMES[e.param.dtype], "shape": list(e.param.shape), "data_offsets": [e.begin, at]}
+    gap(block.nbytes)
+    data = json.dumps(entries, separators=(",", ":")).encode()
+    size = -(-(8 + len(data)) // PAGE) * PAGE
+    return (size - 8).to_bytes(8, "little") + data.ljust(size - 8)
+
+
+def check_room(op: str, folder: Folder, blocks: Sequence[Block], needed: int) -> None:
+    """Before the first write: every block once, and the one that is being replaced."""
+    status = os.statvfs(folder.path)
+    if (free := status.f_bavail * status.f_frsize) < needed:
+        fail(op, "path", f"{needed} free bytes in {folder.path}", free, OSError)

@@ -1,0 +1,93 @@
+"""Updates that blocks have yet to take: for each step, what was done to each parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..optim.direction import Dense
+from ..trajectory.deferred import Deferred, Pass
+
+if TYPE_CHECKING:
+    from ..optim.groups import Bucket
+
+
+class History:
+    """Update number i is a list of (parameters' streams by id, pass).
+
+    A block holds the first ``stored`` updates, and takes the rest as it comes in.  Updates that every block has are
+    dropped.
+    """
+
+    def __init__(self) -> None:
+        self.start = 0  #: number of the first that is kept
+        self._steps: list[list[tuple[dict[int, int], Pass]]] = []
+        self._open: list[tuple[dict[int, int], Pass]] = []
+        self._members: dict[tuple[int, ...], dict[int, int]] = {}  # most steps have the same
+
+    @property
+    def end(self) -> int:
+        """The number of updates so far."""
+        return self.start + len(self._steps)
+
+    def begin(self) -> None:
+        self._open = []
+
+    def add(self, bucket: Bucket, one: Pass) -> None:
+        key = tuple(map(id, bucket.params))
+        if key not in self._members:
+            self._members[key] = dict(zip(key, bucket.streams, strict=True))
+        self._open.append((self._members[key], one))
+
+    def commit(self) -> None:
+        """What was added since :meth:`begin` is the next update."""
+        self._steps.append(self._open)
+        self._open = []
+
+    def drop(self, upto: int) -> None:
+        """Every block has the updates before ``upto``."""
+        if upto > self.start:
+            del self._steps[: upto - self.start]
+            self.start = upto
+
+    def restart(self, number: int) -> None:
+        self.start, self._steps, self._open = number, [], []
+
+    def pending(self, param: Tensor, since: int) -> tuple[int, tuple[Pass, ...]]:
+        """(stream, passes) of ``param`` from update ``since`` on."""
+        key, stream, found = id(param), 0, []
+        for step in self._steps[since - self.start :]:
+            for members, one in step:
+                if key in members:
+                    stream = members[key]
+                    found.append(one)
+        return stream, tuple(found)
+
+
+class Later(Dense):
+    """Dense noise in parameters that are elsewhere: their update is written down."""
+
+    def __init__(self, history: History) -> None:
+        self._history = history
+
+    def update(self, bucket: Bucket, seeds: Tensor, coeffs: Tensor, **rounding: Any) -> None:
+        # The clones: the optimizer's own tensors may be written to by the next step.
+        self._history.add(bucket, Pass(seeds.clone(), coeffs.clone(), bucket.dist, **rounding))
+
+
+def take(
+    params: Sequence[Tensor], streams: Sequence[int], passes: Sequence[Pass], done: Callable = lambda n: 0
+) -> None:
+    """In place, the passes one by one, each rounded as it was meant to be; several of them piece by piece."""
+    if len(passes) == 1:
+        passes[0].run(list(params), list(streams), [0] * len(params), lambda states: ())
+        return
+    deferred = Deferred()
+    for p, stream in zip(params, streams, strict=True):
+        for one in passes:
+            deferred.put(p, stream, one)
+    with torch.no_grad():
+        deferred.apply(done)

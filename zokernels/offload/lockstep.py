@@ -1,0 +1,196 @@
+"""Several runs of one function side by side, which stop where they ask for the same block: threads, one at a time.
+
+A forward is ordinary Python between its blocks, so the only thing that can stop in its middle is a thread.  A baton
+goes round: no two sides ever run at once, and each has its own torch RNG state.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextvars import copy_context
+from typing import Any
+
+import torch
+from torch.overrides import _get_current_function_mode_stack
+
+from ..optim.guards import RngState
+
+
+class Cancelled(BaseException):
+    """Raised in a side because another one failed."""
+
+
+class _Side:
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.baton = threading.Event()
+        self.waits_for: Hashable = None
+        self.ready, self.done = True, False
+        self.rng: RngState | None = None
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+
+class Lockstep:
+    """``grant(key, sides)`` is called when all sides that are left wait, with what the first of them waits for and
+    those that wait for it too."""
+
+    def __init__(self, grant: Callable[[Any, list[int]], None], devices: Iterable[torch.device]) -> None:
+        self._grant, self._devices = grant, list(devices)
+        self._pool: ThreadPoolExecutor | None = None
+        self._sides: list[_Side] = []
+        self._running: _Side | None = None
+        self._failed = False
+
+    @property
+    def current(self) -> int | None:
+        """The side that runs, while :meth:`run` does."""
+        return self._running.index if self._running else None
+
+    def run(self, function: Callable[[int], Any], count: int) -> list[Any]:
+        """[function(0), ..., function(count - 1)]; the first is called in this thread.
+
+        All sides start from torch's present RNG state, and the last one's is left, as if they ran one after another.
+        """
+        if self._running:
+            raise RuntimeError("offload: a step inside a step")
+        start = RngState(self._devices)
+        self._sides, self._failed = [_Side(i) for i in range(count)], False
+        for side in self._sides:
+            side.rng = start
+        self._running = self._sides[0]
+        setting = _ThreadSetting(self._devices)
+        if count > 1 and (self._pool is None or self._pool._max_workers < count - 1):
+            self.close()
+            self._pool = ThreadPoolExecutor(count - 1, thread_name_prefix="zokernels-side")
+        try:
+            futures = [
+                self._pool.submit(copy_context().run, self._in_thread, setting, function, side)  # type: ignore[union-attr]
+                for side in self._sides[1:]
+            ]
+            self._call(function, self._sides[0])
+            for future in futures:
+                while not future.done():
+                    try:
+                        wait([future])
+                    except KeyboardInterrupt as error:
+                        self._failed, self._sides[0].error = True, error
+        finally:
+            sides, self._sides, self._running = self._sides, [], None
+        errors = [s.error for s in sides if s.error is not None]
+        for error in sorted(errors, key=lambda e: isinstance(e, Cancelled)):
+            raise error
+        sides[-1].rng.restore()  # type: ignore[union-attr]
+        return [s.result for s in sides]
+
+    def arrive(self, key: Hashable) -> None:
+        """The running side asks for ``key``; returns once it has been granted and it is its turn."""
+        side = self._running
+        assert side is not None
+        side.waits_for, side.ready = key, False
+        self._hand_over(side)
+        if self._failed:
+            raise Cancelled
+
+    def _in_thread(self, setting: _ThreadSetting, function: Callable[[int], Any], side: _Side) -> None:
+        side.baton.wait()
+        with setting:
+            self._call(function, side, started=True)
+
+    def _call(self, function: Callable[[int], Any], side: _Side, started: bool = False) -> None:
+        try:
+            if started:
+                side.rng.restore()  # type: ignore[union-attr]
+                if self._failed:
+                    raise Cancelled
+            side.result = function(side.index)
+        except BaseException as error:  # it is raised again in run()
+            side.error, self._failed = error, True
+        side.done = True
+        self._hand_over(side)
+
+    def _hand_over(self, side: _Side) -> None:
+        side.rng = RngState(self._devices)
+        try:
+            following = self._next()
+        except BaseException as error:
+            side.error, self._failed = side.error or error, True
+            following = self._next()
+        if following is side:
+            return
+        side.baton.clear()
+        if following is not None:
+            self._running = following
+            following.baton.set()
+        if side.done:
+            return
+        interrupt = None
+        while not side.baton.is_set():
+            try:
+                side.baton.wait()
+            except KeyboardInterrupt as error:  # another side is running: it stops at its next block, then this one
+                interrupt, self._failed = error, True
+        side.rng.restore()
+        if interrupt is not None:
+            raise interrupt
+
+    def _next(self) -> _Side | None:
+        left = [s for s in self._sides if not s.done]
+        if self._failed:  # each in turn runs into Cancelled
+            return left[0] if left else None
+        for s in left:
+            if s.ready:
+                return s
+        if not left:
+            return None
+        together = [s for s in left if s.waits_for == left[0].waits_for]
+        self._grant(left[0].waits_for, [s.index for s in together])
+        for s in together:
+            s.ready = True
+        return left[0]
+
+    def close(self) -> None:
+        if self._pool:
+            self._pool.shutdown()
+            self._pool = None
+
+
+class _ThreadSetting:
+    """What torch keeps for each thread: here as it is in the thread that makes this, to be had in another one."""
+
+    def __init__(self, devices: list[torch.device]) -> None:
+        self._threads = torch.get_num_threads()
+        self._grad, self._inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        types = dict.fromkeys(("cpu", *(d.type for d in devices)))
+        self._autocast = [(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in types]
+        self._cache = torch.is_autocast_cache_enabled()
+        self._modes = _get_current_function_mode_stack()
+        self._streams = [torch.cuda.current_stream(d) for d in devices if d.type == "cuda"]
+        self._device = torch.cuda.current_device() if self._streams else None
+
+    def __enter__(self) -> None:
+        if torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
+        self._inside = [torch.inference_mode(self._inference), torch.set_grad_enabled(self._grad)]
+        for context in self._inside:
+            context.__enter__()
+        for kind, enabled, dtype in self._autocast:
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+        torch.set_autocast_cache_enabled(self._cache)
+        for mode in self._modes:
+            torch._C._push_on_torch_function_stack(mode)
+        if self._device is not None:
+            for stream in self._streams:
+                torch.cuda.set_stream(stream)
+            torch.cuda.set_device(self._device)
+
+    def __exit__(self, *exception: object) -> None:
+        for _ in self._modes:
+            torch._C._pop_torch_function_stack()
+        for kind, _, _ in self._autocast:  # the thread serves other steps, which may be without
+            torch.set_autocast_enabled(kind, False)
+        for context in reversed(self._inside):
+            context.__exit__(None, None, None)

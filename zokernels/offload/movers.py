@@ -1,0 +1,337 @@
+"""How the bytes of blocks come to slots and go back.  All calls return at once; :meth:`Mover.wait` is where one waits.
+
+========  ============  ==========================================================================
+storage   device        what moves
+========  ============  ==========================================================================
+device    any           nothing: each block has a slot of its own
+host      cpu           copies, by threads
+host      cuda          copies between pinned memory and slots, on two streams, chained by events
+disk      cpu           direct reads and writes of files, by threads
+disk      cuda          both: files to pinned staging by threads, staging to slots by streams
+========  ============  ==========================================================================
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from .blocks import Block
+from .files import Folder, Reader
+from .memory import mapping
+from .timeline import Timeline
+
+
+class Slot:
+    """A buffer on the device that holds one block at a time."""
+
+    def __init__(self, index: int, data: Tensor) -> None:
+        self.index, self.data = index, data
+        self.block: Block | None = None
+        self.updates = 0  #: that its bytes hold
+        self.users = 0  #: sides that compute with it
+        self.views: dict[int, list[Tensor]] = {}  #: parameters, by block
+
+    def params(self, block: Block) -> list[Tensor]:
+        if block.index not in self.views:
+            self.views[block.index] = [e.of(self.data) for e in block.entries]
+        return self.views[block.index]
+
+
+class Mover:
+    """``fetch`` and ``store`` begin; a fetch waits by itself for whatever still uses its slot or writes its block."""
+
+    timeline: Timeline
+
+    def fetch(self, block: Block, slot: Slot) -> None:
+        raise NotImplementedError
+
+    def wait(self, slot: Slot) -> None:
+        """Until what is computed from here on finds the block in ``slot``."""
+
+    def arrived(self, slot: Slot) -> bool:
+        return True
+
+    def store(self, block: Block, slot: Slot) -> None:
+        """Keep the block as ``slot`` holds it: all updates up to ``slot.updates``."""
+        raise NotImplementedError
+
+    def released(self, slot: Slot) -> None:
+        """The last computation with ``slot`` has been issued."""
+
+    def drain(self) -> None:
+        """Wait until everything is where it was to go; raises what failed on the way."""
+
+    def host(self, block: Block) -> Tensor:
+        """The stored bytes of ``block``, on the CPU."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        pass
+
+
+class InPlace(Mover):
+    """Blocks that stay on the device."""
+
+    def __init__(self, blocks: Sequence[Block], device: torch.device) -> None:
+        self.regions = [torch.empty(b.nbytes, dtype=torch.uint8, device=device) for b in blocks]
+
+    def fetch(self, block: Block, slot: Slot) -> None:
+        pass
+
+    def store(self, block: Block, slot: Slot) -> None:
+        block.stored = slot.updates
+
+    def host(self, block: Block) -> Tensor:
+        return self.regions[block.index].cpu()
+
+
+class HostMemory:
+    """All blocks in one region of host memory."""
+
+    def __init__(self, blocks: Sequence[Block], device: torch.device) -> None:
+        begins = [0]
+        for b in blocks:
+            begins.append(begins[-1] + b.nbytes)
+        self.data = mapping(begins[-1], device)
+        self.regions = [self.data[i:j] for i, j in zip(begins, begins[1:])]  # noqa: B905
+
+    def read(self, block: Block, data: Tensor) -> None:
+        data[: block.nbytes].copy_(self.regions[block.index])
+
+    def write(self, block: Block, data: Tensor, updates: int) -> None:
+        self.regions[block.index].copy_(data[: block.nbytes])
+
+    def close(self) -> None:
+        pass
+
+
+class Files:
+    """A checkpoint that is only read, and a folder, where there is one, that takes what is stored."""
+
+    def __init__(self, folder: Folder | None, durable: Callable[[], None], threads: int) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="zokernels-io")
+        self.reader, self._folder, self._durable = Reader(self._pool), folder, durable
+
+    def read(self, block: Block, data: Tensor) -> None:
+        self.reader.read(block, data)
+
+    def write(self, block: Block, data: Tensor, updates: int) -> None:
+        assert self._folder is not None
+        file = self._folder.write(block, data, updates, self._pool, self._durable)
+        old, self.reader.own[block.index] = self.reader.own.get(block.index), file
+        if old is not None:
+            old.close()
+
+    def close(self) -> None:
+        self._pool.shutdown()
+        self.reader.close()
+
+
+class ByThreads(Mover):
+    """Slots in host memory, filled and emptied by threads: one that reads, one that writes, whose order keeps a block's
+    writes before its next read."""
+
+    def __init__(self, source: HostMemory | Files, timeline: Timeline) -> None:
+        self.source, self.timeline = source, timeline
+        self._reads = ThreadPoolExecutor(1, thread_name_prefix="zokernels-read")
+        self._writes = ThreadPoolExecutor(1, thread_name_prefix="zokernels-write")
+        self._coming: dict[int, Future] = {}  #: by slot
+        self._leaving: dict[int, Future] = {}  #: by slot
+        self._writing: dict[int, Future] = {}  #: by block
+
+    def fetch(self, block: Block, slot: Slot) -> None:
+        before = [f for f in (self._leaving.get(slot.index), self._writing.get(block.index)) if f is not None]
+        self._coming[slot.index] = self._reads.submit(self._read, block, slot.data, before)
+
+    def _read(self, block: Block, data: Tensor, before: list[Future]) -> None:
+        for future in before:
+            future.result()
+        with self.timeline.span("copy-in", block):
+            self.source.read(block, data)
+
+    def wait(self, slot: Slot) -> None:
+        if (coming := self._coming.pop(slot.index, None)) is not None:
+            with self.timeline.span("wait", slot.block):
+                coming.result()
+
+    def arrived(self, slot: Slot) -> bool:
+        coming = self._coming.get(slot.index)
+        return coming is None or coming.done()
+
+    def store(self, block: Block, slot: Slot) -> None:
+        self._check()
+        future = self._writes.submit(self._write, block, slot.data, slot.updates)
+        self._leaving[slot.index] = self._writing[block.index] = future
+
+    def _write(self, block: Block, data: Tensor, updates: int) -> None:
+        with self.timeline.span("copy-out", block):
+            self.source.write(block, data, updates)
+        block.stored = updates
+
+    def _check(self) -> None:
+        """Raise at the next store what a store before it ran into."""
+        for future in self._writing.values():
+            if future.done():
+                future.result()
+
+    def drain(self) -> None:
+        for future in [*self._coming.values(), *self._writing.values()]:
+            future.result()
+        self._leaving, self._writing = {}, {}
+
+    def host(self, block: Block) -> Tensor:
+        if isinstance(self.source, HostMemory):
+            return self.source.regions[block.index]
+        data = mapping(block.nbytes, torch.device("cpu"))
+        self.source.read(block, data)
+        return data
+
+    def close(self) -> None:
+        self._reads.shutdown(cancel_futures=True)
+        self._writes.shutdown()
+        self.source.close()
+
+
+class ByStreams(Mover):
+    """Slots on a GPU and blocks in pinned memory: two copy streams, and events between them and the computation.
+
+    Nothing waits for the host, and nothing is allocated.
+    """
+
+    def __init__(self, source: HostMemory, device: torch.device, timeline: Timeline) -> None:
+        self.source, self.timeline, self._device = source, timeline, device
+        self._in, self._out = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._arrived: dict[int, torch.cuda.Event] = {}  #: by slot
+        self._free: dict[int, torch.cuda.Event] = {}  #: by slot
+        self._left: dict[int, torch.cuda.Event] = {}  #: by slot
+        self._written: dict[int, torch.cuda.Event] = {}  #: by block
+
+    def _event(self, events: dict[int, torch.cuda.Event], key: int, stream: torch.cuda.Stream) -> None:
+        if key not in events:
+            events[key] = torch.cuda.Event()
+        events[key].record(stream)
+
+    def _copy(self, lane: str, block: Block, to: Tensor, data: Tensor, stream: torch.cuda.Stream) -> None:
+        with torch.cuda.stream(stream), self.timeline.device_span(lane, block, stream):
+            to[: block.nbytes].copy_(data[: block.nbytes], non_blocking=True)
+
+    def fetch(self, block: Block, slot: Slot) -> None:
+        for events, key in ((self._free, slot.index), (self._left, slot.index), (self._written, block.index)):
+            if key in events:
+                self._in.wait_event(events[key])
+        self._copy("copy-in", block, slot.data, self.source.regions[block.index], self._in)
+        self._event(self._arrived, slot.index, self._in)
+
+    def wait(self, slot: Slot) -> None:
+        if slot.index in self._arrived:
+            torch.cuda.current_stream(self._device).wait_event(self._arrived[slot.index])
+
+    def store(self, block: Block, slot: Slot) -> None:
+        self._out.wait_stream(torch.cuda.current_stream(self._device))
+        self._copy("copy-out", block, self.source.regions[block.index], slot.data, self._out)
+        self._event(self._left, slot.index, self._out)
+        self._event(self._written, block.index, self._out)
+        block.stored = slot.updates
+
+    def released(self, slot: Slot) -> None:
+        self._event(self._free, slot.index, torch.cuda.current_stream(self._device))
+
+    def drain(self) -> None:
+        self._in.synchronize()
+        self._out.synchronize()
+
+    def host(self, block: Block) -> Tensor:
+        self.drain()
+        return self.source.regions[block.index]
+
+
+class Staged(Mover):
+    """Slots on a GPU and blocks in files: as many pinned buffers as slots between them.
+
+    A thread reads a file into a buffer and then issues its copy; another waits for a copy out and writes the file.
+    """
+
+    def __init__(self, source: Files, slots: int, nbytes: int, device: torch.device, timeline: Timeline) -> None:
+        self.source, self.timeline, self._device = source, timeline, device
+        self._in, self._out = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        data = mapping(2 * slots * nbytes, device)
+        self._coming = [data[i * nbytes : (i + 1) * nbytes] for i in range(slots)]
+        self._going = [data[i * nbytes : (i + 1) * nbytes] for i in range(slots, 2 * slots)]
+        self._reads = ThreadPoolExecutor(1, thread_name_prefix="zokernels-read")
+        self._writes = ThreadPoolExecutor(1, thread_name_prefix="zokernels-write")
+        self._issued: dict[int, Future] = {}
+        self._written: dict[int, Future] = {}  #: by block
+        self._emptied: dict[int, Future] = {}  #: by slot: its buffer on the way out is free
+        self._free: dict[int, torch.cuda.Event] = {}
+        self._left: dict[int, torch.cuda.Event] = {}
+
+    def fetch(self, block: Block, slot: Slot) -> None:
+        events = [e[slot.index] for e in (self._free, self._left) if slot.index in e]
+        before = self._written.get(block.index)
+        self._issued[slot.index] = self._reads.submit(self._read, block, slot, events, before)
+
+    def _read(
+        self, block: Block, slot: Slot, events: list[torch.cuda.Event], before: Future | None
+    ) -> torch.cuda.Event:
+        if before is not None:
+            before.result()
+        self._in.synchronize()  # the last copy from this buffer
+        with self.timeline.span("read", block):
+            self.source.read(block, self._coming[slot.index])
+        for event in events:
+            self._in.wait_event(event)
+        with torch.cuda.stream(self._in), self.timeline.device_span("copy-in", block, self._in):
+            slot.data[: block.nbytes].copy_(self._coming[slot.index][: block.nbytes], non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(self._in)
+        return event
+
+    def wait(self, slot: Slot) -> None:
+        if slot.index in self._issued:
+            torch.cuda.current_stream(self._device).wait_event(self._issued.pop(slot.index).result())
+
+    def arrived(self, slot: Slot) -> bool:
+        return slot.index not in self._issued or self._issued[slot.index].done()
+
+    def store(self, block: Block, slot: Slot) -> None:
+        if (before := self._emptied.get(slot.index)) is not None:
+            before.result()
+        buffer = self._going[slot.index]
+        self._out.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._out), self.timeline.device_span("copy-out", block, self._out):
+            buffer[: block.nbytes].copy_(slot.data[: block.nbytes], non_blocking=True)
+        event = self._left[slot.index] = torch.cuda.Event()
+        event.record(self._out)
+        future = self._writes.submit(self._write, block, buffer, slot.updates, event)
+        self._written[block.index] = self._emptied[slot.index] = future
+
+    def _write(self, block: Block, buffer: Tensor, updates: int, event: torch.cuda.Event) -> None:
+        event.synchronize()
+        with self.timeline.span("write", block):
+            self.source.write(block, buffer, updates)
+        block.stored = updates
+
+    def released(self, slot: Slot) -> None:
+        event = self._free[slot.index] = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+
+    def drain(self) -> None:
+        for future in [*self._issued.values(), *self._written.values()]:
+            future.result()
+        self._in.synchronize()
+
+    def host(self, block: Block) -> Tensor:
+        self.drain()
+        data = mapping(block.nbytes, torch.device("cpu"))
+        self.source.read(block, data)
+        return data
+
+    def close(self) -> None:
+        self._reads.shutdown(cancel_futures=True)
+        self._writes.shutdown()
+        self.source.close()

@@ -1,0 +1,144 @@
+"""The folder of a streamed run: a file for each block, one for the resident parameters, and the log of all steps.
+
+A block's file says how many updates it has, and the log has every update: after a kill at any moment each block takes
+what it lacks.  The log's record of a step reaches the disk before the first block that has its update.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..checks import fail
+from ..trajectory.checkpoint import File
+from ..trajectory.format import scan
+from ..trajectory.recorder import Recorder
+from ..trajectory.replay import repeat_streamed
+from ..trajectory.settings import check_same_run, digest
+from .blocks import PAGE, Block
+from .files import Direct, Folder, version_of
+from .memory import mapping
+
+if TYPE_CHECKING:
+    from ..optim.optimizer import ZerothOrder
+    from .engine import Engine
+
+LOG = "run.zk"
+_RESIDENT = "resident"
+
+
+class Run:
+    op = "stream"
+
+    def __init__(self, path: str | os.PathLike, blocks: Sequence[Block], resume: bool) -> None:
+        self.path = pathlib.Path(path)
+        self.log = self.path / LOG
+        if resume:
+            if not self.log.exists():
+                fail(self.op, "resume", f"a run in {self.path} ({LOG})", "none")
+        else:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if found := sorted(p.name for p in self.path.iterdir() if p.suffix in (".safetensors", ".zk")):
+                fail(self.op, "path", "a folder without a run, or resume=True", f"{found[0]!r} in {self.path}")
+        if not os.access(self.path, os.W_OK):
+            fail(self.op, "path", "a folder that can be written to", f"{self.path}, which cannot", PermissionError)
+        self.folder = Folder(self.path)
+        self.files: dict[int, Direct] = {}
+        for block in blocks if resume else ():
+            if (file := self.folder.open(self.op, block)) is not None:
+                self.files[block.index] = file
+                block.kept = block.stored
+        for part in self.path.glob("*.part"):  # of a process that was killed
+            part.unlink()
+        self._recorder: Recorder | None = None
+
+    def attach(self, optimizer: ZerothOrder, engine: Engine) -> None:
+        """Record ``optimizer`` here, after it has taken the steps that are in the log."""
+        recorder = self._recorder = Recorder(self.log, sync=10.0)
+        try:
+            if self.log.stat().st_size:
+                self._resume(optimizer, engine, recorder)
+        except BaseException:
+            recorder.close()
+            raise
+        optimizer._recorder = recorder
+
+    def _resume(self, optimizer: ZerothOrder, engine: Engine, recorder: Recorder) -> None:
+        log = scan(recorder.path)
+        if log is None:  # killed inside the header
+            recorder._file.truncate(0)
+            return
+        if log.broken and not log.cut_off:
+            fail(self.op, recorder.path, "a whole log", log.broken)
+        check_same_run(optimizer, log.header)
+        since = self._load_resident(optimizer, log.header)
+        stored = [b.stored for b in engine.blocks]
+        if max(stored) > log.steps:
+            fail(self.op, recorder.path, f"the records of the {max(stored)} updates in the blocks", log.steps)
+        if min(stored) < since:  # they are written before the resident ones
+            fail(self.op, str(self.path), f"blocks with the {since} updates of the resident parameters", min(stored))
+        engine.history.restart(since)
+        optimizer._state.load(optimizer.seed, log.start + since, 0)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        try:
+            repeat_streamed(optimizer, log, since)
+        finally:
+            for group, lr in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = lr
+        optimizer._skips_told = int(optimizer._state.skipped)
+        recorder.go_on(log, optimizer)
+
+    def durable(self) -> None:
+        """All steps so far are on the disk."""
+        if self._recorder is not None:
+            self._recorder.flush()
+
+    # Resident parameters --------------------------------------------------------------------------------------------
+
+    def _resident(self, optimizer: ZerothOrder) -> tuple[Block, list[Tensor]]:
+        from ..optim.groups import engine_of, label_of
+
+        block, params = Block(-1, _RESIDENT, torch.nn.Identity()), []
+        for group in optimizer.param_groups:
+            for i, p in enumerate(group["params"]):
+                if engine_of(p) is None and p.numel():
+                    params.append((label_of(group, i).strip("'"), p))
+        block.place(params)
+        return block, [p for _, p in params]
+
+    def keep_resident(self, optimizer: ZerothOrder, updates: int) -> None:
+        """Replace the file of the resident parameters, whose values have ``updates`` updates."""
+        block, params = self._resident(optimizer)
+        data = mapping(block.nbytes, torch.device("cpu"))
+        for e, p in zip(block.entries, params, strict=True):
+            e.of(data).copy_(p.detach())
+        self.folder.write(block, data, updates, None, self.durable, self.path / f"{_RESIDENT}.safetensors").close()
+
+    def _load_resident(self, optimizer: ZerothOrder, header: dict) -> int:
+        """The number of updates in the resident parameters, which are loaded."""
+        path = self.path / f"{_RESIDENT}.safetensors"
+        block, params = self._resident(optimizer)
+        if not path.exists():
+            self._check_base(optimizer, header)
+            return 0
+        file = File(path)
+        with torch.no_grad():
+            for e, p in zip(block.entries, params, strict=True):
+                if e.name not in file.entries or file.entries[e.name].shape != tuple(p.shape):
+                    fail(self.op, str(path), f"{e.name} of shape {tuple(p.shape)}", "none")
+                p.copy_(file.tensor(e.name))
+        return version_of(self.op, file)
+
+    def _check_base(self, optimizer: ZerothOrder, header: dict) -> None:
+        """Whether the resident parameters hold what the run began with."""
+        from ..optim.groups import engine_of
+
+        for ours, theirs in zip(optimizer.param_groups, header["groups"], strict=True):
+            for p, entry in zip(ours["params"], theirs["params"], strict=True):
+                if engine_of(p) is None and entry["sha256"] is not None and digest(p) != entry["sha256"]:
+                    fail(self.op, str(entry["name"]), "the base weights of the run (SHA-256)", "other values")

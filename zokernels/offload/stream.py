@@ -1,0 +1,224 @@
+"""Making an engine: where the weights come from, where they live, and what carries them."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import fail
+from ..contract import canonical_name
+from ..trajectory.checkpoint import Checkpoint
+from .blocks import Block, aliases, find_blocks, materialise, place_extents, streamed_parameters
+from .engine import Engine
+from .files import Folder, check_room
+from .memory import mapping
+from .movers import ByStreams, ByThreads, Files, HostMemory, InPlace, Mover, Slot, Staged
+from .run import Run
+from .timeline import Timeline
+
+STORAGES = ("device", "host", "disk")
+
+
+def stream(
+    model: nn.Module,
+    blocks: str | Sequence[nn.Module] | None = None,
+    storage: str = "host",
+    device: torch.device | str | None = None,
+    *,
+    weights: str | os.PathLike | None = None,
+    path: str | os.PathLike | None = None,
+    resume: bool = False,
+    slots: int = 3,
+    scratch: int = 2,
+    write_every: int | None = 1,
+    threads: int = 2,
+) -> Engine:
+    r"""Let the blocks of ``model`` live in ``storage`` and come to ``device`` one after another, once a step.
+
+        theta   = round(decay * theta + sum_k c_k z_k)      the last step's update, as the block comes in
+        theta_s = round(theta + e_s z)                      for each forward s; theta itself goes back
+
+    All forwards of a step go through a block before it leaves: the model runs in lockstep, once for each forward,
+    whatever it is.  Losses and weights are those of the same optimizer on the whole model in memory, to the bit.
+    Embeddings, norms, the head and tied weights, all that is in no block, stay on the device.
+
+    Use: make the optimizer from ``model.named_parameters()`` afterwards, and step as usual.  Every other forward
+    (evaluation, generation) is streamed, too, and builds no graph for :meth:`~torch.Tensor.backward`.
+
+    Args:
+        model: any module with a list of blocks, each called once or more in a forward; with ``weights``, its parameters
+            may be on "meta" (:func:`empty_weights`).
+        blocks: the name of their container ("model.layers"), or modules; default: the largest container of modules of
+            one class.
+        storage: "device" (nothing moves), "host" (one region of memory of exact size, pinned for a GPU) or "disk".
+        device: of slots, activations and resident parameters; default: that of the model's first parameter on a device.
+        weights: a safetensors file, or a folder of shards, that holds the model's parameters by name.  Never written.
+        path: (disk) a folder for what is written: blocks, and the log of the run.  None: nothing is written; the
+            updates are kept in memory and taken by each block as it comes in, so that traffic is halved.
+        resume: continue the run in ``path``; the optimizer that is made next takes its steps.
+        slots: buffers on the device, of the size of the largest block.  1 has no copy beside the computation.
+        scratch: buffers for perturbed copies: 2, or 1, which saves memory and makes the noise once for each forward.
+        write_every: a block is written back when it has taken this many updates.  n > 1 saves traffic; it is then
+            brought up to date from the stored weights each time it comes in, by n passes at most.
+        threads: that read and write files.
+
+    Returns: the :class:`Engine`, a context manager: ``flush()``, ``save(file)``, ``close()``.
+
+    Raises: ValueError, OSError and TypeError, before anything is written, naming the argument.
+
+    Sources: the dual forward, Wang et al. 2025 (ZO2, arXiv 2503.12668); disk as a tier, Rajbhandari et al. 2021
+    (ZeRO-Infinity, arXiv 2104.07857) and Liao et al. 2024 (Fuyou, arXiv 2403.06504).
+    """
+    op = "stream"
+    _check(op, storage, weights, path, resume, slots, scratch, write_every, threads)
+    target = _device(op, model, device)
+    if any(hasattr(p, "_zo_engine") for p in model.parameters()):
+        fail(op, "model", "a model that is not streamed", "one that is", RuntimeError)
+    found = find_blocks(op, model, blocks)
+    listed = streamed_parameters(op, model, found)
+    checkpoint = None if weights is None else Checkpoint(weights)
+    places = _sources(op, model, listed, checkpoint)
+    streamed = {id(p) for params in listed for _, p in params}
+    resident = materialise(model, streamed)
+    fresh = {name: p for name, _, _, p in aliases(model)}
+    made = []
+    for i, ((name, module), params) in enumerate(zip(found, listed, strict=True)):
+        block = Block(i, name, module)
+        params = [(n, fresh[n]) for n, _ in params]
+        if storage == "disk" and checkpoint is not None:
+            place_extents(block, params, [places[n] for n, _ in params])
+        else:
+            block.place(params)
+        made.append(block)
+    loaded = {} if checkpoint is None else checkpoint.tensors()
+    with torch.no_grad():
+        for name, p in resident:
+            p.copy_(_tensor_of(op, name, loaded, model, p))
+    run = None if path is None else Run(path, made, resume)
+    kept = [p for p in model.parameters() if all(e.param is not p for b in made for e in b.entries)]
+    timeline, size = Timeline(), max(b.nbytes for b in made)
+    mover: Mover
+    if storage == "disk":
+        source = Files(run.folder if run else None, run.durable if run else lambda: None, threads)
+        source.reader.own.update(run.files if run else {})
+        if checkpoint is None and not resume:
+            assert run is not None
+            check_room(op, run.folder, made, sum(b.nbytes for b in made) + size)
+            for b in made:
+                source.write(b, _packed(b, {}, op, model), 0)
+        elif run:
+            check_room(op, run.folder, made, size + sum(b.nbytes for b in made if b.index not in run.files))
+        on_gpu = target.type == "cuda"
+        mover = Staged(source, slots, size, target, timeline) if on_gpu else ByThreads(source, timeline)
+    elif storage == "host":
+        memory = HostMemory(made, target)
+        for b in made:
+            memory.write(b, _packed(b, loaded, op, model), 0)
+        mover = ByStreams(memory, target, timeline) if target.type == "cuda" else ByThreads(memory, timeline)
+    else:
+        mover = InPlace(made, target)
+        for b in made:
+            mover.regions[b.index].copy_(_packed(b, loaded, op, model))
+    if storage == "device":
+        held = [Slot(i, data) for i, data in enumerate(mover.regions)]
+        for slot, b in zip(held, made, strict=True):
+            slot.block = b
+    else:
+        count = min(slots, len(made))
+        region = mapping(count * size, torch.device("cpu")) if target.type == "cpu" else None
+        if region is None:
+            region = torch.empty(count * size, dtype=torch.uint8, device=target)
+        held = [Slot(i, region[i * size : (i + 1) * size]) for i in range(count)]
+    for p in kept:
+        if p.device != target:
+            p.data = p.data.to(target)
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != target:
+                module._buffers[key] = buffer.to(target)
+    copies = [torch.empty(max(b.scratch for b in made), dtype=torch.uint8, device=target) for _ in range(scratch)]
+    writes = write_every if storage != "disk" or path is not None else None
+    return Engine(model, made, held, copies, mover, target, timeline, writes, run)
+
+
+def _check(op, storage, weights, path, resume, slots, scratch, write_every, threads) -> None:
+    if storage not in STORAGES:
+        fail(op, "storage", ", ".join(map(repr, STORAGES)), repr(storage))
+    whole = lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1
+    for argument, value in (("slots", slots), ("threads", threads)):
+        if not whole(value):
+            fail(op, argument, "an integer >= 1", repr(value))
+    if scratch not in (1, 2):
+        fail(op, "scratch", "1 or 2", repr(scratch))
+    if write_every is not None and not whole(write_every):
+        fail(op, "write_every", "an integer >= 1, or None for storage that is only read", repr(write_every))
+    if storage == "disk":
+        if weights is None and path is None:
+            fail(op, "weights, path", "a checkpoint to read, a folder to write, or both, where storage is 'disk'", None)
+        if path is not None and write_every is None:
+            fail(op, "write_every", "an integer >= 1 with path=", None)
+    elif path is not None:
+        fail(op, "path", "None unless storage is 'disk'", repr(path))
+    elif write_every is None:
+        fail(op, "write_every", "an integer >= 1 unless storage is 'disk'", None)
+    if resume and path is None:
+        fail(op, "resume", "True only with path=", True)
+
+
+def _device(op: str, model: nn.Module, device: torch.device | str | None) -> torch.device:
+    if device is None:
+        device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    target = torch.device(device)
+    if target.type not in ("cpu", "cuda"):
+        fail(op, "device", "'cpu' or 'cuda'", repr(str(target)))
+    if target.type == "cuda" and target.index is None:
+        target = torch.device("cuda", torch.cuda.current_device())
+    return target
+
+
+def _sources(
+    op: str, model: nn.Module, listed: list[list[tuple[str, nn.Parameter]]], checkpoint: Checkpoint | None
+) -> dict[str, tuple[str, int, int]]:
+    """(path, begin, size) of each streamed parameter in the checkpoint; all of the model's are compared with it."""
+    if checkpoint is None:
+        if missing := [n for n, p in model.named_parameters() if p.is_meta]:
+            fail(op, "weights", f"a checkpoint for parameters on 'meta' ({missing[0]!r}, ...)", None)
+        return {}
+    from ..trajectory.checkpoint import _DTYPES
+
+    where = {canonical_name(name): (file, file.entries[name]) for name, file in checkpoint.where.items()}
+    places = {}
+    names = {n for params in listed for n, _ in params}
+    groups: dict[int, list[tuple[str, nn.Parameter]]] = {}
+    for name, _, _, p in aliases(model):
+        groups.setdefault(id(p), []).append((name, p))
+    for same in groups.values():
+        name, p = next((a for a in same if canonical_name(a[0]) in where), same[0])
+        if canonical_name(name) not in where:
+            fail(op, f"weights: {name}", f"a tensor of that name in {checkpoint.path}", "none")
+        file, entry = where[canonical_name(name)]
+        if entry.shape != tuple(p.shape):
+            fail(op, f"weights: {name}", f"shape {tuple(p.shape)}, as in the model", entry.shape)
+        if _DTYPES.get(entry.dtype) is not p.dtype:
+            fail(op, f"weights: {name}", f"dtype {p.dtype}, as in the model", entry.dtype)
+        for alias, _ in same:
+            if alias in names:
+                places[alias] = (str(file.path), entry.begin, entry.size)
+    return places
+
+
+def _tensor_of(op: str, name: str, loaded: dict[str, Tensor], model: nn.Module, p: Tensor) -> Tensor:
+    names = [n for n, _, _, q in aliases(model) if q is p] or [name]
+    return next(loaded[canonical_name(n)] for n in names if canonical_name(n) in loaded)
+
+
+def _packed(block: Block, loaded: dict[str, Tensor], op: str, model: nn.Module) -> Tensor:
+    """The bytes of a block, from a checkpoint or from the model."""
+    data = mapping(block.nbytes, torch.device("cpu"))
+    for e in block.entries:
+        e.of(data).copy_(loaded[canonical_name(e.name)] if loaded else e.param.detach())
+    return data
