@@ -13,7 +13,6 @@ disk      cuda          both: files to pinned staging by threads, staging to slo
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 

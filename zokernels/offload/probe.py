@@ -15,8 +15,8 @@ from ..optim.groups import Bucket, engine_of
 from .engine import Step
 
 if TYPE_CHECKING:
-    from .engine import Engine
     from ..optim.optimizer import ZerothOrder
+    from .engine import Engine
 
 
 class StreamedProbe:

@@ -20,7 +20,7 @@ from ..trajectory.format import scan
 from ..trajectory.recorder import Recorder
 from ..trajectory.replay import repeat_streamed
 from ..trajectory.settings import check_same_run, digest
-from .blocks import PAGE, Block
+from .blocks import Block
 from .files import Direct, Folder, version_of
 from .memory import mapping
 

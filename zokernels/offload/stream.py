@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pathlib
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +13,7 @@ from ..contract import canonical_name
 from ..trajectory.checkpoint import Checkpoint
 from .blocks import Block, aliases, find_blocks, materialise, place_extents, streamed_parameters
 from .engine import Engine
-from .files import Folder, check_room
+from .files import check_room
 from .memory import mapping
 from .movers import ByStreams, ByThreads, Files, HostMemory, InPlace, Mover, Slot, Staged
 from .run import Run

@@ -64,6 +64,9 @@ class ExactProbe:
     def _mode(self, points: list[Point]) -> Substitution:
         return Substitution(self.op, self.buckets, self.seeds, self.pool, points)
 
+    def move(self, points: list[Point]) -> None:
+        pass  # a point that another rank evaluates
+
     def restore(self) -> None:
         pass  # the weights never moved
 

@@ -91,6 +91,8 @@ class ZORankSGD(ZerothOrder):
             return super().step(closure)
         if self._state.capturable:
             fail(self._op, "rank", "capturable=False: a CUDA graph calls no host function", "capturable=True")
+        if self._exchange:
+            fail(self._op, "rank", "losses with a mesh: one list of all results is on no rank", "a function")
         places = Places(rank, self.estimator.top or self.estimator.directions)
         self._step(closure, places)
         return places.best

@@ -42,6 +42,9 @@ from .two_pass import TwoPass, check_two_pass
 from .update import descent, gate, known_on_host, projected_gradient
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from ..distributed import Exchange
     from ..offload.engine import Engine
     from ..trajectory import Recorder
 
@@ -89,6 +92,9 @@ class ZerothOrder(torch.optim.Optimizer):
         trajectory: path of a file that gets a record of every step (:func:`zokernels.trajectory.record`).
         resume: continue the run in ``trajectory``, where that file exists: the parameters, which hold the run's base
             weights, and this optimizer take the recorded steps before the constructor returns.
+        mesh: the processes of the run, a ``torch.distributed`` DeviceMesh with dimensions "data" (each rank its own
+            batches), "perturbation" (each rank its share of the step's forwards), or both; or an
+            :class:`zokernels.distributed.Exchange` of one.  All ranks call :meth:`step` together.  docs/distributed.md.
         estimator, rule: what a subclass is made of.
 
     Raises:
@@ -118,6 +124,7 @@ class ZerothOrder(torch.optim.Optimizer):
         subset: Subset | None = None,
         trajectory: str | os.PathLike | None = None,
         resume: bool = False,
+        mesh: DeviceMesh | Exchange | None = None,
         estimator: Estimator,
         rule: Rule,
     ) -> None:
@@ -142,6 +149,11 @@ class ZerothOrder(torch.optim.Optimizer):
         self._pool, self._two_pass, self._graph_rng = ScratchPool(), None, None
         self._engine: Engine | None = None  # where parameters are streamed
         self._recorder, self._carried = None, False  # whether the step began with a perturbation of the two-pass form
+        self._exchange = None
+        if mesh is not None:
+            from ..distributed.exchange import exchange_of
+
+            self._exchange = exchange_of(self._op, mesh, estimator, capturable)
         #: g of the last step (fp32, on the device; 0-dim for one direction, else [q]), of the first group's eps, clip.
         self.last_projected_gradient: Tensor | None = None
         #: The losses of the last step, in the order of the forwards: the estimator's points, the rule's trials.
@@ -155,6 +167,8 @@ class ZerothOrder(torch.optim.Optimizer):
             from ..trajectory import record
 
             record(self, trajectory, resume=resume)
+        elif self._exchange:
+            self._exchange.agreement.start(self)
 
     @property
     def _op(self) -> str:
@@ -181,6 +195,11 @@ class ZerothOrder(torch.optim.Optimizer):
         """The log that gets a record of every step; ``optimizer.trajectory.close()`` ends it."""
         return self._recorder
 
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes that this rank gave to collectives in the last step; 0 without a mesh."""
+        return self._exchange.bytes_sent if self._exchange else 0
+
     def _check_group(self, group: dict[str, Any]) -> None:
         check_hyperparameters(self._op, group)
         self.rule.check(self._op, group)
@@ -199,6 +218,8 @@ class ZerothOrder(torch.optim.Optimizer):
                     check_param(self._op, group, param, label_of(group, i))
             assign_streams(self._op, self.param_groups)
             self._engine = one_engine(self._op, self.param_groups)
+            if self._exchange:
+                self._exchange.agreement.expire()
         except BaseException:
             self.param_groups.pop()
             raise
@@ -226,6 +247,8 @@ class ZerothOrder(torch.optim.Optimizer):
             self._graph_rng = self._new_graph_rng(devices)  # a capture cannot make generators
         self._state.place(devices)
         rng = self._graph_rng if capturing else RngState(devices)
+        if self._exchange:
+            self._exchange.begin(self)
         if self._recorder:
             self._recorder.begin(self)
         with self._probed(buckets, devices) as probe:
@@ -234,14 +257,21 @@ class ZerothOrder(torch.optim.Optimizer):
             forward = lambda: reading.read(self._op, closure(), devices[0], capturing)
 
             def losses_at(points: list[list[Point]]) -> Tensor:
+                mine = self._exchange.share(len(points)) if self._exchange else range(len(points))
                 if self._engine:
                     with next(around):
-                        return reading.losses(probe.forwards(points, forward))
-                results = []
-                for of_buckets in points:
-                    with next(around), probe.at(of_buckets):
-                        results.append(forward())
-                return reading.losses(results)
+                        results = probe.forwards([points[i] for i in mine], forward)
+                else:
+                    results = []
+                    for i, of_buckets in enumerate(points):
+                        if i not in mine:
+                            probe.move(of_buckets)  # in place, each move rounds: all ranks make all of them
+                            continue
+                        with next(around), probe.at(of_buckets):
+                            results.append(forward())
+                if not self._exchange:
+                    return reading.losses(results)
+                return self._exchange.gather(reading.losses(results) if results else None, len(points), devices[0])
 
             estimate = self._estimate(probe.buckets, losses_at)
             with uninterrupted():
@@ -421,6 +451,8 @@ class ZerothOrder(torch.optim.Optimizer):
                 group["lr"] = lr.fill_(group["lr"])
         self._state.load(zo["seed"], zo["step"], zo["skipped_steps"])
         self._skips_told = zo["skipped_steps"]
+        if self._exchange:
+            self._exchange.agreement.expire()
 
     def _load_tensors(self, state_dict: dict[str, Any], held: dict[Tensor, dict[str, Any]]) -> None:
         """The states' bits and dtypes as they were saved: torch has cast them to their parameters' dtype.
@@ -442,6 +474,8 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle; torch's own keeps only groups and state.  Scratch and graphs are not copied."""
+        if self._exchange:
+            fail(self._op, "mesh", "no copy: processes are not copied", "an optimizer on a mesh", RuntimeError)
         if self._two_pass and self._two_pass.pending:
             fail(self._op, "two_pass", "flush() before a copy", "weights that hold a perturbation", RuntimeError)
         keys = (
@@ -456,5 +490,6 @@ class ZerothOrder(torch.optim.Optimizer):
             "last_projected_gradient",
             "last_losses",
         )
-        own = {k: self.__dict__[k] for k in keys} | dict.fromkeys(("_two_pass", "_graph_rng", "_recorder", "_engine"))
+        none = ("_two_pass", "_graph_rng", "_recorder", "_exchange", "_engine")
+        own = {k: self.__dict__[k] for k in keys} | dict.fromkeys(none)
         return {**super().__getstate__(), **own, "_pool": ScratchPool(), "_carried": False}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import tempfile
 import threading
 import time
 import weakref
@@ -36,7 +37,53 @@ class _Pending(NamedTuple):
     arrived: torch.cuda.Event | None
 
 
-class Recorder:
+class Follower:
+    """The checks of a log before each step.  With a mesh all ranks make them, and only the first writes."""
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path, self.closed = os.fspath(path), False
+        self._settings: tuple | None = None
+        self._next = 0
+
+    def go_on(self, log: Log, optimizer: ZerothOrder) -> None:
+        """Append behind the last good record of ``log``."""
+        self._start(log.layout, log.start + log.steps, optimizer)
+
+    def _start(self, layout: Layout, step: int, optimizer: ZerothOrder) -> None:
+        self._next, self._settings = step, settings(optimizer)
+
+    def _write_header(self, head: bytes) -> None:
+        pass
+
+    def begin(self, optimizer: ZerothOrder) -> None:
+        """Before the forwards of a step: the header, before the first; and whether the log can hold the step."""
+        if self.closed:
+            fail("trajectory", self.path, "an open log", "one that was closed", RuntimeError)
+        if self._settings is None:
+            if optimizer.state:
+                got = "one with state from steps that are not in the log (resume=True continues a log)"
+                fail("trajectory", "optimizer", "a fresh optimizer", got)
+            head, layout = encode(header_of(optimizer))  # of sharded weights: all ranks together
+            self._write_header(head)
+            self._start(layout, optimizer.step_count, optimizer)
+            self.flush()
+        if settings(optimizer) != self._settings:
+            expected = "the settings of the log (only lr may change): record to another file from here"
+            fail("trajectory", "param_groups", expected, "other hyper-parameters, streams or frozen parameters")
+        if optimizer.step_count != self._next:
+            fail("trajectory", self.path, f"step {self._next}, the next of the log", optimizer.step_count)
+
+    def append(self, optimizer: ZerothOrder, buckets: list[Bucket], estimate: Estimate) -> None:
+        self._next += 1
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Recorder(Follower):
     """The log that an optimizer appends to.  Made by :func:`record`.
 
     A record is written after its step's update, by one system call: a killed process loses no completed step but those
@@ -45,15 +92,14 @@ class Recorder:
     """
 
     def __init__(self, path: str | os.PathLike, sync: float) -> None:
-        self.path, self._sync = os.fspath(path), sync
+        super().__init__(path)
+        self._sync = sync
         self._file: BinaryIO = open(self.path, "ab", buffering=0)  # noqa: SIM115
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._file.close()
             fail("trajectory", self.path, "a file that no one else writes", "one that is locked", RuntimeError)
-        self._settings: tuple | None = None
-        self._next = 0
         self._queue = _Queue(self._file)
         self._synced = time.monotonic()
         # What is on its way reaches the file when the optimizer dies, and when the interpreter ends.
@@ -63,31 +109,20 @@ class Recorder:
     def closed(self) -> bool:
         return self._file.closed
 
+    @closed.setter
+    def closed(self, value: bool) -> None:
+        pass  # the file knows
+
     def go_on(self, log: Log, optimizer: ZerothOrder) -> None:
-        """Append behind the last good record of ``log``."""
         self._file.truncate(log.end)
-        self._start(log.layout, log.start + log.steps, optimizer)
+        super().go_on(log, optimizer)
 
     def _start(self, layout: Layout, step: int, optimizer: ZerothOrder) -> None:
-        self._queue.layout, self._next, self._settings = layout, step, settings(optimizer)
+        super()._start(layout, step, optimizer)
+        self._queue.layout = layout
 
-    def begin(self, optimizer: ZerothOrder) -> None:
-        """Before the forwards of a step: the header, before the first; and whether the log can hold the step."""
-        if self.closed:
-            fail("trajectory", self.path, "an open log", "one that was closed", RuntimeError)
-        if self._queue.layout is None:
-            if optimizer.state:
-                got = "one with state from steps that are not in the log (resume=True continues a log)"
-                fail("trajectory", "optimizer", "a fresh optimizer", got)
-            head, layout = encode(header_of(optimizer))
-            self._queue.write(head)
-            self._start(layout, optimizer.step_count, optimizer)
-            self.flush()
-        if settings(optimizer) != self._settings:
-            expected = "the settings of the log (only lr may change): record to another file from here"
-            fail("trajectory", "param_groups", expected, "other hyper-parameters, streams or frozen parameters")
-        if optimizer.step_count != self._next:
-            fail("trajectory", self.path, f"step {self._next}, the next of the log", optimizer.step_count)
+    def _write_header(self, head: bytes) -> None:
+        self._queue.write(head)
 
     def append(self, optimizer: ZerothOrder, buckets: list[Bucket], estimate: Estimate) -> None:
         """After the update of a step."""
@@ -196,6 +231,8 @@ def record(
         recover: also remove what follows a damaged record.
         sync: seconds between two syncs of the file to the disk; 0: after every step.
 
+    On a mesh all ranks call this; the first one has the file, and the others get the log from it.
+
     Returns: the :class:`Recorder`; ``recorder.close()`` ends the log, as does the end of the program.
 
     Raises: ValueError, before a weight or the file changes, where the log is damaged or of another run, or the weights
@@ -207,12 +244,13 @@ def record(
         fail("trajectory", "capturable", "False: the replays of a CUDA graph call no host function", True)
     if optimizer._recorder is not None and not optimizer._recorder.closed:
         fail("trajectory", "optimizer", "one log at a time", optimizer._recorder.path, RuntimeError)
+    if optimizer._exchange:
+        optimizer._recorder = _record_together(optimizer, path, resume, recover, sync)
+        return optimizer._recorder
     recorder = Recorder(path, sync)
     try:
-        if os.path.getsize(path):
-            if not resume:
-                fail("trajectory", os.fspath(path), "a new file, or resume=True", "a file with a log")
-            _resume(optimizer, recorder, recover)
+        if (log := _log_to_resume(optimizer, recorder, resume, recover)) is not None:
+            _resume(optimizer, recorder, log)
     except BaseException:
         recorder.close()
         raise
@@ -220,15 +258,55 @@ def record(
     return recorder
 
 
-def _resume(optimizer: ZerothOrder, recorder: Recorder, recover: bool) -> None:
+def _record_together(
+    optimizer: ZerothOrder, path: str | os.PathLike, resume: bool, recover: bool, sync: float
+) -> Follower:
+    """The first rank has the file, and sends the others the log that it resumes: no file system need be shared."""
+    exchange, recorder, log, error = optimizer._exchange, Follower(path), None, None
+    exchange.agreement.start(optimizer)
+    if exchange.is_first:
+        try:
+            recorder = Recorder(path, sync)
+            log = _log_to_resume(optimizer, recorder, resume, recover)
+        except Exception as failure:
+            error = failure
+    data = None
+    if log is not None:
+        with open(log.path, "rb") as file:
+            data = file.read(log.end)
+    try:
+        error, data = exchange.from_first((error, data))
+        if error is not None:
+            raise error
+        if data is not None:
+            with tempfile.NamedTemporaryFile() as copy:
+                copy.write(data)
+                copy.flush()
+                _resume(optimizer, recorder, scan(copy.name))
+    except BaseException:
+        recorder.close()
+        raise
+    return recorder
+
+
+def _log_to_resume(optimizer: ZerothOrder, recorder: Recorder, resume: bool, recover: bool) -> Log | None:
+    """The log that is in the recorder's file, if any."""
+    if not os.path.getsize(recorder.path):
+        return None
+    if not resume:
+        fail("trajectory", recorder.path, "a new file, or resume=True", "a file with a log")
     log = scan(recorder.path)
     if log is None:  # killed inside the header: no step was taken
         recorder._file.truncate(0)
-        return
+        return None
     if log.broken and not log.cut_off and not recover:
         read(recorder.path)  # raises
     if optimizer.state or optimizer.step_count:
         fail("trajectory", "optimizer", "a fresh one, which takes the recorded steps", f"step {optimizer.step_count}")
+    return log
+
+
+def _resume(optimizer: ZerothOrder, recorder: Follower, log: Log) -> None:
     check_same_run(optimizer, log.header)
     check_base(log.header, [group["params"] for group in optimizer.param_groups])
     optimizer._state.load(optimizer.seed, log.start, 0)

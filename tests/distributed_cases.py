@@ -1,0 +1,299 @@
+"""What the ranks of test_distributed.py do.  A case is a function of a :class:`World`; all ranks run it together."""
+
+from __future__ import annotations
+
+import pathlib
+import random
+import re
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from trajectory_cases import CASES as OPTIMIZERS
+from trajectory_cases import Model, assert_same, base_of
+
+from zokernels.distributed import Exchange, RanksDiffer, mean_of
+from zokernels.optim import ZOSGD, Ranking, ThreePoint, ZerothOrder, ZORankSGD
+from zokernels.optim.rules import SGD
+from zokernels.trajectory import read
+
+
+class World:
+    """This rank, with the same random numbers as all others, and a folder of the case's own."""
+
+    def __init__(self, folder: pathlib.Path, rank: int, ranks: int, seed: int) -> None:
+        self.folder, self.rank, self.ranks = folder, rank, ranks
+        self.rng = random.Random(f"{seed} {folder.name}")
+        folder.mkdir(exist_ok=True)
+
+    def mesh(self, **sizes: int) -> DeviceMesh:
+        """Dimensions by name; ranks beyond their product make more meshes like it."""
+        total = 1
+        for size in sizes.values():
+            total *= size
+        if total == self.ranks:
+            return init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        whole = init_device_mesh("cpu", (self.ranks // total, *sizes.values()), mesh_dim_names=("copy", *sizes))
+        return whole[tuple(sizes)]
+
+
+CASES: dict[int, dict[str, Callable[[World], None]]] = {2: {}, 4: {}}
+
+
+def case(ranks: int, title: str = "", **arguments: object) -> Callable:
+    def add(function: Callable) -> Callable:
+        CASES[ranks][title or function.__name__] = lambda world: function(world, **arguments)
+        return function
+
+    return add
+
+
+def loss_of(model: Model, step: int, shard: int) -> torch.Tensor:
+    """fp32: of one data shard."""
+    scale = 1 + 0.1 * step + 0.03 * shard
+    return torch.stack([(p.float() * scale).sin().square().sum() for p in model.parameters()]).sum()
+
+
+def whole_loss(model: Model, step: int, shards: int) -> torch.Tensor:
+    """What one process has in the place of ``shards`` data ranks."""
+    return loss_of(model, step, 0) if shards == 1 else mean_of([loss_of(model, step, s) for s in range(shards)])
+
+
+def take(optimizer: ZerothOrder, loss: Callable[[int], object], steps: int) -> list[float]:
+    returned = []
+    for _ in range(steps):
+        step = optimizer.step_count
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05 / (1 + step)
+        returned.append(float(optimizer.step(lambda: loss(step))))  # noqa: B023
+    return returned
+
+
+def compare(world: World, mesh: DeviceMesh, make: Callable[..., ZerothOrder], dtype: torch.dtype, steps: int) -> None:
+    """A run on ``mesh`` against one of this process alone: weights, returned losses and log, bit for bit."""
+    seed = world.rng.getrandbits(63)
+    model = Model(dtype, random.Random(seed))
+    exchange = Exchange(mesh, check_every=7)
+    shard = mesh.get_local_rank("data") if "data" in mesh.mesh_dim_names else 0
+    log = world.folder / f"{exchange.ranks[0]}.zk"
+    optimizer = make(model.named_parameters(), seed=seed, mesh=exchange, trajectory=log)
+    returned = take(optimizer, lambda step: loss_of(model, step, shard), steps)
+    exchange.agreement.check_weights(optimizer)
+    optimizer.trajectory.close()
+    if exchange.is_first:
+        alone, single = Model(dtype, random.Random(seed)), world.folder / f"{exchange.ranks[0]}-single.zk"
+        reference = make(alone.named_parameters(), seed=seed, trajectory=single)
+        assert returned == take(reference, lambda step: whole_loss(alone, step, exchange.data), steps)
+        reference.trajectory.close()
+        assert_same(base_of(model), base_of(alone), world.folder.name)
+        assert log.read_bytes() == single.read_bytes()
+        assert reference.skipped_steps == 0
+
+
+MESHES = {"data": {"data": 2}, "perturbation": {"perturbation": 2}, "both": {"data": 2, "perturbation": 2}}
+MESHES |= {"transposed": {"perturbation": 2, "data": 2}, "with copies": {"copies": 2, "data": 2}}
+
+
+def meshes(world: World, mesh: str, restore: str, dtype: torch.dtype) -> None:
+    """Twenty steps of the plain optimizer, with two directions and one."""
+    directions = world.rng.choice((1, 2, 3))
+    options = {"lr": 0.05, "weight_decay": 0.1, "restore": restore, "directions": directions}
+    compare(world, world.mesh(**MESHES[mesh]), lambda p, **more: ZOSGD(p, **options, **more), dtype, 20)
+
+
+for _mesh in MESHES:
+    for _restore, _dtype in (("exact", torch.bfloat16), ("inplace", torch.float16), ("exact", torch.float32)):
+        if _mesh in ("data", "perturbation", "both") or _dtype is torch.bfloat16:
+            _name = f"{_mesh} {_restore} {str(_dtype).removeprefix('torch.')}"
+            case(4, _name, mesh=_mesh, restore=_restore, dtype=_dtype)(meshes)
+for _mesh in ("data", "perturbation"):
+    case(2, f"{_mesh} of two", mesh=_mesh, restore="exact", dtype=torch.bfloat16)(meshes)
+
+
+@case(4)
+def four_of_data(world: World) -> None:
+    make = lambda p, **more: ZOSGD(p, lr=0.05, estimator="one-sided", **more)
+    compare(world, world.mesh(data=4), make, torch.bfloat16, 20)
+
+
+@case(4)
+def four_of_perturbation(world: World) -> None:
+    """Four ranks share six points, which do not come out even."""
+    make = lambda p, **more: ZOSGD(p, lr=0.05, directions=3, restore="inplace", **more)
+    compare(world, world.mesh(perturbation=4), make, torch.bfloat16, 20)
+
+
+def optimizers(world: World, name: str) -> None:
+    make, options = OPTIMIZERS[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of layers that do not take part
+        run = lambda p, **more: make(p, lr=0.05, **{**options, **more})
+        compare(world, world.mesh(data=2, perturbation=2), run, world.rng.choice((torch.float32, torch.bfloat16)), 5)
+
+
+for _name, (_make, _options) in OPTIMIZERS.items():
+    if len(_make([torch.nn.Parameter(torch.ones(40, 40))], lr=1.0, **_options).estimator.points()) > 1:
+        case(4, f"optimizer {_name}", name=_name)(optimizers)
+
+
+@case(4)
+def three_points(world: World) -> None:
+    """An estimator that no named class has with this rule; two ranks share its three points."""
+    make = lambda p, **more: ZerothOrder(p, 0.05, estimator=ThreePoint(), rule=SGD(), **more)
+    compare(world, world.mesh(data=2, perturbation=2), make, torch.float32, 20)
+
+
+@case(4)
+def sent(world: World) -> None:
+    """8 bytes for each point of the largest share, whatever the mesh."""
+    for sizes, directions, expected in (
+        ({"data": 4}, 1, 16),
+        ({"data": 4}, 4, 64),
+        ({"perturbation": 4}, 4, 16),
+        ({"data": 2, "perturbation": 2}, 1, 8),
+        ({"data": 2, "perturbation": 2}, 3, 24),
+    ):
+        model = Model(torch.float32, random.Random(1))
+        exchange = Exchange(world.mesh(**sizes), check_every=None)
+        optimizer = ZOSGD(model.named_parameters(), lr=0.0, directions=directions, mesh=exchange)
+        before = exchange.total_bytes_sent
+        take(optimizer, lambda step: loss_of(model, step, 0), 3)  # noqa: B023
+        assert optimizer.bytes_sent == expected
+        assert exchange.total_bytes_sent == before + 3 * expected
+
+
+@case(4)
+def not_finite(world: World) -> None:
+    """One rank's loss is not finite in one of its forwards: all skip the step, and go on with the next."""
+    for bad in (float("nan"), float("inf")):
+        victim, model = world.rng.randrange(4), Model(torch.bfloat16, random.Random(5))
+        optimizer = ZOSGD(model.named_parameters(), lr=0.05, mesh=world.mesh(data=2, perturbation=2))
+        base = base_of(model)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            optimizer.step(lambda: loss_of(model, 0, 0) * (bad if world.rank == victim else 1))  # noqa: B023
+        assert len(told) == 1
+        assert "1 step(s) skipped" in str(told[0].message)
+        assert_same(base_of(model), base)
+        assert (optimizer.step_count, int(optimizer.skipped_steps)) == (1, 1)
+        optimizer.step(lambda: loss_of(model, 0, 0))  # noqa: B023
+        assert int(optimizer.skipped_steps) == 1
+        assert not torch.equal(base_of(model)["head"], base["head"])
+
+
+@case(4)
+def resume(world: World) -> None:
+    """A log of a mesh goes on with another mesh, and ends with the bits of one that was not stopped."""
+    log, seed = world.folder / "run.zk", world.rng.getrandbits(63)
+    make = lambda model, mesh: ZOSGD(
+        model.named_parameters(), 0.05, momentum=0.9, seed=seed, mesh=mesh, trajectory=log, resume=True
+    )
+    for sizes, steps in (({"data": 2, "perturbation": 2}, 4), ({"perturbation": 2, "data": 2}, 5)):
+        model = Model(torch.bfloat16, random.Random(3))
+        mesh = world.mesh(**sizes)
+        optimizer = make(model, mesh)
+        assert optimizer.step_count == (0 if steps == 4 else 4)
+        take(optimizer, lambda step: loss_of(model, step, mesh.get_local_rank("data")), steps)  # noqa: B023
+        optimizer.trajectory.close()
+        dist.barrier()
+        if steps == 4 and world.rank == 0:
+            with open(log, "ab") as file:  # as a kill leaves it
+                file.write(b"\0" * 7)
+    if world.rank == 0:
+        alone = Model(torch.bfloat16, random.Random(3))
+        take(ZOSGD(alone.named_parameters(), 0.05, momentum=0.9, seed=seed), lambda s: whole_loss(alone, s, 2), 9)
+        assert_same(base_of(model), base_of(alone))
+        assert read(log).steps == 9
+
+
+def refused(world: World, pattern: str, make: Callable[[], object]) -> None:
+    """All ranks raise the same message."""
+    try:
+        make()
+    except (RanksDiffer, ValueError) as error:
+        message = str(error)
+    else:
+        raise AssertionError(f"expected an error like {pattern!r}")
+    assert re.search(pattern, message), message
+    everyone: list = [None] * world.ranks
+    dist.all_gather_object(everyone, message)
+    assert len(set(everyone)) == 1, everyone
+
+
+@case(4)
+def start(world: World) -> None:
+    """Whatever one rank has otherwise is named, with both sides."""
+    mesh, rank = world.mesh(data=4), world.rng.randrange(1, 4)
+    odd = world.rank == rank
+
+    def make(dtype=torch.float32, change=None, last=True, freeze=False, **options):
+        model = Model(dtype, random.Random(2))
+        if change:
+            change(model)
+        params = list(model.named_parameters())
+        params[0][1].requires_grad_(not freeze)
+        return ZOSGD(params if last else params[:-1], **{"lr": 0.1, "seed": 7, "mesh": mesh, **options})
+
+    def halve(model):
+        with torch.no_grad():
+            model.head[300] *= 0.5
+
+    def rename(model):
+        model.tail = model.head
+        del model.head
+
+    both = lambda a, b: f"expected the same on all ranks, got {a} on rank 0 and {b} on rank {rank}"
+    for pattern, options in (
+        (both("7", "8"), {"seed": 8}),
+        (r"param_groups\[0\]\['lr'\]: " + both("0.1", "0.2"), {"lr": 0.2}),
+        (r"\['eps'\]: " + both("0.001", "0.01"), {"eps": 0.01}),
+        ("restore: " + both("exact", "inplace"), {"restore": "inplace"}),
+        ("'directions': 1.* on rank 0 and .*'directions': 2.* on rank", {"directions": 2}),
+        (f"'head': .*float32 of shape .* on rank 0 and bfloat16 of .* on rank {rank}", {"dtype": torch.bfloat16}),
+        (f"'layers.2.w': .* on rank 0 and none on rank {rank}", {"last": False}),
+        (f"'head': .* on rank 0 and none on rank {rank}", {"change": rename}),
+        (f"'head': .* on rank 0 and .*, frozen on rank {rank}", {"freeze": True}),
+        (f"'head' before step 0: .*weights .* on rank 0 and weights .* on rank {rank}", {"change": halve}),
+    ):
+        refused(world, pattern, lambda: make(**(options if odd else {})))  # noqa: B023
+    from zokernels.trajectory import settings
+
+    for name, value in (("__version__", "9.9"), ("CONTRACT", "zk9")):
+        held = getattr(settings, name)
+        setattr(settings, name, value if odd else held)
+        refused(world, f"{held}.* on rank 0 and .*{value} on rank {rank}", make)
+        setattr(settings, name, held)
+    make()
+
+
+@case(4)
+def weights_checked(world: World) -> None:
+    """A weight that changes on one rank is found within check_every steps; parameter and rank are named."""
+    model, rank = Model(torch.bfloat16, random.Random(2)), world.rng.randrange(1, 4)
+    optimizer = ZOSGD(model.named_parameters(), lr=0.1, mesh=Exchange(world.mesh(data=4), check_every=3))
+    take(optimizer, lambda step: loss_of(model, step, 0), 3)
+    with torch.no_grad():
+        if world.rank == rank:
+            model.embed.w[22, 9] *= 1.01
+    pattern = f"'embed.w' before step 3: .* on rank 0 and .* on rank {rank}"
+    refused(world, pattern, lambda: take(optimizer, lambda step: loss_of(model, step, 0), 3))
+
+
+@case(4)
+def wrong(world: World) -> None:
+    """Errors that need no communication."""
+    from zokernels.optim import FZOO
+
+    params = lambda: Model(torch.float32, random.Random(2)).named_parameters()
+    mesh = world.mesh(perturbation=4)
+    refused(
+        world, "mesh: expected at most 2 ranks along 'perturbation'.*got 4", lambda: ZOSGD(params(), 1.0, mesh=mesh)
+    )
+    refused(world, "capturable: expected False with a mesh", lambda: FZOO(params(), 1.0, mesh=mesh, capturable=True))
+    nameless = DeviceMesh("cpu", list(range(4)))
+    refused(world, "mesh: expected named dimensions", lambda: ZOSGD(params(), 1.0, mesh=nameless))
+    ranked = ZORankSGD(params(), 1.0, mesh=mesh, candidates=4)
+    assert ranked.estimator == Ranking(4)
+    refused(world, "rank: expected losses with a mesh", lambda: ranked.step(lambda: 1.0, rank=lambda results: [0]))

@@ -1,0 +1,87 @@
+"""Meshes of two and four processes against one process, bit for bit.  The cases: distributed_cases.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import distributed_cases
+import pytest
+import torch
+from torch import distributed as dist
+
+from zokernels.distributed import mean_of
+from zokernels.distributed.agreement import fingerprint
+
+TESTS = pathlib.Path(__file__).parent
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Of each number of ranks, what each rank says of each case."""
+    found = {}
+
+    def of(ranks: int) -> list[dict[str, str]]:
+        if ranks not in found:
+            folder, seed = tmp_path_factory.mktemp(f"ranks{ranks}"), int.from_bytes(os.urandom(6), "little")
+            command = [sys.executable, str(TESTS / "distributed_worker.py"), str(folder), str(ranks), str(seed)]
+            path = os.pathsep.join((str(TESTS), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])))
+            run = subprocess.run(
+                command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": path}
+            )
+            files = [folder / f"{rank}.json" for rank in range(ranks)]
+            said = [json.loads(f.read_text()) if f.exists() else {} for f in files]
+            found[ranks] = said, f"seed {seed}\n{run.stderr[-3000:]}"
+        return found[ranks]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("ranks", "name"), [(ranks, name) for ranks, cases in distributed_cases.CASES.items() for name in cases]
+)
+def test_mesh(results, ranks, name):
+    said, errors = results(ranks)
+    for rank, cases in enumerate(said):
+        assert cases.get(name, "not run: see the first failure") == "ok", f"rank {rank}: {cases.get(name)}\n{errors}"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 1000])
+def test_mean_is_a_tree_in_the_order_of_the_list(rng, count):
+    losses = [rng.uniform(-1, 1) * 10 ** rng.randrange(-9, 9) for _ in range(count)]
+    level = losses
+    while len(level) > 1:
+        level = [a + b for a, b in zip(level[::2], level[1::2], strict=False)] + level[len(level) // 2 * 2 :]
+    assert mean_of(losses).item() == level[0] / count
+    rows = torch.tensor(losses, dtype=torch.float64)[:, None].expand(-1, 3)
+    assert mean_of(rows).tolist() == [level[0] / count] * 3
+    with pytest.raises(ValueError, match="at least one"):
+        mean_of([])
+
+
+def test_mean_of_what_is_not_finite_is_not_finite():
+    assert mean_of([1.0, float("nan"), 2.0]).isnan()
+    assert mean_of([1.0, float("inf"), 2.0]).isinf()
+    assert mean_of([float("-inf"), float("inf")]).isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
+def test_fingerprint_sees_every_single_change(rng, dtype):
+    weights = torch.randn(3, 1000).mul(50).to(dtype)
+    before = fingerprint(weights)
+    assert fingerprint(weights.clone()) == before
+    raw = weights.view(-1).view(torch.uint8)
+    for _ in range(50):
+        at, bit = rng.randrange(raw.numel()), 1 << rng.randrange(8)
+        raw[at] ^= bit
+        assert fingerprint(weights) != before
+        raw[at] ^= bit
+    swapped = weights.flatten().clone()
+    i, j = (swapped != swapped[0]).nonzero()[0].item(), 0
+    swapped[[i, j]] = swapped[[j, i]]
+    assert fingerprint(swapped) != before
