@@ -391,7 +391,8 @@ class _Visit:
     def _fan_out(self, a: _Alike) -> None:
         """The last update and the perturbations in one pass."""
         bucket, step, passes = a.bucket, self.step, a.passes
-        assert bucket is not None and step is not None
+        assert bucket is not None
+        assert step is not None
         update: dict[str, Any] = {}
         if passes and passes[-1].dist == bucket.dist:
             *passes, one = passes

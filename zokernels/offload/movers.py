@@ -97,7 +97,7 @@ class HostMemory:
         for b in blocks:
             begins.append(begins[-1] + b.nbytes)
         self.data = mapping(begins[-1], device)
-        self.regions = [self.data[i:j] for i, j in zip(begins, begins[1:])]  # noqa: B905
+        self.regions = [self.data[i:j] for i, j in itertools.pairwise(begins)]
 
     def read(self, block: Block, data: Tensor) -> None:
         data[: block.nbytes].copy_(self.regions[block.index])
