@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -302,19 +303,34 @@ class Engine:
             finally:
                 visit.done()
 
+    @contextmanager
+    def opened(self, block: Block) -> Iterator[list[Tensor]]:
+        """The parameters of ``block``, on the device, all updates taken; not to be kept."""
+        with self._loaded(block) as slot:
+            yield slot.params(block)
+
     def values(self, block: Block) -> list[Tensor]:
         """Copies of the parameters of ``block``, on the device, all updates taken."""
-        with self._loaded(block) as slot:
-            return [v.clone() for v in slot.params(block)]
+        with self.opened(block) as params:
+            return [v.clone() for v in params]
 
     def value(self, param: Tensor) -> Tensor:
         """A copy of one parameter, on the device, all updates taken."""
         for block in self.blocks:
-            for e in block.entries:
+            for i, e in enumerate(block.entries):
                 if e.param is param:
-                    with self._loaded(block) as slot:
-                        return slot.params(block)[block.entries.index(e)].clone()
+                    with self.opened(block) as params:
+                        return params[i].clone()
         fail(self.op, "param", "a streamed parameter", "another")
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write all parameters and persistent buffers, with all updates, as the safetensors file ``path``.
+
+        Blocks are streamed; the file appears, whole and synced, when all is done.  Tied weights are in it once.
+        """
+        from .save import save
+
+        save(self, path)
 
     def __enter__(self) -> Engine:
         return self
@@ -331,6 +347,8 @@ class Engine:
                 self.closed = True
                 self._lockstep.close()
                 self.mover.close()
+                if self.run is not None:
+                    self.run.close()
 
 
 class _Visit:

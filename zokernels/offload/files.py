@@ -21,7 +21,7 @@ from .blocks import PAGE, Block
 #: Bytes of one read or write.
 CHUNK = 8 << 20
 
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
 
@@ -99,12 +99,18 @@ class Reader:
         """All of ``block`` into ``data``."""
         memory, waiting = memory_of(data), []
         if (own := self.own.get(block.index)) is not None:
-            waiting = in_chunks(own.read, memory[: block.nbytes], len(header(block, 0)), self._pool)
+            first = len(header(block, 0))
+            if (found := os.fstat(own.fd).st_size) < first + block.nbytes:
+                raise OSError(f"stream: {own.path}: expected {first + block.nbytes} bytes, got {found}")
+            waiting = in_chunks(own.read, memory[: block.nbytes], first, self._pool)
         else:
             for path, at, begin, size in block.extents:
                 first = begin - at % PAGE
                 last = -(-(begin + size) // PAGE) * PAGE
-                waiting += in_chunks(self.file(path).read, memory[first:last], at - at % PAGE, self._pool)
+                file = self.file(path)
+                if (found := os.fstat(file.fd).st_size) < at + size:
+                    raise OSError(f"stream: {path}: expected at least {at + size} bytes, got {found}")
+                waiting += in_chunks(file.read, memory[first:last], at - at % PAGE, self._pool)
         wait(waiting)
         for future in waiting:
             future.result()
@@ -135,7 +141,7 @@ class Folder:
             return None
         found = File(path)
         first = len(header(block, 0))
-        ours = {e.name: (_NAMES[e.param.dtype], tuple(e.param.shape), first + e.begin) for e in block.entries}
+        ours = {e.name: (NAMES[e.param.dtype], tuple(e.param.shape), first + e.begin) for e in block.entries}
         theirs = {n: (e.dtype, e.shape, e.begin) for n, e in found.entries.items() if not n.startswith("_gap")}
         if ours != theirs:
             name = next(n for n in (*ours, *theirs) if ours.get(n) != theirs.get(n))
@@ -207,7 +213,7 @@ def header(block: Block, version: int) -> bytes:
     for e in sorted(block.entries, key=lambda e: e.begin):
         gap(e.begin)
         at = e.begin + e.param.numel() * e.param.element_size()
-        entries[e.name] = {"dtype": _NAMES[e.param.dtype], "shape": list(e.param.shape), "data_offsets": [e.begin, at]}
+        entries[e.name] = {"dtype": NAMES[e.param.dtype], "shape": list(e.param.shape), "data_offsets": [e.begin, at]}
     gap(block.nbytes)
     data = json.dumps(entries, separators=(",", ":")).encode()
     size = -(-(8 + len(data)) // PAGE) * PAGE

@@ -49,6 +49,7 @@ class History:
 
     def drop(self, upto: int) -> None:
         """Every block has the updates before ``upto``."""
+        upto = min(upto, self.end)  # the steps of a log are taken again one by one, and blocks have had most of them
         if upto > self.start:
             del self._steps[: upto - self.start]
             self.start = upto

@@ -109,7 +109,7 @@ class Lockstep:
                     raise Cancelled
             side.result = function(side.index)
         except BaseException as error:  # it is raised again in run()
-            side.error, self._failed = error, True
+            side.error, self._failed = side.error or error, True
         side.done = True
         self._hand_over(side)
 

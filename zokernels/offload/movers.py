@@ -13,6 +13,7 @@ disk      cuda          both: files to pinned staging by threads, staging to slo
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 

@@ -38,18 +38,15 @@ class Run:
     def __init__(self, path: str | os.PathLike, blocks: Sequence[Block], resume: bool) -> None:
         self.path = pathlib.Path(path)
         self.log = self.path / LOG
-        if resume:
-            if not self.log.exists():
-                fail(self.op, "resume", f"a run in {self.path} ({LOG})", "none")
-        else:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if found := sorted(p.name for p in self.path.iterdir() if p.suffix in (".safetensors", ".zk")):
-                fail(self.op, "path", "a folder without a run, or resume=True", f"{found[0]!r} in {self.path}")
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not resume and (found := sorted(p.name for p in self.path.iterdir() if p.suffix in (".safetensors", ".zk"))):
+            fail(self.op, "path", "a folder without a run, or resume=True", f"{found[0]!r} in {self.path}")
+        self.resumes = self.log.exists() and self.log.stat().st_size > 0
         if not os.access(self.path, os.W_OK):
             fail(self.op, "path", "a folder that can be written to", f"{self.path}, which cannot", PermissionError)
         self.folder = Folder(self.path)
         self.files: dict[int, Direct] = {}
-        for block in blocks if resume else ():
+        for block in blocks if self.resumes else ():
             if (file := self.folder.open(self.op, block)) is not None:
                 self.files[block.index] = file
                 block.kept = block.stored
@@ -97,6 +94,10 @@ class Run:
         """All steps so far are on the disk."""
         if self._recorder is not None:
             self._recorder.flush()
+
+    def close(self) -> None:
+        if self._recorder is not None:
+            self._recorder.close()
 
     # Resident parameters --------------------------------------------------------------------------------------------
 

@@ -58,7 +58,7 @@ def stream(
         weights: a safetensors file, or a folder of shards, that holds the model's parameters by name.  Never written.
         path: (disk) a folder for what is written: blocks, and the log of the run.  None: nothing is written; the
             updates are kept in memory and taken by each block as it comes in, so that traffic is halved.
-        resume: continue the run in ``path``; the optimizer that is made next takes its steps.
+        resume: continue the run in ``path``, where there is one; the optimizer that is made next takes its steps.
         slots: buffers on the device, of the size of the largest block.  1 has no copy beside the computation.
         scratch: buffers for perturbed copies: 2, or 1, which saves memory and makes the noise once for each forward.
         write_every: a block is written back when it has taken this many updates.  n > 1 saves traffic; it is then
@@ -104,7 +104,9 @@ def stream(
     if storage == "disk":
         source = Files(run.folder if run else None, run.durable if run else lambda: None, threads)
         source.reader.own.update(run.files if run else {})
-        if checkpoint is None and not resume:
+        if run and run.resumes and checkpoint is None and len(run.files) < len(made):
+            fail(op, "weights", "the checkpoint that the run began with", None)
+        if checkpoint is None and not (run and run.resumes):
             assert run is not None
             check_room(op, run.folder, made, sum(b.nbytes for b in made) + size)
             for b in made:

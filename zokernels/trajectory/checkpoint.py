@@ -172,7 +172,7 @@ def _layout(base: Checkpoint, widened: set[str]) -> tuple[bytes, dict[str, Entry
 
 
 @contextmanager
-def _replacing(path: pathlib.Path) -> Iterator[Any]:
+def replacing(path: pathlib.Path) -> Iterator[Any]:
     """A file beside ``path`` that takes its place, synced, if the block ends well, and else is removed."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         try:
@@ -237,7 +237,7 @@ def replay_file(
     widened = {name for name in base.where if mode == "fp32" and canonical_name(name) in trained}
     header, entries = _layout(base, widened)
     total = max([len(header), *(e.begin + e.size for e in entries.values())])
-    with _replacing(path) as file:
+    with replacing(path) as file:
         os.posix_fallocate(file.fileno(), 0, total)  # a full disk is an error here, not a signal later
         with mmap.mmap(file.fileno(), total) as mapped:
             mapped[: len(header)] = header

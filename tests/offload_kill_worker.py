@@ -1,0 +1,107 @@
+"""A streamed run on disk that is killed again and again (test_offload_disk.py): ``FOLDER KILLS SEED``.
+
+One process forks a child for each attempt, kills it with SIGKILL after a random time, and lets the last one finish.
+Prints the number of children that were killed, and the number of different states they left.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import random
+import signal
+import sys
+import time
+import traceback
+
+import torch
+from offload_cases import tower, train
+
+from zokernels import offload
+
+STEPS = 60
+
+
+def run(folder: pathlib.Path, base: pathlib.Path, steps: int) -> None:
+    with offload.empty_weights():
+        model = tower_on_meta()
+    with offload.stream(model, "layers", "disk", weights=base, path=folder, resume=True, slots=2) as engine:
+        train(model, steps)
+        engine.save(folder / "saved")
+
+
+def tower_on_meta() -> torch.nn.Module:
+    from offload_cases import Tower
+
+    return Tower().bfloat16()
+
+
+def state_of(folder: pathlib.Path) -> tuple:
+    """Names of blocks that are there, and the length of the log."""
+    blocks = tuple(sorted(p.name for p in folder.glob("*.safetensors")))
+    log = folder / "run.zk"
+    return blocks, log.stat().st_size if log.exists() else 0
+
+
+def attempt(folder: pathlib.Path, base: pathlib.Path, wait: float | None) -> bool:
+    """Whether the child was killed."""
+    if (child := os.fork()) == 0:
+        code = 1
+        try:
+            run(folder, base, STEPS)
+            code = 0
+        except BaseException:  # the child must not return into the parent's loop
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    if wait is not None:
+        end = time.monotonic() + wait
+        while time.monotonic() < end and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            time.sleep(1e-3)
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
+        raise SystemExit(1)
+    return os.WIFSIGNALED(status)
+
+
+def main(place: str, kills: str, seed: str) -> None:
+    from safetensors.torch import save_model
+
+    torch.set_num_threads(1)  # a thread pool does not survive a fork
+    rng, folder = random.Random(int(seed)), pathlib.Path(place) / "run"
+    base = pathlib.Path(place) / "base.safetensors"
+    model = tower(torch.bfloat16)
+    save_model(model, base)
+    start = time.monotonic()
+    run(pathlib.Path(place) / "first", base, 4)  # what is imported and loaded now, no child waits for
+    once = time.monotonic() - start
+    train(model, STEPS)
+    torch.save(model.state_dict(), pathlib.Path(place) / "whole.pt")
+    killed, states = 0, set()
+    while killed < int(kills):
+        # Most attempts get some steps further; where one got to the end, the next begin anew.
+        if attempt(folder, base, rng.random() * once):
+            killed += 1
+            states.add(state_of(folder))
+        else:
+            check(folder, place)
+            for file in folder.iterdir():
+                file.unlink()
+    attempt(folder, base, None)
+    check(folder, place)
+    print(killed, len(states))
+
+
+def check(folder: pathlib.Path, place: str) -> None:
+    """The weights of a finished run are those of the whole one."""
+    from safetensors.torch import load_file
+
+    saved, whole = load_file(folder / "saved"), torch.load(pathlib.Path(place) / "whole.pt", weights_only=True)
+    for name, value in saved.items():
+        if not torch.equal(value.view(torch.int16), whole[name].view(torch.int16)):
+            raise SystemExit(f"{name} differs")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

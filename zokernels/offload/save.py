@@ -1,0 +1,54 @@
+"""A checkpoint of a streamed model, written a block at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..trajectory.checkpoint import replacing
+from .blocks import aliases
+from .files import NAMES, memory_of
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+def save(engine: Engine, path: str | os.PathLike) -> None:
+    streamed = {id(e.param): (block, i) for block in engine.blocks for i, e in enumerate(block.entries)}
+    tensors: dict[int, tuple[str, Tensor]] = {}
+    for name, _, _, p in aliases(engine.model):
+        tensors.setdefault(id(p), (name, p))
+    for prefix, module in engine.model.named_modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and key not in module._non_persistent_buffers_set:
+                tensors.setdefault(id(buffer), (f"{prefix}.{key}" if prefix else key, buffer))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begins, at = {}, 0
+    for key, (name, t) in sorted(tensors.items(), key=lambda item: -item[1][1].element_size()):  # all aligned
+        size = t.numel() * t.element_size()
+        header[name] = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + size]}
+        begins[key], at = at, at + size
+    data = json.dumps(header, separators=(",", ":")).encode()
+    data += b" " * (-len(data) % 8)
+    first = 8 + len(data)
+    with replacing(pathlib.Path(path).resolve()) as file:
+        os.posix_fallocate(file.fileno(), 0, first + at)  # a full disk is an error before anything else
+        file.write(len(data).to_bytes(8, "little") + data)
+
+        def put(key: int, t: Tensor) -> None:
+            file.seek(first + begins[key])
+            host = t.detach().cpu().contiguous()
+            file.write(memory_of(host))
+
+        for key, (_, t) in tensors.items():
+            if key not in streamed:
+                put(key, t)
+        for block in engine.blocks:
+            with engine.opened(block) as params:
+                for e, value in zip(block.entries, params, strict=True):
+                    put(id(e.param), value)
+        file.flush()
