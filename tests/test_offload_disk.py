@@ -148,7 +148,7 @@ def test_a_shard_that_is_cut_off_later(rng, tmp_path):
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     model = tower()
     monkeypatch.setattr(os, "access", lambda *a: False)  # root may write everywhere
-    with pytest.raises(PermissionError, match="path.*can be written"):
+    with pytest.raises(PermissionError, match=r"path.*can be written"):
         offload.stream(model, "layers", "disk", path=tmp_path / "run")
     assert not model.layers[0].up.weight.isnan().any()
 
@@ -183,7 +183,7 @@ def test_other_base_weights_are_refused(tmp_path):
     engine.optimizer.trajectory.close()
     ours = tower(seed=1)
     offload.stream(ours, "layers", "disk", path=tmp_path / "run", resume=True)
-    with pytest.raises(ValueError, match="embed.weight.*SHA-256"):
+    with pytest.raises(ValueError, match=r"embed\.weight.*SHA-256"):
         train(ours, 4)
 
 
@@ -221,7 +221,7 @@ def test_too_little_room_is_told_before_anything_is_written(tmp_path, monkeypatc
     small = os.statvfs_result([*status[:4], 1, *status[5:]])
     monkeypatch.setattr(os, "statvfs", lambda path: small)
     model = tower()
-    with pytest.raises(OSError, match="path.*free bytes"):
+    with pytest.raises(OSError, match=r"path.*free bytes"):
         offload.stream(model, "layers", "disk", path=tmp_path / "run")
     assert not list((tmp_path / "run").iterdir())
     assert not model.layers[0].up.weight.isnan().any()
