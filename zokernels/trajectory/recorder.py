@@ -296,9 +296,7 @@ def _record_together(
     return recorder
 
 
-def _log_to_resume(
-    optimizer: ZerothOrder, recorder: Recorder, resume: bool, recover: bool, rewind: bool
-) -> Log | None:
+def _log_to_resume(optimizer: ZerothOrder, recorder: Recorder, resume: bool, recover: bool, rewind: bool) -> Log | None:
     """The log that is in the recorder's file, if any; to ``rewind`` without the steps that the optimizer is before."""
     if not os.path.getsize(recorder.path):
         return None
