@@ -259,14 +259,16 @@ class ZerothOrder(torch.optim.Optimizer):
             forward = lambda: reading.read(self._op, closure(), devices[0], capturing)
 
             def losses_at(points: list[list[Point]]) -> Tensor:
-                mine = self._exchange.share(len(points)) if self._exchange else range(len(points))
+                mine = (
+                    self._exchange.share(len(points)) if self._exchange else None
+                )  # all; and coordinates are a stream
                 if self._engine:
                     with next(around):
-                        results = probe.forwards([points[i] for i in mine], forward)
+                        results = probe.forwards(points if mine is None else [points[i] for i in mine], forward)
                 else:
                     results = []
                     for i, of_buckets in enumerate(points):
-                        if i not in mine:
+                        if mine is not None and i not in mine:
                             probe.move(of_buckets)  # in place, each move rounds: all ranks make all of them
                             continue
                         with next(around), probe.at(of_buckets):
