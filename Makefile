@@ -53,5 +53,5 @@ $(VENV)/demo: $(VENV)/built $(DEMO)
 	touch $@
 
 $(VENV)/tested: $(VENV)/demo
-	$(PIP) pytest triton ruff matplotlib scikit-learn peft
+	$(PIP) pytest triton ruff matplotlib scikit-learn accelerate peft trl lightning
 	touch $@

@@ -156,6 +156,8 @@ class ZerothOrder(torch.optim.Optimizer):
             self._exchange = exchange_of(self._op, mesh, estimator, capturable)
         #: g of the last step (fp32, on the device; 0-dim for one direction, else [q]), of the first group's eps, clip.
         self.last_projected_gradient: Tensor | None = None
+        #: What the last step returned.
+        self.last_loss: Tensor | None = None
         #: The losses of the last step, in the order of the forwards: the estimator's points, the rule's trials.
         self.last_losses: tuple[Tensor, ...] | None = None
         rule.check_parts(self)
@@ -257,14 +259,16 @@ class ZerothOrder(torch.optim.Optimizer):
             forward = lambda: reading.read(self._op, closure(), devices[0], capturing)
 
             def losses_at(points: list[list[Point]]) -> Tensor:
-                mine = self._exchange.share(len(points)) if self._exchange else range(len(points))
+                mine = (
+                    self._exchange.share(len(points)) if self._exchange else None
+                )  # all; and coordinates are a stream
                 if self._engine:
                     with next(around):
-                        results = probe.forwards([points[i] for i in mine], forward)
+                        results = probe.forwards(points if mine is None else [points[i] for i in mine], forward)
                 else:
                     results = []
                     for i, of_buckets in enumerate(points):
-                        if i not in mine:
+                        if mine is not None and i not in mine:
                             probe.move(of_buckets)  # in place, each move rounds: all ranks make all of them
                             continue
                         with next(around), probe.at(of_buckets):
@@ -279,9 +283,10 @@ class ZerothOrder(torch.optim.Optimizer):
                 if self._recorder:
                     self._recorder.append(self, probe.buckets, estimate)
         self._publish(estimate)
+        self.last_loss = self.estimator.loss(estimate.losses)
         if not self._state.capturable and known_on_host(self._state.skipped):
             self._warn_skipped()
-        return self.estimator.loss(estimate.losses)
+        return self.last_loss
 
     def _buckets(self) -> list[Bucket]:
         buckets = plan(self._op, self.param_groups)
@@ -488,6 +493,7 @@ class ZerothOrder(torch.optim.Optimizer):
             "_skips_told",
             "_told",
             "last_projected_gradient",
+            "last_loss",
             "last_losses",
         )
         none = ("_two_pass", "_graph_rng", "_recorder", "_exchange", "_engine")

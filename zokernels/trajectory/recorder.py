@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from dataclasses import replace
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import torch
@@ -217,6 +218,7 @@ def record(
     *,
     resume: bool = False,
     recover: bool = False,
+    rewind: bool = False,
     sync: float = 10.0,
 ) -> Recorder:
     """Append a record of every step of ``optimizer`` to ``path``.
@@ -225,10 +227,13 @@ def record(
     stay as they are but for lr.
 
     Args:
-        path: a file that does not exist or is empty, unless ``resume``.
+        path: a file that does not exist or is empty, unless ``resume`` or ``rewind``.
         resume: where the file holds a log of a run like this optimizer's, the weights, which must be those that the
             run began with, and the optimizer first take its steps.  A record that a kill cut off is removed.
         recover: also remove what follows a damaged record.
+        rewind: for an optimizer and weights that come from a checkpoint at step n: where the file holds a log of a run
+            like this optimizer's, its steps from n on are removed, and the run goes on from there.  Of the weights only
+            those at the log's first step can be compared with it.
         sync: seconds between two syncs of the file to the disk; 0: after every step.
 
     On a mesh all ranks call this; the first one has the file, and the others get the log from it.
@@ -238,6 +243,8 @@ def record(
     Raises: ValueError, before a weight or the file changes, where the log is damaged or of another run, or the weights
     are not its base; RuntimeError where another writer has it open.
     """
+    if resume and rewind:
+        fail("trajectory", "resume, rewind", "one of them", "both")
     if not optimizer.replayable:
         fail("trajectory", "optimizer", "steps along directions", type(optimizer).__name__)
     if optimizer._state.capturable:
@@ -245,12 +252,12 @@ def record(
     if optimizer._recorder is not None and not optimizer._recorder.closed:
         fail("trajectory", "optimizer", "one log at a time", optimizer._recorder.path, RuntimeError)
     if optimizer._exchange:
-        optimizer._recorder = _record_together(optimizer, path, resume, recover, sync)
+        optimizer._recorder = _record_together(optimizer, path, resume, recover, rewind, sync)
         return optimizer._recorder
     recorder = Recorder(path, sync)
     try:
-        if (log := _log_to_resume(optimizer, recorder, resume, recover)) is not None:
-            _resume(optimizer, recorder, log)
+        if (log := _log_to_resume(optimizer, recorder, resume, recover, rewind)) is not None:
+            _resume(optimizer, recorder, log, rewind)
     except BaseException:
         recorder.close()
         raise
@@ -259,7 +266,7 @@ def record(
 
 
 def _record_together(
-    optimizer: ZerothOrder, path: str | os.PathLike, resume: bool, recover: bool, sync: float
+    optimizer: ZerothOrder, path: str | os.PathLike, resume: bool, recover: bool, rewind: bool, sync: float
 ) -> Follower:
     """The first rank has the file, and sends the others the log that it resumes: no file system need be shared."""
     exchange, recorder, log, error = optimizer._exchange, Follower(path), None, None
@@ -267,7 +274,7 @@ def _record_together(
     if exchange.is_first:
         try:
             recorder = Recorder(path, sync)
-            log = _log_to_resume(optimizer, recorder, resume, recover)
+            log = _log_to_resume(optimizer, recorder, resume, recover, rewind)
         except Exception as failure:
             error = failure
     data = None
@@ -282,23 +289,29 @@ def _record_together(
             with tempfile.NamedTemporaryFile() as copy:
                 copy.write(data)
                 copy.flush()
-                _resume(optimizer, recorder, scan(copy.name))
+                _resume(optimizer, recorder, scan(copy.name), rewind)
     except BaseException:
         recorder.close()
         raise
     return recorder
 
 
-def _log_to_resume(optimizer: ZerothOrder, recorder: Recorder, resume: bool, recover: bool) -> Log | None:
-    """The log that is in the recorder's file, if any."""
+def _log_to_resume(optimizer: ZerothOrder, recorder: Recorder, resume: bool, recover: bool, rewind: bool) -> Log | None:
+    """The log that is in the recorder's file, if any; to ``rewind`` without the steps that the optimizer is before."""
     if not os.path.getsize(recorder.path):
         return None
-    if not resume:
+    if not (resume or rewind):
         fail("trajectory", recorder.path, "a new file, or resume=True", "a file with a log")
     log = scan(recorder.path)
     if log is None:  # killed inside the header: no step was taken
         recorder._file.truncate(0)
         return None
+    if rewind:
+        step, end = optimizer.step_count, log.start + log.steps
+        if not log.start <= step <= end:
+            expected = f"a log with the steps before {step}, the checkpoint's"
+            fail("trajectory", f"{recorder.path}: rewind", expected, f"steps {log.start} to {end} (exclusive)")
+        return replace(log, steps=step - log.start)
     if log.broken and not log.cut_off and not recover:
         read(recorder.path)  # raises
     if optimizer.state or optimizer.step_count:
@@ -306,9 +319,17 @@ def _log_to_resume(optimizer: ZerothOrder, recorder: Recorder, resume: bool, rec
     return log
 
 
-def _resume(optimizer: ZerothOrder, recorder: Follower, log: Log) -> None:
+def _resume(optimizer: ZerothOrder, recorder: Follower, log: Log, rewind: bool) -> None:
     check_same_run(optimizer, log.header)
-    check_base(log.header, [group["params"] for group in optimizer.param_groups])
+    if not (rewind and log.steps):  # else the weights are those of a checkpoint
+        check_base(log.header, [group["params"] for group in optimizer.param_groups])
+    if not rewind:
+        _take(optimizer, log)
+    recorder.go_on(log, optimizer)
+
+
+def _take(optimizer: ZerothOrder, log: Log) -> None:
+    """The steps of ``log``, by the optimizer and its weights."""
     optimizer._state.load(optimizer.seed, log.start, 0)
     rates = [group["lr"] for group in optimizer.param_groups]
     try:
@@ -317,4 +338,3 @@ def _resume(optimizer: ZerothOrder, recorder: Follower, log: Log) -> None:
         for group, lr in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = lr
     optimizer._skips_told = int(optimizer._state.skipped)  # warned of when they were taken
-    recorder.go_on(log, optimizer)

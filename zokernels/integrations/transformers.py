@@ -1,0 +1,320 @@
+"""``ZOTrainer``: the Trainer of Hugging Face, with forward passes only.
+
+    g_k = (L(theta + eps z_k) - L(theta - eps z_k)) / (2 eps q),   theta <- (1 - lr * wd) theta - lr * sum_k g_k z_k
+
+L is the loss that the Trainer would have called backward on, of all micro-batches of a step.  docs/transformers.md says
+what each argument means.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from ..checks import fail
+from ..optim import ZOCGE, ZOSGD, ZerothOrder
+from ..optim.estimators import Estimator
+from ..optim.guards import RngState
+from ..trajectory import record
+
+__all__ = ["ZOTrainer", "ZOTrainerMixin"]
+
+logger = transformers.utils.logging.get_logger(__name__)
+
+#: The first release whose Trainer keeps the loss of a step where its optimizer's hook can add to it.
+_OLDEST = "5.3"
+if tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, _OLDEST.split("."))):
+    raise ImportError(
+        f"zokernels.integrations.transformers: expected transformers >= {_OLDEST}, got {transformers.__version__}"
+    )
+
+#: Names of the first direction's losses in the logs, by the sign of the point.
+_POINTS = {1: "loss_plus", -1: "loss_minus", 0: "loss_centre"}
+
+
+class ZOTrainerMixin:
+    """Makes a zeroth-order trainer of a ``transformers.Trainer``, in front of it in the list of bases.
+
+    A step of the optimizer runs the Trainer's own ``training_step`` for every micro-batch, once for each point of the
+    estimator, without gradients; the loss is what reaches ``accelerator.backward``, which is never run.  So
+    accumulation, autocast, label smoothing, and a ``compute_loss`` or ``training_step`` of the user's act as they do
+    with backward.  All forwards of a step see one RNG state, hence the same dropout masks.
+
+    Args:
+        optimizer_cls_and_kwargs: (class, arguments) as for the Trainer: a class of ``zokernels.optim`` or any function
+            that makes one of its optimizers of parameter groups.  Default: ``(ZOSGD, {})``, which is MeZO.  lr is
+            ``args.learning_rate`` and seed ``args.seed``, unless given here.
+        optimizers: (optimizer, scheduler) as for the Trainer, with an optimizer of ``zokernels.optim``.
+        trajectory: path of a log that replays the run (:mod:`zokernels.trajectory`).  A run that is resumed from a
+            checkpoint goes on with its log.
+        eval_mode: run the forwards of the training as in evaluation, without dropout.
+
+    Example::
+
+        class ZOSFTTrainer(ZOTrainerMixin, trl.SFTTrainer): ...
+
+    Raises: ValueError, TypeError where an argument cannot work without gradients.  See docs/transformers.md.
+    """
+
+    def __init__(
+        self, *args: Any, trajectory: str | os.PathLike | None = None, eval_mode: bool = False, **kwargs: Any
+    ) -> None:
+        self._trajectory, self._eval_mode = trajectory, eval_mode
+        self._micro_batches: list[tuple] = []
+        self._hooked: ZerothOrder | None = None
+        self._means: bool | None = None  # whether losses are means of micro-batches that nobody divides by their number
+        self._told: set[str] = set()
+        self._since, self._logged_step = None, 0
+        super().__init__(*args, **kwargs)
+        self._check_arguments()
+
+    @property
+    def _op(self) -> str:
+        return type(self).__name__
+
+    # Arguments --------------------------------------------------------------------------------------------------------
+
+    def _check_arguments(self) -> None:
+        args = self.args
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.is_fsdp_xla_enabled:
+            fail(self._op, "deepspeed, fsdp", "neither: they shard gradients and states that do not exist", "one")
+        if args.n_gpu > 1:
+            fail(self._op, "n_gpu", "1 (CUDA_VISIBLE_DEVICES=0): nn.DataParallel copies the weights", args.n_gpu)
+        if args.world_size > 1:
+            fail(self._op, "world_size", "1 process", args.world_size)
+        if args.max_grad_norm not in (0, 1.0):  # 1.0 is the Trainer's default: nobody has asked for it
+            self._tell(
+                f"max_grad_norm={args.max_grad_norm} has no effect, because there is no gradient; "
+                "optimizer_cls_and_kwargs=(ZOSGD, {'clip': ...}) bounds the projected gradient"
+            )
+        for name in ("activation_checkpointing", "gradient_checkpointing"):
+            if getattr(args, name, False):
+                logger.info(f"{self._op}: {name} is off: without backward no activations are kept")
+                setattr(args, name, False)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.accelerator.scaler = None  # fp16 autocast stays; what is scaled for are gradients
+
+    def _tell(self, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            warnings.warn(f"{self._op}: {message}", stacklevel=3)
+
+    # Optimizer --------------------------------------------------------------------------------------------------------
+
+    @property
+    def zo_optimizer(self) -> ZerothOrder | None:
+        """The optimizer without accelerate's wrapper; None before the training."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            kind, options = self.optimizer_cls_and_kwargs or (ZOSGD, {})
+            options = {"lr": self.args.learning_rate, "seed": self.args.seed, **options}
+            self.optimizer = kind(self._groups(self.model if model is None else model), **options)
+        ours = self.zo_optimizer
+        if not isinstance(ours, ZerothOrder):
+            fail(self._op, "optimizer", "one of zokernels.optim", type(ours).__name__, TypeError)
+        if self.args.torch_compile and ours._restore == "exact" and not isinstance(ours, ZOCGE):
+            expected = "restore='inplace' in optimizer_cls_and_kwargs: 'exact' cannot see the weights in a graph"
+            fail(self._op, "torch_compile", expected, "restore='exact'")
+        if self._hooked is not ours:
+            ours.register_step_pre_hook(self._before_step)
+            ours.register_step_post_hook(self._after_step)
+            self._hooked = ours
+        return self.optimizer
+
+    def _groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """The trainable parameters by name; those that the Trainer does not decay apart, where anything decays."""
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if not self.args.weight_decay:
+            return [{"params": named}]
+        decayed = set(self.get_decay_parameter_names(model))
+        groups = [
+            {"params": [(n, p) for n, p in named if n in decayed], "weight_decay": self.args.weight_decay},
+            {"params": [(n, p) for n, p in named if n not in decayed], "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
+
+    # Step -------------------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        self._micro_batches = []  # of the step that begins
+        if self._since is None:
+            self._since, self._logged_step = time.monotonic(), self.state.global_step
+        return super().get_batch_samples(*args, **kwargs)
+
+    def _keep(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """What the loop calls for ``training_step``: keeps the micro-batch for the optimizer's step, which runs it."""
+        self._micro_batches.append((model, self._prepare_inputs(inputs), args, kwargs))
+        return torch.zeros((), device=self.args.device)
+
+    def _accumulated_loss(self) -> Tensor:
+        """The closure: the loss of all micro-batches of the step, in fp32 (or float64)."""
+        losses: list[Tensor] = []
+        self.accelerator.backward = lambda loss, **options: losses.append(loss)
+        try:
+            for model, inputs, args, kwargs in self._micro_batches:
+                with self._mode(model):
+                    type(self).training_step(self, model, copy.copy(inputs), *args, **kwargs)
+        finally:
+            del self.accelerator.backward
+        if not losses:
+            expected = "micro-batches whose loss training_step hands to accelerator.backward"
+            fail(self._op, "training_step", expected, f"{len(self._micro_batches)} without", RuntimeError)
+        if losses[0].dtype in (torch.bfloat16, torch.float16):
+            self._tell(
+                f"the loss is in {losses[0].dtype}, whose steps are coarser than the differences to be measured: "
+                "compute it in fp32 (compute_loss_func), or keep fp32 weights with bf16=True"
+            )
+        total, share = 0.0, len(self._micro_batches) if self._means else 1
+        for loss in losses:
+            total = total + (loss if loss.dtype == torch.float64 else loss.float()) / share
+        return total
+
+    def _are_means(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> bool | None:
+        """Whether the loss of a micro-batch ignores the count that it is to be divided by.
+
+        The Trainer believes of a model that takes any keyword that its loss is a sum over ``num_items_in_batch``, which
+        is not so for most classifiers: their losses would add up to a multiple of the mean.  Twice the count tells;
+        None: not yet known.
+        """
+        asked = self.model_accepts_loss_kwargs and self.compute_loss_func is None and num_items_in_batch is not None
+        if not asked or getattr(self, "loss_is_scaled_for_ga", None) is not None:
+            return False
+        rng, losses = RngState([self.args.device]), []
+        for factor in (1, 2):
+            with torch.no_grad(), self.compute_loss_context_manager(), rng.forward(factor):
+                count = factor * num_items_in_batch
+                losses.append(self.compute_loss(model, copy.copy(inputs), num_items_in_batch=count).detach())
+        rng.restore()
+        decided = bool(losses[0].isfinite() & (losses[0] != 0))
+        return bool(losses[0] == losses[1]) if decided else None
+
+    @contextmanager
+    def _mode(self, model: nn.Module) -> Iterator[None]:
+        """With ``eval_mode`` the model's parts stay in evaluation mode, though training_step asks for the other."""
+        if not self._eval_mode:
+            yield
+            return
+
+        def train(mode: bool = True) -> nn.Module:
+            model.training = mode
+            for part in model.children():
+                part.eval()
+            return model
+
+        model.train = train
+        try:
+            yield
+        finally:
+            del model.train
+
+    def _before_step(self, optimizer: ZerothOrder, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if self._trajectory is not None and optimizer.trajectory is None:
+            record(optimizer, self._trajectory, rewind=True)
+        if self._means is None and len(self._micro_batches) > 1:
+            model, inputs, rest, named = self._micro_batches[0]
+            self._means = self._are_means(model, inputs, *rest, **named)
+        if kwargs.get("closure") is None and (len(args) < 2 or args[1] is None):
+            return (optimizer, self._accumulated_loss), {}
+        return None
+
+    def _after_step(self, optimizer: ZerothOrder, args: tuple, kwargs: dict) -> None:
+        if not self._micro_batches:
+            return
+        self._micro_batches = []
+        loss = optimizer.last_loss.to(self._tr_loss)
+        if self.args.logging_nan_inf_filter and not loss.isfinite():  # as the Trainer does
+            loss = self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)
+        self._tr_loss += loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> None:
+        return None
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
+        return None  # and so it is not logged
+
+    def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
+        """Of the forwards; the Trainer's estimate is that of a forward and a backward of twice its cost."""
+        return super().floating_point_ops(inputs) * self._forwards() // 3
+
+    def _forwards(self) -> int:
+        optimizer = self.zo_optimizer
+        return len(optimizer.estimator.points()) + len(optimizer.rule.trials)
+
+    # Loop -------------------------------------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._since = None
+        self.training_step = self._keep  # of the instance: so it stands before that of any class of the user's
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            del self.training_step
+            self._micro_batches = []
+            if self._hooked is not None and (log := self._hooked.trajectory) is not None:
+                log.flush()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self._clock_stopped():
+            return super().evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self._clock_stopped():
+            super()._save_checkpoint(*args, **kwargs)
+
+    @contextmanager
+    def _clock_stopped(self) -> Iterator[None]:
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            if self._since is not None:
+                self._since += time.monotonic() - begin
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self._hooked is not None and self._hooked.last_loss is not None:
+            logs = {**logs, **self._step_metrics(self._hooked)}
+        super().log(logs, *args, **kwargs)
+
+    def _step_metrics(self, optimizer: ZerothOrder) -> dict[str, float]:
+        """Of the last step: g (of several directions the root of their mean square) and the first one's losses; steps a
+        second since the last log, without evaluations and checkpoints; skipped steps of the run."""
+        g = optimizer.last_projected_gradient
+        metrics = {"projected_gradient": float(g if g.dim() == 0 else g.double().square().mean().sqrt())}
+        metrics |= _first_losses(optimizer.estimator, optimizer.last_losses)
+        now, step = time.monotonic(), self.state.global_step
+        if self._since is not None and step > self._logged_step:
+            metrics["steps_per_second"] = (step - self._logged_step) / max(now - self._since, 1e-9)
+        self._since, self._logged_step = now, step
+        metrics["skipped_steps"] = int(optimizer.skipped_steps)
+        return metrics
+
+
+def _first_losses(estimator: Estimator, losses: Any) -> dict[str, float]:
+    named: dict[str, float] = {}
+    for (k, sign), loss in zip(estimator.points(), losses, strict=False):
+        if k == 0 and _POINTS[sign] not in named:
+            named[_POINTS[sign]] = float(loss.reshape(-1)[0])
+    return named
+
+
+class ZOTrainer(ZOTrainerMixin, transformers.Trainer):
+    """``transformers.Trainer`` with forward passes only: :class:`ZOTrainerMixin` has the additional arguments.
+
+    Example::
+
+        trainer = ZOTrainer(model=model, args=args, train_dataset=data)   # instead of Trainer(...)
+        trainer.train()
+    """
