@@ -8,6 +8,7 @@ import pathlib
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
@@ -79,8 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
     def save(complete: bool) -> None:
         if args.json:
-            command = "python -m bench " + shlex.join(sys.argv[1:])
-            result = {"schema": SCHEMA, "command": command, "complete": complete, "machine": header}
+            result = {"schema": SCHEMA, "command": args.command_line, "complete": complete, "machine": header}
             result |= {"settings": asdict(settings), "skipped": SKIPPED, "rows": rows}
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(result, indent=1) + "\n")
@@ -123,8 +123,9 @@ def check(args: argparse.Namespace) -> int:
     return gpu_check(args)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+def main(argv: Sequence[str] | None = None, program: str = "python -m bench") -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(prog=program, description=__doc__)
     commands = parser.add_subparsers(required=True)
     sub = commands.add_parser("list", help="ops that can be measured")
     sub.set_defaults(call=list_ops)
@@ -154,7 +155,8 @@ def main() -> int:
     sub.add_argument("--commit", help="name of the commit, where the tree came without its git directory")
     sub.add_argument("--rehearse", action="store_true", help="without a GPU: every stage that can, tiny, on the CPU")
     sub.set_defaults(call=check)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    args.command_line = f"{program} {shlex.join(argv)}"
     try:
         return args.call(args)
     except BackendUnavailable as error:
