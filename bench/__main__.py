@@ -109,10 +109,13 @@ def list_ops(args: argparse.Namespace) -> int:
     return 0
 
 
-def report(args: argparse.Namespace) -> int:
-    from .report import write
+def draw(args: argparse.Namespace) -> int:
+    from . import page, report
 
-    for path in write(args.files, args.output):
+    files = args.files or sorted((pathlib.Path(__file__).resolve().parent / "results").glob("*/*.json"))
+    if not files:
+        raise SystemExit("bench report: expected JSON files of bench run, methods or gpu-check, got none")
+    for path in (page if args.output.suffix == ".html" else report).write(files, args.output):
         print(f"wrote {path}")
     return 0
 
@@ -145,10 +148,11 @@ def main(argv: Sequence[str] | None = None, program: str = "python -m bench") ->
     sub.set_defaults(call=run)
     sub = commands.add_parser("methods", help="every method against its eager form, and its loss after equal forwards")
     methods.add_arguments(sub)
-    sub = commands.add_parser("report", help="JSON files into docs/performance.md and a PNG")
-    sub.add_argument("files", nargs="+", type=pathlib.Path)
-    sub.add_argument("--output", type=pathlib.Path, default=pathlib.Path("docs/performance.md"))
-    sub.set_defaults(call=report)
+    sub = commands.add_parser("report", help="JSON files into one HTML page, or into docs/performance.md and a PNG")
+    sub.add_argument("files", nargs="*", type=pathlib.Path, help="of run, methods, gpu-check (default: the committed)")
+    default = pathlib.Path("zokernels-bench.html")
+    sub.add_argument("-o", "--output", type=pathlib.Path, default=default, help=f"FILE.html or FILE.md ({default})")
+    sub.set_defaults(call=draw)
     sub = commands.add_parser("gpu-check", help="build, test and measure on the GPU at hand; offline")
     sub.add_argument("--output", type=pathlib.Path, help="folder for a folder named after the GPU (bench/results)")
     sub.add_argument("--minutes", type=float, default=9.0, help="for everything; stages that do not fit are skipped")
