@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check -q install -c constra
 export TORCH_CUDA_ARCH_LIST ?= 9.0
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: test demo bench lint format clean gpu-check
+.PHONY: test demo bench wheel lint format clean gpu-check
 
 test: $(VENV)/tested lint
 	$(BIN)/python -m bench run --op combine --device cpu --tiny
@@ -23,6 +23,11 @@ bench: $(VENV)/built
 # For a machine with an NVIDIA GPU and nvcc; uses the Python and torch that are there, installs nothing, needs no network.
 gpu-check:
 	$(PYTHON) -m bench gpu-check $(ARGS)
+
+# The same bytes for the same commit: docs/packaging.md.
+wheel: $(VENV)/environment
+	SOURCE_DATE_EPOCH=$$(git log -1 --pretty=%ct) $(BIN)/python -m pip --disable-pip-version-check wheel -q \
+		--no-build-isolation --no-deps -w dist .
 
 lint: $(VENV)/tested
 	$(BIN)/ruff check .

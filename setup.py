@@ -2,10 +2,13 @@
 
 ZOKERNELS_CUDA=auto|0|1   build the CUDA library where nvcc is found (auto), never, or fail without it
 TORCH_CUDA_ARCH_LIST      architectures, as torch's own extensions take them (default: "8.0;9.0;10.0;12.0+PTX")
+ZOKERNELS_PYTHONS         more interpreters for the host module, separated by ":" (default: the one that builds)
+SOURCE_DATE_EPOCH         time stamps in wheel and sdist: the same bytes from the same sources
 """
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import os
 import pathlib
@@ -13,9 +16,12 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 
-from setuptools import Extension, setup
+from setuptools import Distribution, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 ROOT = pathlib.Path(__file__).parent.resolve()
 
@@ -37,7 +43,13 @@ def pybind11_folder() -> str:
     except ImportError:
         print("zokernels: host module: skipped, no pybind11 (the tensor libraries do not need it)", file=sys.stderr)
         return ""
-    return pybind11.get_cmake_dir()
+    return pybind11.get_include()
+
+
+def pythons() -> str:
+    """Interpreters for the host module: this one, and those of ZOKERNELS_PYTHONS, as a CMake list."""
+    more = os.environ.get("ZOKERNELS_PYTHONS", "").split(os.pathsep)
+    return ";".join(dict.fromkeys([sys.executable, *filter(None, more)]))
 
 
 def cuda_architectures() -> str | None:
@@ -66,8 +78,9 @@ class CMakeBuild(build_ext):
             "CMAKE_INSTALL_PREFIX": package,
             "TORCH_INCLUDE": torch / "include",
             "TORCH_LIB": torch / "lib",
-            "PYBIND11_CMAKE": pybind11_folder(),
-            "Python_EXECUTABLE": sys.executable,
+            "PYBIND11_INCLUDE": pybind11_folder(),
+            "ZOKERNELS_PYTHONS": pythons(),
+            "ZOKERNELS_TESTS": "OFF",
             "ZOKERNELS_CUDA": os.environ.get("ZOKERNELS_CUDA", "auto"),
         }
         if architectures := cuda_architectures():
@@ -83,7 +96,50 @@ class CMakeBuild(build_ext):
             subprocess.run([cmake, *step], check=True, env=environment)
 
 
+class NativeDistribution(Distribution):
+    def has_ext_modules(self) -> bool:
+        return True  # CMake's, which setuptools does not see: run build_ext, install to platlib
+
+
+class PlatformWheel(bdist_wheel):
+    """py3-none-<platform>: the tensor libraries call torch's C shim alone, host modules are named by Python."""
+
+    def run(self) -> None:
+        # What an earlier build left there would be packed too: a module that is gone, a CUDA library not wanted now.
+        shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
+        super().run()
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+class ReproducibleSdist(sdist):
+    """With SOURCE_DATE_EPOCH, an archive that depends on nothing but the files."""
+
+    def make_archive(self, base_name, format, root_dir=None, base_dir=None, owner=None, group=None):
+        epoch = os.environ.get("SOURCE_DATE_EPOCH")
+        if format != "gztar" or epoch is None:
+            return super().make_archive(base_name, format, root_dir, base_dir, owner, group)
+
+        def plain(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+            entry.uid = entry.gid = 0
+            entry.uname = entry.gname = ""
+            entry.mtime = int(epoch)
+            entry.mode = 0o755 if entry.isdir() or entry.mode & 0o100 else 0o644
+            return entry
+
+        path = pathlib.Path(f"{base_name}.tar.gz")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            path.open("wb") as file,
+            gzip.GzipFile("", "wb", fileobj=file, mtime=int(epoch)) as packed,
+            tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive,
+        ):
+            archive.add(base_dir, filter=plain)  # sorted by name
+        return str(path)
+
+
 setup(
-    ext_modules=[Extension("zokernels._host", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    distclass=NativeDistribution,
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel, "sdist": ReproducibleSdist},
 )

@@ -8,6 +8,7 @@ import pathlib
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
@@ -79,8 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
     def save(complete: bool) -> None:
         if args.json:
-            command = "python -m bench " + shlex.join(sys.argv[1:])
-            result = {"schema": SCHEMA, "command": command, "complete": complete, "machine": header}
+            result = {"schema": SCHEMA, "command": args.command_line, "complete": complete, "machine": header}
             result |= {"settings": asdict(settings), "skipped": SKIPPED, "rows": rows}
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(result, indent=1) + "\n")
@@ -109,10 +109,13 @@ def list_ops(args: argparse.Namespace) -> int:
     return 0
 
 
-def report(args: argparse.Namespace) -> int:
-    from .report import write
+def draw(args: argparse.Namespace) -> int:
+    from . import page, report
 
-    for path in write(args.files, args.output):
+    files = args.files or sorted((pathlib.Path(__file__).resolve().parent / "results").glob("*/*.json"))
+    if not files:
+        raise SystemExit("bench report: expected JSON files of bench run, methods or gpu-check, got none")
+    for path in (page if args.output.suffix == ".html" else report).write(files, args.output):
         print(f"wrote {path}")
     return 0
 
@@ -123,8 +126,9 @@ def check(args: argparse.Namespace) -> int:
     return gpu_check(args)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+def main(argv: Sequence[str] | None = None, program: str = "python -m bench") -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(prog=program, description=__doc__)
     commands = parser.add_subparsers(required=True)
     sub = commands.add_parser("list", help="ops that can be measured")
     sub.set_defaults(call=list_ops)
@@ -144,17 +148,19 @@ def main() -> int:
     sub.set_defaults(call=run)
     sub = commands.add_parser("methods", help="every method against its eager form, and its loss after equal forwards")
     methods.add_arguments(sub)
-    sub = commands.add_parser("report", help="JSON files into docs/performance.md and a PNG")
-    sub.add_argument("files", nargs="+", type=pathlib.Path)
-    sub.add_argument("--output", type=pathlib.Path, default=pathlib.Path("docs/performance.md"))
-    sub.set_defaults(call=report)
+    sub = commands.add_parser("report", help="JSON files into one HTML page, or into docs/performance.md and a PNG")
+    sub.add_argument("files", nargs="*", type=pathlib.Path, help="of run, methods, gpu-check (default: the committed)")
+    default = pathlib.Path("zokernels-bench.html")
+    sub.add_argument("-o", "--output", type=pathlib.Path, default=default, help=f"FILE.html or FILE.md ({default})")
+    sub.set_defaults(call=draw)
     sub = commands.add_parser("gpu-check", help="build, test and measure on the GPU at hand; offline")
     sub.add_argument("--output", type=pathlib.Path, help="folder for a folder named after the GPU (bench/results)")
     sub.add_argument("--minutes", type=float, default=9.0, help="for everything; stages that do not fit are skipped")
     sub.add_argument("--commit", help="name of the commit, where the tree came without its git directory")
     sub.add_argument("--rehearse", action="store_true", help="without a GPU: every stage that can, tiny, on the CPU")
     sub.set_defaults(call=check)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    args.command_line = f"{program} {shlex.join(argv)}"
     try:
         return args.call(args)
     except BackendUnavailable as error:

@@ -141,6 +141,8 @@ def verdict(outcomes: list[Outcome], rehearse: bool) -> int:
 
 
 def main(args: argparse.Namespace) -> int:
+    if not (ROOT / "tests" / "gpu").exists():
+        raise SystemExit("gpu-check: expected a source tree, which has the tests, got an installed package")
     deadline = time.monotonic() + 60 * args.minutes - _REPORT
     if args.commit:
         os.environ["ZOKERNELS_COMMIT"] = args.commit

@@ -53,6 +53,8 @@ def commit() -> str | None:
     """
     if named := os.environ.get("ZOKERNELS_COMMIT"):
         return named
+    if not (_ROOT / ".git").exists():
+        return None  # an installed package: a repository around it is the user's
     found = _run("git", "rev-parse", "--short=12", "HEAD")
     return f"{found}+" if found and _run("git", "status", "--porcelain", "--untracked-files=no") else found
 

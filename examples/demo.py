@@ -1,9 +1,10 @@
 """Fine-tunes every weight of a pretrained sentence encoder on movie reviews, with forward passes only.
 
-``python examples/demo.py`` (or ``make demo``) trains MiniLM-L6 and a zero-shot head with ZOSGD, then times the hot
-path of a step against MeZO's eager loop, checks that the weights are restored bit for bit and that the log of the run
-gives them again, and leaves weights, log, loss curve and ``report.json`` in ``build/demo``.  It exits with 1 where loss
-or accuracy did not improve, or a check failed.  docs/demo.md says what was tried.
+``python examples/demo.py`` (``make demo``, or ``zokernels demo`` where it is installed) trains MiniLM-L6 and a
+zero-shot head with ZOSGD, then times the hot path of a step against MeZO's eager loop, checks that the weights are
+restored bit for bit and that the log of the run gives them again, and leaves weights, log, loss curve and
+``report.json`` in ``build/demo`` (``zokernels-demo/demo``).  It exits with 1 where loss or accuracy did not improve, or
+a check failed.  docs/demo.md says what was tried.
 """
 
 from __future__ import annotations
@@ -18,25 +19,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))  # for bench, behind an installed zokernels
+sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))  # behind an installed zokernels
 
-import curve  # noqa: E402
-import hotpath  # noqa: E402
-import reviews  # noqa: E402
-from encoder import Classifier  # noqa: E402
+import curve
+import hotpath
+import reviews
+from encoder import Classifier
 
-from bench import machine  # noqa: E402
-from zokernels.optim import ZOSGD  # noqa: E402
-from zokernels.trajectory import replay_  # noqa: E402
+from zokernels.bench import machine
+from zokernels.optim import ZOSGD
+from zokernels.trajectory import replay_
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VALIDATION, EVALUATIONS = 1000, 4
 LOG = "run.zk"
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=None if argv is None else "zokernels demo", description=__doc__.split("\n\n")[0]
+    )
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=24, help="sentences a step")
     parser.add_argument("--lr", type=float, default=3e-6, help="of the encoder")
@@ -44,9 +46,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=pathlib.Path, default=ROOT / "build" / "demo")
+    parser.add_argument("--output", type=pathlib.Path, default=reviews.WORK / "demo")
     parser.add_argument("--tiny", action="store_true", help="a few steps on few sentences: whether it runs")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.tiny:
@@ -124,8 +126,8 @@ def replayed(model: nn.Module, base: dict[str, Tensor], log: pathlib.Path) -> tu
     return same, seconds
 
 
-def main() -> int:
-    begin, args = time.perf_counter(), arguments()
+def main(argv: list[str] | None = None) -> int:
+    begin, args = time.perf_counter(), arguments(argv)
     device = torch.device(args.device)
     torch.manual_seed(args.seed)
     model = Classifier()

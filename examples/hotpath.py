@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bench import timing
-from bench.baselines import mezo_step
 from zokernels import combine, combine_
+from zokernels.bench import timing
+from zokernels.bench.baselines import mezo_step
 from zokernels.optim import ZOSGD
 
 

@@ -22,7 +22,9 @@ from torch import Tensor
 
 HERE = pathlib.Path(__file__).resolve().parent
 REQUIREMENT = HERE / "demo-reviews.txt"
-FOLDER = HERE.parent / "build" / "demo-data"
+#: What the demo downloads and writes: build/ of the source tree; a folder where it is run, if it is installed.
+WORK = HERE.parent / "build" if (HERE.parent / "setup.py").exists() else pathlib.Path("zokernels-demo")
+FOLDER = WORK / "demo-data"
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
 _INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 _TABLE = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"

@@ -1,4 +1,7 @@
-"""The command ``zokernels``: a report, and the tools of a recorded run (docs/trajectory.md)."""
+"""The command ``zokernels``: a report, the tools of a recorded run (docs/trajectory.md), the demo, and measurements.
+
+Exit status: 0 where all is well, 1 where something failed or does not match, 2 where the arguments are wrong.
+"""
 
 from __future__ import annotations
 
@@ -12,36 +15,63 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from . import commands
+from .version import __version__
+
 if TYPE_CHECKING:
     from .trajectory import Log
     from .trajectory.replay import Progress
 
 
+_EPILOG = """example:
+  {}
+
+exit status: 0 all is well, 1 something failed or does not match, 2 wrong arguments"""
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="zokernels", description="Without a command: what is built and present.")
-    commands = parser.add_subparsers(dest="command", title="commands")
+    parser = argparse.ArgumentParser(
+        prog="zokernels",
+        description="Fused kernels for zeroth-order training.  Without a command: info.",
+        epilog="zokernels COMMAND --help shows an example of each.",
+    )
+    parser.add_argument("--version", action="version", version=f"zokernels {__version__}")
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
     base = "base weights: a .safetensors file or a Hugging Face folder"
 
-    replay = commands.add_parser("replay", help="make the weights of a run from its base and its log")
+    def command(name: str, text: str, example: str) -> argparse.ArgumentParser:
+        style = argparse.RawDescriptionHelpFormatter
+        return commands.add_parser(
+            name, help=text, description=text, epilog=_EPILOG.format(example), formatter_class=style
+        )
+
+    info = command("info", "what is built and present, for a bug report", "zokernels info --json")
+    command("demo", "fine-tune a sentence encoder with forward passes only", "zokernels demo --steps 400")
+    command("bench", "measure this machine, and draw what was measured", "zokernels bench run --op combine --tiny")
+
+    example = "zokernels replay base.safetensors run.zk -o final.safetensors"
+    replay = command("replay", "make the weights of a run from its base and its log", example)
     replay.add_argument("base", help=base)
     replay.add_argument("log", help="the run's log")
     replay.add_argument("-o", "--output", required=True, help="the .safetensors file to write")
     replay.add_argument("--mode", choices=("exact", "fp32"), default="exact", help="the run's bits, or an fp32 sum")
 
-    verify = commands.add_parser("verify", help="check a log, its base weights and its final weights")
+    example = "zokernels verify run.zk base.safetensors final.safetensors"
+    verify = command("verify", "check a log, its base weights and its final weights", example)
     verify.add_argument("log", help="the run's log")
     verify.add_argument("base", nargs="?", help=base)
     verify.add_argument("final", nargs="?", help="weights that the run should have ended with")
 
-    log = commands.add_parser("log", help="what a log holds")
+    log = command("log", "what a log holds", "zokernels log run.zk --json")
     log.add_argument("log", help="the run's log")
-    log.add_argument("--json", action="store_true", help="as JSON")
     log.add_argument("--plot", metavar="FILE", help="draw loss and projected gradient (needs matplotlib)")
 
-    for command in (replay, verify, log):
-        command.add_argument("--recover", action="store_true", help="use a damaged log up to its last good record")
-    for command in (replay, verify):
-        command.add_argument("--upto", type=int, metavar="STEP", help="the first step that is not taken")
+    for sub in (info, replay, verify, log):
+        sub.add_argument("--json", action="store_true", help="print JSON")
+    for sub in (replay, verify, log):
+        sub.add_argument("--recover", action="store_true", help="use a damaged log up to its last good record")
+    for sub in (replay, verify):
+        sub.add_argument("--upto", type=int, metavar="STEP", help="the first step that is not taken")
     return parser
 
 
@@ -73,34 +103,42 @@ def _read(args: argparse.Namespace) -> Log:
     return log
 
 
+def _say(args: argparse.Namespace, found: dict[str, Any], lines: Sequence[str]) -> None:
+    print(json.dumps(found, indent=1) if args.json else "\n".join(lines))
+
+
 def _replay(args: argparse.Namespace) -> None:
     from .trajectory.checkpoint import Checkpoint, replay_file
 
     log = _read(args)
     with _progress(log, "replay") as progress:
         steps = replay_file(Checkpoint(args.base), log, args.output, args.upto, mode=args.mode, progress=progress)
-    print(f"{args.output}: {steps} steps on {args.base}")
+    found = {"output": args.output, "base": args.base, "log": args.log, "steps": steps, "mode": args.mode}
+    _say(args, found, [f"{args.output}: {steps} steps on {args.base}"])
 
 
 def _verify(args: argparse.Namespace) -> None:
+    """Raises at the first thing that does not match; JSON has what was checked."""
     from .trajectory.checkpoint import Checkpoint, checked, compare, replay_file
 
     log = _read(args)
-    print(f"log    {log.steps} records, every checksum right")
-    if args.base is None:
-        return
-    base = Checkpoint(args.base)
-    if args.final is None:
-        checked(base, log)
-        print("base   the weights that the run began with")
-        return
-    final = Checkpoint(args.final)
-    with tempfile.TemporaryDirectory() as folder, _progress(log, "verify") as progress:
-        replayed = pathlib.Path(folder) / "replayed.safetensors"
-        replay_file(base, log, replayed, args.upto, progress=progress)
-        print("base   the weights that the run began with")
-        count = compare(log, Checkpoint(replayed), final)
-    print(f"final  the weights of the run, bit for bit ({count} tensors)")
+    found: dict[str, Any] = {"records": log.steps, "base": None, "final": None, "tensors": None}
+    lines = [f"log    {log.steps} records, every checksum right"]
+    if args.base is not None:
+        base = Checkpoint(args.base)
+        if args.final is None:
+            checked(base, log)
+        else:
+            final = Checkpoint(args.final)
+            with tempfile.TemporaryDirectory() as folder, _progress(log, "verify") as progress:
+                replayed = pathlib.Path(folder) / "replayed.safetensors"
+                replay_file(base, log, replayed, args.upto, progress=progress)
+                found["tensors"] = compare(log, Checkpoint(replayed), final)
+        found["base"], lines = True, [*lines, "base   the weights that the run began with"]
+    if args.final is not None:
+        found["final"] = True
+        lines.append(f"final  the weights of the run, bit for bit ({found['tensors']} tensors)")
+    _say(args, found, lines)
 
 
 def summary(log: Log) -> dict[str, Any]:
@@ -181,14 +219,13 @@ def _log(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
-    if args.command is None:
-        from .report import report
-
-        print(report())
-        return 0
+    argv = sys.argv[1:] if argv is None else list(argv)
+    whole = {"bench": commands.bench, "demo": commands.demo}.get(argv[0] if argv else "")
+    args = argparse.Namespace(command=argv[0]) if whole else _parser().parse_args(argv or ["info"])
     try:
-        {"replay": _replay, "verify": _verify, "log": _log}[args.command](args)
+        if whole is not None:  # these have arguments of their own
+            return whole(argv[1:])
+        {"info": commands.info, "replay": _replay, "verify": _verify, "log": _log}[args.command](args)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"zokernels {args.command}: {error}", file=sys.stderr)
         return 1

@@ -1,9 +1,12 @@
-"""What is built and what is present: ``python -m zokernels``, made to be pasted into a bug report."""
+"""What is built and what is present: ``zokernels info``, made to be pasted into a bug report."""
 
 from __future__ import annotations
 
 import os
+import pathlib
 import platform
+from importlib import metadata
+from typing import Any
 
 import torch
 
@@ -11,51 +14,99 @@ from .backends import BackendUnavailable, registry
 from .contract import CONTRACT
 from .version import __version__
 
+#: What changes how the package, its build or torch behaves.
+_VARIABLES = (
+    *("ZOKERNELS_BACKEND", "ZOKERNELS_CPU_ISA", "ZOKERNELS_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_VISIBLE_DEVICES"),
+    *("TRITON_INTERPRET", "OMP_NUM_THREADS"),
+)
+_PACKAGES = ("triton", "numpy", "safetensors", "transformers", "peft", "accelerate")
 
-def _host_rows() -> list[tuple[str, str]]:
+
+def _host() -> dict[str, Any]:
+    """Build and instruction sets, as the host module knows them; or why there is none."""
     try:
         from . import _host
     except ImportError as error:
-        return [("host module", f"not built ({error})")]
-    info = _host.build_info()
-    cuda = f"{info['cuda_compiler']} for {info['cuda_architectures']}" if "cuda_compiler" in info else "not built"
-    return [
-        ("host module", f"{info['compiler']}, {info['build_type']}"),
-        ("instruction sets", ", ".join(_host.instruction_sets())),
-        ("CUDA library", cuda),
-    ]
+        return {"missing": str(error)}
+    return {"instruction_sets": _host.instruction_sets(), **_host.build_info()}
 
 
-def _device_rows() -> list[tuple[str, str]]:
+def _gpus() -> list[dict[str, Any]]:
     if not torch.cuda.is_available():
-        return [("GPU", "none visible")]
-    rows = []
+        return []
+    found = []
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
-        rows.append((f"GPU {i}", f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB"))
-    return rows
+        found.append({"name": p.name, "sm": f"{p.major}{p.minor}", "memory": p.total_memory})
+    return found
 
 
-def report() -> str:
-    """The report as text."""
-    rows = [
-        ("zokernels", f"{__version__}, contract {CONTRACT}"),
-        ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}, {torch.get_num_threads()} threads"),
-        *_device_rows(),
-        *_host_rows(),
-    ]
+def _backends() -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
     for name in registry.NAMES:
         try:
-            backend = registry.get(name)
-            rows.append((f"backend {name}", f"ready for {' and '.join(sorted(backend.devices))} tensors"))
+            found[name] = {"ready": True, "devices": sorted(registry.get(name).devices)}
         except BackendUnavailable as error:
-            rows.append((f"backend {name}", str(error).removeprefix(f"backend {name!r} ")))
-    for device in ("cpu", "cuda"):
-        if device == "cpu" or torch.cuda.is_available():
-            rows.append((f"chosen for {device}", registry.select(device).name))
-    for variable in ("ZOKERNELS_BACKEND", "ZOKERNELS_CPU_ISA", "TRITON_INTERPRET"):
-        if variable in os.environ:
-            rows.append((variable, os.environ[variable]))
+            found[name] = {"ready": False, "why": str(error).removeprefix(f"backend {name!r} ")}
+    return found
+
+
+def _installed() -> dict[str, str]:
+    """Versions of packages that the integrations use, read without importing them."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def facts() -> dict[str, Any]:
+    """Everything, as plain values: what ``zokernels info --json`` prints."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return {
+        "zokernels": __version__,
+        "contract": CONTRACT,
+        "folder": str(pathlib.Path(__file__).parent),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "threads": torch.get_num_threads(),
+        "packages": _installed(),
+        "gpus": _gpus(),
+        "host": _host(),
+        "backends": _backends(),
+        "chosen": {device: registry.select(device).name for device in devices},
+        "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+    }
+
+
+def text(found: dict[str, Any]) -> str:
+    """:func:`facts` as aligned lines."""
+    host = found["host"]
+    rows = [
+        ("zokernels", f"{found['zokernels']}, contract {found['contract']}, in {found['folder']}"),
+        ("Python", f"{found['python']} on {found['system']}"),
+        ("torch", f"{found['torch']}, CUDA {found['cuda'] or 'none'}, {found['threads']} threads"),
+        ("packages", ", ".join(f"{name} {version}" for name, version in found["packages"].items()) or "none"),
+    ]
+    rows += [
+        (f"GPU {i}", f"{gpu['name']}, sm_{gpu['sm']}, {gpu['memory'] / 2**30:.0f} GiB")
+        for i, gpu in enumerate(found["gpus"])
+    ] or [("GPU", "none visible")]
+    if "missing" in host:
+        rows.append(("host module", f"not built ({host['missing']})"))
+    else:
+        cuda = f"{host['cuda_compiler']} for {host['cuda_architectures']}" if "cuda_compiler" in host else "not built"
+        rows.append(("host module", f"{host['compiler']}, {host['build_type']}"))
+        rows.append(("instruction sets", ", ".join(host["instruction_sets"])))
+        rows.append(("CUDA library", cuda))
+    for name, backend in found["backends"].items():
+        ready = f"ready for {' and '.join(backend['devices'])} tensors" if backend["ready"] else backend["why"]
+        rows.append((f"backend {name}", ready))
+    rows += [(f"chosen for {device}", name) for device, name in found["chosen"].items()]
+    rows += found["environment"].items()
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+    return "\n".join(f"{name:<{width}}  {words}" for name, words in rows)

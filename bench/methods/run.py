@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-import sys
 import time
 import warnings
 from typing import Any
@@ -76,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         print(line(rows[-1]), flush=True)
     slower = [row["method"] for row in rows if row["ratio"] < 1]
     print(f"\n{LEGEND}\n{len(rows)} methods in {time.perf_counter() - start:.0f} s")
-    result = {"schema": SCHEMA, "command": "python -m bench " + " ".join(sys.argv[1:]), "machine": header}
+    result = {"schema": SCHEMA, "command": args.command_line, "machine": header}
     result |= {"dtype": args.dtype, "weights": hotpath.weights(args.scale), "budget": args.budget, "rows": rows}
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

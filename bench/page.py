@@ -1,0 +1,232 @@
+"""Results as one self-contained HTML page: plots, tables, machine, versions.  Nothing is measured here."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+from html import escape
+from typing import Any
+
+from .charts import Bar, Dot, bars, dots, spark
+from .registry import Row
+from .table import LEGEND, columns_of
+
+HERE = pathlib.Path(__file__).parent
+
+_SCRIPT = """
+document.querySelector("button").onclick = () => {
+  const root = document.documentElement, dark = getComputedStyle(root).colorScheme === "dark";
+  root.dataset.theme = dark ? "light" : "dark";
+};
+"""
+
+_META = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+
+Result = dict[str, Any]
+
+
+def kind_of(result: Result) -> str:
+    """methods, gpu-check or run: what wrote the file."""
+    if result.get("schema") != 1 or "machine" not in result or "rows" not in result:
+        raise SystemExit("bench report: expected a file that `bench run`, `methods` or `gpu-check` wrote, got another")
+    return "methods" if "budget" in result else "gpu-check" if "goals" in result else "run"
+
+
+def _nearest(rows: Sequence[Row]) -> list[Row]:
+    """One pass in place, K = 1, to nearest: what the plots compare."""
+    return [r for r in rows if r["op"] == "combine_" and r["k"] == 1 and r["rounding"] == "nearest"]
+
+
+def _where(row: Row) -> str:
+    threads = f"{row['threads']} thread{'s' * (row['threads'] > 1)}"
+    return threads if row["device"] == "cpu" else row["backend"]
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def _table(heads: Sequence[tuple[str, bool]], lines: Sequence[Sequence[str]]) -> str:
+    """heads: (text, right-aligned); cells are HTML."""
+    side = lambda right: ' class="right"' if right else ""
+    out = ['<div class="scroll"><table><thead><tr>']
+    out += [f"<th{side(right)}>{escape(head)}</th>" for head, right in heads]
+    out.append("</tr></thead><tbody>")
+    for line in lines:
+        cells = (f"<td{side(right)}>{cell}</td>" for cell, (_, right) in zip(line, heads, strict=True))
+        out.append(f"<tr>{''.join(cells)}</tr>")
+    return "\n".join([*out, "</tbody></table></div>"])
+
+
+def _chips(header: dict[str, Any]) -> str:
+    host = header.get("host_library") or {}
+    pairs = [("GPU", header.get("gpu")), ("CPU", header["cpu"]), ("cores", header["cores"])]
+    pairs += [("torch", header["torch"]), ("CUDA", header.get("cuda")), ("driver", header.get("driver"))]
+    pairs += [("zokernels", header["zokernels"]), ("commit", header.get("commit")), ("Python", header["python"])]
+    pairs += [("instructions", ", ".join(host.get("instruction_sets", []))), ("date", header["date"][:10])]
+    items = (f"<li><span>{name}</span>{escape(str(value))}</li>" for name, value in pairs if value)
+    return f'<ul class="chips">{"".join(items)}</ul>'
+
+
+def _tiles(pairs: Sequence[tuple[str, str]]) -> str:
+    cells = (f'<div class="tile"><b>{escape(figure)}</b><span>{escape(words)}</span></div>' for figure, words in pairs)
+    return f'<div class="tiles">{"".join(cells)}</div>'
+
+
+def _key(*names: tuple[str, str]) -> str:
+    return f'<div class="key">{"".join(f"<span><i class={k!r}></i>{escape(t)}</span>" for k, t in names)}</div>'
+
+
+_DISTS = (("normal", "normal"), ("rademacher", "Rademacher"))
+
+
+def _passes(rows: Sequence[Row]) -> list[str]:
+    """Two cards of bars and one of dots about a single pass."""
+    ours = _nearest(rows)
+    if not ours:
+        return []
+    label = lambda r: f"{r['dtype']} {r['dist']}, {_where(r)}"
+    title = lambda r: f"{r['p50'] * 1e3:.2f} ms, {r['gb_per_s']:.1f} GB/s, {r['ns_per_element']:.2f} ns an element"
+    bar = lambda r, v, text: Bar(label(r), v, text, r["dist"], title(r))
+    share = [bar(r, r["copy_fraction"], f"{r['copy_fraction']:.2f}") for r in ours]
+    times = [bar(r, r["ratio"]["mezo"], f"{r['ratio']['mezo']:.1f}x") for r in ours if "mezo" in r["ratio"]]
+    out = [_key(*_DISTS), '<div class="cards">']
+    out.append(f'<div class="card"><h3>Times faster than the eager loop of MeZO</h3>{bars(times)}</div>')
+    out.append('<div class="card"><h3>Share of the bandwidth of a plain pass over the same bytes</h3>')
+    out.append(bars(share, mark=1.0, mark_text="a pass that only reads and writes the bytes") + "</div></div>")
+    groups: dict[str, list[Dot]] = {}
+    for r in [r for r in rows if r["op"] == "perturb_"] + ours:
+        kind = r["dist"] if r["op"] == "combine_" else "other"
+        name = f"zokernels ({r['backend']})" if r["op"] == "combine_" else r["backend"]
+        dot = Dot(r["ns_per_element"], kind, f"{name}, {label(r)}: {r['ns_per_element']:.3f} ns")
+        groups.setdefault(f"{r['dtype']} {r['dist']}", []).append(dot)
+    order = sorted(groups.items(), key=lambda pair: (pair[0].split()[1], pair[0]))
+    out.append('<div class="card"><h3>Time an element</h3>')
+    out.append(_key(*_DISTS, ("other", "eager loops, foreach, compiled; point at a dot for its name")))
+    return [*out, dots(order, "ns"), "</div>"]
+
+
+def _rows_table(rows: Sequence[Row]) -> str:
+    """Every row, in the columns of the terminal."""
+    out = []
+    for columns in {id(columns_of(r)): columns_of(r) for r in rows}.values():
+        mine = [[escape(c.show(r)) for c in columns] for r in rows if columns_of(r) is columns]
+        out.append(_table([(c.head, c.right) for c in columns], mine))
+    return f'<p class="note">{escape(LEGEND)}</p>' + "".join(out)
+
+
+def _details(summary: str, body: str) -> str:
+    return f'<details><summary>{escape(summary)}</summary><div class="card">{body}</div></details>'
+
+
+def _skipped(result: Result) -> str:
+    lines = "".join(f"<li>{escape(what)}: {escape(why)}</li>" for what, why in (result.get("skipped") or {}).items())
+    return _details("What was left out, and why", f"<ul>{lines}</ul>") if lines else ""
+
+
+# --- sections ---------------------------------------------------------------------------------------------------------
+
+
+def _run(result: Result) -> list[str]:
+    out = ["<h2>One pass</h2>", "<p>θ ← round(θ + c z), in place, noise included.</p>", *_passes(result["rows"])]
+    if not _nearest(result["rows"]):
+        out = ["<h2>Measured</h2>"]
+    return [*out, _details(f"All {len(result['rows'])} rows", _rows_table(result["rows"])), _skipped(result)]
+
+
+_LINK = re.compile(r"\[(.*?)\]\((https?://[^)]*)\)")
+
+
+def _methods(result: Result) -> list[str]:
+    rows = result["rows"]
+    chosen = [Bar(r["method"], r["ratio"], f"{r['ratio']:.1f}x", "normal", r["use"]) for r in rows]
+    top = 1.1 * max(r["loss_first"] for r in rows if r["loss_first"] < 10)
+    lines = []
+    for r in rows:
+        paper = _LINK.sub(r'<a href="\2">\1</a>', escape(r["paper"]))
+        figures = (f"{r['seconds'] * 1e3:.2f}", f"{r['eager_seconds'] * 1e3:.2f}", str(r["forwards"]))
+        figures += (f"{r['bytes']:.3g}", escape(r["memory"]))
+        curve = spark(r["curve"], rows[0]["curve"], top)
+        name = f"{escape(r['method'])}<br>{paper}"
+        lines.append((name, curve, f"{r['loss_last']:.3f}", *figures, f"<code>{escape(r['use'])}</code>"))
+    heads = [("method", False), ("loss, equal forwards", False), ("last", True), ("ms", True), ("eager ms", True)]
+    heads += [("forwards a step", True), ("B a weight", True), ("state B", True), ("use", False)]
+    words = (
+        f"A whole step without its forwards, {result['weights']:,} weights of {result['dtype']}, against the published "
+        f"form in eager PyTorch; losses over {result['budget']:,} forwards, grey: the first method."
+    )
+    plot = f"<h3>Times faster than the published eager form</h3>{bars(chosen, mark=1.0, mark_text='equal')}"
+    cards = [f'<div class="card">{body}</div>' for body in (plot, _table(heads, lines))]
+    return ["<h2>Methods</h2>", f"<p>{words}</p>", *cards]
+
+
+def _check(result: Result) -> list[str]:
+    goals = []
+    for g in result["goals"]:
+        measured = "-" if g["measured"] is None else f"{g['measured']:.3g}{g['unit']}"
+        goals.append((escape(g["what"]), f"{g['asked']:g}{g['unit']}", measured, escape(g["verdict"])))
+    stages = [(escape(s["name"]), s["status"], f"{s['seconds']:.0f}", escape(s["note"])) for s in result["stages"]]
+    heads = [("goal", False), ("asked", True), ("measured", True), ("", False)]
+    out = [f"<h2>GPU check: {'passed' if result['passed'] else 'not passed'}</h2>"]
+    if result["rehearsal"]:
+        out.append("<p><b>A rehearsal on the CPU at tiny sizes: no figure here means anything.</b></p>")
+    out.append(f'<div class="card">{_table(heads, goals)}</div>')
+    out += _passes(result["rows"])
+    stage_heads = [("stage", False), ("", False), ("seconds", True), ("", False)]
+    out.append(_details(f"{len(stages)} stages", _table(stage_heads, stages)))
+    return [*out, _details(f"All {len(result['rows'])} rows", _rows_table(result["rows"])), _skipped(result)]
+
+
+_SECTIONS: dict[str, Callable[[Result], list[str]]] = {"run": _run, "methods": _methods, "gpu-check": _check}
+
+
+def headlines(results: Sequence[Result]) -> list[tuple[str, str]]:
+    """(figure, what it is) of the first result that says something about it."""
+    found = []
+    rows = [r for result in results if kind_of(result) != "methods" for r in _nearest(result["rows"])]
+    for dist, name in _DISTS:
+        mine = [r for r in rows if r["dist"] == dist and r["dtype"] == "bf16" and "mezo" in r["ratio"]]
+        if mine:
+            r = mine[0]
+            words = f"faster than MeZO's loop: one bf16 pass, {name}, {_where(r)}"
+            found.append((f"{r['ratio']['mezo']:.1f}x", words))
+            share = f"{100 * r['copy_fraction']:.0f} %"
+            found.append((share, f"of the bandwidth of a plain pass over the same bytes: the same, {name}"))
+    for result in results:
+        if kind_of(result) == "methods":
+            ratios = sorted(r["ratio"] for r in result["rows"])
+            words = f"median over {len(ratios)} methods, against their eager form; {ratios[0]:.1f} to {ratios[-1]:.1f}"
+            found.append((f"{ratios[len(ratios) // 2]:.1f}x", words))
+    return found
+
+
+def html(results: Sequence[Result]) -> str:
+    """The page.  Results of one machine stand under one heading."""
+    body = ['<header><h1>zokernels, measured</h1><button type="button">light / dark</button></header>']
+    body.append('<p class="lead">Kernels for zeroth-order training: noise from a seed, applied in one pass.</p>')
+    if found := headlines(results):
+        body.append(_tiles(found))
+    before = None
+    for result in results:
+        header = result["machine"]
+        machine = (header.get("gpu") or header["cpu"], header["cores"], header["torch"], header["date"][:10])
+        if machine != before:
+            body.append(_chips(header))
+            before = machine
+        body += _SECTIONS[kind_of(result)](result)
+        if result.get("command"):
+            body.append(f'<p class="note">Measured by <code>{escape(result["command"])}</code>, {header["date"]}.</p>')
+    body.append("<footer>Every figure comes from the results named above; ratios are of times taken in turns.</footer>")
+    style = (HERE / "page.css").read_text()
+    head = f"{_META}<title>zokernels, measured</title><style>\n{style}</style>"
+    text = "\n".join([*body, f"<script>{_SCRIPT}</script>"])
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{text}</body></html>\n'
+
+
+def write(files: Sequence[pathlib.Path], output: pathlib.Path) -> list[pathlib.Path]:
+    results = [json.loads(path.read_text()) for path in files]
+    text = html(results)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(text)
+    return [output]

@@ -1,0 +1,1 @@
+"""Complete programs; ``zokernels demo`` runs demo.py."""

@@ -1,0 +1,240 @@
+"""The wheel, the sdist and the C++ tests, as someone else would build, install and remove them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import textwrap
+import zipfile
+
+import pytest
+
+import zokernels
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+#: Where torch and what it needs lie: an empty environment gets this folder by a .pth file instead of a download.
+SITE = pathlib.Path(importlib.util.find_spec("torch").origin).parent.parent
+
+#: What an installed package must do: kernels with the contract's bits, from the folder that it was installed to.
+USE = """
+import pathlib, sys, torch, zokernels
+assert pathlib.Path(zokernels.__file__).is_relative_to(sys.argv[1]), zokernels.__file__
+theta = torch.full((4,), -0.0)
+with zokernels.backend("cpu"):
+    zokernels.combine_(theta, 0, 1.0, streams=0)
+print(" ".join(f"{b & 0xFFFFFFFF:08x}" for b in theta.view(torch.int32).tolist()))
+"""
+GOLDEN = "3fab67a2 bf030c3e 3fe72676 bf395d96"  # the first normals of tests/golden.json
+
+
+def run(*command: object, **options) -> str:
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+    environment |= {"SOURCE_DATE_EPOCH": "1700000000", **options.pop("env", {})}
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=environment, **options)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def built() -> pathlib.Path:
+    """The folder in which this tree was built: what follows compiles nothing anew."""
+    cache = BUILD / "CMakeCache.txt"
+    if not cache.exists() or f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
+        pytest.skip("this tree was not built here: python setup.py build_ext --inplace")
+    return BUILD
+
+
+def settings(built: pathlib.Path) -> dict[str, str]:
+    """The environment that configures the build as it is: whether with CUDA, and for which architectures."""
+    cache = dict(re.findall(r"^(\w+):STRING=(.*)$", (built / "CMakeCache.txt").read_text(), re.M))
+    codes = [
+        re.sub(r"(\d)(-real)?$", r".\1" if "-real" in c else r".\1+PTX", c)
+        for c in cache["ZOKERNELS_CUDA_ARCHS"].split(";")
+    ]
+    return {"ZOKERNELS_CUDA": cache["ZOKERNELS_CUDA"], "TORCH_CUDA_ARCH_LIST": ";".join(codes)}
+
+
+def make_wheel(built: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    code = "from setuptools import build_meta; import sys; print(build_meta.build_wheel(sys.argv[1]))"
+    name = run(sys.executable, "-c", code, folder, cwd=ROOT, env=settings(built)).splitlines()[-1]
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def wheel(built, tmp_path_factory) -> pathlib.Path:
+    return make_wheel(built, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def environment(wheel, tmp_path_factory) -> pathlib.Path:
+    """An empty environment with the wheel in it, and nothing of this tree."""
+    folder = tmp_path_factory.mktemp("environment")
+    run(sys.executable, "-m", "venv", "--without-pip", folder)
+    site = next(folder.glob("lib/python*/site-packages"))
+    (site / "torch_from_elsewhere.pth").write_text(f"{SITE}\n")
+    pip(folder, "install", "--no-deps", "--no-index", wheel)
+    return folder
+
+
+def pip(folder: pathlib.Path, *arguments: object) -> None:
+    run(sys.executable, "-m", "pip", "--python", folder / "bin" / "python", "-q", *arguments)
+
+
+def test_one_wheel_for_every_python_and_torch(wheel):
+    assert re.fullmatch(rf"zokernels-{re.escape(zokernels.__version__)}-py3-none-linux_\w+\.whl", wheel.name)
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        metadata = archive.read(next(n for n in names if n.endswith("METADATA"))).decode()
+    native = sorted(n for n in names if n.endswith(".so"))
+    host = f"zokernels/_host{sysconfig.get_config_var('EXT_SUFFIX')}"
+    assert set(native) - {"zokernels/lib/libzokernels_cuda.so"} == {host, "zokernels/lib/libzokernels_cpu.so"}
+    for needed in ("py.typed", "bench/__main__.py", "bench/curand/perturb.cu", "examples/demo.py"):
+        assert f"zokernels/{needed}" in names
+    assert {n.split("/")[0] for n in names} == {"zokernels", f"zokernels-{zokernels.__version__}.dist-info"}
+    assert f"\nVersion: {zokernels.__version__}\n" in metadata
+    assert "\nRequires-Dist: torch>=2.10\n" in metadata
+
+
+def test_the_same_sources_give_the_same_wheel(built, wheel, tmp_path):
+    assert make_wheel(built, tmp_path).read_bytes() == wheel.read_bytes()
+
+
+def test_no_library_names_a_folder_of_this_machine(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        for name in (n for n in archive.namelist() if n.endswith(".so")):
+            for folder in {str(ROOT), str(SITE), str(pathlib.Path.home())} - {"/"}:
+                assert folder.encode() not in archive.read(name), (name, folder)
+
+
+def test_installed_wheel_computes(environment):
+    python = environment / "bin" / "python"
+    assert run(python, "-c", USE, environment, cwd=environment).strip() == GOLDEN
+    command = environment / "bin" / "zokernels"
+    assert zokernels.__version__ in run(command, cwd=environment)
+
+
+def test_without_its_host_module_it_computes_and_says_so(environment, tmp_path):
+    """As under a Python for which none was built."""
+    shutil.copytree(next(environment.glob("lib/python*/site-packages/zokernels")), tmp_path / "zokernels")
+    for module in (tmp_path / "zokernels").glob("_host*"):
+        module.unlink()
+    python, path = environment / "bin" / "python", {"PYTHONPATH": str(tmp_path)}
+    assert run(python, "-c", USE, tmp_path, env=path, cwd=tmp_path).strip() == GOLDEN
+    report = run(python, "-m", "zokernels", env=path, cwd=tmp_path)
+    assert re.search(r"host module +not built", report)
+    assert re.search(r"backend cpu +ready", report)
+
+
+def test_other_torch_versions(environment):
+    """The same files under the interpreters of ZOKERNELS_OTHER_TORCH, each with a torch of its own."""
+    others = [p for p in os.environ.get("ZOKERNELS_OTHER_TORCH", "").split(os.pathsep) if p]
+    if not others:
+        pytest.skip(
+            "ZOKERNELS_OTHER_TORCH names no interpreter with another torch (docs/packaging.md has what was run)"
+        )
+    site = next(environment.glob("lib/python*/site-packages"))
+    for python in others:
+        assert run(python, "-c", USE, site, env={"PYTHONPATH": str(site)}, cwd=site).strip() == GOLDEN, python
+
+
+def test_uninstalling_leaves_nothing(wheel, environment, tmp_path):
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path)
+    listing = lambda: sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
+    (next(tmp_path.glob("lib/python*/site-packages")) / "torch_from_elsewhere.pth").write_text(f"{SITE}\n")
+    before = listing()
+    pip(tmp_path, "install", "--no-deps", "--no-index", wheel)
+    assert listing() != before
+    run(tmp_path / "bin" / "python", "-c", USE, tmp_path, cwd=tmp_path)
+    pip(tmp_path, "uninstall", "-y", "zokernels")
+    assert listing() == before
+
+
+def test_sdist_is_whole_and_reproducible(built, tmp_path):
+    code = "from setuptools import build_meta; import sys; print(build_meta.build_sdist(sys.argv[1]))"
+    made = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        made.append(tmp_path / name / run(sys.executable, "-c", code, tmp_path / name, cwd=ROOT).splitlines()[-1])
+    assert made[0].read_bytes() == made[1].read_bytes()
+    with tarfile.open(made[0]) as archive:
+        archive.extractall(tmp_path, filter="data") if hasattr(tarfile, "data_filter") else archive.extractall(tmp_path)
+    tree = tmp_path / f"zokernels-{zokernels.__version__}"
+    assert not [p for p in tree.rglob("*") if p.suffix in (".so", ".pyc") or p.is_symlink()]
+    tracked = ("csrc", "zokernels", "tests", "bench", "examples", "docs")
+    for folder in tracked:
+        here = {
+            p.relative_to(ROOT)
+            for p in (ROOT / folder).rglob("*.*")
+            if p.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")
+        }
+        there = {p.relative_to(tree) for p in (tree / folder).rglob("*.*")}
+        assert here <= there, sorted(here - there)[:5]
+    # CMake finds every source that it names; compiling them again would take minutes.
+    torch = SITE / "torch"
+    defines = {"TORCH_INCLUDE": torch / "include", "TORCH_LIB": torch / "lib", "ZOKERNELS_CUDA": "0"}
+    cmake = pathlib.Path(sysconfig.get_path("scripts")) / "cmake"
+    run(
+        *(cmake if cmake.exists() else "cmake", "-G", "Ninja", "-S", tree, "-B", tmp_path / "configured"),
+        *(f"-D{key}={value}" for key, value in defines.items()),
+        env={"PATH": f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"},
+    )
+
+
+def test_cpp(built):
+    """ctest, in the folder that has the kernels compiled."""
+    scripts = sysconfig.get_path("scripts")
+    path = {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
+    cmake, ctest = (shutil.which(tool, path=path["PATH"]) for tool in ("cmake", "ctest"))
+    run(cmake, "-DZOKERNELS_TESTS=ON", BUILD, env=path)
+    run(cmake, "--build", BUILD, env=path)
+    out = run(ctest, "--test-dir", BUILD, "--output-on-failure", env=path)
+    assert re.search(r"100% tests passed.* out of [1-9]", out), out
+
+
+def test_the_version_stands_in_one_place():
+    pattern = re.compile(rf"(?<![\d.]){re.escape(zokernels.__version__)}(?![\d.])")
+    texts = [ROOT / name for name in ("pyproject.toml", "setup.py", "CMakeLists.txt", "README.md", "Makefile")]
+    texts += [p for p in (ROOT / "zokernels").rglob("*.py") if p.name != "version.py"]
+    assert not [str(p) for p in texts if pattern.search(p.read_text())]
+    first = re.search(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert pattern.search(first.group(1)), f"CHANGELOG.md begins with {first.group(1)!r}"
+
+
+def test_native_libraries_call_only_the_stable_interface(wheel, tmp_path):
+    """Undefined symbols of everything in the wheel: torch's C shim and nothing of its C++."""
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("no nm")
+    with zipfile.ZipFile(wheel) as archive:
+        libraries = [archive.extract(n, tmp_path) for n in archive.namelist() if n.endswith(".so")]
+    for library in libraries:
+        symbols = [line.split(maxsplit=1)[-1] for line in run(nm, "-DC", "--undefined-only", library).splitlines()]
+        assert symbols
+        bad = [s for s in symbols if re.search(r"\b(at|c10|torch|caffe2)::", s)]
+        assert not bad, (library, bad[:5])
+        if "_host" in pathlib.Path(library).name:  # no tensor: nothing of torch at all
+            assert not [s for s in symbols if "aoti" in s or "torch" in s]
+        else:
+            assert not [s for s in symbols if s.startswith(("Py", "_Py"))], (
+                "an interpreter's symbol in a tensor library"
+            )
+
+
+def test_editable_install_and_links():
+    """The tools and programs of the tree are part of the package without an install."""
+    for link, target in (("bench", ROOT / "bench"), ("examples", ROOT / "examples")):
+        assert (ROOT / "zokernels" / link).resolve() == target
+    done = run(sys.executable, "-c", textwrap.dedent("""
+        import json, zokernels.bench.machine as machine
+        print(json.dumps(machine.cpu_model()))
+    """), cwd=ROOT, env={"PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert json.loads(done)
