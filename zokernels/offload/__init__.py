@@ -3,5 +3,6 @@
 from .blocks import empty_weights
 from .engine import Engine
 from .stream import stream
+from .timeline import plot
 
-__all__ = ["Engine", "empty_weights", "stream"]
+__all__ = ["Engine", "empty_weights", "plot", "stream"]

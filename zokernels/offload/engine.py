@@ -212,6 +212,11 @@ class Engine:
         return self._views[key]
 
     @property
+    def buffers(self) -> list[Slot]:
+        """The slots."""
+        return self._slots
+
+    @property
     def scratches(self) -> int:
         return len(self._scratch)
 

@@ -156,10 +156,9 @@ class Folder:
         version: int,
         pool: Executor | None,
         before: Callable[[], None],
-        path: pathlib.Path | None = None,
     ) -> Direct:
         """Replace the file of ``block``.  ``before``: called between the sync of the new file and the renaming."""
-        path = path or self.file_of(block)
+        path = self.file_of(block)
         temporary = path.with_suffix(".part")
         temporary.unlink(missing_ok=True)
         file = Direct(temporary, write=True)

@@ -19,7 +19,10 @@ def mapping(nbytes: int, device: torch.device) -> Tensor:
     """Bytes of a private mapping, which begins at a page.  For a CUDA device they are pinned as they are: torch's own
     pinned allocator would take the next power of two, up to twice the memory (pytorch #95823)."""
     size = max(PAGE, -(-nbytes // PAGE) * PAGE)
-    mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        fail("stream", "slots, storage", f"{size} bytes of host memory", error.strerror, MemoryError)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         mapped.madvise(mmap.MADV_HUGEPAGE)
     data = torch.frombuffer(mapped, dtype=torch.uint8)[:nbytes]

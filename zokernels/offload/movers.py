@@ -66,9 +66,18 @@ class Mover:
     def drain(self) -> None:
         """Wait until everything is where it was to go; raises what failed on the way."""
 
-    def host(self, block: Block) -> Tensor:
-        """The stored bytes of ``block``, on the CPU."""
-        raise NotImplementedError
+    def copy_in(self, block: Block, slot: Slot) -> None:
+        """A fetch alone, for measurements: of a block that is not in use."""
+        slot.block = None
+        self.fetch(block, slot)
+        self.wait(slot)
+
+    def copy_out(self, block: Block, slot: Slot) -> None:
+        """:meth:`copy_in` and a store of the same bytes, one after the other, for measurements."""
+        self.copy_in(block, slot)
+        slot.updates = block.stored
+        self.store(block, slot)
+        self.drain()
 
     def close(self) -> None:
         pass
@@ -77,17 +86,11 @@ class Mover:
 class InPlace(Mover):
     """Blocks that stay on the device."""
 
-    def __init__(self, blocks: Sequence[Block], device: torch.device) -> None:
-        self.regions = [torch.empty(b.nbytes, dtype=torch.uint8, device=device) for b in blocks]
-
     def fetch(self, block: Block, slot: Slot) -> None:
         pass
 
     def store(self, block: Block, slot: Slot) -> None:
         block.stored = slot.updates
-
-    def host(self, block: Block) -> Tensor:
-        return self.regions[block.index].cpu()
 
 
 class HostMemory:
@@ -184,13 +187,6 @@ class ByThreads(Mover):
             future.result()
         self._leaving, self._writing = {}, {}
 
-    def host(self, block: Block) -> Tensor:
-        if isinstance(self.source, HostMemory):
-            return self.source.regions[block.index]
-        data = mapping(block.nbytes, torch.device("cpu"))
-        self.source.read(block, data)
-        return data
-
     def close(self) -> None:
         self._reads.shutdown(cancel_futures=True)
         self._writes.shutdown()
@@ -244,10 +240,6 @@ class ByStreams(Mover):
     def drain(self) -> None:
         self._in.synchronize()
         self._out.synchronize()
-
-    def host(self, block: Block) -> Tensor:
-        self.drain()
-        return self.source.regions[block.index]
 
 
 class Staged(Mover):
@@ -324,12 +316,6 @@ class Staged(Mover):
         for future in [*self._issued.values(), *self._written.values()]:
             future.result()
         self._in.synchronize()
-
-    def host(self, block: Block) -> Tensor:
-        self.drain()
-        data = mapping(block.nbytes, torch.device("cpu"))
-        self.source.read(block, data)
-        return data
 
     def close(self) -> None:
         self._reads.shutdown(cancel_futures=True)

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from ..checks import fail
-from ..trajectory.checkpoint import File
+from ..trajectory.checkpoint import File, replacing
 from ..trajectory.format import scan
 from ..trajectory.recorder import Recorder
 from ..trajectory.replay import repeat_streamed
 from ..trajectory.settings import check_same_run, digest
 from .blocks import Block
-from .files import Direct, Folder, version_of
-from .memory import mapping
+from .files import Direct, Folder, header, memory_of, version_of
 
 if TYPE_CHECKING:
     from ..optim.optimizer import ZerothOrder
@@ -115,10 +114,16 @@ class Run:
     def keep_resident(self, optimizer: ZerothOrder, updates: int) -> None:
         """Replace the file of the resident parameters, whose values have ``updates`` updates."""
         block, params = self._resident(optimizer)
-        data = mapping(block.nbytes, torch.device("cpu"))
-        for e, p in zip(block.entries, params, strict=True):
-            e.of(data).copy_(p.detach())
-        self.folder.write(block, data, updates, None, self.durable, self.path / f"{_RESIDENT}.safetensors").close()
+        head = header(block, updates)
+        with replacing(self.path / f"{_RESIDENT}.safetensors") as file:
+            os.posix_fallocate(file.fileno(), 0, len(head) + block.nbytes)
+            file.write(head)
+            for e, p in zip(block.entries, params, strict=True):
+                file.seek(len(head) + e.begin)
+                value = p.detach().cpu().contiguous()
+                file.write(memory_of(value))
+            file.flush()
+            self.durable()
 
     def _load_resident(self, optimizer: ZerothOrder, header: dict) -> int:
         """The number of updates in the resident parameters, which are loaded."""

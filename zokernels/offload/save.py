@@ -12,6 +12,7 @@ from torch import Tensor
 from ..trajectory.checkpoint import replacing
 from .blocks import aliases
 from .files import NAMES, memory_of
+from .stream import persistent_buffers
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -22,10 +23,8 @@ def save(engine: Engine, path: str | os.PathLike) -> None:
     tensors: dict[int, tuple[str, Tensor]] = {}
     for name, _, _, p in aliases(engine.model):
         tensors.setdefault(id(p), (name, p))
-    for prefix, module in engine.model.named_modules():
-        for key, buffer in module._buffers.items():
-            if buffer is not None and key not in module._non_persistent_buffers_set:
-                tensors.setdefault(id(buffer), (f"{prefix}.{key}" if prefix else key, buffer))
+    for name, buffer in persistent_buffers(engine.model):
+        tensors.setdefault(id(buffer), (name, buffer))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     begins, at = {}, 0
     for key, (name, t) in sorted(tensors.items(), key=lambda item: -item[1][1].element_size()):  # all aligned

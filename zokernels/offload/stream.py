@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from .timeline import Timeline
 
 STORAGES = ("device", "host", "disk")
 
+#: Writes the initial value of the parameter of a name.
+Fill = Callable[[str, Tensor], object]
+
 
 def stream(
     model: nn.Module,
@@ -28,7 +31,7 @@ def stream(
     storage: str = "host",
     device: torch.device | str | None = None,
     *,
-    weights: str | os.PathLike | None = None,
+    weights: str | os.PathLike | Fill | None = None,
     path: str | os.PathLike | None = None,
     resume: bool = False,
     slots: int = 3,
@@ -56,6 +59,7 @@ def stream(
         storage: "device" (nothing moves), "host" (one region of memory of exact size, pinned for a GPU) or "disk".
         device: of slots, activations and resident parameters; default: that of the model's first parameter on a device.
         weights: a safetensors file, or a folder of shards, that holds the model's parameters by name.  Never written.
+            Or a function of a name and a tensor that fills the tensor: a model made from nothing.
         path: (disk) a folder for what is written: blocks, and the log of the run.  None: nothing is written; the
             updates are kept in memory and taken by each block as it comes in, so that traffic is halved.
         resume: continue the run in ``path``, where there is one; the optimizer that is made next takes its steps.
@@ -79,27 +83,25 @@ def stream(
         fail(op, "model", "a model that is not streamed", "one that is", RuntimeError)
     found = find_blocks(op, model, blocks)
     listed = streamed_parameters(op, model, found)
-    checkpoint = None if weights is None else Checkpoint(weights)
-    places = _sources(op, model, listed, checkpoint)
-    streamed = {id(p) for params in listed for _, p in params}
-    resident = materialise(model, streamed)
-    fresh = {name: p for name, _, _, p in aliases(model)}
+    fill = weights if callable(weights) else None
+    checkpoint = None if weights is None or fill else Checkpoint(weights)
+    places = {} if fill else _sources(op, model, listed, checkpoint)
     made = []
     for i, ((name, module), params) in enumerate(zip(found, listed, strict=True)):
         block = Block(i, name, module)
-        params = [(n, fresh[n]) for n, _ in params]
         if storage == "disk" and checkpoint is not None:
             place_extents(block, params, [places[n] for n, _ in params])
         else:
             block.place(params)
         made.append(block)
-    loaded = {} if checkpoint is None else checkpoint.tensors()
-    with torch.no_grad():
-        for name, p in resident:
-            p.copy_(_tensor_of(op, name, loaded, model, p))
-    run = None if path is None else Run(path, made, resume)
-    kept = [p for p in model.parameters() if all(e.param is not p for b in made for e in b.entries)]
     timeline, size = Timeline(), max(b.nbytes for b in made)
+    held = _slots(made, storage, slots, target)
+    copies = [torch.empty(max(b.scratch for b in made), dtype=torch.uint8, device=target) for _ in range(scratch)]
+    memory = HostMemory(made, target) if storage == "host" else None
+    run = None if path is None else Run(path, made, resume)
+    # From here on the model changes.
+    loaded = {} if checkpoint is None else checkpoint.tensors()
+    _load_resident(model, made, loaded, fill)
     mover: Mover
     if storage == "disk":
         source = Files(run.folder if run else None, run.durable if run else lambda: None, threads)
@@ -110,40 +112,63 @@ def stream(
             assert run is not None
             check_room(op, run.folder, made, sum(b.nbytes for b in made) + size)
             for b in made:
-                source.write(b, _packed(b, {}, op, model), 0)
+                source.write(b, _packed(b, {}, fill), 0)
         elif run:
             check_room(op, run.folder, made, size + sum(b.nbytes for b in made if b.index not in run.files))
         on_gpu = target.type == "cuda"
         mover = Staged(source, slots, size, target, timeline) if on_gpu else ByThreads(source, timeline)
-    elif storage == "host":
-        memory = HostMemory(made, target)
+    elif memory is not None:
         for b in made:
-            memory.write(b, _packed(b, loaded, op, model), 0)
+            memory.write(b, _packed(b, loaded, fill), 0)
         mover = ByStreams(memory, target, timeline) if target.type == "cuda" else ByThreads(memory, timeline)
     else:
-        mover = InPlace(made, target)
-        for b in made:
-            mover.regions[b.index].copy_(_packed(b, loaded, op, model))
-    if storage == "device":
-        held = [Slot(i, data) for i, data in enumerate(mover.regions)]
-        for slot, b in zip(held, made, strict=True):
-            slot.block = b
-    else:
-        count = min(slots, len(made))
-        region = mapping(count * size, torch.device("cpu")) if target.type == "cpu" else None
-        if region is None:
-            region = torch.empty(count * size, dtype=torch.uint8, device=target)
-        held = [Slot(i, region[i * size : (i + 1) * size]) for i in range(count)]
-    for p in kept:
-        if p.device != target:
-            p.data = p.data.to(target)
-    for module in model.modules():
-        for key, buffer in module._buffers.items():
-            if buffer is not None and buffer.device != target:
-                module._buffers[key] = buffer.to(target)
-    copies = [torch.empty(max(b.scratch for b in made), dtype=torch.uint8, device=target) for _ in range(scratch)]
+        mover = InPlace()
+        for b, slot in zip(made, held, strict=True):
+            slot.data.copy_(_packed(b, loaded, fill))
+    _move_the_rest(model, made, target)
     writes = write_every if storage != "disk" or path is not None else None
     return Engine(model, made, held, copies, mover, target, timeline, writes, run)
+
+
+def _slots(blocks: Sequence[Block], storage: str, count: int, device: torch.device) -> list[Slot]:
+    """Buffers on the device; with storage "device" one for each block, of its size."""
+    if storage == "device":
+        held = [Slot(i, torch.empty(b.nbytes, dtype=torch.uint8, device=device)) for i, b in enumerate(blocks)]
+        for slot, b in zip(held, blocks, strict=True):
+            slot.block = b
+        return held
+    count, size = min(count, len(blocks)), max(b.nbytes for b in blocks)
+    on_cpu = device.type == "cpu"  # files are read into it directly: it begins at a page
+    region = mapping(count * size, device) if on_cpu else torch.empty(count * size, dtype=torch.uint8, device=device)
+    return [Slot(i, region[i * size : (i + 1) * size]) for i in range(count)]
+
+
+def _load_resident(model: nn.Module, blocks: Sequence[Block], loaded: dict[str, Tensor], fill: Fill | None) -> None:
+    """The parameters on "meta" become real ones, and those in no block get their values, as do buffers."""
+    resident = materialise(model, {id(e.param) for b in blocks for e in b.entries})
+    fresh = {name: p for name, _, _, p in aliases(model)}
+    for b in blocks:
+        b.entries = [e._replace(param=fresh[e.name]) for e in b.entries]
+    streamed = {id(e.param) for b in blocks for e in b.entries}
+    with torch.no_grad():
+        for name, p in resident:
+            if fill:
+                fill(name, p)
+        for name, p in model.named_parameters() if loaded else ():
+            if id(p) not in streamed:
+                p.copy_(_tensor_of(name, loaded, model, p))
+    _load_buffers(model, loaded)
+
+
+def _move_the_rest(model: nn.Module, blocks: Sequence[Block], device: torch.device) -> None:
+    streamed = {id(e.param) for b in blocks for e in b.entries}
+    for p in model.parameters():
+        if id(p) not in streamed and p.device != device:
+            p.data = p.data.to(device)
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device:
+                module._buffers[key] = buffer.to(device)
 
 
 def _check(op, storage, weights, path, resume, slots, scratch, write_every, threads) -> None:
@@ -158,7 +183,7 @@ def _check(op, storage, weights, path, resume, slots, scratch, write_every, thre
     if write_every is not None and not whole(write_every):
         fail(op, "write_every", "an integer >= 1, or None for storage that is only read", repr(write_every))
     if storage == "disk":
-        if weights is None and path is None:
+        if (weights is None or callable(weights)) and path is None:
             fail(op, "weights, path", "a checkpoint to read, a folder to write, or both, where storage is 'disk'", None)
         if path is not None and write_every is None:
             fail(op, "write_every", "an integer >= 1 with path=", None)
@@ -212,14 +237,34 @@ def _sources(
     return places
 
 
-def _tensor_of(op: str, name: str, loaded: dict[str, Tensor], model: nn.Module, p: Tensor) -> Tensor:
+def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for prefix, module in model.named_modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and key not in module._non_persistent_buffers_set:
+                yield (f"{prefix}.{key}" if prefix else key), buffer
+
+
+def _load_buffers(model: nn.Module, loaded: dict[str, Tensor]) -> None:
+    """Those that the checkpoint has: others are as the model made them."""
+    for name, buffer in persistent_buffers(model):
+        found = loaded.get(canonical_name(name))
+        if found is not None:
+            if found.shape != buffer.shape:
+                fail("stream", f"weights: {name}", f"shape {tuple(buffer.shape)}, as in the model", tuple(found.shape))
+            buffer.detach().copy_(found)
+
+
+def _tensor_of(name: str, loaded: dict[str, Tensor], model: nn.Module, p: Tensor) -> Tensor:
     names = [n for n, _, _, q in aliases(model) if q is p] or [name]
     return next(loaded[canonical_name(n)] for n in names if canonical_name(n) in loaded)
 
 
-def _packed(block: Block, loaded: dict[str, Tensor], op: str, model: nn.Module) -> Tensor:
-    """The bytes of a block, from a checkpoint or from the model."""
+def _packed(block: Block, loaded: dict[str, Tensor], fill: Fill | None) -> Tensor:
+    """The bytes of a block: from a checkpoint, a function or the model."""
     data = mapping(block.nbytes, torch.device("cpu"))
     for e in block.entries:
-        e.of(data).copy_(loaded[canonical_name(e.name)] if loaded else e.param.detach())
+        if fill:
+            fill(e.name, e.of(data))
+        else:
+            e.of(data).copy_(loaded[canonical_name(e.name)] if loaded else e.param.detach())
     return data

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -78,3 +79,32 @@ class Timeline:
         yield
         end.record(stream)
         self._events.append((lane, block.name, begin, end))
+
+
+LANES = {"read": "#0f766e", "copy-in": "#0891b2", "update": "#ea580c", "compute": "#4f46e5", "copy-out": "#be123c",
+         "write": "#881337"}  # fmt: skip
+
+
+def plot(spans: Sequence[Span], path: str | os.PathLike, title: str = "") -> None:
+    """A PNG (or what the name says) with a row for each lane and a bar for each span.  Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    lanes = [lane for lane in LANES if any(s.lane == lane for s in spans)]
+    figure = Figure(figsize=(11, 0.9 + 0.55 * len(lanes)), layout="constrained")
+    axes = figure.subplots()
+    for row, lane in enumerate(lanes):
+        mine = [s for s in spans if s.lane == lane]
+        bars = [(s.begin, s.end - s.begin) for s in mine]
+        axes.broken_barh(bars, (row - 0.36, 0.72), facecolors=LANES[lane], edgecolor="white", linewidth=0.4)
+        total = spans[-1].end - spans[0].begin
+        for s in mine:
+            if s.end - s.begin > 0.03 * total:
+                label = s.block.rsplit(".", 1)[-1]
+                axes.text((s.begin + s.end) / 2, row, label, ha="center", va="center", color="white", fontsize=7)
+    axes.set_yticks(range(len(lanes)), lanes)
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds")
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    figure.savefig(path, dpi=130)

@@ -11,6 +11,7 @@ import mmap
 import os
 import pathlib
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -67,7 +68,8 @@ class File:
             if total < 8 or length > min(total - 8, _MAX_HEADER):
                 fail("safetensors", str(path), "a safetensors file", f"{total} bytes, {length} of them a header")
             header = _json(file.read(length), str(path))
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            # Shared and read-only: a private writable map of the whole file would count as memory (ulimit -d).
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.metadata = header.pop("__metadata__", {})
         self.entries = {name: self._entry(name, found, 8 + length, total) for name, found in header.items()}
 
@@ -102,7 +104,9 @@ def view(mapped: mmap.mmap, entry: Entry) -> Tensor:
     dtype, count = _DTYPES[entry.dtype], math.prod(entry.shape)
     if not count:
         return torch.empty(entry.shape, dtype=dtype)
-    return torch.frombuffer(mapped, dtype=dtype, count=count, offset=entry.begin).view(entry.shape)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*buffer is not writable.*")
+        return torch.frombuffer(mapped, dtype=dtype, count=count, offset=entry.begin).view(entry.shape)
 
 
 class Checkpoint:

@@ -1,0 +1,221 @@
+"""``python -m bench offload``: a streamed step against what bounds it, each measured alone in the same run.
+
+The bound of a step is the longer of its transfers and its computation.  Transfers are read (and written) block by block
+without a forward; the computation is a step of the same engine whose blocks stay where they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zokernels import noise, offload, stream_of
+from zokernels.optim import ZOSGD
+
+from . import machine
+from .registry import Row
+
+SCHEMA = 1
+#: Layers, width, vocabulary; weights of a layer are 12 width^2.
+SHAPES = {
+    "tiny": (6, 64, 512),
+    "256m": (20, 1024, 4096),
+    "opt-1.3b": (24, 2048, 50272),
+    "opt-13b": (40, 5120, 50272),
+    "opt-30b": (48, 7168, 50272),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Layer(nn.Module):
+    """A decoder block of OPT's shape."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return x + self.down(F.relu(self.up(self.norm2(x))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, layers: int, width: int, vocabulary: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.layers = nn.ModuleList(Layer(width, max(1, width // 128)) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        logits = F.linear(self.norm(x), self.embed.weight)
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def fill(name: str, p: Tensor) -> None:
+    """0.02 times noise of the parameter's own stream; norms around 1."""
+    with torch.no_grad():
+        flat = p.view(-1)
+        for begin in range(0, flat.numel(), 1 << 24):
+            part = flat[begin : begin + (1 << 24)]
+            part.copy_(0.02 * noise(part.shape, seed=1, stream=stream_of(name), offset=begin))
+        if "norm" in name and name.endswith("weight"):
+            flat.add_(1)
+
+
+def _build(shape: str, dtype: torch.dtype) -> Decoder:
+    with offload.empty_weights():
+        return Decoder(*SHAPES[shape]).to(dtype)
+
+
+def _sync(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _steps(model: nn.Module, args: argparse.Namespace, **options: Any) -> float:
+    """Median seconds of a step, of those after the first two."""
+    device = torch.device(args.device)
+    ids = torch.randint(SHAPES[args.shape][2], (args.batch, args.length), device=device)
+    optimizer = ZOSGD(model.named_parameters(), lr=1e-7, eps=1e-3, dist=args.dist, **options)
+    times = []
+    for _ in range(args.steps + 2):
+        start = time.perf_counter()
+        loss = optimizer.step(lambda: model(ids))
+        _sync(device)
+        times.append(time.perf_counter() - start)
+    if not loss.isfinite():
+        raise SystemExit("bench offload: the loss is not finite")
+    return statistics.median(times[2:])
+
+
+def _transfers(engine: offload.Engine, work: Callable) -> float:
+    """Seconds of ``work`` over all blocks, the shorter of two rounds."""
+    times = []
+    for _ in range(2):
+        start = time.perf_counter()
+        for i, block in enumerate(engine.blocks):
+            work(block, engine.buffers[i % len(engine.buffers)])
+        _sync(engine.device)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _measure(storage: str, base: pathlib.Path, folder: pathlib.Path, args: argparse.Namespace, compute: float) -> Row:
+    dtype, device = DTYPES[args.dtype], torch.device(args.device)
+    disk, written = storage.startswith("disk"), storage == "disk, written"
+    model = _build(args.shape, dtype)
+    options: dict[str, Any] = {"slots": args.slots, "scratch": args.scratch, "device": args.device}
+    if disk:
+        options |= {"storage": "disk", "weights": base, "path": folder if written else None}
+    else:
+        options |= {"storage": storage, "weights": fill}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with offload.stream(model, "layers", **options) as engine:
+        step = _steps(model, args) if written or not disk else _read_only(engine, model, args)
+        row: Row = {"storage": storage, "step": step, "compute": compute, "read": 0.0, "write": 0.0}
+        if storage != "device":
+            engine.flush()
+            row["read"] = _transfers(engine, engine.mover.copy_in)
+            if written or storage == "host":
+                row["write"] = _transfers(engine, engine.mover.copy_out) - row["read"]  # which it does as well
+    row["gib"] = sum(b.nbytes for b in engine.blocks) / 2**30
+    # A GPU's link carries both ways at once; a disk and this machine's memory do not.
+    transfer = max(row["read"], row["write"]) if device.type == "cuda" and not disk else row["read"] + row["write"]
+    row["bound"] = max(transfer, compute)
+    row["ratio"] = step / row["bound"]
+    row["tokens_per_second"] = args.batch * args.length / step
+    if device.type == "cuda":
+        row["device_memory"] = torch.cuda.max_memory_allocated(device)
+    return row
+
+
+def _read_only(engine: offload.Engine, model: nn.Module, args: argparse.Namespace) -> float:
+    """Steps with a log of one update at a time: what a run's log adds to each step is measured by ``bench run``."""
+    device = torch.device(args.device)
+    ids = torch.randint(SHAPES[args.shape][2], (args.batch, args.length), device=device)
+    optimizer = ZOSGD(model.named_parameters(), lr=1e-7, eps=1e-3, dist=args.dist)
+    times = []
+    for _ in range(args.steps + 2):
+        start = time.perf_counter()
+        optimizer.step(lambda: model(ids))
+        _sync(device)
+        times.append(time.perf_counter() - start)
+        engine.history.restart(engine.history.end)
+        for block in engine.blocks:
+            block.stored = block.kept = engine.history.end
+    return statistics.median(times[2:])
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch sees no CUDA device")
+    if args.tiny:
+        args.shape, args.length, args.steps = "tiny", 16, 2
+    torch.manual_seed(0)
+    header, start, rows = machine.describe(args.device), time.perf_counter(), []
+    print(
+        f"{machine.title(header)}\n{args.shape}, {args.dtype}, {args.batch} x {args.length} tokens, "
+        f"{args.slots} slots\n"
+    )
+    print(
+        f"{'storage':14} {'step s':>8} {'compute':>8} {'read':>8} {'write':>8} {'bound':>8} {'ratio':>6} "
+        f"{'tokens/s':>9}"
+    )
+    with tempfile.TemporaryDirectory(dir=args.folder) as place:
+        base = pathlib.Path(place) / "base.safetensors"
+        model = _build(args.shape, DTYPES[args.dtype])
+        with offload.stream(model, "layers", "device", device=args.device, weights=fill) as engine:
+            if any(s.startswith("disk") for s in args.storage):
+                engine.save(base)
+            compute = _steps(model, args)
+        del model, engine
+        for i, storage in enumerate(args.storage):
+            row = _measure(storage, base, pathlib.Path(place) / f"run{i}", args, compute)
+            rows.append(row)
+            times = " ".join(f"{row[k]:8.3f}" for k in ("step", "compute", "read", "write", "bound"))
+            print(f"{storage:14} {times} {row['ratio']:6.2f} {row['tokens_per_second']:9.0f}", flush=True)
+    print(f"\nratio: step over bound, the longer of transfers and computation\n{time.perf_counter() - start:.0f} s")
+    if args.json:
+        settings = {k: v for k, v in vars(args).items() if isinstance(v, (int, str, float, list))}
+        result: dict[str, Any] = {"schema": SCHEMA, "kind": "offload", "command": args.command_line, "machine": header}
+        result |= {"settings": settings, "rows": rows}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"wrote {args.json}")
+    return 0
+
+
+def add_arguments(sub: argparse.ArgumentParser) -> None:
+    storages = ("device", "host", "disk", "disk, written")
+    sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    sub.add_argument("--shape", choices=SHAPES, default="256m")
+    sub.add_argument("--storage", nargs="+", choices=storages, default=["host", "disk", "disk, written"])
+    sub.add_argument("--dtype", choices=DTYPES, default="fp32")
+    sub.add_argument("--dist", choices=("normal", "rademacher"), default="normal")
+    sub.add_argument("--batch", type=int, default=1)
+    sub.add_argument("--length", type=int, default=256)
+    sub.add_argument("--slots", type=int, default=3)
+    sub.add_argument("--scratch", type=int, choices=(1, 2), default=2)
+    sub.add_argument("--steps", type=int, default=5)
+    sub.add_argument("--folder", type=pathlib.Path, help="of the files (default: the system's for temporary ones)")
+    sub.add_argument("--tiny", action="store_true", help="small and short: whether it runs, not how fast")
+    sub.add_argument("--json", type=pathlib.Path, help="write everything to this file")
+    sub.set_defaults(call=run)
