@@ -8,7 +8,7 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = {"README.md": 3, "docs/methods.md": 1, "docs/blackbox.md": 2, "docs/quantized.md": 2, "docs/transformers.md": 2}
+PAGES = {"README.md": 3, "docs/methods.md": 1, "docs/blackbox.md": 2, "docs/quantized.md": 2, "docs/transformers.md": 3}
 PYTHON = re.compile(r"```python\n(.*?)```", re.S)
 BLOCKS = [(page, code) for page in PAGES for code in PYTHON.findall((ROOT / page).read_text())]
 

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+from zokernels.offload import empty_weights
 from zokernels.optim import ZOSGD, ZOAdamW
 from zokernels.trajectory import read, record, replay_
 
@@ -258,3 +259,64 @@ def words():
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return tokenizer
+
+
+def streamed(folder, model, *, offload, own=None, **options):
+    own = {"offload": offload, "eval_dataset": rows(4)} | (own or {})
+    defaults = {"gradient_accumulation_steps": 2, "max_steps": 3, "eval_strategy": "steps", "eval_steps": 1}
+    return trainer(folder, model, rows(12), own=own, **defaults | options)
+
+
+@pytest.mark.parametrize("eval_mode", [False, True])
+def test_a_streamed_model_has_the_same_run(eval_mode, tmp_path):
+    """Blocks in host memory; the losses, evaluations, weights and the log of the run in memory; and resumed."""
+    own = {"eval_mode": eval_mode, "optimizer_cls_and_kwargs": (ZOSGD, {"directions": 2})}
+    runs = {}
+    for name, offload in (("memory", None), ("host", {"storage": "host", "slots": 2})):
+        runs[name] = streamed(
+            tmp_path / name, opt(0.1).bfloat16(), offload=offload, own={**own, "trajectory": tmp_path / f"{name}.zk"},
+            save_strategy="steps", save_steps=1,
+        )  # fmt: skip
+        runs[name].train()
+    told = [
+        [(e.get("loss"), e.get("projected_gradient"), e.get("eval_loss")) for e in of.state.log_history][:-1]
+        for of in runs.values()
+    ]
+    assert told[0] == told[1]
+    files = [(tmp_path / name / "checkpoint-3" / "model.safetensors") for name in runs]
+    expected, found = (transformers.OPTForCausalLM.from_pretrained(file.parent) for file in files)
+    assert same(weights(found), weights(expected))
+    assert (tmp_path / "host.zk").read_bytes() == (tmp_path / "memory.zk").read_bytes()
+    runs["host"].engine.close()
+    again = streamed(tmp_path / "host", opt(0.1).bfloat16(), offload={"storage": "host"}, own=own)
+    again.train(resume_from_checkpoint=str(tmp_path / "host" / "checkpoint-2"))
+    again.save_model(tmp_path / "again")
+    again.engine.close()
+    assert same(weights(transformers.OPTForCausalLM.from_pretrained(tmp_path / "again")), weights(expected))
+
+
+def test_a_model_that_is_never_in_memory(tmp_path):
+    """Read from a checkpoint on disk, a block at a time; what a checkpoint of the Trainer holds is read next."""
+    base = llama()
+    base.save_pretrained(tmp_path / "base")
+    options = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2}
+    streamed(tmp_path / "memory", base, offload=None, **options).train()
+    for steps in (2, 3):
+        with empty_weights():
+            model = llama()
+        offload = {"storage": "disk", "weights": tmp_path / "base"}
+        ours = streamed(tmp_path / "disk", model, offload=offload, **options, max_steps=steps)
+        ours.train(resume_from_checkpoint=steps == 3)
+        ours.engine.close()
+    found = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "disk" / "checkpoint-3")
+    assert same(weights(found), weights(base))
+
+
+def test_what_does_not_go_with_a_stream(tmp_path):
+    with pytest.raises(ValueError, match="load_best_model_at_end: expected False with offload"):
+        streamed(tmp_path, opt(), offload={}, save_strategy="steps", load_best_model_at_end=True)
+    with pytest.raises(ValueError, match="optimizers: expected optimizer_cls_and_kwargs with offload"):
+        streamed(tmp_path, opt(), offload={}, own={"optimizers": (ZOSGD(opt().parameters(), 1e-3), None)})
+    adam = {"optimizer_cls_and_kwargs": (ZOAdamW, {})}
+    with pytest.raises(ValueError, match="expected SGD on dense noise where parameters are streamed"):
+        streamed(tmp_path, opt(), offload={}, own=adam).train()

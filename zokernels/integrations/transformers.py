@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ import transformers
 from torch import Tensor, nn
 
 from ..checks import fail
+from ..offload import Engine, stream
 from ..optim import ZOCGE, ZOSGD, ZerothOrder
 from ..optim.estimators import Estimator
 from ..optim.guards import RngState
@@ -36,6 +38,9 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, _OL
     raise ImportError(
         f"zokernels.integrations.transformers: expected transformers >= {_OLDEST}, got {transformers.__version__}"
     )
+
+#: What reaches ``accelerator.backward``, of each forward: streamed forwards (offload) take turns in threads.
+_LOSSES: ContextVar[list[Tensor] | None] = ContextVar("losses", default=None)
 
 #: Names of the first direction's losses in the logs, by the sign of the point.
 _POINTS = {1: "loss_plus", -1: "loss_minus", 0: "loss_centre"}
@@ -57,6 +62,9 @@ class ZOTrainerMixin:
         trajectory: path of a log that replays the run (:mod:`zokernels.trajectory`).  A run that is resumed from a
             checkpoint goes on with its log.
         eval_mode: run the forwards of the training as in evaluation, without dropout.
+        offload: arguments of :func:`zokernels.offload.stream`, ``{"storage": "host"}`` for example: the model's blocks
+            live there and come to the device one after another, in training and in evaluation.  The model is streamed
+            (``trainer.engine``) when its first forward is due, after ``resume_from_checkpoint`` has been read.
 
     Example::
 
@@ -66,9 +74,16 @@ class ZOTrainerMixin:
     """
 
     def __init__(
-        self, *args: Any, trajectory: str | os.PathLike | None = None, eval_mode: bool = False, **kwargs: Any
+        self,
+        *args: Any,
+        trajectory: str | os.PathLike | None = None,
+        eval_mode: bool = False,
+        offload: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
-        self._trajectory, self._eval_mode = trajectory, eval_mode
+        self._trajectory, self._eval_mode, self._offload = trajectory, eval_mode, offload
+        #: What streams the model, with ``offload``.
+        self.engine: Engine | None = None
         self._micro_batches: list[tuple] = []
         self._hooked: ZerothOrder | None = None
         self._means: bool | None = None  # whether losses are means of micro-batches that nobody divides by their number
@@ -91,6 +106,11 @@ class ZOTrainerMixin:
             fail(self._op, "n_gpu", "1 (CUDA_VISIBLE_DEVICES=0): nn.DataParallel copies the weights", args.n_gpu)
         if args.world_size > 1:
             fail(self._op, "world_size", "1 process", args.world_size)
+        if self._offload is not None and args.load_best_model_at_end:
+            fail(self._op, "load_best_model_at_end", "False with offload: a streamed model loads no state_dict", True)
+        if self._offload is not None and self.optimizer is not None:
+            expected = "optimizer_cls_and_kwargs with offload: an optimizer comes after the stream"
+            fail(self._op, "optimizers", expected, type(self.optimizer).__name__)
         if args.max_grad_norm not in (0, 1.0):  # 1.0 is the Trainer's default: nobody has asked for it
             self._tell(
                 f"max_grad_norm={args.max_grad_norm} has no effect, because there is no gradient; "
@@ -118,6 +138,7 @@ class ZOTrainerMixin:
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        self._stream()
         if self.optimizer is None:
             kind, options = self.optimizer_cls_and_kwargs or (ZOSGD, {})
             options = {"lr": self.args.learning_rate, "seed": self.args.seed, **options}
@@ -156,19 +177,20 @@ class ZOTrainerMixin:
 
     def _keep(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """What the loop calls for ``training_step``: keeps the micro-batch for the optimizer's step, which runs it."""
+        if self._eval_mode and "train" not in vars(model):
+            model.train = lambda mode=True: _train_without_parts(model, mode)
         self._micro_batches.append((model, self._prepare_inputs(inputs), args, kwargs))
         return torch.zeros((), device=self.args.device)
 
     def _accumulated_loss(self) -> Tensor:
         """The closure: the loss of all micro-batches of the step, in fp32 (or float64)."""
         losses: list[Tensor] = []
-        self.accelerator.backward = lambda loss, **options: losses.append(loss)
+        token = _LOSSES.set(losses)
         try:
             for model, inputs, args, kwargs in self._micro_batches:
-                with self._mode(model):
-                    type(self).training_step(self, model, copy.copy(inputs), *args, **kwargs)
+                type(self).training_step(self, model, copy.copy(inputs), *args, **kwargs)
         finally:
-            del self.accelerator.backward
+            _LOSSES.reset(token)
         if not losses:
             expected = "micro-batches whose loss training_step hands to accelerator.backward"
             fail(self._op, "training_step", expected, f"{len(self._micro_batches)} without", RuntimeError)
@@ -181,6 +203,12 @@ class ZOTrainerMixin:
         for loss in losses:
             total = total + (loss if loss.dtype == torch.float64 else loss.float()) / share
         return total
+
+    def _collect(self, loss: Tensor, **options: Any) -> None:
+        """In the place of ``accelerator.backward``."""
+        if (losses := _LOSSES.get()) is None:
+            fail(self._op, "accelerator.backward", "a call from training_step", "another", RuntimeError)
+        losses.append(loss)
 
     def _are_means(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> bool | None:
         """Whether the loss of a micro-batch ignores the count that it is to be divided by.
@@ -200,25 +228,6 @@ class ZOTrainerMixin:
         rng.restore()
         decided = bool(losses[0].isfinite() & (losses[0] != 0))
         return bool(losses[0] == losses[1]) if decided else None
-
-    @contextmanager
-    def _mode(self, model: nn.Module) -> Iterator[None]:
-        """With ``eval_mode`` the model's parts stay in evaluation mode, though training_step asks for the other."""
-        if not self._eval_mode:
-            yield
-            return
-
-        def train(mode: bool = True) -> nn.Module:
-            model.training = mode
-            for part in model.children():
-                part.eval()
-            return model
-
-        model.train = train
-        try:
-            yield
-        finally:
-            del model.train
 
     def _before_step(self, optimizer: ZerothOrder, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if self._trajectory is not None and optimizer.trajectory is None:
@@ -253,18 +262,55 @@ class ZOTrainerMixin:
         optimizer = self.zo_optimizer
         return len(optimizer.estimator.points()) + len(optimizer.rule.trials)
 
+    # Streaming --------------------------------------------------------------------------------------------------------
+
+    def _stream(self) -> None:
+        if self._offload is None or (self.engine is not None and self.engine.model is self.model):
+            return
+        if self.engine is not None:  # of the last trial's model
+            self.engine.close()
+        self.engine = stream(self.model, **{"device": self.args.device, **self._offload})
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if self._offload is None:
+            super()._move_model_to_device(model, device)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._offload is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif self.engine is not None:
+            fail(self._op, "resume_from_checkpoint", "a model that no forward has streamed yet", "one that is streamed")
+        elif "weights" in self._offload:
+            self._offload = {**self._offload, "weights": resume_from_checkpoint}
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if self.engine is None or state_dict is not None or not isinstance(self.model, transformers.PreTrainedModel):
+            super()._save(output_dir, state_dict)
+            return
+        super()._save(output_dir, {})  # all but the weights, which never are in memory together
+        self.engine.save(os.path.join(output_dir or self.args.output_dir, "model.safetensors"))
+
     # Loop -------------------------------------------------------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._since = None
         self.training_step = self._keep  # of the instance: so it stands before that of any class of the user's
+        self.accelerator.backward = self._collect
         try:
             return super().train(*args, **kwargs)
         finally:
-            del self.training_step
+            del self.training_step, self.accelerator.backward
+            for model in {self.model, self.model_wrapped}:
+                vars(model).pop("train", None)
             self._micro_batches = []
             if self._hooked is not None and (log := self._hooked.trajectory) is not None:
                 log.flush()
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._stream()
+        return super().evaluation_loop(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self._clock_stopped():
@@ -300,6 +346,14 @@ class ZOTrainerMixin:
         self._since, self._logged_step = now, step
         metrics["skipped_steps"] = int(optimizer.skipped_steps)
         return metrics
+
+
+def _train_without_parts(model: nn.Module, mode: bool) -> nn.Module:
+    """``model.train`` with ``eval_mode``: its parts stay in evaluation mode."""
+    model.training = mode
+    for part in model.children():
+        part.eval()
+    return model
 
 
 def _first_losses(estimator: Estimator, losses: Any) -> dict[str, float]:

@@ -1,0 +1,98 @@
+"""The examples, each as a script; two of them are killed half-way and started again."""
+
+from __future__ import annotations
+
+import ast
+import os
+import pathlib
+import runpy
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "examples"))
+
+import reviews  # noqa: E402
+
+from zokernels.trajectory import read  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _weights_and_sentences():
+    pytest.importorskip("transformers")
+    import encoder
+
+    try:
+        reviews.fetch()
+        encoder.folder()
+    except SystemExit as error:
+        pytest.skip(str(error))
+
+
+def start(folder: pathlib.Path, steps: int) -> subprocess.Popen:
+    folder.mkdir(exist_ok=True)
+    with open(folder / "output.txt", "ab") as output:
+        command = [sys.executable, "examples/transformers_trainer.py", str(folder), str(steps)]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # the sums of this process
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+
+
+def here(monkeypatch, name: str, folder: pathlib.Path, steps: int) -> dict:
+    """Run in this process, whose imports are done."""
+    monkeypatch.setattr(sys, "argv", [name, str(folder), str(steps)])
+    return runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+
+
+@pytest.mark.slow
+def test_the_trainer_resumes_to_the_same_bits(tmp_path, monkeypatch):
+    """Killed half-way and started again, against a run that was not."""
+    pytest.importorskip("accelerate")
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    child = start(part, 4)
+    # The last file of a checkpoint; the next one is two steps away
+    while child.poll() is None and not (part / "checkpoint-2" / "trainer_state.json").exists():
+        time.sleep(2e-3)
+    child.kill()
+    assert child.wait() == -9, (part / "output.txt").read_text()
+    assert 2 <= read(part / "run.zk", recover=True).steps <= 4
+    assert not (part / "model.safetensors").exists()
+    child = start(part, 4)
+    here(monkeypatch, "transformers_trainer", whole, 4)
+    assert child.wait(600) == 0, (part / "output.txt").read_text()
+    for file in ("model.safetensors", "run.zk"):
+        assert (part / file).read_bytes() == (whole / file).read_bytes()
+    assert read(whole / "run.zk").steps == 4
+    assert "eval_accuracy" in (part / "output.txt").read_text()
+
+
+def test_the_plain_loop_resumes_to_the_same_bits(tmp_path, monkeypatch, capsys):
+    log, model = tmp_path / "run.zk", tmp_path / "model.pt"
+    here(monkeypatch, "plain_pytorch", tmp_path, 3)["optimizer"].trajectory.close()
+    whole, weights = log.read_bytes(), torch.load(model, weights_only=True)
+    log.write_bytes(whole[:-40])  # one record, and a part of one
+    capsys.readouterr()
+    here(monkeypatch, "plain_pytorch", tmp_path, 3)["optimizer"].trajectory.close()
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["2", "3"]
+    assert log.read_bytes() == whole
+    again = torch.load(model, weights_only=True)
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
+
+
+def test_lightning_saves_the_optimizer(tmp_path, monkeypatch):
+    pytest.importorskip("lightning")
+    here(monkeypatch, "lightning_module", tmp_path, 2)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert saved["optimizer_states"][0]["zo"]["step"] == saved["global_step"] == 2
+
+
+@pytest.mark.parametrize("name", ["transformers_trainer", "plain_pytorch"])
+def test_examples_are_short(name):
+    """Lines of code, the module's docstring and empty lines aside."""
+    source = (ROOT / "examples" / f"{name}.py").read_text()
+    begin = ast.parse(source).body[0].end_lineno
+    code = [line for line in source.splitlines()[begin:] if line.strip() and not line.strip().startswith("#")]
+    assert len(code) <= 25
