@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check -q install -c constra
 export TORCH_CUDA_ARCH_LIST ?= 9.0
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: test demo bench wheel lint format clean gpu-check
+.PHONY: test demo bench docs wheel lint format clean gpu-check
 
 test: $(VENV)/tested lint
 	$(BIN)/python -m bench run --op combine --device cpu --tiny
@@ -19,6 +19,9 @@ demo: $(VENV)/demo
 
 bench: $(VENV)/built
 	$(BIN)/python -m bench run --op combine --device cpu $(ARGS)
+
+docs: $(VENV)/tested
+	$(BIN)/python -m mkdocs build -q --strict
 
 # For a machine with an NVIDIA GPU and nvcc; uses the Python and torch that are there, installs nothing, needs no network.
 gpu-check:
@@ -58,5 +61,6 @@ $(VENV)/demo: $(VENV)/built $(DEMO)
 	touch $@
 
 $(VENV)/tested: $(VENV)/demo
+	$(PIP) mypy mkdocs-material "mkdocstrings[python]"
 	$(PIP) pytest triton ruff matplotlib scikit-learn accelerate peft trl lightning
 	touch $@

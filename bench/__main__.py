@@ -126,8 +126,7 @@ def check(args: argparse.Namespace) -> int:
     return gpu_check(args)
 
 
-def main(argv: Sequence[str] | None = None, program: str = "python -m bench") -> int:
-    argv = sys.argv[1:] if argv is None else list(argv)
+def make_parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=program, description=__doc__)
     commands = parser.add_subparsers(required=True)
     sub = commands.add_parser("list", help="ops that can be measured")
@@ -161,7 +160,12 @@ def main(argv: Sequence[str] | None = None, program: str = "python -m bench") ->
     sub.add_argument("--commit", help="name of the commit, where the tree came without its git directory")
     sub.add_argument("--rehearse", action="store_true", help="without a GPU: every stage that can, tiny, on the CPU")
     sub.set_defaults(call=check)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, program: str = "python -m bench") -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = make_parser(program).parse_args(argv)
     args.command_line = f"{program} {shlex.join(argv)}"
     try:
         return args.call(args)
