@@ -370,6 +370,29 @@ squares = _register(
 )
 
 
+def _check_project(tensors: list[Tensor], seeds: Tensor, streams: list[int], offsets: list[int], dist: str) -> None:
+    check_dist("project", dist)
+    check_scalars("project", "seeds", seeds, torch.int64, tensors[0].device if tensors else seeds.device)
+    if tensors:
+        check_tensors("project", {"tensors": tensors})
+    check_places("project", [t.numel() for t in tensors], streams, offsets, "tensors")
+
+
+def _project(tensors: list[Tensor], seeds: Tensor, streams: list[int], offsets: list[int], dist: str) -> Tensor:
+    _check_project(tensors, seeds, streams, offsets, dist)
+    return select(seeds.device.type).project(tensors, seeds, streams, offsets, dist)
+
+
+def _fake_project(tensors, seeds, streams, offsets, dist):
+    _check_project(tensors, seeds, streams, offsets, dist)
+    return seeds.new_empty(seeds.shape, dtype=torch.float64)
+
+
+project = _register(
+    "project(Tensor[] tensors, Tensor seeds, int[] streams, int[] offsets, str dist) -> Tensor", _project, _fake_project
+)
+
+
 # seeds ------------------------------------------------------------------------------------------------------------
 
 
