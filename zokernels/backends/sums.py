@@ -33,7 +33,7 @@ def fold(partial: Tensor) -> Tensor:
 def by_partial_sums(
     kernel: Callable[[Tensor, Tensor], None], columns: int, tensors: Sequence[Tensor], seeds: Tensor, offsets: list[int]
 ) -> Tensor:
-    """project as ``kernel(partial [K, columns of all tiles], seeds)`` and a fold, for as many seeds at a time as fit."""
+    """project as ``kernel(partial [K, columns of all tiles], seeds)`` and a fold, of as many seeds at a time as fit."""
     width = columns * sum(tiles(t.numel(), o) for t, o in zip(tensors, offsets, strict=True))
     if not seeds.numel() or not width:
         return seeds.new_zeros(seeds.numel(), dtype=torch.float64)

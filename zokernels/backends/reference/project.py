@@ -31,9 +31,7 @@ def _sums(x: Tensor, z: Tensor) -> Tensor:
     return fold(total.view(-1, 32))
 
 
-def project(
-    tensors: list[Tensor], seeds: Tensor, streams: list[int], offsets: list[int], dist: str
-) -> Tensor:
+def project(tensors: list[Tensor], seeds: Tensor, streams: list[int], offsets: list[int], dist: str) -> Tensor:
     def kernel(partial: Tensor, seeds: Tensor) -> None:
         column = 0
         for x, stream, offset in zip(tensors, streams, offsets, strict=True):
