@@ -19,18 +19,21 @@ from .functional import (
     squared_norm,
     update_,
 )
+from .span import Span, gram
 from .version import __version__
 
 __all__ = [
     "CONTRACT",
     "BackendUnavailable",
     "BlackBox",
+    "Span",
     "__version__",
     "backend",
     "combine",
     "combine_",
     "derive_seed",
     "fan_out_",
+    "gram",
     "low_rank",
     "low_rank_",
     "noise",
