@@ -1,4 +1,4 @@
-"""``python -m bench list``, ``run``, ``methods``, ``report`` and ``gpu-check``."""
+"""``python -m bench list``, ``run``, ``methods``, ``trajectory``, ``report`` and ``gpu-check``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from zokernels import BackendUnavailable
 from zokernels.backends.registry import NAMES
 
-from . import machine, table
+from . import machine, table, trajectory
 from .methods import run as methods
 from .registry import SKIPPED, Settings, ops
 from .workloads import WORKLOADS
@@ -148,6 +148,8 @@ def main(argv: Sequence[str] | None = None, program: str = "python -m bench") ->
     sub.set_defaults(call=run)
     sub = commands.add_parser("methods", help="every method against its eager form, and its loss after equal forwards")
     methods.add_arguments(sub)
+    sub = commands.add_parser("trajectory", help="replaying and recording a run, project and gram, on 22 M weights")
+    trajectory.add_arguments(sub)
     sub = commands.add_parser("report", help="JSON files into one HTML page, or into docs/performance.md and a PNG")
     sub.add_argument("files", nargs="*", type=pathlib.Path, help="of run, methods, gpu-check (default: the committed)")
     default = pathlib.Path("zokernels-bench.html")

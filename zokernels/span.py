@@ -112,6 +112,12 @@ class Span:
     def _factor(self) -> Tensor:
         return torch.linalg.cholesky(self.gram)
 
+    @cached_property
+    def _root(self) -> Tensor:
+        """R with R R^T = G, also where the directions depend on one another: |v| = |a R|."""
+        values, vectors = torch.linalg.eigh(self.gram)
+        return vectors * values.clamp(min=0).sqrt()
+
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros((*shape, len(self)), dtype=torch.float64, device=self.device)
 
@@ -124,7 +130,7 @@ class Span:
 
     def distances(self, a: Tensor, b: Tensor) -> Tensor:
         """|u_i - v_j| of the vectors [n, K] and [m, K]: [n, m]."""
-        return self.norm(a[:, None] - b[None])
+        return torch.cdist(a @ self._root, b @ self._root, compute_mode="donot_use_mm_for_euclid_dist")
 
     def project(self, tensors: Sequence[Tensor]) -> Tensor:
         """<x, z_k>, [K], of ``tensors`` in the order of the span's."""

@@ -75,7 +75,7 @@ void run(const Terms& op, const Span& span, void* scratch, double* out, int64_t 
     *out = sum_of<L, Storage<L, D>, Dist>(*op.keys, span.stream, block, x, first, stop, whole, scratch);
     return;
   }
-  // Converted once for all directions: Rademacher fp32 with eight of them 0.00 instead of 0.00 ns an element.
+  // Converted once for all directions: Rademacher with eight of them 0.25 instead of 0.34 ns an element (fp32, busy machine).
   alignas(64) float loaded[kRademacherTile];
   for (int at = 0; at < (stop - first) * kSegment; at += 8 * L::width) {
     typename L::F v[8];
