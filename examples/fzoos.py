@@ -8,7 +8,7 @@ It needs of points only distances and differences, and it lies in their span.  S
 point is its a, distances come from the Gram matrix of the seeds, and a history of hundreds of points of any model takes
 a few kB.  Here several clients, each with data of its own, walk along their surrogates' gradients between rounds, which
 average their coefficients; the paper's correction between clients is left out.
-``python examples/fzoos.py`` compares this with the same number of queries spent on finite differences.  arXiv 2308.04077
+``python examples/fzoos.py`` compares this with as many queries spent on finite differences (arXiv 2308.04077).
 """
 
 from __future__ import annotations
