@@ -1,4 +1,4 @@
-"""``python -m bench list``, ``run``, ``methods``, ``offload``, ``report`` and ``gpu-check``."""
+"""``python -m bench list``, ``run``, ``methods``, ``offload``, ``trajectory``, ``report`` and ``gpu-check``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from zokernels import BackendUnavailable
 from zokernels.backends.registry import NAMES
 
-from . import machine, offload, table
+from . import machine, offload, table, trajectory
 from .methods import run as methods
 from .registry import SKIPPED, Settings, ops
 from .workloads import WORKLOADS
@@ -149,6 +149,8 @@ def make_parser(program: str) -> argparse.ArgumentParser:
     methods.add_arguments(sub)
     sub = commands.add_parser("offload", help="a streamed step against its transfers and its computation, each alone")
     offload.add_arguments(sub)
+    sub = commands.add_parser("trajectory", help="replaying and recording a run, project and gram, on 22 M weights")
+    trajectory.add_arguments(sub)
     sub = commands.add_parser("report", help="JSON files into one HTML page, or into docs/performance.md and a PNG")
     sub.add_argument("files", nargs="*", type=pathlib.Path, help="of run, methods, gpu-check (default: the committed)")
     default = pathlib.Path("zokernels-bench.html")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
+from . import trajectory
 from .charts import Bar, Dot, bars, dots, spark
 from .registry import Row
 from .table import LEGEND, columns_of
@@ -30,7 +31,11 @@ Result = dict[str, Any]
 def kind_of(result: Result) -> str:
     """methods, gpu-check or run: what wrote the file."""
     if result.get("schema") != 1 or "machine" not in result or "rows" not in result:
-        raise SystemExit("bench report: expected a file that `bench run`, `methods` or `gpu-check` wrote, got another")
+        raise SystemExit(
+            "bench report: expected a file that `bench run`, `methods`, `trajectory` or `gpu-check` wrote, got another"
+        )
+    if any("what" in row for row in result["rows"]):
+        return "trajectory"
     return "methods" if "budget" in result else "gpu-check" if "goals" in result else "run"
 
 
@@ -178,13 +183,24 @@ def _check(result: Result) -> list[str]:
     return [*out, _details(f"All {len(result['rows'])} rows", _rows_table(result["rows"])), _skipped(result)]
 
 
-_SECTIONS: dict[str, Callable[[Result], list[str]]] = {"run": _run, "methods": _methods, "gpu-check": _check}
+def _trajectory(result: Result) -> list[str]:
+    lines = "".join(f"<li>{escape(trajectory.line(row))}</li>" for row in result["rows"])
+    words = f"{result['threads']} threads; a run replayed from its log, recorded, and projected on directions."
+    return ["<h2>The run as a log</h2>", f"<p>{words}</p>", f'<div class="card"><ul>{lines}</ul></div>']
+
+
+_SECTIONS: dict[str, Callable[[Result], list[str]]] = {
+    "run": _run,
+    "methods": _methods,
+    "gpu-check": _check,
+    "trajectory": _trajectory,
+}
 
 
 def headlines(results: Sequence[Result]) -> list[tuple[str, str]]:
     """(figure, what it is) of the first result that says something about it."""
     found = []
-    rows = [r for result in results if kind_of(result) != "methods" for r in _nearest(result["rows"])]
+    rows = [r for result in results if kind_of(result) in ("run", "gpu-check") for r in _nearest(result["rows"])]
     for dist, name in _DISTS:
         mine = [r for r in rows if r["dist"] == dist and r["dtype"] == "bf16" and "mezo" in r["ratio"]]
         if mine:

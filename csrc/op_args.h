@@ -40,6 +40,9 @@
   "requantize(Tensor(a!)[] out, Tensor[] params, int low, int high, " ZK_TERMS_SCHEMA extra ") -> ()"
 #define ZK_SQUARES_SCHEMA(extra)                                                                                   \
   "squares(Tensor seeds, int[] sizes, int[] streams, int[] offsets, int dist" extra ") -> Tensor"
+// Not the sums themselves but parts of them, in the order in which zokernels/backends/sums.py adds them.
+#define ZK_PROJECT_SCHEMA(extra)                                                                                   \
+  "project(Tensor(a!) partial, Tensor[] tensors, Tensor seeds, int[] streams, int[] offsets, int dist" extra ") -> ()"
 #define ZK_DERIVE_SEED_SCHEMA "derive_seed(Tensor run_seed, Tensor step, Tensor k) -> Tensor"
 
 namespace zk {
@@ -96,6 +99,26 @@ inline void check_terms(const char* op, const TensorList& params, const TermArgs
                     op, ": masks: expected a byte for each block of eight; not so at ", i);
   }
   if (!terms.curvature.empty()) check_beside(op, terms.curvature, params, true);
+}
+
+// Tiles of 4096 logical indices, whose sum has one order, that a tensor touches.
+inline int64_t sum_tiles(uint64_t offset, int64_t numel) {
+  return numel == 0 ? 0 : (static_cast<int64_t>(offset % 4096) + numel + 4095) / 4096;
+}
+
+// columns: of a tile in partial.
+inline void check_project(const torch::stable::Tensor& partial, int64_t columns, const TensorList& tensors,
+                          const torch::stable::Tensor& seeds, const std::vector<int64_t>& streams,
+                          const std::vector<int64_t>& offsets, int64_t dist) {
+  STD_TORCH_CHECK(streams.size() == tensors.size() && offsets.size() == tensors.size(),
+                  "project: tensors, streams, offsets: expected equal lengths");
+  check_dist("project", dist);
+  if (!tensors.empty()) check_beside("project", tensors, tensors);
+  int64_t tiles = 0;
+  for (size_t i = 0; i < tensors.size(); ++i) tiles += sum_tiles(static_cast<uint64_t>(offsets[i]), tensors[i].numel());
+  STD_TORCH_CHECK(partial.scalar_type() == torch::headeronly::ScalarType::Double && partial.is_contiguous() &&
+                      partial.dim() == 2 && partial.size(0) == seeds.numel() && partial.size(1) == tiles * columns,
+                  "project: partial: expected contiguous float64 [seeds, ", tiles * columns, "]");
 }
 
 inline void check_one_direction(const torch::stable::Tensor& seed, const torch::stable::Tensor& coeff) {

@@ -2,7 +2,7 @@
 
 ``python examples/demo.py`` (``make demo``, or ``zokernels demo`` where it is installed) trains MiniLM-L6 and a
 zero-shot head with ZOSGD, then times the hot path of a step against MeZO's eager loop, checks that the weights are
-restored bit for bit and that the log of the run gives them again, and leaves weights, log, loss curve and
+restored bit for bit and that the log of the run gives them again, and leaves weights (before and after), log, loss curve and
 ``report.json`` in ``build/demo`` (``zokernels-demo/demo``).  It exits with 1 where loss or accuracy did not improve, or
 a check failed.  docs/demo.md says what was tried.
 """
@@ -32,7 +32,7 @@ from zokernels.trajectory import replay_
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VALIDATION, EVALUATIONS = 1000, 4
-LOG = "run.zk"
+LOG, BASE = "run.zk", "base.safetensors"
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -144,6 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     some = reviews.Batcher(training[:VALIDATION], model.tokenizer, 50, device).ordered()
     model.set_centre((b.ids, b.mask) for b in some)
 
+    write_weights(model, args.output / BASE)
     base = {n: p.detach().clone() for n, p in model.named_parameters()}
     losses, points, seconds = train(model, data, validation, args)
     log = args.output / LOG
@@ -198,11 +199,15 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if args.tiny else verdict(report)
 
 
-def save(folder: pathlib.Path, model: nn.Module, losses: list[float], points: list, report: dict, begin: float) -> None:
+def write_weights(model: nn.Module, path: pathlib.Path) -> None:
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({n: t.detach().cpu().contiguous() for n, t in model.state_dict().items()}, folder / "model.safetensors")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({n: t.detach().cpu().contiguous() for n, t in model.state_dict().items()}, path)
+
+
+def save(folder: pathlib.Path, model: nn.Module, losses: list[float], points: list, report: dict, begin: float) -> None:
+    write_weights(model, folder / "model.safetensors")
     title = f"Every weight of MiniLM-L6 ({report['weights'] / 1e6:.1f} M) trained on movie reviews without gradients"
     curve.draw(folder / "loss.png", losses, points, title)
     report["wall_seconds"] = time.perf_counter() - begin

@@ -15,6 +15,7 @@ import pytest
 import test_combine
 import test_fan_out
 import test_low_rank
+import test_project
 import test_requantize
 import test_spread
 import test_squares
@@ -78,6 +79,7 @@ def random_combine(rng, **fixed):
 CASES = {
     "combine": (test_combine.run, random_combine),
     "requantize": (test_requantize.run, test_requantize.random_requantize),
+    "project": (test_project.run, test_project.random_project),
     "squares": (test_squares.run, test_squares.random_squares),
     **{f"update {rule}": (test_update.run, functools.partial(test_update.random_update, rule=rule)) for rule in RULES},
 }
@@ -172,7 +174,10 @@ def test_derive_seed_on_host_equals_reference(on_host, rng):
 
 
 #: Tensors of one launch: their table is a kernel argument of at most 4 KiB.
-@pytest.mark.parametrize(("case", "capacity"), [("plain", 70), ("combine", 55), ("update adam", 55), ("squares", 160)])
+CAPACITY = {"plain": 70, "combine": 55, "update adam": 55, "squares": 160, "project": 96}
+
+
+@pytest.mark.parametrize(("case", "capacity"), CAPACITY.items())
 def test_many_tensors_take_few_launches(on_host, rng, case, capacity):
     for n in (1, capacity, capacity + 1, 250):
         sizes = [rng.randrange(0, 40) if i % 7 else 0 for i in range(n - 1)] + [17000]

@@ -18,6 +18,7 @@ import hotpath  # noqa: E402
 import reviews  # noqa: E402
 
 import zokernels  # noqa: E402
+from zokernels.cli import main  # noqa: E402
 from zokernels.optim import ZOSGD  # noqa: E402
 from zokernels.trajectory import read  # noqa: E402
 
@@ -174,3 +175,14 @@ def test_tiny_run_writes_a_report(sentences, tmp_path):
 
     weights = load_file(tmp_path / "model.safetensors")
     assert sum(t.numel() for n, t in weights.items() if n != "centre") == report["weights"] == 22_566_144
+
+    # The command makes the saved weights of the base and the log.
+    at = {
+        name: str(tmp_path / name) for name in ("base.safetensors", "run.zk", "again.safetensors", "model.safetensors")
+    }
+    assert main(["replay", at["base.safetensors"], at["run.zk"], "-o", at["again.safetensors"]]) == 0
+    again = load_file(at["again.safetensors"])
+    assert again.keys() == weights.keys()
+    assert all(torch.equal(again[name].view(torch.int32), weights[name].view(torch.int32)) for name in weights)
+    assert any(not torch.equal(t, weights[name]) for name, t in load_file(at["base.safetensors"]).items())
+    assert main(["verify", at["run.zk"], at["base.safetensors"], at["model.safetensors"]]) == 0

@@ -30,6 +30,7 @@ from zokernels.backends.triton import (  # noqa: E402
     fan_out,
     launch,
     low_rank,
+    project,
     seeds,
     spread,
     squares,
@@ -44,8 +45,9 @@ OPTIONS = launch.OPTIONS
 
 #: Arguments of every kernel that are not pointers to tensors.
 KINDS = {
-    **dict.fromkeys(("numel", "offset", "stream", "m", "n", "rank"), "i64"),
+    **dict.fromkeys(("numel", "offset", "stream", "m", "n", "rank", "columns"), "i64"),
     **dict.fromkeys(("seeds", "seed", "rounding_seed", "mask_seed", "table", "total"), "*i64"),
+    "partial": "*fp64",
     **dict.fromkeys(("coeffs", "coeff", "decay", "hyper"), "*fp32"),
     **dict.fromkeys(("num_k", "mask_keep", "each"), "i32"),
     "owner": "*i32",
@@ -250,6 +252,11 @@ def squares_kernel(arch):
     return build(squares.squares_kernel, arch, {})
 
 
+def project_kernel(arch, dist="normal", dtype="bf16"):
+    constants = {"DOMAIN": DISTS[dist], "DTYPE": DTYPES[dtype], "ALIGNED": True, "WIDTH": 6}
+    return build(project.project_table_kernel, arch, {}, **constants)
+
+
 WIDE, HALF, ATOMIC = disassembly.WIDE_STORE, r"STG\.E\.64", r"RED|ATOM"
 #: Of kernels of normal noise, bf16 unless said otherwise: the kernel, its passes over a whole program, ceiling, store.
 WHOLE = {
@@ -320,6 +327,31 @@ def test_other_kernels_compile_without_spills(arch):
         assert {
             line for line in kernel.asm["ptx"].splitlines() if ".ftz" in line and "rsqrt.approx" not in line
         } == set()
+
+
+#: Architecture, distribution, dtype and instructions an element and direction.
+PROJECT = [
+    (90, "normal", "bf16", 22.5),
+    (90, "rademacher", "bf16", 6.0),
+    (100, "normal", "fp16", 22.5),
+    (80, "rademacher", "fp32", 6.5),
+]
+
+
+@pytest.mark.parametrize(("arch", "dist", "dtype", "ceiling"), PROJECT)
+def test_project_reads_a_whole_tile_in_one_loop(arch, dist, dtype, ceiling):
+    """Of four blocks, 32 elements: 16-byte loads, the fmas of the contract and no others, nothing but registers."""
+    function = sass(kernel := project_kernel(arch, dist, dtype))
+    loops = [function.blocks[a] for a, b in function.loops if a == b]
+    loop = next(block for block in loops if block.count(disassembly.WIDE_LOAD))
+    show(f"project {dist} {dtype}", len(loop) / 32)
+    assert 3 < len(loop) / 32 <= ceiling
+    assert loop.count(disassembly.WIDE_LOAD) == (8 if dtype == "fp32" else 4)
+    assert loop.count(disassembly.LOCAL + "|LDS|STS|BAR|SHFL|STG") == 0
+    assert loop.count("DADD") == 4
+    if arch == 90:
+        assert loop.count("FFMA") == (32 * 7 + 32 if dist == "normal" else 0)
+    assert ftz_of(kernel) == []
 
 
 class FakeDriver:

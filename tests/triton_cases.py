@@ -392,6 +392,26 @@ for _dist in ("normal", "rademacher"):
                 results.append(buffers)
             assert_same(*results, lambda i, n=n: f"{n} elements")
 
+    @case(f"project: {_dist}", _dist)
+    def _(dist):
+        import torch
+
+        from zokernels.backends import get
+
+        torch.manual_seed(SEED)
+        for dtype, sizes, offsets, k in (
+            ("bfloat16", _SIZES, [5, 0, 2**33 + 8, 16343], 2),
+            ("float16", [70, 400], [2**35 - 40, 2**40 - 205], 1),
+            # A whole program with an edge on both sides; of normals it takes the interpreter half a minute.
+            ("float32", [65536 + 228 if dist == "rademacher" else 228], [2**16 - 128], 1),
+        ):
+            terms = random_terms(sizes, offsets, dist, k=k)
+            slides = cycled((0, 1), sizes)
+            _, x = slid([torch.randn(n) for n in sizes], slides, getattr(torch, dtype))
+            args = (x, terms.seeds, terms.streams, offsets, dist)
+            ours, theirs = (get(name).project(*args) for name in ("triton", "reference"))
+            assert torch.equal(ours, theirs), (dtype, ours, theirs)
+
     @case(f"squares: {_dist}", _dist)
     def _(dist):
         import torch

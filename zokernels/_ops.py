@@ -347,26 +347,50 @@ def _fake_noise(shape, seed, stream, offset, dist):
 noise = _register("noise(SymInt[] shape, Tensor seed, int stream, int offset, str dist) -> Tensor", _noise, _fake_noise)
 
 
-def _check_squares(seeds: Tensor, sizes: list[int], streams: list[int], offsets: list[int], dist: str) -> None:
-    check_dist("squares", dist)
-    check_scalars("squares", "seeds", seeds, torch.int64, seeds.device)
+def check_noise_of(op: str, seeds: Tensor, sizes: list[int], streams: list[int], offsets: list[int], dist: str) -> None:
+    """Arguments of what is computed of noise alone."""
+    check_dist(op, dist)
+    check_scalars(op, "seeds", seeds, torch.int64, seeds.device)
     if any(n < 0 for n in sizes):
-        fail("squares", "sizes", "integers >= 0", sizes)
-    check_places("squares", sizes, streams, offsets, "sizes")
+        fail(op, "sizes", "integers >= 0", sizes)
+    check_places(op, sizes, streams, offsets, "sizes")
 
 
 def _squares(seeds: Tensor, sizes: list[int], streams: list[int], offsets: list[int], dist: str) -> Tensor:
-    _check_squares(seeds, sizes, streams, offsets, dist)
+    check_noise_of("squares", seeds, sizes, streams, offsets, dist)
     return select(seeds.device.type).squares(seeds, sizes, streams, offsets, dist)
 
 
 def _fake_squares(seeds, sizes, streams, offsets, dist):
-    _check_squares(seeds, sizes, streams, offsets, dist)
+    check_noise_of("squares", seeds, sizes, streams, offsets, dist)
     return torch.empty_like(seeds)
 
 
 squares = _register(
     "squares(Tensor seeds, int[] sizes, int[] streams, int[] offsets, str dist) -> Tensor", _squares, _fake_squares
+)
+
+
+def _check_project(tensors: list[Tensor], seeds: Tensor, streams: list[int], offsets: list[int], dist: str) -> None:
+    check_dist("project", dist)
+    check_scalars("project", "seeds", seeds, torch.int64, tensors[0].device if tensors else seeds.device)
+    if tensors:
+        check_tensors("project", {"tensors": tensors})
+    check_places("project", [t.numel() for t in tensors], streams, offsets, "tensors")
+
+
+def _project(tensors: list[Tensor], seeds: Tensor, streams: list[int], offsets: list[int], dist: str) -> Tensor:
+    _check_project(tensors, seeds, streams, offsets, dist)
+    return select(seeds.device.type).project(tensors, seeds, streams, offsets, dist)
+
+
+def _fake_project(tensors, seeds, streams, offsets, dist):
+    _check_project(tensors, seeds, streams, offsets, dist)
+    return seeds.new_empty(seeds.shape, dtype=torch.float64)
+
+
+project = _register(
+    "project(Tensor[] tensors, Tensor seeds, int[] streams, int[] offsets, str dist) -> Tensor", _project, _fake_project
 )
 
 

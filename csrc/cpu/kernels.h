@@ -78,16 +78,19 @@ struct Kernels {
   void (*low_rank)(const Combine&, const Span&, void* scratch);
   // Adds the sum of each direction's squares in units of 2^-20 to sums [K]; normal noise.
   void (*squares)(const Terms&, const Span&, uint64_t* sums);
+  // out[stride k]: the sum of x z_k over a span inside one logical tile of 4096.
+  void (*project)(const Terms&, const Span&, void* scratch, double* out, int64_t stride);
 };
 
 // One namespace for each instruction set that is built (CMakeLists.txt).
-#define ZK_DECLARE_KERNELS(isa)                                  \
-  namespace isa {                                                \
-  void combine(const Combine&, const Span&, void* scratch);      \
-  void update(const Update&, const Span&, void* scratch);        \
-  void low_rank(const Combine&, const Span&, void* scratch);     \
-  void squares(const Terms&, const Span&, uint64_t* sums);       \
-  constexpr Kernels kernels = {combine, update, low_rank, squares}; \
+#define ZK_DECLARE_KERNELS(isa)                                                             \
+  namespace isa {                                                                           \
+  void combine(const Combine&, const Span&, void* scratch);                                 \
+  void update(const Update&, const Span&, void* scratch);                                   \
+  void low_rank(const Combine&, const Span&, void* scratch);                                \
+  void squares(const Terms&, const Span&, uint64_t* sums);                                  \
+  void project(const Terms&, const Span&, void* scratch, double* out, int64_t stride);      \
+  constexpr Kernels kernels = {combine, update, low_rank, squares, project};                \
   }
 ZK_DECLARE_KERNELS(portable)
 ZK_DECLARE_KERNELS(avx2)

@@ -127,6 +127,11 @@ struct Avx2 {
   // Eight floats in a row, a lane each.
   static ZK_HD F load_row(const float* p) { return {_mm256_loadu_ps(p)}; }
   static ZK_HD void store_row(float* p, F x) { _mm256_storeu_ps(p, x.v); }
+  // A float of each lane to the doubles of a row, aligned to 32.
+  static ZK_HD void add_row(double* p, F x) {
+    _mm256_store_pd(p, _mm256_add_pd(_mm256_load_pd(p), _mm256_cvtps_pd(_mm256_castps256_ps128(x.v))));
+    _mm256_store_pd(p + 4, _mm256_add_pd(_mm256_load_pd(p + 4), _mm256_cvtps_pd(_mm256_extractf128_ps(x.v, 1))));
+  }
 
   static ZK_HD void load_floats(const float* p, F x[8]) {
     for (int i = 0; i < 8; i += 2) unzip(_mm256_loadu_ps(p + 8 * i), _mm256_loadu_ps(p + 8 * i + 8), x[i], x[i + 1]);

@@ -123,6 +123,11 @@ struct Avx512 {
   // Sixteen floats in a row, a lane each.
   static ZK_HD F load_row(const float* p) { return {_mm512_loadu_ps(p)}; }
   static ZK_HD void store_row(float* p, F x) { _mm512_storeu_ps(p, x.v); }
+  // A float of each lane to the doubles of a row, aligned to 64.
+  static ZK_HD void add_row(double* p, F x) {
+    _mm512_store_pd(p, _mm512_add_pd(_mm512_load_pd(p), _mm512_cvtps_pd(_mm512_castps512_ps256(x.v))));
+    _mm512_store_pd(p + 8, _mm512_add_pd(_mm512_load_pd(p + 8), _mm512_cvtps_pd(_mm512_extractf32x8_ps(x.v, 1))));
+  }
 
   static ZK_HD void load_floats(const float* p, F x[8]) {
     for (int i = 0; i < 8; i += 2) unzip(_mm512_loadu_ps(p + 16 * i), _mm512_loadu_ps(p + 16 * i + 16), x[i], x[i + 1]);

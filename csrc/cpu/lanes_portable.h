@@ -12,6 +12,7 @@ struct Portable : Scalar {
   static void store_words(uint32_t* p, const U w[4]) { std::memcpy(p, w, 16); }
   static F load_row(const float* p) { return *p; }
   static void store_row(float* p, F x) { *p = x; }
+  static void add_row(double* p, F x) { *p += x; }
 
   static void load_floats(const float* p, F x[8]) { std::memcpy(x, p, 32); }
   static void store_floats(float* p, const F x[8]) { std::memcpy(p, x, 32); }

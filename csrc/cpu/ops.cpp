@@ -275,6 +275,50 @@ Tensor squares_cpu(Tensor seeds, std::vector<int64_t> sizes, std::vector<int64_t
   return result;
 }
 
+constexpr int64_t kSumTile = 4096;  // of check_project
+
+void project_cpu(Tensor partial, TensorList tensors, Tensor seeds, std::vector<int64_t> streams,
+                 std::vector<int64_t> offsets, int64_t dist, std::string isa) {
+  check_project(partial, 1, tensors, seeds, streams, offsets, dist);
+  const int64_t count = seeds.numel(), tiles = partial.size(1);
+  if (count == 0 || tiles == 0) return;
+  std::vector<PhiloxKey> keys;
+  for (int64_t k = 0; k < count; ++k) keys.push_back(philox_key(data<uint64_t>(seeds)[k]));
+  std::vector<Span> spans;
+  std::vector<int64_t> starts;  // tiles before each span
+  int64_t before = 0;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    Span span{};
+    span.numel = tensors[i].numel();
+    if (span.numel == 0) continue;
+    span.in = tensors[i].const_data_ptr();
+    span.offset = static_cast<uint64_t>(offsets[i]);
+    span.stream = static_cast<uint32_t>(streams[i]);
+    spans.push_back(span);
+    starts.push_back(before);
+    before += sum_tiles(span.offset, span.numel);
+  }
+  Terms terms{};
+  terms.keys = keys.data();
+  terms.count = count;
+  terms.dist = static_cast<Domain>(dist);
+  terms.dtype = dtype_of(tensors[0]);
+  auto* sums = static_cast<double*>(partial.mutable_data_ptr());
+  const auto kernel = kernels_of(isa).project;
+  torch::stable::parallel_for(0, tiles, std::max<int64_t>(1, kGrain / (kSumTile * count)), [&](int64_t begin, int64_t end) {
+    alignas(64) std::byte scratch[kScratchPerDirection];
+    auto i = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
+    for (int64_t tile = begin; tile < end; ++tile) {
+      while (i + 1 < static_cast<int64_t>(starts.size()) && starts[i + 1] <= tile) ++i;
+      Span piece = spans[i];
+      const int64_t lead = static_cast<int64_t>(piece.offset % kSumTile), first = (tile - starts[i]) * kSumTile - lead;
+      piece.begin = std::max<int64_t>(first, 0);
+      piece.end = std::min(first + kSumTile, piece.numel);
+      kernel(terms, piece, scratch, sums + tile, tiles);
+    }
+  });
+}
+
 Tensor derive_seed_cpu(Tensor run_seed, Tensor step, Tensor k) {
   Tensor seeds = torch::stable::empty_like(run_seed);
   const auto *r = data<uint64_t>(run_seed), *s = data<uint64_t>(step), *j = data<uint64_t>(k);
@@ -293,6 +337,7 @@ STABLE_TORCH_LIBRARY(zokernels_cpu, m) {
   m.def(ZK_LOW_RANK_SCHEMA(", str isa"));
   m.def(ZK_REQUANTIZE_SCHEMA(", str isa"));
   m.def(ZK_SQUARES_SCHEMA(", str isa"));
+  m.def(ZK_PROJECT_SCHEMA(", str isa"));
   m.def(ZK_DERIVE_SEED_SCHEMA);
 }
 
@@ -304,6 +349,7 @@ STABLE_TORCH_LIBRARY_IMPL(zokernels_cpu, CPU, m) {
   m.impl("low_rank", TORCH_BOX(&low_rank_cpu));
   m.impl("requantize", TORCH_BOX(&requantize_cpu));
   m.impl("squares", TORCH_BOX(&squares_cpu));
+  m.impl("project", TORCH_BOX(&project_cpu));
   m.impl("derive_seed", TORCH_BOX(&derive_seed_cpu));
 }
 

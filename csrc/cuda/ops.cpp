@@ -12,6 +12,7 @@
 #include "../op_args.h"
 #include "combine.h"
 #include "low_rank.h"
+#include "project.h"
 #include "spread.h"
 #include "squares.h"
 #include "update.h"
@@ -253,6 +254,32 @@ void squares_cuda(Tensor partial, Tensor seeds, std::vector<int64_t> sizes, std:
   });
 }
 
+void project_cuda(Tensor partial, TensorList tensors, Tensor seeds, std::vector<int64_t> streams,
+                  std::vector<int64_t> offsets, int64_t dist) {
+  check_project(partial, kSumThreads, tensors, seeds, streams, offsets, dist);
+  if (partial.numel() == 0) return;
+  torch::stable::accelerator::DeviceGuard guard(seeds.get_device_index());
+  void* stream = current_stream(seeds);
+  const DType dtype = dtype_of("project", tensors[0]);
+  ProjectLaunch shared{};
+  shared.seeds = pointer<int64_t>(seeds);
+  shared.partial = static_cast<double*>(partial.mutable_data_ptr());
+  shared.columns = partial.size(1);
+  shared.count = static_cast<int32_t>(seeds.numel());
+  shared.groups = static_cast<uint32_t>((seeds.numel() + kProjectGroup - 1) / kProjectGroup);
+  std::vector<Packed<ProjectEntry>> entries;
+  int64_t column = 0;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const ProjectEntry entry{tensors[i].const_data_ptr(), tensors[i].numel(), static_cast<uint64_t>(offsets[i]), column};
+    column += sum_tiles(entry.offset, entry.numel) * kSumThreads;
+    entries.push_back({entry, static_cast<uint32_t>(streams[i]), project_chunks(entry.offset, entry.numel)});
+  }
+  pack_launches(shared, entries, [&](const ProjectLaunch& launch, uint32_t chunks) {
+    STD_TORCH_CHECK(int64_t{chunks} * launch.groups <= kMaxChunks, "project: tensors, seeds: expected fewer elements at a time");
+    check_launch("project", launch_project(launch, chunks * launch.groups, dtype, static_cast<Domain>(dist), stream));
+  });
+}
+
 Tensor derive_seed_cuda(Tensor run_seed, Tensor step, Tensor k) {
   Tensor seeds = torch::stable::empty_like(run_seed);
   if (run_seed.numel() == 0) return seeds;
@@ -274,6 +301,7 @@ STABLE_TORCH_LIBRARY(zokernels_cuda, m) {
   m.def(ZK_LOW_RANK_SCHEMA(""));
   m.def(ZK_REQUANTIZE_SCHEMA(""));
   m.def("squares(Tensor(a!) partial, Tensor seeds, int[] sizes, int[] streams, int[] offsets) -> ()");
+  m.def(ZK_PROJECT_SCHEMA(""));
   m.def(ZK_DERIVE_SEED_SCHEMA);
 }
 
@@ -285,6 +313,7 @@ STABLE_TORCH_LIBRARY_IMPL(zokernels_cuda, CUDA, m) {
   m.impl("low_rank", TORCH_BOX(&low_rank_cuda));
   m.impl("requantize", TORCH_BOX(&requantize_cuda));
   m.impl("squares", TORCH_BOX(&squares_cuda));
+  m.impl("project", TORCH_BOX(&project_cuda));
   m.impl("derive_seed", TORCH_BOX(&derive_seed_cuda));
 }
 

@@ -51,6 +51,8 @@ class Backend:
     requantize: Callable[[list[Tensor], list[Tensor], int, int, Terms], None]
     #: (seeds, sizes, plain terms' streams, offsets, dist)
     squares: Callable[[Tensor, list[int], list[int], list[int], str], Tensor]
+    #: (tensors, seeds, plain terms' streams, offsets, dist)
+    project: Callable[[list[Tensor], Tensor, list[int], list[int], str], Tensor]
 
 
 _forced: ContextVar[str | None] = ContextVar("zokernels_backend", default=None)

@@ -9,6 +9,7 @@ from ..registry import Backend, BackendUnavailable
 from .combine import combine
 from .fan_out import fan_out
 from .low_rank import low_rank
+from .project import project
 from .requantize import requantize
 from .spread import spread
 from .squares import squares
@@ -32,4 +33,5 @@ def load() -> Backend:
         low_rank=low_rank,
         requantize=requantize,
         squares=squares,
+        project=project,
     )

@@ -6,6 +6,7 @@ from ..composed import fan_out_by, spread_by
 from ..registry import Backend
 from .combine import combine
 from .low_rank import low_rank
+from .project import project
 from .requantize import requantize
 from .seeds import derive_seed
 from .squares import squares
@@ -24,4 +25,5 @@ def load() -> Backend:
         low_rank=low_rank,
         requantize=requantize,
         squares=squares,
+        project=project,
     )

@@ -21,6 +21,7 @@ def load() -> Backend:
     from .device import DEVICES
     from .fan_out import fan_out
     from .low_rank import low_rank
+    from .project import project
     from .seeds import derive_seed
     from .spread import spread
     from .squares import squares
@@ -37,4 +38,5 @@ def load() -> Backend:
         low_rank=low_rank,
         spread=spread,
         squares=squares,
+        project=project,
     )

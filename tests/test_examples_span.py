@@ -1,0 +1,141 @@
+"""The small examples learn what they say, in tiny settings."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "examples"))
+pytest.importorskip("sklearn")
+
+import compress  # noqa: E402
+import digits  # noqa: E402
+import fedkseed  # noqa: E402
+import fzoos  # noqa: E402
+
+from zokernels import Span  # noqa: E402
+
+
+def test_fedkseed_sends_coefficients_and_learns():
+    result = fedkseed.train(pool=512, rounds=3, steps=40, participants=3)
+    assert result["bytes_down"] == 4 * 512
+    assert result["bytes_up"] == 40 * (2 + 4)
+    assert result["bytes_down"] + result["bytes_up"] < 18_000
+    assert result["loss_last"] < result["loss_first"] - 0.02
+
+
+def test_a_round_of_the_full_pool_stays_below_18_kb():
+    result = fedkseed.train(rounds=1, steps=100, participants=1)
+    assert 16_000 < result["bytes_down"] + result["bytes_up"] < 18_000
+
+
+def test_fedkseed_client_sends_what_it_has_done():
+    """The model that a client ends with is that of its pairs, up to the order of fp32 additions."""
+    training, _ = digits.load()
+    model, again = digits.network(), digits.network()
+    span = Span(list(model.named_parameters()), range(64), "rademacher")
+    with torch.no_grad():
+        numbers, values = fedkseed.local_steps(model, span, training, 30, 1e-2, torch.Generator().manual_seed(1))
+    coeffs = torch.zeros(64).index_add_(0, numbers.long(), values)
+    span.add_(list(again.parameters()), coeffs)
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
+    assert not torch.equal(model[0].weight, digits.network()[0].weight)
+
+
+def test_compression_keeps_the_share_of_a_projection():
+    whole = compress.train(directions=None, rounds=8)
+    result = compress.train(directions=256, rounds=8)
+    assert result["bytes"] == 1024
+    assert abs(result["kept"] - result["expected"]) < 0.03  # of a random subspace of 256 of 2,410 dimensions
+    start = digits.loss(digits.network(), digits.load()[1])
+    assert whole["loss"] < start
+    assert result["loss"] < start
+
+
+def test_surrogates_need_fewer_queries_than_differences():
+    options = {"seeds": 16, "rounds": 12}
+    ours, theirs = (fzoos.train(f, **options) for f in (fzoos.surrogate_round, fzoos.difference_round))
+    assert ours["curve"][-1][0] == theirs["curve"][-1][0] == 12 * 3 * 8
+    assert ours["curve"][-1][1] < ours["curve"][0][1]
+    assert ours["curve"][-1][1] < theirs["curve"][-1][1]
+    assert ours["history_bytes"] * 10 < ours["vector_bytes"]
+
+
+def test_surrogate_gradient_is_that_of_the_mean():
+    """Against differences of the process's mean over vectors that are really there."""
+    model = digits.network()
+    span = Span(list(model.named_parameters()), range(6))
+    surrogate = fzoos.Surrogate(span, length=40.0, keep=20)
+    generator = torch.Generator().manual_seed(4)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    for point in draw(9, 6):
+        surrogate.add(point, point.square().sum().item())
+    weights, a = surrogate.fit(), draw(6)
+    mean = lambda a: (weights * surrogate.kernel(a[None], surrogate.points)[0]).sum()
+    gradient = surrogate.gradient(a, weights)
+    for _ in range(3):
+        b = draw(6)
+        slope = (mean(a + 1e-5 * b) - mean(a - 1e-5 * b)) / 2e-5
+        torch.testing.assert_close(span.dot(gradient, b), slope, rtol=1e-4, atol=1e-9)
+
+
+@pytest.fixture(scope="module")
+def zoodip():
+    pytest.importorskip("transformers")
+    import zoodip
+
+    return zoodip
+
+
+def test_components_are_those_of_the_vectors(zoodip):
+    token = zoodip.Token(torch.randn(50), 8)
+    for k in range(8):
+        change = token.span.zeros()
+        change[k] = torch.randn(())
+        token.move(change)
+    z = torch.stack([token.noise(k) for k in range(8)]).double()
+    positions = torch.stack(token.history)
+    components = zoodip.Components(token.span, positions, 0.8)
+    vectors = positions @ z
+    centred = vectors - vectors.mean(0)
+    _, s, v = torch.linalg.svd(centred, full_matrices=False)
+    count = int((s.square().cumsum(0) < 0.8 * s.square().sum()).sum()) + 1
+    assert len(components.basis) == count < 8
+    x = torch.randn(50)
+    want = v[:count].T @ (v[:count] @ x.double())
+    torch.testing.assert_close(components.project(x) @ z, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_token_is_its_coefficients(zoodip):
+    """Trained with projections and without; the vector comes again of the coefficients."""
+    start, goal = torch.zeros(60), torch.randn(60, generator=torch.Generator().manual_seed(3))
+    losses = lambda tokens: (tokens - goal).square().mean(1)
+    for share in (None, 0.9):
+        result = zoodip.train(losses, start, steps=60, window=10, share=share, lr=0.3)
+        assert result["loss_last"] < 0.9 * result["loss_first"]
+        token, again = result["token"], start.clone()
+        token.span.add_([again], token.coeffs)
+        torch.testing.assert_close(again, token.vector, rtol=0, atol=1e-5)
+
+
+def test_zoodip_trains_a_token_of_the_quantised_encoder(zoodip, capsys):
+    try:
+        results = zoodip.main(["--steps", "12", "--window", "4", "--bits", "4"])
+    except SystemExit as error:
+        pytest.skip(str(error))
+    assert results["plain"]["loss_last"] < results["plain"]["loss_first"]
+    assert "in 24 forwards" in capsys.readouterr().out
+
+
+def test_programs_print_their_results(capsys):
+    fedkseed.main(["--pool", "64", "--rounds", "1", "--steps", "5"])
+    compress.main(["--directions", "16", "--rounds", "1"])
+    fzoos.main(["--seeds", "8", "--rounds", "2"])
+    out = capsys.readouterr().out
+    for text in ("256 bytes down, 30 up", "kept of the square", "bytes as coefficients"):
+        assert text in out
