@@ -95,6 +95,14 @@ class Exchange:
         """Whether this is the rank that writes files."""
         return self.rank == self.ranks[0]
 
+    def at_other_points(self) -> list[int]:
+        """The ranks that evaluate other points of a step."""
+        if PERTURBATION not in self.names:
+            return []
+        dim = self.names.index(PERTURBATION)
+        places = self.mesh.mesh.unbind(dim)
+        return [r for i, others in enumerate(places) if i != self._place for r in others.flatten().tolist()]
+
     def share(self, count: int) -> range:
         """Which of ``count`` points this rank evaluates."""
         return _share(count, self._place, self.perturbation)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..terms import Terms
+from ..terms import Terms, by_rows
 
 
 def update(
     params: list[Tensor], first: list[Tensor], second: list[Tensor], rule: str, hyper: Tensor, terms: Terms
 ) -> None:
-    torch.ops.zokernels_cuda.update(params, first, second, rule, hyper, *terms.packed)
+    run = torch.ops.zokernels_cuda.update
+    by_rows(lambda groups, flat: run(*groups, rule, hyper, *flat.packed), [params, first, second], terms)

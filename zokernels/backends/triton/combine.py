@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..terms import Terms
+from ..terms import Terms, by_rows
 from .launch import masked
 from .noise import add_rademacher
 from .table import pointer, row_of
@@ -147,5 +147,9 @@ def requantize(out: list[Tensor], params: list[Tensor], low: int, high: int, ter
 
 
 def combine(out: list[Tensor], params: list[Tensor], terms: Terms) -> None:
+    by_rows(_combine, [out, params], terms)
+
+
+def _combine(groups: list[list[Tensor]], terms: Terms) -> None:
     kernels = (combine_kernel, combine_table_kernel)
-    masked(kernels, (out, params, terms.masks, terms.curvature), terms)
+    masked(kernels, (*groups, terms.masks, terms.curvature), terms)

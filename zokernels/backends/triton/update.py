@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...contract import DOMAIN_STATE
-from ..terms import Terms
+from ..terms import Terms, by_rows
 from .arithmetic import fma
 from .launch import masked
 from .rounding import round_nearest
@@ -169,8 +169,8 @@ def update_table_kernel(
 def update(
     params: list[Tensor], first: list[Tensor], second: list[Tensor], rule: str, hyper: Tensor, terms: Terms
 ) -> None:
-    groups = (params, first, second, terms.masks)
     # A window has many seeds, and squares beside the coefficients: they are read as the loop comes to them.
     own = {"K": None} if rule == "adam_window" else {}
+    own |= {"hyper": hyper, "RULE": rule, "VALUES": VALUES[rule]}
     kernels = (update_kernel, update_table_kernel)
-    masked(kernels, groups, terms, hyper=hyper, RULE=rule, VALUES=VALUES[rule], **own)
+    by_rows(lambda groups, flat: masked(kernels, (*groups, flat.masks), flat, **own), [params, first, second], terms)
