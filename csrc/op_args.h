@@ -60,6 +60,7 @@ struct TermArgs {
   // Elements of a row of tensor i, and logical indices from row to row; 0: it lies in one piece.
   int64_t width(size_t i) const { return widths.empty() ? 0 : widths[i]; }
   int64_t length(size_t i) const { return widths.empty() ? 0 : lengths[i]; }
+  bool in_rows(size_t i) const { return width(i) > 0; }
   // Blocks of eight that a mask has for each row: those of the row that touches most.
   int64_t row_blocks(size_t i) const {
     return (offsets[i] | width(i) | length(i)) % 8 == 0 ? width(i) / 8 : (width(i) + 14) / 8;

@@ -5,15 +5,14 @@
 namespace zk::cuda {
 namespace {
 
-template <DType D, class Rule>
-int launch_rule(const UpdateLaunch& p, uint32_t chunks, Domain dist, void* stream) {
-  return launch(dist == kNormal ? update_kernel<D, kNormal, Rule> : update_kernel<D, kRademacher, Rule>, chunks, stream, p);
+template <DType D, class Rule, class Launch>
+int launch_rule(const Launch& p, uint32_t chunks, Domain dist, void* stream) {
+  return launch(dist == kNormal ? update_kernel<D, kNormal, Rule, Launch> : update_kernel<D, kRademacher, Rule, Launch>,
+                chunks, stream, p);
 }
 
-}  // namespace
-
-int launch_update(const UpdateLaunch& p, uint32_t chunks, DType dtype, Domain dist, Action action, void* stream) {
-  if (dtype == DType::i8) return launch_rule<DType::i8, Combine>(p, chunks, dist, stream);
+template <class Launch>
+int launch_action(const Launch& p, uint32_t chunks, DType dtype, Domain dist, Action action, void* stream) {
   return with_dtype(dtype, [&]<DType D>() {
     switch (action) {
       case Action::combine: break;
@@ -25,6 +24,17 @@ int launch_update(const UpdateLaunch& p, uint32_t chunks, DType dtype, Domain di
     }
     return launch_rule<D, Combine>(p, chunks, dist, stream);
   });
+}
+
+}  // namespace
+
+int launch_update(const UpdateLaunch& p, uint32_t chunks, DType dtype, Domain dist, Action action, void* stream) {
+  if (dtype == DType::i8) return launch_rule<DType::i8, Combine>(p, chunks, dist, stream);
+  return launch_action(p, chunks, dtype, dist, action, stream);
+}
+
+int launch_rows(const RowsLaunch& p, uint32_t chunks, DType dtype, Domain dist, Action action, void* stream) {
+  return launch_action(p, chunks, dtype, dist, action, stream);
 }
 
 }  // namespace zk::cuda

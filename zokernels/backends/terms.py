@@ -95,7 +95,11 @@ def by_rows(operation: Callable[[list[list[Tensor]], Terms], None], groups: list
             streams.append(terms.streams[i])
             offsets.append(offset)
             owners.append(i)
-    coeffs = terms.coeffs[torch.tensor(owners, device=terms.coeffs.device)] if terms.coeffs.dim() == 2 else terms.coeffs
+    coeffs = (
+        terms.coeffs[torch.tensor(owners, dtype=torch.int64, device=terms.coeffs.device)]
+        if terms.coeffs.dim() == 2
+        else terms.coeffs
+    )
     return operation(
         found,
         terms._replace(

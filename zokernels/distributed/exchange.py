@@ -30,7 +30,7 @@ def mean_of(losses: Tensor | Sequence[Tensor | float]) -> Tensor:
     losses from its closure makes the same weights.  One order on every device, and log2(n) additions.
     """
     if not isinstance(losses, Tensor):
-        losses = torch.stack([torch.as_tensor(loss).detach().double().reshape(()) for loss in losses])
+        losses = torch.stack([torch.as_tensor(x, dtype=torch.float64).detach().reshape(()) for x in losses])
     total, count = losses.double(), len(losses)
     if not count:
         fail("mean_of", "losses", "at least one", 0)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..terms import Terms, by_rows
+from ..terms import Terms
 
 
 def combine(out: list[Tensor], params: list[Tensor], terms: Terms) -> None:
-    by_rows(lambda groups, flat: torch.ops.zokernels_cuda.combine(*groups, *flat.packed), [out, params], terms)
+    torch.ops.zokernels_cuda.combine(out, params, *terms.packed)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..terms import Terms, by_rows
+from ..terms import Terms
 
 
 def update(
     params: list[Tensor], first: list[Tensor], second: list[Tensor], rule: str, hyper: Tensor, terms: Terms
 ) -> None:
-    run = torch.ops.zokernels_cuda.update
-    by_rows(lambda groups, flat: run(*groups, rule, hyper, *flat.packed), [params, first, second], terms)
+    torch.ops.zokernels_cuda.update(params, first, second, rule, hyper, *terms.packed)
