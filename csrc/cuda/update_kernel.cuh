@@ -184,7 +184,9 @@ ZK_GLOBAL update_kernel(ZK_GRID_CONSTANT Launch p) {
   bool aligned = is_aligned<D>(all, tile.alignment());
   ZK_UNROLL
   for (int s = 0; s < kRead; ++s) aligned = aligned && is_aligned<DType::f32>(address(t.state[s]), tile.alignment());
-  constexpr int kGroup = kRead > 0 || Rule::sums > 1 ? 2 : 4;  // more would hold too many registers
+  constexpr bool kRows = std::is_same_v<Launch, RowsLaunch>;
+  // More would hold too many registers.
+  constexpr int kGroup = kRows && kScaled ? 1 : kRead > 0 || Rule::sums > 1 ? 2 : 4;
   for_groups<kGroup>(tile, t.numel, aligned, pass);
 }
 

@@ -153,7 +153,7 @@ def requantize(out: list[Tensor], params: list[Tensor], low: int, high: int, ter
 )
 def combine_rows_kernel(
     out, theta, mask, curvature, offset: tl.int64, stream: tl.int64, width: tl.int64, length: tl.int64,
-    blocks: tl.int64, rows: tl.int64, seeds, coeffs, num_k: tl.int32, decay, rounding_seed, mask_seed,
+    blocks: tl.int32, rows: tl.int64, seeds, coeffs, num_k: tl.int32, decay, rounding_seed, mask_seed,
     mask_keep: tl.int32, DOMAIN: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One tensor that is rows of a matrix."""

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ...checks import fail
 from ...contract import DISTS
 from ..terms import Terms, row_blocks
 from .device import on_device
@@ -30,11 +31,17 @@ _ROW_BLOCKS = tl.constexpr(ROW_BLOCKS)
 def each_row_tile(TILE: tl.constexpr, offset, stream, mask, width, length, blocks, rows, ALIGNED: tl.constexpr, args):
     """TILE(row, inside, span, *args) as in ``tile``: of each block, ``span`` begins at its Rademacher tile."""
     element = tl.arange(0, 8)[None, :]
+    # One division of 64 bits a program, and one of 32 bits a block.
+    base = tl.program_id(0).to(tl.int64) * _ROW_BLOCKS
+    base_line = base // blocks
+    base_block = (base - base_line * blocks).to(tl.int32)
     for first in range(0, _ROW_BLOCKS, THREADS):
-        number = tl.program_id(0).to(tl.int64) * _ROW_BLOCKS + first + tl.arange(0, THREADS)
-        line = number // blocks
+        number = base + first + tl.arange(0, THREADS)
+        ahead = (base_block + first + tl.arange(0, THREADS)).to(tl.uint32)
+        lines = ahead // blocks.to(tl.uint32)
+        line = base_line + lines
         begin = offset + line * length
-        block = (begin >> 3) + (number - line * blocks)
+        block = (begin >> 3) + (ahead - lines * blocks.to(tl.uint32))
         column = block * 8 - begin
         row = (block & 511).to(tl.int32)
         exists = (line < rows)[:, None]
@@ -74,6 +81,8 @@ def masked_rows(kernel: Any, groups: Sequence[Group], terms: Terms, **args: obje
             wide = [t.data_ptr() for t in tensors if t is not None and t.dtype is not torch.uint8]
             aligned = (offset | width | length) % 8 == 0 and not any(a % 16 for a in wide)
             blocks, rows = row_blocks(offset, width, length), leader.numel() // width
+            if blocks >= 2**31 - ROW_BLOCKS:
+                fail("combine, update", f"rows[{i}]", "rows of fewer than 2^34 elements", (width, length))
             noise["coeffs"] = terms.coeffs[i] if terms.coeffs.dim() == 2 else terms.coeffs
             places = (offset, terms.streams[i], width, length, blocks, rows)
             kernel[(-(-rows * blocks // ROW_BLOCKS),)](*tensors, *places, **noise, ALIGNED=aligned, **OPTIONS)

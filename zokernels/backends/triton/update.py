@@ -173,7 +173,7 @@ def update_table_kernel(
 )
 def update_rows_kernel(
     theta, first, second, mask, offset: tl.int64, stream: tl.int64, width: tl.int64, length: tl.int64,
-    blocks: tl.int64, rows: tl.int64, seeds, coeffs, num_k: tl.int32, decay, rounding_seed, mask_seed,
+    blocks: tl.int32, rows: tl.int64, seeds, coeffs, num_k: tl.int32, decay, rounding_seed, mask_seed,
     mask_keep: tl.int32, hyper,
     RULE: tl.constexpr, VALUES: tl.constexpr, DOMAIN: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -182,7 +182,8 @@ def update_rows_kernel(
     values = ()
     for i in tl.static_range(VALUES):
         values += (tl.load(hyper + i),)
-    args = (terms, theta, first, second, hyper + VALUES, values, RULE)
+    weights = (theta, first, second)
+    args = (terms, *weights, hyper + VALUES, values, RULE)
     each_row_tile(_tile, offset, stream, mask, width, length, blocks, rows, ALIGNED, args)
 
 
