@@ -29,11 +29,11 @@ def mean_of(losses: Tensor | Sequence[Tensor | float]) -> Tensor:
     ``Exchange`` takes the mean over the data ranks with it, so one process that returns ``mean_of`` of the same shards'
     losses from its closure makes the same weights.  One order on every device, and log2(n) additions.
     """
+    if not len(losses):
+        fail("mean_of", "losses", "at least one", 0)
     if not isinstance(losses, Tensor):
         losses = torch.stack([torch.as_tensor(x, dtype=torch.float64).detach().reshape(()) for x in losses])
     total, count = losses.double(), len(losses)
-    if not count:
-        fail("mean_of", "losses", "at least one", 0)
     while len(total) > 1:
         pairs = len(total) // 2 * 2
         total = torch.cat((total[:pairs:2] + total[1:pairs:2], total[pairs:]))
