@@ -16,14 +16,16 @@
 // low_rank has neither masks nor curvature, and of its seeds only the number counts.
 #define ZK_TERMS_SCHEMA                                                                                            \
   "Tensor seeds, Tensor coeffs, int[] streams, int[] offsets, int dist, Tensor? decay, Tensor? rounding_seed, "    \
-  "Tensor[] masks, Tensor? mask_seed, int mask_keep, Tensor[] curvature"
+  "Tensor[] masks, Tensor? mask_seed, int mask_keep, Tensor[] curvature, int[] widths, int[] lengths"
 #define ZK_TERMS_PARAMS                                                                                            \
   torch::stable::Tensor seeds, torch::stable::Tensor coeffs, std::vector<int64_t> streams,                         \
       std::vector<int64_t> offsets, int64_t dist, std::optional<torch::stable::Tensor> decay,                      \
       std::optional<torch::stable::Tensor> rounding_seed, std::vector<torch::stable::Tensor> masks,                \
-      std::optional<torch::stable::Tensor> mask_seed, int64_t mask_keep, std::vector<torch::stable::Tensor> curvature
+      std::optional<torch::stable::Tensor> mask_seed, int64_t mask_keep, std::vector<torch::stable::Tensor> curvature, \
+      std::vector<int64_t> widths, std::vector<int64_t> lengths
 #define ZK_TERMS                                                                                                   \
-  zk::TermArgs{seeds, coeffs, streams, offsets, dist, decay, rounding_seed, masks, mask_seed, mask_keep, curvature}
+  zk::TermArgs{seeds, coeffs,    streams,   offsets,   dist,   decay, rounding_seed,                               \
+               masks, mask_seed, mask_keep, curvature, widths, lengths}
 
 // `extra`: further arguments of the backend, from the comma on.
 #define ZK_COMBINE_SCHEMA(extra) "combine(Tensor(a!)[] out, Tensor[] params, " ZK_TERMS_SCHEMA extra ") -> ()"
@@ -56,7 +58,16 @@ struct TermArgs {
   const std::optional<torch::stable::Tensor>& mask_seed;
   int64_t mask_keep;
   const std::vector<torch::stable::Tensor>& curvature;
+  const std::vector<int64_t>&widths, &lengths;  // empty: every tensor lies in one piece
 
+  // Elements of a row of tensor i, and logical indices from row to row; 0: it lies in one piece.
+  int64_t width(size_t i) const { return widths.empty() ? 0 : widths[i]; }
+  int64_t length(size_t i) const { return widths.empty() ? 0 : lengths[i]; }
+  bool in_rows(size_t i) const { return width(i) > 0; }
+  // Blocks of eight that a mask has for each row: those of the row that touches most.
+  int64_t row_blocks(size_t i) const {
+    return (offsets[i] | width(i) | length(i)) % 8 == 0 ? width(i) / 8 : (width(i) + 14) / 8;
+  }
   // Elements from a tensor's coefficients to the next one's.
   int64_t coeff_stride() const { return coeffs.dim() == 2 ? seeds.numel() : 0; }
   // One coefficient a direction, no mask, no curvature: Terms.is_plain.
@@ -92,9 +103,17 @@ inline void check_terms(const char* op, const TensorList& params, const TermArgs
                   op, ": coeffs: expected one for each seed, or one for each tensor and seed");
   check_dist(op, terms.dist);
   check_beside(op, params, params);
+  STD_TORCH_CHECK(terms.widths.size() == terms.lengths.size() && (terms.widths.empty() || terms.widths.size() == n),
+                  op, ": widths, lengths: expected one for each of params, or none");
+  for (size_t i = 0; i < terms.widths.size(); ++i) {
+    const int64_t width = terms.widths[i];
+    STD_TORCH_CHECK(width == 0 || (width > 0 && width <= terms.lengths[i] && params[i].numel() % width == 0),
+                    op, ": widths, lengths: expected rows that make up the tensor; not so at ", i);
+  }
   STD_TORCH_CHECK(terms.masks.empty() || terms.masks.size() == n, op, ": masks: expected one for each of params");
   for (size_t i = 0; i < terms.masks.size(); ++i) {
-    const int64_t numel = params[i].numel(), bytes = (terms.offsets[i] % 8 + numel + 7) / 8;
+    const int64_t numel = params[i].numel(), width = terms.width(i);
+    const int64_t bytes = width > 0 ? numel / width * terms.row_blocks(i) : (terms.offsets[i] % 8 + numel + 7) / 8;
     STD_TORCH_CHECK(terms.masks[i].is_contiguous() && (numel == 0 || terms.masks[i].numel() == bytes),
                     op, ": masks: expected a byte for each block of eight; not so at ", i);
   }

@@ -11,13 +11,17 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from trajectory_cases import CASES as OPTIMIZERS
 from trajectory_cases import Model, assert_same, base_of
 
 from zokernels.distributed import Exchange, RanksDiffer, mean_of
 from zokernels.optim import ZOSGD, Ranking, ThreePoint, ZerothOrder, ZORankSGD
 from zokernels.optim.rules import SGD
-from zokernels.trajectory import read
+from zokernels.optim.shard import shard_of, whole_of
+from zokernels.trajectory import read, replay_
 
 
 class World:
@@ -53,7 +57,7 @@ def case(ranks: int, title: str = "", **arguments: object) -> Callable:
 def loss_of(model: Model, step: int, shard: int) -> torch.Tensor:
     """fp32: of one data shard."""
     scale = 1 + 0.1 * step + 0.03 * shard
-    return torch.stack([(p.float() * scale).sin().square().sum() for p in model.parameters()]).sum()
+    return torch.stack([(whole_of(p).float() * scale).sin().square().sum() for p in model.parameters()]).sum()
 
 
 def whole_loss(model: Model, step: int, shards: int) -> torch.Tensor:
@@ -71,10 +75,25 @@ def take(optimizer: ZerothOrder, loss: Callable[[int], object], steps: int) -> l
     return returned
 
 
-def compare(world: World, mesh: DeviceMesh, make: Callable[..., ZerothOrder], dtype: torch.dtype, steps: int) -> None:
-    """A run on ``mesh`` against one of this process alone: weights, returned losses and log, bit for bit."""
+def whole(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: whole_of(p).detach().clone() for name, p in model.named_parameters()}
+
+
+def compare(
+    world: World,
+    mesh: DeviceMesh,
+    make: Callable[..., ZerothOrder],
+    dtype: torch.dtype,
+    steps: int,
+    change: Callable[[Model], None] = lambda model: None,
+) -> None:
+    """A run on ``mesh`` against one of this process alone: weights, returned losses and log, bit for bit.
+
+    ``change``: what the mesh's model has otherwise.
+    """
     seed = world.rng.getrandbits(63)
     model = Model(dtype, random.Random(seed))
+    change(model)
     exchange = Exchange(mesh, check_every=7)
     shard = mesh.get_local_rank("data") if "data" in mesh.mesh_dim_names else 0
     log = world.folder / f"{exchange.ranks[0]}.zk"
@@ -82,12 +101,13 @@ def compare(world: World, mesh: DeviceMesh, make: Callable[..., ZerothOrder], dt
     returned = take(optimizer, lambda step: loss_of(model, step, shard), steps)
     exchange.agreement.check_weights(optimizer)
     optimizer.trajectory.close()
+    weights = whole(model)
     if exchange.is_first:
         alone, single = Model(dtype, random.Random(seed)), world.folder / f"{exchange.ranks[0]}-single.zk"
         reference = make(alone.named_parameters(), seed=seed, trajectory=single)
         assert returned == take(reference, lambda step: whole_loss(alone, step, exchange.data), steps)
         reference.trajectory.close()
-        assert_same(base_of(model), base_of(alone), world.folder.name)
+        assert_same(weights, base_of(alone), world.folder.name)
         assert log.read_bytes() == single.read_bytes()
         assert reference.skipped_steps == 0
 
@@ -208,18 +228,18 @@ def resume(world: World) -> None:
         assert read(log).steps == 9
 
 
-def refused(world: World, pattern: str, make: Callable[[], object]) -> None:
-    """All ranks raise the same message."""
+def refused(world: World, pattern: str, make: Callable[[], object], alike: bool = True) -> None:
+    """All ranks raise such a message; the same one where ``alike``."""
     try:
         make()
-    except (RanksDiffer, ValueError) as error:
+    except (RanksDiffer, ValueError, TypeError) as error:
         message = str(error)
     else:
         raise AssertionError(f"expected an error like {pattern!r}")
     assert re.search(pattern, message), message
     everyone: list = [None] * world.ranks
     dist.all_gather_object(everyone, message)
-    assert len(set(everyone)) == 1, everyone
+    assert len(set(everyone)) == 1 or not alike, everyone
 
 
 @case(4)
@@ -297,3 +317,176 @@ def wrong(world: World) -> None:
     ranked = ZORankSGD(params(), 1.0, mesh=mesh, candidates=4)
     assert ranked.estimator == Ranking(4)
     refused(world, "rank: expected losses with a mesh", lambda: ranked.step(lambda: 1.0, rank=lambda results: [0]))
+
+
+# Sharded weights ------------------------------------------------------------------------------------------------------
+
+
+def split(model: Model, mesh: DeviceMesh, rng: random.Random) -> None:
+    """Every parameter as a DTensor, replicated or split along any dimension, by each dimension of ``mesh``."""
+    for name, p in list(model.named_parameters()):
+        while True:
+            places = [rng.choice([Replicate(), *map(Shard, range(p.dim()))]) for _ in range(mesh.ndim)]
+            sharded = distribute_tensor(p.detach().clone(), mesh, places)
+            try:
+                shard_of(sharded)
+                fine = True
+            except ValueError:  # not rows of one matrix, here or on another rank
+                fine = False
+            everyone: list = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, fine)
+            if all(everyone):
+                break
+        *path, last = name.split(".")
+        module = model.get_submodule(".".join(path))
+        setattr(module, last, torch.nn.Parameter(sharded))
+
+
+#: Names of its dimensions, and which of them the weights are split by.
+SPLITS = {
+    "split": ({"copies": 2, "model": 2}, ("model",)),
+    "split by four": ({"model": 4}, ("model",)),
+    "split twice": ({"rows": 2, "columns": 2}, ("rows", "columns")),
+    "split and data": ({"data": 2, "model": 2}, ("model",)),
+    "split and perturbation": ({"perturbation": 2, "model": 2}, ("model",)),
+    "split by data": ({"data": 4}, ("data",)),
+}
+
+
+def split_weights(world: World, name: str, mesh: str, restore: str = "exact") -> None:
+    make, options = OPTIMIZERS[name]
+    options = options | ({} if restore == "exact" else {"restore": restore})
+    if name in LOW_RANK:
+        options["rounding"] = "nearest"
+    run = lambda p, **more: make(p, lr=0.05, **{**options, **more})
+    sizes, by = SPLITS[mesh]
+    device_mesh = world.mesh(**sizes)
+    dtype = world.rng.choice((torch.float32, torch.bfloat16))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of layers that do not take part
+        compare(world, device_mesh, run, dtype, 4, lambda model: split(model, device_mesh[by], world.rng))
+
+
+LOW_RANK = ("LOZO", "kept", "TeZO", "EGGROLL", "SubZero", "subspace")
+for _name in OPTIMIZERS:
+    if _name != "ForwardGradient":
+        _mesh = list(SPLITS)[len(CASES[4]) % len(SPLITS)]
+        case(4, f"{_mesh}: {_name}", name=_name, mesh=_mesh)(split_weights)
+for _mesh in SPLITS:
+    case(4, f"{_mesh}, in place", name="directions", mesh=_mesh, restore="inplace")(split_weights)
+    case(4, f"{_mesh}, exact", name="rademacher", mesh=_mesh)(split_weights)
+
+
+class Net(torch.nn.Module):
+    """Odd sizes, a layer that two others wrap, and a weight of the root's own."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.scale = torch.nn.Parameter(torch.randn(7))
+        self.first = torch.nn.Linear(7, 9)
+        self.block = torch.nn.Sequential(torch.nn.Linear(9, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+        self.to(dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(self.first(x * self.scale).relu())
+
+    def loss(self, step: int, shard: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1000 * step + shard)
+        x = torch.randn(8, 7, generator=generator).to(self.scale.dtype)
+        return torch.nn.functional.cross_entropy(self(x).float(), torch.arange(8) % 3)
+
+
+def fsdp(world: World, restore: str, dtype: torch.dtype, **sizes: int) -> None:
+    """fully_shard along "data", 20 steps; the forward gathers weights, also those that the root keeps."""
+    mesh = world.mesh(**sizes)
+    seed = world.rng.getrandbits(63)
+    options = {"lr": 0.05, "weight_decay": 0.1, "momentum": 0.9, "seed": seed, "restore": restore}
+    net = Net(dtype)
+    fully_shard(net.block, mesh=mesh["data"])
+    fully_shard(net, mesh=mesh["data"])
+    optimizer = ZOSGD(net.named_parameters(), mesh=mesh, **options)
+    losses = take(optimizer, lambda step: net.loss(step, mesh.get_local_rank("data")), 20)
+    with torch.no_grad():
+        after = float(net.loss(20, 0))  # at the weights of the last update
+    net.reshard()
+    assert all(isinstance(p, DTensor) for p in net.parameters())
+    weights, state = whole(net), {n: whole_of(optimizer.state[p]["momentum_buffer"]) for n, p in net.named_parameters()}
+    alone = Net(dtype)
+    reference = ZOSGD(alone.named_parameters(), **options)
+    shards = mesh["data"].size()
+    want = take(reference, lambda step: mean_of([alone.loss(step, s) for s in range(shards)]), 20)
+    assert losses == want
+    assert after == float(alone.loss(20, 0).detach())
+    assert_same(weights, base_of(alone))
+    assert_same(state, {n: reference.state[p]["momentum_buffer"] for n, p in alone.named_parameters()})
+
+
+case(4, "fsdp of four", restore="exact", dtype=torch.bfloat16, data=4)(fsdp)
+case(4, "fsdp in place", restore="inplace", dtype=torch.float16, data=4)(fsdp)
+case(4, "fsdp and perturbation", restore="exact", dtype=torch.float32, perturbation=2, data=2)(fsdp)
+
+
+def tensor_parallel(world: World, whole_model: bool) -> None:
+    """Column- and row-wise layers, and FSDP over them.
+
+    Sums over ranks have other last bits than one process's product, so the run of the mesh is the reference: every rank
+    takes the same steps, and its log, replayed on whole and on split weights, gives the same bits.
+    """
+    mesh = world.mesh(data=2, model=2)
+    log = world.folder / "run.zk"
+
+    def build() -> Net:
+        net = Net(torch.bfloat16)
+        plan = {"first": ColwiseParallel(use_local_output=False), "block.0": RowwiseParallel()}
+        parallelize_module(net, mesh["model"], {**plan, "block.2": ColwiseParallel(output_layouts=Replicate())})
+        if whole_model:
+            fully_shard(net, mesh=mesh["data"])
+        return net
+
+    net = build()
+    if whole_model:  # first split by rows among the model's ranks, then each part among the data's
+        assert any(len(p.placements) == 2 for p in net.parameters())
+    optimizer = ZOSGD(net.named_parameters(), lr=0.05, directions=2, mesh=Exchange(mesh, 3), trajectory=log)
+    losses = take(optimizer, lambda step: net.loss(step, mesh.get_local_rank("data")), 20)
+    optimizer.trajectory.close()
+    everyone: list = [None] * 4
+    dist.all_gather_object(everyone, losses)
+    assert all(other == losses for other in everyone)
+    net.reshard() if whole_model else None
+    weights = whole(net)
+    alone, again = Net(torch.bfloat16), build()
+    assert not torch.equal(weights["block.0.weight"], alone.block[0].weight)
+    replay_(alone, log)
+    replay_(again, log)
+    assert_same(base_of(alone), weights)
+    assert_same(whole(again), weights)
+
+
+case(4, "tensor parallel", whole_model=False)(tensor_parallel)
+case(4, "tensor parallel and fsdp", whole_model=True)(tensor_parallel)
+
+
+@case(4)
+def wrong_splits(world: World) -> None:
+    mesh = world.mesh(a=2, b=2)
+    param = lambda shape, mesh, *places: [torch.nn.Parameter(distribute_tensor(torch.ones(shape), mesh, places))]
+    cube = param((4, 4, 4), mesh, Shard(1), Shard(2))
+    refused(world, "expected a shard that is rows of one matrix", lambda: ZOSGD(cube, 1.0, mesh=mesh))
+    rows = param((8,), mesh["a"], Shard(0))
+    refused(world, "mesh: expected a mesh with all ranks", lambda: ZOSGD(rows, 1.0).step(lambda: 1.0))
+    points = world.mesh(perturbation=2, b=2)
+    refused(
+        world,
+        r"is split \(\[., .\]\), at one point, got",
+        lambda: ZOSGD(param((8,), points["perturbation"], Shard(0)), 1.0, mesh=points),
+        alike=False,
+    )
+    refused(world, r"is split .*got ranks \[., .\],", lambda: ZOSGD(rows, 1.0, mesh=Exchange(mesh["b"])), alike=False)
+    from zokernels.optim import LOZO, ForwardGradient
+
+    columns = param((8, 8), mesh["a"], Shard(1))[0].data.bfloat16().requires_grad_()
+    lozo = LOZO([torch.nn.Parameter(columns)], 1.0, rank=2, mesh=mesh)
+    refused(world, "rounding: expected 'nearest' for matrices of half", lambda: lozo.step(lambda: world.rng.random()))
+    forward = ForwardGradient(rows, 1.0, mesh=mesh)
+    refused(world, "expected plain tensors", lambda: forward.step(lambda: rows[0].sum()))

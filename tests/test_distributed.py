@@ -5,20 +5,28 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import random
 import subprocess
 import sys
 
 import distributed_cases
 import pytest
 import torch
+import trajectory_cases
 from torch import distributed as dist
 
 from zokernels.distributed import mean_of
 from zokernels.distributed.agreement import fingerprint
+from zokernels.optim import ZOSGD
 
 TESTS = pathlib.Path(__file__).parent
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join((str(TESTS), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +38,7 @@ def results(tmp_path_factory):
         if ranks not in found:
             folder, seed = tmp_path_factory.mktemp(f"ranks{ranks}"), int.from_bytes(os.urandom(6), "little")
             command = [sys.executable, str(TESTS / "distributed_worker.py"), str(folder), str(ranks), str(seed)]
-            path = os.pathsep.join((str(TESTS), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])))
-            run = subprocess.run(
-                command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": path}
-            )
+            run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment())
             files = [folder / f"{rank}.json" for rank in range(ranks)]
             said = [json.loads(f.read_text()) if f.exists() else {} for f in files]
             found[ranks] = said, f"seed {seed}\n{run.stderr[-3000:]}"
@@ -49,6 +54,28 @@ def test_mesh(results, ranks, name):
     said, errors = results(ranks)
     for rank, cases in enumerate(said):
         assert cases.get(name, "not run: see the first failure") == "ok", f"rank {rank}: {cases.get(name)}\n{errors}"
+
+
+@pytest.mark.slow
+def test_ranks_that_die_rejoin_from_the_log(tmp_path):
+    """torchrun restarts its workers after each SIGKILL; sharded weights end with the bits of one process.
+
+    Twice as many restarts as deaths and more: gloo's first attempt after one may find the dead rank's address.
+    """
+    kills = ["1:4", "0:9"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "6", str(TESTS / "elastic_worker.py"), str(tmp_path), "14", *kills]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment())
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert all((tmp_path / f"killed {kill}").exists() for kill in kills)
+    assert [int(line.split()[-1]) for line in run.stdout.splitlines() if "begins" in line] == [0, 4, 9]
+    alone = trajectory_cases.Model(torch.bfloat16, random.Random(5))
+    optimizer = ZOSGD(alone.named_parameters(), lr=0.05, momentum=0.9, seed=6, trajectory=tmp_path / "alone.zk")
+    for step in range(14):
+        optimizer.step(lambda: distributed_cases.whole_loss(alone, step, 2))  # noqa: B023
+    optimizer.trajectory.close()
+    trajectory_cases.assert_same(torch.load(tmp_path / "weights.pt"), trajectory_cases.base_of(alone))
+    assert (tmp_path / "run.zk").read_bytes() == (tmp_path / "alone.zk").read_bytes()
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 1000])

@@ -156,7 +156,7 @@ def test_schemas_exist_without_a_library():
     assert str(ops.combine_.default._schema) == (
         "zokernels::combine_(Tensor(a!)[] params, Tensor seeds, Tensor coeffs, int[] streams, int[] offsets, str dist, "
         "Tensor? decay, Tensor? rounding_seed, Tensor[]? masks=None, Tensor? mask_seed=None, int mask_keep=65536, "
-        "Tensor[]? curvature=None) -> ()"
+        "Tensor[]? curvature=None, int[]? widths=None, int[]? lengths=None) -> ()"
     )
 
 

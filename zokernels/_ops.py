@@ -55,7 +55,8 @@ def _read(terms: Terms) -> dict[str, Sequence[Tensor]]:
 # The fields of Terms, in its order; torch leaves out arguments that equal their defaults.
 _NOISE = "Tensor seeds, Tensor coeffs, int[] streams, int[] offsets, str dist, Tensor? decay, Tensor? rounding_seed"
 _MASK = "Tensor[]? masks=None, Tensor? mask_seed=None, int mask_keep=65536"
-_TERMS = f"{_NOISE}, {_MASK}, Tensor[]? curvature=None"
+_ROWS = "int[]? widths=None, int[]? lengths=None"
+_TERMS = f"{_NOISE}, {_MASK}, Tensor[]? curvature=None, {_ROWS}"
 
 
 # combine ----------------------------------------------------------------------------------------------------------
@@ -171,7 +172,7 @@ RULES = {"momentum": (1, 4), "adam": (2, 8), "adam_window": (0, 2), "sign": (0, 
 
 
 def _check_update_(params, first, second, rule, hyper, *fields) -> Terms:
-    terms = Terms(*fields)
+    terms = Terms(*fields[:10])._replace(**dict(zip(("widths", "lengths"), fields[10:], strict=False)))
     if rule not in RULES:
         fail("update_", "rule", " or ".join(map(repr, RULES)), repr(rule))
     if params:
@@ -204,7 +205,7 @@ def _update_(params, first, second, rule, hyper, *fields) -> None:
 
 update_ = _register(
     "update_(Tensor(a!)[] params, Tensor(b!)[] first, Tensor(c!)[] second, str rule, Tensor hyper, "
-    f"{_NOISE}, {_MASK}) -> ()",
+    f"{_NOISE}, {_MASK}, {_ROWS}) -> ()",
     _update_,
     _fake(_check_update_),
 )

@@ -129,6 +129,8 @@ def check_terms(op: str, leader: str, params: Sequence[Tensor], terms: Terms) ->
         return
     device = params[0].device
     check_places(op, [p.numel() for p in params], terms.streams, terms.offsets, leader)
+    if terms.widths:
+        _check_rows(op, leader, params, terms)
     check_scalars(op, "seeds", terms.seeds, torch.int64, device)
     seeds, coeffs = terms.seeds.numel(), terms.coeffs
     if coeffs.dim() == 2:
@@ -156,11 +158,28 @@ def check_terms(op: str, leader: str, params: Sequence[Tensor], terms: Terms) ->
         check_states(op, "curvature", terms.curvature, params, STATE_DTYPES)
 
 
+def _check_rows(op: str, leader: str, params: Sequence[Tensor], terms: Terms) -> None:
+    lengths = terms.lengths or []
+    if not len(terms.widths) == len(lengths) == len(params):
+        fail(op, "rows", f"{len(params)} pairs, one for each tensor of {leader}", (len(terms.widths), len(lengths)))
+    for i, (param, width, length) in enumerate(zip(params, terms.widths, lengths, strict=True)):
+        if width == 0:
+            continue
+        if not 0 < width <= length or param.numel() % width:
+            expected = f"(width, length), width <= length, width a divisor of {param.numel()}"
+            fail(op, f"rows[{i}]", expected, (width, length))
+        if terms.offsets[i] % length + width > length:
+            fail(op, f"offsets[{i}]", f"a row of {width} inside one of {length}", terms.offsets[i])
+        if param.numel():
+            check_offset(op, f"offsets[{i}]", terms.offsets[i], (param.numel() // width - 1) * length + width)
+
+
 def _check_masks(op: str, leader: str, params: Sequence[Tensor], terms: Terms) -> None:
     if len(terms.masks) != len(params):
         fail(op, "masks", f"{len(params)} tensors, as in {leader}", len(terms.masks))
     for i, (mask, param) in enumerate(zip(terms.masks, params, strict=True)):
-        name, size = f"masks[{i}]", mask_bytes(param.numel(), terms.offsets[i])
+        rows = (terms.widths[i], terms.lengths[i]) if terms.widths else ()
+        name, size = f"masks[{i}]", mask_bytes(param.numel(), terms.offsets[i], *rows)
         if mask.dtype is not torch.uint8:
             fail(op, name, "dtype torch.uint8, eight elements a byte", mask.dtype, TypeError)
         _check_beside(op, name, mask, params[0].device, leader)

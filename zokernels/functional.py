@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _ops
-from .backends.terms import KEEP_ALL, mask_bytes
+from .backends.terms import KEEP_ALL, mask_bytes, row_blocks
 from .checks import fail
 from .contract import SQUARE_SCALE, derive_seed_int, seed_to_int64
 
@@ -89,6 +89,23 @@ def _mask_args(
     return None if masks is None else _as_list(masks), seed, round(density * KEEP_ALL)
 
 
+def _row_args(
+    op: str, params: list[Tensor], rows: Sequence[tuple[int, int] | None] | None
+) -> tuple[list[int] | None, list[int] | None]:
+    """Widths and lengths; 0 where the elements lie in one piece."""
+    if rows is None:
+        return None, None
+    if len(rows) != len(params):
+        fail(op, "rows", f"{len(params)} pairs or None, one for each tensor", len(rows))
+    pairs = []
+    for param, pair in zip(params, rows, strict=True):
+        width, length = pair or (0, 0)
+        whole = width in (length, param.numel())
+        pairs.append((0, 0) if whole else (width, length))
+    widths, lengths = ([pair[i] for pair in pairs] for i in (0, 1))
+    return (widths, lengths) if any(widths) else (None, None)
+
+
 @torch.no_grad()
 def combine_(
     params: Tensor | Sequence[Tensor],
@@ -105,6 +122,7 @@ def combine_(
     mask_seed: int | Tensor | None = None,
     density: float | None = None,
     curvature: Tensor | Sequence[Tensor] | None = None,
+    rows: Sequence[tuple[int, int] | None] | None = None,
 ) -> None:
     """In place, theta = round(decay * theta + sum_k coeffs[k] * z_k), for every tensor of ``params`` in one pass.
 
@@ -126,6 +144,9 @@ def combine_(
         mask_seed, density: a random mask in the kernel: elements whose 16-bit field of domain 3 is below
             round(65536 * density) are kept, the same ones wherever ``mask_seed`` is the same.
         curvature: positive fp32 or bf16 tensors h of the parameters' shapes: z_k becomes z_k / sqrt(h) (HiZOO).
+        rows: of each tensor (width, length), or None for one that lies in one piece: element i has the logical index
+            offset + (i // width) * length + i % width.  So [m, n] columns c .. c + w of a matrix are (w, n) from offset
+            c; and the same of any tensor, with the dimensions before and from the split on taken together.
 
     Raises:
         TypeError, ValueError: naming op, argument, what was expected and what came, before anything is written.
@@ -140,6 +161,7 @@ def combine_(
         *_noise_args("combine_", tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed),
         *_mask_args("combine_", tensors, masks, mask_seed, density),
         None if curvature is None else _as_list(curvature),
+        *_row_args("combine_", tensors, rows),
     )
 
 
@@ -160,6 +182,7 @@ def combine(
     mask_seed: int | Tensor | None = None,
     density: float | None = None,
     curvature: Tensor | Sequence[Tensor] | None = None,
+    rows: Sequence[tuple[int, int] | None] | None = None,
 ) -> None:
     """out = round(decay * theta + sum_k coeffs[k] * z_k): :func:`combine_` out of place; theta is only read.
 
@@ -173,6 +196,7 @@ def combine(
         *_noise_args("combine", tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed),
         *_mask_args("combine", tensors, masks, mask_seed, density),
         None if curvature is None else _as_list(curvature),
+        *_row_args("combine", tensors, rows),
     )
 
 
@@ -195,6 +219,7 @@ def update_(
     masks: Tensor | Sequence[Tensor] | None = None,
     mask_seed: int | Tensor | None = None,
     density: float | None = None,
+    rows: Sequence[tuple[int, int] | None] | None = None,
 ) -> None:
     r"""One pass of an update rule over theta and its state, from G = sum_k coeffs[k] * z_k, which is never stored.
 
@@ -239,6 +264,7 @@ def update_(
         _device_values("update_", "hyper", hyper, torch.float32, device),
         *_noise_args("update_", tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed),
         *_mask_args("update_", tensors, masks, mask_seed, density),
+        *_row_args("update_", tensors, rows),
     )
 
 
@@ -401,14 +427,24 @@ def spread(
     )
 
 
-def pack_mask(keep: Tensor, offset: int = 0) -> Tensor:
+def pack_mask(keep: Tensor, offset: int = 0, row: tuple[int, int] | None = None) -> Tensor:
     """``keep`` (bool, any shape) as the packed mask of :func:`combine_`: uint8, eight elements a byte.
 
     Bit (i & 7) of byte (i >> 3) - (offset >> 3) is the element with logical index i; its first element is ``offset``.
+    With ``row``, an entry of ``rows``, each row has as many bytes, and its byte 0 is that of its own first element.
     """
-    lead = offset & 7
-    bits = torch.zeros(8 * mask_bytes(keep.numel(), offset), dtype=torch.uint8, device=keep.device)
-    bits[lead : lead + keep.numel()] = keep.reshape(-1)
+    widths, lengths = _row_args("pack_mask", [keep], [row])
+    width, length = (widths[0], lengths[0]) if widths else (keep.numel(), 0)
+    places = (width, length) if widths else ()
+    size = mask_bytes(keep.numel(), offset, *places)
+    bits = torch.zeros(8 * size, dtype=torch.uint8, device=keep.device)
+    if widths:
+        first = torch.arange(keep.numel() // width, device=keep.device)[:, None]
+        place = first * (8 * row_blocks(offset, *places)) + (offset + first * length) % 8
+        bits[place + torch.arange(width, device=keep.device)] = keep.reshape(-1, width).to(torch.uint8)
+    else:
+        lead = offset & 7
+        bits[lead : lead + keep.numel()] = keep.reshape(-1)
     weights = 2 ** torch.arange(8, dtype=torch.uint8, device=keep.device)
     return (bits.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
 

@@ -43,6 +43,8 @@ struct Span {
   uint64_t offset;  // logical index of element 0
   uint32_t stream;
   int64_t begin, end;
+  // Of a tensor that is rows of `width` elements, `length` logical indices apart: the kernels get one row at a time.
+  int64_t width, length, blocks;  // width 0: one piece; blocks: bytes of a row's mask
 };
 
 // What becomes of acc. one: theta = round(acc). fan_out: then, from the rounded theta and the direction behind the K,

@@ -73,6 +73,13 @@ void parallel(const std::vector<Span>& spans, int64_t scratch_size, const Body& 
   });
 }
 
+int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::i8 ? 1 : 2; }
+
+void* ahead(void* p, int64_t bytes) { return p == nullptr ? nullptr : static_cast<std::byte*>(p) + bytes; }
+const void* ahead(const void* p, int64_t bytes) {
+  return p == nullptr ? nullptr : static_cast<const std::byte*>(p) + bytes;
+}
+
 // What an operation's kernel gets: its terms, a span for each tensor that has elements, and what both point into.
 struct Call {
   const TermArgs& args;
@@ -109,6 +116,9 @@ struct Call {
       span.offset = static_cast<uint64_t>(args.offsets[i]);
       span.stream = static_cast<uint32_t>(args.streams[i]);
       span.coeffs = coeffs.data() + i * args.coeff_stride();
+      span.width = args.width(i);
+      span.length = args.length(i);
+      if (span.width > 0) span.blocks = args.row_blocks(i);
       if (!args.masks.empty()) span.mask = data<uint8_t>(args.masks[i]);
       if (!args.curvature.empty()) span.curvature = args.curvature[i].const_data_ptr();
       set(span, i);
@@ -123,8 +133,30 @@ struct Call {
   }
   template <class Op, class Kernel>
   void run(const Op& op, const Kernel& kernel, int64_t scratch) const {
-    parallel(spans, static_cast<int64_t>(keys.size()) * scratch,
-             [&](const Span& piece, void* memory) { kernel(op, piece, memory); });
+    parallel(spans, static_cast<int64_t>(keys.size()) * scratch, [&](const Span& piece, void* memory) {
+      if (piece.width == 0) return kernel(op, piece, memory);
+      for (int64_t row = piece.begin / piece.width; row * piece.width < piece.end; ++row) {
+        kernel(op, row_of(piece, row), memory);
+      }
+    });
+  }
+
+  DType state[2]{};  // of Span::more in update
+
+  // The part of a piece that lies in one row, as a piece of a tensor that is that row.
+  Span row_of(const Span& piece, int64_t row) const {
+    const int64_t first = row * piece.width, bytes = size_of(terms.dtype);
+    Span part = piece;
+    part.in = ahead(piece.in, first * bytes);
+    part.out = ahead(piece.out, first * bytes);
+    for (int s = 0; s < 2; ++s) part.more[s] = ahead(piece.more[s], first * size_of(state[s]));
+    part.curvature = ahead(piece.curvature, first * size_of(terms.curvature));
+    if (piece.mask != nullptr) part.mask = piece.mask + row * piece.blocks;
+    part.numel = piece.width;
+    part.offset = piece.offset + static_cast<uint64_t>(row * piece.length);
+    part.begin = std::max<int64_t>(piece.begin - first, 0);
+    part.end = std::min(piece.end - first, piece.width);
+    return part;
   }
 };
 
@@ -133,6 +165,11 @@ void combine_by(const TensorList& out, const TensorList& params, const TermArgs&
   Call call(args, params);
   call.add_spans(params, [&](Span& span, size_t i) { span.out = out[i].mutable_data_ptr(); });
   call.run(Combine{{call.terms}, Form::one, low, high}, kernels_of(isa).combine);
+}
+
+// For operations whose kernels know one piece only.
+void check_one_piece(const char* op, const TermArgs& args) {
+  STD_TORCH_CHECK(args.widths.empty(), op, ": widths: expected none");
 }
 
 void check_params(const char* op, const TensorList& written, const TensorList& params, const TermArgs& args,
@@ -152,6 +189,7 @@ void combine_cpu(TensorList out, TensorList params, ZK_TERMS_PARAMS, std::string
 void requantize_cpu(TensorList out, TensorList params, int64_t low, int64_t high, ZK_TERMS_PARAMS, std::string isa) {
   if (params.empty()) return;
   const TermArgs args = ZK_TERMS;
+  check_one_piece("requantize", args);
   check_params("requantize", out, params, args, true);
   combine_by(out, params, args, static_cast<float>(low), static_cast<float>(high), isa);
 }
@@ -160,6 +198,7 @@ void fan_out_cpu(TensorList params, TensorList plus, TensorList minus, Tensor se
                  std::string isa) {
   if (params.empty()) return;
   const TermArgs args = ZK_TERMS;
+  check_one_piece("fan_out", args);
   check_params("fan_out", plus, params, args);
   check_beside("fan_out", minus, params);
   check_one_direction(seed, coeff);
@@ -178,6 +217,7 @@ void fan_out_cpu(TensorList params, TensorList plus, TensorList minus, Tensor se
 void spread_cpu(Tensor out, Tensor x, ZK_TERMS_PARAMS, std::string isa) {
   const TensorList params = {x};
   const TermArgs args = ZK_TERMS;
+  check_one_piece("spread", args);
   check_params("spread", params, params, args);
   check_spread(out, x, args);
   Call call(args, params);
@@ -200,7 +240,7 @@ void update_cpu(TensorList params, TensorList first, TensorList second, std::str
   const std::vector<float> values = without_payloads(hyper);
   Update op{{call.terms}, rule_of(rule), values.data(), {}};
   for (int s = 0; s < 2; ++s) {
-    if (!states[s]->empty()) op.state[s] = dtype_of(states[s]->front());
+    if (!states[s]->empty()) op.state[s] = call.state[s] = dtype_of(states[s]->front());
   }
   call.run(op, kernels_of(isa).update);
 }
@@ -220,6 +260,7 @@ void pack_panels(const float* right, int64_t count, int64_t columns, int64_t ran
 void low_rank_cpu(TensorList out, TensorList params, TensorList left, TensorList right, ZK_TERMS_PARAMS, std::string isa) {
   if (params.empty()) return;
   const TermArgs args = ZK_TERMS;
+  check_one_piece("low_rank", args);
   check_params("low_rank", out, params, args);
   check_factors(left, right, params, args);
   std::vector<std::unique_ptr<float[]>> panels;

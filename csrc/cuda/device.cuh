@@ -152,14 +152,82 @@ struct Tile {
     return {position + (32 * step + static_cast<int64_t>(lane)) * kVector, numel};
   }
   ZK_DEVICE VectorAccess vector(int step) const { return {position + static_cast<int64_t>(lane) * kVector, 32 * step}; }
+  ZK_DEVICE bool is_outside(int64_t numel) const { return position >= numel; }
+  ZK_DEVICE bool exists(int step, int64_t numel) const {
+    const EdgeAccess at = edge(step, numel);
+    return at.first + kVector > 0 && at.first < numel;
+  }
+  ZK_DEVICE uint64_t offset() const { return start - static_cast<uint64_t>(position); }
+  ZK_DEVICE uint64_t alignment() const { return offset(); }
+  ZK_DEVICE uint64_t mask_byte(uint64_t block, int) const { return block - offset() / kVector; }
+};
+
+// Eight elements of one row, some of which may lie outside.
+struct RowAccess {
+  int64_t base;  // of the row
+  EdgeAccess edge;
+
+  template <DType D>
+  ZK_DEVICE typename Storage<D>::Raw load(const void* p) const {
+    return edge.template load<D>(static_cast<const typename Storage<D>::T*>(p) + base);
+  }
+  template <DType D>
+  ZK_DEVICE void store(void* p, const typename Storage<D>::Raw& raw) const {
+    edge.template store<D>(static_cast<typename Storage<D>::T*>(p) + base, raw);
+  }
+};
+
+// Rows of a tensor: a thread's vecs are Philox blocks of rows, `blocks` of each row, kThreads apart. Where all is aligned to
+// eight they are the vecs of the memory, so that accesses are those of one piece, and only the number of the block is found
+// by a division. A block of Rademacher signs is drawn for each vec, not shared among sixteen.
+template <Domain Dist>
+struct RowTile {
+  static constexpr int kVecs = 8;
+  uint64_t start;  // logical index of element 0
+  int64_t width, length, rows;
+  uint32_t blocks, stream, mantissa;
+  uint64_t vec;  // of the chunk's first one
+  uint64_t row;
+  uint32_t column;
+
+  ZK_DEVICE RowTile(uint64_t start_, int64_t width_, int64_t length_, int64_t rows_, uint32_t blocks_, uint64_t chunk,
+                    uint32_t stream_, uint32_t mantissa_)
+      : start(start_), width(width_), length(length_), rows(rows_), blocks(blocks_), stream(stream_), mantissa(mantissa_) {
+    vec = chunk * (kThreads * kVecs);
+    // The 64-bit division is a hundred instructions.
+    row = vec >> 32 ? vec / blocks : static_cast<uint32_t>(vec) / blocks;
+    column = static_cast<uint32_t>(vec - row * blocks);
+  }
+  ZK_DEVICE uint32_t ahead(int step) const { return column + threadIdx.x + step * kThreads; }
+  ZK_DEVICE uint64_t row_of(int step) const { return row + ahead(step) / blocks; }
+  ZK_DEVICE uint64_t row_start(int step) const { return start + row_of(step) * static_cast<uint64_t>(length); }
+  template <bool Whole>
+  ZK_DEVICE uint64_t block(int step) const {
+    return row_start(step) / kVector + ahead(step) % blocks;
+  }
+  ZK_DEVICE bool is_outside(int64_t) const { return false; }
+  ZK_DEVICE bool exists(int step, int64_t) const {
+    return row_of(step) < static_cast<uint64_t>(rows) &&
+           static_cast<int64_t>(block<false>(step) * kVector - row_start(step)) < width;
+  }
+  ZK_DEVICE bool is_whole(int64_t) const { return vec + kThreads * kVecs <= static_cast<uint64_t>(rows) * blocks; }
+  ZK_DEVICE uint64_t alignment() const { return start | static_cast<uint64_t>(width | length); }
+  ZK_DEVICE uint64_t mask_byte(uint64_t, int step) const { return vec + threadIdx.x + step * kThreads; }
+  ZK_DEVICE RowAccess edge(int step, int64_t) const {
+    const int64_t first = static_cast<int64_t>(block<false>(step) * kVector - row_start(step));
+    return {static_cast<int64_t>(row_of(step)) * width, {first, width}};
+  }
+  ZK_DEVICE VectorAccess vector(int step) const {
+    return {static_cast<int64_t>(vec + threadIdx.x) * kVector, step * kThreads};
+  }
 };
 
 // z of one direction over a tile.
-template <Domain Dist>
+template <class Tile>
 struct Noise;
 
 template <>
-struct Noise<kNormal> {
+struct Noise<Tile<kNormal>> {
   PhiloxKey key;
 
   ZK_DEVICE Noise(uint64_t seed, const Tile<kNormal>&) : key(philox_key(seed)) {}
@@ -170,7 +238,7 @@ struct Noise<kNormal> {
 };
 
 template <>
-struct Noise<kRademacher> {
+struct Noise<Tile<kRademacher>> {
   Words<uint32_t> signs;
 
   ZK_DEVICE Noise(uint64_t seed, const Tile<kRademacher>& tile)
@@ -184,20 +252,48 @@ struct Noise<kRademacher> {
   }
 };
 
+template <>
+struct Noise<RowTile<kNormal>> {
+  PhiloxKey key;
+
+  ZK_DEVICE Noise(uint64_t seed, const RowTile<kNormal>&) : key(philox_key(seed)) {}
+  template <bool Whole>
+  ZK_DEVICE void vec(const RowTile<kNormal>& tile, int step, float z[kVector]) const {
+    normal8(draw(key, tile.template block<Whole>(step), tile.stream, kNormal), z, tile.mantissa);
+  }
+};
+
+template <>
+struct Noise<RowTile<kRademacher>> {
+  PhiloxKey key;
+
+  ZK_DEVICE Noise(uint64_t seed, const RowTile<kRademacher>&) : key(philox_key(seed)) {}
+  template <bool Whole>
+  ZK_DEVICE void vec(const RowTile<kRademacher>& tile, int step, float z[kVector]) const {
+    constexpr uint64_t kTileVecs = kRademacherTile / kVector;
+    const uint64_t vec = tile.template block<Whole>(step);
+    const uint64_t block = vec / kTileVecs * kRademacherBlocks + vec % kRademacherBlocks;
+    const int byte = static_cast<int>(vec % kTileVecs) / kRademacherBlocks;
+    const uint32_t word = word_of(draw(key, block, tile.stream, kRademacher), byte) >> (8 * (byte % 4));
+    ZK_UNROLL
+    for (int e = 0; e < kVector; ++e) z[e] = signed_coefficient(word, e, 1.0f);
+  }
+};
+
 // A tile in groups of N vecs where it is whole and `aligned`, so that N loads are in flight and what a direction costs is
 // shared; vec by vec at the edges. pass.template operator()<N, Whole>(first step, access of a step).
-template <int N, Domain Dist, class Pass>
-ZK_DEVICE void for_groups(const Tile<Dist>& tile, int64_t numel, bool aligned, const Pass& pass) {
+template <int N, class Tile, class Pass>
+ZK_DEVICE void for_groups(const Tile& tile, int64_t numel, bool aligned, const Pass& pass) {
   if (aligned && tile.is_whole(numel)) {
     ZK_NO_UNROLL
-    for (int first = 0; first < Tile<Dist>::kVecs; first += N) {
+    for (int first = 0; first < Tile::kVecs; first += N) {
       pass.template operator()<N, true>(first, [&](int step) { return tile.vector(step); });
     }
   } else {
     ZK_NO_UNROLL
-    for (int step = 0; step < Tile<Dist>::kVecs; ++step) {
-      const EdgeAccess at = tile.edge(step, numel);
-      if (at.first + kVector > 0 && at.first < numel) {
+    for (int step = 0; step < Tile::kVecs; ++step) {
+      if (tile.exists(step, numel)) {
+        const auto at = tile.edge(step, numel);
         pass.template operator()<1, false>(step, [&](int) { return at; });
       }
     }

@@ -7,6 +7,7 @@
 
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "../op_args.h"
@@ -79,6 +80,7 @@ void run_plain(const char* op, CombineLaunch shared, const TensorList& out, cons
   std::vector<Packed<CombineEntry>> tensors;
   tensors.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
+    if (terms.in_rows(i)) continue;
     const CombineEntry entry{params[i].const_data_ptr(),
                              out[i].mutable_data_ptr(),
                              plus.empty() ? nullptr : plus[i].mutable_data_ptr(),
@@ -92,9 +94,33 @@ void run_plain(const char* op, CombineLaunch shared, const TensorList& out, cons
   });
 }
 
-// update, and combine that is not plain. `states`: the rule's state lists, or the curvature.
-void run_update(const char* op, UpdateLaunch shared, const TensorList& out, const TensorList& params,
-                const std::vector<const TensorList*>& states, DType dtype, Action action, const TermArgs& terms) {
+int64_t chunks_of_entry(UpdateEntry& entry, const TermArgs& terms, size_t) {
+  return chunks_of(entry.offset, entry.numel, terms.domain());
+}
+
+int64_t chunks_of_entry(RowsEntry& entry, const TermArgs& terms, size_t i) {
+  entry.width = terms.width(i);
+  entry.length = terms.length(i);
+  entry.rows = entry.numel / entry.width;
+  const int64_t blocks = terms.row_blocks(i);
+  STD_TORCH_CHECK(blocks < int64_t{1} << 31, "rows: expected rows of fewer than 2^34 elements");
+  entry.blocks = static_cast<uint32_t>(blocks);
+  return (entry.rows * blocks + kRowChunk - 1) / kRowChunk;
+}
+
+int launch_entries(const UpdateLaunch& p, uint32_t chunks, DType dtype, Domain dist, Action action, void* stream) {
+  return launch_update(p, chunks, dtype, dist, action, stream);
+}
+
+int launch_entries(const RowsLaunch& p, uint32_t chunks, DType dtype, Domain dist, Action action, void* stream) {
+  return launch_rows(p, chunks, dtype, dist, action, stream);
+}
+
+// update, and combine that is not plain, of the tensors that are rows or of those that are not. `states`: the rule's state
+// lists, or the curvature.
+template <class Launch>
+void run_entries(const char* op, Launch shared, const TensorList& out, const TensorList& params,
+                 const std::vector<const TensorList*>& states, DType dtype, Action action, const TermArgs& terms) {
   torch::stable::accelerator::DeviceGuard guard(params[0].get_device_index());
   void* stream = current_stream(params[0]);
   shared.seeds = pointer<int64_t>(terms.seeds);
@@ -105,10 +131,12 @@ void run_update(const char* op, UpdateLaunch shared, const TensorList& out, cons
   shared.count = static_cast<int32_t>(terms.seeds.numel());
   for (size_t s = 0; s < states.size(); ++s) shared.state_is_bf16[s] = is_bf16((*states[s])[0]);
 
-  std::vector<Packed<UpdateEntry>> tensors;
+  using Entry = typename decltype(shared.table)::Entry;
+  std::vector<Packed<Entry>> tensors;
   tensors.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
-    UpdateEntry entry{};
+    if (terms.in_rows(i) != std::is_same_v<Entry, RowsEntry>) continue;
+    Entry entry{};
     entry.in = params[i].const_data_ptr();
     entry.out = out[i].mutable_data_ptr();
     for (size_t s = 0; s < states.size(); ++s) entry.state[s] = (*states[s])[i].mutable_data_ptr();
@@ -116,11 +144,27 @@ void run_update(const char* op, UpdateLaunch shared, const TensorList& out, cons
     entry.coeffs = pointer<float>(terms.coeffs) + i * terms.coeff_stride();
     entry.numel = params[i].numel();
     entry.offset = static_cast<uint64_t>(terms.offsets[i]);
-    tensors.push_back(packed(entry, terms, i, chunks_of(entry.offset, entry.numel, terms.domain())));
+    const int64_t chunks = chunks_of_entry(entry, terms, i);
+    tensors.push_back(packed(entry, terms, i, chunks));
   }
-  pack_launches(shared, tensors, [&](const UpdateLaunch& launch, uint32_t chunks) {
-    check_launch(op, launch_update(launch, chunks, dtype, terms.domain(), action, stream));
+  pack_launches(shared, tensors, [&](const Launch& launch, uint32_t chunks) {
+    check_launch(op, launch_entries(launch, chunks, dtype, terms.domain(), action, stream));
   });
+}
+
+// Those that are rows, and with `all` the others too.
+void run_update(const char* op, const float* hyper, const TensorList& out, const TensorList& params,
+                const std::vector<const TensorList*>& states, Action action, const TermArgs& terms, bool all = true) {
+  const DType dtype = dtype_of(op, params[0]);
+  RowsLaunch rows{};
+  UpdateLaunch pieces{};
+  rows.hyper = pieces.hyper = hyper;
+  if (!terms.widths.empty()) run_entries(op, rows, out, params, states, dtype, action, terms);
+  if (all) run_entries(op, pieces, out, params, states, dtype, action, terms);
+}
+
+void check_one_piece(const char* op, const TermArgs& terms) {
+  STD_TORCH_CHECK(terms.widths.empty(), op, ": widths: expected none");
 }
 
 void combine_cuda(TensorList out, TensorList params, ZK_TERMS_PARAMS) {
@@ -128,15 +172,15 @@ void combine_cuda(TensorList out, TensorList params, ZK_TERMS_PARAMS) {
   if (params.empty()) return;
   check_terms("combine", params, terms);
   check_beside("combine", out, params);
-  if (terms.is_plain()) return run_plain("combine", CombineLaunch{}, out, params, {}, {}, terms);
-  const DType dtype = dtype_of("combine", params[0]);
-  if (curvature.empty()) return run_update("combine", {}, out, params, {}, dtype, Action::combine, terms);
-  run_update("combine", {}, out, params, {&curvature}, dtype, Action::scaled_combine, terms);
+  if (terms.is_plain()) run_plain("combine", CombineLaunch{}, out, params, {}, {}, terms);
+  if (curvature.empty()) return run_update("combine", nullptr, out, params, {}, Action::combine, terms, !terms.is_plain());
+  run_update("combine", nullptr, out, params, {&curvature}, Action::scaled_combine, terms);
 }
 
 void fan_out_cuda(TensorList params, TensorList plus, TensorList minus, Tensor seed, Tensor coeff, ZK_TERMS_PARAMS) {
   const TermArgs terms = ZK_TERMS;
   if (params.empty()) return;
+  check_one_piece("fan_out", terms);
   check_terms("fan_out", params, terms);
   check_beside("fan_out", plus, params);
   check_beside("fan_out", minus, params);
@@ -149,6 +193,7 @@ void fan_out_cuda(TensorList params, TensorList plus, TensorList minus, Tensor s
 
 void spread_cuda(Tensor out, Tensor x, ZK_TERMS_PARAMS) {
   const TermArgs terms = ZK_TERMS;
+  check_one_piece("spread", terms);
   check_terms("spread", {x}, terms);
   check_spread(out, x, terms);
   const int64_t chunks = chunks_of(static_cast<uint64_t>(offsets[0]), x.numel(), terms.domain());
@@ -173,30 +218,30 @@ void update_cuda(TensorList params, TensorList first, TensorList second, std::st
   if (params.empty()) return;
   check_terms("update", params, terms);
   check_update(first, second, rule_of(rule), hyper, params, terms);
-  UpdateLaunch shared{};
-  shared.hyper = pointer<float>(hyper);
   std::vector<const TensorList*> states;
   if (!first.empty()) states.push_back(&first);
   if (!second.empty()) states.push_back(&second);
   const Action action = action_of(rule_of(rule));
-  run_update("update", shared, params, params, states, dtype_of("update", params[0]), action, terms);
+  run_update("update", pointer<float>(hyper), params, params, states, action, terms);
 }
 
 void requantize_cuda(TensorList out, TensorList params, int64_t low, int64_t high, ZK_TERMS_PARAMS) {
   const TermArgs terms = ZK_TERMS;
   if (params.empty()) return;
+  check_one_piece("requantize", terms);
   check_terms("requantize", params, terms);
   check_beside("requantize", out, params);
   STD_TORCH_CHECK(params[0].scalar_type() == torch::headeronly::ScalarType::Char, "requantize: expected int8 tensors");
   UpdateLaunch shared{};
   shared.low = static_cast<float>(low);
   shared.high = static_cast<float>(high);
-  run_update("requantize", shared, out, params, {}, DType::i8, Action::combine, terms);
+  run_entries("requantize", shared, out, params, {}, DType::i8, Action::combine, terms);
 }
 
 void low_rank_cuda(TensorList out, TensorList params, TensorList left, TensorList right, ZK_TERMS_PARAMS) {
   const TermArgs terms = ZK_TERMS;
   if (params.empty()) return;
+  check_one_piece("low_rank", terms);
   check_terms("low_rank", params, terms);
   check_beside("low_rank", out, params);
   check_factors(left, right, params, terms);

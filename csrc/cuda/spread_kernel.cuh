@@ -18,7 +18,7 @@ ZK_GLOBAL spread_kernel(ZK_GRID_CONSTANT SpreadLaunch p) {
     for (int v = 0; v < N; ++v) raw[v] = access(first + v).template load<D>(p.in);
     ZK_NO_UNROLL
     for (int k = 0; k < p.count; ++k) {
-      const Noise<Dist> noise(seed_at(p.seeds, k), tile);
+      const Noise<Tile<Dist>> noise(seed_at(p.seeds, k), tile);
       const float c = p.coeffs[k];
       T* out = static_cast<T*>(p.out) + k * p.numel;
       ZK_UNROLL

@@ -16,7 +16,7 @@ ZK_GLOBAL squares_kernel(ZK_GRID_CONSTANT SquaresLaunch p) {
 
   ZK_NO_UNROLL
   for (int k = 0; k < p.count; ++k) {
-    const Noise<kNormal> noise(seed_at(p.seeds, k), tile);
+    const Noise<Tile<kNormal>> noise(seed_at(p.seeds, k), tile);
     uint32_t sum = 0;  // of 64 elements below 43 * 2^20
     const auto pass = [&]<int N, bool Whole>(int first, const auto& access) {
       ZK_UNROLL

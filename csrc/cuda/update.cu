@@ -1,30 +1,11 @@
 // Launches of update, and of combine where it is not plain.
-#include "launch.cuh"
-#include "update_kernel.cuh"
+#include "update_launch.cuh"
 
 namespace zk::cuda {
-namespace {
-
-template <DType D, class Rule>
-int launch_rule(const UpdateLaunch& p, uint32_t chunks, Domain dist, void* stream) {
-  return launch(dist == kNormal ? update_kernel<D, kNormal, Rule> : update_kernel<D, kRademacher, Rule>, chunks, stream, p);
-}
-
-}  // namespace
 
 int launch_update(const UpdateLaunch& p, uint32_t chunks, DType dtype, Domain dist, Action action, void* stream) {
   if (dtype == DType::i8) return launch_rule<DType::i8, Combine>(p, chunks, dist, stream);
-  return with_dtype(dtype, [&]<DType D>() {
-    switch (action) {
-      case Action::combine: break;
-      case Action::scaled_combine: return launch_rule<D, ScaledCombine>(p, chunks, dist, stream);
-#define ZK_CASE(rule) \
-  case Action::rule: return launch_rule<D, rules::rule>(p, chunks, dist, stream);
-        ZK_RULES(ZK_CASE)
-#undef ZK_CASE
-    }
-    return launch_rule<D, Combine>(p, chunks, dist, stream);
-  });
+  return launch_action(p, chunks, dtype, dist, action, stream);
 }
 
 }  // namespace zk::cuda

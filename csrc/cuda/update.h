@@ -25,7 +25,18 @@ struct UpdateEntry {
   uint64_t offset;  // logical index of element 0
 };
 
-struct UpdateLaunch {
+// A tensor that is rows of `width` elements, `length` logical indices apart; its chunks are of vecs, `blocks` of a row.
+struct RowsEntry : UpdateEntry {
+  int64_t width, length, rows;
+  uint32_t blocks;
+};
+
+// Vecs of a chunk of rows.
+constexpr int kRowVecs = 8;
+constexpr int64_t kRowChunk = int64_t{kThreads} * kRowVecs;
+
+template <class Entry, int Max>
+struct UpdateLaunchOf {
   const int64_t* seeds;
   const float* hyper;
   const float* decay;            // null: none
@@ -36,10 +47,13 @@ struct UpdateLaunch {
   bool state_is_bf16[2];            // else fp32
   float low, high;                  // int8 only
   uint32_t mantissa = 0x007fffffu;  // a constant that the compiler must not know: see noise/normal.h
-  Table<UpdateEntry, 55> table;
+  Table<Entry, Max> table;
 };
-static_assert(sizeof(UpdateLaunch) <= kMaxArgument);
+using UpdateLaunch = UpdateLaunchOf<UpdateEntry, 55>;
+using RowsLaunch = UpdateLaunchOf<RowsEntry, 38>;
+static_assert(sizeof(UpdateLaunch) <= kMaxArgument && sizeof(RowsLaunch) <= kMaxArgument);
 
 int launch_update(const UpdateLaunch& p, uint32_t chunks, DType dtype, Domain dist, Action action, void* stream);
+int launch_rows(const RowsLaunch& p, uint32_t chunks, DType dtype, Domain dist, Action action, void* stream);
 
 }  // namespace zk::cuda

@@ -38,8 +38,8 @@ struct StateVec {
   }
 };
 
-template <DType D, bool Stochastic>
-ZK_DEVICE typename Storage<D>::Raw pack(const UpdateLaunch& p, const float x[kVector], const Words<uint32_t>& random) {
+template <DType D, bool Stochastic, class Launch>
+ZK_DEVICE typename Storage<D>::Raw pack(const Launch& p, const float x[kVector], const Words<uint32_t>& random) {
   if constexpr (D == DType::i8) {
     return Storage<D>::template pack<Stochastic>(x, random, p.low, p.high);
   } else {
@@ -47,15 +47,25 @@ ZK_DEVICE typename Storage<D>::Raw pack(const UpdateLaunch& p, const float x[kVe
   }
 }
 
-template <DType D, Domain Dist, class Rule>
-ZK_GLOBAL update_kernel(ZK_GRID_CONSTANT UpdateLaunch p) {
+template <Domain Dist>
+ZK_DEVICE Tile<Dist> tile_at(const UpdateEntry& t, uint64_t chunk, uint32_t stream, uint32_t mantissa) {
+  return {t.offset, chunk, stream, mantissa};
+}
+
+template <Domain Dist>
+ZK_DEVICE RowTile<Dist> tile_at(const RowsEntry& t, uint64_t chunk, uint32_t stream, uint32_t mantissa) {
+  return {t.offset, t.width, t.length, t.rows, t.blocks, chunk, stream, mantissa};
+}
+
+template <DType D, Domain Dist, class Rule, class Launch>
+ZK_GLOBAL update_kernel(ZK_GRID_CONSTANT Launch p) {
   using S = Storage<D>;
   constexpr bool kCombines = std::is_base_of_v<Combine, Rule>, kScaled = std::is_same_v<Rule, ScaledCombine>;
   constexpr int kRead = kScaled ? 1 : Rule::states, kKept = kRead > 0 ? kRead : 1;  // no array is empty
   const int i = tensor_of(p.table, blockIdx.x);
-  const UpdateEntry& t = p.table.tensor[i];
-  const Tile<Dist> tile(t.offset, blockIdx.x - p.table.first_chunk[i], p.table.stream[i], p.mantissa);
-  if (tile.position >= t.numel) return;
+  const auto& t = p.table.tensor[i];
+  const auto tile = tile_at<Dist>(t, blockIdx.x - p.table.first_chunk[i], p.table.stream[i], p.mantissa);
+  if (tile.is_outside(t.numel)) return;
   const float decay = p.decay != nullptr ? *p.decay : 1.0f;  // 1 * x is x
   float hyper[Rule::values > 0 ? Rule::values : 1];
   ZK_UNROLL
@@ -94,7 +104,7 @@ ZK_GLOBAL update_kernel(ZK_GRID_CONSTANT UpdateLaunch p) {
     }
     ZK_NO_UNROLL
     for (int k = 0; k < p.count; ++k) {
-      const Noise<Dist> noise(seed_at(p.seeds, k), tile);
+      const Noise<std::remove_const_t<decltype(tile)>> noise(seed_at(p.seeds, k), tile);
       ZK_UNROLL
       for (int v = 0; v < N; ++v) {
         float z[kVector];
@@ -133,7 +143,7 @@ ZK_GLOBAL update_kernel(ZK_GRID_CONSTANT UpdateLaunch p) {
       };
       const uint64_t block = tile.template block<Whole>(first + v);
       if (t.mask != nullptr) {
-        const uint32_t byte = t.mask[block - t.offset / kVector];
+        const uint32_t byte = t.mask[tile.mask_byte(block, first + v)];
         keep([&](int e) { return kept_by_bit(byte, e); });
       }
       if (p.mask_seed != nullptr) {
@@ -171,10 +181,12 @@ ZK_GLOBAL update_kernel(ZK_GRID_CONSTANT UpdateLaunch p) {
   };
 
   uint64_t all = address(t.in) | address(t.out);
-  bool aligned = is_aligned<D>(all, t.offset);
+  bool aligned = is_aligned<D>(all, tile.alignment());
   ZK_UNROLL
-  for (int s = 0; s < kRead; ++s) aligned = aligned && is_aligned<DType::f32>(address(t.state[s]), t.offset);
-  constexpr int kGroup = kRead > 0 || Rule::sums > 1 ? 2 : 4;  // more would hold too many registers
+  for (int s = 0; s < kRead; ++s) aligned = aligned && is_aligned<DType::f32>(address(t.state[s]), tile.alignment());
+  constexpr bool kRows = std::is_same_v<Launch, RowsLaunch>;
+  // More would hold too many registers.
+  constexpr int kGroup = kRows && kScaled ? 1 : kRead > 0 || Rule::sums > 1 ? 2 : 4;
   for_groups<kGroup>(tile, t.numel, aligned, pass);
 }
 

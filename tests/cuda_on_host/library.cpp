@@ -43,6 +43,7 @@ inline const char* launch_error(int) { return ""; }
 #include "csrc/cuda/combine.cu"
 #include "csrc/cuda/low_rank.cu"
 #include "csrc/cuda/project.cu"
+#include "csrc/cuda/rows.cu"
 #include "csrc/cuda/spread.cu"
 #include "csrc/cuda/squares.cu"
 #include "csrc/cuda/update.cu"

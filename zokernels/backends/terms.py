@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..contract import DISTS
@@ -31,6 +32,17 @@ class Terms(NamedTuple):
     mask_seed: Tensor | None = None  # int64 [1]: keeps where the 16-bit field of domain 3 is below mask_keep
     mask_keep: int = KEEP_ALL
     curvature: Sequence[Tensor] | None = None  # fp32 or bf16, like the parameters, > 0
+    #: Of a shard that is rows of a matrix's columns: elements of a row, and logical indices from a row's first to the
+    #: next one's; 0 for a tensor that lies in one piece.  None: all do.
+    widths: list[int] | None = None
+    lengths: list[int] | None = None
+
+    def index(self, i: int, at: int) -> int:
+        """Logical index of element ``at`` of tensor i."""
+        if not self.widths or not self.widths[i]:
+            return self.offsets[i] + at
+        row, column = divmod(at, self.widths[i])
+        return self.offsets[i] + row * self.lengths[i] + column
 
     @property
     def is_plain(self) -> bool:
@@ -40,13 +52,58 @@ class Terms(NamedTuple):
     @property
     def packed(self) -> tuple:
         """The fields as the compiled libraries take them (csrc/op_args.h)."""
-        seeds, coeffs, streams, offsets, dist, decay, rounding_seed, masks, mask_seed, mask_keep, curvature = self
-        return (
-            seeds, coeffs, streams, offsets, DISTS[dist], decay, rounding_seed, masks or [], mask_seed, mask_keep,
-            curvature or [],
-        )  # fmt: skip
+        noise = self.seeds, self.coeffs, self.streams, self.offsets, DISTS[self.dist], self.decay, self.rounding_seed
+        masks = self.masks or [], self.mask_seed, self.mask_keep
+        return *noise, *masks, self.curvature or [], self.widths or [], self.lengths or []
 
 
-def mask_bytes(numel: int, offset: int) -> int:
+def mask_bytes(numel: int, offset: int, width: int = 0, length: int = 0) -> int:
     """Bytes of the packed mask of ``numel`` elements from logical index ``offset``."""
+    if width:
+        return numel // width * row_blocks(offset, width, length)
     return (offset + numel + 7 >> 3) - (offset >> 3) if numel else 0
+
+
+def row_blocks(offset: int, width: int, length: int) -> int:
+    """Blocks of eight that are kept of a row: those of the row that touches most."""
+    return width // 8 if (offset | width | length) % 8 == 0 else width + 14 >> 3
+
+
+def by_rows(operation: Callable[[list[list[Tensor]], Terms], None], groups: list[list[Tensor]], terms: Terms) -> None:
+    """``operation`` with every row as a tensor of its own: for a backend, or an operation, that knows no rows.
+
+    ``groups``: lists of tensors that go with the terms', which may be empty.
+    """
+    if not terms.widths or not any(terms.widths):
+        return operation(groups, terms._replace(widths=None, lengths=None))
+    masks, curvature = terms.masks or [], terms.curvature or []
+    of_terms: list[list[Tensor]] = [[], []]
+    found: list[list[Tensor]] = [[] for _ in groups]
+    streams, offsets, owners = [], [], []
+    leader = next(group for group in groups if group)
+    for i, tensor in enumerate(leader):
+        width = terms.widths[i] or tensor.numel()
+        rows = tensor.numel() // width if width else 0
+        for row in range(rows):
+            for group, into in (*zip(groups, found, strict=True), (curvature, of_terms[1])):
+                if group:
+                    into.append(group[i].detach().view(-1)[row * width : (row + 1) * width])
+            offset = terms.index(i, row * width)
+            if masks:
+                count = masks[i].numel() // rows
+                of_terms[0].append(masks[i].view(-1)[row * count :][: mask_bytes(width, offset)])
+            streams.append(terms.streams[i])
+            offsets.append(offset)
+            owners.append(i)
+    coeffs = (
+        terms.coeffs[torch.tensor(owners, dtype=torch.int64, device=terms.coeffs.device)]
+        if terms.coeffs.dim() == 2
+        else terms.coeffs
+    )
+    return operation(
+        found,
+        terms._replace(
+            coeffs=coeffs.contiguous(), streams=streams, offsets=offsets, masks=of_terms[0] or None,
+            curvature=of_terms[1] or None, widths=None, lengths=None,
+        ),
+    )  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checks import fail
 from ..optim.groups import label_of, takes_part
-from .shard import local_of, places_of
+from ..optim.shard import is_sharded, local_of, peers_of, shard_of
 
 if TYPE_CHECKING:
     from ..optim.optimizer import ZerothOrder
@@ -67,6 +67,7 @@ class Agreement:
             self.check_weights(optimizer)
 
     def start(self, optimizer: ZerothOrder) -> None:
+        self._check_peers(optimizer)
         everyone = self._exchange.all_gather_object((summary(optimizer), _shards(optimizer)))
         summaries, self._shards = zip(*everyone, strict=True)
         first = summaries[0]
@@ -76,6 +77,16 @@ class Agreement:
                     _differ(optimizer, key, self._exchange.members[0], ours, rank, theirs)
         self._done = True
         self.check_weights(optimizer)
+
+    def _check_peers(self, optimizer: ZerothOrder) -> None:
+        """Ranks between which a parameter is split take part in the same forwards."""
+        ranks, others = set(self._exchange.ranks), set(self._exchange.at_other_points())
+        for group in optimizer.param_groups:
+            for i, p in enumerate(group["params"]):
+                if is_sharded(p) and (not (peers := peers_of(p)) <= ranks or peers & others):
+                    expected = f"the ranks between which {label_of(group, i)} is split ({sorted(peers)}), at one point"
+                    got = f"ranks {sorted(ranks)}, of which {sorted(others)} are at other points than rank "
+                    fail(type(optimizer).__name__, "mesh", expected, got + str(self._exchange.rank))
 
     def check_weights(self, optimizer: ZerothOrder) -> None:
         named = [(label_of(group, i), p) for group in optimizer.param_groups for i, p in enumerate(group["params"])]
@@ -101,7 +112,8 @@ def _differ(optimizer: ZerothOrder, what: str, first: int, ours: object, rank: i
 
 def _shards(optimizer: ZerothOrder) -> list:
     """Of each parameter, which elements this rank holds."""
-    return [places_of(p) for group in optimizer.param_groups for p in group["params"]]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return [shard_of(p)[:2] if is_sharded(p) else () for p in params]
 
 
 def summary(optimizer: ZerothOrder) -> dict[str, str]:

@@ -29,11 +29,11 @@ def mean_of(losses: Tensor | Sequence[Tensor | float]) -> Tensor:
     ``Exchange`` takes the mean over the data ranks with it, so one process that returns ``mean_of`` of the same shards'
     losses from its closure makes the same weights.  One order on every device, and log2(n) additions.
     """
-    if not isinstance(losses, Tensor):
-        losses = torch.stack([torch.as_tensor(loss).detach().double().reshape(()) for loss in losses])
-    total, count = losses.double(), len(losses)
-    if not count:
+    if not len(losses):
         fail("mean_of", "losses", "at least one", 0)
+    if not isinstance(losses, Tensor):
+        losses = torch.stack([torch.as_tensor(x, dtype=torch.float64).detach().reshape(()) for x in losses])
+    total, count = losses.double(), len(losses)
     while len(total) > 1:
         pairs = len(total) // 2 * 2
         total = torch.cat((total[:pairs:2] + total[1:pairs:2], total[pairs:]))
@@ -94,6 +94,14 @@ class Exchange:
     def is_first(self) -> bool:
         """Whether this is the rank that writes files."""
         return self.rank == self.ranks[0]
+
+    def at_other_points(self) -> list[int]:
+        """The ranks that evaluate other points of a step."""
+        if PERTURBATION not in self.names:
+            return []
+        dim = self.names.index(PERTURBATION)
+        places = self.mesh.mesh.unbind(dim)
+        return [r for i, others in enumerate(places) if i != self._place for r in others.flatten().tolist()]
 
     def share(self, count: int) -> range:
         """Which of ``count`` points this rank evaluates."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..contract import derive_seed_int, seed_to_int64
 from ..functional import Rule, combine, combine_, update_
+from .shard import locals_of, placed
 
 if TYPE_CHECKING:
     from .groups import Bucket
@@ -58,8 +59,8 @@ class Dense:
     def noise(
         self, bucket: Bucket, params: Sequence[Tensor], streams: Sequence[int], seeds: Tensor, coeffs: Tensor
     ) -> dict[str, Any]:
-        """Arguments of a combine for some of the bucket's parameters."""
-        return {"seeds": seeds, "coeffs": coeffs, "streams": streams, "dist": bucket.dist}
+        """Arguments of a combine for some of the bucket's parameters; of sharded ones, for what lies here."""
+        return {"seeds": seeds, "coeffs": coeffs, "streams": streams, "dist": bucket.dist, **placed(params)}
 
     def perturb(
         self,
@@ -70,20 +71,26 @@ class Dense:
         seeds: Tensor,
         coeffs: Tensor,
         decay: float | None = None,
+        theta: Sequence[Tensor] | None = None,
     ) -> None:
-        """out = round(decay * theta + sum_k c_k z_k) to nearest, for some of the bucket's parameters."""
-        combine(out, params, **self.noise(bucket, params, streams, seeds, coeffs), decay=decay)
+        """out = round(decay * theta + sum_k c_k z_k) to nearest, for some of the bucket's parameters.
+
+        ``theta``: where their weights are read (default: where they are).
+        """
+        theta = locals_of(params) if theta is None else theta
+        combine(locals_of(out), theta, **self.noise(bucket, params, streams, seeds, coeffs), decay=decay)
 
     def move(self, bucket: Bucket, seeds: Tensor, coeffs: Tensor) -> None:
         """theta = round(theta + sum_k c_k z_k) to nearest, for all of the bucket's parameters."""
-        combine_(bucket.params, **self.noise(bucket, bucket.params, bucket.streams, seeds, coeffs))
+        combine_(locals_of(bucket.params), **self.noise(bucket, bucket.params, bucket.streams, seeds, coeffs))
 
     def update(self, bucket: Bucket, seeds: Tensor, coeffs: Tensor, **rounding: Any) -> None:
         """theta = round(decay * theta + sum_k c_k z_k) for all of the bucket's parameters, in one pass.
 
         ``rounding``: decay, rounding, rounding_seed of :func:`combine_`.
         """
-        combine_(bucket.params, **self.noise(bucket, bucket.params, bucket.streams, seeds, coeffs), **rounding)
+        noise = self.noise(bucket, bucket.params, bucket.streams, seeds, coeffs)
+        combine_(locals_of(bucket.params), **noise, **rounding)
 
     def step(
         self, bucket: Bucket, rule: Rule, hyper: Tensor, seeds: Tensor, coeffs: Tensor, **states_and_rounding: Any
@@ -93,7 +100,7 @@ class Dense:
         ``states_and_rounding``: first, second, decay, rounding, rounding_seed.
         """
         noise = self.noise(bucket, bucket.params, bucket.streams, seeds, coeffs)
-        update_(bucket.params, rule, hyper, **noise, **states_and_rounding)
+        update_(locals_of(bucket.params), rule, hyper, **noise, **states_and_rounding)
 
 
 DENSE = Dense()

@@ -26,6 +26,9 @@ class ExactProbe:
     that no function took are reported.  ``told``: the warnings already given.
     """
 
+    #: Whether ``Bucket.at`` says where the weights stand, so that an update can bring them back.
+    says_where = True
+
     def __init__(
         self, op: str, buckets: list[Bucket], seeds: dict[torch.device, Tensor], pool: ScratchPool, told: set[str]
     ) -> None:

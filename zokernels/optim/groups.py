@@ -14,6 +14,7 @@ from torch import Tensor
 from ..checks import DTYPES, check_dist, check_overlap, check_stream, fail
 from ..contract import canonical_name, streams_of
 from .direction import DENSE, Dense, Point
+from .shard import is_sharded, local_of, locals_of
 
 if TYPE_CHECKING:
     from ..offload.engine import Engine
@@ -119,6 +120,10 @@ def check_param(op: str, group: dict[str, Any], param: Tensor, label: str) -> No
     """A trainable parameter is dense memory that a kernel can walk in logical order."""
     if isinstance(param, torch.nn.parameter.UninitializedTensorMixin):
         fail(op, label, "an initialized parameter", "a lazy one; run the model once before", TypeError)
+    if is_sharded(param):
+        if "bits" in group:
+            fail(op, label, "a plain tensor of integers", "a DTensor", TypeError)
+        param = local_of(param)
     if type(param).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         fail(op, label, "a plain dense tensor", f"the tensor subclass {type(param).__name__}", TypeError)
     if "bits" in group:
@@ -202,5 +207,6 @@ def plan(op: str, groups: list[dict[str, Any]]) -> list[Bucket]:
                 bucket.names.append(label)
     if not buckets:
         fail(op, "params", "at least one parameter with requires_grad=True and an element", "none")
-    check_overlap(op, {"params": [p for b in buckets.values() for p in b.params if engine_of(p) is None]}, {})
+    held = [p for b in buckets.values() for p in b.params if engine_of(p) is None]
+    check_overlap(op, {"params": locals_of(held)}, {})
     return list(buckets.values())

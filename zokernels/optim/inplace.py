@@ -20,6 +20,8 @@ class InplaceProbe:
     another has K = 2.  ``key``: (run seed, step) of the direction, for the two-pass form.
     """
 
+    says_where = True
+
     def __init__(
         self, buckets: list[Bucket], seeds: dict[torch.device, Tensor], key: tuple[int, int] | None = None
     ) -> None:

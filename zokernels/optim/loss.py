@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..checks import fail
+from .shard import is_sharded
 
 
 def as_loss(op: str, value: object, device: torch.device, capturing: bool = False) -> Tensor:
@@ -23,6 +24,8 @@ def as_loss(op: str, value: object, device: torch.device, capturing: bool = Fals
         got = f"a tensor on {value.device}" if isinstance(value, Tensor) else repr(value)
         fail(op, "closure", "a loss on the GPU where a CUDA graph is captured", got)
     if isinstance(value, Tensor):
+        if is_sharded(value):
+            value = value.full_tensor()
         if value.numel() != 1 or value.is_complex():
             fail(op, "closure", "a real scalar loss", f"{value.dtype} of shape {tuple(value.shape)}")
         dtype = torch.float32 if value.dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float64

@@ -18,6 +18,7 @@ from ..checks import fail
 from ..functional import combine_, low_rank, low_rank_
 from .direction import Dense, Direction, derived_seed
 from .masks import check_refresh
+from .shard import is_sharded, local_of, locals_of, shard_of
 
 if TYPE_CHECKING:
     from .groups import Bucket
@@ -44,6 +45,32 @@ def _orthonormal(x: Tensor) -> Tensor:
     return torch.linalg.qr(x.double()).Q.float().contiguous()
 
 
+def _parts(
+    name: str, params: Sequence[Tensor], left: list[Tensor], right: list[Tensor], rounding: dict[str, Any]
+) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """The rows of the factors that belong to what lies here of sharded matrices, and its offsets."""
+    offsets = [0] * len(params)
+    for i, p in enumerate(params):
+        if not is_sharded(p):
+            continue
+        if not local_of(p).numel():
+            left[i], right[i] = left[i][:, : local_of(p).shape[0]].contiguous(), right[i][:, :0].contiguous()
+            continue
+        shard = shard_of(p)
+        if shard.width != shard.length and shard.width != local_of(p).numel():
+            if rounding.get("rounding") == "stochastic" and p.dtype is not torch.float32:
+                fail(name, "rounding", "'nearest' for matrices of half precision split by columns", "'stochastic'")
+        else:
+            offsets[i] = shard.offset
+        columns = torch.arange(right[i].shape[1], device=left[i].device)
+        columns = columns.view(p.shape[1:])
+        for dim, (start, size) in enumerate(zip(shard.start[1:], shard.shape[1:], strict=True)):
+            columns = columns.narrow(dim, start, size)
+        left[i] = left[i][:, shard.start[0] : shard.start[0] + shard.shape[0]].contiguous()
+        right[i] = right[i][:, columns.flatten()].contiguous()
+    return left, right, offsets
+
+
 class _Factored(Dense):
     """Applies ``kind`` to matrices and dense noise to the rest."""
 
@@ -58,26 +85,29 @@ class _Factored(Dense):
         streams: Sequence[int],
         seeds: Tensor,
         coeffs: Tensor,
+        theta: Sequence[Tensor] | None = None,
         **rounding: Any,
     ) -> None:
+        theta = locals_of(params) if theta is None else theta
         wide = [i for i, p in enumerate(params) if p.dim() >= 2]
         flat = [i for i, p in enumerate(params) if p.dim() < 2]
         pick = lambda values, at: [values[i] for i in at]
         if flat:
             noise = self.noise(bucket, pick(params, flat), pick(streams, flat), seeds, coeffs)
             if out is None:
-                combine_(pick(params, flat), **noise, **rounding)
+                combine_(pick(theta, flat), **noise, **rounding)
             else:
-                Dense().perturb(
-                    bucket, pick(out, flat), pick(params, flat), pick(streams, flat), seeds, coeffs, **rounding
-                )
+                places = pick(out, flat), pick(params, flat), pick(streams, flat)
+                Dense().perturb(bucket, *places, seeds, coeffs, theta=pick(theta, flat), **rounding)
         if wide:
             matrices, places = pick(params, wide), pick(streams, wide)
             left, right = self.factors(matrices, places, seeds)
+            left, right, offsets = _parts(type(self._kind).__name__, matrices, left, right, rounding)
+            where = {"streams": places, "offsets": offsets}
             if out is None:
-                low_rank_(matrices, left, right, coeffs, streams=places, **rounding)
+                low_rank_(pick(theta, wide), left, right, coeffs, **where, **rounding)
             else:
-                low_rank(pick(out, wide), matrices, left, right, coeffs, streams=places, **rounding)
+                low_rank(locals_of(pick(out, wide)), pick(theta, wide), left, right, coeffs, **where, **rounding)
 
     def factors(self, params: list[Tensor], streams: list[int], seeds: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """[K, m, r] and [K, n, r] of each parameter for K seeds."""
@@ -89,8 +119,8 @@ class _Factored(Dense):
             return [empty(m) for m, _ in shapes], [empty(n) for _, n in shapes]
         return tuple([torch.stack([pair[side][t] for pair in pairs]) for t in range(len(shapes))] for side in (0, 1))  # type: ignore[return-value]
 
-    def perturb(self, bucket, out, params, streams, seeds, coeffs, decay=None) -> None:
-        self._apply(bucket, out, params, streams, seeds, coeffs, decay=decay)
+    def perturb(self, bucket, out, params, streams, seeds, coeffs, decay=None, theta=None) -> None:
+        self._apply(bucket, out, params, streams, seeds, coeffs, theta, decay=decay)
 
     def move(self, bucket: Bucket, seeds: Tensor, coeffs: Tensor) -> None:
         self._apply(bucket, None, bucket.params, bucket.streams, seeds, coeffs)

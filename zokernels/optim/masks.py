@@ -12,6 +12,7 @@ from torch import Tensor
 from ..checks import fail
 from ..functional import pack_mask
 from .direction import Dense, Direction, derived_seed
+from .shard import part_of, placed, whole_of
 
 if TYPE_CHECKING:
     from .groups import Bucket
@@ -66,12 +67,14 @@ class KeptMask(Direction):
             for p in bucket.params:
                 state = optimizer.state[p]
                 if fresh or "mask" not in state:
-                    state["mask"] = pack_mask(self.keep(optimizer, p))
+                    place = placed([p]) or {"offsets": [0], "rows": [None]}
+                    keep = part_of(self.keep(optimizer, p), p)
+                    state["mask"] = pack_mask(keep, place["offsets"][0], place["rows"][0])
                 masks[id(p)] = state["mask"]
             bucket.direction = _Packed(masks)
 
     def keep(self, optimizer: ZerothOrder, param: Tensor) -> Tensor:
-        """bool, of the parameter's shape.  ``param`` holds the unperturbed weights."""
+        """bool, of the parameter's shape, also where it is sharded.  ``param`` holds the unperturbed weights."""
         raise NotImplementedError
 
 
@@ -93,7 +96,7 @@ class MagnitudeMask(KeptMask):
         check_refresh("MagnitudeMask", self.refresh)
 
     def keep(self, optimizer: ZerothOrder, param: Tensor) -> Tensor:
-        size = param.detach().abs()
+        size = whole_of(param).detach().abs()
         rank = max(1, round(self.density * size.numel()))
         return size <= size.view(-1).float().kthvalue(rank).values
 

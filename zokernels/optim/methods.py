@@ -12,6 +12,7 @@ from ..checks import fail
 from .estimators import ForwardMode, Ranking, StdNormalized, TwoSided
 from .exact import ExactProbe, TangentProbe
 from .groups import Bucket
+from .kept import any_sharded
 from .loss import Derivatives, Places
 from .low_rank import FreshFactors, KeptRight, Subspace, TemporalFactor
 from .masks import MagnitudeMask
@@ -143,6 +144,8 @@ class ForwardGradient(ZerothOrder):
         return self._step(closure, Derivatives())
 
     def _probe(self, buckets: list[Bucket], seeds: dict[torch.device, Tensor]) -> ExactProbe:
+        if any_sharded(buckets):
+            fail(self._op, "params", "plain tensors: a tangent is handed to each function", "a DTensor", TypeError)
         return TangentProbe(self._op, buckets, seeds, self._pool, self._told)
 
 

@@ -33,6 +33,7 @@ from .groups import (
 )
 from .guards import GraphRng, RngState, is_capturing, uninterrupted
 from .inplace import InplaceProbe
+from .kept import KeptProbe, ShardProbe, any_sharded
 from .loss import Losses
 from .rules import SGD, Rule
 from .scratch import ScratchPool
@@ -251,6 +252,8 @@ class ZerothOrder(torch.optim.Optimizer):
         rng = self._graph_rng if capturing else RngState(devices)
         if self._exchange:
             self._exchange.begin(self)
+        elif any_sharded(buckets):
+            fail(self._op, "mesh", "a mesh with all ranks that share the weights", None)
         if self._recorder:
             self._recorder.begin(self)
         with self._probed(buckets, devices) as probe:
@@ -311,6 +314,8 @@ class ZerothOrder(torch.optim.Optimizer):
         if self._two_pass:
             key = (self._state.seed, self._state.step)
             return self._two_pass.take(key, buckets) or InplaceProbe(buckets, seeds, key)
+        if any_sharded(buckets):
+            return KeptProbe(buckets, seeds, self._pool) if self._restore == "exact" else ShardProbe(buckets, seeds)
         if self._restore == "exact":
             return ExactProbe(self._op, buckets, seeds, self._pool, self._told)
         return InplaceProbe(buckets, seeds)
@@ -348,7 +353,7 @@ class ZerothOrder(torch.optim.Optimizer):
         """The rule, bucket by bucket; in the two-pass form it adds the next step's +eps z as well."""
         buckets, finite, multiple = probe.buckets, estimate.finite, estimate.multiple
         scaled = lambda g: g if multiple is None else multiple * g
-        if not (self.rule.restores and all(b.direction.uniform for b in buckets)):
+        if not (self.rule.restores and probe.says_where and all(b.direction.uniform for b in buckets)):
             probe.restore()
         self.rule.begin(self, probe, estimate)
         following = self._two_pass and self._two_pass.following(probe, self._state)

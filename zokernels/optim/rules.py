@@ -11,6 +11,7 @@ from torch import Tensor
 from ..checks import fail
 from .groups import Bucket, check_number
 from .guards import is_capturing
+from .shard import full_like, local_of
 from .update import decay_of, gated_decay, is_zero, learning_rate
 
 if TYPE_CHECKING:
@@ -93,15 +94,15 @@ class Rule:
             fail(type(optimizer).__name__, "step", "one step before the capture", got, RuntimeError)
 
     def state(self, optimizer: ZerothOrder, bucket: Bucket, name: str) -> list[Tensor]:
-        """``optimizer.state[p][name]`` of all of the bucket's parameters."""
+        """``optimizer.state[p][name]`` of all of the bucket's parameters; of sharded ones, what lies here."""
         found = []
         for p, label in zip(bucket.params, bucket.names, strict=True):
             state = optimizer.state[p]
             if name not in state:
                 self._check_capture(optimizer, p.device, f"none with {label}")
                 with torch.inference_mode(False):
-                    state[name] = torch.full(p.shape, self.states[name], dtype=self.state_dtype, device=p.device)
-            found.append(state[name])
+                    state[name] = full_like(p, self.states[name], self.state_dtype)
+            found.append(local_of(state[name]))
         return found
 
     def begin(self, optimizer: ZerothOrder, probe: ExactProbe | InplaceProbe, estimate: Estimate) -> None:

@@ -13,6 +13,7 @@ from ..checks import fail
 from ..functional import squared_norm
 from .direction import Dense, Direction
 from .masks import check_refresh
+from .shard import whole_of
 
 if TYPE_CHECKING:
     from .groups import Bucket
@@ -69,7 +70,7 @@ class TensorScale(Direction):
             for p in bucket.params:
                 state = optimizer.state[p]
                 if fresh or "scale" not in state:
-                    size = p.detach().float().square().mean().sqrt()
+                    size = whole_of(p).detach().float().square().mean().sqrt()
                     state["scale"] = torch.where(size > 0, size, torch.ones_like(size))
                 sizes[id(p)] = state["scale"]
             if self.kind == "rms":

@@ -15,6 +15,7 @@ from ..optim.direction import Direction
 from ..optim.groups import Bucket, check_choice, takes_part
 from ..optim.inplace import InplaceProbe
 from ..optim.optimizer import Estimate, ZerothOrder
+from ..optim.shard import is_sharded
 from ..optim.subset import Subset
 from ..optim.two_pass import TwoPass
 from .deferred import Deferred
@@ -79,7 +80,8 @@ def repeat_all(
     """
     records, direction, deferred = iter(records), optimizer.direction, Deferred()
     numel = sum(p.numel() for g in optimizer.param_groups for p in g["params"] if takes_part(g, p))
-    if puts_off := type(direction) is Direction:
+    sharded = any(is_sharded(p) for g in optimizer.param_groups for p in g["params"])
+    if puts_off := type(direction) is Direction and not sharded:
         optimizer.direction = _Put(deferred)
     try:
         while window := list(itertools.islice(records, _WINDOW)):

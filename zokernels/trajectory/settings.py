@@ -19,6 +19,7 @@ from ..optim.estimators import Estimator
 from ..optim.groups import engine_of, takes_part
 from ..optim.optimizer import ZerothOrder
 from ..optim.rules import Rule
+from ..optim.shard import whole_of
 from ..optim.subset import LAYERS, Subset
 from ..version import __version__
 from .format import canonical
@@ -38,7 +39,7 @@ def digest(tensor: Tensor, dtype: torch.dtype | None = None) -> str:
     state = hashlib.sha256()
     if engine := engine_of(tensor):  # a placeholder
         tensor = engine.value(tensor)
-    flat = tensor.detach().contiguous().view(-1)
+    flat = whole_of(tensor).detach().contiguous().view(-1)
     step = max(1, _PIECE // flat.element_size())
     for piece in flat.split(step) if flat.numel() else ():
         piece = piece.to("cpu", dtype or piece.dtype)

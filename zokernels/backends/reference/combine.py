@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...contract import DOMAIN_MASK, DOMAIN_ROUNDING
-from ..terms import Terms
+from ..terms import Terms, by_rows
 from .noise import NOISE, uniform16
 from .rounding import round_stochastic
 
@@ -104,4 +104,4 @@ def combine_by(
 
 
 def combine(out: list[Tensor], params: list[Tensor], terms: Terms) -> None:
-    combine_by(out, params, terms, Chunk.rounded)
+    by_rows(lambda groups, flat: combine_by(*groups, flat, Chunk.rounded), [out, params], terms)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...contract import DOMAIN_STATE
-from ..terms import Terms
+from ..terms import Terms, by_rows
 from .combine import Chunk, accumulate, chunks, divide, fma, sqrt
 
 States = tuple[Tensor, ...]
@@ -65,6 +65,12 @@ RULES: dict[str, Callable[[Chunk, Tensor, Tensor, States, States], tuple[Tensor,
 
 
 def update(
+    params: list[Tensor], first: list[Tensor], second: list[Tensor], rule: str, hyper: Tensor, terms: Terms
+) -> None:
+    by_rows(lambda groups, flat: _update(*groups, rule, hyper, flat), [params, first, second], terms)
+
+
+def _update(
     params: list[Tensor], first: list[Tensor], second: list[Tensor], rule: str, hyper: Tensor, terms: Terms
 ) -> None:
     for chunk in chunks(params, terms):

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..terms import Terms
 from .launch import masked
 from .noise import add_rademacher
+from .rows import each_row_tile, masked_rows, pieces
 from .table import pointer, row_of
 from .tile import (
     THREADS,
@@ -146,6 +147,24 @@ def requantize(out: list[Tensor], params: list[Tensor], low: int, high: int, ter
     masked(kernels, (out, params, terms.masks, None), terms, LOW=low, HIGH=high)
 
 
+@triton.jit(
+    do_not_specialize=["offset", "stream", "width", "length", "blocks", "rows", "num_k", "mask_keep"],
+    do_not_specialize_on_alignment=["coeffs"],
+)
+def combine_rows_kernel(
+    out, theta, mask, curvature, offset: tl.int64, stream: tl.int64, width: tl.int64, length: tl.int64,
+    blocks: tl.int32, rows: tl.int64, seeds, coeffs, num_k: tl.int32, decay, rounding_seed, mask_seed,
+    mask_keep: tl.int32, DOMAIN: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """One tensor that is rows of a matrix."""
+    terms = noise_of(seeds, coeffs, num_k, decay, rounding_seed, mask_seed, mask_keep, DOMAIN, K)
+    args = (terms, out, theta, curvature)
+    each_row_tile(_tile, offset, stream, mask, width, length, blocks, rows, ALIGNED, args)
+
+
 def combine(out: list[Tensor], params: list[Tensor], terms: Terms) -> None:
-    kernels = (combine_kernel, combine_table_kernel)
-    masked(kernels, (out, params, terms.masks, terms.curvature), terms)
+    if terms.widths:
+        masked_rows(combine_rows_kernel, (out, params, terms.masks, terms.curvature), terms)
+    if rest := pieces((out, params), terms):
+        groups, terms = rest
+        masked((combine_kernel, combine_table_kernel), (*groups, terms.masks, terms.curvature), terms)

@@ -11,6 +11,7 @@ from ..terms import Terms
 from .arithmetic import fma
 from .launch import masked
 from .rounding import round_nearest
+from .rows import each_row_tile, masked_rows, pieces
 from .table import pointer, row_of
 from .tile import (
     accumulate,
@@ -166,11 +167,34 @@ def update_table_kernel(
     _program(span, numel, terms, theta, first, second, hyper, RULE, VALUES, ALIGNED)
 
 
+@triton.jit(
+    do_not_specialize=["offset", "stream", "width", "length", "blocks", "rows", "num_k", "mask_keep"],
+    do_not_specialize_on_alignment=["coeffs"],
+)
+def update_rows_kernel(
+    theta, first, second, mask, offset: tl.int64, stream: tl.int64, width: tl.int64, length: tl.int64,
+    blocks: tl.int32, rows: tl.int64, seeds, coeffs, num_k: tl.int32, decay, rounding_seed, mask_seed,
+    mask_keep: tl.int32, hyper,
+    RULE: tl.constexpr, VALUES: tl.constexpr, DOMAIN: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """One tensor that is rows of a matrix."""
+    terms = noise_of(seeds, coeffs, num_k, decay, rounding_seed, mask_seed, mask_keep, DOMAIN, K)
+    values = ()
+    for i in tl.static_range(VALUES):
+        values += (tl.load(hyper + i),)
+    weights = (theta, first, second)
+    args = (terms, *weights, hyper + VALUES, values, RULE)
+    each_row_tile(_tile, offset, stream, mask, width, length, blocks, rows, ALIGNED, args)
+
+
 def update(
     params: list[Tensor], first: list[Tensor], second: list[Tensor], rule: str, hyper: Tensor, terms: Terms
 ) -> None:
-    groups = (params, first, second, terms.masks)
     # A window has many seeds, and squares beside the coefficients: they are read as the loop comes to them.
     own = {"K": None} if rule == "adam_window" else {}
-    kernels = (update_kernel, update_table_kernel)
-    masked(kernels, groups, terms, hyper=hyper, RULE=rule, VALUES=VALUES[rule], **own)
+    own |= {"hyper": hyper, "RULE": rule, "VALUES": VALUES[rule]}
+    if terms.widths:
+        masked_rows(update_rows_kernel, (params, first, second, terms.masks), terms, **own)
+    if rest := pieces((params, first, second), terms):
+        groups, terms = rest
+        masked((update_kernel, update_table_kernel), (*groups, terms.masks), terms, **own)

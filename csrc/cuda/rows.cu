@@ -1,0 +1,34 @@
+// Launches of combine and update for tensors that are rows.
+#include "rows_kernel.cuh"
+#include "update_launch.cuh"
+
+namespace zk::cuda {
+namespace {
+
+template <DType D, Domain Dist, bool Stochastic>
+int launch_plain_count(const RowsLaunch& p, uint32_t chunks, void* stream) {
+  return launch(p.count == 1 ? combine_rows_kernel<D, Dist, 1, Stochastic> : combine_rows_kernel<D, Dist, 0, Stochastic>,
+                chunks, stream, p);
+}
+
+template <DType D, Domain Dist>
+int launch_plain(const RowsLaunch& p, uint32_t chunks, void* stream) {
+  if constexpr (D != DType::f32) {
+    if (p.rounding_seed != nullptr) return launch_plain_count<D, Dist, true>(p, chunks, stream);
+  }
+  return launch_plain_count<D, Dist, false>(p, chunks, stream);
+}
+
+}  // namespace
+
+int launch_rows(const RowsLaunch& p, uint32_t chunks, DType dtype, Domain dist, Action action, void* stream) {
+  const bool masked = p.mask_seed != nullptr || p.table.tensor[0].mask != nullptr;
+  if (action == Action::combine && !masked) {
+    return with_dtype(dtype, [&]<DType D>() {
+      return dist == kNormal ? launch_plain<D, kNormal>(p, chunks, stream) : launch_plain<D, kRademacher>(p, chunks, stream);
+    });
+  }
+  return launch_action(p, chunks, dtype, dist, action, stream);
+}
+
+}  // namespace zk::cuda

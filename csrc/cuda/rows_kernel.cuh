@@ -1,0 +1,63 @@
+// Plain combine of tensors that are rows: neither masks nor curvature. What else rows have: update_kernel.cuh.
+#pragma once
+
+#include "device.cuh"
+#include "update.h"
+
+namespace zk::cuda {
+
+// K: 1, or 0 for any number.
+template <DType D, Domain Dist, int K, bool Stochastic>
+ZK_GLOBAL combine_rows_kernel(ZK_GRID_CONSTANT RowsLaunch p) {
+  using S = Storage<D>;
+  constexpr bool kRound = Stochastic && D != DType::f32;
+  const int i = tensor_of(p.table, blockIdx.x);
+  const RowsEntry& t = p.table.tensor[i];
+  const RowTile<Dist> tile(t.offset, t.width, t.length, t.rows, t.blocks, blockIdx.x - p.table.first_chunk[i],
+                           p.table.stream[i], p.mantissa);
+  const bool decays = p.decay != nullptr;
+  const float decay = decays ? *p.decay : 1.0f;
+  PhiloxKey rounding{};
+  if constexpr (kRound) rounding = philox_key(seed_at(p.rounding_seed, 0));
+
+  const auto pass_with = [&](const auto& first_noise, float first_coeff) {
+    const auto pass = [&]<int N, bool Whole>(int first, const auto& access) {
+      typename S::Raw raw[N];
+      ZK_UNROLL
+      for (int v = 0; v < N; ++v) raw[v] = access(first + v).template load<D>(t.in);
+      ZK_UNROLL
+      for (int v = 0; v < N; ++v) {
+        float acc[kVector];
+        S::unpack(raw[v], acc);
+        if (decays) {
+          ZK_UNROLL
+          for (int e = 0; e < kVector; ++e) acc[e] = mul(decay, acc[e]);
+        }
+        const auto direction = [&](const auto& noise, float c) {
+          float z[kVector];
+          noise.template vec<Whole>(tile, first + v, z);
+          ZK_UNROLL
+          for (int e = 0; e < kVector; ++e) acc[e] = fma(c, z[e], acc[e]);
+        };
+        if constexpr (K == 1) {
+          direction(first_noise, first_coeff);
+        } else {
+          for (int k = 0; k < p.count; ++k) {
+            direction(Noise<RowTile<Dist>>(seed_at(p.seeds, k), tile), t.coeffs[k]);
+          }
+        }
+        Words<uint32_t> random{};
+        if constexpr (kRound) random = draw(rounding, tile.template block<Whole>(first + v), tile.stream, kRounding);
+        access(first + v).template store<D>(t.out, S::template pack<kRound>(acc, random));
+      }
+    };
+    for_groups<RowTile<Dist>::kVecs>(tile, t.numel, is_aligned<D>(address(t.in) | address(t.out), tile.alignment()), pass);
+  };
+  if constexpr (K == 1) {
+    pass_with(Noise<RowTile<Dist>>(seed_at(p.seeds, 0), tile), t.coeffs[0]);
+  } else {
+    pass_with(0, 0.0f);
+  }
+}
+
+}  // namespace zk::cuda

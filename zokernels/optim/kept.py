@@ -1,0 +1,106 @@
+"""The exact probe of sharded weights: a copy of this rank's shards is kept, and the shards themselves take the points.
+
+FSDP gathers a module's weights from its shards, where no function mode can replace them; so the shards must hold the
+point before the forward.  The copy is what a rank has of the model, one over the number of ranks.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from .direction import Point, terms
+from .groups import Bucket
+from .guards import uninterrupted
+from .inplace import InplaceProbe
+from .scratch import ScratchPool
+from .shard import is_sharded, locals_of
+
+
+def any_sharded(buckets: list[Bucket]) -> bool:
+    return any(is_sharded(p) for b in buckets for p in b.params)
+
+
+@contextmanager
+def gathered_anew() -> Iterator[None]:
+    """Inside, FSDP modules gather their weights from the shards at each forward, and keep none at the end.
+
+    FSDP leaves the root's weights gathered after a forward: the next one would see those of the point before.
+    """
+    module = sys.modules.get("torch.distributed.fsdp")
+    kind = getattr(module, "FSDPModule", None)
+    if kind is None:
+        yield
+        return
+    seen: dict[nn.Module, None] = {}
+
+    def before(module: nn.Module, inputs: object) -> None:
+        if isinstance(module, kind):
+            if module not in seen:
+                module.reshard()
+            seen[module] = None
+
+    hook = register_module_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        hook.remove()
+        for module in seen:
+            module.reshard()
+
+
+class ShardProbe(InplaceProbe):
+    """In place, each move rounded to nearest."""
+
+    @contextmanager
+    def at(self, points: list[Point]) -> Iterator[None]:
+        with super().at(points), gathered_anew():
+            yield
+
+
+class KeptProbe:
+    """Each point is written to the weights from a copy of them, which is put back before the update: no drift."""
+
+    says_where = False
+
+    def __init__(self, buckets: list[Bucket], seeds: dict[torch.device, Tensor], pool: ScratchPool) -> None:
+        self.buckets, self.seeds, self._pool = buckets, seeds, pool
+        self._kept: list[list[Tensor]] | None = None
+
+    @contextmanager
+    def at(self, points: list[Point]) -> Iterator[None]:
+        if self._kept is None:
+            self._kept = [self._copy(locals_of(b.params)) for b in self.buckets]
+        with uninterrupted():
+            for b, kept, point in zip(self.buckets, self._kept, points, strict=True):
+                b.direction.perturb(b, b.params, b.params, b.streams, *terms(point, self.seeds[b.device]), theta=kept)
+            torch.clear_autocast_cache()
+        with gathered_anew():
+            yield
+
+    def _copy(self, weights: list[Tensor]) -> list[Tensor]:
+        kept = self._pool.like(weights)
+        torch._foreach_copy_(kept, weights)
+        return kept
+
+    def move(self, points: list[Point]) -> None:
+        pass  # a point that another rank evaluates
+
+    def restore(self) -> None:
+        if self._kept is not None:
+            with uninterrupted():
+                for b, kept in zip(self.buckets, self._kept, strict=True):
+                    torch._foreach_copy_([w.detach() for w in locals_of(b.params)], kept)
+                torch.clear_autocast_cache()
+            self._kept = None
+
+    def __enter__(self) -> KeptProbe:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.restore()  # after an update nothing is left; after an exception this brings the weights back

@@ -1,0 +1,122 @@
+"""Sharded parameters (``DTensor``): which elements of the logical tensor lie here, and where they stand in it."""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import fail
+
+
+class Shard(NamedTuple):
+    """A box of a tensor: rows of ``width`` elements, ``length`` logical indices apart, from index ``offset`` on."""
+
+    shape: tuple[int, ...]  #: of the part that lies here
+    start: tuple[int, ...]  #: its first element
+    offset: int
+    width: int
+    length: int
+
+    def of(self, whole: Tensor) -> Tensor:
+        """This part of a tensor of the logical shape."""
+        for dim, (start, size) in enumerate(zip(self.start, self.shape, strict=True)):
+            whole = whole.narrow(dim, start, size)
+        return whole.contiguous()
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    # Where the module was not imported there is no such tensor; importing it takes a second.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """The memory that lies here."""
+    return tensor._local_tensor if is_sharded(tensor) else tensor
+
+
+def locals_of(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    return [local_of(t) for t in tensors]
+
+
+def whole_of(tensor: Tensor) -> Tensor:
+    """The logical tensor; of a sharded one all ranks together gather it."""
+    return tensor.detach().full_tensor() if is_sharded(tensor) else tensor
+
+
+def part_of(whole: Tensor, like: Tensor) -> Tensor:
+    """Of a tensor of the logical shape of ``like``, what lies here of ``like``."""
+    return shard_of(like).of(whole) if is_sharded(like) else whole
+
+
+def full_like(tensor: Tensor, value: float, dtype: torch.dtype) -> Tensor:
+    """A tensor sharded as ``tensor``."""
+    local = torch.full(local_of(tensor).shape, value, dtype=dtype, device=tensor.device)
+    if not is_sharded(tensor):
+        return local
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = tensor.device_mesh, tensor.placements
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
+
+
+def placed(params: Sequence[Tensor]) -> dict[str, Any]:
+    """offsets and rows of :func:`zokernels.combine_`; none where nothing is sharded."""
+    if not any(map(is_sharded, params)):
+        return {}
+    shards = [shard_of(p) if is_sharded(p) else None for p in params]
+    return {
+        "offsets": [0 if s is None else s.offset for s in shards],
+        "rows": [None if s is None else (s.width, s.length) for s in shards],
+    }
+
+
+def shard_of(tensor: Tensor) -> Shard:
+    return _shard(tuple(tensor.shape), tensor.device_mesh, tensor.placements)
+
+
+@functools.lru_cache(maxsize=4096)
+def _shard(shape: tuple[int, ...], mesh: Any, placements: tuple) -> Shard:
+    # From left to right, as DTensor does it: what each dimension of the mesh leaves of the tensor's dimensions.
+    kept = [torch.arange(n) for n in shape]
+    for place, at, ranks in zip(placements, mesh.get_coordinate(), mesh.mesh.shape, strict=True):
+        if place.is_replicate():
+            continue
+        if place.is_partial():
+            fail("shard", "placements", "Shard or Replicate", place)
+        dim = place.dim % len(shape)
+        chunk = lambda x, n: (*x.chunk(n), *[x[:0]] * n)[:n] if len(x) else (x,) * n
+        pieces = chunk(kept[dim], getattr(place, "split_factor", 1))
+        kept[dim] = torch.cat([chunk(piece, ranks)[at] for piece in pieces])
+    local = tuple(len(k) for k in kept)
+    start = tuple(int(k[0]) if len(k) else 0 for k in kept)
+    if 0 in local:
+        return Shard(local, start, 0, 0, 0)
+    partial = [d for d, (n, m) in enumerate(zip(local, shape, strict=True)) if n != m]
+    runs = all(int(k[-1]) - int(k[0]) + 1 == len(k) for k in kept)
+    # A matrix of the dimensions before the last that is cut, and of the rest; its rows are in one piece.
+    last = partial[-1] if partial else 0
+    if not runs or (len(partial) > 1 and math.prod(local[: partial[-2]]) != 1) or len(partial) > 2:
+        fail("shard", "placements", "a shard that is rows of one matrix", f"{placements} of shape {shape}")
+    inner = math.prod(shape[last + 1 :])
+    offset = 0
+    for n, at in zip(shape, start, strict=True):
+        offset = offset * n + at
+    width, length = (local[last] * inner, shape[last] * inner) if shape else (1, 1)
+    return Shard(local, start, offset, width, length)
+
+
+def peers_of(tensor: Tensor) -> set[int]:
+    """The ranks between which a tensor is split, this one included: they must perturb it alike."""
+    mesh, at = tensor.device_mesh, tensor.device_mesh.get_coordinate()
+    found = mesh.mesh
+    for dim in reversed(range(mesh.ndim)):
+        if tensor.placements[dim].is_replicate():
+            found = found.select(dim, at[dim])
+    return set(found.flatten().tolist())
