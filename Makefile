@@ -7,15 +7,19 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check -q install -c constra
 export TORCH_CUDA_ARCH_LIST ?= 9.0
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: test demo bench docs wheel lint format clean gpu-check
+.PHONY: test demo offload-demo bench docs wheel lint format clean gpu-check
 
 test: $(VENV)/tested lint
 	$(BIN)/python -m bench run --op combine --device cpu --tiny
 	$(BIN)/python -m bench methods --device cpu --tiny
+	$(BIN)/python -m bench offload --device cpu --tiny
 	$(BIN)/python -m pytest -q
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/demo.py $(ARGS)
+
+offload-demo: $(VENV)/demo
+	$(BIN)/python -m examples.offload_demo $(ARGS)
 
 bench: $(VENV)/built
 	$(BIN)/python -m bench run --op combine --device cpu $(ARGS)
@@ -61,6 +65,6 @@ $(VENV)/demo: $(VENV)/built $(DEMO)
 	touch $@
 
 $(VENV)/tested: $(VENV)/demo
-	$(PIP) mypy mkdocs-material "mkdocstrings[python]"
+	$(PIP) mkdocs-material "mkdocstrings[python]"
 	$(PIP) pytest triton ruff matplotlib scikit-learn accelerate peft trl lightning
 	touch $@

@@ -2,9 +2,9 @@
 
 ``python examples/demo.py`` (``make demo``, or ``zokernels demo`` where it is installed) trains MiniLM-L6 and a
 zero-shot head with ZOSGD, then times the hot path of a step against MeZO's eager loop, checks that the weights are
-restored bit for bit and that the log of the run gives them again, and leaves weights (before and after), log, loss curve and
-``report.json`` in ``build/demo`` (``zokernels-demo/demo``).  It exits with 1 where loss or accuracy did not improve, or
-a check failed.  docs/demo.md says what was tried.
+restored bit for bit and that the log of the run gives them again, and leaves weights (before and after), log, loss
+curve and ``report.json`` in ``build/demo`` (``zokernels-demo/demo``).  It exits with 1 where loss or accuracy did not
+improve, or a check failed.  docs/demo.md says what was tried.
 """
 
 from __future__ import annotations
