@@ -23,6 +23,8 @@ class StreamedProbe:
     """Forwards in lockstep, each under the function mode of the exact probe; updates of streamed parameters are written
     down."""
 
+    says_where = True
+
     def __init__(
         self, optimizer: ZerothOrder, engine: Engine, buckets: list[Bucket], seeds: dict[torch.device, Tensor]
     ) -> None:

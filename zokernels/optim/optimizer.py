@@ -262,9 +262,8 @@ class ZerothOrder(torch.optim.Optimizer):
             forward = lambda: reading.read(self._op, closure(), devices[0], capturing)
 
             def losses_at(points: list[list[Point]]) -> Tensor:
-                mine = (
-                    self._exchange.share(len(points)) if self._exchange else None
-                )  # all; and coordinates are a stream
+                # None: all of them; and those of coordinates are a stream.
+                mine = self._exchange.share(len(points)) if self._exchange else None
                 if self._engine:
                     with next(around):
                         results = probe.forwards(points if mine is None else [points[i] for i in mine], forward)
