@@ -17,8 +17,9 @@ import torch
 from trajectory_cases import CASES, Model, assert_same, base_of, record_with_cpu, run
 
 from zokernels.optim import ZOSGD, SparseMeZO
+from zokernels.optim.rules import Rule
 from zokernels.trajectory import format as log_format
-from zokernels.trajectory import read, record, replay_
+from zokernels.trajectory import read, record, replay_, settings
 
 PREFIX = struct.Struct("<6sHII")
 
@@ -200,6 +201,18 @@ def test_another_contract_or_format_is_refused(entry, short):
     with pytest.raises(ValueError, match=message):
         replay_(weights, path, recover=True)
     assert_same(weights, base)
+
+
+def test_a_class_of_the_same_name_stands_for_no_class_of_the_package(rng, tmp_path):
+    base, history, _ = record_with_cpu(tmp_path / "run", "momentum", torch.float32, rng, steps=3)
+
+    class Momentum(Rule):
+        pass
+
+    weights = clone(base)
+    replay_(weights, tmp_path / "run")
+    assert_same(weights, history[-1])
+    assert settings.describe(Momentum()) == {"class": "custom:Momentum", "state_dtype": "float32"}
 
 
 HOSTILE = {

@@ -38,6 +38,7 @@ SHAPES = {
 #: defaults; QuZO, whose weights are integers, has a test of its own.
 CASES: dict[str, tuple[type, dict]] = {
     "directions": (ZOSGD, {"directions": 3}),
+    "momentum": (ZOSGD, {"momentum": 0.9}),
     "one-sided": (ZOSGD, {"directions": 2, "estimator": "one-sided"}),
     "rademacher": (ZOSGD, {"dist": "rademacher"}),
     "fzoo": (FZOO, {"directions": 3}),

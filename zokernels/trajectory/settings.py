@@ -76,7 +76,13 @@ def describe(part: object) -> dict[str, Any] | None:
         return None
     own, defaults = vars(part), getattr(part, "defaults", {})
     values = {name: _plain(own[name] if name in own else defaults[name]) for name in _arguments(type(part))}
-    return {"class": type(part).__name__, **values}
+    return {"class": _label(type(part)), **values}
+
+
+def _label(kind: type) -> str:
+    """The class in a log.  A caller's own class never stands for one of the package's of the same name."""
+    own = kind.__module__.partition(".")[0] == __name__.partition(".")[0]
+    return kind.__name__ if own else f"custom:{kind.__name__}"
 
 
 def _kinds(base: type) -> Iterator[type]:
@@ -95,7 +101,7 @@ def _rebuild(argument: str, described: dict[str, Any] | None, given: object) -> 
         return None
     arguments = dict(described)
     name = arguments.pop("class")
-    kinds = {kind.__name__: kind for kind in _kinds(_PARTS[argument]) if not kind.__name__.startswith("_")}
+    kinds = {_label(kind): kind for kind in _kinds(_PARTS[argument]) if not kind.__name__.startswith("_")}
     if name not in kinds or sorted(_arguments(kinds[name])) != sorted(arguments):
         fail("replay_", argument, f"a known kind of {argument} with its arguments", str(described)[:200])
     if "masks" in arguments or arguments.get("layers", LAYERS) != LAYERS:
