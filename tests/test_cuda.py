@@ -20,6 +20,7 @@ import test_requantize
 import test_spread
 import test_squares
 import test_update
+import test_wire
 import torch
 from helpers import DISTS, DTYPES, add_extras, check_backend, random_call
 
@@ -81,6 +82,7 @@ CASES = {
     "requantize": (test_requantize.run, test_requantize.random_requantize),
     "project": (test_project.run, test_project.random_project),
     "squares": (test_squares.run, test_squares.random_squares),
+    **test_wire.CASES,
     **{f"update {rule}": (test_update.run, functools.partial(test_update.random_update, rule=rule)) for rule in RULES},
 }
 

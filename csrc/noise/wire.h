@@ -10,8 +10,8 @@ constexpr int kWireBlock = 32;     // elements that share a scale
 constexpr int64_t kWireAlign = 256;  // scales begin at a multiple of it
 constexpr uint32_t kFp8Emax = 8, kInt8Emax = 0;
 
-constexpr int64_t wire_scale_begin(int64_t numel) { return (numel + kWireAlign - 1) / kWireAlign * kWireAlign; }
-constexpr int64_t wire_blocks(int64_t numel, uint64_t offset) {
+ZK_HD constexpr int64_t wire_scale_begin(int64_t numel) { return (numel + kWireAlign - 1) / kWireAlign * kWireAlign; }
+ZK_HD constexpr int64_t wire_blocks(int64_t numel, uint64_t offset) {
   return numel == 0 ? 0 : static_cast<int64_t>((offset + numel - 1) / kWireBlock - offset / kWireBlock) + 1;
 }
 
