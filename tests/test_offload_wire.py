@@ -40,7 +40,7 @@ def seen(model, weights, wire, sign=0, eps=0.0, step=0, seed=5):
         theta = weights[name]
         if ".layers." in f".{name}":
             theta = through(theta, wire)
-        with torch.no_grad(), zokernels.backend("reference"):
+        with torch.no_grad():
             p.copy_(theta)
             if sign:
                 direction = zokernels.derive_seed(seed, step)
@@ -96,7 +96,8 @@ def test_lossy_has_the_bits_of_the_loop(wire, dtype, rng, tmp_path):
         assert not engine.is_lossless
         losses, _ = train(ours, 8)
         assert same_bits(losses, expected)
-        assert not same_bits(losses, exact)
+        if (wire, dtype) != ("fp16", torch.bfloat16):  # that loses numbers near 0 alone
+            assert not same_bits(losses, exact)
         assert not same_state(ours.state_dict(), model.state_dict())  # the exact masters
         engine.save(tmp_path / "saved.safetensors")
     saved = load_file(tmp_path / "saved.safetensors")
@@ -198,32 +199,27 @@ def test_resuming(wire, rng, tmp_path):
 
 
 def test_mixed_dtypes_and_integers_in_a_block(rng):
-    class Mixed(torch.nn.Module):
+    class Mixed(torch.nn.Linear):
         def __init__(self):
-            super().__init__()
-            self.layers = torch.nn.ModuleList(torch.nn.Linear(33, 33) for _ in range(3))
-            for layer in self.layers:
-                layer.bias.data = layer.bias.data.bfloat16()
-                shift = torch.randint(-3, 4, (33,)).to(torch.int8)
-                layer.shift = torch.nn.Parameter(shift, requires_grad=False)
+            super().__init__(33, 33)
+            self.bias.data = self.bias.data.bfloat16()
+            self.shift = torch.nn.Parameter(torch.randint(-3, 4, (33,)).to(torch.int8), requires_grad=False)
 
         def forward(self, x):
-            for layer in self.layers:
-                x = torch.tanh(torch.nn.functional.linear(x, layer.weight, layer.bias.float()) + layer.shift.float())
-            return x
+            return torch.tanh(torch.nn.functional.linear(x, self.weight, self.bias.float()) + self.shift.float())
 
     torch.manual_seed(rng.getrandbits(30))
-    model = Mixed()
-    shifts = [layer.shift.clone() for layer in model.layers]
-    x = torch.randn(4, 33)
-    want = model(x)
-    with offload.stream(model, "layers", wire="fp8", slots=2) as engine:
-        close = model(x)
+    model = torch.nn.Sequential(*(Mixed() for _ in range(3)))
+    shadow, x = copy.deepcopy(model), torch.randn(4, 33)
+    for p in shadow.parameters():
+        if p.is_floating_point():
+            p.data = through(p.data, "fp8")
+    with offload.stream(model, list(model), wire="fp8", slots=2) as engine:
         assert not engine.is_lossless
-        assert not torch.equal(close, want)
-        assert (close - want).abs().max() < 0.2
-        for layer, shift in zip(model.layers, shifts, strict=True):
-            assert torch.equal(engine.value(layer.shift), shift)
+        assert same_bits(model(x).detach(), shadow(x).detach())
+        for layer, theirs in zip(model, shadow, strict=True):
+            assert torch.equal(engine.value(layer.shift), theirs.shift)
+            assert not torch.equal(engine.value(layer.weight), theirs.weight)
 
 
 def test_the_slots_are_narrow_and_hold_wire_bytes():
