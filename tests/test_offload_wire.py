@@ -110,7 +110,11 @@ def test_methods(method, wire, rng, tmp_path):
     """Any slots and any storage: one result, which of a lossless wire is that of memory."""
     model = tower(torch.bfloat16, seed=rng.getrandbits(30))
     runs = []
-    for options in ({"slots": 1, "scratch": 1}, {"slots": 2}, {"slots": 8, "storage": "disk", "path": tmp_path / "run"}):
+    for options in (
+        {"slots": 1, "scratch": 1},
+        {"slots": 2},
+        {"slots": 8, "storage": "disk", "path": tmp_path / "run"},
+    ):
         ours = copy.deepcopy(model)
         with offload.stream(ours, "layers", wire=wire, **options):
             losses, _ = train(ours, 5, make=METHODS[method])

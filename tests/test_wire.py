@@ -96,7 +96,7 @@ def test_scale_and_rounding_follow_the_specification(wire, cpu_backend, rng):
     """s = floor(log2 max) - emax, then the nearest code with ties to even, in exact arithmetic."""
     generator = torch.Generator().manual_seed(rng.getrandbits(60))
     for exponent in (-126, -100, -3, 0, 5, 100, 127):
-        x = (torch.randn(32, generator=generator) * torch.exp2(torch.randint(-12, 1, (32,), generator=generator)))
+        x = torch.randn(32, generator=generator) * torch.exp2(torch.randint(-12, 1, (32,), generator=generator))
         x = (x / x.abs().max() * rng.uniform(1, 1.99)).double() * 2.0**exponent
         x = x.float()
         e = math.frexp(float(x.abs().max()))[1] - 1 - EMAX[wire]
@@ -354,8 +354,16 @@ def test_errors():
     for call, error, match in [
         (lambda: zokernels.encode(good, x, "fp4"), ValueError, "encode: wire: expected 'bf16' or"),
         (lambda: zokernels.wire_bytes(3, "fp4"), ValueError, "wire_bytes: wire"),
-        (lambda: zokernels.encode(good[1:], x, "fp8"), ValueError, r"encode: out\[0\]: expected contiguous uint8 \[258\]"),
-        (lambda: zokernels.encode(good, x, "fp8", offsets=31), ValueError, r"out\[0\]: expected contiguous uint8 \[259\]"),
+        (
+            lambda: zokernels.encode(good[1:], x, "fp8"),
+            ValueError,
+            r"encode: out\[0\]: expected contiguous uint8 \[258\]",
+        ),
+        (
+            lambda: zokernels.encode(good, x, "fp8", offsets=31),
+            ValueError,
+            r"out\[0\]: expected contiguous uint8 \[259\]",
+        ),
         (lambda: zokernels.encode([], x, "fp8"), ValueError, "encode: out: expected 1 tensors"),
         (lambda: zokernels.encode(good, x.double(), "fp8"), TypeError, r"encode: params\[0\]: expected dtype"),
         (lambda: zokernels.decode(x, good.char(), "fp8"), ValueError, r"decode: wires\[0\]: expected contiguous uint8"),

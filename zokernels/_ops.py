@@ -371,9 +371,7 @@ def _decode(out: list[Tensor], wires: list[Tensor], wire: str, *fields: object) 
         _written(out)
 
 
-decode = _register(
-    f"decode(Tensor(a!)[] out, Tensor[] wires, str wire, {_NOISE}) -> ()", _decode, _fake(_check_decode)
-)
+decode = _register(f"decode(Tensor(a!)[] out, Tensor[] wires, str wire, {_NOISE}) -> ()", _decode, _fake(_check_decode))
 
 
 def _check_decode_fan_out(plus, minus, wires, wire, seed, coeff, *fields) -> Terms:

@@ -15,10 +15,16 @@ auto with_wire(DType wire, const F& f) {
   }
 }
 
+template <DType D, DType W, Domain Dist, bool FanOut>
+int launch_form(const DecodeLaunch& p, uint32_t chunks, void* stream) {
+  const bool update = p.count > 0 || p.decay != nullptr || p.rounding_seed != nullptr;
+  return launch(update ? decode_kernel<D, W, Dist, FanOut, true> : decode_kernel<D, W, Dist, FanOut, false>, chunks, stream, p);
+}
+
 template <DType D, DType W, Domain Dist>
 int launch_dist(const DecodeLaunch& p, uint32_t chunks, void* stream) {
-  const bool fan_out = p.probe_seed != nullptr;
-  return launch(fan_out ? decode_kernel<D, W, Dist, true> : decode_kernel<D, W, Dist, false>, chunks, stream, p);
+  return p.probe_seed != nullptr ? launch_form<D, W, Dist, true>(p, chunks, stream)
+                                 : launch_form<D, W, Dist, false>(p, chunks, stream);
 }
 
 }  // namespace

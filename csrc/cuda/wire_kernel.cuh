@@ -69,7 +69,9 @@ ZK_GLOBAL encode_kernel(ZK_GRID_CONSTANT EncodeLaunch p) {
   }
 }
 
-template <DType D, DType W, Domain Dist, bool FanOut>
+// Update: there are directions, a decay or stochastic rounding; what is lossy has none. Apart, because a fan-out alone costs
+// half.
+template <DType D, DType W, Domain Dist, bool FanOut, bool Update>
 ZK_GLOBAL decode_kernel(ZK_GRID_CONSTANT DecodeLaunch p) {
   using S = Storage<D>;
   const int i = tensor_of(p.table, blockIdx.x);
@@ -82,7 +84,7 @@ ZK_GLOBAL decode_kernel(ZK_GRID_CONSTANT DecodeLaunch p) {
 
   const auto pass = [&]<int N, bool Whole>(int first, const auto& access) {
     typename Storage<W>::Raw raw[N];
-    uint32_t scale[N];
+    [[maybe_unused]] uint32_t scale[N];
     ZK_UNROLL
     for (int v = 0; v < N; ++v) {
       raw[v] = access(first + v).template load<W>(t.in);
@@ -101,7 +103,7 @@ ZK_GLOBAL decode_kernel(ZK_GRID_CONSTANT DecodeLaunch p) {
         for (int e = 0; e < kVector; ++e) acc[v][e] = mul(acc[v][e], factor);
       }
     }
-    if (p.decay != nullptr) {
+    if (Update && p.decay != nullptr) {
       const float decay = *p.decay;
       ZK_UNROLL
       for (int v = 0; v < N; ++v) {
@@ -110,7 +112,7 @@ ZK_GLOBAL decode_kernel(ZK_GRID_CONSTANT DecodeLaunch p) {
       }
     }
     ZK_NO_UNROLL
-    for (int k = 0; k < p.count; ++k) {
+    for (int k = 0; Update && k < p.count; ++k) {
       const Noise<Tile<Dist>> noise(seed_at(p.seeds, k), tile);
       const float coeff = p.coeffs[k];
       ZK_UNROLL
@@ -121,7 +123,7 @@ ZK_GLOBAL decode_kernel(ZK_GRID_CONSTANT DecodeLaunch p) {
         for (int e = 0; e < kVector; ++e) acc[v][e] = fma(coeff, z[e], acc[v][e]);
       }
     }
-    const bool stochastic = D != DType::f32 && p.rounding_seed != nullptr;
+    const bool stochastic = Update && D != DType::f32 && p.rounding_seed != nullptr;
     PhiloxKey rounding{};
     if (stochastic) rounding = philox_key(seed_at(p.rounding_seed, 0));
     ZK_UNROLL
@@ -149,7 +151,8 @@ ZK_GLOBAL decode_kernel(ZK_GRID_CONSTANT DecodeLaunch p) {
     }
   };
   const bool aligned = is_aligned<W>(address(t.in), t.offset) && is_aligned<D>(address(t.out) | address(t.minus), t.offset);
-  for_groups<4>(tile, t.numel, aligned, pass);
+  constexpr int kGroup = Update && D == DType::f32 ? 2 : 4;  // of four, normals in fp32 spill
+  for_groups<kGroup>(tile, t.numel, aligned, pass);
 }
 
 }  // namespace zk::cuda

@@ -164,7 +164,9 @@ class Engine:
         """Bring ``block`` in, up to date."""
         slot = self._load(block)
         with torch.no_grad(), torch.inference_mode(False):
-            self._visit = self._visits(self, block, slot, sides, self._step if self._lockstep.current is not None else None)
+            self._visit = self._visits(
+                self, block, slot, sides, self._step if self._lockstep.current is not None else None
+            )
 
     def _load(self, block: Block) -> Slot:
         if self._last is not None and self._last != block.index:
