@@ -14,6 +14,7 @@ test: $(VENV)/tested lint
 	$(BIN)/python -m bench run --op combine --device cpu --tiny
 	$(BIN)/python -m bench methods --device cpu --tiny
 	$(BIN)/python -m bench offload --device cpu --tiny
+	$(BIN)/python -m bench trajectory --device cpu --tiny
 	$(BIN)/python -m pytest -q
 
 demo: $(VENV)/demo
