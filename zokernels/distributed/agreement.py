@@ -110,7 +110,7 @@ def _differ(optimizer: ZerothOrder, what: str, first: int, ours: object, rank: i
     )
 
 
-def _shards(optimizer: ZerothOrder) -> list:
+def _shards(optimizer: ZerothOrder) -> list[Any]:
     """Of each parameter, which elements this rank holds."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     return [shard_of(p)[:2] if is_sharded(p) else () for p in params]
