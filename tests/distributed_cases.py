@@ -319,6 +319,144 @@ def wrong(world: World) -> None:
     refused(world, "rank: expected losses with a mesh", lambda: ranked.step(lambda: 1.0, rank=lambda results: [0]))
 
 
+# Pipeline -------------------------------------------------------------------------------------------------------------
+
+
+class Stages(torch.nn.Module):
+    """Layers in two stages, the embedding tied between the first and the last of them (as transformers do it)."""
+
+    def __init__(self, dtype: torch.dtype, seed: int, stage: int | None = None) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        make = lambda *shape: torch.nn.Parameter((torch.randn(shape, generator=generator) * 0.3).to(dtype))
+        shapes = {"embed": (19, 12), "layers_0": (12, 24), "layers_1": (24, 12), "scale": (12,)}
+        params = {name: make(*shape) for name, shape in shapes.items()}
+        here = {None: tuple(params), 0: ("embed", "layers_0"), 1: ("embed", "layers_1", "scale")}[stage]
+        for name in here:
+            self.register_parameter(name, params[name])
+
+    def groups(self) -> list[dict]:
+        """``scale`` is a group of its own, which the first stage has nothing of."""
+        of = lambda scale: [(n, p) for n, p in self.named_parameters() if (n == "scale") is scale]
+        return [{"params": of(False), "eps": 1e-3}, {"params": of(True), "eps": 2e-2, "clip": 0.5}]
+
+    def first(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(torch.nn.functional.embedding(tokens, self.embed) @ self.layers_0)
+
+    def last(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        out = (hidden @ self.layers_1) * self.scale @ self.embed.t()
+        return torch.nn.functional.cross_entropy(out.float(), tokens.roll(-1))
+
+
+def tokens_of(step: int, shard: int) -> torch.Tensor:
+    return torch.randint(19, (16,), generator=torch.Generator().manual_seed(100 * step + shard))
+
+
+def pipeline(
+    world: World, steps: int, make: Callable = ZOSGD, dtype: torch.dtype = torch.bfloat16, **sizes: int
+) -> None:
+    """Two stages with send and recv of activations against one process, bit for bit: weights, losses and log.
+
+    The run stops half-way and goes on from its log; each stage reads there what is its own.
+    """
+    seed, half, options = world.rng.getrandbits(40), steps // 2, {"lr": 0.02}
+    mesh = world.mesh(**sizes)
+    shard = mesh.get_local_rank("data") if "data" in sizes else 0
+    stage, group = mesh.get_local_rank("pipeline"), mesh.get_group("pipeline")
+    log, names = world.folder / f"{Exchange(mesh).ranks[0]}.zk", ("embed", "layers_0", "layers_1", "scale")
+
+    def loss(step: int) -> torch.Tensor | None:
+        tokens = tokens_of(step, shard)
+        if stage == 0:
+            dist.send(model.first(tokens), group=group, group_dst=1)
+            return None
+        hidden = torch.empty(16, 24, dtype=dtype)
+        dist.recv(hidden, group=group, group_src=0)
+        return model.last(hidden, tokens)
+
+    returned: list[float] = []
+    for count in (half, steps - half):
+        model = Stages(dtype, seed, stage)
+        exchange = Exchange(mesh, check_every=3)
+        optimizer = make(model.groups(), seed=seed, mesh=exchange, trajectory=log, resume=True, **options)
+        assert optimizer.step_count == len(returned)
+        returned += take(optimizer, loss, count)
+        optimizer.trajectory.close()
+        dist.barrier()
+    exchange.agreement.check_weights(optimizer)
+    alone, single = Stages(dtype, seed), world.folder / f"{exchange.ranks[0]}-{world.rank}-single.zk"
+    reference = make(alone.groups(), seed=seed, trajectory=single, **options)
+    shards = sizes.get("data", 1)
+    one = lambda step, s: alone.last(alone.first(tokens_of(step, s)), tokens_of(step, s))
+    expected = take(reference, lambda step: mean_of([one(step, s) for s in range(shards)]), steps)
+    assert returned == expected, (world.folder.name, returned, expected)
+    reference.trajectory.close()
+    assert int(reference.skipped_steps) == 0
+    weights = base_of(alone)
+    assert_same(base_of(model), {name: weights[name] for name in names if name in base_of(model)}, world.folder.name)
+    assert log.read_bytes() == single.read_bytes()
+
+
+case(2, "pipeline", steps=20, pipeline=2)(pipeline)
+case(4, "pipeline and data", steps=20, data=2, pipeline=2)(pipeline)
+case(4, "data inside a pipeline", steps=20, pipeline=2, data=2, dtype=torch.float32)(pipeline)
+case(4, "pipeline and perturbation", steps=20, pipeline=2, perturbation=2)(pipeline)
+
+
+@case(2)
+def stages_of_optimizers(world: World) -> None:
+    """Rules and directions that keep something; without what looks at all parameters at once."""
+    for name in ("momentum", "ZOAdamW", "sparse", "kept", "fzoo", "ZOConservative", "inplace", "window"):
+        kind, options = OPTIMIZERS.get(name, (ZOSGD, {"restore": "inplace", "directions": 2}))
+        folder = world.folder / name
+        pipeline(
+            World(folder, world.rank, world.ranks, world.rng.getrandbits(30)),
+            4,
+            lambda p, **more: kind(p, **{**options, **more}),  # noqa: B023
+            pipeline=2,
+        )
+
+
+@case(4)
+def stages_that_do_not_fit(world: World) -> None:
+    """What must be equal is compared within stages and between them; a change within a stage, or of tied weights."""
+    mesh = world.mesh(data=2, pipeline=2)
+    stage = mesh.get_local_rank("pipeline")
+    from zokernels.optim import LeZO
+
+    def make(change=None, kind=ZOSGD, groups=lambda model: model.groups(), **options):
+        model = Stages(torch.bfloat16, 3, stage)
+        if change:
+            change(model)
+        return kind(groups(model), **{"lr": 0.1, "seed": 7, "mesh": mesh, **options})
+
+    def double(name):
+        def change(model):
+            with torch.no_grad():
+                getattr(model, name).mul_(2)
+
+        return change
+
+    def retype(model):
+        model.embed = torch.nn.Parameter(model.embed.float())
+
+    for victim, pattern, options in (
+        (3, "'layers_1' before step 0: .*on rank 1 and weights .* on rank 3", {"change": double("layers_1")}),
+        (2, "'layers_0' before step 0: .*on rank 0 and weights .* on rank 2", {"change": double("layers_0")}),
+        (3, "'embed' before step 0: .*on rank 0 and weights .* on rank 3", {"change": double("embed")}),
+        (1, "'embed': .*bfloat16 .* on rank 0 and float32 .* on rank 1", {"change": retype}),
+        (1, r"param_groups\[0\]\['lr'\].* on rank 0 and 0.2 on rank 1", {"lr": 0.2}),
+    ):
+        refused(world, pattern, lambda: make(**(options if world.rank == victim else {})))  # noqa: B023
+    unnamed = lambda model: list(model.parameters())
+    refused(world, "expected named parameters where stages", lambda: make(groups=unnamed), alike=False)
+    streams = lambda model: [{"params": list(model.named_parameters()), "streams": list(range(3 if stage else 2))}]
+    refused(
+        world, "streams: expected one stream for each parameter, got 1 for both 'layers_", lambda: make(groups=streams)
+    )
+    refused(world, "mesh: expected no subset", lambda: make(kind=LeZO))
+
+
 # Sharded weights ------------------------------------------------------------------------------------------------------
 
 

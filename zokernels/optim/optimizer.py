@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -61,6 +61,8 @@ class Estimate(NamedTuple):
     multiple: Tensor | None = (
         None  #: of the gradients, for the update: the rule's choice among its trials (fp32, 0-dim)
     )
+    #: Groups whose parameters are on other stages of a pipeline alone, and their g.
+    elsewhere: Sequence[tuple[dict[str, Any], Tensor]] = ()
 
 
 class ZerothOrder(torch.optim.Optimizer):
@@ -94,7 +96,8 @@ class ZerothOrder(torch.optim.Optimizer):
         resume: continue the run in ``trajectory``, where that file exists: the parameters, which hold the run's base
             weights, and this optimizer take the recorded steps before the constructor returns.
         mesh: the processes of the run, a ``torch.distributed`` DeviceMesh with dimensions "data" (each rank its own
-            batches), "perturbation" (each rank its share of the step's forwards), or both; or an
+            batches), "perturbation" (each rank its share of the step's forwards), "pipeline" (each rank its own
+            parameters), or several of them; or an
             :class:`zokernels.distributed.Exchange` of one.  All ranks call :meth:`step` together.  docs/distributed.md.
         estimator, rule: what a subclass is made of.
 
@@ -154,7 +157,7 @@ class ZerothOrder(torch.optim.Optimizer):
         if mesh is not None:
             from ..distributed.exchange import exchange_of
 
-            self._exchange = exchange_of(self._op, mesh, estimator, capturable)
+            self._exchange = exchange_of(self, mesh)
         #: g of the last step (fp32, on the device; 0-dim for one direction, else [q]), of the first group's eps, clip.
         self.last_projected_gradient: Tensor | None = None
         #: What the last step returned.
@@ -208,6 +211,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self.rule.check(self._op, group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self._name_empty(param_group)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "optimizer contains a parameter group with duplicate", UserWarning)
             super().add_param_group(param_group)
@@ -226,6 +230,20 @@ class ZerothOrder(torch.optim.Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
+
+    def _name_empty(self, param_group: dict[str, Any]) -> None:
+        """Groups without parameters (on a stage of a pipeline) count as named where the others are; torch refuses a
+        mixture."""
+        params = param_group["params"]
+        if isinstance(params, (Tensor, set)):
+            return
+        param_group["params"] = params = list(params)
+        if any("param_names" in group for group in self.param_groups) and not params:
+            param_group["param_names"] = []
+        elif params and isinstance(params[0], tuple):
+            for group in self.param_groups:
+                if not group["params"]:
+                    group["param_names"] = []
 
     def step(self, closure: Callable[[], Tensor | float] | None = None) -> Tensor:
         """One step.  ``closure`` runs the forward and returns the scalar loss (a tensor or a number); it is called
@@ -259,7 +277,8 @@ class ZerothOrder(torch.optim.Optimizer):
         with self._probed(buckets, devices) as probe:
             around = map(rng.forward, itertools.count())
 
-            forward = lambda: reading.read(self._op, closure(), devices[0], capturing)
+            counts = self._exchange.loss_of if self._exchange else lambda result: result
+            forward = lambda: reading.read(self._op, counts(closure()), devices[0], capturing)
 
             def losses_at(points: list[list[Point]]) -> Tensor:
                 # None: all of them; and those of coordinates are a stream.
@@ -325,11 +344,17 @@ class ZerothOrder(torch.optim.Optimizer):
     def _estimate(self, buckets: list[Bucket], losses_at: Callable[[list[list[Point]]], Tensor]) -> Estimate:
         """``losses_at``: runs the closure at each of some points, given for each bucket."""
         losses = losses_at([[b.point(k, sign) for b in buckets] for k, sign in self.estimator.points()])
-        gradients, finite = gate(buckets, [self._gradient(losses, b.eps, b.group["clip"]) for b in buckets])
-        estimate = Estimate(losses, gradients, finite, self._skips(finite), tuple(losses))
+        groups = [b.group for b in buckets]
+        foreign = self._exchange.agreement.foreign(self, groups) if self._exchange else []
+        scales = [(b.eps, b.group["clip"]) for b in buckets] + [(group["eps"], group["clip"]) for group in foreign]
+        gradients, finite = gate([*groups, *foreign], [self._gradient(losses, *scale) for scale in scales])
+        elsewhere = list(zip(foreign, gradients[len(groups) :], strict=True))
+        estimate = Estimate(
+            losses, gradients[: len(groups)], finite, self._skips(finite), tuple(losses), elsewhere=elsewhere
+        )
         if not self.rule.trials:
             return estimate
-        trials = losses_at(self._trial_points(buckets, gradients))
+        trials = losses_at(self._trial_points(buckets, estimate.gradients))
         multiple = self.rule.choose(trials.double()).to(losses.device, torch.float32)
         return estimate._replace(forwards=(*losses, *trials), multiple=multiple)
 

@@ -19,7 +19,7 @@ from ..checks import fail
 from ..optim.update import known_on_host, learning_rate
 from .format import Layout, Log, Record, encode, read, scan
 from .replay import repeat_all
-from .settings import check_base, check_same_run, header_of, settings
+from .settings import check_base, check_same_run, own_part, settings, whole_header
 
 if TYPE_CHECKING:
     from ..optim.groups import Bucket
@@ -64,7 +64,7 @@ class Follower:
             if optimizer.state:
                 got = "one with state from steps that are not in the log (resume=True continues a log)"
                 fail("trajectory", "optimizer", "a fresh optimizer", got)
-            head, layout = encode(header_of(optimizer))  # of sharded weights: all ranks together
+            head, layout = encode(whole_header(optimizer))  # of sharded weights: all ranks together
             self._write_header(head)
             self._start(layout, optimizer.step_count, optimizer)
             self.flush()
@@ -128,14 +128,19 @@ class Recorder(Follower):
     def append(self, optimizer: ZerothOrder, buckets: list[Bucket], estimate: Estimate) -> None:
         """After the update of a step."""
         groups = optimizer.param_groups
-        place = {id(b.group): i for i, b in reversed(list(enumerate(buckets)))}
+        elsewhere = estimate.elsewhere
+        places = [id(group) for group in (*(b.group for b in buckets), *(group for group, _ in elsewhere))]
+        place = {key: i for i, key in reversed(list(enumerate(places)))}
         like = estimate.gradients[0]
         number = lambda v: (v if isinstance(v, Tensor) else torch.full((), v, device=like.device)).double().reshape(-1)
         rates = [learning_rate(group, like) for group in groups]
         numbers = [estimate.finite, 1.0 if estimate.multiple is None else estimate.multiple]
         numbers += [optimizer.estimator.loss(estimate.losses).float(), *(_double(r, like) for r in rates)]
         numbers += [estimate.losses] if optimizer.rule.reads_losses else []
-        values, arrived = torch.cat([number(v) for v in (*numbers, *estimate.gradients)]), None
+        values, arrived = (
+            torch.cat([number(v) for v in (*numbers, *estimate.gradients, *(g for _, g in elsewhere))]),
+            None,
+        )
         if not known_on_host(values):
             values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
             arrived = torch.cuda.Event()
@@ -322,7 +327,7 @@ def _log_to_resume(optimizer: ZerothOrder, recorder: Recorder, resume: bool, rec
 def _resume(optimizer: ZerothOrder, recorder: Follower, log: Log, rewind: bool) -> None:
     check_same_run(optimizer, log.header)
     if not (rewind and log.steps):  # else the weights are those of a checkpoint
-        check_base(log.header, [group["params"] for group in optimizer.param_groups])
+        check_base(own_part(optimizer, log.header), [group["params"] for group in optimizer.param_groups])
     if not rewind:
         _take(optimizer, log)
     recorder.go_on(log, optimizer)
