@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+import os
 import pathlib
 import random
 import re
+import signal
+import time
 import warnings
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -17,11 +23,13 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from trajectory_cases import CASES as OPTIMIZERS
 from trajectory_cases import Model, assert_same, base_of
 
-from zokernels.distributed import Exchange, RanksDiffer, mean_of
+import zokernels
+from zokernels.contract import derive_seed_int, streams_of
+from zokernels.distributed import AsyncExchange, Exchange, RanksDiffer, mean_of
 from zokernels.optim import ZOSGD, Ranking, ThreePoint, ZerothOrder, ZORankSGD
 from zokernels.optim.rules import SGD
 from zokernels.optim.shard import shard_of, whole_of
-from zokernels.trajectory import read, replay_
+from zokernels.trajectory import read, record, replay_
 
 
 class World:
@@ -455,6 +463,169 @@ def stages_that_do_not_fit(world: World) -> None:
         world, "streams: expected one stream for each parameter, got 1 for both 'layers_", lambda: make(groups=streams)
     )
     refused(world, "mesh: expected no subset", lambda: make(kind=LeZO))
+
+
+# Asynchronous ---------------------------------------------------------------------------------------------------------
+
+
+def store_of(world: World, kind: str) -> dist.Store:
+    if kind == "file":
+        return dist.FileStore(str(world.folder / "store"), -1)
+    box = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if world.rank == 0 else None]
+    port = [box[0].port if world.rank == 0 else None]
+    dist.broadcast_object_list(port, src=0)
+    return box[0] or dist.TCPStore("127.0.0.1", port[0], is_master=False)
+
+
+def own_steps(exchange: AsyncExchange, model: Model, rank: int, rng: random.Random) -> None:
+    """To the end of the run, with batches and delays of this rank's own."""
+    for own in itertools.count():
+        for group in exchange.optimizer.param_groups:
+            group["lr"] = 0.03 / (1 + own)  # of its own, too
+        time.sleep(rng.choice((0, 0, 0.003)))
+
+        def loss() -> torch.Tensor:
+            time.sleep(rng.choice((0, 0.001, 0.004)))
+            return loss_of(model, own, rank) * (float("nan") if own == 7 and rank == 1 else 1)  # noqa: B023
+
+        if exchange.step(loss) is None:
+            return
+
+
+def ended_alike(world: World, exchange: AsyncExchange, model: Model, base: Model) -> None:
+    """Weights are on all ranks those of the merged log, replayed by one process, and by :func:`combine_` itself."""
+    assert exchange.done
+    log = world.folder / f"{world.rank}.zk"
+    exchange.save(log)
+    weights, saved = base_of(model), log.read_bytes()
+    everyone: list = [None] * world.ranks
+    dist.all_gather_object(everyone, saved)
+    assert all(other == saved for other in everyone)
+    alone = copy.deepcopy(base)
+    assert replay_(alone, log) == exchange.steps
+    assert_same(base_of(alone), weights)
+    records, by_hand = list(read(log).records()), copy.deepcopy(base)
+    assert len({r.step for r in records}) == len(records)
+    if type(exchange.optimizer.rule) is SGD:
+        for record in records:
+            if record.finite:
+                seed = derive_seed_int(exchange.optimizer.seed, record.step, 0)
+                c = torch.tensor(-record.rates[0] * record.gradients[0][0], dtype=torch.float64).float()
+                names, params = zip(*by_hand.named_parameters(), strict=True)
+                options = {"rounding": "stochastic", "rounding_seed": seed, "streams": streams_of(names)}
+                zokernels.combine_([p.data for p in params], seed, float(c), **options)
+        assert_same(base_of(by_hand), weights)
+
+
+def asynchronous(world: World, store: str, dtype: torch.dtype, staleness: int | None = None, **options) -> None:
+    """Ranks with delays of their own: one log, whose replay has the weights of each of them."""
+    seed = world.rng.getrandbits(63)
+    model, base = Model(dtype, random.Random(seed)), Model(dtype, random.Random(seed))
+    optimizer = ZOSGD(model.named_parameters(), lr=0.05, seed=seed, **options)
+    exchange = AsyncExchange(optimizer, store_of(world, store), steps=80, staleness=staleness)
+    dist.barrier()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a step that is not finite
+        own_steps(exchange, model, world.rank, random.Random(f"{seed} {world.rank}"))
+    found = exchange.stalenesses()
+    assert max(found) <= (world.ranks * 40 if staleness is None else staleness)
+    assert staleness == 0 or max(found) > 0
+    ended_alike(world, exchange, model, base)
+
+
+case(2, "asynchronous, two", store="tcp", dtype=torch.bfloat16)(asynchronous)
+case(4, "asynchronous, four", store="file", dtype=torch.float32)(asynchronous)
+case(4, "asynchronous, momentum", store="tcp", dtype=torch.bfloat16, momentum=0.9, weight_decay=0.1)(asynchronous)
+case(4, "asynchronous, a bound", store="tcp", dtype=torch.float16, staleness=2)(asynchronous)
+case(2, "asynchronous, never stale", store="tcp", dtype=torch.bfloat16, staleness=0)(asynchronous)
+
+
+@case(2)
+def asynchronous_death(world: World) -> None:
+    """A process of each rank dies in a forward of the run; the rank itself then takes what there is, and goes on."""
+    seed, place = world.rng.getrandbits(63), str(world.folder / "store")
+
+    def begin():
+        model = Model(torch.bfloat16, random.Random(seed))
+        optimizer = ZOSGD(model.named_parameters(), lr=0.05, seed=seed)
+        return model, AsyncExchange(optimizer, dist.FileStore(place, -1), steps=40)
+
+    if (child := os.fork()) == 0:
+        model, exchange = begin()
+
+        def loss() -> torch.Tensor:
+            if exchange.count >= 5 + 3 * world.rank:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return loss_of(model, 0, world.rank)
+
+        while True:
+            exchange.step(loss)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    model, exchange = begin()
+    assert exchange.count >= 5 + 3 * world.rank
+    own_steps(exchange, model, world.rank, random.Random(seed))
+    dist.barrier()
+    ended_alike(world, exchange, model, Model(torch.bfloat16, random.Random(seed)))
+    draws = {r.step for r in read(world.folder / f"{world.rank}.zk").records()}
+    assert not draws >= set(range(max(draws)))  # the dead ones' last
+
+
+@case(2)
+def asynchronous_errors(world: World) -> None:
+    def make(store: str, change: Callable = lambda model: None, kind=ZOSGD, steps=5, staleness=None, **options):
+        model = Model(torch.bfloat16, random.Random(2))
+        change(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer = kind(model.named_parameters(), **{"lr": 0.1, "seed": 7, **options})
+        return model, AsyncExchange(optimizer, dist.FileStore(str(world.folder / store), -1), steps, staleness)
+
+    def halve(model):
+        with torch.no_grad():
+            model.head[300] *= 0.5
+
+    from zokernels.optim import FZOO, LeZO, RandomMask
+
+    for pattern, options in (
+        ("optimizer: expected restore='exact'", {"restore": "inplace"}),
+        ("optimizer: expected restore='exact'", {"direction": RandomMask(0.5)}),
+        ("optimizer: expected restore='exact'", {"kind": LeZO}),
+        ("optimizer: expected restore='exact'", {"kind": FZOO, "capturable": True}),
+        (r"steps: expected an integer in \[1, 2\^32\), got 0", {"steps": 0}),
+        (r"staleness: expected an integer in \[0, 2\^32\), got -1", {"staleness": -1}),
+    ):
+        refused(world, pattern, lambda: make("none", **options))  # noqa: B023
+    for i, (pattern, options) in enumerate(
+        (
+            ("seed: expected the same on all processes, got 8 here and 7 on the first process", {"seed": 8}),
+            ("groups.0.options.eps: .*got 0.01 here and 0.001 on", {"eps": 0.01}),
+            ("groups.0.params.head.sha256: expected the same", {"change": halve}),
+            ("estimator.directions: .* got 2 here and 1 on", {"directions": 2}),
+        )
+    ):
+        make(f"store{i}") if world.rank == 0 else None
+        dist.barrier()
+        if world.rank == 1:
+            with pytest.raises(RanksDiffer, match=pattern):
+                make(f"store{i}", **options)
+    model, exchange = make("weights")
+    dist.barrier()
+    if world.rank == 1:  # as a broken kernel or memory would
+        halve(model)
+    try:
+        while exchange.step(lambda: loss_of(model, 0, 0)) is not None:
+            pass
+        failed = False
+    except RanksDiffer as error:
+        failed = "'head' (" in str(error)
+    both: list = [None, None]
+    dist.all_gather_object(both, failed)
+    assert both.count(True) == 1, both
+    if world.rank == 0:
+        exchange.save(world.folder / "a.zk")
+        late = ZOSGD(Model(torch.bfloat16, random.Random(2)).named_parameters(), lr=0.1, seed=7)
+        with pytest.raises(ValueError, match="resume: asynchronous: expected that of the log, True, got None"):
+            record(late, world.folder / "a.zk", resume=True)
 
 
 # Sharded weights ------------------------------------------------------------------------------------------------------

@@ -257,7 +257,8 @@ class ZerothOrder(torch.optim.Optimizer):
         return self._step(closure, Losses())
 
     @torch.no_grad()
-    def _step(self, closure: Callable[[], Any] | None, reading: Losses) -> Tensor:
+    def _step(self, closure: Callable[[], Any] | None, reading: Losses, use: Callable | None = None) -> Tensor:
+        """``use``: what is done with the probe and the estimate in place of the update."""
         if not callable(closure):
             fail(self._op, "closure", "a function that runs the forward and returns the loss", repr(closure), TypeError)
         buckets = self._buckets()
@@ -300,9 +301,7 @@ class ZerothOrder(torch.optim.Optimizer):
 
             estimate = self._estimate(probe.buckets, losses_at)
             with uninterrupted():
-                self._update(probe, estimate)
-                if self._recorder:
-                    self._recorder.append(self, probe.buckets, estimate)
+                (use or self._take)(probe, estimate)
         self._publish(estimate)
         self.last_loss = self.estimator.loss(estimate.losses)
         if not self._state.capturable and known_on_host(self._state.skipped):
@@ -372,6 +371,11 @@ class ZerothOrder(torch.optim.Optimizer):
         steps = [descent(b.group, g).unbind() for b, g in zip(buckets, gradients, strict=True)]
         scaled = lambda step, multiple: {k: multiple * c for k, c in enumerate(step)} if multiple else {}
         return [[scaled(step, multiple) for step in steps] for multiple in self.rule.trials]
+
+    def _take(self, probe: ExactProbe | InplaceProbe, estimate: Estimate) -> None:
+        self._update(probe, estimate)
+        if self._recorder:
+            self._recorder.append(self, probe.buckets, estimate)
 
     def _update(self, probe: ExactProbe | InplaceProbe, estimate: Estimate) -> None:
         """The rule, bucket by bucket; in the two-pass form it adds the next step's +eps z as well."""

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .groups import Bucket
-
 
 def projected_gradient(g: Tensor, clip: float | None) -> Tensor:
     """g (float64) rounded once to fp32; then each min(max(g, -clip), clip).

@@ -37,6 +37,38 @@ class _Pending(NamedTuple):
     values: Tensor  #: float64 on the host: finite, multiple, loss, rates, losses, gradients
     arrived: torch.cuda.Event | None
 
+    def record(self, layout: Layout) -> Record:
+        """Waits for the numbers."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        finite, multiple, loss, *rest = self.values.tolist()
+        rates, losses = rest[: layout.groups], rest[layout.groups : layout.groups + layout.losses]
+        g, q = rest[layout.groups + layout.losses :], layout.directions
+        gradients = tuple((0.0,) * q if i is None else tuple(g[i * q : (i + 1) * q]) for i in self.groups)
+        flags = bool(finite), self.two_pass, self.carried
+        return Record(self.step, *flags, int(multiple), loss, tuple(rates), gradients, tuple(losses))
+
+
+def pending(optimizer: ZerothOrder, step: int, buckets: list[Bucket], estimate: Estimate) -> _Pending:
+    """The numbers of a step, on their way to the host."""
+    groups, elsewhere = optimizer.param_groups, estimate.elsewhere
+    places = [id(group) for group in (*(b.group for b in buckets), *(group for group, _ in elsewhere))]
+    place = {key: i for i, key in reversed(list(enumerate(places)))}
+    like = estimate.gradients[0]
+    number = lambda v: (v if isinstance(v, Tensor) else torch.full((), v, device=like.device)).double().reshape(-1)
+    rates = [learning_rate(group, like) for group in groups]
+    numbers = [estimate.finite, 1.0 if estimate.multiple is None else estimate.multiple]
+    numbers += [optimizer.estimator.loss(estimate.losses).float(), *(_double(r, like) for r in rates)]
+    numbers += [estimate.losses] if optimizer.rule.reads_losses else []
+    numbers += [*estimate.gradients, *(g for _, g in elsewhere)]
+    values, arrived = torch.cat([number(v) for v in numbers]), None
+    if not known_on_host(values):
+        values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+    at = tuple(place.get(id(group)) for group in groups)
+    return _Pending(step, bool(optimizer._two_pass), optimizer._carried, at, values, arrived)
+
 
 class Follower:
     """The checks of a log before each step.  With a mesh all ranks make them, and only the first writes."""
@@ -127,27 +159,7 @@ class Recorder(Follower):
 
     def append(self, optimizer: ZerothOrder, buckets: list[Bucket], estimate: Estimate) -> None:
         """After the update of a step."""
-        groups = optimizer.param_groups
-        elsewhere = estimate.elsewhere
-        places = [id(group) for group in (*(b.group for b in buckets), *(group for group, _ in elsewhere))]
-        place = {key: i for i, key in reversed(list(enumerate(places)))}
-        like = estimate.gradients[0]
-        number = lambda v: (v if isinstance(v, Tensor) else torch.full((), v, device=like.device)).double().reshape(-1)
-        rates = [learning_rate(group, like) for group in groups]
-        numbers = [estimate.finite, 1.0 if estimate.multiple is None else estimate.multiple]
-        numbers += [optimizer.estimator.loss(estimate.losses).float(), *(_double(r, like) for r in rates)]
-        numbers += [estimate.losses] if optimizer.rule.reads_losses else []
-        values, arrived = (
-            torch.cat([number(v) for v in (*numbers, *estimate.gradients, *(g for _, g in elsewhere))]),
-            None,
-        )
-        if not known_on_host(values):
-            values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-        at = tuple(place.get(id(group)) for group in groups)
-        two_pass = bool(optimizer._two_pass)
-        self._queue.add(_Pending(self._next, two_pass, optimizer._carried, at, values, arrived))
+        self._queue.add(pending(optimizer, self._next, buckets, estimate))
         self._next += 1
         if time.monotonic() - self._synced >= self._sync:
             self._fsync()
@@ -205,15 +217,7 @@ class _Queue:
             fail("trajectory", str(self.file.name), f"room for {len(data)} bytes", f"{written} written", OSError)
 
     def _write_first(self) -> None:
-        p, layout = self._steps[0], self.layout
-        if p.arrived is not None:
-            p.arrived.synchronize()
-        finite, multiple, loss, *rest = p.values.tolist()
-        rates, losses = rest[: layout.groups], rest[layout.groups : layout.groups + layout.losses]
-        g, q = rest[layout.groups + layout.losses :], layout.directions
-        gradients = tuple((0.0,) * q if i is None else tuple(g[i * q : (i + 1) * q]) for i in p.groups)
-        flags = bool(finite), p.two_pass, p.carried
-        self.write(layout.pack(Record(p.step, *flags, int(multiple), loss, tuple(rates), gradients, tuple(losses))))
+        self.write(self.layout.pack(self._steps[0].record(self.layout)))
         self._steps.popleft()
 
 
@@ -338,7 +342,7 @@ def _take(optimizer: ZerothOrder, log: Log) -> None:
     optimizer._state.load(optimizer.seed, log.start, 0)
     rates = [group["lr"] for group in optimizer.param_groups]
     try:
-        repeat_all(optimizer, log, log.records())
+        repeat_all(optimizer, log.header["gated"], log.records())
     finally:
         for group, lr in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = lr

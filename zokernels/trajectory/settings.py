@@ -205,9 +205,9 @@ def check_same_run(optimizer: ZerothOrder, header: dict[str, Any]) -> None:
     for group in theirs["groups"]:
         for p in group["params"]:
             p["sha256"] = None
-    for key in ours:
-        if key not in ("created_by", "start", "gated") and ours[key] != theirs[key]:
-            fail("trajectory", f"resume: {key}", f"that of the log, {str(theirs[key])[:200]}", str(ours[key])[:200])
+    for key in theirs:
+        if key not in ("created_by", "start", "gated") and ours.get(key) != theirs[key]:
+            fail("trajectory", f"resume: {key}", f"that of the log, {str(theirs[key])[:200]}", str(ours.get(key))[:200])
     trains = [[p["sha256"] is not None for p in g["params"]] for g in own_part(optimizer, header)["groups"]]
     if trains != [[takes_part(g, p) for p in g["params"]] for g in optimizer.param_groups]:
         fail("trajectory", "resume: params", "the log's trainable parameters", "others")
