@@ -16,12 +16,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
+import trajectory_cases
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from trajectory_cases import CASES as OPTIMIZERS
-from trajectory_cases import Model, assert_same, base_of
+from trajectory_cases import assert_same, base_of
 
 import zokernels
 from zokernels.contract import derive_seed_int, streams_of
@@ -30,6 +31,15 @@ from zokernels.optim import ZOSGD, Ranking, ThreePoint, ZerothOrder, ZORankSGD
 from zokernels.optim.rules import SGD
 from zokernels.optim.shard import shard_of, whole_of
 from zokernels.trajectory import read, record, replay_
+
+#: Where models are: "cpu" with gloo, "cuda" with NCCL (``make gpu-check``); the worker sets it.
+DEVICE = "cpu"
+
+
+class Model(trajectory_cases.Model):
+    def __init__(self, dtype: torch.dtype, rng: random.Random) -> None:
+        super().__init__(dtype, rng)
+        self.to(DEVICE)
 
 
 class World:
@@ -46,8 +56,8 @@ class World:
         for size in sizes.values():
             total *= size
         if total == self.ranks:
-            return init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-        whole = init_device_mesh("cpu", (self.ranks // total, *sizes.values()), mesh_dim_names=("copy", *sizes))
+            return init_device_mesh(DEVICE, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        whole = init_device_mesh(DEVICE, (self.ranks // total, *sizes.values()), mesh_dim_names=("copy", *sizes))
         return whole[tuple(sizes)]
 
 
@@ -320,7 +330,7 @@ def wrong(world: World) -> None:
         world, "mesh: expected at most 2 ranks along 'perturbation'.*got 4", lambda: ZOSGD(params(), 1.0, mesh=mesh)
     )
     refused(world, "capturable: expected False with a mesh", lambda: FZOO(params(), 1.0, mesh=mesh, capturable=True))
-    nameless = DeviceMesh("cpu", list(range(4)))
+    nameless = DeviceMesh(DEVICE, list(range(4)))
     refused(world, "mesh: expected named dimensions", lambda: ZOSGD(params(), 1.0, mesh=nameless))
     ranked = ZORankSGD(params(), 1.0, mesh=mesh, candidates=4)
     assert ranked.estimator == Ranking(4)
@@ -342,6 +352,7 @@ class Stages(torch.nn.Module):
         here = {None: tuple(params), 0: ("embed", "layers_0"), 1: ("embed", "layers_1", "scale")}[stage]
         for name in here:
             self.register_parameter(name, params[name])
+        self.to(DEVICE)
 
     def groups(self) -> list[dict]:
         """``scale`` is a group of its own, which the first stage has nothing of."""
@@ -357,7 +368,7 @@ class Stages(torch.nn.Module):
 
 
 def tokens_of(step: int, shard: int) -> torch.Tensor:
-    return torch.randint(19, (16,), generator=torch.Generator().manual_seed(100 * step + shard))
+    return torch.randint(19, (16,), generator=torch.Generator().manual_seed(100 * step + shard)).to(DEVICE)
 
 
 def pipeline(
@@ -378,7 +389,7 @@ def pipeline(
         if stage == 0:
             dist.send(model.first(tokens), group=group, group_dst=1)
             return None
-        hidden = torch.empty(16, 24, dtype=dtype)
+        hidden = torch.empty(16, 24, dtype=dtype, device=DEVICE)
         dist.recv(hidden, group=group, group_src=0)
         return model.last(hidden, tokens)
 
@@ -538,6 +549,10 @@ case(4, "asynchronous, four", store="file", dtype=torch.float32)(asynchronous)
 case(4, "asynchronous, momentum", store="tcp", dtype=torch.bfloat16, momentum=0.9, weight_decay=0.1)(asynchronous)
 case(4, "asynchronous, a bound", store="tcp", dtype=torch.float16, staleness=2)(asynchronous)
 case(2, "asynchronous, never stale", store="tcp", dtype=torch.bfloat16, staleness=0)(asynchronous)
+
+
+#: Cases that fork, which a process with a GPU cannot.
+FORKS = ("asynchronous_death",)
 
 
 @case(2)
@@ -702,8 +717,8 @@ class Net(torch.nn.Module):
 
     def loss(self, step: int, shard: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(1000 * step + shard)
-        x = torch.randn(8, 7, generator=generator).to(self.scale.dtype)
-        return torch.nn.functional.cross_entropy(self(x).float(), torch.arange(8) % 3)
+        x = torch.randn(8, 7, generator=generator).to(DEVICE, self.scale.dtype)
+        return torch.nn.functional.cross_entropy(self(x).float(), torch.arange(8, device=DEVICE) % 3)
 
 
 def fsdp(world: World, restore: str, dtype: torch.dtype, **sizes: int) -> None:
