@@ -1,5 +1,7 @@
-"""Streamed runs whose blocks cross the link in a wire format: lossless ones against the run in memory, lossy ones against
-a loop that is written out here."""
+"""Streamed runs whose blocks cross the link in a wire format.
+
+Lossless ones against the run in memory, lossy ones against a loop that is written out here.
+"""
 
 from __future__ import annotations
 
@@ -247,9 +249,9 @@ def test_a_failure_in_a_thread_is_raised(monkeypatch, tmp_path):
         model(batch_of(0))
     monkeypatch.undo()
     monkeypatch.setattr(engine.mover.source, "write", broken)
+    flushed = lambda: (train(model, 6), engine.flush())
     with pytest.raises(OSError, match="mine"):
-        train(model, 6)
-        engine.flush()
+        flushed()
     engine.mover.close()
 
 

@@ -82,7 +82,7 @@ def test_codes_of_a_block_with_a_largest_code_come_back(wire, dtype, cpu_backend
     codes = [c for c in range(256) if c not in skipped]
     codes += [0] * (-len(codes) % 31)
     blocks = [[top, *codes[i : i + 31]] for i in range(0, len(codes), 31)]
-    flat = torch.tensor(sum(blocks, []), dtype=torch.uint8)
+    flat = torch.tensor(blocks, dtype=torch.uint8).view(-1)
     n = flat.numel()
     for scale in (127, 120, 130):
         data = torch.zeros(zokernels.wire_bytes(n, wire), dtype=torch.uint8)
@@ -210,8 +210,8 @@ def test_what_is_lost(wire, rng):
 
 
 def run_encode(params, parts, out, places, wire, offsets):
-    zokernels.encode([o[s] for o, s in zip(out, places, strict=True)], [b[p] for b, p in zip(params, parts, strict=True)],
-                     wire, offsets=offsets)  # fmt: skip
+    cut = lambda tensors, slices: [t[s] for t, s in zip(tensors, slices, strict=True)]
+    zokernels.encode(cut(out, places), cut(params, parts), wire, offsets=offsets)
     if wire in SCALED:
         return [*out, *params]
     return [*(o[s].view(FORMATS[wire].dtype) for o, s in zip(out, places, strict=True)),
@@ -311,13 +311,13 @@ def test_fan_out_is_decode_and_two_combines(cpu_backend, rng):
     """By other operations: decode with the pending update, then combine out of place."""
     for _ in range(6):
         args = random_decode(rng, True)
-        plus, minus, *_ = (run_fan_out(**args), None)[0], None
+        got = run_fan_out(**args)
         parts, n = args["parts"], len(args["parts"])
         theta = [torch.empty(p.stop - p.start, dtype=args["plus"][0].dtype) for p in parts]
         noise = {k: args[k] for k in ("streams", "offsets", "dist")}
         pending = {k: args[k] for k in ("seeds", "coeffs", "decay", "rounding", "rounding_seed")}
         zokernels.decode(theta, args["wires"], args["wire"], **pending, **noise)
-        for group, sign in ((plus[:n], 1.0), (plus[n : 2 * n], -1.0)):
+        for group, sign in ((got[:n], 1.0), (got[n : 2 * n], -1.0)):
             want = [torch.empty_like(t) for t in theta]
             zokernels.combine(want, theta, args["seed"], sign * args["coeff"], **noise)
             for a, p, b in zip(group, parts, want, strict=True):

@@ -8,7 +8,8 @@ enum class Kind { single, plain, wire, spread, full };
 template <class L, DType D, Domain Dist, Kind K, bool Stochastic>
 void run(const Combine& op, const Span& span, void* scratch) {
   const int64_t count = K == Kind::single ? 1 : op.count + (op.form == Form::fan_out ? 1 : 0);
-  const auto begin = [&](uint64_t block) ZK_INLINE { return Noise<L, Dist>(op.keys, count, span.stream, block, scratch); };
+  const auto begin = [&](uint64_t block)
+                         ZK_INLINE { return Noise<L, Dist>(op.keys, count, span.stream, block, scratch); };
   if constexpr (K == Kind::wire) {
     return for_tiles<L>(span, begin, [op, span](const auto& tile, auto& noise) ZK_INLINE {
       wire_tile<L, D, Stochastic>(op, span, tile, noise);
@@ -25,9 +26,8 @@ void run(const Combine& op, const Span& span, void* scratch) {
 template <class L, DType D, Domain Dist, bool Stochastic>
 void run_plain(const Combine& op, const Span& span, void* scratch) {
   if (op.from_wire) return run<L, D, Dist, Kind::wire, Stochastic>(op, span, scratch);
-  op.count == 1 && !op.has_decay && op.form == Form::one
-      ? run<L, D, Dist, Kind::single, Stochastic>(op, span, scratch)
-      : run<L, D, Dist, Kind::plain, Stochastic>(op, span, scratch);
+  op.count == 1 && !op.has_decay && op.form == Form::one ? run<L, D, Dist, Kind::single, Stochastic>(op, span, scratch)
+                                                         : run<L, D, Dist, Kind::plain, Stochastic>(op, span, scratch);
 }
 
 template <class L, DType D, Domain Dist>

@@ -18,7 +18,8 @@ auto with_wire(DType wire, const F& f) {
 template <DType D, DType W, Domain Dist, bool FanOut>
 int launch_form(const DecodeLaunch& p, uint32_t chunks, void* stream) {
   const bool update = p.count > 0 || p.decay != nullptr || p.rounding_seed != nullptr;
-  return launch(update ? decode_kernel<D, W, Dist, FanOut, true> : decode_kernel<D, W, Dist, FanOut, false>, chunks, stream, p);
+  return launch(update ? decode_kernel<D, W, Dist, FanOut, true> : decode_kernel<D, W, Dist, FanOut, false>, chunks,
+                stream, p);
 }
 
 template <DType D, DType W, Domain Dist>

@@ -61,7 +61,8 @@ ZK_GLOBAL encode_kernel(ZK_GRID_CONSTANT EncodeLaunch p) {
     }
   };
   const bool whole = first >= 0 && first + kWireBlock <= t.numel;
-  const uint64_t from = address(t.in) + first * sizeof(typename S::T), to = address(t.out) + first * sizeof(typename C::T);
+  const uint64_t from = address(t.in) + first * sizeof(typename S::T),
+                 to = address(t.out) + first * sizeof(typename C::T);
   if (whole && is_aligned<D>(from, 0) && is_aligned<W>(to, 0)) {
     run([&](int v) { return VectorAccess{first, v}; });
   } else {
@@ -150,7 +151,8 @@ ZK_GLOBAL decode_kernel(ZK_GRID_CONSTANT DecodeLaunch p) {
       }
     }
   };
-  const bool aligned = is_aligned<W>(address(t.in), t.offset) && is_aligned<D>(address(t.out) | address(t.minus), t.offset);
+  const bool aligned = is_aligned<W>(address(t.in), t.offset) &&
+                       is_aligned<D>(address(t.out) | address(t.minus), t.offset);
   constexpr int kGroup = Update && D == DType::f32 ? 2 : 4;  // of four, normals in fp32 spill
   for_groups<kGroup>(tile, t.numel, aligned, pass);
 }

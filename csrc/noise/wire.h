@@ -6,7 +6,7 @@
 
 namespace zk {
 
-constexpr int kWireBlock = 32;     // elements that share a scale
+constexpr int kWireBlock = 32;       // elements that share a scale
 constexpr int64_t kWireAlign = 256;  // scales begin at a multiple of it
 constexpr uint32_t kFp8Emax = 8, kInt8Emax = 0;
 

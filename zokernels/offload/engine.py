@@ -343,7 +343,7 @@ class Engine:
 
     @contextmanager
     def opened(self, block: Block) -> Iterator[list[Tensor]]:
-        """The parameters of ``block``, all updates taken, on the device, or with ``wire`` on the host; not to be kept."""
+        """The parameters of ``block``, all updates taken, on the device (with ``wire``: the host); not to be kept."""
         if self.wire is not None:
             master = self.wire.master(block)
             yield [e.of(master) for e in block.entries]
@@ -365,7 +365,7 @@ class Engine:
                         return params[i].to(self.device, copy=True)
         fail(self.op, "param", "a streamed parameter", "another")
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write all parameters and persistent buffers, with all updates, as the safetensors file ``path``.
 
         Blocks are streamed; the file appears, whole and synced, when all is done.  Tied weights are in it once.
@@ -424,7 +424,7 @@ class _Visit:
 
     def _groups(self, since: int) -> list[_Alike]:
         """Entries by dtype, updates and bucket; those without either are not in any."""
-        found: dict[tuple, _Alike] = {}
+        found: dict[tuple[Any, ...], _Alike] = {}
         self._fixed: list[int] = []  #: entries that no side perturbs
         history, of = self.engine.history, self.step.of if self.step else {}
         for i, e in enumerate(self.block.entries):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +34,8 @@ def stream(
     storage: str = "host",
     device: torch.device | str | None = None,
     *,
-    weights: str | os.PathLike | Fill | None = None,
-    path: str | os.PathLike | None = None,
+    weights: str | os.PathLike[str] | Fill | None = None,
+    path: str | os.PathLike[str] | None = None,
     resume: bool = False,
     slots: int = 3,
     scratch: int = 2,
@@ -72,8 +73,8 @@ def stream(
             brought up to date from the stored weights each time it comes in, by n passes at most.
         threads: that read and write files.
         wire: (host, disk) what crosses the link: None (the weights; lossless), "bf16", "fp16", "fp8" or "int8"
-            (``zokernels.wire``).  The host keeps the weights, exact, and applies each update itself; nothing comes back.
-            bf16 of bf16 and fp16 of fp16 weights are lossless (:attr:`Engine.is_lossless`): the same bits as None.
+            (``zokernels.wire``).  The host keeps the weights, exact, and applies each update itself: nothing comes
+            back.  bf16 of bf16 and fp16 of fp16 weights are lossless (:attr:`Engine.is_lossless`): the bits of None.
             All else is lossy: forwards compute with decode(encode(theta)), rounded to the weights' dtype, in the place
             of theta.  What is stored and saved, and ``state_dict()``, are the weights themselves.
 
@@ -189,7 +190,18 @@ def _move_the_rest(model: nn.Module, blocks: Sequence[Block], device: torch.devi
                 module._buffers[key] = buffer.to(device)
 
 
-def _check(op, storage, weights, path, resume, slots, scratch, write_every, threads, wire) -> None:
+def _check(
+    op: str,
+    storage: Any,
+    weights: Any,
+    path: Any,
+    resume: Any,
+    slots: Any,
+    scratch: Any,
+    write_every: Any,
+    threads: Any,
+    wire: Any,
+) -> None:
     if storage not in STORAGES:
         fail(op, "storage", ", ".join(map(repr, STORAGES)), repr(storage))
     if wire is not None:

@@ -85,10 +85,10 @@ class _Job(NamedTuple):
     version: int  #: updates of the master when it is done
     work: list[_Work]
     ready: torch.cuda.Event | None  #: of the coefficients
-    before: Future | None  #: the last write of the block's file
+    before: Future[None] | None  #: the last write of the block's file
     then: Callable[[Tensor], Any]  #: what becomes of the master
-    done: Future  #: of the result of ``then``
-    written: Future | None  #: of this write of the file, where there is one
+    done: Future[Any]  #: of the result of ``then``
+    written: Future[None] | None  #: of this write of the file, where there is one
 
 
 class Encoding(Mover):
@@ -120,9 +120,9 @@ class Encoding(Mover):
             data = mapping((slots + 2) * size, torch.device("cpu"))
             for i in range(slots + 2):
                 self._free.put(data[i * size : (i + 1) * size])
-        self._coming: dict[int, Future] = {}  #: by slot
-        self._writing: dict[int, Future] = {}  #: by block
-        self._keeping: list[Future] = []
+        self._coming: dict[int, Future[Any]] = {}  #: by slot
+        self._writing: dict[int, Future[None]] = {}  #: by block
+        self._keeping: list[Future[Any]] = []
         if self._cuda:
             self._in, self._side = torch.cuda.Stream(device), torch.cuda.Stream(device)
             size = -(-max(form.nbytes) // ALIGN) * ALIGN
@@ -164,11 +164,11 @@ class Encoding(Mover):
         copy = lambda master: master if in_memory else master[: block.nbytes].clone()
         return self._submit(block, max(self.history.end, block.kept), in_memory, copy).result()
 
-    def _submit(self, block: Block, version: int, write: bool, then: Callable[[Tensor], Any]) -> Future:
+    def _submit(self, block: Block, version: int, write: bool, then: Callable[[Tensor], Any]) -> Future[Any]:
         for future in self._writing.values():  # what a write before ran into
             if future.done():
                 future.result()
-        found: dict[tuple, _Work] = {}
+        found: dict[tuple[Any, ...], _Work] = {}
         for i, e in enumerate(block.entries if version > block.kept else ()):
             stream, passes = self.history.pending(e.param, block.kept)
             if passes:

@@ -27,12 +27,13 @@ def _blocks(x: Tensor, offset: int) -> tuple[Tensor, slice]:
 
 def encode_blocks(x: Tensor, wire: str, offset: int) -> tuple[Tensor, Tensor]:
     """Codes and scale bytes of flat ``x``."""
-    form = FORMATS[wire]
+    emax = FORMATS[wire].emax
+    assert emax is not None
     blocks, inside = _blocks(x, offset)
     top = blocks.abs().amax(1)
     special = ~top.isfinite()  # NaN, too
     exponent = torch.frexp(torch.where(special, 1.0, top)).exponent - 1  # floor(log2), of 0: -1, replaced below
-    exponent = torch.where(top == 0, -127, exponent - form.emax).clamp(-127, 127)
+    exponent = torch.where(top == 0, -127, exponent - emax).clamp(-127, 127)
     scaled = blocks * _power(-exponent)[:, None]  # exact
     if wire == "fp8":
         codes = scaled.clamp(-448, 448).float().to(torch.float8_e4m3fn).view(torch.uint8)
