@@ -275,7 +275,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("repeat", range(8))
+@pytest.mark.parametrize("repeat", range(4))
 def test_kernels_equal_reference(case, cpu_kernel, rng, repeat):
     run, arguments = CASES[case]
     for _ in range(4):
@@ -286,8 +286,8 @@ def test_kernels_equal_reference(case, cpu_kernel, rng, repeat):
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_at_small_sizes_and_offsets(case, wire, cpu_kernel, rng):
     run, arguments = CASES[case]
-    sizes = [*range(10), 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1000]
-    for offset in (0, 8, 31, rng.randrange(2**45)):
+    sizes = [*range(6), 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1000]
+    for offset in (rng.choice((0, 8)), rng.randrange(2**45) | 1):
         check_backend(run, arguments(rng, sizes=sizes, offsets=[offset] * len(sizes), wire=wire, count=1))
 
 

@@ -575,9 +575,9 @@ for _op in ("encode", "decode", "decode_fan_out"):
             run, arguments = test_wire.CASES[op]
             with zokernels.backend("triton"):
                 for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                    sizes = [0, 1, 33, rng.randrange(300)]
-                    check_backend(run, arguments(rng, wire=wire, dtype=dtype, sizes=sizes))
-                whole = {"sizes": [PROGRAM], "offsets": [PROGRAM * rng.randrange(100)], "count": rng.choice((0, 1, 3))}
+                    sizes = [0, 33, rng.randrange(300)]
+                    check_backend(run, arguments(rng, wire=wire, dtype=dtype, sizes=sizes, count=rng.choice((0, 1))))
+                whole = {"sizes": [PROGRAM], "offsets": [PROGRAM * rng.randrange(100)], "count": rng.choice((0, 1))}
                 check_backend(run, arguments(rng, wire=wire, aligned=True, **whole))
 
 
