@@ -158,7 +158,7 @@ class ZOCGE(ZerothOrder):
             for side in e.sides
         )
         losses = losses_at(itertools.chain((None for s in signs if not s), moves))
-        gradients, finite = gate([e.bucket for e in self._entries], self._gradients(losses))
+        gradients, finite = gate([e.bucket.group for e in self._entries], self._gradients(losses))
         return Estimate(losses, gradients, finite, self._skips(finite), losses)
 
     def _gradients(self, losses: Tensor) -> list[Tensor]:

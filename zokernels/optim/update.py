@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .groups import Bucket
-
 
 def projected_gradient(g: Tensor, clip: float | None) -> Tensor:
     """g (float64) rounded once to fp32; then each min(max(g, -clip), clip).
@@ -39,10 +37,10 @@ def decay_of(group: dict[str, Any], like: Tensor) -> float | Tensor:
     return kept
 
 
-def gate(buckets: list[Bucket], gradients: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """``gradients`` (fp32 [q] of each bucket), all 0 unless each of them and each lr * g is finite in fp32; and whether
+def gate(groups: list[dict[str, Any]], gradients: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """``gradients`` (fp32 [q] of each group), all 0 unless each of them and each lr * g is finite in fp32; and whether
     that is so (bool, 0-dim)."""
-    steps = [descent(b.group, g) for b, g in zip(buckets, gradients, strict=True)]
+    steps = [descent(group, g) for group, g in zip(groups, gradients, strict=True)]
     finite = torch.isfinite(torch.cat((*gradients, *steps))).all()
     return [torch.where(finite, g, torch.zeros_like(g)) for g in gradients], finite
 

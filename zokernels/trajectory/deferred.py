@@ -78,7 +78,8 @@ class Deferred(Dense):
         self._add(bucket, Pass(seeds, coeffs.clone(), bucket.dist, None, "nearest", None))
 
     def update(self, bucket: Bucket, seeds: Tensor, coeffs: Tensor, **rounding: Any) -> None:
-        self._add(bucket, Pass(seeds, coeffs.clone(), bucket.dist, **rounding))
+        # A rule may go on writing to the tensors that it gave (a window's seeds).
+        self._add(bucket, Pass(seeds.clone(), coeffs.clone(), bucket.dist, **rounding))
 
     def step(
         self, bucket: Bucket, rule: Rule, hyper: Tensor, seeds: Tensor, coeffs: Tensor, **states_and_rounding: Any
@@ -86,7 +87,6 @@ class Deferred(Dense):
         rounding: dict[str, Any] = {key: states_and_rounding.pop(key) for key in ("decay", "rounding", "rounding_seed")}
         of = lambda tensors: {id(p): t for p, t in zip(bucket.params, tensors, strict=True)}
         states: dict[str, Any] = {key: of(tensors) for key, tensors in states_and_rounding.items()}
-        # A rule may go on writing to the tensors that it gave.
         self._add(
             bucket,
             Pass(seeds.clone(), coeffs.clone(), bucket.dist, **rounding, rule=rule, hyper=hyper.clone(), **states),

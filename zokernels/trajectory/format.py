@@ -51,10 +51,14 @@ class Record(NamedTuple):
 
 
 class Layout:
-    """Records of ``groups`` groups, ``directions`` directions and ``losses`` losses; ``crc``: the header's."""
+    """Records of ``groups`` groups, ``directions`` directions and ``losses`` losses; ``crc``: the header's.
 
-    def __init__(self, groups: int, directions: int, losses: int, crc: int) -> None:
+    ``asynchronous``: their order is not that of their steps, which are below 2^32.
+    """
+
+    def __init__(self, groups: int, directions: int, losses: int, crc: int, asynchronous: bool = False) -> None:
         self.groups, self.directions, self.losses, self.crc = groups, directions, losses, crc
+        self.asynchronous = asynchronous
         self.size = _HEAD.size + 4 * groups * directions + 8 * (groups + losses) + _CRC.size
 
     def _body(self) -> struct.Struct:
@@ -73,12 +77,13 @@ class Layout:
             return f"{len(data)} of {self.size} bytes"
         if _CRC.unpack_from(data, self.size - _CRC.size)[0] != zlib.crc32(data[: -_CRC.size], self.crc):
             return "a checksum that does not match"
-        if (found := _HEAD.unpack_from(data)[0]) != step & 0xFFFFFFFF:
+        if (found := _HEAD.unpack_from(data)[0]) != step & 0xFFFFFFFF and not self.asynchronous:
             return f"the record of step {found}"
         return None
 
     def unpack(self, data: bytes, step: int) -> Record:
-        _, flags, multiple, loss = _HEAD.unpack_from(data)
+        low, flags, multiple, loss = _HEAD.unpack_from(data)
+        step = low if self.asynchronous else step
         numbers = self._body().unpack_from(data, _HEAD.size)
         rates, losses = numbers[: self.groups], numbers[self.groups : self.groups + self.losses]
         g, q = numbers[self.groups + self.losses :], self.directions
@@ -105,7 +110,8 @@ def encode(header: dict[str, Any]) -> tuple[bytes, Layout]:
 
 
 def _layout(header: dict[str, Any], crc: int) -> Layout:
-    return Layout(len(header["groups"]), header["estimator"]["directions"], header["losses"], crc)
+    sizes = len(header["groups"]), header["estimator"]["directions"], header["losses"]
+    return Layout(*sizes, crc, "asynchronous" in header)
 
 
 def _is_int(value: object, low: int, high: int) -> bool:
@@ -156,6 +162,8 @@ _HEADER = {
     "subset": lambda v: v is None or _is_part(v),
     "groups": lambda v: isinstance(v, list) and v,
 }
+#: Entries that most headers do not have.
+_OPTIONAL = {"asynchronous": lambda v: v is True}
 _GROUP = {
     "options": lambda v: isinstance(v, dict) and all(map(_is_option, v.values())),
     "lr_is_tensor": lambda v: isinstance(v, bool),
@@ -181,7 +189,8 @@ def _check_entries(where: str, found: object, known: dict[str, Any]) -> None:
 
 
 def check_header(header: Any) -> None:
-    _check_entries("header", header, _HEADER)
+    more = {key: valid for key, valid in _OPTIONAL.items() if isinstance(header, dict) and key in header}
+    _check_entries("header", header, _HEADER | more)
     for i, group in enumerate(header["groups"]):
         _check_entries(f"header.groups[{i}]", group, _GROUP)
         for j, param in enumerate(group["params"]):
