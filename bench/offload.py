@@ -34,7 +34,28 @@ SHAPES = {
     "opt-13b": (40, 5120, 50272),
     "opt-30b": (48, 7168, 50272),
 }
+_TOKENS = 256
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.norm = heads, nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(self.norm(x)).relu_())
 
 
 class Layer(nn.Module):
@@ -42,15 +63,10 @@ class Layer(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.attention, self.feed_forward = Attention(width, heads), FeedForward(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-        return x + self.down(F.relu(self.up(self.norm2(x))))
+        return self.feed_forward(self.attention(x))
 
 
 class Decoder(nn.Module):
@@ -64,19 +80,24 @@ class Decoder(nn.Module):
         x = self.embed(ids)
         for layer in self.layers:
             x = layer(x)
-        logits = F.linear(self.norm(x), self.embed.weight)
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+        logits = F.linear(self.norm(x)[:, :-1].flatten(0, 1), self.embed.weight)
+        pieces = zip(logits.split(_TOKENS), ids[:, 1:].flatten().split(_TOKENS), strict=True)
+        # In pieces: fp32 logits of 2,048 tokens and 50,272 words are 412 MB, and their softmax as much again.
+        return sum(F.cross_entropy(a.float(), b, reduction="sum") for a, b in pieces) / len(logits)
+
+    def blocks(self, halves: bool) -> list[nn.Module]:
+        """Layers, or the two halves of each: smaller slots."""
+        return [m for layer in self.layers for m in (layer.children() if halves else [layer])]
 
 
 def fill(name: str, p: Tensor) -> None:
-    """0.02 times noise of the parameter's own stream; norms around 1."""
+    """0.02 times noise of the parameter's own stream, again and again; norms around 1."""
     with torch.no_grad():
         flat = p.view(-1)
-        for begin in range(0, flat.numel(), 1 << 24):
-            part = flat[begin : begin + (1 << 24)]
-            part.copy_(0.02 * noise(part.shape, seed=1, stream=stream_of(name), offset=begin))
-        if "norm" in name and name.endswith("weight"):
-            flat.add_(1)
+        part = 0.02 * noise(min(flat.numel(), 1 << 22), seed=1, stream=stream_of(name))
+        part = (part + 1 if "norm" in name and name.endswith("weight") else part).to(p.dtype)
+        for to in flat.split(len(part)):
+            to.copy_(part[: len(to)])
 
 
 def _build(shape: str, dtype: torch.dtype) -> Decoder:

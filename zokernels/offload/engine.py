@@ -448,7 +448,8 @@ class _Visit:
             if side in self._made:
                 views = list(self.engine.scratch(self.block, self._made[side]))
             elif self.step is not None and any(a.bucket is not None for a in self._alike):
-                views = list(self._perturb(side))
+                with self.engine.timeline.span("update", self.block):
+                    views = list(self._perturb(side))
             else:
                 views = list(self.engine.scratch(self.block, 0))
             for i in self._fixed:
