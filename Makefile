@@ -6,13 +6,15 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check -q install -c constra
 # Here for tests and local use; wheels take setup.py's longer list.
 export TORCH_CUDA_ARCH_LIST ?= 9.0
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+CPP    := $(shell find csrc tests zokernels/bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test demo offload-demo bench docs wheel lint format clean gpu-check
+.PHONY: test demo offload-demo bench docs wheel lint lint-ruff lint-clang-format lint-typos format clean gpu-check
 
 test: $(VENV)/tested lint
 	$(BIN)/python -m bench run --op combine --device cpu --tiny
 	$(BIN)/python -m bench methods --device cpu --tiny
 	$(BIN)/python -m bench offload --device cpu --tiny
+	$(BIN)/python -m bench trajectory --device cpu --tiny
 	$(BIN)/python -m pytest -q
 
 demo: $(VENV)/demo
@@ -36,13 +38,23 @@ wheel: $(VENV)/environment
 	SOURCE_DATE_EPOCH=$$(git log -1 --pretty=%ct) $(BIN)/python -m pip --disable-pip-version-check wheel -q \
 		--no-build-isolation --no-deps -w dist .
 
-lint: $(VENV)/tested
+# One target a tool: .pre-commit-config.yaml calls the same. Versions: constraints.txt.
+lint: lint-ruff lint-clang-format lint-typos
+
+lint-ruff: $(VENV)/tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint-clang-format: $(VENV)/tested
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+lint-typos: $(VENV)/tested
+	$(BIN)/typos
 
 format: $(VENV)/tested
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
 clean:
 	rm -rf build dist *.egg-info zokernels/lib zokernels/_host*.so $(VENV)
@@ -66,5 +78,5 @@ $(VENV)/demo: $(VENV)/built $(DEMO)
 
 $(VENV)/tested: $(VENV)/demo
 	$(PIP) mkdocs-material "mkdocstrings[python]"
-	$(PIP) pytest triton ruff matplotlib scikit-learn accelerate peft trl lightning
+	$(PIP) pytest triton ruff clang-format typos matplotlib scikit-learn accelerate peft trl lightning
 	touch $@

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 import zokernels
 from zokernels.optim import ZOSGD
@@ -116,28 +118,48 @@ def replay_row(dtype: str, dist: str, decay: float, args: argparse.Namespace) ->
     }  # fmt: skip
 
 
-def record_row(dtype: str, args: argparse.Namespace) -> Row:
-    """A step with recording, its forwards left out; how much of it is spent in the recorder."""
+def products(base: dict[str, torch.nn.Parameter], tokens: int) -> Callable[[], torch.Tensor]:
+    """The matrix products of a forward of ``tokens`` tokens."""
+    x = torch.ones(tokens, base["embeddings.norm.bias"].numel(), dtype=base["embeddings.norm.bias"].dtype)
+
+    def forward() -> torch.Tensor:
+        y = x
+        for i in range(6):
+            linear = lambda name, y: F.linear(y, base[f"layer.{i}.{name}.weight"])  # noqa: B023
+            y = y + linear("o", linear("q", y) * linear("k", y) + linear("v", y))
+            y = F.layer_norm(y + linear("out", linear("in", y).relu()), y.shape[-1:])
+        return y.float().square().mean()
+
+    return forward
+
+
+def record_row(dtype: str, tokens: int, args: argparse.Namespace) -> Row:
+    """A step with recording, with forwards of ``tokens`` tokens or none; how much of it is spent in the recorder."""
     base = weights(DTYPES[dtype], args.scale)
-    spent = [0.0]
+    closure = products(base, tokens) if tokens else lambda: 0.5
+    spent: list[float] = []
 
     def timed(call: Callable) -> Callable:
         def run(*arguments: Any) -> None:
             start = time.perf_counter()
             call(*arguments)
-            spent[0] += time.perf_counter() - start
+            spent.append(time.perf_counter() - start)
 
         return run
 
     with tempfile.TemporaryDirectory() as folder:
         optimizer = ZOSGD(base.items(), lr=LR, restore="inplace", trajectory=f"{folder}/run.zk")
-        optimizer.step(lambda: 0.5)  # the header, with its digests
-        recorder = optimizer.trajectory
+        optimizer.step(closure)  # the header, with its digests
+        recorder, steps = optimizer.trajectory, []
         recorder.begin, recorder.append = timed(recorder.begin), timed(recorder.append)
-        steps = 3 if args.tiny else 50
-        seconds = once(lambda: [optimizer.step(lambda: 0.5) for _ in range(steps)])
+        for _ in range(3 if args.tiny else 30):
+            steps.append(once(lambda: optimizer.step(closure)))
         recorder.close()
-    return {"what": "record", "dtype": dtype, "seconds": seconds / steps, "recorder_seconds": spent[0] / steps}
+    recording = statistics.median(spent[::2]) + statistics.median(spent[1::2])
+    return {
+        "what": "record", "dtype": dtype, "tokens": tokens, "weights": sum(p.numel() for p in base.values()),
+        "seconds": statistics.median(steps), "recorder_seconds": recording,
+    }  # fmt: skip
 
 
 def project_row(dtype: str, dist: str, count: int, args: argparse.Namespace) -> Row:
@@ -172,7 +194,8 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
             for decay in (0.0, 0.1):
                 yield replay_row(dtype, dist, decay, args)
     for dtype in DTYPES:
-        yield record_row(dtype, args)
+        for tokens in (0, 16 if args.tiny else 256):
+            yield record_row(dtype, tokens, args)
     for dtype in DTYPES:
         for dist in ("normal", "rademacher"):
             for count in (1, 8, 64):
@@ -194,9 +217,10 @@ def line(row: Row) -> str:
         )
     if row["what"] == "record":
         share = 100 * row["recorder_seconds"] / row["seconds"]
+        forwards = f"with two forwards of {row['tokens']} tokens" if row["tokens"] else "without forwards"
         return (
-            f"{name}: {1e6 * row['recorder_seconds']:.0f} us of a step of {1e3 * row['seconds']:.1f} ms without "
-            f"forwards: {share:.2f} %"
+            f"{name}: {1e6 * row['recorder_seconds']:.0f} us of a step of {1e3 * row['seconds']:.1f} ms {forwards}: "
+            f"{share:.2f} %"
         )
     if row["what"] == "gram":
         return f"{name} K={row['directions']}: {row['seconds']:.1f} s for {row['weights'] / 1e6:.1f} M weights"

@@ -14,36 +14,38 @@
 
 // The terms of an operation (zokernels/backends/terms.py) in a schema, as parameters of its entry, and packed.
 // low_rank has neither masks nor curvature, and of its seeds only the number counts.
-#define ZK_TERMS_SCHEMA                                                                                            \
-  "Tensor seeds, Tensor coeffs, int[] streams, int[] offsets, int dist, Tensor? decay, Tensor? rounding_seed, "    \
+#define ZK_TERMS_SCHEMA                                                                                         \
+  "Tensor seeds, Tensor coeffs, int[] streams, int[] offsets, int dist, Tensor? decay, Tensor? rounding_seed, " \
   "Tensor[] masks, Tensor? mask_seed, int mask_keep, Tensor[] curvature, int[] widths, int[] lengths"
-#define ZK_TERMS_PARAMS                                                                                            \
-  torch::stable::Tensor seeds, torch::stable::Tensor coeffs, std::vector<int64_t> streams,                         \
-      std::vector<int64_t> offsets, int64_t dist, std::optional<torch::stable::Tensor> decay,                      \
-      std::optional<torch::stable::Tensor> rounding_seed, std::vector<torch::stable::Tensor> masks,                \
+#define ZK_TERMS_PARAMS                                                                                                \
+  torch::stable::Tensor seeds, torch::stable::Tensor coeffs, std::vector<int64_t> streams,                             \
+      std::vector<int64_t> offsets, int64_t dist, std::optional<torch::stable::Tensor> decay,                          \
+      std::optional<torch::stable::Tensor> rounding_seed, std::vector<torch::stable::Tensor> masks,                    \
       std::optional<torch::stable::Tensor> mask_seed, int64_t mask_keep, std::vector<torch::stable::Tensor> curvature, \
       std::vector<int64_t> widths, std::vector<int64_t> lengths
-#define ZK_TERMS                                                                                                   \
-  zk::TermArgs{seeds, coeffs,    streams,   offsets,   dist,   decay, rounding_seed,                               \
-               masks, mask_seed, mask_keep, curvature, widths, lengths}
+#define ZK_TERMS                                                                                                 \
+  zk::TermArgs {                                                                                                 \
+    seeds, coeffs, streams, offsets, dist, decay, rounding_seed, masks, mask_seed, mask_keep, curvature, widths, \
+        lengths                                                                                                  \
+  }
 
 // `extra`: further arguments of the backend, from the comma on.
 #define ZK_COMBINE_SCHEMA(extra) "combine(Tensor(a!)[] out, Tensor[] params, " ZK_TERMS_SCHEMA extra ") -> ()"
-#define ZK_FAN_OUT_SCHEMA(extra)                                                                                   \
-  "fan_out(Tensor(a!)[] params, Tensor(b!)[] plus, Tensor(c!)[] minus, Tensor seed, Tensor coeff, " ZK_TERMS_SCHEMA \
-  extra ") -> ()"
+#define ZK_FAN_OUT_SCHEMA(extra)                                                                                          \
+  "fan_out(Tensor(a!)[] params, Tensor(b!)[] plus, Tensor(c!)[] minus, Tensor seed, Tensor coeff, " ZK_TERMS_SCHEMA extra \
+  ") -> ()"
 #define ZK_SPREAD_SCHEMA(extra) "spread(Tensor(a!) out, Tensor x, " ZK_TERMS_SCHEMA extra ") -> ()"
-#define ZK_UPDATE_SCHEMA(extra)                                                                                    \
-  "update(Tensor(a!)[] params, Tensor(b!)[] first, Tensor(c!)[] second, str rule, Tensor hyper, " ZK_TERMS_SCHEMA  \
-  extra ") -> ()"
-#define ZK_LOW_RANK_SCHEMA(extra)                                                                                  \
+#define ZK_UPDATE_SCHEMA(extra)                                                                                         \
+  "update(Tensor(a!)[] params, Tensor(b!)[] first, Tensor(c!)[] second, str rule, Tensor hyper, " ZK_TERMS_SCHEMA extra \
+  ") -> ()"
+#define ZK_LOW_RANK_SCHEMA(extra) \
   "low_rank(Tensor(a!)[] out, Tensor[] params, Tensor[] left, Tensor[] right, " ZK_TERMS_SCHEMA extra ") -> ()"
-#define ZK_REQUANTIZE_SCHEMA(extra)                                                                                \
+#define ZK_REQUANTIZE_SCHEMA(extra) \
   "requantize(Tensor(a!)[] out, Tensor[] params, int low, int high, " ZK_TERMS_SCHEMA extra ") -> ()"
-#define ZK_SQUARES_SCHEMA(extra)                                                                                   \
+#define ZK_SQUARES_SCHEMA(extra) \
   "squares(Tensor seeds, int[] sizes, int[] streams, int[] offsets, int dist" extra ") -> Tensor"
 // Not the sums themselves but parts of them, in the order in which zokernels/backends/sums.py adds them.
-#define ZK_PROJECT_SCHEMA(extra)                                                                                   \
+#define ZK_PROJECT_SCHEMA(extra) \
   "project(Tensor(a!) partial, Tensor[] tensors, Tensor seeds, int[] streams, int[] offsets, int dist" extra ") -> ()"
 #define ZK_DERIVE_SEED_SCHEMA "derive_seed(Tensor run_seed, Tensor step, Tensor k) -> Tensor"
 
@@ -97,25 +99,25 @@ inline void check_dist(const char* op, int64_t dist) {
 
 inline void check_terms(const char* op, const TensorList& params, const TermArgs& terms) {
   const size_t n = params.size();
-  STD_TORCH_CHECK(terms.streams.size() == n && terms.offsets.size() == n,
-                  op, ": params, streams, offsets: expected equal lengths");
+  STD_TORCH_CHECK(terms.streams.size() == n && terms.offsets.size() == n, op,
+                  ": params, streams, offsets: expected equal lengths");
   STD_TORCH_CHECK(terms.coeffs.numel() == (terms.coeffs.dim() == 2 ? static_cast<int64_t>(n) : 1) * terms.seeds.numel(),
                   op, ": coeffs: expected one for each seed, or one for each tensor and seed");
   check_dist(op, terms.dist);
   check_beside(op, params, params);
-  STD_TORCH_CHECK(terms.widths.size() == terms.lengths.size() && (terms.widths.empty() || terms.widths.size() == n),
-                  op, ": widths, lengths: expected one for each of params, or none");
+  STD_TORCH_CHECK(terms.widths.size() == terms.lengths.size() && (terms.widths.empty() || terms.widths.size() == n), op,
+                  ": widths, lengths: expected one for each of params, or none");
   for (size_t i = 0; i < terms.widths.size(); ++i) {
     const int64_t width = terms.widths[i];
-    STD_TORCH_CHECK(width == 0 || (width > 0 && width <= terms.lengths[i] && params[i].numel() % width == 0),
-                    op, ": widths, lengths: expected rows that make up the tensor; not so at ", i);
+    STD_TORCH_CHECK(width == 0 || (width > 0 && width <= terms.lengths[i] && params[i].numel() % width == 0), op,
+                    ": widths, lengths: expected rows that make up the tensor; not so at ", i);
   }
   STD_TORCH_CHECK(terms.masks.empty() || terms.masks.size() == n, op, ": masks: expected one for each of params");
   for (size_t i = 0; i < terms.masks.size(); ++i) {
     const int64_t numel = params[i].numel(), width = terms.width(i);
     const int64_t bytes = width > 0 ? numel / width * terms.row_blocks(i) : (terms.offsets[i] % 8 + numel + 7) / 8;
-    STD_TORCH_CHECK(terms.masks[i].is_contiguous() && (numel == 0 || terms.masks[i].numel() == bytes),
-                    op, ": masks: expected a byte for each block of eight; not so at ", i);
+    STD_TORCH_CHECK(terms.masks[i].is_contiguous() && (numel == 0 || terms.masks[i].numel() == bytes), op,
+                    ": masks: expected a byte for each block of eight; not so at ", i);
   }
   if (!terms.curvature.empty()) check_beside(op, terms.curvature, params, true);
 }
@@ -159,14 +161,14 @@ inline Rule rule_of(const std::string& name) {
 }
 
 // The states of a rule: first and second as far as it has them.
-inline void check_update(const TensorList& first, const TensorList& second, Rule rule, const torch::stable::Tensor& hyper,
-                         const TensorList& params, const TermArgs& terms) {
+inline void check_update(const TensorList& first, const TensorList& second, Rule rule,
+                         const torch::stable::Tensor& hyper, const TensorList& params, const TermArgs& terms) {
   int states = 0;
   int64_t values = 0;
-#define ZK_RULE_SIZES(name)                                                                          \
-  if (rule == Rule::name) {                                                                          \
-    states = rules::name::states;                                                                    \
-    values = rules::name::values + (rules::name::value_per_seed ? terms.seeds.numel() : 0);          \
+#define ZK_RULE_SIZES(name)                                                                 \
+  if (rule == Rule::name) {                                                                 \
+    states = rules::name::states;                                                           \
+    values = rules::name::values + (rules::name::value_per_seed ? terms.seeds.numel() : 0); \
   }
   ZK_RULES(ZK_RULE_SIZES)
 #undef ZK_RULE_SIZES
@@ -177,7 +179,8 @@ inline void check_update(const TensorList& first, const TensorList& second, Rule
 }
 
 // left [K, m, r] and right [K, n, r] for params of m n elements.
-inline void check_factors(const TensorList& left, const TensorList& right, const TensorList& params, const TermArgs& terms) {
+inline void check_factors(const TensorList& left, const TensorList& right, const TensorList& params,
+                          const TermArgs& terms) {
   STD_TORCH_CHECK(left.size() == params.size() && right.size() == params.size(),
                   "low_rank: left, right: expected one for each of params");
   for (size_t i = 0; i < params.size(); ++i) {

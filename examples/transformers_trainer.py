@@ -7,10 +7,10 @@ checkpoint and ends with the same bits.  docs/transformers.md
 import sys
 
 import torch.nn.functional as F
-from encoder import Classifier
-from reviews import load, split
 from transformers import TrainingArguments, trainer_utils
 
+from zokernels.examples.encoder import Classifier
+from zokernels.examples.reviews import load, split
 from zokernels.integrations.transformers import ZOTrainer
 from zokernels.optim import ZOSGD
 

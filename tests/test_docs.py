@@ -73,6 +73,11 @@ def test_block_runs(page, line, code, tmp_path, monkeypatch):
     exec(compile("\n" * line + code, str(page), "exec"), {} if alone else given())
 
 
+def test_a_script_is_shown_as_it_is():
+    code = (ROOT / "examples" / "transformers_trainer.py").read_text().split('"""', 2)[2].strip()
+    assert f"```python\n{code}\n```" in (ROOT / "docs" / "transformers.md").read_text()
+
+
 def test_there_are_blocks():
     assert len(blocks()) >= 30
     assert len([b for b in blocks() if b.marks]) < len(blocks()) / 4

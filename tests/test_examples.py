@@ -1,14 +1,11 @@
-"""The examples, each as a script; two of them are killed half-way and started again."""
+"""The examples, each as a script; one of them stopped half-way and started again. The Trainer's: test_packaging.py."""
 
 from __future__ import annotations
 
 import ast
-import os
 import pathlib
 import runpy
-import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -17,8 +14,6 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "examples"))
 
 import reviews  # noqa: E402
-
-from zokernels.trajectory import read  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,40 +28,10 @@ def _weights_and_sentences():
         pytest.skip(str(error))
 
 
-def start(folder: pathlib.Path, steps: int) -> subprocess.Popen:
-    folder.mkdir(exist_ok=True)
-    with open(folder / "output.txt", "ab") as output:
-        command = [sys.executable, "examples/transformers_trainer.py", str(folder), str(steps)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # the sums of this process
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
-
-
 def here(monkeypatch, name: str, folder: pathlib.Path, steps: int) -> dict:
     """Run in this process, whose imports are done."""
     monkeypatch.setattr(sys, "argv", [name, str(folder), str(steps)])
     return runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
-
-
-@pytest.mark.slow
-def test_the_trainer_resumes_to_the_same_bits(tmp_path, monkeypatch):
-    """Killed half-way and started again, against a run that was not."""
-    pytest.importorskip("accelerate")
-    whole, part = tmp_path / "whole", tmp_path / "part"
-    child = start(part, 4)
-    # The last file of a checkpoint; the next one is two steps away
-    while child.poll() is None and not (part / "checkpoint-2" / "trainer_state.json").exists():
-        time.sleep(2e-3)
-    child.kill()
-    assert child.wait() == -9, (part / "output.txt").read_text()
-    assert 2 <= read(part / "run.zk", recover=True).steps <= 4
-    assert not (part / "model.safetensors").exists()
-    child = start(part, 4)
-    here(monkeypatch, "transformers_trainer", whole, 4)
-    assert child.wait(600) == 0, (part / "output.txt").read_text()
-    for file in ("model.safetensors", "run.zk"):
-        assert (part / file).read_bytes() == (whole / file).read_bytes()
-    assert read(whole / "run.zk").steps == 4
-    assert "eval_accuracy" in (part / "output.txt").read_text()
 
 
 def test_the_plain_loop_resumes_to_the_same_bits(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""The wheel, the sdist and the C++ tests, as someone else would build, install and remove them."""
+"""The wheel, the sdist and the C++ tests, as someone else would build, install, use and remove them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ import sys
 import sysconfig
 import tarfile
 import textwrap
+import time
 import zipfile
 
 import pytest
 
 import zokernels
+from zokernels.examples import encoder, reviews
+from zokernels.trajectory import read
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
@@ -32,6 +35,12 @@ theta = torch.full((4,), -0.0)
 with zokernels.backend("cpu"):
     zokernels.combine_(theta, 0, 1.0, streams=0)
 print(" ".join(f"{b & 0xFFFFFFFF:08x}" for b in theta.view(torch.int32).tolist()))
+"""
+WHERE = """
+import pathlib, sys, zokernels.examples.encoder as encoder, zokernels.integrations.transformers as integration
+for module in (encoder, integration):
+    assert pathlib.Path(module.__file__).is_relative_to(sys.argv[1]), module.__file__
+print("here")
 """
 GOLDEN = "3fab67a2 bf030c3e 3fe72676 bf395d96"  # the first normals of tests/golden.json
 
@@ -120,6 +129,51 @@ def test_installed_wheel_computes(environment):
     assert run(python, "-c", USE, environment, cwd=environment).strip() == GOLDEN
     command = environment / "bin" / "zokernels"
     assert zokernels.__version__ in run(command, cwd=environment)
+
+
+@pytest.fixture
+def weights_and_sentences(tmp_path) -> pathlib.Path:
+    """An empty folder to work in; the demo's reviews come with it where this machine has them."""
+    if missing := [name for name in ("transformers", "accelerate") if importlib.util.find_spec(name) is None]:
+        pytest.skip(f"no {missing[0]}")
+    try:
+        archive = reviews.fetch()
+        encoder.folder()
+    except SystemExit as error:
+        pytest.skip(str(error))
+    there = tmp_path / "zokernels-demo" / "demo-data"
+    there.mkdir(parents=True)
+    shutil.copy(archive, there)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_a_script_killed_half_way_ends_with_the_same_bits(environment, weights_and_sentences):
+    """The one that docs/transformers.md shows, copied to an empty folder and run with the wheel alone, twice."""
+    folder = weights_and_sentences
+    script = shutil.copy(ROOT / "examples" / "transformers_trainer.py", folder)
+    assert run(environment / "bin" / "python", "-c", WHERE, environment, cwd=folder)
+    variables = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+    outputs = {name: (folder / f"{name}.txt").open("ab") for name in ("whole", "part")}
+
+    def start(name: str) -> subprocess.Popen:
+        command = [environment / "bin" / "python", script, name, "4"]
+        return subprocess.Popen(command, cwd=folder, env=variables, stdout=outputs[name], stderr=outputs[name])
+
+    whole, part = start("whole"), start("part")
+    checkpoint = folder / "part" / "checkpoint-2" / "trainer_state.json"
+    while part.poll() is None and not checkpoint.exists():  # its last file; the next checkpoint is two steps away
+        time.sleep(2e-3)
+    part.kill()
+    assert part.wait() == -9, (folder / "part.txt").read_text()
+    assert 2 <= read(folder / "part" / "run.zk", recover=True).steps <= 4
+    assert not (folder / "part" / "model.safetensors").exists()
+    for name, child in (("part", start("part")), ("whole", whole)):
+        assert child.wait(600) == 0, (folder / f"{name}.txt").read_text()
+    for file in ("model.safetensors", "run.zk"):
+        assert (folder / "part" / file).read_bytes() == (folder / "whole" / file).read_bytes()
+    assert read(folder / "whole" / "run.zk").steps == 4
+    assert "eval_accuracy" in (folder / "part.txt").read_text()
 
 
 def test_without_its_host_module_it_computes_and_says_so(environment, tmp_path):

@@ -8,7 +8,8 @@ enum class Kind { single, plain, spread, full };
 template <class L, DType D, Domain Dist, Kind K, bool Stochastic>
 void run(const Combine& op, const Span& span, void* scratch) {
   const int64_t count = K == Kind::single ? 1 : op.count + (op.form == Form::fan_out ? 1 : 0);
-  const auto begin = [&](uint64_t block) ZK_INLINE { return Noise<L, Dist>(op.keys, count, span.stream, block, scratch); };
+  const auto begin = [&](uint64_t block)
+                         ZK_INLINE { return Noise<L, Dist>(op.keys, count, span.stream, block, scratch); };
   combine_tiles<L, D>(span, begin, [op, span](const auto& tile, auto& noise) ZK_INLINE {
     if constexpr (K == Kind::single) single_tile<L, D, Stochastic>(op, span, tile, noise);
     if constexpr (K == Kind::plain) plain_tile<L, D, Stochastic>(op, span, tile, noise);
@@ -19,9 +20,8 @@ void run(const Combine& op, const Span& span, void* scratch) {
 
 template <class L, DType D, Domain Dist, bool Stochastic>
 void run_plain(const Combine& op, const Span& span, void* scratch) {
-  op.count == 1 && !op.has_decay && op.form == Form::one
-      ? run<L, D, Dist, Kind::single, Stochastic>(op, span, scratch)
-      : run<L, D, Dist, Kind::plain, Stochastic>(op, span, scratch);
+  op.count == 1 && !op.has_decay && op.form == Form::one ? run<L, D, Dist, Kind::single, Stochastic>(op, span, scratch)
+                                                         : run<L, D, Dist, Kind::plain, Stochastic>(op, span, scratch);
 }
 
 template <class L, DType D, Domain Dist>

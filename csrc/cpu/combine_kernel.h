@@ -107,8 +107,9 @@ ZK_HD void full_tile(const Combine& op, const Span& span, const Tile& tile, Nois
 template <class L, DType D, class Begin, class Body>
 void combine_tiles(const Span& span, const Begin& begin, const Body& body) {
   using T = typename Storage<L, D>::T;
-  for_tiles<L>(span, begin, [body, in = static_cast<const T*>(span.in), out = static_cast<const T*>(span.out)](
-                                const auto& tile, auto& noise) ZK_INLINE {
+  for_tiles<L>(span, begin,
+               [body, in = static_cast<const T*>(span.in),
+                out = static_cast<const T*>(span.out)](const auto& tile, auto& noise) ZK_INLINE {
     if constexpr (tile.whole) {
       constexpr int64_t bytes = tile.size * sizeof(T);
       prefetch(in + tile.first, bytes);

@@ -18,8 +18,8 @@ inline bool has_avx2() {
 
 inline bool has_avx512() {
 #if defined(ZK_BUILD_AVX512)
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && has_avx2();
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && has_avx2();
 #else
   return false;
 #endif
@@ -36,8 +36,9 @@ inline const Kernels& kernels_of(const std::string& name) {
   if (isa == "avx2" && has_avx2()) return avx2::kernels;
 #endif
   if (isa == "portable") return portable::kernels;
-  throw std::runtime_error("ZOKERNELS_CPU_ISA: expected auto or an instruction set that this build and machine have (best: " +
-                           best_isa() + "), got " + name);
+  throw std::runtime_error(
+      "ZOKERNELS_CPU_ISA: expected auto or an instruction set that this build and machine have (best: " + best_isa() +
+      "), got " + name);
 }
 
 }  // namespace zk::cpu

@@ -31,13 +31,13 @@ struct Terms {
 // Elements [begin, end) of one tensor. Unused pointers are null.
 struct Span {
   const void* in;
-  void* out;              // null where theta is not written: fan_out with nothing pending
-  void* more[2];          // fan_out: plus, minus; update: the states
-  const float* coeffs;    // K values, and fan_out's own behind them
-  const uint8_t* mask;    // a byte for each block from that of element 0
+  void* out;            // null where theta is not written: fan_out with nothing pending
+  void* more[2];        // fan_out: plus, minus; update: the states
+  const float* coeffs;  // K values, and fan_out's own behind them
+  const uint8_t* mask;  // a byte for each block from that of element 0
   const void* curvature;
-  const float* left;      // low_rank: [K, m, rank]
-  const float* right;     // low_rank: [K, panels_of(n), rank, kPanel], with zeros behind the n-th column
+  const float* left;   // low_rank: [K, m, rank]
+  const float* right;  // low_rank: [K, panels_of(n), rank, kPanel], with zeros behind the n-th column
   int64_t rows, columns, rank;
   int64_t numel;
   uint64_t offset;  // logical index of element 0
@@ -85,14 +85,14 @@ struct Kernels {
 };
 
 // One namespace for each instruction set that is built (CMakeLists.txt).
-#define ZK_DECLARE_KERNELS(isa)                                                             \
-  namespace isa {                                                                           \
-  void combine(const Combine&, const Span&, void* scratch);                                 \
-  void update(const Update&, const Span&, void* scratch);                                   \
-  void low_rank(const Combine&, const Span&, void* scratch);                                \
-  void squares(const Terms&, const Span&, uint64_t* sums);                                  \
-  void project(const Terms&, const Span&, void* scratch, double* out, int64_t stride);      \
-  constexpr Kernels kernels = {combine, update, low_rank, squares, project};                \
+#define ZK_DECLARE_KERNELS(isa)                                                        \
+  namespace isa {                                                                      \
+  void combine(const Combine&, const Span&, void* scratch);                            \
+  void update(const Update&, const Span&, void* scratch);                              \
+  void low_rank(const Combine&, const Span&, void* scratch);                           \
+  void squares(const Terms&, const Span&, uint64_t* sums);                             \
+  void project(const Terms&, const Span&, void* scratch, double* out, int64_t stride); \
+  constexpr Kernels kernels = {combine, update, low_rank, squares, project};           \
   }
 ZK_DECLARE_KERNELS(portable)
 ZK_DECLARE_KERNELS(avx2)

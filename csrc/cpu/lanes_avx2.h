@@ -66,7 +66,9 @@ ZK_HD U8 next_word(const U8 w[4], int i) { return {_mm256_shuffle_epi32(w[i].v, 
 ZK_HD F8 sqrt_full(F8 a) { return sqrt(a); }
 ZK_HD F8 div(F8 a, F8 b) { return {_mm256_div_ps(a.v, b.v)}; }
 ZK_HD F8 select_top(U8 a, F8 yes, F8 no) { return {_mm256_blendv_ps(no.v, yes.v, _mm256_castsi256_ps(a.v))}; }
-ZK_HD F8 clamp(F8 x, F8 low, F8 high) { return {_mm256_min_ps(_mm256_max_ps(x.v, low.v), high.v)}; }  // max(NaN, b) is b
+ZK_HD F8 clamp(F8 x, F8 low, F8 high) {
+  return {_mm256_min_ps(_mm256_max_ps(x.v, low.v), high.v)};
+}  // max(NaN, b) is b
 ZK_HD U8 nearest_int(F8 x) { return {_mm256_cvtps_epi32(x.v)}; }
 ZK_HD U8 floor_int(F8 x) { return {_mm256_cvttps_epi32(_mm256_floor_ps(x.v))}; }
 
@@ -163,7 +165,8 @@ struct Avx2 {
 
   // Lane l takes bytes 2 l and 2 l + 1.
   static ZK_HD void load_byte_pairs(const uint8_t* p, U w[4]) {
-    for (int i = 0; i < 4; ++i) w[i] = {_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + i))};
+    for (int i = 0; i < 4; ++i)
+      w[i] = {_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + i))};
   }
   static ZK_HD void store_byte_pairs(uint8_t* p, const U w[4]) {
     const __m256i low = _mm256_set1_epi32(0xffff);
@@ -190,7 +193,8 @@ struct Avx2 {
   // bf16_nearest of a pair, in halves of 16 bits: the average of the dropped half and 0x7ffe plus the last kept bit has the
   // carry as its highest bit. 9 instructions instead of 11 (8 instead of 10 with AVX-512).
   static ZK_HD U pack_bf16(U b0, U b1) {
-    const __m256i high = _mm256_blend_epi16((b0 >> 16).v, b1.v, 0xaa), low = _mm256_blend_epi16(b0.v, (b1 << 16).v, 0xaa);
+    const __m256i high = _mm256_blend_epi16((b0 >> 16).v, b1.v, 0xaa),
+                  low = _mm256_blend_epi16(b0.v, (b1 << 16).v, 0xaa);
     const U half = and_or(U{high}, Splat<U>::of(0x00010001u), Splat<U>::of(0x7ffe7ffeu));
     return {_mm256_add_epi16(high, _mm256_srli_epi16(_mm256_avg_epu16(low, half.v), 15))};
   }
@@ -199,8 +203,8 @@ struct Avx2 {
   static ZK_HD void plus_minus(const uint32_t* signs, int, int i, F c, F& c0, F& c1) {
     const int first = 16 * (i & 1);
     const __m256i two = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(signs[16 * (i >> 1)])),
-                                          _mm256_setr_epi32(first, first + 2, first + 4, first + 6, first + 8, first + 10,
-                                                            first + 12, first + 14));
+                                          _mm256_setr_epi32(first, first + 2, first + 4, first + 6, first + 8,
+                                                            first + 10, first + 12, first + 14));
     const F minus = from_bits(bits(c) ^ Splat<U>::of(0x80000000u));
     c0 = {_mm256_permutevar_ps(_mm256_blend_ps(c.v, minus.v, 0xaa), two)};
     c1 = {_mm256_permutevar_ps(_mm256_blend_ps(c.v, minus.v, 0xcc), two)};

@@ -29,7 +29,8 @@ ZK_HD U16 and_or(U16 a, U16 b, U16 c) { return {_mm512_ternarylogic_epi32(a.v, b
 ZK_HD U16 and_xor(U16 a, U16 b, U16 c) { return {_mm512_ternarylogic_epi32(a.v, b.v, c.v, 0x6a)}; }
 ZK_HD C16 operator^(C16 a, C16 b) { return {_mm512_xor_si512(a.even, b.even), _mm512_xor_si512(a.odd, b.odd)}; }
 ZK_HD C16 xor3(C16 a, C16 b, C16 c) {
-  return {_mm512_ternarylogic_epi32(a.even, b.even, c.even, 0x96), _mm512_ternarylogic_epi32(a.odd, b.odd, c.odd, 0x96)};
+  return {_mm512_ternarylogic_epi32(a.even, b.even, c.even, 0x96),
+          _mm512_ternarylogic_epi32(a.odd, b.odd, c.odd, 0x96)};
 }
 
 ZK_HD F16 add(F16 a, F16 b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -64,7 +65,9 @@ ZK_HD U16 next_word(const U16 w[4], int i) { return {_mm512_shuffle_epi32(w[i].v
 ZK_HD F16 sqrt_full(F16 a) { return sqrt(a); }
 ZK_HD F16 div(F16 a, F16 b) { return {_mm512_div_ps(a.v, b.v)}; }
 ZK_HD F16 select_top(U16 a, F16 yes, F16 no) { return {_mm512_mask_mov_ps(no.v, _mm512_movepi32_mask(a.v), yes.v)}; }
-ZK_HD F16 clamp(F16 x, F16 low, F16 high) { return {_mm512_min_ps(_mm512_max_ps(x.v, low.v), high.v)}; }  // max(NaN, b) is b
+ZK_HD F16 clamp(F16 x, F16 low, F16 high) {
+  return {_mm512_min_ps(_mm512_max_ps(x.v, low.v), high.v)};
+}  // max(NaN, b) is b
 ZK_HD U16 nearest_int(F16 x) { return {_mm512_cvtps_epi32(x.v)}; }
 ZK_HD U16 floor_int(F16 x) { return {_mm512_cvt_roundps_epi32(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
 
@@ -117,7 +120,8 @@ struct Avx512 {
   }
   static ZK_HD void zip(F x0, F x1, __m512& a, __m512& b) {
     a = _mm512_permutex2var_ps(x0.v, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), x1.v);
-    b = _mm512_permutex2var_ps(x0.v, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31), x1.v);
+    b = _mm512_permutex2var_ps(x0.v, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31),
+                               x1.v);
   }
 
   // Sixteen floats in a row, a lane each.
@@ -144,7 +148,8 @@ struct Avx512 {
   static ZK_HD void load_halves(const uint16_t* p, F x[8]) {
     const auto* row = reinterpret_cast<const __m256i*>(p);
     for (int i = 0; i < 8; i += 2) {
-      unzip(_mm512_cvtph_ps(_mm256_loadu_si256(row + i)), _mm512_cvtph_ps(_mm256_loadu_si256(row + i + 1)), x[i], x[i + 1]);
+      unzip(_mm512_cvtph_ps(_mm256_loadu_si256(row + i)), _mm512_cvtph_ps(_mm256_loadu_si256(row + i + 1)), x[i],
+            x[i + 1]);
     }
   }
   static ZK_HD void store_halves(uint16_t* p, const F x[8]) {
@@ -159,7 +164,8 @@ struct Avx512 {
 
   // Lane l takes bytes 2 l and 2 l + 1.
   static ZK_HD void load_byte_pairs(const uint8_t* p, U w[4]) {
-    for (int i = 0; i < 4; ++i) w[i] = {_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + i))};
+    for (int i = 0; i < 4; ++i)
+      w[i] = {_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + i))};
   }
   static ZK_HD void store_byte_pairs(uint8_t* p, const U w[4]) {
     for (int i = 0; i < 4; ++i) _mm256_storeu_si256(reinterpret_cast<__m256i*>(p) + i, _mm512_cvtepi32_epi16(w[i].v));

@@ -257,7 +257,8 @@ void pack_panels(const float* right, int64_t count, int64_t columns, int64_t ran
   }
 }
 
-void low_rank_cpu(TensorList out, TensorList params, TensorList left, TensorList right, ZK_TERMS_PARAMS, std::string isa) {
+void low_rank_cpu(TensorList out, TensorList params, TensorList left, TensorList right, ZK_TERMS_PARAMS,
+                  std::string isa) {
   if (params.empty()) return;
   const TermArgs args = ZK_TERMS;
   check_one_piece("low_rank", args);
@@ -346,7 +347,8 @@ void project_cpu(Tensor partial, TensorList tensors, Tensor seeds, std::vector<i
   terms.dtype = dtype_of(tensors[0]);
   auto* sums = static_cast<double*>(partial.mutable_data_ptr());
   const auto kernel = kernels_of(isa).project;
-  torch::stable::parallel_for(0, tiles, std::max<int64_t>(1, kGrain / (kSumTile * count)), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, tiles, std::max<int64_t>(1, kGrain / (kSumTile * count)),
+                              [&](int64_t begin, int64_t end) {
     alignas(64) std::byte scratch[kScratchPerDirection];
     auto i = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
     for (int64_t tile = begin; tile < end; ++tile) {

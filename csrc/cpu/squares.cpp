@@ -9,9 +9,8 @@ void run(const Terms& op, const Span& span, uint64_t* sums) {
   constexpr int64_t size = Tile<L, true>::size;
   using F = typename L::F;
   using U = typename L::U;
-  const auto begin = [&](uint64_t block) ZK_INLINE {
-    return Noise<L, kNormal>(op.keys, op.count, span.stream, block, nullptr);
-  };
+  const auto begin = [&](uint64_t block)
+                         ZK_INLINE { return Noise<L, kNormal>(op.keys, op.count, span.stream, block, nullptr); };
   for_tiles<L>(span, begin, [op, sums](const auto& tile, auto& noise) ZK_INLINE {
     for (int64_t k = 0; k < op.count; ++k) {
       F z[8];

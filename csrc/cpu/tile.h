@@ -250,7 +250,8 @@ struct Tile {
 // The tiles of blocks [block, stop), whole. Apart from the others, so that nothing is asked that a partial tile would need,
 // and with body by value: what it holds by value then stays in registers, whatever is stored to.
 template <class L, class Begin, class Body>
-__attribute__((noinline)) void whole_tiles(uint64_t block, uint64_t stop, int64_t first, const Begin& begin, Body body) {
+__attribute__((noinline)) void whole_tiles(uint64_t block, uint64_t stop, int64_t first, const Begin& begin,
+                                           Body body) {
   auto noise = begin(block);
   const int64_t run = static_cast<int64_t>(stop - block) * 8;
   while (block < stop) {
@@ -297,7 +298,8 @@ template <class L, DType D, bool Stochastic, class Tile>
 ZK_HD void store(void* array, const Tile& tile, const typename L::F x[8], const Words<typename L::U>& random,
                  bool fresh = false) {
   using S = Storage<L, D>;
-  tile.template write<typename S::T>(array, fresh, [&](auto* p) ZK_INLINE { S::template store<Stochastic>(p, x, random); });
+  tile.template write<typename S::T>(array, fresh,
+                                     [&](auto* p) ZK_INLINE { S::template store<Stochastic>(p, x, random); });
 }
 
 // An array that is no parameter of half precision: its NaNs are made canonical, because rounding looks for none.

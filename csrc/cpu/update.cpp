@@ -69,12 +69,10 @@ ZK_HD void update_tile(const Update& op, const Span& span, const Tile& tile, Noi
 
 template <class L, class R, Domain Dist>
 void run(const Update& op, const Span& span, void* scratch) {
-  const auto begin = [&](uint64_t block) ZK_INLINE {
-    return Noise<L, Dist>(op.keys, op.count, span.stream, block, scratch);
-  };
-  for_tiles<L>(span, begin, [op, span](const auto& tile, auto& noise) ZK_INLINE {
-    update_tile<L, R>(op, span, tile, noise);
-  });
+  const auto begin = [&](uint64_t block)
+                         ZK_INLINE { return Noise<L, Dist>(op.keys, op.count, span.stream, block, scratch); };
+  for_tiles<L>(span, begin,
+               [op, span](const auto& tile, auto& noise) ZK_INLINE { update_tile<L, R>(op, span, tile, noise); });
 }
 
 template <class L, class R>

@@ -144,7 +144,8 @@ ZK_GLOBAL combine_rademacher_kernel(ZK_GRID_CONSTANT CombineLaunch p) {
 
   const uint64_t chunk = blockIdx.x - p.table.first_chunk[i];
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const uint64_t start = t.offset / kRademacherTile * kRademacherTile + chunk * kRademacherChunk + warp * kRademacherTile;
+  const uint64_t start = t.offset / kRademacherTile * kRademacherTile + chunk * kRademacherChunk +
+                         warp * kRademacherTile;
   const int64_t position = static_cast<int64_t>(start - t.offset);
   if (position >= t.numel) return;
   const uint64_t block = start / kRademacherTile * kRademacherBlocks + lane;
@@ -170,7 +171,8 @@ ZK_GLOBAL combine_rademacher_kernel(ZK_GRID_CONSTANT CombineLaunch p) {
   if constexpr (Decay) decay = p.decay != nullptr ? *p.decay : 1.0f;
 
   // fma(c, +-1, from) is from +- c.
-  const auto direction = [&](const Words<uint32_t>& w, float c, int byte, const float from[kVector], float to[kVector]) {
+  const auto direction = [&](const Words<uint32_t>& w, float c, int byte, const float from[kVector],
+                             float to[kVector]) {
     const uint32_t word = word_of(w, byte) >> (8 * (byte % 4));
     ZK_UNROLL
     for (int e = 0; e < kVector; ++e) to[e] = add(from[e], signed_coefficient(word, e, c));

@@ -192,7 +192,13 @@ struct RowTile {
 
   ZK_DEVICE RowTile(uint64_t start_, int64_t width_, int64_t length_, int64_t rows_, uint32_t blocks_, uint64_t chunk,
                     uint32_t stream_, uint32_t mantissa_)
-      : start(start_), width(width_), length(length_), rows(rows_), blocks(blocks_), stream(stream_), mantissa(mantissa_) {
+      : start(start_),
+        width(width_),
+        length(length_),
+        rows(rows_),
+        blocks(blocks_),
+        stream(stream_),
+        mantissa(mantissa_) {
     vec = chunk * (kThreads * kVecs);
     // The 64-bit division is a hundred instructions.
     row = vec >> 32 ? vec / blocks : static_cast<uint32_t>(vec) / blocks;

@@ -13,7 +13,8 @@
 namespace zk::cuda {
 
 template <class... Parameters>
-int launch(void (*kernel)(Parameters...), uint32_t blocks, void* stream, const std::type_identity_t<Parameters>&... arguments) {
+int launch(void (*kernel)(Parameters...), uint32_t blocks, void* stream,
+           const std::type_identity_t<Parameters>&... arguments) {
   kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
   return cudaGetLastError();
 }

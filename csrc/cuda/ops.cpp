@@ -66,8 +66,8 @@ Packed<Entry> packed(const Entry& entry, const TermArgs& terms, size_t i, int64_
 }
 
 // Plain combine where plus and minus are empty, else fan_out.
-void run_plain(const char* op, CombineLaunch shared, const TensorList& out, const TensorList& params, const TensorList& plus,
-               const TensorList& minus, const TermArgs& terms) {
+void run_plain(const char* op, CombineLaunch shared, const TensorList& out, const TensorList& params,
+               const TensorList& plus, const TensorList& minus, const TermArgs& terms) {
   torch::stable::accelerator::DeviceGuard guard(params[0].get_device_index());
   void* stream = current_stream(params[0]);
   const DType dtype = dtype_of(op, params[0]);
@@ -173,7 +173,8 @@ void combine_cuda(TensorList out, TensorList params, ZK_TERMS_PARAMS) {
   check_terms("combine", params, terms);
   check_beside("combine", out, params);
   if (terms.is_plain()) run_plain("combine", CombineLaunch{}, out, params, {}, {}, terms);
-  if (curvature.empty()) return run_update("combine", nullptr, out, params, {}, Action::combine, terms, !terms.is_plain());
+  if (curvature.empty())
+    return run_update("combine", nullptr, out, params, {}, Action::combine, terms, !terms.is_plain());
   run_update("combine", nullptr, out, params, {&curvature}, Action::scaled_combine, terms);
 }
 
@@ -213,7 +214,8 @@ void spread_cuda(Tensor out, Tensor x, ZK_TERMS_PARAMS) {
                                        current_stream(x)));
 }
 
-void update_cuda(TensorList params, TensorList first, TensorList second, std::string rule, Tensor hyper, ZK_TERMS_PARAMS) {
+void update_cuda(TensorList params, TensorList first, TensorList second, std::string rule, Tensor hyper,
+                 ZK_TERMS_PARAMS) {
   const TermArgs terms = ZK_TERMS;
   if (params.empty()) return;
   check_terms("update", params, terms);
@@ -279,7 +281,8 @@ void squares_cuda(Tensor partial, Tensor seeds, std::vector<int64_t> sizes, std:
                   std::vector<int64_t> offsets) {
   STD_TORCH_CHECK(sizes.size() == streams.size() && sizes.size() == offsets.size(),
                   "squares: sizes, streams, offsets: expected equal lengths");
-  STD_TORCH_CHECK(partial.is_contiguous() && partial.dim() == 2 && partial.size(0) == seeds.numel() && partial.size(1) > 0,
+  STD_TORCH_CHECK(partial.is_contiguous() && partial.dim() == 2 && partial.size(0) == seeds.numel() &&
+                      partial.size(1) > 0,
                   "squares: partial: expected a contiguous tensor with a row for each seed");
   torch::stable::accelerator::DeviceGuard guard(seeds.get_device_index());
   void* stream = current_stream(seeds);
@@ -315,12 +318,14 @@ void project_cuda(Tensor partial, TensorList tensors, Tensor seeds, std::vector<
   std::vector<Packed<ProjectEntry>> entries;
   int64_t column = 0;
   for (size_t i = 0; i < tensors.size(); ++i) {
-    const ProjectEntry entry{tensors[i].const_data_ptr(), tensors[i].numel(), static_cast<uint64_t>(offsets[i]), column};
+    const ProjectEntry entry{tensors[i].const_data_ptr(), tensors[i].numel(), static_cast<uint64_t>(offsets[i]),
+                             column};
     column += sum_tiles(entry.offset, entry.numel) * kSumThreads;
     entries.push_back({entry, static_cast<uint32_t>(streams[i]), project_chunks(entry.offset, entry.numel)});
   }
   pack_launches(shared, entries, [&](const ProjectLaunch& launch, uint32_t chunks) {
-    STD_TORCH_CHECK(int64_t{chunks} * launch.groups <= kMaxChunks, "project: tensors, seeds: expected fewer elements at a time");
+    STD_TORCH_CHECK(int64_t{chunks} * launch.groups <= kMaxChunks,
+                    "project: tensors, seeds: expected fewer elements at a time");
     check_launch("project", launch_project(launch, chunks * launch.groups, dtype, static_cast<Domain>(dist), stream));
   });
 }
@@ -329,10 +334,9 @@ Tensor derive_seed_cuda(Tensor run_seed, Tensor step, Tensor k) {
   Tensor seeds = torch::stable::empty_like(run_seed);
   if (run_seed.numel() == 0) return seeds;
   torch::stable::accelerator::DeviceGuard guard(run_seed.get_device_index());
-  check_launch("derive_seed",
-               launch_derive_seed(pointer<int64_t>(run_seed), pointer<int64_t>(step), pointer<int64_t>(k),
-                                  static_cast<int64_t*>(seeds.mutable_data_ptr()), run_seed.numel(),
-                                  current_stream(run_seed)));
+  check_launch("derive_seed", launch_derive_seed(pointer<int64_t>(run_seed), pointer<int64_t>(step),
+                                                 pointer<int64_t>(k), static_cast<int64_t*>(seeds.mutable_data_ptr()),
+                                                 run_seed.numel(), current_stream(run_seed)));
   return seeds;
 }
 

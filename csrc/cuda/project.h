@@ -28,8 +28,8 @@ struct ProjectLaunch {
   const int64_t* seeds;
   double* partial;  // [K, columns]
   int64_t columns;
-  int32_t count;                    // K
-  uint32_t groups;                  // of directions; blocks of one chunk are neighbours, so that the others find x in the cache
+  int32_t count;    // K
+  uint32_t groups;  // of directions; blocks of one chunk are neighbours, so that the others find x in the cache
   uint32_t mantissa = 0x007fffffu;  // a constant that the compiler must not know: see noise/normal.h
   Table<ProjectEntry, 96> table;
 };

@@ -101,7 +101,8 @@ ZK_GLOBAL project_kernel(ZK_GRID_CONSTANT ProjectLaunch p) {
   const int i = tensor_of(p.table, chunk);
   const ProjectEntry& t = p.table.tensor[i];
   const uint32_t thread = threadIdx.x % kSumThreads;
-  const uint64_t number = uint64_t{chunk - p.table.first_chunk[i]} * (kThreads / kSumThreads) + threadIdx.x / kSumThreads;
+  const uint64_t number = uint64_t{chunk - p.table.first_chunk[i]} * (kThreads / kSumThreads) +
+                          threadIdx.x / kSumThreads;
   SumTile tile;
   tile.start = (t.offset / kSumTile + number) * kSumTile;
   tile.position = static_cast<int64_t>(tile.start - t.offset);

@@ -7,7 +7,8 @@ namespace {
 
 template <DType D, Domain Dist, bool Stochastic>
 int launch_plain_count(const RowsLaunch& p, uint32_t chunks, void* stream) {
-  return launch(p.count == 1 ? combine_rows_kernel<D, Dist, 1, Stochastic> : combine_rows_kernel<D, Dist, 0, Stochastic>,
+  return launch(p.count == 1 ? combine_rows_kernel<D, Dist, 1, Stochastic>
+                             : combine_rows_kernel<D, Dist, 0, Stochastic>,
                 chunks, stream, p);
 }
 
@@ -25,7 +26,8 @@ int launch_rows(const RowsLaunch& p, uint32_t chunks, DType dtype, Domain dist, 
   const bool masked = p.mask_seed != nullptr || p.table.tensor[0].mask != nullptr;
   if (action == Action::combine && !masked) {
     return with_dtype(dtype, [&]<DType D>() {
-      return dist == kNormal ? launch_plain<D, kNormal>(p, chunks, stream) : launch_plain<D, kRademacher>(p, chunks, stream);
+      return dist == kNormal ? launch_plain<D, kNormal>(p, chunks, stream)
+                             : launch_plain<D, kRademacher>(p, chunks, stream);
     });
   }
   return launch_action(p, chunks, dtype, dist, action, stream);

@@ -51,7 +51,8 @@ ZK_GLOBAL combine_rows_kernel(ZK_GRID_CONSTANT RowsLaunch p) {
         access(first + v).template store<D>(t.out, S::template pack<kRound>(acc, random));
       }
     };
-    for_groups<RowTile<Dist>::kVecs>(tile, t.numel, is_aligned<D>(address(t.in) | address(t.out), tile.alignment()), pass);
+    for_groups<RowTile<Dist>::kVecs>(tile, t.numel, is_aligned<D>(address(t.in) | address(t.out), tile.alignment()),
+                                     pass);
   };
   if constexpr (K == 1) {
     pass_with(Noise<RowTile<Dist>>(seed_at(p.seeds, 0), tile), t.coeffs[0]);

@@ -12,7 +12,7 @@ struct SquaresEntry {
 
 struct SquaresLaunch {
   const int64_t* seeds;
-  unsigned long long* partial;      // [K, columns]: threads take columns in turn, so that they do not meet at one address
+  unsigned long long* partial;  // [K, columns]: threads take columns in turn, so that they do not meet at one address
   uint32_t columns;
   int32_t count;                    // K
   uint32_t mantissa = 0x007fffffu;  // a constant that the compiler must not know: see noise/normal.h

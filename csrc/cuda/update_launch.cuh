@@ -20,7 +20,7 @@ int launch_action(const Launch& p, uint32_t chunks, DType dtype, Domain dist, Ac
       case Action::scaled_combine: return launch_rule<D, ScaledCombine>(p, chunks, dist, stream);
 #define ZK_CASE(rule) \
   case Action::rule: return launch_rule<D, rules::rule>(p, chunks, dist, stream);
-        ZK_RULES(ZK_CASE)
+          ZK_RULES(ZK_CASE)
 #undef ZK_CASE
     }
     return launch_rule<D, Combine>(p, chunks, dist, stream);

@@ -73,7 +73,8 @@ struct sign : Gradient {
     const U g = bits(fma(of<F>(h[0]), theta, sum[0])), zero = Splat<U>::of(0u);
     const U one = and_or(g, Splat<U>::of(0x80000000u), Splat<U>::of(0x3f800000u));
     const U nonzero = select_ge(magnitude(g), 1u, one, zero);
-    return fma(of<F>(-h[1]), from_bits(select_ge(magnitude(g), kInfinity + 1, zero, nonzero)), decayed);  // NaN has none
+    return fma(of<F>(-h[1]), from_bits(select_ge(magnitude(g), kInfinity + 1, zero, nonzero)),
+               decayed);  // NaN has none
   }
 };
 

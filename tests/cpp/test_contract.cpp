@@ -11,7 +11,8 @@ using namespace zk;
 namespace {
 
 Words<uint32_t> block(uint64_t seed, uint64_t index, uint32_t stream, Domain domain) {
-  return philox<Scalar>(static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32), stream, domain, philox_key(seed));
+  return philox<Scalar>(static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32), stream, domain,
+                        philox_key(seed));
 }
 
 uint32_t field(const Words<uint32_t>& words, uint64_t i) { return words.w[(i & 7) >> 1] >> (16 * (i & 1)) & 0xffffu; }

@@ -24,7 +24,8 @@ struct Case {
 
 size_t width(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
-void combine(const Kernels& kernels, const Case& c, const std::vector<uint64_t>& seeds, uint32_t stream, void* theta, int64_t numel) {
+void combine(const Kernels& kernels, const Case& c, const std::vector<uint64_t>& seeds, uint32_t stream, void* theta,
+             int64_t numel) {
   std::vector<PhiloxKey> keys;
   std::vector<float> coeffs;
   for (size_t k = 0; k < seeds.size(); ++k) {
@@ -55,12 +56,14 @@ void combine(const Kernels& kernels, const Case& c, const std::vector<uint64_t>&
 void golden_values(const Kernels& kernels) {
   for (const auto& c : golden::normal) {
     std::vector<float> z(c.values.size(), -0.0f);
-    combine(kernels, {DType::f32, kNormal, false, false, 1, c.offset}, {c.seed}, c.stream, z.data(), static_cast<int64_t>(z.size()));
+    combine(kernels, {DType::f32, kNormal, false, false, 1, c.offset}, {c.seed}, c.stream, z.data(),
+            static_cast<int64_t>(z.size()));
     for (size_t i = 0; i < z.size(); ++i) check::equal(bits(z[i]), c.values[i], "normal");
   }
   for (const auto& c : golden::rademacher) {
     std::vector<float> z(c.values.size(), -0.0f);
-    combine(kernels, {DType::f32, kRademacher, false, false, 1, c.offset}, {c.seed}, c.stream, z.data(), static_cast<int64_t>(z.size()));
+    combine(kernels, {DType::f32, kRademacher, false, false, 1, c.offset}, {c.seed}, c.stream, z.data(),
+            static_cast<int64_t>(z.size()));
     for (size_t i = 0; i < z.size(); ++i) check::that(z[i] == (c.values[i] == '+' ? 1.0f : -1.0f), "rademacher");
   }
 }
@@ -69,7 +72,9 @@ std::vector<uint16_t> values(const Case& c, int64_t numel) {
   std::vector<uint16_t> data(numel * width(c.dtype) / 2 + 8, 0xABCD);  // eight more: a sentinel
   for (int64_t i = 0; i < numel; ++i) {
     float z[8];
-    z[0] = static_cast<float>(static_cast<int32_t>(philox<Scalar>(static_cast<uint32_t>(i), 0, 0, kSeed, philox_key(7)).w[0])) * 0x1p-31f;
+    z[0] = static_cast<float>(
+               static_cast<int32_t>(philox<Scalar>(static_cast<uint32_t>(i), 0, 0, kSeed, philox_key(7)).w[0])) *
+           0x1p-31f;
     if (c.dtype == DType::f32) std::memcpy(&data[2 * i], z, 4);
     if (c.dtype == DType::bf16) data[i] = static_cast<uint16_t>(bits(z[0]) >> 16);
     if (c.dtype == DType::f16) data[i] = static_cast<uint16_t>(0x3800u | (bits(z[0]) >> 20 & 0x3ffu));
@@ -101,7 +106,8 @@ int main() {
                   combine(portable, c, seeds, 11, want.data(), numel);
                   combine(kernels, c, seeds, 11, got.data(), numel);
                   check::that(got == want, isa, numel, offset);
-                  for (size_t i = numel * width(dtype) / 2; i < got.size(); ++i) check::equal(got[i], 0xABCD, "sentinel");
+                  for (size_t i = numel * width(dtype) / 2; i < got.size(); ++i)
+                    check::equal(got[i], 0xABCD, "sentinel");
                 }
     std::printf("%s\n", isa);
   }

@@ -34,7 +34,8 @@ uint32_t nearest_even(float x, uint32_t infinity, Of of) {
   const uint32_t sign = std::signbit(x) ? 0x8000u : 0u, low = toward_zero(x, infinity, of);
   const double below = of(low);
   // Above the largest finite number, the next would be one step further.
-  const double step = below - static_cast<double>(of(low - (low > 0))), above = low + 1 == infinity ? below + step : of(low + 1);
+  const double step = below - static_cast<double>(of(low - (low > 0))),
+               above = low + 1 == infinity ? below + step : of(low + 1);
   const double d0 = std::fabs(x) - below, d1 = above - std::fabs(x);
   return sign | (d0 < d1 || (d0 == d1 && low % 2 == 0) ? low : low + 1);
 }
@@ -48,15 +49,20 @@ int main() {
     if (half == half) check::equal(cpu::Portable::to_half(half), h, "fp16 keeps its values");
     if (brain == brain) check::equal(bf16_nearest(bits(brain)) >> 16, h, "bf16 keeps its values");
     if (half == half && std::isfinite(half))
-      for (uint32_t u : {0u, 0x7fffu, 0xffffu}) check::equal(bits(half_stochastic(half, u)), bits(half), "fp16, stochastic");
-    for (uint32_t u : {0u, 0x7fffu, 0xffffu}) check::equal(bf16_stochastic(bits(brain), u) >> 16, h, "bf16, stochastic");
+      for (uint32_t u : {0u, 0x7fffu, 0xffffu})
+        check::equal(bits(half_stochastic(half, u)), bits(half), "fp16, stochastic");
+    for (uint32_t u : {0u, 0x7fffu, 0xffffu})
+      check::equal(bf16_stochastic(bits(brain), u) >> 16, h, "bf16, stochastic");
   }
   for (int i = 0; i < 200000; ++i) {
-    const float any = from_bits(random()), small = std::ldexp(1.0f + (random() >> 8) * 0x1p-24f, static_cast<int>(random() % 44) - 26);
+    const float any = from_bits(random()),
+                small = std::ldexp(1.0f + (random() >> 8) * 0x1p-24f, static_cast<int>(random() % 44) - 26);
     for (float x : {any, small, -small}) {
       if (!std::isfinite(x)) continue;
-      if (std::fabs(x) < 3.38e38f) check::equal(bf16_nearest(bits(x)) >> 16, nearest_even(x, 0x7f80, of_bf16), "bf16, nearest");
-      const uint32_t want = std::fabs(x) >= 65520.0f ? (std::signbit(x) ? 0xfc00u : 0x7c00u) : nearest_even(x, 0x7c00, of_half);
+      if (std::fabs(x) < 3.38e38f)
+        check::equal(bf16_nearest(bits(x)) >> 16, nearest_even(x, 0x7f80, of_bf16), "bf16, nearest");
+      const uint32_t want = std::fabs(x) >= 65520.0f ? (std::signbit(x) ? 0xfc00u : 0x7c00u)
+                                                     : nearest_even(x, 0x7c00, of_half);
       check::equal(cpu::Portable::to_half(x), want, "fp16, nearest");
     }
   }

@@ -24,7 +24,8 @@ int64_t launches = 0;
 namespace zk::cuda {
 
 template <class... Parameters>
-int launch(void (*kernel)(Parameters...), uint32_t blocks, void*, const std::type_identity_t<Parameters>&... arguments) {
+int launch(void (*kernel)(Parameters...), uint32_t blocks, void*,
+           const std::type_identity_t<Parameters>&... arguments) {
   ++launches;
   for (uint32_t b = 0; b < blocks; ++b) {
     for (uint32_t t = 0; t < 256; ++t) {

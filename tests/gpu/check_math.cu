@@ -68,8 +68,8 @@ __global__ void all_floats(uint32_t first, uint32_t last, Found* total) {
 }
 
 ZK_HD void normals_of(uint64_t block, const zk::PhiloxKey& key, uint32_t mantissa, float z[8]) {
-  const auto x = zk::philox<zk::Scalar>(static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), 7u, zk::kNormal,
-                                        key);
+  const auto x = zk::philox<zk::Scalar>(static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), 7u,
+                                        zk::kNormal, key);
   zk::normal8(x, z, mantissa);
 }
 
@@ -93,8 +93,8 @@ Found run(const char* what, const auto& launch) {
 }
 
 void print(const char* name, const Found& f) {
-  std::printf("\"%s\": {\"tried\": %llu, \"wrong\": %llu, \"smallest\": %.9g, \"largest\": %.9g, \"example\": %u}, ", name,
-              f.tried, f.wrong, static_cast<double>(zk::from_bits(f.smallest)),
+  std::printf("\"%s\": {\"tried\": %llu, \"wrong\": %llu, \"smallest\": %.9g, \"largest\": %.9g, \"example\": %u}, ",
+              name, f.tried, f.wrong, static_cast<double>(zk::from_bits(f.smallest)),
               static_cast<double>(zk::from_bits(f.largest)), f.example);
 }
 
@@ -108,10 +108,10 @@ int main() {
   const unsigned grid = device.multiProcessorCount * 8;
 
   const Found words = run("all_words", [&](Found* t) { all_words<<<grid, 256>>>(zk::kMantissa, t); });
-  const Found floats =
-      run("all_floats", [&](Found* t) { all_floats<<<grid, 256>>>(words.smallest, words.largest, t); });
+  const Found floats = run("all_floats",
+                           [&](Found* t) { all_floats<<<grid, 256>>>(words.smallest, words.largest, t); });
 
-  constexpr uint32_t kBlocks = 1u << 20;  // of four words
+  constexpr uint32_t kBlocks = 1u << 20;                                                 // of four words
   const uint64_t seed = 0x243f6a8885a308d3u, first = (uint64_t{1} << 32) - kBlocks / 2;  // the low counter word wraps
   float* device_z = nullptr;
   check(cudaMalloc(&device_z, size_t{kBlocks} * 8 * sizeof(float)), "cudaMalloc");
@@ -132,6 +132,7 @@ int main() {
   print("radii", words);
   print("every_float_between", floats);
   std::printf("\"normals\": {\"tried\": %zu, \"wrong\": %llu}}\n", z.size(), static_cast<unsigned long long>(wrong));
-  const bool complete = words.tried == uint64_t{1} << 31 && floats.tried == uint64_t{words.largest} - words.smallest + 1;
+  const bool complete = words.tried == uint64_t{1} << 31 &&
+                        floats.tried == uint64_t{words.largest} - words.smallest + 1;
   return complete && words.wrong + floats.wrong + wrong == 0 ? 0 : 1;
 }

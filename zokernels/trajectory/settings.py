@@ -53,7 +53,8 @@ def digest(tensor: Tensor, dtype: torch.dtype | None = None) -> str:
 def _arguments(kind: type) -> list[str]:
     if kind.__init__ is object.__init__:
         return []
-    return [name for name in inspect.signature(kind).parameters if name not in ("args", "kwargs")]
+    various = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [name for name, p in inspect.signature(kind).parameters.items() if p.kind not in various]
 
 
 def _plain(value: object) -> Any:
