@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pathlib
 import statistics
 import tempfile
@@ -100,14 +101,48 @@ def fill(name: str, p: Tensor) -> None:
             to.copy_(part[: len(to)])
 
 
-def _build(shape: str, dtype: torch.dtype) -> Decoder:
+def build(shape: str, dtype: torch.dtype, layers: int | None = None) -> Decoder:
+    """Without memory for its weights; ``layers``: at most."""
+    count, *rest = SHAPES[shape]
     with offload.empty_weights():
-        return Decoder(*SHAPES[shape]).to(dtype)
+        return Decoder(min(count, layers or count), *rest).to(dtype)
 
 
 def _sync(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _in_memory(args: argparse.Namespace) -> Decoder:
+    """The plain model on the device."""
+    model = build(args.shape, DTYPES[args.dtype], args.layers)
+    for prefix, module in model.named_modules():
+        for key, p in module._parameters.items():
+            fill(f"{prefix}.{key}", value := torch.empty(p.shape, dtype=p.dtype))
+            module._parameters[key] = nn.Parameter(value.to(args.device))
+    return model
+
+
+def _bytes_of(args: argparse.Namespace) -> tuple[int, int]:
+    """Of a layer, and of the rest."""
+    model = build(args.shape, DTYPES[args.dtype], 1)
+    size = lambda module: sum(p.numel() * p.element_size() for p in module.parameters())
+    return size(model.layers[0]), size(model) - size(model.layers[0])
+
+
+def _layers_that_fit(args: argparse.Namespace) -> int:
+    """In six tenths of the host's free memory."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(SHAPES[args.shape][0], int(0.6 * free) // _bytes_of(args)[0]))
+
+
+def _fits(args: argparse.Namespace) -> bool:
+    """Whether all weights can be on the device, with room for a forward."""
+    if args.device == "cpu":
+        return True
+    layer, rest = _bytes_of(args)
+    needed = layer * min(SHAPES[args.shape][0], args.layers) + 4 * rest + 4 * layer
+    return needed < 0.8 * torch.cuda.mem_get_info()[0]
 
 
 def _steps(model: nn.Module, args: argparse.Namespace, **options: Any) -> float:
@@ -138,10 +173,33 @@ def _transfers(engine: offload.Engine, work: Callable) -> float:
     return min(times)
 
 
+def _alone(base: pathlib.Path | None, args: argparse.Namespace) -> float:
+    """Seconds of a step whose blocks stay on the device; writes the checkpoint ``base``."""
+    model = build(args.shape, DTYPES[args.dtype], args.layers)
+    with offload.stream(model, "layers", "device", device=args.device, weights=fill) as engine:
+        if base is not None:
+            engine.save(base)
+        return _steps(model, args)
+
+
+def _plain_copy(nbytes: int, device: torch.device) -> float:
+    """Seconds in which plain copies move ``nbytes`` to the device, from pinned memory for a GPU: the best of four."""
+    size = min(nbytes, 1 << 30)
+    source = torch.ones(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    target, times = torch.empty(size, dtype=torch.uint8, device=device), []
+    for _ in range(5):
+        start = time.perf_counter()
+        target.copy_(source, non_blocking=True)
+        _sync(device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:]) * nbytes / size
+
+
 def _measure(storage: str, base: pathlib.Path, folder: pathlib.Path, args: argparse.Namespace, compute: float) -> Row:
     dtype, device = DTYPES[args.dtype], torch.device(args.device)
     disk, written = storage.startswith("disk"), storage == "disk, written"
-    model = _build(args.shape, dtype)
+    model = build(args.shape, dtype, args.layers)
+    blocks = model.blocks(args.halves)
     options: dict[str, Any] = {"slots": args.slots, "scratch": args.scratch, "device": args.device}
     if disk:
         options |= {"storage": "disk", "weights": base, "path": folder if written else None}
@@ -149,22 +207,31 @@ def _measure(storage: str, base: pathlib.Path, folder: pathlib.Path, args: argpa
         options |= {"storage": storage, "weights": fill}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with offload.stream(model, "layers", **options) as engine:
+    planned = offload.footprint(model, blocks, slots=args.slots, scratch=args.scratch).total
+    with offload.stream(model, blocks, **options) as engine:
         step = _steps(model, args) if written or not disk else _read_only(engine, model, args)
-        row: Row = {"storage": storage, "step": step, "compute": compute, "read": 0.0, "write": 0.0}
+        row: Row = {"storage": storage, "shape": args.shape, "dtype": args.dtype, "layers": len(model.layers)}
+        row |= {"step": step, "compute": compute, "read": 0.0, "write": 0.0}
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         if storage != "device":
             engine.flush()
             row["read"] = _transfers(engine, engine.mover.copy_in)
             if written or storage == "host":
                 row["write"] = _transfers(engine, engine.mover.copy_out) - row["read"]  # which it does as well
-    row["gib"] = sum(b.nbytes for b in engine.blocks) / 2**30
+        moved = sum(b.nbytes for b in engine.blocks)
+    row["gib"] = moved / 2**30
+    if storage == "host":
+        row["plain_copy"] = _plain_copy(moved, device)
+        row["of_plain_copy"] = row["plain_copy"] / row["read"]
     # A GPU's link carries both ways at once; a disk and this machine's memory do not.
     transfer = max(row["read"], row["write"]) if device.type == "cuda" and not disk else row["read"] + row["write"]
-    row["bound"] = max(transfer, compute)
+    row["bound"] = max(transfer, compute)  # compute is 0 where the model does not fit the device
     row["ratio"] = step / row["bound"]
     row["tokens_per_second"] = args.batch * args.length / step
+    if storage != "device":
+        row["planned_memory"] = planned  # without activations
     if device.type == "cuda":
-        row["device_memory"] = torch.cuda.max_memory_allocated(device)
+        row["device_memory"] = peak
     return row
 
 
@@ -190,6 +257,8 @@ def run(args: argparse.Namespace) -> int:
         raise SystemExit("--device cuda: torch sees no CUDA device")
     if args.tiny:
         args.shape, args.length, args.steps = "tiny", 16, 2
+    if args.device == "cuda" and args.layers is None:
+        args.layers = _layers_that_fit(args)
     torch.manual_seed(0)
     header, start, rows = machine.describe(args.device), time.perf_counter(), []
     print(
@@ -202,14 +271,16 @@ def run(args: argparse.Namespace) -> int:
     )
     with tempfile.TemporaryDirectory(dir=args.folder) as place:
         base = pathlib.Path(place) / "base.safetensors"
-        model = _build(args.shape, DTYPES[args.dtype])
-        with offload.stream(model, "layers", "device", device=args.device, weights=fill) as engine:
-            if any(s.startswith("disk") for s in args.storage):
-                engine.save(base)
-            compute = _steps(model, args)
-        del model, engine
-        for i, storage in enumerate(args.storage):
+        compute, in_memory = 0.0, None
+        if "memory" in args.storage:
+            in_memory = _steps(_in_memory(args), args)
+            print(f"{'memory':14} {in_memory:8.3f} {'':44} {args.batch * args.length / in_memory:9.0f}", flush=True)
+        if _fits(args):
+            compute = _alone(base if any(s.startswith("disk") for s in args.storage) else None, args)
+        for i, storage in enumerate(s for s in args.storage if s != "memory"):
             row = _measure(storage, base, pathlib.Path(place) / f"run{i}", args, compute)
+            if in_memory is not None:
+                row |= {"in_memory": in_memory, "of_in_memory": in_memory / row["step"]}
             rows.append(row)
             times = " ".join(f"{row[k]:8.3f}" for k in ("step", "compute", "read", "write", "bound"))
             print(f"{storage:14} {times} {row['ratio']:6.2f} {row['tokens_per_second']:9.0f}", flush=True)
@@ -225,7 +296,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def add_arguments(sub: argparse.ArgumentParser) -> None:
-    storages = ("device", "host", "disk", "disk, written")
+    storages = ("memory", "device", "host", "disk", "disk, written")
     sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     sub.add_argument("--shape", choices=SHAPES, default="256m")
     sub.add_argument("--storage", nargs="+", choices=storages, default=["host", "disk", "disk, written"])
@@ -235,6 +306,8 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--length", type=int, default=256)
     sub.add_argument("--slots", type=int, default=3)
     sub.add_argument("--scratch", type=int, choices=(1, 2), default=2)
+    sub.add_argument("--halves", action="store_true", help="blocks are the halves of layers: smaller slots")
+    sub.add_argument("--layers", type=int, help="at most (default: all; on a GPU those that fit into host memory)")
     sub.add_argument("--steps", type=int, default=5)
     sub.add_argument("--folder", type=pathlib.Path, help="of the files (default: the system's for temporary ones)")
     sub.add_argument("--tiny", action="store_true", help="small and short: whether it runs, not how fast")

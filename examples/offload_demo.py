@@ -31,7 +31,7 @@ from .wide import WideClassifier, widen
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 VALIDATION = 200
-LENGTH = 48  #: tokens of a sentence at most: what bounds the activations
+LENGTH = 32  #: tokens of a sentence at most: what bounds the activations
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -210,8 +210,10 @@ def spawn(role: str, args: argparse.Namespace, limit: int) -> dict:
     if args.tiny:
         command.append("--tiny")
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    # An arena, a team of OpenMP's and buffers of MKL's for each thread would be memory that grows with the machine.
-    settings = {"PYTHONPATH": path, "MALLOC_ARENA_MAX": "1", "MKL_DISABLE_FAST_MM": "1"}
+    # An arena, a team of OpenMP's and buffers of MKL's for each thread would be memory that grows with the machine; a
+    # heap with activations of many sizes in it has holes.
+    settings = {"PYTHONPATH": path, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    settings["MKL_DISABLE_FAST_MM"] = "1"
     settings["OMP_NUM_THREADS"] = str(min(4, machine.cores()))
     done = subprocess.run(command, env={**os.environ, **settings}, check=False)
     if not result.exists():
@@ -241,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
     free = spawn("memory", args, 0)
     if "error" in free:
         raise SystemExit(f"offload-demo: without a limit: {free['error']}")
-    limit = args.limit or free["private"] - (size >> 20) // 4
+    limit = args.limit or free["private"] - (size >> 20) // 3
     print(f"limit     {limit} MiB of private memory; training in memory takes {free['private']} MiB")
     refused = spawn("memory", args, limit)
     print(f"in memory {refused.get('error', 'NO ERROR')}", flush=True)

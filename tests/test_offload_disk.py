@@ -122,7 +122,9 @@ def test_a_model_of_4_gb_trains_in_less_than_1_gb(tmp_path):
     command = [sys.executable, worker.__file__, str(tmp_path), *map(str, (layers, width, 2, steps))]
     path = os.pathsep.join((str(pathlib.Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")))
     try:
-        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout)
         print(found)

@@ -98,6 +98,8 @@ def stream(
     held = _slots(made, storage, slots, target)
     copies = [torch.empty(max(b.scratch for b in made), dtype=torch.uint8, device=target) for _ in range(scratch)]
     memory = HostMemory(made, target) if storage == "host" else None
+    to_gpu = target.type == "cuda"
+    staging = mapping(2 * slots * size, target) if storage == "disk" and to_gpu else None
     run = None if path is None else Run(path, made, resume)
     # From here on the model changes.
     loaded = {} if checkpoint is None else checkpoint.tensors()
@@ -115,12 +117,11 @@ def stream(
                 source.write(b, _packed(b, {}, fill), 0)
         elif run:
             check_room(op, run.folder, made, size + sum(b.nbytes for b in made if b.index not in run.files))
-        on_gpu = target.type == "cuda"
-        mover = Staged(source, slots, size, target, timeline) if on_gpu else ByThreads(source, timeline)
+        mover = ByThreads(source, timeline) if staging is None else Staged(source, staging, slots, target, timeline)
     elif memory is not None:
         for b in made:
             memory.write(b, _packed(b, loaded, fill), 0)
-        mover = ByStreams(memory, target, timeline) if target.type == "cuda" else ByThreads(memory, timeline)
+        mover = ByStreams(memory, target, timeline) if to_gpu else ByThreads(memory, timeline)
     else:
         mover = InPlace()
         for b, slot in zip(made, held, strict=True):

@@ -102,7 +102,8 @@ def plot(spans: Sequence[Span], path: str | os.PathLike, title: str = "") -> Non
     for row, lane in enumerate(lanes):
         mine = [s for s in spans if s.lane == lane]
         bars = [(s.begin, s.end - s.begin) for s in mine]
-        axes.broken_barh(bars, (row - 0.36, 0.72), facecolors=LANES[lane], edgecolor="white", linewidth=0.4)
+        edges = [0.4 if width > 0.005 * total else 0 for _, width in bars]  # a thin bar would be all edge
+        axes.broken_barh(bars, (row - 0.36, 0.72), facecolors=LANES[lane], edgecolor="white", linewidth=edges)
         for s in mine:
             label = _short(s.block)
             if s.end - s.begin > (0.01 + 0.006 * len(label)) * total:
