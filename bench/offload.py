@@ -252,6 +252,38 @@ def _read_only(engine: offload.Engine, model: nn.Module, args: argparse.Namespac
     return statistics.median(times[2:])
 
 
+def _number(row: Row, key: str, form: str, scale: float = 1.0) -> str:
+    return format(row[key] * scale, form) if row.get(key) else "-"
+
+
+#: Heads of a table of rows, and what stands below them.
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "storage": lambda r: r["storage"],
+    "step s": lambda r: _number(r, "step", ".3f"),
+    "compute": lambda r: _number(r, "compute", ".3f"),
+    "read": lambda r: _number(r, "read", ".3f"),
+    "write": lambda r: _number(r, "write", ".3f"),
+    "bound": lambda r: _number(r, "bound", ".3f"),
+    "ratio": lambda r: _number(r, "ratio", ".2f"),
+    "tokens/s": lambda r: _number(r, "tokens_per_second", ".0f"),
+    "of copy": lambda r: _number(r, "of_plain_copy", ".2f"),
+    "of memory": lambda r: _number(r, "of_in_memory", ".2f"),
+    "device GB": lambda r: _number(r, "device_memory", ".2f", 1e-9),
+}
+LEGEND = (
+    "ratio: step over bound, the longer of transfers and computation, each alone; of copy: rate of the read against "
+    "plain copies of the same bytes; of memory: tokens a second against the same model in memory."
+)
+
+
+def _width(head: str) -> int:
+    return 13 if head == "storage" else max(8, len(head))
+
+
+def heading(row: Row) -> str:
+    return f"{row['shape']}, {row['layers']} layers, {row['dtype']}"
+
+
 def run(args: argparse.Namespace) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch sees no CUDA device")
@@ -265,16 +297,12 @@ def run(args: argparse.Namespace) -> int:
         f"{machine.title(header)}\n{args.shape}, {args.dtype}, {args.batch} x {args.length} tokens, "
         f"{args.slots} slots\n"
     )
-    print(
-        f"{'storage':14} {'step s':>8} {'compute':>8} {'read':>8} {'write':>8} {'bound':>8} {'ratio':>6} "
-        f"{'tokens/s':>9}"
-    )
+    print(" ".join(f"{head:>{_width(head)}}" for head in COLUMNS))
     with tempfile.TemporaryDirectory(dir=args.folder) as place:
         base = pathlib.Path(place) / "base.safetensors"
         compute, in_memory = 0.0, None
         if "memory" in args.storage:
             in_memory = _steps(_in_memory(args), args)
-            print(f"{'memory':14} {in_memory:8.3f} {'':44} {args.batch * args.length / in_memory:9.0f}", flush=True)
         if _fits(args):
             compute = _alone(base if any(s.startswith("disk") for s in args.storage) else None, args)
         for i, storage in enumerate(s for s in args.storage if s != "memory"):
@@ -282,9 +310,8 @@ def run(args: argparse.Namespace) -> int:
             if in_memory is not None:
                 row |= {"in_memory": in_memory, "of_in_memory": in_memory / row["step"]}
             rows.append(row)
-            times = " ".join(f"{row[k]:8.3f}" for k in ("step", "compute", "read", "write", "bound"))
-            print(f"{storage:14} {times} {row['ratio']:6.2f} {row['tokens_per_second']:9.0f}", flush=True)
-    print(f"\nratio: step over bound, the longer of transfers and computation\n{time.perf_counter() - start:.0f} s")
+            print(" ".join(f"{show(row):>{_width(head)}}" for head, show in COLUMNS.items()), flush=True)
+    print(f"\n{LEGEND}\n{time.perf_counter() - start:.0f} s")
     if args.json:
         settings = {k: v for k, v in vars(args).items() if isinstance(v, (int, str, float, list))}
         result: dict[str, Any] = {"schema": SCHEMA, "kind": "offload", "command": args.command_line, "machine": header}

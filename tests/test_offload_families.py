@@ -1,4 +1,4 @@
-"""Streamed models of transformers against the same runs in memory; generation; and what a stream takes of the device."""
+"""Streamed models of transformers against their runs in memory; generation; what a stream takes of the device."""
 
 from __future__ import annotations
 
