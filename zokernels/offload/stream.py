@@ -109,6 +109,8 @@ def stream(
     copies = [torch.empty(max(b.scratch for b in made), dtype=torch.uint8, device=target) for _ in range(scratch)]
     # With a wire format the copies to the device come from buffers of their own.
     memory = HostMemory(made, torch.device("cpu") if form else target) if storage == "host" else None
+    to_gpu = target.type == "cuda"
+    staging = mapping(2 * slots * size, target) if storage == "disk" and to_gpu and form is None else None
     run = None if path is None else Run(path, made, resume)
     # From here on the model changes.
     loaded = {} if checkpoint is None else checkpoint.tensors()
@@ -128,18 +130,17 @@ def stream(
                 source.write(b, _packed(b, {}, fill), 0)
         elif run:
             check_room(op, run.folder, made, size + sum(b.nbytes for b in made if b.index not in run.files))
-        on_gpu = target.type == "cuda"
         if form:
             mover = encoding(source)
         else:
-            mover = Staged(source, slots, size, target, timeline) if on_gpu else ByThreads(source, timeline)
+            mover = ByThreads(source, timeline) if staging is None else Staged(source, staging, slots, target, timeline)
     elif memory is not None:
         for b in made:
             memory.write(b, _packed(b, loaded, fill), 0)
         if form:
             mover = encoding(memory)
         else:
-            mover = ByStreams(memory, target, timeline) if target.type == "cuda" else ByThreads(memory, timeline)
+            mover = ByStreams(memory, target, timeline) if to_gpu else ByThreads(memory, timeline)
     else:
         mover = InPlace()
         for b, slot in zip(made, held, strict=True):
