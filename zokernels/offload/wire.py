@@ -166,11 +166,11 @@ class Encoding(Mover):
         return self._submit(block, max(self.history.end, block.kept), in_memory, copy).result()
 
     def _submit(self, block: Block, version: int, write: bool, then: Callable[[Tensor], Any]) -> Future[Any]:
-        if self._broken is not None:
-            raise self._broken
-        for future in self._writing.values():  # what a write before ran into
-            if future.done():
-                future.result()
+        errors = (f.exception() for f in self._writing.values() if f.done())  # what a write before ran into
+        if (error := self._broken or next(filter(None, errors), None)) is not None:
+            failed: Future[Any] = Future()
+            failed.set_exception(error)
+            return failed
         found: dict[tuple[Any, ...], _Work] = {}
         for i, e in enumerate(block.entries if version > block.kept else ()):
             stream, passes = self.history.pending(e.param, block.kept)
