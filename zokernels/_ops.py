@@ -9,7 +9,8 @@ own, which cost more than ours and the launch together (docs/design.md).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,14 +35,15 @@ from .checks import (
 _LIBRARY = torch.library.Library("zokernels", "DEF")
 
 
-def _register(schema: str, entry: Callable, fake: Callable) -> Callable:
+def _register(schema: str, entry: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Defines the operation and gives back the callable that goes through torch's dispatcher."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, entry, key)
     torch.library.register_fake(f"zokernels::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.zokernels, name).default
+    operation: Callable[..., Any] = getattr(torch.ops.zokernels, name).default
+    return operation
 
 
 def _written(*tensors: Sequence[Tensor]) -> None:
@@ -62,7 +64,7 @@ _TERMS = f"{_NOISE}, {_MASK}, Tensor[]? curvature=None, {_ROWS}"
 # combine ----------------------------------------------------------------------------------------------------------
 
 
-def _check_combine_(params: list[Tensor], *fields: object) -> Terms:
+def _check_combine_(params: list[Tensor], *fields: Any) -> Terms:
     terms = Terms(*fields)
     if params:
         check_tensors("combine_", {"params": params})
@@ -70,7 +72,7 @@ def _check_combine_(params: list[Tensor], *fields: object) -> Terms:
     return terms
 
 
-def _combine_(params: list[Tensor], *fields: object) -> None:
+def _combine_(params: list[Tensor], *fields: Any) -> None:
     terms = _check_combine_(params, *fields)
     check_overlap("combine_", {"params": params}, _read(terms))
     if params:
@@ -78,7 +80,7 @@ def _combine_(params: list[Tensor], *fields: object) -> None:
         _written(params)
 
 
-def _check_combine(out: list[Tensor], params: list[Tensor], *fields: object) -> Terms:
+def _check_combine(out: list[Tensor], params: list[Tensor], *fields: Any) -> Terms:
     terms = Terms(*fields)
     if params or out:
         check_tensors("combine", {"params": params, "out": out} if params else {"out": out, "params": params})
@@ -86,7 +88,7 @@ def _check_combine(out: list[Tensor], params: list[Tensor], *fields: object) -> 
     return terms
 
 
-def _combine(out: list[Tensor], params: list[Tensor], *fields: object) -> None:
+def _combine(out: list[Tensor], params: list[Tensor], *fields: Any) -> None:
     terms = _check_combine(out, params, *fields)
     check_overlap("combine", {"out": out}, {"params": params, **_read(terms)})
     if params:
@@ -94,7 +96,7 @@ def _combine(out: list[Tensor], params: list[Tensor], *fields: object) -> None:
         _written(out)
 
 
-def _fake(check: Callable) -> Callable[..., None]:
+def _fake(check: Callable[..., Any]) -> Callable[..., None]:
     def fake(*args: object) -> None:
         check(*args)
 
@@ -108,7 +110,9 @@ combine = _register(f"combine(Tensor(a!)[] out, Tensor[] params, {_TERMS}) -> ()
 # fan_out, spread --------------------------------------------------------------------------------------------------
 
 
-def _check_fan_out_(params, plus, minus, seed, coeff, *fields) -> Terms:
+def _check_fan_out_(
+    params: list[Tensor], plus: list[Tensor], minus: list[Tensor], seed: Tensor, coeff: Tensor, *fields: Any
+) -> Terms:
     terms = Terms(*fields)
     if params or plus or minus:
         check_tensors("fan_out_", {"params": params, "plus": plus, "minus": minus})
@@ -121,7 +125,7 @@ def _check_fan_out_(params, plus, minus, seed, coeff, *fields) -> Terms:
 
 
 def _fan_out_(
-    params: list[Tensor], plus: list[Tensor], minus: list[Tensor], seed: Tensor, coeff: Tensor, *fields: object
+    params: list[Tensor], plus: list[Tensor], minus: list[Tensor], seed: Tensor, coeff: Tensor, *fields: Any
 ) -> None:
     terms = _check_fan_out_(params, plus, minus, seed, coeff, *fields)
     check_overlap("fan_out_", {"params": params, "plus": plus, "minus": minus}, {})
@@ -171,7 +175,9 @@ spread = _register(
 RULES = {"momentum": (1, 4), "adam": (2, 8), "adam_window": (0, 2), "sign": (0, 2), "hizoo": (1, 2)}
 
 
-def _check_update_(params, first, second, rule, hyper, *fields) -> Terms:
+def _check_update_(
+    params: list[Tensor], first: list[Tensor], second: list[Tensor], rule: str, hyper: Tensor, *fields: Any
+) -> Terms:
     terms = Terms(*fields[:10])._replace(**dict(zip(("widths", "lengths"), fields[10:], strict=False)))
     if rule not in RULES:
         fail("update_", "rule", " or ".join(map(repr, RULES)), repr(rule))
@@ -195,7 +201,9 @@ def _check_update_(params, first, second, rule, hyper, *fields) -> Terms:
     return terms
 
 
-def _update_(params, first, second, rule, hyper, *fields) -> None:
+def _update_(
+    params: list[Tensor], first: list[Tensor], second: list[Tensor], rule: str, hyper: Tensor, *fields: Any
+) -> None:
     terms = _check_update_(params, first, second, rule, hyper, *fields)
     check_overlap("update_", {"params": params, "first": first, "second": second}, _read(terms))
     if params:
@@ -214,7 +222,9 @@ update_ = _register(
 # low_rank ---------------------------------------------------------------------------------------------------------
 
 
-def _check_low_rank(op: str, groups: dict[str, list[Tensor]], left, right, coeffs, *places) -> Terms:
+def _check_low_rank(
+    op: str, groups: Mapping[str, list[Tensor]], left: list[Tensor], right: list[Tensor], coeffs: Tensor, *places: Any
+) -> Terms:
     params = groups["params"]
     # The directions are the factors': no seed is drawn from, and K is the factors' first dimension.
     none = torch.empty(coeffs.shape[-1] if coeffs.dim() else 0, dtype=torch.int64, device=coeffs.device)
@@ -241,7 +251,7 @@ def _check_low_rank(op: str, groups: dict[str, list[Tensor]], left, right, coeff
     return terms
 
 
-def _low_rank_(params, left, right, *fields) -> None:
+def _low_rank_(params: list[Tensor], left: list[Tensor], right: list[Tensor], *fields: Any) -> None:
     terms = _check_low_rank("low_rank_", {"params": params}, left, right, *fields)
     check_overlap("low_rank_", {"params": params}, {"left": left, "right": right})
     if params:
@@ -249,7 +259,7 @@ def _low_rank_(params, left, right, *fields) -> None:
         _written(params)
 
 
-def _low_rank(out, params, left, right, *fields) -> None:
+def _low_rank(out: list[Tensor], params: list[Tensor], left: list[Tensor], right: list[Tensor], *fields: Any) -> None:
     terms = _check_low_rank("low_rank", {"params": params, "out": out}, left, right, *fields)
     check_overlap("low_rank", {"out": out}, {"params": params, "left": left, "right": right})
     if params:
@@ -275,7 +285,7 @@ low_rank = _register(
 # requantize -------------------------------------------------------------------------------------------------------
 
 
-def _check_requantize(op: str, groups: dict[str, list[Tensor]], low: int, high: int, *fields: object) -> Terms:
+def _check_requantize(op: str, groups: Mapping[str, list[Tensor]], low: int, high: int, *fields: Any) -> Terms:
     terms = Terms(*fields)
     if any(groups.values()):
         check_tensors(op, groups, (torch.int8,))
@@ -285,7 +295,7 @@ def _check_requantize(op: str, groups: dict[str, list[Tensor]], low: int, high: 
     return terms
 
 
-def _requantize_(params: list[Tensor], low: int, high: int, *fields: object) -> None:
+def _requantize_(params: list[Tensor], low: int, high: int, *fields: Any) -> None:
     terms = _check_requantize("requantize_", {"params": params}, low, high, *fields)
     check_overlap("requantize_", {"params": params}, _read(terms))
     if params:
@@ -293,7 +303,7 @@ def _requantize_(params: list[Tensor], low: int, high: int, *fields: object) -> 
         _written(params)
 
 
-def _requantize(out: list[Tensor], params: list[Tensor], low: int, high: int, *fields: object) -> None:
+def _requantize(out: list[Tensor], params: list[Tensor], low: int, high: int, *fields: Any) -> None:
     terms = _check_requantize("requantize", {"params": params, "out": out}, low, high, *fields)
     check_overlap("requantize", {"out": out}, {"params": params, **_read(terms)})
     if params:
@@ -340,7 +350,7 @@ def _noise(shape: list[int], seed: Tensor, stream: int, offset: int, dist: str) 
     return z
 
 
-def _fake_noise(shape, seed, stream, offset, dist):
+def _fake_noise(shape: list[int], seed: Tensor, stream: int, offset: int, dist: str) -> Tensor:
     _check_noise(shape, seed, stream, offset, dist)
     return torch.empty(tuple(shape), dtype=torch.float32, device=seed.device)
 
@@ -362,7 +372,7 @@ def _squares(seeds: Tensor, sizes: list[int], streams: list[int], offsets: list[
     return select(seeds.device.type).squares(seeds, sizes, streams, offsets, dist)
 
 
-def _fake_squares(seeds, sizes, streams, offsets, dist):
+def _fake_squares(seeds: Tensor, sizes: list[int], streams: list[int], offsets: list[int], dist: str) -> Tensor:
     check_noise_of("squares", seeds, sizes, streams, offsets, dist)
     return torch.empty_like(seeds)
 
@@ -385,7 +395,7 @@ def _project(tensors: list[Tensor], seeds: Tensor, streams: list[int], offsets: 
     return select(seeds.device.type).project(tensors, seeds, streams, offsets, dist)
 
 
-def _fake_project(tensors, seeds, streams, offsets, dist):
+def _fake_project(tensors: list[Tensor], seeds: Tensor, streams: list[int], offsets: list[int], dist: str) -> Tensor:
     _check_project(tensors, seeds, streams, offsets, dist)
     return seeds.new_empty(seeds.shape, dtype=torch.float64)
 
@@ -413,7 +423,7 @@ def _derive_seed(run_seed: Tensor, step: Tensor, k: Tensor) -> Tensor:
     return select(run_seed.device.type).derive_seed(run_seed, step, k)
 
 
-def _fake_derive_seed(run_seed, step, k):
+def _fake_derive_seed(run_seed: Tensor, step: Tensor, k: Tensor) -> Tensor:
     _check_derive_seed(run_seed, step, k)
     shape = torch.broadcast_shapes(run_seed.shape, step.shape, k.shape)
     return torch.empty(shape, dtype=torch.int64, device=run_seed.device)

@@ -152,8 +152,8 @@ def summary(log: Log) -> dict[str, Any]:
             losses.append(record.loss)
             sizes.append(max(abs(g) for of_group in record.gradients for g in of_group))
     tenth = max(1, len(losses) // 10)
-    mean = lambda values: finite(sum(values) / len(values)) if values else None
     finite = lambda value: value if math.isfinite(value) else None
+    mean = lambda values: finite(sum(values) / len(values)) if values else None
     params = [p for g in header["groups"] for p in g["params"]]
     return {
         "file": log.path,

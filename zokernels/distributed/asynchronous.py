@@ -84,7 +84,7 @@ class AsyncExchange:
         if o.state or o.step_count:
             fail("AsyncExchange", "optimizer", "a fresh one", f"step {o.step_count}")
 
-    def _agree(self, what: str, ours: dict) -> None:
+    def _agree(self, what: str, ours: dict[str, Any]) -> None:
         """``ours`` is what the first process that came here has."""
         theirs = _flat(json.loads(self.store.compare_set(what, "", json.dumps(ours))))
         ours = _flat(ours)
@@ -161,7 +161,7 @@ class AsyncExchange:
         """Of each record that is applied here."""
         return [n - int(self.store.get(str(n)).decode().partition(" ")[0]) for n in range(self.count)]
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """The records that are applied here as a log (docs/trajectory.md), for ``replay_`` and ``zokernels replay``."""
         with open(path, "xb") as file:
             file.write(self._head)

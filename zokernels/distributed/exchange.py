@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -77,7 +77,7 @@ class Exchange:
         self._order = self._leaders(self.members)
         #: Of each of ``members``.
         self.stage_of = [self._stage(rank) for rank in self.members]
-        self._index: dict[tuple, Tensor] = {}
+        self._index: dict[tuple[Any, ...], Tensor] = {}
         self.agreement = Agreement(self, check_every)
         #: Bytes that this rank gave to the collectives of the last step, and of all steps; checks included.
         self.bytes_sent = self.total_bytes_sent = 0
@@ -161,9 +161,9 @@ class Exchange:
         self.count(mine.nbytes)
         return everyone
 
-    def all_gather_object(self, value: object) -> list:
+    def all_gather_object(self, value: object) -> list[Any]:
         """In the group's order; for the start, not for steps."""
-        everyone: list = [None] * len(self.ranks)
+        everyone: list[Any] = [None] * len(self.ranks)
         dist.all_gather_object(everyone, value, group=self.group)
         return everyone
 

@@ -328,7 +328,7 @@ class Engine:
                         return params[i].clone()
         fail(self.op, "param", "a streamed parameter", "another")
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write all parameters and persistent buffers, with all updates, as the safetensors file ``path``.
 
         Blocks are streamed; the file appears, whole and synced, when all is done.  Tied weights are in it once.
@@ -382,7 +382,7 @@ class _Visit:
 
     def _groups(self, since: int) -> list[_Alike]:
         """Entries by dtype, updates and bucket; those without either are not in any."""
-        found: dict[tuple, _Alike] = {}
+        found: dict[tuple[Any, ...], _Alike] = {}
         self._fixed: list[int] = []  #: entries that no side perturbs
         history, of = self.engine.history, self.step.of if self.step else {}
         for i, e in enumerate(self.block.entries):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,8 @@ def stream(
     storage: str = "host",
     device: torch.device | str | None = None,
     *,
-    weights: str | os.PathLike | Fill | None = None,
-    path: str | os.PathLike | None = None,
+    weights: str | os.PathLike[str] | Fill | None = None,
+    path: str | os.PathLike[str] | None = None,
     resume: bool = False,
     slots: int = 3,
     scratch: int = 2,
@@ -171,7 +172,17 @@ def _move_the_rest(model: nn.Module, blocks: Sequence[Block], device: torch.devi
                 module._buffers[key] = buffer.to(device)
 
 
-def _check(op, storage, weights, path, resume, slots, scratch, write_every, threads) -> None:
+def _check(
+    op: str,
+    storage: Any,
+    weights: Any,
+    path: Any,
+    resume: Any,
+    slots: Any,
+    scratch: Any,
+    write_every: Any,
+    threads: Any,
+) -> None:
     if storage not in STORAGES:
         fail(op, "storage", ", ".join(map(repr, STORAGES)), repr(storage))
     whole = lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1

@@ -85,7 +85,7 @@ LANES = {"read": "#0f766e", "copy-in": "#0891b2", "update": "#ea580c", "compute"
          "write": "#881337"}  # fmt: skip
 
 
-def plot(spans: Sequence[Span], path: str | os.PathLike, title: str = "") -> None:
+def plot(spans: Sequence[Span], path: str | os.PathLike[str], title: str = "") -> None:
     """A PNG (or what the name says) with a row for each lane and a bar for each span.  Needs matplotlib."""
     from matplotlib.figure import Figure
 

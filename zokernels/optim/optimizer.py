@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 from ..checks import fail
 from ..contract import CONTRACT
@@ -113,7 +114,7 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float | Tensor,
         eps: float = 1e-3,
         weight_decay: float = 0.0,
@@ -126,7 +127,7 @@ class ZerothOrder(torch.optim.Optimizer):
         capturable: bool = False,
         direction: Direction | None = None,
         subset: Subset | None = None,
-        trajectory: str | os.PathLike | None = None,
+        trajectory: str | os.PathLike[str] | None = None,
         resume: bool = False,
         mesh: DeviceMesh | Exchange | None = None,
         estimator: Estimator,
@@ -148,9 +149,12 @@ class ZerothOrder(torch.optim.Optimizer):
         self.direction = Direction() if direction is None else direction
         if capturable and (self.direction.refresh is not None or subset is not None):
             fail(self._op, "capturable", "False with a schedule that the host keeps (refresh, subset)", True)
-        self._restore, self._told, self._skips_told = restore, set(), 0
+        self._restore, self._skips_told = restore, 0
+        self._told: set[str] = set()
         self._state = (DeviceState if capturable else HostState)(check_seed(self._op, seed))
-        self._pool, self._two_pass, self._graph_rng = ScratchPool(), None, None
+        self._pool = ScratchPool()
+        self._two_pass: TwoPass | None = None
+        self._graph_rng: GraphRng | None = None
         self._engine: Engine | None = None  # where parameters are streamed
         self._recorder, self._carried = None, False  # whether the step began with a perturbation of the two-pass form
         self._exchange = None
@@ -257,7 +261,9 @@ class ZerothOrder(torch.optim.Optimizer):
         return self._step(closure, Losses())
 
     @torch.no_grad()
-    def _step(self, closure: Callable[[], Any] | None, reading: Losses, use: Callable | None = None) -> Tensor:
+    def _step(
+        self, closure: Callable[[], Any] | None, reading: Losses, use: Callable[..., object] | None = None
+    ) -> Tensor:
         """``use``: what is done with the probe and the estimate in place of the update."""
         if not callable(closure):
             fail(self._op, "closure", "a function that runs the forward and returns the loss", repr(closure), TypeError)

@@ -20,7 +20,7 @@ def projected_gradient(g: Tensor, clip: float | None) -> Tensor:
 
 def learning_rate(group: dict[str, Any], like: Tensor) -> float | Tensor:
     """The group's lr; where it is a tensor, 0-dim, in float64 and on the device of ``like``."""
-    lr = group["lr"]
+    lr: float | Tensor = group["lr"]
     if isinstance(lr, Tensor):
         lr = lr.detach().reshape(()).to(like.device, torch.float64, non_blocking=True)
     return lr
@@ -33,7 +33,8 @@ def descent(group: dict[str, Any], g: Tensor) -> Tensor:
 
 def decay_of(group: dict[str, Any], like: Tensor) -> float | Tensor:
     """1 - lr * weight_decay; where lr is a tensor, as :func:`learning_rate`."""
-    return 1 - learning_rate(group, like) * group["weight_decay"]
+    kept: float | Tensor = 1 - learning_rate(group, like) * group["weight_decay"]
+    return kept
 
 
 def gate(groups: list[dict[str, Any]], gradients: list[Tensor]) -> tuple[list[Tensor], Tensor]:

@@ -131,7 +131,7 @@ def _is_part(value: object) -> bool:
     return isinstance(value, dict) and isinstance(value.get("class"), str) and all(map(_is_option, value.values()))
 
 
-def _is_direction(value: object) -> bool:
+def _is_direction(value: Any) -> bool:
     return _is_part(value) and _is_int(value.get("rank", 1), 1, MAX_RANK + 1)
 
 
@@ -188,7 +188,7 @@ def _check_entries(where: str, found: object, known: dict[str, Any]) -> None:
             fail("trajectory", f"{where}.{key}", expected, repr(found[key])[:200])
 
 
-def check_header(header: object) -> None:
+def check_header(header: Any) -> None:
     more = {key: valid for key, valid in _OPTIONAL.items() if isinstance(header, dict) and key in header}
     _check_entries("header", header, _HEADER | more)
     for i, group in enumerate(header["groups"]):
@@ -245,7 +245,8 @@ class Log:
     @property
     def start(self) -> int:
         """Step of the first record."""
-        return self.header["start"]
+        step: int = self.header["start"]
+        return step
 
     @property
     def end(self) -> int:
@@ -271,7 +272,7 @@ class Log:
                 yield self.layout.unpack(data, step)
 
 
-def scan(path: str | os.PathLike) -> Log | None:
+def scan(path: str | os.PathLike[str]) -> Log | None:
     """The log, every checksum read; None where it ends inside its header."""
     path = os.fspath(path)
     with open(path, "rb") as file:
@@ -292,7 +293,7 @@ def scan(path: str | os.PathLike) -> Log | None:
     return Log(path, header, layout, begin, steps, fault, cut_off)
 
 
-def read(path: str | os.PathLike, recover: bool = False) -> Log:
+def read(path: str | os.PathLike[str], recover: bool = False) -> Log:
     """The log at ``path``, every checksum read.
 
     ``recover``: take a log that is cut off or damaged up to its last good record; :attr:`Log.broken` says where.

@@ -10,7 +10,7 @@ import time
 import weakref
 from collections import deque
 from dataclasses import replace
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,9 +73,9 @@ def pending(optimizer: ZerothOrder, step: int, buckets: list[Bucket], estimate: 
 class Follower:
     """The checks of a log before each step.  With a mesh all ranks make them, and only the first writes."""
 
-    def __init__(self, path: str | os.PathLike) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path, self.closed = os.fspath(path), False
-        self._settings: tuple | None = None
+        self._settings: tuple[Any, ...] | None = None
         self._next = 0
 
     def go_on(self, log: Log, optimizer: ZerothOrder) -> None:
@@ -124,7 +124,7 @@ class Recorder(Follower):
     machine that dies loses no more than that.
     """
 
-    def __init__(self, path: str | os.PathLike, sync: float) -> None:
+    def __init__(self, path: str | os.PathLike[str], sync: float) -> None:
         super().__init__(path)
         self._sync = sync
         self._file: BinaryIO = open(self.path, "ab", buffering=0)  # noqa: SIM115
@@ -189,7 +189,9 @@ class _Queue:
     """Steps on their way into the file; it outlives the recorder."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file, self.layout, self._steps = file, None, deque()
+        self.file = file
+        self.layout: Layout | None = None
+        self._steps: deque[_Pending] = deque()
         self._lock = threading.Lock()  # a streamed run drains it from the thread that writes blocks
 
     def add(self, step: _Pending) -> None:
@@ -217,13 +219,14 @@ class _Queue:
             fail("trajectory", str(self.file.name), f"room for {len(data)} bytes", f"{written} written", OSError)
 
     def _write_first(self) -> None:
+        assert self.layout is not None  # steps come behind the header
         self.write(self.layout.pack(self._steps[0].record(self.layout)))
         self._steps.popleft()
 
 
 def record(
     optimizer: ZerothOrder,
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     *,
     resume: bool = False,
     recover: bool = False,
@@ -275,7 +278,7 @@ def record(
 
 
 def _record_together(
-    optimizer: ZerothOrder, path: str | os.PathLike, resume: bool, recover: bool, rewind: bool, sync: float
+    optimizer: ZerothOrder, path: str | os.PathLike[str], resume: bool, recover: bool, rewind: bool, sync: float
 ) -> Follower:
     """The first rank has the file, and sends the others the log that it resumes: no file system need be shared."""
     exchange, recorder, log, error = optimizer._exchange, Follower(path), None, None

@@ -109,7 +109,7 @@ def repeat_streamed(optimizer: ZerothOrder, log: Log, first: int) -> None:
 
 def replay_(
     weights: Any,
-    log: str | os.PathLike | Log,
+    log: str | os.PathLike[str] | Log,
     upto: int | None = None,
     *,
     mode: str = "exact",

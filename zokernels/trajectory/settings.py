@@ -135,7 +135,7 @@ def _options(optimizer: ZerothOrder, group: dict[str, Any]) -> list[str]:
     return [key for key in (*optimizer.defaults, "bits") if key in group and key not in ("lr", "differentiable")]
 
 
-def settings(optimizer: ZerothOrder) -> tuple:
+def settings(optimizer: ZerothOrder) -> tuple[Any, ...]:
     """What must stay as it is while a log is written; quick to make and to compare."""
     return tuple(
         (
@@ -213,7 +213,7 @@ def check_same_run(optimizer: ZerothOrder, header: dict[str, Any]) -> None:
         fail("trajectory", "resume: params", "the log's trainable parameters", "others")
 
 
-def check_base(header: dict[str, Any], tensors: Sequence[Sequence[Tensor]]) -> None:
+def check_base(header: dict[str, Any], tensors: Sequence[Sequence[Tensor | None]]) -> None:
     """Whether ``tensors`` (of each group) hold the weights that the run began with."""
     for group, ours in zip(header["groups"], tensors, strict=True):
         for i, (p, tensor) in enumerate(zip(group["params"], ours, strict=True)):
