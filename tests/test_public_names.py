@@ -55,6 +55,8 @@ def members(kind: type) -> Iterator[str]:
     for name, value in sorted(vars(kind).items()):
         if name.startswith("_") and name != "__call__":
             continue
+        if not getattr(value, "__qualname__", kind.__qualname__).startswith(kind.__qualname__):
+            continue  # torch wraps the step of an optimizer's class when the first one is made
         if isinstance(value, (staticmethod, classmethod)):
             yield signature(value.__func__, f"    {type(value).__name__} {name}")
         elif inspect.isfunction(value):

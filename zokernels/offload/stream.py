@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..checks import fail
 from ..contract import canonical_name
@@ -15,6 +16,7 @@ from ..trajectory.checkpoint import Checkpoint
 from .blocks import Block, aliases, find_blocks, materialise, place_extents, streamed_parameters
 from .engine import Engine
 from .files import check_room
+from .gathered import BySlices, Slices, check_mesh
 from .memory import mapping
 from .movers import ByStreams, ByThreads, Files, HostMemory, InPlace, Mover, Slot, Staged
 from .run import Run
@@ -39,6 +41,7 @@ def stream(
     scratch: int = 2,
     write_every: int | None = 1,
     threads: int = 2,
+    mesh: DeviceMesh | None = None,
 ) -> Engine:
     r"""Let the blocks of ``model`` live in ``storage`` and come to ``device`` one after another, once a step.
 
@@ -69,6 +72,9 @@ def stream(
         write_every: a block is written back when it has taken this many updates.  n > 1 saves traffic; it is then
             brought up to date from the stored weights each time it comes in, by n passes at most.
         threads: that read and write files.
+        mesh: (host) a ``DeviceMesh`` of one dimension: each rank keeps a slice of every block, and the slices are
+            gathered as the block comes in.  The ranks run all forwards together, and take the same steps: give the
+            optimizer a mesh that has them all.
 
     Returns: the :class:`Engine`, a context manager: ``flush()``, ``save(file)``, ``close()``.
 
@@ -79,6 +85,8 @@ def stream(
     """
     op = "stream"
     _check(op, storage, weights, path, resume, slots, scratch, write_every, threads)
+    if mesh is not None:
+        check_mesh(op, mesh, storage)
     target = _device(op, model, device)
     if any(hasattr(p, "_zo_engine") for p in model.parameters()):
         fail(op, "model", "a model that is not streamed", "one that is", RuntimeError)
@@ -95,10 +103,11 @@ def stream(
         else:
             block.place(params)
         made.append(block)
+    # Slices make blocks longer.
+    memory = None if storage != "host" else Slices(made, target, mesh) if mesh else HostMemory(made, target)
     timeline, size = Timeline(), max(b.nbytes for b in made)
     held = _slots(made, storage, slots, target)
     copies = [torch.empty(max(b.scratch for b in made), dtype=torch.uint8, device=target) for _ in range(scratch)]
-    memory = HostMemory(made, target) if storage == "host" else None
     run = None if path is None else Run(path, made, resume)
     # From here on the model changes.
     loaded = {} if checkpoint is None else checkpoint.tensors()
@@ -116,12 +125,13 @@ def stream(
                 source.write(b, _packed(b, {}, fill), 0)
         elif run:
             check_room(op, run.folder, made, size + sum(b.nbytes for b in made if b.index not in run.files))
-        on_gpu = target.type == "cuda"
-        mover = Staged(source, slots, size, target, timeline) if on_gpu else ByThreads(source, timeline)
+        staged = target.type == "cuda"
+        mover = Staged(source, slots, size, target, timeline) if staged else ByThreads(source, timeline)
     elif memory is not None:
         for b in made:
             memory.write(b, _packed(b, loaded, fill), 0)
-        mover = ByStreams(memory, target, timeline) if target.type == "cuda" else ByThreads(memory, timeline)
+        on_gpu = BySlices if mesh else ByStreams
+        mover = on_gpu(memory, target, timeline) if target.type == "cuda" else ByThreads(memory, timeline)
     else:
         mover = InPlace()
         for b, slot in zip(made, held, strict=True):
