@@ -525,10 +525,10 @@ def _zeros(tensors, rng):
 
 def check_zeros(rng, **fixed):
     """Triton equals reference on rows of matrices and whole tensors where much is 0 or -0, a step size, too."""
+    from helpers import moved
     from test_rows import random_rows, run
 
     import zokernels
-    from helpers import moved
 
     args = random_rows(rng, **fixed)
     _zeros([*args["buffers"], *args.get("first", ()), *args.get("second", ()), args["coeffs"]], rng)
