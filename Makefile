@@ -12,7 +12,6 @@ CPP    := $(shell find csrc tests zokernels/bench -name '*.cpp' -o -name '*.h' -
 
 test: $(VENV)/tested lint
 	$(BIN)/python -m bench run --op combine --device cpu --tiny
-	$(BIN)/python -m bench methods --device cpu --tiny
 	$(BIN)/python -m bench offload --device cpu --tiny
 	$(BIN)/python -m bench trajectory --device cpu --tiny
 	$(BIN)/python -m pytest -q

@@ -697,6 +697,7 @@ def streamed_wrong(world: World) -> None:
     line, plane = world.mesh(slices=2), world.mesh(a=2, b=1)
     refused(world, "mesh: expected a DeviceMesh of one dimension .* got 2 dimensions", lambda: make(plane))
     refused(world, "storage: expected 'host' with a mesh", lambda: make(line, storage="device"))
+    refused(world, "wire: expected None with a mesh, got 'int8'", lambda: make(line, wire="int8"))
 
 
 # Sharded weights ------------------------------------------------------------------------------------------------------

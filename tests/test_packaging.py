@@ -116,6 +116,13 @@ def test_one_wheel_for_every_python_and_torch(wheel):
 
 
 def test_the_same_sources_give_the_same_wheel(built, wheel, tmp_path):
+    """Also after an isolated build, whose ninja lay in an environment that is gone."""
+    cache = built / "CMakeCache.txt"
+    gone = re.sub(
+        r"^CMAKE_MAKE_PROGRAM:\w+=.*$", "CMAKE_MAKE_PROGRAM:FILEPATH=/gone/ninja", cache.read_text(), flags=re.M
+    )
+    assert "/gone/ninja" in gone
+    cache.write_text(gone)
     assert make_wheel(built, tmp_path).read_bytes() == wheel.read_bytes()
 
 

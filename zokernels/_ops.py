@@ -31,6 +31,7 @@ from .checks import (
     check_terms,
     fail,
 )
+from .wire import format_of, wire_bytes
 
 _LIBRARY = torch.library.Library("zokernels", "DEF")
 
@@ -320,6 +321,114 @@ requantize = _register(
     f"requantize(Tensor(a!)[] out, Tensor[] params, int low, int high, {_NOISE}, {_MASK}) -> ()",
     _requantize,
     _fake(lambda out, params, *rest: _check_requantize("requantize", {"params": params, "out": out}, *rest)),
+)
+
+
+# wire formats -----------------------------------------------------------------------------------------------------
+
+
+def _check_buffers(
+    op: str, argument: str, buffers: list[Tensor], params: list[Tensor], wire: str, offsets: list[int]
+) -> None:
+    """A wire buffer for each tensor of ``params``."""
+    if len(buffers) != len(params):
+        fail(op, argument, f"{len(params)} tensors, one for each parameter", len(buffers))
+    form = format_of(op, wire)
+    for i, (data, param) in enumerate(zip(buffers, params, strict=True)):
+        size = wire_bytes(param.numel(), wire, offsets[i])
+        good = data.dtype is torch.uint8 and data.dim() == 1 and data.numel() == size and data.is_contiguous()
+        if not good or data.device != param.device or data.storage_offset() % form.size:
+            expected = f"contiguous uint8 [{size}] on {param.device}, at a multiple of {form.size} bytes"
+            fail(op, f"{argument}[{i}]", expected, f"{data.dtype} {tuple(data.shape)} on {data.device}")
+
+
+def _check_encode(out: list[Tensor], params: list[Tensor], wire: str, offsets: list[int]) -> None:
+    format_of("encode", wire)
+    if params:
+        check_tensors("encode", {"params": params})
+    check_places("encode", [p.numel() for p in params], [0] * len(params), offsets, "params")
+    _check_buffers("encode", "out", out, params, wire, offsets)
+
+
+def _encode(out: list[Tensor], params: list[Tensor], wire: str, offsets: list[int]) -> None:
+    _check_encode(out, params, wire, offsets)
+    check_overlap("encode", {"out": out}, {"params": params})
+    if params:
+        select(params[0].device.type).encode(out, params, wire, offsets)
+        _written(out)
+
+
+encode = _register(
+    "encode(Tensor(a!)[] out, Tensor[] params, str wire, int[] offsets) -> ()", _encode, _fake(_check_encode)
+)
+
+
+def _check_decode(out: list[Tensor], wires: list[Tensor], wire: str, *fields: Any) -> Terms:
+    terms = Terms(*fields)
+    format_of("decode", wire)
+    if out:
+        check_tensors("decode", {"out": out})
+    check_terms("decode", "out", out, terms)
+    _check_buffers("decode", "wires", wires, out, wire, terms.offsets)
+    if out:
+        check_scalars("decode", "coeffs", terms.coeffs, torch.float32, out[0].device)
+    return terms
+
+
+def _decode(out: list[Tensor], wires: list[Tensor], wire: str, *fields: Any) -> None:
+    terms = _check_decode(out, wires, wire, *fields)
+    check_overlap("decode", {"out": out}, {"wires": wires})
+    if out:
+        select(out[0].device.type).decode(out, wires, wire, terms)
+        _written(out)
+
+
+decode = _register(f"decode(Tensor(a!)[] out, Tensor[] wires, str wire, {_NOISE}) -> ()", _decode, _fake(_check_decode))
+
+
+def _check_decode_fan_out(
+    plus: list[Tensor],
+    minus: list[Tensor],
+    wires: list[Tensor],
+    wire: str,
+    seed: Tensor,
+    coeff: Tensor,
+    *fields: Any,
+) -> Terms:
+    op, terms = "decode_fan_out", Terms(*fields)
+    format_of(op, wire)
+    if plus or minus:
+        check_tensors(op, {"plus": plus, "minus": minus} if plus else {"minus": minus, "plus": plus})
+    check_terms(op, "plus", plus, terms)
+    _check_buffers(op, "wires", wires, plus, wire, terms.offsets)
+    if plus:
+        check_scalars(op, "coeffs", terms.coeffs, torch.float32, plus[0].device)
+        check_one(op, "seed", seed, torch.int64, plus[0].device)
+        check_one(op, "coeff", coeff, torch.float32, plus[0].device)
+    return terms
+
+
+def _decode_fan_out(
+    plus: list[Tensor],
+    minus: list[Tensor],
+    wires: list[Tensor],
+    wire: str,
+    seed: Tensor,
+    coeff: Tensor,
+    *fields: Any,
+) -> None:
+    terms = _check_decode_fan_out(plus, minus, wires, wire, seed, coeff, *fields)
+    check_overlap("decode_fan_out", {"plus": plus, "minus": minus}, {"wires": wires})
+    if plus:
+        select(plus[0].device.type).decode_fan_out(plus, minus, wires, wire, seed, coeff, terms)
+        _written(plus, minus)
+
+
+decode_fan_out = _register(
+    "decode_fan_out(Tensor(a!)[] plus, Tensor(b!)[] minus, Tensor[] wires, str wire, Tensor seed, Tensor coeff, "
+    f"{_NOISE}) -> ()",
+    _decode_fan_out,
+    _fake(_check_decode_fan_out),
 )
 
 

@@ -15,6 +15,7 @@ from . import _ops
 from .backends.terms import KEEP_ALL, mask_bytes, row_blocks
 from .checks import fail
 from .contract import SQUARE_SCALE, derive_seed_int, seed_to_int64
+from .wire import Wire
 
 Dist = Literal["normal", "rademacher"]
 Rule = Literal["momentum", "adam", "adam_window", "sign", "hizoo"]
@@ -503,6 +504,100 @@ def fan_out_(
         _device_values("fan_out_", "seed", seed, torch.int64, device),
         _device_values("fan_out_", "coeff", coeff, torch.float32, device),
         *_noise_args("fan_out_", tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed),
+    )
+
+
+@torch.no_grad()
+def encode(
+    out: Tensor | Sequence[Tensor],
+    params: Tensor | Sequence[Tensor],
+    wire: Wire,
+    *,
+    offsets: int | Sequence[int] | None = None,
+) -> None:
+    """out = encode(theta): parameters as the bytes of a wire format (``zokernels.wire``, docs/offload.md).
+
+    Args:
+        out: uint8, for each tensor of ``params`` a buffer of ``wire_bytes(numel, wire, offset)`` elements.
+        params: as for :func:`combine_`; only read.
+        wire: "bf16", "fp16", "fp8" (MXFP8 E4M3) or "int8" (MXINT8).
+        offsets: logical flat index of each tensor's first element (default 0), which says where blocks of 32 begin.
+
+    Raises: as :func:`combine_`.  Source: OCP Microscaling Formats (MX) Specification v1.0, 2023.
+    """
+    tensors = _as_list(params)
+    _ops.encode(_as_list(out), tensors, wire, _places(0, offsets, len(tensors))[1])
+
+
+@torch.no_grad()
+def decode(
+    out: Tensor | Sequence[Tensor],
+    wires: Tensor | Sequence[Tensor],
+    wire: Wire,
+    seeds: int | Sequence[int] | Tensor = (),
+    coeffs: float | Sequence[float] | Tensor = (),
+    *,
+    streams: int | Sequence[int] | None = None,
+    offsets: int | Sequence[int] | None = None,
+    dist: Dist = "normal",
+    decay: float | Tensor | None = None,
+    rounding: Rounding = "nearest",
+    rounding_seed: int | Tensor | None = None,
+) -> None:
+    """out = round(decay * decode(W) + sum_k coeffs[k] * z_k): :func:`combine` of what a wire buffer holds.
+
+    Args:
+        out: tensors of fp32, bf16 or fp16; their dtype need not be the one that was encoded.
+        wires: the buffers of :func:`encode`, for tensors of ``out``'s shapes and the same ``offsets``.
+        seeds, coeffs, ...: as for :func:`combine_`; without them the values alone, rounded to ``out``'s dtype.
+
+    Raises: as :func:`combine_`.
+    """
+    tensors = _as_list(out)
+    streams = [0] * len(tensors) if streams is None else streams
+    _ops.decode(
+        tensors,
+        _as_list(wires),
+        wire,
+        *_noise_args("decode", tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed),
+    )
+
+
+@torch.no_grad()
+def decode_fan_out(
+    plus: Tensor | Sequence[Tensor],
+    minus: Tensor | Sequence[Tensor],
+    wires: Tensor | Sequence[Tensor],
+    wire: Wire,
+    seed: int | Tensor,
+    coeff: float | Tensor,
+    *,
+    seeds: int | Sequence[int] | Tensor = (),
+    coeffs: float | Sequence[float] | Tensor = (),
+    streams: int | Sequence[int],
+    offsets: int | Sequence[int] | None = None,
+    dist: Dist = "normal",
+    decay: float | Tensor | None = None,
+    rounding: Rounding = "nearest",
+    rounding_seed: int | Tensor | None = None,
+) -> None:
+    """plus, minus = round(theta +- coeff * z) with theta = :func:`decode` of ``wires``, not stored, in one pass.
+
+    The bits are those of :func:`decode`, with the pending update of ``seeds``, ``coeffs`` and ``decay``, followed by
+    two calls of :func:`combine`.  Arguments as for :func:`decode` and :func:`fan_out_`.
+
+    Raises: as :func:`combine_`.
+    """
+    op, tensors = "decode_fan_out", _as_list(plus)
+    device = tensors[0].device if tensors else torch.device("cpu")
+    _ops.decode_fan_out(
+        tensors,
+        _as_list(minus),
+        _as_list(wires),
+        wire,
+        _device_values(op, "seed", seed, torch.int64, device),
+        _device_values(op, "coeff", coeff, torch.float32, device),
+        *_noise_args(op, tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed),
     )
 
 

@@ -19,12 +19,14 @@ from .blocks import PAGE, Block
 from .movers import ByStreams, HostMemory
 
 
-def check_mesh(op: str, mesh: object, storage: str) -> None:
+def check_mesh(op: str, mesh: object, storage: str, wire: str | None) -> None:
     if not isinstance(mesh, DeviceMesh) or mesh.ndim != 1 or mesh.get_coordinate() is None:
         got = f"{mesh.ndim} dimensions" if isinstance(mesh, DeviceMesh) else type(mesh).__name__
         fail(op, "mesh", "a DeviceMesh of one dimension that has this rank", got)
     if storage != "host":
         fail(op, "storage", "'host' with a mesh, whose ranks each hold a slice of every block", repr(storage))
+    if wire is not None:
+        fail(op, "wire", "None with a mesh", repr(wire))
 
 
 class Slices(HostMemory):

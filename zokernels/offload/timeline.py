@@ -81,8 +81,8 @@ class Timeline:
         self._events.append((lane, block.name, begin, end))
 
 
-LANES = {"read": "#0f766e", "copy-in": "#0891b2", "update": "#ea580c", "compute": "#4f46e5", "copy-out": "#be123c",
-         "write": "#881337"}  # fmt: skip
+LANES = {"read": "#0f766e", "encode": "#65a30d", "copy-in": "#0891b2", "update": "#ea580c", "compute": "#4f46e5",
+         "copy-out": "#be123c", "write": "#881337"}  # fmt: skip
 
 
 def plot(spans: Sequence[Span], path: str | os.PathLike[str], title: str = "") -> None:
