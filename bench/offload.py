@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pathlib
 import statistics
 import tempfile
@@ -34,7 +35,28 @@ SHAPES = {
     "opt-13b": (40, 5120, 50272),
     "opt-30b": (48, 7168, 50272),
 }
+_TOKENS = 256
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.norm = heads, nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(self.norm(x)).relu_())
 
 
 class Layer(nn.Module):
@@ -42,15 +64,10 @@ class Layer(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.attention, self.feed_forward = Attention(width, heads), FeedForward(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-        return x + self.down(F.relu(self.up(self.norm2(x))))
+        return self.feed_forward(self.attention(x))
 
 
 class Decoder(nn.Module):
@@ -64,29 +81,68 @@ class Decoder(nn.Module):
         x = self.embed(ids)
         for layer in self.layers:
             x = layer(x)
-        logits = F.linear(self.norm(x), self.embed.weight)
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+        logits = F.linear(self.norm(x)[:, :-1].flatten(0, 1), self.embed.weight)
+        pieces = zip(logits.split(_TOKENS), ids[:, 1:].flatten().split(_TOKENS), strict=True)
+        # In pieces: fp32 logits of 2,048 tokens and 50,272 words are 412 MB, and their softmax as much again.
+        return sum(F.cross_entropy(a.float(), b, reduction="sum") for a, b in pieces) / len(logits)
+
+    def blocks(self, halves: bool) -> list[nn.Module]:
+        """Layers, or the two halves of each: smaller slots."""
+        return [m for layer in self.layers for m in (layer.children() if halves else [layer])]
 
 
 def fill(name: str, p: Tensor) -> None:
-    """0.02 times noise of the parameter's own stream; norms around 1."""
+    """0.02 times noise of the parameter's own stream, again and again; norms around 1."""
     with torch.no_grad():
         flat = p.view(-1)
-        for begin in range(0, flat.numel(), 1 << 24):
-            part = flat[begin : begin + (1 << 24)]
-            part.copy_(0.02 * noise(part.shape, seed=1, stream=stream_of(name), offset=begin))
-        if "norm" in name and name.endswith("weight"):
-            flat.add_(1)
+        part = 0.02 * noise(min(flat.numel(), 1 << 22), seed=1, stream=stream_of(name))
+        part = (part + 1 if "norm" in name and name.endswith("weight") else part).to(p.dtype)
+        for to in flat.split(len(part)):
+            to.copy_(part[: len(to)])
 
 
-def _build(shape: str, dtype: torch.dtype) -> Decoder:
+def build(shape: str, dtype: torch.dtype, layers: int | None = None) -> Decoder:
+    """Without memory for its weights; ``layers``: at most."""
+    count, *rest = SHAPES[shape]
     with offload.empty_weights():
-        return Decoder(*SHAPES[shape]).to(dtype)
+        return Decoder(min(count, layers or count), *rest).to(dtype)
 
 
 def _sync(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _in_memory(args: argparse.Namespace) -> Decoder:
+    """The plain model on the device."""
+    model = build(args.shape, DTYPES[args.dtype], args.layers)
+    for prefix, module in model.named_modules():
+        for key, p in module._parameters.items():
+            fill(f"{prefix}.{key}", value := torch.empty(p.shape, dtype=p.dtype))
+            module._parameters[key] = nn.Parameter(value.to(args.device))
+    return model
+
+
+def _bytes_of(args: argparse.Namespace) -> tuple[int, int]:
+    """Of a layer, and of the rest."""
+    model = build(args.shape, DTYPES[args.dtype], 1)
+    size = lambda module: sum(p.numel() * p.element_size() for p in module.parameters())
+    return size(model.layers[0]), size(model) - size(model.layers[0])
+
+
+def _layers_that_fit(args: argparse.Namespace) -> int:
+    """In six tenths of the host's free memory."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(SHAPES[args.shape][0], int(0.6 * free) // _bytes_of(args)[0]))
+
+
+def _fits(args: argparse.Namespace) -> bool:
+    """Whether all weights can be on the device, with room for a forward."""
+    if args.device == "cpu":
+        return True
+    layer, rest = _bytes_of(args)
+    needed = layer * min(SHAPES[args.shape][0], args.layers) + 4 * rest + 4 * layer
+    return needed < 0.8 * torch.cuda.mem_get_info()[0]
 
 
 def _steps(model: nn.Module, args: argparse.Namespace, **options: Any) -> float:
@@ -117,10 +173,33 @@ def _transfers(engine: offload.Engine, work: Callable) -> float:
     return min(times)
 
 
+def _alone(base: pathlib.Path | None, args: argparse.Namespace) -> float:
+    """Seconds of a step whose blocks stay on the device; writes the checkpoint ``base``."""
+    model = build(args.shape, DTYPES[args.dtype], args.layers)
+    with offload.stream(model, "layers", "device", device=args.device, weights=fill) as engine:
+        if base is not None:
+            engine.save(base)
+        return _steps(model, args)
+
+
+def _plain_copy(nbytes: int, device: torch.device) -> float:
+    """Seconds in which plain copies move ``nbytes`` to the device, from pinned memory for a GPU: the best of four."""
+    size = min(nbytes, 1 << 30)
+    source = torch.ones(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    target, times = torch.empty(size, dtype=torch.uint8, device=device), []
+    for _ in range(5):
+        start = time.perf_counter()
+        target.copy_(source, non_blocking=True)
+        _sync(device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:]) * nbytes / size
+
+
 def _measure(storage: str, base: pathlib.Path, folder: pathlib.Path, args: argparse.Namespace, compute: float) -> Row:
     dtype, device = DTYPES[args.dtype], torch.device(args.device)
     disk, written = storage.startswith("disk"), storage == "disk, written"
-    model = _build(args.shape, dtype)
+    model = build(args.shape, dtype, args.layers)
+    blocks = model.blocks(args.halves)
     options: dict[str, Any] = {"slots": args.slots, "scratch": args.scratch, "device": args.device}
     if disk:
         options |= {"storage": "disk", "weights": base, "path": folder if written else None}
@@ -128,22 +207,31 @@ def _measure(storage: str, base: pathlib.Path, folder: pathlib.Path, args: argpa
         options |= {"storage": storage, "weights": fill}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with offload.stream(model, "layers", **options) as engine:
+    planned = offload.footprint(model, blocks, slots=args.slots, scratch=args.scratch).total
+    with offload.stream(model, blocks, **options) as engine:
         step = _steps(model, args) if written or not disk else _read_only(engine, model, args)
-        row: Row = {"storage": storage, "step": step, "compute": compute, "read": 0.0, "write": 0.0}
+        row: Row = {"storage": storage, "shape": args.shape, "dtype": args.dtype, "layers": len(model.layers)}
+        row |= {"step": step, "compute": compute, "read": 0.0, "write": 0.0}
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         if storage != "device":
             engine.flush()
             row["read"] = _transfers(engine, engine.mover.copy_in)
             if written or storage == "host":
                 row["write"] = _transfers(engine, engine.mover.copy_out) - row["read"]  # which it does as well
-    row["gib"] = sum(b.nbytes for b in engine.blocks) / 2**30
+        moved = sum(b.nbytes for b in engine.blocks)
+    row["gib"] = moved / 2**30
+    if storage == "host":
+        row["plain_copy"] = _plain_copy(moved, device)
+        row["of_plain_copy"] = row["plain_copy"] / row["read"]
     # A GPU's link carries both ways at once; a disk and this machine's memory do not.
     transfer = max(row["read"], row["write"]) if device.type == "cuda" and not disk else row["read"] + row["write"]
-    row["bound"] = max(transfer, compute)
+    row["bound"] = max(transfer, compute)  # compute is 0 where the model does not fit the device
     row["ratio"] = step / row["bound"]
     row["tokens_per_second"] = args.batch * args.length / step
+    if storage != "device":
+        row["planned_memory"] = planned  # without activations
     if device.type == "cuda":
-        row["device_memory"] = torch.cuda.max_memory_allocated(device)
+        row["device_memory"] = peak
     return row
 
 
@@ -164,35 +252,66 @@ def _read_only(engine: offload.Engine, model: nn.Module, args: argparse.Namespac
     return statistics.median(times[2:])
 
 
+def _number(row: Row, key: str, form: str, scale: float = 1.0) -> str:
+    return format(row[key] * scale, form) if row.get(key) else "-"
+
+
+#: Heads of a table of rows, and what stands below them.
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "storage": lambda r: r["storage"],
+    "step s": lambda r: _number(r, "step", ".3f"),
+    "compute": lambda r: _number(r, "compute", ".3f"),
+    "read": lambda r: _number(r, "read", ".3f"),
+    "write": lambda r: _number(r, "write", ".3f"),
+    "bound": lambda r: _number(r, "bound", ".3f"),
+    "ratio": lambda r: _number(r, "ratio", ".2f"),
+    "tokens/s": lambda r: _number(r, "tokens_per_second", ".0f"),
+    "of copy": lambda r: _number(r, "of_plain_copy", ".2f"),
+    "of memory": lambda r: _number(r, "of_in_memory", ".2f"),
+    "device GB": lambda r: _number(r, "device_memory", ".2f", 1e-9),
+}
+LEGEND = (
+    "ratio: step over bound, the longer of transfers and computation, each alone; of copy: rate of the read against "
+    "plain copies of the same bytes; of memory: tokens a second against the same model in memory."
+)
+
+
+def _width(head: str) -> int:
+    return 13 if head == "storage" else max(8, len(head))
+
+
+def heading(row: Row) -> str:
+    return f"{row['shape']}, {row['layers']} layers, {row['dtype']}"
+
+
 def run(args: argparse.Namespace) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch sees no CUDA device")
     if args.tiny:
         args.shape, args.length, args.steps = "tiny", 16, 2
+    if args.device == "cuda" and args.layers is None:
+        args.layers = _layers_that_fit(args)
     torch.manual_seed(0)
     header, start, rows = machine.describe(args.device), time.perf_counter(), []
     print(
         f"{machine.title(header)}\n{args.shape}, {args.dtype}, {args.batch} x {args.length} tokens, "
         f"{args.slots} slots\n"
     )
-    print(
-        f"{'storage':14} {'step s':>8} {'compute':>8} {'read':>8} {'write':>8} {'bound':>8} {'ratio':>6} "
-        f"{'tokens/s':>9}"
-    )
+    print(" ".join(f"{head:>{_width(head)}}" for head in COLUMNS))
     with tempfile.TemporaryDirectory(dir=args.folder) as place:
         base = pathlib.Path(place) / "base.safetensors"
-        model = _build(args.shape, DTYPES[args.dtype])
-        with offload.stream(model, "layers", "device", device=args.device, weights=fill) as engine:
-            if any(s.startswith("disk") for s in args.storage):
-                engine.save(base)
-            compute = _steps(model, args)
-        del model, engine
-        for i, storage in enumerate(args.storage):
+        compute, in_memory = 0.0, None
+        if "memory" in args.storage:
+            in_memory = _steps(_in_memory(args), args)
+        if _fits(args):
+            compute = _alone(base if any(s.startswith("disk") for s in args.storage) else None, args)
+        for i, storage in enumerate(s for s in args.storage if s != "memory"):
             row = _measure(storage, base, pathlib.Path(place) / f"run{i}", args, compute)
+            if in_memory is not None:
+                row |= {"in_memory": in_memory, "of_in_memory": in_memory / row["step"]}
             rows.append(row)
-            times = " ".join(f"{row[k]:8.3f}" for k in ("step", "compute", "read", "write", "bound"))
-            print(f"{storage:14} {times} {row['ratio']:6.2f} {row['tokens_per_second']:9.0f}", flush=True)
-    print(f"\nratio: step over bound, the longer of transfers and computation\n{time.perf_counter() - start:.0f} s")
+            print(" ".join(f"{show(row):>{_width(head)}}" for head, show in COLUMNS.items()), flush=True)
+    print(f"\n{LEGEND}\n{time.perf_counter() - start:.0f} s")
     if args.json:
         settings = {k: v for k, v in vars(args).items() if isinstance(v, (int, str, float, list))}
         result: dict[str, Any] = {"schema": SCHEMA, "kind": "offload", "command": args.command_line, "machine": header}
@@ -204,7 +323,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def add_arguments(sub: argparse.ArgumentParser) -> None:
-    storages = ("device", "host", "disk", "disk, written")
+    storages = ("memory", "device", "host", "disk", "disk, written")
     sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     sub.add_argument("--shape", choices=SHAPES, default="256m")
     sub.add_argument("--storage", nargs="+", choices=storages, default=["host", "disk", "disk, written"])
@@ -214,6 +333,8 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--length", type=int, default=256)
     sub.add_argument("--slots", type=int, default=3)
     sub.add_argument("--scratch", type=int, choices=(1, 2), default=2)
+    sub.add_argument("--halves", action="store_true", help="blocks are the halves of layers: smaller slots")
+    sub.add_argument("--layers", type=int, help="at most (default: all; on a GPU those that fit into host memory)")
     sub.add_argument("--steps", type=int, default=5)
     sub.add_argument("--folder", type=pathlib.Path, help="of the files (default: the system's for temporary ones)")
     sub.add_argument("--tiny", action="store_true", help="small and short: whether it runs, not how fast")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from . import trajectory
+from . import offload, trajectory
 from .charts import Bar, Dot, bars, dots, spark
 from .registry import Row
 from .table import LEGEND, columns_of
@@ -32,10 +32,13 @@ def kind_of(result: Result) -> str:
     """methods, gpu-check or run: what wrote the file."""
     if result.get("schema") != 1 or "machine" not in result or "rows" not in result:
         raise SystemExit(
-            "bench report: expected a file that `bench run`, `methods`, `trajectory` or `gpu-check` wrote, got another"
+            "bench report: expected a file that `bench run`, `methods`, `trajectory`, `offload` or `gpu-check` wrote, "
+            "got another"
         )
     if any("what" in row for row in result["rows"]):
         return "trajectory"
+    if result.get("kind") == "offload":
+        return "offload"
     return "methods" if "budget" in result else "gpu-check" if "goals" in result else "run"
 
 
@@ -178,6 +181,8 @@ def _check(result: Result) -> list[str]:
         out.append("<p><b>A rehearsal on the CPU at tiny sizes: no figure here means anything.</b></p>")
     out.append(f'<div class="card">{_table(heads, goals)}</div>')
     out += _passes(result["rows"])
+    if result.get("offload"):
+        out += ["<h3>Streamed models</h3>", _offload_table(result["offload"])]
     stage_heads = [("stage", False), ("", False), ("seconds", True), ("", False)]
     out.append(_details(f"{len(stages)} stages", _table(stage_heads, stages)))
     return [*out, _details(f"All {len(result['rows'])} rows", _rows_table(result["rows"])), _skipped(result)]
@@ -189,11 +194,24 @@ def _trajectory(result: Result) -> list[str]:
     return ["<h2>The run as a log</h2>", f"<p>{words}</p>", f'<div class="card"><ul>{lines}</ul></div>']
 
 
+def _offload_table(rows: Sequence[Row]) -> str:
+    heads = [("model", False), *((head, head != "storage") for head in offload.COLUMNS)]
+    lines = [[escape(offload.heading(r)), *(escape(show(r)) for show in offload.COLUMNS.values())] for r in rows]
+    return f'<p class="note">{escape(offload.LEGEND)}</p><div class="card">{_table(heads, lines)}</div>'
+
+
+def _offload(result: Result) -> list[str]:
+    settings = result["settings"]
+    words = f"Blocks come once a step; {settings['batch']} x {settings['length']} tokens, {settings['slots']} slots."
+    return ["<h2>Streamed models</h2>", f"<p>{words}</p>", _offload_table(result["rows"])]
+
+
 _SECTIONS: dict[str, Callable[[Result], list[str]]] = {
     "run": _run,
     "methods": _methods,
     "gpu-check": _check,
     "trajectory": _trajectory,
+    "offload": _offload,
 }
 
 

@@ -217,6 +217,20 @@ def _bench(name: str, *arguments: str) -> Callable[[Context], Plan]:
     return plan
 
 
+def _offload(name: str, *arguments: str) -> Callable[[Context], Plan]:
+    """Streamed from host memory.  In a rehearsal a tiny model; on a GPU as many layers as the host's memory takes."""
+
+    def plan(ctx: Context) -> Plan:
+        command = _python("-m", "bench", "offload", "--device", ctx.device, "--dtype", "bf16")
+        command += ["--json", str(ctx.output / f"{name}.json"), *arguments]
+        return Plan([command + (["--tiny"] if ctx.rehearse else [])])
+
+    return plan
+
+
+#: Slots and scratch of large models: what tests/test_offload_families.py adds up.
+_SMALL = ("--storage", "host", "--halves", "--slots", "2", "--scratch", "1", "--length", "2048", "--steps", "3")
+
 #: In order of worth: where the time runs out, the last are left out.
 STAGES = [
     Stage("build", "required", 240, _build),
@@ -232,6 +246,16 @@ STAGES = [
     Stage("bench-fan-out", "measure", 60, _bench("bench-fan-out", "--op", "fan_out", "--seconds", "1")),
     Stage("bench-step-13b", "measure", 90, _bench("bench-step-13b", "--op", "step", "--workload", "opt-13b")),
     Stage("cpu-tests", "optional", 120, _cpu_tests),
+    Stage(
+        "offload-fits",
+        "measure",
+        90,
+        _offload(
+            "offload-fits", "--shape", "opt-1.3b", "--storage", "memory", "host", "--batch", "8", "--length", "2048"
+        ),
+    ),
+    Stage("offload-13b", "measure", 120, _offload("offload-13b", "--shape", "opt-13b", *_SMALL)),
+    Stage("offload-30b", "measure", 150, _offload("offload-30b", "--shape", "opt-30b", *_SMALL)),
 ]
 
 

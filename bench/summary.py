@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from . import offload
 from .machine import title
 from .registry import Row
 from .stages import Context
@@ -22,10 +23,14 @@ class Goal:
     asked: float
     measured: float | None
     unit: str = ""
+    at_most: bool = False
 
     @property
     def ratio(self) -> float | None:
-        return None if self.measured is None else self.measured / self.asked
+        """1 and more where the goal is reached."""
+        if self.measured is None:
+            return None
+        return self.asked / self.measured if self.at_most else self.measured / self.asked
 
     @property
     def verdict(self) -> str:
@@ -66,6 +71,30 @@ def goals(rows: Sequence[Row], backend: str) -> list[Goal]:
         measured = _pick(rows, noise, op="many", backend=backend, dist=dist, dtype="bf16")
         found.append(Goal(f"{dist} bf16, K = 64 in one pass, elements a second", asked, measured, "e12"))
     return found
+
+
+def offload_goals(rows: Sequence[Row]) -> list[Goal]:
+    """Of streamed models (docs/offload.md)."""
+    found = [
+        Goal("OPT-1.3B streamed, tokens a second, of those in memory", 0.97,
+             _pick(rows, lambda r: r["of_in_memory"], shape="opt-1.3b")),
+        Goal("streamed from host memory, copy-in, of the plain pinned copy", 0.95,
+             _pick([r for r in rows if r["shape"] != "tiny"], lambda r: r["of_plain_copy"])),
+    ]  # fmt: skip
+    for shape, name, limit in (("opt-13b", "OPT-13B", 3.5), ("opt-30b", "OPT-30B", 5.0)):
+        worst = lambda key, sign: _pick(rows, lambda r: sign * r[key], shape=shape)  # noqa: B023
+        memory, ratio = worst("device_memory", -1e-9), worst("ratio", -1)
+        found.append(Goal(f"{name} streamed, GPU memory", limit, None if memory is None else -memory, " GB", True))
+        what = f"{name} streamed, step over the longer of transfers and computation"
+        found.append(Goal(what, 1.05, None if ratio is None else -ratio, "", True))
+    return found
+
+
+def offload_table(rows: Sequence[Row]) -> str:
+    heads = ["model", *offload.COLUMNS]
+    lines = [f"| {' | '.join(heads)} |", "|---" * 2 + "|--:" * (len(heads) - 2) + "|"]
+    lines += [f"| {' | '.join([offload.heading(r), *(show(r) for show in offload.COLUMNS.values())])} |" for r in rows]
+    return "\n".join(lines)
 
 
 def _triton(rows: Sequence[Row]) -> float | None:
@@ -138,11 +167,15 @@ def write(result: dict[str, Any], ctx: Context) -> list[pathlib.Path]:
             run = json.loads(path.read_text())
             rows += run["rows"]
             skipped |= run["skipped"]
+    streamed: list[Row] = []
+    for path in (ctx.output / f"{s['name']}.json" for s in result["stages"] if s["name"].startswith("offload-")):
+        if path.exists():
+            streamed += json.loads(path.read_text())["rows"]
     header = result["machine"]
     name = header.get("gpu") or header["cpu"]
-    found = goals(rows, "cpu" if ctx.rehearse else "cuda")
+    found = goals(rows, "cpu" if ctx.rehearse else "cuda") + offload_goals(streamed)
     result = {**result, "goals": [{**asdict(g), "ratio": g.ratio, "verdict": g.verdict} for g in found]}
-    result |= {"skipped": skipped, "rows": rows}
+    result |= {"skipped": skipped, "rows": rows, "offload": streamed}
     files = [ctx.output / "result.json", ctx.output / "README.md"]
     picture = ctx.output / "result.png"
     picture.unlink(missing_ok=True)
@@ -160,6 +193,7 @@ def write(result: dict[str, Any], ctx: Context) -> list[pathlib.Path]:
     body += [f"Passed: **{'yes' if result['passed'] else 'no'}**.", _stages_table(result["stages"])]
     body += ["## Goals", goals_table(found), *([f"![Rows of the tables below]({picture.name})"] if drawn else [])]
     body += ["## Rows", LEGEND.replace("\n", " "), markdown(rows) or "None."]
+    body += ["## Streamed models", offload.LEGEND, offload_table(streamed)] if streamed else []
     body += ["## Left out", "\n".join(f"* {k}: {v}" for k, v in skipped.items()) or "Nothing."]
     files[1].write_text("\n\n".join(body) + "\n")
     files[0].write_text(json.dumps(result, indent=1) + "\n")

@@ -16,6 +16,7 @@ import pathlib
 import resource
 import subprocess
 import sys
+import threading
 import time
 
 import torch
@@ -30,6 +31,7 @@ from .wide import WideClassifier, widen
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 VALIDATION = 200
+LENGTH = 32  #: tokens of a sentence at most: what bounds the activations
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -47,7 +49,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--role", choices=("parent", "memory", "streamed"), default="parent", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.tiny:
-        args.steps, args.batch, args.width, args.slots = min(args.steps, 3), 4, min(args.width, 12288), 1
+        args.steps, args.batch, args.width, args.slots = min(args.steps, 3), 4, min(args.width, 16384), 1
     return args
 
 
@@ -60,9 +62,8 @@ def data_for(model: WideClassifier, args: argparse.Namespace) -> tuple:
     training, held_out = reviews.split(sentences, VALIDATION)
     if args.tiny:
         training, held_out = training[:64], held_out[:8]
-    cpu = torch.device("cpu")
-    validation = reviews.Batcher(held_out, model.tokenizer, args.batch, cpu).ordered()
-    return reviews.Batcher(training, model.tokenizer, args.batch, cpu), validation
+    batcher = lambda rows: reviews.Batcher(rows, model.tokenizer, args.batch, torch.device("cpu"), max_length=LENGTH)
+    return batcher(training), batcher(held_out).ordered()
 
 
 def loss_of(model: WideClassifier, batch: reviews.Batch) -> torch.Tensor:
@@ -89,11 +90,28 @@ def optimizer_for(model: WideClassifier, args: argparse.Namespace) -> ZOSGD:
     return ZOSGD(groups, lr=args.lr, seed=args.seed)
 
 
-def memory() -> dict[str, int]:
-    """MiB of this process: private memory now, as the limit counts it, and the most that was resident."""
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    values = {line.split(":")[0]: int(line.split()[1]) >> 10 for line in lines if line.endswith(" kB")}
-    return {"private": values["VmData"], "peak_resident": values["VmHWM"]}
+class Watched:
+    """The most memory of this process, in MiB: private, as the limit counts it (looked at every few milliseconds, for
+    the kernel keeps no maximum), and resident."""
+
+    def __init__(self) -> None:
+        self._most, self._end = self._now()["VmData"], threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    @staticmethod
+    def _now() -> dict[str, int]:
+        lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+        return {line.split(":")[0]: int(line.split()[1]) >> 10 for line in lines if line.endswith(" kB")}
+
+    def _watch(self) -> None:
+        while not self._end.wait(5e-3):
+            self._most = max(self._most, self._now()["VmData"])
+
+    def stop(self) -> dict[str, int]:
+        self._end.set()
+        self._thread.join()
+        return {"private": self._most, "peak_resident": self._now()["VmHWM"]}
 
 
 def digest_of(losses: list[float]) -> list[str]:
@@ -104,31 +122,39 @@ def digest_of(losses: list[float]) -> list[str]:
 
 
 def keep_to(limit: int) -> None:
+    torch.ones(1 << 20).add_(1)  # the threads of torch: libgomp ends the process where it cannot have them later
     if limit:
         resource.setrlimit(resource.RLIMIT_DATA, (limit << 20, limit << 20))
 
 
 def in_memory(args: argparse.Namespace) -> dict:
-    """A few steps with all weights in memory."""
+    """A few steps with all weights in memory, once: the tensors of the file become the parameters.  The last one is of
+    the longest sentences, which a whole run meets, too."""
     from safetensors.torch import load_file
 
-    model = WideClassifier(args.width)
-    model.load_state_dict(load_file(base_of(args)))
+    watched = Watched()
+    with offload.empty_weights():
+        model = WideClassifier(args.width)
+    model.load_state_dict(load_file(base_of(args)), assign=True)
     data, _ = data_for(model, args)
     optimizer, losses = optimizer_for(model, args), []
     for _, batch in zip(range(3), data.forever(args.seed), strict=False):
         losses.append(float(optimizer.step(lambda batch=batch: loss_of(model, batch))))
-    return {"losses": digest_of(losses), **memory()}
+    optimizer.step(lambda: loss_of(model, data.ordered()[-1]))
+    return {"losses": digest_of(losses), **watched.stop()}
 
 
 def streamed(args: argparse.Namespace) -> dict:
     from tqdm import tqdm
 
+    watched = Watched()
     with offload.empty_weights():
         model = WideClassifier(args.width)
     data, validation = data_for(model, args)
     options = {"weights": base_of(args), "path": args.output / "run", "slots": args.slots, "scratch": 1}
-    with offload.stream(model, "encoder.encoder.layer", "disk", **options) as engine:
+    # A block is any module: here the word embeddings, and the three parts of each layer.
+    blocks = [model.encoder.embeddings, *(part for layer in model.encoder.encoder.layer for part in layer.children())]
+    with offload.stream(model, blocks, "disk", **options) as engine:
         before = evaluate(model, validation)
         print(f"before    validation loss {before[0]:.4f}, accuracy {100 * before[1]:.1f} %", flush=True)
         optimizer, losses, spans, start = optimizer_for(model, args), [], [], time.perf_counter()
@@ -146,8 +172,6 @@ def streamed(args: argparse.Namespace) -> dict:
         after = evaluate(model, validation)
         print(f"after     validation loss {after[0]:.4f}, accuracy {100 * after[1]:.1f} %", flush=True)
         engine.save(args.output / "model.safetensors")
-    title = f"Two steps of a wide MiniLM from disk, {args.slots} slots"
-    offload.plot(spans, args.output / "timeline.png", title)
     return {
         "loss_before": before[0],
         "loss_after": after[0],
@@ -155,8 +179,8 @@ def streamed(args: argparse.Namespace) -> dict:
         "accuracy_after": after[1],
         "seconds_per_step": seconds / args.steps,
         "losses": digest_of(losses),
-        "spans": [s._asdict() for s in spans],
-        **memory(),
+        "spans": spans,
+        **watched.stop(),
     }
 
 
@@ -186,8 +210,12 @@ def spawn(role: str, args: argparse.Namespace, limit: int) -> dict:
     if args.tiny:
         command.append("--tiny")
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    # An arena for each thread would be memory of the allocator's own, which differs from run to run.
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path, "MALLOC_ARENA_MAX": "1"}, check=False)
+    # An arena, a team of OpenMP's and buffers of MKL's for each thread would be memory that grows with the machine; a
+    # heap with activations of many sizes in it has holes.
+    settings = {"PYTHONPATH": path, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    settings["MKL_DISABLE_FAST_MM"] = "1"
+    settings["OMP_NUM_THREADS"] = str(min(4, machine.cores()))
+    done = subprocess.run(command, env={**os.environ, **settings}, check=False)
     if not result.exists():
         return {"error": f"exit status {done.returncode}"}
     found = json.loads(result.read_text())
@@ -215,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
     free = spawn("memory", args, 0)
     if "error" in free:
         raise SystemExit(f"offload-demo: without a limit: {free['error']}")
-    limit = args.limit or free["private"] - (size >> 20) // (16 if args.tiny else 4)
+    limit = args.limit or free["private"] - (size >> 20) // 3
     print(f"limit     {limit} MiB of private memory; training in memory takes {free['private']} MiB")
     refused = spawn("memory", args, limit)
     print(f"in memory {refused.get('error', 'NO ERROR')}", flush=True)
@@ -223,6 +251,9 @@ def main(argv: list[str] | None = None) -> int:
     if "error" in found:
         print(f"FAILED: streamed: {found['error']}", file=sys.stderr)
         return 1
+    spans = [offload.Span(*span) for span in found["spans"]]
+    words = f"Two steps of a wide MiniLM from disk, {args.slots} slot{'s' * (args.slots > 1)}"
+    offload.plot(spans, args.output / "timeline.png", words)
     same = found["losses"][: len(free["losses"])] == free["losses"][: len(found["losses"])]
     print(f"streamed  {found['seconds_per_step']:.2f} s a step, {found['private']} MiB private, "
           f"{found['peak_resident']} MiB resident at most")  # fmt: skip

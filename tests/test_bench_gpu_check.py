@@ -94,6 +94,29 @@ def test_fan_out_rows(rows):
         assert row["baselines"]["mezo"]["passes"] == 3
 
 
+def test_streamed_rows(rehearsal):
+    assert [r["storage"] for r in rehearsal["offload"]] == ["host"] * 3
+    fits, *large = rehearsal["offload"]
+    assert fits["of_in_memory"] == pytest.approx(fits["in_memory"] / fits["step"])
+    assert not any("of_in_memory" in r for r in large)
+    for row in rehearsal["offload"]:
+        assert row["ratio"] == pytest.approx(row["step"] / row["bound"])
+        assert row["of_plain_copy"] == pytest.approx(row["plain_copy"] / row["read"])
+    assert (rehearsal["folder"] / "README.md").read_text().count("\n| tiny, 6 layers, bf16 | host |") == 3
+
+
+def test_goals_of_streamed_models():
+    row = {"shape": "opt-1.3b", "of_in_memory": 0.98, "of_plain_copy": 0.96, "ratio": 1.01}
+    large = {"shape": "opt-13b", "of_plain_copy": 0.9, "ratio": 1.06, "device_memory": 3.4e9}
+    found = {g.what: g for g in summary.offload_goals([row, large, {**large, "device_memory": 3.6e9}])}
+    verdicts = [(round(g.measured, 3) if g.measured else None, g.verdict) for g in found.values()]
+    assert verdicts == [
+        (0.98, "reached"), (0.9, "missed"), (3.6, "missed"), (1.06, "missed"), (None, "not measured"),
+        (None, "not measured"),
+    ]  # fmt: skip
+    assert summary.offload_goals([large])[2].verdict == "reached"
+
+
 def test_many_rows(rows):
     assert {(r["k"], r["dtype"], r["dist"]) for r in rows["many"]} == {
         (64, t, d) for t in ("bf16",) for d in ("normal", "rademacher")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import pathlib
 import runpy
+import subprocess
 import sys
 
 import pytest
@@ -52,6 +53,27 @@ def test_lightning_saves_the_optimizer(tmp_path, monkeypatch):
     here(monkeypatch, "lightning_module", tmp_path, 2)
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert saved["optimizer_states"][0]["zo"]["step"] == saved["global_step"] == 2
+
+
+@pytest.mark.slow
+def test_a_model_from_disk_in_a_limit_that_memory_does_not_keep(tmp_path):
+    import json
+
+    command = [sys.executable, "-m", "examples.offload_demo", "--tiny", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    try:
+        assert done.returncode == 0, done.stdout + done.stderr
+        report = json.loads((tmp_path / "report.json").read_text())
+        assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
+        assert report["same_losses"] is True
+        assert report["streamed"]["losses"] == report["in_memory"]["losses"]
+        assert len(set(report["streamed"]["losses"])) == 3
+        assert report["streamed"]["private"] <= report["limit_mib"] < report["in_memory"]["private"]
+        assert "error" in report["in_memory_limited"]
+        assert {s[0] for s in report["streamed"]["spans"]} >= {"copy-in", "update", "compute", "copy-out"}
+    finally:  # pytest keeps the folders of its last runs
+        for file in tmp_path.rglob("*.safetensors"):
+            file.unlink()
 
 
 @pytest.mark.parametrize("name", ["transformers_trainer", "plain_pytorch"])

@@ -113,6 +113,36 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(wire, kills, rng, t
     assert states >= kills // 6 + 1, "the kills all fell on one moment"
 
 
+@pytest.mark.slow
+def test_a_model_of_4_gb_trains_in_less_than_1_gb(tmp_path):
+    """Read, updated and written back: the most that was ever resident, of a process that does nothing else."""
+    import offload_memory_worker as worker
+
+    layers, width, steps = 60, 4096, 2
+    assert (size := worker.write(tmp_path / "base.safetensors", layers, width)) > 4e9
+    command = [sys.executable, worker.__file__, str(tmp_path), *map(str, (layers, width, 2, steps))]
+    path = os.pathsep.join((str(pathlib.Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")))
+    try:
+        done = subprocess.run(
+            command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        print(found)
+        assert found["resident"] < 1e9
+        assert len(set(found["losses"])) == steps
+        stored = list((tmp_path / "run").glob("block-*"))
+        assert len(stored) == layers
+        assert sum(p.stat().st_size for p in stored) > size
+        name = f"layers.{layers - 1}.weight"
+        with safe_open(tmp_path / "base.safetensors", "pt") as base, safe_open(max(stored), "pt") as last:
+            change = last.get_tensor(name) - base.get_tensor(name)
+            assert 0 < change.abs().max() < 0.1
+    finally:  # pytest keeps the folders of its last runs
+        for file in tmp_path.rglob("*.safetensors"):
+            file.unlink()
+
+
 def test_faults_of_a_checkpoint(tmp_path):
     model = tower(torch.bfloat16)
     state = dict(load_file(checkpoint(model, tmp_path / "good.safetensors")))

@@ -2,7 +2,8 @@
 
 from .blocks import empty_weights
 from .engine import Engine
+from .footprint import footprint
 from .stream import stream
-from .timeline import plot
+from .timeline import Span, plot
 
-__all__ = ["Engine", "empty_weights", "plot", "stream"]
+__all__ = ["Engine", "Span", "empty_weights", "footprint", "plot", "stream"]

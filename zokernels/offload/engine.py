@@ -163,10 +163,21 @@ class Engine:
     def _open(self, block: Block, sides: list[int]) -> None:
         """Bring ``block`` in, up to date."""
         slot = self._load(block)
-        with torch.no_grad(), torch.inference_mode(False):
-            self._visit = self._visits(
-                self, block, slot, sides, self._step if self._lockstep.current is not None else None
-            )
+        self._visit = self._begin(block, slot, sides, self._step if self._lockstep.current is not None else None)
+
+    def _begin(self, block: Block, slot: Slot, sides: Sequence[int], step: Step | None) -> _Visit:
+        try:
+            with torch.no_grad(), torch.inference_mode(False):
+                return self._visits(self, block, slot, sides, step)
+        except BaseException:
+            self._abandon(slot)  # it may have taken a part of an update
+            raise
+
+    def _abandon(self, slot: Slot) -> None:
+        """What ``slot`` holds is not to be used: the block comes again from the storage."""
+        slot.users -= 1
+        self.mover.released(slot)
+        self.mover.drop(slot)
 
     def _load(self, block: Block) -> Slot:
         if self._last is not None and self._last != block.index:
@@ -176,8 +187,12 @@ class Engine:
         upcoming = [block.index, *self._upcoming(block)[: len(self._slots) - 1]]
         slot = self._slot_of(block) or self._fetch(block, self._victim(upcoming))
         slot.users += 1
-        self._prefetch(upcoming)
-        self.mover.wait(slot)
+        try:
+            self._prefetch(upcoming)
+            self.mover.wait(slot)
+        except BaseException:
+            self._abandon(slot)
+            raise
         if slot.updates < 0:
             slot.updates = block.stored
         return slot
@@ -220,11 +235,11 @@ class Engine:
                     return
                 self._fetch(block, slot)
 
-    def release(self, slot: Slot) -> None:
-        """What was to be computed from ``slot`` has been issued."""
+    def release(self, slot: Slot, onward: bool = True) -> None:
+        """What was to be computed from ``slot`` has been issued.  ``onward``: its block is not needed again for now."""
         slot.users -= 1
         self.mover.released(slot)
-        if slot.block is not None:
+        if slot.block is not None and onward:
             self._prefetch(self._upcoming(slot.block))
 
     def scratch(self, block: Block, which: int) -> list[Tensor]:
@@ -326,6 +341,7 @@ class Engine:
                             self.mover.store(block, slot)
             self.mover.drain()
             if self.run is not None and self.optimizer is not None:
+                self.run.folder.sync()  # blocks before the resident parameters: see Run
                 self.run.keep_resident(self.optimizer, self.history.end)
                 self.run.folder.sync()
             self.history.drop(min(b.stored for b in self.blocks))
@@ -334,12 +350,12 @@ class Engine:
     def _loaded(self, block: Block) -> Iterator[Slot]:
         """A slot with ``block``, up to date."""
         slot = self._load(block)
-        with torch.no_grad(), torch.inference_mode(False):
-            visit = _Visit(self, block, slot, [], None)
-            try:
+        visit = self._begin(block, slot, [], None)
+        try:
+            with torch.no_grad(), torch.inference_mode(False):
                 yield slot
-            finally:
-                visit.done()
+        finally:
+            visit.done()
 
     @contextmanager
     def opened(self, block: Block) -> Iterator[list[Tensor]]:
@@ -404,6 +420,8 @@ class _Visit:
         self._params = self._values()
         self._held = True
         since = slot.updates
+        if since < engine.history.end:
+            engine.mover.settle(slot)
         self._alike = self._groups(since)
         with engine.timeline.span("update", block):
             pair = self._pair()
@@ -500,7 +518,8 @@ class _Visit:
             if side in self._made:
                 views = list(self.engine.scratch(self.block, self._made[side]))
             elif self.step is not None and any(a.bucket is not None for a in self._alike):
-                views = list(self._perturb(side))
+                with self.engine.timeline.span("update", self.block):
+                    views = list(self._perturb(side))
             else:
                 views = list(self.engine.scratch(self.block, 0))
             for i in self._fixed:
@@ -520,7 +539,7 @@ class _Visit:
 
     def _release(self) -> None:
         self._held = False
-        self.engine.release(self.slot)
+        self.engine.release(self.slot, onward=bool(self.sides))  # a look at one parameter is often followed by another
 
     def done(self) -> None:
         if self._held:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from contextvars import copy_context
 from typing import Any
 
@@ -98,15 +99,19 @@ class Lockstep:
 
     def _in_thread(self, setting: _ThreadSetting, function: Callable[[int], Any], side: _Side) -> None:
         side.baton.wait()
-        with setting:
-            self._call(function, side, started=True)
+        with ExitStack() as stack:  # until the baton is handed on: the next block may be brought in by this thread
 
-    def _call(self, function: Callable[[int], Any], side: _Side, started: bool = False) -> None:
-        try:
-            if started:
+            def begin(index: int) -> Any:
+                stack.enter_context(setting)
                 side.rng.restore()  # type: ignore[union-attr]
                 if self._failed:
                     raise Cancelled
+                return function(index)
+
+            self._call(begin, side)
+
+    def _call(self, function: Callable[[int], Any], side: _Side) -> None:
+        try:
             side.result = function(side.index)
         except BaseException as error:  # it is raised again in run()
             side.error, self._failed = side.error or error, True

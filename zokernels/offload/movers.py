@@ -57,6 +57,13 @@ class Mover:
     def arrived(self, slot: Slot) -> bool:
         return True
 
+    def settle(self, slot: Slot) -> None:
+        """Until what is stored from ``slot`` has left it: it is to be written to."""
+
+    def drop(self, slot: Slot) -> None:
+        """Forget what ``slot`` holds."""
+        slot.block = None
+
     def store(self, block: Block, slot: Slot) -> None:
         """Keep the block as ``slot`` holds it: all updates up to ``slot.updates``."""
         raise NotImplementedError
@@ -89,6 +96,9 @@ class InPlace(Mover):
 
     def fetch(self, block: Block, slot: Slot) -> None:
         pass
+
+    def drop(self, slot: Slot) -> None:
+        pass  # there is no other copy
 
     def store(self, block: Block, slot: Slot) -> None:
         block.stored = slot.updates
@@ -167,6 +177,10 @@ class ByThreads(Mover):
         coming = self._coming.get(slot.index)
         return coming is None or coming.done()
 
+    def settle(self, slot: Slot) -> None:
+        if (leaving := self._leaving.get(slot.index)) is not None:
+            leaving.result()
+
     def store(self, block: Block, slot: Slot) -> None:
         self._check()
         future = self._writes.submit(self._write, block, slot.data, slot.updates)
@@ -228,6 +242,10 @@ class ByStreams(Mover):
         if slot.index in self._arrived:
             torch.cuda.current_stream(self._device).wait_event(self._arrived[slot.index])
 
+    def settle(self, slot: Slot) -> None:
+        if slot.index in self._left:
+            torch.cuda.current_stream(self._device).wait_event(self._left[slot.index])
+
     def store(self, block: Block, slot: Slot) -> None:
         self._out.wait_stream(torch.cuda.current_stream(self._device))
         self._copy("copy-out", block, self.source.regions[block.index], slot.data, self._out)
@@ -249,10 +267,10 @@ class Staged(Mover):
     A thread reads a file into a buffer and then issues its copy; another waits for a copy out and writes the file.
     """
 
-    def __init__(self, source: Files, slots: int, nbytes: int, device: torch.device, timeline: Timeline) -> None:
+    def __init__(self, source: Files, data: Tensor, slots: int, device: torch.device, timeline: Timeline) -> None:
         self.source, self.timeline, self._device = source, timeline, device
         self._in, self._out = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        data = mapping(2 * slots * nbytes, device)
+        nbytes = len(data) // (2 * slots)
         self._coming = [data[i * nbytes : (i + 1) * nbytes] for i in range(slots)]
         self._going = [data[i * nbytes : (i + 1) * nbytes] for i in range(slots, 2 * slots)]
         self._reads = ThreadPoolExecutor(1, thread_name_prefix="zokernels-read")
@@ -290,6 +308,10 @@ class Staged(Mover):
 
     def arrived(self, slot: Slot) -> bool:
         return slot.index not in self._issued or self._issued[slot.index].done()
+
+    def settle(self, slot: Slot) -> None:
+        if slot.index in self._left:
+            torch.cuda.current_stream(self._device).wait_event(self._left[slot.index])
 
     def store(self, block: Block, slot: Slot) -> None:
         if (before := self._emptied.get(slot.index)) is not None:

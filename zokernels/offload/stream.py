@@ -121,6 +121,8 @@ def stream(
     form = None if wire is None else Format(wire, made)
     held = _slots(made, storage, slots, target, size if form is None else max(form.nbytes))
     copies = [torch.empty(max(b.scratch for b in made), dtype=torch.uint8, device=target) for _ in range(scratch)]
+    to_gpu = target.type == "cuda"
+    staging = mapping(2 * slots * size, target) if storage == "disk" and to_gpu and form is None else None
     run = None if path is None else Run(path, made, resume)
     # From here on the model changes.
     loaded = {} if checkpoint is None else checkpoint.tensors()
@@ -140,17 +142,16 @@ def stream(
                 source.write(b, _packed(b, {}, fill), 0)
         elif run:
             check_room(op, run.folder, made, size + sum(b.nbytes for b in made if b.index not in run.files))
-        on_gpu = target.type == "cuda"
         if form:
             mover = encoding(source)
         else:
-            mover = Staged(source, slots, size, target, timeline) if on_gpu else ByThreads(source, timeline)
+            mover = ByThreads(source, timeline) if staging is None else Staged(source, staging, slots, target, timeline)
     elif memory is not None:
         for b in made:
             memory.write(b, _packed(b, loaded, fill), 0)
         if form:
             mover = encoding(memory)
-        elif target.type == "cuda":
+        elif to_gpu:
             sliced = isinstance(memory, Slices)
             mover = BySlices(memory, target, timeline) if sliced else ByStreams(memory, target, timeline)
         else:

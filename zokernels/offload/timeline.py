@@ -85,6 +85,12 @@ LANES = {"read": "#0f766e", "encode": "#65a30d", "copy-in": "#0891b2", "update":
          "copy-out": "#be123c", "write": "#881337"}  # fmt: skip
 
 
+def _short(block: str) -> str:
+    """From the number on: "model.layers.12" is 12."""
+    parts = block.split(".")
+    return ".".join(parts[next((i for i, p in enumerate(parts) if p.isdecimal()), -1) :])
+
+
 def plot(spans: Sequence[Span], path: str | os.PathLike[str], title: str = "") -> None:
     """A PNG (or what the name says) with a row for each lane and a bar for each span.  Needs matplotlib."""
     from matplotlib.figure import Figure
@@ -92,14 +98,15 @@ def plot(spans: Sequence[Span], path: str | os.PathLike[str], title: str = "") -
     lanes = [lane for lane in LANES if any(s.lane == lane for s in spans)]
     figure = Figure(figsize=(11, 0.9 + 0.55 * len(lanes)), layout="constrained")
     axes = figure.subplots()
+    total = max(s.end for s in spans) - spans[0].begin
     for row, lane in enumerate(lanes):
         mine = [s for s in spans if s.lane == lane]
         bars = [(s.begin, s.end - s.begin) for s in mine]
-        axes.broken_barh(bars, (row - 0.36, 0.72), facecolors=LANES[lane], edgecolor="white", linewidth=0.4)
-        total = spans[-1].end - spans[0].begin
+        edges = [0.4 if width > 0.005 * total else 0 for _, width in bars]  # a thin bar would be all edge
+        axes.broken_barh(bars, (row - 0.36, 0.72), facecolors=LANES[lane], edgecolor="white", linewidth=edges)
         for s in mine:
-            if s.end - s.begin > 0.03 * total:
-                label = s.block.rsplit(".", 1)[-1]
+            label = _short(s.block)
+            if s.end - s.begin > (0.01 + 0.006 * len(label)) * total:
                 axes.text((s.begin + s.end) / 2, row, label, ha="center", va="center", color="white", fontsize=7)
     axes.set_yticks(range(len(lanes)), lanes)
     axes.invert_yaxis()

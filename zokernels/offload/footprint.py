@@ -1,0 +1,62 @@
+"""What a streamed model takes of the device, worked out beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ..wire import Wire
+from .blocks import PAGE, Block, find_blocks, streamed_parameters
+from .wire import Format
+
+
+class Footprint(NamedTuple):
+    """Bytes on the device.  Activations, and what libraries hold for themselves, come on top."""
+
+    slots: int
+    scratch: int
+    decoded: int  #: the one block that wire bytes are decoded to
+    resident: int  #: parameters in no block, and buffers
+    copy: int  #: the perturbed copy of the largest resident parameter, while a function takes it
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def footprint(
+    model: nn.Module,
+    blocks: str | Sequence[nn.Module] | None = None,
+    *,
+    slots: int = 3,
+    scratch: int = 2,
+    wire: Wire | None = None,
+) -> Footprint:
+    """What :func:`stream` with these arguments, from host memory or disk, will take of the device.
+
+    The parameters of ``model`` may be on "meta" (:func:`empty_weights`): nothing is allocated.  A few pages more for
+    blocks that are read from a checkpoint in place.
+    """
+    op = "footprint"
+    found = find_blocks(op, model, blocks)
+    listed = streamed_parameters(op, model, found)
+    made = []
+    for i, ((name, module), params) in enumerate(zip(found, listed, strict=True)):
+        block = Block(i, name, module)
+        block.place(params)
+        made.append(block)
+    streamed = {id(p) for params in listed for _, p in params}
+    size = lambda t: t.numel() * t.element_size()
+    resident: list[Tensor] = [p for p in model.parameters() if id(p) not in streamed]
+    largest, copy = max(b.nbytes for b in made), max(b.scratch for b in made)
+    if wire is not None:
+        largest = -(-max(Format(wire, made).nbytes) // PAGE) * PAGE
+    return Footprint(
+        slots=min(slots, len(made)) * largest,
+        scratch=scratch * copy,
+        decoded=0 if wire is None else copy,
+        resident=sum(map(size, [*resident, *model.buffers()])),
+        copy=max(map(size, resident), default=0),
+    )
