@@ -8,11 +8,10 @@ export TORCH_CUDA_ARCH_LIST ?= 9.0
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CPP    := $(shell find csrc tests zokernels/bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test demo offload-demo bench docs wheel lint lint-ruff lint-clang-format lint-typos format clean gpu-check
+.PHONY: test demo offload-demo bench docs wheel lint lint-ruff lint-clang-format lint-typos lint-mypy format clean gpu-check
 
 test: $(VENV)/tested lint
 	$(BIN)/python -m bench run --op combine --device cpu --tiny
-	$(BIN)/python -m bench methods --device cpu --tiny
 	$(BIN)/python -m bench offload --device cpu --tiny
 	$(BIN)/python -m bench trajectory --device cpu --tiny
 	$(BIN)/python -m pytest -q
@@ -39,7 +38,7 @@ wheel: $(VENV)/environment
 		--no-build-isolation --no-deps -w dist .
 
 # One target a tool: .pre-commit-config.yaml calls the same. Versions: constraints.txt.
-lint: lint-ruff lint-clang-format lint-typos
+lint: lint-ruff lint-clang-format lint-typos lint-mypy
 
 lint-ruff: $(VENV)/tested
 	$(BIN)/ruff check .
@@ -50,6 +49,9 @@ lint-clang-format: $(VENV)/tested
 
 lint-typos: $(VENV)/tested
 	$(BIN)/typos
+
+lint-mypy: $(VENV)/tested
+	$(BIN)/mypy
 
 format: $(VENV)/tested
 	$(BIN)/ruff check --fix .
@@ -78,5 +80,5 @@ $(VENV)/demo: $(VENV)/built $(DEMO)
 
 $(VENV)/tested: $(VENV)/demo
 	$(PIP) mkdocs-material "mkdocstrings[python]"
-	$(PIP) pytest triton ruff clang-format typos matplotlib scikit-learn accelerate peft trl lightning
+	$(PIP) pytest triton ruff clang-format typos mypy matplotlib scikit-learn accelerate peft trl lightning
 	touch $@

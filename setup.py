@@ -89,9 +89,11 @@ class CMakeBuild(build_ext):
         # This Python's cmake and ninja first: its scripts are not on PATH where the environment is not activated.
         scripts = sysconfig.get_path("scripts")
         environment = {**os.environ, "PATH": os.pathsep.join([scripts, os.environ.get("PATH", "")])}
-        cmake = shutil.which("cmake", path=environment["PATH"])
-        if cmake is None:
-            sys.exit("zokernels: cmake is needed to build: pip install cmake ninja")
+        cmake, ninja = (shutil.which(tool, path=environment["PATH"]) for tool in ("cmake", "ninja"))
+        if cmake is None or ninja is None:
+            sys.exit("zokernels: cmake and ninja are needed to build: pip install cmake ninja")
+        # Said each time: an isolated build leaves in the cache a path of an environment that is gone.
+        defines.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
         for step in (["-G", "Ninja", "-S", ROOT, "-B", folder, *defines], ["--build", folder], ["--install", folder]):
             subprocess.run([cmake, *step], check=True, env=environment)
 

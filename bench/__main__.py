@@ -1,4 +1,4 @@
-"""``python -m bench list``, ``run``, ``methods``, ``offload``, ``trajectory``, ``report`` and ``gpu-check``."""
+"""``python -m bench list``, ``run``, ``methods``, ``offload``, ``trajectory``, ``scaling``, ``report`` and so on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from zokernels import BackendUnavailable
 from zokernels.backends.registry import NAMES
 
-from . import machine, offload, table, trajectory
+from . import machine, offload, scaling, table, trajectory
 from .methods import run as methods
 from .registry import SKIPPED, Settings, ops
 from .workloads import WORKLOADS
@@ -151,6 +151,8 @@ def make_parser(program: str) -> argparse.ArgumentParser:
     offload.add_arguments(sub)
     sub = commands.add_parser("trajectory", help="replaying and recording a run, project and gram, on 22 M weights")
     trajectory.add_arguments(sub)
+    sub = commands.add_parser("scaling", help="on paper: a step of 175 G and 1,000 G weights on 8 to 1,024 GPUs")
+    scaling.add_arguments(sub)
     sub = commands.add_parser("report", help="JSON files into one HTML page, or into docs/performance.md and a PNG")
     sub.add_argument("files", nargs="*", type=pathlib.Path, help="of run, methods, gpu-check (default: the committed)")
     default = pathlib.Path("zokernels-bench.html")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import pathlib
 import platform
@@ -41,10 +42,10 @@ def cpu_model() -> str:
 def _host_library() -> dict[str, Any]:
     """Instruction sets and build of the compiled host library, where it is built."""
     try:
-        from zokernels import _host
+        host = importlib.import_module("zokernels._host")
     except ImportError:
         return {}
-    return {"instruction_sets": _host.instruction_sets(), "build_info": _host.build_info()}
+    return {"instruction_sets": host.instruction_sets(), "build_info": host.build_info()}
 
 
 def commit() -> str | None:

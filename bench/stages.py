@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import pathlib
 import shutil
@@ -11,6 +12,8 @@ import sysconfig
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
+import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -152,6 +155,36 @@ def _math(ctx: Context) -> Plan | str:
     return Plan([build] if ctx.rehearse else [build, [str(program)]], judge=judge)
 
 
+def _distributed(ctx: Context) -> Plan | str:
+    """The cases of tests/test_distributed.py, over NCCL, each rank on a GPU; in a rehearsal a few over gloo."""
+    count = 2 if ctx.rehearse else torch.cuda.device_count()
+    if not torch.distributed.is_available() or not (ctx.rehearse or torch.distributed.is_nccl_available()):
+        return "a torch without NCCL"
+    if count < 2:
+        return f"needs two GPUs or four, found {count}"
+    folders = {ranks: ctx.output / f"ranks{ranks}" for ranks in (2, 4) if ranks <= count}
+    for folder in folders.values():
+        shutil.rmtree(folder, ignore_errors=True)  # a store of an earlier run would be taken for this one's
+        folder.mkdir(parents=True)
+
+    def judge(code: int, log: str) -> tuple[str, str]:
+        notes, good = [], code == 0
+        for ranks, folder in folders.items():
+            said = [json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))]
+            bad = sorted({name for cases in said for name, end in cases.items() if end != "ok"})
+            good = good and len(said) == ranks and bool(said[0]) and not bad
+            notes.append(f"{ranks} ranks: {min(map(len, said), default=0)} cases" + (f", not {bad[0]}" if bad else ""))
+        return "passed" if good else "failed", "; ".join(notes)
+
+    worker = lambda ranks: _python(
+        "tests/distributed_worker.py", str(folders[ranks]), str(ranks), str(int.from_bytes(os.urandom(6), "little"))
+    )
+    env = {"ZOKERNELS_CASES": "of two"} if ctx.rehearse else {}
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])))
+    commands = [[*worker(ranks), *([] if ctx.rehearse else ["cuda"])] for ranks in folders]
+    return Plan(commands, {**env, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, judge=judge)
+
+
 def _sanitizer(ctx: Context) -> Plan | str:
     tool = shutil.which("compute-sanitizer")
     if tool is None:
@@ -209,6 +242,7 @@ STAGES = [
     Stage("bench-step", "measure", 100, _bench("bench-step", "--op", "step", "--workload", "opt-1.3b", "qwen3-1.7b")),
     Stage("bench-many", "measure", 60, _bench("bench-many", "--op", "many", "--seconds", "1")),
     Stage("sanitizer", "optional", 100, _sanitizer),
+    Stage("distributed", "optional", 180, _distributed),
     Stage("bench-fan-out", "measure", 60, _bench("bench-fan-out", "--op", "fan_out", "--seconds", "1")),
     Stage("bench-step-13b", "measure", 90, _bench("bench-step-13b", "--op", "step", "--workload", "opt-13b")),
     Stage("cpu-tests", "optional", 120, _cpu_tests),

@@ -11,6 +11,7 @@
 
 #include "noise/philox.h"
 #include "noise/rules.h"
+#include "noise/wire.h"
 
 // The terms of an operation (zokernels/backends/terms.py) in a schema, as parameters of its entry, and packed.
 // low_rank has neither masks nor curvature, and of its seeds only the number counts.
@@ -47,6 +48,11 @@
 // Not the sums themselves but parts of them, in the order in which zokernels/backends/sums.py adds them.
 #define ZK_PROJECT_SCHEMA(extra) \
   "project(Tensor(a!) partial, Tensor[] tensors, Tensor seeds, int[] streams, int[] offsets, int dist" extra ") -> ()"
+#define ZK_ENCODE_SCHEMA(extra) "encode(Tensor(a!)[] out, Tensor[] params, int wire, int[] offsets" extra ") -> ()"
+#define ZK_DECODE_SCHEMA(extra) "decode(Tensor(a!)[] out, Tensor[] wires, int wire, " ZK_TERMS_SCHEMA extra ") -> ()"
+#define ZK_DECODE_FAN_OUT_SCHEMA(extra)                                                                                               \
+  "decode_fan_out(Tensor(a!)[] plus, Tensor(b!)[] minus, Tensor[] wires, int wire, Tensor seed, Tensor coeff, " ZK_TERMS_SCHEMA extra \
+  ") -> ()"
 #define ZK_DERIVE_SEED_SCHEMA "derive_seed(Tensor run_seed, Tensor step, Tensor k) -> Tensor"
 
 namespace zk {
@@ -150,6 +156,31 @@ inline void check_spread(const torch::stable::Tensor& out, const torch::stable::
   STD_TORCH_CHECK(out.is_contiguous() && out.scalar_type() == x.scalar_type() &&
                       out.numel() == terms.seeds.numel() * x.numel(),
                   "spread: out: expected a contiguous tensor like x for each seed");
+}
+
+// A wire format by its number (zokernels/backends/cpu/wire.py) as a backend's DType.
+template <class DType>
+DType wire_of(int64_t wire) {
+  STD_TORCH_CHECK(0 <= wire && wire < 4, "wire: expected a number below 4, got ", wire);
+  constexpr DType of[] = {DType::bf16, DType::f16, DType::e4m3, DType::i8};
+  return of[wire];
+}
+
+// A buffer of the right size for each tensor.
+inline void check_wires(const char* op, const TensorList& wires, int64_t wire, const TensorList& params,
+                        const std::vector<int64_t>& offsets) {
+  STD_TORCH_CHECK(wires.size() == params.size() && offsets.size() == params.size(), op,
+                  ": wires, offsets: expected one for each tensor");
+  for (size_t i = 0; i < params.size(); ++i) {
+    const int64_t numel = params[i].numel();
+    int64_t bytes = 2 * numel;
+    if (wire > 1) {
+      bytes = numel == 0 ? 0 : wire_scale_begin(numel) + wire_blocks(numel, static_cast<uint64_t>(offsets[i]));
+    }
+    STD_TORCH_CHECK(wires[i].scalar_type() == torch::headeronly::ScalarType::Byte && wires[i].is_contiguous() &&
+                        wires[i].numel() == bytes,
+                    op, ": wires: expected contiguous uint8 [", bytes, "]; not so at ", i);
+  }
 }
 
 inline Rule rule_of(const std::string& name) {

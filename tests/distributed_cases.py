@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+import os
 import pathlib
 import random
 import re
+import signal
+import time
 import warnings
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.distributed as dist
+import trajectory_cases
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from trajectory_cases import CASES as OPTIMIZERS
-from trajectory_cases import Model, assert_same, base_of
+from trajectory_cases import assert_same, base_of
 
-from zokernels.distributed import Exchange, RanksDiffer, mean_of
+import zokernels
+from zokernels.contract import derive_seed_int, streams_of
+from zokernels.distributed import AsyncExchange, Exchange, RanksDiffer, mean_of
 from zokernels.optim import ZOSGD, Ranking, ThreePoint, ZerothOrder, ZORankSGD
 from zokernels.optim.rules import SGD
 from zokernels.optim.shard import shard_of, whole_of
-from zokernels.trajectory import read, replay_
+from zokernels.trajectory import read, record, replay_
+
+#: Where models are: "cpu" with gloo, "cuda" with NCCL (``make gpu-check``); the worker sets it.
+DEVICE = "cpu"
+
+
+class Model(trajectory_cases.Model):
+    def __init__(self, dtype: torch.dtype, rng: random.Random) -> None:
+        super().__init__(dtype, rng)
+        self.to(DEVICE)
 
 
 class World:
@@ -38,8 +56,8 @@ class World:
         for size in sizes.values():
             total *= size
         if total == self.ranks:
-            return init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-        whole = init_device_mesh("cpu", (self.ranks // total, *sizes.values()), mesh_dim_names=("copy", *sizes))
+            return init_device_mesh(DEVICE, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        whole = init_device_mesh(DEVICE, (self.ranks // total, *sizes.values()), mesh_dim_names=("copy", *sizes))
         return whole[tuple(sizes)]
 
 
@@ -312,11 +330,317 @@ def wrong(world: World) -> None:
         world, "mesh: expected at most 2 ranks along 'perturbation'.*got 4", lambda: ZOSGD(params(), 1.0, mesh=mesh)
     )
     refused(world, "capturable: expected False with a mesh", lambda: FZOO(params(), 1.0, mesh=mesh, capturable=True))
-    nameless = DeviceMesh("cpu", list(range(4)))
+    nameless = DeviceMesh(DEVICE, list(range(4)))
     refused(world, "mesh: expected named dimensions", lambda: ZOSGD(params(), 1.0, mesh=nameless))
     ranked = ZORankSGD(params(), 1.0, mesh=mesh, candidates=4)
     assert ranked.estimator == Ranking(4)
     refused(world, "rank: expected losses with a mesh", lambda: ranked.step(lambda: 1.0, rank=lambda results: [0]))
+
+
+# Pipeline -------------------------------------------------------------------------------------------------------------
+
+
+class Stages(torch.nn.Module):
+    """Layers in two stages, the embedding tied between the first and the last of them (as transformers do it)."""
+
+    def __init__(self, dtype: torch.dtype, seed: int, stage: int | None = None) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        make = lambda *shape: torch.nn.Parameter((torch.randn(shape, generator=generator) * 0.3).to(dtype))
+        shapes = {"embed": (19, 12), "layers_0": (12, 24), "layers_1": (24, 12), "scale": (12,)}
+        params = {name: make(*shape) for name, shape in shapes.items()}
+        here = {None: tuple(params), 0: ("embed", "layers_0"), 1: ("embed", "layers_1", "scale")}[stage]
+        for name in here:
+            self.register_parameter(name, params[name])
+        self.to(DEVICE)
+
+    def groups(self) -> list[dict]:
+        """``scale`` is a group of its own, which the first stage has nothing of."""
+        of = lambda scale: [(n, p) for n, p in self.named_parameters() if (n == "scale") is scale]
+        return [{"params": of(False), "eps": 1e-3}, {"params": of(True), "eps": 2e-2, "clip": 0.5}]
+
+    def first(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(torch.nn.functional.embedding(tokens, self.embed) @ self.layers_0)
+
+    def last(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        out = (hidden @ self.layers_1) * self.scale @ self.embed.t()
+        return torch.nn.functional.cross_entropy(out.float(), tokens.roll(-1))
+
+
+def tokens_of(step: int, shard: int) -> torch.Tensor:
+    return torch.randint(19, (16,), generator=torch.Generator().manual_seed(100 * step + shard)).to(DEVICE)
+
+
+def pipeline(
+    world: World, steps: int, make: Callable = ZOSGD, dtype: torch.dtype = torch.bfloat16, **sizes: int
+) -> None:
+    """Two stages with send and recv of activations against one process, bit for bit: weights, losses and log.
+
+    The run stops half-way and goes on from its log; each stage reads there what is its own.
+    """
+    seed, half, options = world.rng.getrandbits(40), steps // 2, {"lr": 0.02}
+    mesh = world.mesh(**sizes)
+    shard = mesh.get_local_rank("data") if "data" in sizes else 0
+    stage, group = mesh.get_local_rank("pipeline"), mesh.get_group("pipeline")
+    log, names = world.folder / f"{Exchange(mesh).ranks[0]}.zk", ("embed", "layers_0", "layers_1", "scale")
+
+    def loss(step: int) -> torch.Tensor | None:
+        tokens = tokens_of(step, shard)
+        if stage == 0:
+            dist.send(model.first(tokens), group=group, group_dst=1)
+            return None
+        hidden = torch.empty(16, 24, dtype=dtype, device=DEVICE)
+        dist.recv(hidden, group=group, group_src=0)
+        return model.last(hidden, tokens)
+
+    returned: list[float] = []
+    for count in (half, steps - half):
+        model = Stages(dtype, seed, stage)
+        exchange = Exchange(mesh, check_every=3)
+        optimizer = make(model.groups(), seed=seed, mesh=exchange, trajectory=log, resume=True, **options)
+        assert optimizer.step_count == len(returned)
+        returned += take(optimizer, loss, count)
+        optimizer.trajectory.close()
+        dist.barrier()
+    exchange.agreement.check_weights(optimizer)
+    alone, single = Stages(dtype, seed), world.folder / f"{exchange.ranks[0]}-{world.rank}-single.zk"
+    reference = make(alone.groups(), seed=seed, trajectory=single, **options)
+    shards = sizes.get("data", 1)
+    one = lambda step, s: alone.last(alone.first(tokens_of(step, s)), tokens_of(step, s))
+    expected = take(reference, lambda step: mean_of([one(step, s) for s in range(shards)]), steps)
+    assert returned == expected, (world.folder.name, returned, expected)
+    reference.trajectory.close()
+    assert int(reference.skipped_steps) == 0
+    weights = base_of(alone)
+    assert_same(base_of(model), {name: weights[name] for name in names if name in base_of(model)}, world.folder.name)
+    assert log.read_bytes() == single.read_bytes()
+
+
+case(2, "pipeline", steps=20, pipeline=2)(pipeline)
+case(4, "pipeline and data", steps=20, data=2, pipeline=2)(pipeline)
+case(4, "data inside a pipeline", steps=20, pipeline=2, data=2, dtype=torch.float32)(pipeline)
+case(4, "pipeline and perturbation", steps=20, pipeline=2, perturbation=2)(pipeline)
+
+
+@case(2)
+def stages_of_optimizers(world: World) -> None:
+    """Rules and directions that keep something; without what looks at all parameters at once."""
+    for name in ("momentum", "ZOAdamW", "sparse", "kept", "fzoo", "ZOConservative", "inplace", "window"):
+        kind, options = OPTIMIZERS.get(name, (ZOSGD, {"restore": "inplace", "directions": 2}))
+        folder = world.folder / name
+        pipeline(
+            World(folder, world.rank, world.ranks, world.rng.getrandbits(30)),
+            4,
+            lambda p, **more: kind(p, **{**options, **more}),  # noqa: B023
+            pipeline=2,
+        )
+
+
+@case(4)
+def stages_that_do_not_fit(world: World) -> None:
+    """What must be equal is compared within stages and between them; a change within a stage, or of tied weights."""
+    mesh = world.mesh(data=2, pipeline=2)
+    stage = mesh.get_local_rank("pipeline")
+    from zokernels.optim import LeZO
+
+    def make(change=None, kind=ZOSGD, groups=lambda model: model.groups(), **options):
+        model = Stages(torch.bfloat16, 3, stage)
+        if change:
+            change(model)
+        return kind(groups(model), **{"lr": 0.1, "seed": 7, "mesh": mesh, **options})
+
+    def double(name):
+        def change(model):
+            with torch.no_grad():
+                getattr(model, name).mul_(2)
+
+        return change
+
+    def retype(model):
+        model.embed = torch.nn.Parameter(model.embed.float())
+
+    for victim, pattern, options in (
+        (3, "'layers_1' before step 0: .*on rank 1 and weights .* on rank 3", {"change": double("layers_1")}),
+        (2, "'layers_0' before step 0: .*on rank 0 and weights .* on rank 2", {"change": double("layers_0")}),
+        (3, "'embed' before step 0: .*on rank 0 and weights .* on rank 3", {"change": double("embed")}),
+        (1, "'embed': .*bfloat16 .* on rank 0 and float32 .* on rank 1", {"change": retype}),
+        (1, r"param_groups\[0\]\['lr'\].* on rank 0 and 0.2 on rank 1", {"lr": 0.2}),
+    ):
+        refused(world, pattern, lambda: make(**(options if world.rank == victim else {})))  # noqa: B023
+    unnamed = lambda model: list(model.parameters())
+    refused(world, "expected named parameters where stages", lambda: make(groups=unnamed), alike=False)
+    streams = lambda model: [{"params": list(model.named_parameters()), "streams": list(range(3 if stage else 2))}]
+    refused(
+        world, "streams: expected one stream for each parameter, got 1 for both 'layers_", lambda: make(groups=streams)
+    )
+    refused(world, "mesh: expected no subset", lambda: make(kind=LeZO))
+
+
+# Asynchronous ---------------------------------------------------------------------------------------------------------
+
+
+def store_of(world: World, kind: str) -> dist.Store:
+    if kind == "file":
+        return dist.FileStore(str(world.folder / "store"), -1)
+    box = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if world.rank == 0 else None]
+    port = [box[0].port if world.rank == 0 else None]
+    dist.broadcast_object_list(port, src=0)
+    return box[0] or dist.TCPStore("127.0.0.1", port[0], is_master=False)
+
+
+def own_steps(exchange: AsyncExchange, model: Model, rank: int, rng: random.Random) -> None:
+    """To the end of the run, with batches and delays of this rank's own."""
+    for own in itertools.count():
+        for group in exchange.optimizer.param_groups:
+            group["lr"] = 0.03 / (1 + own)  # of its own, too
+        time.sleep(rng.choice((0, 0, 0.003)))
+
+        def loss() -> torch.Tensor:
+            time.sleep(rng.choice((0, 0.001, 0.004)))
+            return loss_of(model, own, rank) * (float("nan") if own == 7 and rank == 1 else 1)  # noqa: B023
+
+        if exchange.step(loss) is None:
+            return
+
+
+def ended_alike(world: World, exchange: AsyncExchange, model: Model, base: Model) -> None:
+    """Weights are on all ranks those of the merged log, replayed by one process, and by :func:`combine_` itself."""
+    assert exchange.done
+    log = world.folder / f"{world.rank}.zk"
+    exchange.save(log)
+    weights, saved = base_of(model), log.read_bytes()
+    everyone: list = [None] * world.ranks
+    dist.all_gather_object(everyone, saved)
+    assert all(other == saved for other in everyone)
+    alone = copy.deepcopy(base)
+    assert replay_(alone, log) == exchange.steps
+    assert_same(base_of(alone), weights)
+    records, by_hand = list(read(log).records()), copy.deepcopy(base)
+    assert len({r.step for r in records}) == len(records)
+    if type(exchange.optimizer.rule) is SGD:
+        for record in records:
+            if record.finite:
+                seed = derive_seed_int(exchange.optimizer.seed, record.step, 0)
+                c = torch.tensor(-record.rates[0] * record.gradients[0][0], dtype=torch.float64).float()
+                names, params = zip(*by_hand.named_parameters(), strict=True)
+                options = {"rounding": "stochastic", "rounding_seed": seed, "streams": streams_of(names)}
+                zokernels.combine_([p.data for p in params], seed, float(c), **options)
+        assert_same(base_of(by_hand), weights)
+
+
+def asynchronous(world: World, store: str, dtype: torch.dtype, staleness: int | None = None, **options) -> None:
+    """Ranks with delays of their own: one log, whose replay has the weights of each of them."""
+    seed = world.rng.getrandbits(63)
+    model, base = Model(dtype, random.Random(seed)), Model(dtype, random.Random(seed))
+    optimizer = ZOSGD(model.named_parameters(), lr=0.05, seed=seed, **options)
+    exchange = AsyncExchange(optimizer, store_of(world, store), steps=80, staleness=staleness)
+    dist.barrier()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a step that is not finite
+        own_steps(exchange, model, world.rank, random.Random(f"{seed} {world.rank}"))
+    found = exchange.stalenesses()
+    assert max(found) <= (world.ranks * 40 if staleness is None else staleness)
+    assert staleness == 0 or max(found) > 0
+    ended_alike(world, exchange, model, base)
+
+
+case(2, "asynchronous, two", store="tcp", dtype=torch.bfloat16)(asynchronous)
+case(4, "asynchronous, four", store="file", dtype=torch.float32)(asynchronous)
+case(4, "asynchronous, momentum", store="tcp", dtype=torch.bfloat16, momentum=0.9, weight_decay=0.1)(asynchronous)
+case(4, "asynchronous, a bound", store="tcp", dtype=torch.float16, staleness=2)(asynchronous)
+case(2, "asynchronous, never stale", store="tcp", dtype=torch.bfloat16, staleness=0)(asynchronous)
+
+
+#: Cases that fork, which a process with a GPU cannot.
+FORKS = ("asynchronous_death",)
+
+
+@case(2)
+def asynchronous_death(world: World) -> None:
+    """A process of each rank dies in a forward of the run; the rank itself then takes what there is, and goes on."""
+    seed, place = world.rng.getrandbits(63), str(world.folder / "store")
+
+    def begin():
+        model = Model(torch.bfloat16, random.Random(seed))
+        optimizer = ZOSGD(model.named_parameters(), lr=0.05, seed=seed)
+        return model, AsyncExchange(optimizer, dist.FileStore(place, -1), steps=40)
+
+    if (child := os.fork()) == 0:
+        model, exchange = begin()
+
+        def loss() -> torch.Tensor:
+            if exchange.count >= 5 + 3 * world.rank:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return loss_of(model, 0, world.rank)
+
+        while True:
+            exchange.step(loss)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    model, exchange = begin()
+    assert exchange.count >= 5 + 3 * world.rank
+    own_steps(exchange, model, world.rank, random.Random(seed))
+    dist.barrier()
+    ended_alike(world, exchange, model, Model(torch.bfloat16, random.Random(seed)))
+    draws = {r.step for r in read(world.folder / f"{world.rank}.zk").records()}
+    assert not draws >= set(range(max(draws)))  # the dead ones' last
+
+
+@case(2)
+def asynchronous_errors(world: World) -> None:
+    def make(store: str, change: Callable = lambda model: None, kind=ZOSGD, steps=5, staleness=None, **options):
+        model = Model(torch.bfloat16, random.Random(2))
+        change(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer = kind(model.named_parameters(), **{"lr": 0.1, "seed": 7, **options})
+        return model, AsyncExchange(optimizer, dist.FileStore(str(world.folder / store), -1), steps, staleness)
+
+    def halve(model):
+        with torch.no_grad():
+            model.head[300] *= 0.5
+
+    from zokernels.optim import FZOO, LeZO, RandomMask
+
+    for pattern, options in (
+        ("optimizer: expected restore='exact'", {"restore": "inplace"}),
+        ("optimizer: expected restore='exact'", {"direction": RandomMask(0.5)}),
+        ("optimizer: expected restore='exact'", {"kind": LeZO}),
+        ("optimizer: expected restore='exact'", {"kind": FZOO, "capturable": True}),
+        (r"steps: expected an integer in \[1, 2\^32\), got 0", {"steps": 0}),
+        (r"staleness: expected an integer in \[0, 2\^32\), got -1", {"staleness": -1}),
+    ):
+        refused(world, pattern, lambda: make("none", **options))  # noqa: B023
+    for i, (pattern, options) in enumerate(
+        (
+            ("seed: expected the same on all processes, got 8 here and 7 on the first process", {"seed": 8}),
+            ("groups.0.options.eps: .*got 0.01 here and 0.001 on", {"eps": 0.01}),
+            ("groups.0.params.head.sha256: expected the same", {"change": halve}),
+            ("estimator.directions: .* got 2 here and 1 on", {"directions": 2}),
+        )
+    ):
+        make(f"store{i}") if world.rank == 0 else None
+        dist.barrier()
+        if world.rank == 1:
+            with pytest.raises(RanksDiffer, match=pattern):
+                make(f"store{i}", **options)
+    model, exchange = make("weights")
+    dist.barrier()
+    if world.rank == 1:  # as a broken kernel or memory would
+        halve(model)
+    try:
+        while exchange.step(lambda: loss_of(model, 0, 0)) is not None:
+            pass
+        failed = False
+    except RanksDiffer as error:
+        failed = "'head' (" in str(error)
+    both: list = [None, None]
+    dist.all_gather_object(both, failed)
+    assert both.count(True) == 1, both
+    if world.rank == 0:
+        exchange.save(world.folder / "a.zk")
+        late = ZOSGD(Model(torch.bfloat16, random.Random(2)).named_parameters(), lr=0.1, seed=7)
+        with pytest.raises(ValueError, match="resume: asynchronous: expected that of the log, True, got None"):
+            record(late, world.folder / "a.zk", resume=True)
 
 
 # Sharded weights ------------------------------------------------------------------------------------------------------
@@ -393,8 +717,8 @@ class Net(torch.nn.Module):
 
     def loss(self, step: int, shard: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(1000 * step + shard)
-        x = torch.randn(8, 7, generator=generator).to(self.scale.dtype)
-        return torch.nn.functional.cross_entropy(self(x).float(), torch.arange(8) % 3)
+        x = torch.randn(8, 7, generator=generator).to(DEVICE, self.scale.dtype)
+        return torch.nn.functional.cross_entropy(self(x).float(), torch.arange(8, device=DEVICE) % 3)
 
 
 def fsdp(world: World, restore: str, dtype: torch.dtype, **sizes: int) -> None:

@@ -1,4 +1,4 @@
-"""A streamed run on disk that is killed again and again (test_offload_disk.py): ``FOLDER KILLS SEED``.
+"""A streamed run on disk that is killed again and again (test_offload_disk.py): ``FOLDER KILLS SEED WIRE``.
 
 One process forks a child for each attempt, kills it with SIGKILL after a random time, and lets the last one finish.
 Prints the number of children that were killed, and the number of different states they left.
@@ -22,10 +22,10 @@ from zokernels import offload
 STEPS = 60
 
 
-def run(folder: pathlib.Path, base: pathlib.Path, steps: int) -> None:
+def run(folder: pathlib.Path, base: pathlib.Path, steps: int, wire: str | None = None) -> None:
     with offload.empty_weights():
         model = tower_on_meta()
-    with offload.stream(model, "layers", "disk", weights=base, path=folder, resume=True, slots=2) as engine:
+    with offload.stream(model, "layers", "disk", weights=base, path=folder, resume=True, slots=2, wire=wire) as engine:
         train(model, steps)
         engine.save(folder / "saved")
 
@@ -43,12 +43,12 @@ def state_of(folder: pathlib.Path) -> tuple:
     return blocks, log.stat().st_size if log.exists() else 0
 
 
-def attempt(folder: pathlib.Path, base: pathlib.Path, wait: float | None) -> bool:
+def attempt(folder: pathlib.Path, base: pathlib.Path, wire: str | None, wait: float | None) -> bool:
     """Whether the child was killed."""
     if (child := os.fork()) == 0:
         code = 1
         try:
-            run(folder, base, STEPS)
+            run(folder, base, STEPS, wire)
             code = 0
         except BaseException:  # the child must not return into the parent's loop
             traceback.print_exc()
@@ -65,30 +65,35 @@ def attempt(folder: pathlib.Path, base: pathlib.Path, wait: float | None) -> boo
     return os.WIFSIGNALED(status)
 
 
-def main(place: str, kills: str, seed: str) -> None:
-    from safetensors.torch import save_model
+def main(place: str, kills: str, seed: str, format: str) -> None:
+    from safetensors.torch import load_file, save_model
 
     torch.set_num_threads(1)  # a thread pool does not survive a fork
-    rng, folder = random.Random(int(seed)), pathlib.Path(place) / "run"
+    rng, folder, wire = random.Random(int(seed)), pathlib.Path(place) / "run", None if format == "none" else format
     base = pathlib.Path(place) / "base.safetensors"
     model = tower(torch.bfloat16)
     save_model(model, base)
     start = time.monotonic()
-    run(pathlib.Path(place) / "first", base, 4)  # what is imported and loaded now, no child waits for
+    run(pathlib.Path(place) / "first", base, 4, wire)  # what is imported and loaded now, no child waits for
     once = time.monotonic() - start
-    train(model, STEPS)
-    torch.save(model.state_dict(), pathlib.Path(place) / "whole.pt")
+    if wire is None:
+        train(model, STEPS)
+        whole = model.state_dict()
+    else:  # which is what test_offload_wire.py writes out
+        run(pathlib.Path(place) / "whole", base, STEPS, wire)
+        whole = load_file(pathlib.Path(place) / "whole" / "saved")
+    torch.save(whole, pathlib.Path(place) / "whole.pt")
     killed, states = 0, set()
     while killed < int(kills):
         # Most attempts get some steps further; where one got to the end, the next begin anew.
-        if attempt(folder, base, rng.random() * once):
+        if attempt(folder, base, wire, rng.random() * once):
             killed += 1
             states.add(state_of(folder))
         else:
             check(folder, place)
             for file in folder.iterdir():
                 file.unlink()
-    attempt(folder, base, None)
+    attempt(folder, base, wire, None)
     check(folder, place)
     print(killed, len(states))
 

@@ -39,6 +39,7 @@ def test_every_stage_ran_or_says_why_not(rehearsal):
         assert outcome["status"] == "passed" or outcome["note"]
     for name in ("report", "agreement", "bench-combine", "bench-step", "bench-many", "bench-fan-out"):
         assert outcomes[name]["status"] == "passed"
+    assert outcomes["distributed"]["note"] == "2 ranks: 2 cases"
     if shutil.which("nvcc"):
         assert outcomes["math"]["note"] == "compiled; no GPU to run it on"
     assert "equal the reference bit for bit" in (rehearsal["folder"] / "agreement.log").read_text()
@@ -169,6 +170,26 @@ def test_time_limits(ctx):
     assert gpu_check.run_stage(stage(slow, kind="measure", limit=1), ctx, 60).status == "skipped"
     late = gpu_check.run_stage(stage(slow), ctx, 2)
     assert late.status == "failed" or late.note == "out of time"
+
+
+def test_distributed_cases_need_two_gpus(ctx, monkeypatch):
+    plan = next(s.plan for s in stages.STAGES if s.name == "distributed")
+    monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: True)
+    for count in (0, 1):
+        monkeypatch.setattr("torch.cuda.device_count", lambda: count)  # noqa: B023
+        assert plan(ctx) == f"needs two GPUs or four, found {count}"
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    made = plan(ctx)
+    assert [(command[3], command[-1]) for command in made.commands] == [("2", "cuda"), ("4", "cuda")]
+    for ranks in (2, 4):
+        for rank in range(ranks):
+            (ctx.output / f"ranks{ranks}" / f"{rank}.json").write_text('{"a": "ok", "b": "ok"}')
+    assert made.judge(0, "") == ("passed", "2 ranks: 2 cases; 4 ranks: 2 cases")
+    assert made.judge(1, "")[0] == "failed"
+    (ctx.output / "ranks4/3.json").write_text('{"a": "ok", "b": "a traceback"}')
+    assert made.judge(0, "") == ("failed", "2 ranks: 2 cases; 4 ranks: 2 cases, not b")
+    (ctx.output / "ranks2/1.json").unlink()
+    assert made.judge(0, "")[0] == "failed"
 
 
 def test_a_plan_that_raises_fails_its_stage_alone(ctx):

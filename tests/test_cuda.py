@@ -20,6 +20,7 @@ import test_requantize
 import test_spread
 import test_squares
 import test_update
+import test_wire
 import torch
 from helpers import DISTS, DTYPES, add_extras, check_backend, random_call
 
@@ -81,6 +82,7 @@ CASES = {
     "requantize": (test_requantize.run, test_requantize.random_requantize),
     "project": (test_project.run, test_project.random_project),
     "squares": (test_squares.run, test_squares.random_squares),
+    **test_wire.CASES,
     **{f"update {rule}": (test_update.run, functools.partial(test_update.random_update, rule=rule)) for rule in RULES},
 }
 
@@ -141,6 +143,15 @@ def test_fan_out_on_host_equals_reference(on_host, rng, dtype, dist, count):
     test_fan_out.check(buffers, parts, kwargs, rng)
 
 
+@pytest.mark.parametrize("dist", DISTS)
+@pytest.mark.parametrize("case", ["decode", "decode_fan_out"])
+@pytest.mark.parametrize("wire", test_wire.WIRES)
+def test_wire_with_nothing_pending_on_host(on_host, rng, wire, case, dist):
+    run, random_arguments = test_wire.CASES[case]
+    fixed = {"sizes": [chunk_of(dist) + rng.randrange(4000), rng.randrange(100)], "count": 0, "decay": None}
+    check_backend(run, random_arguments(rng, wire=wire, dist=dist, rounding="nearest", aligned=True, **fixed))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_low_rank_on_host_equals_reference(on_host, rng, dtype):
     for _ in range(8):
@@ -174,7 +185,7 @@ def test_derive_seed_on_host_equals_reference(on_host, rng):
 
 
 #: Tensors of one launch: their table is a kernel argument of at most 4 KiB.
-CAPACITY = {"plain": 70, "combine": 55, "update adam": 55, "squares": 160, "project": 96}
+CAPACITY = {"plain": 70, "encode": 100, "decode": 70, "combine": 55, "update adam": 55, "squares": 160, "project": 96}
 
 
 @pytest.mark.parametrize(("case", "capacity"), CAPACITY.items())
@@ -279,6 +290,24 @@ def test_instructions_per_element(sm90, dist, dtype, count, decay, stochastic, c
     assert (
         function.hot_count(disassembly.WIDE_LOAD) == function.hot_count(disassembly.WIDE_STORE) == elements // 8 * width
     )
+
+
+#: Wire formats by their dtype's number, and what a fan-out of bf16 from each may cost, normal and Rademacher.
+WIRE_CEILINGS = {"bf16": (1, 28.0, 11.5), "fp16": (2, 28.0, 11.5), "fp8": (4, 31.5, 15.0), "int8": (3, 31.5, 15.5)}
+
+
+@needs_library
+@pytest.mark.parametrize("wire", WIRE_CEILINGS)
+def test_instructions_of_a_fan_out_from_wire_bytes(sm90, wire):
+    """With nothing pending; 16-byte stores, and no loop over anything but groups of four accesses."""
+    number, *ceilings = WIRE_CEILINGS[wire]
+    for domain, elements, ceiling in ((1, 64, ceilings[0]), (2, 128, ceilings[1])):
+        name = rf"decode_kernelILNS0_5DTypeE1ELS\d_{number}ELNS_6DomainE{domain}ELb1ELb0E"
+        function = disassembly.select(sm90, name)
+        figure = function.executed(elements // 32) / elements
+        print(f"{wire}, domain {domain}: {figure:.2f} instructions per element")
+        assert ceiling * 0.8 < figure <= ceiling, function.mix().most_common(12)
+        assert function.hot_count(disassembly.WIDE_STORE) == 8
 
 
 @needs_library

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import subprocess
 import sys
 
@@ -69,13 +70,66 @@ def test_ranks_that_die_rejoin_from_the_log(tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     assert all((tmp_path / f"killed {kill}").exists() for kill in kills)
     assert [int(line.split()[-1]) for line in run.stdout.splitlines() if "begins" in line] == [0, 4, 9]
+    assert_like_one_process(tmp_path, 14)
+
+
+def assert_like_one_process(folder: pathlib.Path, steps: int) -> None:
+    """Weights and log of elastic_worker.py with two ranks."""
     alone = trajectory_cases.Model(torch.bfloat16, random.Random(5))
-    optimizer = ZOSGD(alone.named_parameters(), lr=0.05, momentum=0.9, seed=6, trajectory=tmp_path / "alone.zk")
-    for step in range(14):
+    optimizer = ZOSGD(alone.named_parameters(), lr=0.05, momentum=0.9, seed=6, trajectory=folder / "alone.zk")
+    for step in range(steps):
         optimizer.step(lambda: distributed_cases.whole_loss(alone, step, 2))  # noqa: B023
     optimizer.trajectory.close()
-    trajectory_cases.assert_same(torch.load(tmp_path / "weights.pt"), trajectory_cases.base_of(alone))
-    assert (tmp_path / "run.zk").read_bytes() == (tmp_path / "alone.zk").read_bytes()
+    trajectory_cases.assert_same(torch.load(folder / "weights.pt"), trajectory_cases.base_of(alone))
+    assert (folder / "run.zk").read_bytes() == (folder / "alone.zk").read_bytes()
+
+
+@pytest.fixture
+def hosts():
+    """Two network namespaces with a cable between them: (prefix of a command, address, interface) of each."""
+    if shutil.which("ip") is None:
+        pytest.skip("needs ip (iproute2)")
+    ip = lambda *words: subprocess.run(["ip", *words], capture_output=True, text=True)
+    # Names end with this process's number, addresses are of the block for documentation, and both only live inside.
+    names, links = ([f"{kind}{os.getpid()}{side}" for side in "ab"] for kind in ("zkns", "zk"))
+    found = []
+    try:
+        for name in names:
+            if (made := ip("netns", "add", name)).returncode:
+                pytest.skip(f"ip netns add: {made.stderr.strip()}")
+        inside = ("netns", names[0])
+        steps = [["link", "add", links[0], *inside, "type", "veth", "peer", "name", links[1], "netns", names[1]]]
+        for i, (name, link) in enumerate(zip(names, links, strict=True)):
+            address = f"192.0.2.{i + 1}"
+            steps += [["-n", name, "addr", "add", f"{address}/24", "dev", link]]
+            steps += [["-n", name, "link", "set", device, "up"] for device in ("lo", link)]
+            found.append((["ip", "netns", "exec", name], address, link))
+        for words in steps:
+            if (made := ip(*words)).returncode:
+                pytest.skip(f"ip {' '.join(words)}: {made.stderr.strip()}")
+        yield found
+    finally:
+        for name in names:
+            ip("netns", "del", name)
+
+
+def test_two_hosts(hosts, tmp_path):
+    """torchrun on each of two hosts that reach each other by their cable alone: weights sharded between them."""
+    master, nodes = hosts[0][1], []
+    for node, (inside, _, link) in enumerate(hosts):
+        command = [*inside, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+        command += ["--node-rank", str(node), "--master-addr", master, "--master-port", "29511"]
+        command += [str(TESTS / "elastic_worker.py"), str(tmp_path), "6"]
+        env = {**environment(), "GLOO_SOCKET_IFNAME": link}
+        nodes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env))
+    try:
+        ends = [node.communicate(timeout=120) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], "".join(errors[-2000:] for _, errors in ends)
+    assert [out.count("begins at step 0") for out, _ in ends] == [1, 0]
+    assert_like_one_process(tmp_path, 6)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 1000])

@@ -27,6 +27,8 @@ BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
 #: Where torch and what it needs lie: an empty environment gets this folder by a .pth file instead of a download.
 SITE = pathlib.Path(importlib.util.find_spec("torch").origin).parent.parent
 
+SCRIPTS = pathlib.Path(sysconfig.get_path("scripts"))
+
 #: What an installed package must do: kernels with the contract's bits, from the folder that it was installed to.
 USE = """
 import pathlib, sys, torch, zokernels
@@ -114,6 +116,13 @@ def test_one_wheel_for_every_python_and_torch(wheel):
 
 
 def test_the_same_sources_give_the_same_wheel(built, wheel, tmp_path):
+    """Also after an isolated build, whose ninja lay in an environment that is gone."""
+    cache = built / "CMakeCache.txt"
+    gone = re.sub(
+        r"^CMAKE_MAKE_PROGRAM:\w+=.*$", "CMAKE_MAKE_PROGRAM:FILEPATH=/gone/ninja", cache.read_text(), flags=re.M
+    )
+    assert "/gone/ninja" in gone
+    cache.write_text(gone)
     assert make_wheel(built, tmp_path).read_bytes() == wheel.read_bytes()
 
 
@@ -235,18 +244,35 @@ def test_sdist_is_whole_and_reproducible(built, tmp_path):
     # CMake finds every source that it names; compiling them again would take minutes.
     torch = SITE / "torch"
     defines = {"TORCH_INCLUDE": torch / "include", "TORCH_LIB": torch / "lib", "ZOKERNELS_CUDA": "0"}
-    cmake = pathlib.Path(sysconfig.get_path("scripts")) / "cmake"
+    cmake = SCRIPTS / "cmake"
     run(
         *(cmake if cmake.exists() else "cmake", "-G", "Ninja", "-S", tree, "-B", tmp_path / "configured"),
         *(f"-D{key}={value}" for key, value in defines.items()),
-        env={"PATH": f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"},
+        env={"PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"},
     )
+
+
+@pytest.mark.parametrize("cuda", ["auto", "0"])
+def test_every_command_of_the_build_can_be_run(cuda, tmp_path):
+    """With the default architectures, of which there are several, and with and without CUDA: as a shell reads them."""
+    import pybind11
+
+    torch, environment = SITE / "torch", {"PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"}
+    defines = {"TORCH_INCLUDE": torch / "include", "TORCH_LIB": torch / "lib", "ZOKERNELS_CUDA": cuda}
+    defines |= {"PYBIND11_INCLUDE": pybind11.get_include(), "ZOKERNELS_PYTHONS": sys.executable}
+    cmake, ninja = (shutil.which(tool, path=environment["PATH"]) for tool in ("cmake", "ninja"))
+    told = run(
+        cmake, "-G", "Ninja", "-S", ROOT, "-B", tmp_path, *(f"-D{k}={v}" for k, v in defines.items()), env=environment
+    )
+    commands = run(ninja, "-C", tmp_path, "-t", "commands", env=environment)
+    assert "csrc/host/module.cpp" in commands
+    assert ("csrc/cuda/combine.cu" in commands) == ("CUDA library: built by" in told)
+    run("sh", "-n", "-c", commands)
 
 
 def test_cpp(built):
     """ctest, in the folder that has the kernels compiled."""
-    scripts = sysconfig.get_path("scripts")
-    path = {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
+    path = {"PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"}
     cmake, ctest = (shutil.which(tool, path=path["PATH"]) for tool in ("cmake", "ctest"))
     run(cmake, "-DZOKERNELS_TESTS=ON", BUILD, env=path)
     run(cmake, "--build", BUILD, env=path)

@@ -36,6 +36,7 @@ from zokernels.backends.triton import (  # noqa: E402
     squares,
     tile,
     update,
+    wire,
 )
 from zokernels.contract import DISTS  # noqa: E402
 
@@ -239,6 +240,20 @@ def fan_out_kernel(arch):
     return build(fan_out.fan_out_kernel, arch, tensors, DOMAIN=DISTS["normal"], K=0, PENDING=False, ALIGNED=True)
 
 
+def decode_kernel(arch, codes, emax, dist="normal", minus="bf16"):
+    tensors = {"plus": "bf16", "minus": minus, "wire": codes}
+    constants = {"EMAX": emax, "DOMAIN": DISTS[dist], "K": 0, "ALIGNED": True}
+    return build(wire.decode_kernel, arch, tensors, **constants)
+
+
+def encode_kernel(arch, codes, emax, dtype="bf16"):
+    kinds = {"out": f"*{codes}", "theta": f"*{dtype}", **dict.fromkeys(("numel", "offset", "blocks"), "i64")}
+    constants = {"EMAX": emax, "BLOCKS": wire._BLOCKS}
+    signature = kinds | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(wire.encode_kernel, signature=signature, constexprs=constants)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=OPTIONS)
+
+
 def spread_kernel(arch, dist="normal"):
     return build(spread.spread_kernel, arch, {"out": "bf16", "x": "bf16"}, DOMAIN=DISTS[dist], ALIGNED=True)
 
@@ -278,6 +293,9 @@ WHOLE = {
         ), 16, 102.0, WIDE,
     ),
     "fan_out": (lambda: fan_out_kernel(90), 4, 26.5, WIDE),
+    "fan_out from bf16": (lambda: decode_kernel(90, "bf16", None), 4, 27.5, WIDE),
+    "fan_out from fp8": (lambda: decode_kernel(90, "i8", 8), 4, 37.5, WIDE),
+    "fan_out from int8": (lambda: decode_kernel(90, "i8", 0), 4, 31.0, WIDE),
 }  # fmt: skip
 
 
@@ -327,6 +345,21 @@ def test_other_kernels_compile_without_spills(arch):
         assert {
             line for line in kernel.asm["ptx"].splitlines() if ".ftz" in line and "rsqrt.approx" not in line
         } == set()
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_wire_kernels_compile_without_spills(arch):
+    for kernel, load in (
+        (decode_kernel(arch, "i8", 8, "rademacher", None), r"LDG\.E.*\.64"),
+        (decode_kernel(arch, "fp16", None), disassembly.WIDE_LOAD),
+        (encode_kernel(arch, "i8", 8), "LDG"),
+        (encode_kernel(arch, "i8", 0, "fp32"), "LDG"),
+        (encode_kernel(arch, "fp16", None, "fp32"), "LDG"),
+    ):
+        function = sass(kernel)
+        assert function.count(disassembly.LOCAL) == 0, function.name
+        assert function.count(load) > 0, function.name
+        assert ftz_of(kernel) == []
 
 
 #: Architecture, distribution, dtype and instructions an element and direction.

@@ -39,6 +39,7 @@ SHAPES = {
 CASES: dict[str, tuple[type, dict]] = {
     "directions": (ZOSGD, {"directions": 3}),
     "momentum": (ZOSGD, {"momentum": 0.9}),
+    "window": (ZOSGD, {"momentum": 0.9, "window": 3}),
     "one-sided": (ZOSGD, {"directions": 2, "estimator": "one-sided"}),
     "rademacher": (ZOSGD, {"dist": "rademacher"}),
     "fzoo": (FZOO, {"directions": 3}),

@@ -558,6 +558,29 @@ def _():
     assert table.table_of(cpu, rows) is not first
 
 
+for _op in ("encode", "decode", "decode_fan_out"):
+    for _wire in ("bf16", "fp16", "fp8", "int8"):
+
+        @case(f"wire: {_op} {_wire}", _op, _wire)
+        def _(op, wire):
+            import random
+
+            import test_wire
+            import torch
+            from helpers import check_backend
+
+            import zokernels
+
+            rng = random.Random(SEED)
+            run, arguments = test_wire.CASES[op]
+            with zokernels.backend("triton"):
+                for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                    sizes = [0, 33, rng.randrange(300)]
+                    check_backend(run, arguments(rng, wire=wire, dtype=dtype, sizes=sizes, count=rng.choice((0, 1))))
+                whole = {"sizes": [PROGRAM], "offsets": [PROGRAM * rng.randrange(100)], "count": rng.choice((0, 1))}
+                check_backend(run, arguments(rng, wire=wire, aligned=True, **whole))
+
+
 @case("trajectory: a run of the reference replays")
 def _():
     import random

@@ -6,7 +6,10 @@ from .contract import CONTRACT, stream_of, streams_of
 from .functional import (
     combine,
     combine_,
+    decode,
+    decode_fan_out,
     derive_seed,
+    encode,
     fan_out_,
     low_rank,
     low_rank_,
@@ -21,6 +24,7 @@ from .functional import (
 )
 from .span import Span, gram
 from .version import __version__
+from .wire import is_lossless, wire_bytes
 
 __all__ = [
     "CONTRACT",
@@ -31,9 +35,13 @@ __all__ = [
     "backend",
     "combine",
     "combine_",
+    "decode",
+    "decode_fan_out",
     "derive_seed",
+    "encode",
     "fan_out_",
     "gram",
+    "is_lossless",
     "low_rank",
     "low_rank_",
     "noise",
@@ -46,4 +54,5 @@ __all__ = [
     "stream_of",
     "streams_of",
     "update_",
+    "wire_bytes",
 ]

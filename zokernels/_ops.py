@@ -9,7 +9,8 @@ own, which cost more than ours and the launch together (docs/design.md).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,18 +31,20 @@ from .checks import (
     check_terms,
     fail,
 )
+from .wire import format_of, wire_bytes
 
 _LIBRARY = torch.library.Library("zokernels", "DEF")
 
 
-def _register(schema: str, entry: Callable, fake: Callable) -> Callable:
+def _register(schema: str, entry: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Defines the operation and gives back the callable that goes through torch's dispatcher."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, entry, key)
     torch.library.register_fake(f"zokernels::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.zokernels, name).default
+    operation: Callable[..., Any] = getattr(torch.ops.zokernels, name).default
+    return operation
 
 
 def _written(*tensors: Sequence[Tensor]) -> None:
@@ -62,7 +65,7 @@ _TERMS = f"{_NOISE}, {_MASK}, Tensor[]? curvature=None, {_ROWS}"
 # combine ----------------------------------------------------------------------------------------------------------
 
 
-def _check_combine_(params: list[Tensor], *fields: object) -> Terms:
+def _check_combine_(params: list[Tensor], *fields: Any) -> Terms:
     terms = Terms(*fields)
     if params:
         check_tensors("combine_", {"params": params})
@@ -70,7 +73,7 @@ def _check_combine_(params: list[Tensor], *fields: object) -> Terms:
     return terms
 
 
-def _combine_(params: list[Tensor], *fields: object) -> None:
+def _combine_(params: list[Tensor], *fields: Any) -> None:
     terms = _check_combine_(params, *fields)
     check_overlap("combine_", {"params": params}, _read(terms))
     if params:
@@ -78,7 +81,7 @@ def _combine_(params: list[Tensor], *fields: object) -> None:
         _written(params)
 
 
-def _check_combine(out: list[Tensor], params: list[Tensor], *fields: object) -> Terms:
+def _check_combine(out: list[Tensor], params: list[Tensor], *fields: Any) -> Terms:
     terms = Terms(*fields)
     if params or out:
         check_tensors("combine", {"params": params, "out": out} if params else {"out": out, "params": params})
@@ -86,7 +89,7 @@ def _check_combine(out: list[Tensor], params: list[Tensor], *fields: object) -> 
     return terms
 
 
-def _combine(out: list[Tensor], params: list[Tensor], *fields: object) -> None:
+def _combine(out: list[Tensor], params: list[Tensor], *fields: Any) -> None:
     terms = _check_combine(out, params, *fields)
     check_overlap("combine", {"out": out}, {"params": params, **_read(terms)})
     if params:
@@ -94,7 +97,7 @@ def _combine(out: list[Tensor], params: list[Tensor], *fields: object) -> None:
         _written(out)
 
 
-def _fake(check: Callable) -> Callable[..., None]:
+def _fake(check: Callable[..., Any]) -> Callable[..., None]:
     def fake(*args: object) -> None:
         check(*args)
 
@@ -108,7 +111,9 @@ combine = _register(f"combine(Tensor(a!)[] out, Tensor[] params, {_TERMS}) -> ()
 # fan_out, spread --------------------------------------------------------------------------------------------------
 
 
-def _check_fan_out_(params, plus, minus, seed, coeff, *fields) -> Terms:
+def _check_fan_out_(
+    params: list[Tensor], plus: list[Tensor], minus: list[Tensor], seed: Tensor, coeff: Tensor, *fields: Any
+) -> Terms:
     terms = Terms(*fields)
     if params or plus or minus:
         check_tensors("fan_out_", {"params": params, "plus": plus, "minus": minus})
@@ -121,7 +126,7 @@ def _check_fan_out_(params, plus, minus, seed, coeff, *fields) -> Terms:
 
 
 def _fan_out_(
-    params: list[Tensor], plus: list[Tensor], minus: list[Tensor], seed: Tensor, coeff: Tensor, *fields: object
+    params: list[Tensor], plus: list[Tensor], minus: list[Tensor], seed: Tensor, coeff: Tensor, *fields: Any
 ) -> None:
     terms = _check_fan_out_(params, plus, minus, seed, coeff, *fields)
     check_overlap("fan_out_", {"params": params, "plus": plus, "minus": minus}, {})
@@ -171,7 +176,9 @@ spread = _register(
 RULES = {"momentum": (1, 4), "adam": (2, 8), "adam_window": (0, 2), "sign": (0, 2), "hizoo": (1, 2)}
 
 
-def _check_update_(params, first, second, rule, hyper, *fields) -> Terms:
+def _check_update_(
+    params: list[Tensor], first: list[Tensor], second: list[Tensor], rule: str, hyper: Tensor, *fields: Any
+) -> Terms:
     terms = Terms(*fields[:10])._replace(**dict(zip(("widths", "lengths"), fields[10:], strict=False)))
     if rule not in RULES:
         fail("update_", "rule", " or ".join(map(repr, RULES)), repr(rule))
@@ -195,7 +202,9 @@ def _check_update_(params, first, second, rule, hyper, *fields) -> Terms:
     return terms
 
 
-def _update_(params, first, second, rule, hyper, *fields) -> None:
+def _update_(
+    params: list[Tensor], first: list[Tensor], second: list[Tensor], rule: str, hyper: Tensor, *fields: Any
+) -> None:
     terms = _check_update_(params, first, second, rule, hyper, *fields)
     check_overlap("update_", {"params": params, "first": first, "second": second}, _read(terms))
     if params:
@@ -214,7 +223,9 @@ update_ = _register(
 # low_rank ---------------------------------------------------------------------------------------------------------
 
 
-def _check_low_rank(op: str, groups: dict[str, list[Tensor]], left, right, coeffs, *places) -> Terms:
+def _check_low_rank(
+    op: str, groups: Mapping[str, list[Tensor]], left: list[Tensor], right: list[Tensor], coeffs: Tensor, *places: Any
+) -> Terms:
     params = groups["params"]
     # The directions are the factors': no seed is drawn from, and K is the factors' first dimension.
     none = torch.empty(coeffs.shape[-1] if coeffs.dim() else 0, dtype=torch.int64, device=coeffs.device)
@@ -241,7 +252,7 @@ def _check_low_rank(op: str, groups: dict[str, list[Tensor]], left, right, coeff
     return terms
 
 
-def _low_rank_(params, left, right, *fields) -> None:
+def _low_rank_(params: list[Tensor], left: list[Tensor], right: list[Tensor], *fields: Any) -> None:
     terms = _check_low_rank("low_rank_", {"params": params}, left, right, *fields)
     check_overlap("low_rank_", {"params": params}, {"left": left, "right": right})
     if params:
@@ -249,7 +260,7 @@ def _low_rank_(params, left, right, *fields) -> None:
         _written(params)
 
 
-def _low_rank(out, params, left, right, *fields) -> None:
+def _low_rank(out: list[Tensor], params: list[Tensor], left: list[Tensor], right: list[Tensor], *fields: Any) -> None:
     terms = _check_low_rank("low_rank", {"params": params, "out": out}, left, right, *fields)
     check_overlap("low_rank", {"out": out}, {"params": params, "left": left, "right": right})
     if params:
@@ -275,7 +286,7 @@ low_rank = _register(
 # requantize -------------------------------------------------------------------------------------------------------
 
 
-def _check_requantize(op: str, groups: dict[str, list[Tensor]], low: int, high: int, *fields: object) -> Terms:
+def _check_requantize(op: str, groups: Mapping[str, list[Tensor]], low: int, high: int, *fields: Any) -> Terms:
     terms = Terms(*fields)
     if any(groups.values()):
         check_tensors(op, groups, (torch.int8,))
@@ -285,7 +296,7 @@ def _check_requantize(op: str, groups: dict[str, list[Tensor]], low: int, high: 
     return terms
 
 
-def _requantize_(params: list[Tensor], low: int, high: int, *fields: object) -> None:
+def _requantize_(params: list[Tensor], low: int, high: int, *fields: Any) -> None:
     terms = _check_requantize("requantize_", {"params": params}, low, high, *fields)
     check_overlap("requantize_", {"params": params}, _read(terms))
     if params:
@@ -293,7 +304,7 @@ def _requantize_(params: list[Tensor], low: int, high: int, *fields: object) -> 
         _written(params)
 
 
-def _requantize(out: list[Tensor], params: list[Tensor], low: int, high: int, *fields: object) -> None:
+def _requantize(out: list[Tensor], params: list[Tensor], low: int, high: int, *fields: Any) -> None:
     terms = _check_requantize("requantize", {"params": params, "out": out}, low, high, *fields)
     check_overlap("requantize", {"out": out}, {"params": params, **_read(terms)})
     if params:
@@ -310,6 +321,114 @@ requantize = _register(
     f"requantize(Tensor(a!)[] out, Tensor[] params, int low, int high, {_NOISE}, {_MASK}) -> ()",
     _requantize,
     _fake(lambda out, params, *rest: _check_requantize("requantize", {"params": params, "out": out}, *rest)),
+)
+
+
+# wire formats -----------------------------------------------------------------------------------------------------
+
+
+def _check_buffers(
+    op: str, argument: str, buffers: list[Tensor], params: list[Tensor], wire: str, offsets: list[int]
+) -> None:
+    """A wire buffer for each tensor of ``params``."""
+    if len(buffers) != len(params):
+        fail(op, argument, f"{len(params)} tensors, one for each parameter", len(buffers))
+    form = format_of(op, wire)
+    for i, (data, param) in enumerate(zip(buffers, params, strict=True)):
+        size = wire_bytes(param.numel(), wire, offsets[i])
+        good = data.dtype is torch.uint8 and data.dim() == 1 and data.numel() == size and data.is_contiguous()
+        if not good or data.device != param.device or data.storage_offset() % form.size:
+            expected = f"contiguous uint8 [{size}] on {param.device}, at a multiple of {form.size} bytes"
+            fail(op, f"{argument}[{i}]", expected, f"{data.dtype} {tuple(data.shape)} on {data.device}")
+
+
+def _check_encode(out: list[Tensor], params: list[Tensor], wire: str, offsets: list[int]) -> None:
+    format_of("encode", wire)
+    if params:
+        check_tensors("encode", {"params": params})
+    check_places("encode", [p.numel() for p in params], [0] * len(params), offsets, "params")
+    _check_buffers("encode", "out", out, params, wire, offsets)
+
+
+def _encode(out: list[Tensor], params: list[Tensor], wire: str, offsets: list[int]) -> None:
+    _check_encode(out, params, wire, offsets)
+    check_overlap("encode", {"out": out}, {"params": params})
+    if params:
+        select(params[0].device.type).encode(out, params, wire, offsets)
+        _written(out)
+
+
+encode = _register(
+    "encode(Tensor(a!)[] out, Tensor[] params, str wire, int[] offsets) -> ()", _encode, _fake(_check_encode)
+)
+
+
+def _check_decode(out: list[Tensor], wires: list[Tensor], wire: str, *fields: Any) -> Terms:
+    terms = Terms(*fields)
+    format_of("decode", wire)
+    if out:
+        check_tensors("decode", {"out": out})
+    check_terms("decode", "out", out, terms)
+    _check_buffers("decode", "wires", wires, out, wire, terms.offsets)
+    if out:
+        check_scalars("decode", "coeffs", terms.coeffs, torch.float32, out[0].device)
+    return terms
+
+
+def _decode(out: list[Tensor], wires: list[Tensor], wire: str, *fields: Any) -> None:
+    terms = _check_decode(out, wires, wire, *fields)
+    check_overlap("decode", {"out": out}, {"wires": wires})
+    if out:
+        select(out[0].device.type).decode(out, wires, wire, terms)
+        _written(out)
+
+
+decode = _register(f"decode(Tensor(a!)[] out, Tensor[] wires, str wire, {_NOISE}) -> ()", _decode, _fake(_check_decode))
+
+
+def _check_decode_fan_out(
+    plus: list[Tensor],
+    minus: list[Tensor],
+    wires: list[Tensor],
+    wire: str,
+    seed: Tensor,
+    coeff: Tensor,
+    *fields: Any,
+) -> Terms:
+    op, terms = "decode_fan_out", Terms(*fields)
+    format_of(op, wire)
+    if plus or minus:
+        check_tensors(op, {"plus": plus, "minus": minus} if plus else {"minus": minus, "plus": plus})
+    check_terms(op, "plus", plus, terms)
+    _check_buffers(op, "wires", wires, plus, wire, terms.offsets)
+    if plus:
+        check_scalars(op, "coeffs", terms.coeffs, torch.float32, plus[0].device)
+        check_one(op, "seed", seed, torch.int64, plus[0].device)
+        check_one(op, "coeff", coeff, torch.float32, plus[0].device)
+    return terms
+
+
+def _decode_fan_out(
+    plus: list[Tensor],
+    minus: list[Tensor],
+    wires: list[Tensor],
+    wire: str,
+    seed: Tensor,
+    coeff: Tensor,
+    *fields: Any,
+) -> None:
+    terms = _check_decode_fan_out(plus, minus, wires, wire, seed, coeff, *fields)
+    check_overlap("decode_fan_out", {"plus": plus, "minus": minus}, {"wires": wires})
+    if plus:
+        select(plus[0].device.type).decode_fan_out(plus, minus, wires, wire, seed, coeff, terms)
+        _written(plus, minus)
+
+
+decode_fan_out = _register(
+    "decode_fan_out(Tensor(a!)[] plus, Tensor(b!)[] minus, Tensor[] wires, str wire, Tensor seed, Tensor coeff, "
+    f"{_NOISE}) -> ()",
+    _decode_fan_out,
+    _fake(_check_decode_fan_out),
 )
 
 
@@ -340,7 +459,7 @@ def _noise(shape: list[int], seed: Tensor, stream: int, offset: int, dist: str) 
     return z
 
 
-def _fake_noise(shape, seed, stream, offset, dist):
+def _fake_noise(shape: list[int], seed: Tensor, stream: int, offset: int, dist: str) -> Tensor:
     _check_noise(shape, seed, stream, offset, dist)
     return torch.empty(tuple(shape), dtype=torch.float32, device=seed.device)
 
@@ -362,7 +481,7 @@ def _squares(seeds: Tensor, sizes: list[int], streams: list[int], offsets: list[
     return select(seeds.device.type).squares(seeds, sizes, streams, offsets, dist)
 
 
-def _fake_squares(seeds, sizes, streams, offsets, dist):
+def _fake_squares(seeds: Tensor, sizes: list[int], streams: list[int], offsets: list[int], dist: str) -> Tensor:
     check_noise_of("squares", seeds, sizes, streams, offsets, dist)
     return torch.empty_like(seeds)
 
@@ -385,7 +504,7 @@ def _project(tensors: list[Tensor], seeds: Tensor, streams: list[int], offsets: 
     return select(seeds.device.type).project(tensors, seeds, streams, offsets, dist)
 
 
-def _fake_project(tensors, seeds, streams, offsets, dist):
+def _fake_project(tensors: list[Tensor], seeds: Tensor, streams: list[int], offsets: list[int], dist: str) -> Tensor:
     _check_project(tensors, seeds, streams, offsets, dist)
     return seeds.new_empty(seeds.shape, dtype=torch.float64)
 
@@ -413,7 +532,7 @@ def _derive_seed(run_seed: Tensor, step: Tensor, k: Tensor) -> Tensor:
     return select(run_seed.device.type).derive_seed(run_seed, step, k)
 
 
-def _fake_derive_seed(run_seed, step, k):
+def _fake_derive_seed(run_seed: Tensor, step: Tensor, k: Tensor) -> Tensor:
     _check_derive_seed(run_seed, step, k)
     shape = torch.broadcast_shapes(run_seed.shape, step.shape, k.shape)
     return torch.empty(shape, dtype=torch.int64, device=run_seed.device)

@@ -58,6 +58,16 @@ class BlackBox(nn.Module):
     Source: ZO-AE-DS, Zhang et al. 2022 (arXiv 2203.14195); there directions lie on a sphere of radius sqrt(d).
     """
 
+    function: Callable[..., Any]
+    estimator: str
+    queries: int
+    mu: float
+    two_sided: bool
+    dist: Dist
+    seed: int
+    max_batch: int
+    calls: int
+
     def __init__(
         self,
         function: Callable[..., Any],
@@ -104,7 +114,8 @@ class BlackBox(nn.Module):
                 fail("BlackBox", f"extras[{i}]", f"a tensor with {x.shape[0]} rows, as x", got)
         call = self.calls
         self.calls += torch.is_grad_enabled() and x.requires_grad
-        return _Estimated.apply(x, self, call, *extras)
+        y: Tensor = _Estimated.apply(x, self, call, *extras)
+        return y
 
     def get_extra_state(self) -> dict[str, int]:
         return {"seed": self.seed, "calls": self.calls}
@@ -185,7 +196,7 @@ class BlackBox(nn.Module):
 
 class _Estimated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, box: BlackBox, call: int, *extras: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, box: BlackBox, call: int, *extras: Tensor) -> Tensor:
         ctx.box, ctx.call = box, call
         x = x.detach().contiguous()
         y = box._values(x, extras)
@@ -194,7 +205,7 @@ class _Estimated(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, y, *extras = ctx.saved_tensors
         estimate = ctx.box._random if ctx.box.estimator == "rge" else ctx.box._coordinates
         return estimate(ctx.call, x, y, grad_out, tuple(extras)), None, None, *(None for _ in extras)

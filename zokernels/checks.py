@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -54,7 +54,7 @@ def _is_flat(t: Tensor) -> bool:
     return t.is_contiguous() and t.layout is torch.strided
 
 
-def _find_fault(op: str, groups: dict[str, Sequence[Tensor]], dtypes: tuple[torch.dtype, ...]) -> None:
+def _find_fault(op: str, groups: Mapping[str, Sequence[Tensor]], dtypes: tuple[torch.dtype, ...]) -> None:
     """Raises for the first tensor that does not go with the first one of all."""
     (leader, params), *_ = groups.items()
     device, dtype = params[0].device, params[0].dtype
@@ -82,7 +82,7 @@ def _check_beside(op: str, name: str, tensor: Tensor, device: torch.device, lead
         fail(op, name, "a contiguous tensor", f"shape {tuple(tensor.shape)}, strides {tensor.stride()}")
 
 
-def check_tensors(op: str, groups: dict[str, Sequence[Tensor]], dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
+def check_tensors(op: str, groups: Mapping[str, Sequence[Tensor]], dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
     """Tensor lists by argument name: one dtype of ``dtypes`` and one device, contiguous, element by element alike."""
     (_, params), *others = groups.items()
     device, dtype = params[0].device, params[0].dtype
@@ -159,10 +159,10 @@ def check_terms(op: str, leader: str, params: Sequence[Tensor], terms: Terms) ->
 
 
 def _check_rows(op: str, leader: str, params: Sequence[Tensor], terms: Terms) -> None:
-    lengths = terms.lengths or []
-    if not len(terms.widths) == len(lengths) == len(params):
-        fail(op, "rows", f"{len(params)} pairs, one for each tensor of {leader}", (len(terms.widths), len(lengths)))
-    for i, (param, width, length) in enumerate(zip(params, terms.widths, lengths, strict=True)):
+    widths, lengths = terms.widths or [], terms.lengths or []
+    if not len(widths) == len(lengths) == len(params):
+        fail(op, "rows", f"{len(params)} pairs, one for each tensor of {leader}", (len(widths), len(lengths)))
+    for i, (param, width, length) in enumerate(zip(params, widths, lengths, strict=True)):
         if width == 0:
             continue
         if not 0 < width <= length or param.numel() % width:
@@ -175,10 +175,11 @@ def _check_rows(op: str, leader: str, params: Sequence[Tensor], terms: Terms) ->
 
 
 def _check_masks(op: str, leader: str, params: Sequence[Tensor], terms: Terms) -> None:
-    if len(terms.masks) != len(params):
-        fail(op, "masks", f"{len(params)} tensors, as in {leader}", len(terms.masks))
-    for i, (mask, param) in enumerate(zip(terms.masks, params, strict=True)):
-        rows = (terms.widths[i], terms.lengths[i]) if terms.widths else ()
+    masks = terms.masks or ()
+    if len(masks) != len(params):
+        fail(op, "masks", f"{len(params)} tensors, as in {leader}", len(masks))
+    for i, (mask, param) in enumerate(zip(masks, params, strict=True)):
+        rows = (terms.widths[i], terms.lengths[i]) if terms.widths and terms.lengths else ()
         name, size = f"masks[{i}]", mask_bytes(param.numel(), terms.offsets[i], *rows)
         if mask.dtype is not torch.uint8:
             fail(op, name, "dtype torch.uint8, eight elements a byte", mask.dtype, TypeError)
@@ -187,7 +188,7 @@ def _check_masks(op: str, leader: str, params: Sequence[Tensor], terms: Terms) -
             fail(op, name, f"{size} bytes for {param.numel()} elements from index {terms.offsets[i]}", mask.numel())
 
 
-def check_overlap(op: str, written: dict[str, Sequence[Tensor]], read: dict[str, Sequence[Tensor]]) -> None:
+def check_overlap(op: str, written: Mapping[str, Sequence[Tensor]], read: Mapping[str, Sequence[Tensor]]) -> None:
     """No written tensor shares memory with another tensor of the call (two read ones may)."""
     spans = []
     for writes, groups in ((True, written), (False, read)):

@@ -6,6 +6,7 @@ Exit status: 0 where all is well, 1 where something failed or does not match, 2 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import pathlib
@@ -151,8 +152,8 @@ def summary(log: Log) -> dict[str, Any]:
             losses.append(record.loss)
             sizes.append(max(abs(g) for of_group in record.gradients for g in of_group))
     tenth = max(1, len(losses) // 10)
-    mean = lambda values: finite(sum(values) / len(values)) if values else None
     finite = lambda value: value if math.isfinite(value) else None
+    mean = lambda values: finite(sum(values) / len(values)) if values else None
     params = [p for g in header["groups"] for p in g["params"]]
     return {
         "file": log.path,
@@ -181,29 +182,33 @@ def summary(log: Log) -> dict[str, Any]:
 
 
 def _plot(log: Log, path: str) -> None:
+    """The loss, with its mean over the last twentieth of the steps, and the projected gradient of each group."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise RuntimeError("log: --plot: expected matplotlib, got none; pip install zokernels[cli]") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     records = [record for record in log.records() if record.finite]
-    steps = [record.step for record in records]
-    figure, (top, bottom) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6), layout="constrained")
-    top.plot(steps, [record.loss for record in records], linewidth=0.8)
+    steps, losses, groups = [r.step for r in records], [r.loss for r in records], log.layout.groups
+    figure = Figure(figsize=(9, 3 + 1.8 * groups), layout="constrained")
+    top, *rows = figure.subplots(1 + groups, 1, sharex=True, height_ratios=[2.4, *[1.6] * groups])
+    window = max(1, len(losses) // 20)
+    sums = list(itertools.accumulate(losses, initial=0.0))
+    means = [(sums[i] - sums[max(0, i - window)]) / min(i, window) for i in range(1, len(sums))]
+    top.plot(steps, losses, linewidth=0.6, color="#94a3b8", label="each step")
+    top.plot(steps, means, linewidth=1.6, color="#0f766e", label=f"mean of {window}")
     top.set_ylabel("loss")
-    for i in range(log.layout.groups):
-        size = [math.sqrt(sum(g * g for g in record.gradients[i])) for record in records]
-        signed = [record.gradients[i][0] for record in records] if log.layout.directions == 1 else size
-        bottom.plot(steps, signed, linewidth=0.8, label=f"group {i}")
-    bottom.set_ylabel("projected gradient" if log.layout.directions == 1 else "norm of the projected gradients")
-    bottom.set_xlabel("step")
-    if log.layout.groups > 1:
-        bottom.legend()
-    top.set_title(f"{log.header['optimizer']}, {log.steps} steps")
+    top.legend(loc="upper right", frameon=False)
+    top.set_title(f"{log.header['optimizer']}, {log.steps} steps", loc="left")
+    one = log.layout.directions == 1
+    for i, axes in enumerate(rows):  # a scale each: groups differ by their eps and sizes
+        of = [r.gradients[i] for r in records]
+        axes.plot(steps, [g[0] if one else math.hypot(*g) for g in of], linewidth=0.6, color="#4f46e5")
+        axes.set_ylabel(("g" if one else "|g|") + (f", group {i}" if groups > 1 else ""))
+    rows[-1].set_xlabel("step" + ("; g: projected gradient" if one else "; |g|: norm of the projected gradients"))
+    for axes in (top, *rows):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#e2e8f0", linewidth=0.6)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def _log(args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import pathlib
 import sys
@@ -28,13 +29,14 @@ def demo(argv: Sequence[str]) -> int:
     folder = pathlib.Path(__file__).parent / "examples"
     sys.path.insert(0, str(folder.resolve()))
     try:
-        import demo as program
+        program = importlib.import_module("demo")
     except ModuleNotFoundError as error:
         needed = " and ".join(f"pip install {flag}-r {folder / name}" for flag, name in _NEEDED)
         raise RuntimeError(f"expected the demo's packages, got no {error.name}; install them: {needed}") from error
     finally:
         sys.path.pop(0)
-    return program.main(list(argv))
+    status: int = program.main(list(argv))
+    return status
 
 
 #: --no-deps: the package of the weights asks for a stack that the demo does not use.

@@ -6,7 +6,7 @@ theta is the parameter, z the noise of contract ``zk1``: a pure function of (see
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from . import _ops
 from .backends.terms import KEEP_ALL, mask_bytes, row_blocks
 from .checks import fail
 from .contract import SQUARE_SCALE, derive_seed_int, seed_to_int64
+from .wire import Wire
 
 Dist = Literal["normal", "rademacher"]
 Rule = Literal["momentum", "adam", "adam_window", "sign", "hizoo"]
@@ -25,7 +26,7 @@ def _device_values(op: str, argument: str, value: object, dtype: torch.dtype, de
     """``value`` (a tensor, number or sequence of numbers) as a 1-D tensor on ``device``, without waiting for it."""
     if isinstance(value, Tensor):
         return value.reshape(1) if value.dim() == 0 else value
-    numbers = list(value) if isinstance(value, (list, tuple, range)) else [value]
+    numbers: list[Any] = list(value) if isinstance(value, (list, tuple, range)) else [value]
     kind = int if dtype is torch.int64 else (int, float)
     for number in numbers:
         if not isinstance(number, kind) or isinstance(number, bool):
@@ -42,7 +43,9 @@ def _as_list(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else list(value)
 
 
-def _places(streams: int | Sequence[int], offsets: int | Sequence[int] | None, count: int) -> tuple[list, list]:
+def _places(
+    streams: int | Sequence[int], offsets: int | Sequence[int] | None, count: int
+) -> tuple[list[int], list[int]]:
     stream_list = [streams] if isinstance(streams, int) else list(streams)
     offsets = [0] * count if offsets is None else offsets
     return stream_list, [offsets] if isinstance(offsets, int) else list(offsets)
@@ -59,7 +62,7 @@ def _noise_args(
     decay: object,
     rounding: str,
     rounding_seed: object,
-) -> tuple:
+) -> tuple[Any, ...]:
     if rounding not in ("nearest", "stochastic"):
         fail(op, "rounding", "'nearest' or 'stochastic'", repr(rounding))
     if rounding == "stochastic" and rounding_seed is None:
@@ -77,7 +80,7 @@ def _noise_args(
 
 def _mask_args(
     op: str, params: list[Tensor], masks: Tensor | Sequence[Tensor] | None, mask_seed: object, density: float | None
-) -> tuple:
+) -> tuple[Any, ...]:
     if (mask_seed is None) != (density is None):
         fail(op, "mask_seed, density", "both or none", (mask_seed, density))
     if density is None:
@@ -268,7 +271,18 @@ def update_(
     )
 
 
-def _low_rank_args(op, tensors, left, right, coeffs, streams, offsets, decay, rounding, rounding_seed) -> tuple:
+def _low_rank_args(
+    op: str,
+    tensors: list[Tensor],
+    left: Tensor | Sequence[Tensor],
+    right: Tensor | Sequence[Tensor],
+    coeffs: object,
+    streams: int | Sequence[int],
+    offsets: int | Sequence[int] | None,
+    decay: object,
+    rounding: str,
+    rounding_seed: object,
+) -> tuple[Any, ...]:
     noise = _noise_args(op, tensors, (), coeffs, streams, offsets, "normal", decay, rounding, rounding_seed)
     _, coeffs, streams, offsets, _, decay, rounding_seed = noise
     return _as_list(left), _as_list(right), coeffs, streams, offsets, decay, rounding_seed
@@ -434,7 +448,7 @@ def pack_mask(keep: Tensor, offset: int = 0, row: tuple[int, int] | None = None)
     With ``row``, an entry of ``rows``, each row has as many bytes, and its byte 0 is that of its own first element.
     """
     widths, lengths = _row_args("pack_mask", [keep], [row])
-    width, length = (widths[0], lengths[0]) if widths else (keep.numel(), 0)
+    width, length = (widths[0], lengths[0]) if widths and lengths else (keep.numel(), 0)
     places = (width, length) if widths else ()
     size = mask_bytes(keep.numel(), offset, *places)
     bits = torch.zeros(8 * size, dtype=torch.uint8, device=keep.device)
@@ -493,6 +507,100 @@ def fan_out_(
     )
 
 
+@torch.no_grad()
+def encode(
+    out: Tensor | Sequence[Tensor],
+    params: Tensor | Sequence[Tensor],
+    wire: Wire,
+    *,
+    offsets: int | Sequence[int] | None = None,
+) -> None:
+    """out = encode(theta): parameters as the bytes of a wire format (``zokernels.wire``, docs/offload.md).
+
+    Args:
+        out: uint8, for each tensor of ``params`` a buffer of ``wire_bytes(numel, wire, offset)`` elements.
+        params: as for :func:`combine_`; only read.
+        wire: "bf16", "fp16", "fp8" (MXFP8 E4M3) or "int8" (MXINT8).
+        offsets: logical flat index of each tensor's first element (default 0), which says where blocks of 32 begin.
+
+    Raises: as :func:`combine_`.  Source: OCP Microscaling Formats (MX) Specification v1.0, 2023.
+    """
+    tensors = _as_list(params)
+    _ops.encode(_as_list(out), tensors, wire, _places(0, offsets, len(tensors))[1])
+
+
+@torch.no_grad()
+def decode(
+    out: Tensor | Sequence[Tensor],
+    wires: Tensor | Sequence[Tensor],
+    wire: Wire,
+    seeds: int | Sequence[int] | Tensor = (),
+    coeffs: float | Sequence[float] | Tensor = (),
+    *,
+    streams: int | Sequence[int] | None = None,
+    offsets: int | Sequence[int] | None = None,
+    dist: Dist = "normal",
+    decay: float | Tensor | None = None,
+    rounding: Rounding = "nearest",
+    rounding_seed: int | Tensor | None = None,
+) -> None:
+    """out = round(decay * decode(W) + sum_k coeffs[k] * z_k): :func:`combine` of what a wire buffer holds.
+
+    Args:
+        out: tensors of fp32, bf16 or fp16; their dtype need not be the one that was encoded.
+        wires: the buffers of :func:`encode`, for tensors of ``out``'s shapes and the same ``offsets``.
+        seeds, coeffs, ...: as for :func:`combine_`; without them the values alone, rounded to ``out``'s dtype.
+
+    Raises: as :func:`combine_`.
+    """
+    tensors = _as_list(out)
+    streams = [0] * len(tensors) if streams is None else streams
+    _ops.decode(
+        tensors,
+        _as_list(wires),
+        wire,
+        *_noise_args("decode", tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed),
+    )
+
+
+@torch.no_grad()
+def decode_fan_out(
+    plus: Tensor | Sequence[Tensor],
+    minus: Tensor | Sequence[Tensor],
+    wires: Tensor | Sequence[Tensor],
+    wire: Wire,
+    seed: int | Tensor,
+    coeff: float | Tensor,
+    *,
+    seeds: int | Sequence[int] | Tensor = (),
+    coeffs: float | Sequence[float] | Tensor = (),
+    streams: int | Sequence[int],
+    offsets: int | Sequence[int] | None = None,
+    dist: Dist = "normal",
+    decay: float | Tensor | None = None,
+    rounding: Rounding = "nearest",
+    rounding_seed: int | Tensor | None = None,
+) -> None:
+    """plus, minus = round(theta +- coeff * z) with theta = :func:`decode` of ``wires``, not stored, in one pass.
+
+    The bits are those of :func:`decode`, with the pending update of ``seeds``, ``coeffs`` and ``decay``, followed by
+    two calls of :func:`combine`.  Arguments as for :func:`decode` and :func:`fan_out_`.
+
+    Raises: as :func:`combine_`.
+    """
+    op, tensors = "decode_fan_out", _as_list(plus)
+    device = tensors[0].device if tensors else torch.device("cpu")
+    _ops.decode_fan_out(
+        tensors,
+        _as_list(minus),
+        _as_list(wires),
+        wire,
+        _device_values(op, "seed", seed, torch.int64, device),
+        _device_values(op, "coeff", coeff, torch.float32, device),
+        *_noise_args(op, tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed),
+    )
+
+
 def noise(
     shape: int | Sequence[int],
     *,
@@ -512,7 +620,8 @@ def noise(
     else:
         target = torch.get_default_device() if device is None else torch.device(device)
         seed_tensor = _device_values("noise", "seed", seed, torch.int64, target)
-    return _ops.noise((shape,) if isinstance(shape, int) else tuple(shape), seed_tensor, stream, offset, dist)
+    z: Tensor = _ops.noise((shape,) if isinstance(shape, int) else tuple(shape), seed_tensor, stream, offset, dist)
+    return z
 
 
 def squared_norm(
@@ -533,7 +642,8 @@ def squared_norm(
         target = torch.get_default_device() if device is None else torch.device(device)
         seeds = _device_values("squares", "seeds", seeds, torch.int64, target)
     places = _places(streams, offsets, len(sizes))
-    return _ops.squares(seeds.reshape(-1), list(sizes), *places, dist).double() / SQUARE_SCALE
+    sums: Tensor = _ops.squares(seeds.reshape(-1), list(sizes), *places, dist)
+    return sums.double() / SQUARE_SCALE
 
 
 @torch.no_grad()
@@ -564,24 +674,30 @@ def project(
     listed = _as_list(tensors)
     device = listed[0].device if listed else seeds.device if isinstance(seeds, Tensor) else torch.device("cpu")
     seeds = _device_values("project", "seeds", seeds, torch.int64, device)
-    return _ops.project(listed, seeds, *_places(streams, offsets, len(listed)), dist)
+    sums: Tensor = _ops.project(listed, seeds, *_places(streams, offsets, len(listed)), dist)
+    return sums
 
 
 @overload
 def derive_seed(run_seed: int, step: int, k: int = 0) -> int: ...
 @overload
 def derive_seed(run_seed: Tensor, step: int | Tensor, k: int | Tensor = 0) -> Tensor: ...
-def derive_seed(run_seed, step, k=0):
+@overload
+def derive_seed(run_seed: int, step: Tensor, k: int | Tensor = 0) -> Tensor: ...
+@overload
+def derive_seed(run_seed: int, step: int, k: Tensor) -> Tensor: ...
+def derive_seed(run_seed: int | Tensor, step: int | Tensor, k: int | Tensor = 0) -> int | Tensor:
     """Seed of direction ``k`` at ``step`` of a run: Philox(key = run_seed, counter = (step_lo, step_hi, k, 0)).
 
     Python integers give an integer in [0, 2^64).  Where any argument is an int64 tensor, the arguments broadcast and
     the result is an int64 tensor with the same bits, computed on the device.
     """
-    tensors = [v for v in (run_seed, step, k) if isinstance(v, Tensor)]
-    if not tensors:
+    if not (isinstance(run_seed, Tensor) or isinstance(step, Tensor) or isinstance(k, Tensor)):
         return derive_seed_int(run_seed, step, k)
-    device = tensors[0].device
-    as_tensor = lambda v: (
-        v if isinstance(v, Tensor) else torch.full((), seed_to_int64(v), dtype=torch.int64, device=device)
-    )
-    return _ops.derive_seed(as_tensor(run_seed), as_tensor(step), as_tensor(k))
+    device = next(v.device for v in (run_seed, step, k) if isinstance(v, Tensor))
+
+    def as_tensor(v: int | Tensor) -> Tensor:
+        return v if isinstance(v, Tensor) else torch.full((), seed_to_int64(v), dtype=torch.int64, device=device)
+
+    seeds: Tensor = _ops.derive_seed(as_tensor(run_seed), as_tensor(step), as_tensor(k))
+    return seeds

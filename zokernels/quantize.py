@@ -14,7 +14,7 @@ from .checks import DTYPES, fail
 
 def limit_of(bits: int) -> int:
     """Integers of ``bits`` bits lie in [-limit, limit]: 127 or 7.  The range is symmetric, -128 and -8 are not used."""
-    return 2 ** (bits - 1) - 1
+    return (1 << bits - 1) - 1
 
 
 def pack_int4(integers: Tensor) -> Tensor:
@@ -47,6 +47,8 @@ class QuantizedLinear(nn.Module):
 
     Raises: ValueError, TypeError: naming argument, what was expected and what came.
     """
+
+    weight: Tensor
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import pathlib
 import platform
@@ -25,10 +26,10 @@ _PACKAGES = ("triton", "numpy", "safetensors", "transformers", "peft", "accelera
 def _host() -> dict[str, Any]:
     """Build and instruction sets, as the host module knows them; or why there is none."""
     try:
-        from . import _host
+        host = importlib.import_module("zokernels._host")
     except ImportError as error:
         return {"missing": str(error)}
-    return {"instruction_sets": _host.instruction_sets(), **_host.build_info()}
+    return {"instruction_sets": host.instruction_sets(), **host.build_info()}
 
 
 def _gpus() -> list[dict[str, Any]]:

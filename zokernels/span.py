@@ -71,7 +71,7 @@ def gram(
             z = torch.empty((count, n), device=seeds.device)
             _spread(z, zeros[:n], seeds, ones, stream, offset + at, dist)
             _add_products(total, z, dist)
-    high, low = total.double()
+    high, low = total.double().unbind()
     return low if dist == "rademacher" else high * (2.0**20 / _SCALE**2) + low / _SCALE**2
 
 
@@ -110,13 +110,15 @@ class Span:
 
     @cached_property
     def _factor(self) -> Tensor:
-        return torch.linalg.cholesky(self.gram)
+        factor: Tensor = torch.linalg.cholesky(self.gram)
+        return factor
 
     @cached_property
     def _root(self) -> Tensor:
         """R with R R^T = G, also where the directions depend on one another: |v| = |a R|."""
         values, vectors = torch.linalg.eigh(self.gram)
-        return vectors * values.clamp(min=0).sqrt()
+        root: Tensor = vectors * values.clamp(min=0).sqrt()
+        return root
 
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros((*shape, len(self)), dtype=torch.float64, device=self.device)

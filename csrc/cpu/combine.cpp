@@ -3,13 +3,18 @@
 namespace zk::cpu {
 namespace {
 
-enum class Kind { single, plain, spread, full };
+enum class Kind { single, plain, wire, spread, full };
 
 template <class L, DType D, Domain Dist, Kind K, bool Stochastic>
 void run(const Combine& op, const Span& span, void* scratch) {
   const int64_t count = K == Kind::single ? 1 : op.count + (op.form == Form::fan_out ? 1 : 0);
   const auto begin = [&](uint64_t block)
                          ZK_INLINE { return Noise<L, Dist>(op.keys, count, span.stream, block, scratch); };
+  if constexpr (K == Kind::wire) {
+    return for_tiles<L>(span, begin, [op, span](const auto& tile, auto& noise) ZK_INLINE {
+      wire_tile<L, D, Stochastic>(op, span, tile, noise);
+    });
+  }
   combine_tiles<L, D>(span, begin, [op, span](const auto& tile, auto& noise) ZK_INLINE {
     if constexpr (K == Kind::single) single_tile<L, D, Stochastic>(op, span, tile, noise);
     if constexpr (K == Kind::plain) plain_tile<L, D, Stochastic>(op, span, tile, noise);
@@ -20,6 +25,7 @@ void run(const Combine& op, const Span& span, void* scratch) {
 
 template <class L, DType D, Domain Dist, bool Stochastic>
 void run_plain(const Combine& op, const Span& span, void* scratch) {
+  if (op.from_wire) return run<L, D, Dist, Kind::wire, Stochastic>(op, span, scratch);
   op.count == 1 && !op.has_decay && op.form == Form::one ? run<L, D, Dist, Kind::single, Stochastic>(op, span, scratch)
                                                          : run<L, D, Dist, Kind::plain, Stochastic>(op, span, scratch);
 }
@@ -48,7 +54,7 @@ void ZK_ISA::combine(const Combine& op, const Span& span, void* scratch) {
     case DType::f32: return run_dtype<ZK_LANES, DType::f32>(op, span, scratch);
     case DType::bf16: return run_dtype<ZK_LANES, DType::bf16>(op, span, scratch);
     case DType::f16: return run_dtype<ZK_LANES, DType::f16>(op, span, scratch);
-    case DType::i8: return run_dtype<ZK_LANES, DType::i8>(op, span, scratch);
+    default: return run_dtype<ZK_LANES, DType::i8>(op, span, scratch);
   }
 }
 

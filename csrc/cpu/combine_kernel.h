@@ -34,6 +34,32 @@ ZK_HD void store_side(const Noise& noise, float c, void* to, const Tile& tile, c
   store<L, D, false>(to, tile, side, {}, true);
 }
 
+// Elements of a wire buffer with scales. A register's elements lie in one block of 32 on every instruction set.
+template <class L, DType W, class Tile>
+ZK_HD void load_scaled(const Span& span, const Tile& tile, typename L::F x[8]) {
+  load<L, W>(span.in, tile, x);
+  const auto* scales = static_cast<const uint8_t*>(span.in) + wire_scale_begin(span.numel);
+  const auto last = static_cast<int64_t>((span.offset + span.numel - 1) / kWireBlock);
+  for (int i = 0; i < 4; ++i) {
+    auto block = static_cast<int64_t>((tile.block * 8 + 2 * L::width * i) / kWireBlock);
+    const auto first = static_cast<int64_t>(span.offset / kWireBlock);
+    if constexpr (!Tile::whole) block = block < first ? first : block > last ? last : block;
+    const float scale = wire_scale(scales[block - first]);
+    const auto factor = Splat<typename L::F>::of(W == DType::i8 ? zk::mul(scale, 0x1p-6f) : scale);
+    x[2 * i] = mul(x[2 * i], factor);
+    x[2 * i + 1] = mul(x[2 * i + 1], factor);
+  }
+}
+
+template <class L, class Tile>
+ZK_HD void load_wire(DType wire, const Span& span, const Tile& tile, typename L::F x[8]) {
+  if (wire == DType::bf16) return load<L, DType::bf16>(span.in, tile, x);
+  if (wire == DType::e4m3) return load_scaled<L, DType::e4m3>(span, tile, x);
+  if (wire == DType::i8) return load_scaled<L, DType::i8>(span, tile, x);
+  load<L, DType::f16>(span.in, tile, x);
+  for (int e = 0; e < 8; ++e) x[e] = without_payload(x[e]);  // it could carry in a bf16
+}
+
 // What is done with a tile. single: one direction and nothing else, so that nothing is asked at run time.
 template <class L, DType D, bool Stochastic, class Noise, class Tile>
 ZK_HD void single_tile(const Combine& op, const Span& span, const Tile& tile, Noise& noise) {
@@ -62,6 +88,34 @@ ZK_HD void plain_tile(const Combine& op, const Span& span, const Tile& tile, Noi
     store_side<L, D>(noise, c, span.more[0], tile, acc);
     store_side<L, D>(noise, -c, span.more[1], tile, acc);
   }
+}
+
+// plain, from a wire buffer. A fan-out's theta is rounded, and not stored.
+template <class L, DType D, bool Stochastic, class Noise, class Tile>
+ZK_HD void wire_tile(const Combine& op, const Span& span, const Tile& tile, Noise& noise) {
+  using S = Storage<L, D>;
+  using F = typename L::F;
+  F acc[8];
+  load_wire<L>(op.wire, span, tile, acc);
+  if (op.has_decay) {
+    for (int e = 0; e < 8; ++e) acc[e] = mul(Splat<F>::of(op.decay), acc[e]);
+  }
+  for (int64_t k = 0; k < op.count; ++k) {
+    noise.take(k, tile);
+    noise.add_to(acc, Splat<F>::of(span.coeffs[k]), acc);
+  }
+  if (op.form == Form::one) return store_rounded<L, D, Stochastic>(op, span, tile, acc);
+  if constexpr (D != DType::f32) {
+    Words<typename L::U> random{};
+    if constexpr (Stochastic) random = draw<L>(op.rounding, tile.block, span.stream, kRounding);
+    alignas(64) typename S::T buffer[Tile::size];
+    S::template store<Stochastic>(buffer, acc, random);
+    S::load(buffer, acc);
+  }
+  const float c = span.coeffs[op.count];
+  noise.take(op.count, tile);
+  store_side<L, D>(noise, c, span.more[0], tile, acc);
+  store_side<L, D>(noise, -c, span.more[1], tile, acc);
 }
 
 template <class L, DType D, class Noise, class Tile>

@@ -9,7 +9,7 @@
 
 namespace zk::cpu {
 
-enum class DType { f32, bf16, f16, i8 };
+enum class DType { f32, bf16, f16, i8, e4m3 };  // e4m3: of wire buffers alone
 
 // What every operation over parameters shares: the terms of acc = decay * theta + sum c_k w_k, and its rounding. Scalars
 // are free of NaN payloads (canonical_nan).
@@ -55,6 +55,19 @@ enum class Form { one, fan_out, spread };
 struct Combine : Terms {
   Form form;
   float low, high;  // of dtype i8
+  // Span::in is a wire buffer of dtype `wire`: of i8 and e4m3 with scales behind. Form one, or fan_out, whose theta is then
+  // not stored.
+  bool from_wire;
+  DType wire;
+};
+
+// One tensor; blocks of 32 logical indices, of which block 0 has element 0.
+struct Encode {
+  const void* in;
+  uint8_t* out;
+  int64_t numel;
+  uint64_t offset;
+  DType dtype, wire;
 };
 
 struct Update : Terms {
@@ -82,6 +95,7 @@ struct Kernels {
   void (*squares)(const Terms&, const Span&, uint64_t* sums);
   // out[stride k]: the sum of x z_k over a span inside one logical tile of 4096.
   void (*project)(const Terms&, const Span&, void* scratch, double* out, int64_t stride);
+  void (*encode)(const Encode&, int64_t begin, int64_t end);
 };
 
 // One namespace for each instruction set that is built (CMakeLists.txt).
@@ -92,7 +106,8 @@ struct Kernels {
   void low_rank(const Combine&, const Span&, void* scratch);                           \
   void squares(const Terms&, const Span&, uint64_t* sums);                             \
   void project(const Terms&, const Span&, void* scratch, double* out, int64_t stride); \
-  constexpr Kernels kernels = {combine, update, low_rank, squares, project};           \
+  void encode(const Encode&, int64_t begin, int64_t end);                              \
+  constexpr Kernels kernels = {combine, update, low_rank, squares, project, encode};   \
   }
 ZK_DECLARE_KERNELS(portable)
 ZK_DECLARE_KERNELS(avx2)

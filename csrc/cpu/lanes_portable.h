@@ -18,14 +18,15 @@ struct Portable : Scalar {
   static void store_floats(float* p, const F x[8]) { std::memcpy(p, x, 32); }
   static C counter(uint32_t first) { return first; }
 
-  static float from_half(uint32_t h) {
+  // Always inlined: other instruction sets' files use them, too.
+  static ZK_HD float from_half(uint32_t h) {
     const uint32_t sign = (h & 0x8000u) << 16, rest = h & 0x7fffu;
     if (rest >= 0x7c00u) return from_bits(sign | kInfinity | (rest & 0x3ffu) << 13);
     // The exponent is 112 too small, subnormals included: one exact multiplication.
     return from_bits(sign | bits(from_bits(rest << 13) * from_bits(0x77800000u)));
   }
 
-  static uint32_t to_half(float x) {
+  static ZK_HD uint32_t to_half(float x) {
     const uint32_t b = bits(x), sign = b >> 16 & 0x8000u, mag = b & 0x7fffffffu;
     if (mag > kInfinity) return sign | 0x7e00u | (mag >> 13 & 0x3ffu);
     if (mag >= 0x477ff000u) return sign | 0x7c00u;  // 65520 and above

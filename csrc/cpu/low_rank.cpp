@@ -107,7 +107,7 @@ void ZK_ISA::low_rank(const Combine& op, const Span& span, void* scratch) {
     case DType::f32: return run<ZK_LANES, DType::f32>(op, span, products);
     case DType::bf16: return run<ZK_LANES, DType::bf16>(op, span, products);
     case DType::f16: return run<ZK_LANES, DType::f16>(op, span, products);
-    case DType::i8: return;
+    default: return;
   }
 }
 

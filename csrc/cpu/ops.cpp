@@ -164,7 +164,7 @@ void combine_by(const TensorList& out, const TensorList& params, const TermArgs&
                 const std::string& isa) {
   Call call(args, params);
   call.add_spans(params, [&](Span& span, size_t i) { span.out = out[i].mutable_data_ptr(); });
-  call.run(Combine{{call.terms}, Form::one, low, high}, kernels_of(isa).combine);
+  call.run(Combine{{call.terms}, Form::one, low, high, false, {}}, kernels_of(isa).combine);
 }
 
 // For operations whose kernels know one piece only.
@@ -211,7 +211,7 @@ void fan_out_cpu(TensorList params, TensorList plus, TensorList minus, Tensor se
     span.more[0] = plus[i].mutable_data_ptr();
     span.more[1] = minus[i].mutable_data_ptr();
   });
-  call.run(Combine{{call.terms}, Form::fan_out, 0.0f, 0.0f}, kernels_of(isa).combine);
+  call.run(Combine{{call.terms}, Form::fan_out, 0.0f, 0.0f, false, {}}, kernels_of(isa).combine);
 }
 
 void spread_cpu(Tensor out, Tensor x, ZK_TERMS_PARAMS, std::string isa) {
@@ -222,7 +222,7 @@ void spread_cpu(Tensor out, Tensor x, ZK_TERMS_PARAMS, std::string isa) {
   check_spread(out, x, args);
   Call call(args, params);
   call.add_spans(params, [&](Span& span, size_t) { span.out = out.mutable_data_ptr(); });
-  call.run(Combine{{call.terms}, Form::spread, 0.0f, 0.0f}, kernels_of(isa).combine);
+  call.run(Combine{{call.terms}, Form::spread, 0.0f, 0.0f, false, {}}, kernels_of(isa).combine);
 }
 
 void update_cpu(TensorList params, TensorList first, TensorList second, std::string rule, Tensor hyper, ZK_TERMS_PARAMS,
@@ -277,7 +277,68 @@ void low_rank_cpu(TensorList out, TensorList params, TensorList left, TensorList
     pack_panels(data<float>(right[i]), count, span.columns, span.rank, panels.back().get());
     span.right = panels.back().get();
   });
-  call.run(Combine{{call.terms}, Form::one, 0.0f, 0.0f}, kernels_of(isa).low_rank, kProducts * sizeof(float));
+  call.run(Combine{{call.terms}, Form::one, 0.0f, 0.0f, false, {}}, kernels_of(isa).low_rank,
+           kProducts * sizeof(float));
+}
+
+void decode_cpu(TensorList out, TensorList wires, int64_t wire, ZK_TERMS_PARAMS, std::string isa) {
+  if (out.empty()) return;
+  const TermArgs args = ZK_TERMS;
+  check_one_piece("decode", args);
+  check_params("decode", out, out, args);
+  check_wires("decode", wires, wire, out, offsets);
+  Call call(args, out);
+  call.add_spans(out, [&](Span& span, size_t i) {
+    span.in = wires[i].const_data_ptr();
+    span.out = out[i].mutable_data_ptr();
+  });
+  call.run(Combine{{call.terms}, Form::one, 0.0f, 0.0f, true, wire_of<DType>(wire)}, kernels_of(isa).combine);
+}
+
+void decode_fan_out_cpu(TensorList plus, TensorList minus, TensorList wires, int64_t wire, Tensor seed, Tensor coeff,
+                        ZK_TERMS_PARAMS, std::string isa) {
+  if (plus.empty()) return;
+  const TermArgs args = ZK_TERMS;
+  check_one_piece("decode_fan_out", args);
+  check_params("decode_fan_out", minus, plus, args);
+  check_wires("decode_fan_out", wires, wire, plus, offsets);
+  check_one_direction(seed, coeff);
+  Call call(args, plus);
+  call.keys.push_back(key_of(seed));
+  call.coeffs.push_back(canonical_nan(data<float>(coeff)[0]));
+  call.add_spans(plus, [&](Span& span, size_t i) {
+    span.in = wires[i].const_data_ptr();
+    span.more[0] = plus[i].mutable_data_ptr();
+    span.more[1] = minus[i].mutable_data_ptr();
+  });
+  call.run(Combine{{call.terms}, Form::fan_out, 0.0f, 0.0f, true, wire_of<DType>(wire)}, kernels_of(isa).combine);
+}
+
+void encode_cpu(TensorList out, TensorList params, int64_t wire, std::vector<int64_t> offsets, std::string isa) {
+  if (params.empty()) return;
+  check_beside("encode", params, params);
+  check_wires("encode", out, wire, params, offsets);
+  std::vector<Encode> ops;
+  std::vector<int64_t> starts;  // blocks before each tensor
+  int64_t total = 0;
+  for (size_t i = 0; i < params.size(); ++i) {
+    const int64_t numel = params[i].numel();
+    if (numel == 0) continue;
+    const auto offset = static_cast<uint64_t>(offsets[i]);
+    ops.push_back({params[i].const_data_ptr(), static_cast<uint8_t*>(out[i].mutable_data_ptr()), numel, offset,
+                   dtype_of(params[i]), wire_of<DType>(wire)});
+    starts.push_back(total);
+    total += wire_blocks(numel, offset);
+  }
+  const auto kernel = kernels_of(isa).encode;
+  torch::stable::parallel_for(0, total, kGrain / kWireBlock, [&](int64_t begin, int64_t end) {
+    auto i = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
+    for (; begin < end; ++i) {
+      const int64_t stop = i + 1 < static_cast<int64_t>(starts.size()) ? std::min(end, starts[i + 1]) : end;
+      kernel(ops[i], begin - starts[i], stop - starts[i]);
+      begin = stop;
+    }
+  });
 }
 
 Tensor squares_cpu(Tensor seeds, std::vector<int64_t> sizes, std::vector<int64_t> streams, std::vector<int64_t> offsets,
@@ -381,6 +442,9 @@ STABLE_TORCH_LIBRARY(zokernels_cpu, m) {
   m.def(ZK_REQUANTIZE_SCHEMA(", str isa"));
   m.def(ZK_SQUARES_SCHEMA(", str isa"));
   m.def(ZK_PROJECT_SCHEMA(", str isa"));
+  m.def(ZK_ENCODE_SCHEMA(", str isa"));
+  m.def(ZK_DECODE_SCHEMA(", str isa"));
+  m.def(ZK_DECODE_FAN_OUT_SCHEMA(", str isa"));
   m.def(ZK_DERIVE_SEED_SCHEMA);
 }
 
@@ -393,6 +457,9 @@ STABLE_TORCH_LIBRARY_IMPL(zokernels_cpu, CPU, m) {
   m.impl("requantize", TORCH_BOX(&requantize_cpu));
   m.impl("squares", TORCH_BOX(&squares_cpu));
   m.impl("project", TORCH_BOX(&project_cpu));
+  m.impl("encode", TORCH_BOX(&encode_cpu));
+  m.impl("decode", TORCH_BOX(&decode_cpu));
+  m.impl("decode_fan_out", TORCH_BOX(&decode_fan_out_cpu));
   m.impl("derive_seed", TORCH_BOX(&derive_seed_cpu));
 }
 

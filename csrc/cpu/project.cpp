@@ -100,7 +100,7 @@ void ZK_ISA::project(const Terms& op, const Span& span, void* scratch, double* o
     case DType::f32: return run_dtype<ZK_LANES, DType::f32>(op, span, scratch, out, stride);
     case DType::bf16: return run_dtype<ZK_LANES, DType::bf16>(op, span, scratch, out, stride);
     case DType::f16: return run_dtype<ZK_LANES, DType::f16>(op, span, scratch, out, stride);
-    case DType::i8: return;
+    default: return;
   }
 }
 

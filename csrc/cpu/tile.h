@@ -9,6 +9,7 @@
 #include "../noise/normal.h"
 #include "../noise/rademacher.h"
 #include "../noise/rounding.h"
+#include "../noise/wire.h"
 #include "kernels.h"
 #include ZK_LANES_HEADER
 
@@ -98,6 +99,22 @@ struct Storage<L, DType::i8> {
       w[i] = and_or(low, Splat<U>::of(0xffu), high << 8);
     }
     L::store_byte_pairs(p, w);
+  }
+};
+
+// Codes without their scales, of wire buffers: nothing is stored so.
+template <class L>
+struct Storage<L, DType::e4m3> {
+  using T = uint8_t;
+  using U = typename L::U;
+  static ZK_HD void load(const T* p, typename L::F x[8]) {
+    const U rest = Splat<U>::of(0x07f00000u), sign = Splat<U>::of(0x80000000u);
+    U w[4];
+    L::load_byte_pairs(p, w);
+    for (int i = 0; i < 4; ++i) {
+      x[2 * i] = e4m3_value((w[i] << 20) & rest, (w[i] << 24) & sign);
+      x[2 * i + 1] = e4m3_value((w[i] << 12) & rest, (w[i] << 16) & sign);
+    }
   }
 };
 

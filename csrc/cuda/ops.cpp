@@ -17,6 +17,7 @@
 #include "spread.h"
 #include "squares.h"
 #include "update.h"
+#include "wire.h"
 
 // In libtorch_cuda, which a CPU build of torch lacks: weak, so that the library loads there too.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
@@ -276,6 +277,73 @@ void low_rank_cuda(TensorList out, TensorList params, TensorList left, TensorLis
   });
 }
 
+// decode where minus is empty (out is theta), else fan-out (out is plus).
+void run_decode(const char* op, DecodeLaunch shared, const TensorList& out, const TensorList& minus,
+                const TensorList& wires, int64_t wire, const TermArgs& terms) {
+  check_one_piece(op, terms);
+  check_terms(op, out, terms);
+  check_wires(op, wires, wire, out, terms.offsets);
+  torch::stable::accelerator::DeviceGuard guard(out[0].get_device_index());
+  void* stream = current_stream(out[0]);
+  const DType dtype = dtype_of(op, out[0]);
+  shared.seeds = pointer<int64_t>(terms.seeds);
+  shared.coeffs = pointer<float>(terms.coeffs);
+  shared.decay = pointer<float>(terms.decay);
+  shared.rounding_seed = pointer<int64_t>(terms.rounding_seed);
+  shared.count = static_cast<int32_t>(terms.seeds.numel());
+
+  std::vector<Packed<DecodeEntry>> tensors;
+  tensors.reserve(out.size());
+  for (size_t i = 0; i < out.size(); ++i) {
+    DecodeEntry entry{};
+    entry.in = pointer<uint8_t>(wires[i]);
+    entry.numel = out[i].numel();
+    entry.scales = entry.in + wire_scale_begin(entry.numel);
+    entry.out = out[i].mutable_data_ptr();
+    if (!minus.empty()) entry.minus = minus[i].mutable_data_ptr();
+    entry.offset = static_cast<uint64_t>(terms.offsets[i]);
+    tensors.push_back(packed(entry, terms, i, chunks_of(entry.offset, entry.numel, terms.domain())));
+  }
+  pack_launches(shared, tensors, [&](const DecodeLaunch& launch, uint32_t chunks) {
+    check_launch(op, launch_decode(launch, chunks, dtype, wire_of<DType>(wire), terms.domain(), stream));
+  });
+}
+
+void decode_cuda(TensorList out, TensorList wires, int64_t wire, ZK_TERMS_PARAMS) {
+  const TermArgs terms = ZK_TERMS;
+  if (!out.empty()) run_decode("decode", DecodeLaunch{}, out, {}, wires, wire, terms);
+}
+
+void decode_fan_out_cuda(TensorList plus, TensorList minus, TensorList wires, int64_t wire, Tensor seed, Tensor coeff,
+                         ZK_TERMS_PARAMS) {
+  const TermArgs terms = ZK_TERMS;
+  if (plus.empty()) return;
+  check_beside("decode_fan_out", minus, plus);
+  check_one_direction(seed, coeff);
+  DecodeLaunch shared{};
+  shared.probe_seed = pointer<int64_t>(seed);
+  shared.probe_coeff = pointer<float>(coeff);
+  run_decode("decode_fan_out", shared, plus, minus, wires, wire, terms);
+}
+
+void encode_cuda(TensorList out, TensorList params, int64_t wire, std::vector<int64_t> offsets) {
+  if (params.empty()) return;
+  check_beside("encode", params, params);
+  check_wires("encode", out, wire, params, offsets);
+  torch::stable::accelerator::DeviceGuard guard(params[0].get_device_index());
+  void* stream = current_stream(params[0]);
+  const DType dtype = dtype_of("encode", params[0]);
+  std::vector<Packed<EncodeEntry>> tensors;
+  for (size_t i = 0; i < params.size(); ++i) {
+    const EncodeEntry entry{params[i].const_data_ptr(), static_cast<uint8_t*>(out[i].mutable_data_ptr()),
+                            params[i].numel(), static_cast<uint64_t>(offsets[i])};
+    tensors.push_back({entry, 0, encode_chunks(entry.offset, entry.numel)});
+  }
+  pack_launches(EncodeLaunch{}, tensors, [&](const EncodeLaunch& launch, uint32_t chunks) {
+    check_launch("encode", launch_encode(launch, chunks, dtype, wire_of<DType>(wire), stream));
+  });
+}
+
 // partial: int64 zeros [K, n]; its sums over n are the result. Normal noise only: of signs every square is 1.
 void squares_cuda(Tensor partial, Tensor seeds, std::vector<int64_t> sizes, std::vector<int64_t> streams,
                   std::vector<int64_t> offsets) {
@@ -351,6 +419,9 @@ STABLE_TORCH_LIBRARY(zokernels_cuda, m) {
   m.def(ZK_REQUANTIZE_SCHEMA(""));
   m.def("squares(Tensor(a!) partial, Tensor seeds, int[] sizes, int[] streams, int[] offsets) -> ()");
   m.def(ZK_PROJECT_SCHEMA(""));
+  m.def(ZK_ENCODE_SCHEMA(""));
+  m.def(ZK_DECODE_SCHEMA(""));
+  m.def(ZK_DECODE_FAN_OUT_SCHEMA(""));
   m.def(ZK_DERIVE_SEED_SCHEMA);
 }
 
@@ -363,6 +434,9 @@ STABLE_TORCH_LIBRARY_IMPL(zokernels_cuda, CUDA, m) {
   m.impl("requantize", TORCH_BOX(&requantize_cuda));
   m.impl("squares", TORCH_BOX(&squares_cuda));
   m.impl("project", TORCH_BOX(&project_cuda));
+  m.impl("encode", TORCH_BOX(&encode_cuda));
+  m.impl("decode", TORCH_BOX(&decode_cuda));
+  m.impl("decode_fan_out", TORCH_BOX(&decode_fan_out_cuda));
   m.impl("derive_seed", TORCH_BOX(&derive_seed_cuda));
 }
 

@@ -5,6 +5,7 @@
 #include "../cpu/lanes_portable.h"
 #include "../noise/integers.h"
 #include "../noise/rounding.h"
+#include "../noise/wire.h"
 #include "table.h"
 
 namespace zk::cuda {
@@ -136,6 +137,25 @@ struct Storage<DType::i8> {
       raw.w[i / 4] |= (q & 0xffu) << 8 * (i % 4);
     }
     return raw;
+  }
+};
+
+// Codes without their scales, of wire buffers.
+template <>
+struct Storage<DType::e4m3> {
+  using T = uint8_t;
+  using Raw = Storage<DType::i8>::Raw;
+  static ZK_HD void unpack(const Raw& raw, float x[8]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+    for (int p = 0; p < 4; ++p) {
+      const auto two = static_cast<uint16_t>(raw.w[p / 2] >> 16 * (p % 2));
+      asm("{.reg .b32 h; .reg .b16 l, u; cvt.rn.f16x2.e4m3x2 h, %2; mov.b32 {l, u}, h; cvt.f32.f16 %0, l; cvt.f32.f16 %1, u;}"
+          : "=f"(x[2 * p]), "=f"(x[2 * p + 1])
+          : "h"(two));
+    }
+#else
+    for (int i = 0; i < 8; ++i) x[i] = e4m3_value(raw.w[i / 4] >> 8 * (i % 4) & 0xffu);
+#endif
   }
 };
 

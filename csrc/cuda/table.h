@@ -8,7 +8,7 @@
 
 namespace zk::cuda {
 
-enum class DType { f32, bf16, f16, i8 };
+enum class DType { f32, bf16, f16, i8, e4m3 };  // e4m3: of wire buffers alone
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;

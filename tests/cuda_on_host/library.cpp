@@ -48,6 +48,7 @@ inline const char* launch_error(int) { return ""; }
 #include "csrc/cuda/spread.cu"
 #include "csrc/cuda/squares.cu"
 #include "csrc/cuda/update.cu"
+#include "csrc/cuda/wire.cu"
 
 // The torch-facing file, for another dispatch key, in a namespace of its own and without a device.
 namespace torch::stable::host {

@@ -53,6 +53,12 @@ class Backend:
     squares: Callable[[Tensor, list[int], list[int], list[int], str], Tensor]
     #: (tensors, seeds, plain terms' streams, offsets, dist)
     project: Callable[[list[Tensor], Tensor, list[int], list[int], str], Tensor]
+    #: (wire buffers, params, wire, offsets)
+    encode: Callable[[list[Tensor], list[Tensor], str, list[int]], None]
+    #: (out, wire buffers, wire, plain terms)
+    decode: Callable[[list[Tensor], list[Tensor], str, Terms], None]
+    #: (plus, minus, wire buffers, wire, seed, coeff, plain terms)
+    decode_fan_out: Callable[[list[Tensor], list[Tensor], list[Tensor], str, Tensor, Tensor, Terms], None]
 
 
 _forced: ContextVar[str | None] = ContextVar("zokernels_backend", default=None)

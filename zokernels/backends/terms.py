@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,9 +37,9 @@ class Terms(NamedTuple):
     widths: list[int] | None = None
     lengths: list[int] | None = None
 
-    def index(self, i: int, at: int) -> int:
+    def logical(self, i: int, at: int) -> int:
         """Logical index of element ``at`` of tensor i."""
-        if not self.widths or not self.widths[i]:
+        if not self.widths or not self.lengths or not self.widths[i]:
             return self.offsets[i] + at
         row, column = divmod(at, self.widths[i])
         return self.offsets[i] + row * self.lengths[i] + column
@@ -50,7 +50,7 @@ class Terms(NamedTuple):
         return self.coeffs.dim() == 1 and not self.masks and self.mask_seed is None and not self.curvature
 
     @property
-    def packed(self) -> tuple:
+    def packed(self) -> tuple[Any, ...]:
         """The fields as the compiled libraries take them (csrc/op_args.h)."""
         noise = self.seeds, self.coeffs, self.streams, self.offsets, DISTS[self.dist], self.decay, self.rounding_seed
         masks = self.masks or [], self.mask_seed, self.mask_keep
@@ -88,7 +88,7 @@ def by_rows(operation: Callable[[list[list[Tensor]], Terms], None], groups: list
             for group, into in (*zip(groups, found, strict=True), (curvature, of_terms[1])):
                 if group:
                     into.append(group[i].detach().view(-1)[row * width : (row + 1) * width])
-            offset = terms.index(i, row * width)
+            offset = terms.logical(i, row * width)
             if masks:
                 count = masks[i].numel() // rows
                 of_terms[0].append(masks[i].view(-1)[row * count :][: mask_bytes(width, offset)])

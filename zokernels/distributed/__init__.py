@@ -4,6 +4,7 @@
 """
 
 from .agreement import RanksDiffer
+from .asynchronous import AsyncExchange
 from .exchange import Exchange, mean_of
 
-__all__ = ["Exchange", "RanksDiffer", "mean_of"]
+__all__ = ["AsyncExchange", "Exchange", "RanksDiffer", "mean_of"]

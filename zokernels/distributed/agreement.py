@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,15 +47,16 @@ class Agreement:
     """The start-up check, and the check of weights every ``every`` steps.
 
     The start compares version, contract, parts, hyper-parameters, seed, step, and every parameter's name, stream,
-    shape, dtype, device type and weights; ranks may hold different shards.  A difference is an error on all ranks that
-    names both sides.  Weights are compared by :func:`fingerprint`, between ranks that hold the same elements.
+    shape, dtype, device type and weights; ranks may hold different shards, and those of different stages of a pipeline
+    different parameters: what two stages have (tied weights) must be the same.  A difference is an error on all ranks
+    that names both sides.  Weights are compared by :func:`fingerprint`, between ranks that hold the same elements.
     """
 
     def __init__(self, exchange: Exchange, every: int | None) -> None:
         if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
             fail("Exchange", "check_every", "None or a number of steps >= 1", repr(every))
         self._exchange, self._every = exchange, every
-        self._done, self._shards = False, []
+        self._done, self._held, self._groups = False, [], set()
 
     def expire(self) -> None:
         """What was agreed on may have changed."""
@@ -67,16 +69,38 @@ class Agreement:
             self.check_weights(optimizer)
 
     def start(self, optimizer: ZerothOrder) -> None:
+        exchange = self._exchange
         self._check_peers(optimizer)
-        everyone = self._exchange.all_gather_object((summary(optimizer), _shards(optimizer)))
-        summaries, self._shards = zip(*everyone, strict=True)
-        first = summaries[0]
-        for rank, other in zip(self._exchange.members, summaries, strict=True):
-            for key in (*first, *(k for k in other if k not in first)):
-                if (ours := first.get(key, "none")) != (theirs := other.get(key, "none")):
-                    _differ(optimizer, key, self._exchange.members[0], ours, rank, theirs)
+        mine = (summary(optimizer), *parameters(optimizer), _held(optimizer), _groups(optimizer))
+        common, params, streams, self._held, groups = zip(*exchange.all_gather_object(mine), strict=True)
+        self._groups = set().union(*groups)
+        if exchange.stages > 1:
+            self._check_names(optimizer, streams)
+        stages: dict[int, tuple[int, dict[str, str]]] = {}  # the first rank of each, and its parameters
+        known: dict[str, tuple[int, str]] = {}
+        for i, (rank, stage) in enumerate(zip(exchange.members, exchange.stage_of, strict=True)):
+            _compare(optimizer, exchange.members[0], common[0], rank, common[i])
+            _compare(optimizer, *stages.setdefault(stage, (rank, params[i])), rank, params[i])
+            for name in streams[i]:
+                if (first := known.setdefault(name, (rank, params[i][name])))[1] != params[i][name]:
+                    _differ(optimizer, name, *first, rank, params[i][name])
         self._done = True
         self.check_weights(optimizer)
+
+    def _check_names(self, optimizer: ZerothOrder, streams: Sequence[dict[str, int]]) -> None:
+        """Of all stages together: a stream that does not depend on the stage, and is one parameter's."""
+        op, owner = type(optimizer).__name__, {}
+        for i, group in enumerate(optimizer.param_groups):
+            if group["params"] and "param_names" not in group:
+                fail(op, f"param_groups[{i}]", "named parameters where stages have their own", "unnamed ones")
+        for label, stream in (item for of_rank in streams for item in of_rank.items()):
+            if owner.setdefault(stream, label) != label:
+                fail(op, "streams", "one stream for each parameter", f"{stream} for both {owner[stream]} and {label}")
+
+    def foreign(self, optimizer: ZerothOrder, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The groups that take part on another stage of a pipeline alone, where ``groups`` do here."""
+        here = {id(group) for group in groups}
+        return [g for i, g in enumerate(optimizer.param_groups) if i in self._groups and id(g) not in here]
 
     def _check_peers(self, optimizer: ZerothOrder) -> None:
         """Ranks between which a parameter is split take part in the same forwards."""
@@ -91,16 +115,23 @@ class Agreement:
     def check_weights(self, optimizer: ZerothOrder) -> None:
         named = [(label_of(group, i), p) for group in optimizer.param_groups for i, p in enumerate(group["params"])]
         home = next(local_of(p).device for _, p in named)
-        mine = torch.stack([fingerprint(local_of(p)).to(home) for _, p in named])
+        mine = torch.zeros(max(map(len, self._held)), dtype=torch.int64, device=home)
+        mine[: len(named)] = torch.stack([fingerprint(local_of(p)).to(home) for _, p in named])
         everyone = self._exchange.all_gather(mine).tolist()
-        for i, (label, _) in enumerate(named):
-            holders: dict[Any, tuple[int, int]] = {}  # by shard: the first rank that has it
-            for rank, shards, prints in zip(self._exchange.members, self._shards, everyone, strict=True):
-                first, expected = holders.setdefault(shards[i], (rank, prints[i]))
-                if prints[i] != expected:
+        holders: dict[Any, tuple[int, int]] = {}  # by parameter and shard: the first rank that has it
+        for rank, held, prints in zip(self._exchange.members, self._held, everyone, strict=True):
+            for what, value in zip(held, prints, strict=False):
+                first, expected = holders.setdefault(what, (rank, value))
+                if value != expected:
                     side = lambda value: f"weights {value & 0xFFFFFFFFFFFFFFFF:016x}"
-                    what = f"{label} before step {optimizer.step_count}"
-                    _differ(optimizer, what, first, side(expected), rank, side(prints[i]))
+                    where = f"{what[0]} before step {optimizer.step_count}"
+                    _differ(optimizer, where, first, side(expected), rank, side(value))
+
+
+def _compare(optimizer: ZerothOrder, first: int, ours: dict[str, str], rank: int, theirs: dict[str, str]) -> None:
+    for key in (*ours, *(k for k in theirs if k not in ours)):
+        if (one := ours.get(key, "none")) != (other := theirs.get(key, "none")):
+            _differ(optimizer, key, first, one, rank, other)
 
 
 def _differ(optimizer: ZerothOrder, what: str, first: int, ours: object, rank: int, theirs: object) -> None:
@@ -110,14 +141,23 @@ def _differ(optimizer: ZerothOrder, what: str, first: int, ours: object, rank: i
     )
 
 
-def _shards(optimizer: ZerothOrder) -> list:
-    """Of each parameter, which elements this rank holds."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    return [shard_of(p)[:2] if is_sharded(p) else () for p in params]
+def _held(optimizer: ZerothOrder) -> list[Any]:
+    """Of each parameter, its label, its stream, and which elements this rank holds."""
+    held = []
+    for group in optimizer.param_groups:
+        for i, (p, stream) in enumerate(zip(group["params"], group["streams"], strict=True)):
+            held.append((label_of(group, i), stream, shard_of(p)[:2] if is_sharded(p) else ()))
+    return held
+
+
+def _groups(optimizer: ZerothOrder) -> set[int]:
+    """Which groups take part here."""
+    groups = enumerate(optimizer.param_groups)
+    return {i for i, group in groups if any(takes_part(group, p) and p.numel() for p in group["params"])}
 
 
 def summary(optimizer: ZerothOrder) -> dict[str, str]:
-    """What ranks must have in common, by the name under which a difference is reported."""
+    """What all ranks must have in common, by the name under which a difference is reported."""
     from ..trajectory.settings import header_of
 
     header = header_of(optimizer, base=False)
@@ -126,12 +166,20 @@ def summary(optimizer: ZerothOrder) -> dict[str, str]:
     for i, (group, own) in enumerate(zip(optimizer.param_groups, header["groups"], strict=True)):
         for key, value in (*own["options"].items(), ("lr", _rate(group["lr"]))):
             found[f"param_groups[{i}][{key!r}]"] = repr(value)
-        for j, (p, entry) in enumerate(zip(group["params"], own["params"], strict=True)):
-            kind = f"{entry['dtype']} of shape {tuple(entry['shape'])} on {p.device.type}, stream {entry['stream']}"
-            found[label_of(group, j)] = kind if takes_part(group, p) else f"{kind}, frozen"
-    names = [label_of(g, i) for g in optimizer.param_groups for i in range(len(g["params"]))]
-    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
-    return {**found, "parameter list": f"{len(names)} parameters, {digest}"}
+    return found
+
+
+def parameters(optimizer: ZerothOrder) -> tuple[dict[str, str], dict[str, int]]:
+    """What ranks of one stage must have in common, likewise; and the streams by label."""
+    found, streams = {}, {}
+    for i, group in enumerate(optimizer.param_groups):
+        for j, (p, stream) in enumerate(zip(group["params"], group["streams"], strict=True)):
+            label, dtype = label_of(group, j), str(p.dtype).removeprefix("torch.")
+            kind = f"{dtype} of shape {tuple(p.shape)} on {p.device.type}, stream {stream}, group {i}"
+            found[label] = kind if takes_part(group, p) else f"{kind}, frozen"
+            streams[label] = stream
+    digest = hashlib.sha256("\n".join(found).encode()).hexdigest()[:16]
+    return {**found, "parameter list": f"{len(found)} parameters, {digest}"}, streams
 
 
 def _rate(lr: float | Tensor) -> float:

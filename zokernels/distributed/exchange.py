@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -11,16 +11,16 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..checks import fail
+from ..optim.estimators import ForwardMode
 from .agreement import Agreement
 
 if TYPE_CHECKING:
-    from ..optim.estimators import Estimator
     from ..optim.optimizer import ZerothOrder
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name until 2.13
 
 #: What the dimensions of a mesh mean; ranks along any other hold parts of one model, or copies of it.
-DATA, PERTURBATION = "data", "perturbation"
+DATA, PERTURBATION, PIPELINE = "data", "perturbation", "pipeline"
 
 
 def mean_of(losses: Tensor | Sequence[Tensor | float]) -> Tensor:
@@ -45,8 +45,9 @@ class Exchange:
 
     A ``mesh`` of D x P x ... ranks by the names of its dimensions: the points of a step are shared out along
     "perturbation", in runs of ceil(n / P) at most; along "data" every rank has batches of its own, and the loss of a
-    point is :func:`mean_of` over them; ranks along any other dimension hold one model between them (tensor parallel)
-    or twice, and the loss of the first of them is everyone's.
+    point is :func:`mean_of` over them; ranks along "pipeline" hold parameters of their own, and the loss of the last
+    of these stages is everyone's; ranks along any other dimension hold one model between them (tensor parallel) or
+    twice, and the loss of the first of them is everyone's.
 
     One all-gather of float64 a step: 8 ceil(n / P) bytes a rank, 16 for plain data parallel with two sides.  All ranks
     then compute the same coefficients of the same numbers, so weights need no exchange.
@@ -66,14 +67,17 @@ class Exchange:
         self.mesh, self.names = mesh, tuple(mesh.mesh_dim_names)
         at = dict(zip(self.names, mesh.get_coordinate(), strict=True))
         size = dict(zip(self.names, mesh.mesh.shape, strict=True))
-        self.data, self.perturbation = size.get(DATA, 1), size.get(PERTURBATION, 1)
+        self.data, self.perturbation, self.stages = (size.get(n, 1) for n in (DATA, PERTURBATION, PIPELINE))
+        self.stage = at.get(PIPELINE, 0)
         self._place = at.get(PERTURBATION, 0)
         self.ranks = mesh.mesh.flatten().tolist()
         self.group = _group_of(mesh, self.ranks)
         #: Global ranks, in the group's order.
         self.members = dist.get_process_group_ranks(self.group)
         self._order = self._leaders(self.members)
-        self._index: dict[tuple, Tensor] = {}
+        #: Of each of ``members``.
+        self.stage_of = [self._stage(rank) for rank in self.members]
+        self._index: dict[tuple[Any, ...], Tensor] = {}
         self.agreement = Agreement(self, check_every)
         #: Bytes that this rank gave to the collectives of the last step, and of all steps; checks included.
         self.bytes_sent = self.total_bytes_sent = 0
@@ -81,10 +85,13 @@ class Exchange:
     def _leaders(self, order: list[int]) -> list[list[int]]:
         """[D][P]: places in the group of the ranks whose losses count."""
         places = torch.tensor([order.index(rank) for rank in self.ranks]).view(self.mesh.mesh.shape)
-        names = [n for n in (DATA, PERTURBATION) if n in self.names]
+        names = [n for n in (DATA, PERTURBATION, PIPELINE) if n in self.names]
         rest = [i for i, n in enumerate(self.names) if n not in names]
         places = places.permute(*(self.names.index(n) for n in names), *rest)
-        return places.reshape(self.data, self.perturbation, -1)[:, :, 0].tolist()
+        return places.reshape(self.data, self.perturbation, self.stages, -1)[:, :, -1, 0].tolist()
+
+    def _stage(self, rank: int) -> int:
+        return int((self.mesh.mesh == rank).nonzero()[0, self.names.index(PIPELINE)]) if PIPELINE in self.names else 0
 
     @property
     def rank(self) -> int:
@@ -107,6 +114,10 @@ class Exchange:
         """Which of ``count`` points this rank evaluates."""
         return _share(count, self._place, self.perturbation)
 
+    def loss_of(self, result: object) -> object:
+        """What counts of a closure's result: on the stages before the last nothing does."""
+        return result if self.stage == self.stages - 1 else 0.0
+
     def begin(self, optimizer: ZerothOrder) -> None:
         """Before a step: whether all ranks are at one."""
         self.bytes_sent = 0
@@ -118,7 +129,7 @@ class Exchange:
 
     def gather(self, own: Tensor | None, count: int, device: torch.device) -> Tensor:
         """The losses of all ``count`` points: float64 [count, ...], on ``device``; in ``own``'s dtype where it holds
-        them exactly, which is where no mean was taken.
+        them exactly, which is where no mean was taken, and all stages know it, which is where there is one.
 
         ``own``: of the points of :meth:`share`, None where there are none.
         """
@@ -130,7 +141,7 @@ class Exchange:
         everyone = self.all_gather(mine)
         index = self._index_of(count, most, device)
         losses = mean_of(everyone.flatten(0, 1)[index])
-        return losses.to(own.dtype) if own is not None and self.data == 1 else losses
+        return losses.to(own.dtype) if own is not None and self.data == self.stages == 1 else losses
 
     def _index_of(self, count: int, most: int, device: torch.device) -> Tensor:
         """[D, count]: where each data rank's losses are among ``most`` of every rank."""
@@ -150,9 +161,9 @@ class Exchange:
         self.count(mine.nbytes)
         return everyone
 
-    def all_gather_object(self, value: object) -> list:
+    def all_gather_object(self, value: object) -> list[Any]:
         """In the group's order; for the start, not for steps."""
-        everyone: list = [None] * len(self.ranks)
+        everyone: list[Any] = [None] * len(self.ranks)
         dist.all_gather_object(everyone, value, group=self.group)
         return everyone
 
@@ -178,13 +189,21 @@ def _group_of(mesh: DeviceMesh, ranks: list[int]) -> dist.ProcessGroup:
     return dist.new_group(ranks, use_local_synchronization=True)
 
 
-def exchange_of(op: str, mesh: DeviceMesh | Exchange, estimator: Estimator, capturable: bool) -> Exchange:
-    if capturable:
+def exchange_of(optimizer: ZerothOrder, mesh: DeviceMesh | Exchange) -> Exchange:
+    """The exchange of an optimizer, whose parts are checked."""
+    op = type(optimizer).__name__
+    if optimizer._state.capturable:
         fail(op, "capturable", "False with a mesh: its checks are on the host", True)
     if isinstance(mesh, DeviceMesh):
         mesh = Exchange(mesh)
     if not isinstance(mesh, Exchange):
         fail(op, "mesh", "a DeviceMesh or an Exchange", type(mesh).__name__, TypeError)
-    if mesh.perturbation > (count := len(estimator.points())):
+    if mesh.perturbation > (count := len(optimizer.estimator.points())):
         fail(op, "mesh", f"at most {count} ranks along {PERTURBATION!r}, one for each point", mesh.perturbation)
+    if mesh.stages > 1:  # which know no parameters but their own
+        if optimizer.subset is not None or not optimizer.direction.separate:
+            got = f"{type(optimizer.direction).__name__}, {type(optimizer.subset).__name__}"
+            fail(op, "mesh", f"no subset, and a direction of each parameter by itself, with {PIPELINE!r}", got)
+        if isinstance(optimizer.estimator, ForwardMode):
+            fail(op, "mesh", f"no {PIPELINE!r} with forward-mode derivatives", f"{mesh.stages} stages")
     return mesh

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -46,7 +46,13 @@ _LOSSES: ContextVar[list[Tensor] | None] = ContextVar("losses", default=None)
 _POINTS = {1: "loss_plus", -1: "loss_minus", 0: "loss_centre"}
 
 
-class ZOTrainerMixin:
+if TYPE_CHECKING:  # what the mix-in takes for granted of the bases behind it
+    _Behind = transformers.Trainer
+else:
+    _Behind = object
+
+
+class ZOTrainerMixin(_Behind):
     """Makes a zeroth-order trainer of a ``transformers.Trainer``, in front of it in the list of bases.
 
     A step of the optimizer runs the Trainer's own ``training_step`` for every micro-batch, once for each point of the
@@ -76,7 +82,7 @@ class ZOTrainerMixin:
     def __init__(
         self,
         *args: Any,
-        trajectory: str | os.PathLike | None = None,
+        trajectory: str | os.PathLike[str] | None = None,
         eval_mode: bool = False,
         offload: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -84,11 +90,12 @@ class ZOTrainerMixin:
         self._trajectory, self._eval_mode, self._offload = trajectory, eval_mode, offload
         #: What streams the model, with ``offload``.
         self.engine: Engine | None = None
-        self._micro_batches: list[tuple] = []
+        self._micro_batches: list[tuple[Any, ...]] = []
         self._hooked: ZerothOrder | None = None
         self._means: bool | None = None  # whether losses are means of micro-batches that nobody divides by their number
         self._told: set[str] = set()
-        self._since, self._logged_step = None, 0
+        self._since: float | None = None
+        self._logged_step = 0
         super().__init__(*args, **kwargs)
         self._check_arguments()
 
@@ -135,7 +142,9 @@ class ZOTrainerMixin:
     @property
     def zo_optimizer(self) -> ZerothOrder | None:
         """The optimizer without accelerate's wrapper; None before the training."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)
+        optimizer: Any = self.optimizer
+        ours: ZerothOrder | None = getattr(optimizer, "optimizer", optimizer)
+        return ours
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         self._stream()
@@ -199,10 +208,9 @@ class ZOTrainerMixin:
                 f"the loss is in {losses[0].dtype}, whose steps are coarser than the differences to be measured: "
                 "compute it in fp32 (compute_loss_func), or keep fp32 weights with bf16=True"
             )
-        total, share = 0.0, len(self._micro_batches) if self._means else 1
-        for loss in losses:
-            total = total + (loss if loss.dtype == torch.float64 else loss.float()) / share
-        return total
+        share = len(self._micro_batches) if self._means else 1
+        wide = [(loss if loss.dtype == torch.float64 else loss.float()) / share for loss in losses]
+        return sum(wide[1:], 0.0 + wide[0])
 
     def _collect(self, loss: Tensor, **options: Any) -> None:
         """In the place of ``accelerator.backward``."""
@@ -223,13 +231,15 @@ class ZOTrainerMixin:
         rng, losses = RngState([self.args.device]), []
         for factor in (1, 2):
             with torch.no_grad(), self.compute_loss_context_manager(), rng.forward(factor):
-                count = factor * num_items_in_batch
+                count = factor * num_items_in_batch  # not None: `asked`
                 losses.append(self.compute_loss(model, copy.copy(inputs), num_items_in_batch=count).detach())
         rng.restore()
         decided = bool(losses[0].isfinite() & (losses[0] != 0))
         return bool(losses[0] == losses[1]) if decided else None
 
-    def _before_step(self, optimizer: ZerothOrder, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def _before_step(
+        self, optimizer: ZerothOrder, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if self._trajectory is not None and optimizer.trajectory is None:
             record(optimizer, self._trajectory, rewind=True)
         if self._means is None and len(self._micro_batches) > 1:
@@ -239,7 +249,7 @@ class ZOTrainerMixin:
             return (optimizer, self._accumulated_loss), {}
         return None
 
-    def _after_step(self, optimizer: ZerothOrder, args: tuple, kwargs: dict) -> None:
+    def _after_step(self, optimizer: ZerothOrder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._micro_batches:
             return
         self._micro_batches = []

@@ -211,7 +211,9 @@ def runs(extents: Sequence[tuple[str, int, int]]) -> list[list[tuple[str, int, i
     return found
 
 
-def place_extents(block: Block, params: Sequence[tuple[str, nn.Parameter]], where: Sequence[tuple[str, int, int]]):
+def place_extents(
+    block: Block, params: Sequence[tuple[str, nn.Parameter]], where: Sequence[tuple[str, int, int]]
+) -> None:
     """Lay a block out so that each run of a file is one read of whole pages: a byte's place in the block and in its
     file are equal modulo :data:`PAGE`."""
     begins, at = {}, 0

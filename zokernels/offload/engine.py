@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ..trajectory.deferred import Pass
     from .probe import StreamedProbe
     from .run import Run
+    from .wire import Encoding
 
 #: Matrix products may choose another kernel for memory that is less aligned than torch's own.
 _ALIGNED = 64
@@ -80,11 +81,18 @@ class Engine:
         timeline: Timeline,
         write_every: int | None,
         run: Run | None,
+        wire: Encoding | None = None,
     ) -> None:
         self.model, self.blocks, self.device = model, blocks, device
         self.mover, self.timeline, self.history = mover, timeline, History()
         self.later = Later(self.history)
-        self.write_every, self.run = write_every, run
+        self.write_every, self.run, self.wire = write_every, run, wire
+        self._visits: type[_Visit] = _Visit
+        if wire is not None:
+            from .wire import WireVisit
+
+            wire.history, self._visits = self.history, WireVisit
+        self._seen: dict[int, int] = {}  # updates at the last visit, by block
         self.closed = False
         self.optimizer: ZerothOrder | None = None
         self._slots, self._scratch = slots, scratch
@@ -160,14 +168,14 @@ class Engine:
     def _begin(self, block: Block, slot: Slot, sides: Sequence[int], step: Step | None) -> _Visit:
         try:
             with torch.no_grad(), torch.inference_mode(False):
-                return _Visit(self, block, slot, sides, step)
+                return self._visits(self, block, slot, sides, step)
         except BaseException:
             self._abandon(slot)  # it may have taken a part of an update
             raise
 
     def _abandon(self, slot: Slot) -> None:
         """What ``slot`` holds is not to be used: the block comes again from the storage."""
-        slot.users -= 1
+        slot.users = max(0, slot.users - 1)  # a visit may have released it
         self.mover.released(slot)
         self.mover.drop(slot)
 
@@ -175,6 +183,7 @@ class Engine:
         if self._last is not None and self._last != block.index:
             self._next[self._last] = block.index  # the order of the blocks is that of the last pass
         self._last = block.index
+        self._seen[block.index] = self.history.end
         upcoming = [block.index, *self._upcoming(block)[: len(self._slots) - 1]]
         slot = self._slot_of(block) or self._fetch(block, self._victim(upcoming))
         slot.users += 1
@@ -189,7 +198,16 @@ class Engine:
         return slot
 
     def _slot_of(self, block: Block) -> Slot | None:
-        return next((s for s in self._slots if s.block is block), None)
+        return next((s for s in self._slots if s.block is block and not self._stale(s)), None)
+
+    def _stale(self, slot: Slot) -> bool:
+        """Whether the wire bytes in ``slot`` lack more updates than may be taken on the device."""
+        return self.wire is not None and slot.block is not None and self.history.end - slot.updates > self.wire.lag
+
+    def _comes_too_early(self, block: Block) -> bool:
+        """Whether ``block`` is wanted for the next step alone, whose update has to be in its wire bytes."""
+        in_step = self.wire is not None and self.wire.lag == 0 and self._lockstep.current is not None
+        return in_step and self._seen.get(block.index) == self.history.end
 
     def _fetch(self, block: Block, slot: Slot | None) -> Slot:
         assert slot is not None, "no slot is free: more blocks are open at a time than there are slots"
@@ -205,15 +223,17 @@ class Engine:
         return found
 
     def _victim(self, upcoming: list[int]) -> Slot | None:
-        idle = [s for s in self._slots if not s.users and (s.block is None or s.block.index not in upcoming)]
+        wanted = lambda s: s.block is not None and s.block.index in upcoming and not self._stale(s)
+        idle = [s for s in self._slots if not s.users and not wanted(s)]
         return next((s for s in idle if s.block is None), idle[0] if idle else None)
 
     def _prefetch(self, upcoming: list[int]) -> None:
         for index in upcoming:
-            if self._slot_of(self.blocks[index]) is None:
+            block = self.blocks[index]
+            if self._slot_of(block) is None and not self._comes_too_early(block):
                 if (slot := self._victim(upcoming)) is None:
                     return
-                self._fetch(self.blocks[index], slot)
+                self._fetch(block, slot)
 
     def release(self, slot: Slot, onward: bool = True) -> None:
         """What was to be computed from ``slot`` has been issued.  ``onward``: its block is not needed again for now."""
@@ -239,6 +259,8 @@ class Engine:
 
     def updated(self, block: Block, slot: Slot) -> None:
         """``slot`` has all updates: keep it where the rule for writing says so."""
+        if self.wire is not None:
+            return  # it has the bytes that came in, and the host updates its own
         slot.updates = self.history.end
         if self.write_every is not None and slot.updates - block.kept >= self.write_every:
             block.kept = slot.updates
@@ -287,6 +309,13 @@ class Engine:
         """The update of a step has been written down."""
         self.history.commit()
         self.history.drop(min(b.stored for b in self.blocks))
+        if self.wire is not None and self._last is not None:  # before the next forward asks
+            self._prefetch(self._upcoming(self.blocks[self._last])[: len(self._slots)])
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether the device computes with the very weights of the storage: always without ``wire``."""
+        return self.wire is None or self.wire.form.lossless
 
     # Everything at once ---------------------------------------------------------------------------------------------
 
@@ -303,7 +332,9 @@ class Engine:
             return
         if self.writable:
             for block in self.blocks:
-                if block.kept < self.history.end:
+                if block.kept < self.history.end and self.wire is not None:
+                    self.wire.keep(block)
+                elif block.kept < self.history.end:
                     with self._loaded(block) as slot:
                         if block.kept < self.history.end:
                             block.kept = slot.updates
@@ -328,14 +359,18 @@ class Engine:
 
     @contextmanager
     def opened(self, block: Block) -> Iterator[list[Tensor]]:
-        """The parameters of ``block``, on the device, all updates taken; not to be kept."""
+        """The parameters of ``block``, all updates taken, on the device (with ``wire``: the host); not to be kept."""
+        if self.wire is not None:
+            master = self.wire.master(block)
+            yield [e.of(master) for e in block.entries]
+            return
         with self._loaded(block) as slot:
             yield slot.params(block)
 
     def values(self, block: Block) -> list[Tensor]:
         """Copies of the parameters of ``block``, on the device, all updates taken."""
         with self.opened(block) as params:
-            return [v.clone() for v in params]
+            return [v.to(self.device, copy=True) for v in params]
 
     def value(self, param: Tensor) -> Tensor:
         """A copy of one parameter, on the device, all updates taken."""
@@ -343,10 +378,10 @@ class Engine:
             for i, e in enumerate(block.entries):
                 if e.param is param:
                     with self.opened(block) as params:
-                        return params[i].clone()
+                        return params[i].to(self.device, copy=True)
         fail(self.op, "param", "a streamed parameter", "another")
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write all parameters and persistent buffers, with all updates, as the safetensors file ``path``.
 
         Blocks are streamed; the file appears, whole and synced, when all is done.  Tied weights are in it once.
@@ -377,10 +412,12 @@ class Engine:
 class _Visit:
     """A block in its slot, up to date, and scratch with what the sides compute with."""
 
+    everything = False  #: whether parameters without update and perturbation have work, too
+
     def __init__(self, engine: Engine, block: Block, slot: Slot, sides: Sequence[int], step: Step | None) -> None:
         self.engine, self.block, self.slot, self.step = engine, block, slot, step
         self.sides, self._left = list(sides), len(sides)
-        self._params = slot.params(block)
+        self._params = self._values()
         self._held = True
         since = slot.updates
         if since < engine.history.end:
@@ -400,9 +437,12 @@ class _Visit:
         if len(self._made) == self._left and sides and not self._fixed:
             self._release()
 
+    def _values(self) -> list[Tensor]:
+        return self.slot.params(self.block)
+
     def _groups(self, since: int) -> list[_Alike]:
         """Entries by dtype, updates and bucket; those without either are not in any."""
-        found: dict[tuple, _Alike] = {}
+        found: dict[tuple[Any, ...], _Alike] = {}
         self._fixed: list[int] = []  #: entries that no side perturbs
         history, of = self.engine.history, self.step.of if self.step else {}
         for i, e in enumerate(self.block.entries):
@@ -410,7 +450,7 @@ class _Visit:
             bucket, place, of_bucket = of.get(id(e.param), (None, 0, stream))
             if bucket is None:
                 self._fixed.append(i)
-            if bucket is None and not passes:
+            if bucket is None and not passes and not self.everything:
                 continue
             key = (e.param.dtype, id(bucket), *map(id, passes))
             if key not in found:
@@ -433,21 +473,31 @@ class _Visit:
 
     def _fan_out(self, a: _Alike) -> None:
         """The last update and the perturbations in one pass."""
-        bucket, step, passes = a.bucket, self.step, a.passes
-        assert bucket is not None
-        assert step is not None
-        update: dict[str, Any] = {}
-        if passes and passes[-1].dist == bucket.dist:
-            *passes, one = passes
-            update = {key: getattr(one, key) for key in ("seeds", "coeffs", "decay", "rounding", "rounding_seed")}
-        self._take(a, passes)
+        update = self._last_update(a)
+        self._take(a, a.passes[:-1] if update else a.passes)
         params, plus, minus = (
             [views[i] for i in a.entries]
             for views in (self._params, *(self.engine.scratch(self.block, s) for s in (0, 1)))
         )
-        k, c = step.pair(self.sides[:2], a.place)  # type: ignore[misc]
-        seed = step.seeds[bucket.device][k : k + 1]
-        fan_out_(params, plus, minus, seed, c, streams=a.streams, dist=bucket.dist, **update)
+        fan_out_(params, plus, minus, *self._direction(a), **self._noise(a), **update)
+
+    def _last_update(self, a: _Alike) -> dict[str, Any]:
+        """As arguments of a fan-out, where it can be one's."""
+        assert a.bucket is not None
+        if not a.passes or a.passes[-1].dist != a.bucket.dist:
+            return {}
+        return {key: getattr(a.passes[-1], key) for key in ("seeds", "coeffs", "decay", "rounding", "rounding_seed")}
+
+    def _direction(self, a: _Alike) -> tuple[Tensor, float]:
+        """Seed and coefficient of the pair of sides."""
+        assert self.step is not None
+        assert a.bucket is not None
+        k, c = self.step.pair(self.sides[:2], a.place)  # type: ignore[misc]
+        return self.step.seeds[a.bucket.device][k : k + 1], c
+
+    def _noise(self, a: _Alike) -> dict[str, Any]:
+        assert a.bucket is not None
+        return {"streams": a.streams, "dist": a.bucket.dist}
 
     def _perturb(self, side: int) -> list[Tensor]:
         """Scratch with the point of ``side``."""

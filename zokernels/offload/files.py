@@ -11,6 +11,7 @@ import pathlib
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, wait
+from typing import Any
 
 from torch import Tensor
 
@@ -29,7 +30,7 @@ class Direct:
     """A file that is read past the page cache, which would else hold a second copy; where the file system has no direct
     access (tmpfs), through it."""
 
-    def __init__(self, path: str | os.PathLike, write: bool = False) -> None:
+    def __init__(self, path: str | os.PathLike[str], write: bool = False) -> None:
         self.path = os.fspath(path)
         flags = (os.O_RDWR | os.O_CREAT | os.O_EXCL) if write else os.O_RDONLY
         try:
@@ -72,7 +73,9 @@ def memory_of(data: Tensor) -> memoryview:
     return memoryview(array).cast("B")
 
 
-def in_chunks(run: Callable[[memoryview, int], None], data: memoryview, at: int, pool: Executor | None) -> list[Future]:
+def in_chunks(
+    run: Callable[[memoryview, int], None], data: memoryview, at: int, pool: Executor | None
+) -> list[Future[Any]]:
     pieces = [(data[i : i + CHUNK], at + i) for i in range(0, len(data), CHUNK)]
     if pool is None or len(pieces) == 1:
         for piece in pieces:
@@ -128,7 +131,7 @@ class Folder:
     of their own), in whole pages behind the header.
     """
 
-    def __init__(self, path: str | os.PathLike) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = pathlib.Path(path)
 
     def file_of(self, block: Block) -> pathlib.Path:

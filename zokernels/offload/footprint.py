@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from .blocks import Block, find_blocks, streamed_parameters
+from .blocks import PAGE, Block, find_blocks, streamed_parameters
+from .wire import Format
 
 
 class Footprint(NamedTuple):
@@ -24,7 +25,12 @@ class Footprint(NamedTuple):
 
 
 def footprint(
-    model: nn.Module, blocks: str | Sequence[nn.Module] | None = None, *, slots: int = 3, scratch: int = 2
+    model: nn.Module,
+    blocks: str | Sequence[nn.Module] | None = None,
+    *,
+    slots: int = 3,
+    scratch: int = 2,
+    wire: str | None = None,
 ) -> Footprint:
     """What :func:`stream` with these arguments, from host memory or disk, will take of the device.
 
@@ -39,12 +45,14 @@ def footprint(
         block = Block(i, name, module)
         block.place(params)
         made.append(block)
+    form = None if wire is None else Format(wire, made)
+    slot = max(b.nbytes for b in made) if form is None else max(form.nbytes)
     streamed = {id(p) for params in listed for _, p in params}
     size = lambda t: t.numel() * t.element_size()
     resident: list[Tensor] = [p for p in model.parameters() if id(p) not in streamed]
     return Footprint(
-        slots=min(slots, len(made)) * max(b.nbytes for b in made),
-        scratch=scratch * max(b.scratch for b in made),
+        slots=min(slots, len(made)) * -(-slot // PAGE) * PAGE,
+        scratch=(scratch + (form is not None)) * max(b.scratch for b in made),  # one block decoded
         resident=sum(map(size, [*resident, *model.buffers()])),
         copy=max(map(size, resident), default=0),
     )

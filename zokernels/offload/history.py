@@ -80,7 +80,7 @@ class Later(Dense):
 
 
 def take(
-    params: Sequence[Tensor], streams: Sequence[int], passes: Sequence[Pass], done: Callable = lambda n: 0
+    params: Sequence[Tensor], streams: Sequence[int], passes: Sequence[Pass], done: Callable[..., Any] = lambda n: 0
 ) -> None:
     """In place, the passes one by one, each rounded as it was meant to be; several of them piece by piece."""
     if len(passes) == 1:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -153,15 +154,15 @@ class ByThreads(Mover):
         self.source, self.timeline = source, timeline
         self._reads = ThreadPoolExecutor(1, thread_name_prefix="zokernels-read")
         self._writes = ThreadPoolExecutor(1, thread_name_prefix="zokernels-write")
-        self._coming: dict[int, Future] = {}  #: by slot
-        self._leaving: dict[int, Future] = {}  #: by slot
-        self._writing: dict[int, Future] = {}  #: by block
+        self._coming: dict[int, Future[Any]] = {}  #: by slot
+        self._leaving: dict[int, Future[Any]] = {}  #: by slot
+        self._writing: dict[int, Future[Any]] = {}  #: by block
 
     def fetch(self, block: Block, slot: Slot) -> None:
         before = [f for f in (self._leaving.get(slot.index), self._writing.get(block.index)) if f is not None]
         self._coming[slot.index] = self._reads.submit(self._read, block, slot.data, before)
 
-    def _read(self, block: Block, data: Tensor, before: list[Future]) -> None:
+    def _read(self, block: Block, data: Tensor, before: list[Future[Any]]) -> None:
         for future in before:
             future.result()
         with self.timeline.span("copy-in", block):
@@ -274,9 +275,9 @@ class Staged(Mover):
         self._going = [data[i * nbytes : (i + 1) * nbytes] for i in range(slots, 2 * slots)]
         self._reads = ThreadPoolExecutor(1, thread_name_prefix="zokernels-read")
         self._writes = ThreadPoolExecutor(1, thread_name_prefix="zokernels-write")
-        self._issued: dict[int, Future] = {}
-        self._written: dict[int, Future] = {}  #: by block
-        self._emptied: dict[int, Future] = {}  #: by slot: its buffer on the way out is free
+        self._issued: dict[int, Future[Any]] = {}
+        self._written: dict[int, Future[Any]] = {}  #: by block
+        self._emptied: dict[int, Future[Any]] = {}  #: by slot: its buffer on the way out is free
         self._free: dict[int, torch.cuda.Event] = {}
         self._left: dict[int, torch.cuda.Event] = {}
 
@@ -286,7 +287,7 @@ class Staged(Mover):
         self._issued[slot.index] = self._reads.submit(self._read, block, slot, events, before)
 
     def _read(
-        self, block: Block, slot: Slot, events: list[torch.cuda.Event], before: Future | None
+        self, block: Block, slot: Slot, events: list[torch.cuda.Event], before: Future[Any] | None
     ) -> torch.cuda.Event:
         if before is not None:
             before.result()

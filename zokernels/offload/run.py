@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ _RESIDENT = "resident"
 class Run:
     op = "stream"
 
-    def __init__(self, path: str | os.PathLike, blocks: Sequence[Block], resume: bool) -> None:
+    def __init__(self, path: str | os.PathLike[str], blocks: Sequence[Block], resume: bool) -> None:
         self.path = pathlib.Path(path)
         self.log = self.path / LOG
         self.path.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ class Run:
             file.flush()
             self.durable()
 
-    def _load_resident(self, optimizer: ZerothOrder, header: dict) -> int:
+    def _load_resident(self, optimizer: ZerothOrder, header: dict[str, Any]) -> int:
         """The number of updates in the resident parameters, which are loaded."""
         path = self.path / f"{_RESIDENT}.safetensors"
         block, params = self._resident(optimizer)
@@ -140,7 +140,7 @@ class Run:
                 p.copy_(file.tensor(e.name))
         return version_of(self.op, file)
 
-    def _check_base(self, optimizer: ZerothOrder, header: dict) -> None:
+    def _check_base(self, optimizer: ZerothOrder, header: dict[str, Any]) -> None:
         """Whether the resident parameters hold what the run began with."""
         from ..optim.groups import engine_of
 

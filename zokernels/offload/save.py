@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 
-def save(engine: Engine, path: str | os.PathLike) -> None:
+def save(engine: Engine, path: str | os.PathLike[str]) -> None:
     streamed = {id(e.param): (block, i) for block in engine.blocks for i, e in enumerate(block.entries)}
     tensors: dict[int, tuple[str, Tensor]] = {}
     for name, _, _, p in aliases(engine.model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +12,15 @@ from torch import Tensor, nn
 from ..checks import fail
 from ..contract import canonical_name
 from ..trajectory.checkpoint import Checkpoint
-from .blocks import Block, aliases, find_blocks, materialise, place_extents, streamed_parameters
+from ..wire import Wire, format_of
+from .blocks import PAGE, Block, aliases, find_blocks, materialise, place_extents, streamed_parameters
 from .engine import Engine
 from .files import check_room
 from .memory import mapping
 from .movers import ByStreams, ByThreads, Files, HostMemory, InPlace, Mover, Slot, Staged
 from .run import Run
 from .timeline import Timeline
+from .wire import Encoding, Format
 
 STORAGES = ("device", "host", "disk")
 
@@ -31,13 +34,14 @@ def stream(
     storage: str = "host",
     device: torch.device | str | None = None,
     *,
-    weights: str | os.PathLike | Fill | None = None,
-    path: str | os.PathLike | None = None,
+    weights: str | os.PathLike[str] | Fill | None = None,
+    path: str | os.PathLike[str] | None = None,
     resume: bool = False,
     slots: int = 3,
     scratch: int = 2,
     write_every: int | None = 1,
     threads: int = 2,
+    wire: Wire | None = None,
 ) -> Engine:
     r"""Let the blocks of ``model`` live in ``storage`` and come to ``device`` one after another, once a step.
 
@@ -68,6 +72,11 @@ def stream(
         write_every: a block is written back when it has taken this many updates.  n > 1 saves traffic; it is then
             brought up to date from the stored weights each time it comes in, by n passes at most.
         threads: that read and write files.
+        wire: (host, disk) what crosses the link: None (the weights; lossless), "bf16", "fp16", "fp8" or "int8"
+            (``zokernels.wire``).  The host keeps the weights, exact, and applies each update itself: nothing comes
+            back.  bf16 of bf16 and fp16 of fp16 weights are lossless (:attr:`Engine.is_lossless`): the bits of None.
+            All else is lossy: forwards compute with decode(encode(theta)), rounded to the weights' dtype, in the place
+            of theta.  What is stored and saved, and ``state_dict()``, are the weights themselves.
 
     Returns: the :class:`Engine`, a context manager: ``flush()``, ``save(file)``, ``close()``.
 
@@ -77,7 +86,7 @@ def stream(
     (ZeRO-Infinity, arXiv 2104.07857) and Liao et al. 2024 (Fuyou, arXiv 2403.06504).
     """
     op = "stream"
-    _check(op, storage, weights, path, resume, slots, scratch, write_every, threads)
+    _check(op, storage, weights, path, resume, slots, scratch, write_every, threads, wire)
     target = _device(op, model, device)
     if any(hasattr(p, "_zo_engine") for p in model.parameters()):
         fail(op, "model", "a model that is not streamed", "one that is", RuntimeError)
@@ -95,16 +104,20 @@ def stream(
             block.place(params)
         made.append(block)
     timeline, size = Timeline(), max(b.nbytes for b in made)
-    held = _slots(made, storage, slots, target)
+    form = None if wire is None else Format(wire, made)
+    held = _slots(made, storage, slots, target, size if form is None else max(form.nbytes))
     copies = [torch.empty(max(b.scratch for b in made), dtype=torch.uint8, device=target) for _ in range(scratch)]
-    memory = HostMemory(made, target) if storage == "host" else None
+    # With a wire format the copies to the device come from buffers of their own.
+    memory = HostMemory(made, torch.device("cpu") if form else target) if storage == "host" else None
     to_gpu = target.type == "cuda"
-    staging = mapping(2 * slots * size, target) if storage == "disk" and to_gpu else None
+    staging = mapping(2 * slots * size, target) if storage == "disk" and to_gpu and form is None else None
     run = None if path is None else Run(path, made, resume)
     # From here on the model changes.
     loaded = {} if checkpoint is None else checkpoint.tensors()
     _load_resident(model, made, loaded, fill)
     mover: Mover
+    writes = write_every if storage != "disk" or path is not None else None
+    encoding = lambda source: Encoding(source, form, made, len(held), target, writes, timeline)
     if storage == "disk":
         source = Files(run.folder if run else None, run.durable if run else lambda: None, threads)
         source.reader.own.update(run.files if run else {})
@@ -117,28 +130,34 @@ def stream(
                 source.write(b, _packed(b, {}, fill), 0)
         elif run:
             check_room(op, run.folder, made, size + sum(b.nbytes for b in made if b.index not in run.files))
-        mover = ByThreads(source, timeline) if staging is None else Staged(source, staging, slots, target, timeline)
+        if form:
+            mover = encoding(source)
+        else:
+            mover = ByThreads(source, timeline) if staging is None else Staged(source, staging, slots, target, timeline)
     elif memory is not None:
         for b in made:
             memory.write(b, _packed(b, loaded, fill), 0)
-        mover = ByStreams(memory, target, timeline) if to_gpu else ByThreads(memory, timeline)
+        if form:
+            mover = encoding(memory)
+        else:
+            mover = ByStreams(memory, target, timeline) if to_gpu else ByThreads(memory, timeline)
     else:
         mover = InPlace()
         for b, slot in zip(made, held, strict=True):
             slot.data.copy_(_packed(b, loaded, fill))
     _move_the_rest(model, made, target)
-    writes = write_every if storage != "disk" or path is not None else None
-    return Engine(model, made, held, copies, mover, target, timeline, writes, run)
+    link = mover if isinstance(mover, Encoding) else None
+    return Engine(model, made, held, copies, mover, target, timeline, writes, run, link)
 
 
-def _slots(blocks: Sequence[Block], storage: str, count: int, device: torch.device) -> list[Slot]:
+def _slots(blocks: Sequence[Block], storage: str, count: int, device: torch.device, size: int) -> list[Slot]:
     """Buffers on the device; with storage "device" one for each block, of its size."""
     if storage == "device":
         held = [Slot(i, torch.empty(b.nbytes, dtype=torch.uint8, device=device)) for i, b in enumerate(blocks)]
         for slot, b in zip(held, blocks, strict=True):
             slot.block = b
         return held
-    count, size = min(count, len(blocks)), max(b.nbytes for b in blocks)
+    count, size = min(count, len(blocks)), -(-size // PAGE) * PAGE
     on_cpu = device.type == "cpu"  # files are read into it directly: it begins at a page
     region = mapping(count * size, device) if on_cpu else torch.empty(count * size, dtype=torch.uint8, device=device)
     return [Slot(i, region[i * size : (i + 1) * size]) for i in range(count)]
@@ -172,9 +191,24 @@ def _move_the_rest(model: nn.Module, blocks: Sequence[Block], device: torch.devi
                 module._buffers[key] = buffer.to(device)
 
 
-def _check(op, storage, weights, path, resume, slots, scratch, write_every, threads) -> None:
+def _check(
+    op: str,
+    storage: Any,
+    weights: Any,
+    path: Any,
+    resume: Any,
+    slots: Any,
+    scratch: Any,
+    write_every: Any,
+    threads: Any,
+    wire: Any,
+) -> None:
     if storage not in STORAGES:
         fail(op, "storage", ", ".join(map(repr, STORAGES)), repr(storage))
+    if wire is not None:
+        format_of(op, wire)
+        if storage == "device":
+            fail(op, "wire", "None where storage is 'device': nothing crosses a link", repr(wire))
     whole = lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1
     for argument, value in (("slots", slots), ("threads", threads)):
         if not whole(value):

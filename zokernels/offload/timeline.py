@@ -81,8 +81,8 @@ class Timeline:
         self._events.append((lane, block.name, begin, end))
 
 
-LANES = {"read": "#0f766e", "copy-in": "#0891b2", "update": "#ea580c", "compute": "#4f46e5", "copy-out": "#be123c",
-         "write": "#881337"}  # fmt: skip
+LANES = {"read": "#0f766e", "encode": "#65a30d", "copy-in": "#0891b2", "update": "#ea580c", "compute": "#4f46e5",
+         "copy-out": "#be123c", "write": "#881337"}  # fmt: skip
 
 
 def _short(block: str) -> str:
@@ -91,7 +91,7 @@ def _short(block: str) -> str:
     return ".".join(parts[next((i for i, p in enumerate(parts) if p.isdecimal()), -1) :])
 
 
-def plot(spans: Sequence[Span], path: str | os.PathLike, title: str = "") -> None:
+def plot(spans: Sequence[Span], path: str | os.PathLike[str], title: str = "") -> None:
     """A PNG (or what the name says) with a row for each lane and a bar for each span.  Needs matplotlib."""
     from matplotlib.figure import Figure
 

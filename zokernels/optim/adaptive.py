@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from .estimators import ThreePoint
 from .optimizer import ZerothOrder
+from .rules import Rule
 from .stateful import Adam, Curvature, CurvedDirection, Sign
 from .window import AdamWindow
 from .zosgd import Differences
@@ -34,15 +38,16 @@ class ZOAdam(Differences):
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float | Tensor,
-        *args,
+        *args: Any,
         betas: tuple[float, float] = (0.9, 0.999),
         adam_eps: float = 1e-8,
         window: int | None = None,
         state_dtype: torch.dtype = torch.float32,
-        **options,
+        **options: Any,
     ) -> None:
+        rule: Rule
         if window is None:
             rule = Adam(betas, adam_eps, self._decoupled, state_dtype)
         else:
@@ -71,7 +76,7 @@ class ZOSignSGD(Differences):
     Source: ZO-signSGD, Liu et al., 2019.
     """
 
-    def __init__(self, params, lr: float | Tensor, *args, l2: float = 0.0, **options) -> None:
+    def __init__(self, params: ParamsT, lr: float | Tensor, *args: Any, l2: float = 0.0, **options: Any) -> None:
         super().__init__(params, lr, *args, rule=Sign(l2), **options)
 
 
@@ -95,12 +100,19 @@ class HiZOO(ZerothOrder):
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float | Tensor,
-        *args,
+        *args: Any,
         alpha: float = 1e-6,
         state_dtype: torch.dtype = torch.float32,
-        **options,
+        **options: Any,
     ) -> None:
-        parts = {"estimator": ThreePoint(), "direction": CurvedDirection(), "rule": Curvature(alpha, state_dtype)}
-        super().__init__(params, lr, *args, **parts, **options)
+        super().__init__(
+            params,
+            lr,
+            *args,
+            estimator=ThreePoint(),
+            direction=CurvedDirection(),
+            rule=Curvature(alpha, state_dtype),
+            **options,
+        )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from ..backends.reference.noise import uniform16_at
 from ..backends.reference.rounding import round_stochastic
@@ -34,7 +35,7 @@ class Entries(NamedTuple):
     bucket: Bucket
     weights: Tensor  #: all of them, flat
     stream: int
-    index: Tensor  #: int64 [n]: which
+    places: Tensor  #: int64 [n]: which
     kept: Tensor  #: [n]: their values
     sides: list[Tensor]  #: [n] each: the values that they are moved to
 
@@ -108,7 +109,7 @@ class ZOCGE(ZerothOrder):
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float | Tensor,
         eps: float = 5e-3,
         weight_decay: float = 0.0,
@@ -153,11 +154,11 @@ class ZOCGE(ZerothOrder):
         moves = (
             (e.weights, i, side[at], e.kept[at])
             for e in self._entries
-            for at, i in enumerate(e.index.tolist())
+            for at, i in enumerate(e.places.tolist())
             for side in e.sides
         )
         losses = losses_at(itertools.chain((None for s in signs if not s), moves))
-        gradients, finite = gate([e.bucket for e in self._entries], self._gradients(losses))
+        gradients, finite = gate([e.bucket.group for e in self._entries], self._gradients(losses))
         return Estimate(losses, gradients, finite, self._skips(finite), losses)
 
     def _gradients(self, losses: Tensor) -> list[Tensor]:
@@ -165,7 +166,7 @@ class ZOCGE(ZerothOrder):
         values = losses.double()
         one_sided = len(self._entries[0].sides) == 1
         change = values[1:] - values[0] if one_sided else values[::2] - values[1::2]
-        parts = change.split([e.index.numel() for e in self._entries])
+        parts = change.split([e.places.numel() for e in self._entries])
         return [
             projected_gradient(part / e.steps().to(losses.device, non_blocking=True), e.bucket.group["clip"])
             for part, e in zip(parts, self._entries, strict=True)
@@ -181,10 +182,10 @@ class ZOCGE(ZerothOrder):
                 acc = gated_decay(decay_of(group, g), estimate.finite, device) * acc
             acc = acc + descent(group, g).to(device, non_blocking=True)
             if group["rounding"] == "stochastic":
-                fields = uniform16_at(probe.seeds[device], e.stream, DOMAIN_ROUNDING, e.index)
-                e.weights[e.index] = round_stochastic(acc, fields, e.weights.dtype)
+                fields = uniform16_at(probe.seeds[device], e.stream, DOMAIN_ROUNDING, e.places)
+                e.weights[e.places] = round_stochastic(acc, fields, e.weights.dtype)
             else:
-                e.weights[e.index] = acc.to(e.weights.dtype)
+                e.weights[e.places] = acc.to(e.weights.dtype)
         torch.clear_autocast_cache()
         self._state.advance(estimate.finite)
 
@@ -206,7 +207,7 @@ class ZOCGE(ZerothOrder):
         counts = [p.numel() if index is None else index.numel() for _, p, _, index in allowed]
         seed = derive_seed_int(self.seed, self.step_count, _CHOICE_K)
         if self._per_step is None:
-            chosen = [range(n) for n in counts]
+            chosen: list[Sequence[int]] = [range(n) for n in counts]
         elif isinstance(self._per_step, int):
             total, ends = sum(counts), list(itertools.accumulate(counts))
             if self._per_step > total:
@@ -238,7 +239,7 @@ class ZOCGE(ZerothOrder):
         if "mask" not in self.state[param]:
             return None
         packed = self.state[param]["mask"]
-        bits = packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
+        bits: Tensor = packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
         return bits.flatten()[: param.numel()].nonzero().squeeze(1)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -111,6 +111,8 @@ class Direction:
 
     #: Host steps after which something is drawn or measured anew; None: never, and so within a CUDA graph.
     refresh: int | None = None
+    #: Whether what z is in a parameter depends on no other parameter.
+    separate = True
 
     def prepare(self, optimizer: ZerothOrder, buckets: list[Bucket], seeds: dict[torch.device, Tensor]) -> None:
         """Set ``bucket.direction``.  The weights are unperturbed; ``seeds``: int64 [q] of the step."""

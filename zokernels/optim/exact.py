@@ -125,7 +125,7 @@ class TangentProbe(ExactProbe):
 
     @contextmanager
     def point(self, points: list[Point]) -> Iterator[None]:
-        unit = [dict.fromkeys(point, 1.0) for point in points]
+        unit: list[Point] = [dict.fromkeys(point, 1.0) for point in points]
         # Fused attention has no forward-mode derivative.
         with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), super().point(unit):
             yield

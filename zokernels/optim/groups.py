@@ -54,7 +54,7 @@ class Bucket:
             back[k].sub_(c)
         return back
 
-    def layout(self) -> tuple:
+    def layout(self) -> tuple[Any, ...]:
         """All that a perturbation depends on, besides its seed."""
         return self.device, self.dtype, self.eps, self.dist, self.direction, self.streams, [id(p) for p in self.params]
 
@@ -118,7 +118,7 @@ def label_of(group: dict[str, Any], index: int) -> str:
 
 def check_param(op: str, group: dict[str, Any], param: Tensor, label: str) -> None:
     """A trainable parameter is dense memory that a kernel can walk in logical order."""
-    if isinstance(param, torch.nn.parameter.UninitializedTensorMixin):
+    if torch.nn.parameter.is_lazy(param):
         fail(op, label, "an initialized parameter", "a lazy one; run the model once before", TypeError)
     if is_sharded(param):
         if "bits" in group:
@@ -189,7 +189,7 @@ def plan(op: str, groups: list[dict[str, Any]]) -> list[Bucket]:
     Built anew at each step (about a microsecond a parameter), because dtype, device, requires_grad and the groups may
     all change between steps; everything that would make a step fail half-way is checked here.
     """
-    buckets: dict[tuple, Bucket] = {}
+    buckets: dict[tuple[Any, ...], Bucket] = {}
     for at, group in enumerate(groups):
         check_hyperparameters(op, group)
         for i, (param, stream) in enumerate(zip(group["params"], group["streams"], strict=True)):

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 
 def is_capturing(devices: Iterable[torch.device]) -> bool:
@@ -59,6 +60,8 @@ class GraphRng:
             with torch.cuda.device(default.device):  # where torch allocates what the graph reads
                 for generator in owned:
                     graph.register_generator_state(generator)
+
+    _cpu: Tensor
 
     @contextmanager
     def forward(self, index: int) -> Iterator[None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +33,12 @@ def gathered_anew() -> Iterator[None]:
 
     FSDP leaves the root's weights gathered after a forward: the next one would see those of the point before.
     """
-    module = sys.modules.get("torch.distributed.fsdp")
-    kind = getattr(module, "FSDPModule", None)
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kind: Any = getattr(fsdp, "FSDPModule", None)
     if kind is None:
         yield
         return
-    seen: dict[nn.Module, None] = {}
+    seen: dict[Any, None] = {}
 
     def before(module: nn.Module, inputs: object) -> None:
         if isinstance(module, kind):
@@ -75,7 +76,7 @@ class KeptProbe:
     @contextmanager
     def at(self, points: list[Point]) -> Iterator[None]:
         if self._kept is None:
-            self._kept = [self._copy(locals_of(b.params)) for b in self.buckets]
+            self._kept = [self._copy(list(locals_of(b.params))) for b in self.buckets]
         with uninterrupted():
             for b, kept, point in zip(self.buckets, self._kept, points, strict=True):
                 b.direction.perturb(b, b.params, b.params, b.streams, *terms(point, self.seeds[b.device]), theta=kept)

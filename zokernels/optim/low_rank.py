@@ -42,7 +42,8 @@ def _draw(
 
 def _orthonormal(x: Tensor) -> Tensor:
     """Columns that span those of ``x`` (float64 QR, rounded to fp32)."""
-    return torch.linalg.qr(x.double()).Q.float().contiguous()
+    q: Tensor = torch.linalg.qr(x.double()).Q
+    return q.float().contiguous()
 
 
 def _parts(
@@ -74,7 +75,7 @@ def _parts(
 class _Factored(Dense):
     """Applies ``kind`` to matrices and dense noise to the rest."""
 
-    def __init__(self, kind: LowRank, kept_seed: Tensor, cache: dict[tuple, Any]) -> None:
+    def __init__(self, kind: LowRank, kept_seed: Tensor, cache: dict[tuple[Any, ...], Any]) -> None:
         self._kind, self._kept_seed, self._cache = kind, kept_seed, cache
 
     def _apply(
@@ -97,13 +98,13 @@ class _Factored(Dense):
             if out is None:
                 combine_(pick(theta, flat), **noise, **rounding)
             else:
-                places = pick(out, flat), pick(params, flat), pick(streams, flat)
-                Dense().perturb(bucket, *places, seeds, coeffs, theta=pick(theta, flat), **rounding)
+                chosen = pick(out, flat), pick(params, flat), pick(streams, flat)
+                Dense().perturb(bucket, *chosen, seeds, coeffs, theta=pick(theta, flat), **rounding)
         if wide:
             matrices, places = pick(params, wide), pick(streams, wide)
             left, right = self.factors(matrices, places, seeds)
             left, right, offsets = _parts(type(self._kind).__name__, matrices, left, right, rounding)
-            where = {"streams": places, "offsets": offsets}
+            where: dict[str, Any] = {"streams": places, "offsets": offsets}
             if out is None:
                 low_rank_(pick(theta, wide), left, right, coeffs, **where, **rounding)
             else:
@@ -119,7 +120,17 @@ class _Factored(Dense):
             return [empty(m) for m, _ in shapes], [empty(n) for _, n in shapes]
         return tuple([torch.stack([pair[side][t] for pair in pairs]) for t in range(len(shapes))] for side in (0, 1))  # type: ignore[return-value]
 
-    def perturb(self, bucket, out, params, streams, seeds, coeffs, decay=None, theta=None) -> None:
+    def perturb(
+        self,
+        bucket: Bucket,
+        out: Sequence[Tensor],
+        params: Sequence[Tensor],
+        streams: Sequence[int],
+        seeds: Tensor,
+        coeffs: Tensor,
+        decay: float | None = None,
+        theta: Sequence[Tensor] | None = None,
+    ) -> None:
         self._apply(bucket, out, params, streams, seeds, coeffs, theta, decay=decay)
 
     def move(self, bucket: Bucket, seeds: Tensor, coeffs: Tensor) -> None:
@@ -150,11 +161,11 @@ class LowRank(Direction):
             seed = derived_seed(optimizer, window, _FACTOR_K, bucket.device)
             bucket.direction = _Factored(self, seed, self._cache(optimizer, window))
 
-    def _cache(self, optimizer: ZerothOrder, window: int) -> dict[tuple, Any]:
+    def _cache(self, optimizer: ZerothOrder, window: int) -> dict[tuple[Any, ...], Any]:
         """Of what is too dear to draw again in every call; it dies with the window."""
         return {}
 
-    def kept(self, shapes: Shapes, streams: list[int], seed: Tensor, cache: dict[tuple, Any]) -> Any:
+    def kept(self, shapes: Shapes, streams: list[int], seed: Tensor, cache: dict[tuple[Any, ...], Any]) -> Any:
         """What stays for a window, for the matrices at hand."""
         return None
 
@@ -162,10 +173,10 @@ class LowRank(Direction):
         """Left [m, r] and right [n, r] factors of one direction."""
         raise NotImplementedError
 
-    def _left(self, shapes, streams, seed, c: float) -> list[Tensor]:
+    def _left(self, shapes: Shapes, streams: list[int], seed: Tensor, c: float) -> list[Tensor]:
         return _draw([(m, self.rank) for m, _ in shapes], seed, streams, [0] * len(shapes), c)
 
-    def _right(self, shapes, streams, seed) -> list[Tensor]:
+    def _right(self, shapes: Shapes, streams: list[int], seed: Tensor) -> list[Tensor]:
         """Of the same seed and stream as the left factors, behind their elements."""
         return _draw([(n, self.rank) for _, n in shapes], seed, streams, [m * self.rank for m, _ in shapes], 1.0)
 
@@ -176,10 +187,10 @@ class KeptRight(LowRank):
 
     refresh: int | None = 50
 
-    def kept(self, shapes, streams, seed, cache):
+    def kept(self, shapes: Shapes, streams: list[int], seed: Tensor, cache: dict[tuple[Any, ...], Any]) -> Any:
         return self._right(shapes, streams, seed)
 
-    def drawn(self, shapes, streams, seed, kept):
+    def drawn(self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any) -> tuple[list[Tensor], list[Tensor]]:
         return self._left(shapes, streams, seed, self.rank**-0.5), kept
 
 
@@ -187,7 +198,7 @@ class KeptRight(LowRank):
 class FreshFactors(LowRank):
     """z = A B^T / sqrt(r), both fresh in every direction (EGGROLL)."""
 
-    def drawn(self, shapes, streams, seed, kept):
+    def drawn(self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any) -> tuple[list[Tensor], list[Tensor]]:
         return self._left(shapes, streams, seed, self.rank**-0.5), self._right(shapes, streams, seed)
 
 
@@ -195,10 +206,10 @@ class FreshFactors(LowRank):
 class TemporalFactor(LowRank):
     """z = sum_s tau_s u_s v_s^T / sqrt(r): u and v kept, tau [r] fresh in every direction (TeZO)."""
 
-    def kept(self, shapes, streams, seed, cache):
+    def kept(self, shapes: Shapes, streams: list[int], seed: Tensor, cache: dict[tuple[Any, ...], Any]) -> Any:
         return self._left(shapes, streams, seed, self.rank**-0.5), self._right(shapes, streams, seed)
 
-    def drawn(self, shapes, streams, seed, kept):
+    def drawn(self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any) -> tuple[list[Tensor], list[Tensor]]:
         tau = _draw([(1, self.rank)] * len(shapes), seed, streams, [0] * len(shapes), 1.0)
         left, right = kept
         return [u * t for u, t in zip(left, tau, strict=True)], right
@@ -221,15 +232,15 @@ class Subspace(LowRank):
                     fail("Subspace", "rank", f"at most the size of every matrix, {tuple(p.shape)}", self.rank)
         super().prepare(optimizer, buckets, seeds)
 
-    def _cache(self, optimizer: ZerothOrder, window: int) -> dict[tuple, Any]:
+    def _cache(self, optimizer: ZerothOrder, window: int) -> dict[tuple[Any, ...], Any]:
         key = (optimizer.seed, window)
-        held = optimizer.__dict__.setdefault("_subspaces", {})
+        held: dict[Any, dict[tuple[Any, ...], Any]] = optimizer.__dict__.setdefault("_subspaces", {})
         if key not in held:
             held.clear()
             held[key] = {}
         return held[key]
 
-    def kept(self, shapes, streams, seed, cache):
+    def kept(self, shapes: Shapes, streams: list[int], seed: Tensor, cache: dict[tuple[Any, ...], Any]) -> Any:
         found = []
         for shape, stream in zip(shapes, streams, strict=True):
             key = (shape, stream, seed.device)
@@ -239,7 +250,7 @@ class Subspace(LowRank):
             found.append(cache[key])
         return found
 
-    def drawn(self, shapes, streams, seed, kept):
+    def drawn(self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any) -> tuple[list[Tensor], list[Tensor]]:
         mixed = _draw([(self.rank, self.rank)] * len(shapes), seed, streams, [0] * len(shapes), 1.0)
         left = [torch.full((m, self.rank), -0.0, device=seed.device) for m, _ in shapes]
         scales = torch.cat([torch.full((1, 1), (m * n) ** 0.5 / self.rank, device=seed.device) for m, n in shapes])

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from ..checks import fail
 from .estimators import ForwardMode, Ranking, StdNormalized, TwoSided
@@ -37,14 +38,14 @@ class FZOO(ZerothOrder):
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float | Tensor,
         eps: float = 1e-3,
         *,
         directions: int = 8,
         std_eps: float = 1e-8,
         dist: str = "rademacher",
-        **options,
+        **options: Any,
     ) -> None:
         super().__init__(
             params, lr, eps, dist=dist, estimator=StdNormalized(directions, std_eps), rule=SGD(), **options
@@ -72,7 +73,14 @@ class ZORankSGD(ZerothOrder):
     """
 
     def __init__(
-        self, params, lr: float | Tensor, eps: float = 1e-3, *, candidates: int = 8, top: int | None = None, **options
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        eps: float = 1e-3,
+        *,
+        candidates: int = 8,
+        top: int | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(params, lr, eps, estimator=Ranking(candidates, top), rule=SGD(), **options)
 
@@ -112,7 +120,9 @@ class ZOConservative(ZerothOrder):
     Source: ZO-SGD-Cons of Zhang et al., 2024, arXiv 2402.11592.
     """
 
-    def __init__(self, params, lr: float | Tensor, eps: float = 1e-3, *, directions: int = 1, **options) -> None:
+    def __init__(
+        self, params: ParamsT, lr: float | Tensor, eps: float = 1e-3, *, directions: int = 1, **options: Any
+    ) -> None:
         super().__init__(params, lr, eps, estimator=TwoSided(directions), rule=Conservative(), **options)
 
 
@@ -134,7 +144,9 @@ class ForwardGradient(ZerothOrder):
     Source: Baydin et al., 2022, arXiv 2202.08587.
     """
 
-    def __init__(self, params, lr: float | Tensor, *, directions: int = 1, restore: str = "exact", **options) -> None:
+    def __init__(
+        self, params: ParamsT, lr: float | Tensor, *, directions: int = 1, restore: str = "exact", **options: Any
+    ) -> None:
         if restore != "exact":
             fail(self._op, "restore", "'exact': the weights are never perturbed", repr(restore))
         super().__init__(params, lr, estimator=ForwardMode(directions), rule=SGD(), **options)
@@ -157,7 +169,9 @@ class SparseMeZO(ZOSGD):
     Source: Liu et al., 2024, arXiv 2402.15751 (density = 1 - its sparsity).
     """
 
-    def __init__(self, params, *args, density: float = 0.25, refresh: int | None = None, **options) -> None:
+    def __init__(
+        self, params: ParamsT, *args: Any, density: float = 0.25, refresh: int | None = None, **options: Any
+    ) -> None:
         super().__init__(params, *args, direction=MagnitudeMask(density, refresh), **options)
 
 
@@ -167,7 +181,9 @@ class LeZO(ZOSGD):
     Source: Wang et al., 2024, arXiv 2410.09823.
     """
 
-    def __init__(self, params, *args, skipped: float = 0.75, layers: str = LAYERS, **options) -> None:
+    def __init__(
+        self, params: ParamsT, *args: Any, skipped: float = 0.75, layers: str = LAYERS, **options: Any
+    ) -> None:
         super().__init__(params, *args, subset=LayerSkip(layers, skipped), **options)
 
 
@@ -179,13 +195,13 @@ class ZOBCD(ZOSGD):
 
     def __init__(
         self,
-        params,
-        *args,
+        params: ParamsT,
+        *args: Any,
         size: int = 1,
         period: int = 1,
         order: str = "cyclic",
         layers: str = LAYERS,
-        **options,
+        **options: Any,
     ) -> None:
         super().__init__(params, *args, subset=Blocks(layers, size, period, order), **options)
 
@@ -198,7 +214,7 @@ class LOZO(ZOSGD):
     Source: Chen et al., 2024, arXiv 2410.07698.
     """
 
-    def __init__(self, params, *args, rank: int = 4, interval: int | None = 50, **options) -> None:
+    def __init__(self, params: ParamsT, *args: Any, rank: int = 4, interval: int | None = 50, **options: Any) -> None:
         super().__init__(params, *args, direction=KeptRight(rank, interval), **options)
 
 
@@ -208,7 +224,7 @@ class SubZero(ZOSGD):
     Source: Yu et al., 2024, arXiv 2410.08989.
     """
 
-    def __init__(self, params, *args, rank: int = 16, interval: int | None = 500, **options) -> None:
+    def __init__(self, params: ParamsT, *args: Any, rank: int = 16, interval: int | None = 500, **options: Any) -> None:
         super().__init__(params, *args, direction=Subspace(rank, interval), **options)
 
 
@@ -218,7 +234,7 @@ class TeZO(ZOSGD):
     Source: Sun et al., 2025, arXiv 2501.19057.
     """
 
-    def __init__(self, params, *args, rank: int = 16, **options) -> None:
+    def __init__(self, params: ParamsT, *args: Any, rank: int = 16, **options: Any) -> None:
         super().__init__(params, *args, direction=TemporalFactor(rank), **options)
 
 
@@ -230,5 +246,5 @@ class EGGROLL(ZOSGD):
     Source: Sarkar et al., 2025, arXiv 2511.16652.
     """
 
-    def __init__(self, params, *args, rank: int = 1, directions: int = 8, **options) -> None:
+    def __init__(self, params: ParamsT, *args: Any, rank: int = 1, directions: int = 8, **options: Any) -> None:
         super().__init__(params, *args, directions=directions, direction=FreshFactors(rank), **options)

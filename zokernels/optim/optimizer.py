@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 from ..checks import fail
 from ..contract import CONTRACT
@@ -61,6 +62,8 @@ class Estimate(NamedTuple):
     multiple: Tensor | None = (
         None  #: of the gradients, for the update: the rule's choice among its trials (fp32, 0-dim)
     )
+    #: Groups whose parameters are on other stages of a pipeline alone, and their g.
+    elsewhere: Sequence[tuple[dict[str, Any], Tensor]] = ()
 
 
 class ZerothOrder(torch.optim.Optimizer):
@@ -94,7 +97,8 @@ class ZerothOrder(torch.optim.Optimizer):
         resume: continue the run in ``trajectory``, where that file exists: the parameters, which hold the run's base
             weights, and this optimizer take the recorded steps before the constructor returns.
         mesh: the processes of the run, a ``torch.distributed`` DeviceMesh with dimensions "data" (each rank its own
-            batches), "perturbation" (each rank its share of the step's forwards), or both; or an
+            batches), "perturbation" (each rank its share of the step's forwards), "pipeline" (each rank its own
+            parameters), or several of them; or an
             :class:`zokernels.distributed.Exchange` of one.  All ranks call :meth:`step` together.  docs/distributed.md.
         estimator, rule: what a subclass is made of.
 
@@ -110,7 +114,7 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float | Tensor,
         eps: float = 1e-3,
         weight_decay: float = 0.0,
@@ -123,7 +127,7 @@ class ZerothOrder(torch.optim.Optimizer):
         capturable: bool = False,
         direction: Direction | None = None,
         subset: Subset | None = None,
-        trajectory: str | os.PathLike | None = None,
+        trajectory: str | os.PathLike[str] | None = None,
         resume: bool = False,
         mesh: DeviceMesh | Exchange | None = None,
         estimator: Estimator,
@@ -145,16 +149,19 @@ class ZerothOrder(torch.optim.Optimizer):
         self.direction = Direction() if direction is None else direction
         if capturable and (self.direction.refresh is not None or subset is not None):
             fail(self._op, "capturable", "False with a schedule that the host keeps (refresh, subset)", True)
-        self._restore, self._told, self._skips_told = restore, set(), 0
+        self._restore, self._skips_told = restore, 0
+        self._told: set[str] = set()
         self._state = (DeviceState if capturable else HostState)(check_seed(self._op, seed))
-        self._pool, self._two_pass, self._graph_rng = ScratchPool(), None, None
+        self._pool = ScratchPool()
+        self._two_pass: TwoPass | None = None
+        self._graph_rng: GraphRng | None = None
         self._engine: Engine | None = None  # where parameters are streamed
         self._recorder, self._carried = None, False  # whether the step began with a perturbation of the two-pass form
         self._exchange = None
         if mesh is not None:
             from ..distributed.exchange import exchange_of
 
-            self._exchange = exchange_of(self._op, mesh, estimator, capturable)
+            self._exchange = exchange_of(self, mesh)
         #: g of the last step (fp32, on the device; 0-dim for one direction, else [q]), of the first group's eps, clip.
         self.last_projected_gradient: Tensor | None = None
         #: What the last step returned.
@@ -208,6 +215,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self.rule.check(self._op, group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self._name_empty(param_group)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "optimizer contains a parameter group with duplicate", UserWarning)
             super().add_param_group(param_group)
@@ -227,6 +235,20 @@ class ZerothOrder(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
+    def _name_empty(self, param_group: dict[str, Any]) -> None:
+        """Groups without parameters (on a stage of a pipeline) count as named where the others are; torch refuses a
+        mixture."""
+        params = param_group["params"]
+        if isinstance(params, (Tensor, set)):
+            return
+        param_group["params"] = params = list(params)
+        if any("param_names" in group for group in self.param_groups) and not params:
+            param_group["param_names"] = []
+        elif params and isinstance(params[0], tuple):
+            for group in self.param_groups:
+                if not group["params"]:
+                    group["param_names"] = []
+
     def step(self, closure: Callable[[], Tensor | float] | None = None) -> Tensor:
         """One step.  ``closure`` runs the forward and returns the scalar loss (a tensor or a number); it is called
         once for each of the estimator's points and the rule's trials, without gradients, each time from the same torch
@@ -239,7 +261,10 @@ class ZerothOrder(torch.optim.Optimizer):
         return self._step(closure, Losses())
 
     @torch.no_grad()
-    def _step(self, closure: Callable[[], Any] | None, reading: Losses) -> Tensor:
+    def _step(
+        self, closure: Callable[[], Any] | None, reading: Losses, use: Callable[..., Any] | None = None
+    ) -> Tensor:
+        """``use``: what is done with the probe and the estimate in place of the update."""
         if not callable(closure):
             fail(self._op, "closure", "a function that runs the forward and returns the loss", repr(closure), TypeError)
         buckets = self._buckets()
@@ -259,7 +284,8 @@ class ZerothOrder(torch.optim.Optimizer):
         with self._probed(buckets, devices) as probe:
             around = map(rng.forward, itertools.count())
 
-            forward = lambda: reading.read(self._op, closure(), devices[0], capturing)
+            counts = self._exchange.loss_of if self._exchange else lambda result: result
+            forward = lambda: reading.read(self._op, counts(closure()), devices[0], capturing)
 
             def losses_at(points: list[list[Point]]) -> Tensor:
                 # None: all of them; and those of coordinates are a stream.
@@ -281,9 +307,7 @@ class ZerothOrder(torch.optim.Optimizer):
 
             estimate = self._estimate(probe.buckets, losses_at)
             with uninterrupted():
-                self._update(probe, estimate)
-                if self._recorder:
-                    self._recorder.append(self, probe.buckets, estimate)
+                (use or self._take)(probe, estimate)
         self._publish(estimate)
         self.last_loss = self.estimator.loss(estimate.losses)
         if not self._state.capturable and known_on_host(self._state.skipped):
@@ -325,11 +349,17 @@ class ZerothOrder(torch.optim.Optimizer):
     def _estimate(self, buckets: list[Bucket], losses_at: Callable[[list[list[Point]]], Tensor]) -> Estimate:
         """``losses_at``: runs the closure at each of some points, given for each bucket."""
         losses = losses_at([[b.point(k, sign) for b in buckets] for k, sign in self.estimator.points()])
-        gradients, finite = gate(buckets, [self._gradient(losses, b.eps, b.group["clip"]) for b in buckets])
-        estimate = Estimate(losses, gradients, finite, self._skips(finite), tuple(losses))
+        groups = [b.group for b in buckets]
+        foreign = self._exchange.agreement.foreign(self, groups) if self._exchange else []
+        scales = [(b.eps, b.group["clip"]) for b in buckets] + [(group["eps"], group["clip"]) for group in foreign]
+        gradients, finite = gate([*groups, *foreign], [self._gradient(losses, *scale) for scale in scales])
+        elsewhere = list(zip(foreign, gradients[len(groups) :], strict=True))
+        estimate = Estimate(
+            losses, gradients[: len(groups)], finite, self._skips(finite), tuple(losses), elsewhere=elsewhere
+        )
         if not self.rule.trials:
             return estimate
-        trials = losses_at(self._trial_points(buckets, gradients))
+        trials = losses_at(self._trial_points(buckets, estimate.gradients))
         multiple = self.rule.choose(trials.double()).to(losses.device, torch.float32)
         return estimate._replace(forwards=(*losses, *trials), multiple=multiple)
 
@@ -347,6 +377,11 @@ class ZerothOrder(torch.optim.Optimizer):
         steps = [descent(b.group, g).unbind() for b, g in zip(buckets, gradients, strict=True)]
         scaled = lambda step, multiple: {k: multiple * c for k, c in enumerate(step)} if multiple else {}
         return [[scaled(step, multiple) for step in steps] for multiple in self.rule.trials]
+
+    def _take(self, probe: ExactProbe | InplaceProbe, estimate: Estimate) -> None:
+        self._update(probe, estimate)
+        if self._recorder:
+            self._recorder.append(self, probe.buckets, estimate)
 
     def _update(self, probe: ExactProbe | InplaceProbe, estimate: Estimate) -> None:
         """The rule, bucket by bucket; in the two-pass form it adds the next step's +eps z as well."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from ..checks import fail
 from ..functional import derive_seed, requantize, requantize_
@@ -25,7 +26,7 @@ class _Steps(Dense):
     """theta is int8: coefficients are in quantisation steps, and results are integers in [-limit, limit]."""
 
     def __init__(self, limit: int) -> None:
-        self._range = {"low": -limit, "high": limit}
+        self._range: dict[str, Any] = {"low": -limit, "high": limit}
 
     def perturb(
         self,
@@ -36,6 +37,7 @@ class _Steps(Dense):
         seeds: Tensor,
         coeffs: Tensor,
         decay: float | None = None,
+        theta: Sequence[Tensor] | None = None,
     ) -> None:
         """Rounded stochastically, with bits that are those of no update: their seed is derived from the direction's."""
         noise = self.noise(bucket, params, streams, seeds, coeffs)
@@ -82,7 +84,14 @@ class QuZO(ZerothOrder):
     """
 
     def __init__(
-        self, params, lr: float | Tensor, eps: float = 1.0, *, directions: int = 1, bits: int = 8, **options
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        eps: float = 1.0,
+        *,
+        directions: int = 1,
+        bits: int = 8,
+        **options: Any,
     ) -> None:
         if options.get("restore", "exact") != "exact":
             fail(self._op, "restore", "'exact': integers that were rounded do not come back", repr(options["restore"]))

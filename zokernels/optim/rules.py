@@ -27,7 +27,7 @@ def check_betas(op: str, betas: object) -> None:
         check_fraction(op, f"betas[{i}]", beta)
 
 
-def check_fraction(op: str, argument: str, value: object) -> None:
+def check_fraction(op: str, argument: str, value: Any) -> None:
     check_number(op, argument, value)
     if value >= 1:
         fail(op, argument, "a number in [0, 1)", value)

@@ -105,6 +105,8 @@ class Sphere(Direction):
     Source: Flaxman, Kalai and McMahan 2005; Gao, Jiang and Zhang 2018.
     """
 
+    separate = False
+
     def prepare(self, optimizer: ZerothOrder, buckets: list[Bucket], seeds: dict[torch.device, Tensor]) -> None:
         home = buckets[0].device
         total = torch.zeros(len(seeds[home]), dtype=torch.float64, device=home)

@@ -6,12 +6,15 @@ import functools
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
 from ..checks import fail
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class Shard(NamedTuple):
@@ -30,7 +33,7 @@ class Shard(NamedTuple):
         return whole.contiguous()
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     # Where the module was not imported there is no such tensor; importing it takes a second.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -47,7 +50,10 @@ def locals_of(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def whole_of(tensor: Tensor) -> Tensor:
     """The logical tensor; of a sharded one all ranks together gather it."""
-    return tensor.detach().full_tensor() if is_sharded(tensor) else tensor
+    if not is_sharded(tensor):
+        return tensor
+    whole: Tensor = tensor.detach().full_tensor()
+    return whole
 
 
 def part_of(whole: Tensor, like: Tensor) -> Tensor:
@@ -77,12 +83,12 @@ def placed(params: Sequence[Tensor]) -> dict[str, Any]:
     }
 
 
-def shard_of(tensor: Tensor) -> Shard:
+def shard_of(tensor: DTensor) -> Shard:
     return _shard(tuple(tensor.shape), tensor.device_mesh, tensor.placements)
 
 
 @functools.lru_cache(maxsize=4096)
-def _shard(shape: tuple[int, ...], mesh: Any, placements: tuple) -> Shard:
+def _shard(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> Shard:
     # From left to right, as DTensor does it: what each dimension of the mesh leaves of the tensor's dimensions.
     kept = [torch.arange(n) for n in shape]
     for place, at, ranks in zip(placements, mesh.get_coordinate(), mesh.mesh.shape, strict=True):
@@ -112,7 +118,7 @@ def _shard(shape: tuple[int, ...], mesh: Any, placements: tuple) -> Shard:
     return Shard(local, start, offset, width, length)
 
 
-def peers_of(tensor: Tensor) -> set[int]:
+def peers_of(tensor: DTensor) -> set[int]:
     """The ranks between which a tensor is split, this one included: they must perturb it alike."""
     mesh, at = tensor.device_mesh, tensor.device_mesh.get_coordinate()
     found = mesh.mesh

@@ -108,7 +108,7 @@ def check_capture(
 ) -> None:
     """While a CUDA graph is captured: what it would freeze or lose without a word is an error."""
     check_capturable(op, state)
-    if rng is None or not state.is_placed(devices):
+    if rng is None or not isinstance(state, DeviceState) or not state.is_placed(devices):
         fail(op, "step", "one step before the capture", "none on the parameters' devices", RuntimeError)
     for b in buckets:
         lr = b.group["lr"]

@@ -25,11 +25,15 @@ _METHODS = """size dim ndimension numel nelement stride storage_offset is_contig
     __len__ __hash__""".split()  # noqa: SIM905
 
 
-def _metadata() -> frozenset:
+def _setter(name: str) -> Any:
+    return getattr(Tensor, name).__set__  # a descriptor, which torch's stubs call by the type of its value
+
+
+def _metadata() -> frozenset[Any]:
     """Functions that read no element: they see the parameter itself, and nothing is materialised for them."""
-    functions = [getattr(Tensor, n).__get__ for n in _GETTERS if hasattr(Tensor, n)]
+    functions: list[Any] = [getattr(Tensor, n).__get__ for n in _GETTERS if hasattr(Tensor, n)]
     functions += [getattr(Tensor, n) for n in _METHODS if hasattr(Tensor, n)]
-    functions += [Tensor.requires_grad.__set__, Tensor.grad.__set__, torch.numel, torch.is_floating_point]
+    functions += [_setter("requires_grad"), _setter("grad"), torch.numel, torch.is_floating_point]
     functions += [torch.is_complex, torch.is_signed, torch.is_inference, torch.is_same_size, torch.result_type]
     functions += [
         torch.empty_like,
@@ -46,7 +50,7 @@ def _metadata() -> frozenset:
 _METADATA = _metadata()
 #: These give out an address without a reference to its memory: the copy lives to the end of the forward.
 _ADDRESS = frozenset((Tensor.data_ptr, Tensor.__cuda_array_interface__.__get__))
-_SET_DATA = Tensor.data.__set__
+_SET_DATA = _setter("data")
 #: Writes whose name does not end in a single underscore.
 _OPERATORS = "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor setitem".split()  # noqa: SIM905
 _WRITES = frozenset(f"__{name}__" for name in _OPERATORS)
@@ -58,13 +62,13 @@ class HiddenParameters(RuntimeError):
     """The closure reads parameters where the exact probe cannot perturb them.  The weights are untouched."""
 
 
-def _members(value: Any) -> Iterable | None:
+def _members(value: Any) -> Iterable[Any] | None:
     if isinstance(value, (list, tuple)):
         return value
     return value.values() if isinstance(value, dict) else None
 
 
-def _find(values: Iterable, wanted: dict[int, Any], found: dict[int, Any]) -> None:
+def _find(values: Iterable[Any], wanted: dict[int, Any], found: dict[int, Any]) -> None:
     """The entries of ``wanted`` (by id) that occur in ``values``, lists, tuples and dicts included."""
     for value in values:
         if (entry := wanted.get(id(value))) is not None:
@@ -91,9 +95,10 @@ def _swap(value: Any, copies: dict[int, Tensor]) -> Any:
 def _storage(tensor: Tensor) -> int | None:
     """Identity of a tensor's storage, for comparison only; None for tensors that have none."""
     try:
-        return tensor.untyped_storage()._cdata
+        identity: int = tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):
         return None
+    return identity
 
 
 class Substitution(TorchFunctionMode):
@@ -121,7 +126,9 @@ class Substitution(TorchFunctionMode):
         self._held: list[Tensor] = []
         self._views: dict[int, StorageWeakRef] = {}
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if isinstance(func, HigherOrderOperator):
             name = getattr(func, "__name__", func)
@@ -129,7 +136,7 @@ class Substitution(TorchFunctionMode):
                 f"{self.op}: closure: expected plain torch functions, got the higher-order operator {name!r}, whose "
                 f"inner functions can hold parameters; {USE_INPLACE}"
             )
-        found: dict[int, tuple] = {}
+        found: dict[int, tuple[Any, ...]] = {}
         _find(args, self.entries, found)
         if kwargs:
             _find(kwargs.values(), self.entries, found)
@@ -152,12 +159,13 @@ class Substitution(TorchFunctionMode):
         self._note_views(out, arenas)
         return out
 
-    def _perturb(self, found: dict[int, tuple]) -> tuple[dict[int, Tensor], list[Tensor]]:
+    def _perturb(self, found: dict[int, tuple[Any, ...]]) -> tuple[dict[int, Tensor], list[Tensor]]:
         """Copies by id of the parameter, and one tensor of each arena they lie in."""
-        by_bucket: dict[int, list] = {}
+        by_bucket: dict[int, list[Any]] = {}
         for param, stream, bucket in found.values():
             by_bucket.setdefault(id(bucket), []).append((param, stream, bucket))
-        copies, arenas = {}, []
+        copies: dict[int, Tensor] = {}
+        arenas = []
         for members in by_bucket.values():
             params, streams, (bucket, *_) = zip(*members, strict=True)
             made, arena = self._copy(bucket, params, streams)
@@ -183,7 +191,7 @@ class Substitution(TorchFunctionMode):
             for item in out:
                 self._note_views(item, arenas)
 
-    def _check_view_write(self, func: Any, args: tuple, kwargs: dict) -> None:
+    def _check_view_write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         name = getattr(func, "__name__", "")
         if (name.endswith("_") and not name.endswith("__")) or name in _WRITES:
             target = args[0] if args else None

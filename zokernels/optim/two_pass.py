@@ -27,9 +27,10 @@ class TwoPass:
     """
 
     def __init__(self, modules: tuple[nn.Module, ...]) -> None:
-        self.modules, self.pending = modules, None
-        self._handles: list = []
-        self._forward_hook = None
+        self.modules = modules
+        self.pending: InplaceProbe | None = None
+        self._handles: list[Any] = []
+        self._forward_hook: Any = None
 
     def __enter__(self) -> TwoPass:
         hook = _FlushHook(self)
@@ -100,7 +101,7 @@ class _FlushHook:
         if two_pass := self._two_pass():
             two_pass.flush()
 
-    def __reduce__(self) -> tuple[Callable, tuple]:
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         if (two_pass := self._two_pass()) and two_pass.pending:
             raise RuntimeError(
                 "ZOSGD: two_pass: expected flush() before a model is copied or pickled, got weights that hold the next "

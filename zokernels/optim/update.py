@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .groups import Bucket
-
 
 def projected_gradient(g: Tensor, clip: float | None) -> Tensor:
     """g (float64) rounded once to fp32; then each min(max(g, -clip), clip).
@@ -22,7 +20,7 @@ def projected_gradient(g: Tensor, clip: float | None) -> Tensor:
 
 def learning_rate(group: dict[str, Any], like: Tensor) -> float | Tensor:
     """The group's lr; where it is a tensor, 0-dim, in float64 and on the device of ``like``."""
-    lr = group["lr"]
+    lr: float | Tensor = group["lr"]
     if isinstance(lr, Tensor):
         lr = lr.detach().reshape(()).to(like.device, torch.float64, non_blocking=True)
     return lr
@@ -35,13 +33,14 @@ def descent(group: dict[str, Any], g: Tensor) -> Tensor:
 
 def decay_of(group: dict[str, Any], like: Tensor) -> float | Tensor:
     """1 - lr * weight_decay; where lr is a tensor, as :func:`learning_rate`."""
-    return 1 - learning_rate(group, like) * group["weight_decay"]
+    kept: float | Tensor = 1 - learning_rate(group, like) * group["weight_decay"]
+    return kept
 
 
-def gate(buckets: list[Bucket], gradients: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """``gradients`` (fp32 [q] of each bucket), all 0 unless each of them and each lr * g is finite in fp32; and whether
+def gate(groups: list[dict[str, Any]], gradients: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """``gradients`` (fp32 [q] of each group), all 0 unless each of them and each lr * g is finite in fp32; and whether
     that is so (bool, 0-dim)."""
-    steps = [descent(b.group, g) for b, g in zip(buckets, gradients, strict=True)]
+    steps = [descent(group, g) for group, g in zip(groups, gradients, strict=True)]
     finite = torch.isfinite(torch.cat((*gradients, *steps))).all()
     return [torch.where(finite, g, torch.zeros_like(g)) for g in gradients], finite
 

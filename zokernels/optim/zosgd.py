@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from ..checks import fail
 from .estimators import OneSided, TwoSided
@@ -21,13 +24,13 @@ class Differences(ZerothOrder):
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float | Tensor,
-        *args,
+        *args: Any,
         directions: int = 1,
         estimator: str = "two-sided",
         rule: Rule,
-        **options,
+        **options: Any,
     ) -> None:
         check_choice(self._op, "estimator", estimator, tuple(ESTIMATORS))
         super().__init__(params, lr, *args, estimator=ESTIMATORS[estimator](directions), rule=rule, **options)
@@ -67,20 +70,21 @@ class ZOSGD(Differences):
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float | Tensor,
-        *args,
+        *args: Any,
         momentum: float = 0.0,
         dampening: float = 0.0,
         l2: float = 0.0,
         window: int | None = None,
         state_dtype: torch.dtype = torch.float32,
-        **options,
+        **options: Any,
     ) -> None:
         if (window is not None or not momentum) and l2:
             fail(self._op, "l2", "0 without momentum (weight_decay is the same there) and with a window", l2)
         if not momentum and (dampening or window is not None):
             fail(self._op, "dampening, window", "momentum > 0 with either", (dampening, window))
+        rule: Rule
         if window is not None:
             rule = MomentumWindow(window, momentum, dampening)
         else:

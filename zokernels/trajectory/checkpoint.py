@@ -73,7 +73,7 @@ class File:
         self.metadata = header.pop("__metadata__", {})
         self.entries = {name: self._entry(name, found, 8 + length, total) for name, found in header.items()}
 
-    def _entry(self, name: str, found: object, data: int, total: int) -> Entry:
+    def _entry(self, name: str, found: Any, data: int, total: int) -> Entry:
         try:
             dtype, shape, (begin, end) = found["dtype"], tuple(found["shape"]), found["data_offsets"]
             integers = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
@@ -112,7 +112,7 @@ def view(mapped: mmap.mmap, entry: Entry) -> Tensor:
 class Checkpoint:
     """One safetensors file, or a folder of them as Hugging Face writes it, with an index or one file."""
 
-    def __init__(self, path: str | os.PathLike) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = pathlib.Path(path)
         files = {name: File(name) for name in self._files()}
         self.files = list(files.values())
@@ -215,14 +215,15 @@ def compare(log: Log, ours: Checkpoint, theirs: Checkpoint) -> int:
             fail("verify", name, f"{a[name].dtype} of shape {tuple(a[name].shape)}", got)
         if digest(a[name]) != digest(b[name]):
             fail("verify", name, "the bits of the run", "others")
-        ours.release(), theirs.release()
+        ours.release()
+        theirs.release()
     return len(names)
 
 
 def replay_file(
     base: Checkpoint,
     log: Log,
-    out: str | os.PathLike,
+    out: str | os.PathLike[str],
     upto: int | None = None,
     *,
     mode: str = "exact",

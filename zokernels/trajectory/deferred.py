@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextvars import copy_context
@@ -44,11 +45,11 @@ class Pass(NamedTuple):
     first: dict[int, Tensor] | None = None  #: states by id of the parameter
     second: dict[int, Tensor] | None = None
 
-    def run(self, params: list[Tensor], streams: list[int], offsets: list[int], pick: Callable) -> None:
+    def run(self, params: list[Tensor], streams: list[int], offsets: list[int], pick: Callable[..., Any]) -> None:
         """``pick``: the pieces of states that belong to ``params``."""
-        noise = {"streams": streams, "offsets": offsets, "dist": self.dist}
-        rounding = {"decay": self.decay, "rounding": self.rounding, "rounding_seed": self.rounding_seed}
-        if self.rule is None:
+        noise: dict[str, Any] = {"streams": streams, "offsets": offsets, "dist": self.dist}
+        rounding: dict[str, Any] = {"decay": self.decay, "rounding": self.rounding, "rounding_seed": self.rounding_seed}
+        if self.rule is None or self.hyper is None:
             combine_(params, self.seeds, self.coeffs, **noise, **rounding)
         else:
             states = {"first": pick(self.first), "second": pick(self.second)}
@@ -77,15 +78,15 @@ class Deferred(Dense):
         self._add(bucket, Pass(seeds, coeffs.clone(), bucket.dist, None, "nearest", None))
 
     def update(self, bucket: Bucket, seeds: Tensor, coeffs: Tensor, **rounding: Any) -> None:
-        self._add(bucket, Pass(seeds, coeffs.clone(), bucket.dist, **rounding))
+        # A rule may go on writing to the tensors that it gave (a window's seeds).
+        self._add(bucket, Pass(seeds.clone(), coeffs.clone(), bucket.dist, **rounding))
 
     def step(
         self, bucket: Bucket, rule: Rule, hyper: Tensor, seeds: Tensor, coeffs: Tensor, **states_and_rounding: Any
     ) -> None:
-        rounding = {key: states_and_rounding.pop(key) for key in ("decay", "rounding", "rounding_seed")}
+        rounding: dict[str, Any] = {key: states_and_rounding.pop(key) for key in ("decay", "rounding", "rounding_seed")}
         of = lambda tensors: {id(p): t for p, t in zip(bucket.params, tensors, strict=True)}
-        states = {key: of(tensors) for key, tensors in states_and_rounding.items()}
-        # A rule may go on writing to the tensors that it gave.
+        states: dict[str, Any] = {key: of(tensors) for key, tensors in states_and_rounding.items()}
         self._add(
             bucket,
             Pass(seeds.clone(), coeffs.clone(), bucket.dist, **rounding, rule=rule, hyper=hyper.clone(), **states),
@@ -93,7 +94,7 @@ class Deferred(Dense):
 
     def take(self) -> Iterator[tuple[list[tuple[Tensor, int]], list[Pass]]]:
         """Parameters with their streams, and the passes that each of them waits for; then nothing waits."""
-        alike: dict[tuple, list[int]] = {}
+        alike: dict[tuple[Any, ...], list[int]] = {}
         for key, passes in self._passes.items():
             kind = self._params[key][0]
             alike.setdefault((kind.dtype, kind.device, *map(id, passes)), []).append(key)
@@ -108,7 +109,7 @@ class Deferred(Dense):
         """
         for params, passes in self.take():
             fused = list(fuse(folded(passes) if fold else passes, params[0][0].dtype))
-            for elements in _each(lambda pieces, fused=fused: _run(fused, pieces), packs(params), params[0][0].device):
+            for elements in _each(functools.partial(_run, fused), packs(params), params[0][0].device):
                 done(elements)
 
 
@@ -139,7 +140,8 @@ def _each(work: Callable[[Pack], int], items: Iterable[Pack], device: torch.devi
 
 def packs(params: Sequence[tuple[Tensor, int]]) -> Iterator[Pack]:
     """Parts of large parameters, or several small ones, of a piece together."""
-    limit, pack, room = _PIECE[params[0][0].device.type], [], 0
+    limit, room = _PIECE[params[0][0].device.type], 0
+    pack: Pack = []
     for p, stream in params:
         for begin in range(0, p.numel(), limit):
             end = min(begin + limit, p.numel())

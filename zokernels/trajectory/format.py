@@ -51,10 +51,14 @@ class Record(NamedTuple):
 
 
 class Layout:
-    """Records of ``groups`` groups, ``directions`` directions and ``losses`` losses; ``crc``: the header's."""
+    """Records of ``groups`` groups, ``directions`` directions and ``losses`` losses; ``crc``: the header's.
 
-    def __init__(self, groups: int, directions: int, losses: int, crc: int) -> None:
+    ``asynchronous``: their order is not that of their steps, which are below 2^32.
+    """
+
+    def __init__(self, groups: int, directions: int, losses: int, crc: int, asynchronous: bool = False) -> None:
         self.groups, self.directions, self.losses, self.crc = groups, directions, losses, crc
+        self.asynchronous = asynchronous
         self.size = _HEAD.size + 4 * groups * directions + 8 * (groups + losses) + _CRC.size
 
     def _body(self) -> struct.Struct:
@@ -73,12 +77,13 @@ class Layout:
             return f"{len(data)} of {self.size} bytes"
         if _CRC.unpack_from(data, self.size - _CRC.size)[0] != zlib.crc32(data[: -_CRC.size], self.crc):
             return "a checksum that does not match"
-        if (found := _HEAD.unpack_from(data)[0]) != step & 0xFFFFFFFF:
+        if (found := _HEAD.unpack_from(data)[0]) != step & 0xFFFFFFFF and not self.asynchronous:
             return f"the record of step {found}"
         return None
 
     def unpack(self, data: bytes, step: int) -> Record:
-        _, flags, multiple, loss = _HEAD.unpack_from(data)
+        low, flags, multiple, loss = _HEAD.unpack_from(data)
+        step = low if self.asynchronous else step
         numbers = self._body().unpack_from(data, _HEAD.size)
         rates, losses = numbers[: self.groups], numbers[self.groups : self.groups + self.losses]
         g, q = numbers[self.groups + self.losses :], self.directions
@@ -105,7 +110,8 @@ def encode(header: dict[str, Any]) -> tuple[bytes, Layout]:
 
 
 def _layout(header: dict[str, Any], crc: int) -> Layout:
-    return Layout(len(header["groups"]), header["estimator"]["directions"], header["losses"], crc)
+    sizes = len(header["groups"]), header["estimator"]["directions"], header["losses"]
+    return Layout(*sizes, crc, "asynchronous" in header)
 
 
 def _is_int(value: object, low: int, high: int) -> bool:
@@ -125,7 +131,7 @@ def _is_part(value: object) -> bool:
     return isinstance(value, dict) and isinstance(value.get("class"), str) and all(map(_is_option, value.values()))
 
 
-def _is_direction(value: object) -> bool:
+def _is_direction(value: Any) -> bool:
     return _is_part(value) and _is_int(value.get("rank", 1), 1, MAX_RANK + 1)
 
 
@@ -156,6 +162,8 @@ _HEADER = {
     "subset": lambda v: v is None or _is_part(v),
     "groups": lambda v: isinstance(v, list) and v,
 }
+#: Entries that most headers do not have.
+_OPTIONAL = {"asynchronous": lambda v: v is True}
 _GROUP = {
     "options": lambda v: isinstance(v, dict) and all(map(_is_option, v.values())),
     "lr_is_tensor": lambda v: isinstance(v, bool),
@@ -180,8 +188,9 @@ def _check_entries(where: str, found: object, known: dict[str, Any]) -> None:
             fail("trajectory", f"{where}.{key}", expected, repr(found[key])[:200])
 
 
-def check_header(header: object) -> None:
-    _check_entries("header", header, _HEADER)
+def check_header(header: Any) -> None:
+    more = {key: valid for key, valid in _OPTIONAL.items() if isinstance(header, dict) and key in header}
+    _check_entries("header", header, _HEADER | more)
     for i, group in enumerate(header["groups"]):
         _check_entries(f"header.groups[{i}]", group, _GROUP)
         for j, param in enumerate(group["params"]):
@@ -236,7 +245,8 @@ class Log:
     @property
     def start(self) -> int:
         """Step of the first record."""
-        return self.header["start"]
+        step: int = self.header["start"]
+        return step
 
     @property
     def end(self) -> int:
@@ -262,7 +272,7 @@ class Log:
                 yield self.layout.unpack(data, step)
 
 
-def scan(path: str | os.PathLike) -> Log | None:
+def scan(path: str | os.PathLike[str]) -> Log | None:
     """The log, every checksum read; None where it ends inside its header."""
     path = os.fspath(path)
     with open(path, "rb") as file:
@@ -283,7 +293,7 @@ def scan(path: str | os.PathLike) -> Log | None:
     return Log(path, header, layout, begin, steps, fault, cut_off)
 
 
-def read(path: str | os.PathLike, recover: bool = False) -> Log:
+def read(path: str | os.PathLike[str], recover: bool = False) -> Log:
     """The log at ``path``, every checksum read.
 
     ``recover``: take a log that is cut off or damaged up to its last good record; :attr:`Log.broken` says where.

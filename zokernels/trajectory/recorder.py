@@ -10,7 +10,7 @@ import time
 import weakref
 from collections import deque
 from dataclasses import replace
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from ..checks import fail
 from ..optim.update import known_on_host, learning_rate
 from .format import Layout, Log, Record, encode, read, scan
 from .replay import repeat_all
-from .settings import check_base, check_same_run, header_of, settings
+from .settings import check_base, check_same_run, own_part, settings, whole_header
 
 if TYPE_CHECKING:
     from ..optim.groups import Bucket
@@ -37,13 +37,45 @@ class _Pending(NamedTuple):
     values: Tensor  #: float64 on the host: finite, multiple, loss, rates, losses, gradients
     arrived: torch.cuda.Event | None
 
+    def record(self, layout: Layout) -> Record:
+        """Waits for the numbers."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        finite, multiple, loss, *rest = self.values.tolist()
+        rates, losses = rest[: layout.groups], rest[layout.groups : layout.groups + layout.losses]
+        g, q = rest[layout.groups + layout.losses :], layout.directions
+        gradients = tuple((0.0,) * q if i is None else tuple(g[i * q : (i + 1) * q]) for i in self.groups)
+        flags = bool(finite), self.two_pass, self.carried
+        return Record(self.step, *flags, int(multiple), loss, tuple(rates), gradients, tuple(losses))
+
+
+def pending(optimizer: ZerothOrder, step: int, buckets: list[Bucket], estimate: Estimate) -> _Pending:
+    """The numbers of a step, on their way to the host."""
+    groups, elsewhere = optimizer.param_groups, estimate.elsewhere
+    places = [id(group) for group in (*(b.group for b in buckets), *(group for group, _ in elsewhere))]
+    place = {key: i for i, key in reversed(list(enumerate(places)))}
+    like = estimate.gradients[0]
+    number = lambda v: (v if isinstance(v, Tensor) else torch.full((), v, device=like.device)).double().reshape(-1)
+    rates = [learning_rate(group, like) for group in groups]
+    numbers = [estimate.finite, 1.0 if estimate.multiple is None else estimate.multiple]
+    numbers += [optimizer.estimator.loss(estimate.losses).float(), *(_double(r, like) for r in rates)]
+    numbers += [estimate.losses] if optimizer.rule.reads_losses else []
+    numbers += [*estimate.gradients, *(g for _, g in elsewhere)]
+    values, arrived = torch.cat([number(v) for v in numbers]), None
+    if not known_on_host(values):
+        values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+    at = tuple(place.get(id(group)) for group in groups)
+    return _Pending(step, bool(optimizer._two_pass), optimizer._carried, at, values, arrived)
+
 
 class Follower:
     """The checks of a log before each step.  With a mesh all ranks make them, and only the first writes."""
 
-    def __init__(self, path: str | os.PathLike) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path, self.closed = os.fspath(path), False
-        self._settings: tuple | None = None
+        self._settings: tuple[Any, ...] | None = None
         self._next = 0
 
     def go_on(self, log: Log, optimizer: ZerothOrder) -> None:
@@ -64,7 +96,7 @@ class Follower:
             if optimizer.state:
                 got = "one with state from steps that are not in the log (resume=True continues a log)"
                 fail("trajectory", "optimizer", "a fresh optimizer", got)
-            head, layout = encode(header_of(optimizer))  # of sharded weights: all ranks together
+            head, layout = encode(whole_header(optimizer))  # of sharded weights: all ranks together
             self._write_header(head)
             self._start(layout, optimizer.step_count, optimizer)
             self.flush()
@@ -92,7 +124,7 @@ class Recorder(Follower):
     machine that dies loses no more than that.
     """
 
-    def __init__(self, path: str | os.PathLike, sync: float) -> None:
+    def __init__(self, path: str | os.PathLike[str], sync: float) -> None:
         super().__init__(path)
         self._sync = sync
         self._file: BinaryIO = open(self.path, "ab", buffering=0)  # noqa: SIM115
@@ -127,22 +159,7 @@ class Recorder(Follower):
 
     def append(self, optimizer: ZerothOrder, buckets: list[Bucket], estimate: Estimate) -> None:
         """After the update of a step."""
-        groups = optimizer.param_groups
-        place = {id(b.group): i for i, b in reversed(list(enumerate(buckets)))}
-        like = estimate.gradients[0]
-        number = lambda v: (v if isinstance(v, Tensor) else torch.full((), v, device=like.device)).double().reshape(-1)
-        rates = [learning_rate(group, like) for group in groups]
-        numbers = [estimate.finite, 1.0 if estimate.multiple is None else estimate.multiple]
-        numbers += [optimizer.estimator.loss(estimate.losses).float(), *(_double(r, like) for r in rates)]
-        numbers += [estimate.losses] if optimizer.rule.reads_losses else []
-        values, arrived = torch.cat([number(v) for v in (*numbers, *estimate.gradients)]), None
-        if not known_on_host(values):
-            values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-        at = tuple(place.get(id(group)) for group in groups)
-        two_pass = bool(optimizer._two_pass)
-        self._queue.add(_Pending(self._next, two_pass, optimizer._carried, at, values, arrived))
+        self._queue.add(pending(optimizer, self._next, buckets, estimate))
         self._next += 1
         if time.monotonic() - self._synced >= self._sync:
             self._fsync()
@@ -172,7 +189,9 @@ class _Queue:
     """Steps on their way into the file; it outlives the recorder."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file, self.layout, self._steps = file, None, deque()
+        self.file = file
+        self.layout: Layout | None = None
+        self._steps: deque[_Pending] = deque()
         self._lock = threading.Lock()  # a streamed run drains it from the thread that writes blocks
 
     def add(self, step: _Pending) -> None:
@@ -200,21 +219,14 @@ class _Queue:
             fail("trajectory", str(self.file.name), f"room for {len(data)} bytes", f"{written} written", OSError)
 
     def _write_first(self) -> None:
-        p, layout = self._steps[0], self.layout
-        if p.arrived is not None:
-            p.arrived.synchronize()
-        finite, multiple, loss, *rest = p.values.tolist()
-        rates, losses = rest[: layout.groups], rest[layout.groups : layout.groups + layout.losses]
-        g, q = rest[layout.groups + layout.losses :], layout.directions
-        gradients = tuple((0.0,) * q if i is None else tuple(g[i * q : (i + 1) * q]) for i in p.groups)
-        flags = bool(finite), p.two_pass, p.carried
-        self.write(layout.pack(Record(p.step, *flags, int(multiple), loss, tuple(rates), gradients, tuple(losses))))
+        assert self.layout is not None  # steps come behind the header
+        self.write(self.layout.pack(self._steps[0].record(self.layout)))
         self._steps.popleft()
 
 
 def record(
     optimizer: ZerothOrder,
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     *,
     resume: bool = False,
     recover: bool = False,
@@ -266,7 +278,7 @@ def record(
 
 
 def _record_together(
-    optimizer: ZerothOrder, path: str | os.PathLike, resume: bool, recover: bool, rewind: bool, sync: float
+    optimizer: ZerothOrder, path: str | os.PathLike[str], resume: bool, recover: bool, rewind: bool, sync: float
 ) -> Follower:
     """The first rank has the file, and sends the others the log that it resumes: no file system need be shared."""
     exchange, recorder, log, error = optimizer._exchange, Follower(path), None, None
@@ -322,7 +334,7 @@ def _log_to_resume(optimizer: ZerothOrder, recorder: Recorder, resume: bool, rec
 def _resume(optimizer: ZerothOrder, recorder: Follower, log: Log, rewind: bool) -> None:
     check_same_run(optimizer, log.header)
     if not (rewind and log.steps):  # else the weights are those of a checkpoint
-        check_base(log.header, [group["params"] for group in optimizer.param_groups])
+        check_base(own_part(optimizer, log.header), [group["params"] for group in optimizer.param_groups])
     if not rewind:
         _take(optimizer, log)
     recorder.go_on(log, optimizer)
@@ -333,7 +345,7 @@ def _take(optimizer: ZerothOrder, log: Log) -> None:
     optimizer._state.load(optimizer.seed, log.start, 0)
     rates = [group["lr"] for group in optimizer.param_groups]
     try:
-        repeat_all(optimizer, log, log.records())
+        repeat_all(optimizer, log.header["gated"], log.records())
     finally:
         for group, lr in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = lr

@@ -45,6 +45,7 @@ def _repeat(optimizer: ZerothOrder, record: Record, gated: bool) -> None:
         optimizer.flush()
     if record.two_pass != bool(optimizer._two_pass):
         optimizer._two_pass = TwoPass(()) if record.two_pass else None
+    optimizer._state.step = record.step  # of an asynchronous run in no order
     for group, lr in zip(optimizer.param_groups, record.rates, strict=True):
         group["lr"] = torch.full((), lr, dtype=torch.float64) if isinstance(group["lr"], Tensor) else lr
     buckets = optimizer._buckets()
@@ -69,13 +70,14 @@ def _repeat(optimizer: ZerothOrder, record: Record, gated: bool) -> None:
 @torch.no_grad()
 def repeat_all(
     optimizer: ZerothOrder,
-    log: Log,
+    gated: bool,
     records: Iterable[Record],
     progress: Progress = lambda elements: None,
     fold: bool = False,
 ) -> None:
     """Let ``optimizer``, whose weights are those before the first of ``records``, take their steps.
 
+    ``gated``: as the log's header says.
     ``progress``: called with numbers of elements times steps.  ``fold``: see :meth:`Deferred.apply`.
     """
     records, direction, deferred = iter(records), optimizer.direction, Deferred()
@@ -86,7 +88,7 @@ def repeat_all(
     try:
         while window := list(itertools.islice(records, _WINDOW)):
             for record in window:
-                _repeat(optimizer, record, log.header["gated"])
+                _repeat(optimizer, record, gated)
                 if not puts_off:
                     progress(numel)
             steps = len(window)
@@ -107,7 +109,7 @@ def repeat_streamed(optimizer: ZerothOrder, log: Log, first: int) -> None:
 
 def replay_(
     weights: Any,
-    log: str | os.PathLike | Log,
+    log: str | os.PathLike[str] | Log,
     upto: int | None = None,
     *,
     mode: str = "exact",
@@ -155,5 +157,5 @@ def replay_(
         optimizer._buckets()  # whatever a step would refuse
         if not exact:
             records = (r._replace(two_pass=False, carried=False) for r in records)
-        repeat_all(optimizer, log, records, progress, fold=not exact)
+        repeat_all(optimizer, header["gated"], records, progress, fold=not exact)
     return steps

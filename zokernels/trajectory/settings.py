@@ -135,7 +135,7 @@ def _options(optimizer: ZerothOrder, group: dict[str, Any]) -> list[str]:
     return [key for key in (*optimizer.defaults, "bits") if key in group and key not in ("lr", "differentiable")]
 
 
-def settings(optimizer: ZerothOrder) -> tuple:
+def settings(optimizer: ZerothOrder) -> tuple[Any, ...]:
     """What must stay as it is while a log is written; quick to make and to compare."""
     return tuple(
         (
@@ -173,22 +173,47 @@ def header_of(optimizer: ZerothOrder, base: bool = True) -> dict[str, Any]:
     }
 
 
+def whole_header(optimizer: ZerothOrder, base: bool = True) -> dict[str, Any]:
+    """:func:`header_of` of all stages of a pipeline: in each group the parameters of the first stage, then what the
+    next ones add.  All ranks call it together."""
+    header, exchange = header_of(optimizer, base), optimizer._exchange
+    if not exchange or exchange.stages == 1:
+        return header
+    stages = dict(sorted(zip(exchange.stage_of, exchange.all_gather_object(header), strict=True), key=lambda s: s[0]))
+    for i, group in enumerate(header["groups"]):
+        params = {p["name"]: p for stage in reversed(stages.values()) for p in stage["groups"][i]["params"]}
+        order = dict.fromkeys(p["name"] for stage in stages.values() for p in stage["groups"][i]["params"])
+        group["params"] = [params[name] for name in order]
+    return header
+
+
+def own_part(optimizer: ZerothOrder, header: dict[str, Any]) -> dict[str, Any]:
+    """``header`` with the parameters that are here; of a pipeline's log, those of this stage."""
+    if not optimizer._exchange or optimizer._exchange.stages == 1:
+        return header
+    groups = []
+    for group, ours in zip(header["groups"], optimizer.param_groups, strict=True):
+        params = {p["name"]: p for p in group["params"]}
+        groups.append({**group, "params": [params[canonical_name(name)] for name in ours.get("param_names", ())]})
+    return {**header, "groups": groups}
+
+
 def check_same_run(optimizer: ZerothOrder, header: dict[str, Any]) -> None:
     """Whether ``optimizer`` is that of the log in all but its step, its learning rates and its weights."""
-    ours = json.loads(canonical(header_of(optimizer, base=False)))
+    ours = json.loads(canonical(whole_header(optimizer, base=False)))
     theirs = {**header, "groups": [dict(g, params=[dict(p) for p in g["params"]]) for g in header["groups"]]}
-    trains = [[p["sha256"] is not None for p in g["params"]] for g in header["groups"]]
     for group in theirs["groups"]:
         for p in group["params"]:
             p["sha256"] = None
-    for key in ours:
-        if key not in ("created_by", "start", "gated") and ours[key] != theirs[key]:
-            fail("trajectory", f"resume: {key}", f"that of the log, {str(theirs[key])[:200]}", str(ours[key])[:200])
+    for key in theirs:
+        if key not in ("created_by", "start", "gated") and ours.get(key) != theirs[key]:
+            fail("trajectory", f"resume: {key}", f"that of the log, {str(theirs[key])[:200]}", str(ours.get(key))[:200])
+    trains = [[p["sha256"] is not None for p in g["params"]] for g in own_part(optimizer, header)["groups"]]
     if trains != [[takes_part(g, p) for p in g["params"]] for g in optimizer.param_groups]:
         fail("trajectory", "resume: params", "the log's trainable parameters", "others")
 
 
-def check_base(header: dict[str, Any], tensors: Sequence[Sequence[Tensor]]) -> None:
+def check_base(header: dict[str, Any], tensors: Sequence[Sequence[Tensor | None]]) -> None:
     """Whether ``tensors`` (of each group) hold the weights that the run began with."""
     for group, ours in zip(header["groups"], tensors, strict=True):
         for i, (p, tensor) in enumerate(zip(group["params"], ours, strict=True)):

@@ -10,4 +10,5 @@ from .isa import current_isa
 
 
 def squares(seeds: Tensor, sizes: list[int], streams: list[int], offsets: list[int], dist: str) -> Tensor:
-    return torch.ops.zokernels_cpu.squares(seeds, sizes, streams, offsets, DISTS[dist], current_isa())
+    sums: Tensor = torch.ops.zokernels_cpu.squares(seeds, sizes, streams, offsets, DISTS[dist], current_isa())
+    return sums

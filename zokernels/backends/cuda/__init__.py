@@ -14,6 +14,7 @@ from .requantize import requantize
 from .spread import spread
 from .squares import squares
 from .update import update
+from .wire import decode, decode_fan_out, encode
 
 
 def load() -> Backend:
@@ -34,4 +35,7 @@ def load() -> Backend:
         requantize=requantize,
         squares=squares,
         project=project,
+        encode=encode,
+        decode=decode,
+        decode_fan_out=decode_fan_out,
     )

@@ -11,6 +11,7 @@ from .requantize import requantize
 from .seeds import derive_seed
 from .squares import squares
 from .update import update
+from .wire import decode, decode_fan_out, encode
 
 
 def load() -> Backend:
@@ -26,4 +27,7 @@ def load() -> Backend:
         requantize=requantize,
         squares=squares,
         project=project,
+        encode=encode,
+        decode=decode,
+        decode_fan_out=decode_fan_out,
     )

@@ -104,4 +104,4 @@ def combine_by(
 
 
 def combine(out: list[Tensor], params: list[Tensor], terms: Terms) -> None:
-    by_rows(lambda groups, flat: combine_by(*groups, flat, Chunk.rounded), [out, params], terms)
+    by_rows(lambda groups, flat: combine_by(groups[0], groups[1], flat, Chunk.rounded), [out, params], terms)

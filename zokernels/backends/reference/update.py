@@ -67,7 +67,9 @@ RULES: dict[str, Callable[[Chunk, Tensor, Tensor, States, States], tuple[Tensor,
 def update(
     params: list[Tensor], first: list[Tensor], second: list[Tensor], rule: str, hyper: Tensor, terms: Terms
 ) -> None:
-    by_rows(lambda groups, flat: _update(*groups, rule, hyper, flat), [params, first, second], terms)
+    by_rows(
+        lambda groups, flat: _update(groups[0], groups[1], groups[2], rule, hyper, flat), [params, first, second], terms
+    )
 
 
 def _update(

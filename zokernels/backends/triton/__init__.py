@@ -26,6 +26,7 @@ def load() -> Backend:
     from .spread import spread
     from .squares import squares
     from .update import update
+    from .wire import decode, decode_fan_out, encode
 
     return Backend(
         "triton",
@@ -39,4 +40,7 @@ def load() -> Backend:
         spread=spread,
         squares=squares,
         project=project,
+        encode=encode,
+        decode=decode,
+        decode_fan_out=decode_fan_out,
     )

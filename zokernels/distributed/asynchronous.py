@@ -1,0 +1,180 @@
+"""Processes that never wait for each other: each publishes (seed, g) of its own steps, and applies everyone's in one
+order."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..checks import fail
+from ..optim.direction import Direction
+from ..optim.groups import label_of
+from ..optim.guards import uninterrupted
+from ..optim.loss import Losses
+from ..optim.shard import is_sharded
+from ..trajectory.format import canonical, encode
+from ..trajectory.recorder import pending
+from ..trajectory.replay import repeat_all
+from ..trajectory.settings import header_of
+from .agreement import RanksDiffer, fingerprint
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+    from ..optim.exact import ExactProbe
+    from ..optim.optimizer import Estimate, ZerothOrder
+
+
+class AsyncExchange:
+    """A log in a ``torch.distributed`` store, to which each process appends the records of its steps.
+
+    A step of a process: it applies the records that it has not, draws a step number d that nobody else has (an atomic
+    ``add``), evaluates the closure at its weights along z of ``derive_seed(seed, d, k)``, and appends (d, g, lr, loss)
+    as record n, the first number that is free.  ``compare_set`` claims the number and publishes the record at once, so
+    the order has no gap that a dead process could leave, and where another was faster it returns that one's record,
+    which is the next to be applied.  Then the process applies the records up to its own, its own included.
+
+    Records are applied in the order of n, each with its own rounding (contract zk1), and where a process lags, all that
+    it missed in one pass over the weights, piece by piece.  So after record n all processes have the bits of
+    ``replay_`` of :meth:`save`'s file up to n, whatever was late.  g was measured at weights that lacked the last
+    n - base records: its staleness.  A process that dies leaves nothing behind; one that begins anew at the base
+    weights takes the run's records first.
+
+    Args:
+        optimizer: without ``mesh`` and ``trajectory``, fresh, with restore="exact", dense noise and no subset; the same
+            on all processes (settings and weights are compared through the store), each with lr of its own.
+        store: a ``TCPStore``, ``FileStore`` or a ``PrefixStore`` of one, the run's own.
+        steps: number of records after which the run is over; a step that ends later is dropped.
+        staleness: of a record at most; a step that would be staler is dropped, and the process goes on from fresh
+            weights.  None: no bound.
+
+    Raises: RanksDiffer where the settings or base weights are not those of the process that came first, and, at the
+    end, where weights are not.
+    """
+
+    def __init__(self, optimizer: ZerothOrder, store: Store, steps: int, staleness: int | None = None) -> None:
+        self._check(optimizer, steps, staleness)
+        self.optimizer, self.store, self.steps, self.staleness = optimizer, store, steps, staleness
+        header = {**header_of(optimizer), "start": 0, "asynchronous": True}
+        self._head, self._layout = encode(header)
+        self._gated = header["gated"]
+        self._agree("header", json.loads(canonical(header)))
+        #: Records applied, and own steps that were dropped.
+        self.count = self.dropped = 0
+        #: Of the last own record.
+        self.last_staleness: int | None = None
+        self._next: list[bytes] = []  # published, but not applied
+        self.catch_up()
+
+    def _check(self, optimizer: ZerothOrder, steps: int, staleness: int | None) -> None:
+        for name, value, low in (("steps", steps, 1), ("staleness", 0 if staleness is None else staleness, 0)):
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**32:
+                fail("AsyncExchange", name, f"an integer in [{low}, 2^32)", repr(value))
+        o = optimizer
+        plain = type(o.direction) is Direction and o.subset is None and o._restore == "exact" and o.replayable
+        alone = not (o._exchange or o._recorder or o._engine or o._state.capturable)
+        params = [p for group in o.param_groups for p in group["params"]]
+        if not (plain and alone) or any(map(is_sharded, params)):
+            expected = "restore='exact', dense noise, no subset, mesh, trajectory, shards, streaming or capturable"
+            fail("AsyncExchange", "optimizer", expected, type(o).__name__)
+        if o.state or o.step_count:
+            fail("AsyncExchange", "optimizer", "a fresh one", f"step {o.step_count}")
+
+    def _agree(self, what: str, ours: dict[str, Any]) -> None:
+        """``ours`` is what the first process that came here has."""
+        theirs = _flat(json.loads(self.store.compare_set(what, "", json.dumps(ours))))
+        ours = _flat(ours)
+        for key in (*theirs, *(k for k in ours if k not in theirs)):
+            if (one := theirs.get(key)) != (other := ours.get(key)):
+                got = f"{str(other)[:200]} here and {str(one)[:200]} on the first process"
+                raise RanksDiffer(f"AsyncExchange: {key}: expected the same on all processes, got {got}")
+
+    @property
+    def done(self) -> bool:
+        """Whether the weights are those after the last record."""
+        return self.count == self.steps
+
+    def step(self, closure: Callable[[], Tensor | float]) -> Tensor | None:
+        """Evaluate, publish, apply; the loss, or None where the run was over before."""
+        self.catch_up()
+        if self.done:
+            return None
+        base = self.count
+        self.optimizer._state.step = draw = self.store.add("draws", 1) - 1
+        try:
+            loss = self.optimizer._step(
+                closure, Losses(), lambda probe, estimate: self._publish(draw, base, probe, estimate)
+            )
+        finally:
+            self.optimizer._state.step = self.count
+        self._apply()
+        return loss
+
+    def _publish(self, draw: int, base: int, probe: ExactProbe, estimate: Estimate) -> None:
+        record = pending(self.optimizer, draw, probe.buckets, estimate).record(self._layout)
+        mine = f"{base} {self._layout.pack(record).hex()}"
+        while (n := base + len(self._next)) < self.steps and (self.staleness is None or n - base <= self.staleness):
+            self._next.append(found := self.store.compare_set(str(n), "", mine))
+            if found.decode() == mine:
+                self.last_staleness = n - base
+                return
+        self.dropped += 1
+
+    def catch_up(self) -> int:
+        """Apply all that is published; the number of records."""
+        before = self.count
+        while (n := self.count + len(self._next)) < self.steps and self.store.check([str(n)]):
+            self._next.append(self.store.get(str(n)))
+        self._apply()
+        return self.count - before
+
+    def _apply(self) -> None:
+        if not self._next:
+            return
+        optimizer, rates = self.optimizer, [group["lr"] for group in self.optimizer.param_groups]
+        records = [self._layout.unpack(self._data(self.count + i, found), 0) for i, found in enumerate(self._next)]
+        with uninterrupted():
+            try:
+                repeat_all(optimizer, self._gated, records)
+            finally:
+                for group, lr in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = lr
+            self.count += len(records)
+            self._next = []
+            optimizer._state.step = self.count
+        if self.done:
+            named = [(label_of(g, i), p) for g in optimizer.param_groups for i, p in enumerate(g["params"])]
+            prints = {f"{label} ({i})": int(fingerprint(p)) for i, (label, p) in enumerate(named)}
+            self._agree("weights", prints)
+
+    def _data(self, n: int, found: bytes) -> bytes:
+        data = bytes.fromhex(found.decode().partition(" ")[2])
+        if (fault := self._layout.fault(data, 0)) is not None:
+            fail("AsyncExchange", f"record {n}", "one of this run", fault, RuntimeError)
+        return data
+
+    def stalenesses(self) -> list[int]:
+        """Of each record that is applied here."""
+        return [n - int(self.store.get(str(n)).decode().partition(" ")[0]) for n in range(self.count)]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """The records that are applied here as a log (docs/trajectory.md), for ``replay_`` and ``zokernels replay``."""
+        with open(path, "xb") as file:
+            file.write(self._head)
+            for n in range(self.count):
+                file.write(self._data(n, self.store.get(str(n))))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Of nested dicts and lists, the values by path."""
+    if not isinstance(value, (dict, list)):
+        return {path[1:]: value}
+    named = lambda i, v: v["name"] if isinstance(v, dict) and v.get("name") else i
+    items = value.items() if isinstance(value, dict) else [(named(i, v), v) for i, v in enumerate(value)]
+    return {k: v for key, inner in items for k, v in _flat(inner, f"{path}.{key}").items()}
