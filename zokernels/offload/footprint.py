@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from ..wire import Wire
 from .blocks import PAGE, Block, find_blocks, streamed_parameters
 from .wire import Format
 
@@ -16,6 +17,7 @@ class Footprint(NamedTuple):
 
     slots: int
     scratch: int
+    decoded: int  #: the one block that wire bytes are decoded to
     resident: int  #: parameters in no block, and buffers
     copy: int  #: the perturbed copy of the largest resident parameter, while a function takes it
 
@@ -30,7 +32,7 @@ def footprint(
     *,
     slots: int = 3,
     scratch: int = 2,
-    wire: str | None = None,
+    wire: Wire | None = None,
 ) -> Footprint:
     """What :func:`stream` with these arguments, from host memory or disk, will take of the device.
 
@@ -45,14 +47,16 @@ def footprint(
         block = Block(i, name, module)
         block.place(params)
         made.append(block)
-    form = None if wire is None else Format(wire, made)
-    slot = max(b.nbytes for b in made) if form is None else max(form.nbytes)
     streamed = {id(p) for params in listed for _, p in params}
     size = lambda t: t.numel() * t.element_size()
     resident: list[Tensor] = [p for p in model.parameters() if id(p) not in streamed]
+    largest, copy = max(b.nbytes for b in made), max(b.scratch for b in made)
+    if wire is not None:
+        largest = -(-max(Format(wire, made).nbytes) // PAGE) * PAGE
     return Footprint(
-        slots=min(slots, len(made)) * -(-slot // PAGE) * PAGE,
-        scratch=(scratch + (form is not None)) * max(b.scratch for b in made),  # one block decoded
+        slots=min(slots, len(made)) * largest,
+        scratch=scratch * copy,
+        decoded=0 if wire is None else copy,
         resident=sum(map(size, [*resident, *model.buffers()])),
         copy=max(map(size, resident), default=0),
     )
