@@ -255,6 +255,28 @@ def test_a_failure_in_a_thread_is_raised(monkeypatch, tmp_path):
     engine.mover.close()
 
 
+def test_a_master_with_half_an_update_is_never_used(monkeypatch):
+    model = tower(torch.bfloat16)
+    engine = offload.stream(model, "layers", wire="fp8", slots=2)
+    train(model, 1)
+    calls, real = [], zokernels.offload.wire.take
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError("mine")
+        real(*args)
+
+    monkeypatch.setattr(zokernels.offload.wire, "take", failing)
+    with pytest.raises(MemoryError, match="mine"):
+        train(model, 4)
+    monkeypatch.undo()
+    for _ in range(3):  # the error stays
+        with pytest.raises(MemoryError, match="mine"):
+            model(batch_of(0))
+    engine.mover.close()
+
+
 def test_bad_arguments():
     model = tower()
     before = copy.deepcopy(model.state_dict())

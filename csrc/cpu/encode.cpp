@@ -45,29 +45,44 @@ ZK_HD uint32_t encode_block(const float x[kWireBlock], uint8_t code[kWireBlock])
   return scale;
 }
 
+// Elements [from, from + count) of a block; Whole: all 32, so that copies have a constant size.
+template <DType D, DType W, bool Whole>
+ZK_HD void run_block(const Encode& op, int64_t block, int64_t from, int64_t count) {
+  using T = Element<D>;
+  const int64_t size = Whole ? kWireBlock : count;
+  T raw[kWireBlock];
+  if constexpr (!Whole) __builtin_memset(raw, 0, sizeof(raw));
+  __builtin_memcpy(raw, static_cast<const T*>(op.in) + from, size * sizeof(T));
+  if constexpr (W == DType::bf16 || W == DType::f16) {
+    Element<W> converted[kWireBlock];
+    for (int e = 0; e < kWireBlock; ++e) converted[e] = to_sixteen<W>(to_float<D>(raw[e]));
+    __builtin_memcpy(op.out + from * sizeof(converted[0]), converted, size * sizeof(converted[0]));
+  } else {
+    float x[kWireBlock];
+    uint8_t code[kWireBlock];
+    for (int e = 0; e < kWireBlock; ++e) x[e] = to_float<D>(raw[e]);
+    op.out[wire_scale_begin(op.numel) + block] = static_cast<uint8_t>(encode_block<W>(x, code));
+    __builtin_memcpy(op.out + from, code, size);
+  }
+}
+
 template <DType D, DType W>
 void run(const Encode& op, int64_t begin, int64_t end) {
-  using T = Element<D>;
-  constexpr bool scaled = W == DType::e4m3 || W == DType::i8;
-  const auto* in = static_cast<const T*>(op.in);
   const int64_t lead = static_cast<int64_t>(op.offset % kWireBlock);
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t first = block * kWireBlock - lead, from = first < 0 ? 0 : first;
-    const int64_t stop = first + kWireBlock < op.numel ? first + kWireBlock : op.numel, count = stop - from;
-    T raw[kWireBlock] = {};
-    __builtin_memcpy(raw, in + from, count * sizeof(T));
-    if constexpr (D == W) {
-      __builtin_memcpy(op.out + from * sizeof(T), raw, count * sizeof(T));
-    } else if constexpr (!scaled) {
-      Element<W> converted[kWireBlock];
-      for (int e = 0; e < kWireBlock; ++e) converted[e] = to_sixteen<W>(to_float<D>(raw[e]));
-      __builtin_memcpy(op.out + from * sizeof(converted[0]), converted, count * sizeof(converted[0]));
-    } else {
-      float x[kWireBlock];
-      uint8_t code[kWireBlock];
-      for (int e = 0; e < kWireBlock; ++e) x[e] = to_float<D>(raw[e]);
-      op.out[wire_scale_begin(op.numel) + block] = static_cast<uint8_t>(encode_block<W>(x, code));
-      __builtin_memcpy(op.out + from, code, count);
+  const auto first = [&](int64_t block) ZK_INLINE { return block == 0 ? 0 : block * kWireBlock - lead; };
+  const auto stop = [&](int64_t block) ZK_INLINE {
+    const int64_t last = (block + 1) * kWireBlock - lead;
+    return last < op.numel ? last : op.numel;
+  };
+  if constexpr (D == W) {
+    const auto* in = static_cast<const Element<D>*>(op.in);
+    __builtin_memcpy(op.out + first(begin) * sizeof(*in), in + first(begin),
+                     (stop(end - 1) - first(begin)) * sizeof(*in));
+  } else {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t from = first(block), count = stop(block) - from;
+      count == kWireBlock ? run_block<D, W, true>(op, block, from, count)
+                          : run_block<D, W, false>(op, block, from, count);
     }
   }
 }

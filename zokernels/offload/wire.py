@@ -123,6 +123,7 @@ class Encoding(Mover):
         self._coming: dict[int, Future[Any]] = {}  #: by slot
         self._writing: dict[int, Future[None]] = {}  #: by block
         self._keeping: list[Future[Any]] = []
+        self._broken: BaseException | None = None  #: why a master in memory has an update in part
         if self._cuda:
             self._in, self._side = torch.cuda.Stream(device), torch.cuda.Stream(device)
             size = -(-max(form.nbytes) // ALIGN) * ALIGN
@@ -165,6 +166,8 @@ class Encoding(Mover):
         return self._submit(block, max(self.history.end, block.kept), in_memory, copy).result()
 
     def _submit(self, block: Block, version: int, write: bool, then: Callable[[Tensor], Any]) -> Future[Any]:
+        if self._broken is not None:
+            raise self._broken
         for future in self._writing.values():  # what a write before ran into
             if future.done():
                 future.result()
@@ -247,6 +250,8 @@ class Encoding(Mover):
                 job.block.stored = max(job.block.stored, job.version)
             result = job.then(master)
         except BaseException as error:
+            if isinstance(self.source, HostMemory) and job.block.stored < job.version:
+                self._broken = error
             return self._fail(job, master, error)
         if job.written is None:
             self._give_back(master)
