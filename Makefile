@@ -26,7 +26,7 @@ bench: $(VENV)/built
 	$(BIN)/python -m bench run --op combine --device cpu $(ARGS)
 
 docs: $(VENV)/tested
-	$(BIN)/python -m mkdocs build -q --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q --strict
 
 # For a machine with an NVIDIA GPU and nvcc; uses the Python and torch that are there, installs nothing, needs no network.
 gpu-check:

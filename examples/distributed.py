@@ -1,8 +1,9 @@
 """Fine-tunes the demo's model on several processes, with every mesh, and compares each run with one process's.
 
-``torchrun --nproc-per-node 2 examples/distributed.py`` runs data parallel, perturbation parallel and weights sharded by
-FSDP2; with four processes also data x perturbation and two shards x two of data.  Each line has the bytes that a rank
-sends in a step, and the digest of the weights, which equals that of one process over the same shards of each batch.
+``torchrun --nproc-per-node 2 examples/distributed.py`` runs data parallel, perturbation parallel, weights sharded by
+FSDP2 and two pipeline stages; with four processes also data x perturbation, shards x perturbation, and two pipelines.
+Each line has the bytes that a rank sends in a step, and the digest of the weights, which equals that of one process
+over the same shards of each batch.  Last, an asynchronous run: its digest equals that of its merged log, replayed.
 
 ``--mesh NAME --log FILE`` runs one mesh and records it; started again, also by torchrun itself
 (``torchrun --max-restarts 3 ...``) after a rank has died, it goes on from FILE.  docs/distributed.md.
@@ -12,12 +13,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import os
 import pathlib
 import signal
 import sys
+import tempfile
 import time
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -32,9 +36,10 @@ sys.path.append(str(ROOT / "examples"))
 import reviews  # noqa: E402
 from encoder import Classifier  # noqa: E402
 
-from zokernels.distributed import mean_of  # noqa: E402
+from zokernels.distributed import AsyncExchange, mean_of  # noqa: E402
 from zokernels.optim import ZOSGD  # noqa: E402
 from zokernels.optim.shard import whole_of  # noqa: E402
+from zokernels.trajectory import replay_  # noqa: E402
 from zokernels.trajectory.settings import digest  # noqa: E402
 
 
@@ -44,6 +49,7 @@ def meshes(ranks: int) -> dict[str, dict[str, int]]:
     if ranks % 4 == 0:
         both = {"data": ranks // 2, "perturbation": 2}
         found |= {"data x perturbation": both, "sharded x perturbation": both}
+    found["pipeline"] = {"data": ranks // 2, "pipeline": 2}
     return {name: sizes for name, sizes in found.items() if name != "perturbation" or ranks == 2}
 
 
@@ -78,15 +84,56 @@ def loss_of(model: nn.Module, batch: reviews.Batch) -> Tensor:
 
 
 def optimizer_for(model: nn.Module, args: argparse.Namespace, **options: object) -> ZOSGD:
-    head = [(n, p) for n, p in model.named_parameters() if n.startswith("head.")]
-    encoder = [(n, p) for n, p in model.named_parameters() if not n.startswith("head.")]
+    head = [(n, p) for n, p in trained(model) if n.startswith("head.")]
+    encoder = [(n, p) for n, p in trained(model) if not n.startswith("head.")]
     groups = [{"params": encoder, "lr": 3e-6, "eps": 1e-3}, {"params": head, "lr": 0.15, "eps": 0.3}]
     return ZOSGD(groups, lr=3e-6, seed=args.seed, **options)
 
 
-def digest_of(model: nn.Module) -> str:
-    """SHA-256 of all weights' own; all ranks together gather what is sharded."""
-    return hashlib.sha256("".join(digest(whole_of(p)) for p in model.parameters()).encode()).hexdigest()[:16]
+class Hop(nn.Module):
+    """In the place of a layer that another stage has."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor] = lambda hidden: hidden) -> None:
+        super().__init__()
+        self.act = act
+
+    def forward(self, hidden: Tensor, *_: object, **__: object) -> Tensor:
+        return self.act(hidden)
+
+
+def leave_stage(model: Classifier, mesh: DeviceMesh) -> None:
+    """Of the encoder's layers the first half, or the second; names stay what they are."""
+    layers, group = model.encoder.encoder.layer, mesh.get_group("pipeline")
+    half = len(layers) // 2
+
+    def send(hidden: Tensor) -> Tensor:
+        dist.send(hidden, group=group, group_dst=1)
+        return hidden
+
+    def receive(hidden: Tensor) -> Tensor:
+        dist.recv(received := torch.empty_like(hidden), group=group, group_src=0)
+        return received
+
+    first = mesh.get_local_rank("pipeline") == 0
+    model.not_here = "head." if first else "encoder.embeddings."
+    for i in range(half, len(layers)) if first else range(half):
+        layers[i] = Hop()
+    layers[half if first else half - 1] = Hop(send if first else receive)
+
+
+def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters, without those that another stage has."""
+    return [(n, p) for n, p in model.named_parameters() if not n.startswith(getattr(model, "not_here", "nothing"))]
+
+
+def digest_of(model: nn.Module, mesh: DeviceMesh | None = None) -> str:
+    """SHA-256 of all weights' own; all ranks together gather what is sharded, or on other stages."""
+    found = [digest(whole_of(p)) for _, p in trained(model)]
+    if mesh is not None and "pipeline" in mesh.mesh_dim_names:
+        stages: list = [None, None]
+        dist.all_gather_object(stages, found, group=mesh.get_group("pipeline"))
+        found = stages[0] + stages[1]
+    return hashlib.sha256("".join(found).encode()).hexdigest()[:16]
 
 
 def fresh(args: argparse.Namespace) -> Classifier:
@@ -113,6 +160,8 @@ def together(name: str, mesh: DeviceMesh, args: argparse.Namespace) -> tuple[str
         for layer in model.encoder.encoder.layer:
             fully_shard(layer, mesh=mesh["data"])
         fully_shard(model, mesh=mesh["data"])
+    if "pipeline" in mesh.mesh_dim_names:
+        leave_stage(model, mesh)
     shard = mesh.get_local_rank("data") if "data" in mesh.mesh_dim_names else 0
     optimizer = optimizer_for(model, args, mesh=mesh, trajectory=args.log, resume=args.log is not None)
     first, begin = optimizer.step_count, time.perf_counter()
@@ -125,7 +174,38 @@ def together(name: str, mesh: DeviceMesh, args: argparse.Namespace) -> tuple[str
     seconds = (time.perf_counter() - begin) / max(1, args.steps - first)
     if optimizer.trajectory:
         optimizer.trajectory.close()
-    return digest_of(model), float(loss), optimizer.bytes_sent, seconds
+    return digest_of(model, mesh), float(loss), optimizer.bytes_sent, seconds
+
+
+def asynchronous(args: argparse.Namespace) -> bool:
+    """A run of as many records as all ranks would take steps; each has batches of its own, and none waits."""
+    rank, ranks, model = dist.get_rank(), dist.get_world_size(), fresh(args)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if rank == 0 else None
+    port = [store.port if store else None]
+    dist.broadcast_object_list(port, src=0)
+    store = store or dist.TCPStore("127.0.0.1", port[0], is_master=False)
+    batches, exchange = (
+        Batches(model.tokenizer, args),
+        AsyncExchange(optimizer_for(model, args), store, args.steps * ranks),
+    )
+    for step in itertools.count():
+        batch = batches(step, rank)
+        if exchange.step(lambda: loss_of(model, batch)) is None:  # noqa: B023
+            break
+    same = True
+    if rank == 0:
+        with tempfile.TemporaryDirectory() as place:
+            exchange.save(log := pathlib.Path(place) / "merged.zk")
+            replay_(alone := fresh(args), log)
+        found, stale = digest_of(model), max(exchange.stalenesses())
+        same = found == digest_of(alone)
+        print(
+            f"{'asynchronous':<24} {ranks} ranks, {exchange.steps} records, stale by {stale} at most, digest {found} "
+            f"({'equal to' if same else 'NOT'} its log's, replayed)",
+            flush=True,
+        )
+    dist.barrier()
+    return same
 
 
 def die(args: argparse.Namespace, step: int) -> None:
@@ -165,6 +245,8 @@ def main() -> int:
                 flush=True,
             )
         dist.barrier()
+    if args.mesh in (None, "asynchronous"):
+        good = asynchronous(args) and good
     dist.destroy_process_group()
     return 0 if good else 1
 

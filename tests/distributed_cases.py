@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable
 
+import offload_cases
 import pytest
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ from trajectory_cases import CASES as OPTIMIZERS
 from trajectory_cases import assert_same, base_of
 
 import zokernels
+from zokernels import offload
 from zokernels.contract import derive_seed_int, streams_of
 from zokernels.distributed import AsyncExchange, Exchange, RanksDiffer, mean_of
 from zokernels.optim import ZOSGD, Ranking, ThreePoint, ZerothOrder, ZORankSGD
@@ -641,6 +643,61 @@ def asynchronous_errors(world: World) -> None:
         late = ZOSGD(Model(torch.bfloat16, random.Random(2)).named_parameters(), lr=0.1, seed=7)
         with pytest.raises(ValueError, match="resume: asynchronous: expected that of the log, True, got None"):
             record(late, world.folder / "a.zk", resume=True)
+
+
+# Streamed -------------------------------------------------------------------------------------------------------------
+
+
+def streamed(world: World, slots: int, dtype: torch.dtype, directions: int = 1, **sizes: int) -> None:
+    """Each rank keeps a slice of every block; weights, losses and log are those of one process with all in memory."""
+    make = lambda: offload_cases.tower(dtype, seed=5, layers=4, dropout=0.0).to(DEVICE)
+    model, mesh, folder = make(), world.mesh(**sizes), world.folder
+    line = init_device_mesh(DEVICE, (world.ranks,), mesh_dim_names=("slices",))
+    engine = offload.stream(model, storage="host", slots=slots, write_every=world.rng.choice((1, 3)), mesh=line)
+    memory = engine.mover.source
+    assert memory.data.numel() * world.ranks == sum(b.nbytes for b in engine.blocks)
+    shard = mesh.get_local_rank("data") if "data" in sizes else 0
+    options = {"lr": 0.02, "seed": 3, "weight_decay": 0.1, "directions": directions}
+    with_log = lambda name: {"trajectory": folder / f"{world.rank}-{name}.zk", **options}
+    loss = lambda model, step, s: offload_cases.loss_of(model, offload_cases.batch_of(10 * step + s).to(DEVICE))
+    optimizer = ZOSGD(model.named_parameters(), mesh=Exchange(mesh), **with_log("mesh"))
+    returned = take(optimizer, lambda step: loss(model, step, shard), 20)
+    optimizer.trajectory.close()
+    ours = {name: value.clone() for name, value in model.state_dict().items()}  # all ranks together
+    engine.flush()
+    after = [r.clone() for r in memory.regions]
+    engine.close()
+    alone = make()
+    reference = ZOSGD(alone.named_parameters(), **with_log("alone"))
+    whole = lambda step: mean_of([loss(alone, step, s) for s in range(sizes["data"])]) if "data" in sizes else (
+        loss(alone, step, 0)
+    )  # fmt: skip
+    assert returned == take(reference, whole, 20)
+    reference.trajectory.close()
+    assert not offload_cases.same_state(ours, alone.state_dict())
+    if world.rank == 0:
+        assert (folder / "0-mesh.zk").read_bytes() == (folder / "0-alone.zk").read_bytes()
+    everyone: list = [None] * world.ranks
+    dist.all_gather_object(everyone, [r.cpu() for r in after])
+    for i, block in enumerate(engine.blocks):  # together the slices are the block, and each is on one rank
+        data = torch.cat([slices[i] for slices in everyone])
+        assert data.numel() == block.nbytes
+        assert all(offload_cases.same_bits(e.of(data), ours[e.name].cpu()) for e in block.entries)
+
+
+case(2, "streamed in slices", slots=3, dtype=torch.bfloat16, data=2)(streamed)
+case(2, "streamed in slices, shared points", slots=1, dtype=torch.float32, perturbation=2)(streamed)
+case(4, "streamed in slices, both", slots=2, dtype=torch.bfloat16, directions=3, data=2, perturbation=2)(streamed)
+case(4, "streamed in slices, uneven", slots=2, dtype=torch.float16, directions=3, perturbation=4)(streamed)
+
+
+@case(2)
+def streamed_wrong(world: World) -> None:
+    make = lambda mesh, **options: offload.stream(offload_cases.tower(), mesh=mesh, **options)
+    line, plane = world.mesh(slices=2), world.mesh(a=2, b=1)
+    refused(world, "mesh: expected a DeviceMesh of one dimension .* got 2 dimensions", lambda: make(plane))
+    refused(world, "storage: expected 'host' with a mesh", lambda: make(line, storage="device"))
+    refused(world, "wire: expected None with a mesh, got 'int8'", lambda: make(line, wire="int8"))
 
 
 # Sharded weights ------------------------------------------------------------------------------------------------------

@@ -21,13 +21,13 @@ from zokernels.optim import ZOSGD
 
 
 @pytest.mark.parametrize("slots", [1, 3])
-@pytest.mark.parametrize("storage", ["host", "disk"])
-def test_a_read_that_fails_once(storage, slots, rng, tmp_path):
+@pytest.mark.parametrize(("storage", "wire"), [("host", None), ("disk", None), ("disk", "bf16")])
+def test_a_read_that_fails_once(storage, wire, slots, rng, tmp_path):
     """The step fails; the next one reads again, and does not take what is in the slot for the block."""
     model = tower(torch.bfloat16, seed=rng.getrandbits(30))
     expected, _ = train(ours := copy.deepcopy(model), 5)
     path = tmp_path / "run" if storage == "disk" else None
-    with offload.stream(model, "layers", storage, path=path, slots=slots) as engine:
+    with offload.stream(model, "layers", storage, path=path, slots=slots, wire=wire) as engine:
         optimizer = ZOSGD(model.named_parameters(), lr=1e-2, eps=1e-2, weight_decay=0.1, seed=5)
         source, failing = engine.mover.source, set(rng.sample(range(5, 20), 3))
         read, count = source.read, iter(range(10**6))

@@ -514,6 +514,61 @@ for _dtype in DTYPES:
             check(dtype, "rademacher", [200], [0], k=1, decay=1e-8, fill=large, rounding=rounding)
 
 
+def _zeros(tensors, rng):
+    """Three in five elements become 0 or -0."""
+    import torch
+
+    for t in tensors:
+        draw = torch.tensor([rng.random() for _ in range(t.numel())]).view(t.shape)
+        t[draw < 0.3], t[(draw >= 0.3) & (draw < 0.6)] = 0.0, -0.0
+
+
+def check_zeros(rng, **fixed):
+    """Triton equals reference on rows of matrices and whole tensors where much is 0 or -0, a step size, too."""
+    from helpers import moved
+    from test_rows import random_rows, run
+
+    import zokernels
+
+    args = random_rows(rng, **fixed)
+    _zeros([*args["buffers"], *args.get("first", ()), *args.get("second", ()), args["coeffs"]], rng)
+    if "hyper" in args and rng.random() < 0.5:
+        _zeros([args["hyper"]], rng)
+    results = []
+    for name in ("triton", "reference"):
+        with zokernels.backend(name):
+            results.append(run(**moved(args, "cpu")))
+    assert_same(*results, lambda i: f"tensor {i} of {fixed}, rows {args['rows']}, {args['dist']}")
+
+
+for _rule in (None, *RULES):
+
+    @case(f"zeros: {_rule or 'combine'}", _rule)
+    def _(rule):
+        import random
+
+        rng = random.Random(f"{SEED} {rule}")
+        for _ in range(4 if rule is None else 1):
+            check_zeros(rng, rule=rule)
+
+
+@case("zeros: fan_out")
+def _():
+    """0 z and -0 z on either side of a weight that is 0 or -0."""
+    import torch
+
+    from zokernels.backends import get
+
+    for c in (0.0, -0.0):
+        theta, results = torch.tensor([0.0, -0.0, 1.0] * 40), []
+        terms = random_terms([120], [0], "normal", k=0)
+        for name in ("triton", "reference"):
+            out = [torch.full_like(theta, 7.0) for _ in range(2)]
+            get(name).fan_out([theta.clone()], [out[0]], [out[1]], torch.tensor([5]), torch.tensor([c]), terms)
+            results.append(out)
+        assert_same(*results, lambda i: f"{('plus', 'minus')[i]} of c = {c}")  # noqa: B023
+
+
 @case("more than 2^31 elements")
 def _():
     """Programs 2^18 and 2^18 + 1 of a tensor of 2^32 + 16404 elements, of which only the last 16404 exist."""

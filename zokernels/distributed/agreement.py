@@ -141,9 +141,9 @@ def _differ(optimizer: ZerothOrder, what: str, first: int, ours: object, rank: i
     )
 
 
-def _held(optimizer: ZerothOrder) -> list[Any]:
+def _held(optimizer: ZerothOrder) -> list[tuple[str, int, Any]]:
     """Of each parameter, its label, its stream, and which elements this rank holds."""
-    held = []
+    held: list[tuple[str, int, Any]] = []
     for group in optimizer.param_groups:
         for i, (p, stream) in enumerate(zip(group["params"], group["streams"], strict=True)):
             held.append((label_of(group, i), stream, shard_of(p)[:2] if is_sharded(p) else ()))

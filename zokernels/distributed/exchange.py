@@ -17,7 +17,7 @@ from .agreement import Agreement
 if TYPE_CHECKING:
     from ..optim.optimizer import ZerothOrder
 
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name until 2.13
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name until 2.13
 
 #: What the dimensions of a mesh mean; ranks along any other hold parts of one model, or copies of it.
 DATA, PERTURBATION, PIPELINE = "data", "perturbation", "pipeline"
@@ -157,7 +157,7 @@ class Exchange:
     def all_gather(self, mine: Tensor) -> Tensor:
         """[ranks, ...], in the group's order."""
         everyone = torch.empty((len(self.ranks), *mine.shape), dtype=mine.dtype, device=mine.device)
-        _all_gather(everyone.view(-1), mine.reshape(-1), group=self.group)
+        all_gather_single(everyone.view(-1), mine.reshape(-1), group=self.group)
         self.count(mine.nbytes)
         return everyone
 

@@ -15,13 +15,16 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..checks import fail
+from ..distributed import Exchange
 from ..offload import Engine, stream
 from ..optim import ZOCGE, ZOSGD, ZerothOrder
 from ..optim.estimators import Estimator
@@ -68,6 +71,9 @@ class ZOTrainerMixin(_Behind):
         trajectory: path of a log that replays the run (:mod:`zokernels.trajectory`).  A run that is resumed from a
             checkpoint goes on with its log.
         eval_mode: run the forwards of the training as in evaluation, without dropout.
+        mesh: in several processes (torchrun): a ``DeviceMesh`` with the dimension "data" of all of them, or an
+            :class:`zokernels.distributed.Exchange` of one; default: made here.  Each process has batches of its own,
+            as the Trainer shares them out, all take the same steps, and the first one writes log and checkpoints.
         offload: arguments of :func:`zokernels.offload.stream`, ``{"storage": "host"}`` for example: the model's blocks
             live there and come to the device one after another, in training and in evaluation.  The model is streamed
             (``trainer.engine``) when its first forward is due, after ``resume_from_checkpoint`` has been read.
@@ -84,10 +90,11 @@ class ZOTrainerMixin(_Behind):
         *args: Any,
         trajectory: str | os.PathLike[str] | None = None,
         eval_mode: bool = False,
+        mesh: DeviceMesh | Exchange | None = None,
         offload: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        self._trajectory, self._eval_mode, self._offload = trajectory, eval_mode, offload
+        self._trajectory, self._eval_mode, self._mesh, self._offload = trajectory, eval_mode, mesh, offload
         #: What streams the model, with ``offload``.
         self.engine: Engine | None = None
         self._micro_batches: list[tuple[Any, ...]] = []
@@ -111,8 +118,7 @@ class ZOTrainerMixin(_Behind):
             fail(self._op, "deepspeed, fsdp", "neither: they shard gradients and states that do not exist", "one")
         if args.n_gpu > 1:
             fail(self._op, "n_gpu", "1 (CUDA_VISIBLE_DEVICES=0): nn.DataParallel copies the weights", args.n_gpu)
-        if args.world_size > 1:
-            fail(self._op, "world_size", "1 process", args.world_size)
+        self._check_processes()
         if self._offload is not None and args.load_best_model_at_end:
             fail(self._op, "load_best_model_at_end", "False with offload: a streamed model loads no state_dict", True)
         if self._offload is not None and self.optimizer is not None:
@@ -128,9 +134,26 @@ class ZOTrainerMixin(_Behind):
                 logger.info(f"{self._op}: {name} is off: without backward no activations are kept")
                 setattr(args, name, False)
 
+    def _check_processes(self) -> None:
+        processes = self.args.world_size
+        if self._mesh is None and processes > 1:
+            self._mesh = init_device_mesh(self.args.device.type, (processes,), mesh_dim_names=("data",))
+        if self._mesh is not None:
+            if not isinstance(self._mesh, Exchange):
+                self._mesh = Exchange(self._mesh)
+            if self._mesh.names != ("data",) or len(self._mesh.ranks) != processes:
+                expected = f"the dimension 'data' of {processes} processes: the Trainer gives each its own batches"
+                fail(self._op, "mesh", expected, f"{self._mesh.names} of {len(self._mesh.ranks)}")
+        if processes > 1 and self.optimizer is not None and not self.zo_optimizer._exchange:
+            fail(
+                self._op, "optimizers", "an optimizer with mesh in several processes", type(self.zo_optimizer).__name__
+            )
+
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         self.accelerator.scaler = None  # fp16 autocast stays; what is scaled for are gradients
+        # DistributedDataParallel would copy all weights, and keep buckets for gradients that do not exist.
+        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def _tell(self, message: str) -> None:
         if message not in self._told:
@@ -151,6 +174,8 @@ class ZOTrainerMixin(_Behind):
         if self.optimizer is None:
             kind, options = self.optimizer_cls_and_kwargs or (ZOSGD, {})
             options = {"lr": self.args.learning_rate, "seed": self.args.seed, **options}
+            if self._mesh is not None:
+                options = {"mesh": self._mesh, **options}
             self.optimizer = kind(self._groups(self.model if model is None else model), **options)
         ours = self.zo_optimizer
         if not isinstance(ours, ZerothOrder):

@@ -175,7 +175,7 @@ class Engine:
 
     def _abandon(self, slot: Slot) -> None:
         """What ``slot`` holds is not to be used: the block comes again from the storage."""
-        slot.users -= 1
+        slot.users = max(0, slot.users - 1)  # a visit may have released it
         self.mover.released(slot)
         self.mover.drop(slot)
 

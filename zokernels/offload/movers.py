@@ -105,12 +105,12 @@ class InPlace(Mover):
 
 
 class HostMemory:
-    """All blocks in one region of host memory."""
+    """All blocks, or of each one of ``parts`` equal ones, in one region of host memory."""
 
-    def __init__(self, blocks: Sequence[Block], device: torch.device) -> None:
+    def __init__(self, blocks: Sequence[Block], device: torch.device, parts: int = 1) -> None:
         begins = [0]
         for b in blocks:
-            begins.append(begins[-1] + b.nbytes)
+            begins.append(begins[-1] + b.nbytes // parts)
         self.data = mapping(begins[-1], device)
         self.regions = [self.data[i:j] for i, j in itertools.pairwise(begins)]
 

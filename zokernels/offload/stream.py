@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..checks import fail
 from ..contract import canonical_name
@@ -16,6 +17,7 @@ from ..wire import Wire, format_of
 from .blocks import PAGE, Block, aliases, find_blocks, materialise, place_extents, streamed_parameters
 from .engine import Engine
 from .files import check_room
+from .gathered import BySlices, Slices, check_mesh
 from .memory import mapping
 from .movers import ByStreams, ByThreads, Files, HostMemory, InPlace, Mover, Slot, Staged
 from .run import Run
@@ -42,6 +44,7 @@ def stream(
     write_every: int | None = 1,
     threads: int = 2,
     wire: Wire | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> Engine:
     r"""Let the blocks of ``model`` live in ``storage`` and come to ``device`` one after another, once a step.
 
@@ -77,6 +80,9 @@ def stream(
             back.  bf16 of bf16 and fp16 of fp16 weights are lossless (:attr:`Engine.is_lossless`): the bits of None.
             All else is lossy: forwards compute with decode(encode(theta)), rounded to the weights' dtype, in the place
             of theta.  What is stored and saved, and ``state_dict()``, are the weights themselves.
+        mesh: (host) a ``DeviceMesh`` of one dimension: each rank keeps a slice of every block, and the slices are
+            gathered as the block comes in.  The ranks run all forwards together, and take the same steps: give the
+            optimizer a mesh that has them all.
 
     Returns: the :class:`Engine`, a context manager: ``flush()``, ``save(file)``, ``close()``.
 
@@ -87,6 +93,8 @@ def stream(
     """
     op = "stream"
     _check(op, storage, weights, path, resume, slots, scratch, write_every, threads, wire)
+    if mesh is not None:
+        check_mesh(op, mesh, storage, wire)
     target = _device(op, model, device)
     if any(hasattr(p, "_zo_engine") for p in model.parameters()):
         fail(op, "model", "a model that is not streamed", "one that is", RuntimeError)
@@ -103,12 +111,16 @@ def stream(
         else:
             block.place(params)
         made.append(block)
+    memory: HostMemory | None = None
+    if storage == "host":
+        # With a wire format the copies to the device come from buffers of their own.  Slices make blocks longer.
+        memory = (
+            Slices(made, target, mesh) if mesh else HostMemory(made, target if wire is None else torch.device("cpu"))
+        )
     timeline, size = Timeline(), max(b.nbytes for b in made)
     form = None if wire is None else Format(wire, made)
     held = _slots(made, storage, slots, target, size if form is None else max(form.nbytes))
     copies = [torch.empty(max(b.scratch for b in made), dtype=torch.uint8, device=target) for _ in range(scratch)]
-    # With a wire format the copies to the device come from buffers of their own.
-    memory = HostMemory(made, torch.device("cpu") if form else target) if storage == "host" else None
     to_gpu = target.type == "cuda"
     staging = mapping(2 * slots * size, target) if storage == "disk" and to_gpu and form is None else None
     run = None if path is None else Run(path, made, resume)
@@ -139,8 +151,11 @@ def stream(
             memory.write(b, _packed(b, loaded, fill), 0)
         if form:
             mover = encoding(memory)
+        elif to_gpu:
+            sliced = isinstance(memory, Slices)
+            mover = BySlices(memory, target, timeline) if sliced else ByStreams(memory, target, timeline)
         else:
-            mover = ByStreams(memory, target, timeline) if to_gpu else ByThreads(memory, timeline)
+            mover = ByThreads(memory, timeline)
     else:
         mover = InPlace()
         for b, slot in zip(made, held, strict=True):

@@ -262,7 +262,7 @@ class ZerothOrder(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _step(
-        self, closure: Callable[[], Any] | None, reading: Losses, use: Callable[..., Any] | None = None
+        self, closure: Callable[[], Any] | None, reading: Losses, use: Callable[..., object] | None = None
     ) -> Tensor:
         """``use``: what is done with the probe and the estimate in place of the update."""
         if not callable(closure):

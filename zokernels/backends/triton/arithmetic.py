@@ -33,6 +33,12 @@ def fma(a, b, c):
 
 
 @triton.jit
+def negated(x):
+    """-x, of zeros too: Triton's own -x is 0 - x, which makes 0 of 0.  neg.f32"""
+    return x * -1.0
+
+
+@triton.jit
 def sqrt(s):
     """sqrt(s) to nearest even, for 2^-100 < s < 2^100.
 

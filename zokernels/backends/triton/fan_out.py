@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..terms import Terms
-from .arithmetic import fma
+from .arithmetic import fma, negated
 from .launch import elementwise
 from .rounding import round_nearest, to_float
 from .table import pointer, row_of
@@ -25,7 +25,7 @@ def _tile(row, inside, span, terms, theta, plus, minus, seed, c, PENDING: tl.con
         x = to_float(updated)
     z = noise(seed, row, span, terms)
     store(plus, round_nearest(fma(c, z, x), dtype), row, inside, span)
-    store(minus, round_nearest(fma(-c, z, x), dtype), row, inside, span)
+    store(minus, round_nearest(fma(negated(c), z, x), dtype), row, inside, span)
 
 
 @triton.jit

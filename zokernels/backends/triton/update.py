@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...contract import DOMAIN_STATE
 from ..terms import Terms
-from .arithmetic import fma
+from .arithmetic import fma, negated
 from .launch import masked
 from .rounding import round_nearest
 from .rows import each_row_tile, masked_rows, pieces
@@ -48,7 +48,7 @@ def _momentum(row, span, terms, theta, base, m, hyper):
     l2, beta, gain, lr = hyper
     g = _gradient(theta, l2, row, span, terms)
     m = fma(beta, m, gain * g)
-    return fma(-lr, m, base), m, None
+    return fma(negated(lr), m, base), m, None
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def _adam(row, span, terms, theta, base, m, v, hyper):
     g = _gradient(theta, l2, row, span, terms)
     m = fma(beta1, m, gain1 * g)
     v = fma(beta2, v, gain2 * g * g)
-    return fma(-lr, tl.div_rn(m, fma(tl.sqrt_rn(v), scale, eps)), base), m, v
+    return fma(negated(lr), tl.div_rn(m, fma(tl.sqrt_rn(v), scale, eps)), base), m, v
 
 
 @triton.jit
@@ -67,14 +67,14 @@ def _adam_window(row, span, terms, base, squares, hyper):
     for k in range(terms.num_k):
         z = noise(tl.load(terms.seeds + k), row, span, terms)
         m, v = fma(tl.load(terms.coeffs + k), z, m), fma(tl.load(squares + k), z * z, v)
-    return fma(-lr, tl.div_rn(m, tl.sqrt_rn(v) + eps), base), None, None
+    return fma(negated(lr), tl.div_rn(m, tl.sqrt_rn(v) + eps), base), None, None
 
 
 @triton.jit
 def _sign(row, span, terms, theta, base, hyper):
     l2, lr = hyper
     g = _gradient(theta, l2, row, span, terms)
-    return fma(-lr, (g > 0).to(tl.float32) - (g < 0).to(tl.float32), base), None, None
+    return fma(negated(lr), (g > 0).to(tl.float32) - (g < 0).to(tl.float32), base), None, None
 
 
 @triton.jit

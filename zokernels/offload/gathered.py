@@ -1,0 +1,69 @@
+"""Streaming on several devices: each rank keeps and uploads a slice of every block, and the slices are gathered.
+
+A host link carries 1 / n of each block, and host memory of a rank holds 1 / n of the blocks; the rest of the way is the
+ranks' own interconnect (NVLink), by one all-gather a block.  The idea: DistZO2 (2025, arXiv 2507.03211).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..checks import fail
+from ..distributed.exchange import all_gather_single
+from .blocks import PAGE, Block
+from .movers import ByStreams, HostMemory
+
+
+def check_mesh(op: str, mesh: object, storage: str, wire: str | None) -> None:
+    if not isinstance(mesh, DeviceMesh) or mesh.ndim != 1 or mesh.get_coordinate() is None:
+        got = f"{mesh.ndim} dimensions" if isinstance(mesh, DeviceMesh) else type(mesh).__name__
+        fail(op, "mesh", "a DeviceMesh of one dimension that has this rank", got)
+    if storage != "host":
+        fail(op, "storage", "'host' with a mesh, whose ranks each hold a slice of every block", repr(storage))
+    if wire is not None:
+        fail(op, "wire", "None with a mesh", repr(wire))
+
+
+class Slices(HostMemory):
+    """Of each block this rank's n-th in host memory.  All ranks read the blocks in one order, as a step does.
+
+    The group is its own: blocks are gathered by the thread that reads, while the caller's gathers losses.
+    """
+
+    def __init__(self, blocks: Sequence[Block], device: torch.device, mesh: DeviceMesh) -> None:
+        self.rank, self.count = mesh.get_local_rank(), mesh.size()
+        for b in blocks:
+            b.nbytes = -(-b.nbytes // (PAGE * self.count)) * PAGE * self.count
+        super().__init__(blocks, device, self.count)
+        self.group = dist.new_group(mesh.mesh.tolist(), use_local_synchronization=True)
+
+    def part(self, block: Block, data: Tensor) -> Tensor:
+        """This rank's slice of ``data``, the bytes of the block."""
+        size = block.nbytes // self.count
+        return data[self.rank * size : (self.rank + 1) * size]
+
+    def read(self, block: Block, data: Tensor) -> None:
+        all_gather_single(data[: block.nbytes], self.regions[block.index], group=self.group)
+
+    def write(self, block: Block, data: Tensor, updates: int) -> None:
+        self.regions[block.index].copy_(self.part(block, data))  # all ranks have made the same bytes
+
+
+class BySlices(ByStreams):
+    """A slice over the host link into its place in the slot, and the others' into theirs."""
+
+    source: Slices
+
+    def _copy(self, lane: str, block: Block, to: Tensor, data: Tensor, stream: torch.cuda.Stream) -> None:
+        with torch.cuda.stream(stream), self.timeline.device_span(lane, block, stream):
+            if lane == "copy-out":
+                to.copy_(self.source.part(block, data), non_blocking=True)
+                return
+            mine = self.source.part(block, to)
+            mine.copy_(data, non_blocking=True)
+            all_gather_single(to[: block.nbytes], mine, group=self.source.group)
