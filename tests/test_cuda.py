@@ -17,6 +17,7 @@ import test_fan_out
 import test_low_rank
 import test_project
 import test_requantize
+import test_rows
 import test_spread
 import test_squares
 import test_update
@@ -116,6 +117,16 @@ def test_fast_path_on_host_equals_reference(on_host, rng, case, dist):
     # The counter wraps inside the second or third chunk.
     offsets = [8 * 2**32 - chunk - 8 * rng.randrange(chunk // 8), 8 * rng.randrange(1 << 20)]
     check_backend(run, random_arguments(rng, sizes=sizes, dist=dist, aligned=True, offsets=offsets))
+
+
+@pytest.mark.parametrize("dist", DISTS)
+@pytest.mark.parametrize("width", test_rows.WIDTHS)
+def test_chunks_of_rows_on_host_equal_reference(on_host, rng, width, dist):
+    """Whole chunks of aligned rows, those of one row and those of thousands, and chunks of rows that are not aligned."""
+    for at in (width, width + rng.randrange(1, 8)):
+        check_backend(test_rows.run, test_rows.large_rows(rng, at, plain=True, dist=dist, count=rng.choice([1, 1, 2])))
+        check_backend(test_rows.run, test_rows.large_rows(rng, at, rng.choice([None, *RULES]), dist=dist))
+        check_backend(test_rows.run, test_rows.random_rows(rng, rng.choice([None, *RULES]), dist=dist))
 
 
 @pytest.mark.parametrize("dist", DISTS)

@@ -13,21 +13,28 @@ from zokernels.contract import seed_to_int64
 
 
 def random_rows(rng, rule=None, *, aligned=None, **fixed):
-    """Arguments of :func:`run`: rows of matrices, at any place or ``aligned`` to eight, and whole tensors."""
+    """Arguments of :func:`run`: rows of matrices, at any place or ``aligned`` to eight, and whole tensors.
+
+    ``shapes``: (height, width, length) of each; ``first``: the row of its matrix with which each begins; ``plain``: one
+    coefficient a direction, neither masks nor curvature.
+    """
+    shapes, first_row, plain = (fixed.pop(name, None) for name in ("shapes", "first", "plain"))
     dtype = fixed.pop("dtype", None) or rng.choice(DTYPES)
     count = 1 if rule == "hizoo" else fixed.pop("count", None)
     count = rng.choice([0, 1, 2, 3]) if count is None else count
     unit = 8 if (rng.random() < 0.5 if aligned is None else aligned) else 1
     buffers, parts, rows, offsets = [], [], [], []
-    for _ in range(rng.randrange(1, 4)):
+    for shape in shapes or [None] * rng.randrange(1, 4):
         length = unit * rng.randrange(1, 400 // unit)
         width = unit * rng.randrange(1, length // unit + 1)
-        height, column = rng.randrange(12), unit * rng.randrange((length - width) // unit + 1)
+        height, width, length = shape or (rng.randrange(12), width, length)
+        column = unit * rng.randrange((length - width) // unit + 1)
         first = rng.choice([0, rng.randrange(100), rng.randrange(2**30), 8 * 2**32 // length - height // 2])
+        first = first if first_row is None else first_row
         begin = 0 if unit == 8 else rng.randrange(SENTINELS + 1)
         buffers.append(random_values(height * width + 2 * SENTINELS, dtype, rng))
         parts.append(slice(begin, begin + height * width))
-        rows.append((width, length) if rng.random() < 0.9 else None)
+        rows.append((width, length) if shape or rng.random() < 0.9 else None)
         offsets.append(max(0, first) * length + column)
     sizes = [p.stop - p.start for p in parts]
     kwargs = {
@@ -41,22 +48,38 @@ def random_rows(rng, rule=None, *, aligned=None, **fixed):
         "rounding": rng.choice(["nearest", "stochastic"]),
         "rounding_seed": rng.getrandbits(64),
     }
-    if rng.random() < 0.3:
+    extras = lambda chance: not plain and rng.random() < chance
+    if extras(0.3):
         kwargs["coeffs"] = torch.randn(len(sizes), count) * 0.1
-    if rng.random() < 0.4:
+    if extras(0.4):
         places = zip(sizes, offsets, rows, strict=True)
         kwargs["masks"] = [zokernels.pack_mask(torch.rand(n) < 0.5, offset, row) for n, offset, row in places]
-    if rng.random() < 0.3:
+    if extras(0.3):
         kwargs |= {"mask_seed": rng.getrandbits(64), "density": rng.random()}
     args = {"buffers": buffers, "parts": parts, "rule": rule, **kwargs, **fixed}
     if rule is None:
-        if rng.random() < 0.3:
+        if extras(0.3):
             args["curvature"] = [random_values(n, rng.choice(STATE_DTYPES[:1]), rng) for n in sizes]
         return args
     dtypes = [rng.choice(STATE_DTYPES) for _ in range(RULES[rule][0])] + [None, None]
     for name, kind in zip(("first", "second"), dtypes, strict=False):
         args[name] = [] if kind is None else [random_values(b.numel(), kind, rng) for b in buffers]
     return {**args, "hyper": random_hyper(rule, count, rng)}
+
+
+def large_rows(rng, width, rule=None, **fixed):
+    """Arguments of :func:`run` on rows of several whole chunks (of 16384 elements), of which one has a wrap of the lower
+    counter word inside, and rows of the end of another tensor."""
+    unit = 1 if width % 8 else 8
+    length = width + unit * rng.choice([0, 1, 32, rng.randrange(5000)])
+    height = -(-3 * 16384 // width) + rng.randrange(1, 6)
+    first = max(0, 8 * 2**32 // length - rng.randrange(height))
+    shapes = [(height, width, length), (1 + 20000 // width, width, length)]
+    return random_rows(rng, rule, aligned=unit == 8, shapes=shapes, first=first, **fixed)
+
+
+#: Widths of rows that are aligned to eight: of less than a warp's access, of a part of a tile, tiles, tiles and more.
+WIDTHS = (8, 40, 256, 512, 1376, 4096, 16384, 3 * 8192 + 8, 40000)
 
 
 def run(buffers, parts, rule, first=(), second=(), hyper=None, **kwargs):

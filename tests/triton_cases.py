@@ -523,22 +523,29 @@ def _zeros(tensors, rng):
         t[draw < 0.3], t[(draw >= 0.3) & (draw < 0.6)] = 0.0, -0.0
 
 
-def check_zeros(rng, **fixed):
-    """Triton equals reference on rows of matrices and whole tensors where much is 0 or -0, a step size, too."""
+def check_rows(args, note):
+    """Triton equals reference on rows of matrices."""
     from helpers import moved
-    from test_rows import random_rows, run
+    from test_rows import run
 
     import zokernels
+
+    results = []
+    for name in ("triton", "reference"):
+        with zokernels.backend(name):
+            results.append(run(**moved(args, "cpu")))
+    assert_same(*results, lambda i: f"tensor {i} of {note}, rows {args['rows']}, {args['dist']}")
+
+
+def check_zeros(rng, **fixed):
+    """On rows of matrices and whole tensors where much is 0 or -0, a step size, too."""
+    from test_rows import random_rows
 
     args = random_rows(rng, **fixed)
     _zeros([*args["buffers"], *args.get("first", ()), *args.get("second", ()), args["coeffs"]], rng)
     if "hyper" in args and rng.random() < 0.5:
         _zeros([args["hyper"]], rng)
-    results = []
-    for name in ("triton", "reference"):
-        with zokernels.backend(name):
-            results.append(run(**moved(args, "cpu")))
-    assert_same(*results, lambda i: f"tensor {i} of {fixed}, rows {args['rows']}, {args['dist']}")
+    check_rows(args, fixed)
 
 
 for _rule in (None, *RULES):
@@ -550,6 +557,22 @@ for _rule in (None, *RULES):
         rng = random.Random(f"{SEED} {rule}")
         for _ in range(4 if rule is None else 1):
             check_zeros(rng, rule=rule)
+
+
+for _width in (8, 40, 512, 1376, 4096, 16384, 24584, 40000):
+
+    @case(f"rows: of {_width}", _width)
+    def _(width):
+        """Whole programs of aligned rows, edges, and rows that are not aligned."""
+        import random
+
+        from test_rows import large_rows
+
+        rng = random.Random(f"{SEED} {width}")
+        for dist in ("normal", "rademacher"):
+            check_rows(large_rows(rng, width, plain=True, dist=dist, count=1), "one direction")
+            check_rows(large_rows(rng, width, rng.choice([None, *RULES]), dist=dist), "any")
+        check_rows(large_rows(rng, width + rng.randrange(1, 8)), "unaligned")
 
 
 @case("zeros: fan_out")

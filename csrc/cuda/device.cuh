@@ -10,7 +10,7 @@
 #include "../noise/normal.h"
 #include "../noise/rademacher.h"
 #include "storage.cuh"
-#include "table.h"
+#include "update.h"
 
 #if defined(__CUDACC__)
 #define ZK_DEVICE __device__ __forceinline__
@@ -177,55 +177,57 @@ struct RowAccess {
   }
 };
 
-// Rows of a tensor: a thread's vecs are Philox blocks of rows, `blocks` of each row, kThreads apart. Where all is aligned to
-// eight they are the vecs of the memory, so that accesses are those of one piece, and only the number of the block is found
-// by a division. A block of Rademacher signs is drawn for each vec, not shared among sixteen.
+// Rows of a tensor, cut into vecs that are Philox blocks: `blocks` of each row. As in a Tile a warp's vecs follow each other
+// and a lane's are 32 apart. Where all is aligned to eight they are the vecs of the memory, so that accesses are those of one
+// piece; the row of a vec is a product and a shift.
 template <Domain Dist>
 struct RowTile {
-  static constexpr int kVecs = 8;
-  uint64_t start;  // logical index of element 0
-  int64_t width, length, rows;
-  uint32_t blocks, stream, mantissa;
-  uint64_t vec;  // of the chunk's first one
-  uint64_t row;
-  uint32_t column;
+  static constexpr int kVecs = kRowVecs;
+  const RowsEntry& t;
+  uint32_t stream, mantissa;
+  uint64_t vec;       // of the chunk's first one
+  uint64_t row;       // its row
+  uint32_t column;    // and its place there
+  uint32_t own;       // from it to the thread's first vec
+  uint64_t row_block;  // of the first row, where all is aligned
 
-  ZK_DEVICE RowTile(uint64_t start_, int64_t width_, int64_t length_, int64_t rows_, uint32_t blocks_, uint64_t chunk,
-                    uint32_t stream_, uint32_t mantissa_)
-      : start(start_),
-        width(width_),
-        length(length_),
-        rows(rows_),
-        blocks(blocks_),
-        stream(stream_),
-        mantissa(mantissa_) {
-    vec = chunk * (kThreads * kVecs);
-    // The 64-bit division is a hundred instructions.
-    row = vec >> 32 ? vec / blocks : static_cast<uint32_t>(vec) / blocks;
-    column = static_cast<uint32_t>(vec - row * blocks);
+  ZK_DEVICE RowTile(const RowsEntry& t_, uint64_t chunk, uint32_t stream_, uint32_t mantissa_)
+      : t(t_), stream(stream_), mantissa(mantissa_), own(threadIdx.x / 32 * (32 * kVecs) + threadIdx.x % 32) {
+    vec = chunk * kRowChunk;
+    row = vec >> 31 ? vec / t.blocks.divisor : t.blocks.quotient(static_cast<uint32_t>(vec));
+    column = static_cast<uint32_t>(vec - row * t.blocks.divisor);
+    row_block = (t.offset + row * static_cast<uint64_t>(t.length)) / kVector;
   }
-  ZK_DEVICE uint32_t ahead(int step) const { return column + threadIdx.x + step * kThreads; }
-  ZK_DEVICE uint64_t row_of(int step) const { return row + ahead(step) / blocks; }
-  ZK_DEVICE uint64_t row_start(int step) const { return start + row_of(step) * static_cast<uint64_t>(length); }
+  ZK_DEVICE uint32_t ahead(int step) const { return column + own + 32 * step; }
+  ZK_DEVICE uint64_t row_of(int step) const { return row + t.blocks.quotient(ahead(step)); }
+  ZK_DEVICE uint64_t row_start(int step) const { return t.offset + row_of(step) * static_cast<uint64_t>(t.length); }
+  // From the last block of a row to the next row's first, where all is aligned.
+  ZK_DEVICE uint64_t skipped() const { return static_cast<uint64_t>(t.length) / kVector - t.blocks.divisor; }
   template <bool Whole>
   ZK_DEVICE uint64_t block(int step) const {
-    return row_start(step) / kVector + ahead(step) % blocks;
+    const uint32_t n = ahead(step), rows = t.blocks.quotient(n);
+    if constexpr (!Whole) return row_start(step) / kVector + (n - rows * t.blocks.divisor);
+    return (row_block & 0xffffffff00000000u) |
+           (static_cast<uint32_t>(row_block) + n + rows * static_cast<uint32_t>(skipped()));
   }
   ZK_DEVICE bool is_outside(int64_t) const { return false; }
-  ZK_DEVICE bool exists(int step, int64_t) const {
-    return row_of(step) < static_cast<uint64_t>(rows) &&
-           static_cast<int64_t>(block<false>(step) * kVector - row_start(step)) < width;
+  ZK_DEVICE bool exists(int step, int64_t numel) const {
+    return static_cast<int64_t>(row_of(step)) * t.width < numel &&
+           static_cast<int64_t>(block<false>(step) * kVector - row_start(step)) < t.width;
   }
-  ZK_DEVICE bool is_whole(int64_t) const { return vec + kThreads * kVecs <= static_cast<uint64_t>(rows) * blocks; }
-  ZK_DEVICE uint64_t alignment() const { return start | static_cast<uint64_t>(width | length); }
-  ZK_DEVICE uint64_t mask_byte(uint64_t, int step) const { return vec + threadIdx.x + step * kThreads; }
+  // Of aligned rows: whether all vecs exist, and the upper counter word is the same in all.
+  ZK_DEVICE bool is_whole(int64_t numel) const {
+    const uint32_t last = column + static_cast<uint32_t>(kRowChunk) - 1;
+    const uint64_t last_block = row_block + last + t.blocks.quotient(last) * skipped();
+    return vec + kRowChunk <= static_cast<uint64_t>(numel) / kVector && (row_block ^ last_block) >> 32 == 0;
+  }
+  ZK_DEVICE uint64_t alignment() const { return t.offset | static_cast<uint64_t>(t.width | t.length); }
+  ZK_DEVICE uint64_t mask_byte(uint64_t, int step) const { return vec + own + 32 * step; }
   ZK_DEVICE RowAccess edge(int step, int64_t) const {
     const int64_t first = static_cast<int64_t>(block<false>(step) * kVector - row_start(step));
-    return {static_cast<int64_t>(row_of(step)) * width, {first, width}};
+    return {static_cast<int64_t>(row_of(step)) * t.width, {first, t.width}};
   }
-  ZK_DEVICE VectorAccess vector(int step) const {
-    return {static_cast<int64_t>(vec + threadIdx.x) * kVector, step * kThreads};
-  }
+  ZK_DEVICE VectorAccess vector(int step) const { return {static_cast<int64_t>(vec + own) * kVector, 32 * step}; }
 };
 
 // z of one direction over a tile.
@@ -272,15 +274,19 @@ struct Noise<RowTile<kNormal>> {
 template <>
 struct Noise<RowTile<kRademacher>> {
   PhiloxKey key;
+  uint64_t drawn = ~uint64_t{0};  // the number of no block
+  Words<uint32_t> signs{};
 
   ZK_DEVICE Noise(uint64_t seed, const RowTile<kRademacher>&) : key(philox_key(seed)) {}
+  // Vecs 32 apart have their signs in one block while they stay in a row and a tile: it is drawn once for them.
   template <bool Whole>
-  ZK_DEVICE void vec(const RowTile<kRademacher>& tile, int step, float z[kVector]) const {
+  ZK_DEVICE void vec(const RowTile<kRademacher>& tile, int step, float z[kVector]) {
     constexpr uint64_t kTileVecs = kRademacherTile / kVector;
     const uint64_t vec = tile.template block<Whole>(step);
     const uint64_t block = vec / kTileVecs * kRademacherBlocks + vec % kRademacherBlocks;
+    if (block != drawn) signs = draw(key, drawn = block, tile.stream, kRademacher);
     const int byte = static_cast<int>(vec % kTileVecs) / kRademacherBlocks;
-    const uint32_t word = word_of(draw(key, block, tile.stream, kRademacher), byte) >> (8 * (byte % 4));
+    const uint32_t word = word_of(signs, byte) >> (8 * (byte % 4));
     ZK_UNROLL
     for (int e = 0; e < kVector; ++e) z[e] = signed_coefficient(word, e, 1.0f);
   }

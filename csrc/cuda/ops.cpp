@@ -102,11 +102,10 @@ int64_t chunks_of_entry(UpdateEntry& entry, const TermArgs& terms, size_t) {
 int64_t chunks_of_entry(RowsEntry& entry, const TermArgs& terms, size_t i) {
   entry.width = terms.width(i);
   entry.length = terms.length(i);
-  entry.rows = entry.numel / entry.width;
   const int64_t blocks = terms.row_blocks(i);
-  STD_TORCH_CHECK(blocks < int64_t{1} << 31, "rows: expected rows of fewer than 2^34 elements");
-  entry.blocks = static_cast<uint32_t>(blocks);
-  return (entry.rows * blocks + kRowChunk - 1) / kRowChunk;
+  STD_TORCH_CHECK(blocks < (int64_t{1} << 31) - kRowChunk, "rows: expected rows of fewer than 2^34 elements");
+  entry.blocks = Divisor(static_cast<uint32_t>(blocks));
+  return (entry.numel / entry.width * blocks + kRowChunk - 1) / kRowChunk;
 }
 
 int launch_entries(const UpdateLaunch& p, uint32_t chunks, DType dtype, Domain dist, Action action, void* stream) {

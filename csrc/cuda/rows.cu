@@ -7,8 +7,9 @@ namespace {
 
 template <DType D, Domain Dist, bool Stochastic>
 int launch_plain_count(const RowsLaunch& p, uint32_t chunks, void* stream) {
-  return launch(p.count == 1 ? combine_rows_kernel<D, Dist, 1, Stochastic>
-                             : combine_rows_kernel<D, Dist, 0, Stochastic>,
+  if (p.count != 1) return launch(combine_rows_kernel<D, Dist, 0, true, Stochastic>, chunks, stream, p);
+  return launch(p.decay != nullptr ? combine_rows_kernel<D, Dist, 1, true, Stochastic>
+                                   : combine_rows_kernel<D, Dist, 1, false, Stochastic>,
                 chunks, stream, p);
 }
 

@@ -7,15 +7,14 @@
 namespace zk::cuda {
 
 // K: 1, or 0 for any number.
-template <DType D, Domain Dist, int K, bool Stochastic>
+template <DType D, Domain Dist, int K, bool Decay, bool Stochastic>
 ZK_GLOBAL combine_rows_kernel(ZK_GRID_CONSTANT RowsLaunch p) {
   using S = Storage<D>;
   constexpr bool kRound = Stochastic && D != DType::f32;
   const int i = tensor_of(p.table, blockIdx.x);
   const RowsEntry& t = p.table.tensor[i];
-  const RowTile<Dist> tile(t.offset, t.width, t.length, t.rows, t.blocks, blockIdx.x - p.table.first_chunk[i],
-                           p.table.stream[i], p.mantissa);
-  const bool decays = p.decay != nullptr;
+  const RowTile<Dist> tile(t, blockIdx.x - p.table.first_chunk[i], p.table.stream[i], p.mantissa);
+  const bool decays = Decay && p.decay != nullptr;
   const float decay = decays ? *p.decay : 1.0f;
   PhiloxKey rounding{};
   if constexpr (kRound) rounding = philox_key(seed_at(p.rounding_seed, 0));
@@ -23,6 +22,7 @@ ZK_GLOBAL combine_rows_kernel(ZK_GRID_CONSTANT RowsLaunch p) {
   const auto pass_with = [&](const auto& first_noise, float first_coeff) {
     const auto pass = [&]<int N, bool Whole>(int first, const auto& access) {
       typename S::Raw raw[N];
+      [[maybe_unused]] auto kept_noise = first_noise;
       ZK_UNROLL
       for (int v = 0; v < N; ++v) raw[v] = access(first + v).template load<D>(t.in);
       ZK_UNROLL
@@ -33,17 +33,18 @@ ZK_GLOBAL combine_rows_kernel(ZK_GRID_CONSTANT RowsLaunch p) {
           ZK_UNROLL
           for (int e = 0; e < kVector; ++e) acc[e] = mul(decay, acc[e]);
         }
-        const auto direction = [&](const auto& noise, float c) {
+        const auto direction = [&](auto& noise, float c) {
           float z[kVector];
           noise.template vec<Whole>(tile, first + v, z);
           ZK_UNROLL
           for (int e = 0; e < kVector; ++e) acc[e] = fma(c, z[e], acc[e]);
         };
         if constexpr (K == 1) {
-          direction(first_noise, first_coeff);
+          direction(kept_noise, first_coeff);
         } else {
           for (int k = 0; k < p.count; ++k) {
-            direction(Noise<RowTile<Dist>>(seed_at(p.seeds, k), tile), t.coeffs[k]);
+            Noise<RowTile<Dist>> noise(seed_at(p.seeds, k), tile);
+            direction(noise, t.coeffs[k]);
           }
         }
         Words<uint32_t> random{};

@@ -29,6 +29,24 @@ constexpr int64_t chunks_of(uint64_t offset, int64_t numel, Domain dist) {
   return (lead + numel + chunk_of(dist) - 1) / chunk_of(dist);
 }
 
+// n / divisor for n < 2^31 as a product and a shift: floor(n ceil(2^(31 + l) / divisor) / 2^(31 + l)), l = ceil(log2 divisor).
+// Exact, as the quotient rounded up is too large by less than 2^l / 2^(31 + l) of itself (Granlund and Montgomery, 1994).
+struct Divisor {
+  uint32_t divisor, magic, shift;
+
+  Divisor() = default;
+  constexpr explicit Divisor(uint32_t d) : divisor(d), magic(0), shift(0) {
+    while (uint64_t{1} << shift < d) ++shift;
+    magic = static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + d - 1) / d);
+  }
+#if defined(__CUDACC__)
+  __host__ __device__
+#endif
+  uint32_t quotient(uint32_t n) const {
+    return static_cast<uint32_t>(uint64_t{2 * n} * magic >> 32) >> shift;
+  }
+};
+
 // Tensors of one launch travel as a kernel argument (4 KiB at most on every architecture), so a launch needs no copy to the
 // device, no allocation and no cache, and a CUDA graph captures it whole.
 constexpr int kMaxArgument = 4096;

@@ -27,11 +27,11 @@ struct UpdateEntry {
 
 // A tensor that is rows of `width` elements, `length` logical indices apart; its chunks are of vecs, `blocks` of a row.
 struct RowsEntry : UpdateEntry {
-  int64_t width, length, rows;
-  uint32_t blocks;
+  int64_t width, length;
+  Divisor blocks;
 };
 
-// Vecs of a chunk of rows.
+// Vecs of a thread, and of a chunk of rows.
 constexpr int kRowVecs = 8;
 constexpr int64_t kRowChunk = int64_t{kThreads} * kRowVecs;
 

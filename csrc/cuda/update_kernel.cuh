@@ -54,7 +54,7 @@ ZK_DEVICE Tile<Dist> tile_at(const UpdateEntry& t, uint64_t chunk, uint32_t stre
 
 template <Domain Dist>
 ZK_DEVICE RowTile<Dist> tile_at(const RowsEntry& t, uint64_t chunk, uint32_t stream, uint32_t mantissa) {
-  return {t.offset, t.width, t.length, t.rows, t.blocks, chunk, stream, mantissa};
+  return {t, chunk, stream, mantissa};
 }
 
 template <DType D, Domain Dist, class Rule, class Launch>
@@ -104,7 +104,7 @@ ZK_GLOBAL update_kernel(ZK_GRID_CONSTANT Launch p) {
     }
     ZK_NO_UNROLL
     for (int k = 0; k < p.count; ++k) {
-      const Noise<std::remove_const_t<decltype(tile)>> noise(seed_at(p.seeds, k), tile);
+      Noise<std::remove_const_t<decltype(tile)>> noise(seed_at(p.seeds, k), tile);
       ZK_UNROLL
       for (int v = 0; v < N; ++v) {
         float z[kVector];

@@ -148,18 +148,19 @@ def requantize(out: list[Tensor], params: list[Tensor], low: int, high: int, ter
 
 
 @triton.jit(
-    do_not_specialize=["offset", "stream", "width", "length", "blocks", "rows", "num_k", "mask_keep"],
+    do_not_specialize=["offset", "stream", "width", "length", "blocks", "magic", "shift", "rows", "num_k", "mask_keep"],
     do_not_specialize_on_alignment=["coeffs"],
 )
 def combine_rows_kernel(
     out, theta, mask, curvature, offset: tl.int64, stream: tl.int64, width: tl.int64, length: tl.int64,
-    blocks: tl.int32, rows: tl.int64, seeds, coeffs, num_k: tl.int32, decay, rounding_seed, mask_seed,
+    blocks: tl.int64, magic: tl.int64, shift: tl.int32, rows: tl.int64, seeds, coeffs, num_k: tl.int32, decay, rounding_seed, mask_seed,
     mask_keep: tl.int32, DOMAIN: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One tensor that is rows of a matrix."""
     terms = noise_of(seeds, coeffs, num_k, decay, rounding_seed, mask_seed, mask_keep, DOMAIN, K)
     args = (terms, out, theta, curvature)
-    each_row_tile(_tile, offset, stream, mask, width, length, blocks, rows, ALIGNED, args)
+    divisor = (blocks, magic, shift)
+    each_row_tile(_tile, offset, stream, mask, width, length, divisor, rows, ALIGNED, _BLOCKS, args)
 
 
 def combine(out: list[Tensor], params: list[Tensor], terms: Terms) -> None:

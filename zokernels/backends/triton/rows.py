@@ -1,14 +1,14 @@
 """Tensors that are rows of matrices (``Terms.widths``): the element-wise kernels with another map of their blocks.
 
 A program owns ROW_BLOCKS Philox blocks of rows, ``blocks`` of each row.  Where everything is aligned to eight they are
-the blocks of the memory, and a load is one of 16 bytes; only the number of a block is found by a division.  A block of
+the blocks of the memory, and a load is one of 16 bytes; the row of a block is a product and a shift.  A block of
 Rademacher signs is drawn for each eight elements, not shared among 128.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,42 +19,92 @@ from ...contract import DISTS
 from ..terms import Terms, row_blocks
 from .device import on_device
 from .launch import OPTIONS, UNROLLED, Group
-from .tile import THREADS, Span
+from .tile import PROGRAM, THREADS, Span
 
-#: Of a program: eight for each thread.
-ROW_BLOCKS = 8 * THREADS.value
+#: Of a program, as many as in one piece.
+ROW_BLOCKS = PROGRAM // 8
 
 _ROW_BLOCKS = tl.constexpr(ROW_BLOCKS)
 
 
+class Divisor(NamedTuple):
+    """Blocks of a row, uint32 each: n // count is umulhi(2 n, magic) >> shift (proof: csrc/cuda/table.h)."""
+
+    count: Any
+    magic: Any
+    shift: Any
+
+
+def divisor_of(count: int) -> Divisor:
+    shift = (count - 1).bit_length()
+    return Divisor(count, -(-(1 << 31 + shift) // count), shift)
+
+
 @triton.jit
-def each_row_tile(TILE: tl.constexpr, offset, stream, mask, width, length, blocks, rows, ALIGNED: tl.constexpr, args):
-    """TILE(row, inside, span, *args) as in ``tile``: of each block, ``span`` begins at its Rademacher tile."""
+def _quotient(n, blocks):
+    """n // blocks for uint32 n < 2^31 as a product and a shift."""
+    return tl.umulhi(n * 2, blocks.magic) >> blocks.shift
+
+
+@triton.jit
+def _whole_rows(TILE: tl.constexpr, base, column, begin, skipped, stream, mask, blocks, BLOCKS: tl.constexpr, args):
+    # All blocks have the upper counter word of the first.
+    for first in range(0, _ROW_BLOCKS, BLOCKS * THREADS):
+        row = first + tl.arange(0, BLOCKS * THREADS)
+        ahead = column + row.to(tl.uint32)
+        block = begin.to(tl.uint32) + ahead + _quotient(ahead, blocks) * skipped.to(tl.uint32)
+        TILE(row, None, Span((begin >> 32) << 35, base * 8, stream, mask, block), *args)
+
+
+@triton.jit
+def _edge_rows(
+    TILE: tl.constexpr, base, column, line, offset, width, length, stream, mask, blocks, rows, ALIGNED: tl.constexpr,
+    args,
+):  # fmt: skip
     element = tl.arange(0, 8)[None, :]
-    # One division of 64 bits a program, and one of 32 bits a block.
-    base = tl.program_id(0).to(tl.int64) * _ROW_BLOCKS
-    base_line = base // blocks
-    base_block = (base - base_line * blocks).to(tl.int32)
     for first in range(0, _ROW_BLOCKS, THREADS):
-        number = base + first + tl.arange(0, THREADS)
-        ahead = (base_block + first + tl.arange(0, THREADS)).to(tl.uint32)
-        lines = ahead // blocks.to(tl.uint32)
-        line = base_line + lines
-        begin = offset + line * length
-        block = (begin >> 3) + (ahead - lines * blocks.to(tl.uint32))
-        column = block * 8 - begin
-        row = (block & 511).to(tl.int32)
-        exists = (line < rows)[:, None]
+        row = first + tl.arange(0, THREADS)
+        ahead = column + row.to(tl.uint32)
+        lines = _quotient(ahead, blocks)
+        begin = offset + (line + lines) * length
+        block = (begin >> 3) + (ahead - lines * blocks.count)
+        at = (block * 8 - begin)[:, None] + element
+        inside = (line + lines < rows)[:, None] & (at >= 0) & (at < width)
         if ALIGNED:
-            place, inside = number * 8, tl.broadcast_to(exists, (THREADS, 8))
+            start = base * 8
         else:
-            place = line * width + column
-            inside = exists & (column[:, None] + element >= 0) & (column[:, None] + element < width)
-        packed = None
-        if mask is not None:
-            packed = mask + (number - row)
-        span = Span((block >> 9) << 12, (place - row * 8)[:, None], stream.to(tl.uint32), packed)
+            start = ((line + lines) * width + (block * 8 - begin) - row * 8)[:, None]
+        span = Span((block >> 9) << 12, start, stream, mask, (block & 511).to(tl.int32))
         TILE(row, inside, span, *args)
+
+
+@triton.jit
+def each_row_tile(
+    TILE: tl.constexpr, offset, stream, mask, width, length, divisor, rows, ALIGNED: tl.constexpr,
+    BLOCKS: tl.constexpr, args,
+):  # fmt: skip
+    """TILE(row, inside, span, *args) as in ``tile``; BLOCKS: blocks of a thread in a whole program."""
+    blocks = Divisor(divisor[0].to(tl.uint32), divisor[1].to(tl.uint32), divisor[2].to(tl.uint32))
+    base, stream = tl.program_id(0).to(tl.int64) * _ROW_BLOCKS, stream.to(tl.uint32)
+    if base < 2**31:
+        line = _quotient(base.to(tl.uint32), blocks).to(tl.int64)
+    else:
+        line = base // divisor[0]
+    column = (base - line * divisor[0]).to(tl.uint32)
+    if mask is not None:
+        mask += base
+    if ALIGNED:
+        begin, skipped = (offset + line * length) >> 3, (length >> 3) - divisor[0]
+        last = column + (_ROW_BLOCKS - 1)
+        end = begin + last + _quotient(last, blocks).to(tl.int64) * skipped
+        if (base + _ROW_BLOCKS <= rows * divisor[0]) & (((begin ^ end) >> 32) == 0):
+            _whole_rows(TILE, base, column, begin, skipped, stream, mask, blocks, BLOCKS, args)
+        else:
+            _edge_rows(
+                TILE, base, column, line, offset, width, length, stream, mask, blocks, rows, ALIGNED, args
+            )  # fmt: skip
+    else:
+        _edge_rows(TILE, base, column, line, offset, width, length, stream, mask, blocks, rows, ALIGNED, args)
 
 
 def masked_rows(kernel: Any, groups: Sequence[Group], terms: Terms, **args: object) -> None:
@@ -84,7 +134,7 @@ def masked_rows(kernel: Any, groups: Sequence[Group], terms: Terms, **args: obje
             if blocks >= 2**31 - ROW_BLOCKS:
                 fail("combine, update", f"rows[{i}]", "rows of fewer than 2^34 elements", (width, length))
             noise["coeffs"] = terms.coeffs[i] if terms.coeffs.dim() == 2 else terms.coeffs
-            places = (offset, terms.streams[i], width, length, blocks, rows)
+            places = (offset, terms.streams[i], width, length, *divisor_of(blocks), rows)
             kernel[(-(-rows * blocks // ROW_BLOCKS),)](*tensors, *places, **noise, ALIGNED=aligned, **OPTIONS)
 
 

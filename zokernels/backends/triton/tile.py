@@ -38,6 +38,8 @@ class Span(NamedTuple):
     start: Any  # int64: that element's place in the tensor, negative where the tensor begins inside the program
     stream: Any  # uint32
     mask: Any  # uint8 pointer to the packed mask of the first block; None: no mask
+    #: Philox blocks from index / 8 to those of a tile, in the order of its ``row``; None: ``row`` itself.
+    block: Any = None
 
 
 class Noise(NamedTuple):
@@ -181,10 +183,18 @@ def store(ptr, x, row, inside, span):
 
 
 @triton.jit
+def _block(row, span):
+    if span.block is None:
+        return row
+    else:
+        return span.block
+
+
+@triton.jit
 def draw(seed, row, span, DOMAIN: tl.constexpr):
     """Philox words of the blocks ``row``."""
     block_lo, block_hi = words(span.index >> 3)
-    return philox(block_lo + row.to(tl.uint32), block_hi, span.stream, tl.full((), DOMAIN, tl.uint32), seed)
+    return philox(block_lo + _block(row, span).to(tl.uint32), block_hi, span.stream, tl.full((), DOMAIN, tl.uint32), seed)
 
 
 @triton.jit
@@ -207,7 +217,8 @@ def noise(seed, row, span, terms):
         w0, w1, w2, w3 = draw(seed, row, span, _NORMAL)
         return normal(w0, w1, w2, w3, terms.mantissa)
     else:
-        return rademacher(draw_rademacher(seed, (row >> 9) * 32 + (row & 31), span), (row >> 5) & 15)
+        block = _block(row, span)
+        return rademacher(draw_rademacher(seed, (block >> 9) * 32 + (block & 31), span), (block >> 5) & 15)
 
 
 @triton.jit

@@ -168,12 +168,12 @@ def update_table_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["offset", "stream", "width", "length", "blocks", "rows", "num_k", "mask_keep"],
+    do_not_specialize=["offset", "stream", "width", "length", "blocks", "magic", "shift", "rows", "num_k", "mask_keep"],
     do_not_specialize_on_alignment=["coeffs"],
 )
 def update_rows_kernel(
     theta, first, second, mask, offset: tl.int64, stream: tl.int64, width: tl.int64, length: tl.int64,
-    blocks: tl.int32, rows: tl.int64, seeds, coeffs, num_k: tl.int32, decay, rounding_seed, mask_seed,
+    blocks: tl.int64, magic: tl.int64, shift: tl.int32, rows: tl.int64, seeds, coeffs, num_k: tl.int32, decay, rounding_seed, mask_seed,
     mask_keep: tl.int32, hyper,
     RULE: tl.constexpr, VALUES: tl.constexpr, DOMAIN: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -184,7 +184,8 @@ def update_rows_kernel(
         values += (tl.load(hyper + i),)
     weights = (theta, first, second)
     args = (terms, *weights, hyper + VALUES, values, RULE)
-    each_row_tile(_tile, offset, stream, mask, width, length, blocks, rows, ALIGNED, args)
+    divisor = (blocks, magic, shift)
+    each_row_tile(_tile, offset, stream, mask, width, length, divisor, rows, ALIGNED, 1, args)
 
 
 def update(
