@@ -120,13 +120,20 @@ def test_fast_path_on_host_equals_reference(on_host, rng, case, dist):
 
 
 @pytest.mark.parametrize("dist", DISTS)
+def test_rows_on_host_equal_reference(on_host, rng, dist):
+    for rule in (None, None, *RULES):
+        check_backend(test_rows.run, test_rows.random_rows(rng, rule, dist=dist))
+
+
+@pytest.mark.parametrize("dist", DISTS)
 @pytest.mark.parametrize("width", test_rows.WIDTHS)
 def test_chunks_of_rows_on_host_equal_reference(on_host, rng, width, dist):
-    """Whole chunks of aligned rows, those of one row and those of thousands, and chunks of rows that are not aligned."""
-    for at in (width, width + rng.randrange(1, 8)):
-        check_backend(test_rows.run, test_rows.large_rows(rng, at, plain=True, dist=dist, count=rng.choice([1, 1, 2])))
-        check_backend(test_rows.run, test_rows.large_rows(rng, at, rng.choice([None, *RULES]), dist=dist))
-        check_backend(test_rows.run, test_rows.random_rows(rng, rng.choice([None, *RULES]), dist=dist))
+    """Whole chunks of aligned rows, edges, and rows that are not aligned."""
+    large = functools.partial(test_rows.large_rows, rng, chunk=32768, dist=dist)
+    check_backend(test_rows.run, large(width, plain=True, count=rng.choice([1, 1, 2])))
+    if width > 500:  # the reference runs row by row
+        check_backend(test_rows.run, large(width, rule=rng.choice([None, *RULES])))
+        check_backend(test_rows.run, large(width + rng.randrange(1, 8)))
 
 
 @pytest.mark.parametrize("dist", DISTS)
@@ -301,6 +308,46 @@ def test_instructions_per_element(sm90, dist, dtype, count, decay, stochastic, c
     assert (
         function.hot_count(disassembly.WIDE_LOAD) == function.hot_count(disassembly.WIDE_STORE) == elements // 8 * width
     )
+
+
+def rows_kernel(functions, dist, dtype, stochastic=0) -> disassembly.Function:
+    """One direction, no decay."""
+    number, domain = DTYPES.index(dtype), 1 + DISTS.index(dist)
+    name = rf"combine_rows_kernelILNS0_5DTypeE{number}ELNS_6DomainE{domain}ELi1ELb0ELb{stochastic}E"
+    return disassembly.select(functions, name)
+
+
+ROW_CEILINGS = [
+    ("normal", torch.bfloat16, 0, 24.5),
+    ("normal", torch.float16, 0, 24.5),
+    ("normal", torch.float32, 0, 23.5),
+    ("normal", torch.bfloat16, 1, 37.0),
+    ("rademacher", torch.bfloat16, 0, 18.0),
+]
+
+
+@needs_library
+@pytest.mark.parametrize(("dist", "dtype", "stochastic", "ceiling"), ROW_CEILINGS, ids=str)
+def test_instructions_per_element_of_rows(sm90, dist, dtype, stochastic, ceiling):
+    """16 blocks of eight a thread, eight at a time; no division among them."""
+    function = rows_kernel(sm90, dist, dtype, stochastic)
+    figure = function.executed(2) / 128
+    print(f"rows: {dist} {dtype} stochastic={stochastic}: {figure:.2f} instructions per element")
+    assert ceiling * 0.85 < figure <= ceiling, function.mix().most_common(12)
+    width = 1 if dtype is not torch.float32 else 2
+    assert function.hot_count(disassembly.WIDE_LOAD) == function.hot_count(disassembly.WIDE_STORE) == 8 * width
+
+
+@needs_library
+def test_instructions_of_rademacher_rows_in_whole_tiles(sm90):
+    """A thread's 16 blocks of eight then have one Philox block, where the longest path draws one for each."""
+    function = rows_kernel(sm90, "rademacher", torch.bfloat16)
+    blocks = [function.blocks[i] for i in function.hot_path()]
+    draws = [len(block) for block in blocks if block.count(r"IMAD\.WIDE") >= 17]
+    figure = (function.executed(2) - 15 / 8 * sum(draws)) / 128
+    print(f"rows: rademacher, whole tiles: {figure:.2f} instructions per element")
+    assert len(draws) == 8
+    assert 8 < figure <= 11.0
 
 
 #: Wire formats by their dtype's number, and what a fan-out of bf16 from each may cost, normal and Rademacher.

@@ -67,19 +67,21 @@ def random_rows(rng, rule=None, *, aligned=None, **fixed):
     return {**args, "hyper": random_hyper(rule, count, rng)}
 
 
-def large_rows(rng, width, rule=None, **fixed):
-    """Arguments of :func:`run` on rows of several whole chunks (of 16384 elements), of which one has a wrap of the lower
-    counter word inside, and rows of the end of another tensor."""
+def large_rows(rng, width, chunk, rule=None, **fixed):
+    """Arguments of :func:`run` on rows of two or three chunks and a few more; aligned to eight where ``width`` is.
+
+    The lower counter word wraps inside the first tensor or on its way from one row to the next.
+    """
     unit = 1 if width % 8 else 8
     length = width + unit * rng.choice([0, 1, 32, rng.randrange(5000)])
-    height = -(-3 * 16384 // width) + rng.randrange(1, 6)
-    first = max(0, 8 * 2**32 // length - rng.randrange(height))
-    shapes = [(height, width, length), (1 + 20000 // width, width, length)]
+    height = -(-9 * chunk // (4 * width))
+    first = 8 * 2**32 // length - rng.randrange(height)
+    shapes = [(height, width, length), (1 + 1000 // width, width, length)]
     return random_rows(rng, rule, aligned=unit == 8, shapes=shapes, first=first, **fixed)
 
 
-#: Widths of rows that are aligned to eight: of less than a warp's access, of a part of a tile, tiles, tiles and more.
-WIDTHS = (8, 40, 256, 512, 1376, 4096, 16384, 3 * 8192 + 8, 40000)
+#: Aligned to eight: less than a warp's vecs, parts of a Rademacher tile, a tile, about a chunk and more.
+WIDTHS = (8, 40, 512, 1376, 4096, 24584, 40000)
 
 
 def run(buffers, parts, rule, first=(), second=(), hyper=None, **kwargs):

@@ -47,10 +47,11 @@ OPTIONS = launch.OPTIONS
 #: Arguments of every kernel that are not pointers to tensors.
 KINDS = {
     **dict.fromkeys(("numel", "offset", "stream", "m", "n", "rank", "columns"), "i64"),
+    **dict.fromkeys(("width", "length", "blocks", "magic", "rows"), "i64"),
     **dict.fromkeys(("seeds", "seed", "rounding_seed", "mask_seed", "table", "total"), "*i64"),
     "partial": "*fp64",
     **dict.fromkeys(("coeffs", "coeff", "decay", "hyper"), "*fp32"),
-    **dict.fromkeys(("num_k", "mask_keep", "each"), "i32"),
+    **dict.fromkeys(("num_k", "mask_keep", "each", "shift"), "i32"),
     "owner": "*i32",
 }
 #: Optional arguments: what is not asked for is None.
@@ -235,6 +236,18 @@ def update_kernel(arch, rule, states, *, k=1, present=(), table=False):
     return build(update.update_kernel, arch, tensors, present, **constants)
 
 
+def rows_kernel(arch, dist="normal", dtype="bf16", *, aligned=True, **extra):
+    tensors = {"out": dtype, "theta": dtype, "mask": None, "curvature": None}
+    constants = {"DOMAIN": DISTS[dist], "K": 1, "ALIGNED": aligned}
+    return build(combine.combine_rows_kernel, arch, tensors, **constants, **extra)
+
+
+def update_rows_kernel(arch):
+    tensors = {"theta": "bf16", "first": "fp32", "second": "fp32", "mask": None}
+    constants = {"RULE": "adam", "VALUES": update.VALUES["adam"], "DOMAIN": DISTS["normal"], "K": 1, "ALIGNED": True}
+    return build(update.update_rows_kernel, arch, tensors, **constants)
+
+
 def fan_out_kernel(arch):
     tensors = dict.fromkeys(("theta", "plus", "minus"), "bf16")
     return build(fan_out.fan_out_kernel, arch, tensors, DOMAIN=DISTS["normal"], K=0, PENDING=False, ALIGNED=True)
@@ -309,6 +322,34 @@ def test_instructions_of_other_kernels(name):
     assert 20 < figure <= ceiling
     assert function.count(disassembly.LOCAL) == 0
     assert function.hot_count("LDS|STS|BAR|SHFL", store) == 0
+
+
+#: Of rows, which take the same passes as one piece.
+ROWS = {
+    "combine": (lambda: rows_kernel(90), 4, 24.5),
+    "combine, fp32": (lambda: rows_kernel(90, dtype="fp32"), 4, 23.5),
+    "combine, stochastic": (lambda: rows_kernel(90, present=("rounding_seed",)), 4, 34.5),
+    "combine, Rademacher": (lambda: rows_kernel(90, "rademacher"), 4, 17.5),
+    "adam, fp32 states": (lambda: update_rows_kernel(90), 16, 64.0),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_instructions_of_rows(name):
+    kernel, passes, ceiling = ROWS[name]
+    function = sass(kernel())
+    figure = function.executed(passes) / ELEMENTS
+    show(f"rows: {name}", figure)
+    assert ceiling * 0.9 < figure <= ceiling
+    assert function.count(disassembly.LOCAL) == 0
+    assert function.hot_count("LDS|STS|BAR|SHFL") == 0
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_kernels_of_rows_compile(arch):
+    for kernel in (rows_kernel(arch), rows_kernel(arch, "rademacher", aligned=False), update_rows_kernel(arch)):
+        assert sass(kernel).count(disassembly.LOCAL) == 0
+        assert ftz_of(kernel) == []
 
 
 #: Kernels whose inner loop counts: the kernel, its store, elements that a pass of the loop adds to, floor and ceiling.
@@ -442,6 +483,17 @@ def test_launch_binds_and_values_do_not_recompile(asked):
         pieces, pieces, Terms(*coeffs(1), [0] * 4, [0] * 4, "rademacher", torch.ones(1), torch.zeros(1).long())
     )
     assert [(name, grid) for name, grid, _ in asked] == [("combine_table_kernel", (2,)), ("combine_kernel", (1,))]
+
+
+def test_launches_of_rows_bind_and_values_do_not_recompile(asked):
+    theta = torch.zeros(96 * 1024, dtype=torch.bfloat16)
+    for width, length, offset in ((8, 8, 0), (512, 4096, 2**36), (1536, 2**33, 16), (2**15, 2**20, 8)):
+        terms = Terms(*coeffs(1), [2**32 - 1], [offset], "normal", None, None, widths=[width], lengths=[length])
+        combine.combine([theta], [theta], terms)
+        update.update([theta], [theta.float()], [], "momentum", torch.zeros(4), terms)
+    names = "combine_rows_kernel", "update_rows_kernel"
+    assert [(name, grid) for name, grid, _ in asked] == [(name, (6,)) for name in names] * 4
+    assert len({key for _, _, key in asked}) == 2, asked
 
 
 def test_every_launcher_binds(asked):

@@ -559,7 +559,7 @@ for _rule in (None, *RULES):
             check_zeros(rng, rule=rule)
 
 
-for _width in (8, 40, 512, 1376, 4096, 16384, 24584, 40000):
+for _width in (40, 512, 4096, 24584):
 
     @case(f"rows: of {_width}", _width)
     def _(width):
@@ -570,9 +570,11 @@ for _width in (8, 40, 512, 1376, 4096, 16384, 24584, 40000):
 
         rng = random.Random(f"{SEED} {width}")
         for dist in ("normal", "rademacher"):
-            check_rows(large_rows(rng, width, plain=True, dist=dist, count=1), "one direction")
-            check_rows(large_rows(rng, width, rng.choice([None, *RULES]), dist=dist), "any")
-        check_rows(large_rows(rng, width + rng.randrange(1, 8)), "unaligned")
+            check_rows(large_rows(rng, width, PROGRAM, plain=True, dist=dist, count=1), dist)
+        if width > 500:  # the reference runs row by row
+            rule = rng.choice([None, *RULES])
+            check_rows(large_rows(rng, width, PROGRAM // 2, rule), rule)
+            check_rows(large_rows(rng, width + rng.randrange(1, 8), PROGRAM // 4), "unaligned")
 
 
 @case("zeros: fan_out")

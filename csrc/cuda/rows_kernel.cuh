@@ -19,10 +19,9 @@ ZK_GLOBAL combine_rows_kernel(ZK_GRID_CONSTANT RowsLaunch p) {
   PhiloxKey rounding{};
   if constexpr (kRound) rounding = philox_key(seed_at(p.rounding_seed, 0));
 
-  const auto pass_with = [&](const auto& first_noise, float first_coeff) {
+  const auto pass_with = [&](auto noise, float first_coeff) {
     const auto pass = [&]<int N, bool Whole>(int first, const auto& access) {
       typename S::Raw raw[N];
-      [[maybe_unused]] auto kept_noise = first_noise;
       ZK_UNROLL
       for (int v = 0; v < N; ++v) raw[v] = access(first + v).template load<D>(t.in);
       ZK_UNROLL
@@ -33,18 +32,18 @@ ZK_GLOBAL combine_rows_kernel(ZK_GRID_CONSTANT RowsLaunch p) {
           ZK_UNROLL
           for (int e = 0; e < kVector; ++e) acc[e] = mul(decay, acc[e]);
         }
-        const auto direction = [&](auto& noise, float c) {
+        const auto direction = [&](auto& of, float c) {
           float z[kVector];
-          noise.template vec<Whole>(tile, first + v, z);
+          of.template vec<Whole>(tile, first + v, z);
           ZK_UNROLL
           for (int e = 0; e < kVector; ++e) acc[e] = fma(c, z[e], acc[e]);
         };
         if constexpr (K == 1) {
-          direction(kept_noise, first_coeff);
+          direction(noise, first_coeff);
         } else {
           for (int k = 0; k < p.count; ++k) {
-            Noise<RowTile<Dist>> noise(seed_at(p.seeds, k), tile);
-            direction(noise, t.coeffs[k]);
+            Noise<RowTile<Dist>> other(seed_at(p.seeds, k), tile);
+            direction(other, t.coeffs[k]);
           }
         }
         Words<uint32_t> random{};
@@ -52,8 +51,7 @@ ZK_GLOBAL combine_rows_kernel(ZK_GRID_CONSTANT RowsLaunch p) {
         access(first + v).template store<D>(t.out, S::template pack<kRound>(acc, random));
       }
     };
-    for_groups<RowTile<Dist>::kVecs>(tile, t.numel, is_aligned<D>(address(t.in) | address(t.out), tile.alignment()),
-                                     pass);
+    for_groups<8>(tile, t.numel, is_aligned<D>(address(t.in) | address(t.out), tile.alignment()), pass);
   };
   if constexpr (K == 1) {
     pass_with(Noise<RowTile<Dist>>(seed_at(p.seeds, 0), tile), t.coeffs[0]);

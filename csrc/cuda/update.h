@@ -32,7 +32,7 @@ struct RowsEntry : UpdateEntry {
 };
 
 // Vecs of a thread, and of a chunk of rows.
-constexpr int kRowVecs = 8;
+constexpr int kRowVecs = 16;
 constexpr int64_t kRowChunk = int64_t{kThreads} * kRowVecs;
 
 template <class Entry, int Max>

@@ -153,8 +153,9 @@ def requantize(out: list[Tensor], params: list[Tensor], low: int, high: int, ter
 )
 def combine_rows_kernel(
     out, theta, mask, curvature, offset: tl.int64, stream: tl.int64, width: tl.int64, length: tl.int64,
-    blocks: tl.int64, magic: tl.int64, shift: tl.int32, rows: tl.int64, seeds, coeffs, num_k: tl.int32, decay, rounding_seed, mask_seed,
-    mask_keep: tl.int32, DOMAIN: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr,
+    blocks: tl.int64, magic: tl.int64, shift: tl.int32, rows: tl.int64,
+    seeds, coeffs, num_k: tl.int32, decay, rounding_seed, mask_seed, mask_keep: tl.int32,
+    DOMAIN: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One tensor that is rows of a matrix."""
     terms = noise_of(seeds, coeffs, num_k, decay, rounding_seed, mask_seed, mask_keep, DOMAIN, K)

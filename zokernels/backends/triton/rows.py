@@ -70,10 +70,8 @@ def _edge_rows(
         block = (begin >> 3) + (ahead - lines * blocks.count)
         at = (block * 8 - begin)[:, None] + element
         inside = (line + lines < rows)[:, None] & (at >= 0) & (at < width)
-        if ALIGNED:
-            start = base * 8
-        else:
-            start = ((line + lines) * width + (block * 8 - begin) - row * 8)[:, None]
+        place = (line + lines) * width + (block * 8 - begin)
+        start = base * 8 if ALIGNED else (place - row * 8)[:, None]
         span = Span((block >> 9) << 12, start, stream, mask, (block & 511).to(tl.int32))
         TILE(row, inside, span, *args)
 
@@ -86,10 +84,8 @@ def each_row_tile(
     """TILE(row, inside, span, *args) as in ``tile``; BLOCKS: blocks of a thread in a whole program."""
     blocks = Divisor(divisor[0].to(tl.uint32), divisor[1].to(tl.uint32), divisor[2].to(tl.uint32))
     base, stream = tl.program_id(0).to(tl.int64) * _ROW_BLOCKS, stream.to(tl.uint32)
-    if base < 2**31:
-        line = _quotient(base.to(tl.uint32), blocks).to(tl.int64)
-    else:
-        line = base // divisor[0]
+    small = base < 2**31
+    line = _quotient(base.to(tl.uint32), blocks).to(tl.int64) if small else base // divisor[0]
     column = (base - line * divisor[0]).to(tl.uint32)
     if mask is not None:
         mask += base

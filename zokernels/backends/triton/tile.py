@@ -194,7 +194,9 @@ def _block(row, span):
 def draw(seed, row, span, DOMAIN: tl.constexpr):
     """Philox words of the blocks ``row``."""
     block_lo, block_hi = words(span.index >> 3)
-    return philox(block_lo + _block(row, span).to(tl.uint32), block_hi, span.stream, tl.full((), DOMAIN, tl.uint32), seed)
+    return philox(
+        block_lo + _block(row, span).to(tl.uint32), block_hi, span.stream, tl.full((), DOMAIN, tl.uint32), seed
+    )
 
 
 @triton.jit

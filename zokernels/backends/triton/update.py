@@ -173,8 +173,8 @@ def update_table_kernel(
 )
 def update_rows_kernel(
     theta, first, second, mask, offset: tl.int64, stream: tl.int64, width: tl.int64, length: tl.int64,
-    blocks: tl.int64, magic: tl.int64, shift: tl.int32, rows: tl.int64, seeds, coeffs, num_k: tl.int32, decay, rounding_seed, mask_seed,
-    mask_keep: tl.int32, hyper,
+    blocks: tl.int64, magic: tl.int64, shift: tl.int32, rows: tl.int64,
+    seeds, coeffs, num_k: tl.int32, decay, rounding_seed, mask_seed, mask_keep: tl.int32, hyper,
     RULE: tl.constexpr, VALUES: tl.constexpr, DOMAIN: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One tensor that is rows of a matrix."""
@@ -182,10 +182,11 @@ def update_rows_kernel(
     values = ()
     for i in tl.static_range(VALUES):
         values += (tl.load(hyper + i),)
-    weights = (theta, first, second)
-    args = (terms, *weights, hyper + VALUES, values, RULE)
     divisor = (blocks, magic, shift)
-    each_row_tile(_tile, offset, stream, mask, width, length, divisor, rows, ALIGNED, 1, args)
+    each_row_tile(  # no tuple that holds a string may have a name
+        _tile, offset, stream, mask, width, length, divisor, rows, ALIGNED, 1,
+        (terms, theta, first, second, hyper + VALUES, values, RULE),
+    )  # fmt: skip
 
 
 def update(
