@@ -185,10 +185,10 @@ struct RowTile {
   static constexpr int kVecs = kRowVecs;
   const RowsEntry& t;
   uint32_t stream, mantissa;
-  uint64_t vec;       // of the chunk's first one
-  uint64_t row;       // its row
-  uint32_t column;    // and its place there
-  uint32_t own;       // from it to the thread's first vec
+  uint64_t vec;        // of the chunk's first one
+  uint64_t row;        // its row
+  uint32_t column;     // and its place there
+  uint32_t own;        // from it to the thread's first vec
   uint64_t row_block;  // of the first row, where all is aligned
 
   ZK_DEVICE RowTile(const RowsEntry& t_, uint64_t chunk, uint32_t stream_, uint32_t mantissa_)

@@ -30,7 +30,7 @@ constexpr int64_t chunks_of(uint64_t offset, int64_t numel, Domain dist) {
 }
 
 // n / divisor for n < 2^31 as a product and a shift: floor(n ceil(2^(31 + l) / divisor) / 2^(31 + l)), l = ceil(log2 divisor).
-// Exact, as the quotient rounded up is too large by less than 2^l / 2^(31 + l) of itself (Granlund and Montgomery, 1994).
+// Exact: rounding up adds n e / (divisor 2^(31 + l)) < 1 / divisor, as e < divisor <= 2^l (Granlund and Montgomery, 1994).
 struct Divisor {
   uint32_t divisor, magic, shift;
 
@@ -42,7 +42,7 @@ struct Divisor {
 #if defined(__CUDACC__)
   __host__ __device__
 #endif
-  uint32_t quotient(uint32_t n) const {
+      constexpr uint32_t quotient(uint32_t n) const {
     return static_cast<uint32_t>(uint64_t{2 * n} * magic >> 32) >> shift;
   }
 };
