@@ -184,8 +184,9 @@ class Curvature(Stateful):
         self._losses = estimate.losses.double()
 
     def hyper(self, optimizer: ZerothOrder, bucket: Bucket, like: Tensor) -> Sequence[float | Tensor]:
-        alpha = bucket.group["alpha"]
-        return 1 - alpha, alpha / 2 * optimizer.estimator.second_difference(self._losses, bucket.eps)
+        alpha, estimator = bucket.group["alpha"], optimizer.estimator
+        assert isinstance(estimator, ThreePoint)  # check_parts
+        return 1 - alpha, alpha / 2 * estimator.second_difference(self._losses, bucket.eps)
 
     def coefficients(self, group: dict[str, Any], g: Tensor, finite: Tensor) -> Tensor:
         return torch.where(finite, descent(group, g), torch.zeros_like(g))
