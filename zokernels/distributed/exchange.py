@@ -167,7 +167,7 @@ class Exchange:
         dist.all_gather_object(everyone, value, group=self.group)
         return everyone
 
-    def from_first(self, value: object) -> object:
+    def from_first(self, value: object) -> Any:
         """``value`` of the first rank."""
         box = [value if self.is_first else None]
         dist.broadcast_object_list(box, src=self.ranks[0], group=self.group)

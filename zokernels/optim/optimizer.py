@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
     from ..distributed import Exchange
     from ..offload.engine import Engine
-    from ..trajectory import Recorder
+    from ..trajectory import Follower
 
 
 class Estimate(NamedTuple):
@@ -156,8 +156,9 @@ class ZerothOrder(torch.optim.Optimizer):
         self._two_pass: TwoPass | None = None
         self._graph_rng: GraphRng | None = None
         self._engine: Engine | None = None  # where parameters are streamed
-        self._recorder, self._carried = None, False  # whether the step began with a perturbation of the two-pass form
-        self._exchange = None
+        self._recorder: Follower | None = None
+        self._carried = False  # whether the step began with a perturbation of the two-pass form
+        self._exchange: Exchange | None = None
         if mesh is not None:
             from ..distributed.exchange import exchange_of
 
@@ -201,7 +202,7 @@ class ZerothOrder(torch.optim.Optimizer):
         return self._state.skipped
 
     @property
-    def trajectory(self) -> Recorder | None:
+    def trajectory(self) -> Follower | None:
         """The log that gets a record of every step; ``optimizer.trajectory.close()`` ends it."""
         return self._recorder
 
