@@ -26,8 +26,8 @@ from .agreement import RanksDiffer, fingerprint
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]  # not in its __all__
 
-    from ..optim.exact import ExactProbe
     from ..optim.optimizer import Estimate, ZerothOrder
+    from ..optim.probe import Probe
 
 
 class AsyncExchange:
@@ -117,7 +117,7 @@ class AsyncExchange:
         self._apply()
         return loss
 
-    def _publish(self, draw: int, base: int, probe: ExactProbe, estimate: Estimate) -> None:
+    def _publish(self, draw: int, base: int, probe: Probe, estimate: Estimate) -> None:
         record = pending(self.optimizer, draw, probe.buckets, estimate).record(self._layout)
         mine = f"{base} {self._layout.pack(record).hex()}"
         while (n := base + len(self._next)) < self.steps and (self.staleness is None or n - base <= self.staleness):
