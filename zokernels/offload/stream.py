@@ -122,7 +122,11 @@ def stream(
     held = _slots(made, storage, slots, target, size if form is None else max(form.nbytes))
     copies = [torch.empty(max(b.scratch for b in made), dtype=torch.uint8, device=target) for _ in range(scratch)]
     to_gpu = target.type == "cuda"
-    staging = mapping(2 * slots * size, target) if storage == "disk" and to_gpu and form is None else None
+    staging = None  # pinned here, before anything changes: there may be too little of it
+    if to_gpu and form:
+        staging = mapping(len(held) * form.room, target)
+    elif to_gpu and storage == "disk":
+        staging = mapping(2 * slots * size, target)
     run = None if path is None else Run(path, made, resume)
     # From here on the model changes.
     loaded = {} if checkpoint is None else checkpoint.tensors()
@@ -130,7 +134,7 @@ def stream(
     mover: Mover
     writes = write_every if storage != "disk" or path is not None else None
     if form is not None:
-        encoding = lambda source: Encoding(source, form, made, len(held), target, writes, timeline)
+        encoding = lambda source: Encoding(source, form, made, len(held), target, writes, timeline, staging)
     if storage == "disk":
         source = Files(run.folder if run else None, run.durable if run else lambda: None, threads)
         source.reader.own.update(run.files if run else {})

@@ -49,6 +49,7 @@ class Format:
             begins = itertools.accumulate((-(-n // ALIGN) * ALIGN for n in sizes), initial=0)
             self.places.append(list(zip(begins, sizes)))  # noqa: B905
         self.nbytes = [max(1, *(begin + size for begin, size in places)) for places in self.places]
+        self.room = -(-max(self.nbytes) // ALIGN) * ALIGN  #: for any block
         dtypes = {e.param.dtype for b in blocks for e in b.entries} & set(DTYPES)
         self.lossless = all(is_lossless(wire, dtype) for dtype in dtypes)
 
@@ -105,7 +106,9 @@ class Encoding(Mover):
         device: torch.device,
         write_every: int | None,
         timeline: Timeline,
+        staging: Tensor | None,
     ) -> None:
+        """``staging``: pinned memory for the wire bytes of a block for each slot, for a GPU."""
         self.source, self.form, self.timeline = source, form, timeline
         self._device, self._write_every, self._cuda = device, write_every, device.type == "cuda"
         #: one block decoded, for what the fused pass does not serve
@@ -126,9 +129,8 @@ class Encoding(Mover):
         self._broken: BaseException | None = None  #: why a master in memory has an update in part
         if self._cuda:
             self._in, self._side = torch.cuda.Stream(device), torch.cuda.Stream(device)
-            size = -(-max(form.nbytes) // ALIGN) * ALIGN
-            data = mapping(slots * size, device)
-            self._pinned = [data[i * size : (i + 1) * size] for i in range(slots)]
+            assert staging is not None
+            self._pinned = [staging[i * form.room : (i + 1) * form.room] for i in range(slots)]
         self._sent: dict[int, torch.cuda.Event] = {}  #: by slot
         self._released: dict[int, torch.cuda.Event] = {}  #: by slot
         self._on_host: OrderedDict[int, tuple[Pass, Pass]] = OrderedDict()
@@ -167,11 +169,11 @@ class Encoding(Mover):
         return found
 
     def _submit(self, block: Block, version: int, write: bool, then: Callable[[Tensor], Any]) -> Future[Any]:
-        if self._broken is not None:
-            raise self._broken
-        for future in self._writing.values():  # what a write before ran into
-            if future.done():
-                future.result()
+        errors = (f.exception() for f in self._writing.values() if f.done())  # what a write before ran into
+        if (error := self._broken or next(filter(None, errors), None)) is not None:
+            failed: Future[Any] = Future()
+            failed.set_exception(error)
+            return failed
         found: dict[tuple[Any, ...], _Work] = {}
         for i, e in enumerate(block.entries if version > block.kept else ()):
             stream, passes = self.history.pending(e.param, block.kept)
