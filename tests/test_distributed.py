@@ -39,7 +39,7 @@ def results(tmp_path_factory):
         if ranks not in found:
             folder, seed = tmp_path_factory.mktemp(f"ranks{ranks}"), int.from_bytes(os.urandom(6), "little")
             command = [sys.executable, str(TESTS / "distributed_worker.py"), str(folder), str(ranks), str(seed)]
-            run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment())
+            run = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment())
             files = [folder / f"{rank}.json" for rank in range(ranks)]
             said = [json.loads(f.read_text()) if f.exists() else {} for f in files]
             found[ranks] = said, f"seed {seed}\n{run.stderr[-3000:]}"
@@ -65,8 +65,8 @@ def test_ranks_that_die_rejoin_from_the_log(tmp_path):
     """
     kills = ["1:4", "0:9"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--max-restarts", "6", str(TESTS / "elastic_worker.py"), str(tmp_path), "14", *kills]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment())
+    command += ["--max-restarts", "12", str(TESTS / "elastic_worker.py"), str(tmp_path), "14", *kills]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment())
     assert run.returncode == 0, run.stderr[-3000:]
     assert all((tmp_path / f"killed {kill}").exists() for kill in kills)
     assert [int(line.split()[-1]) for line in run.stdout.splitlines() if "begins" in line] == [0, 4, 9]

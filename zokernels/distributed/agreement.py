@@ -56,7 +56,9 @@ class Agreement:
         if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
             fail("Exchange", "check_every", "None or a number of steps >= 1", repr(every))
         self._exchange, self._every = exchange, every
-        self._done, self._held, self._groups = False, [], set()
+        self._done = False
+        self._held: Sequence[list[tuple[str, int, Any]]] = ()  #: of each rank
+        self._groups: set[int] = set()  #: that take part on any rank
 
     def expire(self) -> None:
         """What was agreed on may have changed."""
@@ -89,7 +91,8 @@ class Agreement:
 
     def _check_names(self, optimizer: ZerothOrder, streams: Sequence[dict[str, int]]) -> None:
         """Of all stages together: a stream that does not depend on the stage, and is one parameter's."""
-        op, owner = type(optimizer).__name__, {}
+        op = type(optimizer).__name__
+        owner: dict[int, str] = {}
         for i, group in enumerate(optimizer.param_groups):
             if group["params"] and "param_names" not in group:
                 fail(op, f"param_groups[{i}]", "named parameters where stages have their own", "unnamed ones")

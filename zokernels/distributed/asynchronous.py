@@ -16,6 +16,7 @@ from ..optim.groups import label_of
 from ..optim.guards import uninterrupted
 from ..optim.loss import Losses
 from ..optim.shard import is_sharded
+from ..optim.state import HostState
 from ..trajectory.format import canonical, encode
 from ..trajectory.recorder import pending
 from ..trajectory.replay import repeat_all
@@ -23,10 +24,10 @@ from ..trajectory.settings import header_of
 from .agreement import RanksDiffer, fingerprint
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed import Store  # type: ignore[attr-defined]  # not in its __all__
 
-    from ..optim.exact import ExactProbe
     from ..optim.optimizer import Estimate, ZerothOrder
+    from ..optim.probe import Probe
 
 
 class AsyncExchange:
@@ -59,6 +60,8 @@ class AsyncExchange:
     def __init__(self, optimizer: ZerothOrder, store: Store, steps: int, staleness: int | None = None) -> None:
         self._check(optimizer, steps, staleness)
         self.optimizer, self.store, self.steps, self.staleness = optimizer, store, steps, staleness
+        assert isinstance(optimizer._state, HostState)  # not capturable
+        self._state = optimizer._state
         header = {**header_of(optimizer), "start": 0, "asynchronous": True}
         self._head, self._layout = encode(header)
         self._gated = header["gated"]
@@ -104,17 +107,17 @@ class AsyncExchange:
         if self.done:
             return None
         base = self.count
-        self.optimizer._state.step = draw = self.store.add("draws", 1) - 1
+        self._state.step = draw = self.store.add("draws", 1) - 1
         try:
             loss = self.optimizer._step(
                 closure, Losses(), lambda probe, estimate: self._publish(draw, base, probe, estimate)
             )
         finally:
-            self.optimizer._state.step = self.count
+            self._state.step = self.count
         self._apply()
         return loss
 
-    def _publish(self, draw: int, base: int, probe: ExactProbe, estimate: Estimate) -> None:
+    def _publish(self, draw: int, base: int, probe: Probe, estimate: Estimate) -> None:
         record = pending(self.optimizer, draw, probe.buckets, estimate).record(self._layout)
         mine = f"{base} {self._layout.pack(record).hex()}"
         while (n := base + len(self._next)) < self.steps and (self.staleness is None or n - base <= self.staleness):
@@ -145,7 +148,7 @@ class AsyncExchange:
                     group["lr"] = lr
             self.count += len(records)
             self._next = []
-            optimizer._state.step = self.count
+            self._state.step = self.count
         if self.done:
             named = [(label_of(g, i), p) for g in optimizer.param_groups for i, p in enumerate(g["params"])]
             prints = {f"{label} ({i})": int(fingerprint(p)) for i, (label, p) in enumerate(named)}

@@ -62,15 +62,15 @@ class Exchange:
             fail("Exchange", "mesh", "a torch.distributed DeviceMesh", type(mesh).__name__, TypeError)
         if not mesh.mesh_dim_names:
             fail("Exchange", "mesh", f"named dimensions ({DATA!r}, {PERTURBATION!r}, ...)", "none")
-        if mesh.get_coordinate() is None:
+        if (here := mesh.get_coordinate()) is None:
             fail("Exchange", "mesh", "a mesh that has this rank", f"rank {dist.get_rank()} outside {mesh}")
         self.mesh, self.names = mesh, tuple(mesh.mesh_dim_names)
-        at = dict(zip(self.names, mesh.get_coordinate(), strict=True))
+        at = dict(zip(self.names, here, strict=True))
         size = dict(zip(self.names, mesh.mesh.shape, strict=True))
         self.data, self.perturbation, self.stages = (size.get(n, 1) for n in (DATA, PERTURBATION, PIPELINE))
         self.stage = at.get(PIPELINE, 0)
         self._place = at.get(PERTURBATION, 0)
-        self.ranks = mesh.mesh.flatten().tolist()
+        self.ranks: list[int] = mesh.mesh.flatten().tolist()
         self.group = _group_of(mesh, self.ranks)
         #: Global ranks, in the group's order.
         self.members = dist.get_process_group_ranks(self.group)
@@ -167,7 +167,7 @@ class Exchange:
         dist.all_gather_object(everyone, value, group=self.group)
         return everyone
 
-    def from_first(self, value: object) -> object:
+    def from_first(self, value: object) -> Any:
         """``value`` of the first rank."""
         box = [value if self.is_first else None]
         dist.broadcast_object_list(box, src=self.ranks[0], group=self.group)
@@ -184,9 +184,10 @@ def _share(count: int, place: int, places: int) -> range:
 def _group_of(mesh: DeviceMesh, ranks: list[int]) -> dist.ProcessGroup:
     if mesh.ndim == 1:
         return mesh.get_group()
-    if len(ranks) == dist.get_world_size():
-        return dist.group.WORLD
-    return dist.new_group(ranks, use_local_synchronization=True)
+    if len(ranks) == dist.get_world_size() and (world := dist.group.WORLD) is not None:
+        return world
+    group: dist.ProcessGroup = dist.new_group(ranks, use_local_synchronization=True)
+    return group
 
 
 def exchange_of(optimizer: ZerothOrder, mesh: DeviceMesh | Exchange) -> Exchange:

@@ -144,10 +144,9 @@ class ZOTrainerMixin(_Behind):
             if self._mesh.names != ("data",) or len(self._mesh.ranks) != processes:
                 expected = f"the dimension 'data' of {processes} processes: the Trainer gives each its own batches"
                 fail(self._op, "mesh", expected, f"{self._mesh.names} of {len(self._mesh.ranks)}")
-        if processes > 1 and self.optimizer is not None and not self.zo_optimizer._exchange:
-            fail(
-                self._op, "optimizers", "an optimizer with mesh in several processes", type(self.zo_optimizer).__name__
-            )
+        ours = self.zo_optimizer
+        if processes > 1 and ours is not None and not ours._exchange:
+            fail(self._op, "optimizers", "an optimizer with mesh in several processes", type(ours).__name__)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -176,7 +175,9 @@ class ZOTrainerMixin(_Behind):
             options = {"lr": self.args.learning_rate, "seed": self.args.seed, **options}
             if self._mesh is not None:
                 options = {"mesh": self._mesh, **options}
-            self.optimizer = kind(self._groups(self.model if model is None else model), **options)
+            model = self.model if model is None else model
+            assert model is not None  # the Trainer has made it
+            self.optimizer = kind(self._groups(model), **options)
         ours = self.zo_optimizer
         if not isinstance(ours, ZerothOrder):
             fail(self._op, "optimizer", "one of zokernels.optim", type(ours).__name__, TypeError)
@@ -212,7 +213,7 @@ class ZOTrainerMixin(_Behind):
     def _keep(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """What the loop calls for ``training_step``: keeps the micro-batch for the optimizer's step, which runs it."""
         if self._eval_mode and "train" not in vars(model):
-            model.train = lambda mode=True: _train_without_parts(model, mode)
+            model.train = lambda mode=True: _train_without_parts(model, mode)  # type: ignore[method-assign]
         self._micro_batches.append((model, self._prepare_inputs(inputs), args, kwargs))
         return torch.zeros((), device=self.args.device)
 
@@ -250,14 +251,16 @@ class ZOTrainerMixin(_Behind):
         is not so for most classifiers: their losses would add up to a multiple of the mean.  Twice the count tells;
         None: not yet known.
         """
-        asked = self.model_accepts_loss_kwargs and self.compute_loss_func is None and num_items_in_batch is not None
-        if not asked or getattr(self, "loss_is_scaled_for_ga", None) is not None:
+        asked = self.model_accepts_loss_kwargs and self.compute_loss_func is None
+        if num_items_in_batch is None or not asked or getattr(self, "loss_is_scaled_for_ga", None) is not None:
             return False
-        rng, losses = RngState([self.args.device]), []
+        rng = RngState([self.args.device])
+        losses: list[Tensor] = []
         for factor in (1, 2):
             with torch.no_grad(), self.compute_loss_context_manager(), rng.forward(factor):
-                count = factor * num_items_in_batch  # not None: `asked`
-                losses.append(self.compute_loss(model, copy.copy(inputs), num_items_in_batch=count).detach())
+                count = factor * num_items_in_batch
+                loss: Any = self.compute_loss(model, copy.copy(inputs), num_items_in_batch=count)  # no return_outputs
+                losses.append(loss.detach())
         rng.restore()
         decided = bool(losses[0].isfinite() & (losses[0] != 0))
         return bool(losses[0] == losses[1]) if decided else None
@@ -278,6 +281,7 @@ class ZOTrainerMixin(_Behind):
         if not self._micro_batches:
             return
         self._micro_batches = []
+        assert optimizer.last_loss is not None  # of the step that was taken
         loss = optimizer.last_loss.to(self._tr_loss)
         if self.args.logging_nan_inf_filter and not loss.isfinite():  # as the Trainer does
             loss = self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)
@@ -295,6 +299,7 @@ class ZOTrainerMixin(_Behind):
 
     def _forwards(self) -> int:
         optimizer = self.zo_optimizer
+        assert optimizer is not None  # a training has one
         return len(optimizer.estimator.points()) + len(optimizer.rule.trials)
 
     # Streaming --------------------------------------------------------------------------------------------------------
@@ -304,6 +309,7 @@ class ZOTrainerMixin(_Behind):
             return
         if self.engine is not None:  # of the last trial's model
             self.engine.close()
+        assert self.model is not None  # the Trainer has made it
         self.engine = stream(self.model, **{"device": self.args.device, **self._offload})
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
@@ -325,13 +331,16 @@ class ZOTrainerMixin(_Behind):
             super()._save(output_dir, state_dict)
             return
         super()._save(output_dir, {})  # all but the weights, which never are in memory together
-        self.engine.save(os.path.join(output_dir or self.args.output_dir, "model.safetensors"))
+        folder = output_dir or self.args.output_dir
+        assert folder is not None  # the arguments have a default
+        self.engine.save(os.path.join(folder, "model.safetensors"))
 
     # Loop -------------------------------------------------------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._since = None
-        self.training_step = self._keep  # of the instance: so it stands before that of any class of the user's
+        # Of the instance: so it stands before that of any class of the user's.
+        self.training_step = self._keep  # type: ignore[method-assign]
         self.accelerator.backward = self._collect
         try:
             return super().train(*args, **kwargs)
@@ -373,6 +382,7 @@ class ZOTrainerMixin(_Behind):
         """Of the last step: g (of several directions the root of their mean square) and the first one's losses; steps a
         second since the last log, without evaluations and checkpoints; skipped steps of the run."""
         g = optimizer.last_projected_gradient
+        assert g is not None  # a step was taken
         metrics = {"projected_gradient": float(g if g.dim() == 0 else g.double().square().mean().sqrt())}
         metrics |= _first_losses(optimizer.estimator, optimizer.last_losses)
         now, step = time.monotonic(), self.state.global_step

@@ -155,11 +155,11 @@ def empty_weights() -> Iterator[None]:
     """
     register = nn.Module.register_parameter
 
-    def without_memory(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        register(module, name, param)
+    def without_memory(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, param)
         if param is not None and not param.is_meta:
             meta = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
-            module._parameters[name] = meta
+            self._parameters[name] = meta
 
     nn.Module.register_parameter = without_memory  # type: ignore[method-assign]
     try:

@@ -217,7 +217,8 @@ class Engine:
 
     def _upcoming(self, block: Block) -> list[int]:
         """As many of the blocks after ``block`` as there are slots."""
-        found, index = [], block.index
+        found: list[int] = []
+        index = block.index
         while len(found) < len(self._slots) and (index := self._next[index]) not in (*found, block.index):
             found.append(index)
         return found
@@ -479,7 +480,8 @@ class _Visit:
             [views[i] for i in a.entries]
             for views in (self._params, *(self.engine.scratch(self.block, s) for s in (0, 1)))
         )
-        fan_out_(params, plus, minus, *self._direction(a), **self._noise(a), **update)
+        seed, coeff = self._direction(a)
+        fan_out_(params, plus, minus, seed, coeff, **self._noise(a), **update)
 
     def _last_update(self, a: _Alike) -> dict[str, Any]:
         """As arguments of a fan-out, where it can be one's."""

@@ -78,8 +78,8 @@ class Lockstep:
                 while not future.done():
                     try:
                         wait([future])
-                    except KeyboardInterrupt as error:
-                        self._failed, self._sides[0].error = True, error
+                    except KeyboardInterrupt as interrupt:
+                        self._failed, self._sides[0].error = True, interrupt
         finally:
             sides, self._sides, self._running = self._sides, [], None
         errors = [s.error for s in sides if s.error is not None]

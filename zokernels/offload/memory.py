@@ -7,6 +7,7 @@ import os
 import pathlib
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ def pin(data: Tensor, size: int, device: torch.device) -> None:
 def cpus_beside(device: torch.device) -> set[int]:
     """CPUs of the NUMA node that the GPU is attached to, as far as this process may use them."""
     try:
-        properties = torch.cuda.get_device_properties(device)
+        properties: Any = torch.cuda.get_device_properties(device)  # its stub has no PCI numbers
         bus = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
         node = int(pathlib.Path(f"/sys/bus/pci/devices/{bus}/numa_node").read_text())
         ranges = pathlib.Path(f"/sys/devices/system/node/node{node}/cpulist").read_text().strip().split(",")

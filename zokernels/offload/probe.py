@@ -12,6 +12,7 @@ from torch import Tensor
 from ..optim.direction import Point
 from ..optim.exact import ExactProbe
 from ..optim.groups import Bucket, engine_of
+from ..optim.probe import Probe
 from .engine import Step
 
 if TYPE_CHECKING:
@@ -19,16 +20,15 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 
-class StreamedProbe:
+class StreamedProbe(Probe):
     """Forwards in lockstep, each under the function mode of the exact probe; updates of streamed parameters are written
     down."""
-
-    says_where = True
 
     def __init__(
         self, optimizer: ZerothOrder, engine: Engine, buckets: list[Bucket], seeds: dict[torch.device, Tensor]
     ) -> None:
-        self.buckets, self.seeds, self._engine, self._optimizer = buckets, seeds, engine, optimizer
+        super().__init__(buckets, seeds)
+        self._engine, self._optimizer = engine, optimizer
         self._streamed = [engine_of(b.params[0]) is not None for b in buckets]
         resident = [b for b, streamed in zip(buckets, self._streamed, strict=True) if not streamed]
         op = type(optimizer).__name__
@@ -63,12 +63,6 @@ class StreamedProbe:
             return run()
         with self._exact.point([p for p, streamed in zip(point, self._streamed, strict=True) if not streamed]):
             return run()
-
-    def restore(self) -> None:
-        pass  # no weight moved
-
-    def __enter__(self) -> StreamedProbe:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         if self._optimizer.step_count > self._before:

@@ -101,7 +101,7 @@ def stream(
     found = find_blocks(op, model, blocks)
     listed = streamed_parameters(op, model, found)
     fill = weights if callable(weights) else None
-    checkpoint = None if weights is None or fill else Checkpoint(weights)
+    checkpoint = None if weights is None or callable(weights) else Checkpoint(weights)
     places = {} if fill else _sources(op, model, listed, checkpoint)
     made = []
     for i, ((name, module), params) in enumerate(zip(found, listed, strict=True)):
@@ -133,7 +133,8 @@ def stream(
     _load_resident(model, made, loaded, fill)
     mover: Mover
     writes = write_every if storage != "disk" or path is not None else None
-    encoding = lambda source: Encoding(source, form, made, len(held), target, writes, timeline, staging)
+    if form is not None:
+        encoding = lambda source: Encoding(source, form, made, len(held), target, writes, timeline, staging)
     if storage == "disk":
         source = Files(run.folder if run else None, run.durable if run else lambda: None, threads)
         source.reader.own.update(run.files if run else {})

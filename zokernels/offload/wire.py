@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..checks import DTYPES
 from ..functional import decode, decode_fan_out, encode
-from ..wire import is_lossless, wire_bytes
+from ..wire import Wire, is_lossless, wire_bytes
 from .blocks import ALIGN, Block
 from .engine import _Alike, _Visit
 from .history import take
@@ -41,7 +41,7 @@ class Format:
     """Where each parameter lies in the wire bytes of its block.  Other than fp32, bf16 and fp16 they travel as they
     are."""
 
-    def __init__(self, wire: str, blocks: Sequence[Block]) -> None:
+    def __init__(self, wire: Wire, blocks: Sequence[Block]) -> None:
         self.wire = wire
         self.places: list[list[tuple[int, int]]] = []  #: (begin, size) by block
         for block in blocks:
@@ -68,7 +68,7 @@ class Format:
             else:
                 buffer.copy_(value.view(-1).view(torch.uint8))
         for out, params in alike.values():
-            encode(out, params, self.wire)  # type: ignore[arg-type]
+            encode(out, params, self.wire)
 
 
 class _Work(NamedTuple):
@@ -165,7 +165,8 @@ class Encoding(Mover):
         """The bytes of ``block`` with all updates, on the host; valid until the next step."""
         in_memory = isinstance(self.source, HostMemory)
         copy = lambda master: master if in_memory else master[: block.nbytes].clone()
-        return self._submit(block, max(self.history.end, block.kept), in_memory, copy).result()
+        found: Tensor = self._submit(block, max(self.history.end, block.kept), in_memory, copy).result()
+        return found
 
     def _submit(self, block: Block, version: int, write: bool, then: Callable[[Tensor], Any]) -> Future[Any]:
         errors = (f.exception() for f in self._writing.values() if f.done())  # what a write before ran into
@@ -309,7 +310,7 @@ class Encoding(Mover):
             fields = {"seeds": one.seeds, "coeffs": one.coeffs, "decay": one.decay, "rounding_seed": one.rounding_seed}
             with torch.cuda.stream(self._side):
                 self._side.wait_event(ready)
-                moved = {key: None if value is None else value.cpu() for key, value in fields.items()}
+                moved: dict[str, Any] = {key: None if value is None else value.cpu() for key, value in fields.items()}
             self._on_host[id(one)] = one, one._replace(**moved)
             if len(self._on_host) > 4096:
                 self._on_host.popitem(last=False)
@@ -344,7 +345,7 @@ class WireVisit(_Visit):
             one, *passes = passes
             fields = ("seeds", "coeffs", "dist", "decay", "rounding", "rounding_seed")
             first = {key: getattr(one, key) for key in fields}
-        decode(out, buffers, self._wire, **first, streams=a.streams)  # type: ignore[arg-type]
+        decode(out, buffers, self._wire, **first, streams=a.streams)
         super()._take(a, passes)
 
     def _fan_out(self, a: _Alike) -> None:
@@ -354,4 +355,5 @@ class WireVisit(_Visit):
             return super()._fan_out(a)
         plus, minus = ([self.engine.scratch(self.block, s)[i] for i in a.entries] for s in (0, 1))
         buffers = [self._buffers[i] for i in a.entries]
-        decode_fan_out(plus, minus, buffers, self._wire, *self._direction(a), **self._noise(a), **update)  # type: ignore[arg-type]
+        seed, coeff = self._direction(a)
+        decode_fan_out(plus, minus, buffers, self._wire, seed, coeff, **self._noise(a), **update)

@@ -20,6 +20,7 @@ from .groups import Bucket, check_choice
 from .guards import uninterrupted
 from .masks import KeptMask
 from .optimizer import Estimate, ZerothOrder
+from .probe import Probe
 from .rules import SGD
 from .subset import Subset
 from .update import decay_of, descent, gate, gated_decay, is_zero, projected_gradient
@@ -48,11 +49,8 @@ class Entries(NamedTuple):
 Move = tuple[Tensor, int, Tensor, Tensor]
 
 
-class CoordinateProbe:
+class CoordinateProbe(Probe):
     """At a point one weight holds another value; then its own bits are put back."""
-
-    def __init__(self, buckets: list[Bucket], seeds: dict[torch.device, Tensor]) -> None:
-        self.buckets, self.seeds = buckets, seeds
 
     @contextmanager
     def at(self, move: Move | None) -> Iterator[None]:
@@ -68,12 +66,6 @@ class CoordinateProbe:
             with uninterrupted():
                 weights[i] = own
                 torch.clear_autocast_cache()
-
-    def __enter__(self) -> CoordinateProbe:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass  # no weight is moved outside :meth:`at`
 
 
 class ZOCGE(ZerothOrder):
@@ -172,7 +164,7 @@ class ZOCGE(ZerothOrder):
             for part, e in zip(parts, self._entries, strict=True)
         ]
 
-    def _update(self, probe: CoordinateProbe, estimate: Estimate) -> None:
+    def _update(self, probe: Probe, estimate: Estimate) -> None:
         for e, g in zip(self._entries, estimate.gradients, strict=True):
             group, device = e.bucket.group, e.weights.device
             if is_zero(group["lr"]):

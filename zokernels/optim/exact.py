@@ -15,24 +15,23 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from .direction import Point
 from .groups import Bucket
+from .probe import Probe
 from .scratch import ScratchPool
 from .substitute import USE_INPLACE, HiddenParameters, Substitution, Tangents
 
 
-class ExactProbe:
+class ExactProbe(Probe):
     """Both forwards run under a :class:`Substitution`; nothing is ever written to a weight.
 
     What the mode cannot see it looks for: torch.compile is told to run eagerly, TorchScript is refused, and parameters
     that no function took are reported.  ``told``: the warnings already given.
     """
 
-    #: Whether ``Bucket.at`` says where the weights stand, so that an update can bring them back.
-    says_where = True
-
     def __init__(
         self, op: str, buckets: list[Bucket], seeds: dict[torch.device, Tensor], pool: ScratchPool, told: set[str]
     ) -> None:
-        self.op, self.buckets, self.seeds, self.pool, self.told = op, buckets, seeds, pool, told
+        super().__init__(buckets, seeds)
+        self.op, self.pool, self.told = op, pool, told
         self._addresses = {p.data_ptr() for b in buckets for p in b.params}
 
     @contextmanager
@@ -66,18 +65,6 @@ class ExactProbe:
 
     def _mode(self, points: list[Point]) -> Substitution:
         return Substitution(self.op, self.buckets, self.seeds, self.pool, points)
-
-    def move(self, points: list[Point]) -> None:
-        pass  # a point that another rank evaluates
-
-    def restore(self) -> None:
-        pass  # the weights never moved
-
-    def __enter__(self) -> ExactProbe:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.restore()
 
     def _check_seen(self, seen: set[int]) -> None:
         if not seen:

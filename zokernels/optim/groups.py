@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..checks import DTYPES, check_dist, check_overlap, check_stream, fail
 from ..contract import canonical_name, streams_of
+from ..functional import Dist
 from .direction import DENSE, Dense, Point
 from .shard import is_sharded, local_of, locals_of
 
@@ -35,7 +36,7 @@ class Bucket:
     names: list[str] = field(default_factory=list)
     #: As they were when the step began: what moved the weights must bring them back, whatever the group says by then.
     eps: float = 0.0
-    dist: str = ""
+    dist: Dist = "normal"
     #: How a direction is applied to the parameters.
     direction: Dense = DENSE
     #: Where the weights now stand; only the in-place probe ever moves it from {}.

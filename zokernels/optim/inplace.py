@@ -11,21 +11,21 @@ from torch import Tensor
 from .direction import Point, between, terms
 from .groups import Bucket
 from .guards import uninterrupted
+from .probe import Probe
 
 
-class InplaceProbe:
+class InplaceProbe(Probe):
     """Weights at a point, rounded to nearest at each move: in half precision the way back is not exact.
 
     A move along one direction (+eps z to -eps z, or back to theta) is a combine of K = 1; one from a direction to
     another has K = 2.  ``key``: (run seed, step) of the direction, for the two-pass form.
     """
 
-    says_where = True
-
     def __init__(
         self, buckets: list[Bucket], seeds: dict[torch.device, Tensor], key: tuple[int, int] | None = None
     ) -> None:
-        self.buckets, self.seeds, self.key = buckets, seeds, key
+        super().__init__(buckets, seeds)
+        self.key = key
 
     def move(self, points: list[Point]) -> None:
         """The weights of each bucket from where they stand to its point."""
@@ -44,9 +44,3 @@ class InplaceProbe:
     def at(self, points: list[Point]) -> Iterator[None]:
         self.move(points)
         yield
-
-    def __enter__(self) -> InplaceProbe:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.restore()  # after an update nothing is left to move; after an exception this brings the weights back

@@ -19,6 +19,7 @@ from .direction import Point, terms
 from .groups import Bucket
 from .guards import uninterrupted
 from .inplace import InplaceProbe
+from .probe import Probe
 from .scratch import ScratchPool
 from .shard import is_sharded, locals_of
 
@@ -64,13 +65,14 @@ class ShardProbe(InplaceProbe):
             yield
 
 
-class KeptProbe:
+class KeptProbe(Probe):
     """Each point is written to the weights from a copy of them, which is put back before the update: no drift."""
 
     says_where = False
 
     def __init__(self, buckets: list[Bucket], seeds: dict[torch.device, Tensor], pool: ScratchPool) -> None:
-        self.buckets, self.seeds, self._pool = buckets, seeds, pool
+        super().__init__(buckets, seeds)
+        self._pool = pool
         self._kept: list[list[Tensor]] | None = None
 
     @contextmanager
@@ -89,9 +91,6 @@ class KeptProbe:
         torch._foreach_copy_(kept, weights)
         return kept
 
-    def move(self, points: list[Point]) -> None:
-        pass  # a point that another rank evaluates
-
     def restore(self) -> None:
         if self._kept is not None:
             with uninterrupted():
@@ -99,9 +98,3 @@ class KeptProbe:
                     torch._foreach_copy_([w.detach() for w in locals_of(b.params)], kept)
                 torch.clear_autocast_cache()
             self._kept = None
-
-    def __enter__(self) -> KeptProbe:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.restore()  # after an update nothing is left; after an exception this brings the weights back

@@ -102,6 +102,7 @@ class ZORankSGD(ZerothOrder):
             fail(self._op, "rank", "capturable=False: a CUDA graph calls no host function", "capturable=True")
         if self._exchange:
             fail(self._op, "rank", "losses with a mesh: one list of all results is on no rank", "a function")
+        assert isinstance(self.estimator, Ranking)  # the constructor's
         places = Places(rank, self.estimator.top or self.estimator.directions)
         self._step(closure, places)
         return places.best
@@ -151,7 +152,8 @@ class ForwardGradient(ZerothOrder):
             fail(self._op, "restore", "'exact': the weights are never perturbed", repr(restore))
         super().__init__(params, lr, estimator=ForwardMode(directions), rule=SGD(), **options)
 
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:
+    # Narrower than its base: a number has no derivative.
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
         """One step, as :meth:`ZerothOrder.step`; the closure returns a tensor.  Returns the mean loss, at theta."""
         return self._step(closure, Derivatives())
 

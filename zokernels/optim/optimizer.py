@@ -36,6 +36,7 @@ from .guards import GraphRng, RngState, is_capturing, uninterrupted
 from .inplace import InplaceProbe
 from .kept import KeptProbe, ShardProbe, any_sharded
 from .loss import Losses
+from .probe import Probe
 from .rules import SGD, Rule
 from .scratch import ScratchPool
 from .state import DeviceState, HostState, check_capturable, check_capture, check_seed
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
     from ..distributed import Exchange
     from ..offload.engine import Engine
-    from ..trajectory import Recorder
+    from ..trajectory import Follower
 
 
 class Estimate(NamedTuple):
@@ -58,7 +59,7 @@ class Estimate(NamedTuple):
     gradients: list[Tensor]  #: g of each bucket, fp32 [q], all 0 unless ``finite``
     finite: Tensor
     skip: bool  #: whether the host knows that ``finite`` is false
-    forwards: tuple[Tensor, ...] = ()  #: the losses, those of the rule's trials included
+    forwards: tuple[Tensor, ...] | Tensor = ()  #: the losses, those of the rule's trials included
     multiple: Tensor | None = (
         None  #: of the gradients, for the update: the rule's choice among its trials (fp32, 0-dim)
     )
@@ -156,8 +157,9 @@ class ZerothOrder(torch.optim.Optimizer):
         self._two_pass: TwoPass | None = None
         self._graph_rng: GraphRng | None = None
         self._engine: Engine | None = None  # where parameters are streamed
-        self._recorder, self._carried = None, False  # whether the step began with a perturbation of the two-pass form
-        self._exchange = None
+        self._recorder: Follower | None = None
+        self._carried = False  # whether the step began with a perturbation of the two-pass form
+        self._exchange: Exchange | None = None
         if mesh is not None:
             from ..distributed.exchange import exchange_of
 
@@ -167,7 +169,7 @@ class ZerothOrder(torch.optim.Optimizer):
         #: What the last step returned.
         self.last_loss: Tensor | None = None
         #: The losses of the last step, in the order of the forwards: the estimator's points, the rule's trials.
-        self.last_losses: tuple[Tensor, ...] | None = None
+        self.last_losses: tuple[Tensor, ...] | Tensor | None = None
         rule.check_parts(self)
         super().__init__(params, defaults)
         self._state.place(devices_of(self.param_groups))
@@ -201,7 +203,7 @@ class ZerothOrder(torch.optim.Optimizer):
         return self._state.skipped
 
     @property
-    def trajectory(self) -> Recorder | None:
+    def trajectory(self) -> Follower | None:
         """The log that gets a record of every step; ``optimizer.trajectory.close()`` ends it."""
         return self._recorder
 
@@ -249,7 +251,8 @@ class ZerothOrder(torch.optim.Optimizer):
                 if not group["params"]:
                     group["param_names"] = []
 
-    def step(self, closure: Callable[[], Tensor | float] | None = None) -> Tensor:
+    # torch's annotations say that a step returns a float, and None without a closure.
+    def step(self, closure: Callable[[], Tensor | float] | None = None) -> Tensor:  # type: ignore[override]
         """One step.  ``closure`` runs the forward and returns the scalar loss (a tensor or a number); it is called
         once for each of the estimator's points and the rule's trials, without gradients, each time from the same torch
         RNG state.
@@ -275,6 +278,7 @@ class ZerothOrder(torch.optim.Optimizer):
             self._graph_rng = self._new_graph_rng(devices)  # a capture cannot make generators
         self._state.place(devices)
         rng = self._graph_rng if capturing else RngState(devices)
+        assert rng is not None  # check_capture
         if self._exchange:
             self._exchange.begin(self)
         elif any_sharded(buckets):
@@ -287,7 +291,7 @@ class ZerothOrder(torch.optim.Optimizer):
             counts = self._exchange.loss_of if self._exchange else lambda result: result
             forward = lambda: reading.read(self._op, counts(closure()), devices[0], capturing)
 
-            def losses_at(points: list[list[Point]]) -> Tensor:
+            def losses_at(points: Any) -> Tensor:
                 # None: all of them; and those of coordinates are a stream.
                 mine = self._exchange.share(len(points)) if self._exchange else None
                 if self._engine:
@@ -321,7 +325,7 @@ class ZerothOrder(torch.optim.Optimizer):
         return buckets if self.subset is None else self.subset.select(self, buckets)
 
     @contextmanager
-    def _probed(self, buckets: list[Bucket], devices: list[torch.device]) -> Iterator[ExactProbe | InplaceProbe]:
+    def _probed(self, buckets: list[Bucket], devices: list[torch.device]) -> Iterator[Probe]:
         """The probe of a step; the weights leave it unperturbed, or updated."""
         seeds = self._state.seeds(devices, self.estimator.directions)
         self.direction.prepare(self, buckets, seeds)
@@ -331,7 +335,7 @@ class ZerothOrder(torch.optim.Optimizer):
                 self._two_pass.release()  # from here on the probe restores
             yield probe
 
-    def _probe(self, buckets: list[Bucket], seeds: dict[torch.device, Tensor]) -> ExactProbe | InplaceProbe:
+    def _probe(self, buckets: list[Bucket], seeds: dict[torch.device, Tensor]) -> Probe:
         if self._engine:
             return self._engine.probe(self, buckets, seeds)
         if self._two_pass:
@@ -346,8 +350,8 @@ class ZerothOrder(torch.optim.Optimizer):
     def _gradient(self, losses: Tensor, eps: float, clip: float | None) -> Tensor:
         return projected_gradient(self.estimator.coefficients(losses.double(), eps), clip)
 
-    def _estimate(self, buckets: list[Bucket], losses_at: Callable[[list[list[Point]]], Tensor]) -> Estimate:
-        """``losses_at``: runs the closure at each of some points, given for each bucket."""
+    def _estimate(self, buckets: list[Bucket], losses_at: Callable[[Any], Tensor]) -> Estimate:
+        """``losses_at``: runs the closure at each of some points, which are what :meth:`Probe.at` takes."""
         losses = losses_at([[b.point(k, sign) for b in buckets] for k, sign in self.estimator.points()])
         groups = [b.group for b in buckets]
         foreign = self._exchange.agreement.foreign(self, groups) if self._exchange else []
@@ -378,19 +382,20 @@ class ZerothOrder(torch.optim.Optimizer):
         scaled = lambda step, multiple: {k: multiple * c for k, c in enumerate(step)} if multiple else {}
         return [[scaled(step, multiple) for step in steps] for multiple in self.rule.trials]
 
-    def _take(self, probe: ExactProbe | InplaceProbe, estimate: Estimate) -> None:
+    def _take(self, probe: Probe, estimate: Estimate) -> None:
         self._update(probe, estimate)
         if self._recorder:
             self._recorder.append(self, probe.buckets, estimate)
 
-    def _update(self, probe: ExactProbe | InplaceProbe, estimate: Estimate) -> None:
+    def _update(self, probe: Probe, estimate: Estimate) -> None:
         """The rule, bucket by bucket; in the two-pass form it adds the next step's +eps z as well."""
         buckets, finite, multiple = probe.buckets, estimate.finite, estimate.multiple
         scaled = lambda g: g if multiple is None else multiple * g
         if not (self.rule.restores and probe.says_where and all(b.direction.uniform for b in buckets)):
             probe.restore()
         self.rule.begin(self, probe, estimate)
-        following = self._two_pass and self._two_pass.following(probe, self._state)
+        two_pass = self._two_pass
+        following = two_pass and two_pass.following(probe, self._state)
         try:
             for i, (b, g) in enumerate(zip(buckets, estimate.gradients, strict=True)):
                 if b.at or not estimate.skip:
@@ -404,8 +409,8 @@ class ZerothOrder(torch.optim.Optimizer):
             raise
         torch.clear_autocast_cache()  # casts of the old weights, where step() runs inside autocast
         self._state.advance(finite)
-        if following:
-            self._two_pass.keep(following)
+        if two_pass and following:
+            two_pass.keep(following)
 
     @contextmanager
     def two_pass(self, *modules: nn.Module) -> Iterator[None]:

@@ -98,4 +98,5 @@ class QuZO(ZerothOrder):
         super().__init__(params, lr, eps, direction=Steps(bits), estimator=TwoSided(directions), rule=SGD(), **options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        assert isinstance(self.direction, Steps)  # the constructor's
         super().add_param_group({"bits": self.direction.bits, **param_group})

@@ -15,9 +15,8 @@ from .shard import full_like, local_of
 from .update import decay_of, gated_decay, is_zero, learning_rate
 
 if TYPE_CHECKING:
-    from .exact import ExactProbe
-    from .inplace import InplaceProbe
     from .optimizer import Estimate, ZerothOrder
+    from .probe import Probe
 
 
 def check_betas(op: str, betas: object) -> None:
@@ -105,7 +104,7 @@ class Rule:
             found.append(local_of(state[name]))
         return found
 
-    def begin(self, optimizer: ZerothOrder, probe: ExactProbe | InplaceProbe, estimate: Estimate) -> None:
+    def begin(self, optimizer: ZerothOrder, probe: Probe, estimate: Estimate) -> None:
         """Once a step, before the first bucket: what is kept of the groups of ``probe.buckets``, from ``probe.seeds``
         and ``estimate``.  Unless ``estimate.finite`` nothing changes."""
 

@@ -52,7 +52,7 @@ def whole_of(tensor: Tensor) -> Tensor:
     """The logical tensor; of a sharded one all ranks together gather it."""
     if not is_sharded(tensor):
         return tensor
-    whole: Tensor = tensor.detach().full_tensor()
+    whole: Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]  # a DTensor's detach is a DTensor
     return whole
 
 
@@ -124,5 +124,6 @@ def peers_of(tensor: DTensor) -> set[int]:
     found = mesh.mesh
     for dim in reversed(range(mesh.ndim)):
         if tensor.placements[dim].is_replicate():
+            assert at is not None  # this rank holds a part
             found = found.select(dim, at[dim])
     return set(found.flatten().tolist())

@@ -18,9 +18,8 @@ from .update import decay_of, descent, gated_decay, learning_rate, scalars
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .exact import ExactProbe
-    from .inplace import InplaceProbe
     from .optimizer import Estimate, ZerothOrder
+    from .probe import Probe
 
 
 class Stateful(Rule):
@@ -143,7 +142,7 @@ class Adam(Stateful):
     def initial(self, optimizer: ZerothOrder) -> dict[str, Tensor]:
         return {"products": torch.ones(2, dtype=torch.float64)}
 
-    def begin(self, optimizer: ZerothOrder, probe: ExactProbe | InplaceProbe, estimate: Estimate) -> None:
+    def begin(self, optimizer: ZerothOrder, probe: Probe, estimate: Estimate) -> None:
         finite = estimate.finite
         for group in groups_of(probe.buckets):
             products = self.kept(optimizer, group, finite.device)["products"]
@@ -180,12 +179,13 @@ class Curvature(Stateful):
         if parts[0] != ThreePoint() or not isinstance(parts[1], CurvedDirection):
             fail(type(optimizer).__name__, "estimator, direction", "ThreePoint(), CurvedDirection()", parts)
 
-    def begin(self, optimizer: ZerothOrder, probe: ExactProbe | InplaceProbe, estimate: Estimate) -> None:
+    def begin(self, optimizer: ZerothOrder, probe: Probe, estimate: Estimate) -> None:
         self._losses = estimate.losses.double()
 
     def hyper(self, optimizer: ZerothOrder, bucket: Bucket, like: Tensor) -> Sequence[float | Tensor]:
-        alpha = bucket.group["alpha"]
-        return 1 - alpha, alpha / 2 * optimizer.estimator.second_difference(self._losses, bucket.eps)
+        alpha, estimator = bucket.group["alpha"], optimizer.estimator
+        assert isinstance(estimator, ThreePoint)  # check_parts
+        return 1 - alpha, alpha / 2 * estimator.second_difference(self._losses, bucket.eps)
 
     def coefficients(self, group: dict[str, Any], g: Tensor, finite: Tensor) -> Tensor:
         return torch.where(finite, descent(group, g), torch.zeros_like(g))

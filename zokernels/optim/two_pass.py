@@ -15,6 +15,7 @@ from ..checks import fail
 from .direction import terms
 from .groups import Bucket, label_of
 from .inplace import InplaceProbe
+from .probe import Probe
 from .state import DeviceState, HostState
 
 
@@ -43,7 +44,7 @@ class TwoPass:
         for handle in self._handles:
             handle.remove()
 
-    def following(self, probe: InplaceProbe, state: HostState) -> InplaceProbe:
+    def following(self, probe: Probe, state: HostState | DeviceState) -> InplaceProbe:
         """The next step's probe, over the same buckets, of which none has moved yet: their update will."""
         seeds = state.seeds({b.device: None for b in probe.buckets}, 1, ahead=1)
         following = [replace(b, at={}) for b in probe.buckets]

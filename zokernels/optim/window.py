@@ -17,9 +17,8 @@ from .rules import Rule, check_betas, check_fraction
 from .update import decay_of, descent, gated_decay, learning_rate, scalars
 
 if TYPE_CHECKING:
-    from .exact import ExactProbe
-    from .inplace import InplaceProbe
     from .optimizer import Estimate, ZerothOrder
+    from .probe import Probe
 
 
 class Window(Rule):
@@ -50,7 +49,7 @@ class Window(Rule):
         """Of each float64 tensor that is kept, the newest entry, and the factor of the older ones (``g``: float64)."""
         raise NotImplementedError
 
-    def begin(self, optimizer: ZerothOrder, probe: ExactProbe | InplaceProbe, estimate: Estimate) -> None:
+    def begin(self, optimizer: ZerothOrder, probe: Probe, estimate: Estimate) -> None:
         of_groups = {id(b.group): (b, g) for b, g in zip(probe.buckets, estimate.gradients, strict=True)}
         for bucket, g in of_groups.values():
             seeds = probe.seeds[bucket.device].to(g.device, non_blocking=True)

@@ -5,7 +5,7 @@
 """
 
 from .format import Log, Record, read
-from .recorder import Recorder, record
+from .recorder import Follower, Recorder, record
 from .replay import replay_
 
-__all__ = ["Log", "Record", "Recorder", "read", "record", "replay_"]
+__all__ = ["Follower", "Log", "Record", "Recorder", "read", "record", "replay_"]

@@ -234,7 +234,7 @@ def replay_file(
     ``out`` appears, whole and synced, when all is done.  The work is done in the mapped file itself.
     """
     path = pathlib.Path(out).resolve()
-    if path in {pathlib.Path(p).resolve() for p in (log.path, *(f.path for f in base.files))}:
+    if path in {pathlib.Path(log.path).resolve(), *(f.path.resolve() for f in base.files)}:
         fail("replay", "out", "another file than the base and the log", str(out))
     log.check_upto(upto)
     tensors = checked(base, log)

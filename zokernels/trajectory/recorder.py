@@ -22,6 +22,7 @@ from .replay import repeat_all
 from .settings import check_base, check_same_run, own_part, settings, whole_header
 
 if TYPE_CHECKING:
+    from ..distributed import Exchange
     from ..optim.groups import Bucket
     from ..optim.optimizer import Estimate, ZerothOrder
 
@@ -232,7 +233,7 @@ def record(
     recover: bool = False,
     rewind: bool = False,
     sync: float = 10.0,
-) -> Recorder:
+) -> Follower:
     """Append a record of every step of ``optimizer`` to ``path``.
 
     The header, with the SHA-256 of the weights as they are then, is written before the first step.  The settings then
@@ -250,7 +251,8 @@ def record(
 
     On a mesh all ranks call this; the first one has the file, and the others get the log from it.
 
-    Returns: the :class:`Recorder`; ``recorder.close()`` ends the log, as does the end of the program.
+    Returns: the :class:`Recorder` (on the other ranks of a mesh a :class:`Follower`, which writes nothing);
+    ``recorder.close()`` ends the log, as does the end of the program.
 
     Raises: ValueError, before a weight or the file changes, where the log is damaged or of another run, or the weights
     are not its base; RuntimeError where another writer has it open.
@@ -264,7 +266,7 @@ def record(
     if optimizer._recorder is not None and not optimizer._recorder.closed:
         fail("trajectory", "optimizer", "one log at a time", optimizer._recorder.path, RuntimeError)
     if optimizer._exchange:
-        optimizer._recorder = _record_together(optimizer, path, resume, recover, rewind, sync)
+        optimizer._recorder = _record_together(optimizer, optimizer._exchange, path, resume, recover, rewind, sync)
         return optimizer._recorder
     recorder = Recorder(path, sync)
     try:
@@ -278,10 +280,17 @@ def record(
 
 
 def _record_together(
-    optimizer: ZerothOrder, path: str | os.PathLike[str], resume: bool, recover: bool, rewind: bool, sync: float
+    optimizer: ZerothOrder,
+    exchange: Exchange,
+    path: str | os.PathLike[str],
+    resume: bool,
+    recover: bool,
+    rewind: bool,
+    sync: float,
 ) -> Follower:
     """The first rank has the file, and sends the others the log that it resumes: no file system need be shared."""
-    exchange, recorder, log, error = optimizer._exchange, Follower(path), None, None
+    recorder, log = Follower(path), None
+    error: Exception | None = None
     exchange.agreement.start(optimizer)
     if exchange.is_first:
         try:
@@ -301,7 +310,9 @@ def _record_together(
             with tempfile.NamedTemporaryFile() as copy:
                 copy.write(data)
                 copy.flush()
-                _resume(optimizer, recorder, scan(copy.name), rewind)
+                received = scan(copy.name)
+                assert received is not None  # the first rank has read it
+                _resume(optimizer, recorder, received, rewind)
     except BaseException:
         recorder.close()
         raise

@@ -16,6 +16,7 @@ from ..optim.groups import Bucket, check_choice, takes_part
 from ..optim.inplace import InplaceProbe
 from ..optim.optimizer import Estimate, ZerothOrder
 from ..optim.shard import is_sharded
+from ..optim.state import HostState
 from ..optim.subset import Subset
 from ..optim.two_pass import TwoPass
 from .deferred import Deferred
@@ -45,6 +46,7 @@ def _repeat(optimizer: ZerothOrder, record: Record, gated: bool) -> None:
         optimizer.flush()
     if record.two_pass != bool(optimizer._two_pass):
         optimizer._two_pass = TwoPass(()) if record.two_pass else None
+    assert isinstance(optimizer._state, HostState)  # nothing capturable has a log
     optimizer._state.step = record.step  # of an asynchronous run in no order
     for group, lr in zip(optimizer.param_groups, record.rates, strict=True):
         group["lr"] = torch.full((), lr, dtype=torch.float64) if isinstance(group["lr"], Tensor) else lr

@@ -51,7 +51,7 @@ def digest(tensor: Tensor, dtype: torch.dtype | None = None) -> str:
 
 
 def _arguments(kind: type) -> list[str]:
-    if kind.__init__ is object.__init__:
+    if kind.__init__ is object.__init__:  # type: ignore[misc]  # compared, not called
         return []
     various = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [name for name, p in inspect.signature(kind).parameters.items() if p.kind not in various]
@@ -86,7 +86,7 @@ def _label(kind: type) -> str:
     return kind.__name__ if own else f"custom:{kind.__name__}"
 
 
-def _kinds(base: type) -> Iterator[type]:
+def _kinds(base: type[Any]) -> Iterator[type[Any]]:
     yield base
     for kind in base.__subclasses__():
         yield from _kinds(kind)
@@ -108,7 +108,7 @@ def _rebuild(argument: str, described: dict[str, Any] | None, given: object) -> 
     if "masks" in arguments or arguments.get("layers", LAYERS) != LAYERS:
         # Masks are not in the log, and a regular expression from elsewhere could run for ever.
         fail("replay_", argument, f"{argument}=... as in the run (the log has not all of it)", str(described)[:200])
-    values = {key: tuple(v) if isinstance(v, list) else v for key, v in arguments.items()}
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in arguments.items()}
     if "state_dtype" in values:
         values["state_dtype"] = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(values["state_dtype"])
     try:
@@ -217,7 +217,10 @@ def check_base(header: dict[str, Any], tensors: Sequence[Sequence[Tensor | None]
     """Whether ``tensors`` (of each group) hold the weights that the run began with."""
     for group, ours in zip(header["groups"], tensors, strict=True):
         for i, (p, tensor) in enumerate(zip(group["params"], ours, strict=True)):
-            if p["sha256"] is not None and digest(tensor, getattr(torch, p["dtype"])) != p["sha256"]:
+            if p["sha256"] is None:
+                continue
+            assert tensor is not None  # match() found it
+            if digest(tensor, getattr(torch, p["dtype"])) != p["sha256"]:
                 label = p["name"] or f"parameter {i}"
                 fail("trajectory", label, "the base weights of the run (SHA-256)", "other values")
 
@@ -295,8 +298,8 @@ def optimizer_of(
         optimizer = ZerothOrder(groups, 0.0, seed=header["seed"], restore=restore, **parts)
     except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
         fail("replay_", "log", "valid settings", str(error)[:200])
-    for i, (group, ours) in enumerate(zip(header["groups"], optimizer.param_groups, strict=True)):
-        if (expected := sorted(_options(optimizer, ours))) != sorted(group["options"]):
+    for i, (group, made) in enumerate(zip(header["groups"], optimizer.param_groups, strict=True)):
+        if (expected := sorted(_options(optimizer, made))) != sorted(group["options"]):
             fail("replay_", f"log: groups[{i}]", f"the settings {expected}", str(sorted(group["options"]))[:200])
     optimizer._state.load(header["seed"], header["start"], 0)
     return optimizer
