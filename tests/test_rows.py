@@ -73,7 +73,7 @@ def large_rows(rng, width, chunk, rule=None, **fixed):
     The lower counter word wraps inside the first tensor or on its way from one row to the next.
     """
     unit = 1 if width % 8 else 8
-    length = width + unit * rng.choice([0, 1, 32, rng.randrange(5000)])
+    length = width + unit * rng.choice([1, 32, rng.randrange(1, 5000)])  # of the width's length it would be one piece
     height = -(-9 * chunk // (4 * width))
     first = 8 * 2**32 // length - rng.randrange(height)
     shapes = [(height, width, length), (1 + 1000 // width, width, length)]
