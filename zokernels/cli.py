@@ -184,12 +184,12 @@ def summary(log: Log) -> dict[str, Any]:
 def _plot(log: Log, path: str) -> None:
     """The loss, with its mean over the last twentieth of the steps, and the projected gradient of each group."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure
     except ImportError as error:
         raise RuntimeError("log: --plot: expected matplotlib, got none; pip install zokernels[cli]") from error
+    figure = matplotlib.figure.Figure(figsize=(9, 3 + 1.8 * log.layout.groups), layout="constrained")
     records = [record for record in log.records() if record.finite]
     steps, losses, groups = [r.step for r in records], [r.loss for r in records], log.layout.groups
-    figure = Figure(figsize=(9, 3 + 1.8 * groups), layout="constrained")
     top, *rows = figure.subplots(1 + groups, 1, sharex=True, height_ratios=[2.4, *[1.6] * groups])
     window = max(1, len(losses) // 20)
     sums = list(itertools.accumulate(losses, initial=0.0))
