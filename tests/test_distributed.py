@@ -31,13 +31,13 @@ def environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(request, tmp_path_factory):
     """Of each number of ranks, what each rank says of each case."""
     found = {}
 
     def of(ranks: int) -> list[dict[str, str]]:
         if ranks not in found:
-            folder, seed = tmp_path_factory.mktemp(f"ranks{ranks}"), int.from_bytes(os.urandom(6), "little")
+            folder, seed = tmp_path_factory.mktemp(f"ranks{ranks}"), request.config.option.seed
             command = [sys.executable, str(TESTS / "distributed_worker.py"), str(folder), str(ranks), str(seed)]
             run = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment())
             files = [folder / f"{rank}.json" for rank in range(ranks)]
