@@ -1,7 +1,8 @@
 """Seeds, devices and backends for every test; what a machine lacks is skipped visibly.
 
-Every test draws from a seed of its own, made of the run's seed and the test's id, so that what it draws depends neither
-on the tests that run before it nor on which are selected.  The run's seed is a constant unless ``--seed`` gives another.
+A randomised test is one that takes the fixture ``rng``.  It draws from a seed of its own, made of the run's seed
+and the test's id, so that what it draws depends neither on the tests that run before it nor on which are selected.
+The run's seed is 0 unless ``--seed`` gives another.  All other tests draw the same values in every run.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ def pytest_addoption(parser):
         "--seed",
         type=_seed,
         metavar="N|random",
-        help="the seed of the run, from which every test draws: 0 (the default), another number, or a fresh one",
+        help="the seed of the run, from which randomised tests draw: a number (default: 0) or a fresh one",
     )
     parser.addoption(
         "--fuzz",
         type=float,
         metavar="SECONDS",
-        help="run the randomised tests (those with the fixture rng), in an order and from a seed that are fresh unless "
+        help="run the randomised tests (those with the fixture rng) in a random order, from a fresh seed unless "
         "--seed gives one, and again from the next seed, until so many seconds have passed",
     )
 
@@ -87,8 +88,8 @@ def pytest_runtestloop(session):
 
 @pytest.fixture(autouse=True)
 def _seeded(request) -> int:
-    """The seed of this test; torch's default generator begins from it, too."""
-    run = request.config.option.seed
+    """The seed of this test, from which torch's default generator begins, too."""
+    run = request.config.option.seed if "rng" in request.fixturenames else 0
     request.node.user_properties.append(("seed", run))  # for pytest_terminal_summary
     seed = int.from_bytes(hashlib.sha256(f"{run} {request.node.nodeid}".encode()).digest()[:6], "little")
     torch.manual_seed(seed)
@@ -97,7 +98,7 @@ def _seeded(request) -> int:
 
 @pytest.fixture
 def rng(_seeded) -> random.Random:
-    """A generator from the seed of this test.  What takes it is a randomised test, right for every seed."""
+    """A generator from the seed of this test, which must be right for every seed."""
     return random.Random(_seeded)
 
 

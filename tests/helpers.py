@@ -37,6 +37,18 @@ def assert_same_bits(got: Tensor, want: Tensor, note: str = "") -> None:
     )
 
 
+def rounding_bound(want: Tensor, dtype: torch.dtype, magnitude: Tensor, roundings: int) -> Tensor:
+    """The most by which a sum computed in fp32 and then rounded to ``dtype`` may differ from ``want``, elementwise.
+
+    ``want``: the sum in float64.  ``magnitude``: the sum of the absolute values of its terms, which no intermediate
+    result exceeds.  ``roundings``: how often an intermediate result is rounded to fp32, each time by at most
+    2^-24 of its value.
+    """
+    last = torch.finfo(dtype).eps / 2 * (want.abs() + 2.0**-22 * magnitude)
+    subnormal = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2
+    return roundings * 2.0**-24 * magnitude * (1 + 2.0**-20) + last + subnormal
+
+
 def random_values(n: int, dtype: torch.dtype, rng: random.Random) -> Tensor:
     """Values of all magnitudes of ``dtype``, subnormals included, and a few specials."""
     generator = torch.Generator().manual_seed(rng.getrandbits(60))

@@ -224,13 +224,13 @@ def test_a_loss_that_is_not_finite_skips_the_step(method, restore, capturable, r
 
 @CASES
 def test_clip_bounds_each_coefficient(method, restore, rng):
-    seed, logs = rng.getrandbits(64), []
-    for clip in (None, 0.125):
+    seed, logs, bound = rng.getrandbits(64), [], 2.0**-10
+    for clip in (None, bound):
         p = nn.Parameter(torch.linspace(-1, 1, 30))
         opt = build(method, [p], restore=restore, seed=seed, clip=clip)
         opt.step(lambda p=p: (p * torch.arange(30)).sum())
         logs.append(opt.last_projected_gradient)
-    expected = logs[0].clamp(-0.125, 0.125)
+    expected = logs[0].clamp(-bound, bound)
     assert torch.equal(logs[1], expected) or method == "conservative"
     assert not torch.equal(logs[0], expected)
 
