@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import random
@@ -11,50 +10,57 @@ import subprocess
 import sys
 
 import distributed_cases
+import distributed_worker
 import pytest
 import torch
 import trajectory_cases
+from case_process import TESTS, CaseProcess, environment
 from torch import distributed as dist
 
 from zokernels.distributed import mean_of
 from zokernels.distributed.agreement import fingerprint
 from zokernels.optim import ZOSGD
 
-TESTS = pathlib.Path(__file__).parent
-
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
 
-def environment() -> dict[str, str]:
-    path = os.pathsep.join((str(TESTS), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(scope="module")
-def results(request, tmp_path_factory):
-    """Of each number of ranks, what each rank says of each case."""
-    found = {}
-
-    def of(ranks: int) -> list[dict[str, str]]:
-        if ranks not in found:
-            folder, seed = tmp_path_factory.mktemp(f"ranks{ranks}"), request.config.option.seed
-            command = [sys.executable, str(TESTS / "distributed_worker.py"), str(folder), str(ranks), str(seed)]
-            run = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment())
-            files = [folder / f"{rank}.json" for rank in range(ranks)]
-            said = [json.loads(f.read_text()) if f.exists() else {} for f in files]
-            found[ranks] = said, f"seed {seed}\n{run.stderr[-3000:]}"
-        return found[ranks]
-
-    return of
+@pytest.fixture(scope="session")
+def meshes(tmp_path_factory):
+    """By the number of ranks: processes in one process group, which run one case after the other."""
+    made = {}
+    for ranks in distributed_cases.CASES:
+        arguments = "distributed_worker.py", tmp_path_factory.mktemp(f"ranks{ranks}"), ranks
+        made[ranks] = CaseProcess(*arguments, limit=distributed_worker.LIMIT + 60, OMP_NUM_THREADS="1")
+    yield made
+    for process in made.values():
+        process.stop()
 
 
 @pytest.mark.parametrize(
     ("ranks", "name"), [(ranks, name) for ranks, cases in distributed_cases.CASES.items() for name in cases]
 )
-def test_mesh(results, ranks, name):
-    said, errors = results(ranks)
-    for rank, cases in enumerate(said):
-        assert cases.get(name, "not run: see the first failure") == "ok", f"rank {rank}: {cases.get(name)}\n{errors}"
+def test_mesh(meshes, ranks, name, rng):
+    results = meshes[ranks].ask(name=name, seed=rng.getrandbits(48))
+    failed = [f"rank {rank}: {result}" for rank, result in enumerate(results) if result != "ok"]
+    if failed:
+        pytest.fail("\n".join((*failed, meshes[ranks].said())), pytrace=False)
+
+
+@pytest.mark.parametrize(
+    ("fault", "limit", "said"),
+    [
+        ("raises", distributed_worker.LIMIT, "KeyError: 'mine'"),
+        ("dies", distributed_worker.LIMIT, "the process ended with -9"),
+        ("hangs", 3, "did not come to an end"),
+    ],
+    ids=lambda value: value if value in distributed_cases.FAULTS else "",
+)
+def test_a_fault_of_one_case_is_no_other_cases(meshes, fault, limit, said):
+    """A case that fails, dies or hangs on one rank is a failure; the next case has ranks that work."""
+    results = meshes[2].ask(name=fault, seed=0, limit=limit)
+    assert said in results[1]
+    assert results[0] != "ok"  # it waited for the other
+    assert meshes[2].ask(name="data of two", seed=0) == ["ok", "ok"]
 
 
 @pytest.mark.slow
@@ -63,7 +69,8 @@ def test_ranks_that_die_rejoin_from_the_log(tmp_path):
     kills = ["1:4", "0:9"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", "2", str(TESTS / "elastic_worker.py"), str(tmp_path), "14", *kills]
-    env = {**environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # docs/distributed.md
+    # docs/distributed.md
+    env = environment(OMP_NUM_THREADS="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     run = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
     assert run.returncode == 0, run.stderr[-3000:]
     assert all((tmp_path / f"killed {kill}").exists() for kill in kills)
@@ -118,7 +125,7 @@ def test_two_hosts(hosts, tmp_path):
         command = [*inside, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
         command += ["--node-rank", str(node), "--master-addr", master, "--master-port", "29511"]
         command += [str(TESTS / "elastic_worker.py"), str(tmp_path), "6"]
-        env = {**environment(), "GLOO_SOCKET_IFNAME": link}
+        env = environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME=link)
         nodes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env))
     try:
         ends = [node.communicate(timeout=120) for node in nodes]
