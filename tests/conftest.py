@@ -7,6 +7,7 @@ The run's seed is 0 unless ``--seed`` gives another.  All other tests draw the s
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
@@ -14,7 +15,7 @@ import time
 
 import pytest
 import torch
-from helpers import CPU_KERNELS
+from helpers import CPU_KERNELS, poisoned
 
 import zokernels
 
@@ -94,6 +95,13 @@ def _seeded(request) -> int:
     seed = int.from_bytes(hashlib.sha256(f"{run} {request.node.nodeid}".encode()).digest()[:6], "little")
     torch.manual_seed(seed)
     return seed
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(request):
+    """Fresh memory is poisoned, in tests on a GPU where kernels are compared with the reference (check_backend)."""
+    with contextlib.nullcontext() if "gpu" in request.keywords else poisoned():
+        yield
 
 
 @pytest.fixture

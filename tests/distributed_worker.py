@@ -23,6 +23,7 @@ from multiprocessing import connection, get_context
 import distributed_cases
 import torch
 import torch.distributed as dist
+from helpers import poisoned
 
 #: Seconds for a case, and for the other ranks after one has failed: they may fail by themselves and say why.
 LIMIT, GRACE = 240, 5
@@ -108,7 +109,8 @@ def work(link: connection.Connection, others: list, store: pathlib.Path, rank: i
             os._exit(0)
         try:
             case = distributed_cases.CASES[ranks].get(name) or distributed_cases.FAULTS[name]
-            case(distributed_cases.World(folder / name, rank, ranks, seed))
+            with poisoned():
+                case(distributed_cases.World(folder / name, rank, ranks, seed))
             dist.barrier()  # no rank begins the next case while another is in this one
             link.send("ok")
         except BaseException:

@@ -53,7 +53,7 @@ def test_mesh(meshes, ranks, name, rng):
         ("dies", distributed_worker.LIMIT, "the process ended with -9"),
         ("hangs", 3, "did not come to an end"),
     ],
-    ids=lambda value: value if value in distributed_cases.FAULTS else "",
+    ids=["raises", "dies", "hangs"],
 )
 def test_a_fault_of_one_case_is_no_other_cases(meshes, fault, limit, said):
     """A case that fails, dies or hangs on one rank is a failure; the next case has ranks that work."""

@@ -70,6 +70,13 @@ def test_unknown_backend():
         pass
 
 
+def test_fresh_memory_is_poisoned_in_tests():
+    made = [torch.empty(3), torch.empty_like(torch.ones(2).half()), torch.ones(1).new_empty(2, dtype=torch.bfloat16)]
+    assert all(t.isnan().all() for t in made)
+    assert (torch.empty(2, dtype=torch.int8) == 127).all()
+    assert (torch.empty(2, dtype=torch.uint8) == 255).all()
+
+
 def test_backend_on_the_wrong_device(monkeypatch):
     monkeypatch.setenv("ZOKERNELS_BACKEND", "cpu")
     with pytest.raises(zokernels.BackendUnavailable, match="backend 'cpu': expected tensors on cpu, got cuda"):
