@@ -35,6 +35,25 @@ def poisoned():
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+@contextlib.contextmanager
+def watched(operation: str, before: Callable[..., object]):
+    """Calls ``before`` with the arguments of ``torch.ops.zokernels.<operation>`` ahead of each call, in any thread.
+
+    What ``before`` raises, the operation raises.  It does not matter where in the package the operation is called:
+    torch's dispatcher asks the kernel for autograd first, and this is one.  Inference mode leaves it out.
+    """
+    real = getattr(torch.ops.zokernels, operation).default
+
+    def entry(*args: object) -> object:
+        before(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return real(*args)
+
+    with torch.library._scoped_library("zokernels", "IMPL") as library:
+        library.impl(operation, entry, "AutogradCPU")
+        yield
+
+
 def bits(x: Tensor) -> Tensor:
     """The bit patterns of ``x``, with every NaN made the same: its payload is not part of the contract."""
     if not x.is_floating_point():

@@ -8,6 +8,7 @@ import sys
 import textwrap
 
 import pytest
+import torch
 
 import zokernels
 from zokernels.backends import library, registry
