@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from helpers import watched
 from torch import nn
 from trajectory_cases import assert_same, record_with_cpu
 
@@ -105,7 +106,7 @@ def test_verify(files, capsys, rng):
     assert "expected the base weights of the run (SHA-256)" in capsys.readouterr().err
 
 
-def test_a_failure_leaves_no_file(files, capsys, monkeypatch):
+def test_a_failure_leaves_no_file(files, capsys):
     folder, _, _ = files
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     replay = lambda base, out="out.safetensors": command(folder, "replay", base, "run.zk", "-o", out)
@@ -116,11 +117,10 @@ def test_a_failure_leaves_no_file(files, capsys, monkeypatch):
     assert "out: expected another file than the base and the log" in capsys.readouterr().err
     assert command(folder, "replay", "base.safetensors", "run.zk", "-o", "out.safetensors", "--upto", "9") == 1
 
-    def interrupted(*args, **options):
+    def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "replay_", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with watched("combine_", interrupted), pytest.raises(KeyboardInterrupt):
         replay("base.safetensors")
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
