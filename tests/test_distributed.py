@@ -137,15 +137,36 @@ def test_two_hosts(hosts, tmp_path):
     assert_like_one_process(tmp_path, 6)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 1000])
+#: The order of the sums.
+TREES = {
+    1: lambda a: a,
+    2: lambda a, b: a + b,
+    3: lambda a, b, c: (a + b) + c,
+    7: lambda a, b, c, d, e, f, g: ((a + b) + (c + d)) + ((e + f) + g),
+    8: lambda a, b, c, d, e, f, g, h: ((a + b) + (c + d)) + ((e + f) + (g + h)),
+}
+
+
+def random_losses(rng, count):
+    return [rng.uniform(-1, 1) * 10 ** rng.randrange(-9, 9) for _ in range(count)]
+
+
+@pytest.mark.parametrize("count", TREES)
 def test_mean_is_a_tree_in_the_order_of_the_list(rng, count):
-    losses = [rng.uniform(-1, 1) * 10 ** rng.randrange(-9, 9) for _ in range(count)]
-    level = losses
-    while len(level) > 1:
-        level = [a + b for a, b in zip(level[::2], level[1::2], strict=False)] + level[len(level) // 2 * 2 :]
-    assert mean_of(losses).item() == level[0] / count
+    losses = random_losses(rng, count)
+    want = TREES[count](*losses) / count
+    assert mean_of(losses).item() == want
     rows = torch.tensor(losses, dtype=torch.float64)[:, None].expand(-1, 3)
-    assert mean_of(rows).tolist() == [level[0] / count] * 3
+    assert mean_of(rows).tolist() == [want] * 3
+
+
+def test_mean_of_many(rng):
+    """The sum of a power of two is the sum of its halves; zeros at the end add nothing."""
+    losses = random_losses(rng, 1000)
+    padded = [*losses, *[0.0] * 24]
+    halves = mean_of(padded[:512]).item() * 512 + mean_of(padded[512:]).item() * 512
+    assert mean_of(padded).item() * 1024 == halves
+    assert mean_of(losses).item() == halves / 1000
     with pytest.raises(ValueError, match="at least one"):
         mean_of([])
 
