@@ -19,6 +19,8 @@ from helpers import CPU_KERNELS, poisoned
 
 import zokernels
 
+pytest_plugins = ["pytester"]  # for test_seeds.py
+
 
 def _seed(text: str) -> int:
     """The value of ``--seed``."""
