@@ -8,13 +8,19 @@ export TORCH_CUDA_ARCH_LIST ?= 9.0
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CPP    := $(shell find csrc tests zokernels/bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test demo offload-demo bench docs wheel lint lint-ruff lint-clang-format lint-typos lint-mypy format clean gpu-check
+.PHONY: test fuzz demo offload-demo bench docs wheel gpu-check format clean
+.PHONY: lint lint-ruff lint-clang-format lint-typos lint-mypy
 
 test: $(VENV)/tested lint
 	$(BIN)/python -m bench run --op combine --device cpu --tiny
 	$(BIN)/python -m bench offload --device cpu --tiny
 	$(BIN)/python -m bench trajectory --device cpu --tiny
 	$(BIN)/python -m pytest -q
+
+# The randomised tests from fresh seeds, for BUDGET seconds.  A failure says how to repeat it.
+BUDGET ?= 120
+fuzz: $(VENV)/tested
+	$(BIN)/python -m pytest -q --fuzz $(BUDGET) $(ARGS)
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/demo.py $(ARGS)
