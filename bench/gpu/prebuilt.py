@@ -57,21 +57,22 @@ def math_command(target: pathlib.Path, *sms: str) -> list[str]:
 
 # --- making it --------------------------------------------------------------------------------------------------------
 
-_USABLE = "import pathlib, sysconfig as s; print(pathlib.Path(s.get_path('include'), 'Python.h').exists())"
+_HEADERS = "import pathlib, sysconfig as s; print(pathlib.Path(s.get_path('include'), 'Python.h').exists())"
 
 
 def pythons() -> list[str]:
-    """Interpreters beside this one for which a host module can be compiled: those of ZOKERNELS_PYTHONS, and
-    python3.10 to python3.14 where they are on PATH, run, and have their headers.
+    """Interpreters for which a host module is compiled beside this one's: those of ZOKERNELS_PYTHONS, and of Python 3.10
+    to 3.14 one each, on PATH or installed beside this one (as pyenv and uv do), that runs and has its headers.
     """
-    named = [p for p in os.environ.get("ZOKERNELS_PYTHONS", "").split(os.pathsep) if p]
-    for minor in range(10, 15):
-        name = shutil.which(f"python3.{minor}")
-        if name is not None and (3, minor) != sys.version_info[:2]:
-            done = subprocess.run([name, "-c", _USABLE], capture_output=True, text=True)
-            if done.stdout.strip() == "True":
-                named.append(name)
-    return list(dict.fromkeys(named))
+    found = [p for p in os.environ.get("ZOKERNELS_PYTHONS", "").split(os.pathsep) if p]
+    beside = pathlib.Path(sys.base_prefix).parent
+    for minor in (m for m in range(10, 15) if (3, m) != sys.version_info[:2]):
+        name = f"python3.{minor}"
+        for path in (shutil.which(name), *sorted(beside.glob(f"*/bin/{name}"))):
+            if path and subprocess.run([path, "-c", _HEADERS], capture_output=True, text=True).stdout.strip() == "True":
+                found.append(str(path))
+                break
+    return list(dict.fromkeys(found))
 
 
 def build(architectures: str) -> None:
