@@ -478,8 +478,9 @@ def test_the_folder_names_gpu_torch_and_commit():
 
 
 def test_results_after_each_stage(tmp_path):
-    results = Results(tmp_path, HEADER, 7, False)
-    results.starting([it("bench-it", kind="measure")])
+    one = it("bench-it", kind="measure")
+    results = Results(tmp_path, HEADER, 7, False, [one])
+    results.starting([one])
     assert "when this was written, bench-it was running" in (tmp_path / "README.md").read_text()
     (tmp_path / "bench-it.log").write_text("a line\nthe last line\n")
     row = {"op": "combine_", "dtype": "bf16", "dist": "normal", "rounding": "nearest", "k": 1, "backend": "cuda"}
@@ -502,7 +503,7 @@ def test_results_after_each_stage(tmp_path):
 
 
 def test_rows_cut_in_the_middle_do_not_end_the_check(tmp_path):
-    results = Results(tmp_path, HEADER, 7, False)
+    results = Results(tmp_path, HEADER, 7, False, [it("ncu")])
     (tmp_path / "ncu.json").write_text('{"kind": "ncu", "rows": [{"ker')
     results.add(Outcome("ncu", "measure", "failed", "signal SIGKILL", 1.0))
     assert json.loads((tmp_path / "result.json").read_text())["ncu"] == []
@@ -511,7 +512,7 @@ def test_rows_cut_in_the_middle_do_not_end_the_check(tmp_path):
 def test_an_earlier_check_does_not_show_in_a_later_one(tmp_path):
     (tmp_path / "bench-step.json").write_text('{"rows": [1]}')
     (tmp_path / "log.txt").write_text("old")
-    Results(tmp_path, HEADER, 7, False)
+    Results(tmp_path, HEADER, 7, False, [])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -535,7 +536,6 @@ def test_a_check_that_is_cut_off_says_what_it_knows(tmp_path, number):
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     result = tmp_path / "rehearsal/result.json"
-    # The stages beside each other have started when a log shows the first call's line
     read = lambda: json.loads(result.read_text()) if result.exists() else {"running": []}
     until(lambda: "agreement-cuda" in read()["running"])
     until(lambda: len(processes(f'"{tmp_path}/rehearsal"')) > 1)

@@ -102,19 +102,20 @@ def main(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="zokernels-gpu-check-") as scratch:
         base = args.output or (pathlib.Path(tempfile.mkdtemp()) if args.rehearse else ROOT / "bench/results")
         output = base.resolve() / folder_name(header, args.rehearse)
-        results = Results(output, header, args.minutes, args.rehearse)
+        plan = [s for s in STAGES if not args.only or s.name in args.only]
+        results = Results(output, header, args.minutes, args.rehearse, plan)
         ctx = Context(
             output, pathlib.Path(scratch), header.get("capability", "9.0"), args.rehearse,
             args.prebuilt and args.prebuilt.resolve(),
         )  # fmt: skip
-        plan = [s for s in STAGES if not args.only or s.name in args.only]
         # A rehearsal is for what runs, not for how long it takes on a CPU
         deadline = start + (3600 if args.rehearse else 60 * args.minutes - REPORT)
         print(f"{machine.title(header)}\n{output}", flush=True)
         for outcome in follow(plan, ctx, deadline, stopped, results.starting):
             results.add(outcome)
             at = time.monotonic() - start
-            print(f"{at:5.0f} s  {outcome.name:18} {outcome.status:8} {outcome.seconds:6.1f} s  {outcome.note}", flush=True)
+            line = f"{at:5.0f} s  {outcome.name:18} {outcome.status:8} {outcome.seconds:6.1f} s  {outcome.note}"
+            print(line, flush=True)
         files = results.finish(stopped.by)
     print("\n".join(["", *summary.terminal(results.result), "", *(f"wrote {path}" for path in files)]))
     print("gpu-check: " + ("passed" if results.passed else "NOT PASSED: see the stages above"))

@@ -21,10 +21,13 @@ _TAIL = 15
 
 
 class Results:
-    """machine: the header of bench.machine.  minutes: those that were asked for."""
+    """machine: the header of bench.machine.  minutes: those that were asked for.  plan: the stages that are to come."""
 
-    def __init__(self, folder: pathlib.Path, machine: dict[str, Any], minutes: float, rehearse: bool) -> None:
+    def __init__(
+        self, folder: pathlib.Path, machine: dict[str, Any], minutes: float, rehearse: bool, plan: Sequence[Stage]
+    ) -> None:
         self.folder, self.rehearse, self.outcomes = folder, rehearse, list[Outcome]()
+        self._decides = {stage.name: stage.decides for stage in plan}
         self.result: dict[str, Any] = {"schema": 1, "machine": machine, "minutes": minutes, "rehearsal": rehearse}
         self.result |= {"passed": False, "finished": False, "running": [], "stopped_by": None, "stages": []}
         self.result |= {"skipped": {}, "rows": [], "offload": [], "ncu": [], "clock_mhz": {}}
@@ -45,7 +48,7 @@ class Results:
         text = log.read_text(errors="replace") if log.exists() else ""
         tail = [line[:300] for line in text.splitlines() if line.strip()][-_TAIL:]
         kept = self._take_rows(outcome.name)
-        entry = asdict(outcome)
+        entry = {**asdict(outcome), "decides": self._decides[outcome.name]}
         if outcome.status == "stopped" and kept:
             entry["note"] += f"; {kept} rows were measured before"
         if outcome.status in ("failed", "stopped"):

@@ -74,6 +74,8 @@ def report(ctx: Context) -> str:
 def _agreement(ctx: Context, backend: str, calls: int, jobs: int, **env: str) -> str:
     size = 200 if ctx.rehearse else 60000
     amount = ("--calls", str(calls), "--max-size", str(size), "--jobs", str(jobs))
+    if jobs > 1:
+        env["OMP_NUM_THREADS"] = "1"  # else each process takes all cores for the reference
     code, log = run(python("tests/gpu/agreement.py", "--device", ctx.device, "--backend", backend, *amount), **env)
     said = [line for line in log.splitlines() if line.startswith(f"{backend}: ")]
     if code:
@@ -113,9 +115,11 @@ def _tests(ctx: Context, marks: str, files: list[str]) -> str:
     if importlib.util.find_spec("pytest") is None:
         raise Failure("no pytest")
     options = ["-m", marks, "-v", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    env = {}
     if importlib.util.find_spec("xdist") is not None and _jobs() > 1:
         options += ["-n", str(_jobs()), "--dist", "worksteal"]
-    code, log = run(python("-m", "pytest", *options, *files))
+        env["OMP_NUM_THREADS"] = "1"
+    code, log = run(python("-m", "pytest", *options, *files), **env)
     found = count_tests(log)
     note = ", ".join(f"{n} {what}" for what, n in sorted(found.items()))
     if code not in (0, 5):

@@ -125,9 +125,10 @@ def all_goals(result: dict[str, Any]) -> list[Goal]:
 
 
 def _stages_table(stages: Sequence[dict[str, Any]]) -> str:
-    lines = ["| stage | | seconds | |", "|---|---|--:|---|"]
+    lines = ["| stage | decides | | seconds | |", "|---|---|---|--:|---|"]
     clean = lambda text: text.replace("|", "/").replace("\n", " ")
-    lines += [f"| {s['name']} | {s['status']} | {s['seconds']:.1f} | {clean(s['note'])} |" for s in stages]
+    for s in stages:
+        lines.append(f"| {s['name']} | {s['decides']} | {s['status']} | {s['seconds']:.1f} | {clean(s['note'])} |")
     return "\n".join(lines)
 
 
@@ -184,7 +185,7 @@ def terminal(result: dict[str, Any]) -> list[str]:
     for stage in result["stages"]:
         if "tail" in stage:
             lines += [f"{stage['name']}: {stage['status']}: {stage['note']}"]
-            lines += [f"    {line[:160]}" for line in stage["tail"]]
+            lines += [f"    {line[:160]}" for line in stage["tail"][-6:]]  # all of it: README.md and log.txt
     if len(table := shares(result["rows"])) > 1:
         lines += ["", *_aligned(table)]
     if result["ncu"]:
