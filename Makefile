@@ -8,7 +8,7 @@ export TORCH_CUDA_ARCH_LIST ?= 9.0
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CPP    := $(shell find csrc tests zokernels/bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test fuzz demo offload-demo bench docs wheel gpu-check format clean
+.PHONY: test fuzz demo offload-demo bench docs wheel gpu-check gpu-prebuilt format clean
 .PHONY: lint lint-ruff lint-clang-format lint-typos lint-mypy
 
 test: $(VENV)/tested lint
@@ -37,6 +37,11 @@ docs: $(VENV)/tested
 # For a machine with an NVIDIA GPU and nvcc; uses the Python and torch that are there, installs nothing, needs no network.
 gpu-check:
 	$(PYTHON) -m bench gpu-check $(ARGS)
+
+# What gpu-check would compile there, compiled here into the folder prebuilt/: carry it with the tree, and run
+# `make gpu-check ARGS="--prebuilt prebuilt"` on the machine with the GPU. TORCH_CUDA_ARCH_LIST names the architectures.
+gpu-prebuilt: $(VENV)/environment
+	$(BIN)/python -m bench gpu-prebuilt $(ARGS)
 
 # The same bytes for the same commit: docs/packaging.md.
 wheel: $(VENV)/environment

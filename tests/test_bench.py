@@ -33,7 +33,7 @@ def result(tmp_path_factory) -> dict:
 def test_rows_cover_everything(result):
     ours = [r for r in result["rows"] if r["op"] != "perturb_"]
     cases = {(r["op"], r["k"], r["dtype"], r["dist"], r["rounding"], r["threads"]) for r in ours}
-    assert len(cases) == len(ours) == 2 * 2 * (3 + 4 + 4)  # threads, dists, forms of fp32, bf16 and fp16
+    assert len(cases) == len(ours) == 2 * 2 * (3 + 5 + 5)  # threads, dists, forms of fp32, bf16 and fp16
     assert {r["backend"] for r in ours} == {"reference"}
     loops = [r for r in result["rows"] if r["op"] == "perturb_"]
     assert len(loops) == 2 * 2 * 3 * len(baselines.PERTURB)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from . import offload
-from .machine import title
-from .registry import Row
-from .stages import Context
-from .table import LEGEND, markdown, short
+from .. import offload
+from ..machine import title
+from ..registry import Row
+from ..table import LEGEND, markdown, short
+from ..workloads import PUBLISHED
+from .ncu import PIPES
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,17 @@ def goals(rows: Sequence[Row], backend: str) -> list[Goal]:
         found.append(Goal(f"{dist} bf16, stochastic rounding, of the copy bandwidth", 0.90, measured))
     for form in ("exact", "inplace", "two-pass", "fan-out"):
         where = {"op": "step", "workload": "opt-1.3b", "backend": backend, "form": form, "dtype": "bf16"}
+        where |= {"rounding": "nearest", "launch": "eager"}
         measured = _pick([r for r in rows if "mezo" in r["ratio"]], lambda r: r["ratio"]["mezo"], **where)
         found.append(Goal(f"OPT-1.3B bf16, hot path of a step against MeZO's loop, {form}", 8.0, measured, "x"))
     found.append(Goal("Triton against CUDA C++, worst dtype and distribution", 0.95, _triton(rows)))
     for dist, asked in (("normal", 1.0), ("rademacher", 4.0)):
         measured = _pick(rows, noise, op="many", backend=backend, dist=dist, dtype="bf16")
         found.append(Goal(f"{dist} bf16, K = 64 in one pass, elements a second", asked, measured, "e12"))
+    for name, theirs in PUBLISHED.items():
+        of_peak = [r for r in rows if r.get("of_peak") and r["rounding"] == "nearest"]
+        measured = _pick(of_peak, lambda r: r["of_peak"], op="published", workload=name, backend=backend)
+        found.append(Goal(f"{name}, of the bandwidth of the card (theirs: on {theirs.gpu})", theirs.of_peak, measured))
     return found
 
 
@@ -115,25 +120,135 @@ def goals_table(found: Sequence[Goal]) -> str:
     return "\n".join(lines)
 
 
+def all_goals(result: dict[str, Any]) -> list[Goal]:
+    return goals(result["rows"], "cpu" if result["rehearsal"] else "cuda") + offload_goals(result["offload"])
+
+
 def _stages_table(stages: Sequence[dict[str, Any]]) -> str:
-    lines = ["| stage | | seconds | |", "|---|---|--:|---|"]
+    lines = ["| stage | decides | | seconds | |", "|---|---|---|--:|---|"]
     clean = lambda text: text.replace("|", "/").replace("\n", " ")
-    lines += [f"| {s['name']} | {s['status']} | {s['seconds']:.1f} | {clean(s['note'])} |" for s in stages]
+    for s in stages:
+        lines.append(f"| {s['name']} | {s['decides']} | {s['status']} | {s['seconds']:.1f} | {clean(s['note'])} |")
     return "\n".join(lines)
 
 
-def plot(path: pathlib.Path, rows: Sequence[Row], name: str) -> bool:
-    """Shares of the copy bandwidth in place, and whole steps against MeZO's loop, ours and the others'."""
+#: Heads of a table of profiled kernels: the key of a row, its form and factor.
+_PROFILED = {
+    "us": ("seconds", ".0f", 1e6),
+    "GHz": ("clock_ghz", ".2f", 1),
+    **{f"{pipe} %": (pipe, ".0f", 1) for pipe in PIPES},
+    "instr/el": ("instructions", ".1f", 1),
+    "sect/ld": ("sectors_load", ".1f", 1),
+    "sect/st": ("sectors_store", ".1f", 1),
+    "read B/el": ("dram_read", ".2f", 1),
+    "write B/el": ("dram_write", ".2f", 1),
+    "DRAM %": ("dram", ".0f", 1),
+    "warps %": ("warps", ".0f", 1),
+    "regs": ("registers", ".0f", 1),
+}
+
+
+def profiled(rows: Sequence[Row]) -> list[list[str]]:
+    """The table of the stage ncu, its heads first; "-" for what this ncu does not know."""
+    cell = lambda row, key, form, factor: format(row[key] * factor, form) if key in row else "-"
+    lines = [[row["kernel"], *(cell(row, *how) for how in _PROFILED.values())] for row in rows]
+    return [["kernel", *_PROFILED], *lines]
+
+
+def _markdown(table: Sequence[Sequence[str]]) -> str:
+    head, *lines = (f"| {' | '.join(cells)} |" for cells in table)
+    return "\n".join([head, "|---" + "|--:" * (len(table[0]) - 1) + "|", *lines])
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        " ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
+        for cells in table
+    ]
+
+
+def shares(rows: Sequence[Row]) -> list[list[str]]:
+    """Share of the copy's bandwidth of each pass in place, by backend."""
+    found: dict[str, dict[str, str]] = {}
+    for r in rows:
+        if r["op"] == "combine_":
+            what = f"{r['dtype']} {r['dist']} {r['rounding']} K = {r['k']}"
+            found.setdefault(what, {})[r["backend"]] = f"{r['copy_fraction']:.2f}"
+    backends = list(dict.fromkeys(b for cells in found.values() for b in cells))
+    return [["of copy", *backends], *([what, *(c.get(b, "-") for b in backends)] for what, c in found.items())]
+
+
+def terminal(result: dict[str, Any]) -> list[str]:
+    """What a person reads first: what went wrong, the figures that decide, and goals that were measured."""
+    lines: list[str] = []
+    for stage in result["stages"]:
+        if "tail" in stage:
+            lines += [f"{stage['name']}: {stage['status']}: {stage['note']}"]
+            lines += [f"    {line[:160]}" for line in stage["tail"][-6:]]  # all of it: README.md and log.txt
+    if len(table := shares(result["rows"])) > 1:
+        lines += ["", *_aligned(table)]
+    if result["ncu"]:
+        lines += ["", *_aligned(profiled(result["ncu"]))]
+    measured = [g for g in all_goals(result) if g.measured is not None]
+    if measured:
+        cells = [[g.what, f"{short(g.asked)}{g.unit}", f"{short(g.measured or 0)}{g.unit}", g.verdict] for g in measured]
+        lines += ["", *_aligned([["goal", "asked", "measured", ""], *cells])]
+    left_out = [f"{s['name']}: {s['note']}" for s in result["stages"] if s["status"] == "skipped"]
+    if left_out:
+        lines += ["", "Left out:", *(f"    {line}" for line in left_out)]
+    return lines
+
+
+def readme(result: dict[str, Any], found: Sequence[Goal], picture: bool) -> str:
+    """README.md: everything that is known, also of a check that goes on or was cut off."""
+    header, rows = result["machine"], result["rows"]
+    software = f"{title(header)}, contract {header['contract']}, Python {header['python']}, Triton {header['triton']}"
+    if "driver" in header:
+        software += f"; CUDA {header['cuda']}, driver {header['driver']}, capability {header['capability']}"
+        software += f", nvcc {header['nvcc']}"
+    state = f"Passed: **{'yes' if result['passed'] else 'no'}**."
+    if result["stopped_by"]:
+        state += f" Ended early by {result['stopped_by']}."
+    elif not result["finished"]:
+        state = f"**Not finished: when this was written, {', '.join(result['running']) or 'nothing'} was running.**"
+    body = [f"# {header.get('gpu') or header['cpu']}", f"`python -m bench gpu-check`, {header['date']}. {software}."]
+    if result["rehearsal"]:
+        body.append("**A rehearsal on the CPU at tiny sizes: no figure below means anything.**")
+    body += [state, _stages_table(result["stages"])]
+    for stage in result["stages"]:
+        if "tail" in stage:
+            body.append(f"### {stage['name']}\n\n```\n" + "\n".join(stage["tail"]) + "\n```")
+    body += ["## Goals", goals_table(found), *(["![Rows of the tables below](result.png)"] if picture else [])]
+    body += ["## Rows", LEGEND.replace("\n", " "), markdown(rows) or "None."]
+    for name, clock in result["clock_mhz"].items():
+        body.append(f"Clock of the multiprocessors during {name}: {clock['least']} to {clock['most']} MHz, median "
+                    f"{clock['median']:g}.")  # fmt: skip
+    if result["ncu"]:
+        words = "us: duration; instr/el: instructions of a warp for 32 elements; sect: 32-byte sectors a request."
+        body += ["## Kernels under Nsight Compute", words, _markdown(profiled(result["ncu"]))]
+    if result["offload"]:
+        body += ["## Streamed models", offload.LEGEND, offload_table(result["offload"])]
+    body += ["## Left out", "\n".join(f"* {k}: {v}" for k, v in result["skipped"].items()) or "Nothing."]
+    return "\n\n".join(body) + "\n"
+
+
+def plot(path: pathlib.Path, result: dict[str, Any]) -> bool:
+    """False where there is nothing to draw.
+
+    Shares of the copy bandwidth in place, and whole steps against MeZO's loop, ours and the others'."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    rows, header = result["rows"], result["machine"]
+    name = header.get("gpu") or header["cpu"]
     passes = [r for r in rows if r["op"] in ("combine_", "perturb_") and r["k"] == 1 and r["rounding"] == "nearest"]
-    steps = [r for r in rows if r["op"] == "step" and "mezo" in r["ratio"]]
+    steps = [r for r in rows if r["op"] == "step" and "mezo" in r["ratio"] and r["rounding"] == "nearest"]
     panels = [
         (passes, lambda r: f"{r['dtype']} {r['dist']}, {r['backend']}", lambda r: r["copy_fraction"], "{:.2f}"),
-        (steps, lambda r: f"{r['workload']}, {r['form']}, {r['backend']}", lambda r: r["ratio"]["mezo"], "{:.1f}"),
+        (steps, lambda r: f"{r['workload']}, {r['form']}, {r['launch']}, {r['backend']}", lambda r: r["ratio"]["mezo"], "{:.1f}"),
     ]
     heads = ("one pass in place: share of the copy bandwidth", "hot path of a step: times faster than MeZO's loop")
     if not passes and not steps:
@@ -156,45 +271,3 @@ def plot(path: pathlib.Path, rows: Sequence[Row], name: str) -> bool:
         figure.savefig(path, dpi=130)
         plt.close(figure)
     return True
-
-
-def write(result: dict[str, Any], ctx: Context) -> list[pathlib.Path]:
-    """README.md, result.json and result.png in the folder of the check; returns what was written."""
-    rows: list[Row] = []
-    skipped: dict[str, str] = {}
-    for path in (ctx.output / f"{s['name']}.json" for s in result["stages"] if s["name"].startswith("bench-")):
-        if path.exists():
-            run = json.loads(path.read_text())
-            rows += run["rows"]
-            skipped |= run["skipped"]
-    streamed: list[Row] = []
-    for path in (ctx.output / f"{s['name']}.json" for s in result["stages"] if s["name"].startswith("offload-")):
-        if path.exists():
-            streamed += json.loads(path.read_text())["rows"]
-    header = result["machine"]
-    name = header.get("gpu") or header["cpu"]
-    found = goals(rows, "cpu" if ctx.rehearse else "cuda") + offload_goals(streamed)
-    result = {**result, "goals": [{**asdict(g), "ratio": g.ratio, "verdict": g.verdict} for g in found]}
-    result |= {"skipped": skipped, "rows": rows, "offload": streamed}
-    files = [ctx.output / "result.json", ctx.output / "README.md"]
-    picture = ctx.output / "result.png"
-    picture.unlink(missing_ok=True)
-    try:
-        drawn = plot(picture, rows, name)
-    except Exception as error:  # the figures must not be lost with their plot: matplotlib may be absent
-        drawn, skipped["plot"] = False, f"{type(error).__name__}: {error}"
-    files += [picture] if drawn else []
-    software = f"{title(header)}, contract {header['contract']}, Python {header['python']}"
-    if "driver" in header:
-        software += f"; CUDA {header['cuda']}, driver {header['driver']}, capability {header['capability']}"
-    body = [f"# {name}", f"`python -m bench gpu-check`, {header['date']}. {software}."]
-    if result["rehearsal"]:
-        body.append("**A rehearsal on the CPU at tiny sizes: no figure below means anything.**")
-    body += [f"Passed: **{'yes' if result['passed'] else 'no'}**.", _stages_table(result["stages"])]
-    body += ["## Goals", goals_table(found), *([f"![Rows of the tables below]({picture.name})"] if drawn else [])]
-    body += ["## Rows", LEGEND.replace("\n", " "), markdown(rows) or "None."]
-    body += ["## Streamed models", offload.LEGEND, offload_table(streamed)] if streamed else []
-    body += ["## Left out", "\n".join(f"* {k}: {v}" for k, v in skipped.items()) or "Nothing."]
-    files[1].write_text("\n\n".join(body) + "\n")
-    files[0].write_text(json.dumps(result, indent=1) + "\n")
-    return files
