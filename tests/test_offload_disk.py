@@ -16,7 +16,7 @@ from offload_cases import Tower, batch_of, loss_of, same_bits, same_state, tower
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import zokernels.offload.files
+import zokernels.offload.disk
 from zokernels import offload
 from zokernels.optim import ZOSGD
 
@@ -231,7 +231,7 @@ def test_a_full_disk(rng, tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(fd, data, at)
 
-    monkeypatch.setattr(zokernels.offload.files.os, "pwritev", write)
+    monkeypatch.setattr(zokernels.offload.disk.os, "pwritev", write)
     engine = offload.stream(ours, "layers", "disk", weights=base, path=tmp_path / "run", slots=2)
     with pytest.raises(OSError, match="No space"):
         train(ours, 8)
@@ -259,7 +259,7 @@ def test_too_little_room_is_told_before_anything_is_written(tmp_path, monkeypatc
 
 
 def test_without_direct_access(rng, tmp_path, monkeypatch):
-    monkeypatch.setattr(zokernels.offload.files, "_DIRECT", 0)
+    monkeypatch.setattr(zokernels.offload.disk, "_DIRECT", 0)
     model = tower(torch.bfloat16, seed=rng.getrandbits(30))
     expected, _ = train(copy.deepcopy(model), 4)
     with offload.stream(model, "layers", "disk", path=tmp_path / "run"):

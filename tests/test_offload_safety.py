@@ -13,7 +13,7 @@ import pytest
 import torch
 from offload_cases import batch_of, loss_of, same_bits, same_state, tower, train
 
-import zokernels.offload.files
+import zokernels.offload.disk
 import zokernels.offload.memory
 from zokernels import offload
 from zokernels.optim import ZOSGD
@@ -99,7 +99,7 @@ def test_an_update_that_is_interrupted(rng, tmp_path, monkeypatch):
         ],
         lr=1e-2, eps=1e-2, seed=5,
     )  # fmt: skip
-    import zokernels.offload.engine as module
+    import zokernels.offload.visit as module
 
     real, left = module.fan_out_, [rng.randrange(12, 19)]
 

@@ -17,7 +17,8 @@ from test_offload import METHODS
 from test_offload_disk import checkpoint, empty
 
 import zokernels
-import zokernels.offload.wire
+import zokernels.offload.encoder
+import zokernels.offload.layout
 import zokernels.optim as optim
 from zokernels import offload
 from zokernels.wire import FORMATS
@@ -244,7 +245,7 @@ def test_a_failure_in_a_thread_is_raised(monkeypatch, tmp_path):
     model = tower(torch.bfloat16)
     engine = offload.stream(model, "layers", "disk", path=tmp_path / "run", wire="fp8", slots=2)
     broken = lambda *args: (_ for _ in ()).throw(OSError("mine"))
-    monkeypatch.setattr(zokernels.offload.wire, "encode", broken)
+    monkeypatch.setattr(zokernels.offload.layout, "encode", broken)
     with pytest.raises(OSError, match="mine"):
         model(batch_of(0))
     monkeypatch.undo()
@@ -259,7 +260,7 @@ def test_a_master_with_half_an_update_is_never_used(monkeypatch):
     model = tower(torch.bfloat16)
     engine = offload.stream(model, "layers", wire="fp8", slots=2)
     train(model, 1)
-    calls, real = [], zokernels.offload.wire.take
+    calls, real = [], zokernels.offload.encoder.apply_passes
 
     def failing(*args):
         calls.append(1)
@@ -267,7 +268,7 @@ def test_a_master_with_half_an_update_is_never_used(monkeypatch):
             raise MemoryError("mine")
         real(*args)
 
-    monkeypatch.setattr(zokernels.offload.wire, "take", failing)
+    monkeypatch.setattr(zokernels.offload.encoder, "apply_passes", failing)
     with pytest.raises(MemoryError, match="mine"):
         train(model, 4)
     monkeypatch.undo()

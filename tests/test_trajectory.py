@@ -14,7 +14,8 @@ from zosgd_cases import combined
 import zokernels
 from zokernels.optim import ZOSGD, Blocks, ForwardGradient, GivenMask, QuZO, ZOConservative
 from zokernels.quantize import QuantizedLinear, named_integers
-from zokernels.trajectory import deferred, read, record, replay, replay_
+from zokernels.step import deferred
+from zokernels.trajectory import read, record, replay, replay_
 
 
 def in_place(name: str) -> bool:

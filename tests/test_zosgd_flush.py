@@ -14,7 +14,7 @@ from zosgd_cases import batch, loss_of, mlp, same_bits, weights
 
 import zokernels as zk
 from zokernels.optim import ZOSGD
-from zokernels.optim.rules import SGD
+from zokernels.step.rules.sgd import SGD
 
 
 def build(dtype=torch.float32, dropout=0.0, **options):

@@ -11,8 +11,8 @@ from torch import nn
 
 import zokernels as zk
 from zokernels.optim import ZOSGD
-from zokernels.optim.guards import RngState, uninterrupted
-from zokernels.optim.rules import SGD
+from zokernels.step.guards import RngState, uninterrupted
+from zokernels.step.rules.sgd import SGD
 
 BOTH = pytest.mark.parametrize("restore", ["exact", "inplace"])
 
@@ -62,7 +62,7 @@ def test_kernel_that_fails_in_the_second_bucket(monkeypatch):
             raise MemoryError
         real(params, *args, **kwargs)
 
-    monkeypatch.setattr("zokernels.optim.direction.combine_", failing)
+    monkeypatch.setattr("zokernels.step.noise.combine_", failing)
     with pytest.raises(MemoryError):
         opt.step(lambda: a.sum() + b.float().sum())
     assert calls == [torch.float32, torch.bfloat16, torch.float32]

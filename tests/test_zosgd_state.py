@@ -103,7 +103,7 @@ def test_load_refuses_what_does_not_fit():
 @pytest.mark.parametrize("losses", [(float("nan"), 1.0), (1.0, float("inf")), (float("inf"),) * 2, (1e30, -1e38)])
 def test_non_finite_loss_skips_the_update(losses, on_host, restore, monkeypatch):
     """``on_host=False`` takes the path of a GPU: the choice by torch.where, the warning on reading."""
-    monkeypatch.setattr("zokernels.optim.optimizer.known_on_host", lambda tensor: on_host)
+    monkeypatch.setattr("zokernels.step.step.known_on_host", lambda tensor: on_host)
     weight = torch.tensor([0.5, -1.25, 3.0, 2.0**-10], dtype=torch.bfloat16)
     p = nn.Parameter(weight.clone())
     opt = ZOSGD([p], lr=0.1, weight_decay=0.5, restore=restore, eps=2.0**-12)

@@ -104,7 +104,7 @@ def test_passes_over_the_weights(monkeypatch):
         calls.append(seeds.numel())
         real(params, seeds, *args, **kwargs)
 
-    monkeypatch.setattr("zokernels.optim.direction.combine_", spy)
+    monkeypatch.setattr("zokernels.step.noise.combine_", spy)
     with opt.two_pass(model):
         for _ in range(3):
             opt.step(lambda: loss_of(model, *batch()))

@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..checks import fail
-from ..optim.direction import Direction
-from ..optim.groups import label_of
-from ..optim.guards import uninterrupted
-from ..optim.loss import Losses
-from ..optim.shard import is_sharded
-from ..optim.state import HostState
+from ..step.directions.direction import Direction
+from ..step.groups import label_of, own_rates
+from ..step.guards import uninterrupted
+from ..step.loss import LossReader
+from ..step.probes.probe import Probe
+from ..step.shard import any_sharded
+from ..step.state import HostState
+from ..step.step import StepOptimizer
+from ..step.types import Estimate
 from ..trajectory.format import canonical, encode
 from ..trajectory.recorder import pending
 from ..trajectory.replay import repeat_all
@@ -25,9 +28,6 @@ from .agreement import RanksDiffer, fingerprint
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]  # not in its __all__
-
-    from ..optim.optimizer import Estimate, ZerothOrder
-    from ..optim.probe import Probe
 
 
 class AsyncExchange:
@@ -57,11 +57,11 @@ class AsyncExchange:
     end, where weights are not.
     """
 
-    def __init__(self, optimizer: ZerothOrder, store: Store, steps: int, staleness: int | None = None) -> None:
+    def __init__(self, optimizer: StepOptimizer, store: Store, steps: int, staleness: int | None = None) -> None:
         self._check(optimizer, steps, staleness)
         self.optimizer, self.store, self.steps, self.staleness = optimizer, store, steps, staleness
-        assert isinstance(optimizer._state, HostState)  # not capturable
-        self._state = optimizer._state
+        assert isinstance(optimizer.run_state, HostState)  # not capturable
+        self._state = optimizer.run_state
         header = {**header_of(optimizer), "start": 0, "asynchronous": True}
         self._head, self._layout = encode(header)
         self._gated = header["gated"]
@@ -73,17 +73,17 @@ class AsyncExchange:
         self._next: list[bytes] = []  # published, but not applied
         self.catch_up()
 
-    def _check(self, optimizer: ZerothOrder, steps: int, staleness: int | None) -> None:
+    def _check(self, optimizer: StepOptimizer, steps: int, staleness: int | None) -> None:
         for name, value, low in (("steps", steps, 1), ("staleness", 0 if staleness is None else staleness, 0)):
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**32:
                 fail("AsyncExchange", name, f"an integer in [{low}, 2^32)", repr(value))
         o = optimizer
-        plain = type(o.direction) is Direction and o.subset is None and o._restore == "exact" and o.replayable
-        alone = not (o._exchange or o._recorder or o._engine or o._state.capturable)
+        plain = type(o.direction) is Direction and o.subset is None and o.restore == "exact" and o.replayable
+        alone = o.team.alone and o.home.in_memory and not (o.log.recording or o.run_state.capturable)
         params = [p for group in o.param_groups for p in group["params"]]
-        if not (plain and alone) or any(map(is_sharded, params)):
+        if not (plain and alone) or any_sharded(params):
             expected = "restore='exact', dense noise, no subset, mesh, trajectory, shards, streaming or capturable"
-            fail("AsyncExchange", "optimizer", expected, type(o).__name__)
+            fail("AsyncExchange", "optimizer", expected, o.op)
         if o.state or o.step_count:
             fail("AsyncExchange", "optimizer", "a fresh one", f"step {o.step_count}")
 
@@ -109,9 +109,8 @@ class AsyncExchange:
         base = self.count
         self._state.step = draw = self.store.add("draws", 1) - 1
         try:
-            loss = self.optimizer._step(
-                closure, Losses(), lambda probe, estimate: self._publish(draw, base, probe, estimate)
-            )
+            publish = lambda probe, estimate: self._publish(draw, base, probe, estimate)
+            loss = self.optimizer.run_step(closure, LossReader(), publish)
         finally:
             self._state.step = self.count
         self._apply()
@@ -138,14 +137,11 @@ class AsyncExchange:
     def _apply(self) -> None:
         if not self._next:
             return
-        optimizer, rates = self.optimizer, [group["lr"] for group in self.optimizer.param_groups]
+        optimizer = self.optimizer
         records = [self._layout.unpack(self._data(self.count + i, found), 0) for i, found in enumerate(self._next)]
         with uninterrupted():
-            try:
+            with own_rates(optimizer.param_groups):
                 repeat_all(optimizer, self._gated, records)
-            finally:
-                for group, lr in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = lr
             self.count += len(records)
             self._next = []
             self._state.step = self.count

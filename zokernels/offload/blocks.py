@@ -52,8 +52,8 @@ class Block:
         self.extents: list[Extent] = []  #: of the checkpoint that it begins with
         self.nbytes = 0
         self.scratch = 0  #: bytes of one perturbed copy
-        self.stored = 0  #: updates in the stored bytes
-        self.kept = 0  #: the same, once what is on its way there has arrived
+        self.stored = 0  #: updates the stored bytes contain now
+        self.scheduled = 0  #: updates the stored bytes will contain once queued writes finish
 
     def __repr__(self) -> str:
         return f"{self.name} ({len(self.entries)} parameters, {self.nbytes} bytes)"
@@ -145,6 +145,14 @@ def aliases(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Paramete
         for key, p in module._parameters.items():
             if p is not None:
                 yield (f"{prefix}.{key}" if prefix else key), module, key, p
+
+
+def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, buffer) of those that a state_dict has."""
+    for prefix, module in model.named_modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and key not in module._non_persistent_buffers_set:
+                yield (f"{prefix}.{key}" if prefix else key), buffer
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import json
 import mmap
 import os
 import pathlib
@@ -16,13 +15,13 @@ from typing import Any
 from torch import Tensor
 
 from ..checks import fail
-from ..trajectory.checkpoint import _DTYPES, File
+from ..files.atomic import sync_folder
+from ..files.safetensors import NAMES, Entry, File, encode_header
 from .blocks import PAGE, Block
 
 #: Bytes of one read or write.
 CHUNK = 8 << 20
 
-NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
 
@@ -186,11 +185,7 @@ class Folder:
         return file
 
     def sync(self) -> None:
-        fd = os.open(self.path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        sync_folder(self.path)
 
 
 def version_of(op: str, file: File) -> int:
@@ -205,21 +200,20 @@ def header(block: Block, version: int) -> bytes:
 
     safetensors takes no gap between tensors, and wants them in the header's order.
     """
-    entries: dict[str, object] = {"__metadata__": {"zokernels_updates": f"{version:020d}", "block": block.name}}
+    entries: list[tuple[str, Entry]] = []
     at = 0
 
     def gap(end: int) -> None:
         if end > at:
-            entries[f"_gap{at}"] = {"dtype": "U8", "shape": [end - at], "data_offsets": [at, end]}
+            entries.append((f"_gap{at}", Entry("U8", (end - at,), at, end - at)))
 
     for e in sorted(block.entries, key=lambda e: e.begin):
         gap(e.begin)
-        at = e.begin + e.param.numel() * e.param.element_size()
-        entries[e.name] = {"dtype": NAMES[e.param.dtype], "shape": list(e.param.shape), "data_offsets": [e.begin, at]}
+        size = e.param.numel() * e.param.element_size()
+        entries.append((e.name, Entry(NAMES[e.param.dtype], tuple(e.param.shape), e.begin, size)))
+        at = e.begin + size
     gap(block.nbytes)
-    data = json.dumps(entries, separators=(",", ":")).encode()
-    size = -(-(8 + len(data)) // PAGE) * PAGE
-    return (size - 8).to_bytes(8, "little") + data.ljust(size - 8)
+    return encode_header(entries, {"zokernels_updates": f"{version:020d}", "block": block.name}, PAGE)
 
 
 def check_room(op: str, folder: Folder, blocks: Sequence[Block], needed: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..wire import Wire
 from .blocks import PAGE, Block, find_blocks, streamed_parameters
-from .wire import Format
+from .layout import WireLayout
 
 
 class Footprint(NamedTuple):
@@ -52,7 +52,7 @@ def footprint(
     resident: list[Tensor] = [p for p in model.parameters() if id(p) not in streamed]
     largest, copy = max(b.nbytes for b in made), max(b.scratch for b in made)
     if wire is not None:
-        largest = -(-max(Format(wire, made).nbytes) // PAGE) * PAGE
+        largest = -(-max(WireLayout(wire, made).nbytes) // PAGE) * PAGE
     return Footprint(
         slots=min(slots, len(made)) * largest,
         scratch=scratch * copy,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..checks import fail
-from ..distributed.exchange import all_gather_single
+from ..distributed.ranks import all_gather_single
 from .blocks import PAGE, Block
 from .movers import ByStreams, HostMemory
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..optim.direction import Dense
-from ..trajectory.deferred import Deferred, Pass
-
-if TYPE_CHECKING:
-    from ..optim.groups import Bucket
+from ..step.deferred import DeferredNoise, Pass
+from ..step.noise import Members, Noise
 
 
 class History:
@@ -36,10 +33,10 @@ class History:
     def begin(self) -> None:
         self._open = []
 
-    def add(self, bucket: Bucket, one: Pass) -> None:
-        key = tuple(map(id, bucket.params))
+    def add(self, members: Members, one: Pass) -> None:
+        key = tuple(map(id, members.params))
         if key not in self._members:
-            self._members[key] = dict(zip(key, bucket.streams, strict=True))
+            self._members[key] = dict(zip(key, members.streams, strict=True))
         self._open.append((self._members[key], one))
 
     def commit(self) -> None:
@@ -68,25 +65,25 @@ class History:
         return stream, tuple(found)
 
 
-class Later(Dense):
+class HistoryNoise(Noise):
     """Dense noise in parameters that are elsewhere: their update is written down."""
 
     def __init__(self, history: History) -> None:
         self._history = history
 
-    def update(self, bucket: Bucket, seeds: Tensor, coeffs: Tensor, **rounding: Any) -> None:
+    def update(self, members: Members, seeds: Tensor, coeffs: Tensor, **rounding: Any) -> None:
         # The clones: the optimizer's own tensors may be written to by the next step.
-        self._history.add(bucket, Pass(seeds.clone(), coeffs.clone(), bucket.dist, **rounding))
+        self._history.add(members, Pass(seeds.clone(), coeffs.clone(), members.dist, **rounding))
 
 
-def take(
+def apply_passes(
     params: Sequence[Tensor], streams: Sequence[int], passes: Sequence[Pass], done: Callable[..., Any] = lambda n: 0
 ) -> None:
     """In place, the passes one by one, each rounded as it was meant to be; several of them piece by piece."""
     if len(passes) == 1:
         passes[0].run(list(params), list(streams), [0] * len(params), lambda states: ())
         return
-    deferred = Deferred()
+    deferred = DeferredNoise()
     for p, stream in zip(params, streams, strict=True):
         for one in passes:
             deferred.put(p, stream, one)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.overrides import _get_current_function_mode_stack
 
-from ..optim.guards import RngState
+from ..step.guards import RngState
 
 
 class Cancelled(BaseException):

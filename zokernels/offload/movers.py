@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .blocks import Block
-from .files import Folder, Reader
+from .disk import Folder, Reader
 from .memory import mapping
 from .timeline import Timeline
 

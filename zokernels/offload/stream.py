@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,17 +12,26 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..checks import fail
 from ..contract import canonical_name
-from ..trajectory.checkpoint import Checkpoint
+from ..files.safetensors import DTYPES, Checkpoint
+from ..step.roles import home_of
 from ..wire import Wire, format_of
-from .blocks import PAGE, Block, aliases, find_blocks, materialise, place_extents, streamed_parameters
+from .blocks import (
+    Block,
+    aliases,
+    find_blocks,
+    materialise,
+    persistent_buffers,
+    place_extents,
+    streamed_parameters,
+)
+from .encoder import Encoder
 from .engine import Engine
-from .files import check_room
-from .gathered import BySlices, Slices, check_mesh
+from .gathered import check_mesh
+from .layout import WireLayout
 from .memory import mapping
-from .movers import ByStreams, ByThreads, Files, HostMemory, InPlace, Mover, Slot, Staged
 from .run import Run
+from .storage import Carrier, DeviceStorage, DiskStorage, HostStorage
 from .timeline import Timeline
-from .wire import Encoding, Format
 
 STORAGES = ("device", "host", "disk")
 
@@ -96,91 +105,53 @@ def stream(
     if mesh is not None:
         check_mesh(op, mesh, storage, wire)
     target = _device(op, model, device)
-    if any(hasattr(p, "_zo_engine") for p in model.parameters()):
+    if not all(home_of(p).in_memory for p in model.parameters()):
         fail(op, "model", "a model that is not streamed", "one that is", RuntimeError)
-    found = find_blocks(op, model, blocks)
-    listed = streamed_parameters(op, model, found)
     fill = weights if callable(weights) else None
     checkpoint = None if weights is None or callable(weights) else Checkpoint(weights)
-    places = {} if fill else _sources(op, model, listed, checkpoint)
-    made = []
-    for i, ((name, module), params) in enumerate(zip(found, listed, strict=True)):
-        block = Block(i, name, module)
-        if storage == "disk" and checkpoint is not None:
-            place_extents(block, params, [places[n] for n, _ in params])
-        else:
-            block.place(params)
-        made.append(block)
-    memory: HostMemory | None = None
-    if storage == "host":
-        # With a wire format the copies to the device come from buffers of their own.  Slices make blocks longer.
-        memory = (
-            Slices(made, target, mesh) if mesh else HostMemory(made, target if wire is None else torch.device("cpu"))
-        )
-    timeline, size = Timeline(), max(b.nbytes for b in made)
-    form = None if wire is None else Format(wire, made)
-    held = _slots(made, storage, slots, target, size if form is None else max(form.nbytes))
+    made = _blocks(op, model, blocks, checkpoint, fill is not None, in_files=storage == "disk")
+    layout = None if wire is None else WireLayout(wire, made)
+    writes = write_every if storage != "disk" or path is not None else None
+    carrier = Carrier(op, made, target, slots, layout, Timeline(), writes)
+    kept: DeviceStorage | HostStorage | DiskStorage
+    if storage == "device":
+        kept = DeviceStorage(carrier)
+    elif storage == "host":
+        kept = HostStorage(carrier, mesh)
+    else:
+        kept = DiskStorage(carrier, threads, checkpoint is not None)
     copies = [torch.empty(max(b.scratch for b in made), dtype=torch.uint8, device=target) for _ in range(scratch)]
-    to_gpu = target.type == "cuda"
-    staging = None  # pinned here, before anything changes: there may be too little of it
-    if to_gpu and form:
-        staging = mapping(len(held) * form.room, target)
-    elif to_gpu and storage == "disk":
-        staging = mapping(2 * slots * size, target)
     run = None if path is None else Run(path, made, resume)
     # From here on the model changes.
     loaded = {} if checkpoint is None else checkpoint.tensors()
     _load_resident(model, made, loaded, fill)
-    mover: Mover
-    writes = write_every if storage != "disk" or path is not None else None
-    if form is not None:
-        encoding = lambda source: Encoding(source, form, made, len(held), target, writes, timeline, staging)
-    if storage == "disk":
-        source = Files(run.folder if run else None, run.durable if run else lambda: None, threads)
-        source.reader.own.update(run.files if run else {})
-        if run and run.resumes and checkpoint is None and len(run.files) < len(made):
-            fail(op, "weights", "the checkpoint that the run began with", None)
-        if checkpoint is None and not (run and run.resumes):
-            assert run is not None
-            check_room(op, run.folder, made, sum(b.nbytes for b in made) + size)
-            for b in made:
-                source.write(b, _packed(b, {}, fill), 0)
-        elif run:
-            check_room(op, run.folder, made, size + sum(b.nbytes for b in made if b.index not in run.files))
-        if form:
-            mover = encoding(source)
-        else:
-            mover = ByThreads(source, timeline) if staging is None else Staged(source, staging, slots, target, timeline)
-    elif memory is not None:
-        for b in made:
-            memory.write(b, _packed(b, loaded, fill), 0)
-        if form:
-            mover = encoding(memory)
-        elif to_gpu:
-            sliced = isinstance(memory, Slices)
-            mover = BySlices(memory, target, timeline) if sliced else ByStreams(memory, target, timeline)
-        else:
-            mover = ByThreads(memory, timeline)
-    else:
-        mover = InPlace()
-        for b, slot in zip(made, held, strict=True):
-            slot.data.copy_(_packed(b, loaded, fill))
+    mover = kept.mover(lambda block: _packed(block, loaded, fill), run)
     _move_the_rest(model, made, target)
-    link = mover if isinstance(mover, Encoding) else None
-    return Engine(model, made, held, copies, mover, target, timeline, writes, run, link)
+    link = mover if isinstance(mover, Encoder) else None
+    return Engine(model, made, kept.slots, copies, mover, target, carrier.timeline, writes, run, link)
 
 
-def _slots(blocks: Sequence[Block], storage: str, count: int, device: torch.device, size: int) -> list[Slot]:
-    """Buffers on the device; with storage "device" one for each block, of its size."""
-    if storage == "device":
-        held = [Slot(i, torch.empty(b.nbytes, dtype=torch.uint8, device=device)) for i, b in enumerate(blocks)]
-        for slot, b in zip(held, blocks, strict=True):
-            slot.block = b
-        return held
-    count, size = min(count, len(blocks)), -(-size // PAGE) * PAGE
-    on_cpu = device.type == "cpu"  # files are read into it directly: it begins at a page
-    region = mapping(count * size, device) if on_cpu else torch.empty(count * size, dtype=torch.uint8, device=device)
-    return [Slot(i, region[i * size : (i + 1) * size]) for i in range(count)]
+def _blocks(
+    op: str,
+    model: nn.Module,
+    blocks: str | Sequence[nn.Module] | None,
+    checkpoint: Checkpoint | None,
+    filled: bool,
+    in_files: bool,
+) -> list[Block]:
+    """The model as blocks, and each laid out: ``in_files``, as its tensors lie in the checkpoint."""
+    found = find_blocks(op, model, blocks)
+    listed = streamed_parameters(op, model, found)
+    places = {} if filled else _sources(op, model, listed, checkpoint)
+    made = []
+    for i, ((name, module), params) in enumerate(zip(found, listed, strict=True)):
+        block = Block(i, name, module)
+        if in_files and checkpoint is not None:
+            place_extents(block, params, [places[n] for n, _ in params])
+        else:
+            block.place(params)
+        made.append(block)
+    return made
 
 
 def _load_resident(model: nn.Module, blocks: Sequence[Block], loaded: dict[str, Tensor], fill: Fill | None) -> None:
@@ -269,8 +240,6 @@ def _sources(
         if missing := [n for n, p in model.named_parameters() if p.is_meta]:
             fail(op, "weights", f"a checkpoint for parameters on 'meta' ({missing[0]!r}, ...)", None)
         return {}
-    from ..trajectory.checkpoint import _DTYPES
-
     where = {canonical_name(name): (file, file.entries[name]) for name, file in checkpoint.where.items()}
     places = {}
     names = {n for params in listed for n, _ in params}
@@ -284,19 +253,12 @@ def _sources(
         file, entry = where[canonical_name(name)]
         if entry.shape != tuple(p.shape):
             fail(op, f"weights: {name}", f"shape {tuple(p.shape)}, as in the model", entry.shape)
-        if _DTYPES.get(entry.dtype) is not p.dtype:
+        if DTYPES.get(entry.dtype) is not p.dtype:
             fail(op, f"weights: {name}", f"dtype {p.dtype}, as in the model", entry.dtype)
         for alias, _ in same:
             if alias in names:
                 places[alias] = (str(file.path), entry.begin, entry.size)
     return places
-
-
-def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for prefix, module in model.named_modules():
-        for key, buffer in module._buffers.items():
-            if buffer is not None and key not in module._non_persistent_buffers_set:
-                yield (f"{prefix}.{key}" if prefix else key), buffer
 
 
 def _load_buffers(model: nn.Module, loaded: dict[str, Tensor]) -> None:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .estimators import ThreePoint
+from ..step.directions.curved import CurvedDirection
+from ..step.estimators import ThreePoint
+from ..step.rules.rule import Rule
+from ..step.rules.stateful import Adam, Curvature, Sign
+from ..step.rules.window import AdamWindow
 from .optimizer import ZerothOrder
-from .rules import Rule
-from .stateful import Adam, Curvature, CurvedDirection, Sign
-from .window import AdamWindow
 from .zosgd import Differences
 
 

@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..checks import fail
-from .estimators import ForwardMode, Ranking, StdNormalized, TwoSided
-from .exact import ExactProbe, TangentProbe
-from .groups import Bucket
-from .kept import any_sharded
-from .loss import Derivatives, Places
-from .low_rank import FreshFactors, KeptRight, Subspace, TemporalFactor
-from .masks import MagnitudeMask
+from ..step.directions.low_rank import FreshFactors, KeptRight, Subspace, TemporalFactor
+from ..step.directions.masks import MagnitudeMask
+from ..step.estimators import ForwardMode, Ranking, StdNormalized, TwoSided
+from ..step.loss import DerivativeReader, RankReader
+from ..step.probes.exact import TangentProbe
+from ..step.rules.sgd import SGD, Conservative
+from ..step.shard import any_sharded
+from ..step.subset import LAYERS, Blocks, LayerSkip
+from ..step.types import Bucket, Seeds
 from .optimizer import ZerothOrder
-from .rules import SGD, Conservative
-from .subset import LAYERS, Blocks, LayerSkip
 from .zosgd import ZOSGD
 
 
@@ -98,14 +97,14 @@ class ZORankSGD(ZerothOrder):
         """
         if rank is None:
             return super().step(closure)
-        if self._state.capturable:
-            fail(self._op, "rank", "capturable=False: a CUDA graph calls no host function", "capturable=True")
-        if self._exchange:
-            fail(self._op, "rank", "losses with a mesh: one list of all results is on no rank", "a function")
+        if self.run_state.capturable:
+            fail(self.op, "rank", "capturable=False: a CUDA graph calls no host function", "capturable=True")
+        if not self.team.alone:
+            fail(self.op, "rank", "losses with a mesh: one list of all results is on no rank", "a function")
         assert isinstance(self.estimator, Ranking)  # the constructor's
-        places = Places(rank, self.estimator.top or self.estimator.directions)
-        self._step(closure, places)
-        return places.best
+        results = RankReader(rank, self.estimator.top or self.estimator.directions)
+        self.run_step(closure, results)
+        return results.best
 
 
 class ZOConservative(ZerothOrder):
@@ -149,18 +148,18 @@ class ForwardGradient(ZerothOrder):
         self, params: ParamsT, lr: float | Tensor, *, directions: int = 1, restore: str = "exact", **options: Any
     ) -> None:
         if restore != "exact":
-            fail(self._op, "restore", "'exact': the weights are never perturbed", repr(restore))
+            fail(self.op, "restore", "'exact': the weights are never perturbed", repr(restore))
         super().__init__(params, lr, estimator=ForwardMode(directions), rule=SGD(), **options)
 
     # Narrower than its base: a number has no derivative.
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
         """One step, as :meth:`ZerothOrder.step`; the closure returns a tensor.  Returns the mean loss, at theta."""
-        return self._step(closure, Derivatives())
+        return self.run_step(closure, DerivativeReader())
 
-    def _probe(self, buckets: list[Bucket], seeds: dict[torch.device, Tensor]) -> ExactProbe:
-        if any_sharded(buckets):
-            fail(self._op, "params", "plain tensors: a tangent is handed to each function", "a DTensor", TypeError)
-        return TangentProbe(self._op, buckets, seeds, self._pool, self._told)
+    def own_probe(self, buckets: list[Bucket], seeds: Seeds) -> TangentProbe:
+        if any_sharded(p for b in buckets for p in b.params):
+            fail(self.op, "params", "plain tensors: a tangent is handed to each function", "a DTensor", TypeError)
+        return TangentProbe(self.op, buckets, seeds, self.scratch, self.warned)
 
 
 class SparseMeZO(ZOSGD):

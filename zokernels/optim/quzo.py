@@ -2,61 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..checks import fail
-from ..functional import derive_seed, requantize, requantize_
-from ..quantize import limit_of
-from .direction import Dense, Direction
-from .estimators import TwoSided
+from ..step.directions.integers import IntegerSteps
+from ..step.estimators import TwoSided
+from ..step.rules.sgd import SGD
 from .optimizer import ZerothOrder
-from .rules import SGD
-
-if TYPE_CHECKING:
-    from .groups import Bucket
-
-
-class _Steps(Dense):
-    """theta is int8: coefficients are in quantisation steps, and results are integers in [-limit, limit]."""
-
-    def __init__(self, limit: int) -> None:
-        self._range: dict[str, Any] = {"low": -limit, "high": limit}
-
-    def perturb(
-        self,
-        bucket: Bucket,
-        out: Sequence[Tensor],
-        params: Sequence[Tensor],
-        streams: Sequence[int],
-        seeds: Tensor,
-        coeffs: Tensor,
-        decay: float | None = None,
-        theta: Sequence[Tensor] | None = None,
-    ) -> None:
-        """Rounded stochastically, with bits that are those of no update: their seed is derived from the direction's."""
-        noise = self.noise(bucket, params, streams, seeds, coeffs)
-        requantize(out, params, **noise, **self._range, decay=decay, rounding_seed=derive_seed(seeds[:1], 0))
-
-    def update(self, bucket: Bucket, seeds: Tensor, coeffs: Tensor, **rounding: Any) -> None:
-        noise = self.noise(bucket, bucket.params, bucket.streams, seeds, coeffs)
-        requantize_(bucket.params, **noise, **self._range, **rounding)
-
-
-@dataclass(frozen=True)
-class Steps(Direction):
-    """z in quantisation steps of int8 weights; ``bits``: of groups that do not say."""
-
-    bits: int = 8
-
-    def prepare(self, optimizer: ZerothOrder, buckets: list[Bucket], seeds: dict[torch.device, Tensor]) -> None:
-        for bucket in buckets:
-            bucket.direction = _Steps(limit_of(bucket.group["bits"]))
 
 
 class QuZO(ZerothOrder):
@@ -94,9 +49,11 @@ class QuZO(ZerothOrder):
         **options: Any,
     ) -> None:
         if options.get("restore", "exact") != "exact":
-            fail(self._op, "restore", "'exact': integers that were rounded do not come back", repr(options["restore"]))
-        super().__init__(params, lr, eps, direction=Steps(bits), estimator=TwoSided(directions), rule=SGD(), **options)
+            fail(self.op, "restore", "'exact': integers that were rounded do not come back", repr(options["restore"]))
+        super().__init__(
+            params, lr, eps, direction=IntegerSteps(bits), estimator=TwoSided(directions), rule=SGD(), **options
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        assert isinstance(self.direction, Steps)  # the constructor's
+        assert isinstance(self.direction, IntegerSteps)  # the constructor's
         super().add_param_group({"bits": self.direction.bits, **param_group})

@@ -9,12 +9,13 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..checks import fail
-from .estimators import OneSided, TwoSided
-from .groups import check_choice
+from ..step.estimators import OneSided, TwoSided
+from ..step.groups import check_choice
+from ..step.rules.rule import Rule
+from ..step.rules.sgd import SGD
+from ..step.rules.stateful import Momentum
+from ..step.rules.window import MomentumWindow
 from .optimizer import ZerothOrder
-from .rules import SGD, Rule
-from .stateful import Momentum
-from .window import MomentumWindow
 
 ESTIMATORS = {"two-sided": TwoSided, "one-sided": OneSided}
 
@@ -32,7 +33,7 @@ class Differences(ZerothOrder):
         rule: Rule,
         **options: Any,
     ) -> None:
-        check_choice(self._op, "estimator", estimator, tuple(ESTIMATORS))
+        check_choice(self.op, "estimator", estimator, tuple(ESTIMATORS))
         super().__init__(params, lr, *args, estimator=ESTIMATORS[estimator](directions), rule=rule, **options)
 
 
@@ -81,9 +82,9 @@ class ZOSGD(Differences):
         **options: Any,
     ) -> None:
         if (window is not None or not momentum) and l2:
-            fail(self._op, "l2", "0 without momentum (weight_decay is the same there) and with a window", l2)
+            fail(self.op, "l2", "0 without momentum (weight_decay is the same there) and with a window", l2)
         if not momentum and (dampening or window is not None):
-            fail(self._op, "dampening, window", "momentum > 0 with either", (dampening, window))
+            fail(self.op, "dampening, window", "momentum > 0 with either", (dampening, window))
         rule: Rule
         if window is not None:
             rule = MomentumWindow(window, momentum, dampening)

@@ -6,17 +6,15 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextvars import copy_context
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backends.registry import select
-from ..functional import Rule, combine_, update_
-from ..optim.direction import Dense
-
-if TYPE_CHECKING:
-    from ..optim.groups import Bucket
+from ..functional import Rule as KernelRule
+from ..functional import combine_, update_
+from .noise import Members, Noise
 
 #: Elements of a piece: 4 MiB of fp32 a thread, which stay in the last-level cache.  400 steps of 22.6 M weights on two
 #: cores with 1 MiB of L2 each and 32 MiB of L3, seconds with 2^18 (L2; calls dominate), 2^20 and 2^21: fp32 normal with
@@ -40,7 +38,7 @@ class Pass(NamedTuple):
     decay: Tensor | None
     rounding: str
     rounding_seed: Tensor | None
-    rule: Rule | None = None
+    rule: KernelRule | None = None
     hyper: Tensor | None = None
     first: dict[int, Tensor] | None = None  #: states by id of the parameter
     second: dict[int, Tensor] | None = None
@@ -56,7 +54,7 @@ class Pass(NamedTuple):
             update_(params, self.rule, self.hyper, self.seeds, self.coeffs, **states, **noise, **rounding)
 
 
-class Deferred(Dense):
+class DeferredNoise(Noise):
     """Dense noise whose moves and updates wait for :meth:`apply`.
 
     The bits are those of the passes one by one: every element takes the same operations in the same order.
@@ -66,33 +64,37 @@ class Deferred(Dense):
         self._passes: dict[int, list[Pass]] = {}
         self._params: dict[int, tuple[Tensor, int]] = {}
 
-    def _add(self, bucket: Bucket, one: Pass) -> None:
-        for p, stream in zip(bucket.params, bucket.streams, strict=True):
+    def _add(self, members: Members, one: Pass) -> None:
+        for p, stream in zip(members.params, members.streams, strict=True):
             self.put(p, stream, one)
 
     def put(self, param: Tensor, stream: int, one: Pass) -> None:
         self._params[id(param)] = param, stream
         self._passes.setdefault(id(param), []).append(one)
 
-    def move(self, bucket: Bucket, seeds: Tensor, coeffs: Tensor) -> None:
-        self._add(bucket, Pass(seeds, coeffs.clone(), bucket.dist, None, "nearest", None))
+    def move(self, members: Members, seeds: Tensor, coeffs: Tensor) -> None:
+        self._add(members, Pass(seeds, coeffs.clone(), members.dist, None, "nearest", None))
 
-    def update(self, bucket: Bucket, seeds: Tensor, coeffs: Tensor, **rounding: Any) -> None:
+    def update(self, members: Members, seeds: Tensor, coeffs: Tensor, **rounding: Any) -> None:
         # A rule may go on writing to the tensors that it gave (a window's seeds).
-        self._add(bucket, Pass(seeds.clone(), coeffs.clone(), bucket.dist, **rounding))
+        self._add(members, Pass(seeds.clone(), coeffs.clone(), members.dist, **rounding))
 
     def step(
-        self, bucket: Bucket, rule: Rule, hyper: Tensor, seeds: Tensor, coeffs: Tensor, **states_and_rounding: Any
+        self,
+        members: Members,
+        rule: KernelRule,
+        hyper: Tensor,
+        seeds: Tensor,
+        coeffs: Tensor,
+        **states_and_rounding: Any,
     ) -> None:
         rounding: dict[str, Any] = {key: states_and_rounding.pop(key) for key in ("decay", "rounding", "rounding_seed")}
-        of = lambda tensors: {id(p): t for p, t in zip(bucket.params, tensors, strict=True)}
+        of = lambda tensors: {id(p): t for p, t in zip(members.params, tensors, strict=True)}
         states: dict[str, Any] = {key: of(tensors) for key, tensors in states_and_rounding.items()}
-        self._add(
-            bucket,
-            Pass(seeds.clone(), coeffs.clone(), bucket.dist, **rounding, rule=rule, hyper=hyper.clone(), **states),
-        )
+        update: dict[str, Any] = {"rule": rule, "hyper": hyper.clone(), **states}
+        self._add(members, Pass(seeds.clone(), coeffs.clone(), members.dist, **rounding, **update))
 
-    def take(self) -> Iterator[tuple[list[tuple[Tensor, int]], list[Pass]]]:
+    def drain(self) -> Iterator[tuple[list[tuple[Tensor, int]], list[Pass]]]:
         """Parameters with their streams, and the passes that each of them waits for; then nothing waits."""
         alike: dict[tuple[Any, ...], list[int]] = {}
         for key, passes in self._passes.items():
@@ -107,7 +109,7 @@ class Deferred(Dense):
 
         ``fold``: with the decays of later passes in the coefficients of the earlier ones, so that there is one sum.
         """
-        for params, passes in self.take():
+        for params, passes in self.drain():
             fused = list(fuse(folded(passes) if fold else passes, params[0][0].dtype))
             for elements in _each(functools.partial(_run, fused), packs(params), params[0][0].device):
                 done(elements)

@@ -3,61 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checks import DTYPES, check_dist, check_overlap, check_stream, fail
 from ..contract import canonical_name, streams_of
-from ..functional import Dist
-from .direction import DENSE, Dense, Point
+from .roles import home_of
 from .shard import is_sharded, local_of, locals_of
-
-if TYPE_CHECKING:
-    from ..offload.engine import Engine
+from .types import Bucket
 
 ROUNDINGS = ("stochastic", "nearest")
 RESTORES = ("exact", "inplace")
-
-
-@dataclass(eq=False)
-class Bucket:
-    """The trainable parameters of one group that share device and dtype: one combine call."""
-
-    group: dict[str, Any]
-    device: torch.device
-    dtype: torch.dtype
-    params: list[Tensor] = field(default_factory=list)
-    streams: list[int] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-    #: As they were when the step began: what moved the weights must bring them back, whatever the group says by then.
-    eps: float = 0.0
-    dist: Dist = "normal"
-    #: How a direction is applied to the parameters.
-    direction: Dense = DENSE
-    #: Where the weights now stand; only the in-place probe ever moves it from {}.
-    at: Point = field(default_factory=dict)
-    #: Seeds and coefficients that the update adds to its own (:class:`TwoPass`).
-    ahead: tuple[Tensor, Tensor] | None = None
-
-    def point(self, k: int, sign: int) -> Point:
-        """theta + sign * eps * z_k."""
-        return {k: sign * self.eps} if sign else {}
-
-    def way_back(self, g: Tensor) -> Tensor:
-        """Coefficients from :attr:`at` back to theta, float64, of the shape [q] and on the device of ``g``."""
-        back = torch.zeros_like(g, dtype=torch.float64)
-        for k, c in self.at.items():
-            back[k].sub_(c)
-        return back
-
-    def layout(self) -> tuple[Any, ...]:
-        """All that a perturbation depends on, besides its seed."""
-        return self.device, self.dtype, self.eps, self.dist, self.direction, self.streams, [id(p) for p in self.params]
 
 
 def check_choice(op: str, argument: str, value: object, choices: Sequence[str]) -> None:
@@ -96,18 +57,6 @@ def takes_part(group: dict[str, Any], param: Tensor) -> bool:
     return param.requires_grad or "bits" in group
 
 
-def engine_of(param: Tensor) -> Engine | None:
-    """What streams ``param``, which then is a placeholder (:mod:`zokernels.offload`)."""
-    return getattr(param, "_zo_engine", None)
-
-
-def one_engine(op: str, groups: list[dict[str, Any]]) -> Engine | None:
-    engines = {id(e): e for g in groups for p in g["params"] if (e := engine_of(p))}
-    if len(engines) > 1:
-        fail(op, "params", "parameters of one streamed model", f"those of {len(engines)}")
-    return next(iter(engines.values()), None)
-
-
 def devices_of(groups: list[dict[str, Any]]) -> list[torch.device]:
     return list(dict.fromkeys(p.device for g in groups for p in g["params"] if takes_part(g, p) and p.numel()))
 
@@ -132,11 +81,50 @@ def check_param(op: str, group: dict[str, Any], param: Tensor, label: str) -> No
             fail(op, label, "dtype int8", param.dtype, TypeError)
     elif param.dtype not in DTYPES:
         fail(op, label, "dtype float32, bfloat16 or float16 (or requires_grad=False)", param.dtype, TypeError)
-    if engine_of(param):
-        return
+    if not home_of(param).in_memory:
+        return  # a placeholder
     if param.layout is not torch.strided or not param.is_contiguous():
         got = f"strides {param.stride()}" if param.layout is torch.strided else param.layout
         fail(op, label, "a contiguous tensor", f"shape {tuple(param.shape)}, {got}")
+
+
+def check_new_group(op: str, groups: list[dict[str, Any]]) -> None:
+    """Whether the last of ``groups`` can join the others; gives it its streams."""
+    group = groups[-1]
+    if len({id(p) for p in group["params"]}) != len(group["params"]):
+        fail(op, "params", "each parameter once (tied ones are one parameter)", "a duplicate")
+    for i, param in enumerate(group["params"]):
+        if takes_part(group, param):
+            check_param(op, group, param, label_of(group, i))
+    assign_streams(op, groups)
+
+
+def name_empty_groups(groups: list[dict[str, Any]], group: dict[str, Any]) -> None:
+    """Let groups without parameters (a pipeline's stage may have some) count as named where the others are.
+
+    torch refuses a mixture.  ``group``: the one that is about to be added to ``groups``.
+    """
+    params = group["params"]
+    if isinstance(params, (Tensor, set)):
+        return
+    group["params"] = params = list(params)
+    if any("param_names" in other for other in groups) and not params:
+        group["param_names"] = []
+    elif params and isinstance(params[0], tuple):
+        for other in groups:
+            if not other["params"]:
+                other["param_names"] = []
+
+
+@contextmanager
+def own_rates(groups: list[dict[str, Any]]) -> Iterator[None]:
+    """Inside, the steps of a log may set the learning rates of ``groups``; afterwards they are what they were."""
+    rates = [group["lr"] for group in groups]
+    try:
+        yield
+    finally:
+        for group, lr in zip(groups, rates, strict=True):
+            group["lr"] = lr
 
 
 def assign_streams(op: str, groups: list[dict[str, Any]]) -> None:
@@ -176,9 +164,9 @@ def check_streams(op: str, groups: list[dict[str, Any]]) -> None:
 
 def check_groups(op: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
     """Whether the saved groups ``theirs`` can take the place of ``ours``; torch itself compares their numbers."""
-    for mine, saved in zip(ours, theirs):  # noqa: B905
+    for group, saved in zip(ours, theirs):  # noqa: B905
         check_hyperparameters(op, saved)
-        for name, saved_name in zip(mine.get("param_names", ()), saved.get("param_names", ())):  # noqa: B905
+        for name, saved_name in zip(group.get("param_names", ()), saved.get("param_names", ())):  # noqa: B905
             if canonical_name(name) != canonical_name(saved_name):
                 fail(op, "state_dict", f"parameters in the same order ({name!r} here)", repr(saved_name))
     check_streams(op, theirs)
@@ -199,7 +187,7 @@ def plan(op: str, groups: list[dict[str, Any]]) -> list[Bucket]:
             label = label_of(group, i)
             check_param(op, group, param, label)
             if param.numel():
-                key = (at, param.device, param.dtype, engine_of(param) is None)
+                key = (at, param.device, param.dtype, home_of(param).in_memory)
                 if (bucket := buckets.get(key)) is None:
                     bucket = Bucket(group, param.device, param.dtype, eps=group["eps"], dist=group["dist"])
                     buckets[key] = bucket
@@ -208,6 +196,6 @@ def plan(op: str, groups: list[dict[str, Any]]) -> list[Bucket]:
                 bucket.names.append(label)
     if not buckets:
         fail(op, "params", "at least one parameter with requires_grad=True and an element", "none")
-    held = [p for b in buckets.values() for p in b.params if engine_of(p) is None]
+    held = [p for b in buckets.values() for p in b.params if home_of(p).in_memory]
     check_overlap(op, {"params": locals_of(held)}, {})
     return list(buckets.values())

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
 
 def is_capturing(devices: Iterable[torch.device]) -> bool:
@@ -37,55 +36,6 @@ class RngState:
         if index:
             self.restore()
         yield
-
-
-class GraphRng:
-    """For each CUDA device equal generators, drawn from by nobody else: one for each of the ``forwards`` in a graph.
-
-    A graph cannot set a generator back, as :class:`RngState` does.  But a generator that it captured moves by the same
-    amount at each replay, so those that begin equal stay equal, whatever the default generator does between replays.
-    """
-
-    def __init__(self, op: str, devices: Iterable[torch.device], forwards: int) -> None:
-        default = torch.cuda.default_generators
-        self._op = op
-        self._owned = [
-            (default[d.index], [default[d.index].clone_state() for _ in range(forwards)])
-            for d in devices
-            if d.type == "cuda"
-        ]
-
-    def register(self, graph: torch.cuda.CUDAGraph) -> None:
-        for default, owned in self._owned:
-            with torch.cuda.device(default.device):  # where torch allocates what the graph reads
-                for generator in owned:
-                    graph.register_generator_state(generator)
-
-    _cpu: Tensor
-
-    @contextmanager
-    def forward(self, index: int) -> Iterator[None]:
-        """Around the forward ``index`` (0 is the first) while a graph is captured: the default generators draw from
-        its own.  Where those are not part of the graph, torch refuses the draw, and the error says what to do."""
-        if index:  # numbers drawn on the CPU are constants of the graph; the same ones in all forwards
-            torch.set_rng_state(self._cpu)
-        else:
-            self._cpu = torch.get_rng_state()
-        held = [(default, default.graphsafe_get_state(), owned[index]) for default, owned in self._owned]
-        try:
-            for default, _, own in held:
-                default.graphsafe_set_state(own)
-            yield
-        except RuntimeError as error:
-            if "generator" in str(error) and "captur" in str(error):
-                raise RuntimeError(
-                    f"{self._op}: closure: expected no random numbers in a captured step, or register_graph(graph) "
-                    "before the capture, got a draw (dropout?) that the forwards could not share"
-                ) from error
-            raise
-        finally:
-            for default, state, _ in held:
-                default.graphsafe_set_state(state)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def as_loss(op: str, value: object, device: torch.device, capturing: bool = Fals
     return torch.full((), float(value), dtype=torch.float64, device=device)
 
 
-class Losses:
+class LossReader:
     """How a step reads what its closure returns: each result is a scalar loss."""
 
     def read(self, op: str, result: Any, device: torch.device, capturing: bool) -> Any:
@@ -47,7 +47,7 @@ class Losses:
         return torch.stack([loss.to(results[0].device) for loss in results])
 
 
-class Derivatives(Losses):
+class DerivativeReader(LossReader):
     """Each result is a dual tensor: [2], the loss and its derivative."""
 
     def read(self, op: str, result: Any, device: torch.device, capturing: bool) -> Tensor:
@@ -58,7 +58,7 @@ class Derivatives(Losses):
         return torch.stack([as_loss(op, value, device, capturing) for value in (primal, tangent)])
 
 
-class Places(Losses):
+class RankReader(LossReader):
     """Results are any objects, ordered by ``rank``; the losses are their places, 0 for the ``best``.
 
     ``rank``: takes the list of results, returns indices, best first, at least ``top`` of them.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
@@ -37,6 +37,10 @@ def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     # Where the module was not imported there is no such tensor; importing it takes a second.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def any_sharded(tensors: Iterable[Tensor]) -> bool:
+    return any(map(is_sharded, tensors))
 
 
 def local_of(tensor: Tensor) -> Tensor:
@@ -74,7 +78,7 @@ def full_like(tensor: Tensor, value: float, dtype: torch.dtype) -> Tensor:
 
 def placed(params: Sequence[Tensor]) -> dict[str, Any]:
     """offsets and rows of :func:`zokernels.combine_`; none where nothing is sharded."""
-    if not any(map(is_sharded, params)):
+    if not any_sharded(params):
         return {}
     shards = [shard_of(p) if is_sharded(p) else None for p in params]
     return {

@@ -11,11 +11,22 @@ from torch import Tensor
 from ..checks import fail
 from ..contract import derive_seed_int, seed_to_int64
 from ..functional import derive_seed
-from .groups import Bucket
-from .guards import GraphRng
+from .types import Seeds
 
 
-class HostState:
+class _State:
+    """What both forms have: the count of skipped steps, and how many of them the user has been told of."""
+
+    skipped: Tensor
+    skips_told = 0
+
+    def new_skips(self) -> int:
+        """The skipped steps since this was last asked.  Waits for the device that :attr:`skipped` is on."""
+        before, self.skips_told = self.skips_told, int(self.skipped)
+        return max(0, self.skips_told - before)
+
+
+class HostState(_State):
     """The seed and the step are Python integers; only the count of skipped steps lies where the losses are."""
 
     capturable = False
@@ -27,7 +38,7 @@ class HostState:
     def place(self, devices: Iterable[torch.device]) -> None:
         pass  # nothing lies on a device
 
-    def seeds(self, devices: Iterable[torch.device], count: int, ahead: int = 0) -> dict[torch.device, Tensor]:
+    def seeds(self, devices: Iterable[torch.device], count: int, ahead: int = 0) -> Seeds:
         """derive_seed(seed, step + ahead, k) for k = 0 .. count - 1, as an int64 tensor on each device."""
         values = [seed_to_int64(derive_seed_int(self.seed, self.step + ahead, k)) for k in range(count)]
         # Fills: a list would be copied from pageable memory.
@@ -39,11 +50,11 @@ class HostState:
         self.step += 1
 
     def load(self, seed: int, step: int, skipped: int) -> None:
-        self.seed, self.step = seed, step
+        self.seed, self.step, self.skips_told = seed, step, skipped
         self.skipped = torch.full_like(self.skipped, skipped)
 
 
-class DeviceState:
+class DeviceState(_State):
     """Seed, step and skipped steps as int64 tensors, one of each on every device of the parameters.
 
     They are only ever written in place, because a CUDA graph holds their addresses.  Reading :attr:`step` waits for
@@ -56,7 +67,7 @@ class DeviceState:
         self.seed = seed
         self._steps: dict[torch.device, Tensor] = {}
         self._seeds: dict[torch.device, Tensor] = {}
-        self.skipped: Tensor = _filled(0, torch.device("cpu")).reshape(())
+        self.skipped = _filled(0, torch.device("cpu")).reshape(())
 
     @property
     def step(self) -> int:
@@ -75,7 +86,7 @@ class DeviceState:
             if self.skipped.device != devices[0]:
                 self.skipped = _filled(skipped, devices[0]).reshape(())
 
-    def seeds(self, devices: Iterable[torch.device], count: int, ahead: int = 0) -> dict[torch.device, Tensor]:
+    def seeds(self, devices: Iterable[torch.device], count: int, ahead: int = 0) -> Seeds:
         return {d: derive_seed(self._seeds[d], self._steps[d] + ahead, torch.arange(count, device=d)) for d in devices}
 
     def advance(self, finite: Tensor) -> None:
@@ -84,7 +95,7 @@ class DeviceState:
             step.add_(1)
 
     def load(self, seed: int, step: int, skipped: int) -> None:
-        self.seed = seed
+        self.seed, self.skips_told = seed, skipped
         for value, tensors in ((step, self._steps), (seed_to_int64(seed), self._seeds)):
             for tensor in tensors.values():
                 tensor.fill_(value)
@@ -96,24 +107,6 @@ def check_seed(op: str, seed: object) -> int:
         fail(op, "seed", "an integer", repr(seed), TypeError)
     seed_to_int64(operator.index(seed))  # raises outside the range
     return operator.index(seed)
-
-
-def check_capturable(op: str, state: HostState | DeviceState) -> None:
-    if not state.capturable:
-        fail(op, "capturable", "True where a CUDA graph is captured", False, RuntimeError)
-
-
-def check_capture(
-    op: str, state: HostState | DeviceState, rng: GraphRng | None, buckets: list[Bucket], devices: list[torch.device]
-) -> None:
-    """While a CUDA graph is captured: what it would freeze or lose without a word is an error."""
-    check_capturable(op, state)
-    if rng is None or not isinstance(state, DeviceState) or not state.is_placed(devices):
-        fail(op, "step", "one step before the capture", "none on the parameters' devices", RuntimeError)
-    for b in buckets:
-        lr = b.group["lr"]
-        if isinstance(lr, Tensor) and lr.device.type == "cpu":
-            fail(op, "lr", f"a number or a tensor on {b.device} where a CUDA graph is captured", "a CPU tensor")
 
 
 def _filled(value: int, device: torch.device) -> Tensor:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ..checks import fail
 from ..contract import derive_seed_int
-
-if TYPE_CHECKING:
-    from .groups import Bucket
-    from .optimizer import ZerothOrder
+from .roles import OptimizerView
+from .types import Bucket
 
 #: Layers of transformers as their modules are named (LLaMA, OPT, GPT-2, BERT, nanoGPT).
 LAYERS = r"(?:^|\.)(?:layers|layer|blocks|block|h)\.(\d+)\."
@@ -30,37 +28,36 @@ class Subset:
     #: Regular expression, searched in the parameters' names.
     layers: str = LAYERS
 
-    def select(self, optimizer: ZerothOrder, buckets: list[Bucket]) -> list[Bucket]:
+    def select(self, optimizer: OptimizerView, buckets: list[Bucket]) -> list[Bucket]:
         """``buckets`` with the parameters of this step alone."""
         owner = self._layers(optimizer)
         chosen = self._chosen(optimizer, sorted({layer for layer in owner.values() if layer is not None}))
-        kept = []
+        selected = []
         for bucket in buckets:
-            members = [i for i, p in enumerate(bucket.params) if owner[id(p)] in chosen]
-            if members:
-                pick = lambda values, members=members: [values[i] for i in members]
-                kept.append(
-                    replace(bucket, params=pick(bucket.params), streams=pick(bucket.streams), names=pick(bucket.names))
+            if places := [i for i, p in enumerate(bucket.params) if owner[id(p)] in chosen]:
+                params, streams, names = (
+                    [values[i] for i in places] for values in (bucket.params, bucket.streams, bucket.names)
                 )
-        if not kept:
-            fail(type(optimizer).__name__, "subset", "trainable parameters in every part", f"none in {chosen}")
-        return kept
+                selected.append(replace(bucket, params=params, streams=streams, names=names))
+        if not selected:
+            fail(optimizer.op, "subset", "trainable parameters in every part", f"none in {chosen}")
+        return selected
 
-    def _layers(self, optimizer: ZerothOrder) -> dict[int, int | None]:
+    def _layers(self, optimizer: OptimizerView) -> dict[int, int | None]:
         """Layer of each parameter, by id; None: in no layer."""
         pattern, owner = re.compile(self.layers), {}
         for group in optimizer.param_groups:
             if group["params"] and "param_names" not in group:
-                fail(type(optimizer).__name__, "subset", "named parameters (model.named_parameters())", "unnamed ones")
+                fail(optimizer.op, "subset", "named parameters (model.named_parameters())", "unnamed ones")
             for name, param in zip(group.get("param_names", ()), group["params"], strict=True):
                 found = pattern.search(name)
                 owner[id(param)] = int(found.group(1)) if found else None
         if all(layer is None for layer in owner.values()):
             got = ", ".join(repr(n) for g in optimizer.param_groups for n in g.get("param_names", ())[:2])
-            fail(type(optimizer).__name__, "subset", f"names with a layer number ({self.layers!r})", got)
+            fail(optimizer.op, "subset", f"names with a layer number ({self.layers!r})", got)
         return owner
 
-    def _chosen(self, optimizer: ZerothOrder, layers: list[int]) -> set[int | None]:
+    def _chosen(self, optimizer: OptimizerView, layers: list[int]) -> set[int | None]:
         raise NotImplementedError
 
 
@@ -84,7 +81,7 @@ class Blocks(Subset):
         if self.order not in ("cyclic", "random"):
             fail("Blocks", "order", "'cyclic' or 'random'", repr(self.order))
 
-    def _chosen(self, optimizer: ZerothOrder, layers: list[int]) -> set[int | None]:
+    def _chosen(self, optimizer: OptimizerView, layers: list[int]) -> set[int | None]:
         blocks: list[set[int | None]] = [set(layers[i : i + self.size]) for i in range(0, len(layers), self.size)]
         if any(layer is None for layer in self._layers(optimizer).values()):
             blocks.append({None})
@@ -108,7 +105,7 @@ class LayerSkip(Subset):
         if not 0 <= self.skipped < 1:
             fail("LayerSkip", "skipped", "a number in [0, 1)", self.skipped)
 
-    def _chosen(self, optimizer: ZerothOrder, layers: list[int]) -> set[int | None]:
+    def _chosen(self, optimizer: OptimizerView, layers: list[int]) -> set[int | None]:
         order = sorted(
             layers, key=lambda layer: derive_seed_int(optimizer.seed, optimizer.step_count, _FIRST_K - layer)
         )

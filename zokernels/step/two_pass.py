@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -12,24 +13,48 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..checks import fail
-from .direction import terms
-from .groups import Bucket, label_of
-from .inplace import InplaceProbe
-from .probe import Probe
+from .groups import label_of
+from .probes.inplace import InplaceProbe
+from .probes.probe import Probe
 from .state import DeviceState, HostState
+from .types import Bucket, Seeds, terms
 
 
-class TwoPass:
-    """Between steps the weights may stand at theta + eps z of the next step; ``pending`` is the probe that moved them.
+class ThreePass:
+    """The ordinary form: a step leaves the weights unperturbed, and the next one perturbs them itself."""
+
+    in_two_pass = False
+    #: The probe that has moved the weights to the next step's point; None where they are at theta.
+    pending: InplaceProbe | None = None
+
+    def probe(self, state: HostState | DeviceState, buckets: list[Bucket], seeds: Seeds) -> InplaceProbe | None:
+        """The probe of a step; None where it is the optimizer's own."""
+        return None
+
+    def release(self) -> None:
+        """The step has taken :attr:`pending` over, and restores it."""
+
+    @contextmanager
+    def ahead(self, probe: Probe, state: HostState | DeviceState) -> Iterator[Callable[[int], object]]:
+        """Around the update of a step.  Yields what is called with the number of each bucket that has its update."""
+        yield lambda bucket: None
+
+    def flush(self) -> None:
+        """The weights back to theta."""
+
+
+class TwoPass(ThreePass):
+    """Between steps the weights may stand at theta + eps z of the next step.
 
     :meth:`flush` takes it out again, rounded to nearest, with the seed, eps and dist it was made with.  While something
     is pending, a forward of any module that holds one of its parameters flushes first; so do ``state_dict`` and
     ``load_state_dict`` of ``modules``, and a copy or a pickle of them raises.
     """
 
+    in_two_pass = True
+
     def __init__(self, modules: tuple[nn.Module, ...]) -> None:
         self.modules = modules
-        self.pending: InplaceProbe | None = None
         self._handles: list[Any] = []
         self._forward_hook: Any = None
 
@@ -44,41 +69,46 @@ class TwoPass:
         for handle in self._handles:
             handle.remove()
 
-    def following(self, probe: Probe, state: HostState | DeviceState) -> InplaceProbe:
-        """The next step's probe, over the same buckets, of which none has moved yet: their update will."""
-        seeds = state.seeds({b.device: None for b in probe.buckets}, 1, ahead=1)
-        following = [replace(b, at={}) for b in probe.buckets]
-        for b in probe.buckets:
-            b.ahead = terms(b.point(0, 1), seeds[b.device])
-        return InplaceProbe(following, seeds, (state.seed, state.step + 1))
-
-    def keep(self, probe: InplaceProbe) -> None:
-        """``probe`` has moved the weights."""
-        self.pending = probe
-        # Only between steps: inside the closure it would be traced into graphs of torch.compile.
-        self._forward_hook = register_module_forward_pre_hook(self._before_forward)
+    def probe(self, state: HostState | DeviceState, buckets: list[Bucket], seeds: Seeds) -> InplaceProbe:
+        """The pending probe where it is that of this seed and step and of just these ``buckets``; else a new one."""
+        key, probe = (state.seed, state.step), self.pending
+        if probe is None or probe.key != key or [b.layout() for b in probe.buckets] != [b.layout() for b in buckets]:
+            self.flush()
+            return InplaceProbe(buckets, seeds, key)
+        for ours, planned in zip(probe.buckets, buckets, strict=True):
+            ours.group = planned.group  # lr and weight decay are those of the step they act in
+        return probe
 
     def release(self) -> None:
-        """The step has taken ``pending`` over."""
         self.pending = None
         if self._forward_hook is not None:
             self._forward_hook.remove()
             self._forward_hook = None
 
+    @contextmanager
+    def ahead(self, probe: Probe, state: HostState | DeviceState) -> Iterator[Callable[[int], object]]:
+        """The update of each bucket adds the next step's +eps z, too; then that step's probe is pending."""
+        seeds, key = state.seeds({b.device: None for b in probe.buckets}, 1, ahead=1), (state.seed, state.step + 1)
+        following = InplaceProbe([replace(b, at={}) for b in probe.buckets], seeds, key)
+        for b in probe.buckets:
+            b.ahead = terms(b.point(0, 1), seeds[b.device])
+
+        def updated(bucket: int) -> None:
+            following.buckets[bucket].at = probe.buckets[bucket].point(0, 1)
+
+        try:
+            yield updated
+        except BaseException:
+            following.restore()
+            raise
+        self.pending = following
+        # Only between steps: inside the closure it would be traced into graphs of torch.compile.
+        self._forward_hook = register_module_forward_pre_hook(self._before_forward)
+
     def flush(self) -> None:
         if self.pending is not None:
             self.pending.restore()
             self.release()
-
-    def take(self, key: tuple[int, int], buckets: list[Bucket]) -> InplaceProbe | None:
-        """The pending probe where it is that of (run seed, step) and of just these ``buckets``; else flush."""
-        probe = self.pending
-        if probe is None or probe.key != key or [b.layout() for b in probe.buckets] != [b.layout() for b in buckets]:
-            self.flush()
-            return None
-        for ours, planned in zip(probe.buckets, buckets, strict=True):
-            ours.group = planned.group  # lr and weight decay are those of the step they act in
-        return probe
 
     def _before_forward(self, module: nn.Module, inputs: object) -> None:
         if self.pending is None:
@@ -115,8 +145,8 @@ def check_two_pass(
     op: str,
     restore: str,
     state: HostState | DeviceState,
-    current: TwoPass | None,
-    groups: list[dict[str, Any]],
+    current: ThreePass,
+    groups: Sequence[dict[str, Any]],
     modules: tuple[nn.Module, ...],
 ) -> None:
     """Every trainable parameter must be one of ``modules``, or its state_dict would not flush."""
@@ -124,7 +154,7 @@ def check_two_pass(
         fail(op, "two_pass", "restore='inplace'", repr(restore))
     if state.capturable:
         fail(op, "two_pass", "capturable=False: a graph would replay on weights that hold a perturbation", True)
-    if current:
+    if current.in_two_pass:
         fail(op, "two_pass", "one at a time", "a second one inside it", RuntimeError)
     held = {id(p) for m in modules for p in m.parameters()}
     for at, group in enumerate(groups):

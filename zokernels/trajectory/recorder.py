@@ -9,22 +9,23 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..checks import fail
-from ..optim.update import known_on_host, learning_rate
+from ..step import roles
+from ..step.roles import OptimizerView
+from ..step.scalars import known_on_host, learning_rate
+from ..step.step import StepOptimizer
+from ..step.types import Bucket, Estimate
 from .format import Layout, Log, Record, encode, read, scan
-from .replay import repeat_all
+from .replay import repeat_all, retaking
 from .settings import check_base, check_same_run, own_part, settings, whole_header
-
-if TYPE_CHECKING:
-    from ..distributed import Exchange
-    from ..optim.groups import Bucket
-    from ..optim.optimizer import Estimate, ZerothOrder
 
 #: Steps whose numbers may be on their way from a GPU; the one before them is waited for.
 _IN_FLIGHT = 64
@@ -50,7 +51,7 @@ class _Pending(NamedTuple):
         return Record(self.step, *flags, int(multiple), loss, tuple(rates), gradients, tuple(losses))
 
 
-def pending(optimizer: ZerothOrder, step: int, buckets: list[Bucket], estimate: Estimate) -> _Pending:
+def pending(optimizer: OptimizerView, step: int, buckets: list[Bucket], estimate: Estimate) -> _Pending:
     """The numbers of a step, on their way to the host."""
     groups, elsewhere = optimizer.param_groups, estimate.elsewhere
     places = [id(group) for group in (*(b.group for b in buckets), *(group for group, _ in elsewhere))]
@@ -68,28 +69,28 @@ def pending(optimizer: ZerothOrder, step: int, buckets: list[Bucket], estimate: 
         arrived = torch.cuda.Event()
         arrived.record()
     at = tuple(place.get(id(group)) for group in groups)
-    return _Pending(step, bool(optimizer._two_pass), optimizer._carried, at, values, arrived)
+    return _Pending(step, optimizer.in_two_pass, optimizer.carried, at, values, arrived)
 
 
-class Follower:
+class Follower(roles.Log):
     """The checks of a log before each step.  With a mesh all ranks make them, and only the first writes."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path, self.closed = os.fspath(path), False
+        self.path, self.recording, self.closed = os.fspath(path), True, False
         self._settings: tuple[Any, ...] | None = None
         self._next = 0
 
-    def go_on(self, log: Log, optimizer: ZerothOrder) -> None:
+    def go_on(self, log: Log, optimizer: OptimizerView) -> None:
         """Append behind the last good record of ``log``."""
         self._start(log.layout, log.start + log.steps, optimizer)
 
-    def _start(self, layout: Layout, step: int, optimizer: ZerothOrder) -> None:
+    def _start(self, layout: Layout, step: int, optimizer: OptimizerView) -> None:
         self._next, self._settings = step, settings(optimizer)
 
     def _write_header(self, head: bytes) -> None:
         pass
 
-    def begin(self, optimizer: ZerothOrder) -> None:
+    def begin(self, optimizer: OptimizerView) -> None:
         """Before the forwards of a step: the header, before the first; and whether the log can hold the step."""
         if self.closed:
             fail("trajectory", self.path, "an open log", "one that was closed", RuntimeError)
@@ -107,7 +108,7 @@ class Follower:
         if optimizer.step_count != self._next:
             fail("trajectory", self.path, f"step {self._next}, the next of the log", optimizer.step_count)
 
-    def append(self, optimizer: ZerothOrder, buckets: list[Bucket], estimate: Estimate) -> None:
+    def append(self, optimizer: OptimizerView, buckets: list[Bucket], estimate: Estimate) -> None:
         self._next += 1
 
     def flush(self) -> None:
@@ -147,18 +148,22 @@ class Recorder(Follower):
     def closed(self, value: bool) -> None:
         pass  # the file knows
 
-    def go_on(self, log: Log, optimizer: ZerothOrder) -> None:
+    def go_on(self, log: Log, optimizer: OptimizerView) -> None:
         self._file.truncate(log.end)
         super().go_on(log, optimizer)
 
-    def _start(self, layout: Layout, step: int, optimizer: ZerothOrder) -> None:
+    def _start(self, layout: Layout, step: int, optimizer: OptimizerView) -> None:
         super()._start(layout, step, optimizer)
         self._queue.layout = layout
+
+    def clear(self) -> None:
+        """Empty the file, which ends inside its header: no step was recorded."""
+        self._file.truncate(0)
 
     def _write_header(self, head: bytes) -> None:
         self._queue.write(head)
 
-    def append(self, optimizer: ZerothOrder, buckets: list[Bucket], estimate: Estimate) -> None:
+    def append(self, optimizer: OptimizerView, buckets: list[Bucket], estimate: Estimate) -> None:
         """After the update of a step."""
         self._queue.add(pending(optimizer, self._next, buckets, estimate))
         self._next += 1
@@ -226,7 +231,7 @@ class _Queue:
 
 
 def record(
-    optimizer: ZerothOrder,
+    optimizer: StepOptimizer,
     path: str | os.PathLike[str],
     *,
     resume: bool = False,
@@ -260,66 +265,55 @@ def record(
     if resume and rewind:
         fail("trajectory", "resume, rewind", "one of them", "both")
     if not optimizer.replayable:
-        fail("trajectory", "optimizer", "steps along directions", type(optimizer).__name__)
-    if optimizer._state.capturable:
+        fail("trajectory", "optimizer", "steps along directions", optimizer.op)
+    if optimizer.run_state.capturable:
         fail("trajectory", "capturable", "False: the replays of a CUDA graph call no host function", True)
-    if optimizer._recorder is not None and not optimizer._recorder.closed:
-        fail("trajectory", "optimizer", "one log at a time", optimizer._recorder.path, RuntimeError)
-    if optimizer._exchange:
-        optimizer._recorder = _record_together(optimizer, optimizer._exchange, path, resume, recover, rewind, sync)
-        return optimizer._recorder
-    recorder = Recorder(path, sync)
+    if isinstance(optimizer.log, Follower) and not optimizer.log.closed:
+        fail("trajectory", "optimizer", "one log at a time", optimizer.log.path, RuntimeError)
+    team = optimizer.team
+    team.join(optimizer)
+    recorder, log, error = Follower(path), None, None
     try:
-        if (log := _log_to_resume(optimizer, recorder, resume, recover, rewind)) is not None:
-            _resume(optimizer, recorder, log, rewind)
+        if team.is_first:
+            try:
+                recorder = Recorder(path, sync)
+                log = _log_to_resume(optimizer, recorder, resume, recover, rewind)
+            except Exception as failure:  # which all processes raise
+                error = failure
+        with _from_first(team, log, error) as log:
+            if log is not None:
+                _resume(optimizer, recorder, log, rewind)
     except BaseException:
         recorder.close()
         raise
-    optimizer._recorder = recorder
+    optimizer.log = recorder
     return recorder
 
 
-def _record_together(
-    optimizer: ZerothOrder,
-    exchange: Exchange,
-    path: str | os.PathLike[str],
-    resume: bool,
-    recover: bool,
-    rewind: bool,
-    sync: float,
-) -> Follower:
-    """The first rank has the file, and sends the others the log that it resumes: no file system need be shared."""
-    recorder, log = Follower(path), None
-    error: Exception | None = None
-    exchange.agreement.start(optimizer)
-    if exchange.is_first:
-        try:
-            recorder = Recorder(path, sync)
-            log = _log_to_resume(optimizer, recorder, resume, recover, rewind)
-        except Exception as failure:
-            error = failure
+@contextmanager
+def _from_first(team: roles.Team, log: Log | None, error: Exception | None) -> Iterator[Log | None]:
+    """The log that the first process resumes, or its error.  No file system need be shared: the others get a copy."""
     data = None
-    if log is not None:
+    if log is not None and not team.alone:
         with open(log.path, "rb") as file:
             data = file.read(log.end)
-    try:
-        error, data = exchange.from_first((error, data))
-        if error is not None:
-            raise error
-        if data is not None:
-            with tempfile.NamedTemporaryFile() as copy:
-                copy.write(data)
-                copy.flush()
-                received = scan(copy.name)
-                assert received is not None  # the first rank has read it
-                _resume(optimizer, recorder, received, rewind)
-    except BaseException:
-        recorder.close()
-        raise
-    return recorder
+    error, data = team.from_first((error, data))
+    if error is not None:
+        raise error
+    if team.is_first or data is None:
+        yield log
+        return
+    with tempfile.NamedTemporaryFile() as copy:
+        copy.write(data)
+        copy.flush()
+        received = scan(copy.name)
+        assert received is not None  # the first process has read it
+        yield received
 
 
-def _log_to_resume(optimizer: ZerothOrder, recorder: Recorder, resume: bool, recover: bool, rewind: bool) -> Log | None:
+def _log_to_resume(
+    optimizer: StepOptimizer, recorder: Recorder, resume: bool, recover: bool, rewind: bool
+) -> Log | None:
     """The log that is in the recorder's file, if any; to ``rewind`` without the steps that the optimizer is before."""
     if not os.path.getsize(recorder.path):
         return None
@@ -327,7 +321,7 @@ def _log_to_resume(optimizer: ZerothOrder, recorder: Recorder, resume: bool, rec
         fail("trajectory", recorder.path, "a new file, or resume=True", "a file with a log")
     log = scan(recorder.path)
     if log is None:  # killed inside the header: no step was taken
-        recorder._file.truncate(0)
+        recorder.clear()
         return None
     if rewind:
         step, end = optimizer.step_count, log.start + log.steps
@@ -342,22 +336,11 @@ def _log_to_resume(optimizer: ZerothOrder, recorder: Recorder, resume: bool, rec
     return log
 
 
-def _resume(optimizer: ZerothOrder, recorder: Follower, log: Log, rewind: bool) -> None:
+def _resume(optimizer: StepOptimizer, recorder: Follower, log: Log, rewind: bool) -> None:
     check_same_run(optimizer, log.header)
     if not (rewind and log.steps):  # else the weights are those of a checkpoint
         check_base(own_part(optimizer, log.header), [group["params"] for group in optimizer.param_groups])
     if not rewind:
-        _take(optimizer, log)
+        with retaking(optimizer, log.start):
+            repeat_all(optimizer, log.header["gated"], log.records())
     recorder.go_on(log, optimizer)
-
-
-def _take(optimizer: ZerothOrder, log: Log) -> None:
-    """The steps of ``log``, by the optimizer and its weights."""
-    optimizer._state.load(optimizer.seed, log.start, 0)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    try:
-        repeat_all(optimizer, log.header["gated"], log.records())
-    finally:
-        for group, lr in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = lr
-    optimizer._skips_told = int(optimizer._state.skipped)  # warned of when they were taken

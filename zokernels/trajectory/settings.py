@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from ..checks import fail
 from ..contract import CONTRACT, canonical_name
-from ..optim.direction import Direction
-from ..optim.estimators import Estimator
-from ..optim.groups import engine_of, takes_part
-from ..optim.optimizer import ZerothOrder
-from ..optim.rules import Rule
-from ..optim.shard import whole_of
-from ..optim.subset import LAYERS, Subset
+from ..step.directions.direction import Direction
+from ..step.estimators import Estimator
+from ..step.groups import takes_part
+from ..step.roles import OptimizerView, home_of
+from ..step.rules.rule import Rule
+from ..step.shard import whole_of
+from ..step.step import StepOptimizer
+from ..step.subset import LAYERS, Subset
 from ..version import __version__
 from .format import canonical
 
@@ -37,9 +38,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 def digest(tensor: Tensor, dtype: torch.dtype | None = None) -> str:
     """SHA-256 of the elements' bytes in memory order (little-endian machines), a piece at a time, as ``dtype``."""
     state = hashlib.sha256()
-    if engine := engine_of(tensor):  # a placeholder
-        tensor = engine.value(tensor)
-    flat = whole_of(tensor).detach().contiguous().view(-1)
+    flat = whole_of(home_of(tensor).value(tensor)).detach().contiguous().view(-1)
     step = max(1, _PIECE // flat.element_size())
     for piece in flat.split(step) if flat.numel() else ():
         piece = piece.to("cpu", dtype or piece.dtype)
@@ -83,7 +82,8 @@ def describe(part: object) -> dict[str, Any] | None:
 def _label(kind: type) -> str:
     """The class in a log.  A caller's own class never stands for one of the package's of the same name."""
     own = kind.__module__.partition(".")[0] == __name__.partition(".")[0]
-    return kind.__name__ if own else f"custom:{kind.__name__}"
+    name: str = vars(kind).get("log_name", kind.__name__)
+    return name if own else f"custom:{name}"
 
 
 def _kinds(base: type[Any]) -> Iterator[type[Any]]:
@@ -130,12 +130,12 @@ def _parameter(group: dict[str, Any], index: int) -> dict[str, Any]:
     }
 
 
-def _options(optimizer: ZerothOrder, group: dict[str, Any]) -> list[str]:
+def _options(optimizer: OptimizerView, group: dict[str, Any]) -> list[str]:
     """Keys of a group's own settings, without those that torch or a scheduler adds."""
     return [key for key in (*optimizer.defaults, "bits") if key in group and key not in ("lr", "differentiable")]
 
 
-def settings(optimizer: ZerothOrder) -> tuple[Any, ...]:
+def settings(optimizer: OptimizerView) -> tuple[Any, ...]:
     """What must stay as it is while a log is written; quick to make and to compare."""
     return tuple(
         (
@@ -148,7 +148,7 @@ def settings(optimizer: ZerothOrder) -> tuple[Any, ...]:
     )
 
 
-def header_of(optimizer: ZerothOrder, base: bool = True) -> dict[str, Any]:
+def header_of(optimizer: OptimizerView, base: bool = True) -> dict[str, Any]:
     """The header of a log that begins now.  ``base``: with the digests of the weights."""
     groups = []
     for group in optimizer.param_groups:
@@ -162,10 +162,10 @@ def header_of(optimizer: ZerothOrder, base: bool = True) -> dict[str, Any]:
     return {
         "contract": CONTRACT,
         "created_by": f"zokernels {__version__}",
-        "optimizer": type(optimizer).__name__,
+        "optimizer": optimizer.op,
         "seed": optimizer.seed,
         "start": optimizer.step_count,
-        "restore": optimizer._restore,
+        "restore": optimizer.restore,
         "gated": devices != {"cpu"},
         "losses": len(estimator.points()) if rule.reads_losses else 0,
         **{argument: describe(getattr(optimizer, argument)) for argument in _PARTS},
@@ -173,13 +173,13 @@ def header_of(optimizer: ZerothOrder, base: bool = True) -> dict[str, Any]:
     }
 
 
-def whole_header(optimizer: ZerothOrder, base: bool = True) -> dict[str, Any]:
+def whole_header(optimizer: OptimizerView, base: bool = True) -> dict[str, Any]:
     """:func:`header_of` of all stages of a pipeline: in each group the parameters of the first stage, then what the
     next ones add.  All ranks call it together."""
-    header, exchange = header_of(optimizer, base), optimizer._exchange
-    if not exchange or exchange.stages == 1:
+    header, team = header_of(optimizer, base), optimizer.team
+    if team.stages == 1:
         return header
-    stages = dict(sorted(zip(exchange.stage_of, exchange.all_gather_object(header), strict=True), key=lambda s: s[0]))
+    stages = dict(sorted(zip(team.stage_of, team.all_gather_object(header), strict=True), key=lambda s: s[0]))
     for i, group in enumerate(header["groups"]):
         params = {p["name"]: p for stage in reversed(stages.values()) for p in stage["groups"][i]["params"]}
         order = dict.fromkeys(p["name"] for stage in stages.values() for p in stage["groups"][i]["params"])
@@ -187,9 +187,9 @@ def whole_header(optimizer: ZerothOrder, base: bool = True) -> dict[str, Any]:
     return header
 
 
-def own_part(optimizer: ZerothOrder, header: dict[str, Any]) -> dict[str, Any]:
+def own_part(optimizer: OptimizerView, header: dict[str, Any]) -> dict[str, Any]:
     """``header`` with the parameters that are here; of a pipeline's log, those of this stage."""
-    if not optimizer._exchange or optimizer._exchange.stages == 1:
+    if optimizer.team.stages == 1:
         return header
     groups = []
     for group, ours in zip(header["groups"], optimizer.param_groups, strict=True):
@@ -198,7 +198,7 @@ def own_part(optimizer: ZerothOrder, header: dict[str, Any]) -> dict[str, Any]:
     return {**header, "groups": groups}
 
 
-def check_same_run(optimizer: ZerothOrder, header: dict[str, Any]) -> None:
+def check_same_run(optimizer: OptimizerView, header: dict[str, Any]) -> None:
     """Whether ``optimizer`` is that of the log in all but its step, its learning rates and its weights."""
     ours = json.loads(canonical(whole_header(optimizer, base=False)))
     theirs = {**header, "groups": [dict(g, params=[dict(p) for p in g["params"]]) for g in header["groups"]]}
@@ -278,7 +278,7 @@ def _check_tensor(label: str | int, tensor: Tensor, shape: list[int], dtype: str
 
 def optimizer_of(
     header: dict[str, Any], tensors: Sequence[Sequence[Tensor | None]], restore: str, **given: object
-) -> ZerothOrder:
+) -> StepOptimizer:
     """The optimizer of the run, over ``tensors``; parameters that were not trained are empty ones.
 
     ``given``: parts (direction, subset) that a log cannot hold.
@@ -295,13 +295,13 @@ def optimizer_of(
         groups.append({**options, "params": list(zip(labels, params, strict=True)) if named else params,
                        "lr": lr, "streams": streams})  # fmt: skip
     try:
-        optimizer = ZerothOrder(groups, 0.0, seed=header["seed"], restore=restore, **parts)
+        optimizer = StepOptimizer(groups, {"lr": 0.0}, seed=header["seed"], restore=restore, **parts)
     except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
         fail("replay_", "log", "valid settings", str(error)[:200])
     for i, (group, made) in enumerate(zip(header["groups"], optimizer.param_groups, strict=True)):
         if (expected := sorted(_options(optimizer, made))) != sorted(group["options"]):
             fail("replay_", f"log: groups[{i}]", f"the settings {expected}", str(sorted(group["options"]))[:200])
-    optimizer._state.load(header["seed"], header["start"], 0)
+    optimizer.run_state.load(header["seed"], header["start"], 0)
     return optimizer
 
 

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from ..checks import fail
-from ..functional import combine_, low_rank, low_rank_
-from .direction import Dense, Direction, derived_seed
-from .masks import check_refresh
-from .shard import is_sharded, local_of, locals_of, shard_of
-
-if TYPE_CHECKING:
-    from .groups import Bucket
-    from .optimizer import ZerothOrder
+from ...checks import fail
+from ...functional import combine_, low_rank, low_rank_
+from ..noise import DENSE, Members, Noise
+from ..roles import OptimizerView
+from ..shard import is_sharded, local_of, locals_of, shard_of
+from ..types import Bucket, Seeds
+from .direction import Direction, check_refresh, derived_seed
 
 #: k of the seed of factors that are kept: far above any direction's.
 _FACTOR_K = 0x80000001
@@ -72,74 +70,73 @@ def _parts(
     return left, right, offsets
 
 
-class _Factored(Dense):
-    """Applies ``kind`` to matrices and dense noise to the rest."""
+class _Factored(Noise):
+    """The noise of ``kind`` in matrices, dense noise in the rest."""
 
     def __init__(self, kind: LowRank, kept_seed: Tensor, cache: dict[tuple[Any, ...], Any]) -> None:
         self._kind, self._kept_seed, self._cache = kind, kept_seed, cache
 
     def _apply(
         self,
-        bucket: Bucket,
         out: Sequence[Tensor] | None,
-        params: Sequence[Tensor],
-        streams: Sequence[int],
+        members: Members,
         seeds: Tensor,
         coeffs: Tensor,
         theta: Sequence[Tensor] | None = None,
         **rounding: Any,
     ) -> None:
-        theta = locals_of(params) if theta is None else theta
-        wide = [i for i, p in enumerate(params) if p.dim() >= 2]
-        flat = [i for i, p in enumerate(params) if p.dim() < 2]
+        """Into ``out``, or in place where that is None."""
+        theta = locals_of(members.params) if theta is None else theta
         pick = lambda values, at: [values[i] for i in at]
-        if flat:
-            noise = self.noise(bucket, pick(params, flat), pick(streams, flat), seeds, coeffs)
+        of = lambda at: Members(pick(members.params, at), pick(members.streams, at), members.dist)
+        wide = [i for i, p in enumerate(members.params) if p.dim() >= 2]
+        if flat := [i for i, p in enumerate(members.params) if p.dim() < 2]:
             if out is None:
-                combine_(pick(theta, flat), **noise, **rounding)
+                combine_(pick(theta, flat), **self.kernel_args(of(flat), seeds, coeffs), **rounding)
             else:
-                chosen = pick(out, flat), pick(params, flat), pick(streams, flat)
-                Dense().perturb(bucket, *chosen, seeds, coeffs, theta=pick(theta, flat), **rounding)
+                DENSE.perturb(pick(out, flat), of(flat), seeds, coeffs, theta=pick(theta, flat), **rounding)
         if wide:
-            matrices, places = pick(params, wide), pick(streams, wide)
-            left, right = self.factors(matrices, places, seeds)
-            left, right, offsets = _parts(type(self._kind).__name__, matrices, left, right, rounding)
-            where: dict[str, Any] = {"streams": places, "offsets": offsets}
+            matrices = of(wide)
+            left, right = self.factors(matrices.params, matrices.streams, seeds)
+            left, right, offsets = _parts(type(self._kind).__name__, matrices.params, left, right, rounding)
+            where: dict[str, Any] = {"streams": matrices.streams, "offsets": offsets}
             if out is None:
                 low_rank_(pick(theta, wide), left, right, coeffs, **where, **rounding)
             else:
                 low_rank(locals_of(pick(out, wide)), pick(theta, wide), left, right, coeffs, **where, **rounding)
 
-    def factors(self, params: list[Tensor], streams: list[int], seeds: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def factors(
+        self, params: Sequence[Tensor], streams: Sequence[int], seeds: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """[K, m, r] and [K, n, r] of each parameter for K seeds."""
         shapes = [(p.shape[0], p.numel() // p.shape[0]) for p in params]
-        kept = self._kind.kept(shapes, streams, self._kept_seed, self._cache)
-        pairs = [self._kind.drawn(shapes, streams, seeds[k : k + 1], kept) for k in range(len(seeds))]
-        empty = lambda rows: torch.empty(0, rows, self._kind.rank, device=seeds.device)
+        kept = self._kind.kept(shapes, list(streams), self._kept_seed, self._cache)
+        pairs = [self._kind.drawn(shapes, list(streams), seeds[k : k + 1], kept) for k in range(len(seeds))]
         if not pairs:
+            empty = lambda rows: torch.empty(0, rows, self._kind.rank, device=seeds.device)
             return [empty(m) for m, _ in shapes], [empty(n) for _, n in shapes]
-        return tuple([torch.stack([pair[side][t] for pair in pairs]) for t in range(len(shapes))] for side in (0, 1))  # type: ignore[return-value]
+        lefts, rights = zip(*pairs, strict=True)
+        together = lambda factors: [torch.stack(of_tensor) for of_tensor in zip(*factors, strict=True)]
+        return together(lefts), together(rights)
 
     def perturb(
         self,
-        bucket: Bucket,
         out: Sequence[Tensor],
-        params: Sequence[Tensor],
-        streams: Sequence[int],
+        members: Members,
         seeds: Tensor,
         coeffs: Tensor,
         decay: float | None = None,
         theta: Sequence[Tensor] | None = None,
     ) -> None:
-        self._apply(bucket, out, params, streams, seeds, coeffs, theta, decay=decay)
+        self._apply(out, members, seeds, coeffs, theta, decay=decay)
 
-    def move(self, bucket: Bucket, seeds: Tensor, coeffs: Tensor) -> None:
-        self._apply(bucket, None, bucket.params, bucket.streams, seeds, coeffs)
+    def move(self, members: Members, seeds: Tensor, coeffs: Tensor) -> None:
+        self._apply(None, members, seeds, coeffs)
 
-    def update(self, bucket: Bucket, seeds: Tensor, coeffs: Tensor, **rounding: Any) -> None:
-        self._apply(bucket, None, bucket.params, bucket.streams, seeds, coeffs, **rounding)
+    def update(self, members: Members, seeds: Tensor, coeffs: Tensor, **rounding: Any) -> None:
+        self._apply(None, members, seeds, coeffs, **rounding)
 
-    def step(self, bucket: Bucket, rule: str, *args: Any, **options: Any) -> NoReturn:
+    def step(self, members: Members, rule: str, *args: Any, **options: Any) -> NoReturn:
         fail(type(self._kind).__name__, "rule", "SGD: a rule with state needs every element of z", repr(rule))
 
 
@@ -155,13 +152,13 @@ class LowRank(Direction):
             fail(type(self).__name__, "rank", "an integer >= 1", repr(self.rank))
         check_refresh(type(self).__name__, self.refresh)
 
-    def prepare(self, optimizer: ZerothOrder, buckets: list[Bucket], seeds: dict[torch.device, Tensor]) -> None:
+    def prepare(self, optimizer: OptimizerView, buckets: list[Bucket], seeds: Seeds) -> None:
         window = self.window(optimizer)
         for bucket in buckets:
             seed = derived_seed(optimizer, window, _FACTOR_K, bucket.device)
-            bucket.direction = _Factored(self, seed, self._cache(optimizer, window))
+            bucket.noise = _Factored(self, seed, self._cache(optimizer, window))
 
-    def _cache(self, optimizer: ZerothOrder, window: int) -> dict[tuple[Any, ...], Any]:
+    def _cache(self, optimizer: OptimizerView, window: int) -> dict[tuple[Any, ...], Any]:
         """Of what is too dear to draw again in every call; it dies with the window."""
         return {}
 
@@ -225,20 +222,20 @@ class Subspace(LowRank):
 
     refresh: int | None = 500
 
-    def prepare(self, optimizer: ZerothOrder, buckets: list[Bucket], seeds: dict[torch.device, Tensor]) -> None:
+    def prepare(self, optimizer: OptimizerView, buckets: list[Bucket], seeds: Seeds) -> None:
         for bucket in buckets:
             for p in bucket.params:
                 if p.dim() >= 2 and min(p.shape[0], p.numel() // p.shape[0]) < self.rank:
                     fail("Subspace", "rank", f"at most the size of every matrix, {tuple(p.shape)}", self.rank)
         super().prepare(optimizer, buckets, seeds)
 
-    def _cache(self, optimizer: ZerothOrder, window: int) -> dict[tuple[Any, ...], Any]:
+    def _cache(self, optimizer: OptimizerView, window: int) -> dict[tuple[Any, ...], Any]:
         key = (optimizer.seed, window)
-        held: dict[Any, dict[tuple[Any, ...], Any]] = optimizer.__dict__.setdefault("_subspaces", {})
-        if key not in held:
-            held.clear()
-            held[key] = {}
-        return held[key]
+        if key not in optimizer.cache:
+            optimizer.cache.clear()
+            optimizer.cache[key] = {}
+        factors: dict[tuple[Any, ...], Any] = optimizer.cache[key]
+        return factors
 
     def kept(self, shapes: Shapes, streams: list[int], seed: Tensor, cache: dict[tuple[Any, ...], Any]) -> Any:
         found = []

@@ -2,49 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checks import fail
-from ..functional import pack_mask
-from .direction import Dense, Direction, derived_seed
-from .shard import part_of, placed, whole_of
-
-if TYPE_CHECKING:
-    from .groups import Bucket
-    from .optimizer import ZerothOrder
+from ...checks import fail
+from ...functional import pack_mask
+from ..noise import Members, Noise
+from ..roles import OptimizerView
+from ..shard import part_of, placed, whole_of
+from ..types import Bucket, Seeds
+from .direction import Direction, check_refresh, derived_seed
 
 #: k of the seed of a random mask: far above any direction's.
 _MASK_K = 0x80000000
 
 
-class _Packed(Dense):
+class _PackedMask(Noise):
     """Noise where a packed mask has a 1; tensors without a mask take part as a whole."""
 
     def __init__(self, masks: dict[int, Tensor]) -> None:
         self._masks = masks
 
-    def noise(
-        self, bucket: Bucket, params: Sequence[Tensor], streams: Sequence[int], seeds: Tensor, coeffs: Tensor
-    ) -> dict[str, Any]:
-        masks = [self._masks[id(p)] for p in params]
-        return super().noise(bucket, params, streams, seeds, coeffs) | {"masks": masks}
+    def kernel_args(self, members: Members, seeds: Tensor, coeffs: Tensor) -> dict[str, Any]:
+        masks = [self._masks[id(p)] for p in members.params]
+        return super().kernel_args(members, seeds, coeffs) | {"masks": masks}
 
 
-class _Random(Dense):
+class _DrawnMask(Noise):
     """Noise where the kernel's own draw keeps an element."""
 
     def __init__(self, seed: Tensor, density: float) -> None:
         self._mask = {"mask_seed": seed, "density": density}
 
-    def noise(
-        self, bucket: Bucket, params: Sequence[Tensor], streams: Sequence[int], seeds: Tensor, coeffs: Tensor
-    ) -> dict[str, Any]:
-        return super().noise(bucket, params, streams, seeds, coeffs) | self._mask
+    def kernel_args(self, members: Members, seeds: Tensor, coeffs: Tensor) -> dict[str, Any]:
+        return super().kernel_args(members, seeds, coeffs) | self._mask
 
 
 def _check_density(name: str, density: float) -> None:
@@ -52,15 +47,10 @@ def _check_density(name: str, density: float) -> None:
         fail(name, "density", "a number in (0, 1]", density)
 
 
-def check_refresh(name: str, refresh: int | None) -> None:
-    if refresh is not None and (not isinstance(refresh, int) or isinstance(refresh, bool) or refresh < 1):
-        fail(name, "refresh", "None or a number of steps >= 1", repr(refresh))
-
-
 class KeptMask(Direction):
     """Packed masks in ``optimizer.state[p]["mask"]``: saved with it, and frozen until the next refresh."""
 
-    def prepare(self, optimizer: ZerothOrder, buckets: list[Bucket], seeds: dict[torch.device, Tensor]) -> None:
+    def prepare(self, optimizer: OptimizerView, buckets: list[Bucket], seeds: Seeds) -> None:
         fresh = self.begins_window(optimizer)
         for bucket in buckets:
             masks = {}
@@ -71,9 +61,9 @@ class KeptMask(Direction):
                     keep = part_of(self.keep(optimizer, p), p)
                     state["mask"] = pack_mask(keep, place["offsets"][0], place["rows"][0])
                 masks[id(p)] = state["mask"]
-            bucket.direction = _Packed(masks)
+            bucket.noise = _PackedMask(masks)
 
-    def keep(self, optimizer: ZerothOrder, param: Tensor) -> Tensor:
+    def keep(self, optimizer: OptimizerView, param: Tensor) -> Tensor:
         """bool, of the parameter's shape, also where it is sharded.  ``param`` holds the unperturbed weights."""
         raise NotImplementedError
 
@@ -95,7 +85,7 @@ class MagnitudeMask(KeptMask):
         _check_density("MagnitudeMask", self.density)
         check_refresh("MagnitudeMask", self.refresh)
 
-    def keep(self, optimizer: ZerothOrder, param: Tensor) -> Tensor:
+    def keep(self, optimizer: OptimizerView, param: Tensor) -> Tensor:
         size = whole_of(param).detach().abs()
         rank = max(1, round(self.density * size.numel()))
         return size <= size.view(-1).float().kthvalue(rank).values
@@ -115,10 +105,10 @@ class RandomMask(Direction):
         _check_density("RandomMask", self.density)
         check_refresh("RandomMask", self.refresh)
 
-    def prepare(self, optimizer: ZerothOrder, buckets: list[Bucket], seeds: dict[torch.device, Tensor]) -> None:
+    def prepare(self, optimizer: OptimizerView, buckets: list[Bucket], seeds: Seeds) -> None:
         window = self.window(optimizer)
         for bucket in buckets:
-            bucket.direction = _Random(derived_seed(optimizer, window, _MASK_K, bucket.device), self.density)
+            bucket.noise = _DrawnMask(derived_seed(optimizer, window, _MASK_K, bucket.device), self.density)
 
 
 @dataclass(frozen=True)
@@ -130,7 +120,7 @@ class GivenMask(KeptMask):
 
     masks: Mapping[Any, Tensor] = field(default_factory=dict)
 
-    def prepare(self, optimizer: ZerothOrder, buckets: list[Bucket], seeds: dict[torch.device, Tensor]) -> None:
+    def prepare(self, optimizer: OptimizerView, buckets: list[Bucket], seeds: Seeds) -> None:
         known = {n for g in optimizer.param_groups for n in g.get("param_names", ())}
         known |= {p for g in optimizer.param_groups for p in g["params"]}
         if unknown := [key for key in self.masks if key not in known]:
@@ -138,7 +128,7 @@ class GivenMask(KeptMask):
             fail("GivenMask", "masks", "names or parameters of the optimizer", repr(name))
         super().prepare(optimizer, buckets, seeds)
 
-    def keep(self, optimizer: ZerothOrder, param: Tensor) -> Tensor:
+    def keep(self, optimizer: OptimizerView, param: Tensor) -> Tensor:
         mask = self.masks.get(param)
         for group in optimizer.param_groups:
             for name, other in zip(group.get("param_names", ()), group["params"], strict=False):

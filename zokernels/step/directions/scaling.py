@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checks import fail
-from ..functional import squared_norm
-from .direction import Dense, Direction
-from .masks import check_refresh
-from .shard import whole_of
-
-if TYPE_CHECKING:
-    from .groups import Bucket
-    from .optimizer import ZerothOrder
+from ...checks import fail
+from ...functional import squared_norm
+from ..noise import Members, Noise
+from ..roles import OptimizerView
+from ..shard import whole_of
+from ..types import Bucket, Seeds
+from .direction import Direction, check_refresh
 
 
-class _PerTensor(Dense):
+class _PerTensor(Noise):
     """s_t z in the moves and u_t z in the update, for every tensor t: a row of coefficients each."""
 
     def __init__(self, moves: dict[int, Tensor], updates: dict[int, Tensor]) -> None:
-        self._moves, self._updates, self.uniform = moves, updates, moves is updates
+        self._moves, self._updates, self.same_scale = moves, updates, moves is updates
         self._now = moves
 
-    def noise(
-        self, bucket: Bucket, params: Sequence[Tensor], streams: Sequence[int], seeds: Tensor, coeffs: Tensor
-    ) -> dict[str, Any]:
-        rows = torch.stack([self._now[id(p)] for p in params])[:, None] * coeffs
-        return super().noise(bucket, params, streams, seeds, rows)
+    def kernel_args(self, members: Members, seeds: Tensor, coeffs: Tensor) -> dict[str, Any]:
+        rows = torch.stack([self._now[id(p)] for p in members.params])[:, None] * coeffs
+        return super().kernel_args(members, seeds, rows)
 
-    def update(self, bucket: Bucket, seeds: Tensor, coeffs: Tensor, **rounding: Any) -> None:
+    def update(self, members: Members, seeds: Tensor, coeffs: Tensor, **rounding: Any) -> None:
         self._now = self._updates
         try:
-            super().update(bucket, seeds, coeffs, **rounding)
+            super().update(members, seeds, coeffs, **rounding)
         finally:
             self._now = self._moves
 
@@ -63,7 +58,7 @@ class TensorScale(Direction):
             fail("TensorScale", "kind", "'rms', 'variance' or 'expectation'", repr(self.kind))
         check_refresh("TensorScale", self.refresh)
 
-    def prepare(self, optimizer: ZerothOrder, buckets: list[Bucket], seeds: dict[torch.device, Tensor]) -> None:
+    def prepare(self, optimizer: OptimizerView, buckets: list[Bucket], seeds: Seeds) -> None:
         fresh = self.begins_window(optimizer)
         for bucket in buckets:
             sizes = {}
@@ -78,22 +73,20 @@ class TensorScale(Direction):
             else:
                 moves = {key: 1 / size for key, size in sizes.items()}
                 updates = sizes if self.kind == "variance" else {k: torch.ones_like(s) for k, s in sizes.items()}
-            bucket.direction = _PerTensor(moves, updates)
+            bucket.noise = _PerTensor(moves, updates)
 
 
-class _OnSphere(Dense):
+class _OnSphere(Noise):
     """Each direction times its own factor, found by its seed."""
 
     def __init__(self, seeds: Tensor, factors: Tensor) -> None:
         self._seeds, self._factors = seeds, factors
 
-    def noise(
-        self, bucket: Bucket, params: Sequence[Tensor], streams: Sequence[int], seeds: Tensor, coeffs: Tensor
-    ) -> dict[str, Any]:
+    def kernel_args(self, members: Members, seeds: Tensor, coeffs: Tensor) -> dict[str, Any]:
         if len(seeds) > len(self._seeds):
             fail("Sphere", "rule", "one that uses the step's own directions", f"{len(seeds)} seeds")
         factors = torch.where(seeds[:, None] == self._seeds, self._factors, torch.zeros_like(self._factors)).amax(1)
-        return super().noise(bucket, params, streams, seeds, factors * coeffs)
+        return super().kernel_args(members, seeds, factors * coeffs)
 
 
 class Sphere(Direction):
@@ -107,7 +100,7 @@ class Sphere(Direction):
 
     separate = False
 
-    def prepare(self, optimizer: ZerothOrder, buckets: list[Bucket], seeds: dict[torch.device, Tensor]) -> None:
+    def prepare(self, optimizer: OptimizerView, buckets: list[Bucket], seeds: Seeds) -> None:
         home = buckets[0].device
         total = torch.zeros(len(seeds[home]), dtype=torch.float64, device=home)
         for b in buckets:
@@ -116,4 +109,4 @@ class Sphere(Direction):
         count = sum(p.numel() for b in buckets for p in b.params)
         factors = (count / total).sqrt().float()
         for b in buckets:
-            b.direction = _OnSphere(seeds[b.device], factors.to(b.device, non_blocking=True))
+            b.noise = _OnSphere(seeds[b.device], factors.to(b.device, non_blocking=True))

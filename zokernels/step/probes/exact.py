@@ -8,15 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from .direction import Point
-from .groups import Bucket
+from ..scratch import ScratchPool
+from ..types import Bucket, Point, Seeds
 from .probe import Probe
-from .scratch import ScratchPool
 from .substitute import USE_INPLACE, HiddenParameters, Substitution, Tangents
 
 
@@ -24,14 +23,12 @@ class ExactProbe(Probe):
     """Both forwards run under a :class:`Substitution`; nothing is ever written to a weight.
 
     What the mode cannot see it looks for: torch.compile is told to run eagerly, TorchScript is refused, and parameters
-    that no function took are reported.  ``told``: the warnings already given.
+    that no function took are reported.  ``warned``: the warnings already given.
     """
 
-    def __init__(
-        self, op: str, buckets: list[Bucket], seeds: dict[torch.device, Tensor], pool: ScratchPool, told: set[str]
-    ) -> None:
+    def __init__(self, op: str, buckets: list[Bucket], seeds: Seeds, pool: ScratchPool, warned: set[str]) -> None:
         super().__init__(buckets, seeds)
-        self.op, self.pool, self.told = op, pool, told
+        self.op, self.pool, self.warned = op, pool, warned
         self._addresses = {p.data_ptr() for b in buckets for p in b.params}
 
     @contextmanager
@@ -76,7 +73,7 @@ class ExactProbe(Probe):
         if unseen:
             total = sum(len(b.params) for b in self.buckets)
             few = ", ".join(unseen[:5]) + (", ..." if len(unseen) > 5 else "")
-            self._tell(
+            self._warn_once(
                 "unseen",
                 f"{len(unseen)} of {total} parameters were taken by no torch function of the "
                 f"closure ({few}): either the forward does not use them, or something that hides them does "
@@ -95,15 +92,15 @@ class ExactProbe(Probe):
                 )
         eval_frame = sys.modules.get("torch._dynamo.eval_frame")
         if module._compiled_call_impl is not None or (eval_frame and isinstance(module, eval_frame.OptimizedModule)):
-            self._tell(
+            self._warn_once(
                 "compiled",
                 "restore='exact' runs torch.compile'd modules uncompiled, because a graph would hide their parameters; "
                 "restore='inplace' keeps them compiled",
             )
 
-    def _tell(self, key: str, message: str) -> None:
-        if key not in self.told:
-            self.told.add(key)
+    def _warn_once(self, key: str, message: str) -> None:
+        if key not in self.warned:
+            self.warned.add(key)
             warnings.warn(f"{self.op}: {message}", stacklevel=2)
 
 

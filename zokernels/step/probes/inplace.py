@@ -6,11 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
-from .direction import Point, between, terms
-from .groups import Bucket
-from .guards import uninterrupted
+from ..guards import uninterrupted
+from ..types import Bucket, Point, Seeds, between, terms
 from .probe import Probe
 
 
@@ -21,9 +19,7 @@ class InplaceProbe(Probe):
     another has K = 2.  ``key``: (run seed, step) of the direction, for the two-pass form.
     """
 
-    def __init__(
-        self, buckets: list[Bucket], seeds: dict[torch.device, Tensor], key: tuple[int, int] | None = None
-    ) -> None:
+    def __init__(self, buckets: list[Bucket], seeds: Seeds, key: tuple[int, int] | None = None) -> None:
         super().__init__(buckets, seeds)
         self.key = key
 
@@ -32,7 +28,7 @@ class InplaceProbe(Probe):
         with uninterrupted():
             for b, point in zip(self.buckets, points, strict=True):
                 if way := between(b.at, point):
-                    b.direction.move(b, *terms(way, self.seeds[b.device]))
+                    b.noise.move(b.members, *terms(way, self.seeds[b.device]))
                     b.at = point
             # autocast would go on computing with the casts it made of the weights before the move
             torch.clear_autocast_cache()

@@ -2,44 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from .direction import Point
-from .groups import Bucket
+from ..types import Bucket, Point, Seeds
 
 
 class Probe:
-    """How the closure sees the weights of ``buckets`` at the points of a step.  A context: the weights leave it
-    unperturbed, or updated.
+    """How the closure sees the weights of ``buckets`` at the points of a step.
 
-    ``seeds``: int64 [q] on each device.  Forwards come one after another, each inside :meth:`at`; or, of streamed
-    weights, together (:meth:`forwards`).
+    A context: the weights leave it unperturbed, or updated.
     """
 
-    #: Whether ``Bucket.at`` says where the weights stand, so that an update can bring them back.
-    says_where = True
+    #: True if the weights themselves sit at point ``bucket.at``, so the update can fold the restore into its pass.
+    #: False if the probe holds a copy of them.
+    update_may_restore = True
 
-    def __init__(self, buckets: list[Bucket], seeds: dict[torch.device, Tensor]) -> None:
+    def __init__(self, buckets: list[Bucket], seeds: Seeds) -> None:
         self.buckets, self.seeds = buckets, seeds
 
     def at(self, point: Any) -> AbstractContextManager[None]:
-        """``point``: of each bucket, or what else the optimizer's estimate asks for (a coordinate)."""
+        """Inside, the closure sees the weights at ``point``: a point for each bucket, or what else the optimizer's
+        estimate asks for (a coordinate)."""
         raise NotImplementedError
 
-    def forwards(self, points: list[list[Point]], run: Callable[[], Any]) -> list[Any]:
-        """What ``run`` returns at each of ``points``, given for each bucket."""
-        raise NotImplementedError
+    def forwards(
+        self,
+        points: Iterable[Any],
+        share: range,
+        same_rng: Iterator[AbstractContextManager[None]],
+        run: Callable[[], Any],
+    ) -> list[Any]:
+        """What ``run`` returns at each of ``points`` whose number is in ``share``, one forward after another.
+
+        Each takes the next context of ``same_rng``, so that all of them draw the same random numbers.
+        """
+        results = []
+        for i, point in enumerate(points):
+            if i not in share:
+                self.move(point)  # weights that move round at each move, so all processes make all moves
+                continue
+            with next(same_rng), self.at(point):
+                results.append(run())
+        return results
 
     def move(self, points: list[Point]) -> None:
-        """Follow a point that another rank evaluates; where the weights do not move there is nothing to do."""
+        """The weights of each bucket to its point, where the weights themselves move; else nothing."""
 
     def restore(self) -> None:
-        """The weights back to theta; likewise."""
+        """The weights back to theta, where they are elsewhere."""
+
+    def restore_before_update(self, folds: bool) -> None:
+        """The one place that decides who brings the weights back: the update, in its own pass, or this probe before it.
+
+        ``folds``: whether the rule's update can subtract the perturbation (:attr:`Rule.folds_restore`).  It does so
+        where the weights are known to sit at ``bucket.at`` and their noise has one scale; ``bucket.at`` is then left
+        as it is.  In every other case the weights are at theta after this call, and ``bucket.at`` is {}.
+        """
+        if not (folds and self.update_may_restore and all(b.noise.same_scale for b in self.buckets)):
+            self.restore()
 
     def __enter__(self) -> Probe:
         return self

@@ -15,17 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from .direction import Point, terms
-from .groups import Bucket
-from .guards import uninterrupted
+from ..guards import uninterrupted
+from ..scratch import ScratchPool
+from ..shard import locals_of
+from ..types import Bucket, Point, Seeds, terms
 from .inplace import InplaceProbe
 from .probe import Probe
-from .scratch import ScratchPool
-from .shard import is_sharded, locals_of
-
-
-def any_sharded(buckets: list[Bucket]) -> bool:
-    return any(is_sharded(p) for b in buckets for p in b.params)
 
 
 @contextmanager
@@ -56,7 +51,7 @@ def gathered_anew() -> Iterator[None]:
             module.reshard()
 
 
-class ShardProbe(InplaceProbe):
+class MovedShardProbe(InplaceProbe):
     """In place, each move rounded to nearest."""
 
     @contextmanager
@@ -65,36 +60,36 @@ class ShardProbe(InplaceProbe):
             yield
 
 
-class KeptProbe(Probe):
+class CopiedShardProbe(Probe):
     """Each point is written to the weights from a copy of them, which is put back before the update: no drift."""
 
-    says_where = False
+    update_may_restore = False
 
-    def __init__(self, buckets: list[Bucket], seeds: dict[torch.device, Tensor], pool: ScratchPool) -> None:
+    def __init__(self, buckets: list[Bucket], seeds: Seeds, pool: ScratchPool) -> None:
         super().__init__(buckets, seeds)
         self._pool = pool
-        self._kept: list[list[Tensor]] | None = None
+        self._copies: list[list[Tensor]] | None = None
 
     @contextmanager
     def at(self, points: list[Point]) -> Iterator[None]:
-        if self._kept is None:
-            self._kept = [self._copy(list(locals_of(b.params))) for b in self.buckets]
+        if self._copies is None:
+            self._copies = [self._copy(list(locals_of(b.params))) for b in self.buckets]
         with uninterrupted():
-            for b, kept, point in zip(self.buckets, self._kept, points, strict=True):
-                b.direction.perturb(b, b.params, b.params, b.streams, *terms(point, self.seeds[b.device]), theta=kept)
+            for b, theta, point in zip(self.buckets, self._copies, points, strict=True):
+                b.noise.perturb(b.params, b.members, *terms(point, self.seeds[b.device]), theta=theta)
             torch.clear_autocast_cache()
         with gathered_anew():
             yield
 
     def _copy(self, weights: list[Tensor]) -> list[Tensor]:
-        kept = self._pool.like(weights)
-        torch._foreach_copy_(kept, weights)
-        return kept
+        copies = self._pool.like(weights)
+        torch._foreach_copy_(copies, weights)
+        return copies
 
     def restore(self) -> None:
-        if self._kept is not None:
+        if self._copies is not None:
             with uninterrupted():
-                for b, kept in zip(self.buckets, self._kept, strict=True):
-                    torch._foreach_copy_([w.detach() for w in locals_of(b.params)], kept)
+                for b, theta in zip(self.buckets, self._copies, strict=True):
+                    torch._foreach_copy_([w.detach() for w in locals_of(b.params)], theta)
                 torch.clear_autocast_cache()
-            self._kept = None
+            self._copies = None

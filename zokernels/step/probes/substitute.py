@@ -12,9 +12,9 @@ from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from .direction import Point, terms
-from .groups import Bucket
-from .scratch import ScratchPool
+from ..noise import Members
+from ..scratch import ScratchPool
+from ..types import Bucket, Point, Seeds, terms
 
 _GETTERS = """shape dtype device layout requires_grad is_leaf grad grad_fn ndim itemsize nbytes name output_nr
     retains_grad is_cuda is_cpu is_sparse is_sparse_csr is_quantized is_meta is_mps is_xpu is_nested is_mkldnn is_mtia
@@ -114,7 +114,7 @@ class Substitution(TorchFunctionMode):
         self,
         op: str,
         buckets: list[Bucket],
-        seeds: dict[torch.device, Tensor],
+        seeds: Seeds,
         pool: ScratchPool,
         points: list[Point],
     ) -> None:
@@ -176,7 +176,7 @@ class Substitution(TorchFunctionMode):
     def _copy(self, bucket: Bucket, params: tuple[Tensor], streams: tuple[int]) -> tuple[list[Tensor], Tensor]:
         """Copies of some parameters of a bucket, and one tensor of the arena they lie in."""
         out = self.pool.like(params)
-        bucket.direction.perturb(bucket, out, params, streams, *self._terms[id(bucket)])
+        bucket.noise.perturb(out, Members(params, streams, bucket.dist), *self._terms[id(bucket)])
         # Leaves that require grad where the parameters do: matmul picks its kernel by that, views of them included.
         return [c.detach().requires_grad_(p.requires_grad) for c, p in zip(out, params, strict=True)], out[0]
 
@@ -215,9 +215,9 @@ class Tangents(Substitution):
     """
 
     def _copy(self, bucket: Bucket, params: tuple[Tensor], streams: tuple[int]) -> tuple[list[Tensor], Tensor]:
-        seeds, coeffs = self._terms[id(bucket)]
+        (seeds, coeffs), members = self._terms[id(bucket)], Members(params, streams, bucket.dist)
         scratch, count = self.pool.like((*params, *params)), len(params)
         out, tangents = scratch[:count], scratch[count:]
-        bucket.direction.perturb(bucket, out, params, streams, seeds[:0], coeffs[:0])
-        bucket.direction.perturb(bucket, tangents, params, streams, seeds, coeffs, decay=0.0)
+        bucket.noise.perturb(out, members, seeds[:0], coeffs[:0])
+        bucket.noise.perturb(tangents, members, seeds, coeffs, decay=0.0)
         return [forward_ad.make_dual(copy, t) for copy, t in zip(out, tangents, strict=True)], out[0]

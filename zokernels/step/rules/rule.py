@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..checks import fail
-from .groups import Bucket, check_number
-from .guards import is_capturing
-from .shard import full_like, local_of
-from .update import decay_of, gated_decay, is_zero, learning_rate
-
-if TYPE_CHECKING:
-    from .optimizer import Estimate, ZerothOrder
-    from .probe import Probe
+from ...checks import fail
+from ..groups import check_number
+from ..guards import is_capturing
+from ..probes.probe import Probe
+from ..roles import OptimizerView
+from ..shard import full_like, local_of
+from ..types import Bucket, Estimate
 
 
 def check_betas(op: str, betas: object) -> None:
@@ -52,8 +50,8 @@ class Rule:
 
     #: Names in ``optimizer.state[p]``, and what the tensors begin with.
     states: ClassVar[dict[str, float]] = {}
-    #: Whether :meth:`update` takes what ``bucket.at`` says out of the weights; where not, that is done before.
-    restores = False
+    #: True if :meth:`update` itself subtracts the perturbation; otherwise ``probe.restore()`` runs first.
+    folds_restore = False
     #: Multiples of the update sum_k -lr * g_k z_k at which the closure runs once more before :meth:`update`, which gets
     #: the g_k times that multiple whose loss is lowest.
     trials: tuple[int, ...] = ()
@@ -71,14 +69,14 @@ class Rule:
         if missing := [key for key in self.defaults if key not in group]:
             fail(op, "param_groups", f"entries {missing} of the rule {type(self).__name__}", "none")
 
-    def check_parts(self, optimizer: ZerothOrder) -> None:
+    def check_parts(self, optimizer: OptimizerView) -> None:
         """Whether the rule goes with the optimizer's estimator, direction and subset."""
 
-    def initial(self, optimizer: ZerothOrder) -> dict[str, Tensor]:
+    def initial(self, optimizer: OptimizerView) -> dict[str, Tensor]:
         """What is kept of each group before the first step: int64 or float64 tensors on the CPU."""
         return {}
 
-    def kept(self, optimizer: ZerothOrder, group: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
+    def kept(self, optimizer: OptimizerView, group: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
         """What is kept of ``group``, on ``device``."""
         index = next(i for i, g in enumerate(optimizer.param_groups) if g is group)
         kept = self._kept.get(index) or self.initial(optimizer)
@@ -88,11 +86,11 @@ class Rule:
                 self._kept[index] = kept = {name: t.to(device, copy=True) for name, t in kept.items()}
         return kept
 
-    def _check_capture(self, optimizer: ZerothOrder, device: torch.device, got: str) -> None:
+    def _check_capture(self, optimizer: OptimizerView, device: torch.device, got: str) -> None:
         if is_capturing([device]):  # what a capture creates, every replay resets
-            fail(type(optimizer).__name__, "step", "one step before the capture", got, RuntimeError)
+            fail(optimizer.op, "step", "one step before the capture", got, RuntimeError)
 
-    def state(self, optimizer: ZerothOrder, bucket: Bucket, name: str) -> list[Tensor]:
+    def state(self, optimizer: OptimizerView, bucket: Bucket, name: str) -> list[Tensor]:
         """``optimizer.state[p][name]`` of all of the bucket's parameters; of sharded ones, what lies here."""
         found = []
         for p, label in zip(bucket.params, bucket.names, strict=True):
@@ -104,7 +102,7 @@ class Rule:
             found.append(local_of(state[name]))
         return found
 
-    def begin(self, optimizer: ZerothOrder, probe: Probe, estimate: Estimate) -> None:
+    def begin(self, optimizer: OptimizerView, probe: Probe, estimate: Estimate) -> None:
         """Once a step, before the first bucket: what is kept of the groups of ``probe.buckets``, from ``probe.seeds``
         and ``estimate``.  Unless ``estimate.finite`` nothing changes."""
 
@@ -113,8 +111,8 @@ class Rule:
         groups = {i: {name: t.tolist() for name, t in kept.items()} for i, kept in self._kept.items()}
         return {"name": type(self).__name__, "groups": groups}
 
-    def check_state_dict(self, optimizer: ZerothOrder, state: dict[str, Any]) -> None:
-        op, name = type(optimizer).__name__, type(self).__name__
+    def check_state_dict(self, optimizer: OptimizerView, state: dict[str, Any]) -> None:
+        op, name = optimizer.op, type(self).__name__
         if state["name"] != name:
             fail(op, "state_dict", f"of the rule {name}", state["name"])
         shapes = {key: list(t.shape) for key, t in self.initial(optimizer).items()}
@@ -122,7 +120,7 @@ class Rule:
             if (got := {key: list(torch.tensor(values).shape) for key, values in kept.items()}) != shapes:
                 fail(op, "state_dict", f"what {name} keeps of a group, of shapes {shapes}", got)
 
-    def load_state_dict(self, optimizer: ZerothOrder, state: dict[str, Any]) -> None:
+    def load_state_dict(self, optimizer: OptimizerView, state: dict[str, Any]) -> None:
         initial = self.initial(optimizer)
         for index in {*self._kept, *state["groups"]}:
             saved, kept = state["groups"].get(index, {}), self._kept.setdefault(index, {})
@@ -143,7 +141,7 @@ class Rule:
             chosen = torch.where(better, torch.full_like(chosen, multiple), chosen)
         return chosen
 
-    def update(self, optimizer: ZerothOrder, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor) -> None:
+    def update(self, optimizer: OptimizerView, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor) -> None:
         """Update the weights of ``bucket``.
 
         Args:
@@ -152,49 +150,3 @@ class Rule:
             finite: bool, on the losses' device: unless it holds, no weight and no state changes.
         """
         raise NotImplementedError
-
-
-class SGD(Rule):
-    """theta <- round(decay * theta' + sum_k c_k z_k + ahead),   decay = 1 - lr * weight_decay: one pass.
-
-        c_k = fp32(-lr * g_k - decay * at_k),   theta' = theta + sum_k at_k z_k
-
-    at_k is where the probe left the weights (0 with restore="exact"), so the pass also restores; ahead is the next
-    step's perturbation (:meth:`ZerothOrder.two_pass`).  Computed in float64 from the fp32 g and rounded to fp32 once,
-    so that a log of g gives the same bits in plain Python.  Unless ``finite``, decay = 1 and c_k = -at_k: it only
-    restores.
-    """
-
-    restores = True
-
-    def __init__(self) -> None:
-        super().__init__()
-
-    def update(self, optimizer: ZerothOrder, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor) -> None:
-        if not bucket.at and is_zero(bucket.group["lr"]):
-            return  # 0 * z would turn a weight of -0.0 into 0.0
-        decay, back = decay_of(bucket.group, g), bucket.way_back(g)
-        c = (decay * back - learning_rate(bucket.group, g) * g.double()).float()
-        # The other side of torch.where as a tensor of the device: a number would be copied there, and waited for.
-        coeffs = torch.where(finite, c, back.float()).to(bucket.device, non_blocking=True)
-        rounding_seed = seeds[:1]
-        if bucket.ahead is not None:
-            seeds, coeffs = torch.cat((seeds, bucket.ahead[0])), torch.cat((coeffs, bucket.ahead[1]))
-        bucket.direction.update(
-            bucket,
-            seeds,
-            coeffs,
-            decay=gated_decay(decay, finite, bucket.device) if bucket.group["weight_decay"] else None,
-            rounding=bucket.group["rounding"],
-            rounding_seed=rounding_seed,
-        )
-
-
-class Conservative(SGD):
-    """:class:`SGD` that keeps the best of theta, theta - lr sum_k g_k z_k and theta + lr sum_k g_k z_k: three forwards
-    more, which see the update without weight decay, rounded to nearest.  Weight decay is applied whichever is kept.
-
-    ZO-SGD-Cons of Zhang et al., 2024 (arXiv 2402.11592).
-    """
-
-    trials = (0, 1, -1)

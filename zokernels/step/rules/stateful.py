@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .. import functional
-from ..checks import fail
-from .direction import Dense, Direction
-from .estimators import ThreePoint
-from .groups import Bucket, check_number
-from .rules import Rule, check_betas, check_fraction, groups_of
-from .update import decay_of, descent, gated_decay, learning_rate, scalars
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from .optimizer import Estimate, ZerothOrder
-    from .probe import Probe
+from ...checks import fail
+from ...functional import Rule as KernelRule
+from ..directions.curved import CurvedDirection
+from ..estimators import ThreePoint
+from ..groups import check_number
+from ..probes.probe import Probe
+from ..roles import OptimizerView
+from ..scalars import decay_of, descent, gated_decay, learning_rate, scalars
+from ..types import Bucket, Estimate
+from .rule import Rule, check_betas, check_fraction, groups_of
 
 
 class Stateful(Rule):
@@ -29,13 +27,13 @@ class Stateful(Rule):
     then stays (a weight or a state of -0.0 may become 0.0, and one that is infinite NaN).
     """
 
-    kernel: functional.Rule
+    kernel: KernelRule
     #: The hyper-parameters that change nothing.
     identity: tuple[float, ...]
     #: Whether weight_decay is a factor of theta; where not, ``hyper`` adds its gradient.
     decoupled = True
 
-    def hyper(self, optimizer: ZerothOrder, bucket: Bucket, like: Tensor) -> Sequence[float | Tensor]:
+    def hyper(self, optimizer: OptimizerView, bucket: Bucket, like: Tensor) -> Sequence[float | Tensor]:
         """Those of the kernel: numbers, or float64 tensors on the device of ``like``."""
         raise NotImplementedError
 
@@ -43,13 +41,13 @@ class Stateful(Rule):
         """Of the kernel (fp32 [q]); 0 unless ``finite``."""
         return g
 
-    def update(self, optimizer: ZerothOrder, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor) -> None:
+    def update(self, optimizer: OptimizerView, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor) -> None:
         group, decays = bucket.group, self.decoupled and bucket.group["weight_decay"]
         values = scalars(self.hyper(optimizer, bucket, g), g.device)
         hyper = torch.where(finite, values, scalars(self.identity, g.device)).float()
         states = [self.state(optimizer, bucket, name) for name in self.states]
-        bucket.direction.step(
-            bucket,
+        bucket.noise.step(
+            bucket.members,
             self.kernel,
             hyper.to(bucket.device, non_blocking=True),
             seeds,
@@ -86,7 +84,7 @@ class Momentum(Stateful):
         check_fraction(op, "dampening", group["dampening"])
         check_number(op, "l2", group["l2"])
 
-    def hyper(self, optimizer: ZerothOrder, bucket: Bucket, like: Tensor) -> Sequence[float | Tensor]:
+    def hyper(self, optimizer: OptimizerView, bucket: Bucket, like: Tensor) -> Sequence[float | Tensor]:
         group = bucket.group
         return group["l2"], group["momentum"], 1 - group["dampening"], learning_rate(group, like)
 
@@ -104,7 +102,7 @@ class Sign(Stateful):
         super().check(op, group)
         check_number(op, "l2", group["l2"])
 
-    def hyper(self, optimizer: ZerothOrder, bucket: Bucket, like: Tensor) -> Sequence[float | Tensor]:
+    def hyper(self, optimizer: OptimizerView, bucket: Bucket, like: Tensor) -> Sequence[float | Tensor]:
         return bucket.group["l2"], learning_rate(bucket.group, like)
 
 
@@ -139,16 +137,16 @@ class Adam(Stateful):
         check_betas(op, group["betas"])
         check_number(op, "adam_eps", group["adam_eps"])
 
-    def initial(self, optimizer: ZerothOrder) -> dict[str, Tensor]:
+    def initial(self, optimizer: OptimizerView) -> dict[str, Tensor]:
         return {"products": torch.ones(2, dtype=torch.float64)}
 
-    def begin(self, optimizer: ZerothOrder, probe: Probe, estimate: Estimate) -> None:
+    def begin(self, optimizer: OptimizerView, probe: Probe, estimate: Estimate) -> None:
         finite = estimate.finite
         for group in groups_of(probe.buckets):
             products = self.kept(optimizer, group, finite.device)["products"]
             products.mul_(torch.where(finite, scalars(group["betas"], finite.device), torch.ones_like(products)))
 
-    def hyper(self, optimizer: ZerothOrder, bucket: Bucket, like: Tensor) -> Sequence[float | Tensor]:
+    def hyper(self, optimizer: OptimizerView, bucket: Bucket, like: Tensor) -> Sequence[float | Tensor]:
         group = bucket.group
         (b1, b2), l2 = group["betas"], 0.0 if self.decoupled else group["weight_decay"]
         left1, left2 = (1 - self.kept(optimizer, group, like.device)["products"]).unbind()
@@ -174,45 +172,18 @@ class Curvature(Stateful):
         super().check(op, group)
         check_fraction(op, "alpha", group["alpha"])
 
-    def check_parts(self, optimizer: ZerothOrder) -> None:
+    def check_parts(self, optimizer: OptimizerView) -> None:
         parts = optimizer.estimator, optimizer.direction
         if parts[0] != ThreePoint() or not isinstance(parts[1], CurvedDirection):
-            fail(type(optimizer).__name__, "estimator, direction", "ThreePoint(), CurvedDirection()", parts)
+            fail(optimizer.op, "estimator, direction", "ThreePoint(), CurvedDirection()", parts)
 
-    def begin(self, optimizer: ZerothOrder, probe: Probe, estimate: Estimate) -> None:
+    def begin(self, optimizer: OptimizerView, probe: Probe, estimate: Estimate) -> None:
         self._losses = estimate.losses.double()
 
-    def hyper(self, optimizer: ZerothOrder, bucket: Bucket, like: Tensor) -> Sequence[float | Tensor]:
+    def hyper(self, optimizer: OptimizerView, bucket: Bucket, like: Tensor) -> Sequence[float | Tensor]:
         alpha, estimator = bucket.group["alpha"], optimizer.estimator
         assert isinstance(estimator, ThreePoint)  # check_parts
         return 1 - alpha, alpha / 2 * estimator.second_difference(self._losses, bucket.eps)
 
     def coefficients(self, group: dict[str, Any], g: Tensor, finite: Tensor) -> Tensor:
         return torch.where(finite, descent(group, g), torch.zeros_like(g))
-
-
-class _Curved(Dense):
-    """z / sqrt(h) in the moves; the update's kernel divides by its new h itself."""
-
-    uniform = False
-
-    def __init__(self, curvature: dict[int, Tensor]) -> None:
-        self._curvature = curvature
-
-    def noise(
-        self, bucket: Bucket, params: Sequence[Tensor], streams: Sequence[int], seeds: Tensor, coeffs: Tensor
-    ) -> dict[str, Any]:
-        curvature = [self._curvature[id(p)] for p in params]
-        return super().noise(bucket, params, streams, seeds, coeffs) | {"curvature": curvature}
-
-    def step(self, bucket: Bucket, *args: Any, **options: Any) -> None:
-        Dense().step(bucket, *args, **options)
-
-
-class CurvedDirection(Direction):
-    """z / sqrt(h), h = ``optimizer.state[p]["curvature"]`` of the rule :class:`Curvature`."""
-
-    def prepare(self, optimizer: ZerothOrder, buckets: list[Bucket], seeds: dict[torch.device, Tensor]) -> None:
-        for bucket in buckets:
-            states = optimizer.rule.state(optimizer, bucket, "curvature")
-            bucket.direction = _Curved({id(p): h for p, h in zip(bucket.params, states, strict=True)})

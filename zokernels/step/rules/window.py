@@ -6,19 +6,18 @@ over the weights, and needs no memory of their size.  MeZO (Malladi et al., 2023
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checks import fail
-from .groups import Bucket, check_number
-from .rules import Rule, check_betas, check_fraction
-from .update import decay_of, descent, gated_decay, learning_rate, scalars
-
-if TYPE_CHECKING:
-    from .optimizer import Estimate, ZerothOrder
-    from .probe import Probe
+from ...checks import fail
+from ..groups import check_number
+from ..probes.probe import Probe
+from ..roles import OptimizerView
+from ..scalars import decay_of, descent, gated_decay, learning_rate, scalars
+from ..types import Bucket, Estimate
+from .rule import Rule, check_betas, check_fraction
 
 
 class Window(Rule):
@@ -36,12 +35,12 @@ class Window(Rule):
             fail(type(self).__name__, "window", "an integer >= 1", repr(window))
         self.window = window
 
-    def check_parts(self, optimizer: ZerothOrder) -> None:
+    def check_parts(self, optimizer: OptimizerView) -> None:
         if optimizer.direction.refresh is not None or optimizer.subset is not None:
             got = (optimizer.direction, optimizer.subset)
-            fail(type(optimizer).__name__, "window", "a direction that is not refreshed and no subset", got)
+            fail(optimizer.op, "window", "a direction that is not refreshed and no subset", got)
 
-    def initial(self, optimizer: ZerothOrder) -> dict[str, Tensor]:
+    def initial(self, optimizer: OptimizerView) -> dict[str, Tensor]:
         shape = (self.window, optimizer.estimator.directions)
         return {"seeds": torch.zeros(shape, dtype=torch.int64), "first": torch.zeros(shape, dtype=torch.float64)}
 
@@ -49,7 +48,7 @@ class Window(Rule):
         """Of each float64 tensor that is kept, the newest entry, and the factor of the older ones (``g``: float64)."""
         raise NotImplementedError
 
-    def begin(self, optimizer: ZerothOrder, probe: Probe, estimate: Estimate) -> None:
+    def begin(self, optimizer: OptimizerView, probe: Probe, estimate: Estimate) -> None:
         of_groups = {id(b.group): (b, g) for b, g in zip(probe.buckets, estimate.gradients, strict=True)}
         for bucket, g in of_groups.values():
             seeds = probe.seeds[bucket.device].to(g.device, non_blocking=True)
@@ -88,12 +87,12 @@ class MomentumWindow(Window):
     def newest(self, group: dict[str, Any], g: Tensor) -> dict[str, tuple[Tensor, float | Tensor]]:
         return {"first": ((1 - group["dampening"]) * g, group["momentum"])}
 
-    def update(self, optimizer: ZerothOrder, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor) -> None:
+    def update(self, optimizer: OptimizerView, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor) -> None:
         kept = self.kept(optimizer, bucket.group, g.device)
         coeffs = descent(bucket.group, kept["first"].flatten())
         coeffs = torch.where(finite, coeffs, torch.zeros_like(coeffs)).to(bucket.device, non_blocking=True)
         rounding = self.rounding(bucket, seeds, g, finite)
-        bucket.direction.update(bucket, self.seeds(kept, bucket), coeffs, **rounding)
+        bucket.noise.update(bucket.members, self.seeds(kept, bucket), coeffs, **rounding)
 
 
 class AdamWindow(Window):
@@ -125,7 +124,7 @@ class AdamWindow(Window):
         if group["weight_decay"] and not self.decoupled:
             fail(op, "weight_decay", "0 with a window (ZOAdamW has a decoupled one)", group["weight_decay"])
 
-    def initial(self, optimizer: ZerothOrder) -> dict[str, Tensor]:
+    def initial(self, optimizer: OptimizerView) -> dict[str, Tensor]:
         kept = super().initial(optimizer)
         # The last row of products is (b1^n, b2^n).
         products = torch.ones(self.window, 2, dtype=torch.float64)
@@ -136,7 +135,7 @@ class AdamWindow(Window):
         betas = scalars((b1, b2), g.device)
         return {"first": ((1 - b1) * g, b1), "second": ((1 - b2) * (g * g), b2), "products": (betas, betas)}
 
-    def update(self, optimizer: ZerothOrder, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor) -> None:
+    def update(self, optimizer: OptimizerView, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor) -> None:
         kept = self.kept(optimizer, bucket.group, g.device)
         left1, left2 = (1 - kept["products"][-1]).unbind()
         step = scalars((learning_rate(bucket.group, g), bucket.group["adam_eps"]), g.device)
@@ -144,8 +143,8 @@ class AdamWindow(Window):
         still = torch.cat((scalars((0.0, 1.0), g.device), torch.zeros_like(coeffs)))  # no step, and no 0 / 0
         coeffs = torch.where(finite, coeffs, torch.zeros_like(coeffs)).float()
         hyper = torch.where(finite, hyper, still).float()
-        bucket.direction.step(
-            bucket,
+        bucket.noise.step(
+            bucket.members,
             "adam_window",
             hyper.to(bucket.device, non_blocking=True),
             self.seeds(kept, bucket),

@@ -12,63 +12,22 @@ order of visits, on what has been written, or on a restart.
 
 from __future__ import annotations
 
-import itertools
 import queue
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checks import DTYPES
-from ..functional import decode, decode_fan_out, encode
-from ..wire import Wire, is_lossless, wire_bytes
-from .blocks import ALIGN, Block
-from .engine import _Alike, _Visit
-from .history import take
+from ..step.deferred import Pass
+from .blocks import Block
+from .history import History, apply_passes
+from .layout import WireLayout
 from .memory import mapping
 from .movers import Files, HostMemory, Mover, Slot
 from .timeline import Timeline
-
-if TYPE_CHECKING:
-    from ..trajectory.deferred import Pass
-    from .history import History
-
-
-class Format:
-    """Where each parameter lies in the wire bytes of its block.  Other than fp32, bf16 and fp16 they travel as they
-    are."""
-
-    def __init__(self, wire: Wire, blocks: Sequence[Block]) -> None:
-        self.wire = wire
-        self.places: list[list[tuple[int, int]]] = []  #: (begin, size) by block
-        for block in blocks:
-            sizes = [wire_bytes(p.numel(), wire) if p.dtype in DTYPES else p.nbytes for _, p, _ in block.entries]
-            begins = itertools.accumulate((-(-n // ALIGN) * ALIGN for n in sizes), initial=0)
-            self.places.append(list(zip(begins, sizes)))  # noqa: B905
-        self.nbytes = [max(1, *(begin + size for begin, size in places)) for places in self.places]
-        self.room = -(-max(self.nbytes) // ALIGN) * ALIGN  #: for any block
-        dtypes = {e.param.dtype for b in blocks for e in b.entries} & set(DTYPES)
-        self.lossless = all(is_lossless(wire, dtype) for dtype in dtypes)
-
-    def buffers(self, block: Block, data: Tensor) -> list[Tensor]:
-        return [data[begin : begin + size] for begin, size in self.places[block.index]]
-
-    def encode(self, block: Block, master: Tensor, data: Tensor) -> None:
-        """The bytes of ``block`` in ``master`` to wire bytes in ``data``."""
-        alike: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-        for e, buffer in zip(block.entries, self.buffers(block, data), strict=True):
-            value = e.of(master)
-            if value.dtype in DTYPES:
-                out, params = alike.setdefault(value.dtype, ([], []))
-                out.append(buffer)
-                params.append(value)
-            else:
-                buffer.copy_(value.view(-1).view(torch.uint8))
-        for out, params in alike.values():
-            encode(out, params, self.wire)
 
 
 class _Work(NamedTuple):
@@ -92,7 +51,7 @@ class _Job(NamedTuple):
     written: Future[None] | None  #: of this write of the file, where there is one
 
 
-class Encoding(Mover):
+class Encoder(Mover):
     """Slots that hold wire bytes: a thread reads masters, one updates and encodes them, one writes files."""
 
     history: History  #: set by the engine
@@ -100,7 +59,7 @@ class Encoding(Mover):
     def __init__(
         self,
         source: HostMemory | Files,
-        form: Format,
+        layout: WireLayout,
         blocks: Sequence[Block],
         slots: int,
         device: torch.device,
@@ -109,7 +68,7 @@ class Encoding(Mover):
         staging: Tensor | None,
     ) -> None:
         """``staging``: pinned memory for the wire bytes of a block for each slot, for a GPU."""
-        self.source, self.form, self.timeline = source, form, timeline
+        self.source, self.layout, self.timeline = source, layout, timeline
         self._device, self._write_every, self._cuda = device, write_every, device.type == "cuda"
         #: one block decoded, for what the fused pass does not serve
         self._theta = torch.empty(max(b.scratch for b in blocks), dtype=torch.uint8, device=device)
@@ -130,7 +89,7 @@ class Encoding(Mover):
         if self._cuda:
             self._in, self._side = torch.cuda.Stream(device), torch.cuda.Stream(device)
             assert staging is not None
-            self._pinned = [staging[i * form.room : (i + 1) * form.room] for i in range(slots)]
+            self._pinned = [staging[i * layout.room : (i + 1) * layout.room] for i in range(slots)]
         self._sent: dict[int, torch.cuda.Event] = {}  #: by slot
         self._released: dict[int, torch.cuda.Event] = {}  #: by slot
         self._on_host: OrderedDict[int, tuple[Pass, Pass]] = OrderedDict()
@@ -143,7 +102,7 @@ class Encoding(Mover):
     @property
     def lag(self) -> float:
         """How many updates a slot's bytes may lack when they are decoded."""
-        if not self.form.lossless:
+        if not self.layout.lossless:
             return 0
         return float("inf") if self._write_every is None else 1
 
@@ -151,21 +110,21 @@ class Encoding(Mover):
 
     def fetch(self, block: Block, slot: Slot) -> None:
         # Of a file that is only read, the device takes all updates where it can.
-        slot.updates = block.kept if self.lag > 1 else max(self.history.end, block.kept)
+        slot.updates = block.scheduled if self.lag > 1 else max(self.history.end, block.scheduled)
         every, released = self._write_every, self._released.get(slot.index)
-        write = isinstance(self.source, HostMemory) or (every is not None and slot.updates - block.kept >= every)
+        write = isinstance(self.source, HostMemory) or (every is not None and slot.updates - block.scheduled >= every)
         send = lambda master: self._send(block, slot, master, released)
         self._coming[slot.index] = self._submit(block, slot.updates, write, send)
 
     def keep(self, block: Block) -> None:
         """All updates into the storage."""
-        self._keeping.append(self._submit(block, max(self.history.end, block.kept), True, lambda master: None))
+        self._keeping.append(self._submit(block, max(self.history.end, block.scheduled), True, lambda master: None))
 
     def master(self, block: Block) -> Tensor:
         """The bytes of ``block`` with all updates, on the host; valid until the next step."""
         in_memory = isinstance(self.source, HostMemory)
         copy = lambda master: master if in_memory else master[: block.nbytes].clone()
-        found: Tensor = self._submit(block, max(self.history.end, block.kept), in_memory, copy).result()
+        found: Tensor = self._submit(block, max(self.history.end, block.scheduled), in_memory, copy).result()
         return found
 
     def _submit(self, block: Block, version: int, write: bool, then: Callable[[Tensor], Any]) -> Future[Any]:
@@ -175,8 +134,8 @@ class Encoding(Mover):
             failed.set_exception(error)
             return failed
         found: dict[tuple[Any, ...], _Work] = {}
-        for i, e in enumerate(block.entries if version > block.kept else ()):
-            stream, passes = self.history.pending(e.param, block.kept)
+        for i, e in enumerate(block.entries if version > block.scheduled else ()):
+            stream, passes = self.history.pending(e.param, block.scheduled)
             if passes:
                 work = found.setdefault((e.param.dtype, *map(id, passes)), _Work([], [], passes))
                 work.entries.append(i)
@@ -187,7 +146,7 @@ class Encoding(Mover):
             ready.record(torch.cuda.current_stream(self._device))
         before, written = self._writing.get(block.index), None
         if write:
-            block.kept = version
+            block.scheduled = version
             if isinstance(self.source, Files):
                 written = self._writing[block.index] = Future()
         job = _Job(block, version, list(found.values()), ready, before, then, Future(), written)
@@ -248,7 +207,7 @@ class Encoding(Mover):
             params = [e.of(master) for e in job.block.entries]
             with self.timeline.span("encode", job.block):
                 for entries, streams, passes in job.work:
-                    take([params[i] for i in entries], streams, [self._host(one, job.ready) for one in passes])
+                    apply_passes([params[i] for i in entries], streams, [self._host(one, job.ready) for one in passes])
             if isinstance(self.source, HostMemory):
                 job.block.stored = max(job.block.stored, job.version)
             result = job.then(master)
@@ -287,12 +246,12 @@ class Encoding(Mover):
     def _send(self, block: Block, slot: Slot, master: Tensor, released: torch.cuda.Event | None) -> Any:
         if not self._cuda:
             with self.timeline.span("copy-in", block):
-                return self.form.encode(block, master, slot.data)
-        buffer, size = self._pinned[slot.index], self.form.nbytes[block.index]
+                return self.layout.encode(block, master, slot.data)
+        buffer, size = self._pinned[slot.index], self.layout.nbytes[block.index]
         if slot.index in self._sent:
             self._sent[slot.index].synchronize()  # the last copy from this buffer
         with self.timeline.span("encode", block):
-            self.form.encode(block, master, buffer)
+            self.layout.encode(block, master, buffer)
         if released is not None:
             self._in.wait_event(released)
         with torch.cuda.stream(self._in), self.timeline.device_span("copy-in", block, self._in):
@@ -315,45 +274,3 @@ class Encoding(Mover):
             if len(self._on_host) > 4096:
                 self._on_host.popitem(last=False)
         return self._on_host[id(one)][1]
-
-
-class WireVisit(_Visit):
-    """A block whose slot holds wire bytes, which are done with as soon as they are decoded."""
-
-    everything = True
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        if self._held:
-            self._release()
-
-    def _values(self) -> list[Tensor]:
-        """Of the one decoded block, filled by :meth:`_take`."""
-        wire = self.engine.wire
-        assert wire is not None
-        self._wire, self._buffers = wire.form.wire, wire.form.buffers(self.block, self.slot.data)
-        return wire.theta(self.block)
-
-    def _take(self, a: _Alike, passes: Sequence[Pass]) -> None:
-        out, buffers = ([of[i] for i in a.entries] for of in (self._params, self._buffers))
-        if out[0].dtype not in DTYPES:
-            for value, buffer in zip(out, buffers, strict=True):
-                value.view(-1).view(torch.uint8).copy_(buffer)
-            return
-        first: dict[str, Any] = {}
-        if passes:
-            one, *passes = passes
-            fields = ("seeds", "coeffs", "dist", "decay", "rounding", "rounding_seed")
-            first = {key: getattr(one, key) for key in fields}
-        decode(out, buffers, self._wire, **first, streams=a.streams)
-        super()._take(a, passes)
-
-    def _fan_out(self, a: _Alike) -> None:
-        """In one pass, without theta, where no other side needs it and at most one update is pending."""
-        update = self._last_update(a)
-        if len(self.sides) > 2 or len(a.passes) > bool(update):
-            return super()._fan_out(a)
-        plus, minus = ([self.engine.scratch(self.block, s)[i] for i in a.entries] for s in (0, 1))
-        buffers = [self._buffers[i] for i in a.entries]
-        seed, coeff = self._direction(a)
-        decode_fan_out(plus, minus, buffers, self._wire, seed, coeff, **self._noise(a), **update)

@@ -1,0 +1,7 @@
+"""One zeroth-order step: forwards at perturbed weights, an estimate from their losses, one pass over the weights.
+
+``step.py`` runs a step; what it is made of has a file or a folder each: where the closure runs (``estimators.py``),
+what z is (``directions``), which parameters take part (``subset.py``), how the closure sees perturbed weights
+(``probes``), and what is done with the estimate (``rules``).  Nothing here knows of logs, processes or streamed
+weights: a step meets them as the roles of ``roles.py``.  Users import the public parts from :mod:`zokernels.optim`.
+"""
