@@ -8,7 +8,7 @@ export TORCH_CUDA_ARCH_LIST ?= 9.0
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CPP    := $(shell find csrc tests zokernels/bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test demo offload-demo bench docs wheel lint lint-ruff lint-clang-format lint-typos lint-mypy format clean gpu-check
+.PHONY: test demo offload-demo bench docs wheel lint lint-ruff lint-clang-format lint-typos lint-mypy lint-imports format clean gpu-check
 
 test: $(VENV)/tested lint
 	$(BIN)/python -m bench run --op combine --device cpu --tiny
@@ -38,7 +38,7 @@ wheel: $(VENV)/environment
 		--no-build-isolation --no-deps -w dist .
 
 # One target a tool: .pre-commit-config.yaml calls the same. Versions: constraints.txt.
-lint: lint-ruff lint-clang-format lint-typos lint-mypy
+lint: lint-ruff lint-clang-format lint-typos lint-mypy lint-imports
 
 lint-ruff: $(VENV)/tested
 	$(BIN)/ruff check .
@@ -52,6 +52,10 @@ lint-typos: $(VENV)/tested
 
 lint-mypy: $(VENV)/tested
 	$(BIN)/mypy
+
+# Who may import whom: [tool.importlinter] in pyproject.toml.
+lint-imports: $(VENV)/tested
+	$(BIN)/lint-imports --no-logo --no-cache
 
 format: $(VENV)/tested
 	$(BIN)/ruff check --fix .
@@ -80,5 +84,5 @@ $(VENV)/demo: $(VENV)/built $(DEMO)
 
 $(VENV)/tested: $(VENV)/demo
 	$(PIP) mkdocs-material "mkdocstrings[python]"
-	$(PIP) pytest triton ruff clang-format typos mypy matplotlib scikit-learn accelerate peft trl lightning
+	$(PIP) pytest triton ruff clang-format typos mypy import-linter matplotlib scikit-learn accelerate peft trl lightning
 	touch $@

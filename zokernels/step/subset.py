@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import compress
 
 from ..checks import fail
 from ..contract import derive_seed_int
@@ -34,10 +34,10 @@ class Subset:
         chosen = self._chosen(optimizer, sorted({layer for layer in owner.values() if layer is not None}))
         selected = []
         for bucket in buckets:
-            if places := [i for i, p in enumerate(bucket.params) if owner[id(p)] in chosen]:
-                params, streams, names = (
-                    [values[i] for i in places] for values in (bucket.params, bucket.streams, bucket.names)
-                )
+            keep = [owner[id(p)] in chosen for p in bucket.params]
+            if any(keep):
+                params, streams = list(compress(bucket.params, keep)), list(compress(bucket.streams, keep))
+                names = list(compress(bucket.names, keep))
                 selected.append(replace(bucket, params=params, streams=streams, names=names))
         if not selected:
             fail(optimizer.op, "subset", "trainable parameters in every part", f"none in {chosen}")
