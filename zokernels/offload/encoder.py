@@ -26,7 +26,7 @@ from .blocks import Block
 from .history import History, apply_passes
 from .layout import WireLayout
 from .memory import mapping
-from .movers import Files, HostMemory, Mover, Slot
+from .movers import FileStore, HostMemory, Mover, Slot
 from .timeline import Timeline
 
 
@@ -58,7 +58,7 @@ class Encoder(Mover):
 
     def __init__(
         self,
-        source: HostMemory | Files,
+        source: HostMemory | FileStore,
         layout: WireLayout,
         blocks: Sequence[Block],
         slots: int,
@@ -77,7 +77,7 @@ class Encoder(Mover):
             ThreadPoolExecutor(1, thread_name_prefix=f"zokernels-{name}") for name in ("read", "encode", "write")
         )
         self._free: queue.SimpleQueue[Tensor] = queue.SimpleQueue()  # for masters from files
-        if isinstance(source, Files):
+        if isinstance(source, FileStore):
             size = max(b.nbytes for b in blocks)
             data = mapping((slots + 2) * size, torch.device("cpu"))
             for i in range(slots + 2):
@@ -147,7 +147,7 @@ class Encoder(Mover):
         before, written = self._writing.get(block.index), None
         if write:
             block.scheduled = version
-            if isinstance(self.source, Files):
+            if isinstance(self.source, FileStore):
                 written = self._writing[block.index] = Future()
         job = _Job(block, version, list(found.values()), ready, before, then, Future(), written)
         self._reads.submit(self._read, job)
@@ -234,7 +234,7 @@ class Encoder(Mover):
             job.written.set_exception(error)
 
     def _give_back(self, master: Tensor | None) -> None:
-        if master is not None and isinstance(self.source, Files):
+        if master is not None and isinstance(self.source, FileStore):
             self._free.put(master)
 
     def _fail(self, job: _Job, master: Tensor | None, error: BaseException) -> None:

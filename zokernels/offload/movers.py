@@ -124,7 +124,7 @@ class HostMemory:
         pass
 
 
-class Files:
+class FileStore:
     """A checkpoint that is only read, and a folder, where there is one, that takes what is stored."""
 
     def __init__(self, folder: Folder | None, durable: Callable[[], None], threads: int) -> None:
@@ -150,7 +150,7 @@ class ByThreads(Mover):
     """Slots in host memory, filled and emptied by threads: one that reads, one that writes, whose order keeps a block's
     writes before its next read."""
 
-    def __init__(self, source: HostMemory | Files, timeline: Timeline) -> None:
+    def __init__(self, source: HostMemory | FileStore, timeline: Timeline) -> None:
         self.source, self.timeline = source, timeline
         self._reads = ThreadPoolExecutor(1, thread_name_prefix="zokernels-read")
         self._writes = ThreadPoolExecutor(1, thread_name_prefix="zokernels-write")
@@ -267,7 +267,7 @@ class Staged(Mover):
     A thread reads a file into a buffer and then issues its copy; another waits for a copy out and writes the file.
     """
 
-    def __init__(self, source: Files, data: Tensor, slots: int, device: torch.device, timeline: Timeline) -> None:
+    def __init__(self, source: FileStore, data: Tensor, slots: int, device: torch.device, timeline: Timeline) -> None:
         self.source, self.timeline, self._device = source, timeline, device
         self._in, self._out = torch.cuda.Stream(device), torch.cuda.Stream(device)
         nbytes = len(data) // (2 * slots)

@@ -20,7 +20,7 @@ from .encoder import Encoder
 from .gathered import BySlices, Slices
 from .layout import WireLayout
 from .memory import mapping
-from .movers import ByStreams, ByThreads, Files, HostMemory, InPlace, Mover, Slot, Staged
+from .movers import ByStreams, ByThreads, FileStore, HostMemory, InPlace, Mover, Slot, Staged
 from .run import Run
 from .timeline import Timeline
 
@@ -43,7 +43,7 @@ class Carrier(NamedTuple):
     def to_gpu(self) -> bool:
         return self.device.type == "cuda"
 
-    def encoder(self, source: HostMemory | Files, slots: int, staging: Tensor | None) -> Encoder:
+    def encoder(self, source: HostMemory | FileStore, slots: int, staging: Tensor | None) -> Encoder:
         assert self.layout is not None
         own = self.blocks, slots, self.device, self.write_every, self.timeline
         return Encoder(source, self.layout, *own, staging)
@@ -70,7 +70,7 @@ def _buffers(carrier: Carrier) -> list[Slot]:
     blocks, layout, device = carrier.blocks, carrier.layout, carrier.device
     size = max(b.nbytes for b in blocks) if layout is None else max(layout.nbytes)
     count, size = min(carrier.slots, len(blocks)), -(-size // PAGE) * PAGE
-    # Files are read into slots on the CPU directly: those begin at a page.
+    # FileStore are read into slots on the CPU directly: those begin at a page.
     whole = (
         torch.empty(count * size, dtype=torch.uint8, device=device) if carrier.to_gpu else mapping(count * size, device)
     )
@@ -119,7 +119,7 @@ class DiskStorage:
 
     def mover(self, packed: Packed, run: Run | None) -> Mover:
         carrier = self.carrier
-        source = Files(run.folder if run else None, run.durable if run else lambda: None, self.threads)
+        source = FileStore(run.folder if run else None, run.durable if run else lambda: None, self.threads)
         if run:
             source.reader.own.update(run.files)
             self._fill(source, run, packed)
@@ -129,7 +129,7 @@ class DiskStorage:
             return ByThreads(source, carrier.timeline)
         return Staged(source, self._staging, carrier.slots, carrier.device, carrier.timeline)
 
-    def _fill(self, source: Files, run: Run, packed: Packed) -> None:
+    def _fill(self, source: FileStore, run: Run, packed: Packed) -> None:
         """The blocks of a model that comes from no checkpoint; and whether there is room for what is to be written."""
         op, blocks = self.carrier.op, self.carrier.blocks
         missing = [b for b in blocks if b.index not in run.files]

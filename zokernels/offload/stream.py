@@ -113,22 +113,22 @@ def stream(
     layout = None if wire is None else WireLayout(wire, made)
     writes = write_every if storage != "disk" or path is not None else None
     carrier = Carrier(op, made, target, slots, layout, Timeline(), writes)
-    kept: DeviceStorage | HostStorage | DiskStorage
+    store: DeviceStorage | HostStorage | DiskStorage
     if storage == "device":
-        kept = DeviceStorage(carrier)
+        store = DeviceStorage(carrier)
     elif storage == "host":
-        kept = HostStorage(carrier, mesh)
+        store = HostStorage(carrier, mesh)
     else:
-        kept = DiskStorage(carrier, threads, checkpoint is not None)
+        store = DiskStorage(carrier, threads, checkpoint is not None)
     copies = [torch.empty(max(b.scratch for b in made), dtype=torch.uint8, device=target) for _ in range(scratch)]
     run = None if path is None else Run(path, made, resume)
     # From here on the model changes.
     loaded = {} if checkpoint is None else checkpoint.tensors()
     _load_resident(model, made, loaded, fill)
-    mover = kept.mover(lambda block: _packed(block, loaded, fill), run)
+    mover = store.mover(lambda block: _packed(block, loaded, fill), run)
     _move_the_rest(model, made, target)
     link = mover if isinstance(mover, Encoder) else None
-    return Engine(model, made, kept.slots, copies, mover, target, carrier.timeline, writes, run, link)
+    return Engine(model, made, store.slots, copies, mover, target, carrier.timeline, writes, run, link)
 
 
 def _blocks(

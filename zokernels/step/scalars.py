@@ -33,8 +33,8 @@ def descent(group: dict[str, Any], g: Tensor) -> Tensor:
 
 def decay_of(group: dict[str, Any], like: Tensor) -> float | Tensor:
     """1 - lr * weight_decay; where lr is a tensor, as :func:`learning_rate`."""
-    kept: float | Tensor = 1 - learning_rate(group, like) * group["weight_decay"]
-    return kept
+    decay: float | Tensor = 1 - learning_rate(group, like) * group["weight_decay"]
+    return decay
 
 
 def gate(groups: list[dict[str, Any]], gradients: list[Tensor]) -> tuple[list[Tensor], Tensor]:

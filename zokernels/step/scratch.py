@@ -48,14 +48,14 @@ class ScratchPool:
     def like(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Uninitialised contiguous tensors of the shapes of ``tensors``, which share device and dtype."""
         device, dtype, numel = tensors[0].device, tensors[0].dtype, arena_numel(tensors)
-        arena = self._take(numel, dtype, device)
+        arena = self._arena_for(numel, dtype, device)
         unit, at, out = ALIGN // tensors[0].element_size(), 0, []
         for t in tensors:
             out.append(arena.data.as_strided(t.shape, t.stride(), at))
             at += -(-t.numel() // unit) * unit
         return out
 
-    def _take(self, numel: int, dtype: torch.dtype, device: torch.device) -> _Arena:
+    def _arena_for(self, numel: int, dtype: torch.dtype, device: torch.device) -> _Arena:
         if device.type != "cpu":
             return _Arena(numel, dtype, device)
         arenas = self._arenas.setdefault((device, dtype), [])

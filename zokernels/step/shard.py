@@ -94,7 +94,7 @@ def shard_of(tensor: DTensor) -> Shard:
 @functools.lru_cache(maxsize=4096)
 def _shard(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> Shard:
     # From left to right, as DTensor does it: what each dimension of the mesh leaves of the tensor's dimensions.
-    kept = [torch.arange(n) for n in shape]
+    left = [torch.arange(n) for n in shape]
     for place, at, ranks in zip(placements, mesh.get_coordinate(), mesh.mesh.shape, strict=True):
         if place.is_replicate():
             continue
@@ -102,14 +102,14 @@ def _shard(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> Sh
             fail("shard", "placements", "Shard or Replicate", place)
         dim = place.dim % len(shape)
         chunk = lambda x, n: (*x.chunk(n), *[x[:0]] * n)[:n] if len(x) else (x,) * n
-        pieces = chunk(kept[dim], getattr(place, "split_factor", 1))
-        kept[dim] = torch.cat([chunk(piece, ranks)[at] for piece in pieces])
-    local = tuple(len(k) for k in kept)
-    start = tuple(int(k[0]) if len(k) else 0 for k in kept)
+        pieces = chunk(left[dim], getattr(place, "split_factor", 1))
+        left[dim] = torch.cat([chunk(piece, ranks)[at] for piece in pieces])
+    local = tuple(len(k) for k in left)
+    start = tuple(int(k[0]) if len(k) else 0 for k in left)
     if 0 in local:
         return Shard(local, start, 0, 0, 0)
     partial = [d for d, (n, m) in enumerate(zip(local, shape, strict=True)) if n != m]
-    runs = all(int(k[-1]) - int(k[0]) + 1 == len(k) for k in kept)
+    runs = all(int(k[-1]) - int(k[0]) + 1 == len(k) for k in left)
     # A matrix of the dimensions before the last that is cut, and of the rest; its rows are in one piece.
     last = partial[-1] if partial else 0
     if not runs or (len(partial) > 1 and math.prod(local[: partial[-2]]) != 1) or len(partial) > 2:

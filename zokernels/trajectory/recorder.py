@@ -73,7 +73,10 @@ def pending(optimizer: OptimizerView, step: int, buckets: list[Bucket], estimate
 
 
 class Follower(roles.Log):
-    """The checks of a log before each step.  With a mesh all ranks make them, and only the first writes."""
+    """A log that another process writes: this one makes the same checks before each step, and writes nothing.
+
+    On a mesh the first rank has the :class:`Recorder`, which is a follower with a file; all others have this.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path, self.recording, self.closed = os.fspath(path), True, False
