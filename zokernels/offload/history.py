@@ -84,8 +84,7 @@ def apply_passes(
         passes[0].run(list(params), list(streams), [0] * len(params), lambda states: ())
         return
     deferred = DeferredNoise()
-    for p, stream in zip(params, streams, strict=True):
-        for one in passes:
-            deferred.put(p, stream, one)
+    for one in passes:
+        deferred.put(params, streams, one)
     with torch.no_grad():
         deferred.apply(done)

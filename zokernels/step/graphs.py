@@ -14,10 +14,10 @@ from .types import Bucket
 
 
 class GraphRng:
-    """For each CUDA device equal generators, drawn from by nobody else: one for each of the ``forwards`` in a graph.
+    """Equal generators for each CUDA device, one for each of the ``forwards`` in a graph; nobody else draws from them.
 
     A graph cannot set a generator back, as :class:`RngState` does.  But a generator that it captured moves by the same
-    amount at each replay, so those that begin equal stay equal, whatever the default generator does between replays.
+    amount at each replay, so generators that begin equal stay equal, whatever the default one does between replays.
     """
 
     def __init__(self, op: str, devices: Iterable[torch.device], forwards: int) -> None:
@@ -39,9 +39,12 @@ class GraphRng:
 
     @contextmanager
     def forward(self, index: int) -> Iterator[None]:
-        """Around the forward ``index`` (0 is the first) while a graph is captured: the default generators draw from
-        its own.  Where those are not part of the graph, torch refuses the draw, and the error says what to do."""
-        if index:  # numbers drawn on the CPU are constants of the graph; the same ones in all forwards
+        """Around the forward of that number, 0 the first, while a graph is captured.
+
+        Inside, the default generators draw from the forward's own.  Where those are not part of the graph, torch
+        refuses the draw, and the error says what to do.
+        """
+        if index:  # numbers drawn on the CPU are constants of the graph, and must be the same in all forwards
             torch.set_rng_state(self._cpu)
         else:
             self._cpu = torch.get_rng_state()
@@ -74,7 +77,7 @@ def check_capture(
     buckets: Sequence[Bucket],
     devices: Sequence[torch.device],
 ) -> GraphRng:
-    """While a CUDA graph is captured: what it would freeze or lose without a word is an error."""
+    """Raises where a capture would freeze or lose something without a word; returns ``rng``, which is there."""
     check_capturable(op, state)
     if rng is None or not isinstance(state, DeviceState) or not state.is_placed(devices):
         fail(op, "step", "one step before the capture", "none on the parameters' devices", RuntimeError)

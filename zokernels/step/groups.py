@@ -1,4 +1,4 @@
-"""Parameter groups: what a group may hold, the stream of each parameter, and the buckets one combine call takes."""
+"""Parameter groups: what a group may hold, the stream of each parameter, and the buckets of a step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..checks import DTYPES, check_dist, check_overlap, check_stream, fail
 from ..contract import canonical_name, streams_of
 from .roles import home_of
 from .shard import is_sharded, local_of, locals_of
-from .types import Bucket
+from .types import Bucket, Group
 
 ROUNDINGS = ("stochastic", "nearest")
 RESTORES = ("exact", "inplace")
@@ -34,14 +34,13 @@ def check_number(op: str, argument: str, value: object, *, positive: bool = Fals
         fail(op, argument, expected, repr(value))
 
 
-def check_hyperparameters(op: str, group: dict[str, Any]) -> None:
-    """Host values only: a learning rate that is a tensor is never read back."""
+def check_hyperparameters(op: str, group: Group) -> None:
+    """Checks values that are on the host.  A learning rate that is a tensor is never read back from its device."""
     lr = group["lr"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1 or not lr.is_floating_point():
-            fail(op, "lr", "a number or a floating-point tensor of one element", f"{lr.dtype} x {lr.numel()}")
-    else:
+    if not isinstance(lr, Tensor):
         check_number(op, "lr", lr)
+    elif lr.numel() != 1 or not lr.is_floating_point():
+        fail(op, "lr", "a number or a floating-point tensor of one element", f"{lr.dtype} x {lr.numel()}")
     check_number(op, "eps", group["eps"], positive=True)
     check_number(op, "weight_decay", group["weight_decay"])
     if group["clip"] is not None:
@@ -52,22 +51,24 @@ def check_hyperparameters(op: str, group: dict[str, Any]) -> None:
         fail(op, "bits", "an integer in [2, 8]", repr(group["bits"]))
 
 
-def takes_part(group: dict[str, Any], param: Tensor) -> bool:
-    """Not frozen.  Integers (a group with ``bits``) never require a gradient."""
+def takes_part(group: Group, param: Tensor) -> bool:
+    """Whether a parameter is trained.  Integers, in a group with ``bits``, never require a gradient."""
     return param.requires_grad or "bits" in group
 
 
-def devices_of(groups: list[dict[str, Any]]) -> list[torch.device]:
+def devices_of(groups: list[Group]) -> list[torch.device]:
+    """The devices of the trained parameters, each once, in the order of the parameters."""
     return list(dict.fromkeys(p.device for g in groups for p in g["params"] if takes_part(g, p) and p.numel()))
 
 
-def label_of(group: dict[str, Any], index: int) -> str:
+def label_of(group: Group, index: int) -> str:
+    """The name of a parameter for messages: the quoted name, or its place in the group."""
     names = group.get("param_names")
     return repr(names[index]) if names else f"params[{index}]"
 
 
-def check_param(op: str, group: dict[str, Any], param: Tensor, label: str) -> None:
-    """A trainable parameter is dense memory that a kernel can walk in logical order."""
+def check_param(op: str, group: Group, param: Tensor, label: str) -> None:
+    """A trained parameter must be dense memory that a kernel can walk in logical order."""
     if torch.nn.parameter.is_lazy(param):
         fail(op, label, "an initialized parameter", "a lazy one; run the model once before", TypeError)
     if is_sharded(param):
@@ -82,14 +83,32 @@ def check_param(op: str, group: dict[str, Any], param: Tensor, label: str) -> No
     elif param.dtype not in DTYPES:
         fail(op, label, "dtype float32, bfloat16 or float16 (or requires_grad=False)", param.dtype, TypeError)
     if not home_of(param).in_memory:
-        return  # a placeholder
+        return  # what is here is a placeholder, whose strides say nothing
     if param.layout is not torch.strided or not param.is_contiguous():
         got = f"strides {param.stride()}" if param.layout is torch.strided else param.layout
         fail(op, label, "a contiguous tensor", f"shape {tuple(param.shape)}, {got}")
 
 
-def check_new_group(op: str, groups: list[dict[str, Any]]) -> None:
-    """Whether the last of ``groups`` can join the others; gives it its streams."""
+def name_empty_groups(groups: list[Group], added: Group) -> None:
+    """Lets groups without parameters count as named where the other groups are named.
+
+    A stage of a pipeline may have such groups, and torch refuses a mixture of named and unnamed ones.  ``added`` is
+    about to be added to ``groups``.
+    """
+    params = added["params"]
+    if isinstance(params, (Tensor, set)):
+        return
+    added["params"] = params = list(params)
+    if any("param_names" in group for group in groups) and not params:
+        added["param_names"] = []
+    elif params and isinstance(params[0], tuple):
+        for group in groups:
+            if not group["params"]:
+                group["param_names"] = []
+
+
+def check_new_group(op: str, groups: list[Group]) -> None:
+    """Checks that the last of ``groups`` can join the others, and gives it its streams."""
     group = groups[-1]
     if len({id(p) for p in group["params"]}) != len(group["params"]):
         fail(op, "params", "each parameter once (tied ones are one parameter)", "a duplicate")
@@ -99,38 +118,11 @@ def check_new_group(op: str, groups: list[dict[str, Any]]) -> None:
     assign_streams(op, groups)
 
 
-def name_empty_groups(groups: list[dict[str, Any]], group: dict[str, Any]) -> None:
-    """Let groups without parameters (a pipeline's stage may have some) count as named where the others are.
+def assign_streams(op: str, groups: list[Group]) -> None:
+    """Gives the last of ``groups`` its ``streams``, which no parameter of any group shares with another.
 
-    torch refuses a mixture.  ``group``: the one that is about to be added to ``groups``.
-    """
-    params = group["params"]
-    if isinstance(params, (Tensor, set)):
-        return
-    group["params"] = params = list(params)
-    if any("param_names" in other for other in groups) and not params:
-        group["param_names"] = []
-    elif params and isinstance(params[0], tuple):
-        for other in groups:
-            if not other["params"]:
-                other["param_names"] = []
-
-
-@contextmanager
-def own_rates(groups: list[dict[str, Any]]) -> Iterator[None]:
-    """Inside, the steps of a log may set the learning rates of ``groups``; afterwards they are what they were."""
-    rates = [group["lr"] for group in groups]
-    try:
-        yield
-    finally:
-        for group, lr in zip(groups, rates, strict=True):
-            group["lr"] = lr
-
-
-def assign_streams(op: str, groups: list[dict[str, Any]]) -> None:
-    """Give the last of ``groups`` its ``streams``, unique among all groups.
-
-    Explicit ones stay; a named parameter gets the hash of its name; an unnamed one its ordinal in the optimizer.
+    Streams that the caller gave stay.  A named parameter gets the hash of its name, so that its noise does not
+    depend on the order of the parameters; an unnamed one gets its number in the optimizer.
     """
     group = groups[-1]
     count, names, explicit = len(group["params"]), group.get("param_names"), group.get("streams")
@@ -150,7 +142,7 @@ def assign_streams(op: str, groups: list[dict[str, Any]]) -> None:
     check_streams(op, groups)
 
 
-def check_streams(op: str, groups: list[dict[str, Any]]) -> None:
+def check_streams(op: str, groups: list[Group]) -> None:
     owner: dict[int, str] = {}
     for at, group in enumerate(groups):
         if len(group["streams"]) != len(group["params"]):
@@ -162,21 +154,32 @@ def check_streams(op: str, groups: list[dict[str, Any]]) -> None:
             owner[stream] = label
 
 
-def check_groups(op: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
-    """Whether the saved groups ``theirs`` can take the place of ``ours``; torch itself compares their numbers."""
-    for group, saved in zip(ours, theirs):  # noqa: B905
-        check_hyperparameters(op, saved)
-        for name, saved_name in zip(group.get("param_names", ()), saved.get("param_names", ())):  # noqa: B905
+def check_groups(op: str, ours: list[Group], saved: list[Group]) -> None:
+    """Checks that ``saved`` groups can take the place of ``ours``.  torch itself compares their numbers."""
+    for group, other in zip(ours, saved):  # noqa: B905
+        check_hyperparameters(op, other)
+        for name, saved_name in zip(group.get("param_names", ()), other.get("param_names", ())):  # noqa: B905
             if canonical_name(name) != canonical_name(saved_name):
                 fail(op, "state_dict", f"parameters in the same order ({name!r} here)", repr(saved_name))
-    check_streams(op, theirs)
+    check_streams(op, saved)
 
 
-def plan(op: str, groups: list[dict[str, Any]]) -> list[Bucket]:
+@contextmanager
+def own_rates(groups: list[Group]) -> Iterator[None]:
+    """Inside, the steps of a log may set the learning rates of ``groups``; afterwards they are what they were."""
+    rates = [group["lr"] for group in groups]
+    try:
+        yield
+    finally:
+        for group, lr in zip(groups, rates, strict=True):
+            group["lr"] = lr
+
+
+def plan(op: str, groups: list[Group]) -> list[Bucket]:
     """The buckets of a step.  Parameters with ``requires_grad=False`` are in none.
 
-    Built anew at each step (about a microsecond a parameter), because dtype, device, requires_grad and the groups may
-    all change between steps; everything that would make a step fail half-way is checked here.
+    They are built anew at each step, which takes about a microsecond a parameter, because dtype, device,
+    requires_grad and the groups may all change between steps.  Whatever would make a step fail half-way raises here.
     """
     buckets: dict[tuple[Any, ...], Bucket] = {}
     for at, group in enumerate(groups):
@@ -186,16 +189,17 @@ def plan(op: str, groups: list[dict[str, Any]]) -> list[Bucket]:
                 continue
             label = label_of(group, i)
             check_param(op, group, param, label)
-            if param.numel():
-                key = (at, param.device, param.dtype, home_of(param).in_memory)
-                if (bucket := buckets.get(key)) is None:
-                    bucket = Bucket(group, param.device, param.dtype, eps=group["eps"], dist=group["dist"])
-                    buckets[key] = bucket
-                bucket.params.append(param)
-                bucket.streams.append(stream)
-                bucket.names.append(label)
+            if not param.numel():
+                continue
+            key = (at, param.device, param.dtype, home_of(param).in_memory)
+            if (bucket := buckets.get(key)) is None:
+                bucket = Bucket(group, param.device, param.dtype, eps=group["eps"], dist=group["dist"])
+                buckets[key] = bucket
+            bucket.params.append(param)
+            bucket.streams.append(stream)
+            bucket.names.append(label)
     if not buckets:
         fail(op, "params", "at least one parameter with requires_grad=True and an element", "none")
-    held = [p for b in buckets.values() for p in b.params if home_of(p).in_memory]
-    check_overlap(op, {"params": locals_of(held)}, {})
+    in_memory = [p for b in buckets.values() for p in b.params if home_of(p).in_memory]
+    check_overlap(op, {"params": locals_of(in_memory)}, {})
     return list(buckets.values())

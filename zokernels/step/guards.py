@@ -11,14 +11,14 @@ import torch
 
 
 def is_capturing(devices: Iterable[torch.device]) -> bool:
-    """Whether a CUDA graph is being captured.  Never asks where no parameter is on a GPU."""
+    """Whether a CUDA graph is being captured.  Where no parameter is on a GPU, CUDA is not even asked."""
     return any(d.type == "cuda" for d in devices) and torch.cuda.is_current_stream_capturing()
 
 
 class RngState:
-    """torch's RNG state on the CPU and on each CUDA device of the parameters; all forwards start from it.
+    """torch's RNG state on the CPU and on each CUDA device of the parameters, from which all forwards start.
 
-    On CUDA it is the host-side (seed, offset) of the generator: nothing waits for the device.
+    On CUDA it is the (seed, offset) that the host keeps of the generator, so nothing waits for the device.
     """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
@@ -32,7 +32,7 @@ class RngState:
 
     @contextmanager
     def forward(self, index: int) -> Iterator[None]:
-        """Around the forward ``index`` (0 is the first)."""
+        """Around the forward of that number; 0 is the first, and finds the state as it is."""
         if index:
             self.restore()
         yield
@@ -40,9 +40,9 @@ class RngState:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold SIGINT back until the block ends, so that Ctrl-C cannot fall between a weight write and its record.
+    """Holds SIGINT back until the block ends, so that Ctrl-C cannot fall between a weight write and its record.
 
-    Only the main thread receives signals; elsewhere this does nothing.
+    Only the main thread receives signals; in any other this does nothing.
     """
     previous = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or previous is None:

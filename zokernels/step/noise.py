@@ -1,4 +1,8 @@
-"""The one place where noise is applied to weights: four calls, so perturbation and update cannot differ in z."""
+"""The one place where noise is applied to weights.
+
+There are four calls: perturb, move, update and step.  All of them take their z from :meth:`Noise.kernel_args`, so
+a perturbation and the update that follows it cannot disagree about z.
+"""
 
 from __future__ import annotations
 
@@ -11,46 +15,47 @@ from ..functional import Dist, combine, combine_, update_
 from ..functional import Rule as KernelRule
 from .shard import locals_of, placed
 
+Tensors = Sequence[Tensor]
+
 
 class Members(NamedTuple):
     """Parameters that one kernel call takes, the noise stream of each, and the distribution of their noise."""
 
-    params: Sequence[Tensor]
+    params: Tensors
     streams: Sequence[int]
     dist: Dist
 
 
 class Noise:
-    """z_k is the noise of seed k in every weight: dense, of the parameter's stream and the group's distribution.
+    """Dense noise: z_k is drawn for every weight, from seed k, the parameter's stream and the group's ``dist``.
 
-    A direction gives each bucket such an object, once a step.  Another kind of noise overrides :meth:`kernel_args`,
-    or the calls themselves.  In all of them ``seeds`` is int64 [K] and ``coeffs`` fp32 [K], on the parameters' device.
+    Once a step, the direction gives each bucket such an object.  Other kinds of noise override
+    :meth:`kernel_args`, or the calls themselves.  In all of them ``seeds`` is int64 [K] and ``coeffs`` is
+    fp32 [K], on the device of the parameters.
     """
 
-    #: False if perturbing and updating use different scales of z (MeZO's variance scaling): the update then cannot
-    #: take a perturbation out, and restoring needs a pass of its own.
+    #: False if perturbing and updating use different scales of z (MeZO variance scaling); restore then needs
+    #: its own pass.
     same_scale = True
 
     def kernel_args(self, members: Members, seeds: Tensor, coeffs: Tensor) -> dict[str, Any]:
-        """The arguments of a combine that say what is added; of sharded parameters, to the part that lies here."""
+        """The arguments of a combine that say what is added to ``members``.
+
+        A sharded parameter gets the part of the noise that belongs to its local shard.
+        """
         args = {"seeds": seeds, "coeffs": coeffs, "streams": members.streams, "dist": members.dist}
         return args | placed(members.params)
 
-    def perturb(
-        self,
-        out: Sequence[Tensor],
-        members: Members,
-        seeds: Tensor,
-        coeffs: Tensor,
-        decay: float | None = None,
-        theta: Sequence[Tensor] | None = None,
-    ) -> None:
-        """out = round(decay * theta + sum_k c_k z_k), to nearest.  ``theta``: default, the parameters themselves."""
-        theta = locals_of(members.params) if theta is None else theta
-        combine(locals_of(out), theta, **self.kernel_args(members, seeds, coeffs), decay=decay)
+    def perturb(self, out: Tensors, members: Members, seeds: Tensor, coeffs: Tensor, **options: Any) -> None:
+        """out = round(decay * theta + sum_k c_k z_k), rounded to nearest.
+
+        ``options``: theta, the weights that are read (by default the parameters), and decay (by default 1).
+        """
+        theta = locals_of(options.pop("theta", members.params))
+        combine(locals_of(out), theta, **self.kernel_args(members, seeds, coeffs), **options)
 
     def move(self, members: Members, seeds: Tensor, coeffs: Tensor) -> None:
-        """In place, theta = round(theta + sum_k c_k z_k), to nearest."""
+        """In place, theta = round(theta + sum_k c_k z_k), rounded to nearest."""
         combine_(locals_of(members.params), **self.kernel_args(members, seeds, coeffs))
 
     def update(self, members: Members, seeds: Tensor, coeffs: Tensor, **rounding: Any) -> None:
@@ -61,20 +66,13 @@ class Noise:
         combine_(locals_of(members.params), **self.kernel_args(members, seeds, coeffs), **rounding)
 
     def step(
-        self,
-        members: Members,
-        rule: KernelRule,
-        hyper: Tensor,
-        seeds: Tensor,
-        coeffs: Tensor,
-        **states_and_rounding: Any,
+        self, members: Members, rule: KernelRule, hyper: Tensor, seeds: Tensor, coeffs: Tensor, **options: Any
     ) -> None:
         """One :func:`zokernels.update_` with G = sum_k c_k z_k, for a rule that keeps a state of each weight.
 
-        ``states_and_rounding``: its arguments first, second, decay, rounding and rounding_seed.
+        ``options``: the arguments first, second, decay, rounding and rounding_seed of that function.
         """
-        args = self.kernel_args(members, seeds, coeffs)
-        update_(locals_of(members.params), rule, hyper, **args, **states_and_rounding)
+        update_(locals_of(members.params), rule, hyper, **self.kernel_args(members, seeds, coeffs), **options)
 
 
 DENSE = Noise()

@@ -1,45 +1,48 @@
-"""The scalars of an update, from the losses to g, learning rate and decay of each group, all on the device."""
+"""The scalars of an update: g, learning rate and decay of each group, from the losses, all on the device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from .types import Group
+
 
 def projected_gradient(g: Tensor, clip: float | None) -> Tensor:
-    """g (float64) rounded once to fp32; then each min(max(g, -clip), clip).
+    """g (float64), rounded once to fp32 and then clipped: min(max(g, -clip), clip).
 
-    A g that is not finite stays so: clipping must not turn an overflow into a step.
+    A g that is not finite stays so, because clipping must not turn an overflow into a step.
     """
     g = g.float()
     return g if clip is None else torch.where(g.isfinite(), g.clamp(-clip, clip), g)
 
 
-def learning_rate(group: dict[str, Any], like: Tensor) -> float | Tensor:
-    """The group's lr; where it is a tensor, 0-dim, in float64 and on the device of ``like``."""
+def learning_rate(group: Group, like: Tensor) -> float | Tensor:
+    """The group's lr: a number, or a float64 0-dim tensor on the device of ``like``."""
     lr: float | Tensor = group["lr"]
     if isinstance(lr, Tensor):
         lr = lr.detach().reshape(()).to(like.device, torch.float64, non_blocking=True)
     return lr
 
 
-def descent(group: dict[str, Any], g: Tensor) -> Tensor:
-    """-lr * g in float64, rounded once to fp32."""
+def descent(group: Group, g: Tensor) -> Tensor:
+    """-lr * g, computed in float64 and rounded once to fp32."""
     return -(learning_rate(group, g) * g.double()).float()
 
 
-def decay_of(group: dict[str, Any], like: Tensor) -> float | Tensor:
-    """1 - lr * weight_decay; where lr is a tensor, as :func:`learning_rate`."""
+def decay_of(group: Group, like: Tensor) -> float | Tensor:
+    """1 - lr * weight_decay: a number, or a tensor where lr is one (:func:`learning_rate`)."""
     decay: float | Tensor = 1 - learning_rate(group, like) * group["weight_decay"]
     return decay
 
 
-def gate(groups: list[dict[str, Any]], gradients: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """``gradients`` (fp32 [q] of each group), all 0 unless each of them and each lr * g is finite in fp32; and whether
-    that is so (bool, 0-dim)."""
+def gate(groups: list[Group], gradients: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """``gradients`` (fp32 [q] of each group), set to 0 unless all of them are finite; and whether they are.
+
+    Each lr * g must be finite in fp32, too.  The second result is bool, 0-dim.
+    """
     steps = [descent(group, g) for group, g in zip(groups, gradients, strict=True)]
     finite = torch.isfinite(torch.cat((*gradients, *steps))).all()
     return [torch.where(finite, g, torch.zeros_like(g)) for g in gradients], finite
@@ -52,7 +55,10 @@ def gated_decay(decay: float | Tensor, finite: Tensor, device: torch.device) -> 
 
 
 def scalars(values: Sequence[float | Tensor], device: torch.device) -> Tensor:
-    """Numbers and 0-dim tensors as float64 [n] on ``device``, by fills: a list would be copied from the host."""
+    """Numbers and 0-dim tensors as one float64 tensor [n] on ``device``.
+
+    Numbers come by fills.  A list of them would be copied from the host, and waited for.
+    """
     fill = lambda v: v.reshape(1) if isinstance(v, Tensor) else torch.full((1,), v, dtype=torch.float64, device=device)
     return torch.cat([fill(v) for v in values])
 

@@ -1,4 +1,4 @@
-"""Memory for perturbed copies: one flat arena for each call, used again as soon as nothing else refers to it."""
+"""Memory for perturbed copies: a flat arena for each call, used again as soon as nothing else refers to it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _use_count = getattr(torch._C, "_storage_Use_Count", None)
 
 
 def arena_numel(tensors: Sequence[Tensor]) -> int:
-    """Elements of an arena for copies of ``tensors`` (one dtype)."""
+    """The elements of an arena that holds copies of ``tensors``, which share a dtype."""
     unit = ALIGN // tensors[0].element_size()
     return sum(-(-t.numel() // unit) * unit for t in tensors)
 
@@ -30,23 +30,23 @@ class _Arena:
         return _use_count(self.storage._cdata) if _use_count else -1
 
     def idle(self) -> bool:
-        """No view, however hidden (numpy array, DLPack capsule, autograd graph), holds the memory."""
+        """Whether no view holds the memory, however hidden (a numpy array, a DLPack capsule, an autograd graph)."""
         return _use_count is not None and self._count() == self._idle_count
 
 
 class ScratchPool:
-    """Arenas by (device, dtype).
+    """Arenas by device and dtype.
 
-    An arena with live views is never handed out; it leaves the pool, or dies with its last view.  On CUDA every call
-    asks torch's caching allocator instead, which already recycles by stream; on the CPU that would fault every page of
-    every large weight in again, each step.
+    An arena with live views is never handed out: it leaves the pool, and dies with its last view.  On CUDA every call
+    asks torch's caching allocator instead, which already recycles memory by CUDA stream.  On the CPU such an
+    allocation would fault in every page of every large weight again at each step.
     """
 
     def __init__(self) -> None:
         self._arenas: dict[tuple[torch.device, torch.dtype], list[_Arena]] = {}
 
     def like(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Uninitialised contiguous tensors of the shapes of ``tensors``, which share device and dtype."""
+        """Uninitialised tensors of the shapes of ``tensors``, which share device and dtype."""
         device, dtype, numel = tensors[0].device, tensors[0].dtype, arena_numel(tensors)
         arena = self._arena_for(numel, dtype, device)
         unit, at, out = ALIGN // tensors[0].element_size(), 0, []

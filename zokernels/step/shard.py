@@ -1,4 +1,4 @@
-"""Sharded parameters (``DTensor``): which elements of the logical tensor lie here, and where they stand in it."""
+"""Sharded parameters (``DTensor``): which elements of the logical tensor lie here, and where they are in it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 class Shard(NamedTuple):
-    """A box of a tensor: rows of ``width`` elements, ``length`` logical indices apart, from index ``offset`` on."""
+    """A box of a tensor, as kernels see it: rows of ``width`` elements, which begin ``length`` logical indices apart.
+
+    The first row begins at the logical index ``offset``.
+    """
 
     shape: tuple[int, ...]  #: of the part that lies here
     start: tuple[int, ...]  #: its first element
@@ -44,7 +47,7 @@ def any_sharded(tensors: Iterable[Tensor]) -> bool:
 
 
 def local_of(tensor: Tensor) -> Tensor:
-    """The memory that lies here."""
+    """The memory that lies here: the local shard, or the tensor itself."""
     return tensor._local_tensor if is_sharded(tensor) else tensor
 
 
@@ -53,7 +56,7 @@ def locals_of(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def whole_of(tensor: Tensor) -> Tensor:
-    """The logical tensor; of a sharded one all ranks together gather it."""
+    """The logical tensor.  All ranks that hold a part of it must call this together, because they gather it."""
     if not is_sharded(tensor):
         return tensor
     whole: Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]  # a DTensor's detach is a DTensor
@@ -61,12 +64,12 @@ def whole_of(tensor: Tensor) -> Tensor:
 
 
 def part_of(whole: Tensor, like: Tensor) -> Tensor:
-    """Of a tensor of the logical shape of ``like``, what lies here of ``like``."""
+    """The part of ``whole`` that belongs to the local shard of ``like``, which has the same logical shape."""
     return shard_of(like).of(whole) if is_sharded(like) else whole
 
 
 def full_like(tensor: Tensor, value: float, dtype: torch.dtype) -> Tensor:
-    """A tensor sharded as ``tensor``."""
+    """A tensor of ``value`` that is sharded as ``tensor`` is."""
     local = torch.full(local_of(tensor).shape, value, dtype=dtype, device=tensor.device)
     if not is_sharded(tensor):
         return local
@@ -77,7 +80,7 @@ def full_like(tensor: Tensor, value: float, dtype: torch.dtype) -> Tensor:
 
 
 def placed(params: Sequence[Tensor]) -> dict[str, Any]:
-    """offsets and rows of :func:`zokernels.combine_`; none where nothing is sharded."""
+    """The arguments offsets and rows of :func:`zokernels.combine_`; neither where nothing is sharded."""
     if not any_sharded(params):
         return {}
     shards = [shard_of(p) if is_sharded(p) else None for p in params]
@@ -93,7 +96,7 @@ def shard_of(tensor: DTensor) -> Shard:
 
 @functools.lru_cache(maxsize=4096)
 def _shard(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> Shard:
-    # From left to right, as DTensor does it: what each dimension of the mesh leaves of the tensor's dimensions.
+    # What each dimension of the mesh leaves of the tensor's dimensions, from left to right as DTensor does it.
     left = [torch.arange(n) for n in shape]
     for place, at, ranks in zip(placements, mesh.get_coordinate(), mesh.mesh.shape, strict=True):
         if place.is_replicate():
@@ -110,7 +113,7 @@ def _shard(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> Sh
         return Shard(local, start, 0, 0, 0)
     partial = [d for d, (n, m) in enumerate(zip(local, shape, strict=True)) if n != m]
     runs = all(int(k[-1]) - int(k[0]) + 1 == len(k) for k in left)
-    # A matrix of the dimensions before the last that is cut, and of the rest; its rows are in one piece.
+    # As a matrix of the dimensions before the last one that is cut, and of the rest, it has rows in one piece.
     last = partial[-1] if partial else 0
     if not runs or (len(partial) > 1 and math.prod(local[: partial[-2]]) != 1) or len(partial) > 2:
         fail("shard", "placements", "a shard that is rows of one matrix", f"{placements} of shape {shape}")
@@ -123,7 +126,7 @@ def _shard(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> Sh
 
 
 def peers_of(tensor: DTensor) -> set[int]:
-    """The ranks between which a tensor is split, this one included: they must perturb it alike."""
+    """The ranks between which a tensor is split, this one included.  They must perturb it alike."""
     mesh, at = tensor.device_mesh, tensor.device_mesh.get_coordinate()
     found = mesh.mesh
     for dim in reversed(range(mesh.ndim)):

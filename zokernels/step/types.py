@@ -12,14 +12,17 @@ from torch import Tensor
 from ..functional import Dist
 from .noise import DENSE, Members, Noise
 
-#: {k: c, ...} is the point theta + sum_k c * z_k, and {} is theta itself.  c is a number or an fp32 tensor of one
-#: element.
+#: A parameter group, as ``optimizer.param_groups`` has them.
+Group = dict[str, Any]
+
+#: A point of the weights: {k: c, ...} is theta + sum_k c * z_k, and {} is theta itself.
+#: Each c is a number, or an fp32 tensor of one element.
 Point = dict[int, "float | Tensor"]
 
-#: The step's seeds, int64 [q], on each device of the parameters.
+#: The seeds of a step, int64 [q], on each device of the parameters.
 Seeds = dict[torch.device, Tensor]
 
-#: Runs the closure at each of some points, whose number comes with them, and gives the losses.
+#: Runs the closure at some points and returns the losses; called with the points and their number.
 LossesAt = Callable[[Iterable[Any], int], Tensor]
 
 
@@ -30,19 +33,16 @@ def between(start: Point, end: Point) -> Point:
 
 
 def terms(point: Point, seeds: Tensor) -> tuple[Tensor, Tensor]:
-    """Seeds (int64 [K]) and coefficients (fp32 [K]) of a combine to ``point``, on the device of ``seeds`` ([q]).
+    """Seeds (int64 [K]) and coefficients (fp32 [K]) that make ``point`` of theta, on the device of ``seeds`` [q].
 
-    By slices and fills alone: an index list or a list of numbers would be copied from the host, which no CUDA graph
-    takes.
+    Only slices and fills are used.  An index list or a list of numbers would be copied from the host, and no
+    CUDA graph can capture such a copy.
     """
     if not point:
         return seeds[:0], torch.empty(0, dtype=torch.float32, device=seeds.device)
-    coeffs = [
-        c.reshape(1).to(seeds.device, non_blocking=True)
-        if isinstance(c, Tensor)
-        else torch.full((1,), c, dtype=torch.float32, device=seeds.device)
-        for c in point.values()
-    ]
+    fill = lambda c: torch.full((1,), c, dtype=torch.float32, device=seeds.device)
+    move = lambda c: c.reshape(1).to(seeds.device, non_blocking=True)
+    coeffs = [move(c) if isinstance(c, Tensor) else fill(c) for c in point.values()]
     if len(coeffs) == 1:
         (k,) = point
         return seeds[k : k + 1], coeffs[0]
@@ -53,19 +53,19 @@ def terms(point: Point, seeds: Tensor) -> tuple[Tensor, Tensor]:
 class Bucket:
     """The trainable parameters of one group that share device and dtype: one kernel call takes them all."""
 
-    group: dict[str, Any]
+    group: Group
     device: torch.device
     dtype: torch.dtype
     params: list[Tensor] = field(default_factory=list)
     streams: list[int] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
-    #: The group's, as they were when the step began: what moved the weights must bring them back, whatever the group
-    #: says by then.
+    #: ``eps`` and ``dist`` are copies of the group's from the beginning of the step.  Whoever moved the weights
+    #: must bring them back by the same values, even if the group has others by then.
     eps: float = 0.0
     dist: Dist = "normal"
-    #: What applies the step's noise to the parameters; the direction sets it.
+    #: Applies the step's noise to the parameters.  The direction sets it.
     noise: Noise = DENSE
-    #: The point that the weights themselves are at.  {} unless a probe moves them in place.
+    #: The point at which the weights themselves are.  It is {} unless a probe moves them in place.
     at: Point = field(default_factory=dict)
     #: Seeds and coefficients that the update adds to its own: the next step's perturbation (:class:`TwoPass`).
     ahead: tuple[Tensor, Tensor] | None = None
@@ -79,15 +79,16 @@ class Bucket:
         return {k: sign * self.eps} if sign else {}
 
     def way_back(self, g: Tensor) -> Tensor:
-        """Coefficients from :attr:`at` back to theta, float64, of the shape [q] and on the device of ``g``."""
+        """The coefficients that lead from :attr:`at` back to theta: float64, shaped and placed as ``g`` [q]."""
         back = torch.zeros_like(g, dtype=torch.float64)
         for k, c in self.at.items():
             back[k].sub_(c)
         return back
 
     def layout(self) -> tuple[Any, ...]:
-        """All that a perturbation depends on, besides its seed."""
-        return self.device, self.dtype, self.eps, self.dist, self.noise, self.streams, [id(p) for p in self.params]
+        """Everything that a perturbation depends on, besides its seed."""
+        ids = [id(p) for p in self.params]
+        return self.device, self.dtype, self.eps, self.dist, self.noise, self.streams, ids
 
 
 class Estimate(NamedTuple):
@@ -97,8 +98,7 @@ class Estimate(NamedTuple):
     gradients: list[Tensor]  #: g of each bucket, fp32 [q]; all 0 unless ``finite``
     finite: Tensor  #: bool, 0-dim: whether every g and every lr * g is finite
     skip: bool  #: True if the host knows that ``finite`` is false, so that the update need not run
-    forwards: tuple[Tensor, ...] | Tensor = ()  #: the losses of all forwards, those of the rule's trials included
-    #: A factor of the gradients, fp32 and 0-dim: the rule's choice among its trials.
-    multiple: Tensor | None = None
-    #: Groups whose parameters are on other stages of a pipeline alone, and their g.
-    elsewhere: Sequence[tuple[dict[str, Any], Tensor]] = ()
+    forwards: tuple[Tensor, ...] | Tensor = ()  #: the losses of all forwards, the rule's trials included
+    multiple: Tensor | None = None  #: the rule's choice among its trials, a factor of g (fp32, 0-dim)
+    #: Groups whose parameters are on other stages of a pipeline alone, each with its g.
+    elsewhere: Sequence[tuple[Group, Tensor]] = ()

@@ -13,15 +13,16 @@ from ..types import Bucket, Seeds
 
 
 class Direction:
-    """What z is.  Once a step, before anything moves, it gives each bucket what applies it."""
+    """What z is: here, dense noise.  Once a step, before anything moves, it gives each bucket its noise."""
 
-    #: Host steps after which something is drawn or measured anew; None: never, and so within a CUDA graph.
+    #: After how many steps something is drawn or measured anew, by the host's count; None: never, and so it can be
+    #: part of a CUDA graph.
     refresh: int | None = None
-    #: Whether what z is in a parameter depends on no other parameter.
+    #: True if z of one parameter depends on no other parameter.
     separate = True
 
     def prepare(self, optimizer: OptimizerView, buckets: list[Bucket], seeds: Seeds) -> None:
-        """Set ``bucket.noise``.  The weights are unperturbed."""
+        """Sets ``bucket.noise``.  The weights are unperturbed."""
         for bucket in buckets:
             bucket.noise = DENSE
 
@@ -34,7 +35,10 @@ class Direction:
 
 
 def derived_seed(optimizer: OptimizerView, window: int, k: int, device: torch.device) -> Tensor:
-    """derive_seed(run seed, window, k) as an int64 tensor [1]; directions' own k stay far below those used here."""
+    """derive_seed(run seed, window, k) as an int64 tensor [1].
+
+    The k used here are far above those of the q directions of a step.
+    """
     value = seed_to_int64(derive_seed_int(optimizer.seed, window, k))
     return torch.full((1,), value, dtype=torch.int64, device=device)
 

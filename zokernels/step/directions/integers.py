@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from ...functional import derive_seed, requantize, requantize_
 from ...quantize import limit_of
-from ..noise import Members, Noise
+from ..noise import Members, Noise, Tensors
 from ..roles import OptimizerView
 from ..types import Bucket, Seeds
 from .direction import Direction
@@ -22,18 +21,13 @@ class _IntegerNoise(Noise):
     def __init__(self, limit: int) -> None:
         self._range: dict[str, Any] = {"low": -limit, "high": limit}
 
-    def perturb(
-        self,
-        out: Sequence[Tensor],
-        members: Members,
-        seeds: Tensor,
-        coeffs: Tensor,
-        decay: float | None = None,
-        theta: Sequence[Tensor] | None = None,
-    ) -> None:
-        """Rounded stochastically, with bits that are those of no update: their seed is derived from the direction's."""
+    def perturb(self, out: Tensors, members: Members, seeds: Tensor, coeffs: Tensor, **options: Any) -> None:
+        """Rounded stochastically, because a small perturbation would else be lost.
+
+        The rounding seed is derived from the direction's, so that no update draws the same bits.
+        """
         args = self.kernel_args(members, seeds, coeffs) | self._range
-        requantize(out, members.params, **args, decay=decay, rounding_seed=derive_seed(seeds[:1], 0))
+        requantize(out, members.params, **args, **options, rounding_seed=derive_seed(seeds[:1], 0))
 
     def update(self, members: Members, seeds: Tensor, coeffs: Tensor, **rounding: Any) -> None:
         args = self.kernel_args(members, seeds, coeffs) | self._range

@@ -1,8 +1,11 @@
-"""Directions of low rank for matrices: z = L R^T, factors drawn when needed, the product never stored.
+"""Directions of low rank for matrices: z = L R^T.
 
-Tensors of more dimensions are [m, n] matrices of their first dimension and the rest; vectors take dense noise.  Every
-element of z has variance 1, so eps and lr mean what they mean for dense noise.  The drawn factors are scratch of
-(m + n) r numbers for the parameters at hand; what is kept between steps is drawn again from its seed.
+The factors are drawn when they are needed, and the product is never stored.  A tensor of more dimensions is taken as
+the [m, n] matrix of its first dimension and the rest; vectors get dense noise.  Every element of z has variance 1, so
+eps and lr mean what they mean for dense noise.
+
+The drawn factors are scratch of (m + n) r numbers for the parameters of one call.  What is kept between steps is
+drawn again from its seed.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from ...checks import fail
 from ...functional import combine_, low_rank, low_rank_
-from ..noise import DENSE, Members, Noise
+from ..noise import DENSE, Members, Noise, Tensors
 from ..roles import OptimizerView
 from ..shard import is_sharded, local_of, locals_of, shard_of
 from ..types import Bucket, Seeds
@@ -25,21 +28,22 @@ from .direction import Direction, check_refresh, derived_seed
 #: k of the seed of factors that are kept: far above any direction's.
 _FACTOR_K = 0x80000001
 
-
+#: (m, n) of each matrix.
 Shapes = list[tuple[int, int]]
 
 
-def _draw(
-    shapes: list[tuple[int, int]], seed: Tensor, streams: list[int], offsets: list[int], c: float
-) -> list[Tensor]:
-    """c z [rows, columns] in fp32, of each stream from its offset on: one combine over -0.0."""
+def _draw(shapes: Shapes, seed: Tensor, streams: list[int], offsets: list[int], c: float) -> list[Tensor]:
+    """c z [rows, columns] in fp32, of each stream from its offset on.
+
+    It is one combine over -0.0, which is the neutral element of addition.
+    """
     out = [torch.full(shape, -0.0, dtype=torch.float32, device=seed.device) for shape in shapes]
     combine_(out, seed, c, streams=streams, offsets=offsets)
     return out
 
 
 def _orthonormal(x: Tensor) -> Tensor:
-    """Columns that span those of ``x`` (float64 QR, rounded to fp32)."""
+    """Orthonormal columns with the span of those of ``x``: a QR factorisation in float64, rounded to fp32."""
     q: Tensor = torch.linalg.qr(x.double()).Q
     return q.float().contiguous()
 
@@ -47,7 +51,7 @@ def _orthonormal(x: Tensor) -> Tensor:
 def _parts(
     name: str, params: Sequence[Tensor], left: list[Tensor], right: list[Tensor], rounding: dict[str, Any]
 ) -> tuple[list[Tensor], list[Tensor], list[int]]:
-    """The rows of the factors that belong to what lies here of sharded matrices, and its offsets."""
+    """The rows of the factors that belong to the local shards of ``params``, and the offsets of these shards."""
     offsets = [0] * len(params)
     for i, p in enumerate(params):
         if not is_sharded(p):
@@ -71,21 +75,21 @@ def _parts(
 
 
 class _Factored(Noise):
-    """The noise of ``kind`` in matrices, dense noise in the rest."""
+    """Noise of ``kind`` in matrices, and dense noise in the rest."""
 
     def __init__(self, kind: LowRank, kept_seed: Tensor, cache: dict[tuple[Any, ...], Any]) -> None:
         self._kind, self._kept_seed, self._cache = kind, kept_seed, cache
 
     def _apply(
         self,
-        out: Sequence[Tensor] | None,
+        out: Tensors | None,
         members: Members,
         seeds: Tensor,
         coeffs: Tensor,
-        theta: Sequence[Tensor] | None = None,
+        theta: Tensors | None = None,
         **rounding: Any,
     ) -> None:
-        """Into ``out``, or in place where that is None."""
+        """Adds the noise to ``theta``, into ``out``, or in place where that is None."""
         theta = locals_of(members.params) if theta is None else theta
         pick = lambda values, at: [values[i] for i in at]
         of = lambda at: Members(pick(members.params, at), pick(members.streams, at), members.dist)
@@ -108,7 +112,7 @@ class _Factored(Noise):
     def factors(
         self, params: Sequence[Tensor], streams: Sequence[int], seeds: Tensor
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """[K, m, r] and [K, n, r] of each parameter for K seeds."""
+        """The left [K, m, r] and right [K, n, r] factors of each parameter, for K seeds."""
         shapes = [(p.shape[0], p.numel() // p.shape[0]) for p in params]
         kept = self._kind.kept(shapes, list(streams), self._kept_seed, self._cache)
         pairs = [self._kind.drawn(shapes, list(streams), seeds[k : k + 1], kept) for k in range(len(seeds))]
@@ -119,16 +123,8 @@ class _Factored(Noise):
         together = lambda factors: [torch.stack(of_tensor) for of_tensor in zip(*factors, strict=True)]
         return together(lefts), together(rights)
 
-    def perturb(
-        self,
-        out: Sequence[Tensor],
-        members: Members,
-        seeds: Tensor,
-        coeffs: Tensor,
-        decay: float | None = None,
-        theta: Sequence[Tensor] | None = None,
-    ) -> None:
-        self._apply(out, members, seeds, coeffs, theta, decay=decay)
+    def perturb(self, out: Tensors, members: Members, seeds: Tensor, coeffs: Tensor, **options: Any) -> None:
+        self._apply(out, members, seeds, coeffs, **options)
 
     def move(self, members: Members, seeds: Tensor, coeffs: Tensor) -> None:
         self._apply(None, members, seeds, coeffs)
@@ -142,7 +138,10 @@ class _Factored(Noise):
 
 @dataclass(frozen=True)
 class LowRank(Direction):
-    """What the kinds share.  ``refresh``: steps for which what is kept stays; None: for the whole run."""
+    """What the kinds of low rank share.
+
+    ``refresh``: the number of steps for which kept factors stay; None: the whole run.
+    """
 
     rank: int = 4
     refresh: int | None = None
@@ -159,22 +158,22 @@ class LowRank(Direction):
             bucket.noise = _Factored(self, seed, self._cache(optimizer, window))
 
     def _cache(self, optimizer: OptimizerView, window: int) -> dict[tuple[Any, ...], Any]:
-        """Of what is too dear to draw again in every call; it dies with the window."""
+        """Holds what would be too slow to draw again in every call.  It lasts as long as the window."""
         return {}
 
     def kept(self, shapes: Shapes, streams: list[int], seed: Tensor, cache: dict[tuple[Any, ...], Any]) -> Any:
-        """What stays for a window, for the matrices at hand."""
+        """What stays for a window, for the matrices of one call."""
         return None
 
     def drawn(self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any) -> tuple[list[Tensor], list[Tensor]]:
-        """Left [m, r] and right [n, r] factors of one direction."""
+        """The left [m, r] and right [n, r] factors of one direction."""
         raise NotImplementedError
 
     def _left(self, shapes: Shapes, streams: list[int], seed: Tensor, c: float) -> list[Tensor]:
         return _draw([(m, self.rank) for m, _ in shapes], seed, streams, [0] * len(shapes), c)
 
     def _right(self, shapes: Shapes, streams: list[int], seed: Tensor) -> list[Tensor]:
-        """Of the same seed and stream as the left factors, behind their elements."""
+        """They have the seed and stream of the left factors, and the elements behind theirs."""
         return _draw([(n, self.rank) for _, n in shapes], seed, streams, [m * self.rank for m, _ in shapes], 1.0)
 
 
@@ -214,10 +213,10 @@ class TemporalFactor(LowRank):
 
 @dataclass(frozen=True)
 class Subspace(LowRank):
-    """z = sqrt(m n) / r * U G V^T: U and V with orthonormal columns, kept; G [r, r] fresh in every direction (SubZero).
+    """z = sqrt(m n) / r * U G V^T: U and V kept, with orthonormal columns; G [r, r] fresh in every direction (SubZero).
 
-    U and V come from a QR factorisation in float64, whose last bits may depend on the machine and the device: alone
-    among the directions this one is the same bits only where LAPACK is the same.
+    U and V come from a QR factorisation in float64, whose last bits may depend on the machine and the device.  Alone
+    among the directions, this one has the same bits only where LAPACK is the same.
     """
 
     refresh: int | None = 500

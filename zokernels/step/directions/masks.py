@@ -1,4 +1,4 @@
-"""Sparse directions: z is 0 where a mask drops the element.  A mask is one bit a weight, or only a seed."""
+"""Sparse directions: z is 0 where a mask drops the element.  A mask is one stored bit a weight, or only a seed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MASK_K = 0x80000000
 
 
 class _PackedMask(Noise):
-    """Noise where a packed mask has a 1; tensors without a mask take part as a whole."""
+    """Noise where a packed mask has a 1."""
 
     def __init__(self, masks: dict[int, Tensor]) -> None:
         self._masks = masks
@@ -33,7 +33,7 @@ class _PackedMask(Noise):
 
 
 class _DrawnMask(Noise):
-    """Noise where the kernel's own draw keeps an element."""
+    """Noise where the kernel, which draws the mask itself, keeps an element."""
 
     def __init__(self, seed: Tensor, density: float) -> None:
         self._mask = {"mask_seed": seed, "density": density}
@@ -48,7 +48,7 @@ def _check_density(name: str, density: float) -> None:
 
 
 class KeptMask(Direction):
-    """Packed masks in ``optimizer.state[p]["mask"]``: saved with it, and frozen until the next refresh."""
+    """Packed masks in ``optimizer.state[p]["mask"]``.  They are saved with it, and stay until the next refresh."""
 
     def prepare(self, optimizer: OptimizerView, buckets: list[Bucket], seeds: Seeds) -> None:
         fresh = self.begins_window(optimizer)
@@ -64,7 +64,7 @@ class KeptMask(Direction):
             bucket.noise = _PackedMask(masks)
 
     def keep(self, optimizer: OptimizerView, param: Tensor) -> Tensor:
-        """bool, of the parameter's shape, also where it is sharded.  ``param`` holds the unperturbed weights."""
+        """The mask: bool, of the parameter's logical shape.  ``param`` holds the unperturbed weights."""
         raise NotImplementedError
 
 
@@ -72,8 +72,8 @@ class KeptMask(Direction):
 class MagnitudeMask(KeptMask):
     """The ``density`` smallest weights of each tensor move: \\|theta\\| <= the tensor's own quantile.
 
-    Measured before anything moves, so that a perturbed weight never changes the mask, and kept as bits until the next
-    ``refresh`` (a number of steps; None: for the whole run).
+    The mask is measured before anything moves, so that no perturbed weight changes it.  It is kept as bits until the
+    next ``refresh`` (a number of steps; None: for the whole run).
 
     Source: Sparse-MeZO, Liu et al. 2024 (arXiv 2402.15751).
     """
@@ -93,9 +93,9 @@ class MagnitudeMask(KeptMask):
 
 @dataclass(frozen=True)
 class RandomMask(Direction):
-    """Each weight moves with probability ``density``, drawn in the kernel: nothing is stored.
+    """Each weight moves with probability ``density``.  The kernel draws the mask, and nothing is stored.
 
-    The same weights for ``refresh`` steps (None: for the whole run).  The density is rounded to 1 / 65536.
+    The same weights move for ``refresh`` steps (None: for the whole run).  The density is rounded to 1 / 65536.
     """
 
     density: float = 0.25
@@ -113,9 +113,10 @@ class RandomMask(Direction):
 
 @dataclass(frozen=True)
 class GivenMask(KeptMask):
-    """Masks of your own, by parameter or its name: bool of its shape, or int64 flat indices of the weights that move.
+    """Masks of your own, by parameter or by its name.
 
-    A parameter without an entry moves as a whole.
+    A mask is bool, of the parameter's shape, or the int64 flat indices of the weights that move.  A parameter without
+    an entry moves as a whole.
     """
 
     masks: Mapping[Any, Tensor] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Scaled directions: z times a number for each tensor, or onto a sphere."""
+"""Scaled directions: z times a number of each tensor, or scaled to a sphere."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .direction import Direction, check_refresh
 
 
 class _PerTensor(Noise):
-    """s_t z in the moves and u_t z in the update, for every tensor t: a row of coefficients each."""
+    """s_t z in the moves and u_t z in the update, for every tensor t, which has a row of coefficients."""
 
     def __init__(self, moves: dict[int, Tensor], updates: dict[int, Tensor]) -> None:
         self._moves, self._updates, self.same_scale = moves, updates, moves is updates
@@ -40,12 +40,12 @@ class _PerTensor(Noise):
 class TensorScale(Direction):
     """theta_t + eps s_t z, with s_t the root mean square of the tensor's weights, or its inverse.
 
-    "rms" moves every tensor in proportion to its size.  MeZO's variants divide by d_t instead: "variance" perturbs
-    along z / d_t and updates along d_t z, which leaves the gradient estimate unbiased and changes its variance;
-    "expectation" updates along z, which divides each tensor's estimate by d_t.  d_t is the root mean square too.
+    "rms" moves every tensor in proportion to its size.  MeZO's variants divide by d_t, which is the root mean square,
+    too.  "variance" perturbs along z / d_t and updates along d_t z, which leaves the gradient estimate unbiased and
+    changes its variance.  "expectation" updates along z, which divides each tensor's estimate by d_t.
 
     s_t is measured before anything moves, kept in ``optimizer.state[p]["scale"]`` and renewed every ``refresh`` steps
-    (None: never).  A tensor of zeros has s_t = 1.  Its last bits depend on the device's order of summation.
+    (None: never).  A tensor of zeros has s_t = 1.  The last bits of s_t depend on the device's order of summation.
 
     Source: MeZO, Malladi et al. 2023 (arXiv 2305.17333), appendix on variance- and expectation-modified SPSA.
     """
@@ -77,7 +77,7 @@ class TensorScale(Direction):
 
 
 class _OnSphere(Noise):
-    """Each direction times its own factor, found by its seed."""
+    """Each direction times its own factor, which is found by the direction's seed."""
 
     def __init__(self, seeds: Tensor, factors: Tensor) -> None:
         self._seeds, self._factors = seeds, factors
@@ -92,8 +92,8 @@ class _OnSphere(Noise):
 class Sphere(Direction):
     """z sqrt(d) / \\|z\\| over the d weights of the step together: uniform on the sphere of z's mean length.
 
-    \\|z\\| takes one more draw of z and no access of a weight; for rademacher it is known.  A rule that draws earlier
-    steps' directions again (a window) is refused: their factors are gone.
+    \\|z\\| costs one more draw of z, and no access of a weight; for rademacher it is known.  A rule that draws the
+    directions of earlier steps again (a window) is refused, because their factors are gone.
 
     Source: Flaxman, Kalai and McMahan 2005; Gao, Jiang and Zhang 2018.
     """

@@ -1,9 +1,12 @@
-"""Update rules as one fused pass over theta and the state of each weight: momentum, Adam, sign, HiZOO."""
+"""Rules that keep a state of each weight: momentum, Adam and HiZOO; and sign, which takes the same kernel.
+
+Each is one fused pass over theta and its state.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,54 +18,45 @@ from ..estimators import ThreePoint
 from ..groups import check_number
 from ..probes.probe import Probe
 from ..roles import OptimizerView
-from ..scalars import decay_of, descent, gated_decay, learning_rate, scalars
-from ..types import Bucket, Estimate
+from ..scalars import descent, learning_rate, scalars
+from ..types import Bucket, Estimate, Group
 from .rule import Rule, check_betas, check_fraction, groups_of
 
 
 class Stateful(Rule):
     """One :func:`zokernels.update_` with G = sum_k g_k z_k, which is never stored.
 
-    The device itself takes :attr:`identity` for the hyper-parameters, no decay and G = 0 unless ``finite``: every value
-    then stays (a weight or a state of -0.0 may become 0.0, and one that is infinite NaN).
+    Unless ``finite``, the device itself takes :attr:`identity` for the hyper-parameters, no decay and G = 0, so that
+    every value stays.  (A weight or a state of -0.0 may become 0.0 then, and an infinite one NaN.)
     """
 
+    #: The kernel's name of the rule.
     kernel: KernelRule
     #: The hyper-parameters that change nothing.
     identity: tuple[float, ...]
-    #: Whether weight_decay is a factor of theta; where not, ``hyper`` adds its gradient.
-    decoupled = True
 
     def hyper(self, optimizer: OptimizerView, bucket: Bucket, like: Tensor) -> Sequence[float | Tensor]:
-        """Those of the kernel: numbers, or float64 tensors on the device of ``like``."""
+        """The kernel's hyper-parameters: numbers, or float64 tensors on the device of ``like``."""
         raise NotImplementedError
 
-    def coefficients(self, group: dict[str, Any], g: Tensor, finite: Tensor) -> Tensor:
-        """Of the kernel (fp32 [q]); 0 unless ``finite``."""
+    def coefficients(self, group: Group, g: Tensor, finite: Tensor) -> Tensor:
+        """The kernel's coefficients of z, fp32 [q]; 0 unless ``finite``."""
         return g
 
     def update(self, optimizer: OptimizerView, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor) -> None:
-        group, decays = bucket.group, self.decoupled and bucket.group["weight_decay"]
         values = scalars(self.hyper(optimizer, bucket, g), g.device)
         hyper = torch.where(finite, values, scalars(self.identity, g.device)).float()
-        states = [self.state(optimizer, bucket, name) for name in self.states]
-        bucket.noise.step(
-            bucket.members,
-            self.kernel,
-            hyper.to(bucket.device, non_blocking=True),
-            seeds,
-            self.coefficients(group, g, finite).to(bucket.device, non_blocking=True),
-            **dict(zip(("first", "second"), states, strict=False)),
-            decay=gated_decay(decay_of(group, g), finite, bucket.device) if decays else None,
-            rounding=group["rounding"],
-            rounding_seed=seeds[:1],
-        )
+        hyper = hyper.to(bucket.device, non_blocking=True)
+        coeffs = self.coefficients(bucket.group, g, finite).to(bucket.device, non_blocking=True)
+        states = zip(("first", "second"), (self.state(optimizer, bucket, name) for name in self.states), strict=False)
+        options = {**dict(states), **self.rounding(bucket, seeds, g, finite)}
+        bucket.noise.step(bucket.members, self.kernel, hyper, seeds, coeffs, **options)
 
 
 class Momentum(Stateful):
     """m <- momentum m + (1 - dampening) (G + l2 theta);   theta <- decay theta - lr m.
 
-    m starts at 0 (torch.optim.SGD starts it at the first gradient, without dampening).
+    m starts at 0.  (torch.optim.SGD starts it at the first gradient, without dampening.)
     """
 
     kernel = "momentum"
@@ -78,7 +72,7 @@ class Momentum(Stateful):
     ) -> None:
         super().__init__(state_dtype, momentum=momentum, dampening=dampening, l2=l2)
 
-    def check(self, op: str, group: dict[str, Any]) -> None:
+    def check(self, op: str, group: Group) -> None:
         super().check(op, group)
         check_fraction(op, "momentum", group["momentum"])
         check_fraction(op, "dampening", group["dampening"])
@@ -98,7 +92,7 @@ class Sign(Stateful):
     def __init__(self, l2: float = 0.0) -> None:
         super().__init__(l2=l2)
 
-    def check(self, op: str, group: dict[str, Any]) -> None:
+    def check(self, op: str, group: Group) -> None:
         super().check(op, group)
         check_number(op, "l2", group["l2"])
 
@@ -109,17 +103,17 @@ class Sign(Stateful):
 class Adam(Stateful):
     """m <- b1 m + (1 - b1) G;  v <- b2 v + (1 - b2) G^2;  theta <- decay theta - lr m' / (sqrt(v') + adam_eps).
 
-    m' = m / (1 - b1^t), v' = v / (1 - b2^t), where t counts the updates of the group: steps that were skipped or in
-    which none of its parameters took part do not count, as in torch.  Torch counts for each parameter; here one that
-    is unfrozen later has no bias correction of its own.  b^t is kept as a product in float64: multiplied, so that it
-    has the same bits on every device.
+    m' = m / (1 - b1^t) and v' = v / (1 - b2^t), where t counts the updates of the group.  As in torch, steps that were
+    skipped, or in which none of its parameters took part, do not count.  torch counts for each parameter; here one
+    that is unfrozen later has no bias correction of its own.  b^t is kept as a float64 product, because
+    multiplication has the same bits on every device and pow has not.
 
-    ``decoupled``: weight_decay is the factor decay = 1 - lr weight_decay (AdamW); else G has weight_decay theta added
-    and decay = 1 (Adam).
+    ``decoupled``: weight_decay is the factor decay = 1 - lr weight_decay (AdamW).  Where it is not, weight_decay theta
+    is added to G, and decay = 1 (Adam).
     """
 
     kernel = "adam"
-    identity = (0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 1.0)  # the last two keep 0 / 0 away
+    identity = (0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 1.0)  # the last two prevent 0 / 0
     states: ClassVar = {"exp_avg": 0.0, "exp_avg_sq": 0.0}
 
     def __init__(
@@ -132,7 +126,7 @@ class Adam(Stateful):
         super().__init__(state_dtype, betas=betas, adam_eps=adam_eps)
         self.decoupled = decoupled
 
-    def check(self, op: str, group: dict[str, Any]) -> None:
+    def check(self, op: str, group: Group) -> None:
         super().check(op, group)
         check_betas(op, group["betas"])
         check_number(op, "adam_eps", group["adam_eps"])
@@ -156,8 +150,8 @@ class Adam(Stateful):
 class Curvature(Stateful):
     """h <- (1 - alpha) h + alpha |L+ + L- - 2 L0| / (2 eps^2) h z^2;   theta <- decay theta - lr g z / sqrt(h).
 
-    h (:class:`CurvedDirection`) starts at 1, and is an estimate of the Hessian's diagonal: weights that bend the loss
-    more move less, in the perturbation and in the update.  The step uses the new h.
+    h is an estimate of the Hessian's diagonal, and starts at 1.  Weights along which the loss bends more move less,
+    in the perturbation (:class:`CurvedDirection`) and in the update, which uses the new h.
     """
 
     kernel = "hizoo"
@@ -168,7 +162,7 @@ class Curvature(Stateful):
     def __init__(self, alpha: float = 1e-6, state_dtype: torch.dtype = torch.float32) -> None:
         super().__init__(state_dtype, alpha=alpha)
 
-    def check(self, op: str, group: dict[str, Any]) -> None:
+    def check(self, op: str, group: Group) -> None:
         super().check(op, group)
         check_fraction(op, "alpha", group["alpha"])
 
@@ -185,5 +179,5 @@ class Curvature(Stateful):
         assert isinstance(estimator, ThreePoint)  # check_parts
         return 1 - alpha, alpha / 2 * estimator.second_difference(self._losses, bucket.eps)
 
-    def coefficients(self, group: dict[str, Any], g: Tensor, finite: Tensor) -> Tensor:
+    def coefficients(self, group: Group, g: Tensor, finite: Tensor) -> Tensor:
         return torch.where(finite, descent(group, g), torch.zeros_like(g))
