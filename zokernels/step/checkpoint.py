@@ -20,7 +20,7 @@ def own_state(optimizer: OptimizerView, state: HostState | DeviceState) -> dict[
 
 
 def check_state_dict(optimizer: OptimizerView, state_dict: dict[str, Any]) -> None:
-    """Raises where ``state_dict`` is not of this optimizer, contract or list of parameters."""
+    """Raises where ``state_dict`` is of another optimizer, contract or list of parameters."""
     zo, groups = state_dict.get("zo"), state_dict["param_groups"]
     if zo is None:
         fail(optimizer.op, "state_dict", "an entry 'zo' (as zokernels.optim writes)", f"entries {sorted(state_dict)}")
@@ -33,9 +33,9 @@ def check_state_dict(optimizer: OptimizerView, state_dict: dict[str, Any]) -> No
 
 
 class Held:
-    """Tensors of an optimizer whose addresses a CUDA graph may hold: loading writes to them in place.
+    """The tensors of an optimizer whose addresses a CUDA graph may hold.  Loading writes to them in place.
 
-    Made before torch loads a ``state_dict``, which puts other tensors in their places.
+    It is made before torch loads a ``state_dict``, because torch puts other tensors in their places.
     """
 
     def __init__(self, optimizer: OptimizerView, state: HostState | DeviceState) -> None:
@@ -44,7 +44,7 @@ class Held:
         self.states = {p: dict(of_param) for p, of_param in optimizer.state.items()} if state.capturable else {}
 
     def load(self, state_dict: dict[str, Any]) -> None:
-        """What torch has not loaded, or not as it was saved."""
+        """Loads what torch has not loaded, or not as it was saved."""
         zo = state_dict["zo"]
         self._load_states(state_dict)
         self.optimizer.rule.load_state_dict(self.optimizer, zo["rule"])
@@ -54,7 +54,9 @@ class Held:
         self.run_state.load(zo["seed"], zo["step"], zo["skipped_steps"])
 
     def _load_states(self, state_dict: dict[str, Any]) -> None:
-        """The states' bits and dtypes as they were saved: torch has cast them to their parameters' dtype."""
+        """Loads the states' bits and dtypes as they were saved; torch has cast them to their parameters'
+        dtype.
+        """
         states, initial = self.optimizer.state, self.optimizer.rule.states
         params = [p for g in self.optimizer.param_groups for p in g["params"]]
         indices = [i for g in state_dict["param_groups"] for i in g["params"]]

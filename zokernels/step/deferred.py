@@ -19,13 +19,13 @@ from ..functional import Rule as KernelRule
 from ..functional import combine_, update_
 from .noise import Members, Noise
 
-#: Elements of a piece.  On the CPU 2^20 fp32 weights of a thread are 4 MiB, which stay in the last-level cache.
-#: Seconds for 400 steps of 22.6 M weights on two cores (1 MiB of L2 each, 32 MiB of L3), with pieces of 2^18 (which
-#: fit L2, but calls dominate), 2^20 and 2^21: fp32 normal with decay 2.8, 1.9, 1.6; bf16 Rademacher 1.8, 1.1, 1.0;
-#: fp32 Rademacher with decay 2.5, 0.7, 0.6.  On a GPU a piece is 32 MiB.
+#: Elements of a piece.  On the CPU 2^20 fp32 weights of a thread are 4 MiB, which stay in the last-level
+#: cache.  Seconds for 400 steps of 22.6 M weights on two cores (1 MiB of L2 each, 32 MiB of L3), with pieces
+#: of 2^18 (which fit L2, but calls dominate), 2^20 and 2^21: fp32 normal with decay 2.8, 1.9, 1.6; bf16
+#: Rademacher 1.8, 1.1, 1.0; fp32 Rademacher with decay 2.5, 0.7, 0.6.  On a GPU a piece is 32 MiB.
 _PIECE = {"cpu": 1 << 20, "cuda": 1 << 23}
-#: Directions of one fused call.  Rademacher in fp32 takes 0.073 ns an element and direction with 16 of them, 0.027
-#: with 64, and 0.087 with 1,000, whose signs leave the first-level cache.
+#: Directions of one fused call.  Rademacher in fp32 takes 0.073 ns an element and direction with 16 of them,
+#: 0.027 with 64, and 0.087 with 1,000, whose signs leave the first-level cache.
 _FUSED = 64
 
 #: (parameter, stream, begin, end) of the pieces that one call takes together.
@@ -91,7 +91,9 @@ class DeferredNoise(Noise):
         self.update(members, seeds, coeffs, rule=rule, hyper=hyper.clone(), **options)
 
     def drain(self) -> Iterator[tuple[list[tuple[Tensor, int]], list[Pass]]]:
-        """Parameters with their streams, and the passes that each of them waits for; afterwards nothing waits."""
+        """Parameters with their streams, and the passes that each of them waits for; afterwards nothing
+        waits.
+        """
         alike: dict[tuple[Any, ...], list[int]] = {}
         for key, passes in self._passes.items():
             param, _ = self._params[key]
@@ -127,8 +129,8 @@ def _run(passes: Sequence[Pass], pieces: Pack) -> int:
 def _each(work: Callable[[Pack], int], items: Iterable[Pack], device: torch.device) -> Iterator[int]:
     """The result of ``work`` for each pack.
 
-    With the CPU library each thread takes whole packs.  Threads that shared each call would wait for one another at
-    its end, and a step of 22 M weights is 22 calls.
+    With the CPU library each thread takes whole packs.  Threads that shared each call would wait for one
+    another at its end, and a step of 22 M weights is 22 calls.
     """
     if select(device.type).name != "cpu" or (threads := torch.get_num_threads()) == 1:
         yield from map(work, items)
@@ -178,8 +180,8 @@ def folded(passes: Sequence[Pass]) -> list[Pass]:
 def fuse(passes: Sequence[Pass], dtype: torch.dtype) -> Iterator[Pass]:
     """The same bits in fewer passes.
 
-    fp32 weights are the accumulator of a combine themselves, so its chain of fmas may go on beyond the end of a step.
-    A decay begins a new pass, and so does a rule with a state.
+    fp32 weights are the accumulator of a combine themselves, so its chain of fmas may go on beyond the end of
+    a step.  A decay begins a new pass, and so does a rule with a state.
     """
     run: list[Pass] = []
     for one in passes:

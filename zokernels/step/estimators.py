@@ -1,4 +1,4 @@
-"""Gradient estimators: where the closure runs, and how its losses become one coefficient for each direction."""
+"""Gradient estimators: where the closure runs, and how its losses become a coefficient of each direction."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..checks import fail
 class Estimator:
     """The gradient estimate is sum_k g_k z_k over the directions k = 0 .. q - 1.
 
-    z_k is the noise of seed ``derive_seed(run_seed, step, k)``.  All losses come first and then one update, so that
-    every loss of a step is one at theta, perturbed.
+    z_k is the noise of seed ``derive_seed(run_seed, step, k)``.  All losses of a step are measured before its
+    one update, so each of them is a loss at the same theta, perturbed.
     """
 
     #: q, the number of directions in a step.
@@ -59,9 +59,10 @@ class TwoSided(Estimator):
 
 @dataclass(frozen=True)
 class OneSided(Estimator):
-    """g_k = (L(theta + eps z_k) - L(theta)) / (eps q): forward differences, q + 1 forwards.  A step returns L(theta).
+    """g_k = (L(theta + eps z_k) - L(theta)) / (eps q): forward differences, q + 1 forwards.
 
-    Nesterov and Spokoiny, 2017, "Random gradient-free minimization of convex functions".
+    A step returns L(theta).  Nesterov and Spokoiny, 2017, "Random gradient-free minimization of convex
+    functions".
     """
 
     def points(self) -> list[tuple[int, int]]:
@@ -76,9 +77,10 @@ class OneSided(Estimator):
 
 @dataclass(frozen=True)
 class ThreePoint(Estimator):
-    """g = (L+ - L-) / (2 eps), and |L+ + L- - 2 L0| / eps^2 for the curvature along z: three forwards, one direction.
+    """g = (L+ - L-) / (2 eps), and |L+ + L- - 2 L0| / eps^2 for the curvature along z: three forwards.
 
-    L0 = L(theta), which a step returns, L+- = L(theta +- eps z).  Not finite where the second difference is not.
+    There is one direction.  L0 = L(theta), which a step returns, and L+- = L(theta +- eps z).  g is not
+    finite where the second difference is not.
     """
 
     def __post_init__(self) -> None:
@@ -104,11 +106,11 @@ class ThreePoint(Estimator):
 class StdNormalized(OneSided):
     """g_k = (L_k - L_0) / (q sigma), sigma^2 = sum_k (L_k - mean)^2 / (q - 1): q + 1 forwards, q >= 2.
 
-    L_k = L(theta + eps z_k) and L_0 = L(theta).  sigma, which is about eps times the length of the gradient, takes the
-    place of eps: steps are normalized.  Where sigma <= std_eps (in units of the loss) g is 0: losses that are all equal
-    to their rounding say nothing, and would be divided by nothing.
+    L_k = L(theta + eps z_k) and L_0 = L(theta).  sigma is about eps times the length of the gradient, and
+    takes the place of eps, so steps are normalized.  Where sigma <= std_eps (in units of the loss) g is 0:
+    losses that are all equal to their rounding say nothing, and would be divided by nothing.
 
-    FZOO (Dang et al., 2025, arXiv 2506.09034).
+    Source: FZOO (Dang et al., 2025, arXiv 2506.09034).
     """
 
     std_eps: float = 1e-8
@@ -126,14 +128,16 @@ class StdNormalized(OneSided):
 
 @dataclass(frozen=True)
 class Ranking(Estimator):
-    """g = sum over the edges (i better than j) of (z_j - z_i) / number of edges: q candidates theta + eps z_k.
+    """The mean of z_j - z_i over all edges "i is better than j" between q candidates theta + eps z_k.
 
-    Edges are what the order of the best ``top`` tells: each of them is better than those after it and than all that
-    are not among them.  So g_k = (times worse - times better) / number of edges.  Only the order of the losses counts
-    (NaN and infinity skip the step all the same); of equal ones the first is the better.  ``top=None``: all.  A step
-    returns the lowest loss.
+    The edges are what the order of the best ``top`` candidates tells (None: of all): each of them is better
+    than those after it, and than all that are not among them.  So g_k = (times worse - times better) / number
+    of edges.
 
-    ZO-RankSGD (Tang, Rybin and Chang, 2023, arXiv 2303.03751).
+    Only the order of the losses counts, but NaN and infinity skip the step all the same.  Of equal losses the
+    first is the better.  A step returns the lowest loss.
+
+    Source: ZO-RankSGD (Tang, Rybin and Chang, 2023, arXiv 2303.03751).
     """
 
     directions: int = 2
@@ -160,11 +164,11 @@ class Ranking(Estimator):
 
 @dataclass(frozen=True)
 class ForwardMode(Estimator):
-    """g_k = <grad L(theta), z_k> / q, by forward-mode automatic differentiation: q forwards, no eps and no memory of
-    activations.
+    """g_k = <grad L(theta), z_k> / q, by forward-mode automatic differentiation: q forwards.
 
-    Losses are pairs, (L, derivative along z_k).  Baydin et al., 2022, "Gradients without backpropagation" (arXiv
-    2202.08587); among the methods of Zhang et al., 2024 (arXiv 2402.11592).
+    It needs no eps, and no memory of activations.  Losses are pairs, (L, derivative along z_k).  Baydin et
+    al., 2022, "Gradients without backpropagation" (arXiv 2202.08587); among the methods of Zhang et al., 2024
+    (arXiv 2402.11592).
     """
 
     def points(self) -> list[tuple[int, int]]:

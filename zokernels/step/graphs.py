@@ -14,10 +14,12 @@ from .types import Bucket
 
 
 class GraphRng:
-    """Equal generators for each CUDA device, one for each of the ``forwards`` in a graph; nobody else draws from them.
+    """Equal generators for each CUDA device, one for each of the ``forwards`` in a graph; nobody else draws
+    from them.
 
-    A graph cannot set a generator back, as :class:`RngState` does.  But a generator that it captured moves by the same
-    amount at each replay, so generators that begin equal stay equal, whatever the default one does between replays.
+    A graph cannot set a generator back, as :class:`RngState` does.  But a generator that it captured moves by
+    the same amount at each replay, so generators that begin equal stay equal, whatever the default one does
+    between replays.
     """
 
     def __init__(self, op: str, devices: Iterable[torch.device], forwards: int) -> None:
@@ -41,8 +43,8 @@ class GraphRng:
     def forward(self, index: int) -> Iterator[None]:
         """Around the forward of that number, 0 the first, while a graph is captured.
 
-        Inside, the default generators draw from the forward's own.  Where those are not part of the graph, torch
-        refuses the draw, and the error says what to do.
+        Inside, the default generators draw from the forward's own.  Where those are not part of the graph,
+        torch refuses the draw, and the error says what to do.
         """
         if index:  # numbers drawn on the CPU are constants of the graph, and must be the same in all forwards
             torch.set_rng_state(self._cpu)

@@ -35,7 +35,9 @@ def check_number(op: str, argument: str, value: object, *, positive: bool = Fals
 
 
 def check_hyperparameters(op: str, group: Group) -> None:
-    """Checks values that are on the host.  A learning rate that is a tensor is never read back from its device."""
+    """Checks values that are on the host.  A learning rate that is a tensor is never read back from its
+    device.
+    """
     lr = group["lr"]
     if not isinstance(lr, Tensor):
         check_number(op, "lr", lr)
@@ -92,8 +94,8 @@ def check_param(op: str, group: Group, param: Tensor, label: str) -> None:
 def name_empty_groups(groups: list[Group], added: Group) -> None:
     """Lets groups without parameters count as named where the other groups are named.
 
-    A stage of a pipeline may have such groups, and torch refuses a mixture of named and unnamed ones.  ``added`` is
-    about to be added to ``groups``.
+    A stage of a pipeline may have such groups, and torch refuses a mixture of named and unnamed ones.
+    ``added`` is about to be added to ``groups``.
     """
     params = added["params"]
     if isinstance(params, (Tensor, set)):
@@ -121,8 +123,8 @@ def check_new_group(op: str, groups: list[Group]) -> None:
 def assign_streams(op: str, groups: list[Group]) -> None:
     """Gives the last of ``groups`` its ``streams``, which no parameter of any group shares with another.
 
-    Streams that the caller gave stay.  A named parameter gets the hash of its name, so that its noise does not
-    depend on the order of the parameters; an unnamed one gets its number in the optimizer.
+    Streams that the caller gave stay.  A named parameter gets the hash of its name, so that its noise does
+    not depend on the order of the parameters; an unnamed one gets its number in the optimizer.
     """
     group = groups[-1]
     count, names, explicit = len(group["params"]), group.get("param_names"), group.get("streams")
@@ -166,7 +168,9 @@ def check_groups(op: str, ours: list[Group], saved: list[Group]) -> None:
 
 @contextmanager
 def own_rates(groups: list[Group]) -> Iterator[None]:
-    """Inside, the steps of a log may set the learning rates of ``groups``; afterwards they are what they were."""
+    """Inside, the steps of a log may set the learning rates of ``groups``; afterwards they are what they
+    were.
+    """
     rates = [group["lr"] for group in groups]
     try:
         yield
@@ -179,7 +183,8 @@ def plan(op: str, groups: list[Group]) -> list[Bucket]:
     """The buckets of a step.  Parameters with ``requires_grad=False`` are in none.
 
     They are built anew at each step, which takes about a microsecond a parameter, because dtype, device,
-    requires_grad and the groups may all change between steps.  Whatever would make a step fail half-way raises here.
+    requires_grad and the groups may all change between steps.  Whatever would make a step fail half-way
+    raises here.
     """
     buckets: dict[tuple[Any, ...], Bucket] = {}
     for at, group in enumerate(groups):

@@ -1,4 +1,6 @@
-"""What must hold around the forwards of a step: one RNG state for all, and no interrupt inside a weight update."""
+"""What must hold around the forwards of a step: one RNG state for all, and no interrupt inside a weight
+update.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ class RngState:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Holds SIGINT back until the block ends, so that Ctrl-C cannot fall between a weight write and its record.
+    """Holds SIGINT back until the block ends, so that Ctrl-C cannot fall between a weight write and its
+    record.
 
     Only the main thread receives signals; in any other this does nothing.
     """

@@ -1,7 +1,7 @@
 """The one place where noise is applied to weights.
 
-There are four calls: perturb, move, update and step.  All of them take their z from :meth:`Noise.kernel_args`, so
-a perturbation and the update that follows it cannot disagree about z.
+There are four calls: perturb, move, update and step.  All of them take their z from
+:meth:`Noise.kernel_args`, so a perturbation and the update that follows it cannot disagree about z.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Members(NamedTuple):
 
 
 class Noise:
-    """Dense noise: z_k is drawn for every weight, from seed k, the parameter's stream and the group's ``dist``.
+    """Dense noise: z_k is drawn for every weight, from seed k, the parameter's stream and the group's
+    ``dist``.
 
     Once a step, the direction gives each bucket such an object.  Other kinds of noise override
     :meth:`kernel_args`, or the calls themselves.  In all of them ``seeds`` is int64 [K] and ``coeffs`` is

@@ -1,4 +1,6 @@
-"""What surrounds a step.  Each role has a default that does nothing, so a step never asks whether one is there.
+"""What surrounds a step: other processes, a log, and the place where the weights are.
+
+Each is a role, whose default does nothing.  A step calls its roles, and never asks whether there is one.
 
 Team   who evaluates which points, and where the losses meet    zokernels.distributed.Exchange
 Log    is told of a step before it begins and after its update  zokernels.trajectory.Recorder
@@ -21,9 +23,10 @@ from .types import Bucket, Estimate, Seeds
 
 
 class Team:
-    """One process alone.
+    """The processes of a run: here, one process alone.
 
-    A team of several evaluates each its share of a step's points; all get all losses and take the same update.
+    In a team of several, each process evaluates its share of a step's points.  All of them then get all
+    losses, and take the same update.
     """
 
     alone = True
@@ -37,15 +40,15 @@ class Team:
         return True
 
     def join(self, optimizer: OptimizerView) -> None:
-        """The optimizer is complete: compare it with those of the other processes."""
+        """Called when the optimizer is complete: compares it with those of the other processes."""
 
     def begin(self, optimizer: OptimizerView, buckets: Sequence[Bucket]) -> None:
-        """Before a step."""
+        """Called before a step."""
         if any_sharded(p for b in buckets for p in b.params):
             fail(optimizer.op, "mesh", "a mesh with all ranks that share the weights", None)
 
     def changed(self) -> None:
-        """Groups, weights or hyper-parameters may be others than they were."""
+        """Called when groups, weights or hyper-parameters may have changed."""
 
     def loss_of(self, result: Any) -> Any:
         """The part of a closure's result that counts as this process's loss."""
@@ -56,7 +59,10 @@ class Team:
         return range(count)
 
     def gather(self, own: Tensor | None, count: int, device: torch.device) -> Tensor:
-        """The losses of all ``count`` points.  ``own``: those of this process's share; None where it is empty."""
+        """The losses of all ``count`` points.
+
+        ``own``: the losses of this process's share; None where it is empty.
+        """
         assert own is not None  # alone, the share is everything
         return own
 
@@ -74,31 +80,31 @@ class Team:
 
 
 class Log:
-    """No log."""
+    """The log of a run: here, none."""
 
     recording = False
     closed = True
 
     def begin(self, optimizer: OptimizerView) -> None:
-        """Before the forwards of a step, which a log may refuse."""
+        """Called before the forwards of a step, which a log may refuse."""
 
     def append(self, optimizer: OptimizerView, buckets: list[Bucket], estimate: Estimate) -> None:
-        """After the update of a step, with interrupts held back."""
+        """Called after the update of a step, with interrupts held back."""
 
     def flush(self) -> None:
-        """All steps taken so far to where they last."""
+        """Brings all steps taken so far to the disk."""
 
     def close(self) -> None:
-        """The last step has been taken."""
+        """Called after the last step."""
 
 
 class Home:
-    """Parameters whose values are in their own memory."""
+    """The place where parameters' values are: here, their own memory."""
 
     in_memory = True
 
     def attach(self, optimizer: Any, trajectory: object) -> None:
-        """The optimizer is complete: refuse what cannot be done with parameters that live here."""
+        """Called when the optimizer is complete: refuses what cannot be done with parameters that live here."""
 
     def probe(self, optimizer: Any, buckets: list[Bucket], seeds: Seeds) -> Probe:
         """How the closure sees the parameters at the points of a step."""
@@ -124,7 +130,9 @@ def move_home(param: Tensor, home: Home) -> None:
 
 
 def common_home(op: str, groups: list[dict[str, Any]]) -> Home:
-    """Where the parameters of a step are: in memory, or, some of them, in one other home."""
+    """The home of a step's parameters: memory, unless some of them are in another home, of which one is
+    allowed.
+    """
     homes = {id(h): h for g in groups for p in g["params"] if not (h := home_of(p)).in_memory}
     if len(homes) > 1:
         fail(op, "params", "parameters of one streamed model", f"those of {len(homes)}")

@@ -30,16 +30,18 @@ class _Arena:
         return _use_count(self.storage._cdata) if _use_count else -1
 
     def idle(self) -> bool:
-        """Whether no view holds the memory, however hidden (a numpy array, a DLPack capsule, an autograd graph)."""
+        """Whether no view holds the memory, however hidden (a numpy array, a DLPack capsule, an autograd
+        graph).
+        """
         return _use_count is not None and self._count() == self._idle_count
 
 
 class ScratchPool:
     """Arenas by device and dtype.
 
-    An arena with live views is never handed out: it leaves the pool, and dies with its last view.  On CUDA every call
-    asks torch's caching allocator instead, which already recycles memory by CUDA stream.  On the CPU such an
-    allocation would fault in every page of every large weight again at each step.
+    An arena with live views is never handed out: it leaves the pool, and dies with its last view.  On CUDA
+    every call asks torch's caching allocator instead, which already recycles memory by CUDA stream.  On the
+    CPU such an allocation would fault in every page of every large weight again at each step.
     """
 
     def __init__(self) -> None:

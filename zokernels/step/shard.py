@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 class Shard(NamedTuple):
-    """A box of a tensor, as kernels see it: rows of ``width`` elements, which begin ``length`` logical indices apart.
+    """A box of a tensor, as kernels see it: rows of ``width`` elements, which begin ``length`` logical
+    indices apart.
 
     The first row begins at the logical index ``offset``.
     """
@@ -96,7 +97,8 @@ def shard_of(tensor: DTensor) -> Shard:
 
 @functools.lru_cache(maxsize=4096)
 def _shard(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> Shard:
-    # What each dimension of the mesh leaves of the tensor's dimensions, from left to right as DTensor does it.
+    # What each dimension of the mesh leaves of the tensor's dimensions, from left to right as DTensor does
+    # it.
     left = [torch.arange(n) for n in shape]
     for place, at, ranks in zip(placements, mesh.get_coordinate(), mesh.mesh.shape, strict=True):
         if place.is_replicate():
@@ -113,7 +115,8 @@ def _shard(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> Sh
         return Shard(local, start, 0, 0, 0)
     partial = [d for d, (n, m) in enumerate(zip(local, shape, strict=True)) if n != m]
     runs = all(int(k[-1]) - int(k[0]) + 1 == len(k) for k in left)
-    # As a matrix of the dimensions before the last one that is cut, and of the rest, it has rows in one piece.
+    # As a matrix of the dimensions before the last one that is cut, and of the rest, it has rows in one
+    # piece.
     last = partial[-1] if partial else 0
     if not runs or (len(partial) > 1 and math.prod(local[: partial[-2]]) != 1) or len(partial) > 2:
         fail("shard", "placements", "a shard that is rows of one matrix", f"{placements} of shape {shape}")

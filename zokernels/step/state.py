@@ -1,4 +1,6 @@
-"""Run seed, step counter and skipped steps: as Python numbers, or as tensors that a replayed CUDA graph advances."""
+"""Run seed, step counter and skipped steps: as Python numbers, or as tensors that a replayed CUDA graph
+advances.
+"""
 
 from __future__ import annotations
 
@@ -57,8 +59,8 @@ class HostState(_State):
 class DeviceState(_State):
     """Seed, step and skipped steps as int64 tensors, one of each on every device of the parameters.
 
-    They are only ever written in place, because a CUDA graph holds their addresses.  Reading :attr:`step` waits for
-    the device.
+    They are only ever written in place, because a CUDA graph holds their addresses.  Reading :attr:`step`
+    waits for the device.
     """
 
     capturable = True

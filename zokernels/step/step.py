@@ -48,17 +48,18 @@ GROUP_DEFAULTS = {"eps": 1e-3, "weight_decay": 0.0, "dist": "normal", "rounding"
 
 
 class StepOptimizer(torch.optim.Optimizer):
-    """An optimizer that is a step alone, without a log, other processes or streamed weights.
+    """The step alone: an optimizer without a log, other processes or streamed weights.
 
-    :class:`zokernels.optim.ZerothOrder`, which is this with those three, says what the arguments mean.  Methods that
-    its docstring does not name are for the folders that build on the step: they replay it, share it out, or stream
-    its weights.
+    :class:`zokernels.optim.ZerothOrder` adds these three, and says what the arguments mean.  Some methods
+    here are not for users, but for the folders that build on the step: they replay it, share it out, or
+    stream its weights.
 
     Args:
-        defaults: hyper-parameters of groups that do not say: lr, and those of :data:`GROUP_DEFAULTS`.
+        defaults: the hyper-parameters of groups that do not have their own: lr, and those of
+            :data:`GROUP_DEFAULTS`.
     """
 
-    #: Whether a log of seeds and coefficients (``trajectory``) is the whole run.
+    #: True if a log of seeds and coefficients (``trajectory``) is the whole run.
     replayable = True
 
     def __init__(
@@ -85,18 +86,20 @@ class StepOptimizer(torch.optim.Optimizer):
         self.run_state = (DeviceState if capturable else HostState)(check_seed(self.op, seed))
         self.warned: set[str] = set()
         self._begin_alone()
-        #: g of the last step (fp32, on the device; 0-dim for one direction, else [q]), of the first group's eps, clip.
+        #: g of the last step, with the eps and clip of the first group: fp32, on the device, 0-dim for one
+        #: direction, else [q].
         self.last_projected_gradient: Tensor | None = None
         #: What the last step returned.
         self.last_loss: Tensor | None = None
-        #: The losses of the last step, in the order of the forwards: the estimator's points, the rule's trials.
+        #: The losses of the last step, in the order of the forwards: the estimator's points, then the rule's
+        #: trials.
         self.last_losses: tuple[Tensor, ...] | Tensor | None = None
         rule.check_parts(self)
         super().__init__(params, defaults)
         self.run_state.place(devices_of(self.param_groups))
 
     def _begin_alone(self) -> None:
-        """What neither a copy nor a pickle takes along: surroundings, scratch and graphs."""
+        """Sets what neither a copy nor a pickle takes along: the surroundings, scratch and graphs."""
         self.team, self.log, self.passes = Team(), Log(), ThreePass()
         self.scratch = ScratchPool()
         self.cache: dict[Any, Any] = {}
@@ -105,28 +108,36 @@ class StepOptimizer(torch.optim.Optimizer):
 
     @property
     def op(self) -> str:
-        """The class's name, for error messages.  The bare step is what replays a log of any :class:`ZerothOrder`."""
+        """The class's name, for error messages.
+
+        A bare step is what replays the log of a :class:`ZerothOrder`, and has its name.
+        """
         return "ZerothOrder" if type(self) is StepOptimizer else type(self).__name__
 
     @property
     def seed(self) -> int:
-        """Seed of the run; step t draws z with ``derive_seed(seed, t, 0)``."""
+        """The seed of the run.  Step t draws z_k with ``derive_seed(seed, t, k)``."""
         return self.run_state.seed
 
     @property
     def step_count(self) -> int:
-        """Steps taken, skipped ones included.  With ``capturable`` reading it waits for the device."""
+        """The number of steps taken, skipped ones included.  With ``capturable`` reading it waits for the
+        device.
+        """
         return self.run_state.step
 
     @property
     def skipped_steps(self) -> Tensor:
-        """Steps skipped because a loss was not finite (int64, on the loss's device).  Reading warns of new ones."""
+        """The number of steps skipped because a loss was not finite: int64, on the loss's device.
+
+        Reading it warns of new ones.
+        """
         self._warn_skipped()
         return self.run_state.skipped
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes that this rank gave to collectives in the last step; 0 without a mesh."""
+        """The bytes that this rank gave to collectives in the last step; 0 without a mesh."""
         return self.team.bytes_sent
 
     @property
@@ -156,13 +167,15 @@ class StepOptimizer(torch.optim.Optimizer):
 
     # torch's annotations say that a step returns a float, and None without a closure.
     def step(self, closure: Callable[[], Tensor | float] | None = None) -> Tensor:  # type: ignore[override]
-        """One step.  ``closure`` runs the forward and returns the scalar loss (a tensor or a number); it is called
-        once for each of the estimator's points and the rule's trials, without gradients, each time from the same torch
+        """Takes one step.
+
+        ``closure`` runs the forward and returns the scalar loss, a tensor or a number.  It is called once for
+        each of the estimator's points and the rule's trials, without gradients, each time from the same torch
         RNG state.
 
-        Returns the estimator's loss (the mean, unless it says otherwise) on the losses' device; nothing in a step waits
-        for a GPU.  If the closure raises, the weights are back at theta and the step does not count.  A loss that is
-        not finite skips the update.
+        Returns the estimator's loss (the mean, unless it says otherwise) on the losses' device.  Nothing in a
+        step waits for a GPU.  If the closure raises, the weights are back at theta and the step does not
+        count.  A loss that is not finite skips the update.
         """
         return self.run_step(closure, LossReader())
 
@@ -173,9 +186,10 @@ class StepOptimizer(torch.optim.Optimizer):
         reader: LossReader,
         consume: Callable[[Probe, Estimate], object] | None = None,
     ) -> Tensor:
-        """One step, with the closure's results read by ``reader``.
+        """Takes one step, in which ``reader`` reads the closure's results.
 
-        ``consume(probe, estimate)``: called instead of the update; AsyncExchange publishes the estimate with it.
+        ``consume(probe, estimate)``: called instead of the update; AsyncExchange publishes the estimate with
+        it.
         """
         if not callable(closure):
             fail(self.op, "closure", "a function that runs the forward and returns the loss", repr(closure), TypeError)
@@ -210,7 +224,7 @@ class StepOptimizer(torch.optim.Optimizer):
         self.log.append(self, probe.buckets, estimate)
 
     def plan(self) -> list[Bucket]:
-        """The buckets of the next step.  Whatever about the groups would make it fail raises here."""
+        """The buckets of the next step.  Raises where the groups would make it fail."""
         buckets = plan(self.op, self.param_groups)
         for group in self.param_groups:
             self.rule.check(self.op, group)
@@ -218,7 +232,7 @@ class StepOptimizer(torch.optim.Optimizer):
 
     @contextmanager
     def probed(self, buckets: list[Bucket]) -> Iterator[Probe]:
-        """The probe of a step; the weights leave it unperturbed, or updated."""
+        """The probe of a step, as a context.  The weights leave it unperturbed, or updated."""
         seeds = self.run_state.seeds(dict.fromkeys(b.device for b in buckets), self.estimator.directions)
         self.direction.prepare(self, buckets, seeds)
         with self.home.probe(self, buckets, seeds) as probe:
@@ -239,7 +253,9 @@ class StepOptimizer(torch.optim.Optimizer):
         return ExactProbe(self.op, buckets, seeds, self.scratch, self.warned)
 
     def estimate(self, buckets: list[Bucket], losses_at: LossesAt) -> Estimate:
-        """g of every bucket from the losses at the estimator's points, and the rule's choice among its trials."""
+        """g of every bucket, from the losses at the estimator's points; and the rule's choice among its
+        trials.
+        """
         points = [[b.point(k, sign) for b in buckets] for k, sign in self.estimator.points()]
         losses = losses_at(points, len(points))
         groups = [b.group for b in buckets]
@@ -264,13 +280,13 @@ class StepOptimizer(torch.optim.Optimizer):
         return not self.run_state.capturable and known_on_host(finite) and not finite
 
     def trial_points(self, buckets: list[Bucket], gradients: list[Tensor]) -> list[list[Point]]:
-        """Of each of the rule's trials, the point of each bucket."""
+        """For each of the rule's trials, the point of each bucket."""
         steps = [descent(b.group, g).unbind() for b, g in zip(buckets, gradients, strict=True)]
         scaled = lambda step, multiple: {k: multiple * c for k, c in enumerate(step)} if multiple else {}
         return [[scaled(step, multiple) for step in steps] for multiple in self.rule.trials]
 
     def update(self, probe: Probe, estimate: Estimate) -> None:
-        """The rule, bucket by bucket; in the two-pass form it adds the next step's +eps z as well."""
+        """Applies the rule, bucket by bucket.  In the two-pass form this adds the next step's +eps z as well."""
         multiple = estimate.multiple
         probe.restore_before_update(self.rule.folds_restore)
         self.rule.begin(self, probe, estimate)
@@ -285,7 +301,7 @@ class StepOptimizer(torch.optim.Optimizer):
             self.run_state.advance(estimate.finite)
 
     def publish(self, estimate: Estimate) -> None:
-        """``last_losses`` and ``last_projected_gradient`` from the estimate of a step."""
+        """Sets ``last_losses`` and ``last_projected_gradient`` from the estimate of a step."""
         first = self.param_groups[0]
         g = self._gradient(estimate.losses, first["eps"], first["clip"])
         g = g if estimate.multiple is None else estimate.multiple * g
@@ -300,18 +316,22 @@ class StepOptimizer(torch.optim.Optimizer):
 
     @contextmanager
     def two_pass(self, *modules: nn.Module) -> Iterator[None]:
-        """Inside, the update also adds the next step's perturbation: two passes over the weights a step, not three.
+        """Inside, the update also adds the next step's perturbation: two passes over the weights a step, not
+        three.
 
             theta'' = round(decay * theta' + (-lr * g - decay * at * eps) * z_t + eps * z_{t+1}),   at = -1
 
-        One rounding a pass, so half-precision weights differ from those of the three-pass form.  Between steps the
-        weights hold a perturbation; :meth:`flush` takes it out.  Leaving the context flushes, however it is left; so do
-        this optimizer's ``state_dict``, a forward of any module with managed parameters, and ``state_dict`` and
-        ``load_state_dict`` of ``modules``, which must own all trained parameters.  Whatever else reads weights
-        (a tensor saved or averaged by itself, ``.to()``) calls :meth:`flush` first.  docs/optimizer.md has the list.
+        There is one rounding a pass, so half-precision weights differ from those of the three-pass form.
 
-        Raises: ValueError without restore="inplace", with ``capturable``, with another estimator than two-sided with
-        one direction, with another rule than SGD, where ``modules`` lack a trained parameter.
+        Between steps the weights hold a perturbation, which :meth:`flush` takes out.  Leaving the context
+        flushes, however it is left.  So do this optimizer's ``state_dict``, a forward of any module with
+        managed parameters, and ``state_dict`` and ``load_state_dict`` of ``modules``, which must own all
+        trained parameters.  Whatever else reads weights (a tensor saved or averaged by itself, ``.to()``)
+        must call :meth:`flush` first.  docs/optimizer.md has the list.
+
+        Raises: ValueError without restore="inplace", with ``capturable``, with another estimator than
+        two-sided with one direction, with another rule than SGD, and where ``modules`` lack a trained
+        parameter.
         """
         parts = (type(self.rule), type(self.direction), type(self.subset))
         if self.estimator != TwoSided(1) or parts != (SGD, Direction, type(None)):
@@ -327,7 +347,7 @@ class StepOptimizer(torch.optim.Optimizer):
                     self.passes = ThreePass()
 
     def flush(self) -> None:
-        """Take the perturbation of a :meth:`two_pass` out of the weights; without one, nothing to do."""
+        """Takes the perturbation of a :meth:`two_pass` out of the weights; without one it does nothing."""
         if self.passes.pending:
             with uninterrupted():
                 self.passes.flush()
@@ -335,10 +355,11 @@ class StepOptimizer(torch.optim.Optimizer):
     # CUDA graphs ------------------------------------------------------------------------------------------------
 
     def register_graph(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Before the capture of a step that draws random numbers on the GPU (dropout): gives ``graph`` copies of
-        each default CUDA generator as it stands, one for each forward: all see the same numbers at every replay.
+        """To be called before the capture of a step that draws random numbers on the GPU (dropout).
 
-        Replays do not move the default generator, and reseeding it does not reach them.
+        It gives ``graph`` copies of each default CUDA generator, one for each forward, so that all forwards
+        see the same numbers at every replay.  Replays do not move the default generator, and reseeding it
+        does not reach them.
         """
         check_capturable(self.op, self.run_state)
         self.graph_rng = self._new_graph_rng(devices_of(self.param_groups))
@@ -348,7 +369,7 @@ class StepOptimizer(torch.optim.Optimizer):
         return GraphRng(self.op, devices, len(self.estimator.points()) + len(self.rule.trials))
 
     def _rng(self, buckets: list[Bucket], devices: list[torch.device], capturing: bool) -> RngState | GraphRng:
-        """The random numbers of a step's forwards."""
+        """Sets the random numbers of a step's forwards."""
         if capturing:
             return check_capture(self.op, self.run_state, self.graph_rng, buckets, devices)
         if self.run_state.capturable and self.graph_rng is None:
@@ -358,8 +379,10 @@ class StepOptimizer(torch.optim.Optimizer):
     # Checkpoints and copies -------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, with a third entry "zo" of plain numbers and lists: contract, seed, step, skipped steps, and what
-        the rule keeps of each group."""
+        """torch's state_dict, with a third entry "zo" of plain numbers and lists.
+
+        It holds the contract, the seed, the step, the skipped steps, and what the rule keeps of each group.
+        """
         self.flush()
         self.log.flush()
         state = super().state_dict()
@@ -367,9 +390,11 @@ class StepOptimizer(torch.optim.Optimizer):
         return {**state, "zo": own_state(self, self.run_state)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue bit for bit from a :meth:`state_dict`, whose seed, step, hyper-parameters and streams replace ours.
+        """Continues bit for bit from a :meth:`state_dict`, whose seed, step, hyper-parameters and streams
+        replace ours.
 
-        Raises ValueError, before anything changes, where it is not of this optimizer, contract or list of parameters.
+        Raises ValueError, before anything changes, where it is of another optimizer, contract or list of
+        parameters.
         """
         check_state_dict(self, state_dict)
         self.flush()
@@ -379,7 +404,7 @@ class StepOptimizer(torch.optim.Optimizer):
         self.team.changed()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copy and pickle; torch's own keeps only groups and state."""
+        """For copy and pickle, where torch's own keeps only groups and state."""
         if not self.team.alone:
             fail(self.op, "mesh", "no copy: processes are not copied", "an optimizer on a mesh", RuntimeError)
         if self.passes.pending:

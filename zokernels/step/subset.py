@@ -1,4 +1,4 @@
-"""Subsets: only some parameters take part in a step; the others cost no traffic at all."""
+"""Subsets: only some parameters take part in a step, and the others cost no memory traffic at all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FIRST_K = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class Subset:
-    """The parameters of a step by a schedule that is a function of (run seed, step) alone.
+    """Chooses the parameters of a step by a schedule that is a function of run seed and step alone.
 
     A parameter belongs to the layer whose number the first group of ``layers`` finds in its name.
     """
@@ -29,7 +29,7 @@ class Subset:
     layers: str = LAYERS
 
     def select(self, optimizer: OptimizerView, buckets: list[Bucket]) -> list[Bucket]:
-        """``buckets`` with the parameters of this step alone."""
+        """``buckets`` with only the parameters of this step."""
         owner = self._layers(optimizer)
         chosen = self._chosen(optimizer, sorted({layer for layer in owner.values() if layer is not None}))
         selected = []
@@ -44,7 +44,7 @@ class Subset:
         return selected
 
     def _layers(self, optimizer: OptimizerView) -> dict[int, int | None]:
-        """Layer of each parameter, by id; None: in no layer."""
+        """The layer of each parameter, by id of the parameter; None where it is in no layer."""
         pattern, owner = re.compile(self.layers), {}
         for group in optimizer.param_groups:
             if group["params"] and "param_names" not in group:
@@ -65,14 +65,14 @@ class Subset:
 class Blocks(Subset):
     """Block coordinate descent: one block a time, for ``period`` steps.
 
-    A block is ``size`` consecutive layers, and one more holds what is in no layer (embeddings, head).
+    A block is ``size`` consecutive layers.  One more block holds what is in no layer (embeddings, head).
 
     Source: ZO-LLM, Zhang et al. 2024 (arXiv 2402.11592).
     """
 
     size: int = 1
     period: int = 1
-    #: "cyclic": in their order; "random": drawn anew for each period.
+    #: "cyclic": blocks in their order; "random": a block drawn anew for each period.
     order: str = "cyclic"
 
     def __post_init__(self) -> None:
@@ -93,7 +93,8 @@ class Blocks(Subset):
 
 @dataclass(frozen=True)
 class LayerSkip(Subset):
-    """Each step leaves out round(skipped * layers) layers, drawn anew; what is in no layer always takes part.
+    """Each step draws round(skipped * layers) layers that it leaves out.  What is in no layer always takes
+    part.
 
     Source: LeZO, Wang et al. 2024 (arXiv 2410.09823).
     """

@@ -1,4 +1,8 @@
-"""The two-pass form: the update adds the next step's perturbation, and everything that reads weights takes it out."""
+"""The two-pass form of a step, whose update adds the next step's perturbation.
+
+A step then costs two passes over the weights instead of three.  Between steps the weights hold a
+perturbation, so everything that reads them must take it out first.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +40,9 @@ class ThreePass:
 
     @contextmanager
     def ahead(self, probe: Probe, state: HostState | DeviceState) -> Iterator[Callable[[int], object]]:
-        """Around the update of a step.  Yields what is called with the number of each bucket that has its update."""
+        """Around the update of a step.  Yields a function that is called with the number of each updated
+        bucket.
+        """
         yield lambda bucket: None
 
     def flush(self) -> None:
@@ -46,9 +52,10 @@ class ThreePass:
 class TwoPass(ThreePass):
     """Between steps the weights may stand at theta + eps z of the next step.
 
-    :meth:`flush` takes it out again, rounded to nearest, with the seed, eps and dist it was made with.  While something
-    is pending, a forward of any module that holds one of its parameters flushes first; so do ``state_dict`` and
-    ``load_state_dict`` of ``modules``, and a copy or a pickle of them raises.
+    :meth:`flush` takes the perturbation out again, rounded to nearest, with the seed, eps and dist that it
+    was made with.  While a perturbation is pending, a forward of any module that holds one of its parameters
+    flushes first, and so do ``state_dict`` and ``load_state_dict`` of ``modules``.  A copy or a pickle of
+    these raises.
     """
 
     in_two_pass = True
@@ -70,7 +77,9 @@ class TwoPass(ThreePass):
             handle.remove()
 
     def probe(self, state: HostState | DeviceState, buckets: list[Bucket], seeds: Seeds) -> InplaceProbe:
-        """The pending probe where it is that of this seed and step and of just these ``buckets``; else a new one."""
+        """The pending probe, if it is that of this seed and step and of just these ``buckets``; else a new
+        one.
+        """
         key, probe = (state.seed, state.step), self.pending
         if probe is None or probe.key != key or [b.layout() for b in probe.buckets] != [b.layout() for b in buckets]:
             self.flush()
@@ -87,7 +96,9 @@ class TwoPass(ThreePass):
 
     @contextmanager
     def ahead(self, probe: Probe, state: HostState | DeviceState) -> Iterator[Callable[[int], object]]:
-        """The update of each bucket adds the next step's +eps z, too; then that step's probe is pending."""
+        """The update of each bucket adds the next step's +eps z, too.  Afterwards that step's probe is
+        pending.
+        """
         seeds, key = state.seeds({b.device: None for b in probe.buckets}, 1, ahead=1), (state.seed, state.step + 1)
         following = InplaceProbe([replace(b, at={}) for b in probe.buckets], seeds, key)
         for b in probe.buckets:
@@ -123,7 +134,7 @@ class TwoPass(ThreePass):
 
 
 class _FlushHook:
-    """Hook of ``state_dict`` and ``load_state_dict``.  It is part of the module, so a copy of the module copies it."""
+    """The hook of ``state_dict`` and ``load_state_dict``.  A copy of the module copies it with the module."""
 
     def __init__(self, two_pass: TwoPass | None) -> None:
         self._two_pass = weakref.ref(two_pass) if two_pass else lambda: None
@@ -149,7 +160,10 @@ def check_two_pass(
     groups: Sequence[dict[str, Any]],
     modules: tuple[nn.Module, ...],
 ) -> None:
-    """Every trainable parameter must be one of ``modules``, or its state_dict would not flush."""
+    """Raises where the two-pass form cannot begin.
+
+    Every trained parameter must belong to one of ``modules``, or its state_dict would not flush.
+    """
     if restore != "inplace":
         fail(op, "two_pass", "restore='inplace'", repr(restore))
     if state.capturable:

@@ -33,7 +33,8 @@ def between(start: Point, end: Point) -> Point:
 
 
 def terms(point: Point, seeds: Tensor) -> tuple[Tensor, Tensor]:
-    """Seeds (int64 [K]) and coefficients (fp32 [K]) that make ``point`` of theta, on the device of ``seeds`` [q].
+    """Seeds (int64 [K]) and coefficients (fp32 [K]) that make ``point`` of theta, on the device of ``seeds``
+    [q].
 
     Only slices and fills are used.  An index list or a list of numbers would be copied from the host, and no
     CUDA graph can capture such a copy.
@@ -59,15 +60,16 @@ class Bucket:
     params: list[Tensor] = field(default_factory=list)
     streams: list[int] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
-    #: ``eps`` and ``dist`` are copies of the group's from the beginning of the step.  Whoever moved the weights
-    #: must bring them back by the same values, even if the group has others by then.
+    #: ``eps`` and ``dist`` are copies of the group's from the beginning of the step.  Whoever moved the
+    #: weights must bring them back by the same values, even if the group has others by then.
     eps: float = 0.0
     dist: Dist = "normal"
     #: Applies the step's noise to the parameters.  The direction sets it.
     noise: Noise = DENSE
     #: The point at which the weights themselves are.  It is {} unless a probe moves them in place.
     at: Point = field(default_factory=dict)
-    #: Seeds and coefficients that the update adds to its own: the next step's perturbation (:class:`TwoPass`).
+    #: Seeds and coefficients that the update adds to its own: the next step's perturbation
+    #: (:class:`TwoPass`).
     ahead: tuple[Tensor, Tensor] | None = None
 
     @property

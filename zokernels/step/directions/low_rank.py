@@ -1,11 +1,11 @@
 """Directions of low rank for matrices: z = L R^T.
 
-The factors are drawn when they are needed, and the product is never stored.  A tensor of more dimensions is taken as
-the [m, n] matrix of its first dimension and the rest; vectors get dense noise.  Every element of z has variance 1, so
-eps and lr mean what they mean for dense noise.
+The factors are drawn when they are needed, and the product is never stored.  A tensor of more dimensions is
+taken as the [m, n] matrix of its first dimension and the rest; vectors get dense noise.  Every element of z
+has variance 1, so eps and lr mean what they mean for dense noise.
 
-The drawn factors are scratch of (m + n) r numbers for the parameters of one call.  What is kept between steps is
-drawn again from its seed.
+The drawn factors are scratch of (m + n) r numbers for the parameters of one call.  What is kept between steps
+is drawn again from its seed.
 """
 
 from __future__ import annotations
@@ -213,10 +213,11 @@ class TemporalFactor(LowRank):
 
 @dataclass(frozen=True)
 class Subspace(LowRank):
-    """z = sqrt(m n) / r * U G V^T: U and V kept, with orthonormal columns; G [r, r] fresh in every direction (SubZero).
+    """z = sqrt(m n) / r * U G V^T: U and V kept, with orthonormal columns; G [r, r] fresh in every direction
+    (SubZero).
 
-    U and V come from a QR factorisation in float64, whose last bits may depend on the machine and the device.  Alone
-    among the directions, this one has the same bits only where LAPACK is the same.
+    U and V come from a QR factorisation in float64, whose last bits may depend on the machine and the device.
+    Alone among the directions, this one has the same bits only where LAPACK is the same.
     """
 
     refresh: int | None = 500

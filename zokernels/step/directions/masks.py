@@ -1,4 +1,6 @@
-"""Sparse directions: z is 0 where a mask drops the element.  A mask is one stored bit a weight, or only a seed."""
+"""Sparse directions: z is 0 where a mask drops the element.  A mask is one stored bit a weight, or only a
+seed.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def _check_density(name: str, density: float) -> None:
 
 
 class KeptMask(Direction):
-    """Packed masks in ``optimizer.state[p]["mask"]``.  They are saved with it, and stay until the next refresh."""
+    """Packed masks in ``optimizer.state[p]["mask"]``.  They are saved with it, and stay until the next
+    refresh.
+    """
 
     def prepare(self, optimizer: OptimizerView, buckets: list[Bucket], seeds: Seeds) -> None:
         fresh = self.begins_window(optimizer)
@@ -72,8 +76,8 @@ class KeptMask(Direction):
 class MagnitudeMask(KeptMask):
     """The ``density`` smallest weights of each tensor move: \\|theta\\| <= the tensor's own quantile.
 
-    The mask is measured before anything moves, so that no perturbed weight changes it.  It is kept as bits until the
-    next ``refresh`` (a number of steps; None: for the whole run).
+    The mask is measured before anything moves, so that no perturbed weight changes it.  It is kept as bits
+    until the next ``refresh`` (a number of steps; None: for the whole run).
 
     Source: Sparse-MeZO, Liu et al. 2024 (arXiv 2402.15751).
     """
@@ -95,7 +99,8 @@ class MagnitudeMask(KeptMask):
 class RandomMask(Direction):
     """Each weight moves with probability ``density``.  The kernel draws the mask, and nothing is stored.
 
-    The same weights move for ``refresh`` steps (None: for the whole run).  The density is rounded to 1 / 65536.
+    The same weights move for ``refresh`` steps (None: for the whole run).  The density is rounded to 1 /
+    65536.
     """
 
     density: float = 0.25
@@ -115,8 +120,8 @@ class RandomMask(Direction):
 class GivenMask(KeptMask):
     """Masks of your own, by parameter or by its name.
 
-    A mask is bool, of the parameter's shape, or the int64 flat indices of the weights that move.  A parameter without
-    an entry moves as a whole.
+    A mask is bool, of the parameter's shape, or the int64 flat indices of the weights that move.  A parameter
+    without an entry moves as a whole.
     """
 
     masks: Mapping[Any, Tensor] = field(default_factory=dict)

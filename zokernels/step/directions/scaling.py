@@ -40,12 +40,14 @@ class _PerTensor(Noise):
 class TensorScale(Direction):
     """theta_t + eps s_t z, with s_t the root mean square of the tensor's weights, or its inverse.
 
-    "rms" moves every tensor in proportion to its size.  MeZO's variants divide by d_t, which is the root mean square,
-    too.  "variance" perturbs along z / d_t and updates along d_t z, which leaves the gradient estimate unbiased and
-    changes its variance.  "expectation" updates along z, which divides each tensor's estimate by d_t.
+    "rms" moves every tensor in proportion to its size.  MeZO's variants divide by d_t, which is the root mean
+    square, too.  "variance" perturbs along z / d_t and updates along d_t z, which leaves the gradient
+    estimate unbiased and changes its variance.  "expectation" updates along z, which divides each tensor's
+    estimate by d_t.
 
-    s_t is measured before anything moves, kept in ``optimizer.state[p]["scale"]`` and renewed every ``refresh`` steps
-    (None: never).  A tensor of zeros has s_t = 1.  The last bits of s_t depend on the device's order of summation.
+    s_t is measured before anything moves, kept in ``optimizer.state[p]["scale"]`` and renewed every
+    ``refresh`` steps (None: never).  A tensor of zeros has s_t = 1.  The last bits of s_t depend on the
+    device's order of summation.
 
     Source: MeZO, Malladi et al. 2023 (arXiv 2305.17333), appendix on variance- and expectation-modified SPSA.
     """
@@ -92,8 +94,8 @@ class _OnSphere(Noise):
 class Sphere(Direction):
     """z sqrt(d) / \\|z\\| over the d weights of the step together: uniform on the sphere of z's mean length.
 
-    \\|z\\| costs one more draw of z, and no access of a weight; for rademacher it is known.  A rule that draws the
-    directions of earlier steps again (a window) is refused, because their factors are gone.
+    \\|z\\| costs one more draw of z, and no access of a weight; for rademacher it is known.  A rule that
+    draws the directions of earlier steps again (a window) is refused, because their factors are gone.
 
     Source: Flaxman, Kalai and McMahan 2005; Gao, Jiang and Zhang 2018.
     """

@@ -1,4 +1,4 @@
-"""The exact probe: the weights stay as they are, and each torch function of the forward is handed perturbed copies."""
+"""The exact probe: the weights stay as they are, and each torch function of a forward gets perturbed copies."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .substitute import USE_INPLACE, HiddenParameters, Substitution, Tangents
 
 
 class ExactProbe(Probe):
-    """Both forwards run under a :class:`Substitution`; nothing is ever written to a weight.
+    """Forwards run under a :class:`Substitution`, and nothing is ever written to a weight.
 
-    What the mode cannot see it looks for: torch.compile is told to run eagerly, TorchScript is refused, and parameters
-    that no function took are reported.  ``warned``: the warnings already given.
+    The probe looks for what the substitution cannot see.  torch.compile is told to run eagerly, TorchScript
+    is refused, and a warning names parameters that no function took.  ``warned``: the warnings already given.
     """
 
     def __init__(self, op: str, buckets: list[Bucket], seeds: Seeds, pool: ScratchPool, warned: set[str]) -> None:
@@ -33,14 +33,16 @@ class ExactProbe(Probe):
 
     @contextmanager
     def at(self, points: list[Point]) -> Iterator[None]:
-        """``points``: of each bucket."""
         with self.watching(), self.point(points):
             yield
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Around forwards: a graph of torch.compile takes parameters as hidden inputs; run eagerly, it calls functions
-        that we see."""
+        """Around forwards, for the whole process.
+
+        A graph of torch.compile takes parameters as hidden inputs.  Run eagerly, it calls functions that we
+        see.
+        """
         hook = register_module_forward_pre_hook(self._check_module)
         try:
             with torch.compiler.set_stance("force_eager"):
@@ -50,10 +52,10 @@ class ExactProbe(Probe):
 
     @contextmanager
     def point(self, points: list[Point]) -> Iterator[None]:
-        """Within :meth:`watching`, which is the process's: what concerns the thread alone."""
+        """Around one forward, inside :meth:`watching`, for its thread alone."""
         mode, cached = self._mode(points), torch.is_autocast_cache_enabled()
         try:
-            torch.set_autocast_cache_enabled(False)  # it would keep a cast of every copy: a second model
+            torch.set_autocast_cache_enabled(False)  # it would keep a cast of every copy, which is a second model
             with mode:
                 yield
         finally:
@@ -81,7 +83,7 @@ class ExactProbe(Probe):
             )
 
     def _check_module(self, module: nn.Module, inputs: object) -> None:
-        """Global forward pre-hook, called for every module of the forward."""
+        """A global forward pre-hook, which is called for every module of the forward."""
         if isinstance(module, torch.jit.ScriptModule):
             with torch._C.DisableTorchFunction():
                 hidden = any(p.data_ptr() in self._addresses for p in module.parameters())
@@ -105,7 +107,7 @@ class ExactProbe(Probe):
 
 
 class TangentProbe(ExactProbe):
-    """Forwards at theta itself, of dual tensors: their tangents are the directions of the points, at length 1."""
+    """Forwards at theta itself, of dual tensors whose tangents are the directions of the points, at length 1."""
 
     @contextmanager
     def point(self, points: list[Point]) -> Iterator[None]:

@@ -13,10 +13,12 @@ from .probe import Probe
 
 
 class InplaceProbe(Probe):
-    """Weights at a point, rounded to nearest at each move: in half precision the way back is not exact.
+    """Moves the weights from point to point, rounding to nearest at each move.
 
-    A move along one direction (+eps z to -eps z, or back to theta) is a combine of K = 1; one from a direction to
-    another has K = 2.  ``key``: (run seed, step) of the direction, for the two-pass form.
+    In half precision the way back is therefore not exact.  A move along one direction (from +eps z to -eps z,
+    or back to theta) is a combine with K = 1, and a move from one direction to another has K = 2.
+
+    ``key``: the run seed and step of the directions, by which the two-pass form knows them again.
     """
 
     def __init__(self, buckets: list[Bucket], seeds: Seeds, key: tuple[int, int] | None = None) -> None:
@@ -24,13 +26,13 @@ class InplaceProbe(Probe):
         self.key = key
 
     def move(self, points: list[Point]) -> None:
-        """The weights of each bucket from where they stand to its point."""
+        """The weights of each bucket from :attr:`Bucket.at` to a new point."""
         with uninterrupted():
             for b, point in zip(self.buckets, points, strict=True):
                 if way := between(b.at, point):
                     b.noise.move(b.members, *terms(way, self.seeds[b.device]))
                     b.at = point
-            # autocast would go on computing with the casts it made of the weights before the move
+            # Autocast would go on computing with the casts that it made of the weights before the move.
             torch.clear_autocast_cache()
 
     def restore(self) -> None:

@@ -15,16 +15,17 @@ class Probe:
     A context: the weights leave it unperturbed, or updated.
     """
 
-    #: True if the weights themselves sit at point ``bucket.at``, so the update can fold the restore into its pass.
-    #: False if the probe holds a copy of them.
+    #: True if the weights themselves sit at point ``bucket.at``, so the update can fold the restore into its
+    #: pass.  False if the probe holds a copy of them.
     update_may_restore = True
 
     def __init__(self, buckets: list[Bucket], seeds: Seeds) -> None:
         self.buckets, self.seeds = buckets, seeds
 
     def at(self, point: Any) -> AbstractContextManager[None]:
-        """Inside, the closure sees the weights at ``point``: a point for each bucket, or what else the optimizer's
-        estimate asks for (a coordinate)."""
+        """Inside, the closure sees the weights at ``point``: a point for each bucket, or what else the
+        optimizer's estimate asks for (a coordinate).
+        """
         raise NotImplementedError
 
     def forwards(
@@ -54,11 +55,13 @@ class Probe:
         """The weights back to theta, where they are elsewhere."""
 
     def restore_before_update(self, folds: bool) -> None:
-        """The one place that decides who brings the weights back: the update, in its own pass, or this probe before it.
+        """The one place that decides who brings the weights back: the update, in its own pass, or this probe
+        before it.
 
-        ``folds``: whether the rule's update can subtract the perturbation (:attr:`Rule.folds_restore`).  It does so
-        where the weights are known to sit at ``bucket.at`` and their noise has one scale; ``bucket.at`` is then left
-        as it is.  In every other case the weights are at theta after this call, and ``bucket.at`` is {}.
+        ``folds``: whether the rule's update can subtract the perturbation (:attr:`Rule.folds_restore`).  It
+        does so where the weights are known to sit at ``bucket.at`` and their noise has one scale;
+        ``bucket.at`` is then left as it is.  In every other case the weights are at theta after this call,
+        and ``bucket.at`` is {}.
         """
         if not (folds and self.update_may_restore and all(b.noise.same_scale for b in self.buckets)):
             self.restore()

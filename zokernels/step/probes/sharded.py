@@ -1,7 +1,7 @@
-"""The exact probe of sharded weights: a copy of this rank's shards is kept, and the shards themselves take the points.
+"""Probes of sharded weights, whose shards themselves must hold the point before a forward.
 
-FSDP gathers a module's weights from its shards, where no function mode can replace them; so the shards must hold the
-point before the forward.  The copy is what a rank has of the model, one over the number of ranks.
+FSDP gathers a module's weights from its shards, where no function mode can replace them.  The exact probe
+therefore keeps a copy of this rank's shards, which is one over the number of ranks of the model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from .probe import Probe
 def gathered_anew() -> Iterator[None]:
     """Inside, FSDP modules gather their weights from the shards at each forward, and keep none at the end.
 
-    FSDP leaves the root's weights gathered after a forward: the next one would see those of the point before.
+    FSDP leaves the root's weights gathered after a forward.  The next forward would see the point before in
+    them.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     kind: Any = getattr(fsdp, "FSDPModule", None)
@@ -52,7 +53,7 @@ def gathered_anew() -> Iterator[None]:
 
 
 class MovedShardProbe(InplaceProbe):
-    """In place, each move rounded to nearest."""
+    """The in-place probe: the shards move, and each move rounds to nearest."""
 
     @contextmanager
     def at(self, points: list[Point]) -> Iterator[None]:
@@ -61,7 +62,7 @@ class MovedShardProbe(InplaceProbe):
 
 
 class CopiedShardProbe(Probe):
-    """Each point is written to the weights from a copy of them, which is put back before the update: no drift."""
+    """The exact probe: each point is computed from a copy of the shards, which is put back before the update."""
 
     update_may_restore = False
 

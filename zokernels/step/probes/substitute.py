@@ -30,7 +30,7 @@ def _setter(name: str) -> Any:
 
 
 def _metadata() -> frozenset[Any]:
-    """Functions that read no element: they see the parameter itself, and nothing is materialised for them."""
+    """Functions that read no element.  They see the parameter itself, and no copy is made for them."""
     functions: list[Any] = [getattr(Tensor, n).__get__ for n in _GETTERS if hasattr(Tensor, n)]
     functions += [getattr(Tensor, n) for n in _METHODS if hasattr(Tensor, n)]
     functions += [_setter("requires_grad"), _setter("grad"), torch.numel, torch.is_floating_point]
@@ -48,7 +48,8 @@ def _metadata() -> frozenset[Any]:
 
 
 _METADATA = _metadata()
-#: These give out an address without a reference to its memory: the copy lives to the end of the forward.
+#: Functions that give out an address without a reference to its memory.  The copy then lives to the end of
+#: the forward.
 _ADDRESS = frozenset((Tensor.data_ptr, Tensor.__cuda_array_interface__.__get__))
 _SET_DATA = _setter("data")
 #: Writes whose name does not end in a single underscore.
@@ -59,7 +60,7 @@ USE_INPLACE = "use restore='inplace', which perturbs the parameters themselves"
 
 
 class HiddenParameters(RuntimeError):
-    """The closure reads parameters where the exact probe cannot perturb them.  The weights are untouched."""
+    """The closure reads parameters where the exact probe cannot perturb them.  The weights have not changed."""
 
 
 def _members(value: Any) -> Iterable[Any] | None:
@@ -69,7 +70,9 @@ def _members(value: Any) -> Iterable[Any] | None:
 
 
 def _find(values: Iterable[Any], wanted: dict[int, Any], found: dict[int, Any]) -> None:
-    """The entries of ``wanted`` (by id) that occur in ``values``, lists, tuples and dicts included."""
+    """Puts those entries of ``wanted`` (by id) into ``found`` that occur in ``values``, or in lists, tuples
+    and dicts among them.
+    """
     for value in values:
         if (entry := wanted.get(id(value))) is not None:
             found[id(value)] = entry
@@ -78,7 +81,7 @@ def _find(values: Iterable[Any], wanted: dict[int, Any], found: dict[int, Any]) 
 
 
 def _swap(value: Any, copies: dict[int, Tensor]) -> Any:
-    """``value`` with each parameter replaced by its copy; containers without one are passed on as they are."""
+    """``value`` with a copy in the place of each parameter.  A container without one is passed on as it is."""
     if (copy := copies.get(id(value))) is not None:
         return copy
     if isinstance(value, dict):
@@ -93,7 +96,7 @@ def _swap(value: Any, copies: dict[int, Tensor]) -> Any:
 
 
 def _storage(tensor: Tensor) -> int | None:
-    """Identity of a tensor's storage, for comparison only; None for tensors that have none."""
+    """The identity of a tensor's storage, for comparison only; None for tensors that have none."""
     try:
         identity: int = tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):
@@ -102,12 +105,13 @@ def _storage(tensor: Tensor) -> int | None:
 
 
 class Substitution(TorchFunctionMode):
-    """While active, every torch function sees the point theta + sum_k c_k z_k in place of each parameter theta.
+    """While active, every torch function sees the point theta + sum_k c_k z_k in place of each parameter
+    theta.
 
-    The copies of one call are written by one combine per bucket into scratch that is used again for the next call, so
-    the extra memory is that of the call with the most weights.  Torch turns the mode off inside
-    ``__torch_function__``: a Python-level function such as ``F.multi_head_attention_forward`` is handed copies once
-    and runs on them.
+    One combine per bucket writes the copies for a call into scratch.  The next call uses it again, so the
+    extra memory is that of the call with the most weights.  torch turns the mode off inside
+    ``__torch_function__``, so a function written in Python, such as ``F.multi_head_attention_forward``, gets
+    copies once and runs on them.
     """
 
     def __init__(
@@ -160,7 +164,7 @@ class Substitution(TorchFunctionMode):
         return out
 
     def _perturb(self, found: dict[int, tuple[Any, ...]]) -> tuple[dict[int, Tensor], list[Tensor]]:
-        """Copies by id of the parameter, and one tensor of each arena they lie in."""
+        """The copies, by id of the parameter, and one tensor of each arena that they lie in."""
         by_bucket: dict[int, list[Any]] = {}
         for param, stream, bucket in found.values():
             by_bucket.setdefault(id(bucket), []).append((param, stream, bucket))
@@ -174,14 +178,16 @@ class Substitution(TorchFunctionMode):
         return copies, arenas
 
     def _copy(self, bucket: Bucket, params: tuple[Tensor], streams: tuple[int]) -> tuple[list[Tensor], Tensor]:
-        """Copies of some parameters of a bucket, and one tensor of the arena they lie in."""
+        """Copies of some parameters of a bucket, and one tensor of the arena that they lie in."""
         out = self.pool.like(params)
         bucket.noise.perturb(out, Members(params, streams, bucket.dist), *self._terms[id(bucket)])
-        # Leaves that require grad where the parameters do: matmul picks its kernel by that, views of them included.
+        # They require grad where the parameters do, because matmul picks its kernel by that.
         return [c.detach().requires_grad_(p.requires_grad) for c, p in zip(out, params, strict=True)], out[0]
 
     def _note_views(self, out: Any, arenas: list[Tensor]) -> None:
-        """Remember scratch that ``out`` still refers to: writing to it would be writing to a weight."""
+        """Remembers scratch that ``out`` still refers to, because writing to that would be writing to a
+        weight.
+        """
         if isinstance(out, Tensor):
             for arena in arenas:
                 storage = arena.untyped_storage()
@@ -208,10 +214,10 @@ class Substitution(TorchFunctionMode):
 
 
 class Tangents(Substitution):
-    """Every torch function sees a dual tensor in place of each parameter: a copy of theta, with the point's
-    sum_k c_k z_k as its tangent, both scratch of the one call.
+    """Every torch function sees a dual tensor in place of each parameter.
 
-    The tangent has the parameter's dtype: z, which is fp32, rounded to nearest.
+    It is a copy of theta, with the point's sum_k c_k z_k as its tangent; both are scratch of the one call.
+    The tangent has the parameter's dtype, to which z, which is fp32, is rounded to nearest.
     """
 
     def _copy(self, bucket: Bucket, params: tuple[Tensor], streams: tuple[int]) -> tuple[list[Tensor], Tensor]:

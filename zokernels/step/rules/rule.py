@@ -39,12 +39,12 @@ def groups_of(buckets: Iterable[Bucket]) -> list[Group]:
 class Rule:
     """What is done with the gradient estimate sum_k g_k z_k.
 
-    Once a step the optimizer calls :meth:`begin`, and then :meth:`update` for each bucket, under ``torch.no_grad``
-    and with interrupts held back.  A rule belongs to one optimizer.
+    Once a step the optimizer calls :meth:`begin`, and then :meth:`update` for each bucket, under
+    ``torch.no_grad`` and with interrupts held back.  A rule belongs to one optimizer.
 
-    A rule may keep a tensor for each weight, in ``optimizer.state[p]`` as torch's optimizers do (:attr:`states`),
-    and small tensors for each group, on the device of the losses (:meth:`initial`).  The latter are only ever
-    written in place, because a CUDA graph holds their addresses.
+    A rule may keep a tensor for each weight, in ``optimizer.state[p]`` as torch's optimizers do
+    (:attr:`states`), and small tensors for each group, on the device of the losses (:meth:`initial`).  The
+    latter are only ever written in place, because a CUDA graph holds their addresses.
 
     Args:
         state_dtype: of the tensors in ``optimizer.state``: fp32, or bf16, which is rounded as the group's
@@ -56,10 +56,11 @@ class Rule:
     states: ClassVar[dict[str, float]] = {}
     #: True if :meth:`update` itself subtracts the perturbation; otherwise ``probe.restore()`` runs first.
     folds_restore = False
-    #: True if weight_decay is a factor of theta.  Where it is not, the rule adds its gradient to the estimate.
+    #: True if weight_decay is a factor of theta.  Where it is not, the rule adds its gradient to the
+    #: estimate.
     decoupled = True
-    #: Multiples of the update sum_k -lr * g_k z_k.  Before :meth:`update` the closure runs once at each of them, and
-    #: the update then gets the g_k times the multiple whose loss is lowest.
+    #: Multiples of the update sum_k -lr * g_k z_k.  Before :meth:`update` the closure runs once at each of
+    #: them, and the update then gets the g_k times the multiple whose loss is lowest.
     trials: tuple[int, ...] = ()
     #: True if the rule reads the losses themselves.  A log of the run must then hold them.
     reads_losses = False

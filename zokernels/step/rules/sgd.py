@@ -16,11 +16,11 @@ class SGD(Rule):
 
         c_k = fp32(-lr * g_k - decay * at_k),   theta' = theta + sum_k at_k z_k
 
-    at_k says where the probe left the weights, so that the pass also restores them; it is 0 with restore="exact".
-    ahead is the next step's perturbation (:meth:`ZerothOrder.two_pass`).
+    at_k says where the probe left the weights, so that the pass also restores them; it is 0 with
+    restore="exact".  ahead is the next step's perturbation (:meth:`ZerothOrder.two_pass`).
 
-    c_k is computed in float64 from the fp32 g and rounded to fp32 once, so that plain Python makes the same bits of
-    a log of g.  Unless ``finite``, decay = 1 and c_k = -at_k, which only restores.
+    c_k is computed in float64 from the fp32 g and rounded to fp32 once, so that plain Python makes the same
+    bits of a log of g.  Unless ``finite``, decay = 1 and c_k = -at_k, which only restores.
     """
 
     folds_restore = True
@@ -33,7 +33,8 @@ class SGD(Rule):
             return  # 0 * z would turn a weight of -0.0 into 0.0
         back = bucket.way_back(g)
         c = (decay_of(bucket.group, g) * back - learning_rate(bucket.group, g) * g.double()).float()
-        # The other side of torch.where is a tensor, too: a number would be copied to the device, and waited for.
+        # The other side of torch.where is a tensor, too: a number would be copied to the device, and waited
+        # for.
         coeffs = torch.where(finite, c, back.float()).to(bucket.device, non_blocking=True)
         rounding = self.rounding(bucket, seeds, g, finite)
         if bucket.ahead is not None:
@@ -44,8 +45,8 @@ class SGD(Rule):
 class Conservative(SGD):
     """:class:`SGD` that keeps the best of theta, theta - lr sum_k g_k z_k and theta + lr sum_k g_k z_k.
 
-    This takes three forwards more.  They see the update without weight decay, rounded to nearest; weight decay is
-    applied whichever is kept.
+    This takes three forwards more.  They see the update without weight decay, rounded to nearest; weight
+    decay is applied whichever is kept.
 
     Source: ZO-SGD-Cons of Zhang et al., 2024 (arXiv 2402.11592).
     """

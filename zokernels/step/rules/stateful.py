@@ -26,8 +26,8 @@ from .rule import Rule, check_betas, check_fraction, groups_of
 class Stateful(Rule):
     """One :func:`zokernels.update_` with G = sum_k g_k z_k, which is never stored.
 
-    Unless ``finite``, the device itself takes :attr:`identity` for the hyper-parameters, no decay and G = 0, so that
-    every value stays.  (A weight or a state of -0.0 may become 0.0 then, and an infinite one NaN.)
+    Unless ``finite``, the device itself takes :attr:`identity` for the hyper-parameters, no decay and G = 0,
+    so that every value stays.  (A weight or a state of -0.0 may become 0.0 then, and an infinite one NaN.)
     """
 
     #: The kernel's name of the rule.
@@ -101,15 +101,16 @@ class Sign(Stateful):
 
 
 class Adam(Stateful):
-    """m <- b1 m + (1 - b1) G;  v <- b2 v + (1 - b2) G^2;  theta <- decay theta - lr m' / (sqrt(v') + adam_eps).
+    """m <- b1 m + (1 - b1) G;  v <- b2 v + (1 - b2) G^2;  theta <- decay theta - lr m' / (sqrt(v') +
+    adam_eps).
 
-    m' = m / (1 - b1^t) and v' = v / (1 - b2^t), where t counts the updates of the group.  As in torch, steps that were
-    skipped, or in which none of its parameters took part, do not count.  torch counts for each parameter; here one
-    that is unfrozen later has no bias correction of its own.  b^t is kept as a float64 product, because
-    multiplication has the same bits on every device and pow has not.
+    m' = m / (1 - b1^t) and v' = v / (1 - b2^t), where t counts the updates of the group.  As in torch, steps
+    that were skipped, or in which none of its parameters took part, do not count.  torch counts for each
+    parameter; here one that is unfrozen later has no bias correction of its own.  b^t is kept as a float64
+    product, because multiplication has the same bits on every device and pow has not.
 
-    ``decoupled``: weight_decay is the factor decay = 1 - lr weight_decay (AdamW).  Where it is not, weight_decay theta
-    is added to G, and decay = 1 (Adam).
+    ``decoupled``: weight_decay is the factor decay = 1 - lr weight_decay (AdamW).  Where it is not,
+    weight_decay theta is added to G, and decay = 1 (Adam).
     """
 
     kernel = "adam"
@@ -148,10 +149,11 @@ class Adam(Stateful):
 
 
 class Curvature(Stateful):
-    """h <- (1 - alpha) h + alpha |L+ + L- - 2 L0| / (2 eps^2) h z^2;   theta <- decay theta - lr g z / sqrt(h).
+    """h <- (1 - alpha) h + alpha |L+ + L- - 2 L0| / (2 eps^2) h z^2;   theta <- decay theta - lr g z /
+    sqrt(h).
 
-    h is an estimate of the Hessian's diagonal, and starts at 1.  Weights along which the loss bends more move less,
-    in the perturbation (:class:`CurvedDirection`) and in the update, which uses the new h.
+    h is an estimate of the Hessian's diagonal, and starts at 1.  Weights along which the loss bends more move
+    less, in the perturbation (:class:`CurvedDirection`) and in the update, which uses the new h.
     """
 
     kernel = "hizoo"

@@ -1,8 +1,8 @@
 """Momentum and Adam without state: the last steps' seeds and coefficients say what the state would be.
 
-The noise of earlier steps is drawn again, so an update draws ``window`` times the noise of a plain one.  It does so
-in the same one pass over the weights, and needs no memory of their size.  MeZO (Malladi et al., 2023, arXiv
-2305.17333) suggests it.
+The noise of earlier steps is drawn again, so an update draws ``window`` times the noise of a plain one.  It
+does so in the same one pass over the weights, and needs no memory of their size.  MeZO (Malladi et al., 2023,
+arXiv 2305.17333) suggests it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class Window(Rule):
     """Keeps the last ``window`` updates of each group, the newest first.
 
     These are seeds (int64 [window, q]) and what a subclass adds (float64 [window, ...]).  A kept number is
-    multiplied by its factor once a step, and never raised to a power, because multiplication has the same bits on
-    every device and pow has not.
+    multiplied by its factor once a step, and never raised to a power, because multiplication has the same
+    bits on every device and pow has not.
 
-    Steps that are not finite do not enter the window.  The z of an earlier step must be what it was then, so no
-    subset and no direction that is refreshed is allowed.  A parameter that is unfrozen later takes the steps of the
-    window that it did not take part in.
+    Steps that are not finite do not enter the window.  The z of an earlier step must be what it was then, so
+    no subset and no direction that is refreshed is allowed.  A parameter that is unfrozen later takes the
+    steps of the window that it did not take part in.
     """
 
     def __init__(self, window: int, **defaults: Any) -> None:
@@ -49,7 +49,9 @@ class Window(Rule):
         return {"seeds": torch.zeros(shape, dtype=torch.int64), "first": torch.zeros(shape, dtype=torch.float64)}
 
     def newest(self, group: Group, g: Tensor) -> dict[str, tuple[Tensor, float | Tensor]]:
-        """For each float64 tensor that is kept: its newest entry, and the factor of all older ones.  g is float64."""
+        """For each float64 tensor that is kept: its newest entry, and the factor of all older ones.  g is
+        float64.
+        """
         raise NotImplementedError
 
     def begin(self, optimizer: OptimizerView, probe: Probe, estimate: Estimate) -> None:
@@ -67,7 +69,8 @@ class Window(Rule):
 
 
 class MomentumWindow(Window):
-    """theta <- decay theta - lr (1 - dampening) sum_j momentum^j G_j over the last ``window`` updates, one combine.
+    """theta <- decay theta - lr (1 - dampening) sum_j momentum^j G_j over the last ``window`` updates, one
+    combine.
 
     This is the momentum of :class:`Momentum`, but for momentum^window of what is older.
     """
@@ -92,15 +95,17 @@ class MomentumWindow(Window):
 
 
 class AdamWindow(Window):
-    """theta <- decay theta - lr m' / (sqrt(v') + adam_eps), with m' and v' means over the last ``window`` updates.
+    """theta <- decay theta - lr m' / (sqrt(v') + adam_eps), with m' and v' means over the last ``window``
+    updates.
 
         m' = (1 - b1) sum_j b1^j G_j / (1 - b1^n),   v' = (1 - b2) sum_j b2^j sum_k (g_jk z_jk)^2 / (1 - b2^n)
 
-    j = 0 is the newest update, and n the number of updates in the window, so the weights of both means sum to 1.
-    Of the square of G_j = sum_k g_jk z_jk only the squares of its terms are taken; with one direction that is G_j^2
-    itself.
+    j = 0 is the newest update, and n the number of updates in the window, so the weights of both means sum to
+    1.  Of the square of G_j = sum_k g_jk z_jk only the squares of its terms are taken; with one direction
+    that is G_j^2 itself.
 
-    Unless ``decoupled``, weight_decay must be 0, because its gradient in earlier steps is not a multiple of noise.
+    Unless ``decoupled``, weight_decay must be 0, because its gradient in earlier steps is not a multiple of
+    noise.
     """
 
     def __init__(
