@@ -68,7 +68,8 @@ class File:
             if total < 8 or length > min(total - 8, _MAX_HEADER):
                 fail("safetensors", str(path), "a safetensors file", f"{total} bytes, {length} of them a header")
             header = _json(file.read(length), str(path))
-            # Shared and read-only: a private writable map of the whole file would count as memory (ulimit -d).
+            # Shared and read-only: a private writable map of the whole file would count as memory (ulimit
+            # -d).
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.metadata = header.pop("__metadata__", {})
         self.entries = {name: self._entry(name, found, 8 + length, total) for name, found in header.items()}
@@ -156,7 +157,8 @@ class Checkpoint:
 
 
 def lay_out(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, Entry]]:
-    """The header of a file with tensors of these dtypes, shapes and sizes, and where each of them begins in it.
+    """The header of a file with tensors of these dtypes, shapes and sizes, and where each of them begins in
+    it.
 
     Tensors follow one another without a gap, those with wide elements first, so that all are aligned.
     """

@@ -1,7 +1,7 @@
-"""Optimizers on the noise contract: they hold a seed and a step counter instead of per-weight state.
+"""Optimizers on the noise contract, which hold a seed and a step counter instead of a state of each weight.
 
-An optimizer is an estimator (where the closure runs), a direction (what z is), a subset (which parameters take part)
-and an update rule; the named classes put them together.
+An optimizer has an estimator (where the closure runs), a direction (what z is), a subset (which parameters
+take part) and an update rule.  The named classes put them together.
 """
 
 from ..step.directions.direction import Direction
@@ -34,50 +34,10 @@ from .quzo import QuZO
 from .zosgd import ZOSGD
 
 __all__ = [
-    "EGGROLL",
-    "FZOO",
-    "LOZO",
-    "SGD",
-    "ZOBCD",
-    "ZOCGE",
-    "ZOSGD",
-    "Adam",
-    "AdamWindow",
-    "Blocks",
-    "Conservative",
-    "Curvature",
-    "Direction",
-    "ForwardGradient",
-    "ForwardMode",
-    "FreshFactors",
-    "GivenMask",
-    "HiZOO",
-    "KeptRight",
-    "LayerSkip",
-    "LeZO",
-    "MagnitudeMask",
-    "Momentum",
-    "MomentumWindow",
-    "OneSided",
-    "QuZO",
-    "RandomMask",
-    "Ranking",
-    "Rule",
-    "Sign",
-    "SparseMeZO",
-    "Sphere",
-    "StdNormalized",
-    "SubZero",
-    "Subspace",
-    "TeZO",
-    "TemporalFactor",
-    "TensorScale",
-    "ThreePoint",
-    "TwoSided",
-    "ZOAdam",
-    "ZOAdamW",
-    "ZOConservative",
-    "ZORankSGD",
-    "ZOSignSGD",
-    "ZerothOrder",
-]
+    "EGGROLL", "FZOO", "LOZO", "SGD", "ZOBCD", "ZOCGE", "ZOSGD", "Adam", "AdamWindow", "Blocks",
+    "Conservative", "Curvature", "Direction", "ForwardGradient", "ForwardMode", "FreshFactors",
+    "GivenMask", "HiZOO", "KeptRight", "LayerSkip", "LeZO", "MagnitudeMask", "Momentum", "MomentumWindow",
+    "OneSided", "QuZO", "RandomMask", "Ranking", "Rule", "Sign", "SparseMeZO", "Sphere", "StdNormalized",
+    "SubZero", "Subspace", "TeZO", "TemporalFactor", "TensorScale", "ThreePoint", "TwoSided", "ZOAdam",
+    "ZOAdamW", "ZOConservative", "ZORankSGD", "ZOSignSGD", "ZerothOrder",
+]  # fmt: skip

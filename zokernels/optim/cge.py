@@ -47,9 +47,9 @@ class Entries(NamedTuple):
     def updated(self, change: Tensor, seed: Tensor, decay: Tensor | None, rounding: Any) -> Tensor:
         """[n]: round(decay * theta_i + change_i), each with the rounding bits of its place in the parameter.
 
-        The kernels' own arithmetic and rounding: each run of neighbours is a matrix of one column, and its change a
-        product of rank 1.  The product is taken from 0 and has no sign of 0, so it is -change, and its coefficient -1:
-        a change of 0 then adds -0.0, which leaves every weight its bits.
+        A kernel does it: each run of neighbours is a matrix of one column, and its change a product of rank
+        1.  That product is a sum from 0, which cannot be -0.0.  It is therefore that of -change, with the
+        coefficient -1: a change of 0 then adds -0.0, which leaves every weight its bits.
         """
         bounds = [i for i, place in enumerate(self.positions) if not i or place != self.positions[i - 1] + 1]
         sizes = [end - begin for begin, end in itertools.pairwise([*bounds, len(self.positions)])]
@@ -69,30 +69,34 @@ class Entries(NamedTuple):
 
 
 class ZOCGE(ZerothOrder):
-    r"""theta_i <- (1 - lr * weight_decay) * theta_i - lr * g_i   for the coordinates i of the step, and no other.
+    r"""theta_i <- (1 - lr * weight_decay) * theta_i - lr * g_i   for the coordinates i of the step, and no
+    other.
 
         g_i = (L(theta + h e_i) - L(theta)) / h               1 + n forwards for n coordinates ("one-sided")
         g_i = (L(theta + h e_i) - L(theta - h' e_i)) / (h + h')    2 n forwards ("two-sided")
 
-    Finite differences, without the variance of random directions: for small models, and for few weights of large ones.
-    h is eps as it becomes in the weight's dtype, never less, so that half precision loses no step.  Each weight gets
-    its own bits back before the next one moves; all updates come after the last forward, each rounded once, with the
-    rounding bits of its place in the parameter.
+    These are finite differences, without the variance of random directions, for small models and for few
+    weights of large ones.  h is eps as it becomes in the weight's dtype, and never less, so that half
+    precision loses no step.
+
+    Each weight gets its own bits back before the next one moves.  All updates come after the last forward,
+    each rounded once, with the rounding bits of its place in the parameter.
 
     Args:
         eps: size of a step, in units of theta.
         estimator: "one-sided" or "two-sided".
-        mask: which weights may move: :class:`GivenMask` (bool masks or indices of your own) or :class:`MagnitudeMask`;
-            default: all.
-        per_step: how many of those are drawn anew for each step, from the seed: a number, of all parameters together;
-            or shares in (0, 1] by parameter name, as layer-wise pruning ratios leave them (1 for a name that is not
-            there).  Default: all, in every step.
+        mask: which weights may move: :class:`GivenMask` (bool masks or indices of your own) or
+            :class:`MagnitudeMask`; default: all.
+        per_step: how many of those are drawn from the seed for each step.  This is a number, of all
+            parameters together; or shares in (0, 1] by parameter name, as layer-wise pruning ratios leave
+            them (1 for a name that is not there).  Default: all, in every step.
         clip: bound on each \|g_i\|.
-        params, lr, weight_decay, seed, rounding, subset: as :class:`ZerothOrder`.  Any model: weights move in place.
+        params, lr, weight_decay, seed, rounding, subset: as :class:`ZerothOrder`.  Any model: weights move in
+            place.
 
-    ``last_losses`` [forwards] are those of all forwards, ``last_projected_gradient`` [n] the g_i, in the order of the
-    parameters and of i.  ``step`` returns L(theta) where one-sided, else the mean loss.  A loss that is not finite
-    skips the update of all coordinates.
+    ``last_losses`` are those of all forwards, and ``last_projected_gradient`` [n] are the g_i, in the order
+    of the parameters and of i.  ``step`` returns L(theta) where one-sided, else the mean loss.  A loss that
+    is not finite skips the update of all coordinates.
 
     Source: DeepZero, Chen et al., 2024, arXiv 2310.02025.
     """
@@ -223,7 +227,7 @@ class ZOCGE(ZerothOrder):
         return found
 
     def _allowed(self, param: Tensor) -> Tensor | None:
-        """Positions (int64, ascending) that the parameter's mask keeps; None: all, which are not listed."""
+        """The positions (int64, ascending) that the parameter's mask keeps; None: all of them."""
         if "mask" not in self.state[param]:
             return None
         packed = self.state[param]["mask"]
@@ -235,7 +239,7 @@ class ZOCGE(ZerothOrder):
 
 
 def sample(seed: int, stream: int, count: int, total: int) -> list[int]:
-    """``count`` different integers of range(total), ascending; all sets alike.  Floyd's algorithm."""
+    """``count`` different integers of range(total), ascending; every set is as likely.  Floyd's algorithm."""
     found: set[int] = set()
     for last in range(total - count, total):
         drawn = derive_seed_int(seed, last, stream) % (last + 1)

@@ -1,4 +1,7 @@
-"""Named optimizers that are parts put together: arguments beyond their own are those of :class:`ZerothOrder`."""
+"""Named optimizers that are parts put together.
+
+Arguments that are not listed here are those of :class:`ZerothOrder`.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +28,14 @@ from .zosgd import ZOSGD
 class FZOO(ZerothOrder):
     """theta <- theta - lr * sum_k (L_k - L_0) / (q sigma) * z_k,   k = 0 .. q - 1.
 
-    L_k = L(theta + eps z_k), L_0 = L(theta), sigma the sample standard deviation of the L_k: q + 1 forwards along
-    Rademacher directions, and steps that are normalized by the losses' own spread.  ``step`` returns L_0.
+    L_k = L(theta + eps z_k), L_0 = L(theta), and sigma is the sample standard deviation of the L_k.  A step
+    takes q + 1 forwards along Rademacher directions, and is normalized by the losses' own spread.  ``step``
+    returns L_0.
 
     Args:
         directions: q >= 2.
-        std_eps: in units of the loss: where sigma <= std_eps, g is 0 instead of a division by next to nothing.
+        std_eps: in units of the loss.  Where sigma <= std_eps, g is 0 instead of a division by next to
+            nothing.
 
     Source: Dang et al., 2025, arXiv 2506.09034.
     """
@@ -52,12 +57,13 @@ class FZOO(ZerothOrder):
 
 
 class ZORankSGD(ZerothOrder):
-    """Descent on an order alone: ``candidates`` forwards at theta + eps z_k, of which the best ``top`` are ranked.
+    """Descent on an order alone: ``candidates`` forwards at theta + eps z_k, of which the best ``top`` are
+    ranked.
 
         g_k = (times worse - times better) / number of edges,   theta <- theta - lr * sum_k g_k z_k
 
-    An edge joins two candidates whose order is known: i better than j is the direction z_j - z_i uphill.  For people or
-    programs that can compare results but not score them.
+    An edge joins two candidates whose order is known: if i is better than j, then z_j - z_i leads uphill.
+    This is for people or programs that can compare results but not score them.
 
     Args:
         candidates: m >= 2.
@@ -90,10 +96,12 @@ class ZORankSGD(ZerothOrder):
     ) -> Any:
         """One step, as :meth:`ZerothOrder.step`.
 
-        Without ``rank`` the closure returns losses, and the step the lowest.  With it the closure returns anything, one
-        result for each candidate; ``rank`` gets their list and returns indices, best first, at least ``top``; the step
-        returns the best result, and ``last_losses`` are places, 0 for the best.  ``rank`` runs on the host, so not with
-        ``capturable``.
+        Without ``rank`` the closure returns losses, and the step returns the lowest.
+
+        With ``rank`` the closure may return anything, one result for each candidate.  ``rank`` gets the list
+        of results and returns indices into it, best first, at least ``top`` of them.  The step returns the
+        best result, and ``last_losses`` are places, 0 for the best.  ``rank`` runs on the host, so it does
+        not go with ``capturable``.
         """
         if rank is None:
             return super().step(closure)
@@ -108,11 +116,14 @@ class ZORankSGD(ZerothOrder):
 
 
 class ZOConservative(ZerothOrder):
-    """:class:`ZOSGD` that then runs the closure at theta, theta - lr g z and theta + lr g z, and keeps the best.
+    """:class:`ZOSGD` that then runs the closure at theta, theta - lr g z and theta + lr g z, and keeps the
+    best.
 
-    5 forwards with q = 1, one update; the choice is made on the device.  ``last_projected_gradient`` is the g applied:
-    g, 0 or -g.  ``last_losses``: l+, l-, then the three.  A trial sees the update rounded to nearest and without weight
-    decay, which is applied whichever is kept.
+    With q = 1 it takes 5 forwards and one update, and the choice is made on the device.  A trial sees the
+    update rounded to nearest and without weight decay, which is applied whichever is kept.
+
+    ``last_projected_gradient`` is the g that was applied: g, 0 or -g.  ``last_losses`` are l+, l-, and the
+    three trials.
 
     Args:
         directions: q.
@@ -129,11 +140,13 @@ class ZOConservative(ZerothOrder):
 class ForwardGradient(ZerothOrder):
     """theta <- theta - lr * sum_k g_k z_k,   g_k = <grad L(theta), z_k> / q by forward-mode differentiation.
 
-    One forward a direction, of dual numbers: no eps and no truncation error, no memory of activations.  The tangent of
-    a parameter is z rounded to its dtype, made for each torch function call as the exact probe makes its copies, so
-    that no more than one call's are ever stored.  The closure returns a tensor, and every function between parameters
-    and loss needs a forward-mode derivative (``torch.autograd.forward_ad``).  ``scaled_dot_product_attention`` runs
-    unfused, because its fused kernels have none.
+    Each direction takes one forward of dual numbers.  There is no eps and no truncation error, and no memory
+    of activations.  The tangent of a parameter is z rounded to its dtype.  It is made for each torch function
+    call, as the exact probe makes its copies, so that no more than one call's tangents are ever stored.
+
+    The closure returns a tensor, and every function between parameters and loss needs a forward-mode
+    derivative (``torch.autograd.forward_ad``).  ``scaled_dot_product_attention`` runs unfused, because its
+    fused kernels have none.
 
     Args:
         directions: q.
@@ -153,7 +166,9 @@ class ForwardGradient(ZerothOrder):
 
     # Narrower than its base: a number has no derivative.
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
-        """One step, as :meth:`ZerothOrder.step`; the closure returns a tensor.  Returns the mean loss, at theta."""
+        """One step, as :meth:`ZerothOrder.step`; the closure returns a tensor.  Returns the mean loss, at
+        theta.
+        """
         return self.run_step(closure, DerivativeReader())
 
     def own_probe(self, buckets: list[Bucket], seeds: Seeds) -> TangentProbe:
@@ -165,7 +180,7 @@ class ForwardGradient(ZerothOrder):
 class SparseMeZO(ZOSGD):
     """:class:`ZOSGD` on the ``density`` smallest weights of each tensor; the others never move.
 
-    One bit a weight of extra memory (:class:`MagnitudeMask`).
+    It needs one bit a weight of extra memory (:class:`MagnitudeMask`).
 
     Source: Liu et al., 2024, arXiv 2402.15751 (density = 1 - its sparsity).
     """
@@ -177,7 +192,8 @@ class SparseMeZO(ZOSGD):
 
 
 class LeZO(ZOSGD):
-    """:class:`ZOSGD` that leaves out a random ``skipped`` share of the layers in each step (:class:`LayerSkip`).
+    """:class:`ZOSGD` that leaves out a random ``skipped`` share of the layers in each step
+    (:class:`LayerSkip`).
 
     Source: Wang et al., 2024, arXiv 2410.09823.
     """
@@ -189,7 +205,8 @@ class LeZO(ZOSGD):
 
 
 class ZOBCD(ZOSGD):
-    """:class:`ZOSGD` by block coordinate descent: ``size`` layers at a time, for ``period`` steps (:class:`Blocks`).
+    """:class:`ZOSGD` by block coordinate descent: ``size`` layers at a time, for ``period`` steps
+    (:class:`Blocks`).
 
     Source: ZO-LLM, Zhang et al., 2024, arXiv 2402.11592.
     """
@@ -210,7 +227,8 @@ class ZOBCD(ZOSGD):
 class LOZO(ZOSGD):
     """:class:`ZOSGD` along U V^T / sqrt(rank), V kept for ``interval`` steps (:class:`KeptRight`).
 
-    The paper perturbs by its eps times U V^T and updates by U V^T / r: this class with eps times sqrt(r).
+    The paper perturbs by its eps times U V^T and updates by U V^T / r, which is this class with eps times
+    sqrt(r).
 
     Source: Chen et al., 2024, arXiv 2410.07698.
     """
@@ -240,9 +258,11 @@ class TeZO(ZOSGD):
 
 
 class EGGROLL(ZOSGD):
-    """:class:`ZOSGD` along A B^T / sqrt(rank), drawn anew for each of ``directions`` pairs (:class:`FreshFactors`).
+    """:class:`ZOSGD` along A B^T / sqrt(rank), drawn anew for each of ``directions`` pairs
+    (:class:`FreshFactors`).
 
-    Evolution strategies at large populations; ``directions`` is half the population, each with its mirror image.
+    These are evolution strategies at large populations.  ``directions`` is half the population, each member
+    of which has a mirror image.
 
     Source: Sarkar et al., 2025, arXiv 2511.16652.
     """

@@ -1,4 +1,4 @@
-"""What users make: a step, joined with a log of its run, the other processes, and streamed weights."""
+"""What users make: a step that is joined with a log of its run, other processes, and streamed weights."""
 
 from __future__ import annotations
 
@@ -23,44 +23,51 @@ if TYPE_CHECKING:
 
 
 class ZerothOrder(StepOptimizer):
-    r"""An :class:`Estimator` makes sum_k g_k z_k of losses at perturbed weights, and a :class:`Rule` applies it.
+    r"""An :class:`Estimator` makes sum_k g_k z_k of losses at perturbed weights, and a :class:`Rule` applies
+    it.
 
-    z_k is the noise of contract ``zk1``, a pure function of (seed, step, k, parameter), regenerated wherever it is
-    needed: the optimizer stores a seed and a counter, and whatever state the rule keeps.
+    z_k is the noise of contract ``zk1``, a pure function of (seed, step, k, parameter).  It is drawn again
+    wherever it is needed, so the optimizer stores only a seed and a counter, and whatever state the rule
+    keeps.
 
     Args:
-        params: ``model.named_parameters()`` (recommended: noise then depends on names, not on order), parameters,
-            or group dicts of either.  A group takes lr, eps, weight_decay, dist, rounding, clip and streams (a 32-bit
-            id for each parameter).  Parameters with ``requires_grad=False`` are neither perturbed nor updated.
-        lr: step size, in units of theta per unit of g; a number or a one-element tensor.  Read at every step; in a CUDA
-            graph a number is a constant, and a tensor is read at each replay.
+        params: ``model.named_parameters()`` (recommended: noise then depends on names, not on order),
+            parameters, or group dicts of either.  A group takes lr, eps, weight_decay, dist, rounding, clip
+            and streams (a 32-bit id for each parameter).  Parameters with ``requires_grad=False`` are neither
+            perturbed nor updated.
+        lr: step size, in units of theta per unit of g; a number or a one-element tensor.  It is read at every
+            step.  In a CUDA graph a number is a constant, and a tensor is read at each replay.
         eps: size of the perturbation, in units of theta.  A group with an eps of its own divides by that one.
         weight_decay: decoupled: theta shrinks by the factor 1 - lr * weight_decay at each step.
         seed: run seed, an integer in [-2^63, 2^64).  0 is a seed like any other.
         dist: "normal" or "rademacher".
-        rounding: of the update, "stochastic" (bf16 and fp16 keep small updates on average; fp32 is not changed by it)
-            or "nearest".
-        restore: "exact": the weights do not move during the forwards; each torch function gets perturbed copies, and
-            scratch is the size of the call with the most weights.  "inplace": the weights move from point to point
-            and the update brings them back: no scratch, any kind of model, but half-precision weights drift.
-        clip: bound on each \|g_k\|, in units of g: min(max(g, -clip), clip).  A g that is not finite still skips the
-            step.
-        capturable: the step counter and the seeds live on the device and no step needs the host, so that one whole step
-            can be captured in a CUDA graph and replayed; see :meth:`register_graph`.
-        direction: what z is (default: dense noise): a mask, factors of low rank, a scale (:class:`Direction`).
-        subset: which parameters take part in a step (default: all): blocks in turn, layers at random.
+        rounding: how the update rounds.  With "stochastic" bf16 and fp16 weights keep small updates on
+            average; fp32 is not changed by it.  The other choice is "nearest".
+        restore: "exact": the weights do not move during the forwards.  Each torch function gets perturbed
+            copies, and scratch is the size of the call with the most weights.  "inplace": the weights move
+            from point to point, and the update brings them back.  This needs no scratch and takes any kind of
+            model, but half-precision weights drift.
+        clip: bound on each \|g_k\|, in units of g: min(max(g, -clip), clip).  A g that is not finite still
+            skips the step.
+        capturable: keep the step counter and the seeds on the device, so that no step needs the host.  One
+            whole step can then be captured in a CUDA graph and replayed; see :meth:`register_graph`.
+        direction: what z is, by default dense noise: a mask, factors of low rank, a scale
+            (:class:`Direction`).
+        subset: which parameters take part in a step, by default all: blocks in turn, or layers at random.
         trajectory: path of a file that gets a record of every step (:func:`zokernels.trajectory.record`).
-        resume: continue the run in ``trajectory``, where that file exists: the parameters, which hold the run's base
-            weights, and this optimizer take the recorded steps before the constructor returns.
-        mesh: the processes of the run, a ``torch.distributed`` DeviceMesh with dimensions "data" (each rank its own
-            batches), "perturbation" (each rank its share of the step's forwards), "pipeline" (each rank its own
-            parameters), or several of them; or an
-            :class:`zokernels.distributed.Exchange` of one.  All ranks call :meth:`step` together.  docs/distributed.md.
-        estimator, rule: what a subclass is made of.
+        resume: continue the run in ``trajectory``, where that file exists.  The parameters must hold the
+            run's base weights; they and this optimizer take the recorded steps before the constructor
+            returns.
+        mesh: the processes of the run, a ``torch.distributed`` DeviceMesh with dimensions "data" (each rank
+            its own batches), "perturbation" (each rank its share of the step's forwards), "pipeline" (each
+            rank its own parameters), or several of them; or an :class:`zokernels.distributed.Exchange` of
+            one.  All ranks call :meth:`step` together; see docs/distributed.md.
+        estimator, rule: the parts that a named class chooses.
 
     Raises:
         TypeError, ValueError: naming argument, what was expected and what came.
-        HiddenParameters: (exact) the closure runs TorchScript or another graph that holds weights; they are untouched.
+        HiddenParameters: with "exact", where the closure runs TorchScript or another graph that holds
+            weights.  They have not changed.
 
     See docs/optimizer.md.
     """

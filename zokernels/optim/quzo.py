@@ -15,18 +15,21 @@ from .optimizer import ZerothOrder
 
 
 class QuZO(ZerothOrder):
-    r"""q <- clamp(S'((1 - lr * weight_decay) * q - lr * sum_k g_k z_k)),   q the integers of quantised weights.
+    r"""q <- clamp(S'((1 - lr * weight_decay) * q - lr * sum_k g_k z_k)),   q the integers of quantised
+    weights.
 
         g_k = (L(clamp(S(q + eps z_k))) - L(clamp(S(q - eps z_k)))) / (2 eps n),   k = 0 .. n - 1
 
-    S and S' round stochastically: floor(a + u), u uniform in [0, 1) for each weight, so that E S(a) = a.  Both sides
-    of a direction have one z and one u.  S' has a u of its own: else the roundings of the update would follow those
-    that g was measured with.  The integers are never written before the update, which is one pass: the closure sees
-    perturbed copies, as with any restore="exact".
+    S and S' round stochastically: floor(a + u), with u uniform in [0, 1) for each weight, so that E S(a) = a.
+    Both sides of a direction have one z and one u.  S' has a u of its own, because the roundings of the
+    update would else follow those that g was measured with.
+
+    The integers are never written before the update, which is one pass.  The closure sees perturbed copies,
+    as with any restore="exact".
 
     Args:
-        params: ``zokernels.quantize.named_integers(model)``; or int8 tensors, with names or without.  Move the model
-            to its device before: ``.to`` gives a module other buffers.
+        params: ``zokernels.quantize.named_integers(model)``; or int8 tensors, with names or without.  Move
+            the model to its device before: ``.to`` gives a module other buffers.
         lr: in quantisation steps per unit of g.
         eps: in quantisation steps.
         directions: n.
@@ -34,8 +37,8 @@ class QuZO(ZerothOrder):
         rounding: of the update: "stochastic", or "nearest", which loses every change below half a step.
         weight_decay, seed, dist, clip, capturable: as :class:`ZerothOrder`.
 
-    Source: Zhou et al., 2025, arXiv 2502.12346.  There both sides add the same rounded eps z; here each side is rounded
-    by itself, as unbiased.
+    Source: Zhou et al., 2025, arXiv 2502.12346.  There both sides add the same rounded eps z.  Here each side
+    is rounded by itself, which is as unbiased.
     """
 
     def __init__(

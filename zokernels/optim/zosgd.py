@@ -1,4 +1,6 @@
-"""ZOSGD: stochastic gradient descent on forwards alone (SPSA), without gradients, activations or stored noise."""
+"""ZOSGD: stochastic gradient descent on forwards alone (SPSA), without gradients, activations or stored
+noise.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ ESTIMATORS = {"two-sided": TwoSided, "one-sided": OneSided}
 
 
 class Differences(ZerothOrder):
-    """Any ``rule`` on differences of losses: ``directions`` and ``estimator`` as for :class:`ZOSGD`."""
+    """Any ``rule`` on differences of losses.  ``directions`` and ``estimator`` are those of :class:`ZOSGD`."""
 
     def __init__(
         self,
@@ -40,26 +42,29 @@ class Differences(ZerothOrder):
 class ZOSGD(Differences):
     r"""theta <- (1 - lr * weight_decay) * theta - lr * sum_k g_k z_k,   k = 0 .. q - 1.
 
-    g_k = (L(theta + eps z_k) - L(theta - eps z_k)) / (2 eps q) with 2 q forwards ("two-sided"), or
-    (L(theta + eps z_k) - L(theta)) / (eps q) with q + 1 ("one-sided"); then one fused pass over the weights.  In place,
-    the forwards of q = 1 move the weights by +eps z and -2 eps z, and :meth:`two_pass` saves one of the three passes.
+    g_k = (L(theta + eps z_k) - L(theta - eps z_k)) / (2 eps q) with 2 q forwards ("two-sided"), or (L(theta +
+    eps z_k) - L(theta)) / (eps q) with q + 1 ("one-sided").  Then comes one fused pass over the weights.  In
+    place, the forwards of q = 1 move the weights by +eps z and -2 eps z, and :meth:`two_pass` saves one of
+    the three passes.
 
     With ``momentum``, G = sum_k g_k z_k and
 
         m <- momentum m + (1 - dampening) (G + l2 theta);   theta <- (1 - lr weight_decay) theta - lr m
 
-    in one pass that never stores G.  m starts at 0: torch.optim.SGD differs in its first step, which has no dampening.
-    Without momentum a gradient of l2 theta is the same as weight_decay = l2, and there is no l2.
+    in one pass that never stores G.  m starts at 0.  (The first step of torch.optim.SGD differs: it has no
+    dampening.)  Without momentum there is no l2, because a gradient of l2 theta is then the same as
+    weight_decay = l2.
 
     Args:
         directions: q.
         estimator: "two-sided" or "one-sided".
         momentum, dampening: in [0, 1).
-        l2: coupled weight decay, of which m takes part; weight_decay is decoupled.
-        window: momentum without state: m of the last ``window`` steps alone, whose noise is drawn again in each update
-            (:class:`MomentumWindow`).  No l2, subset or refreshed direction.
-        state_dtype: of m (``state[p]["momentum_buffer"]``): fp32 or bf16, which is rounded as ``rounding`` says.
-        params, lr, ...: as for :class:`ZerothOrder`.  momentum, dampening and l2 may differ between groups.
+        l2: coupled weight decay, which enters m; weight_decay is decoupled.
+        window: momentum without state: m of the last ``window`` steps alone, whose noise is drawn again in
+            each update (:class:`MomentumWindow`).  It allows no l2, no subset and no refreshed direction.
+        state_dtype: of m (``state[p]["momentum_buffer"]``): fp32 or bf16, which is rounded as ``rounding``
+        says.  params, lr, ...: as for :class:`ZerothOrder`.  momentum, dampening and l2 may differ between
+        groups.
 
     Example::
 
