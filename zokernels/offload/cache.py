@@ -1,4 +1,4 @@
-"""The slots of a device as a cache of blocks: which block is where, and which comes next."""
+"""The slots of a device as a cache of blocks: which slot holds which block, and which block is to come next."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from .timeline import Timeline
 
 
 class BlockCache:
-    """``slots`` hold the blocks that come in, and ``scratch`` the copies that sides compute with."""
+    """``slots`` hold the blocks that come in, and ``scratch`` holds the perturbed copies that sides compute
+    with.
+    """
 
     def __init__(
         self,
@@ -28,16 +30,17 @@ class BlockCache:
         self.write_every, self.wire = write_every, wire
         if wire is not None:
             wire.history = self.history
-        self.in_step = False  #: whether the forwards of a step run
-        self._seen: dict[int, int] = {}  # updates at the last visit, by block
+        self.in_step = False  #: whether the forwards of a step are running
+        self._seen: dict[int, int] = {}  # the number of updates at the last visit, by block
         self._slots, self._scratch = slots, scratch
         self._views: dict[tuple[int, int], list[Tensor]] = {}  # of scratch, by block and scratch
         self._next = {b.index: blocks[(i + 1) % len(blocks)].index for i, b in enumerate(blocks)}
         self._last: int | None = None
 
     def load(self, block: Block) -> Slot:
+        """A slot that holds ``block``; the blocks behind it begin to come."""
         if self._last is not None and self._last != block.index:
-            self._next[self._last] = block.index  # the order of the blocks is that of the last pass
+            self._next[self._last] = block.index  # blocks are expected in the order of the last forward
         self._last = block.index
         self._seen[block.index] = self.history.end
         upcoming = [block.index, *self.upcoming(block)[: len(self._slots) - 1]]
@@ -57,11 +60,11 @@ class BlockCache:
         return next((s for s in self._slots if s.block is block and not self._stale(s)), None)
 
     def _stale(self, slot: Slot) -> bool:
-        """Whether the wire bytes in ``slot`` lack more updates than may be taken on the device."""
+        """Whether the wire bytes in ``slot`` lack more updates than the device may add."""
         return self.wire is not None and slot.block is not None and self.history.end - slot.updates > self.wire.lag
 
     def _comes_too_early(self, block: Block) -> bool:
-        """Whether ``block`` is wanted for the next step alone, whose update has to be in its wire bytes."""
+        """Whether ``block`` is wanted only for the next step, whose update has to be in its wire bytes."""
         waits = self.wire is not None and self.wire.lag == 0 and self.in_step
         return waits and self._seen.get(block.index) == self.history.end
 
@@ -72,7 +75,7 @@ class BlockCache:
         return slot
 
     def upcoming(self, block: Block) -> list[int]:
-        """As many of the blocks after ``block`` as there are slots."""
+        """The blocks that are expected after ``block``, as many as there are slots."""
         found: list[int] = []
         index = block.index
         while len(found) < len(self._slots) and (index := self._next[index]) not in (*found, block.index):
@@ -80,11 +83,13 @@ class BlockCache:
         return found
 
     def _victim(self, upcoming: list[int]) -> Slot | None:
+        """A slot that can take another block: an empty one, else one whose block is not among ``upcoming``."""
         wanted = lambda s: s.block is not None and s.block.index in upcoming and not self._stale(s)
         idle = [s for s in self._slots if not s.users and not wanted(s)]
         return next((s for s in idle if s.block is None), idle[0] if idle else None)
 
     def prefetch(self, upcoming: list[int]) -> None:
+        """Lets blocks come in, as far as there are slots for them."""
         for index in upcoming:
             block = self.blocks[index]
             if self._slot_of(block) is None and not self._comes_too_early(block):
@@ -93,13 +98,17 @@ class BlockCache:
                 self._fetch(block, slot)
 
     def release(self, slot: Slot, onward: bool = True) -> None:
-        """What was to be computed from ``slot`` has been issued.  ``onward``: its block is not needed again for now."""
+        """Called when everything that is computed from ``slot`` has been issued.
+
+        ``onward``: its block is not needed again for now, so the next ones may come.
+        """
         slot.users -= 1
         self.mover.released(slot)
         if slot.block is not None and onward:
             self.prefetch(self.upcoming(slot.block))
 
     def scratch(self, block: Block, which: int) -> list[Tensor]:
+        """The parameters of ``block`` as views of a scratch buffer."""
         key = block.index, which
         if key not in self._views:
             self._views[key] = block.scratch_views(self._scratch[which])
@@ -115,21 +124,21 @@ class BlockCache:
         return len(self._scratch)
 
     def updated(self, block: Block, slot: Slot) -> None:
-        """``slot`` has all updates: keep it where the rule for writing says so."""
+        """Called when ``slot`` has all updates: stores the block if ``write_every`` says so."""
         if self.wire is not None:
-            return  # it has the bytes that came in, and the host updates its own
+            return  # the slot has the bytes that came in; the host updates its own weights
         slot.updates = self.history.end
         if self.write_every is not None and slot.updates - block.scheduled >= self.write_every:
             block.scheduled = slot.updates
             self.mover.store(block, slot)
 
     def abandon(self, slot: Slot) -> None:
-        """What ``slot`` holds is not to be used: the block comes again from the storage."""
+        """Called when what ``slot`` holds must not be used: the block comes again from the storage."""
         slot.users = max(0, slot.users - 1)  # a visit may have released it
         self.mover.released(slot)
         self.mover.drop(slot)
 
     def prefetch_after_update(self) -> None:
-        """Encoded blocks can come as soon as their update is known: before the next forward asks for them."""
+        """Lets encoded blocks come as soon as their update is known, before the next forward asks for them."""
         if self.wire is not None and self._last is not None:
             self.prefetch(self.upcoming(self.blocks[self._last])[: len(self._slots)])

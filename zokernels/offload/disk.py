@@ -1,4 +1,6 @@
-"""Blocks in files: direct reads of a checkpoint, and of a store whose blocks are replaced one whole file at a time."""
+"""Blocks in files: a checkpoint that is read directly, and a folder in which a whole file at a time is
+replaced.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,10 @@ _DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 class Direct:
-    """A file that is read past the page cache, which would else hold a second copy; where the file system has no direct
-    access (tmpfs), through it."""
+    """A file that is read past the page cache, which would else hold a second copy.
+
+    Where the file system has no direct access (tmpfs), it is read through the cache.
+    """
 
     def __init__(self, path: str | os.PathLike[str], write: bool = False) -> None:
         self.path = os.fspath(path)
@@ -42,7 +46,7 @@ class Direct:
             self.direct = False
 
     def read(self, into: memoryview, at: int) -> None:
-        """Whole pages; what lies behind the end of the file stays as it is."""
+        """Reads whole pages.  What would lie behind the end of the file stays as it is."""
         while into:
             count = os.preadv(self.fd, [into], at)
             if count == 0:
@@ -84,12 +88,12 @@ def in_chunks(
 
 
 class Reader:
-    """The bytes of blocks, each from the checkpoint until the store has a file of it."""
+    """Reads blocks, each from the checkpoint until the folder has a file of it."""
 
     def __init__(self, pool: Executor) -> None:
         self._pool, self._lock = pool, threading.Lock()
         self._files: dict[str, Direct] = {}
-        self.own: dict[int, Direct] = {}  #: the store's file of a block
+        self.own: dict[int, Direct] = {}  #: the folder's file, by block
 
     def file(self, path: str) -> Direct:
         with self._lock:
@@ -98,7 +102,7 @@ class Reader:
             return self._files[path]
 
     def read(self, block: Block, data: Tensor) -> None:
-        """All of ``block`` into ``data``."""
+        """Reads all of ``block`` into ``data``."""
         memory, waiting = memory_of(data), []
         if (own := self.own.get(block.index)) is not None:
             first = len(header(block, 0))
@@ -123,11 +127,12 @@ class Reader:
 
 
 class Folder:
-    """A store on disk: ``block-00012.safetensors`` for each block, ``resident.safetensors`` for the other parameters.
+    """A folder with ``block-00012.safetensors`` for each block, and ``resident.safetensors`` for other
+    parameters.
 
-    A file holds all updates up to the number in its metadata.  It is written beside the old one, synced, and renamed
-    over it, so that at any moment one whole file is there.  Tensors lie where they do in memory (the gaps are entries
-    of their own), in whole pages behind the header.
+    A file holds all updates up to the number in its metadata.  A new file is written beside the old one,
+    synced, and renamed over it, so that at any moment one whole file is there.  Tensors lie as they do in
+    memory, in whole pages behind the header; the gaps are entries of their own.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -137,7 +142,7 @@ class Folder:
         return self.path / f"block-{block.index:05d}.safetensors"
 
     def open(self, op: str, block: Block) -> Direct | None:
-        """The file of ``block`` where there is one; sets ``block.stored``."""
+        """The file of ``block``, if there is one; sets ``block.stored``."""
         path = self.file_of(block)
         if not path.exists():
             return None
@@ -159,7 +164,9 @@ class Folder:
         pool: Executor | None,
         before: Callable[[], None],
     ) -> Direct:
-        """Replace the file of ``block``.  ``before``: called between the sync of the new file and the renaming."""
+        """Replaces the file of ``block``.  ``before`` is called between the sync of the new file and the
+        renaming.
+        """
         path = self.file_of(block)
         temporary = path.with_suffix(".part")
         temporary.unlink(missing_ok=True)
@@ -196,9 +203,9 @@ def version_of(op: str, file: File) -> int:
 
 
 def header(block: Block, version: int) -> bytes:
-    """Length and JSON in whole pages, as many for every ``version``.
+    """The header of a block's file, in whole pages; it has the same size for every ``version``.
 
-    safetensors takes no gap between tensors, and wants them in the header's order.
+    safetensors allows no gap between tensors and wants them in the header's order, so gaps are tensors, too.
     """
     entries: list[tuple[str, Entry]] = []
     at = 0
@@ -217,7 +224,7 @@ def header(block: Block, version: int) -> bytes:
 
 
 def check_room(op: str, folder: Folder, blocks: Sequence[Block], needed: int) -> None:
-    """Before the first write: every block once, and the one that is being replaced."""
+    """Raises, before the first write, where there is less room than ``needed`` bytes."""
     status = os.statvfs(folder.path)
     if (free := status.f_bavail * status.f_frsize) < needed:
         fail(op, "path", f"{needed} free bytes in {folder.path}", free, OSError)

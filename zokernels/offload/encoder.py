@@ -1,10 +1,11 @@
-"""Blocks that cross the link as wire bytes (``zokernels.wire``), while their masters stay in storage, exact.
+"""Blocks that cross the link as wire bytes (``zokernels.wire``), while the exact weights stay in storage.
 
-A thread brings a block's master up to date, one rounding for each step that it lacks, and encodes it; another writes
-files.  On the device one pass decodes and perturbs.  Nothing is copied back.
+The exact weights of a block are its master.  One thread brings a master up to date, with one rounding for
+each step that it lacks, and encodes it; another writes files.  On the device one pass decodes and perturbs.
+Nothing is copied back.
 
-Which values a forward sees depends on nothing but the master after all updates so far, theta_t: not on slots, on the
-order of visits, on what has been written, or on a restart.
+What a forward sees depends on nothing but the master after all updates so far, theta_t.  It does not depend
+on slots, on the order of visits, on what has been written, or on a restart.
 
     lossy       round(decode(encode(theta_t))): the update must be in the master before it is encoded
     lossless    theta_t: a block may be sent before the last update is known, and takes it as it is decoded
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import queue
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -24,14 +25,12 @@ from torch import Tensor
 from ..step.deferred import Pass
 from .blocks import Block
 from .history import History, apply_passes
-from .layout import WireLayout
 from .memory import mapping
-from .movers import FileStore, HostMemory, Mover, Slot
-from .timeline import Timeline
+from .movers import Carrier, FileStore, HostMemory, Mover, Slot
 
 
 class _Work(NamedTuple):
-    """Updates that some entries of a block lack."""
+    """Updates that some parameters of a block lack."""
 
     entries: list[int]
     streams: list[int]
@@ -39,38 +38,32 @@ class _Work(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """A block on its way: read, updated, sent, and written."""
+    """A block on its way: it is read, updated, used, and perhaps written."""
 
     block: Block
-    version: int  #: updates of the master when it is done
+    version: int  #: the number of updates in the master when the job is done
     work: list[_Work]
-    ready: torch.cuda.Event | None  #: of the coefficients
-    before: Future[None] | None  #: the last write of the block's file
-    then: Callable[[Tensor], Any]  #: what becomes of the master
-    done: Future[Any]  #: of the result of ``then``
-    written: Future[None] | None  #: of this write of the file, where there is one
+    ready: torch.cuda.Event | None  #: when the updates' coefficients are there
+    before: Future[None] | None  #: the last write of the block's file, which must end before it is read
+    then: Callable[[Tensor], Any]  #: uses the master
+    done: Future[Any]  #: the result of ``then``
+    written: Future[None] | None  #: this write of the file, where there is one
 
 
 class Encoder(Mover):
-    """Slots that hold wire bytes: a thread reads masters, one updates and encodes them, one writes files."""
+    """Fills slots with wire bytes.  One thread reads masters, one updates and encodes them, and one writes
+    files.
+    """
 
-    history: History  #: set by the engine
+    history: History  #: the engine sets it
 
-    def __init__(
-        self,
-        source: HostMemory | FileStore,
-        layout: WireLayout,
-        blocks: Sequence[Block],
-        slots: int,
-        device: torch.device,
-        write_every: int | None,
-        timeline: Timeline,
-        staging: Tensor | None,
-    ) -> None:
-        """``staging``: pinned memory for the wire bytes of a block for each slot, for a GPU."""
-        self.source, self.layout, self.timeline = source, layout, timeline
-        self._device, self._write_every, self._cuda = device, write_every, device.type == "cuda"
-        #: one block decoded, for what the fused pass does not serve
+    def __init__(self, source: HostMemory | FileStore, carrier: Carrier, slots: int, staging: Tensor | None) -> None:
+        """``staging``: for a GPU, pinned memory for the wire bytes of one block for each of ``slots``."""
+        assert carrier.layout is not None  # what crosses the link are wire bytes
+        blocks, device = carrier.blocks, carrier.device
+        self.source, self.layout, self.timeline = source, carrier.layout, carrier.timeline
+        self._device, self._write_every, self._cuda = device, carrier.write_every, carrier.to_gpu
+        #: One decoded block, for what the fused pass does not serve.
         self._theta = torch.empty(max(b.scratch for b in blocks), dtype=torch.uint8, device=device)
         self._views: dict[int, list[Tensor]] = {}
         self._reads, self._updates, self._writes = (
@@ -85,11 +78,11 @@ class Encoder(Mover):
         self._coming: dict[int, Future[Any]] = {}  #: by slot
         self._writing: dict[int, Future[None]] = {}  #: by block
         self._keeping: list[Future[Any]] = []
-        self._broken: BaseException | None = None  #: why a master in memory has an update in part
+        self._broken: BaseException | None = None  #: why a master in memory has only a part of an update
         if self._cuda:
             self._in, self._side = torch.cuda.Stream(device), torch.cuda.Stream(device)
             assert staging is not None
-            self._pinned = [staging[i * layout.room : (i + 1) * layout.room] for i in range(slots)]
+            self._pinned = [staging[i * self.layout.room : (i + 1) * self.layout.room] for i in range(slots)]
         self._sent: dict[int, torch.cuda.Event] = {}  #: by slot
         self._released: dict[int, torch.cuda.Event] = {}  #: by slot
         self._on_host: OrderedDict[int, tuple[Pass, Pass]] = OrderedDict()
@@ -101,7 +94,7 @@ class Encoder(Mover):
 
     @property
     def lag(self) -> float:
-        """How many updates a slot's bytes may lack when they are decoded."""
+        """How many updates a slot's bytes may lack, which the device then adds."""
         if not self.layout.lossless:
             return 0
         return float("inf") if self._write_every is None else 1
@@ -109,7 +102,7 @@ class Encoder(Mover):
     # In the engine's thread -----------------------------------------------------------------------------------------
 
     def fetch(self, block: Block, slot: Slot) -> None:
-        # Of a file that is only read, the device takes all updates where it can.
+        # Where files are only read, the device adds all updates if it can.
         slot.updates = block.scheduled if self.lag > 1 else max(self.history.end, block.scheduled)
         every, released = self._write_every, self._released.get(slot.index)
         write = isinstance(self.source, HostMemory) or (every is not None and slot.updates - block.scheduled >= every)
@@ -117,18 +110,18 @@ class Encoder(Mover):
         self._coming[slot.index] = self._submit(block, slot.updates, write, send)
 
     def keep(self, block: Block) -> None:
-        """All updates into the storage."""
+        """Brings all updates of ``block`` into the storage."""
         self._keeping.append(self._submit(block, max(self.history.end, block.scheduled), True, lambda master: None))
 
     def master(self, block: Block) -> Tensor:
-        """The bytes of ``block`` with all updates, on the host; valid until the next step."""
+        """The master of ``block`` with all updates, on the host.  It is valid until the next step."""
         in_memory = isinstance(self.source, HostMemory)
         copy = lambda master: master if in_memory else master[: block.nbytes].clone()
         found: Tensor = self._submit(block, max(self.history.end, block.scheduled), in_memory, copy).result()
         return found
 
     def _submit(self, block: Block, version: int, write: bool, then: Callable[[Tensor], Any]) -> Future[Any]:
-        errors = (f.exception() for f in self._writing.values() if f.done())  # what a write before ran into
+        errors = (f.exception() for f in self._writing.values() if f.done())  # of earlier writes
         if (error := self._broken or next(filter(None, errors), None)) is not None:
             failed: Future[Any] = Future()
             failed.set_exception(error)
@@ -261,7 +254,9 @@ class Encoder(Mover):
         return event
 
     def _host(self, one: Pass, ready: torch.cuda.Event | None) -> Pass:
-        """``one`` with its seeds and coefficients on the host; most blocks of a step have the same."""
+        """``one`` with its seeds and coefficients on the host.  Most blocks of a step have the same, so they
+        are kept.
+        """
         if not self._cuda:
             return one
         if id(one) not in self._on_host:

@@ -1,4 +1,7 @@
-"""The engine: brings each block in once for all forwards of a step, and has it take its update on the way."""
+"""The engine, which brings each block in once for all forwards of a step.
+
+A block takes the updates that it lacks as it comes in.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +33,11 @@ from .visit import SidePoints, Visit, WireVisit
 
 
 class Engine(BlockCache, Home):
-    """Made by :func:`zokernels.offload.stream`, whose documentation is the user's.
+    """Streams the blocks of a model.  :func:`zokernels.offload.stream` makes it, and has the user's
+    documentation.
 
-    One block at a time is open: ``_visit``.  Its parameters are views of scratch with what the running side computes
-    with; between visits they are placeholders.
+    One block at a time is open (``_visit``).  Its parameters are views of the values that the running side
+    computes with.  While a block is not open, its parameters are placeholders.
     """
 
     op = "stream"
@@ -61,7 +65,8 @@ class Engine(BlockCache, Home):
         self._lockstep = Lockstep(self._grant, [device])
         self._step: SidePoints | None = None
         self._visit: Visit | None = None
-        self._inside: tuple[Block | None, int, bool] = (None, 0, False)  #: block, side, and whether grad was enabled
+        #: The block and the side that are inside a forward, and whether gradients were enabled before it.
+        self._inside: tuple[Block | None, int, bool] = (None, 0, False)
         for b in blocks:
             for e in b.entries:
                 e.param.data = self._empty[id(e.param)]
@@ -103,7 +108,7 @@ class Engine(BlockCache, Home):
         self._visit.leave()
 
     def _fill(self, block: Block, state: dict[str, Any], prefix: str) -> None:
-        """Values in the place of placeholders."""
+        """Puts the values of a block into a state_dict, in the place of placeholders."""
         skip = len(block.name) + 1
         for e, value in zip(block.entries, self.values(block), strict=True):
             key = prefix + e.name[skip:]
@@ -119,7 +124,7 @@ class Engine(BlockCache, Home):
         self._open(self.blocks[index], sides)
 
     def _open(self, block: Block, sides: list[int]) -> None:
-        """Bring ``block`` in, up to date."""
+        """Brings ``block`` in, up to date."""
         slot = self.load(block)
         self._visit = self._begin(block, slot, sides, self._step if self.in_step else None)
 
@@ -135,7 +140,10 @@ class Engine(BlockCache, Home):
     # Steps ----------------------------------------------------------------------------------------------------------
 
     def attach(self, optimizer: StepOptimizer, trajectory: object) -> None:
-        """Whether the steps of ``optimizer`` can be streamed; a run in a folder is recorded there, and continued."""
+        """Raises where the steps of ``optimizer`` cannot be streamed.
+
+        A run that has a folder is recorded there, and continued where there is a log.
+        """
         op, kind = optimizer.op, type(optimizer)
         if self.optimizer is not None and self.optimizer is not optimizer and self.history.end > self.history.start:
             self.flush()
@@ -164,7 +172,7 @@ class Engine(BlockCache, Home):
         return StreamedProbe(buckets, seeds, exact, self.forwards, stepped)
 
     def forwards(self, step: SidePoints, run: Any) -> list[Any]:
-        """run(side) of each side, in lockstep."""
+        """The results of ``run(side)`` for each side, which run in lockstep."""
         self._step, self.in_step = step, True
         try:
             return self._lockstep.run(run, len(step.points))
@@ -174,14 +182,16 @@ class Engine(BlockCache, Home):
                 self._visit.done()
 
     def committed(self) -> None:
-        """The update of a step has been written down."""
+        """Called when the update of a step has been written down."""
         self.history.commit()
         self.history.drop(min(b.stored for b in self.blocks))
         self.prefetch_after_update()
 
     @property
     def is_lossless(self) -> bool:
-        """Whether the device computes with the very weights of the storage: always without ``wire``."""
+        """Whether the device computes with the very weights of the storage, as it always does without
+        ``wire``.
+        """
         return self.wire is None or self.wire.layout.lossless
 
     # Everything at once ---------------------------------------------------------------------------------------------
@@ -191,9 +201,9 @@ class Engine(BlockCache, Home):
         return self.write_every is not None
 
     def flush(self) -> None:
-        """All updates into the storage, and wait until they are there.
+        """Brings all updates into the storage, and waits until they are there.
 
-        Storage that is only read stays as it is: its updates are taken as blocks come in.
+        Storage that is only read stays as it is; blocks take their updates as they come in.
         """
         if self.closed:
             return
@@ -215,7 +225,7 @@ class Engine(BlockCache, Home):
 
     @contextmanager
     def _loaded(self, block: Block) -> Iterator[Slot]:
-        """A slot with ``block``, up to date."""
+        """A slot that holds ``block``, up to date."""
         slot = self.load(block)
         visit = self._begin(block, slot, [], None)
         try:
@@ -226,7 +236,10 @@ class Engine(BlockCache, Home):
 
     @contextmanager
     def opened(self, block: Block) -> Iterator[list[Tensor]]:
-        """The parameters of ``block``, all updates taken, on the device (with ``wire``: the host); not to be kept."""
+        """The parameters of ``block`` with all updates, while the context lasts.
+
+        They are on the device, or, with ``wire``, on the host.
+        """
         if self.wire is not None:
             master = self.wire.master(block)
             yield [e.of(master) for e in block.entries]
@@ -235,12 +248,12 @@ class Engine(BlockCache, Home):
             yield slot.params(block)
 
     def values(self, block: Block) -> list[Tensor]:
-        """Copies of the parameters of ``block``, on the device, all updates taken."""
+        """Copies of the parameters of ``block`` on the device, with all updates."""
         with self.opened(block) as params:
             return [v.to(self.device, copy=True) for v in params]
 
     def value(self, param: Tensor) -> Tensor:
-        """A copy of one parameter, on the device, all updates taken."""
+        """A copy of one parameter on the device, with all updates."""
         for block in self.blocks:
             for i, e in enumerate(block.entries):
                 if e.param is param:
@@ -249,9 +262,10 @@ class Engine(BlockCache, Home):
         fail(self.op, "param", "a streamed parameter", "another")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write all parameters and persistent buffers, with all updates, as the safetensors file ``path``.
+        """Writes all parameters and persistent buffers, with all updates, as the safetensors file ``path``.
 
-        Blocks are streamed; the file appears, whole and synced, when all is done.  Tied weights are in it once.
+        Blocks are streamed.  The file appears, whole and synced, when all is done.  Tied weights are in it
+        once.
         """
         save(self.model, self.blocks, self.opened, path)
 
@@ -262,7 +276,7 @@ class Engine(BlockCache, Home):
         self.close()
 
     def close(self) -> None:
-        """Flush, and end the threads.  The parameters stay placeholders."""
+        """Flushes, and ends the threads.  The parameters stay placeholders."""
         if not self.closed:
             try:
                 self.flush()

@@ -1,4 +1,4 @@
-"""Updates that blocks have yet to take: for each step, what was done to each parameter."""
+"""The updates that blocks still lack: for each step, what was done to each parameter."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from ..step.noise import Members, Noise
 
 
 class History:
-    """Update number i is a list of (parameters' streams by id, pass).
+    """The passes of each update, in order.
 
-    A block holds the first ``stored`` updates, and takes the rest as it comes in.  Updates that every block has are
-    dropped.
+    Update number i is a list of passes, each with the streams of its parameters, by id of the parameter.  A
+    block holds the first ``stored`` updates, and takes the rest as it comes in.  Updates that every block has
+    are dropped.
     """
 
     def __init__(self) -> None:
-        self.start = 0  #: number of the first that is kept
+        self.start = 0  #: the number of the first update that is not dropped
         self._steps: list[list[tuple[dict[int, int], Pass]]] = []
         self._open: list[tuple[dict[int, int], Pass]] = []
-        self._members: dict[tuple[int, ...], dict[int, int]] = {}  # most steps have the same
+        self._members: dict[tuple[int, ...], dict[int, int]] = {}  # most steps have the same, which are stored once
 
     @property
     def end(self) -> int:
@@ -40,13 +41,14 @@ class History:
         self._open.append((self._members[key], one))
 
     def commit(self) -> None:
-        """What was added since :meth:`begin` is the next update."""
+        """Makes what was added since :meth:`begin` the next update."""
         self._steps.append(self._open)
         self._open = []
 
     def drop(self, upto: int) -> None:
-        """Every block has the updates before ``upto``."""
-        upto = min(upto, self.end)  # the steps of a log are taken again one by one, and blocks have had most of them
+        """Drops the updates before number ``upto``, which every block has."""
+        # When the steps of a log are taken again one by one, blocks have updates that are still to come.
+        upto = min(upto, self.end)
         if upto > self.start:
             del self._steps[: upto - self.start]
             self.start = upto
@@ -55,7 +57,7 @@ class History:
         self.start, self._steps, self._open = number, [], []
 
     def pending(self, param: Tensor, since: int) -> tuple[int, tuple[Pass, ...]]:
-        """(stream, passes) of ``param`` from update ``since`` on."""
+        """The noise stream of ``param``, and its passes from update number ``since`` on."""
         key, stream, found = id(param), 0, []
         for step in self._steps[since - self.start :]:
             for members, one in step:
@@ -66,20 +68,20 @@ class History:
 
 
 class HistoryNoise(Noise):
-    """Dense noise in parameters that are elsewhere: their update is written down."""
+    """Dense noise of parameters that are elsewhere: an update is only written down."""
 
     def __init__(self, history: History) -> None:
         self._history = history
 
     def update(self, members: Members, seeds: Tensor, coeffs: Tensor, **rounding: Any) -> None:
-        # The clones: the optimizer's own tensors may be written to by the next step.
+        # The next step may write to the optimizer's own tensors, so they are copied.
         self._history.add(members, Pass(seeds.clone(), coeffs.clone(), members.dist, **rounding))
 
 
 def apply_passes(
     params: Sequence[Tensor], streams: Sequence[int], passes: Sequence[Pass], done: Callable[..., Any] = lambda n: 0
 ) -> None:
-    """In place, the passes one by one, each rounded as it was meant to be; several of them piece by piece."""
+    """Runs the passes in place, one by one, each with its own rounding; several of them piece by piece."""
     if len(passes) == 1:
         passes[0].run(list(params), list(streams), [0] * len(params), lambda states: ())
         return

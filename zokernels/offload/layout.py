@@ -15,8 +15,10 @@ from .blocks import ALIGN, Block
 
 
 class WireLayout:
-    """Where each parameter lies in the wire bytes of its block.  Other than fp32, bf16 and fp16 they travel as they
-    are."""
+    """Where each parameter lies in the wire bytes of its block.
+
+    Parameters of other dtypes than fp32, bf16 and fp16 travel as they are.
+    """
 
     def __init__(self, wire: Wire, blocks: Sequence[Block]) -> None:
         self.wire = wire
@@ -34,7 +36,7 @@ class WireLayout:
         return [data[begin : begin + size] for begin, size in self.places[block.index]]
 
     def encode(self, block: Block, master: Tensor, data: Tensor) -> None:
-        """The bytes of ``block`` in ``master`` to wire bytes in ``data``."""
+        """Encodes the weights of ``block`` in ``master`` to wire bytes in ``data``."""
         alike: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
         for e, buffer in zip(block.entries, self.buffers(block, data), strict=True):
             value = e.of(master)

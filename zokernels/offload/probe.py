@@ -1,4 +1,6 @@
-"""The probe of a step with streamed parameters: the exact one for those on the device, the engine for the others."""
+"""The probe of a step with streamed parameters: the exact one for those on the device, the engine for the
+others.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""The folder of a streamed run: a file for each block, one for the resident parameters, and the log of all steps.
+"""The folder of a streamed run: a file for each block, one for the resident parameters, and the log of all
+steps.
 
-A block's file says how many updates it has, and the log has every update: after a kill at any moment each block takes
-what it lacks.  The log's record of a step reaches the disk before the first block that has its update.
+A block's file says how many updates it has, and the log has every update.  So after a kill at any moment each
+block takes what it lacks.  For this the log's record of a step must reach the disk before the first block
+that has its update.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ _RESIDENT = "resident"
 
 
 class Run:
+    """What a run keeps in its folder, and how it goes on with it."""
+
     op = "stream"
 
     def __init__(self, path: str | os.PathLike[str], blocks: Sequence[Block], resume: bool) -> None:
@@ -55,7 +59,7 @@ class Run:
         self._recorder: Recorder | None = None
 
     def attach(self, optimizer: StepOptimizer, blocks: Sequence[Block], history: History) -> None:
-        """Record ``optimizer`` here, after it has taken the steps that are in the log."""
+        """Records ``optimizer`` here, after it has taken the steps that are in the log."""
         recorder = self._recorder = Recorder(self.log, sync=10.0)
         try:
             if self.log.stat().st_size:
@@ -85,7 +89,7 @@ class Run:
         recorder.go_on(log, optimizer)
 
     def durable(self) -> None:
-        """All steps so far are on the disk."""
+        """Brings all steps so far to the disk."""
         if self._recorder is not None:
             self._recorder.flush()
 
@@ -105,7 +109,7 @@ class Run:
         return block, [p for _, p in params]
 
     def keep_resident(self, optimizer: StepOptimizer, updates: int) -> None:
-        """Replace the file of the resident parameters, whose values have ``updates`` updates."""
+        """Replaces the file of the resident parameters, whose values have ``updates`` updates."""
         block, params = self._resident(optimizer)
         head = header(block, updates)
         with replacing(self.path / f"{_RESIDENT}.safetensors") as file:
@@ -119,7 +123,7 @@ class Run:
             self.durable()
 
     def _load_resident(self, optimizer: StepOptimizer, header: dict[str, Any]) -> int:
-        """The number of updates in the resident parameters, which are loaded."""
+        """Loads the resident parameters, and returns the number of their updates."""
         path = self.path / f"{_RESIDENT}.safetensors"
         block, params = self._resident(optimizer)
         if not path.exists():
@@ -134,7 +138,7 @@ class Run:
         return version_of(self.op, file)
 
     def _check_base(self, optimizer: StepOptimizer, header: dict[str, Any]) -> None:
-        """Whether the resident parameters hold what the run began with."""
+        """Raises where the resident parameters do not hold what the run began with."""
         for ours, theirs in zip(optimizer.param_groups, header["groups"], strict=True):
             for p, entry in zip(ours["params"], theirs["params"], strict=True):
                 if home_of(p).in_memory and entry["sha256"] is not None and digest(p) != entry["sha256"]:

@@ -21,7 +21,10 @@ def save(
     opened: Callable[[Block], AbstractContextManager[list[Tensor]]],
     path: str | os.PathLike[str],
 ) -> None:
-    """``opened``: a block's parameters with all updates, while its context lasts (:meth:`Engine.opened`)."""
+    """Writes the model as the safetensors file ``path``.
+
+    ``opened``: gives a block's parameters with all updates, while its context lasts (:meth:`Engine.opened`).
+    """
     streamed = {id(e.param) for block in blocks for e in block.entries}
     tensors: dict[int, tuple[str, Tensor]] = {}
     for name, _, _, p in aliases(model):

@@ -1,13 +1,12 @@
 """Where blocks live, and what carries them from there to the slots of a device.
 
-A storage is made before the model changes: whatever there may be too little of is allocated then.  Its ``mover()``
-fills it with the weights, and gives what moves them.
+A storage is made before the model changes: whatever there may be too little of is allocated then.  Its
+``mover()`` fills it with the weights, and gives what moves them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,35 +17,12 @@ from .blocks import PAGE, Block
 from .disk import check_room
 from .encoder import Encoder
 from .gathered import BySlices, Slices
-from .layout import WireLayout
 from .memory import mapping
-from .movers import ByStreams, ByThreads, FileStore, HostMemory, InPlace, Mover, Slot, Staged
+from .movers import ByStreams, ByThreads, Carrier, FileStore, HostMemory, InPlace, Mover, Slot, Staged
 from .run import Run
-from .timeline import Timeline
 
-#: The bytes of a block as it begins.
+#: Gives the bytes of a block as it is at first.
 Packed = Callable[[Block], Tensor]
-
-
-class Carrier(NamedTuple):
-    """What a storage needs to know of the stream that it serves."""
-
-    op: str
-    blocks: list[Block]
-    device: torch.device  #: of the slots
-    slots: int  #: how many, at most
-    layout: WireLayout | None  #: of the bytes that cross the link, where those are not the weights
-    timeline: Timeline
-    write_every: int | None  #: None: nothing is written
-
-    @property
-    def to_gpu(self) -> bool:
-        return self.device.type == "cuda"
-
-    def encoder(self, source: HostMemory | FileStore, slots: int, staging: Tensor | None) -> Encoder:
-        assert self.layout is not None
-        own = self.blocks, slots, self.device, self.write_every, self.timeline
-        return Encoder(source, self.layout, *own, staging)
 
 
 class DeviceStorage:
@@ -66,7 +42,7 @@ class DeviceStorage:
 
 
 def _buffers(carrier: Carrier) -> list[Slot]:
-    """Slots of the size of the largest block, or of its wire bytes."""
+    """Slots of the size of the largest block, or of its wire bytes where those cross the link."""
     blocks, layout, device = carrier.blocks, carrier.layout, carrier.device
     size = max(b.nbytes for b in blocks) if layout is None else max(layout.nbytes)
     count, size = min(carrier.slots, len(blocks)), -(-size // PAGE) * PAGE
@@ -78,7 +54,9 @@ def _buffers(carrier: Carrier) -> list[Slot]:
 
 
 class HostStorage:
-    """Blocks in one region of host memory, which is pinned for a GPU; with a ``mesh``, this rank's slice of each."""
+    """Blocks in one region of host memory, which is pinned for a GPU; with a ``mesh``, this rank's slice of
+    each.
+    """
 
     def __init__(self, carrier: Carrier, mesh: DeviceMesh | None) -> None:
         self.carrier = carrier
@@ -96,7 +74,7 @@ class HostStorage:
         for b in self.carrier.blocks:
             memory.write(b, packed(b), 0)
         if self.carrier.layout:
-            return self.carrier.encoder(memory, len(self.slots), self._staging)
+            return Encoder(memory, self.carrier, len(self.slots), self._staging)
         if not self.carrier.to_gpu:
             return ByThreads(memory, timeline)
         if isinstance(memory, Slices):
@@ -124,13 +102,13 @@ class DiskStorage:
             source.reader.own.update(run.files)
             self._fill(source, run, packed)
         if carrier.layout:
-            return carrier.encoder(source, len(self.slots), self._staging)
+            return Encoder(source, carrier, len(self.slots), self._staging)
         if self._staging is None:
             return ByThreads(source, carrier.timeline)
         return Staged(source, self._staging, carrier.slots, carrier.device, carrier.timeline)
 
     def _fill(self, source: FileStore, run: Run, packed: Packed) -> None:
-        """The blocks of a model that comes from no checkpoint; and whether there is room for what is to be written."""
+        """Checks the room for what is to be written, and writes the blocks of a model that has no checkpoint."""
         op, blocks = self.carrier.op, self.carrier.blocks
         missing = [b for b in blocks if b.index not in run.files]
         if run.resumes and not self.has_checkpoint and missing:

@@ -1,4 +1,4 @@
-"""Making an engine: where the weights come from, where they live, and what carries them."""
+"""Making an engine: where the weights come from, and where they live."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ from .engine import Engine
 from .gathered import check_mesh
 from .layout import WireLayout
 from .memory import mapping
+from .movers import Carrier
 from .run import Run
-from .storage import Carrier, DeviceStorage, DiskStorage, HostStorage
+from .storage import DeviceStorage, DiskStorage, HostStorage
 from .timeline import Timeline
 
 STORAGES = ("device", "host", "disk")
@@ -60,45 +61,53 @@ def stream(
         theta   = round(decay * theta + sum_k c_k z_k)      the last step's update, as the block comes in
         theta_s = round(theta + e_s z)                      for each forward s; theta itself goes back
 
-    All forwards of a step go through a block before it leaves: the model runs in lockstep, once for each forward,
-    whatever it is.  Losses and weights are those of the same optimizer on the whole model in memory, to the bit.
-    Embeddings, norms, the head and tied weights, all that is in no block, stay on the device.
+    All forwards of a step go through a block before it leaves: the model, whatever it is, runs in lockstep,
+    once for each forward.  Losses and weights are those of the same optimizer on the whole model in memory,
+    to the bit.  Whatever is in no block (embeddings, norms, the head, tied weights) stays on the device.
 
-    Use: make the optimizer from ``model.named_parameters()`` afterwards, and step as usual.  Every other forward
+    Make the optimizer from ``model.named_parameters()`` afterwards, and step as usual.  Every other forward
     (evaluation, generation) is streamed, too, and builds no graph for :meth:`~torch.Tensor.backward`.
 
     Args:
-        model: any module with a list of blocks, each called once or more in a forward; with ``weights``, its parameters
-            may be on "meta" (:func:`empty_weights`).
-        blocks: the name of their container ("model.layers"), or modules; default: the largest container of modules of
-            one class.
-        storage: "device" (nothing moves), "host" (one region of memory of exact size, pinned for a GPU) or "disk".
-        device: of slots, activations and resident parameters; default: that of the model's first parameter on a device.
-        weights: a safetensors file, or a folder of shards, that holds the model's parameters by name.  Never written.
-            Or a function of a name and a tensor that fills the tensor: a model made from nothing.
-        path: (disk) a folder for what is written: blocks, and the log of the run.  None: nothing is written; the
-            updates are kept in memory and taken by each block as it comes in, so that traffic is halved.
-        resume: continue the run in ``path``, where there is one; the optimizer that is made next takes its steps.
-        slots: buffers on the device, of the size of the largest block.  1 has no copy beside the computation.
-        scratch: buffers for perturbed copies: 2, or 1, which saves memory and makes the noise once for each forward.
-        write_every: a block is written back when it has taken this many updates.  n > 1 saves traffic; it is then
-            brought up to date from the stored weights each time it comes in, by n passes at most.
-        threads: that read and write files.
-        wire: (host, disk) what crosses the link: None (the weights; lossless), "bf16", "fp16", "fp8" or "int8"
-            (``zokernels.wire``).  The host keeps the weights, exact, and applies each update itself: nothing comes
-            back.  bf16 of bf16 and fp16 of fp16 weights are lossless (:attr:`Engine.is_lossless`): the bits of None.
-            All else is lossy: forwards compute with decode(encode(theta)), rounded to the weights' dtype, in the place
-            of theta.  What is stored and saved, and ``state_dict()``, are the weights themselves.
-        mesh: (host) a ``DeviceMesh`` of one dimension: each rank keeps a slice of every block, and the slices are
-            gathered as the block comes in.  The ranks run all forwards together, and take the same steps: give the
-            optimizer a mesh that has them all.
+        model: any module with a list of blocks, each called once or more in a forward; with ``weights``, its
+            parameters may be on "meta" (:func:`empty_weights`).
+        blocks: the name of their container ("model.layers"), or modules; default: the largest container of
+            modules of one class.
+        storage: "device" (nothing moves), "host" (one region of memory of exact size, pinned for a GPU) or
+            "disk".
+        device: of slots, activations and resident parameters; default: that of the model's first parameter on
+            a device.
+        weights: a safetensors file, or a folder of shards, that holds the model's parameters by name; it is
+            never written to.  Or a function of a name and a tensor that fills the tensor, for a model made
+            from nothing.
+        path: (disk) a folder for what is written: blocks, and the log of the run.  None: nothing is written.
+            The updates are then kept in memory, and each block takes them as it comes in, which halves the
+            traffic.
+        resume: continue the run in ``path``, where there is one; the optimizer that is made next takes its
+            steps.
+        slots: buffers on the device, of the size of the largest block.  With 1 nothing is copied during a
+            computation.
+        scratch: buffers for perturbed copies: 2, or 1, which saves memory and draws the noise once for each
+            forward.
+        write_every: after how many updates a block is written back.  n > 1 saves traffic; the block then
+            takes up to n updates each time it comes in.
+        threads: how many read and write files.
+        wire: (host, disk) what crosses the link: None (the weights; lossless), "bf16", "fp16", "fp8" or
+            "int8" (``zokernels.wire``).  The host keeps the exact weights and applies each update itself, so
+            nothing comes back.  bf16 of bf16 weights and fp16 of fp16 weights are lossless
+            (:attr:`Engine.is_lossless`), and give the bits of None.  All else is lossy: forwards compute with
+            decode(encode(theta)), rounded to the weights' dtype, in the place of theta.  What is stored and
+            saved, and ``state_dict()``, are the weights themselves.
+        mesh: (host) a ``DeviceMesh`` of one dimension: each rank keeps a slice of every block, and the slices
+            are gathered as the block comes in.  The ranks run all forwards together and take the same steps,
+            so give the optimizer a mesh that has them all.
 
     Returns: the :class:`Engine`, a context manager: ``flush()``, ``save(file)``, ``close()``.
 
     Raises: ValueError, OSError and TypeError, before anything is written, naming the argument.
 
-    Sources: the dual forward, Wang et al. 2025 (ZO2, arXiv 2503.12668); disk as a tier, Rajbhandari et al. 2021
-    (ZeRO-Infinity, arXiv 2104.07857) and Liao et al. 2024 (Fuyou, arXiv 2403.06504).
+    Sources: the dual forward, Wang et al. 2025 (ZO2, arXiv 2503.12668); disk as a tier, Rajbhandari et al.
+    2021 (ZeRO-Infinity, arXiv 2104.07857) and Liao et al. 2024 (Fuyou, arXiv 2403.06504).
     """
     op = "stream"
     _check(op, storage, weights, path, resume, slots, scratch, write_every, threads, wire)
@@ -139,7 +148,9 @@ def _blocks(
     filled: bool,
     in_files: bool,
 ) -> list[Block]:
-    """The model as blocks, and each laid out: ``in_files``, as its tensors lie in the checkpoint."""
+    """The blocks of the model, each laid out in its bytes; ``in_files``: as its tensors lie in the
+    checkpoint.
+    """
     found = find_blocks(op, model, blocks)
     listed = streamed_parameters(op, model, found)
     places = {} if filled else _sources(op, model, listed, checkpoint)
@@ -155,7 +166,7 @@ def _blocks(
 
 
 def _load_resident(model: nn.Module, blocks: Sequence[Block], loaded: dict[str, Tensor], fill: Fill | None) -> None:
-    """The parameters on "meta" become real ones, and those in no block get their values, as do buffers."""
+    """Makes real parameters of those on "meta", and loads the values of those in no block, and of buffers."""
     resident = materialise(model, {id(e.param) for b in blocks for e in b.entries})
     fresh = {name: p for name, _, _, p in aliases(model)}
     for b in blocks:
@@ -235,7 +246,9 @@ def _device(op: str, model: nn.Module, device: torch.device | str | None) -> tor
 def _sources(
     op: str, model: nn.Module, listed: list[list[tuple[str, nn.Parameter]]], checkpoint: Checkpoint | None
 ) -> dict[str, tuple[str, int, int]]:
-    """(path, begin, size) of each streamed parameter in the checkpoint; all of the model's are compared with it."""
+    """(path, begin, size) of each streamed parameter in the checkpoint, with which all of the model are
+    compared.
+    """
     if checkpoint is None:
         if missing := [n for n, p in model.named_parameters() if p.is_meta]:
             fail(op, "weights", f"a checkpoint for parameters on 'meta' ({missing[0]!r}, ...)", None)
@@ -262,7 +275,7 @@ def _sources(
 
 
 def _load_buffers(model: nn.Module, loaded: dict[str, Tensor]) -> None:
-    """Those that the checkpoint has: others are as the model made them."""
+    """Loads the buffers that the checkpoint has; others stay as the model made them."""
     for name, buffer in persistent_buffers(model):
         found = loaded.get(canonical_name(name))
         if found is not None:
@@ -277,7 +290,7 @@ def _tensor_of(name: str, loaded: dict[str, Tensor], model: nn.Module, p: Tensor
 
 
 def _packed(block: Block, loaded: dict[str, Tensor], fill: Fill | None) -> Tensor:
-    """The bytes of a block: from a checkpoint, a function or the model."""
+    """The bytes of a block, from the checkpoint, from ``fill``, or from the model."""
     data = mapping(block.nbytes, torch.device("cpu"))
     for e in block.entries:
         if fill:

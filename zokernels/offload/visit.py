@@ -1,4 +1,4 @@
-"""A block that is open: in its slot, up to date, with scratch for what each side computes with."""
+"""A block that is open: it is in a slot and up to date, and scratch holds what each side computes with."""
 
 from __future__ import annotations
 
@@ -17,22 +17,25 @@ from .cache import BlockCache
 from .history import apply_passes
 from .movers import Slot
 
-#: Matrix products may choose another kernel for memory that is less aligned than torch's own.
+#: Bytes to which torch aligns its own memory.  A matrix product may choose another kernel for less aligned
+#: memory.
 _ALIGNED = 64
 
 
 class SidePoints(NamedTuple):
-    """The forwards of a step: where each side stands in each bucket."""
+    """The points of a step's forwards, which are called sides, in each bucket."""
 
-    of: dict[int, tuple[Bucket, int, int]]  #: bucket, its place among ``points``, stream, by id of the parameter
-    points: list[list[Point]]  #: of each side, for each bucket
+    #: By id of the parameter: its bucket, the bucket's place among the points of a side, and its noise
+    #: stream.
+    of: dict[int, tuple[Bucket, int, int]]
+    points: list[list[Point]]  #: of each side, one for each bucket
     seeds: Seeds
 
     def terms(self, side: int, place: int, bucket: Bucket) -> tuple[Tensor, Tensor]:
         return terms(self.points[side][place], self.seeds[bucket.device])
 
     def pair(self, sides: Sequence[int], place: int) -> tuple[int, float] | None:
-        """(k, c), where two sides stand at theta + c z_k and theta - c z_k."""
+        """(k, c), if two sides are at theta + c z_k and theta - c z_k; else None."""
         plus, minus = (self.points[s][place] for s in sides)
         if len(plus) == 1 and plus.keys() == minus.keys():
             ((k, c), d) = next(iter(plus.items())), next(iter(minus.values()))
@@ -44,17 +47,22 @@ class SidePoints(NamedTuple):
 class _Batch(NamedTuple):
     """Parameters of a block that one call takes."""
 
-    entries: list[int]
+    entries: list[int]  #: their numbers in the block
     streams: list[int]
-    passes: tuple[Pass, ...]
+    passes: tuple[Pass, ...]  #: the updates that they lack
     bucket: Bucket | None  #: in which they are perturbed
-    place: int
+    place: int  #: of the bucket among the points of a side
 
 
 class Visit:
-    """A block in its slot, up to date, and scratch with what the sides compute with."""
+    """Brings a block in a slot up to date, and makes what each side computes with in scratch.
 
-    everything = False  #: whether parameters without update and perturbation have work, too
+    With two sides at theta +- c z, one pass makes the last update and both perturbations.  Other points are
+    made when their side comes (:meth:`bind`).
+    """
+
+    #: True if parameters without an update and a perturbation need a call, too.
+    everything = False
 
     def __init__(
         self, cache: BlockCache, block: Block, slot: Slot, sides: Sequence[int], step: SidePoints | None
@@ -74,7 +82,7 @@ class Visit:
                     self._fan_out(a)
                 else:
                     self._apply(a, a.passes)
-            #: scratch by side
+            #: The number of the scratch buffer that holds a side's point, by side.
             self._made: dict[int, int] = dict(zip(pair or (), (0, 1)))  # noqa: B905
         if since < cache.history.end:
             cache.updated(block, slot)
@@ -82,10 +90,11 @@ class Visit:
             self._release()
 
     def _values(self) -> list[Tensor]:
+        """The parameters as they are in the slot."""
         return self.slot.params(self.block)
 
     def _groups(self, since: int) -> list[_Batch]:
-        """Entries by dtype, updates and bucket; those without either are not in any."""
+        """The entries in batches of one dtype, the same updates and the same bucket."""
         found: dict[tuple[Any, ...], _Batch] = {}
         self._fixed: list[int] = []  #: entries that no side perturbs
         history, of = self.cache.history, self.step.of if self.step else {}
@@ -104,7 +113,7 @@ class Visit:
         return list(found.values())
 
     def _pair(self) -> list[int] | None:
-        """The first two sides, where one pass can update and perturb for both."""
+        """The first two sides, if one pass can update the block and perturb it for both."""
         pair, perturbed = self.sides[:2], [a for a in self._batches if a.bucket is not None]
         if len(pair) < 2 or self.cache.scratches < 2 or self.step is None or not perturbed:
             return None
@@ -116,7 +125,7 @@ class Visit:
             apply_passes([self._params[i] for i in a.entries], a.streams, passes)
 
     def _fan_out(self, a: _Batch) -> None:
-        """The last update and the perturbations in one pass."""
+        """Makes the last update and both perturbations in one pass."""
         update = self._last_update(a)
         self._apply(a, a.passes[:-1] if update else a.passes)
         params, plus, minus = (
@@ -127,14 +136,14 @@ class Visit:
         fan_out_(params, plus, minus, seed, coeff, **self._noise(a), **update)
 
     def _last_update(self, a: _Batch) -> dict[str, Any]:
-        """As arguments of a fan-out, where it can be one's."""
+        """The last update as arguments of a fan-out; none where it has another distribution."""
         assert a.bucket is not None
         if not a.passes or a.passes[-1].dist != a.bucket.dist:
             return {}
         return {key: getattr(a.passes[-1], key) for key in ("seeds", "coeffs", "decay", "rounding", "rounding_seed")}
 
     def _direction(self, a: _Batch) -> tuple[Tensor, float]:
-        """Seed and coefficient of the pair of sides."""
+        """The seed and the coefficient of the pair of sides."""
         assert self.step is not None
         assert a.bucket is not None
         k, c = self.step.pair(self.sides[:2], a.place)  # type: ignore[misc]
@@ -145,7 +154,7 @@ class Visit:
         return {"streams": a.streams, "dist": a.bucket.dist}
 
     def _perturb(self, side: int) -> list[Tensor]:
-        """Scratch with the point of ``side``."""
+        """Makes the point of ``side`` in scratch."""
         which = self.sides.index(side) % self.cache.scratches
         views = self.cache.scratch(self.block, which)
         for a in self._batches:
@@ -158,7 +167,7 @@ class Visit:
         return views
 
     def bind(self, side: int) -> None:
-        """The block's parameters are what ``side`` computes with."""
+        """Lets the block's parameters be what ``side`` computes with."""
         with torch.no_grad(), torch.inference_mode(False):
             if side in self._made:
                 views = list(self.cache.scratch(self.block, self._made[side]))
@@ -177,6 +186,7 @@ class Visit:
         self._begin = self.cache.timeline.now()
 
     def leave(self) -> None:
+        """Called when a side has run through the block."""
         self.cache.timeline.add("compute", self.block, self._begin)
         self._left -= 1
         if self._left == 0:
@@ -184,7 +194,9 @@ class Visit:
 
     def _release(self) -> None:
         self._held = False
-        self.cache.release(self.slot, onward=bool(self.sides))  # a look at one parameter is often followed by another
+        # Without sides it was a look at some parameter, which is often followed by a look at another of the
+        # block.
+        self.cache.release(self.slot, onward=bool(self.sides))
 
     def done(self) -> None:
         if self._held:
@@ -192,9 +204,9 @@ class Visit:
 
 
 class WireVisit(Visit):
-    """A block whose slot holds wire bytes, which are done with as soon as they are decoded."""
+    """A visit to a block whose slot holds wire bytes, which are no longer needed once they are decoded."""
 
-    everything = True
+    everything = True  # all parameters must be decoded
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -202,7 +214,7 @@ class WireVisit(Visit):
             self._release()
 
     def _values(self) -> list[Tensor]:
-        """Of the one decoded block, filled by :meth:`_apply`."""
+        """The parameters of the one decoded block, which :meth:`_apply` fills."""
         wire = self.cache.wire
         assert wire is not None
         self._wire, self._buffers = wire.layout.wire, wire.layout.buffers(self.block, self.slot.data)
@@ -223,7 +235,10 @@ class WireVisit(Visit):
         super()._apply(a, passes)
 
     def _fan_out(self, a: _Batch) -> None:
-        """In one pass, without theta, where no other side needs it and at most one update is pending."""
+        """One pass decodes, updates and perturbs, and does not store theta.
+
+        This needs two sides, and at most one pending update.
+        """
         update = self._last_update(a)
         if len(self.sides) > 2 or len(a.passes) > bool(update):
             return super()._fan_out(a)
