@@ -1,4 +1,7 @@
-"""Whether all ranks run the same program on the same weights: compared at the start, and weights again now and then."""
+"""Whether all ranks run the same program on the same weights.
+
+This is compared at the start, and the weights again every so many steps.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +19,22 @@ from ..step.shard import is_sharded, local_of, peers_of, shard_of
 from ..trajectory.settings import header_of
 from .ranks import Ranks
 
-#: Elements that are hashed at a time: 8 bytes each while they are.
+#: How many elements are hashed at a time.  Each takes 8 bytes while it is.
 _PIECE = 1 << 22
-#: 2^64 over the golden ratio, odd.
+#: 2^64 over the golden ratio, which is odd, as an int64.
 _SPREAD = 0x9E3779B97F4A7C15 - (1 << 64)
 
 
 class RanksDiffer(RuntimeError):
-    """Ranks of one run that do not agree; raised on all of them."""
+    """Raised on all ranks of a run when they do not agree."""
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
-    """sum_i bits_i (2 i + 1) c mod 2^64 over the elements' bits, c odd: int64, 0-dim, on the tensor's device.
+    """sum_i bits_i (2 i + 1) c mod 2^64 over the elements' bits, with an odd c: int64, 0-dim, on the tensor's
+    device.
 
-    Odd multipliers lose nothing: a change of one element always shows.  One read of the tensor; SHA-256 would need its
-    bytes on the host.
+    Odd multipliers lose nothing, so a change of one element always shows.  It costs one read of the tensor;
+    SHA-256 would need the bytes on the host.
     """
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     flat = tensor.detach().reshape(-1).view(kinds[tensor.element_size()])
@@ -43,12 +47,15 @@ def fingerprint(tensor: Tensor) -> Tensor:
 
 
 class Agreement:
-    """The start-up check, and the check of weights every ``every`` steps.
+    """The check at the start, and the check of the weights every ``every`` steps.
 
-    The start compares version, contract, parts, hyper-parameters, seed, step, and every parameter's name, stream,
-    shape, dtype, device type and weights; ranks may hold different shards, and those of different stages of a pipeline
-    different parameters: what two stages have (tied weights) must be the same.  A difference is an error on all ranks
-    that names both sides.  Weights are compared by :func:`fingerprint`, between ranks that hold the same elements.
+    At the start ranks compare version, contract, parts, hyper-parameters, seed and step, and every
+    parameter's name, stream, shape, dtype, device type and weights.  Ranks may hold different shards, and
+    different stages of a pipeline different parameters; what two stages have in common (tied weights) must be
+    the same.
+
+    A difference is an error on all ranks that names both sides.  Weights are compared by :func:`fingerprint`,
+    between ranks that hold the same elements.
     """
 
     def __init__(self, ranks: Ranks, every: int | None) -> None:
@@ -56,11 +63,11 @@ class Agreement:
             fail("Exchange", "check_every", "None or a number of steps >= 1", repr(every))
         self._ranks, self._every = ranks, every
         self._done = False
-        self._held: Sequence[list[tuple[str, int, Any]]] = ()  #: of each rank
-        self._groups: set[int] = set()  #: that take part on any rank
+        self._held: Sequence[list[tuple[str, int, Any]]] = ()  #: what each rank holds
+        self._groups: set[int] = set()  #: the groups that take part on any rank
 
     def expire(self) -> None:
-        """What was agreed on may have changed."""
+        """Called when what was agreed on may have changed."""
         self._done = False
 
     def begin(self, optimizer: OptimizerView) -> None:
@@ -88,7 +95,7 @@ class Agreement:
         self.check_weights(optimizer)
 
     def _check_names(self, optimizer: OptimizerView, streams: Sequence[dict[str, int]]) -> None:
-        """Of all stages together: a stream that does not depend on the stage, and is one parameter's."""
+        """Checks of all stages together that a stream is one parameter's, and does not depend on the stage."""
         op = optimizer.op
         owner: dict[int, str] = {}
         for i, group in enumerate(optimizer.param_groups):
@@ -99,12 +106,12 @@ class Agreement:
                 fail(op, "streams", "one stream for each parameter", f"{stream} for both {owner[stream]} and {label}")
 
     def foreign(self, optimizer: OptimizerView, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The groups that take part on another stage of a pipeline alone, where ``groups`` do here."""
+        """The groups that take part only on other stages of a pipeline, where ``groups`` do here."""
         here = {id(group) for group in groups}
         return [g for i, g in enumerate(optimizer.param_groups) if i in self._groups and id(g) not in here]
 
     def _check_peers(self, optimizer: OptimizerView) -> None:
-        """Ranks between which a parameter is split take part in the same forwards."""
+        """Checks that ranks between which a parameter is split take part in the same forwards."""
         ranks, others = set(self._ranks.ranks), set(self._ranks.at_other_points())
         for group in optimizer.param_groups:
             for i, p in enumerate(group["params"]):
@@ -143,7 +150,7 @@ def _differ(optimizer: OptimizerView, what: str, first: int, ours: object, rank:
 
 
 def _held(optimizer: OptimizerView) -> list[tuple[str, int, Any]]:
-    """Of each parameter, its label, its stream, and which elements this rank holds."""
+    """For each parameter its label, its stream, and which elements this rank holds."""
     held: list[tuple[str, int, Any]] = []
     for group in optimizer.param_groups:
         for i, (p, stream) in enumerate(zip(group["params"], group["streams"], strict=True)):
@@ -152,13 +159,13 @@ def _held(optimizer: OptimizerView) -> list[tuple[str, int, Any]]:
 
 
 def _groups(optimizer: OptimizerView) -> set[int]:
-    """Which groups take part here."""
+    """The numbers of the groups that take part here."""
     groups = enumerate(optimizer.param_groups)
     return {i for i, group in groups if any(takes_part(group, p) and p.numel() for p in group["params"])}
 
 
 def summary(optimizer: OptimizerView) -> dict[str, str]:
-    """What all ranks must have in common, by the name under which a difference is reported."""
+    """What all ranks must have in common, each under the name by which a difference is reported."""
     header = header_of(optimizer, base=False)
     found = {key: str(value) for key, value in header.items() if key not in ("groups", "created_by")}
     found = {"version": header["created_by"], "torch version": torch.__version__, **found}
@@ -169,7 +176,7 @@ def summary(optimizer: OptimizerView) -> dict[str, str]:
 
 
 def parameters(optimizer: OptimizerView) -> tuple[dict[str, str], dict[str, int]]:
-    """What ranks of one stage must have in common, likewise; and the streams by label."""
+    """What the ranks of one stage must have in common, as in :func:`summary`; and the streams by label."""
     found, streams = {}, {}
     for i, group in enumerate(optimizer.param_groups):
         for j, (p, stream) in enumerate(zip(group["params"], group["streams"], strict=True)):

@@ -1,5 +1,7 @@
-"""Processes that never wait for each other: each publishes (seed, g) of its own steps, and applies everyone's in one
-order."""
+"""Processes that never wait for each other.
+
+Each publishes (seed, g) of its own steps, and applies the steps of all in one order.
+"""
 
 from __future__ import annotations
 
@@ -33,28 +35,32 @@ if TYPE_CHECKING:
 class AsyncExchange:
     """A log in a ``torch.distributed`` store, to which each process appends the records of its steps.
 
-    A step of a process: it applies the records that it has not, draws a step number d that nobody else has (an atomic
-    ``add``), evaluates the closure at its weights along z of ``derive_seed(seed, d, k)``, and appends (d, g, lr, loss)
-    as record n, the first number that is free.  ``compare_set`` claims the number and publishes the record at once, so
-    the order has no gap that a dead process could leave, and where another was faster it returns that one's record,
-    which is the next to be applied.  Then the process applies the records up to its own, its own included.
+    In a step a process first applies the records that it lacks.  It draws a step number d that nobody else
+    has, by an atomic ``add``, and evaluates the closure at its weights along z of ``derive_seed(seed, d,
+    k)``.  Then it appends (d, g, lr, loss) as record n, the first number that is free.  ``compare_set``
+    claims the number and publishes the record at once, so no dead process can leave a gap.  Where another
+    process was faster, it returns that one's record, which is the next to be applied.  At last the process
+    applies the records up to and including its own.
 
-    Records are applied in the order of n, each with its own rounding (contract zk1), and where a process lags, all that
-    it missed in one pass over the weights, piece by piece.  So after record n all processes have the bits of
-    ``replay_`` of :meth:`save`'s file up to n, whatever was late.  g was measured at weights that lacked the last
-    n - base records: its staleness.  A process that dies leaves nothing behind; one that begins anew at the base
-    weights takes the run's records first.
+    Records are applied in the order of n, each with its own rounding (contract zk1).  A process that lags
+    applies all that it missed in one pass over the weights, piece by piece.  So after record n all processes
+    have the bits of ``replay_`` of :meth:`save`'s file up to n, whatever was late.
+
+    The staleness of record n is the number of records that the weights lacked at which its g was measured.  A
+    process that dies leaves nothing behind, and one that begins anew at the base weights takes the run's
+    records first.
 
     Args:
-        optimizer: without ``mesh`` and ``trajectory``, fresh, with restore="exact", dense noise and no subset; the same
-            on all processes (settings and weights are compared through the store), each with lr of its own.
+        optimizer: without ``mesh`` and ``trajectory``, fresh, with restore="exact", dense noise and no
+            subset; the same on all processes (settings and weights are compared through the store), each with
+            lr of its own.
         store: a ``TCPStore``, ``FileStore`` or a ``PrefixStore`` of one, the run's own.
         steps: number of records after which the run is over; a step that ends later is dropped.
-        staleness: of a record at most; a step that would be staler is dropped, and the process goes on from fresh
-            weights.  None: no bound.
+        staleness: the largest that a record may have.  A step that would have a larger one is dropped, and
+            the process goes on from fresh weights.  None: no bound.
 
-    Raises: RanksDiffer where the settings or base weights are not those of the process that came first, and, at the
-    end, where weights are not.
+    Raises: RanksDiffer where the settings or base weights are not those of the process that came first, and,
+    at the end, where weights are not.
     """
 
     def __init__(self, optimizer: StepOptimizer, store: Store, steps: int, staleness: int | None = None) -> None:
@@ -66,11 +72,11 @@ class AsyncExchange:
         self._head, self._layout = encode(header)
         self._gated = header["gated"]
         self._agree("header", json.loads(canonical(header)))
-        #: Records applied, and own steps that were dropped.
+        #: The number of applied records, and of own steps that were dropped.
         self.count = self.dropped = 0
-        #: Of the last own record.
+        #: The staleness of the last own record.
         self.last_staleness: int | None = None
-        self._next: list[bytes] = []  # published, but not applied
+        self._next: list[bytes] = []  # records that are published, but not yet applied here
         self.catch_up()
 
     def _check(self, optimizer: StepOptimizer, steps: int, staleness: int | None) -> None:
@@ -88,7 +94,7 @@ class AsyncExchange:
             fail("AsyncExchange", "optimizer", "a fresh one", f"step {o.step_count}")
 
     def _agree(self, what: str, ours: dict[str, Any]) -> None:
-        """``ours`` is what the first process that came here has."""
+        """Raises where ``ours`` is not what the first process that came here has."""
         theirs = _flat(json.loads(self.store.compare_set(what, "", json.dumps(ours))))
         ours = _flat(ours)
         for key in (*theirs, *(k for k in ours if k not in theirs)):
@@ -102,7 +108,7 @@ class AsyncExchange:
         return self.count == self.steps
 
     def step(self, closure: Callable[[], Tensor | float]) -> Tensor | None:
-        """Evaluate, publish, apply; the loss, or None where the run was over before."""
+        """Evaluates, publishes and applies a step.  Returns the loss, or None where the run was over before."""
         self.catch_up()
         if self.done:
             return None
@@ -127,7 +133,7 @@ class AsyncExchange:
         self.dropped += 1
 
     def catch_up(self) -> int:
-        """Apply all that is published; the number of records."""
+        """Applies all that is published; returns the number of records."""
         before = self.count
         while (n := self.count + len(self._next)) < self.steps and self.store.check([str(n)]):
             self._next.append(self.store.get(str(n)))
@@ -157,11 +163,11 @@ class AsyncExchange:
         return data
 
     def stalenesses(self) -> list[int]:
-        """Of each record that is applied here."""
+        """The staleness of each record that is applied here."""
         return [n - int(self.store.get(str(n)).decode().partition(" ")[0]) for n in range(self.count)]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """The records that are applied here as a log (docs/trajectory.md), for ``replay_`` and ``zokernels replay``."""
+        """Writes the records that are applied here as a log, for ``replay_`` and ``zokernels replay``."""
         with open(path, "xb") as file:
             file.write(self._head)
             for n in range(self.count):
@@ -171,7 +177,7 @@ class AsyncExchange:
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Of nested dicts and lists, the values by path."""
+    """The values of nested dicts and lists, by path."""
     if not isinstance(value, (dict, list)):
         return {path[1:]: value}
     named = lambda i, v: v["name"] if isinstance(v, dict) and v.get("name") else i

@@ -1,4 +1,6 @@
-"""The one collective of a step: every rank's losses, gathered, and averaged in an order that no mesh changes."""
+"""The one collective of a step: all ranks' losses are gathered, and averaged in an order that no mesh
+changes.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,12 @@ from .ranks import PERTURBATION, PIPELINE, Ranks
 
 
 def mean_of(losses: Tensor | Sequence[Tensor | float]) -> Tensor:
-    """The mean over the first dimension, float64: ((l0 + l1) + (l2 + l3) + ...) / n, summed as a balanced binary tree.
+    """The mean over the first dimension, float64: ((l0 + l1) + (l2 + l3) + ...) / n, summed as a balanced
+    binary tree.
 
-    ``Exchange`` takes the mean over the data ranks with it, so one process that returns ``mean_of`` of the same shards'
-    losses from its closure makes the same weights.  One order on every device, and log2(n) additions.
+    ``Exchange`` takes the mean over the data ranks with it.  So one process whose closure returns ``mean_of``
+    the losses of the same shards makes the same weights.  The order is the same on every device, and takes
+    log2(n) additions.
     """
     if not len(losses):
         fail("mean_of", "losses", "at least one", 0)
@@ -36,20 +40,25 @@ def mean_of(losses: Tensor | Sequence[Tensor | float]) -> Tensor:
 
 
 class Exchange(Ranks, Team):
-    """Who evaluates which of a step's points on which data, and the gathering of the losses.
+    """Shares out the points of a step among ranks, and gathers their losses.
 
-    A ``mesh`` of D x P x ... ranks by the names of its dimensions: the points of a step are shared out along
-    "perturbation", in runs of ceil(n / P) at most; along "data" every rank has batches of its own, and the loss of a
-    point is :func:`mean_of` over them; ranks along "pipeline" hold parameters of their own, and the loss of the last
-    of these stages is everyone's; ranks along any other dimension hold one model between them (tensor parallel) or
-    twice, and the loss of the first of them is everyone's.
+    The dimensions of ``mesh`` say by their names what its ranks do:
 
-    One all-gather of float64 a step: 8 ceil(n / P) bytes a rank, 16 for plain data parallel with two sides.  All ranks
-    then compute the same coefficients of the same numbers, so weights need no exchange.
+    * "perturbation": the n points of a step are shared out among the P ranks, in runs of ceil(n / P) at most.
+    * "data": every rank has batches of its own, and the loss of a point is :func:`mean_of` over them.  *
+    "pipeline": every rank holds parameters of its own, and the loss of the last stage is everyone's.  * any
+    other: the ranks hold one model between them (tensor parallel), or copies of it, and the loss of the first
+    of
+      them is everyone's.
+
+    A step takes one all-gather of float64: 8 ceil(n / P) bytes a rank, which is 16 for plain data parallel
+    with two sides.  All ranks then compute the same coefficients from the same numbers, so weights need no
+    exchange.
 
     Args:
         mesh: a DeviceMesh with named dimensions; its ranks are those that call ``step``.
-        check_every: steps between two comparisons of all ranks' weights (:class:`Agreement`); None: at the start alone.
+        check_every: steps between two comparisons of all ranks' weights (:class:`Agreement`); None: at the
+            start alone.
     """
 
     alone = False
@@ -64,7 +73,7 @@ class Exchange(Ranks, Team):
         self.agreement.start(optimizer)
 
     def begin(self, optimizer: OptimizerView, buckets: Sequence[Bucket]) -> None:
-        """Before a step: whether all ranks are at one."""
+        """Called before a step: checks that all ranks agree."""
         self.bytes_sent = 0
         self.agreement.begin(optimizer)
 
@@ -79,14 +88,16 @@ class Exchange(Ranks, Team):
         return _share(count, self.place, self.perturbation)
 
     def loss_of(self, result: object) -> object:
-        """What counts of a closure's result: on the stages before the last nothing does."""
+        """The part of a closure's result that counts: nothing, on the stages before the last."""
         return result if self.stage == self.stages - 1 else 0.0
 
     def gather(self, own: Tensor | None, count: int, device: torch.device) -> Tensor:
-        """The losses of all ``count`` points: float64 [count, ...], on ``device``; in ``own``'s dtype where it holds
-        them exactly, which is where no mean was taken, and all stages know it, which is where there is one.
+        """The losses of all ``count`` points: float64 [count, ...], on ``device``.
 
-        ``own``: of the points of :meth:`share`, None where there are none.
+        They are in ``own``'s dtype where that holds them exactly, which is where no mean is taken, and where
+        all stages know it, which is where there is one.
+
+        ``own``: the losses at the points of :meth:`share`; None where there are none.
         """
         most = -(-count // self.perturbation)
         shape = () if own is None else own.shape[1:]
@@ -99,7 +110,9 @@ class Exchange(Ranks, Team):
         return losses.to(own.dtype) if own is not None and self.data == self.stages == 1 else losses
 
     def _index_of(self, count: int, most: int, device: torch.device) -> Tensor:
-        """[D, count]: where each data rank's losses are among ``most`` of every rank."""
+        """[D, count]: the places of each data rank's losses in the gathered ones, of which every rank sent
+        ``most``.
+        """
         if (key := (count, device)) not in self._index:
             shares = [len(_share(count, p, self.perturbation)) for p in range(self.perturbation)]
             places = [
@@ -111,14 +124,16 @@ class Exchange(Ranks, Team):
 
 
 def _share(count: int, place: int, places: int) -> range:
-    """Of ``count`` things, the run of ``place`` among ``places``: sizes differ by one at most, longer ones first."""
+    """The run of ``count`` things that belongs to ``place``.  Sizes differ by one at most; longer runs come
+    first.
+    """
     size, longer = divmod(count, places)
     begin = place * size + min(place, longer)
     return range(begin, begin + size + (place < longer))
 
 
 def exchange_of(optimizer: StepOptimizer, mesh: DeviceMesh | Exchange) -> Exchange:
-    """The exchange of an optimizer, whose parts are checked."""
+    """The exchange of an optimizer.  Raises where the optimizer's parts do not go with the mesh."""
     op = optimizer.op
     if optimizer.run_state.capturable:
         fail(op, "capturable", "False with a mesh: its checks are on the host", True)
@@ -128,7 +143,7 @@ def exchange_of(optimizer: StepOptimizer, mesh: DeviceMesh | Exchange) -> Exchan
         fail(op, "mesh", "a DeviceMesh or an Exchange", type(mesh).__name__, TypeError)
     if mesh.perturbation > (count := len(optimizer.estimator.points())):
         fail(op, "mesh", f"at most {count} ranks along {PERTURBATION!r}, one for each point", mesh.perturbation)
-    if mesh.stages > 1:  # which know no parameters but their own
+    if mesh.stages > 1:  # stages know no parameters but their own
         if optimizer.subset is not None or not optimizer.direction.separate:
             got = f"{type(optimizer.direction).__name__}, {type(optimizer.subset).__name__}"
             fail(op, "mesh", f"no subset, and a direction of each parameter by itself, with {PIPELINE!r}", got)

@@ -33,19 +33,19 @@ class Ranks:
         size = dict(zip(self.names, mesh.mesh.shape, strict=True))
         self.data, self.perturbation, self.stages = (size.get(n, 1) for n in (DATA, PERTURBATION, PIPELINE))
         self.stage = at.get(PIPELINE, 0)
-        #: Along "perturbation".
+        #: This rank's number along "perturbation".
         self.place = at.get(PERTURBATION, 0)
         self.ranks: list[int] = mesh.mesh.flatten().tolist()
         self.group = _group_of(mesh, self.ranks)
         #: Global ranks, in the group's order.
         self.members = dist.get_process_group_ranks(self.group)
-        #: Of each of ``members``.
+        #: The stage of each of ``members``.
         self.stage_of: Sequence[int] = [self._stage(rank) for rank in self.members]
         #: Bytes that this rank gave to the collectives of the last step, and of all steps; checks included.
         self.bytes_sent = self.total_bytes_sent = 0
 
     def leaders(self) -> list[list[int]]:
-        """[D][P]: places in the group of the ranks whose losses count."""
+        """[D][P]: the places in the group of the ranks whose losses count."""
         places = torch.tensor([self.members.index(rank) for rank in self.ranks]).view(self.mesh.mesh.shape)
         names = [n for n in (DATA, PERTURBATION, PIPELINE) if n in self.names]
         rest = [i for i, n in enumerate(self.names) if n not in names]
@@ -77,14 +77,14 @@ class Ranks:
         self.total_bytes_sent += sent
 
     def all_gather(self, mine: Tensor) -> Tensor:
-        """[ranks, ...], in the group's order."""
+        """The tensors of all ranks, [ranks, ...], in the group's order."""
         everyone = torch.empty((len(self.ranks), *mine.shape), dtype=mine.dtype, device=mine.device)
         all_gather_single(everyone.view(-1), mine.reshape(-1), group=self.group)
         self.count(mine.nbytes)
         return everyone
 
     def all_gather_object(self, value: object) -> list[Any]:
-        """In the group's order; for the start, not for steps."""
+        """``value`` of all ranks, in the group's order.  It is for the start, not for steps."""
         everyone: list[Any] = [None] * len(self.ranks)
         dist.all_gather_object(everyone, value, group=self.group)
         return everyone

@@ -12,7 +12,9 @@ from typing import Any
 
 @contextmanager
 def replacing(path: pathlib.Path) -> Iterator[Any]:
-    """A file beside ``path`` that takes its place, synced, if the block ends well, and else is removed."""
+    """A new file beside ``path``.  If the block ends well it is synced and takes the place of ``path``; else
+    it is removed.
+    """
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         try:
             yield file
@@ -28,7 +30,7 @@ def replacing(path: pathlib.Path) -> Iterator[Any]:
 
 
 def sync_folder(path: pathlib.Path) -> None:
-    """Which files a folder has reaches the disk."""
+    """Brings to the disk which files a folder has."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -1,6 +1,7 @@
-"""safetensors files as mapped memory: tensors are views of the file, so that none has to fit into memory.
+"""safetensors files as mapped memory: tensors are views of the file, so that none needs to fit into memory.
 
-The format is a length (u64), a JSON header of names, dtypes, shapes and byte ranges, and the bytes.
+A file begins with a length (u64) and a JSON header of that length, which has a name, a dtype, a shape and a
+range of bytes for each tensor.  The bytes follow.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def _json(data: bytes, where: str) -> dict[str, Any]:
 
 
 class File:
-    """A safetensors file that is read; nothing is ever written to it."""
+    """A safetensors file that is only read."""
 
     def __init__(self, path: pathlib.Path) -> None:
         self.path = path
@@ -95,7 +96,7 @@ class File:
         return memoryview(self._map)[entry.begin : entry.begin + entry.size]
 
     def release(self) -> None:
-        """Give the pages that were read back to the system."""
+        """Gives the pages that were read back to the system."""
         self._map.madvise(mmap.MADV_DONTNEED)
 
 
@@ -111,7 +112,7 @@ def view(mapped: mmap.mmap, entry: Entry) -> Tensor:
 
 
 class Checkpoint:
-    """One safetensors file, or a folder of them as Hugging Face writes it, with an index or one file."""
+    """One safetensors file, or a folder of several as Hugging Face writes it, with an index."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = pathlib.Path(path)
@@ -141,7 +142,7 @@ class Checkpoint:
         return found
 
     def tensors(self) -> dict[str, Tensor]:
-        """By canonical name; views of the files."""
+        """The tensors by canonical name, as views of the files."""
         result: dict[str, Tensor] = {}
         for name, file in self.where.items():
             if file.entries[name].dtype in DTYPES:

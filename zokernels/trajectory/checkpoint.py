@@ -1,4 +1,7 @@
-"""Replaying a log onto a checkpoint file, a piece at a time: no more of it than a piece need fit into memory."""
+"""Replaying a log onto a checkpoint file.
+
+The file is worked on piece by piece, so no more of it than a piece needs to fit into memory.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ _RELEASE = 1 << 24
 
 
 def checked(base: Checkpoint, log: Log) -> dict[str, Tensor]:
-    """The tensors of ``base``, whose values are those that the run of ``log`` began with."""
+    """The tensors of ``base``.  Raises where their values are not those that the run of ``log`` began with."""
     tensors = base.tensors()
     check_base(log.header, match(log.header, tensors))
     base.release()
@@ -31,7 +34,7 @@ def checked(base: Checkpoint, log: Log) -> dict[str, Tensor]:
 
 
 def compare(log: Log, ours: Checkpoint, theirs: Checkpoint) -> int:
-    """The number of trained tensors; raises ValueError where one differs in a bit."""
+    """The number of trained tensors.  Raises ValueError where one of them differs in a bit."""
     a, b = ours.tensors(), theirs.tensors()
     names = [p["name"] for group in log.header["groups"] for p in group["params"] if p["sha256"] is not None]
     for name in names:
@@ -56,7 +59,7 @@ def replay_file(
     mode: str = "exact",
     progress: Progress = lambda elements: None,
 ) -> int:
-    """Write ``base`` with the weights of the run (:func:`replay_`) as the safetensors file ``out``.
+    """Writes ``base``, with the weights of the run (:func:`replay_`), as the safetensors file ``out``.
 
     ``out`` appears, whole and synced, when all is done.  The work is done in the mapped file itself.
     """

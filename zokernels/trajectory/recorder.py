@@ -1,4 +1,4 @@
-"""Writing a log while an optimizer runs, and going on with one."""
+"""Writing a log while an optimizer runs, and going on with one that is there."""
 
 from __future__ import annotations
 
@@ -27,20 +27,22 @@ from .format import Layout, Log, Record, encode, read, scan
 from .replay import repeat_all, retaking
 from .settings import check_base, check_same_run, own_part, settings, whole_header
 
-#: Steps whose numbers may be on their way from a GPU; the one before them is waited for.
+#: How many steps' numbers may be on their way from a GPU.  When there are more, the oldest is waited for.
 _IN_FLIGHT = 64
 
 
 class _Pending(NamedTuple):
+    """The numbers of a step, on their way from the device to the host."""
+
     step: int
     two_pass: bool
     carried: bool
-    groups: tuple[int | None, ...]  #: of each group, its place among the gradients
+    groups: tuple[int | None, ...]  #: for each group, its place among the gradients
     values: Tensor  #: float64 on the host: finite, multiple, loss, rates, losses, gradients
     arrived: torch.cuda.Event | None
 
     def record(self, layout: Layout) -> Record:
-        """Waits for the numbers."""
+        """The record of the step.  Waits for its numbers."""
         if self.arrived is not None:
             self.arrived.synchronize()
         finite, multiple, loss, *rest = self.values.tolist()
@@ -52,7 +54,7 @@ class _Pending(NamedTuple):
 
 
 def pending(optimizer: OptimizerView, step: int, buckets: list[Bucket], estimate: Estimate) -> _Pending:
-    """The numbers of a step, on their way to the host."""
+    """Sends the numbers of a step on their way to the host."""
     groups, elsewhere = optimizer.param_groups, estimate.elsewhere
     places = [id(group) for group in (*(b.group for b in buckets), *(group for group, _ in elsewhere))]
     place = {key: i for i, key in reversed(list(enumerate(places)))}
@@ -84,7 +86,7 @@ class Follower(roles.Log):
         self._next = 0
 
     def go_on(self, log: Log, optimizer: OptimizerView) -> None:
-        """Append behind the last good record of ``log``."""
+        """Lets records be appended behind the last good one of ``log``."""
         self._start(log.layout, log.start + log.steps, optimizer)
 
     def _start(self, layout: Layout, step: int, optimizer: OptimizerView) -> None:
@@ -94,14 +96,16 @@ class Follower(roles.Log):
         pass
 
     def begin(self, optimizer: OptimizerView) -> None:
-        """Before the forwards of a step: the header, before the first; and whether the log can hold the step."""
+        """Called before the forwards of a step: writes the header before the first, and checks that the step
+        fits.
+        """
         if self.closed:
             fail("trajectory", self.path, "an open log", "one that was closed", RuntimeError)
         if self._settings is None:
             if optimizer.state:
                 got = "one with state from steps that are not in the log (resume=True continues a log)"
                 fail("trajectory", "optimizer", "a fresh optimizer", got)
-            head, layout = encode(whole_header(optimizer))  # of sharded weights: all ranks together
+            head, layout = encode(whole_header(optimizer))  # all ranks together, where weights are sharded
             self._write_header(head)
             self._start(layout, optimizer.step_count, optimizer)
             self.flush()
@@ -122,11 +126,11 @@ class Follower(roles.Log):
 
 
 class Recorder(Follower):
-    """The log that an optimizer appends to.  Made by :func:`record`.
+    """The log to which an optimizer appends its steps.  :func:`record` makes it.
 
-    A record is written after its step's update, by one system call: a killed process loses no completed step but those
-    whose numbers a GPU had not yet sent.  Every ``sync`` seconds, and at :meth:`flush`, the file is synced, so that a
-    machine that dies loses no more than that.
+    A record is written after its step's update, by one system call.  So a killed process loses no completed
+    step, but for those whose numbers a GPU had not yet sent.  Every ``sync`` seconds, and at :meth:`flush`,
+    the file is synced, so that a machine that dies loses no more than the steps since then.
     """
 
     def __init__(self, path: str | os.PathLike[str], sync: float) -> None:
@@ -140,7 +144,7 @@ class Recorder(Follower):
             fail("trajectory", self.path, "a file that no one else writes", "one that is locked", RuntimeError)
         self._queue = _Queue(self._file)
         self._synced = time.monotonic()
-        # What is on its way reaches the file when the optimizer dies, and when the interpreter ends.
+        # What is on its way reaches the file when the recorder dies, and when the interpreter ends.
         self._finish = weakref.finalize(self, self._queue.finish)
 
     @property
@@ -160,21 +164,21 @@ class Recorder(Follower):
         self._queue.layout = layout
 
     def clear(self) -> None:
-        """Empty the file, which ends inside its header: no step was recorded."""
+        """Empties the file, which ends inside its header, so that no step was recorded."""
         self._file.truncate(0)
 
     def _write_header(self, head: bytes) -> None:
         self._queue.write(head)
 
     def append(self, optimizer: OptimizerView, buckets: list[Bucket], estimate: Estimate) -> None:
-        """After the update of a step."""
+        """Called after the update of a step."""
         self._queue.add(pending(optimizer, self._next, buckets, estimate))
         self._next += 1
         if time.monotonic() - self._synced >= self._sync:
             self._fsync()
 
     def flush(self) -> None:
-        """All steps taken so far into the file, and the file to the disk."""
+        """Brings all steps taken so far into the file, and the file to the disk."""
         if not self.closed:
             self._queue.drain()
             self._fsync()
@@ -184,7 +188,7 @@ class Recorder(Follower):
         self._synced = time.monotonic()
 
     def close(self) -> None:
-        """Flush and close; the optimizer can take no further step."""
+        """Flushes and closes the log.  The optimizer can take no further step."""
         self._finish()
 
 
@@ -195,7 +199,7 @@ def _double(rate: float | Tensor, like: Tensor) -> Tensor:
 
 
 class _Queue:
-    """Steps on their way into the file; it outlives the recorder."""
+    """Steps on their way into the file.  It outlives the recorder."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -204,7 +208,7 @@ class _Queue:
         self._lock = threading.Lock()  # a streamed run drains it from the thread that writes blocks
 
     def add(self, step: _Pending) -> None:
-        """And write those that are here."""
+        """Adds a step, and writes those whose numbers are here."""
         steps = self._steps
         with self._lock:
             steps.append(step)
@@ -242,28 +246,28 @@ def record(
     rewind: bool = False,
     sync: float = 10.0,
 ) -> Follower:
-    """Append a record of every step of ``optimizer`` to ``path``.
+    """Appends a record of every step of ``optimizer`` to ``path``.
 
-    The header, with the SHA-256 of the weights as they are then, is written before the first step.  The settings then
-    stay as they are but for lr.
+    The header is written before the first step, with the SHA-256 of the weights as they are then.  From there
+    on no setting but lr may change.
 
     Args:
         path: a file that does not exist or is empty, unless ``resume`` or ``rewind``.
-        resume: where the file holds a log of a run like this optimizer's, the weights, which must be those that the
-            run began with, and the optimizer first take its steps.  A record that a kill cut off is removed.
+        resume: go on with the log in the file, if there is one.  The weights must be those that the run began
+            with; they and the optimizer first take its steps.  A record that a kill cut off is removed.
         recover: also remove what follows a damaged record.
-        rewind: for an optimizer and weights that come from a checkpoint at step n: where the file holds a log of a run
-            like this optimizer's, its steps from n on are removed, and the run goes on from there.  Of the weights only
-            those at the log's first step can be compared with it.
+        rewind: go on with the log in the file, if there is one, from step n, where the optimizer and the
+            weights come from a checkpoint at step n.  The log's steps from n on are removed.  Only at the
+            log's first step can the weights be compared with it.
         sync: seconds between two syncs of the file to the disk; 0: after every step.
 
-    On a mesh all ranks call this; the first one has the file, and the others get the log from it.
+    On a mesh all ranks call this.  The first one has the file, and the others get the log from it.
 
-    Returns: the :class:`Recorder` (on the other ranks of a mesh a :class:`Follower`, which writes nothing);
-    ``recorder.close()`` ends the log, as does the end of the program.
+    Returns: the :class:`Recorder`, or on the other ranks of a mesh a :class:`Follower`, which writes nothing.
+    ``recorder.close()`` ends the log, and so does the end of the program.
 
-    Raises: ValueError, before a weight or the file changes, where the log is damaged or of another run, or the weights
-    are not its base; RuntimeError where another writer has it open.
+    Raises: ValueError, before a weight or the file changes, where the log is damaged or of another run, or
+    the weights are not its base; RuntimeError where another writer has it open.
     """
     if resume and rewind:
         fail("trajectory", "resume, rewind", "one of them", "both")
@@ -295,7 +299,9 @@ def record(
 
 @contextmanager
 def _from_first(team: roles.Team, log: Log | None, error: Exception | None) -> Iterator[Log | None]:
-    """The log that the first process resumes, or its error.  No file system need be shared: the others get a copy."""
+    """The log that the first process resumes, or its error.  No file system need be shared: the others get a
+    copy.
+    """
     data = None
     if log is not None and not team.alone:
         with open(log.path, "rb") as file:
@@ -317,7 +323,7 @@ def _from_first(team: roles.Team, log: Log | None, error: Exception | None) -> I
 def _log_to_resume(
     optimizer: StepOptimizer, recorder: Recorder, resume: bool, recover: bool, rewind: bool
 ) -> Log | None:
-    """The log that is in the recorder's file, if any; to ``rewind`` without the steps that the optimizer is before."""
+    """The log that is in the recorder's file, if any; with ``rewind``, only its steps before the optimizer's."""
     if not os.path.getsize(recorder.path):
         return None
     if not (resume or rewind):

@@ -1,4 +1,4 @@
-"""An optimizer as the header of its log, and back."""
+"""Turns an optimizer into the header of its log, and a header into an optimizer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..step.subset import LAYERS, Subset
 from ..version import __version__
 from .format import canonical
 
-#: Bytes that are hashed at a time.
+#: How many bytes are hashed at a time.
 _PIECE = 1 << 24
 
 _PARTS = {"estimator": Estimator, "rule": Rule, "direction": Direction, "subset": Subset}
@@ -36,7 +36,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def digest(tensor: Tensor, dtype: torch.dtype | None = None) -> str:
-    """SHA-256 of the elements' bytes in memory order (little-endian machines), a piece at a time, as ``dtype``."""
+    """The SHA-256 of the elements' bytes, as ``dtype``, in the memory order of little-endian machines."""
     state = hashlib.sha256()
     flat = whole_of(home_of(tensor).value(tensor)).detach().contiguous().view(-1)
     step = max(1, _PIECE // flat.element_size())
@@ -57,7 +57,7 @@ def _arguments(kind: type) -> list[str]:
 
 
 def _plain(value: object) -> Any:
-    """``value`` for JSON; what JSON cannot hold is there by its digest."""
+    """``value`` as JSON can hold it.  What it cannot hold is there by its digest."""
     if isinstance(value, torch.dtype):
         return dtype_name(value)
     if isinstance(value, Mapping):  # a mask of the caller's own for each parameter
@@ -71,7 +71,7 @@ def _plain(value: object) -> Any:
 
 
 def describe(part: object) -> dict[str, Any] | None:
-    """A part of an optimizer: its class and the arguments of its constructor."""
+    """A part of an optimizer as its class and the arguments of its constructor."""
     if part is None:
         return None
     own, defaults = vars(part), getattr(part, "defaults", {})
@@ -80,7 +80,9 @@ def describe(part: object) -> dict[str, Any] | None:
 
 
 def _label(kind: type) -> str:
-    """The class in a log.  A caller's own class never stands for one of the package's of the same name."""
+    """The name of a class in a log.  A caller's own class never stands for the package's class of the same
+    name.
+    """
     own = kind.__module__.partition(".")[0] == __name__.partition(".")[0]
     name: str = vars(kind).get("log_name", kind.__name__)
     return name if own else f"custom:{name}"
@@ -93,7 +95,7 @@ def _kinds(base: type[Any]) -> Iterator[type[Any]]:
 
 
 def _rebuild(argument: str, described: dict[str, Any] | None, given: object) -> Any:
-    """The part that ``describe`` saw; ``given`` where the caller has one."""
+    """The part that :func:`describe` saw; or ``given``, where the caller has it."""
     if given is not None:
         if describe(given) != described:
             fail("replay_", argument, f"the one of the log, {described}", describe(given))
@@ -131,12 +133,12 @@ def _parameter(group: dict[str, Any], index: int) -> dict[str, Any]:
 
 
 def _options(optimizer: OptimizerView, group: dict[str, Any]) -> list[str]:
-    """Keys of a group's own settings, without those that torch or a scheduler adds."""
+    """The keys of a group's own settings, without those that torch or a scheduler adds."""
     return [key for key in (*optimizer.defaults, "bits") if key in group and key not in ("lr", "differentiable")]
 
 
 def settings(optimizer: OptimizerView) -> tuple[Any, ...]:
-    """What must stay as it is while a log is written; quick to make and to compare."""
+    """What must stay as it is while a log is written.  It is quick to make and to compare."""
     return tuple(
         (
             tuple(group[key] for key in _options(optimizer, group)),
@@ -149,7 +151,7 @@ def settings(optimizer: OptimizerView) -> tuple[Any, ...]:
 
 
 def header_of(optimizer: OptimizerView, base: bool = True) -> dict[str, Any]:
-    """The header of a log that begins now.  ``base``: with the digests of the weights."""
+    """The header of a log that begins now.  ``base``: include the digests of the weights."""
     groups = []
     for group in optimizer.param_groups:
         params = [_parameter(group, i) for i in range(len(group["params"]))]
@@ -174,8 +176,11 @@ def header_of(optimizer: OptimizerView, base: bool = True) -> dict[str, Any]:
 
 
 def whole_header(optimizer: OptimizerView, base: bool = True) -> dict[str, Any]:
-    """:func:`header_of` of all stages of a pipeline: in each group the parameters of the first stage, then what the
-    next ones add.  All ranks call it together."""
+    """:func:`header_of` all stages of a pipeline together.
+
+    Each group has the parameters of the first stage, and then those that the next stages add.  All ranks call
+    this together.
+    """
     header, team = header_of(optimizer, base), optimizer.team
     if team.stages == 1:
         return header
@@ -188,7 +193,7 @@ def whole_header(optimizer: OptimizerView, base: bool = True) -> dict[str, Any]:
 
 
 def own_part(optimizer: OptimizerView, header: dict[str, Any]) -> dict[str, Any]:
-    """``header`` with the parameters that are here; of a pipeline's log, those of this stage."""
+    """``header`` with the parameters that are here: in a pipeline's log, those of this stage."""
     if optimizer.team.stages == 1:
         return header
     groups = []
@@ -199,7 +204,7 @@ def own_part(optimizer: OptimizerView, header: dict[str, Any]) -> dict[str, Any]
 
 
 def check_same_run(optimizer: OptimizerView, header: dict[str, Any]) -> None:
-    """Whether ``optimizer`` is that of the log in all but its step, its learning rates and its weights."""
+    """Raises where ``optimizer`` differs from that of the log in more than step, learning rates and weights."""
     ours = json.loads(canonical(whole_header(optimizer, base=False)))
     theirs = {**header, "groups": [dict(g, params=[dict(p) for p in g["params"]]) for g in header["groups"]]}
     for group in theirs["groups"]:
@@ -214,7 +219,7 @@ def check_same_run(optimizer: OptimizerView, header: dict[str, Any]) -> None:
 
 
 def check_base(header: dict[str, Any], tensors: Sequence[Sequence[Tensor | None]]) -> None:
-    """Whether ``tensors`` (of each group) hold the weights that the run began with."""
+    """Raises where ``tensors`` (of each group) do not hold the weights that the run began with."""
     for group, ours in zip(header["groups"], tensors, strict=True):
         for i, (p, tensor) in enumerate(zip(group["params"], ours, strict=True)):
             if p["sha256"] is None:
@@ -229,7 +234,7 @@ def check_base(header: dict[str, Any], tensors: Sequence[Sequence[Tensor | None]
 
 
 def _labels(header: dict[str, Any]) -> list[list[str | int]]:
-    """Names, or numbers where the run had none."""
+    """The names of the parameters of each group, or their numbers where the run had no names."""
     count, labels = 0, []
     for group in header["groups"]:
         labels.append([p["name"] if p["name"] is not None else count + i for i, p in enumerate(group["params"])])
@@ -238,9 +243,12 @@ def _labels(header: dict[str, Any]) -> list[list[str | int]]:
 
 
 def match(header: dict[str, Any], weights: object, dtype: torch.dtype | None = None) -> list[list[Tensor | None]]:
-    """The tensors of each group: those of ``weights`` (a module, a mapping or pairs by name, or tensors in the
-    optimizer's order) with the log's names and shapes, and its dtypes (or ``dtype``).  None for a parameter that was
-    not trained."""
+    """The tensors of ``weights`` that belong to each group of a log; None for a parameter that was not
+    trained.
+
+    ``weights`` are a module, a mapping or pairs by name, or tensors in the optimizer's order.  They must have
+    the log's names and shapes, and its dtypes, or ``dtype``.
+    """
     by_name = any(p["name"] is not None for g in header["groups"] for p in g["params"])
     items: Any
     if isinstance(weights, nn.Module):
@@ -279,7 +287,7 @@ def _check_tensor(label: str | int, tensor: Tensor, shape: list[int], dtype: str
 def optimizer_of(
     header: dict[str, Any], tensors: Sequence[Sequence[Tensor | None]], restore: str, **given: object
 ) -> StepOptimizer:
-    """The optimizer of the run, over ``tensors``; parameters that were not trained are empty ones.
+    """The optimizer of the run, over ``tensors``.  Parameters that were not trained are empty ones.
 
     ``given``: parts (direction, subset) that a log cannot hold.
     """
