@@ -9,7 +9,7 @@ NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CPP    := $(shell find csrc tests zokernels/bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: test fuzz demo offload-demo bench docs wheel gpu-check gpu-prebuilt format clean
-.PHONY: lint lint-ruff lint-clang-format lint-typos lint-mypy
+.PHONY: lint lint-ruff lint-clang-format lint-typos lint-mypy lint-imports
 
 test: $(VENV)/tested lint
 	$(BIN)/python -m bench run --op combine --device cpu --tiny
@@ -49,7 +49,7 @@ wheel: $(VENV)/environment
 		--no-build-isolation --no-deps -w dist .
 
 # One target a tool: .pre-commit-config.yaml calls the same. Versions: constraints.txt.
-lint: lint-ruff lint-clang-format lint-typos lint-mypy
+lint: lint-ruff lint-clang-format lint-typos lint-mypy lint-imports
 
 lint-ruff: $(VENV)/tested
 	$(BIN)/ruff check .
@@ -63,6 +63,10 @@ lint-typos: $(VENV)/tested
 
 lint-mypy: $(VENV)/tested
 	$(BIN)/mypy
+
+# Who may import whom: [tool.importlinter] in pyproject.toml.
+lint-imports: $(VENV)/tested
+	$(BIN)/lint-imports --no-logo --no-cache
 
 format: $(VENV)/tested
 	$(BIN)/ruff check --fix .
@@ -91,5 +95,5 @@ $(VENV)/demo: $(VENV)/built $(DEMO)
 
 $(VENV)/tested: $(VENV)/demo
 	$(PIP) mkdocs-material "mkdocstrings[python]"
-	$(PIP) pytest triton ruff clang-format typos mypy matplotlib scikit-learn accelerate peft trl lightning
+	$(PIP) pytest triton ruff clang-format typos mypy import-linter matplotlib scikit-learn accelerate peft trl lightning
 	touch $@

@@ -30,8 +30,8 @@ from zokernels import offload
 from zokernels.contract import derive_seed_int, streams_of
 from zokernels.distributed import AsyncExchange, Exchange, RanksDiffer, mean_of
 from zokernels.optim import ZOSGD, Ranking, ThreePoint, ZerothOrder, ZORankSGD
-from zokernels.optim.rules import SGD
-from zokernels.optim.shard import shard_of, whole_of
+from zokernels.step.rules.sgd import SGD
+from zokernels.step.shard import shard_of, whole_of
 from zokernels.trajectory import read, record, replay_
 
 #: Where models are: "cpu" with gloo, "cuda" with NCCL (``make gpu-check``); the worker sets it.

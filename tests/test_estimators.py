@@ -17,8 +17,8 @@ from zosgd_cases import BOTH, batch, combined, loss_of, mlp, same_bits, weights
 
 import zokernels as zk
 from zokernels.optim import FZOO, ZOSGD, ForwardGradient, ZerothOrder, ZOConservative, ZORankSGD
-from zokernels.optim.estimators import OneSided, Ranking, StdNormalized, TwoSided
-from zokernels.optim.rules import Rule
+from zokernels.step.estimators import OneSided, Ranking, StdNormalized, TwoSided
+from zokernels.step.rules.rule import Rule
 
 # torch's forward-mode derivatives are compiled by torch.jit.script when first used.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
@@ -467,12 +467,12 @@ def test_forward_gradient_trains_attention_and_embeddings():
 
 
 def test_forward_gradient_stores_one_call():
-    from zokernels.optim.scratch import arena_numel
+    from zokernels.step.scratch import arena_numel
 
     model = nn.Sequential(nn.Linear(16, 128), nn.Tanh(), nn.Linear(128, 4), nn.LayerNorm(4))
     opt = ForwardGradient(model.named_parameters(), lr=0.1)
     opt.step(lambda: model(torch.ones(2, 16)).square().sum())
-    assert opt._pool.nbytes() == 2 * 4 * arena_numel([*model[0].parameters()])
+    assert opt.scratch.nbytes() == 2 * 4 * arena_numel([*model[0].parameters()])
 
 
 def test_forward_gradient_refuses():

@@ -29,8 +29,8 @@ from zokernels.optim import (
     ZOConservative,
     ZOSignSGD,
 )
-from zokernels.optim.estimators import TwoSided
-from zokernels.optim.stateful import Curvature
+from zokernels.step.estimators import TwoSided
+from zokernels.step.rules.stateful import Curvature
 
 pytestmark = pytest.mark.filterwarnings("ignore:[A-Za-z]+. . step:UserWarning")
 

@@ -17,7 +17,7 @@ import torch
 from trajectory_cases import CASES, Model, assert_same, base_of, record_with_cpu, run
 
 from zokernels.optim import ZOSGD, SparseMeZO
-from zokernels.optim.rules import Rule
+from zokernels.step.rules.rule import Rule
 from zokernels.trajectory import format as log_format
 from zokernels.trajectory import read, record, replay_, settings
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import zokernels as zk
 from zokernels.optim import ZOSGD
-from zokernels.optim.scratch import arena_numel
+from zokernels.step.scratch import arena_numel
 
 EPS = 0.02
 
@@ -210,7 +210,7 @@ def test_scratch_with_live_views_is_not_reused():
     opt.step(closure)
     assert all(x != y for x, y in addresses)
     opt.step(lambda: a.sum() + b.sum())
-    assert opt._pool.nbytes() == 256  # all the views are gone, and one arena stays
+    assert opt.scratch.nbytes() == 256  # all the views are gone, and one arena stays
 
 
 def test_metadata_materialises_nothing():

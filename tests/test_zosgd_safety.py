@@ -12,7 +12,7 @@ from torch import nn
 
 import zokernels as zk
 from zokernels.optim import ZOSGD
-from zokernels.optim.guards import RngState, uninterrupted
+from zokernels.step.guards import RngState, uninterrupted
 
 BOTH = pytest.mark.parametrize("restore", ["exact", "inplace"])
 

@@ -1,4 +1,4 @@
-"""What a streamed model takes of the device, worked out beforehand."""
+"""How much memory of the device a streamed model takes, worked out beforehand."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 from ..wire import Wire
 from .blocks import PAGE, Block, find_blocks, streamed_parameters
-from .wire import Format
+from .layout import WireLayout
 
 
 class Footprint(NamedTuple):
-    """Bytes on the device.  Activations, and what libraries hold for themselves, come on top."""
+    """Bytes on the device.  Activations, and what libraries hold for themselves, are not included."""
 
     slots: int
     scratch: int
-    decoded: int  #: the one block that wire bytes are decoded to
+    decoded: int  #: the one block to which wire bytes are decoded
     resident: int  #: parameters in no block, and buffers
     copy: int  #: the perturbed copy of the largest resident parameter, while a function takes it
 
@@ -34,10 +34,10 @@ def footprint(
     scratch: int = 2,
     wire: Wire | None = None,
 ) -> Footprint:
-    """What :func:`stream` with these arguments, from host memory or disk, will take of the device.
+    """How much memory of the device :func:`stream` with these arguments, from host memory or disk, will take.
 
-    The parameters of ``model`` may be on "meta" (:func:`empty_weights`): nothing is allocated.  A few pages more for
-    blocks that are read from a checkpoint in place.
+    Nothing is allocated, and the parameters of ``model`` may be on "meta" (:func:`empty_weights`).  Blocks
+    that are read from a checkpoint in place take a few pages more.
     """
     op = "footprint"
     found = find_blocks(op, model, blocks)
@@ -52,7 +52,7 @@ def footprint(
     resident: list[Tensor] = [p for p in model.parameters() if id(p) not in streamed]
     largest, copy = max(b.nbytes for b in made), max(b.scratch for b in made)
     if wire is not None:
-        largest = -(-max(Format(wire, made).nbytes) // PAGE) * PAGE
+        largest = -(-max(WireLayout(wire, made).nbytes) // PAGE) * PAGE
     return Footprint(
         slots=min(slots, len(made)) * largest,
         scratch=scratch * copy,

@@ -1,32 +1,30 @@
-"""Updates that blocks have yet to take: for each step, what was done to each parameter."""
+"""The updates that blocks still lack: for each step, what was done to each parameter."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..optim.direction import Dense
-from ..trajectory.deferred import Deferred, Pass
-
-if TYPE_CHECKING:
-    from ..optim.groups import Bucket
+from ..step.deferred import DeferredNoise, Pass
+from ..step.noise import Members, Noise
 
 
 class History:
-    """Update number i is a list of (parameters' streams by id, pass).
+    """The passes of each update, in order.
 
-    A block holds the first ``stored`` updates, and takes the rest as it comes in.  Updates that every block has are
-    dropped.
+    Update number i is a list of passes, each with the streams of its parameters, by id of the parameter.  A
+    block holds the first ``stored`` updates, and takes the rest as it comes in.  Updates that every block has
+    are dropped.
     """
 
     def __init__(self) -> None:
-        self.start = 0  #: number of the first that is kept
+        self.start = 0  #: the number of the first update that is not dropped
         self._steps: list[list[tuple[dict[int, int], Pass]]] = []
         self._open: list[tuple[dict[int, int], Pass]] = []
-        self._members: dict[tuple[int, ...], dict[int, int]] = {}  # most steps have the same
+        self._members: dict[tuple[int, ...], dict[int, int]] = {}  # most steps have the same, which are stored once
 
     @property
     def end(self) -> int:
@@ -36,20 +34,21 @@ class History:
     def begin(self) -> None:
         self._open = []
 
-    def add(self, bucket: Bucket, one: Pass) -> None:
-        key = tuple(map(id, bucket.params))
+    def add(self, members: Members, one: Pass) -> None:
+        key = tuple(map(id, members.params))
         if key not in self._members:
-            self._members[key] = dict(zip(key, bucket.streams, strict=True))
+            self._members[key] = dict(zip(key, members.streams, strict=True))
         self._open.append((self._members[key], one))
 
     def commit(self) -> None:
-        """What was added since :meth:`begin` is the next update."""
+        """Makes what was added since :meth:`begin` the next update."""
         self._steps.append(self._open)
         self._open = []
 
     def drop(self, upto: int) -> None:
-        """Every block has the updates before ``upto``."""
-        upto = min(upto, self.end)  # the steps of a log are taken again one by one, and blocks have had most of them
+        """Drops the updates before number ``upto``, which every block has."""
+        # When the steps of a log are taken again one by one, blocks have updates that are still to come.
+        upto = min(upto, self.end)
         if upto > self.start:
             del self._steps[: upto - self.start]
             self.start = upto
@@ -58,7 +57,7 @@ class History:
         self.start, self._steps, self._open = number, [], []
 
     def pending(self, param: Tensor, since: int) -> tuple[int, tuple[Pass, ...]]:
-        """(stream, passes) of ``param`` from update ``since`` on."""
+        """The noise stream of ``param``, and its passes from update number ``since`` on."""
         key, stream, found = id(param), 0, []
         for step in self._steps[since - self.start :]:
             for members, one in step:
@@ -68,27 +67,26 @@ class History:
         return stream, tuple(found)
 
 
-class Later(Dense):
-    """Dense noise in parameters that are elsewhere: their update is written down."""
+class HistoryNoise(Noise):
+    """Dense noise of parameters that are elsewhere: an update is only written down."""
 
     def __init__(self, history: History) -> None:
         self._history = history
 
-    def update(self, bucket: Bucket, seeds: Tensor, coeffs: Tensor, **rounding: Any) -> None:
-        # The clones: the optimizer's own tensors may be written to by the next step.
-        self._history.add(bucket, Pass(seeds.clone(), coeffs.clone(), bucket.dist, **rounding))
+    def update(self, members: Members, seeds: Tensor, coeffs: Tensor, **rounding: Any) -> None:
+        # The next step may write to the optimizer's own tensors, so they are copied.
+        self._history.add(members, Pass(seeds.clone(), coeffs.clone(), members.dist, **rounding))
 
 
-def take(
+def apply_passes(
     params: Sequence[Tensor], streams: Sequence[int], passes: Sequence[Pass], done: Callable[..., Any] = lambda n: 0
 ) -> None:
-    """In place, the passes one by one, each rounded as it was meant to be; several of them piece by piece."""
+    """Runs the passes in place, one by one, each with its own rounding; several of them piece by piece."""
     if len(passes) == 1:
         passes[0].run(list(params), list(streams), [0] * len(params), lambda states: ())
         return
-    deferred = Deferred()
-    for p, stream in zip(params, streams, strict=True):
-        for one in passes:
-            deferred.put(p, stream, one)
+    deferred = DeferredNoise()
+    for one in passes:
+        deferred.put(params, streams, one)
     with torch.no_grad():
         deferred.apply(done)

@@ -1,4 +1,6 @@
-"""Host memory of exactly the size that was asked for: anonymous mappings, pinned and placed where there is a GPU."""
+"""Host memory of exactly the size that was asked for, which is pinned and placed beside the GPU where there
+is one.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,10 @@ from .blocks import PAGE
 
 
 def mapping(nbytes: int, device: torch.device) -> Tensor:
-    """Bytes of a private mapping, which begins at a page.  For a CUDA device they are pinned as they are: torch's own
-    pinned allocator would take the next power of two, up to twice the memory (pytorch #95823)."""
+    """A private mapping, which begins at a page; for a CUDA device it is pinned.
+
+    torch's own pinned allocator would take the next power of two, up to twice the memory (pytorch #95823).
+    """
     size = max(PAGE, -(-nbytes // PAGE) * PAGE)
     try:
         mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -33,7 +37,7 @@ def mapping(nbytes: int, device: torch.device) -> Tensor:
 
 
 def pin(data: Tensor, size: int, device: torch.device) -> None:
-    """Touch the pages from the GPU's NUMA node, and register them."""
+    """Touches the pages from the GPU's NUMA node, so that they lie there, and registers them with CUDA."""
     cpus = cpus_beside(device)
 
     def touch() -> None:
@@ -59,7 +63,7 @@ def pin(data: Tensor, size: int, device: torch.device) -> None:
 
 
 def cpus_beside(device: torch.device, root: pathlib.Path = pathlib.Path("/")) -> set[int]:
-    """CPUs of the NUMA node that the GPU is attached to, as far as this process may use them.
+    """The CPUs of the NUMA node that the GPU is attached to, as far as this process may use them.
 
     ``root``: the folder in which the system's ``sys`` is mounted.
     """

@@ -1,4 +1,5 @@
-"""How the bytes of blocks come to slots and go back.  All calls return at once; :meth:`Mover.wait` is where one waits.
+"""How the bytes of blocks come to slots and go back.  All calls return at once, and only :meth:`Mover.wait`
+waits.
 
 ========  ============  ==========================================================================
 storage   device        what moves
@@ -16,15 +17,32 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .blocks import Block
-from .files import Folder, Reader
+from .disk import Folder, Reader
+from .layout import WireLayout
 from .memory import mapping
 from .timeline import Timeline
+
+
+class Carrier(NamedTuple):
+    """What storages and movers need to know of the stream that they serve."""
+
+    op: str
+    blocks: list[Block]
+    device: torch.device  #: of the slots
+    slots: int  #: how many, at most
+    layout: WireLayout | None  #: of the bytes that cross the link; None: they are the weights
+    timeline: Timeline
+    write_every: int | None  #: None: nothing is written
+
+    @property
+    def to_gpu(self) -> bool:
+        return self.device.type == "cuda"
 
 
 class Slot:
@@ -33,7 +51,7 @@ class Slot:
     def __init__(self, index: int, data: Tensor) -> None:
         self.index, self.data = index, data
         self.block: Block | None = None
-        self.updates = 0  #: that its bytes hold
+        self.updates = 0  #: the number of updates that its bytes hold
         self.users = 0  #: sides that compute with it
         self.views: dict[int, list[Tensor]] = {}  #: parameters, by block
 
@@ -44,7 +62,11 @@ class Slot:
 
 
 class Mover:
-    """``fetch`` and ``store`` begin; a fetch waits by itself for whatever still uses its slot or writes its block."""
+    """Carries blocks to slots and back.
+
+    ``fetch`` and ``store`` only begin.  A fetch waits by itself for whatever still uses its slot or writes
+    its block.
+    """
 
     timeline: Timeline
 
@@ -52,30 +74,30 @@ class Mover:
         raise NotImplementedError
 
     def wait(self, slot: Slot) -> None:
-        """Until what is computed from here on finds the block in ``slot``."""
+        """Waits until what is computed from here on finds the block in ``slot``."""
 
     def arrived(self, slot: Slot) -> bool:
         return True
 
     def settle(self, slot: Slot) -> None:
-        """Until what is stored from ``slot`` has left it: it is to be written to."""
+        """Waits until what is stored from ``slot`` has left it, because the slot is about to be written to."""
 
     def drop(self, slot: Slot) -> None:
-        """Forget what ``slot`` holds."""
+        """Forgets what ``slot`` holds."""
         slot.block = None
 
     def store(self, block: Block, slot: Slot) -> None:
-        """Keep the block as ``slot`` holds it: all updates up to ``slot.updates``."""
+        """Stores the block as ``slot`` holds it, with ``slot.updates`` updates."""
         raise NotImplementedError
 
     def released(self, slot: Slot) -> None:
-        """The last computation with ``slot`` has been issued."""
+        """Called when the last computation with ``slot`` has been issued."""
 
     def drain(self) -> None:
-        """Wait until everything is where it was to go; raises what failed on the way."""
+        """Waits until everything is where it was to go, and raises what failed on the way."""
 
     def copy_in(self, block: Block, slot: Slot) -> None:
-        """A fetch alone, for measurements: of a block that is not in use."""
+        """A fetch alone, for measurements, of a block that is not in use."""
         slot.block = None
         self.fetch(block, slot)
         self.wait(slot)
@@ -105,7 +127,7 @@ class InPlace(Mover):
 
 
 class HostMemory:
-    """All blocks, or of each one of ``parts`` equal ones, in one region of host memory."""
+    """All blocks in one region of host memory; or one of ``parts`` equal slices of each."""
 
     def __init__(self, blocks: Sequence[Block], device: torch.device, parts: int = 1) -> None:
         begins = [0]
@@ -124,8 +146,8 @@ class HostMemory:
         pass
 
 
-class Files:
-    """A checkpoint that is only read, and a folder, where there is one, that takes what is stored."""
+class FileStore:
+    """A checkpoint that is only read, and, where there is one, a folder that takes what is stored."""
 
     def __init__(self, folder: Folder | None, durable: Callable[[], None], threads: int) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="zokernels-io")
@@ -147,10 +169,12 @@ class Files:
 
 
 class ByThreads(Mover):
-    """Slots in host memory, filled and emptied by threads: one that reads, one that writes, whose order keeps a block's
-    writes before its next read."""
+    """Slots in host memory, which one thread fills and another empties.
 
-    def __init__(self, source: HostMemory | Files, timeline: Timeline) -> None:
+    Their order keeps a block's writes before its next read.
+    """
+
+    def __init__(self, source: HostMemory | FileStore, timeline: Timeline) -> None:
         self.source, self.timeline = source, timeline
         self._reads = ThreadPoolExecutor(1, thread_name_prefix="zokernels-read")
         self._writes = ThreadPoolExecutor(1, thread_name_prefix="zokernels-write")
@@ -192,7 +216,7 @@ class ByThreads(Mover):
         block.stored = updates
 
     def _check(self) -> None:
-        """Raise at the next store what a store before it ran into."""
+        """Raises, at the next store, what an earlier one ran into."""
         for future in self._writing.values():
             if future.done():
                 future.result()
@@ -209,7 +233,8 @@ class ByThreads(Mover):
 
 
 class ByStreams(Mover):
-    """Slots on a GPU and blocks in pinned memory: two copy streams, and events between them and the computation.
+    """Slots on a GPU and blocks in pinned memory: two CUDA streams copy, and events order them with the
+    computation.
 
     Nothing waits for the host, and nothing is allocated.
     """
@@ -262,12 +287,13 @@ class ByStreams(Mover):
 
 
 class Staged(Mover):
-    """Slots on a GPU and blocks in files: as many pinned buffers as slots between them.
+    """Slots on a GPU and blocks in files, with pinned buffers between them: one for each slot and way.
 
-    A thread reads a file into a buffer and then issues its copy; another waits for a copy out and writes the file.
+    One thread reads a file into a buffer and then issues its copy.  Another waits for a copy out, and writes
+    the file.
     """
 
-    def __init__(self, source: Files, data: Tensor, slots: int, device: torch.device, timeline: Timeline) -> None:
+    def __init__(self, source: FileStore, data: Tensor, slots: int, device: torch.device, timeline: Timeline) -> None:
         self.source, self.timeline, self._device = source, timeline, device
         self._in, self._out = torch.cuda.Stream(device), torch.cuda.Stream(device)
         nbytes = len(data) // (2 * slots)

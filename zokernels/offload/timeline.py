@@ -1,4 +1,4 @@
-"""What happened when: spans of each lane (copy-in, compute, copy-out, ...), for a picture of the overlap."""
+"""What happened when: spans in lanes (copy-in, compute, copy-out, ...), for a picture of their overlap."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Span(NamedTuple):
 
 
 class Timeline:
-    """Off unless :meth:`start` has been called: then nothing is measured, and nothing is allocated."""
+    """Collects spans.  Until :meth:`start` is called nothing is measured, and nothing is allocated."""
 
     def __init__(self) -> None:
         self._on, self._zero = False, 0.0
@@ -38,7 +38,7 @@ class Timeline:
             self._first.record()
 
     def stop(self) -> list[Span]:
-        """The spans since :meth:`start`, by their beginning; waits for the GPU."""
+        """The spans since :meth:`start`, in the order of their beginning.  Waits for the GPU."""
         self._on = False
         for lane, block, begin, end in self._events:
             end.synchronize()
@@ -52,13 +52,13 @@ class Timeline:
         return time.perf_counter() if self._on else 0.0
 
     def add(self, lane: str, block: Block, begin: float) -> None:
-        """A span until now of the host's clock; ``begin``: from :meth:`now`."""
+        """Adds a span that ends now, by the host's clock; ``begin`` comes from :meth:`now`."""
         if self._on and begin:
             self._spans.append(Span(lane, block.name, begin - self._zero, time.perf_counter() - self._zero))
 
     @contextmanager
     def span(self, lane: str, block: Block | None) -> Iterator[None]:
-        """Of the host's clock."""
+        """Adds a span of the host's clock around the block."""
         if not self._on:
             yield
             return
