@@ -573,7 +573,9 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys):
 
 
 def test_pytest_outcomes_are_counted_with_and_without_xdist():
-    plain = "tests/a.py::one PASSED [ 50%]\ntests/a.py::two[x y] SKIPPED (needs ...) [100%]\nSKIPPED [1] tests/a.py:3: n\n"
+    plain = (
+        "tests/a.py::one PASSED [ 50%]\ntests/a.py::two[x y] SKIPPED (needs ...) [100%]\nSKIPPED [1] tests/a.py:3: n\n"
+    )
     assert stages.count_tests(plain) == {"passed": 1, "skipped": 1}
     spread = "[gw0] [ 33%] PASSED tests/a.py::one \ntests/a.py::two \n[gw1] [ 66%] FAILED tests/a.py::two \n"
     assert stages.count_tests(spread + "FAILED tests/a.py::two - assert 1 == 2\n") == {"passed": 1, "failed": 1}

@@ -64,8 +64,8 @@ def test_stream_golden():
         for prefix in ("", "module.", "_orig_mod.", "module._orig_mod."):
             assert zokernels.stream_of(prefix + case["name"]) == case["stream"]
     for wrapper in ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module."):
-        for name in (f"{wrapper}layers.0.weight", f"layers.{wrapper}0.{wrapper}weight", f"module.{wrapper}layers.0.weight"):
-            assert zokernels.stream_of(name) == zokernels.stream_of("layers.0.weight")
+        for name in ("{}layers.0.weight", "layers.{}0.{}weight", "module.{}layers.0.weight"):
+            assert zokernels.stream_of(name.format(wrapper, wrapper)) == zokernels.stream_of("layers.0.weight")
         assert zokernels.stream_of(f"a{wrapper}weight") != zokernels.stream_of("aweight")
     assert zokernels.stream_of("head.module.weight") != zokernels.stream_of("head.weight")
 

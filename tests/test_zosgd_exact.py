@@ -185,7 +185,7 @@ def test_update_uses_the_noise_of_the_forward():
 def test_scratch_is_that_of_the_largest_call():
     model = nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 128), nn.Tanh(), nn.Linear(128, 4), nn.LayerNorm(4))
     opt, sizes = ZOSGD(model.named_parameters(), lr=0.1), []
-    with watched("combine", lambda *args: sizes.append(opt._pool.nbytes())):
+    with watched("combine", lambda *args: sizes.append(opt.scratch.nbytes())):
         opt.step(lambda: model(torch.arange(6)).square().mean())
     largest = max(4 * arena_numel(list(m.parameters())) for m in model if list(m.parameters()))
     assert len(sizes) == 2 * 4  # one combine a module and forward: weight and bias together
