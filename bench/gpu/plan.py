@@ -64,8 +64,9 @@ STAGES = (
     ),
     # --- after the seven minutes ---
     Stage(
-        "bench-step-13b", "measure", 45, 90, bench("bench-step-13b", "--op", "step", "--workload", "opt-13b"),
-        "the same for 26 GB of weights",
+        "bench-step-13b", "measure", 45, 90,
+        bench("bench-step-13b", "--op", "step", "--workload", "qwen3-1.7b", "opt-13b"),
+        "the hot path of a step for another parameter list, and for 26 GB of weights",
     ),
     Stage(
         "bench-many", "measure", 25, 60, bench("bench-many", "--op", "many", "--seconds", "1"),

@@ -70,9 +70,9 @@ class Results:
         if outcome.status in ("failed", "stopped"):
             entry["tail"] = tail
         self.result["stages"].append(entry)
-        if text:
-            with (self.folder / "log.txt").open("a") as file:
-                file.write(f"=== {outcome.name}: {outcome.status}, {outcome.seconds} s ===\n{text}\n")
+        with (self.folder / "log.txt").open("a") as file:
+            heading = f"{outcome.name}: {outcome.status}, {outcome.seconds} s: {outcome.note}"
+            file.write(f"=== {heading} ===\n{text}\n")
         log.unlink(missing_ok=True)
         self.save()
 
