@@ -1,4 +1,4 @@
-"""``python -m bench list``, ``run``, ``methods``, ``offload``, ``trajectory``, ``scaling``, ``report``, ``gpu-check``."""
+"""``python -m bench list``, ``run``, ``methods``, ``offload``, ``trajectory``, ``report``, ``gpu-check`` and so on."""
 
 from __future__ import annotations
 

@@ -125,9 +125,7 @@ def run(settings: Settings) -> Iterator[Row]:
             torch.set_num_threads(threads)
             buffers = Buffers(settings, DTYPES[dtype])
             for dist in settings.dists or ("normal", "rademacher"):
-                kernels = {
-                    (f, b): kernel(f, b, dist, buffers, settings.device) for f in forms(dtype) for b in backends
-                }
+                kernels = {(f, b): kernel(f, b, dist, buffers, settings.device) for f in forms(dtype) for b in backends}
                 loops = usable(settings.device, DTYPES[dtype], dist, settings.tiny)
                 candidates: dict = {name: eager(fn, dist, buffers, small) for name, fn in loops.items()}
                 candidates["copy_inplace"] = lambda b=buffers: copy_in_place(b.next())

@@ -2,16 +2,17 @@
 
 Our forms, by accesses of memory for each parameter (bf16: two bytes each):
 
-* exact, 6: each module's perturbed copy into scratch, twice, and one update in place.  The weights never move.
+* exact, 6: each module's perturbed copy into scratch, twice, and one update in place.  The weights never
+move.
 * inplace, 6: +eps, -2 eps, and restore and update in one pass.
 * two-pass, 4: restore, update and the next step's +eps in one pass of two directions; -2 eps.
 * fan-out, 4: layer by layer, one read; the updated weights and both perturbed copies are written.
 
-They are compared with MeZO's loop (four passes, 37 accesses), the other eager loops as four passes, and a plain pass
-over the same bytes.  ``rounding`` is that of the update; perturbed copies are rounded to nearest.  On a GPU each form is
-also captured in a CUDA graph and replayed (``launch``): the host then starts one graph instead of hundreds of kernels.
-All parameters lie in one allocation, each on 256 bytes, so that the plain pass is one launch:
-the real limit, not that of 400 launches.
+They are compared with MeZO's loop (four passes, 37 accesses), the other eager loops as four passes, and a
+plain pass over the same bytes.  ``rounding`` is that of the update; perturbed copies are rounded to nearest.
+On a GPU each form is also captured in a CUDA graph and replayed (``launch``): the host then starts one graph
+instead of hundreds of kernels. All parameters lie in one allocation, each on 256 bytes, so that the plain
+pass is one launch: the real limit, not that of 400 launches.
 """
 
 from __future__ import annotations
@@ -121,7 +122,9 @@ def _four_passes(perturb: Callable[..., None], tensors: list[Tensor], dist: str)
 
 
 def _loops(views: dict[str, Tensor], settings: Settings, dtype: torch.dtype, dist: str, what: str) -> dict[str, Call]:
-    """The eager steps that fit the memory.  MeZO's loop moves each parameter to memory of its own: a second model."""
+    """The eager steps that fit the memory.  MeZO's loop moves each parameter to memory of its own: a second
+    model.
+    """
     tensors = list(views.values())
     model, largest = sum(t.nbytes for t in tensors), max(t.nbytes for t in tensors)
     found: dict[str, Call] = {}
@@ -171,8 +174,8 @@ def run(settings: Settings) -> Iterator[Row]:
 
 
 def captured(call: Call) -> Call:
-    """``call`` as a CUDA graph, whose replay is one launch.  It runs once before, on the stream of the capture, so that
-    what it allocates and uploads is there.
+    """``call`` as a CUDA graph, whose replay is one launch.  It runs once before, on the stream of the
+    capture, so that what it allocates and uploads is there.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -210,11 +213,12 @@ def _rows(
 
     kernels = {(*key, b, "eager"): on(b, call) for key, (_, call) in ours.items() for b in backends}
     if settings.device == "cuda":
-        for (*key, _), call in list(kernels.items()):
+        for key, call in list(kernels.items()):
             try:
-                kernels[*key, "graph"] = captured(call)
+                kernels[(*key[:-1], "graph")] = captured(call)
             except Exception as error:  # its other rows are not lost
-                skip(f"{what} {' '.join(key)}: in a CUDA graph", f"{type(error).__name__}: {str(error)[:200]}")
+                reason = f"{type(error).__name__}: {str(error)[:200]}"
+                skip(f"{what} {' '.join(key[:-1])}: in a CUDA graph", reason)
     else:
         skip(f"{what}: in a CUDA graph", "needs an NVIDIA GPU")
     loops = _loops(views, settings, DTYPES[dtype], dist, what)

@@ -1,4 +1,6 @@
-"""gpu-check rehearsed without a GPU: every stage that can runs, what ends it is reported, and what is known stays."""
+"""gpu-check rehearsed without a GPU: every stage that can runs, what ends it is reported, and what is known
+stays.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +29,22 @@ from bench.timing import Times
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-BENCHES = ("bench-combine", "bench-published", "bench-step", "bench-many", "bench-fan-out", "bench-combine-fp16")
+BENCHES = (
+    "bench-combine",
+    "bench-published",
+    "bench-step",
+    "bench-many",
+    "bench-fan-out",
+    "bench-combine-fp16",
+)
 
 
 def command(folder: pathlib.Path, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "bench", "gpu-check", "--rehearse", "--out", str(folder), *arguments]
 
 
-# --- the whole of it --------------------------------------------------------------------------------------------------
+# --- the whole of it
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +77,12 @@ def test_every_stage_ran_or_says_why_not(rehearsal):
 
 def test_few_files_hold_everything(rehearsal):
     """Some machines hand back at most eight: logs lie in one file, rows in the result."""
-    assert {p.name for p in rehearsal["folder"].iterdir()} == {"README.md", "log.txt", "result.json", "result.png"}
+    assert {p.name for p in rehearsal["folder"].iterdir()} == {
+        "README.md",
+        "log.txt",
+        "result.json",
+        "result.png",
+    }
     log = (rehearsal["folder"] / "log.txt").read_text()
     for stage in rehearsal["stages"]:
         assert log.count(f"=== {stage['name']}: {stage['status']}, ") == 1, stage["name"]
@@ -79,7 +94,8 @@ def test_report_shows_goals_and_rows(rehearsal):
     assert "no figure below means anything" in text
     assert "Passed: **yes**" in text
     assert (rehearsal["folder"] / "result.png").read_bytes().startswith(b"\x89PNG")
-    assert text.count("\n| opt-1.3b |") == len([r for r in rehearsal["rows"] if r.get("workload") == "opt-1.3b"])
+    steps = [r for r in rehearsal["rows"] if r.get("workload") == "opt-1.3b"]
+    assert text.count("\n| opt-1.3b |") == len(steps) > 0
     assert rehearsal["schema"] == 1
     assert rehearsal["finished"]
     assert {"contract", "commit", "torch", "triton", "nvcc", "date"} <= set(rehearsal["machine"])
@@ -126,7 +142,8 @@ def test_a_graph_needs_a_gpu(rehearsal):
 
 def test_published_rows(rows):
     found = {(r["workload"], r["rounding"]): r for r in rows["published"]}
-    assert set(found) == {(w, r) for w in ("flashopt-50m", "flashopt-200m") for r in ("nearest", "stochastic")}
+    sizes = ("flashopt-50m", "flashopt-200m")
+    assert set(found) == {(w, r) for w in sizes for r in ("nearest", "stochastic")}
     for row in found.values():
         assert (row["dtype"], row["dist"]) == ("bf16", "rademacher")
         assert row["of_peak"] is None  # of a CPU's memory nobody knows it
@@ -155,7 +172,8 @@ def test_streamed_rows(rehearsal):
     assert (rehearsal["folder"] / "README.md").read_text().count("\n| tiny, 6 layers, bf16 | host |") == 3
 
 
-# --- figures ----------------------------------------------------------------------------------------------------------
+# --- figures
+# ----------------------------------------------------------------------------------------------------------
 
 
 def times(milliseconds: float) -> Times:
@@ -163,7 +181,9 @@ def times(milliseconds: float) -> Times:
 
 
 def test_a_row_by_hand():
-    """A copy of 2,000 elements takes 4 ms, so 1,000 elements take 2 ms for a read and a write, and 6 ms for three."""
+    """A copy of 2,000 elements takes 4 ms, so 1,000 elements take 2 ms for a read and a write, and 6 ms for
+    three.
+    """
     compared = combine.Compared({"mezo": (1000, times(45))}, 2000, {"copy_inplace": times(4)})
     row = combine.row({"op": "step", "dtype": "bf16", "k": 1}, times(9), 1000, True, compared, accesses=6)
     assert row["copy_fraction"] == pytest.approx(6 / 9)
@@ -186,7 +206,8 @@ def test_accesses_of_a_step_are_those_of_its_calls(monkeypatch, rounding):
 
     monkeypatch.setattr(step.zokernels, "combine_", lambda params, *a, **k: count([params], k))
     monkeypatch.setattr(step.zokernels, "combine", lambda out, params, *a, **k: count([out], k))
-    monkeypatch.setattr(step.zokernels, "fan_out_", lambda p, plus, minus, *a, **k: count([p, plus, minus], k))
+    fan = lambda params, plus, minus, *a, **k: count([params, plus, minus], k)
+    monkeypatch.setattr(step.zokernels, "fan_out_", fan)
     for form, (accesses, call) in step.forms(views, "normal", rounding).items():
         moved.clear()
         seen: list = []
@@ -207,7 +228,13 @@ def test_published_shares():
 
 
 def test_goals_of_published_sizes():
-    one = {"op": "published", "workload": "flashopt-200m", "backend": "cuda", "rounding": "nearest", "ratio": {}}
+    one = {
+        "op": "published",
+        "workload": "flashopt-200m",
+        "backend": "cuda",
+        "rounding": "nearest",
+        "ratio": {},
+    }
     found = {g.what: g for g in summary.goals([{**one, "of_peak": 0.9}, {**one, "of_peak": 0.8}], "cuda")}
     ours = found["flashopt-200m, of the bandwidth of the card (theirs: on NVIDIA L4)"]
     assert (ours.measured, ours.verdict) == (0.8, "reached")
@@ -228,7 +255,14 @@ def test_goals_of_streamed_models():
 
 
 def test_goals_take_the_worst_row():
-    one = {"op": "combine_", "backend": "cuda", "k": 1, "rounding": "nearest", "dtype": "bf16", "dist": "normal"}
+    one = {
+        "op": "combine_",
+        "backend": "cuda",
+        "k": 1,
+        "rounding": "nearest",
+        "dtype": "bf16",
+        "dist": "normal",
+    }
     one["ratio"] = {}
     rows = [{**one, "copy_fraction": f, "p50": 1.0} for f in (0.97, 0.93)]
     rows.append({**one, "backend": "triton", "copy_fraction": 0.9, "p50": 1.25})
@@ -274,12 +308,14 @@ def test_a_captured_call_runs_once_before_and_never_in_a_replay(monkeypatch):
     assert order[-1] == "replay"
 
 
-# --- the plan ---------------------------------------------------------------------------------------------------------
+# --- the plan
+# ---------------------------------------------------------------------------------------------------------
 
 #: Second at which each stage of the first seven minutes is to start.
 STARTS = {
     "libraries": 0, "report": 10, "agreement-cuda": 20, "math": 20, "agreement-triton": 20, "gpu-tests": 60,
-    "bench-combine": 120, "bench-published": 205, "ncu": 220, "bench-step": 270, "sanitizer": 330, "offload-fits": 370,
+    "bench-combine": 120, "bench-published": 205, "ncu": 220, "bench-step": 270, "sanitizer": 330,
+    "offload-fits": 370,
 }  # fmt: skip
 
 
@@ -324,7 +360,8 @@ def test_a_limit_is_no_less_than_what_is_expected():
 
 def test_the_document_lists_the_plan():
     lines = (ROOT / "docs/gpu-check.md").read_text().splitlines()
-    table = [re.split(r" *\| *", line.strip("| ")) for line in lines if re.match(r"\| `[a-z0-9-]+` \| \d", line)]
+    stages = [line for line in lines if re.match(r"\| `[a-z0-9-]+` \| \d", line)]
+    table = [re.split(r" *\| *", line.strip("| ")) for line in stages]
     assert [(row[0].strip("`"), int(row[1]), int(row[2]), row[3]) for row in table] == [
         (s.name, s.seconds, s.limit, s.kind) for s in plan.STAGES
     ]
@@ -338,7 +375,8 @@ def running(**codes: str):
     """Commands of stages by name: Python code, in which ``end(status, note)`` writes the outcome."""
     head = (
         "import json, os, pathlib, signal, sys, time\n"
-        "def end(status, note): pathlib.Path({!r}, {!r} + '.outcome').write_text(json.dumps([status, note]))\n"
+        "def end(status, note):\n"
+        "    pathlib.Path({!r}, {!r} + '.outcome').write_text(json.dumps([status, note]))\n"
     )
     return lambda stage, ctx: [
         sys.executable, "-c", head.format(str(ctx.scratch), stage.name) + codes[stage.name.replace("-", "_")]
@@ -356,7 +394,11 @@ def ended(ctx, stage, code, left=60.0) -> Outcome:
         ("end('passed', 'well')", "passed", "well"),
         ("end('failed', 'two bits differ'); sys.exit(1)", "failed", "two bits differ"),
         ("sys.exit(3)", "failed", "its process ended without a word: exit status 3"),
-        ("os.kill(os.getpid(), signal.SIGSEGV)", "failed", "its process ended without a word: signal SIGSEGV"),
+        (
+            "os.kill(os.getpid(), signal.SIGSEGV)",
+            "failed",
+            "its process ended without a word: signal SIGSEGV",
+        ),
         ("raise MemoryError", "failed", "its process ended without a word: exit status 1"),
     ],
 )
@@ -367,7 +409,8 @@ def test_however_a_process_ends_it_is_reported(ctx, code, status, note):
 
 
 def test_a_process_that_hangs_is_ended_with_all_that_it_started(ctx):
-    child = "import subprocess; p = subprocess.Popen(['sleep', '600']); print(p.pid, flush=True); time.sleep(600)"
+    child = "import subprocess; p = subprocess.Popen(['sleep', '600']); print(p.pid, flush=True); "
+    child += "time.sleep(600)"
     outcome = ended(ctx, it(limit=2), child)
     assert (outcome.status, outcome.note) == ("stopped", "after 2 s")
     pid = int((ctx.output / "it.log").read_text())
@@ -397,8 +440,8 @@ def test_a_fault_does_not_end_what_runs_beside_it(ctx):
     ).format  # fmt: skip
     folder = str(ctx.scratch)
     codes = {"a": meet(folder, "a", "b") + "sys.exit(5)", "b": meet(folder, "b", "a") + "end('passed', '')"}
-    found = {o.name: o.status for o in runner.run_together([it("a"), it("b")], ctx, 60, command=running(**codes))}
-    assert found == {"a": "failed", "b": "passed"}
+    ends = runner.run_together([it("a"), it("b")], ctx, 60, command=running(**codes))
+    assert {o.name: o.status for o in ends} == {"a": "failed", "b": "passed"}
 
 
 def test_what_no_longer_fits_is_left_out_and_what_is_shorter_still_runs(ctx):
@@ -419,9 +462,13 @@ def test_groups_are_stages_beside_each_other():
 
 
 def test_a_stop_ends_what_runs_and_what_would_follow(ctx):
-    codes = {"a": f"pathlib.Path({str(ctx.scratch)!r}, 'up').touch(); time.sleep(600)", "b": "end('passed', '')"}
+    codes = {
+        "a": f"pathlib.Path({str(ctx.scratch)!r}, 'up').touch(); time.sleep(600)",
+        "b": "end('passed', '')",
+    }
     stop = lambda: "SIGTERM" if (ctx.scratch / "up").exists() else None
-    found = list(runner.follow([it("a"), it("b")], ctx, time.monotonic() + 600, stop, command=running(**codes)))
+    chain, deadline = [it("a"), it("b")], time.monotonic() + 600
+    found = list(runner.follow(chain, ctx, deadline, stop, command=running(**codes)))
     assert [(o.name, o.status, o.note) for o in found] == [
         ("a", "stopped", "by SIGTERM"), ("b", "skipped", "SIGTERM ended the check")
     ]  # fmt: skip
@@ -466,10 +513,23 @@ def test_a_context_survives_the_way_to_its_process(ctx, tmp_path):
         assert Context.loads(found.dumps()) == found
 
 
-# --- what is known stays ----------------------------------------------------------------------------------------------
+# --- what is known stays
+# ----------------------------------------------------------------------------------------------
 
-HEADER = {"cpu": "a CPU", "gpu": "NVIDIA H100 80GB HBM3", "cores": 2, "torch": "2.11.0+cu130", "zokernels": "0.1.0"}
-HEADER |= {"commit": "0123456789ab", "contract": "zk1", "python": "3.12.3", "triton": "3.6.0", "date": "2026-11-28"}
+HEADER = {
+    "cpu": "a CPU",
+    "gpu": "NVIDIA H100 80GB HBM3",
+    "cores": 2,
+    "torch": "2.11.0+cu130",
+    "zokernels": "0.1.0",
+}
+HEADER |= {
+    "commit": "0123456789ab",
+    "contract": "zk1",
+    "python": "3.12.3",
+    "triton": "3.6.0",
+    "date": "2026-11-28",
+}
 
 
 def test_the_folder_names_gpu_torch_and_commit():
@@ -483,10 +543,29 @@ def test_results_after_each_stage(tmp_path):
     results.starting([one])
     assert "when this was written, bench-it was running" in (tmp_path / "README.md").read_text()
     (tmp_path / "bench-it.log").write_text("a line\nthe last line\n")
-    row = {"op": "combine_", "dtype": "bf16", "dist": "normal", "rounding": "nearest", "k": 1, "backend": "cuda"}
-    row |= {"copy_fraction": 0.5, "p20": 1.0, "p50": 1.0, "p80": 1.0, "threads": 1, "gb_per_s": 1.0, "ratio": {}}
+    row = {
+        "op": "combine_",
+        "dtype": "bf16",
+        "dist": "normal",
+        "rounding": "nearest",
+        "k": 1,
+        "backend": "cuda",
+    }
+    row |= {
+        "copy_fraction": 0.5,
+        "p20": 1.0,
+        "p50": 1.0,
+        "p80": 1.0,
+        "threads": 1,
+        "gb_per_s": 1.0,
+        "ratio": {},
+    }
     row |= {"ns_per_element": 1.0}
-    kept = {"rows": [row, row], "skipped": {"baseline x": "no x"}, "clock_mhz": {"least": 1, "median": 2, "most": 3}}
+    kept = {
+        "rows": [row, row],
+        "skipped": {"baseline x": "no x"},
+        "clock_mhz": {"least": 1, "median": 2, "most": 3},
+    }
     (tmp_path / "bench-it.json").write_text(json.dumps(kept))
     results.add(Outcome("bench-it", "measure", "stopped", "after 9 s", 9.0))
     found = json.loads((tmp_path / "result.json").read_text())
@@ -494,7 +573,8 @@ def test_results_after_each_stage(tmp_path):
     assert found["stages"][0]["tail"] == ["a line", "the last line"]
     assert found["rows"] == [row, row]
     assert found["skipped"] == {"baseline x": "no x"}
-    assert {g["what"]: g["measured"] for g in found["goals"]}["normal bf16 in place, of the copy bandwidth"] == 0.5
+    goals = {g["what"]: g["measured"] for g in found["goals"]}
+    assert goals["normal bf16 in place, of the copy bandwidth"] == 0.5
     text = (tmp_path / "README.md").read_text()
     assert "Clock of the multiprocessors during bench-it: 1 to 3 MHz, median 2." in text
     assert "the last line" in (tmp_path / "log.txt").read_text()
@@ -556,12 +636,14 @@ def test_a_check_that_is_cut_off_says_what_it_knows(tmp_path, number):
     until(lambda: not processes(f"{tmp_path}/rehearsal"), 20)
 
 
-# --- single stages ----------------------------------------------------------------------------------------------------
+# --- single stages
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_it_says_so(tmp_path, capsys):
-    args = argparse.Namespace(output=tmp_path, minutes=1, commit=None, rehearse=False, prebuilt=None, only=None)
+    args = argparse.Namespace(output=tmp_path, minutes=1, rehearse=False)
+    args.commit = args.prebuilt = args.only = None
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
         assert check.main(args) == 2
@@ -574,16 +656,21 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys):
 
 def test_pytest_outcomes_are_counted_with_and_without_xdist():
     plain = (
-        "tests/a.py::one PASSED [ 50%]\ntests/a.py::two[x y] SKIPPED (needs ...) [100%]\nSKIPPED [1] tests/a.py:3: n\n"
+        "tests/a.py::one PASSED [ 50%]\ntests/a.py::two[x y] SKIPPED (needs ...) [100%]\n"
+        "SKIPPED [1] tests/a.py:3: needs\n"
     )
     assert stages.count_tests(plain) == {"passed": 1, "skipped": 1}
     spread = "[gw0] [ 33%] PASSED tests/a.py::one \ntests/a.py::two \n[gw1] [ 66%] FAILED tests/a.py::two \n"
-    assert stages.count_tests(spread + "FAILED tests/a.py::two - assert 1 == 2\n") == {"passed": 1, "failed": 1}
+    assert stages.count_tests(spread + "FAILED tests/a.py::two - assert 1 == 2\n") == {
+        "passed": 1,
+        "failed": 1,
+    }
 
 
 def test_tests_that_fail_are_named(ctx, tmp_path):
     file = tmp_path / "test_some.py"
-    file.write_text("import pytest\ndef test_a(): pass\ndef test_b(): assert 0\ndef test_c(): pytest.skip('why')\n")
+    cases = ("def test_a(): pass", "def test_b(): assert 0", "def test_c(): pytest.skip('why')")
+    file.write_text("\n".join(("import pytest", *cases)))
     with pytest.raises(Failure, match=r"1 failed, 1 passed, 1 skipped: FAILED .*test_b"):
         stages._tests(ctx, "not gpu", [str(file)])
 
@@ -592,7 +679,8 @@ def test_pytest_runs_in_processes_where_xdist_is(ctx, monkeypatch):
     seen = []
     monkeypatch.setattr(stages.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(stages.machine, "cores", lambda: 16)
-    monkeypatch.setattr(stages, "run", lambda arguments, **env: (seen.append(arguments), (0, "a::b PASSED"))[1])
+    pytest_run = lambda arguments, **env: (seen.append(arguments), (0, "a::b PASSED"))[1]
+    monkeypatch.setattr(stages, "run", pytest_run)
     assert stages._tests(ctx, "gpu", ["tests/test_it.py"]) == "1 passed"
     assert seen[0][seen[0].index("-n") + 1] == "12"
     monkeypatch.setattr(stages.importlib.util, "find_spec", lambda name: None if name == "xdist" else name)
@@ -601,7 +689,9 @@ def test_pytest_runs_in_processes_where_xdist_is(ctx, monkeypatch):
 
 
 def test_agreement_reports_every_exception(tmp_path):
-    """A backend that raises, and one whose bits differ: both are reported, call by call, and the exit status is 1."""
+    """A backend that raises, and one whose bits differ: both are reported, call by call, and the exit status
+    is 1.
+    """
     script = tmp_path / "broken.py"
     script.write_text(
         "import runpy, sys, zokernels\n"
@@ -611,7 +701,7 @@ def test_agreement_reports_every_exception(tmp_path):
         "    if forced() == 'cpu': raise RuntimeError('an illegal address')\n"
         "    return whole(params, *args, **kwargs)\n"
         "zokernels.combine_ = broken\n"
-        f"sys.argv = ['agreement.py', '--device', 'cpu', '--backend', 'cpu', '--calls', '6', '--max-size', '50']\n"
+        "sys.argv = 'agreement.py --device cpu --backend cpu --calls 6 --max-size 50'.split()\n"
         f"runpy.run_path({str(ROOT / 'tests/gpu/agreement.py')!r}, run_name='__main__')\n"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -680,7 +770,8 @@ def test_slug():
     assert check.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
 
 
-# --- what only a compiler can check here ------------------------------------------------------------------------------
+# --- what only a compiler can check here
+# ------------------------------------------------------------------------------
 
 
 @needs_nvcc
@@ -694,7 +785,8 @@ def test_curand_baseline_compiles(tmp_path, arch):
 
 @needs_nvcc
 def test_check_of_the_arithmetic_compiles(tmp_path):
-    done = subprocess.run(prebuilt.math_command(tmp_path / "check", "80", "90"), capture_output=True, text=True)
+    command = prebuilt.math_command(tmp_path / "check", "80", "90")
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr
     if not torch.cuda.is_available():  # it says that it cannot run, and claims nothing

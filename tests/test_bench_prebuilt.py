@@ -35,7 +35,8 @@ with zokernels.backend("cpu"):
     zokernels.combine_(theta, 0, 1.0, streams=0)
 loaded = {line.split()[-1] for line in open("/proc/self/maps") if "libzokernels" in line}
 assert loaded == {str(library.path_of("cpu"))}, loaded
-torch.ops.load_library(library.path_of("cuda"))  # its undefined symbols are torch's C shim: it loads without CUDA too
+# Its undefined symbols are those of torch's C shim, so that it loads where there is no CUDA too
+torch.ops.load_library(library.path_of("cuda"))
 torch.ops.zokernels_cuda.combine
 try:
     from zokernels import _host
@@ -64,13 +65,14 @@ def carried(built, tmp_path_factory) -> pathlib.Path:
 @pytest.fixture
 def copy(tmp_path) -> pathlib.Path:
     """The tree as it travels: without git and without anything that git ignores."""
-    ignored = shutil.ignore_patterns(".git", ".venv", "build", "dist", "prebuilt", "*.so", "__pycache__", "*_cache")
-    return pathlib.Path(shutil.copytree(ROOT, tmp_path / "tree", symlinks=True, ignore=ignored))
+    ignored = (".git", ".venv", "build", "dist", "prebuilt", "*.so", "__pycache__", "*_cache")
+    ignore = shutil.ignore_patterns(*ignored)
+    return pathlib.Path(shutil.copytree(ROOT, tmp_path / "tree", symlinks=True, ignore=ignore))
 
 
 def environments(tmp_path: pathlib.Path) -> list[pathlib.Path]:
-    """An empty environment of this Python with this torch, without pip, compilers and the package; and those of
-    ZOKERNELS_OTHER_TORCH, each with a Python and a torch of its own.
+    """An empty environment of this Python with this torch, without pip, compilers and the package; and those
+    of ZOKERNELS_OTHER_TORCH, each with a Python and a torch of its own.
     """
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
     (next((tmp_path / "venv").glob("lib/python*/site-packages")) / "torch.pth").write_text(f"{SITE}\n")
@@ -85,13 +87,34 @@ def run(*command: object, **options) -> subprocess.CompletedProcess:
 
 
 def test_it_loads_in_another_environment(carried, copy, tmp_path):
-    """gpu-check --prebuilt in a copy of the tree, with nothing on PATH but the interpreter: no compiler, no git."""
+    """gpu-check --prebuilt in a copy of the tree, with nothing on PATH but the interpreter: no compiler, no
+    git.
+    """
     for python in environments(tmp_path):
         variables = {"PATH": str(python.parent), "HOME": str(tmp_path), "LANG": "C.UTF-8"}
         for native in (*copy.glob("zokernels/lib/*"), *copy.glob("zokernels/_host*")):
             native.unlink()  # of the environment before
-        arguments = ("--rehearse", "--prebuilt", carried, "--out", tmp_path / "out", "--commit", "abc123", "--only")
-        check = (python, "-m", "bench", "gpu-check", *arguments, "libraries", "report", "agreement-cuda", "math")
+        arguments = (
+            "--rehearse",
+            "--prebuilt",
+            carried,
+            "--out",
+            tmp_path / "out",
+            "--commit",
+            "abc123",
+            "--only",
+        )
+        check = (
+            python,
+            "-m",
+            "bench",
+            "gpu-check",
+            *arguments,
+            "libraries",
+            "report",
+            "agreement-cuda",
+            "math",
+        )
         run(*check, cwd=copy, env=variables)
         result = json.loads((tmp_path / "out/rehearsal/result.json").read_text())
         notes = {s["name"]: (s["status"], s["note"]) for s in result["stages"]}
@@ -101,7 +124,8 @@ def test_it_loads_in_another_environment(carried, copy, tmp_path):
         assert notes["agreement-cuda"] == ("passed", "cpu: 4 calls equal the reference bit for bit")
         if not torch.cuda.is_available():
             assert notes["math"] == ("skipped", "carried; no GPU to run it on")
-        found = json.loads(run(python, "-c", USE, copy, cwd=copy, env={**variables, "PYTHONPATH": str(copy)}).stdout)
+        variables["PYTHONPATH"] = str(copy)
+        found = json.loads(run(python, "-c", USE, copy, cwd=copy, env=variables).stdout)
         assert found["bits"] == test_packaging.GOLDEN, (python, found)
         said = "without the host module" in notes["libraries"][1]
         assert found["host"] is (None if said else True), (python, found)
@@ -112,15 +136,25 @@ def test_what_is_carried_is_small_and_stable(carried):
     files = [p for p in carried.rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in files) < 64 * 2**20
     names = {p.relative_to(carried).as_posix() for p in files}
-    fixed = {"lib/libzokernels_cpu.so", "lib/libzokernels_cuda.so", "check_math", "libcurand_perturb.so", HOST}
+    fixed = {
+        "lib/libzokernels_cpu.so",
+        "lib/libzokernels_cuda.so",
+        "check_math",
+        "libcurand_perturb.so",
+        HOST,
+    }
     assert names >= {*fixed, "manifest.json"}
     assert {n for n in names - fixed - {"manifest.json"} if not n.startswith("_host.cpython-")} == set()
     if (nm := shutil.which("nm")) is None:
         pytest.skip("no nm")
     for name in names - {"manifest.json"}:
-        symbols = [text.split()[-1] for text in run(nm, "-D", "--undefined-only", carried / name).stdout.splitlines()]
+        undefined = run(nm, "-D", "--undefined-only", carried / name).stdout
+        symbols = [line.split()[-1] for line in undefined.splitlines()]
         torchs = [s for s in symbols if "torch" in s or re.search(r"2at|3c10|5caffe", s)]
-        assert all(re.match(r"(aoti_)?torch_\w+$", s) for s in torchs), (name, torchs)  # C functions of the shim
+        assert all(re.match(r"(aoti_)?torch_\w+$", s) for s in torchs), (
+            name,
+            torchs,
+        )  # C functions of the shim
         assert bool(torchs) == name.startswith("lib/"), name
         pythons = [s for s in symbols if s.startswith(("Py", "_Py"))]
         assert bool(pythons) == name.startswith("_host"), name
@@ -139,7 +173,8 @@ def test_the_baseline_that_was_carried_is_the_one_that_is_loaded(carried, monkey
         call._function.cache_clear()
 
 
-# --- what does not fit ------------------------------------------------------------------------------------------------
+# --- what does not fit
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -154,7 +189,12 @@ def tree(tmp_path) -> tuple[pathlib.Path, pathlib.Path]:
     files = {"lib/libzokernels_cuda.so": b"cuda", HOST: b"host", "_host.cpython-39-aarch64.so": b"other"}
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    manifest = {"sources": prebuilt.sources_hash(root), "architectures": ["8.0", "9.0"], "commit": "abc", "nvcc": "13"}
+    manifest = {
+        "sources": prebuilt.sources_hash(root),
+        "architectures": ["8.0", "9.0"],
+        "commit": "abc",
+        "nvcc": "13",
+    }
     manifest["files"] = {name: prebuilt._hash(folder / name) for name in files}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return root, folder
@@ -222,11 +262,12 @@ def test_other_gpus_are_refused(tree):
 def test_the_stage_says_what_is_wrong_and_builds(tree, tmp_path, monkeypatch):
     """On a GPU it falls back to the compiler; in a rehearsal, where nothing is built, it fails."""
     _, folder = tree
-    with pytest.raises(Failure, match="what was carried cannot be used .*other sources"):
+    with pytest.raises(Failure, match=r"what was carried cannot be used .*other sources"):
         stages.libraries(Context(tmp_path, tmp_path, rehearse=True, prebuilt=folder))
     commands = []
     monkeypatch.setattr(stages.shutil, "which", lambda tool: f"/bin/{tool}")
-    monkeypatch.setattr(stages, "run", lambda arguments, **env: (commands.append((arguments[1:], env)), (0, ""))[1])
+    built = lambda arguments, **env: (commands.append((arguments[1:], env)), (0, ""))[1]
+    monkeypatch.setattr(stages, "run", built)
     note = stages.libraries(Context(tmp_path, tmp_path, "9.0", prebuilt=folder))
     assert re.fullmatch(r"what was carried cannot be used \(it was built of other sources .*\); built", note)
     assert commands == [
@@ -236,6 +277,6 @@ def test_the_stage_says_what_is_wrong_and_builds(tree, tmp_path, monkeypatch):
 
 def test_a_folder_of_something_else_is_not_deleted(tmp_path):
     (tmp_path / "theirs").write_text("mine")
-    with pytest.raises(SystemExit, match="expected an empty folder or an earlier one of this command"):
+    with pytest.raises(SystemExit, match="expected an empty folder or one of this command"):
         prebuilt.make(tmp_path, "9.0")
     assert (tmp_path / "theirs").read_text() == "mine"

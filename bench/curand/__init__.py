@@ -1,7 +1,7 @@
 """The cuRAND-style kernel: how it is compiled, which needs neither torch nor a GPU.  ``call`` runs it.
 
-nvcc and ctypes instead of torch's extension builder: that would need ninja, Python's headers and a CUDA toolkit of
-torch's own version, and takes a minute.
+nvcc and ctypes instead of torch's extension builder: that would need ninja, Python's headers and a CUDA
+toolkit of torch's own version, and takes a minute.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def gencodes(*sms: str) -> list[str]:
 
 
 def compile_library(target: pathlib.Path, *sms: str) -> None:
-    """Builds the shared library for the architectures ``sms`` ("90"); RuntimeError with the reason where that fails.
+    """Builds the shared library for the architectures ``sms`` ("90"); RuntimeError with the reason where that
+    fails.
 
     --use_fast_math, which our own kernels do without: the baseline gets every advantage that a flag can give.
     """

@@ -1,4 +1,6 @@
-"""The process of one stage: ``python -m bench.gpu NAME CONTEXT``.  Its end is written to ``<scratch>/NAME.outcome``."""
+"""The process of one stage: ``python -m bench.gpu NAME CONTEXT``.  Its end is written to
+``<scratch>/NAME.outcome``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""gpu-check: one command, offline, that says in minutes what holds on the GPU at hand, and leaves a report."""
+"""gpu-check: one command, offline, that says in minutes what holds on the GPU at hand."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def probe(device: str) -> dict | str:
     """The machine's header, or why there is none."""
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _PROBE, device], cwd=ROOT, env=environment(), capture_output=True, text=True,
-            timeout=120,
+            [sys.executable, "-c", _PROBE, device], cwd=ROOT, env=environment(), capture_output=True,
+            text=True, timeout=120,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return "the machine cannot be read: torch did not answer in 120 s"
@@ -77,11 +77,13 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
         "--out", "--output", dest="output", type=pathlib.Path,
         help="folder for a folder named after GPU, torch and commit (bench/results)",
     )  # fmt: skip
-    sub.add_argument("--minutes", type=float, default=MINUTES, help=f"for everything ({MINUTES:g}); the rest is skipped")
-    sub.add_argument("--prebuilt", type=pathlib.Path, help="folder that make gpu-prebuilt made: nothing is compiled")
-    sub.add_argument("--only", nargs="+", metavar="STAGE", choices=[s.name for s in STAGES], help="these stages alone")
+    minutes = f"for everything; what does not fit is skipped ({MINUTES:g})"
+    sub.add_argument("--minutes", type=float, default=MINUTES, help=minutes)
+    sub.add_argument("--prebuilt", type=pathlib.Path, help="folder of make gpu-prebuilt: nothing is compiled")
+    names = [s.name for s in STAGES]
+    sub.add_argument("--only", nargs="+", metavar="STAGE", choices=names, help="these stages alone")
     sub.add_argument("--commit", help="name of the commit, where the tree came without its git directory")
-    sub.add_argument("--rehearse", action="store_true", help="without a GPU: every stage that can, tiny, on the CPU")
+    sub.add_argument("--rehearse", action="store_true", help="every stage that can, tiny, on the CPU")
     sub.set_defaults(call=main)
 
 
@@ -114,8 +116,8 @@ def main(args: argparse.Namespace) -> int:
         for outcome in follow(plan, ctx, deadline, stopped, results.starting):
             results.add(outcome)
             at = time.monotonic() - start
-            line = f"{at:5.0f} s  {outcome.name:18} {outcome.status:8} {outcome.seconds:6.1f} s  {outcome.note}"
-            print(line, flush=True)
+            o = outcome
+            print(f"{at:5.0f} s  {o.name:18} {o.status:8} {o.seconds:6.1f} s  {o.note}", flush=True)
         files = results.finish(stopped.by)
     print("\n".join(["", *summary.terminal(results.result), "", *(f"wrote {path}" for path in files)]))
     print("gpu-check: " + ("passed" if results.passed else "NOT PASSED: see the stages above"))

@@ -1,4 +1,6 @@
-"""The stages of gpu-check that measure: parts of ``python -m bench``, whose rows are left in ``<stage>.json``."""
+"""The stages of gpu-check that measure: parts of ``python -m bench``, whose rows are left in
+``<stage>.json``.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from .stage import Context, must, python, replace
 
 @contextlib.contextmanager
 def clocks(ctx: Context) -> Iterator[list[int]]:
-    """The multiprocessors' clock in MHz, read once a second by nvidia-smi; empty where that cannot be done."""
+    """Clock of the multiprocessors in MHz, once a second, by nvidia-smi; empty where it cannot tell."""
     found: list[int] = []
     if ctx.rehearse:
         yield found
@@ -65,8 +67,8 @@ def bench(name: str, *arguments: str) -> Callable[[Context], str]:
 
 
 def offload(name: str, *arguments: str) -> Callable[[Context], str]:
-    """``bench offload``, streamed from host memory.  In a rehearsal a tiny model; on a GPU as many layers as the host's
-    memory takes.
+    """``bench offload``, streamed from host memory.  In a rehearsal a tiny model; on a GPU as many layers as
+    the host's memory takes.
     """
 
     def stage(ctx: Context) -> str:

@@ -1,7 +1,7 @@
 """Four kernels under Nsight Compute: which pipe is busy, issue slots, sectors a request, bytes of DRAM.
 
-``python -m bench.gpu.ncu --device cuda`` is the program that is profiled: it launches each of ``KERNELS`` once between
-cudaProfilerStart and cudaProfilerStop, after a launch of each that warms up.
+``python -m bench.gpu.ncu --device cuda`` is the program that is profiled: it launches each of ``KERNELS``
+once between cudaProfilerStart and cudaProfilerStop, after a launch of each that warms up.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ KERNELS = (
     Kernel("fp32", "nearest"),
 )
 
-#: Elements of the tensor: 256 MiB of bf16, larger than any L2 cache; the profiler saves and restores it in each pass.
+#: Elements of the tensor: 256 MiB of bf16, larger than any L2 cache; the profiler saves and restores it in
+#: each pass.
 NUMEL = 1 << 27
 
 _PIPE = "sm__inst_executed_pipe_{}.avg.pct_of_peak_sustained_active"
@@ -103,14 +104,16 @@ def launch_all(device: str, numel: int) -> None:
     print(f"{len(KERNELS)} kernels over {numel:,} elements")
 
 
-# --- reading what ncu writes ------------------------------------------------------------------------------------------
+# --- reading what ncu writes
+# ------------------------------------------------------------------------------------------
 
 
 def read(text: str) -> list[dict[str, float]]:
-    """The metrics of each profiled kernel, in the order of the launches, from ``ncu --csv --print-units base``.
+    """The metrics of each profiled kernel, in the order of the launches, from ``ncu --csv --print-units
+    base``.
 
-    One line for each kernel and metric; what is not CSV (``==PROF== ...``) is passed over, and so is a value that is
-    not a number ("n/a").
+    One line for each kernel and metric; what is not CSV (``==PROF== ...``) is passed over, and so is a value
+    that is not a number ("n/a").
     """
     lines = [line for line in text.splitlines() if line.startswith('"')]
     found: dict[int, dict[str, float]] = {}
@@ -127,7 +130,8 @@ def read(text: str) -> list[dict[str, float]]:
 
 
 def rows_of(measured: Sequence[dict[str, float]], numel: int) -> list[dict[str, Any]]:
-    """What the kernels' metrics say, by kernel: times in seconds, shares in percent, bytes and instructions an element.
+    """What the kernels' metrics say, by kernel: times in seconds, shares in percent, bytes and instructions
+    an element.
 
     instructions: of a warp for 32 elements, so that it compares with a count in the disassembly.
     """
@@ -162,16 +166,28 @@ def why_not(log: str) -> str:
 
 def unknown(log: str) -> set[str]:
     """Metrics that this ncu does not know for this GPU."""
-    lines = [line for line in log.splitlines() if "Failed to find metric" in line or "could not be found" in line]
-    return {name for name in METRICS.values() if any(re.search(rf"(?<![\w.]){re.escape(name)}", li) for li in lines)}
+    complaints = ("Failed to find metric", "could not be found")
+    lines = "\n".join(line for line in log.splitlines() if any(words in line for words in complaints))
+    return {name for name in METRICS.values() if re.search(rf"(?<![\w.]){re.escape(name)}", lines)}
 
 
 def profile(tool: str, ctx: Context, target: list[str]) -> list[dict[str, float]]:
-    """The metrics of each kernel of ``target``; those that this ncu does not know are left out at a second attempt."""
+    """The metrics of each kernel of ``target``; those that this ncu does not know are left out at a second
+    attempt.
+    """
     wanted, log = dict(METRICS), ctx.scratch / "ncu.csv"
     for _ in range(2):
         log.unlink(missing_ok=True)
-        command = [tool, "--csv", "--print-units", "base", "--log-file", str(log), "--profile-from-start", "off"]
+        command = [
+            tool,
+            "--csv",
+            "--print-units",
+            "base",
+            "--log-file",
+            str(log),
+            "--profile-from-start",
+            "off",
+        ]
         # The card is measured as it is found: its clocks are not changed
         command += ["--clock-control", "none", "--metrics", ",".join(wanted.values())]
         code, said = run([*command, *target])

@@ -1,8 +1,8 @@
 """The plan of gpu-check: what runs in which order, what it is expected to take, and what its end decides.
 
-Seven minutes decide: whether the kernels are right, whether a pass costs what a copy costs, and if not, which pipe is
-the reason.  What comes after them is in the order of what it decides, and runs where minutes are left.  The seconds of
-a GPU are estimates until one has been measured.
+Seven minutes decide: whether the kernels are right, whether a pass costs what a copy costs, and if not, which
+pipe is the reason.  What comes after them is in the order of what it decides, and runs where minutes are
+left.  The seconds of a GPU are estimates until one has been measured.
 """
 
 from __future__ import annotations
@@ -19,15 +19,30 @@ REPORT = 8
 _COMBINE = ("--op", "combine", "--numel", str(1 << 28), "--seconds", "1.2")
 
 #: Slots and scratch of large models: what tests/test_offload_families.py adds up.
-_SMALL = ("--storage", "host", "--halves", "--slots", "2", "--scratch", "1", "--length", "2048", "--steps", "3")
+_SMALL = (
+    "--storage",
+    "host",
+    "--halves",
+    "--slots",
+    "2",
+    "--scratch",
+    "1",
+    "--length",
+    "2048",
+    "--steps",
+    "3",
+)
 _FITS = ("--shape", "opt-1.3b", "--storage", "memory", "host", "--batch", "8", "--length", "2048")
 
 STAGES = (
     Stage("libraries", "required", 10, 240, stages.libraries, "whether the compiled libraries load here"),
     Stage("report", "required", 10, 40, stages.report, "which backends are ready, and what the machine has"),
     Stage("agreement-cuda", "required", 40, 75, stages.agreement_cuda, "CUDA's bits against the reference"),
-    Stage("math", "required", 20, 75, stages.math, "the square root of every radius, Philox, the normals", True),
-    Stage("agreement-triton", "required", 40, 75, stages.agreement_triton, "Triton's bits against the reference", True),
+    Stage("math", "required", 20, 75, stages.math, "the square root of every radius, Philox, normals", True),
+    Stage(
+        "agreement-triton", "required", 40, 75, stages.agreement_triton, "Triton's bits against the reference",
+        beside=True,
+    ),
     Stage("gpu-tests", "required", 60, 110, stages.gpu_tests, "every operation, CUDA graphs, nothing waits"),
     Stage(
         "bench-combine", "measure", 85, 110, bench("bench-combine", *_COMBINE, "--dtype", "bf16", "fp32"),
@@ -37,7 +52,7 @@ STAGES = (
         "bench-published", "measure", 15, 30, bench("bench-published", "--op", "published", "--seconds", "1"),
         "our share of the bandwidth beside FlashOpt's",
     ),
-    Stage("ncu", "measure", 50, 70, ncu.stage, "which pipe limits four kernels, and the bytes that they move"),
+    Stage("ncu", "measure", 50, 70, ncu.stage, "which pipe limits four kernels, and bytes moved"),
     Stage(
         "bench-step", "measure", 60, 75, bench("bench-step", "--op", "step", "--workload", "opt-1.3b"),
         "the hot path of a step against MeZO's loop, and captured in a CUDA graph",
@@ -49,8 +64,9 @@ STAGES = (
     ),
     # --- after the seven minutes ---
     Stage(
-        "bench-step-13b", "measure", 45, 90, bench("bench-step-13b", "--op", "step", "--workload", "opt-13b"),
-        "the same for 26 GB of weights",
+        "bench-step-13b", "measure", 45, 90,
+        bench("bench-step-13b", "--op", "step", "--workload", "qwen3-1.7b", "opt-13b"),
+        "the hot path of a step for another parameter list, and for 26 GB of weights",
     ),
     Stage(
         "bench-many", "measure", 25, 60, bench("bench-many", "--op", "many", "--seconds", "1"),
@@ -72,6 +88,6 @@ STAGES = (
         "bench-combine-fp16", "measure", 45, 90, bench("bench-combine-fp16", *_COMBINE, "--dtype", "fp16"),
         "whether a pass costs what a copy costs in fp16",
     ),
-    Stage("distributed", "optional", 60, 180, stages.distributed, "shards' bits over NCCL, on two GPUs or four"),
-    Stage("cpu-tests", "optional", 30, 120, stages.cpu_tests, "contract, rounding and operations under this Python"),
+    Stage("distributed", "optional", 60, 180, stages.distributed, "shards' bits over NCCL, two GPUs or four"),
+    Stage("cpu-tests", "optional", 30, 120, stages.cpu_tests, "contract and operations under this Python"),
 )  # fmt: skip

@@ -1,8 +1,10 @@
-"""What is carried to a machine without a network and without time to compile: made here by ``make gpu-prebuilt``.
+"""What is carried to a machine without a network and without time to compile: made here by ``make
+gpu-prebuilt``.
 
-A folder of at most 64 MiB: the tensor libraries, which hold for every torch from 2.10 and every Python (they call torch's
-stable C shim alone), the host module of each Python that was found, check_math, and the cuRAND baseline.  A manifest
-says of which sources, for which GPUs, and what the files' hashes are: ``install`` takes nothing that does not fit.
+A folder of at most 64 MiB: the tensor libraries, which hold for every torch from 2.10 and every Python (they
+call torch's stable C shim alone), the host module of each Python that was found, check_math, and the cuRAND
+baseline.  A manifest says of which sources, for which GPUs, and what the files' hashes are: ``install`` takes
+nothing that does not fit.
 """
 
 from __future__ import annotations
@@ -55,21 +57,24 @@ def math_command(target: pathlib.Path, *sms: str) -> list[str]:
     return ["nvcc", *flags, str(ROOT / "tests/gpu/check_math.cu"), "-o", str(target)]
 
 
-# --- making it --------------------------------------------------------------------------------------------------------
+# --- making it
+# --------------------------------------------------------------------------------------------------------
 
 _HEADERS = "import pathlib, sysconfig as s; print(pathlib.Path(s.get_path('include'), 'Python.h').exists())"
 
 
 def pythons() -> list[str]:
-    """Interpreters for which a host module is compiled beside this one's: those of ZOKERNELS_PYTHONS, and of Python 3.10
-    to 3.14 one each, on PATH or installed beside this one (as pyenv and uv do), that runs and has its headers.
+    """Interpreters for which a host module is compiled beside this one's: those of ZOKERNELS_PYTHONS, and of
+    Python 3.10 to 3.14 one each, on PATH or installed beside this one (as pyenv and uv do), that runs and has
+    its headers.
     """
     found = [p for p in os.environ.get("ZOKERNELS_PYTHONS", "").split(os.pathsep) if p]
     beside = pathlib.Path(sys.base_prefix).parent
     for minor in (m for m in range(10, 15) if (3, m) != sys.version_info[:2]):
         name = f"python3.{minor}"
         for path in (shutil.which(name), *sorted(beside.glob(f"*/bin/{name}"))):
-            if path and subprocess.run([path, "-c", _HEADERS], capture_output=True, text=True).stdout.strip() == "True":
+            command = [path, "-c", _HEADERS]
+            if path and subprocess.run(command, capture_output=True, text=True).stdout.strip() == "True":
                 found.append(str(path))
                 break
     return list(dict.fromkeys(found))
@@ -89,7 +94,7 @@ def make(folder: pathlib.Path, architectures: str) -> dict[str, Any]:
     """
     if folder.exists():
         if any(folder.iterdir()) and not (folder / MANIFEST).exists():
-            raise SystemExit(f"gpu-prebuilt: {folder}: expected an empty folder or an earlier one of this command")
+            raise SystemExit(f"gpu-prebuilt: {folder}: expected an empty folder or one of this command")
         shutil.rmtree(folder)
     (folder / "lib").mkdir(parents=True)
     package = ROOT / "zokernels"
@@ -133,12 +138,13 @@ def split(architectures: str) -> list[str]:
     return architectures.replace(";", " ").split()
 
 
-# --- using it ---------------------------------------------------------------------------------------------------------
+# --- using it
+# ---------------------------------------------------------------------------------------------------------
 
 
 def runs_on(built: str, capability: str) -> bool:
-    """Whether code for ``built`` ("8.0", "9.0+PTX") runs on a GPU of ``capability`` ("8.6"): machine code does on later
-    minor versions of its own major one, PTX on everything later.
+    """Whether code for ``built`` ("8.0", "9.0+PTX") runs on a GPU of ``capability`` ("8.6"): machine code
+    does on later minor versions of its own major one, PTX on everything later.
     """
     number = lambda text: tuple(int(part) for part in text.removesuffix("+PTX").split("."))
     have, want = number(built), number(capability)
@@ -146,13 +152,16 @@ def runs_on(built: str, capability: str) -> bool:
 
 
 def check(folder: pathlib.Path, root: pathlib.Path, capability: str | None) -> dict[str, Any]:
-    """The manifest; :class:`Unusable` where it is not of this tree's sources, is damaged or is for other GPUs."""
+    """The manifest; :class:`Unusable` where it is not of this tree's sources, is damaged or is for other
+    GPUs.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise Unusable(f"no readable {MANIFEST} in {folder}: {error}") from error
     if manifest["sources"] != sources_hash(root):
-        raise Unusable(f"it was built of other sources (commit {manifest['commit']}): run make gpu-prebuilt again")
+        of = f"it was built of other sources (commit {manifest['commit']})"
+        raise Unusable(f"{of}: run make gpu-prebuilt again")
     for name, digest in manifest["files"].items():
         if not (folder / name).is_file() or _hash(folder / name) != digest:
             raise Unusable(f"{name} is missing or damaged")
@@ -171,7 +180,8 @@ def carried(ctx: Context) -> pathlib.Path | None:
 
 
 def install(folder: pathlib.Path, root: pathlib.Path, capability: str | None) -> str:
-    """Puts the libraries and this Python's host module into the package of the tree ``root``; says what was put there.
+    """Puts the libraries and this Python's host module into the package of the tree ``root``; says what was
+    put there.
 
     capability: of the GPU; None where there is none.
     """
@@ -186,15 +196,18 @@ def install(folder: pathlib.Path, root: pathlib.Path, capability: str | None) ->
         os.replace(new, target)
     note = f"carried: nvcc {manifest['nvcc']}, {', '.join(manifest['architectures'])}"
     if host not in hosts:
-        note += f"; without the host module, which is there for {', '.join(hosts) or 'no Python'} and not as {host}"
+        there = ", ".join(hosts) or "no Python"
+        note += f"; without the host module, which is there for {there} and not as {host}"
     return note
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
+# --- the command
+# ------------------------------------------------------------------------------------------------------
 
 
 def add_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--output", type=pathlib.Path, default=ROOT / "prebuilt", help="folder to make (prebuilt)")
+    folder = ROOT / "prebuilt"
+    sub.add_argument("--output", type=pathlib.Path, default=folder, help="folder to make (prebuilt)")
     sub.set_defaults(call=run)
 
 

@@ -5,6 +5,7 @@ Nothing that a stage does ends the check: an exit status, a signal, a hang and a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -67,14 +68,11 @@ class Job:
 
     def kill(self) -> None:
         """Ends the process and all that it started."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        try:
+        # One that hangs in the driver cannot be ended from here, and the others can still run
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(5)
-        except subprocess.TimeoutExpired:
-            pass  # it hangs in the driver: nothing here can end it, and the others can still run
 
     def ended(self, stop: str | None) -> Outcome | None:
         """The outcome, once there is one; until then None."""
@@ -123,8 +121,8 @@ def follow(
     starting: Callable[[Sequence[Stage]], None] = lambda group: None,
     command: Callable[[Stage, Context], list[str]] = stages.command,
 ) -> Iterator[Outcome]:
-    """The whole plan until ``deadline``, a time of time.monotonic: an outcome for every stage, also for those for which
-    no time was left.  ``starting`` is told which stages are about to run.
+    """The whole plan until ``deadline``, a time of time.monotonic: an outcome for every stage, also for those
+    for which no time was left.  ``starting`` is told which stages are about to run.
     """
     for group in groups(plan):
         left, ready = deadline - time.monotonic(), []
@@ -140,8 +138,8 @@ def follow(
 
 
 def verdict(outcomes: Sequence[Outcome], rehearse: bool) -> bool:
-    """Whether every stage that decides has passed.  A check may leave out only what is optional; a rehearsal may leave
-    out anything, but whatever it runs must end well, figures too.
+    """Whether every stage that decides has passed.  A check may leave out only what is optional; a rehearsal
+    may leave out anything, but whatever it runs must end well, figures too.
     """
     for o in outcomes:
         ran_badly = o.status in ("failed", "stopped")

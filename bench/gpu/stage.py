@@ -58,10 +58,12 @@ class Stage:
     """One line of the plan.
 
     name: also that of its log and of its rows.
-    kind: "required" must pass; "optional" may be skipped but not fail; "measure" does not decide whether the check passes.
+    kind: "required" must pass; "optional" may be skipped but not fail; "measure" does not decide whether the
+    check passes.
     seconds: what it is expected to take.  It is started only where that much time is left.
     limit: seconds after which it is stopped.
-    run: the work.  Returns a note for the report; raises Skip or Failure, and any other exception counts as a failure.
+    run: the work.  Returns a note for the report; raises Skip or Failure, and any other exception counts as a
+    failure.
     decides: what its end tells, in words.
     beside: it is started together with the stage before it.
     """
@@ -81,7 +83,9 @@ def command(stage: Stage, ctx: Context) -> list[str]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """The variables of a process: this tree first on Python's path, so that no installed copy is tested instead."""
+    """The variables of a process: this tree first on Python's path, so that no installed copy is tested
+    instead.
+    """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **more}
 
@@ -91,7 +95,9 @@ def python(*arguments: str) -> list[str]:
 
 
 def run(arguments: list[str], **env: str) -> tuple[int, str]:
-    """Exit status and output of a program, which is printed (to the stage's log) as it comes; 127: no such program."""
+    """Exit status and output of a program, which is printed (to the stage's log) as it comes; 127: no such
+    program.
+    """
     print("$ " + " ".join(arguments), flush=True)
     try:
         process = subprocess.Popen(
@@ -131,8 +137,8 @@ def execute(stage: Stage, ctx: Context) -> tuple[str, str]:
 
 
 def end_with_parent() -> None:
-    """Ends this process and all that it started once its parent is gone, so that a check that was killed (kill -9)
-    leaves nothing running on the GPU.  The process leads a group of its own.
+    """Ends this process and all that it started once its parent is gone, so that a check that was killed
+    (kill -9) leaves nothing running on the GPU.  The process leads a group of its own.
     """
     parent = os.getppid()
 

@@ -1,4 +1,6 @@
-"""The stages of gpu-check that find faults: libraries, agreement of the backends, tests, arithmetic, memory accesses."""
+"""The stages of gpu-check that find faults: libraries, agreement of the backends, tests, arithmetic, memory
+accesses.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from .. import machine
 from . import prebuilt
 from .stage import ROOT, Context, Failure, Skip, must, python, run
 
-#: setup.py with pybind11 hidden: the second attempt, for a pybind11 or Python without what the host module needs.
+#: setup.py with pybind11 hidden: the second attempt, for a pybind11 or Python without what the host module
+#: needs.
 _WITHOUT_HOST = (
     "import runpy, sys; sys.modules['pybind11'] = None; sys.argv = ['setup.py', 'build_ext', '--inplace']; "
     "runpy.run_path('setup.py', run_name='__main__')"
@@ -32,7 +35,9 @@ def _jobs() -> int:
 
 
 def libraries(ctx: Context) -> str:
-    """Compiled libraries in the tree: those that were carried, where they fit, else built for the GPU at hand."""
+    """Compiled libraries in the tree: those that were carried, where they fit, else built for the GPU at
+    hand.
+    """
     note = ""
     if ctx.prebuilt is not None:
         try:
@@ -64,7 +69,8 @@ def report(ctx: Context) -> str:
     for tool in tools:
         run(tool.split())
     log = must(python("-m", "zokernels"))
-    ready = [line.split()[1] for line in log.splitlines() if line.startswith("backend ") and "ready for" in line]
+    backends = [line for line in log.splitlines() if line.startswith("backend ")]
+    ready = [line.split()[1] for line in backends if "ready for" in line]
     note = f"ready: {', '.join(ready) or 'none'}"
     if not ctx.rehearse and "cuda" not in ready:
         raise Failure(note)
@@ -76,7 +82,8 @@ def _agreement(ctx: Context, backend: str, calls: int, jobs: int, **env: str) ->
     amount = ("--calls", str(calls), "--max-size", str(size), "--jobs", str(jobs))
     if jobs > 1:
         env["OMP_NUM_THREADS"] = "1"  # else each process takes all cores for the reference
-    code, log = run(python("tests/gpu/agreement.py", "--device", ctx.device, "--backend", backend, *amount), **env)
+    where = ("--device", ctx.device, "--backend", backend)
+    code, log = run(python("tests/gpu/agreement.py", *where, *amount), **env)
     said = [line for line in log.splitlines() if line.startswith(f"{backend}: ")]
     if code:
         raise Failure(said[0][:300] if said else f"exit status {code}")
@@ -102,11 +109,15 @@ _ENDED = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
 
 
 def count_tests(log: str) -> dict[str, int]:
-    """Tests by outcome, from the lines of ``pytest -v``: these stand in the log also where pytest was stopped."""
+    """Tests by outcome, from the lines of ``pytest -v``: these stand in the log also where pytest was
+    stopped.
+    """
     found: dict[str, int] = {}
     for line in log.splitlines():
         # "tests/test_a.py::test PASSED [ 10%]", of xdist "[gw1] [ 10%] PASSED tests/test_a.py::test"
-        if "::" in line and not line.startswith(("FAILED", "ERROR", "SKIPPED")) and (ended := _ENDED.search(line)):
+        if "::" not in line or line.startswith(("FAILED", "ERROR", "SKIPPED")):  # pytest's summary
+            continue
+        if ended := _ENDED.search(line):
             found[ended[1].lower()] = found.get(ended[1].lower(), 0) + 1
     return found
 
@@ -168,8 +179,8 @@ def sanitizer(ctx: Context) -> str:
         raise Skip("no compute-sanitizer")
     if ctx.rehearse:
         raise Skip("needs an NVIDIA GPU")
-    # Each tensor its own cudaMalloc, so that an access past its end is one past the allocation.  torch probes the
-    # device with calls that may fail: API errors are not what is looked for.
+    # Each tensor its own cudaMalloc, so that an access past its end is one past the allocation.  torch probes
+    # the device with calls that may fail: API errors are not what is looked for.
     watch = [tool, "--tool", "memcheck", "--error-exitcode", "9", "--report-api-errors", "no"]
     calls = python("tests/gpu/agreement.py", "--backend", "cuda", "--calls", "12", "--max-size", "3000")
     code, log = run(watch + calls, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
@@ -187,7 +198,7 @@ def sanitizer_says(code: int, log: str) -> str:
 
 
 def distributed(ctx: Context) -> str:
-    """The cases of tests/test_distributed.py, over NCCL, each rank on a GPU; in a rehearsal a few over gloo."""
+    """The cases of tests/test_distributed.py, over NCCL, each rank on a GPU; a rehearsal: a few over gloo."""
     import torch
 
     count = 2 if ctx.rehearse else torch.cuda.device_count()

@@ -1,8 +1,7 @@
-"""The report of gpu-check: goals beside what was measured, every row, and a plot.  Nothing is measured here."""
+"""The report of gpu-check: goals beside what was measured, and every row.  Nothing is measured here."""
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +65,8 @@ def goals(rows: Sequence[Row], backend: str) -> list[Goal]:
         where = {"op": "step", "workload": "opt-1.3b", "backend": backend, "form": form, "dtype": "bf16"}
         where |= {"rounding": "nearest", "launch": "eager"}
         measured = _pick([r for r in rows if "mezo" in r["ratio"]], lambda r: r["ratio"]["mezo"], **where)
-        found.append(Goal(f"OPT-1.3B bf16, hot path of a step against MeZO's loop, {form}", 8.0, measured, "x"))
+        what = f"OPT-1.3B bf16, hot path of a step against MeZO's loop, {form}"
+        found.append(Goal(what, 8.0, measured, "x"))
     found.append(Goal("Triton against CUDA C++, worst dtype and distribution", 0.95, _triton(rows)))
     for dist, asked in (("normal", 1.0), ("rademacher", 4.0)):
         measured = _pick(rows, noise, op="many", backend=backend, dist=dist, dtype="bf16")
@@ -74,7 +74,8 @@ def goals(rows: Sequence[Row], backend: str) -> list[Goal]:
     for name, theirs in PUBLISHED.items():
         of_peak = [r for r in rows if r.get("of_peak") and r["rounding"] == "nearest"]
         measured = _pick(of_peak, lambda r: r["of_peak"], op="published", workload=name, backend=backend)
-        found.append(Goal(f"{name}, of the bandwidth of the card (theirs: on {theirs.gpu})", theirs.of_peak, measured))
+        what = f"{name}, of the bandwidth of the card (theirs: on {theirs.gpu})"
+        found.append(Goal(what, theirs.of_peak, measured))
     return found
 
 
@@ -89,17 +90,18 @@ def offload_goals(rows: Sequence[Row]) -> list[Goal]:
     for shape, name, limit in (("opt-13b", "OPT-13B", 3.5), ("opt-30b", "OPT-30B", 5.0)):
         worst = lambda key, sign: _pick(rows, lambda r: sign * r[key], shape=shape)  # noqa: B023
         memory, ratio = worst("device_memory", -1e-9), worst("ratio", -1)
-        found.append(Goal(f"{name} streamed, GPU memory", limit, None if memory is None else -memory, " GB", True))
+        memory, ratio = (None if value is None else -value for value in (memory, ratio))
+        found.append(Goal(f"{name} streamed, GPU memory", limit, memory, " GB", True))
         what = f"{name} streamed, step over the longer of transfers and computation"
-        found.append(Goal(what, 1.05, None if ratio is None else -ratio, "", True))
+        found.append(Goal(what, 1.05, ratio, "", True))
     return found
 
 
 def offload_table(rows: Sequence[Row]) -> str:
     heads = ["model", *offload.COLUMNS]
     lines = [f"| {' | '.join(heads)} |", "|---" * 2 + "|--:" * (len(heads) - 2) + "|"]
-    lines += [f"| {' | '.join([offload.heading(r), *(show(r) for show in offload.COLUMNS.values())])} |" for r in rows]
-    return "\n".join(lines)
+    cells = ([offload.heading(r), *(show(r) for show in offload.COLUMNS.values())] for r in rows)
+    return "\n".join([*lines, *(f"| {' | '.join(line)} |" for line in cells)])
 
 
 def _triton(rows: Sequence[Row]) -> float | None:
@@ -108,7 +110,8 @@ def _triton(rows: Sequence[Row]) -> float | None:
     for r in rows:
         if r["op"] == "combine_" and r["k"] == 1 and r["rounding"] == "nearest":
             times.setdefault((r["dtype"], r["dist"]), {})[r["backend"]] = r["p50"]
-    return min((t["cuda"] / t["triton"] for t in times.values() if {"cuda", "triton"} <= set(t)), default=None)
+    both = (t for t in times.values() if {"cuda", "triton"} <= set(t))
+    return min((t["cuda"] / t["triton"] for t in both), default=None)
 
 
 def goals_table(found: Sequence[Goal]) -> str:
@@ -128,7 +131,8 @@ def _stages_table(stages: Sequence[dict[str, Any]]) -> str:
     lines = ["| stage | decides | | seconds | |", "|---|---|---|--:|---|"]
     clean = lambda text: text.replace("|", "/").replace("\n", " ")
     for s in stages:
-        lines.append(f"| {s['name']} | {s['decides']} | {s['status']} | {s['seconds']:.1f} | {clean(s['note'])} |")
+        cells = (s["name"], s["decides"], s["status"], f"{s['seconds']:.1f}", clean(s["note"]))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -176,7 +180,10 @@ def shares(rows: Sequence[Row]) -> list[list[str]]:
             what = f"{r['dtype']} {r['dist']} {r['rounding']} K = {r['k']}"
             found.setdefault(what, {})[r["backend"]] = f"{r['copy_fraction']:.2f}"
     backends = list(dict.fromkeys(b for cells in found.values() for b in cells))
-    return [["of copy", *backends], *([what, *(c.get(b, "-") for b in backends)] for what, c in found.items())]
+    return [
+        ["of copy", *backends],
+        *([what, *(c.get(b, "-") for b in backends)] for what, c in found.items()),
+    ]
 
 
 def terminal(result: dict[str, Any]) -> list[str]:
@@ -192,7 +199,8 @@ def terminal(result: dict[str, Any]) -> list[str]:
         lines += ["", *_aligned(profiled(result["ncu"]))]
     measured = [g for g in all_goals(result) if g.measured is not None]
     if measured:
-        cells = [[g.what, f"{short(g.asked)}{g.unit}", f"{short(g.measured or 0)}{g.unit}", g.verdict] for g in measured]
+        value = lambda goal, number: f"{short(number)}{goal.unit}"
+        cells = [[g.what, value(g, g.asked), value(g, g.measured), g.verdict] for g in measured]
         lines += ["", *_aligned([["goal", "asked", "measured", ""], *cells])]
     left_out = [f"{s['name']}: {s['note']}" for s in result["stages"] if s["status"] == "skipped"]
     if left_out:
@@ -203,7 +211,8 @@ def terminal(result: dict[str, Any]) -> list[str]:
 def readme(result: dict[str, Any], found: Sequence[Goal], picture: bool) -> str:
     """README.md: everything that is known, also of a check that goes on or was cut off."""
     header, rows = result["machine"], result["rows"]
-    software = f"{title(header)}, contract {header['contract']}, Python {header['python']}, Triton {header['triton']}"
+    software = f"{title(header)}, contract {header['contract']}"
+    software += f", Python {header['python']}, Triton {header['triton']}"
     if "driver" in header:
         software += f"; CUDA {header['cuda']}, driver {header['driver']}, capability {header['capability']}"
         software += f", nvcc {header['nvcc']}"
@@ -211,63 +220,31 @@ def readme(result: dict[str, Any], found: Sequence[Goal], picture: bool) -> str:
     if result["stopped_by"]:
         state += f" Ended early by {result['stopped_by']}."
     elif not result["finished"]:
-        state = f"**Not finished: when this was written, {', '.join(result['running']) or 'nothing'} was running.**"
-    body = [f"# {header.get('gpu') or header['cpu']}", f"`python -m bench gpu-check`, {header['date']}. {software}."]
+        running = ", ".join(result["running"]) or "nothing"
+        state = f"**Not finished: when this was written, {running} was running.**"
+    body = [
+        f"# {header.get('gpu') or header['cpu']}",
+        f"`python -m bench gpu-check`, {header['date']}. {software}.",
+    ]
     if result["rehearsal"]:
         body.append("**A rehearsal on the CPU at tiny sizes: no figure below means anything.**")
     body += [state, _stages_table(result["stages"])]
     for stage in result["stages"]:
         if "tail" in stage:
             body.append(f"### {stage['name']}\n\n```\n" + "\n".join(stage["tail"]) + "\n```")
-    body += ["## Goals", goals_table(found), *(["![Rows of the tables below](result.png)"] if picture else [])]
+    body += [
+        "## Goals",
+        goals_table(found),
+        *(["![Rows of the tables below](result.png)"] if picture else []),
+    ]
     body += ["## Rows", LEGEND.replace("\n", " "), markdown(rows) or "None."]
     for name, clock in result["clock_mhz"].items():
-        body.append(f"Clock of the multiprocessors during {name}: {clock['least']} to {clock['most']} MHz, median "
-                    f"{clock['median']:g}.")  # fmt: skip
+        span = f"{clock['least']} to {clock['most']} MHz, median {clock['median']:g}"
+        body.append(f"Clock of the multiprocessors during {name}: {span}.")
     if result["ncu"]:
-        words = "us: duration; instr/el: instructions of a warp for 32 elements; sect: 32-byte sectors a request."
+        words = "us: duration; instr/el: instructions of a warp for 32 elements; sect: sectors a request."
         body += ["## Kernels under Nsight Compute", words, _markdown(profiled(result["ncu"]))]
     if result["offload"]:
         body += ["## Streamed models", offload.LEGEND, offload_table(result["offload"])]
     body += ["## Left out", "\n".join(f"* {k}: {v}" for k, v in result["skipped"].items()) or "Nothing."]
     return "\n\n".join(body) + "\n"
-
-
-def plot(path: pathlib.Path, result: dict[str, Any]) -> bool:
-    """False where there is nothing to draw.
-
-    Shares of the copy bandwidth in place, and whole steps against MeZO's loop, ours and the others'."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows, header = result["rows"], result["machine"]
-    name = header.get("gpu") or header["cpu"]
-    passes = [r for r in rows if r["op"] in ("combine_", "perturb_") and r["k"] == 1 and r["rounding"] == "nearest"]
-    steps = [r for r in rows if r["op"] == "step" and "mezo" in r["ratio"] and r["rounding"] == "nearest"]
-    panels = [
-        (passes, lambda r: f"{r['dtype']} {r['dist']}, {r['backend']}", lambda r: r["copy_fraction"], "{:.2f}"),
-        (steps, lambda r: f"{r['workload']}, {r['form']}, {r['launch']}, {r['backend']}", lambda r: r["ratio"]["mezo"], "{:.1f}"),
-    ]
-    heads = ("one pass in place: share of the copy bandwidth", "hot path of a step: times faster than MeZO's loop")
-    if not passes and not steps:
-        return False
-    height = 1.2 + 0.22 * max(len(passes), len(steps))
-    with plt.rc_context({"font.size": 8, "axes.edgecolor": "#999999"}):
-        figure, axes = plt.subplots(1, 2, figsize=(13, height), constrained_layout=True)
-        for axis, (chosen, label, value, form), head in zip(axes, panels, heads, strict=True):
-            values = [value(r) for r in chosen]
-            ours = ["#a8a8a8" if r["op"] == "perturb_" or r.get("form") == "eager" else "#3b6ea5" for r in chosen]
-            bars = axis.barh(range(len(chosen)), values, color=ours, height=0.75)
-            axis.bar_label(bars, [form.format(v) for v in values], padding=3)
-            axis.set_yticks(range(len(chosen)), [label(r) for r in chosen])
-            axis.invert_yaxis()
-            axis.set_title(head, fontsize=9)
-            axis.margins(x=0.12, y=0.01)
-            axis.axvline(1, color="#555555", linewidth=0.8, linestyle="--")
-            axis.spines[["top", "right"]].set_visible(False)
-        figure.suptitle(f"{name} (grey: baselines)", fontsize=10)
-        figure.savefig(path, dpi=130)
-        plt.close(figure)
-    return True

@@ -1,11 +1,12 @@
-"""Every backend of a device against the reference, bit for bit, on random calls: without pytest, so that it runs
-anywhere and under compute-sanitizer.
+"""Every backend of a device against the reference, bit for bit, on random calls: without pytest, so that it
+runs anywhere and under compute-sanitizer.
 
-    python tests/gpu/agreement.py [--device cuda] [--calls 40] [--max-size 5000] [--seed N] [--backend cuda triton]
+    python tests/gpu/agreement.py [--device cuda] [--calls 40] [--max-size 5000] [--seed N] [--backend cuda
+    triton]
                                   [--jobs 8]
 
-Sizes from 0, any alignment, offsets, counts and roundings; memory around each parameter is compared too.  Exit: 0 all
-equal, 1 a difference.
+Sizes from 0, any alignment, offsets, counts and roundings; memory around each parameter is compared too.
+Exit: 0 all equal, 1 a difference.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def fan_out(rng: random.Random, backend: str, device: str, max_size: int) -> Non
     moved = {k: to_device(v, device) for k, v in kwargs.items()}
     with zokernels.backend(backend):
         zokernels.fan_out_(cut(theta), cut(plus), cut(minus), seed, coeff, **moved)
-    for name, got, expected in zip(("theta", "plus", "minus"), (theta, plus, minus), (want, *sides), strict=True):
+    all_three = zip(("theta", "plus", "minus"), (theta, plus, minus), (want, *sides), strict=True)
+    for name, got, expected in all_three:
         for a, b in zip(got, expected, strict=True):
             assert_same_bits(a, b, f"fan_out_ {name} {kwargs}")
 
@@ -89,8 +91,9 @@ def backends_of(device: str) -> list[str]:
 
 
 def check(backend: str, args: argparse.Namespace) -> int:
-    """The calls of this process, one in ``args.jobs``; returns how many went wrong.  Every exception is reported, and
-    the next call tried: after a fault of the device itself all that follow fail, so a few are enough.
+    """The calls of this process, one in ``args.jobs``; returns how many went wrong.  Every exception is
+    reported, and the next call tried: after a fault of the device itself all that follow fail, so a few are
+    enough.
     """
     wrong, calls = 0, range(args.part, args.calls, args.jobs)
     for call in calls:
@@ -113,8 +116,17 @@ def check(backend: str, args: argparse.Namespace) -> int:
 
 
 def in_processes(backend: str, args: argparse.Namespace) -> int:
-    """The same calls in ``args.jobs`` processes: what takes the time is the compilation of a kernel for each."""
-    command = [sys.executable, __file__, "--device", args.device, "--backend", backend, "--seed", str(args.seed)]
+    """The same calls in ``args.jobs`` processes: what takes the time is a compilation for each call."""
+    command = [
+        sys.executable,
+        __file__,
+        "--device",
+        args.device,
+        "--backend",
+        backend,
+        "--seed",
+        str(args.seed),
+    ]
     command += ["--calls", str(args.calls), "--max-size", str(args.max_size), "--jobs", str(args.jobs)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     jobs = [subprocess.Popen([*command, "--part", str(part)], **pipes) for part in range(args.jobs)]
@@ -125,14 +137,17 @@ def in_processes(backend: str, args: argparse.Namespace) -> int:
                 wrong += 1
                 print(f"{text}\n{backend}: process {part} of {args.jobs} ended with {code}", flush=True)
     if not wrong:
-        print(f"{backend}: {args.calls} calls equal the reference bit for bit, in {args.jobs} processes", flush=True)
+        print(
+            f"{backend}: {args.calls} calls equal the reference bit for bit, in {args.jobs} processes",
+            flush=True,
+        )
     return wrong
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--backend", nargs="+", choices=NAMES, help="default: all of the device; each must then load")
+    parser.add_argument("--backend", nargs="+", choices=NAMES, help="default: all; each must then load")
     parser.add_argument("--calls", type=int, default=40)
     parser.add_argument("--max-size", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(6), "little"))
