@@ -1,5 +1,6 @@
-"""How the bytes of blocks come to slots and go back.  All calls return at once, and only :meth:`Mover.wait`
-waits.
+"""How the bytes of blocks come to slots and go back.
+
+All calls return at once, and only :meth:`Mover.wait` waits.
 
 ========  ============  ==========================================================================
 storage   device        what moves
@@ -80,7 +81,7 @@ class Mover:
         return True
 
     def settle(self, slot: Slot) -> None:
-        """Waits until what is stored from ``slot`` has left it, because the slot is about to be written to."""
+        """Waits until what is stored from ``slot`` has left it, which is about to be written to."""
 
     def drop(self, slot: Slot) -> None:
         """Forgets what ``slot`` holds."""
@@ -233,10 +234,9 @@ class ByThreads(Mover):
 
 
 class ByStreams(Mover):
-    """Slots on a GPU and blocks in pinned memory: two CUDA streams copy, and events order them with the
-    computation.
+    """Slots on a GPU and blocks in pinned memory, between which two CUDA streams copy.
 
-    Nothing waits for the host, and nothing is allocated.
+    Events order the copies with the computation.  Nothing waits for the host, and nothing is allocated.
     """
 
     def __init__(self, source: HostMemory, device: torch.device, timeline: Timeline) -> None:

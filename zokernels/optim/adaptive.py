@@ -88,8 +88,7 @@ class ZOSignSGD(Differences):
 
 
 class HiZOO(ZerothOrder):
-    """Perturbations and updates are divided by the root of an estimate h of the Hessian's diagonal: three
-    forwards.
+    """Perturbs and updates by z over the root of an estimate h of the Hessian's diagonal: three forwards.
 
         L0 = L(theta),  L+- = L(theta +- eps z / sqrt(h)),   g = (L+ - L-) / (2 eps)
         h     <- (1 - alpha) h + alpha |L+ + L- - 2 L0| / (2 eps^2) h z^2

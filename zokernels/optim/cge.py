@@ -69,8 +69,7 @@ class Entries(NamedTuple):
 
 
 class ZOCGE(ZerothOrder):
-    r"""theta_i <- (1 - lr * weight_decay) * theta_i - lr * g_i   for the coordinates i of the step, and no
-    other.
+    r"""theta_i <- (1 - lr * weight_decay) * theta_i - lr * g_i   for the coordinates i of the step alone.
 
         g_i = (L(theta + h e_i) - L(theta)) / h               1 + n forwards for n coordinates ("one-sided")
         g_i = (L(theta + h e_i) - L(theta - h' e_i)) / (h + h')    2 n forwards ("two-sided")

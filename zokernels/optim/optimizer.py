@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
 
 class ZerothOrder(StepOptimizer):
-    r"""An :class:`Estimator` makes sum_k g_k z_k of losses at perturbed weights, and a :class:`Rule` applies
-    it.
+    r"""An :class:`Estimator` makes sum_k g_k z_k of losses at perturbed weights; a :class:`Rule` applies it.
 
     z_k is the noise of contract ``zk1``, a pure function of (seed, step, k, parameter).  It is drawn again
     wherever it is needed, so the optimizer stores only a seed and a counter, and whatever state the rule

@@ -54,9 +54,7 @@ class Held:
         self.run_state.load(zo["seed"], zo["step"], zo["skipped_steps"])
 
     def _load_states(self, state_dict: dict[str, Any]) -> None:
-        """Loads the states' bits and dtypes as they were saved; torch has cast them to their parameters'
-        dtype.
-        """
+        """Loads the states with their own bits and dtypes; torch has cast them to their parameters' dtype."""
         states, initial = self.optimizer.state, self.optimizer.rule.states
         params = [p for g in self.optimizer.param_groups for p in g["params"]]
         indices = [i for g in state_dict["param_groups"] for i in g["params"]]

@@ -104,7 +104,7 @@ class Home:
     in_memory = True
 
     def attach(self, optimizer: Any, trajectory: object) -> None:
-        """Called when the optimizer is complete: refuses what cannot be done with parameters that live here."""
+        """Called when the optimizer is complete: refuses what cannot be done with parameters here."""
 
     def probe(self, optimizer: Any, buckets: list[Bucket], seeds: Seeds) -> Probe:
         """How the closure sees the parameters at the points of a step."""
@@ -130,9 +130,7 @@ def move_home(param: Tensor, home: Home) -> None:
 
 
 def common_home(op: str, groups: list[dict[str, Any]]) -> Home:
-    """The home of a step's parameters: memory, unless some of them are in another home, of which one is
-    allowed.
-    """
+    """The home of a step's parameters: memory, unless some are in another home, of which one is allowed."""
     homes = {id(h): h for g in groups for p in g["params"] if not (h := home_of(p)).in_memory}
     if len(homes) > 1:
         fail(op, "params", "parameters of one streamed model", f"those of {len(homes)}")

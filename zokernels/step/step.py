@@ -121,8 +121,9 @@ class StepOptimizer(torch.optim.Optimizer):
 
     @property
     def step_count(self) -> int:
-        """The number of steps taken, skipped ones included.  With ``capturable`` reading it waits for the
-        device.
+        """The number of steps taken, skipped ones included.
+
+        With ``capturable`` reading it waits for the device.
         """
         return self.run_state.step
 
@@ -163,7 +164,7 @@ class StepOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    # One step ---------------------------------------------------------------------------------------------------
+    # One step -----------------------------------------------------------------------------------------------
 
     # torch's annotations say that a step returns a float, and None without a closure.
     def step(self, closure: Callable[[], Tensor | float] | None = None) -> Tensor:  # type: ignore[override]
@@ -253,9 +254,7 @@ class StepOptimizer(torch.optim.Optimizer):
         return ExactProbe(self.op, buckets, seeds, self.scratch, self.warned)
 
     def estimate(self, buckets: list[Bucket], losses_at: LossesAt) -> Estimate:
-        """g of every bucket, from the losses at the estimator's points; and the rule's choice among its
-        trials.
-        """
+        """g of every bucket from the losses at the estimator's points; then the rule's choice of a trial."""
         points = [[b.point(k, sign) for b in buckets] for k, sign in self.estimator.points()]
         losses = losses_at(points, len(points))
         groups = [b.group for b in buckets]
@@ -286,7 +285,7 @@ class StepOptimizer(torch.optim.Optimizer):
         return [[scaled(step, multiple) for step in steps] for multiple in self.rule.trials]
 
     def update(self, probe: Probe, estimate: Estimate) -> None:
-        """Applies the rule, bucket by bucket.  In the two-pass form this adds the next step's +eps z as well."""
+        """Applies the rule, bucket by bucket; in the two-pass form this adds the next step's +eps z, too."""
         multiple = estimate.multiple
         probe.restore_before_update(self.rule.folds_restore)
         self.rule.begin(self, probe, estimate)
@@ -312,12 +311,11 @@ class StepOptimizer(torch.optim.Optimizer):
             text = f"{self.op}: {new} step(s) skipped: loss not finite; the weights did not change"
             warnings.warn(text, stacklevel=3)
 
-    # Two-pass form ----------------------------------------------------------------------------------------------
+    # Two-pass form ------------------------------------------------------------------------------------------
 
     @contextmanager
     def two_pass(self, *modules: nn.Module) -> Iterator[None]:
-        """Inside, the update also adds the next step's perturbation: two passes over the weights a step, not
-        three.
+        """Inside, the update also adds the next step's perturbation: two passes a step, not three.
 
             theta'' = round(decay * theta' + (-lr * g - decay * at * eps) * z_t + eps * z_{t+1}),   at = -1
 
@@ -352,7 +350,7 @@ class StepOptimizer(torch.optim.Optimizer):
             with uninterrupted():
                 self.passes.flush()
 
-    # CUDA graphs ------------------------------------------------------------------------------------------------
+    # CUDA graphs --------------------------------------------------------------------------------------------
 
     def register_graph(self, graph: torch.cuda.CUDAGraph) -> None:
         """To be called before the capture of a step that draws random numbers on the GPU (dropout).
@@ -369,14 +367,14 @@ class StepOptimizer(torch.optim.Optimizer):
         return GraphRng(self.op, devices, len(self.estimator.points()) + len(self.rule.trials))
 
     def _rng(self, buckets: list[Bucket], devices: list[torch.device], capturing: bool) -> RngState | GraphRng:
-        """Sets the random numbers of a step's forwards."""
+        """What gives all forwards of a step the same random numbers."""
         if capturing:
             return check_capture(self.op, self.run_state, self.graph_rng, buckets, devices)
         if self.run_state.capturable and self.graph_rng is None:
             self.graph_rng = self._new_graph_rng(devices)  # a capture cannot make generators
         return RngState(devices)
 
-    # Checkpoints and copies -------------------------------------------------------------------------------------
+    # Checkpoints and copies ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state_dict, with a third entry "zo" of plain numbers and lists.
@@ -390,8 +388,7 @@ class StepOptimizer(torch.optim.Optimizer):
         return {**state, "zo": own_state(self, self.run_state)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues bit for bit from a :meth:`state_dict`, whose seed, step, hyper-parameters and streams
-        replace ours.
+        """Continues bit for bit from a :meth:`state_dict`, with its seed, step, hyper-parameters and streams.
 
         Raises ValueError, before anything changes, where it is of another optimizer, contract or list of
         parameters.

@@ -40,8 +40,9 @@ class ThreePass:
 
     @contextmanager
     def ahead(self, probe: Probe, state: HostState | DeviceState) -> Iterator[Callable[[int], object]]:
-        """Around the update of a step.  Yields a function that is called with the number of each updated
-        bucket.
+        """Around the update of a step.
+
+        Yields a function that is called with the number of each updated bucket.
         """
         yield lambda bucket: None
 
@@ -77,9 +78,7 @@ class TwoPass(ThreePass):
             handle.remove()
 
     def probe(self, state: HostState | DeviceState, buckets: list[Bucket], seeds: Seeds) -> InplaceProbe:
-        """The pending probe, if it is that of this seed and step and of just these ``buckets``; else a new
-        one.
-        """
+        """The pending probe, if it is of this seed, this step and just these ``buckets``; else a new one."""
         key, probe = (state.seed, state.step), self.pending
         if probe is None or probe.key != key or [b.layout() for b in probe.buckets] != [b.layout() for b in buckets]:
             self.flush()
@@ -96,8 +95,9 @@ class TwoPass(ThreePass):
 
     @contextmanager
     def ahead(self, probe: Probe, state: HostState | DeviceState) -> Iterator[Callable[[int], object]]:
-        """The update of each bucket adds the next step's +eps z, too.  Afterwards that step's probe is
-        pending.
+        """The update of each bucket adds the next step's +eps z, too.
+
+        Afterwards that step's probe is pending.
         """
         seeds, key = state.seeds({b.device: None for b in probe.buckets}, 1, ahead=1), (state.seed, state.step + 1)
         following = InplaceProbe([replace(b, at={}) for b in probe.buckets], seeds, key)

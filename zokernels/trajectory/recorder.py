@@ -96,8 +96,9 @@ class Follower(roles.Log):
         pass
 
     def begin(self, optimizer: OptimizerView) -> None:
-        """Called before the forwards of a step: writes the header before the first, and checks that the step
-        fits.
+        """Called before the forwards of a step: checks that the log can hold it.
+
+        Before the first step it writes the header.
         """
         if self.closed:
             fail("trajectory", self.path, "an open log", "one that was closed", RuntimeError)
@@ -299,8 +300,9 @@ def record(
 
 @contextmanager
 def _from_first(team: roles.Team, log: Log | None, error: Exception | None) -> Iterator[Log | None]:
-    """The log that the first process resumes, or its error.  No file system need be shared: the others get a
-    copy.
+    """The log that the first process resumes, or its error.
+
+    No file system need be shared: the others get a copy.
     """
     data = None
     if log is not None and not team.alone:
@@ -323,7 +325,7 @@ def _from_first(team: roles.Team, log: Log | None, error: Exception | None) -> I
 def _log_to_resume(
     optimizer: StepOptimizer, recorder: Recorder, resume: bool, recover: bool, rewind: bool
 ) -> Log | None:
-    """The log that is in the recorder's file, if any; with ``rewind``, only its steps before the optimizer's."""
+    """The log in the recorder's file, if any; with ``rewind``, only its steps before the optimizer's."""
     if not os.path.getsize(recorder.path):
         return None
     if not (resume or rewind):

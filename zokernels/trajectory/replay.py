@@ -43,9 +43,7 @@ class _Deferred(Direction):
 
 
 def _repeat(optimizer: StepOptimizer, record: Record, gated: bool) -> None:
-    """Does all that :meth:`StepOptimizer.run_step` did to the weights in the step of ``record``, in the same
-    order.
-    """
+    """Does all that :meth:`StepOptimizer.run_step` did to the weights in a step, in the same order."""
     if not (record.two_pass and record.carried):
         optimizer.flush()
     if record.two_pass != optimizer.in_two_pass:

@@ -60,7 +60,7 @@ USE_INPLACE = "use restore='inplace', which perturbs the parameters themselves"
 
 
 class HiddenParameters(RuntimeError):
-    """The closure reads parameters where the exact probe cannot perturb them.  The weights have not changed."""
+    """The closure reads parameters where the exact probe cannot perturb them; they have not changed."""
 
 
 def _members(value: Any) -> Iterable[Any] | None:
@@ -70,9 +70,7 @@ def _members(value: Any) -> Iterable[Any] | None:
 
 
 def _find(values: Iterable[Any], wanted: dict[int, Any], found: dict[int, Any]) -> None:
-    """Puts those entries of ``wanted`` (by id) into ``found`` that occur in ``values``, or in lists, tuples
-    and dicts among them.
-    """
+    """Puts the entries of ``wanted`` (by id) into ``found`` that occur in ``values``, or in containers."""
     for value in values:
         if (entry := wanted.get(id(value))) is not None:
             found[id(value)] = entry
@@ -81,7 +79,7 @@ def _find(values: Iterable[Any], wanted: dict[int, Any], found: dict[int, Any]) 
 
 
 def _swap(value: Any, copies: dict[int, Tensor]) -> Any:
-    """``value`` with a copy in the place of each parameter.  A container without one is passed on as it is."""
+    """``value`` with a copy in the place of each parameter.  Containers without one are left as they are."""
     if (copy := copies.get(id(value))) is not None:
         return copy
     if isinstance(value, dict):
@@ -105,8 +103,7 @@ def _storage(tensor: Tensor) -> int | None:
 
 
 class Substitution(TorchFunctionMode):
-    """While active, every torch function sees the point theta + sum_k c_k z_k in place of each parameter
-    theta.
+    """While active, every torch function sees the point theta + sum_k c_k z_k in place of a parameter theta.
 
     One combine per bucket writes the copies for a call into scratch.  The next call uses it again, so the
     extra memory is that of the call with the most weights.  torch turns the mode off inside
@@ -185,9 +182,7 @@ class Substitution(TorchFunctionMode):
         return [c.detach().requires_grad_(p.requires_grad) for c, p in zip(out, params, strict=True)], out[0]
 
     def _note_views(self, out: Any, arenas: list[Tensor]) -> None:
-        """Remembers scratch that ``out`` still refers to, because writing to that would be writing to a
-        weight.
-        """
+        """Remembers scratch that ``out`` still refers to: writing to that would be writing to a weight."""
         if isinstance(out, Tensor):
             for arena in arenas:
                 storage = arena.untyped_storage()

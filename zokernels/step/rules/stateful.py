@@ -101,8 +101,7 @@ class Sign(Stateful):
 
 
 class Adam(Stateful):
-    """m <- b1 m + (1 - b1) G;  v <- b2 v + (1 - b2) G^2;  theta <- decay theta - lr m' / (sqrt(v') +
-    adam_eps).
+    """m <- b1 m + (1 - b1) G;  v <- b2 v + (1 - b2) G^2;  theta <- decay theta - lr m' / (sqrt(v') + eps).
 
     m' = m / (1 - b1^t) and v' = v / (1 - b2^t), where t counts the updates of the group.  As in torch, steps
     that were skipped, or in which none of its parameters took part, do not count.  torch counts for each
@@ -149,7 +148,7 @@ class Adam(Stateful):
 
 
 class Curvature(Stateful):
-    """h <- (1 - alpha) h + alpha |L+ + L- - 2 L0| / (2 eps^2) h z^2;   theta <- decay theta - lr g z /
+    """h <- (1 - alpha) h + alpha |L+ + L- - 2 L0| / (2 eps^2) h z^2;  theta <- decay theta - lr g z /
     sqrt(h).
 
     h is an estimate of the Hessian's diagonal, and starts at 1.  Weights along which the loss bends more move
