@@ -169,7 +169,7 @@ def summary(optimizer: OptimizerView) -> dict[str, str]:
     found = {key: str(value) for key, value in header.items() if key not in ("groups", "created_by")}
     found = {"version": header["created_by"], "torch version": torch.__version__, **found}
     for i, (group, own) in enumerate(zip(optimizer.param_groups, header["groups"], strict=True)):
-        for key, value in (*own["options"].items(), ("lr", _rate(group["lr"]))):
+        for key, value in (*own["options"].items(), ("lr", float(group["lr"]))):
             found[f"param_groups[{i}][{key!r}]"] = repr(value)
     return found
 
@@ -185,7 +185,3 @@ def parameters(optimizer: OptimizerView) -> tuple[dict[str, str], dict[str, int]
             streams[label] = stream
     digest = hashlib.sha256("\n".join(found).encode()).hexdigest()[:16]
     return {**found, "parameter list": f"{len(found)} parameters, {digest}"}, streams
-
-
-def _rate(lr: float | Tensor) -> float:
-    return float(lr)

@@ -154,12 +154,7 @@ class Folder:
         return Direct(path)
 
     def write(
-        self,
-        block: Block,
-        data: Tensor,
-        version: int,
-        pool: Executor | None,
-        before: Callable[[], None],
+        self, block: Block, data: Tensor, version: int, pool: Executor | None, before: Callable[[], None]
     ) -> Direct:
         """Replaces the file of ``block``.
 

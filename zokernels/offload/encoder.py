@@ -154,10 +154,6 @@ class Encoder(Mover):
             if sent is not None:
                 torch.cuda.current_stream(self._device).wait_event(sent)
 
-    def arrived(self, slot: Slot) -> bool:
-        coming = self._coming.get(slot.index)
-        return coming is None or coming.done()
-
     def store(self, block: Block, slot: Slot) -> None:
         pass  # nothing comes back
 

@@ -77,9 +77,6 @@ class Mover:
     def wait(self, slot: Slot) -> None:
         """Waits until what is computed from here on finds the block in ``slot``."""
 
-    def arrived(self, slot: Slot) -> bool:
-        return True
-
     def settle(self, slot: Slot) -> None:
         """Waits until what is stored from ``slot`` has left it, which is about to be written to."""
 
@@ -197,10 +194,6 @@ class ByThreads(Mover):
         if (coming := self._coming.pop(slot.index, None)) is not None:
             with self.timeline.span("wait", slot.block):
                 coming.result()
-
-    def arrived(self, slot: Slot) -> bool:
-        coming = self._coming.get(slot.index)
-        return coming is None or coming.done()
 
     def settle(self, slot: Slot) -> None:
         if (leaving := self._leaving.get(slot.index)) is not None:
@@ -331,9 +324,6 @@ class Staged(Mover):
     def wait(self, slot: Slot) -> None:
         if slot.index in self._issued:
             torch.cuda.current_stream(self._device).wait_event(self._issued.pop(slot.index).result())
-
-    def arrived(self, slot: Slot) -> bool:
-        return slot.index not in self._issued or self._issued[slot.index].done()
 
     def settle(self, slot: Slot) -> None:
         if slot.index in self._left:

@@ -15,15 +15,7 @@ from ..contract import canonical_name
 from ..files.safetensors import DTYPES, Checkpoint
 from ..step.roles import home_of
 from ..wire import Wire, format_of
-from .blocks import (
-    Block,
-    aliases,
-    find_blocks,
-    materialise,
-    persistent_buffers,
-    place_extents,
-    streamed_parameters,
-)
+from .blocks import Block, aliases, find_blocks, materialise, persistent_buffers, place_extents, streamed_parameters
 from .encoder import Encoder
 from .engine import Engine
 from .gathered import check_mesh

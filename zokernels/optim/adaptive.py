@@ -115,12 +115,5 @@ class HiZOO(ZerothOrder):
         state_dtype: torch.dtype = torch.float32,
         **options: Any,
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            *args,
-            estimator=ThreePoint(),
-            direction=CurvedDirection(),
-            rule=Curvature(alpha, state_dtype),
-            **options,
-        )
+        rule = Curvature(alpha, state_dtype)
+        super().__init__(params, lr, *args, estimator=ThreePoint(), direction=CurvedDirection(), rule=rule, **options)

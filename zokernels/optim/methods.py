@@ -89,9 +89,7 @@ class ZORankSGD(ZerothOrder):
         super().__init__(params, lr, eps, estimator=Ranking(candidates, top), rule=SGD(), **options)
 
     def step(
-        self,
-        closure: Callable[[], Any] | None = None,
-        rank: Callable[[list[Any]], Iterable[int]] | None = None,
+        self, closure: Callable[[], Any] | None = None, rank: Callable[[list[Any]], Iterable[int]] | None = None
     ) -> Any:
         """One step, as :meth:`ZerothOrder.step`.
 

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import ParamsT
 
-from ..distributed.exchange import exchange_of
+from ..distributed.exchange import Exchange, exchange_of
 from ..step.directions.direction import Direction
 from ..step.estimators import Estimator
 from ..step.rules.rule import Rule
 from ..step.step import StepOptimizer
 from ..step.subset import Subset
 from ..trajectory.recorder import Follower, record
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
-    from ..distributed import Exchange
 
 
 class ZerothOrder(StepOptimizer):

@@ -7,7 +7,7 @@ perturbation, so everything that reads them must take it out first.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -20,6 +20,7 @@ from ..checks import fail
 from .groups import label_of
 from .probes.inplace import InplaceProbe
 from .probes.probe import Probe
+from .roles import OptimizerView
 from .state import DeviceState, HostState
 from .types import Bucket, Seeds, terms
 
@@ -152,26 +153,20 @@ class _FlushHook:
         return _FlushHook, (None,)
 
 
-def check_two_pass(
-    op: str,
-    restore: str,
-    state: HostState | DeviceState,
-    current: ThreePass,
-    groups: Sequence[dict[str, Any]],
-    modules: tuple[nn.Module, ...],
-) -> None:
+def check_two_pass(optimizer: OptimizerView, modules: tuple[nn.Module, ...]) -> None:
     """Raises where the two-pass form cannot begin.
 
     Every trained parameter must belong to one of ``modules``, or its state_dict would not flush.
     """
-    if restore != "inplace":
-        fail(op, "two_pass", "restore='inplace'", repr(restore))
-    if state.capturable:
+    op = optimizer.op
+    if optimizer.restore != "inplace":
+        fail(op, "two_pass", "restore='inplace'", repr(optimizer.restore))
+    if optimizer.run_state.capturable:
         fail(op, "two_pass", "capturable=False: a graph would replay on weights that hold a perturbation", True)
-    if current.in_two_pass:
+    if optimizer.in_two_pass:
         fail(op, "two_pass", "one at a time", "a second one inside it", RuntimeError)
     held = {id(p) for m in modules for p in m.parameters()}
-    for at, group in enumerate(groups):
+    for at, group in enumerate(optimizer.param_groups):
         for i, param in enumerate(group["params"]):
             if param.requires_grad and id(param) not in held:
                 expected = "the modules that own all trained parameters (torch.nn.ParameterList for bare ones)"

@@ -59,10 +59,10 @@ def pending(optimizer: OptimizerView, step: int, buckets: list[Bucket], estimate
     places = [id(group) for group in (*(b.group for b in buckets), *(group for group, _ in elsewhere))]
     place = {key: i for i, key in reversed(list(enumerate(places)))}
     like = estimate.gradients[0]
-    number = lambda v: (v if isinstance(v, Tensor) else torch.full((), v, device=like.device)).double().reshape(-1)
-    rates = [learning_rate(group, like) for group in groups]
+    fill = lambda v: torch.full((1,), v, dtype=torch.float64, device=like.device)
+    number = lambda v: v.double().reshape(-1) if isinstance(v, Tensor) else fill(v)
     numbers = [estimate.finite, 1.0 if estimate.multiple is None else estimate.multiple]
-    numbers += [optimizer.estimator.loss(estimate.losses).float(), *(_double(r, like) for r in rates)]
+    numbers += [optimizer.estimator.loss(estimate.losses).float(), *(learning_rate(group, like) for group in groups)]
     numbers += [estimate.losses] if optimizer.rule.reads_losses else []
     numbers += [*estimate.gradients, *(g for _, g in elsewhere)]
     values, arrived = torch.cat([number(v) for v in numbers]), None
@@ -191,12 +191,6 @@ class Recorder(Follower):
     def close(self) -> None:
         """Flushes and closes the log.  The optimizer can take no further step."""
         self._finish()
-
-
-def _double(rate: float | Tensor, like: Tensor) -> Tensor:
-    if isinstance(rate, Tensor):
-        return rate
-    return torch.full((), rate, dtype=torch.float64, device=like.device)
 
 
 class _Queue:

@@ -35,14 +35,8 @@ def _metadata() -> frozenset[Any]:
     functions += [getattr(Tensor, n) for n in _METHODS if hasattr(Tensor, n)]
     functions += [_setter("requires_grad"), _setter("grad"), torch.numel, torch.is_floating_point]
     functions += [torch.is_complex, torch.is_signed, torch.is_inference, torch.is_same_size, torch.result_type]
-    functions += [
-        torch.empty_like,
-        torch.zeros_like,
-        torch.ones_like,
-        torch.rand_like,
-        torch.randn_like,
-        torch.full_like,
-    ]
+    functions += [torch.empty_like, torch.zeros_like, torch.ones_like]
+    functions += [torch.rand_like, torch.randn_like, torch.full_like]
     functions += [Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_tensor]
     return frozenset(functions)
 
@@ -111,14 +105,7 @@ class Substitution(TorchFunctionMode):
     copies once and runs on them.
     """
 
-    def __init__(
-        self,
-        op: str,
-        buckets: list[Bucket],
-        seeds: Seeds,
-        pool: ScratchPool,
-        points: list[Point],
-    ) -> None:
+    def __init__(self, op: str, buckets: list[Bucket], seeds: Seeds, pool: ScratchPool, points: list[Point]) -> None:
         super().__init__()
         self.op, self.pool = op, pool
         self.entries = {id(p): (p, s, b) for b in buckets for p, s in zip(b.params, b.streams, strict=True)}

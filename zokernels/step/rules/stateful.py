@@ -64,11 +64,7 @@ class Momentum(Stateful):
     states: ClassVar = {"momentum_buffer": 0.0}
 
     def __init__(
-        self,
-        momentum: float = 0.9,
-        dampening: float = 0.0,
-        l2: float = 0.0,
-        state_dtype: torch.dtype = torch.float32,
+        self, momentum: float = 0.9, dampening: float = 0.0, l2: float = 0.0, state_dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__(state_dtype, momentum=momentum, dampening=dampening, l2=l2)
 

@@ -108,11 +108,7 @@ class AdamWindow(Window):
     """
 
     def __init__(
-        self,
-        window: int,
-        betas: tuple[float, float] = (0.9, 0.999),
-        adam_eps: float = 1e-8,
-        decoupled: bool = False,
+        self, window: int, betas: tuple[float, float] = (0.9, 0.999), adam_eps: float = 1e-8, decoupled: bool = False
     ) -> None:
         super().__init__(window, betas=betas, adam_eps=adam_eps)
         self.decoupled = decoupled
