@@ -44,7 +44,7 @@ def test_pieces_windows_and_fused_steps_change_no_bit(dtype, rng, tmp_path, monk
     base, history, _ = record_with_cpu(tmp_path / "run", "directions", dtype, rng, **options)
     threads = torch.get_num_threads()
     monkeypatch.setattr(deferred, "_FUSED", rng.randrange(1, 7))
-    monkeypatch.setattr(replay, "_WINDOW", rng.randrange(1, 4))
+    monkeypatch.setattr(replay, "_BATCH", rng.randrange(1, 4))
     try:
         for count in (1, 2):
             torch.set_num_threads(count)

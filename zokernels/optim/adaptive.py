@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..step.directions.curved import CurvedDirection
+from ..step.directions.scaling import CurvedDirection
 from ..step.estimators import ThreePoint
 from ..step.rules.rule import Rule
 from ..step.rules.stateful import Adam, Curvature, Sign

@@ -26,7 +26,7 @@ from .format import Log, Record, read
 from .settings import check_base, is_sgd, match, optimizer_of
 
 #: How many steps' passes wait at a time.
-_WINDOW = 4096
+_BATCH = 4096
 
 Progress = Callable[[int], object]
 
@@ -99,12 +99,12 @@ def repeat_all(
     if puts_off := type(direction) is Direction and not sharded:
         optimizer.direction = _Deferred(deferred)
     try:
-        while window := list(itertools.islice(records, _WINDOW)):
-            for record in window:
+        while batch := list(itertools.islice(records, _BATCH)):
+            for record in batch:
                 _repeat(optimizer, record, gated)
                 if not puts_off:
                     progress(numel)
-            steps = len(window)
+            steps = len(batch)
             deferred.apply(lambda elements: progress(elements * steps), fold)  # noqa: B023
         optimizer.flush()
         deferred.apply(lambda elements: None)

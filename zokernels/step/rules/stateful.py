@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...checks import fail
 from ...functional import Rule as KernelRule
-from ..directions.curved import CurvedDirection
+from ..directions.scaling import CurvedDirection
 from ..estimators import ThreePoint
 from ..groups import check_number
 from ..probes.probe import Probe
