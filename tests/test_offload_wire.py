@@ -233,7 +233,7 @@ def test_the_slots_are_narrow_and_hold_wire_bytes():
     sizes = {}
     for wire in (None, "bf16", "fp8"):
         with offload.stream(copy.deepcopy(model), "layers", slots=2, wire=wire) as engine:
-            form = engine.wire.form.nbytes if engine.wire else [b.nbytes for b in engine.blocks]
+            form = engine.wire.layout.nbytes if engine.wire else [b.nbytes for b in engine.blocks]
             sizes[wire] = max(form)
             assert all(s.data.numel() >= max(form) for s in engine.buffers)
             assert all(s.data.numel() < max(form) + 4096 for s in engine.buffers)

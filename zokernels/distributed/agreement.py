@@ -30,11 +30,10 @@ class RanksDiffer(RuntimeError):
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
-    """sum_i bits_i (2 i + 1) c mod 2^64 over the elements' bits, with an odd c: int64, 0-dim, on the tensor's
-    device.
+    """sum_i bits_i (2 i + 1) c mod 2^64 over the elements' bits, with an odd c.
 
-    Odd multipliers lose nothing, so a change of one element always shows.  It costs one read of the tensor;
-    SHA-256 would need the bytes on the host.
+    It is int64, 0-dim, on the tensor's device.  Odd multipliers lose nothing, so a change of one element
+    always shows.  It costs one read of the tensor; SHA-256 would need the bytes on the host.
     """
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     flat = tensor.detach().reshape(-1).view(kinds[tensor.element_size()])
@@ -95,7 +94,7 @@ class Agreement:
         self.check_weights(optimizer)
 
     def _check_names(self, optimizer: OptimizerView, streams: Sequence[dict[str, int]]) -> None:
-        """Checks of all stages together that a stream is one parameter's, and does not depend on the stage."""
+        """Checks that a stream is one parameter's in all stages, and does not depend on the stage."""
         op = optimizer.op
         owner: dict[int, str] = {}
         for i, group in enumerate(optimizer.param_groups):
@@ -170,7 +169,7 @@ def summary(optimizer: OptimizerView) -> dict[str, str]:
     found = {key: str(value) for key, value in header.items() if key not in ("groups", "created_by")}
     found = {"version": header["created_by"], "torch version": torch.__version__, **found}
     for i, (group, own) in enumerate(zip(optimizer.param_groups, header["groups"], strict=True)):
-        for key, value in (*own["options"].items(), ("lr", _rate(group["lr"]))):
+        for key, value in (*own["options"].items(), ("lr", float(group["lr"]))):
             found[f"param_groups[{i}][{key!r}]"] = repr(value)
     return found
 
@@ -186,7 +185,3 @@ def parameters(optimizer: OptimizerView) -> tuple[dict[str, str], dict[str, int]
             streams[label] = stream
     digest = hashlib.sha256("\n".join(found).encode()).hexdigest()[:16]
     return {**found, "parameter list": f"{len(found)} parameters, {digest}"}, streams
-
-
-def _rate(lr: float | Tensor) -> float:
-    return float(lr)

@@ -108,7 +108,7 @@ class AsyncExchange:
         return self.count == self.steps
 
     def step(self, closure: Callable[[], Tensor | float]) -> Tensor | None:
-        """Evaluates, publishes and applies a step.  Returns the loss, or None where the run was over before."""
+        """Evaluates, publishes and applies a step; returns the loss, or None if the run was over before."""
         self.catch_up()
         if self.done:
             return None

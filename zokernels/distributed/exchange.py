@@ -1,6 +1,4 @@
-"""The one collective of a step: all ranks' losses are gathered, and averaged in an order that no mesh
-changes.
-"""
+"""The one collective of a step: all losses are gathered, and averaged in an order that no mesh changes."""
 
 from __future__ import annotations
 
@@ -21,12 +19,11 @@ from .ranks import PERTURBATION, PIPELINE, Ranks
 
 
 def mean_of(losses: Tensor | Sequence[Tensor | float]) -> Tensor:
-    """The mean over the first dimension, float64: ((l0 + l1) + (l2 + l3) + ...) / n, summed as a balanced
-    binary tree.
+    """The mean over the first dimension, float64: ((l0 + l1) + (l2 + l3) + ...) / n.
 
-    ``Exchange`` takes the mean over the data ranks with it.  So one process whose closure returns ``mean_of``
-    the losses of the same shards makes the same weights.  The order is the same on every device, and takes
-    log2(n) additions.
+    It is summed as a balanced binary tree.  ``Exchange`` takes the mean over the data ranks with it.  So one
+    process whose closure returns ``mean_of`` the losses of the same shards makes the same weights.  The order
+    is the same on every device, and takes log2(n) additions.
     """
     if not len(losses):
         fail("mean_of", "losses", "at least one", 0)
@@ -45,11 +42,10 @@ class Exchange(Ranks, Team):
     The dimensions of ``mesh`` say by their names what its ranks do:
 
     * "perturbation": the n points of a step are shared out among the P ranks, in runs of ceil(n / P) at most.
-    * "data": every rank has batches of its own, and the loss of a point is :func:`mean_of` over them.  *
-    "pipeline": every rank holds parameters of its own, and the loss of the last stage is everyone's.  * any
-    other: the ranks hold one model between them (tensor parallel), or copies of it, and the loss of the first
-    of
-      them is everyone's.
+    * "data": every rank has batches of its own, and the loss of a point is :func:`mean_of` over them.
+    * "pipeline": every rank holds parameters of its own, and the loss of the last stage is everyone's.
+    * any other: the ranks hold one model between them (tensor parallel), or copies of it, and the loss of the
+      first of them is everyone's.
 
     A step takes one all-gather of float64: 8 ceil(n / P) bytes a rank, which is 16 for plain data parallel
     with two sides.  All ranks then compute the same coefficients from the same numbers, so weights need no
@@ -124,8 +120,9 @@ class Exchange(Ranks, Team):
 
 
 def _share(count: int, place: int, places: int) -> range:
-    """The run of ``count`` things that belongs to ``place``.  Sizes differ by one at most; longer runs come
-    first.
+    """The run of ``count`` things that belongs to ``place``.
+
+    Sizes differ by one at most; longer runs come first.
     """
     size, longer = divmod(count, places)
     begin = place * size + min(place, longer)

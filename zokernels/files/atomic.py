@@ -12,8 +12,9 @@ from typing import Any
 
 @contextmanager
 def replacing(path: pathlib.Path) -> Iterator[Any]:
-    """A new file beside ``path``.  If the block ends well it is synced and takes the place of ``path``; else
-    it is removed.
+    """A new file beside ``path``.
+
+    If the block ends well it is synced and takes the place of ``path``; else it is removed.
     """
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         try:

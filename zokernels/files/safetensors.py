@@ -158,8 +158,7 @@ class Checkpoint:
 
 
 def lay_out(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, Entry]]:
-    """The header of a file with tensors of these dtypes, shapes and sizes, and where each of them begins in
-    it.
+    """The header of a file with tensors of these dtypes, shapes and sizes; and where each begins in it.
 
     Tensors follow one another without a gap, those with wide elements first, so that all are aligned.
     """

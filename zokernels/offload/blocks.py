@@ -204,8 +204,7 @@ def materialise(model: nn.Module, streamed: set[int]) -> list[tuple[str, nn.Para
 
 
 def placeholder(p: Tensor, device: torch.device) -> Tensor:
-    """What a streamed parameter is while its block is away: of its shape and dtype, with one NaN as every
-    element.
+    """What a streamed parameter is while its block is away: one NaN, of its dtype, in its shape.
 
     A computation that reads it is NaN, and torch refuses to write to it.
     """

@@ -1,4 +1,4 @@
-"""The slots of a device as a cache of blocks: which slot holds which block, and which block is to come next."""
+"""The slots of a device as a cache of blocks: which slot holds which block, and which is to come next."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from .timeline import Timeline
 
 
 class BlockCache:
-    """``slots`` hold the blocks that come in, and ``scratch`` holds the perturbed copies that sides compute
-    with.
-    """
+    """``slots`` hold the blocks that come in, ``scratch`` the perturbed copies that sides compute with."""
 
     def __init__(
         self,
@@ -83,7 +81,7 @@ class BlockCache:
         return found
 
     def _victim(self, upcoming: list[int]) -> Slot | None:
-        """A slot that can take another block: an empty one, else one whose block is not among ``upcoming``."""
+        """A slot for another block: an empty one, else one whose block is not among ``upcoming``."""
         wanted = lambda s: s.block is not None and s.block.index in upcoming and not self._stale(s)
         idle = [s for s in self._slots if not s.users and not wanted(s)]
         return next((s for s in idle if s.block is None), idle[0] if idle else None)
@@ -139,6 +137,6 @@ class BlockCache:
         self.mover.drop(slot)
 
     def prefetch_after_update(self) -> None:
-        """Lets encoded blocks come as soon as their update is known, before the next forward asks for them."""
+        """Lets encoded blocks come as soon as their update is known, before the next forward asks."""
         if self.wire is not None and self._last is not None:
             self.prefetch(self.upcoming(self.blocks[self._last])[: len(self._slots)])

@@ -1,6 +1,4 @@
-"""Blocks in files: a checkpoint that is read directly, and a folder in which a whole file at a time is
-replaced.
-"""
+"""Blocks in files: a checkpoint that is read directly, and a folder whose files are replaced one by one."""
 
 from __future__ import annotations
 
@@ -127,8 +125,7 @@ class Reader:
 
 
 class Folder:
-    """A folder with ``block-00012.safetensors`` for each block, and ``resident.safetensors`` for other
-    parameters.
+    """A folder of ``block-00012.safetensors`` and the like, and ``resident.safetensors`` for the rest.
 
     A file holds all updates up to the number in its metadata.  A new file is written beside the old one,
     synced, and renamed over it, so that at any moment one whole file is there.  Tensors lie as they do in
@@ -157,15 +154,11 @@ class Folder:
         return Direct(path)
 
     def write(
-        self,
-        block: Block,
-        data: Tensor,
-        version: int,
-        pool: Executor | None,
-        before: Callable[[], None],
+        self, block: Block, data: Tensor, version: int, pool: Executor | None, before: Callable[[], None]
     ) -> Direct:
-        """Replaces the file of ``block``.  ``before`` is called between the sync of the new file and the
-        renaming.
+        """Replaces the file of ``block``.
+
+        ``before`` is called between the sync of the new file and the renaming.
         """
         path = self.file_of(block)
         temporary = path.with_suffix(".part")

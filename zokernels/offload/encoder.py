@@ -51,8 +51,9 @@ class _Job(NamedTuple):
 
 
 class Encoder(Mover):
-    """Fills slots with wire bytes.  One thread reads masters, one updates and encodes them, and one writes
-    files.
+    """Fills slots with wire bytes.
+
+    One thread reads masters, one updates and encodes them, and one writes files.
     """
 
     history: History  #: the engine sets it
@@ -99,7 +100,7 @@ class Encoder(Mover):
             return 0
         return float("inf") if self._write_every is None else 1
 
-    # In the engine's thread -----------------------------------------------------------------------------------------
+    # In the engine's thread ---------------------------------------------------------------------------------
 
     def fetch(self, block: Block, slot: Slot) -> None:
         # Where files are only read, the device adds all updates if it can.
@@ -153,10 +154,6 @@ class Encoder(Mover):
             if sent is not None:
                 torch.cuda.current_stream(self._device).wait_event(sent)
 
-    def arrived(self, slot: Slot) -> bool:
-        coming = self._coming.get(slot.index)
-        return coming is None or coming.done()
-
     def store(self, block: Block, slot: Slot) -> None:
         pass  # nothing comes back
 
@@ -178,7 +175,7 @@ class Encoder(Mover):
         self._writes.shutdown()
         self.source.close()
 
-    # In threads -----------------------------------------------------------------------------------------------------
+    # In threads ---------------------------------------------------------------------------------------------
 
     def _read(self, job: _Job) -> None:
         master = None
@@ -254,8 +251,9 @@ class Encoder(Mover):
         return event
 
     def _host(self, one: Pass, ready: torch.cuda.Event | None) -> Pass:
-        """``one`` with its seeds and coefficients on the host.  Most blocks of a step have the same, so they
-        are kept.
+        """``one`` with its seeds and coefficients on the host.
+
+        Most blocks of a step have the same, so they are kept.
         """
         if not self._cuda:
             return one

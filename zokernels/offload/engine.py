@@ -33,8 +33,9 @@ from .visit import SidePoints, Visit, WireVisit
 
 
 class Engine(BlockCache, Home):
-    """Streams the blocks of a model.  :func:`zokernels.offload.stream` makes it, and has the user's
-    documentation.
+    """Streams the blocks of a model.
+
+    :func:`zokernels.offload.stream` makes it, and has the user's documentation.
 
     One block at a time is open (``_visit``).  Its parameters are views of the values that the running side
     computes with.  While a block is not open, its parameters are placeholders.
@@ -73,7 +74,7 @@ class Engine(BlockCache, Home):
                 move_home(e.param, self)
         self._hooks = [h for b in blocks for h in self._hook(b)]
 
-    # Hooks of the model ---------------------------------------------------------------------------------------------
+    # Hooks of the model -------------------------------------------------------------------------------------
 
     def _hook(self, block: Block) -> Iterator[Any]:
         yield block.module.register_forward_pre_hook(lambda module, args: self._enter(block))
@@ -118,7 +119,7 @@ class Engine(BlockCache, Home):
     def _refuse_load(self, block: Block) -> None:
         fail(self.op, block.name, "weights that are given when the stream is made", "load_state_dict", RuntimeError)
 
-    # Visits ---------------------------------------------------------------------------------------------------------
+    # Visits -------------------------------------------------------------------------------------------------
 
     def _grant(self, index: int, sides: list[int]) -> None:
         self._open(self.blocks[index], sides)
@@ -137,7 +138,7 @@ class Engine(BlockCache, Home):
             self.abandon(slot)  # it may have taken a part of an update
             raise
 
-    # Steps ----------------------------------------------------------------------------------------------------------
+    # Steps --------------------------------------------------------------------------------------------------
 
     def attach(self, optimizer: StepOptimizer, trajectory: object) -> None:
         """Raises where the steps of ``optimizer`` cannot be streamed.
@@ -189,12 +190,10 @@ class Engine(BlockCache, Home):
 
     @property
     def is_lossless(self) -> bool:
-        """Whether the device computes with the very weights of the storage, as it always does without
-        ``wire``.
-        """
+        """Whether the device computes with the very weights of the storage; always so without ``wire``."""
         return self.wire is None or self.wire.layout.lossless
 
-    # Everything at once ---------------------------------------------------------------------------------------------
+    # Everything at once -------------------------------------------------------------------------------------
 
     @property
     def writable(self) -> bool:

@@ -1,9 +1,8 @@
-"""Streaming on several devices: each of n ranks keeps and uploads a slice of every block, and the slices are
-gathered.
+"""Streaming on several devices: each of n ranks keeps and uploads a slice of every block.
 
-A host link then carries 1 / n of each block, and the host memory of a rank holds 1 / n of the blocks.  The
-rest comes over the ranks' own interconnect (NVLink), by one all-gather a block.  The idea: DistZO2 (2025,
-arXiv 2507.03211).
+The slices are gathered on the devices.  A host link then carries 1 / n of each block, and the host memory of
+a rank holds 1 / n of the blocks.  The rest comes over the ranks' own interconnect (NVLink), by one all-gather
+a block.  The idea: DistZO2 (2025, arXiv 2507.03211).
 """
 
 from __future__ import annotations
@@ -32,8 +31,9 @@ def check_mesh(op: str, mesh: object, storage: str, wire: str | None) -> None:
 
 
 class Slices(HostMemory):
-    """This rank's slice of each block, in host memory.  All ranks must read the blocks in one order, as a
-    step does.
+    """This rank's slice of each block, in host memory.
+
+    All ranks must read the blocks in one order, as a step does.
 
     The process group is one of its own, because the thread that reads gathers blocks while the caller's
     thread gathers losses.
@@ -59,7 +59,7 @@ class Slices(HostMemory):
 
 
 class BySlices(ByStreams):
-    """Copies this rank's slice over the host link into its place in the slot, and gathers the others' there."""
+    """Copies this rank's slice over the host link into its place in the slot, and gathers the others."""
 
     source: Slices
 

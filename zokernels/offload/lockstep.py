@@ -94,7 +94,7 @@ class Lockstep:
         return [s.result for s in sides]
 
     def arrive(self, key: Hashable) -> None:
-        """The running side asks for ``key``.  Returns when that has been granted, and it is the side's turn."""
+        """The running side asks for ``key``; returns when that is granted, and it is the side's turn."""
         side = self._running
         assert side is not None
         side.waits_for, side.ready = key, False
@@ -170,9 +170,7 @@ class Lockstep:
 
 
 class _ThreadSetting:
-    """What torch keeps for each thread: read in the thread that makes this, and set in the one that enters
-    it.
-    """
+    """What torch keeps for each thread: read where this is made, and set in the thread that enters it."""
 
     def __init__(self, devices: list[torch.device]) -> None:
         self._threads = torch.get_num_threads()

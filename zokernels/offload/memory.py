@@ -1,6 +1,4 @@
-"""Host memory of exactly the size that was asked for, which is pinned and placed beside the GPU where there
-is one.
-"""
+"""Host memory of exactly the size that was asked for, pinned and placed beside the GPU where there is one."""
 
 from __future__ import annotations
 

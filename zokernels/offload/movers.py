@@ -1,5 +1,6 @@
-"""How the bytes of blocks come to slots and go back.  All calls return at once, and only :meth:`Mover.wait`
-waits.
+"""How the bytes of blocks come to slots and go back.
+
+All calls return at once, and only :meth:`Mover.wait` waits.
 
 ========  ============  ==========================================================================
 storage   device        what moves
@@ -76,11 +77,8 @@ class Mover:
     def wait(self, slot: Slot) -> None:
         """Waits until what is computed from here on finds the block in ``slot``."""
 
-    def arrived(self, slot: Slot) -> bool:
-        return True
-
     def settle(self, slot: Slot) -> None:
-        """Waits until what is stored from ``slot`` has left it, because the slot is about to be written to."""
+        """Waits until what is stored from ``slot`` has left it, which is about to be written to."""
 
     def drop(self, slot: Slot) -> None:
         """Forgets what ``slot`` holds."""
@@ -197,10 +195,6 @@ class ByThreads(Mover):
             with self.timeline.span("wait", slot.block):
                 coming.result()
 
-    def arrived(self, slot: Slot) -> bool:
-        coming = self._coming.get(slot.index)
-        return coming is None or coming.done()
-
     def settle(self, slot: Slot) -> None:
         if (leaving := self._leaving.get(slot.index)) is not None:
             leaving.result()
@@ -233,10 +227,9 @@ class ByThreads(Mover):
 
 
 class ByStreams(Mover):
-    """Slots on a GPU and blocks in pinned memory: two CUDA streams copy, and events order them with the
-    computation.
+    """Slots on a GPU and blocks in pinned memory, between which two CUDA streams copy.
 
-    Nothing waits for the host, and nothing is allocated.
+    Events order the copies with the computation.  Nothing waits for the host, and nothing is allocated.
     """
 
     def __init__(self, source: HostMemory, device: torch.device, timeline: Timeline) -> None:
@@ -331,9 +324,6 @@ class Staged(Mover):
     def wait(self, slot: Slot) -> None:
         if slot.index in self._issued:
             torch.cuda.current_stream(self._device).wait_event(self._issued.pop(slot.index).result())
-
-    def arrived(self, slot: Slot) -> bool:
-        return slot.index not in self._issued or self._issued[slot.index].done()
 
     def settle(self, slot: Slot) -> None:
         if slot.index in self._left:

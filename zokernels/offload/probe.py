@@ -1,6 +1,4 @@
-"""The probe of a step with streamed parameters: the exact one for those on the device, the engine for the
-others.
-"""
+"""The probe of a step with streamed parameters, which takes the exact probe for those on the device."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The folder of a streamed run: a file for each block, one for the resident parameters, and the log of all
-steps.
+"""The folder of a streamed run: a file for each block, one for the resident parameters, and the log.
 
 A block's file says how many updates it has, and the log has every update.  So after a kill at any moment each
 block takes what it lacks.  For this the log's record of a step must reach the disk before the first block
@@ -97,7 +96,7 @@ class Run:
         if self._recorder is not None:
             self._recorder.close()
 
-    # Resident parameters --------------------------------------------------------------------------------------------
+    # Resident parameters ------------------------------------------------------------------------------------
 
     def _resident(self, optimizer: StepOptimizer) -> tuple[Block, list[Tensor]]:
         block, params = Block(-1, _RESIDENT, torch.nn.Identity()), []

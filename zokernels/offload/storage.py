@@ -54,9 +54,7 @@ def _buffers(carrier: Carrier) -> list[Slot]:
 
 
 class HostStorage:
-    """Blocks in one region of host memory, which is pinned for a GPU; with a ``mesh``, this rank's slice of
-    each.
-    """
+    """Blocks in one region of host memory, pinned for a GPU; with a ``mesh``, this rank's slices of them."""
 
     def __init__(self, carrier: Carrier, mesh: DeviceMesh | None) -> None:
         self.carrier = carrier
@@ -108,7 +106,7 @@ class DiskStorage:
         return Staged(source, self._staging, carrier.slots, carrier.device, carrier.timeline)
 
     def _fill(self, source: FileStore, run: Run, packed: Packed) -> None:
-        """Checks the room for what is to be written, and writes the blocks of a model that has no checkpoint."""
+        """Checks that there is room on the disk, and writes the blocks of a model that has no checkpoint."""
         op, blocks = self.carrier.op, self.carrier.blocks
         missing = [b for b in blocks if b.index not in run.files]
         if run.resumes and not self.has_checkpoint and missing:

@@ -15,15 +15,7 @@ from ..contract import canonical_name
 from ..files.safetensors import DTYPES, Checkpoint
 from ..step.roles import home_of
 from ..wire import Wire, format_of
-from .blocks import (
-    Block,
-    aliases,
-    find_blocks,
-    materialise,
-    persistent_buffers,
-    place_extents,
-    streamed_parameters,
-)
+from .blocks import Block, aliases, find_blocks, materialise, persistent_buffers, place_extents, streamed_parameters
 from .encoder import Encoder
 from .engine import Engine
 from .gathered import check_mesh
@@ -148,9 +140,7 @@ def _blocks(
     filled: bool,
     in_files: bool,
 ) -> list[Block]:
-    """The blocks of the model, each laid out in its bytes; ``in_files``: as its tensors lie in the
-    checkpoint.
-    """
+    """The blocks of the model, each laid out in its bytes; ``in_files``: as they lie in the checkpoint."""
     found = find_blocks(op, model, blocks)
     listed = streamed_parameters(op, model, found)
     places = {} if filled else _sources(op, model, listed, checkpoint)
@@ -246,9 +236,7 @@ def _device(op: str, model: nn.Module, device: torch.device | str | None) -> tor
 def _sources(
     op: str, model: nn.Module, listed: list[list[tuple[str, nn.Parameter]]], checkpoint: Checkpoint | None
 ) -> dict[str, tuple[str, int, int]]:
-    """(path, begin, size) of each streamed parameter in the checkpoint, with which all of the model are
-    compared.
-    """
+    """(path, begin, size) of each streamed parameter in the checkpoint, which must fit the whole model."""
     if checkpoint is None:
         if missing := [n for n, p in model.named_parameters() if p.is_meta]:
             fail(op, "weights", f"a checkpoint for parameters on 'meta' ({missing[0]!r}, ...)", None)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..step.directions.curved import CurvedDirection
+from ..step.directions.scaling import CurvedDirection
 from ..step.estimators import ThreePoint
 from ..step.rules.rule import Rule
 from ..step.rules.stateful import Adam, Curvature, Sign
@@ -88,8 +88,7 @@ class ZOSignSGD(Differences):
 
 
 class HiZOO(ZerothOrder):
-    """Perturbations and updates are divided by the root of an estimate h of the Hessian's diagonal: three
-    forwards.
+    """Perturbs and updates by z over the root of an estimate h of the Hessian's diagonal: three forwards.
 
         L0 = L(theta),  L+- = L(theta +- eps z / sqrt(h)),   g = (L+ - L-) / (2 eps)
         h     <- (1 - alpha) h + alpha |L+ + L- - 2 L0| / (2 eps^2) h z^2
@@ -116,12 +115,5 @@ class HiZOO(ZerothOrder):
         state_dtype: torch.dtype = torch.float32,
         **options: Any,
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            *args,
-            estimator=ThreePoint(),
-            direction=CurvedDirection(),
-            rule=Curvature(alpha, state_dtype),
-            **options,
-        )
+        rule = Curvature(alpha, state_dtype)
+        super().__init__(params, lr, *args, estimator=ThreePoint(), direction=CurvedDirection(), rule=rule, **options)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from ..difference import stepped
 from ..functional import low_rank_
 from ..step.directions.masks import KeptMask
 from ..step.groups import check_choice
-from ..step.probes.coordinates import CoordinateProbe
+from ..step.guards import uninterrupted
 from ..step.probes.probe import Probe
 from ..step.rules.sgd import SGD
 from ..step.scalars import decay_of, descent, gate, gated_decay, is_zero, projected_gradient
@@ -68,9 +69,31 @@ class Entries(NamedTuple):
         return new
 
 
+#: A weight (flat tensor, position), the value that it is moved to and its own; None: theta itself.
+Move = tuple[Tensor, int, Tensor, Tensor]
+
+
+class CoordinateProbe(Probe):
+    """At a point one weight holds another value; then its own bits are put back."""
+
+    @contextmanager
+    def at(self, point: Move | None) -> Iterator[None]:
+        if point is None:
+            yield
+            return
+        weights, i, value, own = point
+        try:
+            weights[i] = value
+            torch.clear_autocast_cache()  # a cast of the weight before the move
+            yield
+        finally:
+            with uninterrupted():
+                weights[i] = own
+                torch.clear_autocast_cache()
+
+
 class ZOCGE(ZerothOrder):
-    r"""theta_i <- (1 - lr * weight_decay) * theta_i - lr * g_i   for the coordinates i of the step, and no
-    other.
+    r"""theta_i <- (1 - lr * weight_decay) * theta_i - lr * g_i   for the coordinates i of the step alone.
 
         g_i = (L(theta + h e_i) - L(theta)) / h               1 + n forwards for n coordinates ("one-sided")
         g_i = (L(theta + h e_i) - L(theta - h' e_i)) / (h + h')    2 n forwards ("two-sided")

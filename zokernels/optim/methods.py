@@ -57,8 +57,7 @@ class FZOO(ZerothOrder):
 
 
 class ZORankSGD(ZerothOrder):
-    """Descent on an order alone: ``candidates`` forwards at theta + eps z_k, of which the best ``top`` are
-    ranked.
+    """Descent on an order alone: the best ``top`` of ``candidates`` forwards at theta + eps z_k are ranked.
 
         g_k = (times worse - times better) / number of edges,   theta <- theta - lr * sum_k g_k z_k
 
@@ -90,9 +89,7 @@ class ZORankSGD(ZerothOrder):
         super().__init__(params, lr, eps, estimator=Ranking(candidates, top), rule=SGD(), **options)
 
     def step(
-        self,
-        closure: Callable[[], Any] | None = None,
-        rank: Callable[[list[Any]], Iterable[int]] | None = None,
+        self, closure: Callable[[], Any] | None = None, rank: Callable[[list[Any]], Iterable[int]] | None = None
     ) -> Any:
         """One step, as :meth:`ZerothOrder.step`.
 
@@ -116,11 +113,11 @@ class ZORankSGD(ZerothOrder):
 
 
 class ZOConservative(ZerothOrder):
-    """:class:`ZOSGD` that then runs the closure at theta, theta - lr g z and theta + lr g z, and keeps the
-    best.
+    """:class:`ZOSGD` that keeps the best of theta, theta - lr g z and theta + lr g z.
 
-    With q = 1 it takes 5 forwards and one update, and the choice is made on the device.  A trial sees the
-    update rounded to nearest and without weight decay, which is applied whichever is kept.
+    It runs the closure at each of them.  With q = 1 it takes 5 forwards and one update, and the choice is
+    made on the device.  A trial sees the update rounded to nearest and without weight decay, which is applied
+    whichever is kept.
 
     ``last_projected_gradient`` is the g that was applied: g, 0 or -g.  ``last_losses`` are l+, l-, and the
     three trials.
@@ -166,8 +163,9 @@ class ForwardGradient(ZerothOrder):
 
     # Narrower than its base: a number has no derivative.
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
-        """One step, as :meth:`ZerothOrder.step`; the closure returns a tensor.  Returns the mean loss, at
-        theta.
+        """One step, as :meth:`ZerothOrder.step`; the closure returns a tensor.
+
+        Returns the mean loss, at theta.
         """
         return self.run_step(closure, DerivativeReader())
 
@@ -192,8 +190,7 @@ class SparseMeZO(ZOSGD):
 
 
 class LeZO(ZOSGD):
-    """:class:`ZOSGD` that leaves out a random ``skipped`` share of the layers in each step
-    (:class:`LayerSkip`).
+    """:class:`ZOSGD` that leaves out a random share of the layers in each step (:class:`LayerSkip`).
 
     Source: Wang et al., 2024, arXiv 2410.09823.
     """
@@ -205,8 +202,7 @@ class LeZO(ZOSGD):
 
 
 class ZOBCD(ZOSGD):
-    """:class:`ZOSGD` by block coordinate descent: ``size`` layers at a time, for ``period`` steps
-    (:class:`Blocks`).
+    """:class:`ZOSGD` of ``size`` layers at a time, for ``period`` steps (:class:`Blocks`).
 
     Source: ZO-LLM, Zhang et al., 2024, arXiv 2402.11592.
     """
@@ -258,8 +254,7 @@ class TeZO(ZOSGD):
 
 
 class EGGROLL(ZOSGD):
-    """:class:`ZOSGD` along A B^T / sqrt(rank), drawn anew for each of ``directions`` pairs
-    (:class:`FreshFactors`).
+    """:class:`ZOSGD` along A B^T / sqrt(rank), fresh in each direction (:class:`FreshFactors`).
 
     These are evolution strategies at large populations.  ``directions`` is half the population, each member
     of which has a mirror image.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import ParamsT
 
-from ..distributed.exchange import exchange_of
+from ..distributed.exchange import Exchange, exchange_of
 from ..step.directions.direction import Direction
 from ..step.estimators import Estimator
 from ..step.rules.rule import Rule
@@ -16,15 +17,9 @@ from ..step.step import StepOptimizer
 from ..step.subset import Subset
 from ..trajectory.recorder import Follower, record
 
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
-    from ..distributed import Exchange
-
 
 class ZerothOrder(StepOptimizer):
-    r"""An :class:`Estimator` makes sum_k g_k z_k of losses at perturbed weights, and a :class:`Rule` applies
-    it.
+    r"""An :class:`Estimator` makes sum_k g_k z_k of losses at perturbed weights; a :class:`Rule` applies it.
 
     z_k is the noise of contract ``zk1``, a pure function of (seed, step, k, parameter).  It is drawn again
     wherever it is needed, so the optimizer stores only a seed and a counter, and whatever state the rule

@@ -15,8 +15,7 @@ from .optimizer import ZerothOrder
 
 
 class QuZO(ZerothOrder):
-    r"""q <- clamp(S'((1 - lr * weight_decay) * q - lr * sum_k g_k z_k)),   q the integers of quantised
-    weights.
+    r"""q <- clamp(S'((1 - lr * weight_decay) * q - lr * sum_k g_k z_k)),   q integers of quantised weights.
 
         g_k = (L(clamp(S(q + eps z_k))) - L(clamp(S(q - eps z_k)))) / (2 eps n),   k = 0 .. n - 1
 

@@ -1,6 +1,4 @@
-"""ZOSGD: stochastic gradient descent on forwards alone (SPSA), without gradients, activations or stored
-noise.
-"""
+"""ZOSGD: stochastic gradient descent on forwards alone (SPSA), without gradients or stored noise."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ ESTIMATORS = {"two-sided": TwoSided, "one-sided": OneSided}
 
 
 class Differences(ZerothOrder):
-    """Any ``rule`` on differences of losses.  ``directions`` and ``estimator`` are those of :class:`ZOSGD`."""
+    """Any ``rule`` on differences of losses; ``directions`` and ``estimator`` as for :class:`ZOSGD`."""
 
     def __init__(
         self,

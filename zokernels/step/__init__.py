@@ -1,5 +1,4 @@
-"""One zeroth-order step: forwards at perturbed weights, an estimate from their losses, an update of the
-weights.
+"""One zeroth-order step: forwards at perturbed weights, an estimate from their losses, an update.
 
 ``step.py`` runs it.  Each of its parts has a file or a folder: where the closure runs (``estimators.py``),
 what z is (``directions``), which parameters take part (``subset.py``), how the closure sees perturbed weights

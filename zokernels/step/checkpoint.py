@@ -10,11 +10,11 @@ from ..checks import fail
 from ..contract import CONTRACT
 from .groups import check_groups
 from .roles import OptimizerView
-from .state import DeviceState, HostState
 
 
-def own_state(optimizer: OptimizerView, state: HostState | DeviceState) -> dict[str, Any]:
+def own_state(optimizer: OptimizerView) -> dict[str, Any]:
     """The entry "zo": plain numbers and lists."""
+    state = optimizer.run_state
     counters = {"seed": state.seed, "step": state.step, "skipped_steps": int(state.skipped)}
     return {"contract": CONTRACT, **counters, "rule": optimizer.rule.state_dict()}
 
@@ -38,10 +38,10 @@ class Held:
     It is made before torch loads a ``state_dict``, because torch puts other tensors in their places.
     """
 
-    def __init__(self, optimizer: OptimizerView, state: HostState | DeviceState) -> None:
-        self.optimizer, self.run_state = optimizer, state
+    def __init__(self, optimizer: OptimizerView) -> None:
+        self.optimizer, self.capturable = optimizer, optimizer.run_state.capturable
         self.rates = [group["lr"] for group in optimizer.param_groups]
-        self.states = {p: dict(of_param) for p, of_param in optimizer.state.items()} if state.capturable else {}
+        self.states = {p: dict(of_param) for p, of_param in optimizer.state.items()} if self.capturable else {}
 
     def load(self, state_dict: dict[str, Any]) -> None:
         """Loads what torch has not loaded, or not as it was saved."""
@@ -49,14 +49,12 @@ class Held:
         self._load_states(state_dict)
         self.optimizer.rule.load_state_dict(self.optimizer, zo["rule"])
         for group, lr in zip(self.optimizer.param_groups, self.rates, strict=True):
-            if self.run_state.capturable and isinstance(lr, Tensor):
+            if self.capturable and isinstance(lr, Tensor):
                 group["lr"] = lr.fill_(group["lr"])
-        self.run_state.load(zo["seed"], zo["step"], zo["skipped_steps"])
+        self.optimizer.run_state.load(zo["seed"], zo["step"], zo["skipped_steps"])
 
     def _load_states(self, state_dict: dict[str, Any]) -> None:
-        """Loads the states' bits and dtypes as they were saved; torch has cast them to their parameters'
-        dtype.
-        """
+        """Loads the states with their own bits and dtypes; torch has cast them to their parameters' dtype."""
         states, initial = self.optimizer.state, self.optimizer.rule.states
         params = [p for g in self.optimizer.param_groups for p in g["params"]]
         indices = [i for g in state_dict["param_groups"] for i in g["params"]]

@@ -91,9 +91,7 @@ class DeferredNoise(Noise):
         self.update(members, seeds, coeffs, rule=rule, hyper=hyper.clone(), **options)
 
     def drain(self) -> Iterator[tuple[list[tuple[Tensor, int]], list[Pass]]]:
-        """Parameters with their streams, and the passes that each of them waits for; afterwards nothing
-        waits.
-        """
+        """Parameters with their streams, and the passes that they wait for.  Afterwards nothing waits."""
         alike: dict[tuple[Any, ...], list[int]] = {}
         for key, passes in self._passes.items():
             param, _ = self._params[key]

@@ -14,8 +14,9 @@ from .types import Bucket
 
 
 class GraphRng:
-    """Equal generators for each CUDA device, one for each of the ``forwards`` in a graph; nobody else draws
-    from them.
+    """Equal generators of each CUDA device, one for each of the ``forwards`` in a graph.
+
+    Nobody else draws from them.
 
     A graph cannot set a generator back, as :class:`RngState` does.  But a generator that it captured moves by
     the same amount at each replay, so generators that begin equal stay equal, whatever the default one does
@@ -79,7 +80,7 @@ def check_capture(
     buckets: Sequence[Bucket],
     devices: Sequence[torch.device],
 ) -> GraphRng:
-    """Raises where a capture would freeze or lose something without a word; returns ``rng``, which is there."""
+    """Raises where a capture would freeze or lose something without a word; else returns ``rng``."""
     check_capturable(op, state)
     if rng is None or not isinstance(state, DeviceState) or not state.is_placed(devices):
         fail(op, "step", "one step before the capture", "none on the parameters' devices", RuntimeError)

@@ -35,8 +35,9 @@ def check_number(op: str, argument: str, value: object, *, positive: bool = Fals
 
 
 def check_hyperparameters(op: str, group: Group) -> None:
-    """Checks values that are on the host.  A learning rate that is a tensor is never read back from its
-    device.
+    """Checks values that are on the host.
+
+    A learning rate that is a tensor is never read back from its device.
     """
     lr = group["lr"]
     if not isinstance(lr, Tensor):
@@ -168,9 +169,7 @@ def check_groups(op: str, ours: list[Group], saved: list[Group]) -> None:
 
 @contextmanager
 def own_rates(groups: list[Group]) -> Iterator[None]:
-    """Inside, the steps of a log may set the learning rates of ``groups``; afterwards they are what they
-    were.
-    """
+    """Inside, the steps of a log may set the learning rates of ``groups``; afterwards they are as before."""
     rates = [group["lr"] for group in groups]
     try:
         yield

@@ -1,6 +1,4 @@
-"""What must hold around the forwards of a step: one RNG state for all, and no interrupt inside a weight
-update.
-"""
+"""What must hold around the forwards of a step: one RNG state for all, and no interrupt inside an update."""
 
 from __future__ import annotations
 
@@ -42,8 +40,7 @@ class RngState:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Holds SIGINT back until the block ends, so that Ctrl-C cannot fall between a weight write and its
-    record.
+    """Holds SIGINT back until the block ends: Ctrl-C cannot fall between a weight write and its record.
 
     Only the main thread receives signals; in any other this does nothing.
     """

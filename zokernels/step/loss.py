@@ -59,8 +59,9 @@ class DerivativeReader(LossReader):
 
 
 class RankReader(LossReader):
-    """Results are any objects, which ``rank`` puts in order.  The losses are their places, 0 for the
-    :attr:`best`.
+    """Results are any objects, which ``rank`` puts in order.
+
+    The losses are their places, 0 for the :attr:`best`.
 
     ``rank`` takes the list of results and returns indices into it, best first, at least ``top`` of them.
     """

@@ -19,7 +19,7 @@ Tensors = Sequence[Tensor]
 
 
 class Members(NamedTuple):
-    """Parameters that one kernel call takes, the noise stream of each, and the distribution of their noise."""
+    """Parameters that one kernel call takes, their noise streams, and the distribution of their noise."""
 
     params: Tensors
     streams: Sequence[int]
@@ -27,8 +27,7 @@ class Members(NamedTuple):
 
 
 class Noise:
-    """Dense noise: z_k is drawn for every weight, from seed k, the parameter's stream and the group's
-    ``dist``.
+    """Dense noise: z_k is drawn for every weight, from seed k, the parameter's stream and the group's dist.
 
     Once a step, the direction gives each bucket such an object.  Other kinds of noise override
     :meth:`kernel_args`, or the calls themselves.  In all of them ``seeds`` is int64 [K] and ``coeffs`` is

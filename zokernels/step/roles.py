@@ -19,7 +19,8 @@ from ..checks import fail
 from .estimators import Estimator
 from .probes.probe import Probe
 from .shard import any_sharded
-from .types import Bucket, Estimate, Seeds
+from .state import DeviceState, HostState
+from .types import Bucket, Estimate, Group, Seeds
 
 
 class Team:
@@ -66,7 +67,7 @@ class Team:
         assert own is not None  # alone, the share is everything
         return own
 
-    def foreign(self, optimizer: OptimizerView, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def foreign(self, optimizer: OptimizerView, groups: list[Group]) -> list[Group]:
         """The groups that take part in the step on other processes alone, where ``groups`` do here."""
         return []
 
@@ -104,7 +105,7 @@ class Home:
     in_memory = True
 
     def attach(self, optimizer: Any, trajectory: object) -> None:
-        """Called when the optimizer is complete: refuses what cannot be done with parameters that live here."""
+        """Called when the optimizer is complete: refuses what cannot be done with parameters here."""
 
     def probe(self, optimizer: Any, buckets: list[Bucket], seeds: Seeds) -> Probe:
         """How the closure sees the parameters at the points of a step."""
@@ -129,10 +130,8 @@ def move_home(param: Tensor, home: Home) -> None:
     param._zo_home = home  # type: ignore[attr-defined]
 
 
-def common_home(op: str, groups: list[dict[str, Any]]) -> Home:
-    """The home of a step's parameters: memory, unless some of them are in another home, of which one is
-    allowed.
-    """
+def common_home(op: str, groups: list[Group]) -> Home:
+    """The home of a step's parameters: memory, unless some are in another home, of which one is allowed."""
     homes = {id(h): h for g in groups for p in g["params"] if not (h := home_of(p)).in_memory}
     if len(homes) > 1:
         fail(op, "params", "parameters of one streamed model", f"those of {len(homes)}")
@@ -142,7 +141,7 @@ def common_home(op: str, groups: list[dict[str, Any]]) -> Home:
 class OptimizerView(Protocol):
     """What roles, directions, subsets and rules may read of the optimizer whose step they serve."""
 
-    param_groups: list[dict[str, Any]]
+    param_groups: list[Group]
     #: What rules and directions keep of each parameter, saved by ``state_dict``.
     state: Any
     defaults: dict[str, Any]
@@ -151,6 +150,7 @@ class OptimizerView(Protocol):
     rule: Any
     direction: Any
     subset: Any
+    run_state: HostState | DeviceState
     team: Team
     carried: bool  #: whether the step began with a perturbation of the two-pass form
     #: What a direction has made that is dear to make again: never saved.

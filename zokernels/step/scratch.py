@@ -1,4 +1,4 @@
-"""Memory for perturbed copies: a flat arena for each call, used again as soon as nothing else refers to it."""
+"""Memory for perturbed copies: a flat arena for each call, used again when nothing else refers to it."""
 
 from __future__ import annotations
 
@@ -30,9 +30,7 @@ class _Arena:
         return _use_count(self.storage._cdata) if _use_count else -1
 
     def idle(self) -> bool:
-        """Whether no view holds the memory, however hidden (a numpy array, a DLPack capsule, an autograd
-        graph).
-        """
+        """Whether no view holds the memory, not even a numpy array, a DLPack capsule or an autograd graph."""
         return _use_count is not None and self._count() == self._idle_count
 
 

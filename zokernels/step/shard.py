@@ -1,4 +1,4 @@
-"""Sharded parameters (``DTensor``): which elements of the logical tensor lie here, and where they are in it."""
+"""Sharded parameters (``DTensor``): which elements of the logical tensor lie here, and where in it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ if TYPE_CHECKING:
 
 
 class Shard(NamedTuple):
-    """A box of a tensor, as kernels see it: rows of ``width`` elements, which begin ``length`` logical
-    indices apart.
+    """A box of a tensor, as kernels see it: rows of ``width`` elements.
 
-    The first row begins at the logical index ``offset``.
+    They begin ``length`` logical indices apart, the first of them at the logical index ``offset``.
     """
 
     shape: tuple[int, ...]  #: of the part that lies here
@@ -57,7 +56,7 @@ def locals_of(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def whole_of(tensor: Tensor) -> Tensor:
-    """The logical tensor.  All ranks that hold a part of it must call this together, because they gather it."""
+    """The logical tensor.  All ranks that hold a part of it must call this together: they gather it."""
     if not is_sharded(tensor):
         return tensor
     whole: Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]  # a DTensor's detach is a DTensor

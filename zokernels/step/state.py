@@ -1,6 +1,4 @@
-"""Run seed, step counter and skipped steps: as Python numbers, or as tensors that a replayed CUDA graph
-advances.
-"""
+"""Run seed, step and skipped steps: as Python numbers, or as tensors that a replayed CUDA graph advances."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ class _State:
 
 
 class HostState(_State):
-    """The seed and the step are Python integers; only the count of skipped steps lies where the losses are."""
+    """Seed and step are Python integers; only the count of skipped steps lies where the losses are."""
 
     capturable = False
 
@@ -79,7 +77,7 @@ class DeviceState(_State):
         return self._steps.keys() == set(devices)
 
     def place(self, devices: Iterable[torch.device]) -> None:
-        """Bring the counters to ``devices``, before any capture: what a capture creates, every replay resets."""
+        """Brings the counters to ``devices`` before a capture, because every replay resets what it creates."""
         devices = list(devices)
         if devices and not self.is_placed(devices):
             step, skipped = self.step, int(self.skipped)

@@ -13,19 +13,11 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from ..checks import fail
+from . import groups
 from .checkpoint import Held, check_state_dict, own_state
 from .directions.direction import Direction
 from .estimators import Estimator, TwoSided
 from .graphs import GraphRng, check_capturable, check_capture
-from .groups import (
-    RESTORES,
-    check_choice,
-    check_hyperparameters,
-    check_new_group,
-    devices_of,
-    name_empty_groups,
-    plan,
-)
 from .guards import RngState, is_capturing, uninterrupted
 from .loss import LossReader
 from .probes.exact import ExactProbe
@@ -78,7 +70,7 @@ class StepOptimizer(torch.optim.Optimizer):
         defaults = {**GROUP_DEFAULTS, **defaults, **rule.defaults}
         self.rule = rule
         self._check_group(defaults)
-        check_choice(self.op, "restore", restore, RESTORES)
+        groups.check_choice(self.op, "restore", restore, groups.RESTORES)
         self.estimator, self.subset, self.restore = estimator, subset, restore
         self.direction = Direction() if direction is None else direction
         if capturable and (self.direction.refresh is not None or subset is not None):
@@ -96,7 +88,7 @@ class StepOptimizer(torch.optim.Optimizer):
         self.last_losses: tuple[Tensor, ...] | Tensor | None = None
         rule.check_parts(self)
         super().__init__(params, defaults)
-        self.run_state.place(devices_of(self.param_groups))
+        self.run_state.place(groups.devices_of(self.param_groups))
 
     def _begin_alone(self) -> None:
         """Sets what neither a copy nor a pickle takes along: the surroundings, scratch and graphs."""
@@ -121,8 +113,9 @@ class StepOptimizer(torch.optim.Optimizer):
 
     @property
     def step_count(self) -> int:
-        """The number of steps taken, skipped ones included.  With ``capturable`` reading it waits for the
-        device.
+        """The number of steps taken, skipped ones included.
+
+        With ``capturable`` reading it waits for the device.
         """
         return self.run_state.step
 
@@ -146,24 +139,24 @@ class StepOptimizer(torch.optim.Optimizer):
         return self.passes.in_two_pass
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        check_hyperparameters(self.op, group)
+        groups.check_hyperparameters(self.op, group)
         self.rule.check(self.op, group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        name_empty_groups(self.param_groups, param_group)
+        groups.name_empty_groups(self.param_groups, param_group)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "optimizer contains a parameter group with duplicate", UserWarning)
             super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
-            check_new_group(self.op, self.param_groups)
+            groups.check_new_group(self.op, self.param_groups)
             self.home = common_home(self.op, self.param_groups)
             self.team.changed()
         except BaseException:
             self.param_groups.pop()
             raise
 
-    # One step ---------------------------------------------------------------------------------------------------
+    # One step -----------------------------------------------------------------------------------------------
 
     # torch's annotations say that a step returns a float, and None without a closure.
     def step(self, closure: Callable[[], Tensor | float] | None = None) -> Tensor:  # type: ignore[override]
@@ -225,7 +218,7 @@ class StepOptimizer(torch.optim.Optimizer):
 
     def plan(self) -> list[Bucket]:
         """The buckets of the next step.  Raises where the groups would make it fail."""
-        buckets = plan(self.op, self.param_groups)
+        buckets = groups.plan(self.op, self.param_groups)
         for group in self.param_groups:
             self.rule.check(self.op, group)
         return buckets if self.subset is None else self.subset.select(self, buckets)
@@ -253,17 +246,15 @@ class StepOptimizer(torch.optim.Optimizer):
         return ExactProbe(self.op, buckets, seeds, self.scratch, self.warned)
 
     def estimate(self, buckets: list[Bucket], losses_at: LossesAt) -> Estimate:
-        """g of every bucket, from the losses at the estimator's points; and the rule's choice among its
-        trials.
-        """
+        """g of every bucket from the losses at the estimator's points; then the rule's choice of a trial."""
         points = [[b.point(k, sign) for b in buckets] for k, sign in self.estimator.points()]
         losses = losses_at(points, len(points))
-        groups = [b.group for b in buckets]
-        foreign = self.team.foreign(self, groups)
+        here = [b.group for b in buckets]
+        foreign = self.team.foreign(self, here)
         scales = [(b.eps, b.group["clip"]) for b in buckets] + [(group["eps"], group["clip"]) for group in foreign]
-        gradients, finite = gate([*groups, *foreign], [self._gradient(losses, *scale) for scale in scales])
-        elsewhere = list(zip(foreign, gradients[len(groups) :], strict=True))
-        skip, gradients = self.skips(finite), gradients[: len(groups)]
+        gradients, finite = gate([*here, *foreign], [self._gradient(losses, *scale) for scale in scales])
+        elsewhere = list(zip(foreign, gradients[len(here) :], strict=True))
+        skip, gradients = self.skips(finite), gradients[: len(here)]
         estimate = Estimate(losses, gradients, finite, skip, tuple(losses), elsewhere=elsewhere)
         if not self.rule.trials:
             return estimate
@@ -286,7 +277,7 @@ class StepOptimizer(torch.optim.Optimizer):
         return [[scaled(step, multiple) for step in steps] for multiple in self.rule.trials]
 
     def update(self, probe: Probe, estimate: Estimate) -> None:
-        """Applies the rule, bucket by bucket.  In the two-pass form this adds the next step's +eps z as well."""
+        """Applies the rule, bucket by bucket; in the two-pass form this adds the next step's +eps z, too."""
         multiple = estimate.multiple
         probe.restore_before_update(self.rule.folds_restore)
         self.rule.begin(self, probe, estimate)
@@ -312,12 +303,11 @@ class StepOptimizer(torch.optim.Optimizer):
             text = f"{self.op}: {new} step(s) skipped: loss not finite; the weights did not change"
             warnings.warn(text, stacklevel=3)
 
-    # Two-pass form ----------------------------------------------------------------------------------------------
+    # Two-pass form ------------------------------------------------------------------------------------------
 
     @contextmanager
     def two_pass(self, *modules: nn.Module) -> Iterator[None]:
-        """Inside, the update also adds the next step's perturbation: two passes over the weights a step, not
-        three.
+        """Inside, the update also adds the next step's perturbation: two passes a step, not three.
 
             theta'' = round(decay * theta' + (-lr * g - decay * at * eps) * z_t + eps * z_{t+1}),   at = -1
 
@@ -337,7 +327,7 @@ class StepOptimizer(torch.optim.Optimizer):
         if self.estimator != TwoSided(1) or parts != (SGD, Direction, type(None)):
             got = f"{self.estimator} with {', '.join(p.__name__ for p in parts)}"
             fail(self.op, "two_pass", "the two-sided estimator with one direction and SGD on dense noise", got)
-        check_two_pass(self.op, self.restore, self.run_state, self.passes, self.param_groups, modules)
+        check_two_pass(self, modules)
         with TwoPass(modules) as self.passes:
             try:
                 yield
@@ -352,7 +342,7 @@ class StepOptimizer(torch.optim.Optimizer):
             with uninterrupted():
                 self.passes.flush()
 
-    # CUDA graphs ------------------------------------------------------------------------------------------------
+    # CUDA graphs --------------------------------------------------------------------------------------------
 
     def register_graph(self, graph: torch.cuda.CUDAGraph) -> None:
         """To be called before the capture of a step that draws random numbers on the GPU (dropout).
@@ -362,21 +352,21 @@ class StepOptimizer(torch.optim.Optimizer):
         does not reach them.
         """
         check_capturable(self.op, self.run_state)
-        self.graph_rng = self._new_graph_rng(devices_of(self.param_groups))
+        self.graph_rng = self._new_graph_rng(groups.devices_of(self.param_groups))
         self.graph_rng.register(graph)
 
     def _new_graph_rng(self, devices: list[torch.device]) -> GraphRng:
         return GraphRng(self.op, devices, len(self.estimator.points()) + len(self.rule.trials))
 
     def _rng(self, buckets: list[Bucket], devices: list[torch.device], capturing: bool) -> RngState | GraphRng:
-        """Sets the random numbers of a step's forwards."""
+        """What gives all forwards of a step the same random numbers."""
         if capturing:
             return check_capture(self.op, self.run_state, self.graph_rng, buckets, devices)
         if self.run_state.capturable and self.graph_rng is None:
             self.graph_rng = self._new_graph_rng(devices)  # a capture cannot make generators
         return RngState(devices)
 
-    # Checkpoints and copies -------------------------------------------------------------------------------------
+    # Checkpoints and copies ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state_dict, with a third entry "zo" of plain numbers and lists.
@@ -387,18 +377,17 @@ class StepOptimizer(torch.optim.Optimizer):
         self.log.flush()
         state = super().state_dict()
         self._warn_skipped()
-        return {**state, "zo": own_state(self, self.run_state)}
+        return {**state, "zo": own_state(self)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues bit for bit from a :meth:`state_dict`, whose seed, step, hyper-parameters and streams
-        replace ours.
+        """Continues bit for bit from a :meth:`state_dict`, with its seed, step, hyper-parameters and streams.
 
         Raises ValueError, before anything changes, where it is of another optimizer, contract or list of
         parameters.
         """
         check_state_dict(self, state_dict)
         self.flush()
-        held = Held(self, self.run_state)
+        held = Held(self)
         super().load_state_dict(state_dict)
         held.load(state_dict)
         self.team.changed()

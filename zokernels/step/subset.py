@@ -93,8 +93,9 @@ class Blocks(Subset):
 
 @dataclass(frozen=True)
 class LayerSkip(Subset):
-    """Each step draws round(skipped * layers) layers that it leaves out.  What is in no layer always takes
-    part.
+    """Each step draws round(skipped * layers) layers that it leaves out.
+
+    What is in no layer always takes part.
 
     Source: LeZO, Wang et al. 2024 (arXiv 2410.09823).
     """

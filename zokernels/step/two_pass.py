@@ -7,7 +7,7 @@ perturbation, so everything that reads them must take it out first.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -20,6 +20,7 @@ from ..checks import fail
 from .groups import label_of
 from .probes.inplace import InplaceProbe
 from .probes.probe import Probe
+from .roles import OptimizerView
 from .state import DeviceState, HostState
 from .types import Bucket, Seeds, terms
 
@@ -40,8 +41,9 @@ class ThreePass:
 
     @contextmanager
     def ahead(self, probe: Probe, state: HostState | DeviceState) -> Iterator[Callable[[int], object]]:
-        """Around the update of a step.  Yields a function that is called with the number of each updated
-        bucket.
+        """Around the update of a step.
+
+        Yields a function that is called with the number of each updated bucket.
         """
         yield lambda bucket: None
 
@@ -77,9 +79,7 @@ class TwoPass(ThreePass):
             handle.remove()
 
     def probe(self, state: HostState | DeviceState, buckets: list[Bucket], seeds: Seeds) -> InplaceProbe:
-        """The pending probe, if it is that of this seed and step and of just these ``buckets``; else a new
-        one.
-        """
+        """The pending probe, if it is of this seed, this step and just these ``buckets``; else a new one."""
         key, probe = (state.seed, state.step), self.pending
         if probe is None or probe.key != key or [b.layout() for b in probe.buckets] != [b.layout() for b in buckets]:
             self.flush()
@@ -96,8 +96,9 @@ class TwoPass(ThreePass):
 
     @contextmanager
     def ahead(self, probe: Probe, state: HostState | DeviceState) -> Iterator[Callable[[int], object]]:
-        """The update of each bucket adds the next step's +eps z, too.  Afterwards that step's probe is
-        pending.
+        """The update of each bucket adds the next step's +eps z, too.
+
+        Afterwards that step's probe is pending.
         """
         seeds, key = state.seeds({b.device: None for b in probe.buckets}, 1, ahead=1), (state.seed, state.step + 1)
         following = InplaceProbe([replace(b, at={}) for b in probe.buckets], seeds, key)
@@ -152,26 +153,20 @@ class _FlushHook:
         return _FlushHook, (None,)
 
 
-def check_two_pass(
-    op: str,
-    restore: str,
-    state: HostState | DeviceState,
-    current: ThreePass,
-    groups: Sequence[dict[str, Any]],
-    modules: tuple[nn.Module, ...],
-) -> None:
+def check_two_pass(optimizer: OptimizerView, modules: tuple[nn.Module, ...]) -> None:
     """Raises where the two-pass form cannot begin.
 
     Every trained parameter must belong to one of ``modules``, or its state_dict would not flush.
     """
-    if restore != "inplace":
-        fail(op, "two_pass", "restore='inplace'", repr(restore))
-    if state.capturable:
+    op = optimizer.op
+    if optimizer.restore != "inplace":
+        fail(op, "two_pass", "restore='inplace'", repr(optimizer.restore))
+    if optimizer.run_state.capturable:
         fail(op, "two_pass", "capturable=False: a graph would replay on weights that hold a perturbation", True)
-    if current.in_two_pass:
+    if optimizer.in_two_pass:
         fail(op, "two_pass", "one at a time", "a second one inside it", RuntimeError)
     held = {id(p) for m in modules for p in m.parameters()}
-    for at, group in enumerate(groups):
+    for at, group in enumerate(optimizer.param_groups):
         for i, param in enumerate(group["params"]):
             if param.requires_grad and id(param) not in held:
                 expected = "the modules that own all trained parameters (torch.nn.ParameterList for bare ones)"

@@ -33,8 +33,7 @@ def between(start: Point, end: Point) -> Point:
 
 
 def terms(point: Point, seeds: Tensor) -> tuple[Tensor, Tensor]:
-    """Seeds (int64 [K]) and coefficients (fp32 [K]) that make ``point`` of theta, on the device of ``seeds``
-    [q].
+    """Seeds (int64 [K]) and coefficients (fp32 [K]) that make ``point`` of theta, on the device of ``seeds``.
 
     Only slices and fills are used.  An index list or a list of numbers would be copied from the host, and no
     CUDA graph can capture such a copy.
@@ -81,7 +80,7 @@ class Bucket:
         return {k: sign * self.eps} if sign else {}
 
     def way_back(self, g: Tensor) -> Tensor:
-        """The coefficients that lead from :attr:`at` back to theta: float64, shaped and placed as ``g`` [q]."""
+        """The coefficients that lead from :attr:`at` back to theta: float64 [q], on the device of ``g``."""
         back = torch.zeros_like(g, dtype=torch.float64)
         for k, c in self.at.items():
             back[k].sub_(c)

@@ -26,7 +26,7 @@ _RELEASE = 1 << 24
 
 
 def checked(base: Checkpoint, log: Log) -> dict[str, Tensor]:
-    """The tensors of ``base``.  Raises where their values are not those that the run of ``log`` began with."""
+    """The tensors of ``base``.  Raises where they are not the weights that the run of ``log`` began with."""
     tensors = base.tensors()
     check_base(log.header, match(log.header, tensors))
     base.release()

@@ -97,7 +97,7 @@ class Layout:
         return Record(step, flag(FINITE), flag(TWO_PASS), flag(CARRIED), multiple, loss, rates, gradients, losses)
 
 
-# Header ---------------------------------------------------------------------------------------------------------------
+# Header -----------------------------------------------------------------------------------------------------
 
 
 def canonical(header: dict[str, Any]) -> bytes:

@@ -59,10 +59,10 @@ def pending(optimizer: OptimizerView, step: int, buckets: list[Bucket], estimate
     places = [id(group) for group in (*(b.group for b in buckets), *(group for group, _ in elsewhere))]
     place = {key: i for i, key in reversed(list(enumerate(places)))}
     like = estimate.gradients[0]
-    number = lambda v: (v if isinstance(v, Tensor) else torch.full((), v, device=like.device)).double().reshape(-1)
-    rates = [learning_rate(group, like) for group in groups]
+    fill = lambda v: torch.full((1,), v, dtype=torch.float64, device=like.device)
+    number = lambda v: v.double().reshape(-1) if isinstance(v, Tensor) else fill(v)
     numbers = [estimate.finite, 1.0 if estimate.multiple is None else estimate.multiple]
-    numbers += [optimizer.estimator.loss(estimate.losses).float(), *(_double(r, like) for r in rates)]
+    numbers += [optimizer.estimator.loss(estimate.losses).float(), *(learning_rate(group, like) for group in groups)]
     numbers += [estimate.losses] if optimizer.rule.reads_losses else []
     numbers += [*estimate.gradients, *(g for _, g in elsewhere)]
     values, arrived = torch.cat([number(v) for v in numbers]), None
@@ -96,8 +96,9 @@ class Follower(roles.Log):
         pass
 
     def begin(self, optimizer: OptimizerView) -> None:
-        """Called before the forwards of a step: writes the header before the first, and checks that the step
-        fits.
+        """Called before the forwards of a step: checks that the log can hold it.
+
+        Before the first step it writes the header.
         """
         if self.closed:
             fail("trajectory", self.path, "an open log", "one that was closed", RuntimeError)
@@ -190,12 +191,6 @@ class Recorder(Follower):
     def close(self) -> None:
         """Flushes and closes the log.  The optimizer can take no further step."""
         self._finish()
-
-
-def _double(rate: float | Tensor, like: Tensor) -> Tensor:
-    if isinstance(rate, Tensor):
-        return rate
-    return torch.full((), rate, dtype=torch.float64, device=like.device)
 
 
 class _Queue:
@@ -299,8 +294,9 @@ def record(
 
 @contextmanager
 def _from_first(team: roles.Team, log: Log | None, error: Exception | None) -> Iterator[Log | None]:
-    """The log that the first process resumes, or its error.  No file system need be shared: the others get a
-    copy.
+    """The log that the first process resumes, or its error.
+
+    No file system need be shared: the others get a copy.
     """
     data = None
     if log is not None and not team.alone:
@@ -323,7 +319,7 @@ def _from_first(team: roles.Team, log: Log | None, error: Exception | None) -> I
 def _log_to_resume(
     optimizer: StepOptimizer, recorder: Recorder, resume: bool, recover: bool, rewind: bool
 ) -> Log | None:
-    """The log that is in the recorder's file, if any; with ``rewind``, only its steps before the optimizer's."""
+    """The log in the recorder's file, if any; with ``rewind``, only its steps before the optimizer's."""
     if not os.path.getsize(recorder.path):
         return None
     if not (resume or rewind):

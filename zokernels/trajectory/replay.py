@@ -26,7 +26,7 @@ from .format import Log, Record, read
 from .settings import check_base, is_sgd, match, optimizer_of
 
 #: How many steps' passes wait at a time.
-_WINDOW = 4096
+_BATCH = 4096
 
 Progress = Callable[[int], object]
 
@@ -43,9 +43,7 @@ class _Deferred(Direction):
 
 
 def _repeat(optimizer: StepOptimizer, record: Record, gated: bool) -> None:
-    """Does all that :meth:`StepOptimizer.run_step` did to the weights in the step of ``record``, in the same
-    order.
-    """
+    """Does all that :meth:`StepOptimizer.run_step` did to the weights in a step, in the same order."""
     if not (record.two_pass and record.carried):
         optimizer.flush()
     if record.two_pass != optimizer.in_two_pass:
@@ -101,12 +99,12 @@ def repeat_all(
     if puts_off := type(direction) is Direction and not sharded:
         optimizer.direction = _Deferred(deferred)
     try:
-        while window := list(itertools.islice(records, _WINDOW)):
-            for record in window:
+        while batch := list(itertools.islice(records, _BATCH)):
+            for record in batch:
                 _repeat(optimizer, record, gated)
                 if not puts_off:
                     progress(numel)
-            steps = len(window)
+            steps = len(batch)
             deferred.apply(lambda elements: progress(elements * steps), fold)  # noqa: B023
         optimizer.flush()
         deferred.apply(lambda elements: None)

@@ -46,7 +46,7 @@ def digest(tensor: Tensor, dtype: torch.dtype | None = None) -> str:
     return state.hexdigest()
 
 
-# Parts ----------------------------------------------------------------------------------------------------------------
+# Parts ------------------------------------------------------------------------------------------------------
 
 
 def _arguments(kind: type) -> list[str]:
@@ -80,8 +80,9 @@ def describe(part: object) -> dict[str, Any] | None:
 
 
 def _label(kind: type) -> str:
-    """The name of a class in a log.  A caller's own class never stands for the package's class of the same
-    name.
+    """The name of a class in a log.
+
+    A caller's own class never stands for the package's class of the same name.
     """
     own = kind.__module__.partition(".")[0] == __name__.partition(".")[0]
     name: str = vars(kind).get("log_name", kind.__name__)
@@ -119,7 +120,7 @@ def _rebuild(argument: str, described: dict[str, Any] | None, given: object) -> 
         fail("replay_", argument, "valid settings", str(error)[:200])
 
 
-# Optimizer to header --------------------------------------------------------------------------------------------------
+# Optimizer to header ----------------------------------------------------------------------------------------
 
 
 def _parameter(group: dict[str, Any], index: int) -> dict[str, Any]:
@@ -204,7 +205,7 @@ def own_part(optimizer: OptimizerView, header: dict[str, Any]) -> dict[str, Any]
 
 
 def check_same_run(optimizer: OptimizerView, header: dict[str, Any]) -> None:
-    """Raises where ``optimizer`` differs from that of the log in more than step, learning rates and weights."""
+    """Raises where ``optimizer`` differs from the log's in more than step, learning rates and weights."""
     ours = json.loads(canonical(whole_header(optimizer, base=False)))
     theirs = {**header, "groups": [dict(g, params=[dict(p) for p in g["params"]]) for g in header["groups"]]}
     for group in theirs["groups"]:
@@ -234,7 +235,7 @@ def check_base(header: dict[str, Any], tensors: Sequence[Sequence[Tensor | None]
                 fail("trajectory", label, "the base weights of the run (SHA-256)", "other values")
 
 
-# Header to optimizer --------------------------------------------------------------------------------------------------
+# Header to optimizer ----------------------------------------------------------------------------------------
 
 
 def _labels(header: dict[str, Any]) -> list[list[str | int]]:
@@ -247,8 +248,7 @@ def _labels(header: dict[str, Any]) -> list[list[str | int]]:
 
 
 def match(header: dict[str, Any], weights: object, dtype: torch.dtype | None = None) -> list[list[Tensor | None]]:
-    """The tensors of ``weights`` that belong to each group of a log; None for a parameter that was not
-    trained.
+    """The tensors of ``weights`` that belong to each group of a log; None for an untrained parameter.
 
     ``weights`` are a module, a mapping or pairs by name, or tensors in the optimizer's order.  They must have
     the log's names and shapes, and its dtypes, or ``dtype``.

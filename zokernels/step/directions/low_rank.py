@@ -51,7 +51,7 @@ def _orthonormal(x: Tensor) -> Tensor:
 def _parts(
     name: str, params: Sequence[Tensor], left: list[Tensor], right: list[Tensor], rounding: dict[str, Any]
 ) -> tuple[list[Tensor], list[Tensor], list[int]]:
-    """The rows of the factors that belong to the local shards of ``params``, and the offsets of these shards."""
+    """The rows of the factors that belong to the local shards of ``params``, and the shards' offsets."""
     offsets = [0] * len(params)
     for i, p in enumerate(params):
         if not is_sharded(p):
@@ -213,11 +213,11 @@ class TemporalFactor(LowRank):
 
 @dataclass(frozen=True)
 class Subspace(LowRank):
-    """z = sqrt(m n) / r * U G V^T: U and V kept, with orthonormal columns; G [r, r] fresh in every direction
-    (SubZero).
+    """z = sqrt(m n) / r * U G V^T: U and V kept; G [r, r] fresh in every direction (SubZero).
 
-    U and V come from a QR factorisation in float64, whose last bits may depend on the machine and the device.
-    Alone among the directions, this one has the same bits only where LAPACK is the same.
+    The columns of U and V are orthonormal.  They come from a QR factorisation in float64, whose last bits may
+    depend on the machine and the device.  Alone among the directions, this one has the same bits only where
+    LAPACK is the same.
     """
 
     refresh: int | None = 500

@@ -1,5 +1,6 @@
-"""Sparse directions: z is 0 where a mask drops the element.  A mask is one stored bit a weight, or only a
-seed.
+"""Sparse directions: z is 0 where a mask drops the element.
+
+A mask is one stored bit a weight, or only a seed.
 """
 
 from __future__ import annotations
@@ -50,8 +51,9 @@ def _check_density(name: str, density: float) -> None:
 
 
 class KeptMask(Direction):
-    """Packed masks in ``optimizer.state[p]["mask"]``.  They are saved with it, and stay until the next
-    refresh.
+    """Packed masks in ``optimizer.state[p]["mask"]``.
+
+    They are saved with it, and stay until the next refresh.
     """
 
     def prepare(self, optimizer: OptimizerView, buckets: list[Bucket], seeds: Seeds) -> None:

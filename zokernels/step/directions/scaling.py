@@ -1,4 +1,4 @@
-"""Scaled directions: z times a number of each tensor, or scaled to a sphere."""
+"""Scaled directions: z times a number of each tensor or of each weight, or scaled to a sphere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...checks import fail
 from ...functional import squared_norm
-from ..noise import Members, Noise
+from ..noise import DENSE, Members, Noise
 from ..roles import OptimizerView
 from ..shard import whole_of
 from ..types import Bucket, Seeds
@@ -112,3 +112,28 @@ class Sphere(Direction):
         factors = (count / total).sqrt().float()
         for b in buckets:
             b.noise = _OnSphere(seeds[b.device], factors.to(b.device, non_blocking=True))
+
+
+class _Curved(Noise):
+    """z / sqrt(h) in the moves; the update's kernel divides by its new h itself."""
+
+    same_scale = False
+
+    def __init__(self, curvature: dict[int, Tensor]) -> None:
+        self._curvature = curvature
+
+    def kernel_args(self, members: Members, seeds: Tensor, coeffs: Tensor) -> dict[str, Any]:
+        curvature = [self._curvature[id(p)] for p in members.params]
+        return super().kernel_args(members, seeds, coeffs) | {"curvature": curvature}
+
+    def step(self, members: Members, *args: Any, **options: Any) -> None:
+        DENSE.step(members, *args, **options)
+
+
+class CurvedDirection(Direction):
+    """z / sqrt(h), h = ``optimizer.state[p]["curvature"]`` of the rule :class:`Curvature`."""
+
+    def prepare(self, optimizer: OptimizerView, buckets: list[Bucket], seeds: Seeds) -> None:
+        for bucket in buckets:
+            states = optimizer.rule.state(optimizer, bucket, "curvature")
+            bucket.noise = _Curved({id(p): h for p, h in zip(bucket.params, states, strict=True)})

@@ -1,4 +1,4 @@
-"""The exact probe: the weights stay as they are, and each torch function of a forward gets perturbed copies."""
+"""The exact probe: the weights stay, and each torch function of a forward gets perturbed copies."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class ExactProbe(Probe):
 
 
 class TangentProbe(ExactProbe):
-    """Forwards at theta itself, of dual tensors whose tangents are the directions of the points, at length 1."""
+    """Forwards at theta itself, of dual tensors whose tangents are the points' directions, at length 1."""
 
     @contextmanager
     def point(self, points: list[Point]) -> Iterator[None]:

@@ -55,8 +55,7 @@ class Probe:
         """The weights back to theta, where they are elsewhere."""
 
     def restore_before_update(self, folds: bool) -> None:
-        """The one place that decides who brings the weights back: the update, in its own pass, or this probe
-        before it.
+        """The one place that decides who restores the weights: the update, in its own pass, or this probe.
 
         ``folds``: whether the rule's update can subtract the perturbation (:attr:`Rule.folds_restore`).  It
         does so where the weights are known to sit at ``bucket.at`` and their noise has one scale;

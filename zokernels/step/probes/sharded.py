@@ -62,7 +62,7 @@ class MovedShardProbe(InplaceProbe):
 
 
 class CopiedShardProbe(Probe):
-    """The exact probe: each point is computed from a copy of the shards, which is put back before the update."""
+    """The exact probe: points are computed from a copy of the shards, which is put back before the update."""
 
     update_may_restore = False
 

@@ -35,14 +35,8 @@ def _metadata() -> frozenset[Any]:
     functions += [getattr(Tensor, n) for n in _METHODS if hasattr(Tensor, n)]
     functions += [_setter("requires_grad"), _setter("grad"), torch.numel, torch.is_floating_point]
     functions += [torch.is_complex, torch.is_signed, torch.is_inference, torch.is_same_size, torch.result_type]
-    functions += [
-        torch.empty_like,
-        torch.zeros_like,
-        torch.ones_like,
-        torch.rand_like,
-        torch.randn_like,
-        torch.full_like,
-    ]
+    functions += [torch.empty_like, torch.zeros_like, torch.ones_like]
+    functions += [torch.rand_like, torch.randn_like, torch.full_like]
     functions += [Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_tensor]
     return frozenset(functions)
 
@@ -60,7 +54,7 @@ USE_INPLACE = "use restore='inplace', which perturbs the parameters themselves"
 
 
 class HiddenParameters(RuntimeError):
-    """The closure reads parameters where the exact probe cannot perturb them.  The weights have not changed."""
+    """The closure reads parameters where the exact probe cannot perturb them; they have not changed."""
 
 
 def _members(value: Any) -> Iterable[Any] | None:
@@ -70,9 +64,7 @@ def _members(value: Any) -> Iterable[Any] | None:
 
 
 def _find(values: Iterable[Any], wanted: dict[int, Any], found: dict[int, Any]) -> None:
-    """Puts those entries of ``wanted`` (by id) into ``found`` that occur in ``values``, or in lists, tuples
-    and dicts among them.
-    """
+    """Puts the entries of ``wanted`` (by id) into ``found`` that occur in ``values``, or in containers."""
     for value in values:
         if (entry := wanted.get(id(value))) is not None:
             found[id(value)] = entry
@@ -81,7 +73,7 @@ def _find(values: Iterable[Any], wanted: dict[int, Any], found: dict[int, Any]) 
 
 
 def _swap(value: Any, copies: dict[int, Tensor]) -> Any:
-    """``value`` with a copy in the place of each parameter.  A container without one is passed on as it is."""
+    """``value`` with a copy in the place of each parameter.  Containers without one are left as they are."""
     if (copy := copies.get(id(value))) is not None:
         return copy
     if isinstance(value, dict):
@@ -105,8 +97,7 @@ def _storage(tensor: Tensor) -> int | None:
 
 
 class Substitution(TorchFunctionMode):
-    """While active, every torch function sees the point theta + sum_k c_k z_k in place of each parameter
-    theta.
+    """While active, every torch function sees the point theta + sum_k c_k z_k in place of a parameter theta.
 
     One combine per bucket writes the copies for a call into scratch.  The next call uses it again, so the
     extra memory is that of the call with the most weights.  torch turns the mode off inside
@@ -114,14 +105,7 @@ class Substitution(TorchFunctionMode):
     copies once and runs on them.
     """
 
-    def __init__(
-        self,
-        op: str,
-        buckets: list[Bucket],
-        seeds: Seeds,
-        pool: ScratchPool,
-        points: list[Point],
-    ) -> None:
+    def __init__(self, op: str, buckets: list[Bucket], seeds: Seeds, pool: ScratchPool, points: list[Point]) -> None:
         super().__init__()
         self.op, self.pool = op, pool
         self.entries = {id(p): (p, s, b) for b in buckets for p, s in zip(b.params, b.streams, strict=True)}
@@ -185,9 +169,7 @@ class Substitution(TorchFunctionMode):
         return [c.detach().requires_grad_(p.requires_grad) for c, p in zip(out, params, strict=True)], out[0]
 
     def _note_views(self, out: Any, arenas: list[Tensor]) -> None:
-        """Remembers scratch that ``out`` still refers to, because writing to that would be writing to a
-        weight.
-        """
+        """Remembers scratch that ``out`` still refers to: writing to that would be writing to a weight."""
         if isinstance(out, Tensor):
             for arena in arenas:
                 storage = arena.untyped_storage()

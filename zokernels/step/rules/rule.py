@@ -98,7 +98,7 @@ class Rule:
             fail(optimizer.op, "step", "one step before the capture", got, RuntimeError)
 
     def state(self, optimizer: OptimizerView, bucket: Bucket, name: str) -> list[Tensor]:
-        """``optimizer.state[p][name]`` of all of the bucket's parameters; the local shards of sharded ones."""
+        """``optimizer.state[p][name]`` of the bucket's parameters; of sharded ones, the local shard."""
         found = []
         for p, label in zip(bucket.params, bucket.names, strict=True):
             state = optimizer.state[p]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...checks import fail
 from ...functional import Rule as KernelRule
-from ..directions.curved import CurvedDirection
+from ..directions.scaling import CurvedDirection
 from ..estimators import ThreePoint
 from ..groups import check_number
 from ..probes.probe import Probe
@@ -64,11 +64,7 @@ class Momentum(Stateful):
     states: ClassVar = {"momentum_buffer": 0.0}
 
     def __init__(
-        self,
-        momentum: float = 0.9,
-        dampening: float = 0.0,
-        l2: float = 0.0,
-        state_dtype: torch.dtype = torch.float32,
+        self, momentum: float = 0.9, dampening: float = 0.0, l2: float = 0.0, state_dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__(state_dtype, momentum=momentum, dampening=dampening, l2=l2)
 
@@ -101,8 +97,7 @@ class Sign(Stateful):
 
 
 class Adam(Stateful):
-    """m <- b1 m + (1 - b1) G;  v <- b2 v + (1 - b2) G^2;  theta <- decay theta - lr m' / (sqrt(v') +
-    adam_eps).
+    """m <- b1 m + (1 - b1) G;  v <- b2 v + (1 - b2) G^2;  theta <- decay theta - lr m' / (sqrt(v') + eps).
 
     m' = m / (1 - b1^t) and v' = v / (1 - b2^t), where t counts the updates of the group.  As in torch, steps
     that were skipped, or in which none of its parameters took part, do not count.  torch counts for each
@@ -149,7 +144,7 @@ class Adam(Stateful):
 
 
 class Curvature(Stateful):
-    """h <- (1 - alpha) h + alpha |L+ + L- - 2 L0| / (2 eps^2) h z^2;   theta <- decay theta - lr g z /
+    """h <- (1 - alpha) h + alpha |L+ + L- - 2 L0| / (2 eps^2) h z^2;  theta <- decay theta - lr g z /
     sqrt(h).
 
     h is an estimate of the Hessian's diagonal, and starts at 1.  Weights along which the loss bends more move

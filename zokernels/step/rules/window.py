@@ -49,8 +49,9 @@ class Window(Rule):
         return {"seeds": torch.zeros(shape, dtype=torch.int64), "first": torch.zeros(shape, dtype=torch.float64)}
 
     def newest(self, group: Group, g: Tensor) -> dict[str, tuple[Tensor, float | Tensor]]:
-        """For each float64 tensor that is kept: its newest entry, and the factor of all older ones.  g is
-        float64.
+        """For each float64 tensor that is kept: its newest entry, and the factor of all older ones.
+
+        g is float64.
         """
         raise NotImplementedError
 
@@ -69,10 +70,9 @@ class Window(Rule):
 
 
 class MomentumWindow(Window):
-    """theta <- decay theta - lr (1 - dampening) sum_j momentum^j G_j over the last ``window`` updates, one
-    combine.
+    """theta <- decay theta - lr (1 - dampening) sum_j momentum^j G_j over the last ``window`` updates.
 
-    This is the momentum of :class:`Momentum`, but for momentum^window of what is older.
+    It is one combine.  This is the momentum of :class:`Momentum`, but for momentum^window of what is older.
     """
 
     def __init__(self, window: int, momentum: float = 0.9, dampening: float = 0.0) -> None:
@@ -95,8 +95,7 @@ class MomentumWindow(Window):
 
 
 class AdamWindow(Window):
-    """theta <- decay theta - lr m' / (sqrt(v') + adam_eps), with m' and v' means over the last ``window``
-    updates.
+    """theta <- decay theta - lr m' / (sqrt(v') + adam_eps): m', v' are means of the last ``window`` updates.
 
         m' = (1 - b1) sum_j b1^j G_j / (1 - b1^n),   v' = (1 - b2) sum_j b2^j sum_k (g_jk z_jk)^2 / (1 - b2^n)
 
@@ -109,11 +108,7 @@ class AdamWindow(Window):
     """
 
     def __init__(
-        self,
-        window: int,
-        betas: tuple[float, float] = (0.9, 0.999),
-        adam_eps: float = 1e-8,
-        decoupled: bool = False,
+        self, window: int, betas: tuple[float, float] = (0.9, 0.999), adam_eps: float = 1e-8, decoupled: bool = False
     ) -> None:
         super().__init__(window, betas=betas, adam_eps=adam_eps)
         self.decoupled = decoupled
