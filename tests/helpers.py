@@ -75,7 +75,7 @@ def random_call(rng: random.Random, *, max_size: int = 4100, **fixed) -> tuple[l
     kwargs = {
         "seeds": torch.tensor([seed_to_int64(rng.getrandbits(64)) for _ in range(count)], dtype=torch.int64),
         "coeffs": torch.tensor([rng.gauss(0, 1) * 10.0 ** rng.randrange(-6, 2) for _ in range(count)]),
-        "streams": [rng.getrandbits(32) for _ in sizes],
+        "streams": [rng.getrandbits(56) for _ in sizes],
         "offsets": offsets,
         "dist": rng.choice(DISTS),
         "decay": rng.choice([None, 1.0, 0.97]),

@@ -73,7 +73,7 @@ def test_large_outputs(cpu_kernel, one_thread, rng, dist):
     dtype = rng.choice(DTYPES)
     n, offset = 2**23 // dtype.itemsize + 10000 + rng.randrange(1000), rng.choice([0, 8 * 2**32 - 4096])
     theta = (torch.randn(n, generator=torch.Generator().manual_seed(rng.getrandbits(60))) * 0.02).to(dtype)
-    where = dict(streams=rng.getrandbits(32), offsets=offset, dist=dist)
+    where = dict(streams=rng.getrandbits(56), offsets=offset, dist=dist)
     out, plus, minus = (torch.full((n + 16,), 55.0, dtype=dtype) for _ in range(3))
     zokernels.combine(out[:n], theta, 11, 1e-3, **where)
     zokernels.fan_out_(theta, plus[:n], minus[:n], 11, 1e-3, **where)

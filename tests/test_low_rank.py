@@ -44,7 +44,7 @@ def random_low_rank(rng, shapes=None, dtype=None, count=None):
         "left": left,
         "right": right,
         "coeffs": coeffs,
-        "streams": [rng.getrandbits(32) for _ in shapes],
+        "streams": [rng.getrandbits(56) for _ in shapes],
         "offsets": offsets,
         "decay": rng.choice([None, 1.0, 0.97]),
         "rounding": rng.choice(["nearest", "stochastic"]),

@@ -233,7 +233,7 @@ HOSTILE = {
     "shape": lambda h: h["groups"][0]["params"][0].update(shape=[2**62, 2**62]),
     "name": lambda h: h["groups"][0]["params"][0].update(name="../../etc/passwd"),
     "same parameter": lambda h: h["groups"][0]["params"].append(h["groups"][0]["params"][0]),
-    "streams": lambda h: h["groups"][0]["params"][0].update(stream=2**32),
+    "streams": lambda h: h["groups"][0]["params"][0].update(stream=2**56),
     "eps": lambda h: h["groups"][0]["options"].update(eps=0.0),
     "lr option": lambda h: h["groups"][0]["options"].update(params=[1]),
     "dist": lambda h: h["groups"][0]["options"].update(dist="cauchy"),

@@ -14,6 +14,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from stream_cases import RUNS as STREAM_RUNS
+
 SEED = int(os.environ.get("ZOKERNELS_TEST_SEED") or int.from_bytes(os.urandom(4), "little"))
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
 DTYPES = ("float32", "bfloat16", "float16")
@@ -85,7 +87,7 @@ def random_terms(sizes, offsets, dist, *, k=1, decay=None, rounding=None, masks=
     return Terms(
         random_seeds(k),
         (torch.randn(len(sizes), k) if each else torch.randn(k)) * 0.3,
-        [int(s) for s in torch.randint(0, 2**32, (len(sizes),))],
+        [int(s) for s in torch.randint(0, 2**56, (len(sizes),))],
         offsets,
         dist,
         None if decay is None else torch.tensor([decay]),
@@ -617,6 +619,35 @@ def _():
         )  # fmt: skip
         get("reference").combine([theirs], [theirs], Terms(seeds, coeffs, [9], [skipped], dist, None, None))
         assert torch.equal(bits(ours), bits(theirs)), dist
+
+
+def _upper_bits(name):
+    import stream_cases
+
+    import zokernels
+
+    with zokernels.backend("triton"):
+        stream_cases.check(name, stream_cases.STREAMS[::4])  # of five: the interpreter is slow
+
+
+for _name in STREAM_RUNS:
+    case(f"upper bits of streams: {_name}", _name)(_upper_bits)
+
+
+for _dist in ("normal", "rademacher"):
+
+    @case(f"offsets of 32 bits: {_dist}", _dist)
+    def _(dist):
+        """The interpreter keeps arguments in [2^31, 2^32) apart."""
+        import torch
+
+        import zokernels
+
+        for offset in (2**31 - 100, 2**31, 2**31 + 100, 2**32 - 5000, 2**32 - 8, 2**32 + 8):
+            draw = lambda: zokernels.noise(200, seed=7, stream=1, offset=offset, dist=dist)  # noqa: B023
+            with zokernels.backend("triton"):
+                ours = draw()
+            assert torch.equal(ours, draw()), offset
 
 
 @case("table: built once for the same addresses, offsets and streams")

@@ -137,7 +137,7 @@ def combine_(
         seeds: int64 [K]; z_k is the noise of seeds[k].  K = 0 is allowed.
         coeffs: fp32 [K], or [tensors, K] for coefficients of each tensor's own.  Tensors lie on the parameters' device,
             so that nothing waits for the host; Python numbers are moved there.
-        streams: the 32-bit stream id of each tensor (``zokernels.stream_of(name)``).
+        streams: the stream of each tensor, in [0, 2^56) (``zokernels.stream_of(name)``).
         offsets: logical flat index of each tensor's first element in the unsharded parameter (default 0).
         dist: "normal" or "rademacher".
         decay: factor of theta before the noise is added (default none).

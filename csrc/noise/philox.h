@@ -26,6 +26,11 @@ ZK_HD PhiloxKey philox_key(uint64_t seed) {
   return key;
 }
 
+// Counter words 2 and 3. A stream has 56 bits: its low word is word 2, and its upper 24 bits stand above the domain in word 3.
+// Both are the same for a whole tensor.
+ZK_HD uint32_t stream_word(uint64_t stream) { return static_cast<uint32_t>(stream); }
+ZK_HD uint32_t domain_word(uint64_t stream, Domain domain) { return static_cast<uint32_t>(stream >> 32) << 8 | domain; }
+
 template <class U>
 struct Words {
   U w[4];

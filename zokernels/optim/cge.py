@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 from ..backends.reference.noise import uniform16_at
 from ..backends.reference.rounding import round_stochastic
 from ..checks import fail
-from ..contract import DOMAIN_ROUNDING, derive_seed_int
+from ..contract import DOMAIN_ROUNDING, derive_seed_int, derive_stream_seed
 from ..difference import stepped
 from .groups import Bucket, check_choice
 from .guards import uninterrupted
@@ -242,6 +242,6 @@ def sample(seed: int, stream: int, count: int, total: int) -> list[int]:
     """``count`` different integers of range(total), ascending; all sets alike.  Floyd's algorithm."""
     found: set[int] = set()
     for last in range(total - count, total):
-        drawn = derive_seed_int(seed, last, stream) % (last + 1)
+        drawn = derive_stream_seed(seed, last, stream) % (last + 1)
         found.add(last if drawn in found else drawn)
     return sorted(found)

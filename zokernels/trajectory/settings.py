@@ -205,6 +205,10 @@ def check_same_run(optimizer: ZerothOrder, header: dict[str, Any]) -> None:
     for group in theirs["groups"]:
         for p in group["params"]:
             p["sha256"] = None
+    streams = [[[p["stream"] for p in g["params"]] for g in header["groups"]] for header in (ours, theirs)]
+    if streams[0] != streams[1] and [len(g) for g in streams[0]] == [len(g) for g in streams[1]]:
+        expected = "those of the log (param group key 'streams': 'stream' of each parameter in read(path).header['groups'])"
+        fail("trajectory", "resume: streams", expected, "others, which would draw other noise")
     for key in theirs:
         if key not in ("created_by", "start", "gated") and ours.get(key) != theirs[key]:
             fail("trajectory", f"resume: {key}", f"that of the log, {str(theirs[key])[:200]}", str(ours.get(key))[:200])

@@ -120,7 +120,7 @@ def project_table_kernel(
     number = pid - tl.load(row)
     column, numel, offset = tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
     index = ((offset >> _PROGRAM_SHIFT) + number) << _PROGRAM_SHIFT
-    span = Span(index, index - offset, tl.load(row + 4).to(tl.uint32), (), ())
+    span = Span(index, index - offset, tl.load(row + 4), (), ())
     x, seed = pointer(row, 5, DTYPE), tl.load(seeds + k)
     normals = (mantissa(num_k),) if DOMAIN == _NORMAL else ()
     lane = tl.arange(0, THREADS)

@@ -17,6 +17,7 @@ import triton.language as tl
 from ...checks import fail
 from ...contract import DISTS
 from ..terms import Terms, row_blocks
+from .arithmetic import int64
 from .device import on_device
 from .launch import OPTIONS, UNROLLED, Group
 from .tile import PROGRAM, THREADS, Span, moved
@@ -83,7 +84,8 @@ def each_row_tile(
 ):  # fmt: skip
     """TILE(row, inside, span, *args) as in ``tile``; BLOCKS: blocks of a thread in a whole program."""
     blocks = Divisor(divisor[0].to(tl.uint32), divisor[1].to(tl.uint32), divisor[2].to(tl.uint32))
-    base, stream = tl.program_id(0).to(tl.int64) * _ROW_BLOCKS, stream.to(tl.uint32)
+    base = tl.program_id(0).to(tl.int64) * _ROW_BLOCKS
+    offset, stream, length = int64(offset), int64(stream), int64(length)
     small = base < 2**31
     line = _quotient(base.to(tl.uint32), blocks).to(tl.int64) if small else base // divisor[0]
     column = (base - line * divisor[0]).to(tl.uint32)

@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 
 from ...contract import DOMAIN_MASK, DOMAIN_NORMAL, DOMAIN_RADEMACHER, DOMAIN_ROUNDING
-from .arithmetic import fma
+from .arithmetic import fma, int64
 from .noise import normal, rademacher, uniform16
-from .philox import philox, words
+from .philox import philox, stream_words, words
 from .rounding import round_integer, round_nearest, round_stochastic, to_float
 
 NUM_WARPS = 4
@@ -40,7 +40,7 @@ class Span(NamedTuple):
 
     index: Any  # int64: the first logical index, a multiple of PROGRAM
     start: Any  # int64: that element's place in the tensor, negative where the tensor begins inside the program
-    stream: Any  # uint32
+    stream: Any  # int64, of 56 bits
     mask: Any  # a uint8 pointer to the packed mask of the first block, as an option
     #: Philox blocks from index / 8 to those of a tile, in the order of its ``row``, as an option; absent: ``row`` itself.
     block: Any
@@ -70,8 +70,9 @@ def moved(ptr, count):
 
 @triton.jit
 def span_of(offset, stream, mask, pid):
+    offset, stream = int64(offset), int64(stream)
     index = ((offset >> _PROGRAM_SHIFT) + pid) << _PROGRAM_SHIFT
-    return Span(index, index - offset, stream.to(tl.uint32), moved(mask, (index >> 3) - (offset >> 3)), ())
+    return Span(index, index - offset, stream, moved(mask, (index >> 3) - (offset >> 3)), ())
 
 
 @triton.jit
@@ -203,16 +204,16 @@ def _block(row, span):
 def draw(seed, row, span, DOMAIN: tl.constexpr):
     """Philox words of the blocks ``row``."""
     block_lo, block_hi = words(span.index >> 3)
-    return philox(
-        block_lo + _block(row, span).to(tl.uint32), block_hi, span.stream, tl.full((), DOMAIN, tl.uint32), seed
-    )
+    stream, domain = stream_words(span.stream, DOMAIN)
+    return philox(block_lo + _block(row, span).to(tl.uint32), block_hi, stream, domain, seed)
 
 
 @triton.jit
 def draw_rademacher(seed, block, span):
     """Philox words of the Rademacher blocks with numbers ``block`` in the program: 32 a tile of 4096."""
     block_lo, block_hi = words(span.index >> 7)
-    return philox(block_lo + block.to(tl.uint32), block_hi, span.stream, tl.full((), _RADEMACHER, tl.uint32), seed)
+    stream, domain = stream_words(span.stream, _RADEMACHER)
+    return philox(block_lo + block.to(tl.uint32), block_hi, stream, domain, seed)
 
 
 @triton.jit
