@@ -19,7 +19,7 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        # Markers, not item.keywords: those hold the names of folders too, and a clone in a folder named gpu ran no test.
+        # Markers, not item.keywords: these hold the names of folders too, and a clone in a folder "gpu" ran no test.
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
         if item.get_closest_marker("large") and not config.getoption("--large"):

@@ -117,7 +117,7 @@ def stream(
         memory = (
             Slices(made, target, mesh) if mesh else HostMemory(made, target if wire is None else torch.device("cpu"))
         )
-    timeline, size = Timeline(), max(b.nbytes for b in made)
+    timeline, size = Timeline(target), max(b.nbytes for b in made)
     form = None if wire is None else Format(wire, made)
     held = _slots(made, storage, slots, target, size if form is None else max(form.nbytes))
     copies = [torch.empty(max(b.scratch for b in made), dtype=torch.uint8, device=target) for _ in range(scratch)]

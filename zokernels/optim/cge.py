@@ -16,6 +16,7 @@ from ..backends.reference.rounding import round_stochastic
 from ..checks import fail
 from ..contract import DOMAIN_ROUNDING, derive_seed_int, derive_stream_seed
 from ..difference import stepped
+from ..transfer import to_device
 from .groups import Bucket, check_choice
 from .guards import uninterrupted
 from .masks import KeptMask
@@ -160,7 +161,7 @@ class ZOCGE(ZerothOrder):
         change = values[1:] - values[0] if one_sided else values[::2] - values[1::2]
         parts = change.split([e.places.numel() for e in self._entries])
         return [
-            projected_gradient(part / e.steps().to(losses.device, non_blocking=True), e.bucket.group["clip"])
+            projected_gradient(part / to_device(e.steps(), losses.device), e.bucket.group["clip"])
             for part, e in zip(parts, self._entries, strict=True)
         ]
 
@@ -172,7 +173,7 @@ class ZOCGE(ZerothOrder):
             acc = e.kept.float()  # unless finite, times 1 plus -0.0: the same bits
             if group["weight_decay"]:
                 acc = gated_decay(decay_of(group, g), estimate.finite, device) * acc
-            acc = acc + descent(group, g).to(device, non_blocking=True)
+            acc = acc + to_device(descent(group, g), device)
             if group["rounding"] == "stochastic":
                 fields = uniform16_at(probe.seeds[device], e.stream, DOMAIN_ROUNDING, e.places)
                 e.weights[e.places] = round_stochastic(acc, fields, e.weights.dtype)
@@ -220,7 +221,7 @@ class ZOCGE(ZerothOrder):
         found = []
         for (b, p, stream, index), at in zip(allowed, chosen, strict=True):
             if len(at):
-                places = torch.tensor(at, device=p.device)
+                places = to_device(torch.tensor(at), p.device)
                 found.append((b, p, stream, places if index is None else index[places]))
         if not found:
             fail(self._op, "mask, per_step", "at least one coordinate in a step", "none")

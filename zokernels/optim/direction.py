@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..contract import derive_seed_int, seed_to_int64
 from ..functional import Rule, combine, combine_, update_
+from ..transfer import to_device
 from .shard import locals_of, placed
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def terms(point: Point, seeds: Tensor) -> tuple[Tensor, Tensor]:
     if not point:
         return seeds[:0], torch.empty(0, dtype=torch.float32, device=seeds.device)
     coeffs = [
-        c.reshape(1).to(seeds.device, non_blocking=True)
+        to_device(c.reshape(1), seeds.device)
         if isinstance(c, Tensor)
         else torch.full((1,), c, dtype=torch.float32, device=seeds.device)
         for c in point.values()

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..checks import fail
+from ..transfer import to_device
 from .shard import is_sharded
 
 
@@ -78,4 +79,4 @@ class Places(Losses):
         self.best, places = results[order[0]], [count] * count
         for place, index in enumerate(order):
             places[index] = place
-        return torch.tensor(places, dtype=torch.float64).to(self.device, non_blocking=True)
+        return to_device(torch.tensor(places, dtype=torch.float64), self.device)

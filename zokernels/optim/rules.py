@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import fail
+from ..transfer import to_device
 from .groups import Bucket, check_number
 from .guards import is_capturing
 from .shard import full_like, local_of
@@ -176,7 +177,7 @@ class SGD(Rule):
         decay, back = decay_of(bucket.group, g), bucket.way_back(g)
         c = (decay * back - learning_rate(bucket.group, g) * g.double()).float()
         # The other side of torch.where as a tensor of the device: a number would be copied there, and waited for.
-        coeffs = torch.where(finite, c, back.float()).to(bucket.device, non_blocking=True)
+        coeffs = to_device(torch.where(finite, c, back.float()), bucket.device)
         rounding_seed = seeds[:1]
         if bucket.ahead is not None:
             seeds, coeffs = torch.cat((seeds, bucket.ahead[0])), torch.cat((coeffs, bucket.ahead[1]))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..checks import fail
 from ..functional import squared_norm
+from ..transfer import to_device
 from .direction import Dense, Direction
 from .masks import check_refresh
 from .shard import whole_of
@@ -112,8 +113,8 @@ class Sphere(Direction):
         total = torch.zeros(len(seeds[home]), dtype=torch.float64, device=home)
         for b in buckets:
             sizes = [p.numel() for p in b.params]
-            total += squared_norm(seeds[b.device], sizes, streams=b.streams, dist=b.dist).to(home, non_blocking=True)
+            total += to_device(squared_norm(seeds[b.device], sizes, streams=b.streams, dist=b.dist), home)
         count = sum(p.numel() for b in buckets for p in b.params)
         factors = (count / total).sqrt().float()
         for b in buckets:
-            b.direction = _OnSphere(seeds[b.device], factors.to(b.device, non_blocking=True))
+            b.direction = _OnSphere(seeds[b.device], to_device(factors, b.device))

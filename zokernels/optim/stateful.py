@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import functional
 from ..checks import fail
+from ..transfer import to_device
 from .direction import Dense, Direction
 from .estimators import ThreePoint
 from .groups import Bucket, check_number
@@ -51,9 +52,9 @@ class Stateful(Rule):
         bucket.direction.step(
             bucket,
             self.kernel,
-            hyper.to(bucket.device, non_blocking=True),
+            to_device(hyper, bucket.device),
             seeds,
-            self.coefficients(group, g, finite).to(bucket.device, non_blocking=True),
+            to_device(self.coefficients(group, g, finite), bucket.device),
             **dict(zip(("first", "second"), states, strict=False)),
             decay=gated_decay(decay_of(group, g), finite, bucket.device) if decays else None,
             rounding=group["rounding"],

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..transfer import to_device
+
 
 def projected_gradient(g: Tensor, clip: float | None) -> Tensor:
     """g (float64) rounded once to fp32; then each min(max(g, -clip), clip).
@@ -22,7 +24,7 @@ def learning_rate(group: dict[str, Any], like: Tensor) -> float | Tensor:
     """The group's lr; where it is a tensor, 0-dim, in float64 and on the device of ``like``."""
     lr: float | Tensor = group["lr"]
     if isinstance(lr, Tensor):
-        lr = lr.detach().reshape(()).to(like.device, torch.float64, non_blocking=True)
+        lr = to_device(lr.detach().reshape(()), like.device, torch.float64)
     return lr
 
 
@@ -48,7 +50,7 @@ def gate(groups: list[dict[str, Any]], gradients: list[Tensor]) -> tuple[list[Te
 def gated_decay(decay: float | Tensor, finite: Tensor, device: torch.device) -> Tensor:
     """``decay`` as fp32 [1] on ``device``; 1 unless ``finite``."""
     one = torch.ones(1, dtype=torch.float64, device=finite.device)
-    return torch.where(finite, decay * one, one).float().to(device, non_blocking=True)
+    return to_device(torch.where(finite, decay * one, one).float(), device)
 
 
 def scalars(values: Sequence[float | Tensor], device: torch.device) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checks import fail
+from ..transfer import to_device
 from .groups import Bucket, check_number
 from .rules import Rule, check_betas, check_fraction
 from .update import decay_of, descent, gated_decay, learning_rate, scalars
@@ -52,7 +53,7 @@ class Window(Rule):
     def begin(self, optimizer: ZerothOrder, probe: Probe, estimate: Estimate) -> None:
         of_groups = {id(b.group): (b, g) for b, g in zip(probe.buckets, estimate.gradients, strict=True)}
         for bucket, g in of_groups.values():
-            seeds = probe.seeds[bucket.device].to(g.device, non_blocking=True)
+            seeds = to_device(probe.seeds[bucket.device], g.device)
             entries = {"seeds": (seeds, 1), **self.newest(bucket.group, g.double())}
             for name, kept in self.kept(optimizer, bucket.group, g.device).items():
                 entry, factor = entries[name]
@@ -60,7 +61,7 @@ class Window(Rule):
 
     def seeds(self, kept: dict[str, Tensor], bucket: Bucket) -> Tensor:
         """int64 [window * q], on the bucket's device."""
-        return kept["seeds"].flatten().to(bucket.device, non_blocking=True)
+        return to_device(kept["seeds"].flatten(), bucket.device)
 
     def rounding(self, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor) -> dict[str, Any]:
         decays = bucket.group["weight_decay"]
@@ -91,7 +92,7 @@ class MomentumWindow(Window):
     def update(self, optimizer: ZerothOrder, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor) -> None:
         kept = self.kept(optimizer, bucket.group, g.device)
         coeffs = descent(bucket.group, kept["first"].flatten())
-        coeffs = torch.where(finite, coeffs, torch.zeros_like(coeffs)).to(bucket.device, non_blocking=True)
+        coeffs = to_device(torch.where(finite, coeffs, torch.zeros_like(coeffs)), bucket.device)
         rounding = self.rounding(bucket, seeds, g, finite)
         bucket.direction.update(bucket, self.seeds(kept, bucket), coeffs, **rounding)
 
@@ -147,8 +148,8 @@ class AdamWindow(Window):
         bucket.direction.step(
             bucket,
             "adam_window",
-            hyper.to(bucket.device, non_blocking=True),
+            to_device(hyper, bucket.device),
             self.seeds(kept, bucket),
-            coeffs.to(bucket.device, non_blocking=True),
+            to_device(coeffs, bucket.device),
             **self.rounding(bucket, seeds, g, finite),
         )

@@ -75,7 +75,8 @@ def normal(w0, w1, w2, w3, mantissa):
 
 @triton.jit
 def add_rademacher(acc, c, unit, word, byte: tl.constexpr):
-    """acc + c w for acc [B, 8] and the bits of one byte of ``word`` [B]; w = z * unit, or z without the option ``unit``.
+    """acc + c w for acc [B, 8] and the bits of one byte of ``word`` [B]; w = z * unit, or z where ``unit``, an option
+    (``tile``), is absent.
 
     c * (+-1) is exact, so the fma of the contract is an addition of c with its sign bit flipped.
     """

@@ -42,7 +42,7 @@ class Span(NamedTuple):
     start: Any  # int64: that element's place in the tensor, negative where the tensor begins inside the program
     stream: Any  # int64, of 56 bits
     mask: Any  # a uint8 pointer to the packed mask of the first block, as an option
-    #: Philox blocks from index / 8 to those of a tile, in the order of its ``row``, as an option; absent: ``row`` itself.
+    #: Philox blocks from index / 8 to those of a tile, in the order of its ``row``, as an option; absent: ``row``.
     block: Any
 
 

@@ -35,7 +35,8 @@ _FIRST, _SECOND = tl.constexpr(DOMAIN_STATE), tl.constexpr(DOMAIN_STATE + 1)
 #: Values of hyper, but for those of each seed.
 VALUES = {"momentum": 4, "adam": 8, "adam_window": 2, "sign": 2, "hizoo": 2}
 
-# A rule: (the new theta, each state as an option), from theta, decayed theta ``base``, the old states and hyper as a tuple.
+# A rule: (the new theta, the new first and second state as options), from theta, decayed theta ``base``, the old
+# states and hyper as a tuple.
 
 
 @triton.jit
