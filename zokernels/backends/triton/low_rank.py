@@ -69,7 +69,7 @@ def _program(
     left += tl.minimum(top + row, m - 1) * rank
     right += tl.minimum(first + column, n - 1) * rank
     for k in range(num_k):
-        product = zeros_like(acc, rank)
+        product = zeros_like(acc, (rank,))
         for r in tl.range(0, rank, loop_unroll_factor=4):
             product = fma(tl.load(left + r)[:, None], tl.load(right + r)[None, :], product)
         acc = fma(tl.load(coeffs + k), product, acc)
