@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...transfer import to_device
 from ...checks import fail
 from ...functional import squared_norm
+from ...transfer import to_device
 from ..noise import DENSE, Members, Noise
 from ..roles import OptimizerView
 from ..shard import whole_of

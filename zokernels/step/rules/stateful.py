@@ -11,9 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...transfer import to_device
 from ...checks import fail
 from ...functional import Rule as KernelRule
+from ...transfer import to_device
 from ..directions.scaling import CurvedDirection
 from ..estimators import ThreePoint
 from ..groups import check_number

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...transfer import to_device
 from ...checks import fail
+from ...transfer import to_device
 from ..groups import check_number
 from ..probes.probe import Probe
 from ..roles import OptimizerView
