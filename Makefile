@@ -8,13 +8,19 @@ export TORCH_CUDA_ARCH_LIST ?= 9.0
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CPP    := $(shell find csrc tests zokernels/bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test demo offload-demo bench docs wheel lint lint-ruff lint-clang-format lint-typos lint-mypy lint-imports format clean gpu-check
+.PHONY: test fuzz demo offload-demo bench docs wheel gpu-check gpu-prebuilt format clean
+.PHONY: lint lint-ruff lint-clang-format lint-typos lint-mypy lint-imports
 
 test: $(VENV)/tested lint
 	$(BIN)/python -m bench run --op combine --device cpu --tiny
 	$(BIN)/python -m bench offload --device cpu --tiny
 	$(BIN)/python -m bench trajectory --device cpu --tiny
 	$(BIN)/python -m pytest -q
+
+# The randomised tests from fresh seeds, for BUDGET seconds.  A failure says how to repeat it.
+BUDGET ?= 120
+fuzz: $(VENV)/tested
+	$(BIN)/python -m pytest -q --fuzz $(BUDGET) $(ARGS)
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -31,6 +37,11 @@ docs: $(VENV)/tested
 # For a machine with an NVIDIA GPU and nvcc; uses the Python and torch that are there, installs nothing, needs no network.
 gpu-check:
 	$(PYTHON) -m bench gpu-check $(ARGS)
+
+# What gpu-check would compile there, compiled here into the folder prebuilt/: carry it with the tree, and run
+# `make gpu-check ARGS="--prebuilt prebuilt"` on the machine with the GPU. TORCH_CUDA_ARCH_LIST names the architectures.
+gpu-prebuilt: $(VENV)/environment
+	$(BIN)/python -m bench gpu-prebuilt $(ARGS)
 
 # The same bytes for the same commit: docs/packaging.md.
 wheel: $(VENV)/environment

@@ -74,6 +74,27 @@ def case(ranks: int, title: str = "", **arguments: object) -> Callable:
     return add
 
 
+def _raises(world: World) -> None:
+    if world.rank == 1:
+        raise KeyError("mine")
+    dist.barrier()
+
+
+def _dies(world: World) -> None:
+    if world.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+
+
+def _hangs(world: World) -> None:
+    while world.rank == 1:
+        time.sleep(1)
+
+
+#: What a case may do wrong on rank 1; each must be the failure of this case alone.
+FAULTS = {"raises": _raises, "dies": _dies, "hangs": _hangs}
+
+
 def loss_of(model: Model, step: int, shard: int) -> torch.Tensor:
     """fp32: of one data shard."""
     scale = 1 + 0.1 * step + 0.03 * shard

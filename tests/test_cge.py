@@ -38,13 +38,13 @@ def test_a_linear_loss_has_its_gradient(estimator, dtype, rng):
 
 
 def test_the_gradient_of_an_mlp(rng):
-    """Central differences of a float64 loss of fp32 weights: their own error is O(eps^2)."""
+    """Central differences of a float64 loss of fp32 weights: their own error is O(eps^2), here below 1e-6."""
     torch.manual_seed(rng.getrandbits(32))
     model, x = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)), torch.randn(8, 6).double()
     exact = copy.deepcopy(model).double()
     loss = lambda values: torch.func.functional_call(exact, values, (x,)).square().mean()
     loss(dict(exact.named_parameters())).backward()
-    opt = ZOCGE(model.named_parameters(), lr=0.0, eps=1e-3, estimator="two-sided")
+    opt = ZOCGE(model.named_parameters(), lr=0.0, eps=1e-4, estimator="two-sided")
     opt.step(lambda: loss({n: p.double() for n, p in model.named_parameters()}))
     want = flat([p.grad for p in exact.parameters()]).float()
     torch.testing.assert_close(opt.last_projected_gradient, want, rtol=1e-4, atol=1e-5)
@@ -89,7 +89,7 @@ def test_rounding_bits_are_those_of_the_place(rng):
 
 
 def test_fields_at_places(rng):
-    seed, stream = torch.tensor(seed_to_int64(rng.getrandbits(64))), rng.getrandbits(32)
+    seed, stream = torch.tensor(seed_to_int64(rng.getrandbits(64))), rng.getrandbits(56)
     index = torch.tensor(sorted(rng.sample(range(9000), 500)))
     all_of = uniform16(seed, stream, DOMAIN_ROUNDING, 0, 9000)
     assert torch.equal(uniform16_at(seed.view(1), stream, DOMAIN_ROUNDING, index), all_of[index])
@@ -249,8 +249,14 @@ def test_one_rng_state_for_all_forwards(rng):
 
 
 def test_autocast_sees_each_move(rng):
-    """Autocast keeps casts of weights where gradients are on; a kept one would hide the move."""
-    layer, x = nn.Linear(4, 3), torch.randn(2, 4)
+    """Autocast keeps casts of weights where gradients are on; a kept one would hide the move.
+
+    Everything is positive, so that each move makes the loss larger, by more than bf16 rounds away.
+    """
+    layer, x = nn.Linear(4, 3), 0.5 + torch.rand(2, 4)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.abs_()
     opt = ZOCGE(layer.parameters(), lr=0.1, eps=0.5)
     with torch.autocast("cpu", torch.bfloat16):
 
@@ -259,7 +265,7 @@ def test_autocast_sees_each_move(rng):
                 return layer(x).float().square().sum()
 
         opt.step(closure)
-    assert (opt.last_projected_gradient != 0).all()
+    assert (opt.last_projected_gradient > 0).all()
 
 
 @pytest.mark.parametrize("per_step", [None, 7, {"0.weight": 0.3}])

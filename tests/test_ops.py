@@ -173,7 +173,7 @@ def test_compiled_function_gives_the_same_bits():
     assert torch.equal(compiled(theta, seed, c), step(theta, seed, c))
 
 
-BASE = torch.randn(64)
+BASE = torch.linspace(-1, 1, 64)
 
 BAD_COMBINE = {
     "integer dtype": (dict(params=[torch.arange(9)], streams=[1], offsets=[0]), TypeError, r"params\[0\]: .*int64"),
@@ -202,7 +202,7 @@ BAD_COMBINE = {
     "offsets too long": (dict(offsets=[1, 2, 3]), ValueError, r"offsets: expected 2 integers.*got 3"),
     "negative offset": (dict(offsets=[0, -8]), ValueError, r"offsets\[1\]: .*got -8"),
     "offset too large": (dict(offsets=[2**63 - 1, 0]), ValueError, r"offsets\[0\]: .*< 2\^63"),
-    "stream too large": (dict(streams=[2**32, 0]), ValueError, r"streams\[0\]: expected an integer in \[0, 2\^32\)"),
+    "stream too large": (dict(streams=[2**56, 0]), ValueError, r"streams\[0\]: expected an integer in \[0, 2\^56\)"),
     "coeffs too short": (dict(coeffs=torch.tensor([0.5])), ValueError, r"coeffs: expected 2 values.*got 1"),
     "coeffs dtype": (dict(coeffs=torch.tensor([0.5, 1]).double()), TypeError, r"coeffs: expected dtype torch.float32"),
     "seeds dtype": (dict(seeds=torch.tensor([1, 2]).int()), TypeError, r"seeds: expected dtype torch.int64"),
@@ -254,7 +254,7 @@ BAD = [
     ("spread", "out", torch.rand(2, 5, 7).bfloat16(), T, "out: expected torch.float32 on cpu, as x"),
     ("spread", "out", torch.rand(2, 7, 5).transpose(1, 2), V, "out: expected a contiguous tensor"),
     ("spread", "x", torch.arange(35).view(5, 7), T, r"x\[0\]: expected dtype float32.*got torch.int64"),
-    ("spread", "stream", 2**32, V, r"streams\[0\]: expected an integer in \[0, 2\^32\)"),
+    ("spread", "stream", 2**56, V, r"streams\[0\]: expected an integer in \[0, 2\^56\)"),
     ("spread", "offset", -1, V, r"offsets\[0\]: .*got -1"),
     ("spread", "coeffs", torch.rand(1), V, "coeffs: expected 2 values, one for each seed, got 1"),
     ("spread", "coeffs", torch.rand(1, 2), V, r"coeffs: expected a contiguous 1-D tensor, got shape \(1, 2\)"),

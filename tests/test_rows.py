@@ -40,7 +40,7 @@ def random_rows(rng, rule=None, *, aligned=None, **fixed):
     kwargs = {
         "seeds": torch.tensor([seed_to_int64(rng.getrandbits(64)) for _ in range(count)], dtype=torch.int64),
         "coeffs": torch.tensor([rng.gauss(0, 1) * 10.0 ** rng.randrange(-4, 1) for _ in range(count)]),
-        "streams": [rng.getrandbits(32) for _ in sizes],
+        "streams": [rng.getrandbits(56) for _ in sizes],
         "offsets": offsets,
         "rows": rows,
         "dist": rng.choice(DISTS),
@@ -108,7 +108,7 @@ def test_a_part_of_a_matrix_has_the_bits_of_the_whole(cpu_backend, rng, dtype, d
         top, left = rng.randrange(shape[0]), rng.randrange(shape[1])
         box = slice(top, rng.randrange(top + 1, shape[0] + 1)), slice(left, rng.randrange(left + 1, shape[1] + 1))
         whole, keep, h = random_values(shape[0] * shape[1], dtype, rng).view(shape), torch.rand(shape) < 0.5, None
-        options = {"seeds": [1, 2], "coeffs": [0.1, -0.03], "streams": [rng.getrandbits(32)], "dist": dist}
+        options = {"seeds": [1, 2], "coeffs": [0.1, -0.03], "streams": [rng.getrandbits(56)], "dist": dist}
         options |= {"decay": 0.9, "rounding": "stochastic", "rounding_seed": 5}
         h = torch.rand(shape) + 0.1
         part, offset, row = whole[box].contiguous(), top * shape[1] + left, (box[1].stop - left, shape[1])

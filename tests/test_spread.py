@@ -27,7 +27,7 @@ def random_spread(rng, **fixed):
         "buffer": buffers[0],
         "part": parts[0],
         "out": torch.full((count * n + 16,), 55.0, dtype=buffers[0].dtype),
-        "stream": rng.getrandbits(32),
+        "stream": rng.getrandbits(56),
         "offset": rng.choice([0, rng.randrange(2**50), 8 * 2**32 - rng.randrange(n + 1), 2**63 - 1 - n]),
         **kwargs,
     }

@@ -1,7 +1,8 @@
 """Cases for the triton backend in Triton's interpreter, run by test_triton.py in one process of their own.
 
 The interpreter must be asked for before Triton is imported, and the compile tests need the compiler, so both cannot
-live in one process.  ``python triton_cases.py`` runs every case, or those named, and prints one JSON line for each.
+live in one process.  ``python triton_cases.py`` reads questions from standard input, each a line of JSON with the
+arguments of :func:`run`, and answers each with a line of JSON.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-SEED = int(os.environ.get("ZOKERNELS_TEST_SEED") or int.from_bytes(os.urandom(4), "little"))
+from stream_cases import RUNS as STREAM_RUNS
+
+SEED = 0  # of the case that runs: `run` sets it
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
 DTYPES = ("float32", "bfloat16", "float16")
 PROGRAM = 16384  # logical indices of one program
@@ -85,7 +87,7 @@ def random_terms(sizes, offsets, dist, *, k=1, decay=None, rounding=None, masks=
     return Terms(
         random_seeds(k),
         (torch.randn(len(sizes), k) if each else torch.randn(k)) * 0.3,
-        [int(s) for s in torch.randint(0, 2**32, (len(sizes),))],
+        [int(s) for s in torch.randint(0, 2**56, (len(sizes),))],
         offsets,
         dist,
         None if decay is None else torch.tensor([decay]),
@@ -619,6 +621,35 @@ def _():
         assert torch.equal(bits(ours), bits(theirs)), dist
 
 
+def _upper_bits(name):
+    import stream_cases
+
+    import zokernels
+
+    with zokernels.backend("triton"):
+        stream_cases.check(name, stream_cases.STREAMS[::4])  # of five: the interpreter is slow
+
+
+for _name in STREAM_RUNS:
+    case(f"upper bits of streams: {_name}", _name)(_upper_bits)
+
+
+for _dist in ("normal", "rademacher"):
+
+    @case(f"offsets of 32 bits: {_dist}", _dist)
+    def _(dist):
+        """The interpreter keeps arguments in [2^31, 2^32) apart."""
+        import torch
+
+        import zokernels
+
+        for offset in (2**31 - 100, 2**31, 2**31 + 100, 2**32 - 5000, 2**32 - 8, 2**32 + 8):
+            draw = lambda: zokernels.noise(200, seed=7, stream=1, offset=offset, dist=dist)  # noqa: B023
+            with zokernels.backend("triton"):
+                ours = draw()
+            assert torch.equal(ours, draw()), offset
+
+
 @case("table: built once for the same addresses, offsets and streams")
 def _():
     import torch
@@ -689,16 +720,26 @@ def _():
             assert_same(base, base_of(model))
 
 
-def main(names: list[str]) -> None:
-    for name in names or CASES:
-        start, detail = time.perf_counter(), ""
-        try:
+def run(name: str, seed: int) -> str:
+    """What is wrong: an empty string if nothing is."""
+    from helpers import poisoned
+
+    global SEED
+    SEED = seed
+    try:
+        with poisoned():
             CASES[name]()
-        except Exception:  # a case may fail in any way; its test shows how
-            detail = f"ZOKERNELS_TEST_SEED={SEED}\n{traceback.format_exc()}"
-        seconds = round(time.perf_counter() - start, 2)
-        print(json.dumps({"case": name, "detail": detail, "seconds": seconds}), flush=True)
+    except Exception:  # a case may fail in any way; its test shows how
+        return traceback.format_exc()
+    return ""
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a case prints is no answer
+    for line in sys.stdin:
+        print(json.dumps(run(**json.loads(line))), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .backends.terms import KEEP_ALL, Terms, mask_bytes
-from .contract import DISTS
+from .contract import DISTS, STREAM_BITS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Of optimizer states.
@@ -26,8 +26,8 @@ def check_dist(op: str, dist: str) -> None:
 
 
 def check_stream(op: str, argument: str, stream: int) -> None:
-    if not 0 <= stream < 2**32:
-        fail(op, argument, "an integer in [0, 2^32)", stream)
+    if not 0 <= stream < 2**STREAM_BITS:
+        fail(op, argument, f"an integer in [0, 2^{STREAM_BITS})", stream)
 
 
 def check_offset(op: str, argument: str, offset: int, numel: int) -> None:
@@ -114,7 +114,7 @@ def check_places(op: str, sizes: Sequence[int], streams: Sequence[int], offsets:
     for argument, values in (("streams", streams), ("offsets", offsets)):
         if len(values) != len(sizes):
             fail(op, argument, f"{len(sizes)} integers, one for each tensor of {leader}", len(values))
-    if not all(0 <= s < 2**32 for s in streams):
+    if not all(0 <= s < 2**STREAM_BITS for s in streams):
         for i, stream in enumerate(streams):
             check_stream(op, f"streams[{i}]", stream)
     if any(offsets):  # 0 is right for every tensor

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 CONTRACT = "zk1"
 
-#: Fourth counter word: it separates the uses of one seed.
+#: The low byte of the fourth counter word: it separates the uses of one seed.
 DOMAIN_SEED, DOMAIN_NORMAL, DOMAIN_RADEMACHER, DOMAIN_MASK, DOMAIN_ROUNDING = range(5)
 #: Rounding of an optimizer's first state tensor; the second has the next number.
 DOMAIN_STATE = 5
@@ -38,6 +38,9 @@ RADEMACHER_TILE = 4096
 #: Sums of z^2 are integers in units of 1 / SQUARE_SCALE, so that no order of summation changes them.
 SQUARE_SCALE = 2.0**20
 
+#: A stream is an integer in [0, 2^STREAM_BITS).
+STREAM_BITS = 56
+
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 
@@ -51,6 +54,11 @@ def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tupl
         c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & _MASK32, (p0 >> 32) ^ c3 ^ k1, p0 & _MASK32
         k0, k1 = (k0 + PHILOX_W0) & _MASK32, (k1 + PHILOX_W1) & _MASK32
     return c0, c1, c2, c3
+
+
+def stream_words(stream: int, domain: int) -> tuple[int, int]:
+    """The third and the fourth counter word: (stream mod 2^32, domain + 256 * (stream div 2^32))."""
+    return stream & _MASK32, domain | stream >> 32 << 8
 
 
 def seed_to_int64(seed: int) -> int:
@@ -73,26 +81,50 @@ def derive_seed_int(run_seed: int, step: int, k: int) -> int:
         raise ValueError(f"derive_seed: step: expected an integer in [0, 2^64), got {step}")
     if not 0 <= k < 2**32:
         raise ValueError(f"derive_seed: k: expected an integer in [0, 2^32), got {k}")
+    return _seed_at(run_seed, step, k)
+
+
+def derive_stream_seed(run_seed: int, step: int, stream: int) -> int:
+    """A parameter's own seed: as :func:`derive_seed_int`, with the parameter's ``stream`` in the place of k.
+
+    Philox(key = run_seed, counter = (step_lo, step_hi, stream mod 2^32, 256 * (stream div 2^32))), in [0, 2^64).  A
+    stream of more than 32 bits is no k, so it is spread over two counter words as it is for noise.
+    Raises ``ValueError`` when ``step`` is not in [0, 2^64) or ``stream`` not in [0, 2^56).
+    """
+    if not 0 <= step < 2**64:
+        raise ValueError(f"derive_stream_seed: step: expected an integer in [0, 2^64), got {step}")
+    if not 0 <= stream < 2**STREAM_BITS:
+        raise ValueError(f"derive_stream_seed: stream: expected an integer in [0, 2^{STREAM_BITS}), got {stream}")
+    return _seed_at(run_seed, step, stream)
+
+
+def _seed_at(run_seed: int, step: int, stream: int) -> int:
     key = seed_to_int64(run_seed) & _MASK64
-    w0, w1, _, _ = philox4x32((step & _MASK32, step >> 32, k, DOMAIN_SEED), (key & _MASK32, key >> 32))
+    counter = (step & _MASK32, step >> 32, *stream_words(stream, DOMAIN_SEED))
+    w0, w1, _, _ = philox4x32(counter, (key & _MASK32, key >> 32))
     return w0 | w1 << 32
 
 
-def canonical_name(name: str) -> str:
-    """``name`` without wrapper prefixes, so that every wrapper and stage of a model agrees on it.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
-    ``_orig_mod.`` (torch.compile) can stand at any depth and is removed everywhere; ``module.`` (data parallel) is
-    removed only in front, because a model may own a submodule that is called ``module``.
+
+def canonical_name(name: str) -> str:
+    """``name`` without the components that wrappers add, so that every wrapper and stage of a model agrees on it.
+
+    ``_orig_mod.`` (torch.compile), ``_checkpoint_wrapped_module.`` (activation checkpointing) and
+    ``_fsdp_wrapped_module.`` (fully sharded data parallel) can stand at any depth and are removed everywhere.
+    ``module.`` (data parallel) is removed only in front, because a model may own a submodule that is called ``module``.
     """
-    name = re.sub(r"(?:^|(?<=\.))_orig_mod\.", "", name)
+    name = _WRAPPERS.sub("", name)
     while name.startswith("module."):
         name = name[len("module.") :]
     return name
 
 
 def stream_of(name: str) -> int:
-    """32-bit stream id of a named parameter: BLAKE2b(canonical name, digest_size=4), read little-endian."""
-    return int.from_bytes(hashlib.blake2b(canonical_name(name).encode(), digest_size=4).digest(), "little")
+    """The stream of a named parameter, in [0, 2^56): BLAKE2b(canonical name, digest_size=7), read little-endian."""
+    name = canonical_name(name)
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=STREAM_BITS // 8).digest(), "little")
 
 
 def streams_of(names: Iterable[str]) -> list[int]:

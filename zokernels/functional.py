@@ -15,6 +15,7 @@ from . import _ops
 from .backends.terms import KEEP_ALL, mask_bytes, row_blocks
 from .checks import fail
 from .contract import SQUARE_SCALE, derive_seed_int, seed_to_int64
+from .transfer import to_device
 from .wire import Wire
 
 Dist = Literal["normal", "rademacher"]
@@ -36,7 +37,7 @@ def _device_values(op: str, argument: str, value: object, dtype: torch.dtype, de
         numbers = [seed_to_int64(n) for n in numbers]
     if len(numbers) == 1:  # a fill kernel: no copy from pageable memory
         return torch.full((1,), numbers[0], dtype=dtype, device=device)
-    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
+    return to_device(torch.tensor(numbers, dtype=dtype), device)
 
 
 def _as_list(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -137,7 +138,7 @@ def combine_(
         seeds: int64 [K]; z_k is the noise of seeds[k].  K = 0 is allowed.
         coeffs: fp32 [K], or [tensors, K] for coefficients of each tensor's own.  Tensors lie on the parameters' device,
             so that nothing waits for the host; Python numbers are moved there.
-        streams: the 32-bit stream id of each tensor (``zokernels.stream_of(name)``).
+        streams: the stream of each tensor, in [0, 2^56) (``zokernels.stream_of(name)``).
         offsets: logical flat index of each tensor's first element in the unsharded parameter (default 0).
         dist: "normal" or "rademacher".
         decay: factor of theta before the noise is added (default none).

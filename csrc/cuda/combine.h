@@ -22,7 +22,7 @@ struct CombineLaunch {
   const int64_t* probe_seed;     // null: combine; else fan-out, from the rounded theta, along this direction
   const float* probe_coeff;
   int32_t count;  // K
-  Table<CombineEntry, 70> table;
+  Table<CombineEntry> table;
   // A constant that the compiler must not know: see noise/normal.h. Here and not beside count, with which it would be loaded
   // as one pair of registers: fan-outs then spill.
   uint32_t mantissa = 0x007fffffu;

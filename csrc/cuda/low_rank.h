@@ -26,7 +26,7 @@ struct LowRankLaunch {
   const float* decay;            // null: none
   const int64_t* rounding_seed;  // null: nearest
   int32_t count;                 // K
-  Table<LowRankEntry, 50> table;
+  Table<LowRankEntry> table;
 };
 static_assert(sizeof(LowRankLaunch) <= kMaxArgument);
 

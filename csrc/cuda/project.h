@@ -31,7 +31,7 @@ struct ProjectLaunch {
   int32_t count;    // K
   uint32_t groups;  // of directions; blocks of one chunk are neighbours, so that the others find x in the cache
   uint32_t mantissa = 0x007fffffu;  // a constant that the compiler must not know: see noise/normal.h
-  Table<ProjectEntry, 96> table;
+  Table<ProjectEntry> table;
 };
 static_assert(sizeof(ProjectLaunch) <= kMaxArgument);
 

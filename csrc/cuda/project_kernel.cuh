@@ -14,7 +14,8 @@ namespace zk::cuda {
 struct SumTile {
   uint64_t start;    // logical index of the tile
   int64_t position;  // of `start` in the tensor
-  uint32_t column, parity, stream, mantissa;
+  Stream stream;
+  uint32_t column, parity, mantissa;
 
   static constexpr int kRows = 4, kSegments = 16;
   ZK_DEVICE uint32_t vec(int segment, int row) const { return 16 * (2 * segment + parity) + 4 * row + column; }

@@ -16,7 +16,7 @@ struct SquaresLaunch {
   uint32_t columns;
   int32_t count;                    // K
   uint32_t mantissa = 0x007fffffu;  // a constant that the compiler must not know: see noise/normal.h
-  Table<SquaresEntry, 160> table;
+  Table<SquaresEntry> table;
 };
 static_assert(sizeof(SquaresLaunch) <= kMaxArgument);
 

@@ -35,7 +35,7 @@ struct RowsEntry : UpdateEntry {
 constexpr int kRowVecs = 16;
 constexpr int64_t kRowChunk = int64_t{kThreads} * kRowVecs;
 
-template <class Entry, int Max>
+template <class Entry>
 struct UpdateLaunchOf {
   const int64_t* seeds;
   const float* hyper;
@@ -47,10 +47,10 @@ struct UpdateLaunchOf {
   bool state_is_bf16[2];            // else fp32
   float low, high;                  // int8 only
   uint32_t mantissa = 0x007fffffu;  // a constant that the compiler must not know: see noise/normal.h
-  Table<Entry, Max> table;
+  Table<Entry> table;
 };
-using UpdateLaunch = UpdateLaunchOf<UpdateEntry, 55>;
-using RowsLaunch = UpdateLaunchOf<RowsEntry, 38>;
+using UpdateLaunch = UpdateLaunchOf<UpdateEntry>;
+using RowsLaunch = UpdateLaunchOf<RowsEntry>;
 static_assert(sizeof(UpdateLaunch) <= kMaxArgument && sizeof(RowsLaunch) <= kMaxArgument);
 
 int launch_update(const UpdateLaunch& p, uint32_t chunks, DType dtype, Domain dist, Action action, void* stream);

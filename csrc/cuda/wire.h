@@ -14,7 +14,7 @@ struct EncodeEntry {
 };
 
 struct EncodeLaunch {
-  Table<EncodeEntry, 100> table;
+  Table<EncodeEntry> table;
 };
 static_assert(sizeof(EncodeLaunch) <= kMaxArgument);
 
@@ -36,7 +36,7 @@ struct DecodeLaunch {
   const float* probe_coeff;
   int32_t count;                    // K
   uint32_t mantissa = 0x007fffffu;  // a constant that the compiler must not know: see noise/normal.h
-  Table<DecodeEntry, 70> table;
+  Table<DecodeEntry> table;
 };
 static_assert(sizeof(DecodeLaunch) <= kMaxArgument);
 

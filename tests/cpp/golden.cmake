@@ -50,6 +50,9 @@ function(write_golden source target)
   cases(rademacher "${json}" rademacher hex:seed int:stream int:offset text:z)
   cases(masks "${json}" mask_u16 hex:seed int:stream int:offset words:u)
   cases(rounding "${json}" round_u16 hex:seed int:stream int:offset words:u)
+  cases(wide_normal "${json}" normal_wide_stream hex:seed hex:stream int:offset words:z)
+  cases(wide_masks "${json}" mask_u16_wide_stream hex:seed hex:stream int:offset words:u)
+  cases(wide_rounding "${json}" round_u16_wide_stream hex:seed hex:stream int:offset words:u)
   cases(seeds "${json}" derive_seed hex:run_seed int:step int:k hex:seed)
   file(CONFIGURE OUTPUT ${target} CONTENT [[
 // Made from tests/golden.json by golden.cmake.
@@ -60,19 +63,19 @@ function(write_golden source target)
 
 namespace golden {
 struct Block { uint32_t counter[4], key[2], out[4]; };
-struct Words { uint64_t seed; uint32_t stream; uint64_t offset; std::vector<uint32_t> values; };
-struct Signs { uint64_t seed; uint32_t stream; uint64_t offset; std::string values; };
+struct Words { uint64_t seed; uint64_t stream; uint64_t offset; std::vector<uint32_t> values; };
+struct Signs { uint64_t seed; uint64_t stream; uint64_t offset; std::string values; };
 struct Seed { uint64_t run_seed, step; uint32_t k; uint64_t seed; };
 inline const std::vector<Block> philox = {
 @philox@};
 inline const std::vector<Words> normal = {
-@normal@};
+@normal@@wide_normal@};
 inline const std::vector<Signs> rademacher = {
 @rademacher@};
 inline const std::vector<Words> mask_fields = {
-@masks@};
+@masks@@wide_masks@};
 inline const std::vector<Words> rounding_fields = {
-@rounding@};
+@rounding@@wide_rounding@};
 inline const std::vector<Seed> derived_seeds = {
 @seeds@};
 }  // namespace golden

@@ -24,7 +24,7 @@ struct Case {
 
 size_t width(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
-void combine(const Kernels& kernels, const Case& c, const std::vector<uint64_t>& seeds, uint32_t stream, void* theta,
+void combine(const Kernels& kernels, const Case& c, const std::vector<uint64_t>& seeds, uint64_t stream, void* theta,
              int64_t numel) {
   std::vector<PhiloxKey> keys;
   std::vector<float> coeffs;
@@ -47,7 +47,7 @@ void combine(const Kernels& kernels, const Case& c, const std::vector<uint64_t>&
   span.coeffs = coeffs.data();
   span.numel = span.end = numel;
   span.offset = c.offset;
-  span.stream = stream;
+  span.stream = Stream(stream);
   void* scratch = std::aligned_alloc(64, kScratchPerDirection * (seeds.size() + 1));
   kernels.combine(op, span, scratch);
   std::free(scratch);

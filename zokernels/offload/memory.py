@@ -60,13 +60,16 @@ def pin(data: Tensor, size: int, device: torch.device) -> None:
     weakref.finalize(data.untyped_storage(), runtime.cudaHostUnregister, data.data_ptr())
 
 
-def cpus_beside(device: torch.device) -> set[int]:
-    """The CPUs of the NUMA node that the GPU is attached to, as far as this process may use them."""
+def cpus_beside(device: torch.device, root: pathlib.Path = pathlib.Path("/")) -> set[int]:
+    """The CPUs of the NUMA node that the GPU is attached to, as far as this process may use them.
+
+    ``root``: the folder in which the system's ``sys`` is mounted.
+    """
     try:
         properties: Any = torch.cuda.get_device_properties(device)  # its stub has no PCI numbers
         bus = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
-        node = int(pathlib.Path(f"/sys/bus/pci/devices/{bus}/numa_node").read_text())
-        ranges = pathlib.Path(f"/sys/devices/system/node/node{node}/cpulist").read_text().strip().split(",")
+        node = int((root / "sys/bus/pci/devices" / bus / "numa_node").read_text())
+        ranges = (root / f"sys/devices/system/node/node{node}/cpulist").read_text().strip().split(",")
     except (OSError, ValueError, AttributeError):
         return set()
     found: set[int] = set()

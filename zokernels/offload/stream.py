@@ -113,7 +113,7 @@ def stream(
     made = _blocks(op, model, blocks, checkpoint, fill is not None, in_files=storage == "disk")
     layout = None if wire is None else WireLayout(wire, made)
     writes = write_every if storage != "disk" or path is not None else None
-    carrier = Carrier(op, made, target, slots, layout, Timeline(), writes)
+    carrier = Carrier(op, made, target, slots, layout, Timeline(target), writes)
     store: DeviceStorage | HostStorage | DiskStorage
     if storage == "device":
         store = DeviceStorage(carrier)

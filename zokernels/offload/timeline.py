@@ -22,9 +22,13 @@ class Span(NamedTuple):
 
 
 class Timeline:
-    """Collects spans.  Until :meth:`start` is called nothing is measured, and nothing is allocated."""
+    """Collects spans.  Until :meth:`start` is called nothing is measured, and nothing is allocated.
 
-    def __init__(self) -> None:
+    ``device``: where the streams are whose work is measured.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._on, self._zero = False, 0.0
         self._spans: list[Span] = []
         self._events: list[tuple[str, str, torch.cuda.Event, torch.cuda.Event]] = []
@@ -32,10 +36,10 @@ class Timeline:
 
     def start(self) -> None:
         self._on, self._zero, self._spans, self._events = True, time.perf_counter(), [], []
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            torch.cuda.synchronize()
+        if self._device.type == "cuda":  # times between events are those of one device
+            torch.cuda.synchronize(self._device)
             self._first = torch.cuda.Event(enable_timing=True)
-            self._first.record()
+            self._first.record(torch.cuda.current_stream(self._device))
 
     def stop(self) -> list[Span]:
         """The spans since :meth:`start`, in the order of their beginning.  Waits for the GPU."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..checks import fail
-from ..contract import derive_seed_int
+from ..contract import derive_seed_int, derive_stream_seed
 from ..difference import stepped
 from ..functional import low_rank_
 from ..step.directions.masks import KeptMask
@@ -23,6 +23,7 @@ from ..step.rules.sgd import SGD
 from ..step.scalars import decay_of, descent, gate, gated_decay, is_zero, projected_gradient
 from ..step.subset import Subset
 from ..step.types import Bucket, Estimate, LossesAt, Seeds
+from ..transfer import to_device
 from .optimizer import ZerothOrder
 from .zosgd import ESTIMATORS
 
@@ -189,7 +190,7 @@ class ZOCGE(ZerothOrder):
         change = values[1:] - values[0] if one_sided else values[::2] - values[1::2]
         parts = change.split([len(e.positions) for e in self._entries])
         return [
-            projected_gradient(part / e.steps().to(losses.device, non_blocking=True), e.bucket.group["clip"])
+            projected_gradient(part / to_device(e.steps(), losses.device), e.bucket.group["clip"])
             for part, e in zip(parts, self._entries, strict=True)
         ]
 
@@ -199,7 +200,7 @@ class ZOCGE(ZerothOrder):
             if is_zero(group["lr"]):
                 continue  # 0 * g would turn a weight of -0.0 into 0.0
             decay = gated_decay(decay_of(group, g), estimate.finite, device) if group["weight_decay"] else None
-            change = descent(group, g).to(device, non_blocking=True)  # -0.0 unless finite: the weights keep their bits
+            change = to_device(descent(group, g), device)  # -0.0 unless finite: the weights keep their bits
             e.weights[e.places] = e.updated(change, probe.seeds[device][:1], decay, group["rounding"])
         torch.clear_autocast_cache()
         self.run_state.advance(estimate.finite)
@@ -243,7 +244,7 @@ class ZOCGE(ZerothOrder):
         found = []
         for (b, p, stream, index), at in zip(allowed, chosen, strict=True):
             if len(at):
-                places = torch.tensor(at, device=p.device)
+                places = to_device(torch.tensor(at), p.device)
                 found.append((b, p, stream, places if index is None else index[places]))
         if not found:
             fail(self.op, "mask, per_step", "at least one coordinate in a step", "none")
@@ -265,6 +266,6 @@ def sample(seed: int, stream: int, count: int, total: int) -> list[int]:
     """``count`` different integers of range(total), ascending; every set is as likely.  Floyd's algorithm."""
     found: set[int] = set()
     for last in range(total - count, total):
-        drawn = derive_seed_int(seed, last, stream) % (last + 1)
+        drawn = derive_stream_seed(seed, last, stream) % (last + 1)
         found.add(last if drawn in found else drawn)
     return sorted(found)

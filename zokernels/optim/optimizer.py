@@ -28,7 +28,7 @@ class ZerothOrder(StepOptimizer):
     Args:
         params: ``model.named_parameters()`` (recommended: noise then depends on names, not on order),
             parameters, or group dicts of either.  A group takes lr, eps, weight_decay, dist, rounding, clip
-            and streams (a 32-bit id for each parameter).  Parameters with ``requires_grad=False`` are neither
+            and streams (a 56-bit id for each parameter).  Parameters with ``requires_grad=False`` are neither
             perturbed nor updated.
         lr: step size, in units of theta per unit of g; a number or a one-element tensor.  It is read at every
             step.  In a CUDA graph a number is a constant, and a tensor is read at each replay.

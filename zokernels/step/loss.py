@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..checks import fail
+from ..transfer import to_device
 from .shard import is_sharded
 
 
@@ -81,4 +82,4 @@ class RankReader(LossReader):
         for place, index in enumerate(order):
             places[index] = place
         self.best = results[order[0]]
-        return torch.tensor(places, dtype=torch.float64).to(self.device, non_blocking=True)
+        return to_device(torch.tensor(places, dtype=torch.float64), self.device)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..transfer import to_device
 from .types import Group
 
 
@@ -23,7 +24,7 @@ def learning_rate(group: Group, like: Tensor) -> float | Tensor:
     """The group's lr: a number, or a float64 0-dim tensor on the device of ``like``."""
     lr: float | Tensor = group["lr"]
     if isinstance(lr, Tensor):
-        lr = lr.detach().reshape(()).to(like.device, torch.float64, non_blocking=True)
+        lr = to_device(lr.detach().reshape(()), like.device, torch.float64)
     return lr
 
 
@@ -51,7 +52,7 @@ def gate(groups: list[Group], gradients: list[Tensor]) -> tuple[list[Tensor], Te
 def gated_decay(decay: float | Tensor, finite: Tensor, device: torch.device) -> Tensor:
     """``decay`` as fp32 [1] on ``device``; 1 unless ``finite``."""
     one = torch.ones(1, dtype=torch.float64, device=finite.device)
-    return torch.where(finite, decay * one, one).float().to(device, non_blocking=True)
+    return to_device(torch.where(finite, decay * one, one).float(), device)
 
 
 def scalars(values: Sequence[float | Tensor], device: torch.device) -> Tensor:

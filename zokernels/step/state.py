@@ -11,6 +11,7 @@ from torch import Tensor
 from ..checks import fail
 from ..contract import derive_seed_int, seed_to_int64
 from ..functional import derive_seed
+from ..transfer import to_device
 from .types import Seeds
 
 
@@ -46,7 +47,7 @@ class HostState(_State):
 
     def advance(self, finite: Tensor) -> None:
         """A step has been taken; unless ``finite``, its update was skipped."""
-        self.skipped = self.skipped.to(finite.device, non_blocking=True) + ~finite
+        self.skipped = to_device(self.skipped, finite.device) + ~finite
         self.step += 1
 
     def load(self, seed: int, step: int, skipped: int) -> None:
@@ -90,7 +91,7 @@ class DeviceState(_State):
         return {d: derive_seed(self._seeds[d], self._steps[d] + ahead, torch.arange(count, device=d)) for d in devices}
 
     def advance(self, finite: Tensor) -> None:
-        self.skipped.add_((~finite).to(self.skipped.device, non_blocking=True))
+        self.skipped.add_(to_device(~finite, self.skipped.device))
         for step in self._steps.values():
             step.add_(1)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..functional import Dist
+from ..transfer import to_device
 from .noise import DENSE, Members, Noise
 
 #: A parameter group, as ``optimizer.param_groups`` has them.
@@ -41,7 +42,7 @@ def terms(point: Point, seeds: Tensor) -> tuple[Tensor, Tensor]:
     if not point:
         return seeds[:0], torch.empty(0, dtype=torch.float32, device=seeds.device)
     fill = lambda c: torch.full((1,), c, dtype=torch.float32, device=seeds.device)
-    move = lambda c: c.reshape(1).to(seeds.device, non_blocking=True)
+    move = lambda c: to_device(c.reshape(1), seeds.device)
     coeffs = [move(c) if isinstance(c, Tensor) else fill(c) for c in point.values()]
     if len(coeffs) == 1:
         (k,) = point

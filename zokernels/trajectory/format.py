@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
 from ..checks import fail
-from ..contract import CONTRACT
+from ..contract import CONTRACT, STREAM_BITS, canonical_name
 
 MAGIC, VERSION = b"ZKLOG\n", 1
-MAX_HEADER = 1 << 26
+#: Bytes of a header: about 250 for a parameter, so 2^28 for a model of a million tensors.
+MAX_HEADER = 1 << 29
 #: Factors of a larger rank would be larger than most weights.  Nothing else bounds what a replay allocates
 #: for them.
 MAX_RANK = 4096
@@ -175,7 +176,7 @@ _GROUP = {
 }
 _PARAM = {
     "name": _is_name,
-    "stream": lambda v: _is_int(v, 0, 2**32),
+    "stream": lambda v: _is_int(v, 0, 2**STREAM_BITS),
     "shape": _is_shape,
     "dtype": lambda v: isinstance(v, str) and len(v) <= 32,
     "sha256": _is_digest,
@@ -228,6 +229,9 @@ def _read_header(file: BinaryIO, name: str) -> tuple[dict[str, Any], Layout] | N
     if not same:
         fail("trajectory", name, "a header of canonical JSON", "another form of it")
     check_header(header)
+    for group in header["groups"]:
+        for param in group["params"]:  # logs from before know fewer wrappers
+            param["name"] = param["name"] and canonical_name(param["name"])
     return header, _layout(header, crc)
 
 

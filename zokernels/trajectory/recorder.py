@@ -67,9 +67,10 @@ def pending(optimizer: OptimizerView, step: int, buckets: list[Bucket], estimate
     numbers += [*estimate.gradients, *(g for _, g in elsewhere)]
     values, arrived = torch.cat([number(v) for v in numbers]), None
     if not known_on_host(values):
+        stream = torch.cuda.current_stream(values.device)  # which copies, whatever the current device is
         values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
         arrived = torch.cuda.Event()
-        arrived.record()
+        arrived.record(stream)
     at = tuple(place.get(id(group)) for group in groups)
     return _Pending(step, optimizer.in_two_pass, optimizer.carried, at, values, arrived)
 

@@ -211,6 +211,10 @@ def check_same_run(optimizer: OptimizerView, header: dict[str, Any]) -> None:
     for group in theirs["groups"]:
         for p in group["params"]:
             p["sha256"] = None
+    streams = [[[p["stream"] for p in g["params"]] for g in each["groups"]] for each in (ours, theirs)]
+    if streams[0] != streams[1] and list(map(len, streams[0])) == list(map(len, streams[1])):
+        where = "'stream' of each parameter in read(path).header['groups'], as 'streams' of each group"
+        fail("trajectory", "resume: streams", f"those of the log ({where})", "others, which draw other noise")
     for key in theirs:
         if key not in ("created_by", "start", "gated") and ours.get(key) != theirs[key]:
             fail("trajectory", f"resume: {key}", f"that of the log, {str(theirs[key])[:200]}", str(ours.get(key))[:200])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...contract import PHILOX_M0, PHILOX_M1, PHILOX_ROUNDS, PHILOX_W0, PHILOX_W1
+from ...contract import PHILOX_M0, PHILOX_M1, PHILOX_ROUNDS, PHILOX_W0, PHILOX_W1, stream_words
 
 MASK32 = 0xFFFFFFFF
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -24,5 +24,5 @@ def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> Word
 
 def philox_blocks(seed: Tensor, stream: int, domain: int, blocks: Tensor) -> Tensor:
     """Words of the 64-bit block indices ``blocks`` [n]: int64 [n, 4]."""
-    word = torch.full((), stream, dtype=torch.int64, device=blocks.device)
-    return torch.stack(philox(blocks & MASK32, (blocks >> 32) & MASK32, word, torch.full_like(word, domain), seed), -1)
+    c2, c3 = (torch.full((), word, dtype=torch.int64, device=blocks.device) for word in stream_words(stream, domain))
+    return torch.stack(philox(blocks & MASK32, (blocks >> 32) & MASK32, c2, c3, seed), -1)

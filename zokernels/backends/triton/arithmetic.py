@@ -16,6 +16,16 @@ _INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
+def int64(x):
+    """``x``, an int64 argument of a kernel, as what it says it is.
+
+    Triton's interpreter keeps a number in [2^31, 2^32) as uint32, whatever the kernel's annotation is, and then a shift
+    by 32 has no meaning.  A sum with an int64 makes it one; the compiler removes the sum.
+    """
+    return x + tl.zeros((), tl.int64)
+
+
+@triton.jit
 def fma(a, b, c):
     """a * b + c, rounded once.  fma.rn.f32"""
     if INTERPRET:

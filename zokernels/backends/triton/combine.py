@@ -36,10 +36,11 @@ _BLOCKS = tl.constexpr(4)
 
 @triton.jit
 def _root(curvature, row, inside, span):
+    """sqrt(curvature), as an option."""
     if curvature is None:
-        return None
+        return ()
     else:
-        return tl.sqrt_rn(load(curvature, row, inside, span))
+        return (tl.sqrt_rn(load(curvature, row, inside, span)),)
 
 
 @triton.jit
@@ -57,11 +58,11 @@ def _tile(row, inside, span, terms, out, theta, curvature):
 
 @triton.jit
 def _unit(root):
-    """|w| of Rademacher noise; None: 1."""
-    if root is None:
-        return None
+    """|w| of Rademacher noise, as an option; absent: 1."""
+    if len(root) == 0:
+        return ()
     else:
-        return tl.div_rn(1.0, root)
+        return (tl.div_rn(1.0, root[0]),)
 
 
 @triton.jit
@@ -87,8 +88,8 @@ def _whole_rademacher(span, terms, out, theta, curvature):
         u0, u1 = _unit(_root(curvature, r0, None, span)), _unit(_root(curvature, r1, None, span))
         u2, u3 = _unit(_root(curvature, r2, None, span)), _unit(_root(curvature, r3, None, span))
         t0, t1, t2, t3 = a0, a1, a2, a3
-        if terms.num_k is not None:
-            for k in range(terms.num_k):
+        if len(terms.num_k) == 1:
+            for k in range(terms.num_k[0]):
                 seed, c = tl.load(terms.seeds + k), tl.load(terms.coeffs + k)
                 t0, t1, t2, t3 = _add_rademacher4(t0, t1, t2, t3, u0, u1, u2, u3, seed, c, span, word)
         else:
@@ -104,7 +105,7 @@ def _whole_rademacher(span, terms, out, theta, curvature):
 @triton.jit
 def _program(span, numel, terms, out, theta, curvature, ALIGNED: tl.constexpr):
     args = (terms, out, theta, curvature)
-    if terms.mantissa is not None:
+    if len(terms.mantissa) == 1:
         each_tile(_tile, span, numel, ALIGNED, _BLOCKS, args)
     elif is_whole(span, numel, ALIGNED):
         _whole_rademacher(span, *args)
@@ -138,7 +139,8 @@ def combine_table_kernel(
     numel, span = tabled_span(row, pointer(row, 7, DTYPES[2]), pid)
     coeffs = coeffs_of(coeffs, row, num_k, EACH)
     terms = noise_of(seeds, coeffs, num_k, decay, rounding_seed, mask_seed, mask_keep, DOMAIN, K, LOW, HIGH)
-    out, theta, curvature = pointer(row, 5, DTYPES[0]), pointer(row, 6, DTYPES[1]), pointer(row, 8, DTYPES[3])
+    out, theta = pointer(row, 5, DTYPES[0]), pointer(row, 6, DTYPES[1])
+    curvature = pointer(row, 8, DTYPES[3])
     _program(span, numel, terms, out, theta, curvature, ALIGNED)
 
 

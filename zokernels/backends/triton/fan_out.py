@@ -19,7 +19,7 @@ def _tile(row, inside, span, terms, theta, plus, minus, seed, c, PENDING: tl.con
     dtype: tl.constexpr = theta.dtype.element_ty
     x = load(theta, row, inside, span)
     if PENDING:
-        total = accumulate(decayed(x, terms), row, span, terms, None)
+        total = accumulate(decayed(x, terms), row, span, terms, ())
         updated = rounded(total, dtype, row, span, terms)
         store(theta, updated, row, inside, span)
         x = to_float(updated)

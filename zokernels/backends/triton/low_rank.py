@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ...contract import DOMAIN_ROUNDING
 from ..terms import Terms
-from .arithmetic import fma
+from .arithmetic import fma, int64
 from .launch import Job, dtypes, launch
 from .noise import field16, uniform16
-from .philox import philox, words
+from .philox import philox, stream_words, words
 from .rounding import round_nearest, round_stochastic, to_float
 from .table import pointer, row_of
 from .tile import coeffs_of, zeros_like
@@ -32,17 +32,17 @@ _ROUNDING = tl.constexpr(DOMAIN_ROUNDING)
 @triton.jit
 def _fields(seed, index, n, stream, ALIGNED: tl.constexpr):
     """16 bits for each element, uint32 [ROWS, COLUMNS]; ``index``: the logical index of the first, row length ``n``."""
-    domain = tl.full((), _ROUNDING, tl.uint32)
+    low, domain = stream_words(stream, _ROUNDING)
     if ALIGNED:  # eight columns are one block
         group = tl.arange(0, _ROWS * _COLUMNS // 8)
         block = (index + (group // (_COLUMNS // 8)).to(tl.int64) * n + 8 * (group % (_COLUMNS // 8))) >> 3
         block_lo, block_hi = words(block)
-        w0, w1, w2, w3 = philox(block_lo, block_hi, stream, domain, seed)
+        w0, w1, w2, w3 = philox(block_lo, block_hi, low, domain, seed)
         return uniform16(w0, w1, w2, w3).reshape(_ROWS, _COLUMNS)
     else:
         element = index + tl.arange(0, _ROWS).to(tl.int64)[:, None] * n + tl.arange(0, _COLUMNS)[None, :]
         block_lo, block_hi = words(element >> 3)
-        w0, w1, w2, w3 = philox(block_lo, block_hi, stream, domain, seed)
+        w0, w1, w2, w3 = philox(block_lo, block_hi, low, domain, seed)
         return field16(w0, w1, w2, w3, (element & 7).to(tl.uint32))
 
 
@@ -50,6 +50,7 @@ def _fields(seed, index, n, stream, ALIGNED: tl.constexpr):
 def _program(
     out, theta, left, right, m, n, rank, offset, stream, pid, coeffs, num_k, decay, rounding_seed, ALIGNED: tl.constexpr
 ):
+    offset, stream = int64(offset), int64(stream)
     if ALIGNED:
         n = n // 8 * 8  # n itself, and now the compiler knows
     across = tl.cdiv(n, _COLUMNS)
@@ -68,7 +69,7 @@ def _program(
     left += tl.minimum(top + row, m - 1) * rank
     right += tl.minimum(first + column, n - 1) * rank
     for k in range(num_k):
-        product = zeros_like(acc, rank)
+        product = zeros_like(acc, (rank,))
         for r in tl.range(0, rank, loop_unroll_factor=4):
             product = fma(tl.load(left + r)[:, None], tl.load(right + r)[None, :], product)
         acc = fma(tl.load(coeffs + k), product, acc)
@@ -78,7 +79,7 @@ def _program(
     if rounding_seed is None:
         x = round_nearest(acc, dtype)
     else:
-        u16 = _fields(tl.load(rounding_seed), offset + start, n, stream.to(tl.uint32), ALIGNED)
+        u16 = _fields(tl.load(rounding_seed), offset + start, n, stream, ALIGNED)
         x = round_stochastic(acc, u16, dtype)
     tl.store(out + element, x, mask=inside)
 

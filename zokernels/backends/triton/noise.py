@@ -75,16 +75,17 @@ def normal(w0, w1, w2, w3, mantissa):
 
 @triton.jit
 def add_rademacher(acc, c, unit, word, byte: tl.constexpr):
-    """acc + c w for acc [B, 8] and the bits of one byte of ``word`` [B]; w = z * unit, or z where unit is None.
+    """acc + c w for acc [B, 8] and the bits of one byte of ``word`` [B]; w = z * unit, or z where ``unit``, an option
+    (``tile``), is absent.
 
     c * (+-1) is exact, so the fma of the contract is an addition of c with its sign bit flipped.
     """
     flip = (word[:, None] << (31 - 8 * byte - tl.arange(0, 8))[None, :].to(tl.uint32)) & 0x80000000
     signed = (c.to(tl.uint32, bitcast=True) ^ flip).to(tl.float32, bitcast=True)
-    if unit is None:
+    if len(unit) == 0:
         return acc + signed
     else:
-        return fma(signed, unit, acc)
+        return fma(signed, unit[0], acc)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Philox4x32-10 (Salmon et al., SC'11) in Triton: counter (block_lo, block_hi, stream, domain), key = seed."""
+"""Philox4x32-10 (Salmon et al., SC'11) in Triton: counter (block, stream and domain), key = seed."""
 
 from __future__ import annotations
 
@@ -17,6 +17,13 @@ _ROUNDS = tl.constexpr(PHILOX_ROUNDS)
 def words(x):
     """(low, high) uint32 words of an int64."""
     return x.to(tl.uint32), (x >> 32).to(tl.uint32)
+
+
+@triton.jit
+def stream_words(stream, DOMAIN: tl.constexpr):
+    """Counter words 2 and 3 of an int64 stream: its low word; and its upper 24 bits above the domain."""
+    low, high = words(stream)
+    return low, (high << 8) | DOMAIN
 
 
 @triton.jit

@@ -84,7 +84,7 @@ def _sums(tensor, numel, span, seed, normals, WHOLE: tl.constexpr):
     lane = tl.arange(0, THREADS)
     first = (lane >> 3) * 512 + ((lane >> 2) & 1) * 16 + (lane & 3)  # block of the first segment and row
     signs = ()
-    if normals is None:
+    if len(normals) == 0:
         block = (lane >> 3) * 32 + ((lane >> 2) & 1) * 16 + (lane & 3)
         for r in tl.static_range(4):
             signs += (draw_rademacher(seed, block + 4 * r, span),)
@@ -95,8 +95,8 @@ def _sums(tensor, numel, span, seed, normals, WHOLE: tl.constexpr):
         for r in tl.static_range(4):
             row = first + 32 * segment + 4 * r
             x = _load(tensor, row, span, numel, WHOLE)
-            if normals is not None:
-                even, odd = _normals(seed, row, span, normals)
+            if len(normals) == 1:
+                even, odd = _normals(seed, row, span, normals[0])
                 x_even, x_odd = _halves(x)
                 chain = fma(x_odd, odd, fma(x_even, even, chain))
             else:
@@ -120,9 +120,9 @@ def project_table_kernel(
     number = pid - tl.load(row)
     column, numel, offset = tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
     index = ((offset >> _PROGRAM_SHIFT) + number) << _PROGRAM_SHIFT
-    span = Span(index, index - offset, tl.load(row + 4).to(tl.uint32), None)
+    span = Span(index, index - offset, tl.load(row + 4), (), ())
     x, seed = pointer(row, 5, DTYPE), tl.load(seeds + k)
-    normals = mantissa(num_k) if DOMAIN == _NORMAL else None
+    normals = (mantissa(num_k),) if DOMAIN == _NORMAL else ()
     lane = tl.arange(0, THREADS)
     if ALIGNED & (span.start >= 0) & (span.start + _PROGRAM <= numel):
         sums = _sums(x, numel, span, seed, normals, True)

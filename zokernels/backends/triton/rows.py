@@ -17,9 +17,10 @@ import triton.language as tl
 from ...checks import fail
 from ...contract import DISTS
 from ..terms import Terms, row_blocks
+from .arithmetic import int64
 from .device import on_device
 from .launch import OPTIONS, UNROLLED, Group
-from .tile import PROGRAM, THREADS, Span
+from .tile import PROGRAM, THREADS, Span, moved
 
 #: Of a program, as many as in one piece.
 ROW_BLOCKS = PROGRAM // 8
@@ -53,7 +54,7 @@ def _whole_rows(TILE: tl.constexpr, base, column, begin, skipped, stream, mask, 
         row = first + tl.arange(0, BLOCKS * THREADS)
         ahead = column + row.to(tl.uint32)
         block = begin.to(tl.uint32) + ahead + _quotient(ahead, blocks) * skipped.to(tl.uint32)
-        TILE(row, None, Span((begin >> 32) << 35, base * 8, stream, mask, block), *args)
+        TILE(row, None, Span((begin >> 32) << 35, base * 8, stream, mask, (block,)), *args)
 
 
 @triton.jit
@@ -72,7 +73,7 @@ def _edge_rows(
         inside = (line + lines < rows)[:, None] & (at >= 0) & (at < width)
         place = (line + lines) * width + (block * 8 - begin)
         start = base * 8 if ALIGNED else (place - row * 8)[:, None]
-        span = Span((block >> 9) << 12, start, stream, mask, (block & 511).to(tl.int32))
+        span = Span((block >> 9) << 12, start, stream, mask, ((block & 511).to(tl.int32),))
         TILE(row, inside, span, *args)
 
 
@@ -83,12 +84,12 @@ def each_row_tile(
 ):  # fmt: skip
     """TILE(row, inside, span, *args) as in ``tile``; BLOCKS: blocks of a thread in a whole program."""
     blocks = Divisor(divisor[0].to(tl.uint32), divisor[1].to(tl.uint32), divisor[2].to(tl.uint32))
-    base, stream = tl.program_id(0).to(tl.int64) * _ROW_BLOCKS, stream.to(tl.uint32)
+    base = tl.program_id(0).to(tl.int64) * _ROW_BLOCKS
+    offset, stream, length = int64(offset), int64(stream), int64(length)
     small = base < 2**31
     line = _quotient(base.to(tl.uint32), blocks).to(tl.int64) if small else base // divisor[0]
     column = (base - line * divisor[0]).to(tl.uint32)
-    if mask is not None:
-        mask += base
+    mask = moved(mask, base)
     if ALIGNED:
         begin, skipped = (offset + line * length) >> 3, (length >> 3) - divisor[0]
         last = column + (_ROW_BLOCKS - 1)

@@ -38,9 +38,10 @@ def row_of(table, owner, WIDTH: tl.constexpr):
 
 @triton.jit
 def pointer(row, COLUMN: tl.constexpr, DTYPE: tl.constexpr):
-    """The address in a row's column; None where DTYPE is."""
+    """The address in a row's column; None where DTYPE is: assign it to a name of its own, since Triton 3.6 has no
+    tuples with None."""
     if DTYPE is None:
-        return None
+        return  # of `return None` Triton 3.6 would try to make a tensor
     else:
         return tl.load(row + COLUMN).to(tl.pointer_type(DTYPE))
 

@@ -6,6 +6,10 @@ thread owns whole blocks of eight elements, and a block is one 16-byte access (t
 
 A tile is a number of such blocks: ``row`` int32 [B] are their numbers in the program, a value of every element is
 [B, 8], and ``inside`` bool [B, 8] says which elements exist; None: all, and the pointers lie on 16 bytes.
+
+An option is a value that a kernel may be compiled without: the tuple ``(value,)`` where there is one, else ``()``.  It
+is what None is for the arguments of a kernel.  Functions cannot return None within a tuple: Triton 3.6 tries to make a
+tensor of it.  ``len(option)`` is known to the compiler, so a branch on it is taken when the kernel is compiled.
 """
 
 from __future__ import annotations
@@ -16,9 +20,9 @@ import triton
 import triton.language as tl
 
 from ...contract import DOMAIN_MASK, DOMAIN_NORMAL, DOMAIN_RADEMACHER, DOMAIN_ROUNDING
-from .arithmetic import fma
+from .arithmetic import fma, int64
 from .noise import normal, rademacher, uniform16
-from .philox import philox, words
+from .philox import philox, stream_words, words
 from .rounding import round_integer, round_nearest, round_stochastic, to_float
 
 NUM_WARPS = 4
@@ -36,36 +40,39 @@ class Span(NamedTuple):
 
     index: Any  # int64: the first logical index, a multiple of PROGRAM
     start: Any  # int64: that element's place in the tensor, negative where the tensor begins inside the program
-    stream: Any  # uint32
-    mask: Any  # uint8 pointer to the packed mask of the first block; None: no mask
-    #: Philox blocks from index / 8 to those of a tile, in the order of its ``row``; None: ``row`` itself.
-    block: Any = None
+    stream: Any  # int64, of 56 bits
+    mask: Any  # a uint8 pointer to the packed mask of the first block, as an option
+    #: Philox blocks from index / 8 to those of a tile, in the order of its ``row``, as an option; absent: ``row``.
+    block: Any
 
 
 class Noise(NamedTuple):
-    """``backends.terms.Terms`` in a kernel.
-
-    Choices of the compilation stand as None or not: Triton makes a tensor of any other constexpr in an assigned tuple.
-    """
+    """``backends.terms.Terms`` in a kernel."""
 
     seeds: Any  # K int64 values, or a pointer to num_k of them
     coeffs: Any  # as seeds, fp32
-    num_k: Any  # None: the kernel is compiled for the number of directions
-    decay: Any  # fp32 or None
-    rounding_seed: Any  # int64; None: to nearest
-    mask_seed: Any  # int64 or None
-    mask_keep: Any
-    mantissa: Any  # of ``normal``; None: Rademacher noise
-    low: Any  # the bounds of int8 tensors
-    high: Any
+    num_k: Any  # int32, as an option; absent: the kernel is compiled for the number of directions
+    decay: Any  # fp32, as an option
+    rounding_seed: Any  # int64, as an option; absent: to nearest
+    random_mask: Any  # (mask_seed int64, mask_keep int32), or ()
+    mantissa: Any  # of ``normal``, as an option; absent: Rademacher noise
+    bounds: Any  # of int8 tensors: (low, high), or () for other dtypes
+
+
+@triton.jit
+def moved(ptr, count):
+    """The pointer ``count`` elements further, as an option."""
+    if ptr is None:
+        return ()
+    else:
+        return (ptr + count,)
 
 
 @triton.jit
 def span_of(offset, stream, mask, pid):
+    offset, stream = int64(offset), int64(stream)
     index = ((offset >> _PROGRAM_SHIFT) + pid) << _PROGRAM_SHIFT
-    if mask is not None:
-        mask += (index >> 3) - (offset >> 3)
-    return Span(index, index - offset, stream.to(tl.uint32), mask)
+    return Span(index, index - offset, stream, moved(mask, (index >> 3) - (offset >> 3)), ())
 
 
 @triton.jit
@@ -86,10 +93,11 @@ def coeffs_of(coeffs, row, num_k, EACH: tl.constexpr):
 
 @triton.jit
 def _scalar(ptr):
+    """The number at a pointer, as an option."""
     if ptr is None:
-        return None
+        return ()
     else:
-        return tl.load(ptr)
+        return (tl.load(ptr),)
 
 
 @triton.jit
@@ -104,16 +112,18 @@ def noise_of(
     seeds, coeffs, num_k, decay, rounding_seed, mask_seed, mask_keep, DOMAIN: tl.constexpr, K: tl.constexpr,
     LOW: tl.constexpr = None, HIGH: tl.constexpr = None,
 ):  # fmt: skip
-    decay, rounding_seed, mask_seed = _scalar(decay), _scalar(rounding_seed), _scalar(mask_seed)
-    normals = mantissa(num_k) if DOMAIN == _NORMAL else None
+    decay, rounding_seed = _scalar(decay), _scalar(rounding_seed)
+    random_mask = () if mask_seed is None else (tl.load(mask_seed), mask_keep)
+    normals = (mantissa(num_k),) if DOMAIN == _NORMAL else ()
+    bounds = () if LOW is None else (LOW, HIGH)
     if K is None:
-        return Noise(seeds, coeffs, num_k, decay, rounding_seed, mask_seed, mask_keep, normals, LOW, HIGH)
+        return Noise(seeds, coeffs, (num_k,), decay, rounding_seed, random_mask, normals, bounds)
     else:
         seed_list, coeff_list = (), ()
         for k in tl.static_range(K):
             seed_list += (tl.load(seeds + k),)
             coeff_list += (tl.load(coeffs + k),)
-        return Noise(seed_list, coeff_list, None, decay, rounding_seed, mask_seed, mask_keep, normals, LOW, HIGH)
+        return Noise(seed_list, coeff_list, (), decay, rounding_seed, random_mask, normals, bounds)
 
 
 @triton.jit
@@ -184,26 +194,26 @@ def store(ptr, x, row, inside, span):
 
 @triton.jit
 def _block(row, span):
-    if span.block is None:
+    if len(span.block) == 0:
         return row
     else:
-        return span.block
+        return span.block[0]
 
 
 @triton.jit
 def draw(seed, row, span, DOMAIN: tl.constexpr):
     """Philox words of the blocks ``row``."""
     block_lo, block_hi = words(span.index >> 3)
-    return philox(
-        block_lo + _block(row, span).to(tl.uint32), block_hi, span.stream, tl.full((), DOMAIN, tl.uint32), seed
-    )
+    stream, domain = stream_words(span.stream, DOMAIN)
+    return philox(block_lo + _block(row, span).to(tl.uint32), block_hi, stream, domain, seed)
 
 
 @triton.jit
 def draw_rademacher(seed, block, span):
     """Philox words of the Rademacher blocks with numbers ``block`` in the program: 32 a tile of 4096."""
     block_lo, block_hi = words(span.index >> 7)
-    return philox(block_lo + block.to(tl.uint32), block_hi, span.stream, tl.full((), _RADEMACHER, tl.uint32), seed)
+    stream, domain = stream_words(span.stream, _RADEMACHER)
+    return philox(block_lo + block.to(tl.uint32), block_hi, stream, domain, seed)
 
 
 @triton.jit
@@ -215,9 +225,9 @@ def _uniform16(seed, row, span, DOMAIN: tl.constexpr):
 @triton.jit
 def noise(seed, row, span, terms):
     """z, fp32 [B, 8]."""
-    if terms.mantissa is not None:
+    if len(terms.mantissa) == 1:
         w0, w1, w2, w3 = draw(seed, row, span, _NORMAL)
-        return normal(w0, w1, w2, w3, terms.mantissa)
+        return normal(w0, w1, w2, w3, terms.mantissa[0])
     else:
         block = _block(row, span)
         return rademacher(draw_rademacher(seed, (block >> 9) * 32 + (block & 31), span), (block >> 5) & 15)
@@ -225,30 +235,30 @@ def noise(seed, row, span, terms):
 
 @triton.jit
 def zeros_like(x, count):
-    """Zeros to sum up ``count`` terms on; None: the loop stands unrolled.
+    """Zeros to sum up ``count`` terms on, an option; absent: the loop stands unrolled.
 
     Constants would get another layout than the terms of a loop, each of which would then pass through shared memory:
     46 instructions an element instead of 35 in momentum with one direction.
     """
-    if count is None:
+    if len(count) == 0:
         return tl.zeros_like(x)
     else:  # the compiler does not know that a count is not negative
-        return (x.to(tl.uint32, bitcast=True) & (count >> 31).to(tl.uint32)).to(tl.float32, bitcast=True)
+        return (x.to(tl.uint32, bitcast=True) & (count[0] >> 31).to(tl.uint32)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def weighted(z, root):
-    if root is None:
+    if len(root) == 0:
         return z
     else:
-        return tl.div_rn(z, root)
+        return tl.div_rn(z, root[0])
 
 
 @triton.jit
 def accumulate(acc, row, span, terms, root):
-    """acc + sum_k c_k w_k, a chain of fmas; w = z / root, or z where root is None."""
-    if terms.num_k is not None:
-        for k in range(terms.num_k):
+    """acc + sum_k c_k w_k, a chain of fmas; w = z / root, or z without the option ``root``."""
+    if len(terms.num_k) == 1:
+        for k in range(terms.num_k[0]):
             w = weighted(noise(tl.load(terms.seeds + k), row, span, terms), root)
             acc = fma(tl.load(terms.coeffs + k), w, acc)
     else:
@@ -259,10 +269,10 @@ def accumulate(acc, row, span, terms, root):
 
 @triton.jit
 def decayed(x, terms):
-    if terms.decay is None:
+    if len(terms.decay) == 0:
         return x
     else:
-        return terms.decay * x
+        return terms.decay[0] * x
 
 
 @triton.jit
@@ -270,31 +280,34 @@ def _packed(row, inside, span):
     # Without the hint a thread would load the bytes of neighbouring blocks, and pass them on through shared memory.
     row = tl.max_contiguous(row, 1)
     if inside is None:
-        byte = tl.load(span.mask + row)
+        byte = tl.load(span.mask[0] + row)
     else:
-        byte = tl.load(span.mask + row, mask=tl.max(inside.to(tl.int32), 1) > 0, other=0)
+        byte = tl.load(span.mask[0] + row, mask=tl.max(inside.to(tl.int32), 1) > 0, other=0)
     return ((byte[:, None].to(tl.int32) >> tl.arange(0, 8)[None, :]) & 1) != 0
 
 
 @triton.jit
 def kept(row, inside, span, terms):
-    """bool [B, 8]: the elements that the masks keep; None: all."""
-    if span.mask is None and terms.mask_seed is None:
-        return None
-    elif terms.mask_seed is None:
-        return _packed(row, inside, span)
-    elif span.mask is None:
-        return _uniform16(terms.mask_seed, row, span, _MASK) < terms.mask_keep
+    """bool [B, 8], as an option: the elements that the masks keep; absent: all."""
+    if len(terms.random_mask) == 0:
+        if len(span.mask) == 0:
+            return ()
+        else:
+            return (_packed(row, inside, span),)
     else:
-        return _packed(row, inside, span) & (_uniform16(terms.mask_seed, row, span, _MASK) < terms.mask_keep)
+        drawn = _uniform16(terms.random_mask[0], row, span, _MASK) < terms.random_mask[1]
+        if len(span.mask) == 0:
+            return (drawn,)
+        else:
+            return (_packed(row, inside, span) & drawn,)
 
 
 @triton.jit
 def choose(keep, x, otherwise):
-    if keep is None:
+    if len(keep) == 0:
         return x
     else:
-        return tl.where(keep, x, otherwise)
+        return tl.where(keep[0], x, otherwise)
 
 
 @triton.jit
@@ -302,14 +315,14 @@ def rounded(acc, dtype: tl.constexpr, row, span, terms, DOMAIN: tl.constexpr = _
     """fp32 to ``dtype``, once."""
     if dtype == tl.float32:
         return acc
-    elif terms.rounding_seed is None:
+    elif len(terms.rounding_seed) == 0:
         if dtype == tl.int8:
-            return round_integer(acc, None, terms.low, terms.high)
+            return round_integer(acc, None, terms.bounds[0], terms.bounds[1])
         else:
             return round_nearest(acc, dtype)
     else:
-        u16 = _uniform16(terms.rounding_seed, row, span, DOMAIN)
+        u16 = _uniform16(terms.rounding_seed[0], row, span, DOMAIN)
         if dtype == tl.int8:
-            return round_integer(acc, u16, terms.low, terms.high)
+            return round_integer(acc, u16, terms.bounds[0], terms.bounds[1])
         else:
             return round_stochastic(acc, u16, dtype)

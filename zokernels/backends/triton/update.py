@@ -35,12 +35,13 @@ _FIRST, _SECOND = tl.constexpr(DOMAIN_STATE), tl.constexpr(DOMAIN_STATE + 1)
 #: Values of hyper, but for those of each seed.
 VALUES = {"momentum": 4, "adam": 8, "adam_window": 2, "sign": 2, "hizoo": 2}
 
-# A rule: (the new theta, its states, or None), from theta, decayed theta ``base``, the old states and hyper as a tuple.
+# A rule: (the new theta, the new first and second state as options), from theta, decayed theta ``base``, the old
+# states and hyper as a tuple.
 
 
 @triton.jit
 def _gradient(theta, l2, row, span, terms):
-    return fma(l2, theta, accumulate(zeros_like(theta, terms.num_k), row, span, terms, None))
+    return fma(l2, theta, accumulate(zeros_like(theta, terms.num_k), row, span, terms, ()))
 
 
 @triton.jit
@@ -48,7 +49,7 @@ def _momentum(row, span, terms, theta, base, m, hyper):
     l2, beta, gain, lr = hyper
     g = _gradient(theta, l2, row, span, terms)
     m = fma(beta, m, gain * g)
-    return fma(negated(lr), m, base), m, None
+    return fma(negated(lr), m, base), (m,), ()
 
 
 @triton.jit
@@ -57,24 +58,24 @@ def _adam(row, span, terms, theta, base, m, v, hyper):
     g = _gradient(theta, l2, row, span, terms)
     m = fma(beta1, m, gain1 * g)
     v = fma(beta2, v, gain2 * g * g)
-    return fma(negated(lr), tl.div_rn(m, fma(tl.sqrt_rn(v), scale, eps)), base), m, v
+    return fma(negated(lr), tl.div_rn(m, fma(tl.sqrt_rn(v), scale, eps)), base), (m,), (v,)
 
 
 @triton.jit
 def _adam_window(row, span, terms, base, squares, hyper):
     lr, eps = hyper
     m, v = zeros_like(base, terms.num_k), zeros_like(base, terms.num_k)
-    for k in range(terms.num_k):
+    for k in range(terms.num_k[0]):
         z = noise(tl.load(terms.seeds + k), row, span, terms)
         m, v = fma(tl.load(terms.coeffs + k), z, m), fma(tl.load(squares + k), z * z, v)
-    return fma(negated(lr), tl.div_rn(m, tl.sqrt_rn(v) + eps), base), None, None
+    return fma(negated(lr), tl.div_rn(m, tl.sqrt_rn(v) + eps), base), (), ()
 
 
 @triton.jit
 def _sign(row, span, terms, theta, base, hyper):
     l2, lr = hyper
     g = _gradient(theta, l2, row, span, terms)
-    return fma(negated(lr), (g > 0).to(tl.float32) - (g < 0).to(tl.float32), base), None, None
+    return fma(negated(lr), (g > 0).to(tl.float32) - (g < 0).to(tl.float32), base), (), ()
 
 
 @triton.jit
@@ -82,36 +83,37 @@ def _hizoo(row, span, terms, base, h, hyper):
     keep, gain = hyper
     z = noise(terms.seeds[0], row, span, terms)
     h = fma(gain, h * (z * z), keep * h)
-    return fma(terms.coeffs[0], tl.div_rn(z, tl.sqrt_rn(h)), base), h, None
+    return fma(terms.coeffs[0], tl.div_rn(z, tl.sqrt_rn(h)), base), (h,), ()
 
 
 @triton.jit
 def _apply(row, span, terms, theta, base, first, second, squares, hyper, RULE: tl.constexpr):
     if RULE == "momentum":
-        return _momentum(row, span, terms, theta, base, first, hyper)
+        return _momentum(row, span, terms, theta, base, first[0], hyper)
     elif RULE == "adam":
-        return _adam(row, span, terms, theta, base, first, second, hyper)
+        return _adam(row, span, terms, theta, base, first[0], second[0], hyper)
     elif RULE == "adam_window":
         return _adam_window(row, span, terms, base, squares, hyper)
     elif RULE == "sign":
         return _sign(row, span, terms, theta, base, hyper)
     else:
-        return _hizoo(row, span, terms, base, first, hyper)
+        return _hizoo(row, span, terms, base, first[0], hyper)
 
 
 @triton.jit
 def _load_state(ptr, row, inside, span):
+    """A state's elements, as an option."""
     if ptr is None:
-        return None
+        return ()
     else:
-        return load(ptr, row, inside, span)
+        return (load(ptr, row, inside, span),)
 
 
 @triton.jit
 def _store_state(ptr, new, old, keep, row, inside, span, terms, DOMAIN: tl.constexpr):
     if ptr is not None:
         dtype: tl.constexpr = ptr.dtype.element_ty
-        x = choose(keep, rounded(new, dtype, row, span, terms, DOMAIN), round_nearest(old, dtype))
+        x = choose(keep, rounded(new[0], dtype, row, span, terms, DOMAIN), round_nearest(old[0], dtype))
         store(ptr, x, row, inside, span)
 
 
@@ -163,7 +165,9 @@ def update_table_kernel(
     numel, span = tabled_span(row, pointer(row, 8, DTYPES[3]), pid)
     coeffs = coeffs_of(coeffs, row, num_k, EACH)
     terms = noise_of(seeds, coeffs, num_k, decay, rounding_seed, mask_seed, mask_keep, DOMAIN, K)
-    theta, first, second = pointer(row, 5, DTYPES[0]), pointer(row, 6, DTYPES[1]), pointer(row, 7, DTYPES[2])
+    theta = pointer(row, 5, DTYPES[0])
+    first = pointer(row, 6, DTYPES[1])
+    second = pointer(row, 7, DTYPES[2])
     _program(span, numel, terms, theta, first, second, hyper, RULE, VALUES, ALIGNED)
 
 

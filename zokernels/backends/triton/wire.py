@@ -74,7 +74,7 @@ def _decoded(wire, row, inside, span, numel, EMAX: tl.constexpr):
 @triton.jit
 def _updated(row, inside, span, terms, wire, numel, dtype: tl.constexpr, EMAX: tl.constexpr):
     x = decayed(_decoded(wire, row, inside, span, numel, EMAX), terms)
-    return rounded(accumulate(x, row, span, terms, None), dtype, row, span, terms)
+    return rounded(accumulate(x, row, span, terms, ()), dtype, row, span, terms)
 
 
 @triton.jit
@@ -122,7 +122,8 @@ def decode_table_kernel(
     row, pid = row_of(table, owner, WIDTH)
     numel, span = tabled_span(row, None, pid)
     terms = noise_of(seeds, coeffs, num_k, decay, rounding_seed, None, None, DOMAIN, K)
-    plus, minus, wire = pointer(row, 5, DTYPES[0]), pointer(row, 6, DTYPES[1]), pointer(row, 7, DTYPES[2])
+    plus, wire = pointer(row, 5, DTYPES[0]), pointer(row, 7, DTYPES[2])
+    minus = pointer(row, 6, DTYPES[1])
     _program(span, numel, terms, plus, minus, wire, seed, coeff, EMAX, ALIGNED)
 
 

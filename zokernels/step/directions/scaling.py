@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...checks import fail
 from ...functional import squared_norm
+from ...transfer import to_device
 from ..noise import DENSE, Members, Noise
 from ..roles import OptimizerView
 from ..shard import whole_of
@@ -107,11 +108,11 @@ class Sphere(Direction):
         total = torch.zeros(len(seeds[home]), dtype=torch.float64, device=home)
         for b in buckets:
             sizes = [p.numel() for p in b.params]
-            total += squared_norm(seeds[b.device], sizes, streams=b.streams, dist=b.dist).to(home, non_blocking=True)
+            total += to_device(squared_norm(seeds[b.device], sizes, streams=b.streams, dist=b.dist), home)
         count = sum(p.numel() for b in buckets for p in b.params)
         factors = (count / total).sqrt().float()
         for b in buckets:
-            b.noise = _OnSphere(seeds[b.device], factors.to(b.device, non_blocking=True))
+            b.noise = _OnSphere(seeds[b.device], to_device(factors, b.device))
 
 
 class _Curved(Noise):

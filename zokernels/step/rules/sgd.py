@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...transfer import to_device
 from ..roles import OptimizerView
 from ..scalars import decay_of, is_zero, learning_rate
 from ..types import Bucket
@@ -35,7 +36,7 @@ class SGD(Rule):
         c = (decay_of(bucket.group, g) * back - learning_rate(bucket.group, g) * g.double()).float()
         # The other side of torch.where is a tensor, too: a number would be copied to the device, and waited
         # for.
-        coeffs = torch.where(finite, c, back.float()).to(bucket.device, non_blocking=True)
+        coeffs = to_device(torch.where(finite, c, back.float()), bucket.device)
         rounding = self.rounding(bucket, seeds, g, finite)
         if bucket.ahead is not None:
             seeds, coeffs = torch.cat((seeds, bucket.ahead[0])), torch.cat((coeffs, bucket.ahead[1]))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...checks import fail
 from ...functional import Rule as KernelRule
+from ...transfer import to_device
 from ..directions.scaling import CurvedDirection
 from ..estimators import ThreePoint
 from ..groups import check_number
@@ -46,8 +47,8 @@ class Stateful(Rule):
     def update(self, optimizer: OptimizerView, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor) -> None:
         values = scalars(self.hyper(optimizer, bucket, g), g.device)
         hyper = torch.where(finite, values, scalars(self.identity, g.device)).float()
-        hyper = hyper.to(bucket.device, non_blocking=True)
-        coeffs = self.coefficients(bucket.group, g, finite).to(bucket.device, non_blocking=True)
+        hyper = to_device(hyper, bucket.device)
+        coeffs = to_device(self.coefficients(bucket.group, g, finite), bucket.device)
         states = zip(("first", "second"), (self.state(optimizer, bucket, name) for name in self.states), strict=False)
         options = {**dict(states), **self.rounding(bucket, seeds, g, finite)}
         bucket.noise.step(bucket.members, self.kernel, hyper, seeds, coeffs, **options)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...checks import fail
+from ...transfer import to_device
 from ..groups import check_number
 from ..probes.probe import Probe
 from ..roles import OptimizerView
@@ -58,7 +59,7 @@ class Window(Rule):
     def begin(self, optimizer: OptimizerView, probe: Probe, estimate: Estimate) -> None:
         of_groups = {id(b.group): (b, g) for b, g in zip(probe.buckets, estimate.gradients, strict=True)}
         for bucket, g in of_groups.values():
-            seeds = probe.seeds[bucket.device].to(g.device, non_blocking=True)
+            seeds = to_device(probe.seeds[bucket.device], g.device)
             entries = {"seeds": (seeds, 1), **self.newest(bucket.group, g.double())}
             for name, kept in self.kept(optimizer, bucket.group, g.device).items():
                 entry, factor = entries[name]
@@ -66,7 +67,7 @@ class Window(Rule):
 
     def seeds(self, kept: dict[str, Tensor], bucket: Bucket) -> Tensor:
         """The seeds of all updates in the window: int64 [window * q], on the bucket's device."""
-        return kept["seeds"].flatten().to(bucket.device, non_blocking=True)
+        return to_device(kept["seeds"].flatten(), bucket.device)
 
 
 class MomentumWindow(Window):
@@ -89,7 +90,7 @@ class MomentumWindow(Window):
     def update(self, optimizer: OptimizerView, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor) -> None:
         kept = self.kept(optimizer, bucket.group, g.device)
         coeffs = descent(bucket.group, kept["first"].flatten())
-        coeffs = torch.where(finite, coeffs, torch.zeros_like(coeffs)).to(bucket.device, non_blocking=True)
+        coeffs = to_device(torch.where(finite, coeffs, torch.zeros_like(coeffs)), bucket.device)
         rounding = self.rounding(bucket, seeds, g, finite)
         bucket.noise.update(bucket.members, self.seeds(kept, bucket), coeffs, **rounding)
 
@@ -137,7 +138,7 @@ class AdamWindow(Window):
         step = scalars((learning_rate(bucket.group, g), bucket.group["adam_eps"]), g.device)
         coeffs, hyper = kept["first"].flatten() / left1, torch.cat((step, kept["second"].flatten() / left2))
         still = torch.cat((scalars((0.0, 1.0), g.device), torch.zeros_like(coeffs)))  # no step, and no 0 / 0
-        coeffs = torch.where(finite, coeffs, torch.zeros_like(coeffs)).float().to(bucket.device, non_blocking=True)
-        hyper = torch.where(finite, hyper, still).float().to(bucket.device, non_blocking=True)
+        coeffs = to_device(torch.where(finite, coeffs, torch.zeros_like(coeffs)).float(), bucket.device)
+        hyper = to_device(torch.where(finite, hyper, still).float(), bucket.device)
         rounding = self.rounding(bucket, seeds, g, finite)
         bucket.noise.step(bucket.members, "adam_window", hyper, self.seeds(kept, bucket), coeffs, **rounding)
