@@ -46,7 +46,7 @@ def _buffers(carrier: Carrier) -> list[Slot]:
     blocks, layout, device = carrier.blocks, carrier.layout, carrier.device
     size = max(b.nbytes for b in blocks) if layout is None else max(layout.nbytes)
     count, size = min(carrier.slots, len(blocks)), -(-size // PAGE) * PAGE
-    # FileStore are read into slots on the CPU directly: those begin at a page.
+    # Files are read into slots on the CPU directly: those begin at a page.
     whole = (
         torch.empty(count * size, dtype=torch.uint8, device=device) if carrier.to_gpu else mapping(count * size, device)
     )
