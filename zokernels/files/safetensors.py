@@ -69,8 +69,7 @@ class File:
             if total < 8 or length > min(total - 8, _MAX_HEADER):
                 fail("safetensors", str(path), "a safetensors file", f"{total} bytes, {length} of them a header")
             header = _json(file.read(length), str(path))
-            # Shared and read-only: a private writable map of the whole file would count as memory (ulimit
-            # -d).
+            # Shared and read-only: a private writable map of the whole file would count as data (ulimit -d).
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.metadata = header.pop("__metadata__", {})
         self.entries = {name: self._entry(name, found, 8 + length, total) for name, found in header.items()}
@@ -131,9 +130,8 @@ class Checkpoint:
         index = self.path / _INDEX
         if index.exists():
             names = _json(index.read_bytes(), str(index)).get("weight_map")
-            if not isinstance(names, dict) or not all(
-                isinstance(n, str) and n == os.path.basename(n) for n in names.values()
-            ):
+            is_here = lambda name: isinstance(name, str) and name == os.path.basename(name)
+            if not isinstance(names, dict) or not all(map(is_here, names.values())):
                 fail("safetensors", str(index), "weight_map: names of files in this folder", str(names)[:200])
             return [self.path / name for name in dict.fromkeys(names.values())]
         found = sorted(self.path.glob("*.safetensors"))

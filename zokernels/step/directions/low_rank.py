@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ...checks import fail
+from ...checks import check_integer, fail
 from ...functional import combine_, low_rank, low_rank_
 from ..noise import DENSE, Members, Noise, Tensors
 from ..roles import OptimizerView
@@ -147,8 +147,7 @@ class LowRank(Direction):
     refresh: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            fail(type(self).__name__, "rank", "an integer >= 1", repr(self.rank))
+        check_integer(type(self).__name__, "rank", self.rank)
         check_refresh(type(self).__name__, self.refresh)
 
     def prepare(self, optimizer: OptimizerView, buckets: list[Bucket], seeds: Seeds) -> None:
