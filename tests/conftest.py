@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import os
 import random
+import signal
 import time
 
 import pytest
@@ -69,6 +70,8 @@ def pytest_configure(config):
     # Most tensors of tests are so small that threads would only wait for each other.  Tests of threads ask for some.
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a script's background jobs have it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config, items):
