@@ -22,6 +22,13 @@ import zokernels
 pytest_plugins = ["pytester"]  # for test_seeds.py
 
 
+#: The files that take longest, the longest first, so that no process is left with one at the end.
+LONGEST = [
+    *("triton_compile", "cuda", "triton", "distributed", "offload_disk", "packaging", "examples", "bench_gpu_check"),
+    *("trajectory_file", "transformers_runs", "trajectory", "demo", "docs", "transformers_processes", "bench_methods"),
+]
+
+
 def _seed(text: str) -> int:
     """The value of ``--seed``."""
     return int.from_bytes(os.urandom(6), "little") if text == "random" else int(text)
@@ -44,12 +51,30 @@ def pytest_addoption(parser):
     )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """A run of all tests takes as many processes as there are cores, up to four; any other takes one."""
+    option, cores = config.option, len(os.sched_getaffinity(0))
+    one = option.fuzz is not None or option.usepdb or option.collectonly or option.keyword or option.markexpr
+    one = one or option.capture == "no" or torch.cuda.is_available() or cores == 1
+    one = one or config.args_source is not pytest.Config.ArgsSource.TESTPATHS
+    if one or hasattr(config, "workerinput") or getattr(option, "numprocesses", 0) is not None:
+        return  # that is: also without pytest-xdist, in one of its processes, and where -n says how many
+    option.numprocesses, option.dist, option.loadscopereorder = min(4, cores), "loadfile", False
+
+
 def pytest_configure(config):
     if config.option.seed is None:
         config.option.seed = 0 if config.option.fuzz is None else _seed("random")
+    # Most tensors of tests are so small that threads would only wait for each other.  Tests of threads ask for some.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):
+        place = {f"test_{name}": i for i, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: place.get(item.path.stem, len(place)))
     for item in items:
         # Markers, not item.keywords: these hold the names of folders too, and a clone in a folder "gpu" ran no test.
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():

@@ -569,7 +569,7 @@ def test_results_after_each_stage(tmp_path):
     (tmp_path / "bench-it.json").write_text(json.dumps(kept))
     results.add(Outcome("bench-it", "measure", "stopped", "after 9 s", 9.0))
     found = json.loads((tmp_path / "result.json").read_text())
-    assert found["stages"][0]["note"] == "after 9 s; 2 rows were measured before"
+    assert found["stages"][0]["note"] == "after 9 s; before that: 2 rows"
     assert found["stages"][0]["tail"] == ["a line", "the last line"]
     assert found["rows"] == [row, row]
     assert found["skipped"] == {"baseline x": "no x"}
@@ -580,6 +580,14 @@ def test_results_after_each_stage(tmp_path):
     assert "the last line" in (tmp_path / "log.txt").read_text()
     assert not (tmp_path / "bench-it.json").exists()
     assert not list(tmp_path.glob("*.new"))
+
+
+def test_tests_that_ended_before_a_stop_are_counted(tmp_path):
+    results = Results(tmp_path, HEADER, 7, False, [it("gpu-tests")])
+    log = "[gw0] [ 1%] PASSED a.py::b\n[gw1] [ 2%] FAILED a.py::c\na.py::d "
+    (tmp_path / "gpu-tests.log").write_text(log)
+    results.add(Outcome("gpu-tests", "required", "stopped", "after 110 s", 110.0))
+    assert results.result["stages"][0]["note"] == "after 110 s; before that: 1 failed, 1 passed"
 
 
 def test_rows_cut_in_the_middle_do_not_end_the_check(tmp_path):
@@ -652,6 +660,50 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys):
             signal.signal(number, handler)
     assert "no NVIDIA GPU" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+#: Makes torch say that there is a GPU, in every process that has this folder on its path.
+PRETENDED = """
+import importlib.abc, importlib.util, sys, types
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "torch":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec("torch")
+        load = spec.loader.exec_module
+        def exec_module(torch):
+            load(torch)
+            memory = dict(total_memory=1, L2_cache_size=1, memory_clock_rate=2619000, memory_bus_width=5120)
+            chip = dict(name="NVIDIA Nothing", major=9, minor=0, multi_processor_count=1)
+            gpu = types.SimpleNamespace(**chip, **memory)
+            torch.cuda.is_available = lambda: True
+            torch.cuda.get_device_properties = lambda device: gpu
+        spec.loader.exec_module = exec_module
+        return spec
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_on_a_gpu_that_does_not_work_every_stage_says_so(tmp_path):
+    """Not a rehearsal: the whole way of a check, to its exit status, with a GPU that is only pretended."""
+    (tmp_path / "sitecustomize.py").write_text(PRETENDED)
+    arguments = command(tmp_path, "--only", "agreement-cuda", "bench-published")
+    arguments.remove("--rehearse")
+    path = os.pathsep.join((str(tmp_path), str(ROOT)))
+    env = {**os.environ, "PYTHONPATH": path, "ZOKERNELS_COMMIT": "abc"}
+    done = subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stdout + done.stderr
+    (folder,) = tmp_path.glob("nvidia-nothing-torch-*-abc")
+    result = json.loads((folder / "result.json").read_text())
+    assert result["machine"]["peak_bandwidth"] == pytest.approx(3.352e12, rel=1e-3)  # an H100's
+    notes = {s["name"]: (s["status"], s["note"]) for s in result["stages"]}
+    assert notes["agreement-cuda"][0] == notes["bench-published"][0] == "failed"
+    assert notes["agreement-cuda"][1].startswith("cuda: call 0: ")
+    assert re.match(r"exit status 1: \w+: ", notes["bench-published"][1])
+    assert "agreement-cuda: failed: cuda: call 0: " in done.stdout
+    assert done.stdout.endswith("NOT PASSED: see the stages above\n")
 
 
 def test_pytest_outcomes_are_counted_with_and_without_xdist():

@@ -326,6 +326,7 @@ def test_syncs_come_at_their_period(rng, tmp_path, monkeypatch):
     assert counts == [5, 6, 0, 1]
 
 
+@pytest.mark.slow
 def test_killed_a_hundred_times_it_ends_with_the_same_bits(rng, tmp_path):
     worker = pathlib.Path(__file__).with_name("kill_worker.py")
     environment = {

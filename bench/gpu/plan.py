@@ -40,8 +40,8 @@ STAGES = (
     Stage("agreement-cuda", "required", 40, 75, stages.agreement_cuda, "CUDA's bits against the reference"),
     Stage("math", "required", 20, 75, stages.math, "the square root of every radius, Philox, normals", True),
     Stage(
-        "agreement-triton", "required", 40, 75, stages.agreement_triton, "Triton's bits against the reference",
-        beside=True,
+        "agreement-triton", "required", 40, 75, stages.agreement_triton,
+        "Triton's bits against the reference", beside=True,
     ),
     Stage("gpu-tests", "required", 60, 110, stages.gpu_tests, "every operation, CUDA graphs, nothing waits"),
     Stage(

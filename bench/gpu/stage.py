@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -114,12 +115,16 @@ def run(arguments: list[str], **env: str) -> tuple[int, str]:
     return process.wait(), "".join(lines)
 
 
+_ERROR = re.compile(r"[\w.]*(Error|Exception): ")
+
+
 def must(arguments: list[str], **env: str) -> str:
     """Output of a program that has to end well."""
     code, text = run(arguments, **env)
     if code:
-        last = [line for line in text.splitlines() if line.strip()][-1:]
-        raise Failure(f"exit status {code}: {''.join(last)[:300]}")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        errors = [line for line in lines if _ERROR.match(line)]  # torch's are followed by advice
+        raise Failure(f"exit status {code}: {''.join((errors or lines)[-1:])[:300]}")
     return text
 
 
