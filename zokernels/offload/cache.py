@@ -30,7 +30,7 @@ class BlockCache:
             wire.history = self.history
         self.in_step = False  #: whether the forwards of a step are running
         self._seen: dict[int, int] = {}  # the number of updates at the last visit, by block
-        self._slots, self._scratch, self.scratches = slots, scratch, len(scratch)
+        self._slots, self._scratch = slots, scratch
         self._views: dict[tuple[int, int], list[Tensor]] = {}  # of scratch, by block and scratch
         self._next = {b.index: blocks[(i + 1) % len(blocks)].index for i, b in enumerate(blocks)}
         self._last: int | None = None
@@ -116,6 +116,10 @@ class BlockCache:
     def buffers(self) -> list[Slot]:
         """The slots."""
         return self._slots
+
+    @property
+    def scratches(self) -> int:
+        return len(self._scratch)
 
     def updated(self, block: Block, slot: Slot) -> None:
         """Called when ``slot`` has all updates: stores the block if ``write_every`` says so."""
