@@ -103,8 +103,8 @@ class Visit:
             [views[i] for i in a.entries]
             for views in (self._params, *(self.cache.scratch(self.block, s) for s in (0, 1)))
         )
-        seed, coeff = self._direction(a)
-        fan_out_(params, plus, minus, seed, coeff, **self._noise(a), **update)
+        seed, coeff, noise = self._pair_noise(a)
+        fan_out_(params, plus, minus, seed, coeff, **noise, **update)
 
     def _last_update(self, a: Batch) -> dict[str, Any]:
         """The last update as arguments of a fan-out; none where it has another distribution."""
@@ -113,16 +113,12 @@ class Visit:
             return {}
         return {key: getattr(a.passes[-1], key) for key in ("seeds", "coeffs", "decay", "rounding", "rounding_seed")}
 
-    def _direction(self, a: Batch) -> tuple[Tensor, float]:
-        """The seed and the coefficient of the pair of sides."""
+    def _pair_noise(self, a: Batch) -> tuple[Tensor, float, dict[str, Any]]:
+        """The seed and the coefficient of the pair of sides, and the noise's other arguments."""
         assert self.step is not None
         assert a.bucket is not None
         k, c = self.step.pair(self.sides[:2], a.place)  # type: ignore[misc]
-        return self.step.seeds[a.bucket.device][k : k + 1], c
-
-    def _noise(self, a: Batch) -> dict[str, Any]:
-        assert a.bucket is not None
-        return {"streams": a.streams, "dist": a.bucket.dist}
+        return self.step.seeds[a.bucket.device][k : k + 1], c, {"streams": a.streams, "dist": a.bucket.dist}
 
     def _perturb(self, side: int) -> list[Tensor]:
         """Makes the point of ``side`` in scratch."""
@@ -215,5 +211,5 @@ class WireVisit(Visit):
             return super()._fan_out(a)
         plus, minus = ([self.cache.scratch(self.block, s)[i] for i in a.entries] for s in (0, 1))
         buffers = [self._buffers[i] for i in a.entries]
-        seed, coeff = self._direction(a)
-        decode_fan_out(plus, minus, buffers, self._wire, seed, coeff, **self._noise(a), **update)
+        seed, coeff, noise = self._pair_noise(a)
+        decode_fan_out(plus, minus, buffers, self._wire, seed, coeff, **noise, **update)

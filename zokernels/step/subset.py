@@ -107,7 +107,6 @@ class LayerSkip(Subset):
             fail("LayerSkip", "skipped", "a number in [0, 1)", self.skipped)
 
     def _chosen(self, optimizer: OptimizerView, layers: list[int]) -> set[int | None]:
-        order = sorted(
-            layers, key=lambda layer: derive_seed_int(optimizer.seed, optimizer.step_count, _FIRST_K - layer)
-        )
+        drawn = lambda layer: derive_seed_int(optimizer.seed, optimizer.step_count, _FIRST_K - layer)
+        order = sorted(layers, key=drawn)
         return {None, *order[round(self.skipped * len(layers)) :]}

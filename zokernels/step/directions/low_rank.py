@@ -65,8 +65,7 @@ def _parts(
                 fail(name, "rounding", "'nearest' for matrices of half precision split by columns", "'stochastic'")
         else:
             offsets[i] = shard.offset
-        columns = torch.arange(right[i].shape[1], device=left[i].device)
-        columns = columns.view(p.shape[1:])
+        columns = torch.arange(right[i].shape[1], device=left[i].device).view(p.shape[1:])
         for dim, (start, size) in enumerate(zip(shard.start[1:], shard.shape[1:], strict=True)):
             columns = columns.narrow(dim, start, size)
         left[i] = left[i][:, shard.start[0] : shard.start[0] + shard.shape[0]].contiguous()
