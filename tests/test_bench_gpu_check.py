@@ -604,6 +604,13 @@ def test_an_earlier_check_does_not_show_in_a_later_one(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_stage_whose_check_is_gone_before_it_has_begun_ends_at_once(ctx):
+    """Its parent, this process, is not the one that it is told: as where that one was killed meanwhile."""
+    command = stages.python("-m", "bench.gpu", "agreement-triton", ctx.dumps(), "1")
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
+    assert process.wait(60) == -signal.SIGKILL
+
+
 def processes(mark: str) -> list[int]:
     """Those whose command line holds ``mark``, without zombies."""
     found = []

@@ -80,7 +80,7 @@ class Stage:
 
 def command(stage: Stage, ctx: Context) -> list[str]:
     """The process of ``stage``: ``bench/gpu/__main__.py``."""
-    return [sys.executable, "-m", "bench.gpu", stage.name, ctx.dumps()]
+    return [sys.executable, "-m", "bench.gpu", stage.name, ctx.dumps(), str(os.getpid())]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -141,11 +141,12 @@ def execute(stage: Stage, ctx: Context) -> tuple[str, str]:
         return "failed", f"{type(error).__name__}: {str(error)[:300]}"
 
 
-def end_with_parent() -> None:
-    """Ends this process and all that it started once its parent is gone, so that a check that was killed
-    (kill -9) leaves nothing running on the GPU.  The process leads a group of its own.
+def end_with(parent: int) -> None:
+    """Ends this process and all that it started once the process ``parent``, which started it, is gone, so that a
+    check that was killed (kill -9) leaves nothing running on the GPU.  This process leads a group of its own.
+
+    The number is told and not asked for here: the parent may be gone before this process has come so far.
     """
-    parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
