@@ -8,13 +8,19 @@ export TORCH_CUDA_ARCH_LIST ?= 9.0
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CPP    := $(shell find csrc tests zokernels/bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test demo offload-demo bench docs wheel lint lint-ruff lint-clang-format lint-typos lint-mypy format clean gpu-check
+.PHONY: test fuzz demo offload-demo bench docs wheel gpu-check gpu-prebuilt format clean
+.PHONY: lint lint-ruff lint-clang-format lint-typos lint-mypy lint-imports
 
 test: $(VENV)/tested $(VENV)/tritons lint
 	$(BIN)/python -m bench run --op combine --device cpu --tiny
 	$(BIN)/python -m bench offload --device cpu --tiny
 	$(BIN)/python -m bench trajectory --device cpu --tiny
 	$(BIN)/python -m pytest -q
+
+# The randomised tests from fresh seeds, for BUDGET seconds.  A failure says how to repeat it.
+BUDGET ?= 120
+fuzz: $(VENV)/tested
+	$(BIN)/python -m pytest -q --fuzz $(BUDGET) $(ARGS)
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -32,13 +38,18 @@ docs: $(VENV)/tested
 gpu-check:
 	$(PYTHON) -m bench gpu-check $(ARGS)
 
+# What gpu-check would compile there, compiled here into the folder prebuilt/: carry it with the tree, and run
+# `make gpu-check ARGS="--prebuilt prebuilt"` on the machine with the GPU. TORCH_CUDA_ARCH_LIST names the architectures.
+gpu-prebuilt: $(VENV)/environment
+	$(BIN)/python -m bench gpu-prebuilt $(ARGS)
+
 # The same bytes for the same commit: docs/packaging.md.
 wheel: $(VENV)/environment
 	SOURCE_DATE_EPOCH=$$(git log -1 --pretty=%ct) $(BIN)/python -m pip --disable-pip-version-check wheel -q \
 		--no-build-isolation --no-deps -w dist .
 
 # One target a tool: .pre-commit-config.yaml calls the same. Versions: constraints.txt.
-lint: lint-ruff lint-clang-format lint-typos lint-mypy
+lint: lint-ruff lint-clang-format lint-typos lint-mypy lint-imports
 
 lint-ruff: $(VENV)/tested
 	$(BIN)/ruff check .
@@ -52,6 +63,10 @@ lint-typos: $(VENV)/tested
 
 lint-mypy: $(VENV)/tested
 	$(BIN)/mypy
+
+# Who may import whom: [tool.importlinter] in pyproject.toml.
+lint-imports: $(VENV)/tested
+	$(BIN)/lint-imports --no-logo --no-cache
 
 format: $(VENV)/tested
 	$(BIN)/ruff check --fix .
@@ -89,5 +104,5 @@ $(VENV)/demo: $(VENV)/built $(DEMO)
 
 $(VENV)/tested: $(VENV)/demo
 	$(PIP) mkdocs-material "mkdocstrings[python]"
-	$(PIP) pytest triton ruff clang-format typos mypy matplotlib scikit-learn accelerate peft trl lightning
+	$(PIP) pytest pytest-xdist triton ruff clang-format typos mypy import-linter matplotlib scikit-learn accelerate peft trl lightning
 	touch $@

@@ -1,4 +1,4 @@
-"""``python -m bench list``, ``run``, ``methods``, ``offload``, ``trajectory``, ``scaling``, ``report`` and so on."""
+"""``python -m bench list``, ``run``, ``methods``, ``offload``, ``trajectory``, ``report``, ``gpu-check`` and so on."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from zokernels import BackendUnavailable
 from zokernels.backends.registry import NAMES
 
 from . import machine, offload, scaling, table, trajectory
+from .gpu import check, prebuilt
+from .gpu.stage import replace
 from .methods import run as methods
 from .registry import SKIPPED, Settings, ops
 from .workloads import WORKLOADS
@@ -83,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
             result = {"schema": SCHEMA, "command": args.command_line, "complete": complete, "machine": header}
             result |= {"settings": asdict(settings), "skipped": SKIPPED, "rows": rows}
             args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(result, indent=1) + "\n")
+            replace(args.json, json.dumps(result, indent=1) + "\n")
 
     for op in [ops()[args.op]] if args.op else ops().values():
         for row in op.run(settings):
@@ -120,12 +122,6 @@ def draw(args: argparse.Namespace) -> int:
     return 0
 
 
-def check(args: argparse.Namespace) -> int:
-    from .gpu_check import main as gpu_check
-
-    return gpu_check(args)
-
-
 def make_parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=program, description=__doc__)
     commands = parser.add_subparsers(required=True)
@@ -158,12 +154,10 @@ def make_parser(program: str) -> argparse.ArgumentParser:
     default = pathlib.Path("zokernels-bench.html")
     sub.add_argument("-o", "--output", type=pathlib.Path, default=default, help=f"FILE.html or FILE.md ({default})")
     sub.set_defaults(call=draw)
-    sub = commands.add_parser("gpu-check", help="build, test and measure on the GPU at hand; offline")
-    sub.add_argument("--output", type=pathlib.Path, help="folder for a folder named after the GPU (bench/results)")
-    sub.add_argument("--minutes", type=float, default=9.0, help="for everything; stages that do not fit are skipped")
-    sub.add_argument("--commit", help="name of the commit, where the tree came without its git directory")
-    sub.add_argument("--rehearse", action="store_true", help="without a GPU: every stage that can, tiny, on the CPU")
-    sub.set_defaults(call=check)
+    sub = commands.add_parser("gpu-check", help="what holds on the GPU at hand, in seven minutes; offline")
+    check.add_arguments(sub)
+    sub = commands.add_parser("gpu-prebuilt", help="compile here what gpu-check needs there, into one folder")
+    prebuilt.add_arguments(sub)
     return parser
 
 

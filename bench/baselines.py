@@ -111,7 +111,7 @@ def triton4x_perturb(params: Sequence[Tensor], scaling: float, eps: float, seed:
 
 
 def curand_perturb(params: Sequence[Tensor], scaling: float, eps: float, seed: int, dist: str = "normal") -> None:
-    from .curand import perturb_
+    from .curand.call import perturb_
 
     for i, param in enumerate(params):
         perturb_(param.data, scaling * eps, seed + i)

@@ -41,7 +41,7 @@ class Form:
 def forms(dtype: str) -> list[Form]:
     found = [Form(True, 1, "nearest"), Form(False, 1, "nearest"), Form(True, 2, "nearest")]
     # fp32 has nothing to round: a stochastic row would repeat the nearest one
-    return found if dtype == "fp32" else [*found, Form(True, 1, "stochastic")]
+    return found if dtype == "fp32" else [*found, Form(True, 1, "stochastic"), Form(True, 2, "stochastic")]
 
 
 def usable_backends(device: str, wanted: tuple[str, ...]) -> list[str]:
@@ -88,7 +88,7 @@ class Buffers:
         return self.thetas[next(self._turn)]
 
 
-def _kernel(form: Form, backend: str, dist: str, buffers: Buffers, device: str) -> Callable[[], None]:
+def kernel(form: Form, backend: str, dist: str, buffers: Buffers, device: str) -> Callable[[], None]:
     seeds = torch.arange(SEED, SEED + form.k, dtype=torch.int64, device=device)
     coeffs = torch.full((form.k,), EPS, dtype=torch.float32, device=device)
     options = dict(streams=[7], dist=dist, rounding=form.rounding)
@@ -110,7 +110,7 @@ def forked_rng(device: str):
     return torch.random.fork_rng(devices=[torch.cuda.current_device()] if device == "cuda" else [])
 
 
-def _eager(perturb: Callable[..., None], dist: str, buffers: Buffers, numel: int) -> Callable[[], None]:
+def eager(perturb: Callable[..., None], dist: str, buffers: Buffers, numel: int) -> Callable[[], None]:
     return lambda: perturb([buffers.next()[:numel]], 1, EPS, SEED, dist)
 
 
@@ -125,11 +125,9 @@ def run(settings: Settings) -> Iterator[Row]:
             torch.set_num_threads(threads)
             buffers = Buffers(settings, DTYPES[dtype])
             for dist in settings.dists or ("normal", "rademacher"):
-                kernels = {
-                    (f, b): _kernel(f, b, dist, buffers, settings.device) for f in forms(dtype) for b in backends
-                }
+                kernels = {(f, b): kernel(f, b, dist, buffers, settings.device) for f in forms(dtype) for b in backends}
                 loops = usable(settings.device, DTYPES[dtype], dist, settings.tiny)
-                candidates: dict = {name: _eager(fn, dist, buffers, small) for name, fn in loops.items()}
+                candidates: dict = {name: eager(fn, dist, buffers, small) for name, fn in loops.items()}
                 candidates["copy_inplace"] = lambda b=buffers: copy_in_place(b.next())
                 candidates["copy"] = lambda b=buffers: b.out.copy_(b.next())
                 with forked_rng(settings.device), torch.no_grad():

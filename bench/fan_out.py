@@ -15,7 +15,7 @@ from torch import Tensor
 import zokernels
 
 from .baselines import PERTURB
-from .combine import DTYPES, EPS, SEED, Buffers, Compared, _eager, forked_rng, row, usable_backends
+from .combine import DTYPES, EPS, SEED, Buffers, Compared, eager, forked_rng, row, usable_backends
 from .registry import Row, Settings, register
 from .timing import measure
 
@@ -53,7 +53,7 @@ def run(settings: Settings) -> Iterator[Row]:
             minus = torch.empty_like(buffers.out)
             for dist in settings.dists or ("normal", "rademacher"):
                 kernels = {(f, b): c for b in backends for f, c in _calls(b, dist, buffers, minus).items()}
-                candidates: dict = {name: _eager(fn, dist, buffers, small) for name, fn in PERTURB.items()}
+                candidates: dict = {name: eager(fn, dist, buffers, small) for name, fn in PERTURB.items()}
                 candidates["copy"] = lambda b=buffers: b.out.copy_(b.next())
                 with forked_rng(settings.device), torch.no_grad():
                     times = measure(candidates | kernels, settings.device, settings.seconds, settings.min_rounds)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from .baselines import PERTURB, copy_in_place
-from .combine import DTYPES, Buffers, Compared, Form, _eager, _kernel, forked_rng, row, usable_backends
+from .combine import DTYPES, Buffers, Compared, Form, eager, forked_rng, kernel, row, usable_backends
 from .registry import Row, Settings, register
 from .timing import measure
 
@@ -31,9 +31,9 @@ def run(settings: Settings) -> Iterator[Row]:
             torch.set_num_threads(threads)
             buffers = Buffers(settings, DTYPES[dtype])
             for dist in settings.dists or ("normal", "rademacher"):
-                kernels = {b: _kernel(form, b, dist, buffers, settings.device) for b in backends}
+                kernels = {b: kernel(form, b, dist, buffers, settings.device) for b in backends}
                 small = settings.baseline_numel
-                candidates: dict = {f"loop {n}": _eager(fn, dist, buffers, small) for n, fn in PERTURB.items()}
+                candidates: dict = {f"loop {n}": eager(fn, dist, buffers, small) for n, fn in PERTURB.items()}
                 candidates["copy_inplace"] = lambda b=buffers: copy_in_place(b.next())
                 with forked_rng(settings.device), torch.no_grad():
                     times = measure(candidates | kernels, settings.device, settings.seconds, settings.min_rounds)

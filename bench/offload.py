@@ -24,6 +24,7 @@ from zokernels import noise, offload, stream_of
 from zokernels.optim import ZOSGD
 
 from . import machine
+from .gpu.stage import replace
 from .registry import Row
 
 SCHEMA = 1
@@ -293,6 +294,15 @@ def run(args: argparse.Namespace) -> int:
         args.layers = _layers_that_fit(args)
     torch.manual_seed(0)
     header, start, rows = machine.describe(args.device), time.perf_counter(), []
+    settings = {k: v for k, v in vars(args).items() if isinstance(v, (int, str, float, list))}
+
+    def save() -> None:
+        if args.json:
+            result = {"schema": SCHEMA, "kind": "offload", "command": args.command_line, "machine": header}
+            result |= {"settings": settings, "rows": rows}
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            replace(args.json, json.dumps(result, indent=1) + "\n")
+
     print(
         f"{machine.title(header)}\n{args.shape}, {args.dtype}, {args.batch} x {args.length} tokens, "
         f"{args.slots} slots\n"
@@ -311,13 +321,10 @@ def run(args: argparse.Namespace) -> int:
                 row |= {"in_memory": in_memory, "of_in_memory": in_memory / row["step"]}
             rows.append(row)
             print(" ".join(f"{show(row):>{_width(head)}}" for head, show in COLUMNS.items()), flush=True)
+            save()  # what was measured stays where a time limit ends the run
     print(f"\n{LEGEND}\n{time.perf_counter() - start:.0f} s")
+    save()
     if args.json:
-        settings = {k: v for k, v in vars(args).items() if isinstance(v, (int, str, float, list))}
-        result: dict[str, Any] = {"schema": SCHEMA, "kind": "offload", "command": args.command_line, "machine": header}
-        result |= {"settings": settings, "rows": rows}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
         print(f"wrote {args.json}")
     return 0
 

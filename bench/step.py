@@ -2,14 +2,17 @@
 
 Our forms, by accesses of memory for each parameter (bf16: two bytes each):
 
-* exact, 6: each module's perturbed copy into scratch, twice, and one update in place.  The weights never move.
+* exact, 6: each module's perturbed copy into scratch, twice, and one update in place.  The weights never
+move.
 * inplace, 6: +eps, -2 eps, and restore and update in one pass.
 * two-pass, 4: restore, update and the next step's +eps in one pass of two directions; -2 eps.
 * fan-out, 4: layer by layer, one read; the updated weights and both perturbed copies are written.
 
-They are compared with MeZO's loop (four passes, 37 accesses), the other eager loops as four passes, and a plain pass
-over the same bytes.  All parameters lie in one allocation, each on 256 bytes, so that the plain pass is one launch:
-the real limit, not that of 400 launches.
+They are compared with MeZO's loop (four passes, 37 accesses), the other eager loops as four passes, and a
+plain pass over the same bytes.  ``rounding`` is that of the update; perturbed copies are rounded to nearest.
+On a GPU each form is also captured in a CUDA graph and replayed (``launch``): the host then starts one graph
+instead of hundreds of kernels. All parameters lie in one allocation, each on 256 bytes, so that the plain
+pass is one launch: the real limit, not that of 400 launches.
 """
 
 from __future__ import annotations
@@ -74,7 +77,7 @@ class Parts:
             self.parts.append((params, [zokernels.stream_of(n) for n in names], scratch))
 
 
-def forms(views: dict[str, Tensor], dist: str) -> dict[str, tuple[int, Call]]:
+def forms(views: dict[str, Tensor], dist: str, rounding: str = "nearest") -> dict[str, tuple[int, Call]]:
     """Each form's accesses a parameter and its call, for the backend that is selected when it runs."""
     params, streams = list(views.values()), [zokernels.stream_of(n) for n in views]
     device = params[0].device
@@ -85,24 +88,27 @@ def forms(views: dict[str, Tensor], dist: str) -> dict[str, tuple[int, Call]]:
     twice, back, both = number(-2 * EPS), number(EPS - LR * GRADIENT), number(EPS - LR * GRADIENT, EPS)
     modules = Parts(views, workloads.module_of, copies=1)
     layers = Parts(views, workloads.layer_of, copies=2)
+    rounded: dict = {"rounding": rounding, **({"rounding_seed": this} if rounding == "stochastic" else {})}
 
     def exact() -> None:
         for coeff in (up, down):
             for tensors, ids, (scratch,) in modules.parts:
                 zokernels.combine(scratch, tensors, this, coeff, streams=ids, dist=dist)
-        zokernels.combine_(params, this, update, streams=streams, dist=dist)
+        zokernels.combine_(params, this, update, streams=streams, dist=dist, **rounded)
 
     def inplace() -> None:
-        for coeff in (up, twice, back):
+        for coeff in (up, twice):
             zokernels.combine_(params, this, coeff, streams=streams, dist=dist)
+        zokernels.combine_(params, this, back, streams=streams, dist=dist, **rounded)
 
     def two_pass() -> None:
-        zokernels.combine_(params, seeds, both, streams=streams, dist=dist)
+        zokernels.combine_(params, seeds, both, streams=streams, dist=dist, **rounded)
         zokernels.combine_(params, following, twice, streams=streams, dist=dist)
 
     def fan_out() -> None:
+        pending = {"seeds": this, "coeffs": update, "dist": dist, **rounded}
         for tensors, ids, (plus, minus) in layers.parts:
-            zokernels.fan_out_(tensors, plus, minus, following, up, seeds=this, coeffs=update, streams=ids, dist=dist)
+            zokernels.fan_out_(tensors, plus, minus, following, up, streams=ids, **pending)
 
     return {"exact": (6, exact), "inplace": (6, inplace), "two-pass": (4, two_pass), "fan-out": (4, fan_out)}
 
@@ -116,7 +122,9 @@ def _four_passes(perturb: Callable[..., None], tensors: list[Tensor], dist: str)
 
 
 def _loops(views: dict[str, Tensor], settings: Settings, dtype: torch.dtype, dist: str, what: str) -> dict[str, Call]:
-    """The eager steps that fit the memory.  MeZO's loop moves each parameter to memory of its own: a second model."""
+    """The eager steps that fit the memory.  MeZO's loop moves each parameter to memory of its own: a second
+    model.
+    """
     tensors = list(views.values())
     model, largest = sum(t.nbytes for t in tensors), max(t.nbytes for t in tensors)
     found: dict[str, Call] = {}
@@ -165,6 +173,21 @@ def run(settings: Settings) -> Iterator[Row]:
         torch.set_num_threads(threads_before)
 
 
+def captured(call: Call) -> Call:
+    """``call`` as a CUDA graph, whose replay is one launch.  It runs once before, on the stream of the
+    capture, so that what it allocates and uploads is there.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
 def _rows(
     settings: Settings,
     what: str,
@@ -176,8 +199,10 @@ def _rows(
     backends: list[str],
 ) -> Iterator[Row]:
     flat, views = arena(shapes, DTYPES[dtype], settings.device)
-    ours = forms(views, dist)
     numel = workloads.total(shapes)
+    # fp32 has nothing to round: its stochastic rows would repeat the nearest ones
+    roundings = ("nearest",) if dtype == "fp32" else ("nearest", "stochastic")
+    ours = {(form, r): found for r in roundings for form, found in forms(views, dist, r).items()}
 
     def on(backend: str, call: Call) -> Call:
         def selected() -> None:
@@ -186,26 +211,30 @@ def _rows(
 
         return selected
 
-    kernels = {(form, b): on(b, call) for form, (_, call) in ours.items() for b in backends}
+    kernels = {(*key, b, "eager"): on(b, call) for key, (_, call) in ours.items() for b in backends}
+    if settings.device == "cuda":
+        for key, call in list(kernels.items()):
+            try:
+                kernels[(*key[:-1], "graph")] = captured(call)
+            except Exception as error:  # its other rows are not lost
+                reason = f"{type(error).__name__}: {str(error)[:200]}"
+                skip(f"{what} {' '.join(key[:-1])}: in a CUDA graph", reason)
+    else:
+        skip(f"{what}: in a CUDA graph", "needs an NVIDIA GPU")
     loops = _loops(views, settings, DTYPES[dtype], dist, what)
     candidates = {**loops, "copy_inplace": lambda: copy_in_place(flat), **kernels}
     times = measure(candidates, settings.device, settings.seconds, min(settings.min_rounds, 5))
     compared = Compared({n: (numel, times[n]) for n in loops}, flat.numel(), times)
-    where = {"device": settings.device, "dtype": dtype, "dist": dist, "rounding": "nearest", "threads": threads, "k": 1}
+    where = {"device": settings.device, "dtype": dtype, "dist": dist, "threads": threads, "k": 1}
     where |= {"op": "step", "workload": workload, "scale": settings.scale, "tensors": len(shapes)}
-    for (form, backend), mine in ((key, times[key]) for key in kernels):
-        accesses = ours[form][0]
-        each = accesses * DTYPES[dtype].itemsize
-        yield row(
-            {**where, "form": form, "backend": backend, "bytes_per_parameter": each},
-            mine,
-            numel,
-            True,
-            compared,
-            accesses,
-        )
+    for key in kernels:
+        form, rounding, backend, launch = key
+        accesses, _ = ours[form, rounding]
+        labels = {**where, "form": form, "rounding": rounding, "backend": backend, "launch": launch}
+        labels["bytes_per_parameter"] = accesses * DTYPES[dtype].itemsize
+        yield row(labels, times[key], numel, True, compared, accesses)
     for name in loops:  # accesses: MeZO's counted from its source; the others' as four plain passes, as if z were free
         accesses = 37 if name == "mezo" else 8
-        each = accesses * DTYPES[dtype].itemsize
-        labels = {**where, "form": "eager", "backend": name, "bytes_per_parameter": each}
+        labels = {**where, "form": "eager", "rounding": "nearest", "backend": name, "launch": "eager"}
+        labels["bytes_per_parameter"] = accesses * DTYPES[dtype].itemsize
         yield row(labels, times[name], numel, True, compared, accesses)

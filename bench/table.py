@@ -31,6 +31,7 @@ def _text(head: str, key: str, width: int) -> Column:
 
 _K = Column("K", lambda r: str(r["k"]), 2)
 _DTYPE, _DIST, _BACKEND = _text("dtype", "dtype", 5), _text("dist", "dist", 10), _text("backend", "backend", 10)
+_ROUNDING = _text("rounding", "rounding", 10)
 _THREADS = Column("thr", lambda r: str(r["threads"]), 3)
 _P20, _P50, _P80 = (Column(f"{p} ms", lambda r, p=p: short(r[p] * 1e3), 6) for p in ("p20", "p50", "p80"))
 _GB = Column("GB/s", lambda r: short(r["gb_per_s"]), 5)
@@ -47,7 +48,7 @@ COLUMNS = [
     _K,
     _DTYPE,
     _DIST,
-    _text("rounding", "rounding", 10),
+    _ROUNDING,
     _BACKEND,
     *_TIMES,
     *(_GB, _NS, _COPY, _MEZO, _FOREACH, _ADD),
@@ -55,7 +56,8 @@ COLUMNS = [
 STEP = [
     _text("workload", "workload", 10),
     _text("form", "form", 8),
-    *(_DTYPE, _DIST, _BACKEND, *_TIMES, _HOST),
+    _text("launch", "launch", 6),
+    *(_DTYPE, _DIST, _ROUNDING, _BACKEND, *_TIMES, _HOST),
     Column("B/par", lambda r: str(r["bytes_per_parameter"]), 5),
     *(_COPY, _MEZO, _FOREACH, _ADD),
 ]
@@ -72,7 +74,16 @@ MANY = [
     Column("G noise/s", lambda r: short(r["noise_per_s"] / 1e9), 9),
     *(_MEZO, _ADD),
 ]
-_KINDS = {"step": STEP, "fan_out_": FAN_OUT, "many": MANY}
+PUBLISHED = [
+    _text("workload", "workload", 13),
+    *(_DTYPE, _DIST, _ROUNDING, _BACKEND, *_TIMES, _GB, _COPY),
+    Column("of peak", lambda r: f"{r['of_peak']:.2f}" if r["of_peak"] else "-", 7),
+    Column("theirs", lambda r: f"{r['published']['of_peak']:.2f}", 6),
+    Column("their ms", lambda r: short(r["published"]["p50"] * 1e3), 8),
+    Column("on", lambda r: r["published"]["gpu"], 9, right=False),
+    _MEZO,
+]
+_KINDS = {"published": PUBLISHED, "step": STEP, "fan_out_": FAN_OUT, "many": MANY}
 
 
 def columns_of(row: Row) -> list[Column]:
@@ -82,6 +93,7 @@ def columns_of(row: Row) -> list[Column]:
 LEGEND = (
     "perturb_: one pass of an eager loop or of a kernel on another generator, named in the column backend.\n"
     "of copy: share of the bandwidth of a plain pass over the same bytes (in place for combine_).\n"
+    "of peak: share of what the memory can move by its clock and width; theirs: of the card named, by its data sheet.\n"
     "x MeZO, x foreach, x add_: times faster, per element, than MeZO's loop, torch._foreach_add_ and a draw + add_.\n"
     "All of these were timed in turns with the row, in the same run."
 )

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 
 import zokernels
 from zokernels.optim import ZOSGD
+from zokernels.step.deferred import _FUSED
 from zokernels.trajectory import replay_
-from zokernels.trajectory.deferred import _FUSED
 from zokernels.trajectory.format import Record, encode
 from zokernels.trajectory.settings import header_of
 

@@ -92,6 +92,33 @@ WORKLOADS: dict[str, Opt | Qwen3] = {
 }
 
 
+@dataclass(frozen=True)
+class Published:
+    """A pass in place over one tensor for which somebody else has published a time.
+
+    ``peak``: bytes a second of the card's memory by its data sheet.
+    """
+
+    numel: int
+    seconds: float
+    gpu: str
+    peak: float
+    dtype: str = "bf16"
+    dist: str = "rademacher"
+
+    @property
+    def of_peak(self) -> float:
+        """Share of the card's bandwidth: one read and one write of two bytes an element."""
+        return 4 * self.numel / self.seconds / self.peak
+
+
+#: FlashOpt (github.com/plugyawn/FlashOpt), W0 + sigma R(seed) by a Triton kernel, on one NVIDIA L4.
+PUBLISHED = {
+    "flashopt-50m": Published(50_000_000, 0.91e-3, "NVIDIA L4", 300e9),
+    "flashopt-200m": Published(200_000_000, 3.46e-3, "NVIDIA L4", 300e9),
+}
+
+
 def scaled(config: Opt | Qwen3, scale: float) -> Opt | Qwen3:
     """The model with ``scale`` times the layers and every width: about scale^3 of the parameters, for small machines.
 

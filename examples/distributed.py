@@ -38,7 +38,7 @@ from encoder import Classifier  # noqa: E402
 
 from zokernels.distributed import AsyncExchange, mean_of  # noqa: E402
 from zokernels.optim import ZOSGD  # noqa: E402
-from zokernels.optim.shard import whole_of  # noqa: E402
+from zokernels.step.shard import whole_of  # noqa: E402
 from zokernels.trajectory import replay_  # noqa: E402
 from zokernels.trajectory.settings import digest  # noqa: E402
 

@@ -30,8 +30,8 @@ from zokernels import offload
 from zokernels.contract import derive_seed_int, streams_of
 from zokernels.distributed import AsyncExchange, Exchange, RanksDiffer, mean_of
 from zokernels.optim import ZOSGD, Ranking, ThreePoint, ZerothOrder, ZORankSGD
-from zokernels.optim.rules import SGD
-from zokernels.optim.shard import shard_of, whole_of
+from zokernels.step.rules.sgd import SGD
+from zokernels.step.shard import shard_of, whole_of
 from zokernels.trajectory import read, record, replay_
 
 #: Where models are: "cpu" with gloo, "cuda" with NCCL (``make gpu-check``); the worker sets it.
@@ -72,6 +72,27 @@ def case(ranks: int, title: str = "", **arguments: object) -> Callable:
         return function
 
     return add
+
+
+def _raises(world: World) -> None:
+    if world.rank == 1:
+        raise KeyError("mine")
+    dist.barrier()
+
+
+def _dies(world: World) -> None:
+    if world.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+
+
+def _hangs(world: World) -> None:
+    while world.rank == 1:
+        time.sleep(1)
+
+
+#: What a case may do wrong on rank 1; each must be the failure of this case alone.
+FAULTS = {"raises": _raises, "dies": _dies, "hangs": _hangs}
 
 
 def loss_of(model: Model, step: int, shard: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import random
@@ -20,6 +21,39 @@ DISTS = ["normal", "rademacher"]
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden.json").read_text())
 
 
+@contextlib.contextmanager
+def poisoned():
+    """``torch.empty`` and its relatives, in C++ too, give NaN or the largest integer: what nobody wrote shows.
+
+    By torch's own switch for it, which is part of its deterministic algorithms.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@contextlib.contextmanager
+def watched(operation: str, before: Callable[..., object]):
+    """Calls ``before`` with the arguments of ``torch.ops.zokernels.<operation>`` ahead of each call, in any thread.
+
+    What ``before`` raises, the operation raises.  It does not matter where in the package the operation is called:
+    torch's dispatcher asks the kernel for autograd first, and this is one.  Inference mode leaves it out.
+    """
+    real = getattr(torch.ops.zokernels, operation).default
+
+    def entry(*args: object) -> object:
+        before(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return real(*args)
+
+    with torch.library._scoped_library("zokernels", "IMPL") as library:
+        library.impl(operation, entry, "AutogradCPU")
+        yield
+
+
 def bits(x: Tensor) -> Tensor:
     """The bit patterns of ``x``, with every NaN made the same: its payload is not part of the contract."""
     if not x.is_floating_point():
@@ -35,6 +69,18 @@ def assert_same_bits(got: Tensor, want: Tensor, note: str = "") -> None:
         f"{note}: {wrong.numel()} of {a.numel()} differ, first at {wrong[0].item()}: "
         f"got {got.flatten()[wrong[0]]}, want {want.flatten()[wrong[0]]}"
     )
+
+
+def rounding_bound(want: Tensor, dtype: torch.dtype, magnitude: Tensor, roundings: int) -> Tensor:
+    """The most by which a sum computed in fp32 and then rounded to ``dtype`` may differ from ``want``, elementwise.
+
+    ``want``: the sum in float64.  ``magnitude``: the sum of the absolute values of its terms, which no intermediate
+    result exceeds.  ``roundings``: how often an intermediate result is rounded to fp32, each time by at most
+    2^-24 of its value.
+    """
+    last = torch.finfo(dtype).eps / 2 * (want.abs() + 2.0**-22 * magnitude)
+    subnormal = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2
+    return roundings * 2.0**-24 * magnitude * (1 + 2.0**-20) + last + subnormal
 
 
 def random_values(n: int, dtype: torch.dtype, rng: random.Random) -> Tensor:
@@ -135,7 +181,8 @@ def check_backend(
         arguments = moved(args, device)
         torch.set_num_threads(count)
         try:
-            got = run(**arguments)
+            with poisoned():
+                got = run(**arguments)
         finally:
             torch.set_num_threads(before)
         for i, (a, b) in enumerate(zip(got, want, strict=True)):

@@ -56,7 +56,8 @@ def _combine_runs() -> None:
         @_run(f"combine {dist}, rows")
         def _(stream: int, dist: str = dist) -> list[Tensor]:
             theta = _values(40 * 125)
-            zokernels.combine_(theta, SEEDS, COEFFS, streams=stream, offsets=200 * 2**28 + 75, dist=dist, rows=[(125, 200)])
+            where = {"streams": stream, "offsets": 200 * 2**28 + 75, "rows": [(125, 200)]}
+            zokernels.combine_(theta, SEEDS, COEFFS, dist=dist, **where)
             return [theta]
 
         @_run(f"combine {dist}, many tensors")

@@ -38,13 +38,13 @@ def test_a_linear_loss_has_its_gradient(estimator, dtype, rng):
 
 
 def test_the_gradient_of_an_mlp(rng):
-    """Central differences of a float64 loss of fp32 weights: their own error is O(eps^2)."""
+    """Central differences of a float64 loss of fp32 weights: their own error is O(eps^2), here below 1e-6."""
     torch.manual_seed(rng.getrandbits(32))
     model, x = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)), torch.randn(8, 6).double()
     exact = copy.deepcopy(model).double()
     loss = lambda values: torch.func.functional_call(exact, values, (x,)).square().mean()
     loss(dict(exact.named_parameters())).backward()
-    opt = ZOCGE(model.named_parameters(), lr=0.0, eps=1e-3, estimator="two-sided")
+    opt = ZOCGE(model.named_parameters(), lr=0.0, eps=1e-4, estimator="two-sided")
     opt.step(lambda: loss({n: p.double() for n, p in model.named_parameters()}))
     want = flat([p.grad for p in exact.parameters()]).float()
     torch.testing.assert_close(opt.last_projected_gradient, want, rtol=1e-4, atol=1e-5)
@@ -171,31 +171,36 @@ def test_small_weights(rng):
         assert places == (size <= size.kthvalue(round(0.25 * size.numel())).values).nonzero().flatten().tolist()
 
 
+def sloping(model):
+    """A loss that every coordinate changes, each by another slope; float64."""
+    return sum((p.double().flatten() * torch.linspace(0.1, 1, p.numel())).sum() for p in model.parameters())
+
+
 def test_random_coordinates(rng):
-    model, (x, y), seed = mlp(), batch(), rng.getrandbits(64)
+    model, seed = mlp(), rng.getrandbits(64)
     opt = ZOCGE(model.named_parameters(), lr=0.5, per_step=11, seed=seed)
     sets = []
     for _ in range(3):
         before = {k: v.clone() for k, v in model.state_dict().items()}
-        opt.step(lambda: loss_of(model, x, y))
+        opt.step(lambda: sloping(model))
         sets.append(changed(model, before))
         assert sum(map(len, sets[-1].values())) == 11
     assert sets[0] != sets[1] != sets[2]
     again = ZOCGE(mlp().named_parameters(), lr=0.5, per_step=11, seed=seed)
     other = again.param_groups[0]["params"]
     theta = weights(nn.ParameterList(other))
-    again.step(lambda: sum(p.square().sum() for p in other))
+    again.step(lambda: sloping(nn.ParameterList(other)))
     assert [len((p != q).nonzero()) for p, q in zip(other, theta, strict=True)] == [*map(len, sets[0].values())]
 
 
 def test_shares_of_layers(rng):
-    model, (x, y) = mlp(), batch()
+    model = mlp()
     shares = {"0.weight": 0.25, "3.weight": 0.5, "0.bias": 1e-9}
     opt = ZOCGE(model.named_parameters(), lr=0.5, per_step=shares, seed=rng.getrandbits(64))
     sets = []
     for _ in range(2):
         before = {k: v.clone() for k, v in model.state_dict().items()}
-        opt.step(lambda: loss_of(model, x, y))
+        opt.step(lambda: sloping(model))
         sets.append(changed(model, before))
         assert {n: len(i) for n, i in sets[-1].items()} == {"0.weight": 14, "0.bias": 0, "3.weight": 14, "3.bias": 3}
     assert sets[0]["0.weight"] != sets[1]["0.weight"]
@@ -249,8 +254,14 @@ def test_one_rng_state_for_all_forwards(rng):
 
 
 def test_autocast_sees_each_move(rng):
-    """Autocast keeps casts of weights where gradients are on; a kept one would hide the move."""
-    layer, x = nn.Linear(4, 3), torch.randn(2, 4)
+    """Autocast keeps casts of weights where gradients are on; a kept one would hide the move.
+
+    Everything is positive, so that each move makes the loss larger, by more than bf16 rounds away.
+    """
+    layer, x = nn.Linear(4, 3), 0.5 + torch.rand(2, 4)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.abs_()
     opt = ZOCGE(layer.parameters(), lr=0.1, eps=0.5)
     with torch.autocast("cpu", torch.bfloat16):
 
@@ -259,7 +270,7 @@ def test_autocast_sees_each_move(rng):
                 return layer(x).float().square().sum()
 
         opt.step(closure)
-    assert (opt.last_projected_gradient != 0).all()
+    assert (opt.last_projected_gradient > 0).all()
 
 
 @pytest.mark.parametrize("per_step", [None, 7, {"0.weight": 0.3}])

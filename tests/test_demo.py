@@ -10,6 +10,7 @@ from itertools import islice
 
 import pytest
 import torch
+from helpers import watched
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "examples"))
@@ -81,30 +82,21 @@ def test_batches():
     assert padding < 0.25
 
 
-def test_hot_path_is_what_the_optimizer_calls(monkeypatch):
+def test_hot_path_is_what_the_optimizer_calls():
     """The timed combines are those of a real ZOSGD step: the same sizes in the same order, in and out of place."""
-    from zokernels.optim import direction
-
     model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2, bias=False))
     x, calls = torch.randn(3, 5), []
 
-    def spy(module, name):
-        real = getattr(zokernels, name)
+    def seen(name):
+        return watched(name, lambda out, *rest: calls.append((name, [p.numel() for p in out])))
 
-        def call(*args, **options):
-            calls.append((name, [p.numel() for p in args[0]]))
-            real(*args, **options)
-
-        monkeypatch.setattr(module, name, call)
-
-    for module, name in ((hotpath, "combine"), (direction, "combine"), (hotpath, "combine_"), (direction, "combine_")):
-        spy(module, name)
-    hotpath.combines(hotpath.leaves(model))()
-    timed = calls.copy()
-    for closure in (lambda: model(x).sum(), hotpath.touch(hotpath.leaves(model))):
-        calls.clear()
-        ZOSGD(model.named_parameters(), lr=1e-3).step(closure)
-        assert calls == timed
+    with seen("combine"), seen("combine_"):
+        hotpath.combines(hotpath.leaves(model))()
+        timed = calls.copy()
+        for closure in (lambda: model(x).sum(), hotpath.touch(hotpath.leaves(model))):
+            calls.clear()
+            ZOSGD(model.named_parameters(), lr=1e-3).step(closure)
+            assert calls == timed
     assert timed == [("combine", n) for n in ([20, 4], [4, 4], [8])] * 2 + [("combine_", [20, 4, 4, 4, 8])]
 
 

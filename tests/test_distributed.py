@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import random
@@ -11,50 +10,57 @@ import subprocess
 import sys
 
 import distributed_cases
+import distributed_worker
 import pytest
 import torch
 import trajectory_cases
+from case_process import TESTS, CaseProcess, environment
 from torch import distributed as dist
 
 from zokernels.distributed import mean_of
 from zokernels.distributed.agreement import fingerprint
 from zokernels.optim import ZOSGD
 
-TESTS = pathlib.Path(__file__).parent
-
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
 
-def environment() -> dict[str, str]:
-    path = os.pathsep.join((str(TESTS), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """Of each number of ranks, what each rank says of each case."""
-    found = {}
-
-    def of(ranks: int) -> list[dict[str, str]]:
-        if ranks not in found:
-            folder, seed = tmp_path_factory.mktemp(f"ranks{ranks}"), int.from_bytes(os.urandom(6), "little")
-            command = [sys.executable, str(TESTS / "distributed_worker.py"), str(folder), str(ranks), str(seed)]
-            run = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment())
-            files = [folder / f"{rank}.json" for rank in range(ranks)]
-            said = [json.loads(f.read_text()) if f.exists() else {} for f in files]
-            found[ranks] = said, f"seed {seed}\n{run.stderr[-3000:]}"
-        return found[ranks]
-
-    return of
+@pytest.fixture(scope="session")
+def meshes(tmp_path_factory):
+    """By the number of ranks: processes in one process group, which run one case after the other."""
+    made = {}
+    for ranks in distributed_cases.CASES:
+        arguments = "distributed_worker.py", tmp_path_factory.mktemp(f"ranks{ranks}"), ranks
+        made[ranks] = CaseProcess(*arguments, limit=distributed_worker.LIMIT + 60, OMP_NUM_THREADS="1")
+    yield made
+    for process in made.values():
+        process.stop()
 
 
 @pytest.mark.parametrize(
     ("ranks", "name"), [(ranks, name) for ranks, cases in distributed_cases.CASES.items() for name in cases]
 )
-def test_mesh(results, ranks, name):
-    said, errors = results(ranks)
-    for rank, cases in enumerate(said):
-        assert cases.get(name, "not run: see the first failure") == "ok", f"rank {rank}: {cases.get(name)}\n{errors}"
+def test_mesh(meshes, ranks, name, rng):
+    results = meshes[ranks].ask(name=name, seed=rng.getrandbits(48))
+    failed = [f"rank {rank}: {result}" for rank, result in enumerate(results) if result != "ok"]
+    if failed:
+        pytest.fail("\n".join((*failed, meshes[ranks].said())), pytrace=False)
+
+
+@pytest.mark.parametrize(
+    ("fault", "limit", "said"),
+    [
+        ("raises", distributed_worker.LIMIT, "KeyError: 'mine'"),
+        ("dies", distributed_worker.LIMIT, "the process ended with -9"),
+        ("hangs", 3, "did not come to an end"),
+    ],
+    ids=["raises", "dies", "hangs"],
+)
+def test_a_fault_of_one_case_is_no_other_cases(meshes, fault, limit, said):
+    """A case that fails, dies or hangs on one rank is a failure; the next case has ranks that work."""
+    results = meshes[2].ask(name=fault, seed=0, limit=limit)
+    assert said in results[1]
+    assert results[0] != "ok"  # it waited for the other
+    assert meshes[2].ask(name="data of two", seed=0) == ["ok", "ok"]
 
 
 @pytest.mark.slow
@@ -63,7 +69,8 @@ def test_ranks_that_die_rejoin_from_the_log(tmp_path):
     kills = ["1:4", "0:9"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", "2", str(TESTS / "elastic_worker.py"), str(tmp_path), "14", *kills]
-    env = {**environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # docs/distributed.md
+    # docs/distributed.md
+    env = environment(OMP_NUM_THREADS="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     run = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
     assert run.returncode == 0, run.stderr[-3000:]
     assert all((tmp_path / f"killed {kill}").exists() for kill in kills)
@@ -118,7 +125,7 @@ def test_two_hosts(hosts, tmp_path):
         command = [*inside, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
         command += ["--node-rank", str(node), "--master-addr", master, "--master-port", "29511"]
         command += [str(TESTS / "elastic_worker.py"), str(tmp_path), "6"]
-        env = {**environment(), "GLOO_SOCKET_IFNAME": link}
+        env = environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME=link)
         nodes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env))
     try:
         ends = [node.communicate(timeout=120) for node in nodes]
@@ -130,15 +137,36 @@ def test_two_hosts(hosts, tmp_path):
     assert_like_one_process(tmp_path, 6)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 1000])
+#: The order of the sums.
+TREES = {
+    1: lambda a: a,
+    2: lambda a, b: a + b,
+    3: lambda a, b, c: (a + b) + c,
+    7: lambda a, b, c, d, e, f, g: ((a + b) + (c + d)) + ((e + f) + g),
+    8: lambda a, b, c, d, e, f, g, h: ((a + b) + (c + d)) + ((e + f) + (g + h)),
+}
+
+
+def random_losses(rng, count):
+    return [rng.uniform(-1, 1) * 10 ** rng.randrange(-9, 9) for _ in range(count)]
+
+
+@pytest.mark.parametrize("count", TREES)
 def test_mean_is_a_tree_in_the_order_of_the_list(rng, count):
-    losses = [rng.uniform(-1, 1) * 10 ** rng.randrange(-9, 9) for _ in range(count)]
-    level = losses
-    while len(level) > 1:
-        level = [a + b for a, b in zip(level[::2], level[1::2], strict=False)] + level[len(level) // 2 * 2 :]
-    assert mean_of(losses).item() == level[0] / count
+    losses = random_losses(rng, count)
+    want = TREES[count](*losses) / count
+    assert mean_of(losses).item() == want
     rows = torch.tensor(losses, dtype=torch.float64)[:, None].expand(-1, 3)
-    assert mean_of(rows).tolist() == [level[0] / count] * 3
+    assert mean_of(rows).tolist() == [want] * 3
+
+
+def test_mean_of_many(rng):
+    """The sum of a power of two is the sum of its halves; zeros at the end add nothing."""
+    losses = random_losses(rng, 1000)
+    padded = [*losses, *[0.0] * 24]
+    halves = mean_of(padded[:512]).item() * 512 + mean_of(padded[512:]).item() * 512
+    assert mean_of(padded).item() * 1024 == halves
+    assert mean_of(losses).item() == halves / 1000
     with pytest.raises(ValueError, match="at least one"):
         mean_of([])
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import errno
+import mmap
 import os
 import time
-import types
 
 import pytest
 import torch
+from helpers import watched
 from offload_cases import batch_of, loss_of, same_bits, same_state, tower, train
 
-import zokernels.offload.files
 import zokernels.offload.memory
 from zokernels import offload
 from zokernels.optim import ZOSGD
@@ -86,7 +86,7 @@ def test_what_is_being_written_stays_as_it_is(storage, rng, tmp_path, monkeypatc
     assert not any(changed)
 
 
-def test_an_update_that_is_interrupted(rng, tmp_path, monkeypatch):
+def test_an_update_that_is_interrupted(rng):
     """Half of a block's parameters have it: the block is read again."""
     model = tower(torch.bfloat16, seed=rng.getrandbits(30))
     for layer in model.layers:
@@ -99,18 +99,14 @@ def test_an_update_that_is_interrupted(rng, tmp_path, monkeypatch):
         ],
         lr=1e-2, eps=1e-2, seed=5,
     )  # fmt: skip
-    import zokernels.offload.engine as module
+    left = [rng.randrange(12, 19)]
 
-    real, left = module.fan_out_, [rng.randrange(12, 19)]
-
-    def interrupted(*args, **options):
+    def interrupted(*args):
         left[0] -= 1
         if left[0] == 0:
             raise KeyboardInterrupt
-        real(*args, **options)
 
-    monkeypatch.setattr(module, "fan_out_", interrupted)
-    with offload.stream(model, "layers", "host", slots=5):
+    with watched("fan_out_", interrupted), offload.stream(model, "layers", "host", slots=5):
         a, b, stopped = make(model), make(base), 0
         while (step := a.step_count) < 4:
             torch.manual_seed(step)
@@ -134,7 +130,7 @@ def test_memory_that_cannot_be_had(tmp_path, monkeypatch):
 
     for storage in ("host", "disk"):
         with monkeypatch.context() as patched:
-            patched.setattr(zokernels.offload.memory.mmap, "mmap", refused)
+            patched.setattr(mmap, "mmap", refused)
             with pytest.raises(MemoryError, match=r"bytes of host memory.*Cannot allocate"):
                 offload.stream(model, "layers", storage, path=tmp_path / "run" if storage == "disk" else None)
     assert not same_state(model.state_dict(), before)
@@ -146,7 +142,7 @@ def test_memory_that_cannot_be_pinned(error, hint, monkeypatch):
     runtime = type("Runtime", (), {"cudaHostRegister": lambda *args: error, "cudaHostUnregister": lambda *args: 0})
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime())
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(zokernels.offload.memory, "cpus_beside", lambda device: set())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: object())  # no PCI numbers: any CPU
     with pytest.raises(MemoryError, match=rf"8192 bytes.*pinned \({hint}\).*error {error}"):
         zokernels.offload.memory.mapping(8192, torch.device("cuda", 0))
 
@@ -161,8 +157,7 @@ def test_the_cpus_beside_a_gpu(tmp_path, monkeypatch):
     (tmp_path / "sys/devices/system/node/node1/cpulist").write_text(f"{min(mine)},4000-4003\n")
     properties = type("P", (), {"pci_domain_id": 1, "pci_bus_id": 10, "pci_device_id": 0})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    inside = types.SimpleNamespace(Path=lambda path: tmp_path / path.removeprefix("/"))
-    monkeypatch.setattr(zokernels.offload.memory, "pathlib", inside)
-    assert zokernels.offload.memory.cpus_beside(torch.device("cuda", 0)) == {min(mine)}
+    beside = lambda: zokernels.offload.memory.cpus_beside(torch.device("cuda", 0), root=tmp_path)
+    assert beside() == {min(mine)}
     (tmp_path / f"sys/bus/pci/devices/{name}.0/numa_node").write_text("-1\n")  # a machine with one node
-    assert zokernels.offload.memory.cpus_beside(torch.device("cuda", 0)) == set()
+    assert beside() == set()

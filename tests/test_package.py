@@ -8,6 +8,7 @@ import sys
 import textwrap
 
 import pytest
+import torch
 
 import zokernels
 from zokernels.backends import library, registry
@@ -68,6 +69,13 @@ def test_unknown_backend():
     message = "backend: expected one of reference, cpu, triton, cuda, got 'tpu'"
     with pytest.raises(ValueError, match=message), zokernels.backend("tpu"):
         pass
+
+
+def test_fresh_memory_is_poisoned_in_tests():
+    made = [torch.empty(3), torch.empty_like(torch.ones(2).half()), torch.ones(1).new_empty(2, dtype=torch.bfloat16)]
+    assert all(t.isnan().all() for t in made)
+    assert (torch.empty(2, dtype=torch.int8) == 127).all()
+    assert (torch.empty(2, dtype=torch.uint8) == 255).all()
 
 
 def test_backend_on_the_wrong_device(monkeypatch):

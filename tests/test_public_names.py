@@ -50,13 +50,24 @@ def kind_name(parameter: inspect.Parameter) -> str:
     return inspect.formatannotation(parameter.annotation)
 
 
-def members(kind: type) -> Iterator[str]:
-    """What a class itself adds to its bases."""
-    for name, value in sorted(vars(kind).items()):
+def hidden_bases(kind: type, public: set[type]) -> list[type]:
+    """The bases of a class that are the package's and no public class has: their members are its own to a user."""
+    bases = kind.__mro__[1:]
+    shown = {base for other in bases if other in public for base in other.__mro__}
+    return [base for base in bases if base.__module__.startswith("zokernels.") and base not in shown]
+
+
+def members(kind: type, public: set[type]) -> Iterator[str]:
+    """What a class and its hidden bases add to its public ones."""
+    own = {}
+    for base in (*reversed(hidden_bases(kind, public)), kind):
+        for name, value in vars(base).items():
+            # torch wraps the step of an optimizer's class when the first one is made, and the class then has it.
+            if getattr(value, "__qualname__", base.__qualname__).startswith(base.__qualname__):
+                own[name] = value
+    for name, value in sorted(own.items()):
         if name.startswith("_") and name != "__call__":
             continue
-        if not getattr(value, "__qualname__", kind.__qualname__).startswith(kind.__qualname__):
-            continue  # torch wraps the step of an optimizer's class when the first one is made
         if isinstance(value, (staticmethod, classmethod)):
             yield signature(value.__func__, f"    {type(value).__name__} {name}")
         elif inspect.isfunction(value):
@@ -68,13 +79,15 @@ def members(kind: type) -> Iterator[str]:
 def of_module(module: str) -> list[str]:
     found, lines = importlib.import_module(module), []
     own = [n for n, v in vars(found).items() if n[0] != "_" and getattr(v, "__module__", "") == module]
-    for name in sorted(getattr(found, "__all__", own)):
+    names = getattr(found, "__all__", own)
+    public = {value for name in names if inspect.isclass(value := getattr(found, name))}
+    for name in sorted(names):
         value = getattr(found, name)
         if inspect.isclass(value):
             lines.append(
                 f"{signature(value, f'class {name}')}  # {', '.join(base.__name__ for base in value.__bases__)}"
             )
-            lines += members(value)
+            lines += members(value, public)
         elif callable(value):
             lines.append(signature(value, name))
         else:

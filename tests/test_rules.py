@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_zosgd_capturable import NoReads
 from torch import nn
-from zosgd_cases import BOTH, batch, loss_of, mlp, same_bits, weights
+from zosgd_cases import BOTH, batch, combined, loss_of, mlp, same_bits, weights
 
 import zokernels as zk
 from zokernels.backends.reference.combine import divide, fma, sqrt
@@ -29,8 +29,8 @@ from zokernels.optim import (
     ZOConservative,
     ZOSignSGD,
 )
-from zokernels.optim.estimators import TwoSided
-from zokernels.optim.stateful import Curvature
+from zokernels.step.estimators import TwoSided
+from zokernels.step.rules.stateful import Curvature
 
 pytestmark = pytest.mark.filterwarnings("ignore:[A-Za-z]+. . step:UserWarning")
 
@@ -106,6 +106,7 @@ class Plain:
         self.ops, self.rule, self.case, self.theta, self.stream = ops, rule, RULES[rule], theta, stream
         self.dtype, self.seed, self.rounding, self.state_dtype = theta.dtype, seed, rounding, state_dtype
         self.weight_decay, self.t, self.past = weight_decay, 0, []
+        self.doubtful = torch.zeros(theta.shape, dtype=torch.bool)  # the sign may depend on rounding here
         first = torch.ones_like(theta) if rule == "hizoo" else torch.zeros_like(theta)
         self.states = [first.to(state_dtype), torch.zeros_like(theta).to(state_dtype)]
         self.products = [1.0, 1.0]
@@ -135,8 +136,9 @@ class Plain:
             root = ops.fma(ops.sqrt(v), scale, n(options.get("adam_eps", 1e-8)))
             new, states = ops.fma(n(-LR / (1 - self.products[0])), ops.divide(m, root), decayed), [m, v]
         elif self.rule == "sign":
-            sign = torch.sign(ops.fma(n(options["l2"]), theta, total))
-            new, states = ops.fma(n(-LR), sign, decayed), []
+            argument = ops.fma(n(options["l2"]), theta, total)
+            self.doubtful |= argument.abs() < 1e-6
+            new, states = ops.fma(n(-LR), torch.sign(argument), decayed), []
         elif self.rule == "hizoo":
             l0, plus, minus = (float(x) for x in losses)
             gain = self.case.alpha / 2 * (abs(plus + minus - 2 * l0) / EPS**2)
@@ -243,7 +245,8 @@ def test_steps_follow_the_formula_in_float64(rule, rng):
         for one in plain:
             one.step(step, log_of(opt), opt.last_losses)
     for p, one in zip(model.parameters(), plain, strict=True):
-        torch.testing.assert_close(p.detach().double(), one.theta, rtol=1e-5, atol=2e-6)
+        sure = ~one.doubtful
+        torch.testing.assert_close(p.detach().double()[sure], one.theta[sure], rtol=1e-5, atol=2e-6)
 
 
 # --- torch's own optimizers, fed with the same gradient ---
@@ -253,9 +256,12 @@ def test_steps_follow_the_formula_in_float64(rule, rng):
 @pytest.mark.parametrize("q", [1, 3])
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
 def test_equals_torch(name, q, decay, rng):
+    """The weights, and the states up to what rounding can change in sums of such terms."""
     seed, lr = rng.getrandbits(64), 0.01
     model, plain, data = mlp(), mlp(), batch()
     named = model.named_parameters
+    beta, gain, beta2 = (0.9, 1.0, 0.0) if name == "sgd" else (0.8, 0.2, 0.99)
+    first, second = ({n: torch.zeros_like(p) for n, p in named()} for _ in range(2))  # the states of |gradients|
     if name == "sgd":
         opt = ZOSGD(named(), lr, momentum=0.9, l2=decay, directions=q, seed=seed)
         other = torch.optim.SGD(plain.parameters(), lr, momentum=0.9, weight_decay=decay)
@@ -269,13 +275,17 @@ def test_equals_torch(name, q, decay, rng):
         if bad:
             continue
         for n, p in plain.named_parameters():
-            z = [zk.noise(p.shape, seed=s, stream=zk.stream_of(n)) for s in seeds_of(seed, step, q)]
-            p.grad = sum(c * noise for c, noise in zip(log_of(opt), z, strict=True))
+            z = tuple(zk.noise(p.shape, seed=s, stream=zk.stream_of(n)) for s in seeds_of(seed, step, q))
+            p.grad = combined(torch.zeros(p.shape), z, tuple(log_of(opt)))  # as ours rounds: the same sign
+            terms = [decay * p.detach(), *(c * noise for c, noise in zip(log_of(opt), z, strict=True))]
+            size = sum(term.abs() for term in terms)
+            first[n], second[n] = beta * first[n] + gain * size, beta2 * second[n] + (1 - beta2) * size.square()
         other.step()
-    for p, w in zip(model.parameters(), plain.parameters(), strict=True):
+    for (n, p), w in zip(named(), plain.parameters(), strict=True):
         torch.testing.assert_close(p, w, rtol=1e-5, atol=1e-6)
-        for key in opt.state[p]:
-            torch.testing.assert_close(opt.state[p][key], other.state[w][key], rtol=1e-4, atol=1e-7)
+        for key in opt.state[p]:  # in each of seven steps a few roundings, of a square twice as many
+            bound = 7 * 8 * 2.0**-24 * (2 * second[n] if key == "exp_avg_sq" else first[n]) + 1e-12
+            assert ((opt.state[p][key] - other.state[w][key]).abs() <= bound).all(), key
 
 
 # --- windows ---
@@ -283,21 +293,22 @@ def test_equals_torch(name, q, decay, rng):
 
 @pytest.mark.parametrize("q", [1, 2])
 def test_a_window_as_long_as_the_run_is_the_state(q, rng):
-    """Momentum for any q; Adam for one direction, whose square has no cross terms."""
+    """Momentum for any q; Adam for one direction, whose square has no cross terms.  The losses are given."""
     pairs = [(ZOSGD, {"momentum": 0.8, "dampening": 0.5})]
     if q == 1:
         pairs.append((ZOAdamW, {"betas": (0.8, 0.9), "adam_eps": 1e-4}))
-    seed, data = rng.getrandbits(64), batch()
+    seed, (x, _) = rng.getrandbits(64), batch()
+    losses = [float("nan") if step == 1 else rng.uniform(-1e-3, 1e-3) for step in range(6) for _ in range(2 * q)]
     for kind, options in pairs:
         ends = []
         for window in ({}, {"window": 6}):
-            model = mlp()
+            model, answers = mlp(), iter(losses)
             opt = kind(model.named_parameters(), 0.01, seed=seed, directions=q, weight_decay=0.1, **options, **window)
-            for step in range(6):
-                opt.step(lambda: loss_of(model, *data) * (float("nan") if step == 1 else 1.0))
+            for _ in range(6):
+                opt.step(lambda: (model(x), next(answers))[1])
             assert bool(opt.state) is not bool(window)
             ends.append(weights(model))
-        torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
 
 
 def test_a_window_forgets_what_is_older(rng):
@@ -488,8 +499,11 @@ def test_perturbation_and_update_have_one_z(rule, rng):
         expected = -LR * total / squares.sqrt()
     elif rule == "adam":
         expected = -LR * total / (total.abs() + 1e-3)
+    elif rule == "adamw":
+        expected = -LR * total / (total.abs() + 1e-8)
     else:
-        expected = -LR * total.sign()
+        chain = combined(torch.zeros(41), tuple(z), tuple(log_of(opt)))  # as the rule rounds: the same sign
+        expected = -LR * chain.sign()
     torch.testing.assert_close(p.detach(), expected, rtol=1e-4, atol=1e-6)
 
 

@@ -48,9 +48,9 @@ def test_derived_seed_of_a_stream(rng):
         w0, w1, _, _ = contract.philox4x32(counter, (run_seed % 2**32, run_seed // 2**32))
         assert contract.derive_stream_seed(run_seed, last, stream) == w0 + 2**32 * w1
         if stream < 2**32:
-            assert contract.derive_stream_seed(run_seed, last, stream) == contract.derive_seed_int(run_seed, last, stream)
+            assert contract.derive_seed_int(run_seed, last, stream) == w0 + 2**32 * w1
     for step, stream in ((-1, 0), (2**64, 0), (0, -1), (0, 2**56)):
-        with pytest.raises(ValueError, match="derive_stream_seed: s(tep|tream): expected an integer in"):
+        with pytest.raises(ValueError, match=r"derive_stream_seed: s(tep|tream): expected an integer in"):
             contract.derive_stream_seed(1, step, stream)
 
 
@@ -91,7 +91,7 @@ def test_resuming_a_log_of_other_streams(tmp_path):
     for name, value in part("base.safetensors").items():
         model.get_parameter(name).data = value
     options = {"lr": 0.05, "directions": 3, "seed": log.header["seed"], "trajectory": path, "resume": True}
-    with pytest.raises(ValueError, match="resume: streams: expected those of the log .*'streams'.*got others"):
+    with pytest.raises(ValueError, match=r"resume: streams: expected those of the log .*'streams'.*got others"):
         ZOSGD(model.named_parameters(), **options)
     assert path.read_bytes() == (OLD_LOGS / "directions.zk").read_bytes()
     streams = [p["stream"] for p in log.header["groups"][0]["params"]]

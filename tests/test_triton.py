@@ -6,13 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
+import case_process
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 import triton_cases
+from case_process import CaseProcess
 
 from zokernels import contract
 from zokernels.backends import BackendUnavailable, get
@@ -20,48 +19,41 @@ from zokernels.backends import BackendUnavailable, get
 triton = pytest.importorskip("triton")
 
 
+def version(module) -> tuple[int, ...]:
+    return tuple(int(part) for part in module.__version__.split(".")[:2])
+
+
 @pytest.fixture(scope="session")
-def interpreted() -> dict[str, dict]:
-    """Result of every case by name, from one worker process."""
-    version = lambda module: tuple(int(part) for part in module.__version__.split(".")[:2])
+def interpreted():
+    """A process with the interpreter, which runs one case after the other."""
     if version(triton) < (3, 7) and version(np) >= (2, 4):
         pytest.skip("the interpreter of Triton 3.6 cannot read scalars with NumPy 2.4; pip install 'numpy<2.4'")
-    root = str(Path(__file__).parents[1])
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    command = [sys.executable, triton_cases.__file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode:
-        pytest.fail(f"the worker ended with {done.returncode} after {len(results)} cases:\n{done.stderr[-4000:]}")
-    return {result["case"]: result for result in results}
+    process = CaseProcess("triton_cases.py", limit=300, TRITON_INTERPRET="1")
+    yield process
+    process.stop()
 
 
 @pytest.mark.parametrize("name", triton_cases.CASES)
-def test_interpreter(interpreted, name):
-    detail = interpreted[name]["detail"]
-    if detail:
-        pytest.fail(detail, pytrace=False)
+def test_interpreter(interpreted, name, rng):
+    if wrong := interpreted.ask(name=name, seed=rng.getrandbits(32)):
+        pytest.fail(wrong, pytrace=False)
 
 
 def test_a_case_can_fail():
     """A difference reaches the report: here the worker compares against a reference with doubled coefficients."""
     code = (
-        "import triton_cases as t, dataclasses\n"
+        "import triton_cases as t, dataclasses, json\n"
         "from zokernels.backends import registry\n"
         "r = registry.get('reference')\n"
         "bad = dataclasses.replace(r, combine=lambda o, p, t: r.combine(o, p, t._replace(coeffs=2 * t.coeffs)))\n"
         "load = registry._load\n"
         "registry._load = lambda name: bad if name == 'reference' else load(name)\n"
-        "t.main(['directions: normal K=1', 'directions: normal K=0'])\n"
+        "print(json.dumps([t.run(f'directions: normal K={k}', 0) for k in (1, 0)]))\n"
     )
-    here = Path(__file__).parent
-    path = os.pathsep.join((str(here), str(here.parent), os.environ.get("PYTHONPATH", "")))
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    environment = case_process.environment(TRITON_INTERPRET="1")
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    wrong, right = (json.loads(line)["detail"] for line in done.stdout.splitlines())
+    wrong, right = json.loads(done.stdout)
     assert "of 130 elements of tensor 0" in wrong
-    assert "ZOKERNELS_TEST_SEED=" in wrong
     assert right == ""
 
 
@@ -78,7 +70,7 @@ def test_missing_triton_names_the_command():
         "try: get('triton')\n"
         "except Exception as e: print(type(e).__name__, e)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = case_process.environment()
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.startswith(BackendUnavailable.__name__)
     assert "pip install triton" in done.stdout
@@ -110,15 +102,14 @@ def _radius_squared(n: np.ndarray) -> np.ndarray:
     return _fma(q, m, _fma(ef, _f32(contract.NORMAL_NC2), _f32(contract.NORMAL_LK)))
 
 
-def test_sqrt_fast_path_is_exact():
+def test_sqrt_fast_path_is_exact(rng):
     """The hand-written sqrt equals IEEE for every rsqrt that the hardware may return, on the s that occur.
 
     rsqrt.approx.ftz.f32 is within 2^-22.9 relative (PTX ISA): every fp32 value that near must lead to the same root.
     """
-    seed = int.from_bytes(os.urandom(4), "little")
-    rng = np.random.default_rng(seed)
+    draw = np.random.default_rng(rng.getrandbits(32))
     top = np.arange(2**24 - 2**19, 2**24, dtype=np.float64) * 2**7  # the largest |n|: the smallest s
-    wide = rng.integers(0, 2**32, 2**19, dtype=np.uint32) >> rng.integers(1, 32, 2**19, dtype=np.uint32) | 1
+    wide = draw.integers(0, 2**32, 2**19, dtype=np.uint32) >> draw.integers(1, 32, 2**19, dtype=np.uint32) | 1
     s = _radius_squared(np.concatenate((top, [2.0**31, 1.0], wide.astype(np.float64))).astype(np.float32))
     assert s.min() > 2.0**-100, s.min()
     assert s.max() < 2.0**100, s.max()
@@ -132,5 +123,5 @@ def test_sqrt_fast_path_is_exact():
         g, h = s * r, np.float32(0.5) * r
         root = _fma(_fma(-g, g, s), h, g)
         wrong = np.flatnonzero(possible & (root != exact))
-        assert wrong.size == 0, f"seed {seed}, rsqrt {ulp:+} ulp: {wrong.size} wrong, first s = {s[wrong[0]]!r}"
+        assert wrong.size == 0, f"rsqrt {ulp:+} ulp: {wrong.size} wrong, first s = {s[wrong[0]]!r}"
     assert tried > 2 * s.size

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zosgd_cases import BOTH, DTYPES, batch, loss_of, mlp, same_bits, weights
 
 from zokernels.optim import ZOSGD
-from zokernels.optim.guards import GraphRng
+from zokernels.step.graphs import GraphRng
 
 pytestmark = pytest.mark.filterwarnings("ignore:ZOSGD. . step:UserWarning")
 
@@ -85,14 +85,14 @@ def test_resume_is_bit_exact(kinds, restore):
 def test_a_graph_may_hold_the_addresses():
     """Counters, seeds and a tensor lr are written in place: by steps, by a schedule, by load_state_dict."""
     model, opt = build(True)
-    state = opt._state
+    state = opt.run_state
     tensors = [*state._steps.values(), *state._seeds.values(), state.skipped, opt.param_groups[0]["lr"]]
     addresses = [t.data_ptr() for t in tensors]
     saved = copy.deepcopy(opt.state_dict())
     run(model, opt, torch.optim.lr_scheduler.ExponentialLR(opt, 0.9), 3, bad=(1,))
     opt.load_state_dict(saved)
     now = [*state._steps.values(), *state._seeds.values(), state.skipped, opt.param_groups[0]["lr"]]
-    assert opt._state is state
+    assert opt.run_state is state
     assert [t.data_ptr() for t in now] == addresses
     assert [t.item() for t in now] == [0, 2**63 + 9 - 2**64, 0, pytest.approx(0.05)]
 
@@ -150,7 +150,7 @@ def test_errors_of_a_capture(monkeypatch):
     )
     for warm in (plain, opt, cpu_lr):
         warm.step(lambda: p.sum())
-    monkeypatch.setattr("zokernels.optim.optimizer.is_capturing", lambda devices: True)
+    monkeypatch.setattr("zokernels.step.step.is_capturing", lambda devices: True)
     with pytest.raises(RuntimeError, match="capturable: expected True where a CUDA graph is captured"):
         plain.step(lambda: p.sum())
     with pytest.raises(RuntimeError, match="step: expected one step before the capture"):

@@ -6,12 +6,13 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import watched
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import zokernels as zk
 from zokernels.optim import ZOSGD
-from zokernels.optim.scratch import ScratchPool, arena_numel
+from zokernels.step.scratch import arena_numel
 
 EPS = 0.02
 
@@ -183,16 +184,8 @@ def test_update_uses_the_noise_of_the_forward():
 
 def test_scratch_is_that_of_the_largest_call():
     model = nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 128), nn.Tanh(), nn.Linear(128, 4), nn.LayerNorm(4))
-    opt = ZOSGD(model.named_parameters(), lr=0.1)
-    sizes, like = [], ScratchPool.like
-
-    def counted(pool, tensors):
-        out = like(pool, tensors)
-        sizes.append(pool.nbytes())
-        return out
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ScratchPool, "like", counted)
+    opt, sizes = ZOSGD(model.named_parameters(), lr=0.1), []
+    with watched("combine", lambda *args: sizes.append(opt.scratch.nbytes())):
         opt.step(lambda: model(torch.arange(6)).square().mean())
     largest = max(4 * arena_numel(list(m.parameters())) for m in model if list(m.parameters()))
     assert len(sizes) == 2 * 4  # one combine a module and forward: weight and bias together
@@ -217,12 +210,11 @@ def test_scratch_with_live_views_is_not_reused():
     opt.step(closure)
     assert all(x != y for x, y in addresses)
     opt.step(lambda: a.sum() + b.sum())
-    assert opt._pool.nbytes() == 256  # all the views are gone, and one arena stays
+    assert opt.scratch.nbytes() == 256  # all the views are gone, and one arena stays
 
 
-def test_metadata_materialises_nothing(monkeypatch):
-    p, q = nn.Parameter(torch.zeros(4, 6)), nn.Parameter(torch.zeros(2))
-    calls, like = [], ScratchPool.like
+def test_metadata_materialises_nothing():
+    p, q, calls = nn.Parameter(torch.zeros(4, 6)), nn.Parameter(torch.zeros(2)), []
 
     def closure():
         assert (p.shape, p.size(0), p.dim(), p.ndim, len(p), p.numel()) == ((4, 6), 4, 2, 2, 4, 24)
@@ -233,7 +225,8 @@ def test_metadata_materialises_nothing(monkeypatch):
         assert not calls
         return q.sum()
 
-    monkeypatch.setattr(ScratchPool, "like", lambda pool, ts: (calls.append(ts), like(pool, ts))[1])
     opt = ZOSGD([p, q], lr=0.1)
-    with pytest.warns(UserWarning, match=r"1 of 2 parameters .*\(params\[0\]\)"):
+    told = pytest.warns(UserWarning, match=r"1 of 2 parameters .*\(params\[0\]\)")
+    with watched("combine", lambda *args: calls.append(args)), told:
         opt.step(lambda: (calls.clear(), closure())[1])
+    assert calls  # of q

@@ -11,7 +11,7 @@ from torch import nn
 from zosgd_cases import weights
 
 from zokernels.optim import ZOSGD
-from zokernels.optim.substitute import HiddenParameters
+from zokernels.step.probes.substitute import HiddenParameters
 
 # --- what a forward must not do ---
 

@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from helpers import watched
 from torch import nn
 from zosgd_cases import DTYPES, batch, combined, loss_of, mlp, same_bits, weights
 
@@ -96,16 +97,9 @@ def test_first_step_from_clean_weights_is_that_of_three_passes():
         assert (p - q).abs().max() <= 8 * 2**-24
 
 
-def test_passes_over_the_weights(monkeypatch):
-    model, opt = build()
-    calls, real = [], zk.combine_
-
-    def spy(params, seeds, *args, **kwargs):
-        calls.append(seeds.numel())
-        real(params, seeds, *args, **kwargs)
-
-    monkeypatch.setattr("zokernels.optim.direction.combine_", spy)
-    with opt.two_pass(model):
+def test_passes_over_the_weights():
+    (model, opt), calls = build(), []
+    with watched("combine_", lambda params, seeds, *rest: calls.append(seeds.numel())), opt.two_pass(model):
         for _ in range(3):
             opt.step(lambda: loss_of(model, *batch()))
     assert calls == [1, 1, 2, 1, 2, 1, 2, 1]  # the first +eps, then two a step, then the flush

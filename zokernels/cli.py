@@ -109,7 +109,8 @@ def _say(args: argparse.Namespace, found: dict[str, Any], lines: Sequence[str]) 
 
 
 def _replay(args: argparse.Namespace) -> None:
-    from .trajectory.checkpoint import Checkpoint, replay_file
+    from .files.safetensors import Checkpoint
+    from .trajectory.checkpoint import replay_file
 
     log = _read(args)
     with _progress(log, "replay") as progress:
@@ -120,7 +121,8 @@ def _replay(args: argparse.Namespace) -> None:
 
 def _verify(args: argparse.Namespace) -> None:
     """Raises at the first thing that does not match; JSON has what was checked."""
-    from .trajectory.checkpoint import Checkpoint, checked, compare, replay_file
+    from .files.safetensors import Checkpoint
+    from .trajectory.checkpoint import checked, compare, replay_file
 
     log = _read(args)
     found: dict[str, Any] = {"records": log.steps, "base": None, "final": None, "tensors": None}

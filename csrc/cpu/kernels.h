@@ -41,7 +41,7 @@ struct Span {
   int64_t rows, columns, rank;
   int64_t numel;
   uint64_t offset;  // logical index of element 0
-  uint64_t stream;
+  Stream stream;
   int64_t begin, end;
   // Of a tensor that is rows of `width` elements, `length` logical indices apart: the kernels get one row at a time.
   int64_t width, length, blocks;  // width 0: one piece; blocks: bytes of a row's mask

@@ -114,7 +114,7 @@ struct Call {
       if (span.numel == 0) continue;
       span.in = params[i].const_data_ptr();
       span.offset = static_cast<uint64_t>(args.offsets[i]);
-      span.stream = static_cast<uint64_t>(args.streams[i]);
+      span.stream = Stream(static_cast<uint64_t>(args.streams[i]));
       span.coeffs = coeffs.data() + i * args.coeff_stride();
       span.width = args.width(i);
       span.length = args.length(i);
@@ -357,7 +357,7 @@ Tensor squares_cpu(Tensor seeds, std::vector<int64_t> sizes, std::vector<int64_t
     Span span{};
     span.numel = sizes[i];
     span.offset = static_cast<uint64_t>(offsets[i]);
-    span.stream = static_cast<uint64_t>(streams[i]);
+    span.stream = Stream(static_cast<uint64_t>(streams[i]));
     spans.push_back(span);
   }
   Tensor result = torch::stable::empty_like(seeds);
@@ -396,7 +396,7 @@ void project_cpu(Tensor partial, TensorList tensors, Tensor seeds, std::vector<i
     if (span.numel == 0) continue;
     span.in = tensors[i].const_data_ptr();
     span.offset = static_cast<uint64_t>(offsets[i]);
-    span.stream = static_cast<uint64_t>(streams[i]);
+    span.stream = Stream(static_cast<uint64_t>(streams[i]));
     spans.push_back(span);
     starts.push_back(before);
     before += sum_tiles(span.offset, span.numel);

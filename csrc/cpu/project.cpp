@@ -19,7 +19,7 @@ struct Loaded {
 
 // Segments [first, stop) of the tile that begins at `block`; array: the elements of segment `first` and on, as S loads them.
 template <class L, class S, Domain Dist>
-__attribute__((noinline)) double sum_of(const PhiloxKey& key, uint64_t stream, uint64_t block, const void* array,
+__attribute__((noinline)) double sum_of(const PhiloxKey& key, Stream stream, uint64_t block, const void* array,
                                         int first, int stop, bool ahead, void* scratch) {
   using F = typename L::F;
   constexpr int registers = kColumns / L::width, tiles = kSegment / (8 * L::width), step = 8 * L::width;

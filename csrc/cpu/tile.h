@@ -119,15 +119,15 @@ struct Storage<L, DType::e4m3> {
 };
 
 template <class L>
-ZK_HD PhiloxState<L> begin_draw(const PhiloxKey& key, uint64_t block, uint64_t stream, Domain domain) {
-  return {L::counter(static_cast<uint32_t>(block)), static_cast<uint32_t>(block >> 32), stream_word(stream),
-          domain_word(stream, domain), key};
+ZK_HD PhiloxState<L> begin_draw(const PhiloxKey& key, uint64_t block, Stream stream, Domain domain) {
+  return {L::counter(static_cast<uint32_t>(block)), static_cast<uint32_t>(block >> 32), stream.low, stream.with(domain),
+          key};
 }
 
 template <class L>
-ZK_HD Words<typename L::U> draw(const PhiloxKey& key, uint64_t block, uint64_t stream, Domain domain) {
-  return philox<L>(L::counter(static_cast<uint32_t>(block)), static_cast<uint32_t>(block >> 32), stream_word(stream),
-                   domain_word(stream, domain), key);
+ZK_HD Words<typename L::U> draw(const PhiloxKey& key, uint64_t block, Stream stream, Domain domain) {
+  return philox<L>(L::counter(static_cast<uint32_t>(block)), static_cast<uint32_t>(block >> 32), stream.low,
+                   stream.with(domain), key);
 }
 
 // The noise of a run of tiles, asked for in order: every direction of a tile, then the next tile.
@@ -146,11 +146,11 @@ struct Noise<L, kNormal> {
   using F = typename L::F;
   const PhiloxKey* keys;
   int64_t count;
-  uint64_t stream;
+  Stream stream;
   Words<typename L::U> words{};
   F z[8];
 
-  ZK_HD Noise(const PhiloxKey* keys, int64_t count, uint64_t stream, uint64_t block, void*)
+  ZK_HD Noise(const PhiloxKey* keys, int64_t count, Stream stream, uint64_t block, void*)
       : keys(keys), count(count), stream(stream) {
     if (count > 0) words = draw<L>(keys[0], block, stream, kNormal);
   }
@@ -179,12 +179,12 @@ struct Noise<L, kRademacher> {
   using F = typename L::F;
   const PhiloxKey* keys;
   int64_t count;
-  uint64_t stream;
+  Stream stream;
   uint32_t* signs;  // of a tile of 4096, [direction][vec / 4 % 8][vec / 32]: the bytes of four consecutive vecs
   const uint32_t* here = nullptr;
   int vec = 0;
 
-  ZK_HD Noise(const PhiloxKey* keys, int64_t count, uint64_t stream, uint64_t, void* scratch)
+  ZK_HD Noise(const PhiloxKey* keys, int64_t count, Stream stream, uint64_t, void* scratch)
       : keys(keys), count(count), stream(stream), signs(static_cast<uint32_t*>(scratch)) {}
   ZK_HD uint64_t enter(uint64_t block, uint64_t stop) {
     const uint64_t sign_tile = block / (kRademacherTile / 8), next = (sign_tile + 1) * (kRademacherTile / 8);

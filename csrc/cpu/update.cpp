@@ -12,7 +12,7 @@ ZK_HD void load_param(DType dtype, const void* array, const Tile& tile, typename
 
 // Rounded with the fields of `domain` where the op rounds stochastically.
 template <class L, class Tile>
-ZK_HD void store_rounded(const Terms& op, DType dtype, uint32_t domain, uint64_t stream, void* array, const Tile& tile,
+ZK_HD void store_rounded(const Terms& op, DType dtype, uint32_t domain, Stream stream, void* array, const Tile& tile,
                          const typename L::F x[8]) {
   if (dtype == DType::f32) return store<L, DType::f32, false>(array, tile, x, {});
   if (!op.stochastic) {

@@ -50,7 +50,7 @@ ZK_GLOBAL combine_normal_kernel(ZK_GRID_CONSTANT CombineLaunch p) {
   constexpr bool kRound = Stochastic && D != DType::f32;
   const int i = tensor_of(p.table, blockIdx.x);
   const CombineEntry& t = p.table.tensor[i];
-  const uint64_t stream = p.table.stream[i];
+  const Stream stream = p.table.stream[i];
 
   const uint64_t chunk = blockIdx.x - p.table.first_chunk[i];
   const uint64_t start = t.offset / kVector * kVector + chunk * kNormalChunk;  // logical
@@ -140,7 +140,7 @@ ZK_GLOBAL combine_rademacher_kernel(ZK_GRID_CONSTANT CombineLaunch p) {
   constexpr int kBytes = kRademacherTile / kVector / kRademacherBlocks;  // vecs of a lane: 16
   const int i = tensor_of(p.table, blockIdx.x);
   const CombineEntry& t = p.table.tensor[i];
-  const uint64_t stream = p.table.stream[i];
+  const Stream stream = p.table.stream[i];
 
   const uint64_t chunk = blockIdx.x - p.table.first_chunk[i];
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;

@@ -30,9 +30,9 @@ namespace zk::cuda {
 
 ZK_DEVICE uint64_t seed_at(const int64_t* seeds, int k) { return static_cast<uint64_t>(seeds[k]); }
 
-ZK_DEVICE Words<uint32_t> draw(const PhiloxKey& key, uint64_t block, uint64_t stream, Domain domain) {
-  return philox<Scalar>(static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), stream_word(stream),
-                        domain_word(stream, domain), key);
+ZK_DEVICE Words<uint32_t> draw(const PhiloxKey& key, uint64_t block, Stream stream, Domain domain) {
+  return philox<Scalar>(static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), stream.low,
+                        stream.with(domain), key);
 }
 
 // Word byte / 4, without indexing registers by a variable, which would move them to memory.
@@ -130,10 +130,10 @@ struct Tile {
   static constexpr int64_t kElements = int64_t{32} * kVector * kVecs;
   uint64_t start;
   int64_t position;  // of `start` in the tensor
-  uint64_t stream;
+  Stream stream;
   uint32_t lane, mantissa;
 
-  ZK_DEVICE Tile(uint64_t offset, uint64_t chunk, uint64_t stream_, uint32_t mantissa_)
+  ZK_DEVICE Tile(uint64_t offset, uint64_t chunk, Stream stream_, uint32_t mantissa_)
       : stream(stream_), lane(threadIdx.x % 32), mantissa(mantissa_) {
     start = offset / kAligned * kAligned + chunk * kChunk + threadIdx.x / 32 * kElements;
     position = static_cast<int64_t>(start - offset);
@@ -186,7 +186,7 @@ template <Domain Dist>
 struct RowTile {
   static constexpr int kVecs = kRowVecs;
   const RowsEntry& t;
-  uint64_t stream;
+  Stream stream;
   uint32_t mantissa;
   uint64_t vec;        // of the chunk's first one
   uint64_t row;        // its row
@@ -194,7 +194,7 @@ struct RowTile {
   uint32_t own;        // from it to the thread's first vec
   uint64_t row_block;  // of the first row, where all is aligned
 
-  ZK_DEVICE RowTile(const RowsEntry& t_, uint64_t chunk, uint64_t stream_, uint32_t mantissa_)
+  ZK_DEVICE RowTile(const RowsEntry& t_, uint64_t chunk, Stream stream_, uint32_t mantissa_)
       : t(t_), stream(stream_), mantissa(mantissa_), own(threadIdx.x / 32 * (32 * kVecs) + threadIdx.x % 32) {
     vec = chunk * kRowChunk;
     row = vec >> 31 ? vec / t.blocks.divisor : t.blocks.quotient(static_cast<uint32_t>(vec));

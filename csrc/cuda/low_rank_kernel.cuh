@@ -70,7 +70,7 @@ ZK_GLOBAL low_rank_kernel(ZK_GRID_CONSTANT LowRankLaunch p) {
   const int i = tensor_of(p.table, blockIdx.x);
   const LowRankEntry& t = p.table.tensor[i];
   const uint32_t chunk = blockIdx.x - p.table.first_chunk[i];
-  const uint64_t stream = p.table.stream[i];
+  const Stream stream = p.table.stream[i];
   const float decay = p.decay != nullptr ? *p.decay : 1.0f;  // 1 * x is x
 
   const auto load = [&](const auto& at, float acc[kVector]) {

@@ -67,7 +67,7 @@ void check_launch(const char* op, int error) {
 // Tensor i of a call with its table entry, for pack_launches.
 template <class Entry>
 Packed<Entry> packed(const Entry& entry, const TermArgs& terms, size_t i, int64_t chunks) {
-  return {entry, static_cast<uint64_t>(terms.streams[i]), chunks};
+  return {entry, Stream(static_cast<uint64_t>(terms.streams[i])), chunks};
 }
 
 // Plain combine where plus and minus are empty, else fan_out.
@@ -210,7 +210,7 @@ void spread_cuda(Tensor out, Tensor x, ZK_TERMS_PARAMS) {
   p.out = out.mutable_data_ptr();
   p.numel = x.numel();
   p.offset = static_cast<uint64_t>(offsets[0]);
-  p.stream = static_cast<uint64_t>(streams[0]);
+  p.stream = Stream(static_cast<uint64_t>(streams[0]));
   p.count = static_cast<int32_t>(seeds.numel());
   check_launch("spread",
                launch_spread(p, static_cast<uint32_t>(chunks), dtype_of("spread", x), terms.domain(), on.stream));
@@ -335,7 +335,7 @@ void encode_cuda(TensorList out, TensorList params, int64_t wire, std::vector<in
   for (size_t i = 0; i < params.size(); ++i) {
     const EncodeEntry entry{params[i].const_data_ptr(), static_cast<uint8_t*>(out[i].mutable_data_ptr()),
                             params[i].numel(), static_cast<uint64_t>(offsets[i])};
-    tensors.push_back({entry, 0, encode_chunks(entry.offset, entry.numel)});
+    tensors.push_back({entry, Stream(0), encode_chunks(entry.offset, entry.numel)});
   }
   pack_launches(EncodeLaunch{}, tensors, [&](const EncodeLaunch& launch, uint32_t chunks) {
     check_launch("encode", launch_encode(launch, chunks, dtype, wire_of<DType>(wire), on.stream));
@@ -361,7 +361,8 @@ void squares_cuda(Tensor partial, Tensor seeds, std::vector<int64_t> sizes, std:
   tensors.reserve(sizes.size());
   for (size_t i = 0; i < sizes.size(); ++i) {
     const SquaresEntry entry{sizes[i], static_cast<uint64_t>(offsets[i])};
-    tensors.push_back({entry, static_cast<uint64_t>(streams[i]), chunks_of(entry.offset, entry.numel, kNormal)});
+    tensors.push_back({entry, Stream(static_cast<uint64_t>(streams[i])),
+                       chunks_of(entry.offset, entry.numel, kNormal)});
   }
   pack_launches(shared, tensors, [&](const SquaresLaunch& launch, uint32_t chunks) {
     check_launch("squares", launch_squares(launch, chunks, on.stream));
@@ -386,7 +387,7 @@ void project_cuda(Tensor partial, TensorList tensors, Tensor seeds, std::vector<
     const ProjectEntry entry{tensors[i].const_data_ptr(), tensors[i].numel(), static_cast<uint64_t>(offsets[i]),
                              column};
     column += sum_tiles(entry.offset, entry.numel) * kSumThreads;
-    entries.push_back({entry, static_cast<uint64_t>(streams[i]), project_chunks(entry.offset, entry.numel)});
+    entries.push_back({entry, Stream(static_cast<uint64_t>(streams[i])), project_chunks(entry.offset, entry.numel)});
   }
   pack_launches(shared, entries, [&](const ProjectLaunch& launch, uint32_t chunks) {
     STD_TORCH_CHECK(int64_t{chunks} * launch.groups <= kMaxChunks,

@@ -14,7 +14,7 @@ namespace zk::cuda {
 struct SumTile {
   uint64_t start;    // logical index of the tile
   int64_t position;  // of `start` in the tensor
-  uint64_t stream;
+  Stream stream;
   uint32_t column, parity, mantissa;
 
   static constexpr int kRows = 4, kSegments = 16;

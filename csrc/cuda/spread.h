@@ -12,7 +12,7 @@ struct SpreadLaunch {
   void* out;  // [K, numel]
   int64_t numel;
   uint64_t offset;  // logical index of element 0
-  uint64_t stream;
+  Stream stream;
   int32_t count;                    // K
   uint32_t mantissa = 0x007fffffu;  // a constant that the compiler must not know: see noise/normal.h
 };

@@ -50,15 +50,14 @@ struct Divisor {
 // Tensors of one launch travel as a kernel argument (4 KiB at most on every architecture), so a launch needs no copy to the
 // device, no allocation and no cache, and a CUDA graph captures it whole.
 constexpr int kMaxArgument = 4096;
-constexpr int kMaxShared = 72;  // bytes of a launch's argument beside the arrays of its table
+constexpr int kMaxShared = 72;              // bytes of a launch's argument beside the arrays of its table
 constexpr int64_t kMaxChunks = 0x7fffffff;  // gridDim.x
 
 template <class EntryType>
 struct Table {
   using Entry = EntryType;
-  static constexpr int kMax =
-      (kMaxArgument - kMaxShared) / (sizeof(uint64_t) + sizeof(uint32_t) + sizeof(Entry));
-  uint64_t stream[kMax];
+  static constexpr int kMax = (kMaxArgument - kMaxShared) / (sizeof(Stream) + sizeof(uint32_t) + sizeof(Entry));
+  Stream stream[kMax];
   Entry tensor[kMax];
   uint32_t first_chunk[kMax];
   int32_t tensors;
@@ -68,7 +67,7 @@ struct Table {
 template <class Entry>
 struct Packed {
   Entry entry;
-  uint64_t stream;
+  Stream stream;
   int64_t chunks;
 };
 

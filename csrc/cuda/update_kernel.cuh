@@ -48,12 +48,12 @@ ZK_DEVICE typename Storage<D>::Raw pack(const Launch& p, const float x[kVector],
 }
 
 template <Domain Dist>
-ZK_DEVICE Tile<Dist> tile_at(const UpdateEntry& t, uint64_t chunk, uint64_t stream, uint32_t mantissa) {
+ZK_DEVICE Tile<Dist> tile_at(const UpdateEntry& t, uint64_t chunk, Stream stream, uint32_t mantissa) {
   return {t.offset, chunk, stream, mantissa};
 }
 
 template <Domain Dist>
-ZK_DEVICE RowTile<Dist> tile_at(const RowsEntry& t, uint64_t chunk, uint64_t stream, uint32_t mantissa) {
+ZK_DEVICE RowTile<Dist> tile_at(const RowsEntry& t, uint64_t chunk, Stream stream, uint32_t mantissa) {
   return {t, chunk, stream, mantissa};
 }
 

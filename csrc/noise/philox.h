@@ -26,10 +26,16 @@ ZK_HD PhiloxKey philox_key(uint64_t seed) {
   return key;
 }
 
-// Counter words 2 and 3. A stream has 56 bits: its low word is word 2, and its upper 24 bits stand above the domain in word 3.
-// Both are the same for a whole tensor.
-ZK_HD uint32_t stream_word(uint64_t stream) { return static_cast<uint32_t>(stream); }
-ZK_HD uint32_t domain_word(uint64_t stream, Domain domain) { return static_cast<uint32_t>(stream >> 32) << 8 | domain; }
+// A stream has 56 bits: the low 32 are counter word 2, and the upper 24 stand above the domain in word 3. Both words are made
+// once for a tensor, so that a draw costs what it would with 32 bits.
+struct Stream {
+  uint32_t low, high;  // high: shifted to its place
+
+  Stream() = default;
+  ZK_HD explicit Stream(uint64_t stream)
+      : low(static_cast<uint32_t>(stream)), high(static_cast<uint32_t>(stream >> 32) << 8) {}
+  ZK_HD uint32_t with(Domain domain) const { return high | domain; }
+};
 
 template <class U>
 struct Words {

@@ -57,12 +57,16 @@ def public_names(module: str) -> list[str]:
     return [n.name for n in tree.body if isinstance(n, kinds) and not n.name.startswith("_")]
 
 
+#: Its methods are those of the step, which has no page of its own.
+_WITH_INHERITED = "\n    options:\n      inherited_members: true"
+
+
 def _api(title: str, modules: list[str], words: str) -> str:
     out = [f"# {title}", words]
     for module in modules:
         if len(modules) > 1:
             out.append(f"# {module}")
-        out += [f"::: {module}.{name}" for name in public_names(module)]
+        out += [f"::: {module}.{name}" + _WITH_INHERITED * (name == "ZerothOrder") for name in public_names(module)]
     return "\n\n".join(out) + "\n"
 
 

@@ -10,9 +10,10 @@ using namespace zk;
 
 namespace {
 
-Words<uint32_t> block(uint64_t seed, uint64_t index, uint64_t stream, Domain domain) {
-  return philox<Scalar>(static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32), stream_word(stream),
-                        domain_word(stream, domain), philox_key(seed));
+Words<uint32_t> block(uint64_t seed, uint64_t index, uint64_t id, Domain domain) {
+  const Stream stream(id);
+  return philox<Scalar>(static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32), stream.low,
+                        stream.with(domain), philox_key(seed));
 }
 
 uint32_t field(const Words<uint32_t>& words, uint64_t i) { return words.w[(i & 7) >> 1] >> (16 * (i & 1)) & 0xffffu; }

@@ -47,7 +47,7 @@ void combine(const Kernels& kernels, const Case& c, const std::vector<uint64_t>&
   span.coeffs = coeffs.data();
   span.numel = span.end = numel;
   span.offset = c.offset;
-  span.stream = stream;
+  span.stream = Stream(stream);
   void* scratch = std::aligned_alloc(64, kScratchPerDirection * (seeds.size() + 1));
   kernels.combine(op, span, scratch);
   std::free(scratch);

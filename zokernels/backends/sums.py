@@ -12,8 +12,8 @@ from torch import Tensor
 
 #: Logical indices whose sum has one order, aligned: a Rademacher tile.
 TILE = 4096
-#: Bytes of partial sums at a time.  More directions than fit take another pass.
-_LIMIT = 1 << 29
+#: Bytes of partial sums at a time.
+LIMIT = 1 << 29
 
 
 def tiles(numel: int, offset: int) -> int:
@@ -31,14 +31,22 @@ def fold(partial: Tensor) -> Tensor:
 
 
 def by_partial_sums(
-    kernel: Callable[[Tensor, Tensor], None], columns: int, tensors: Sequence[Tensor], seeds: Tensor, offsets: list[int]
+    kernel: Callable[[Tensor, Tensor], None],
+    columns: int,
+    tensors: Sequence[Tensor],
+    seeds: Tensor,
+    offsets: list[int],
+    limit: int = LIMIT,
 ) -> Tensor:
-    """project as ``kernel(partial [K, columns of all tiles], seeds)`` and a fold, of as many seeds at a time as fit."""
+    """project as ``kernel(partial [K, columns of all tiles], seeds)`` and a fold.
+
+    ``limit``: bytes of ``partial``.  More seeds than fit take another pass; each pass takes at least one.
+    """
     width = columns * sum(tiles(t.numel(), o) for t, o in zip(tensors, offsets, strict=True))
     if not seeds.numel() or not width:
         return seeds.new_zeros(seeds.numel(), dtype=torch.float64)
     found = []
-    for part in seeds.split(max(1, _LIMIT // (8 * width))):
+    for part in seeds.split(max(1, limit // (8 * width))):
         partial = torch.empty((part.numel(), width), dtype=torch.float64, device=seeds.device)
         kernel(partial, part)
         found.append(fold(partial))

@@ -1,6 +1,7 @@
 """Several processes on one run: each evaluates its share of a step's losses, and all take the same update.
 
-``ZOSGD(..., mesh=mesh)`` with a ``torch.distributed.DeviceMesh`` is all that a script needs; docs/distributed.md.
+``ZOSGD(..., mesh=mesh)`` with a ``torch.distributed.DeviceMesh`` is all that a script needs
+(docs/distributed.md).
 """
 
 from .agreement import RanksDiffer

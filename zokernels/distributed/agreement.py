@@ -1,37 +1,39 @@
-"""Whether all ranks run the same program on the same weights: compared at the start, and weights again now and then."""
+"""Whether all ranks run the same program on the same weights.
+
+This is compared at the start, and the weights again every so many steps.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checks import fail
-from ..optim.groups import label_of, takes_part
-from ..optim.shard import is_sharded, local_of, peers_of, shard_of
+from ..checks import fail, is_integer
+from ..step.groups import label_of, takes_part
+from ..step.roles import OptimizerView
+from ..step.shard import is_sharded, local_of, peers_of, shard_of
+from ..trajectory.settings import header_of
+from .ranks import Ranks
 
-if TYPE_CHECKING:
-    from ..optim.optimizer import ZerothOrder
-    from .exchange import Exchange
-
-#: Elements that are hashed at a time: 8 bytes each while they are.
+#: How many elements are hashed at a time.  Each takes 8 bytes while it is.
 _PIECE = 1 << 22
-#: 2^64 over the golden ratio, odd.
+#: 2^64 over the golden ratio, which is odd, as an int64.
 _SPREAD = 0x9E3779B97F4A7C15 - (1 << 64)
 
 
 class RanksDiffer(RuntimeError):
-    """Ranks of one run that do not agree; raised on all of them."""
+    """Raised on all ranks of a run when they do not agree."""
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
-    """sum_i bits_i (2 i + 1) c mod 2^64 over the elements' bits, c odd: int64, 0-dim, on the tensor's device.
+    """sum_i bits_i (2 i + 1) c mod 2^64 over the elements' bits, with an odd c.
 
-    Odd multipliers lose nothing: a change of one element always shows.  One read of the tensor; SHA-256 would need its
-    bytes on the host.
+    It is int64, 0-dim, on the tensor's device.  Odd multipliers lose nothing, so a change of one element
+    always shows.  It costs one read of the tensor; SHA-256 would need the bytes on the host.
     """
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     flat = tensor.detach().reshape(-1).view(kinds[tensor.element_size()])
@@ -44,44 +46,46 @@ def fingerprint(tensor: Tensor) -> Tensor:
 
 
 class Agreement:
-    """The start-up check, and the check of weights every ``every`` steps.
+    """The check at the start, and the check of the weights every ``every`` steps.
 
-    The start compares version, contract, parts, hyper-parameters, seed, step, and every parameter's name, stream,
-    shape, dtype, device type and weights; ranks may hold different shards, and those of different stages of a pipeline
-    different parameters: what two stages have (tied weights) must be the same.  A difference is an error on all ranks
-    that names both sides.  Weights are compared by :func:`fingerprint`, between ranks that hold the same elements.
+    At the start ranks compare version, contract, parts, hyper-parameters, seed and step, and every
+    parameter's name, stream, shape, dtype, device type and weights.  Ranks may hold different shards, and
+    different stages of a pipeline different parameters; what two stages have in common (tied weights) must be
+    the same.
+
+    A difference is an error on all ranks that names both sides.  Weights are compared by :func:`fingerprint`,
+    between ranks that hold the same elements.
     """
 
-    def __init__(self, exchange: Exchange, every: int | None) -> None:
-        if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
+    def __init__(self, ranks: Ranks, every: int | None) -> None:
+        if every is not None and not is_integer(every, 1):
             fail("Exchange", "check_every", "None or a number of steps >= 1", repr(every))
-        self._exchange, self._every = exchange, every
+        self._ranks, self._every = ranks, every
         self._done = False
-        self._held: Sequence[list[tuple[str, int, Any]]] = ()  #: of each rank
-        self._groups: set[int] = set()  #: that take part on any rank
+        self._held: Sequence[list[tuple[str, int, Any]]] = ()  #: what each rank holds
+        self._groups: set[int] = set()  #: the groups that take part on any rank
 
     def expire(self) -> None:
-        """What was agreed on may have changed."""
+        """Called when what was agreed on may have changed."""
         self._done = False
 
-    def begin(self, optimizer: ZerothOrder) -> None:
+    def begin(self, optimizer: OptimizerView) -> None:
         if not self._done:
             self.start(optimizer)
         elif self._every and optimizer.step_count % self._every == 0:
             self.check_weights(optimizer)
 
-    def start(self, optimizer: ZerothOrder) -> None:
-        exchange = self._exchange
+    def start(self, optimizer: OptimizerView) -> None:
         self._check_peers(optimizer)
         mine = (summary(optimizer), *parameters(optimizer), _held(optimizer), _groups(optimizer))
-        common, params, streams, self._held, groups = zip(*exchange.all_gather_object(mine), strict=True)
+        common, params, streams, self._held, groups = zip(*self._ranks.all_gather_object(mine), strict=True)
         self._groups = set().union(*groups)
-        if exchange.stages > 1:
+        if self._ranks.stages > 1:
             self._check_names(optimizer, streams)
         stages: dict[int, tuple[int, dict[str, str]]] = {}  # the first rank of each, and its parameters
         known: dict[str, tuple[int, str]] = {}
-        for i, (rank, stage) in enumerate(zip(exchange.members, exchange.stage_of, strict=True)):
-            _compare(optimizer, exchange.members[0], common[0], rank, common[i])
+        for i, (rank, stage) in enumerate(zip(self._ranks.members, self._ranks.stage_of, strict=True)):
+            _compare(optimizer, self._ranks.members[0], common[0], rank, common[i])
             _compare(optimizer, *stages.setdefault(stage, (rank, params[i])), rank, params[i])
             for name in streams[i]:
                 if (first := known.setdefault(name, (rank, params[i][name])))[1] != params[i][name]:
@@ -89,9 +93,9 @@ class Agreement:
         self._done = True
         self.check_weights(optimizer)
 
-    def _check_names(self, optimizer: ZerothOrder, streams: Sequence[dict[str, int]]) -> None:
-        """Of all stages together: a stream that does not depend on the stage, and is one parameter's."""
-        op = type(optimizer).__name__
+    def _check_names(self, optimizer: OptimizerView, streams: Sequence[dict[str, int]]) -> None:
+        """Checks that a stream is one parameter's in all stages, and does not depend on the stage."""
+        op = optimizer.op
         owner: dict[int, str] = {}
         for i, group in enumerate(optimizer.param_groups):
             if group["params"] and "param_names" not in group:
@@ -100,29 +104,29 @@ class Agreement:
             if owner.setdefault(stream, label) != label:
                 fail(op, "streams", "one stream for each parameter", f"{stream} for both {owner[stream]} and {label}")
 
-    def foreign(self, optimizer: ZerothOrder, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The groups that take part on another stage of a pipeline alone, where ``groups`` do here."""
+    def foreign(self, optimizer: OptimizerView, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The groups that take part only on other stages of a pipeline, where ``groups`` do here."""
         here = {id(group) for group in groups}
         return [g for i, g in enumerate(optimizer.param_groups) if i in self._groups and id(g) not in here]
 
-    def _check_peers(self, optimizer: ZerothOrder) -> None:
-        """Ranks between which a parameter is split take part in the same forwards."""
-        ranks, others = set(self._exchange.ranks), set(self._exchange.at_other_points())
+    def _check_peers(self, optimizer: OptimizerView) -> None:
+        """Checks that ranks between which a parameter is split take part in the same forwards."""
+        ranks, others = set(self._ranks.ranks), set(self._ranks.at_other_points())
         for group in optimizer.param_groups:
             for i, p in enumerate(group["params"]):
                 if is_sharded(p) and (not (peers := peers_of(p)) <= ranks or peers & others):
                     expected = f"the ranks between which {label_of(group, i)} is split ({sorted(peers)}), at one point"
                     got = f"ranks {sorted(ranks)}, of which {sorted(others)} are at other points than rank "
-                    fail(type(optimizer).__name__, "mesh", expected, got + str(self._exchange.rank))
+                    fail(optimizer.op, "mesh", expected, got + str(self._ranks.rank))
 
-    def check_weights(self, optimizer: ZerothOrder) -> None:
+    def check_weights(self, optimizer: OptimizerView) -> None:
         named = [(label_of(group, i), p) for group in optimizer.param_groups for i, p in enumerate(group["params"])]
         home = next(local_of(p).device for _, p in named)
         mine = torch.zeros(max(map(len, self._held)), dtype=torch.int64, device=home)
         mine[: len(named)] = torch.stack([fingerprint(local_of(p)).to(home) for _, p in named])
-        everyone = self._exchange.all_gather(mine).tolist()
+        everyone = self._ranks.all_gather(mine).tolist()
         holders: dict[Any, tuple[int, int]] = {}  # by parameter and shard: the first rank that has it
-        for rank, held, prints in zip(self._exchange.members, self._held, everyone, strict=True):
+        for rank, held, prints in zip(self._ranks.members, self._held, everyone, strict=True):
             for what, value in zip(held, prints, strict=False):
                 first, expected = holders.setdefault(what, (rank, value))
                 if value != expected:
@@ -131,21 +135,21 @@ class Agreement:
                     _differ(optimizer, where, first, side(expected), rank, side(value))
 
 
-def _compare(optimizer: ZerothOrder, first: int, ours: dict[str, str], rank: int, theirs: dict[str, str]) -> None:
+def _compare(optimizer: OptimizerView, first: int, ours: dict[str, str], rank: int, theirs: dict[str, str]) -> None:
     for key in (*ours, *(k for k in theirs if k not in ours)):
         if (one := ours.get(key, "none")) != (other := theirs.get(key, "none")):
             _differ(optimizer, key, first, one, rank, other)
 
 
-def _differ(optimizer: ZerothOrder, what: str, first: int, ours: object, rank: int, theirs: object) -> None:
+def _differ(optimizer: OptimizerView, what: str, first: int, ours: object, rank: int, theirs: object) -> None:
     raise RanksDiffer(
-        f"{type(optimizer).__name__}: mesh: {what}: expected the same on all ranks, got {ours} on rank {first} and "
+        f"{optimizer.op}: mesh: {what}: expected the same on all ranks, got {ours} on rank {first} and "
         f"{theirs} on rank {rank}"
     )
 
 
-def _held(optimizer: ZerothOrder) -> list[tuple[str, int, Any]]:
-    """Of each parameter, its label, its stream, and which elements this rank holds."""
+def _held(optimizer: OptimizerView) -> list[tuple[str, int, Any]]:
+    """For each parameter its label, its stream, and which elements this rank holds."""
     held: list[tuple[str, int, Any]] = []
     for group in optimizer.param_groups:
         for i, (p, stream) in enumerate(zip(group["params"], group["streams"], strict=True)):
@@ -153,27 +157,25 @@ def _held(optimizer: ZerothOrder) -> list[tuple[str, int, Any]]:
     return held
 
 
-def _groups(optimizer: ZerothOrder) -> set[int]:
-    """Which groups take part here."""
+def _groups(optimizer: OptimizerView) -> set[int]:
+    """The numbers of the groups that take part here."""
     groups = enumerate(optimizer.param_groups)
     return {i for i, group in groups if any(takes_part(group, p) and p.numel() for p in group["params"])}
 
 
-def summary(optimizer: ZerothOrder) -> dict[str, str]:
-    """What all ranks must have in common, by the name under which a difference is reported."""
-    from ..trajectory.settings import header_of
-
+def summary(optimizer: OptimizerView) -> dict[str, str]:
+    """What all ranks must have in common, each under the name by which a difference is reported."""
     header = header_of(optimizer, base=False)
     found = {key: str(value) for key, value in header.items() if key not in ("groups", "created_by")}
     found = {"version": header["created_by"], "torch version": torch.__version__, **found}
     for i, (group, own) in enumerate(zip(optimizer.param_groups, header["groups"], strict=True)):
-        for key, value in (*own["options"].items(), ("lr", _rate(group["lr"]))):
+        for key, value in (*own["options"].items(), ("lr", float(group["lr"]))):
             found[f"param_groups[{i}][{key!r}]"] = repr(value)
     return found
 
 
-def parameters(optimizer: ZerothOrder) -> tuple[dict[str, str], dict[str, int]]:
-    """What ranks of one stage must have in common, likewise; and the streams by label."""
+def parameters(optimizer: OptimizerView) -> tuple[dict[str, str], dict[str, int]]:
+    """What the ranks of one stage must have in common, as in :func:`summary`; and the streams by label."""
     found, streams = {}, {}
     for i, group in enumerate(optimizer.param_groups):
         for j, (p, stream) in enumerate(zip(group["params"], group["streams"], strict=True)):
@@ -183,7 +185,3 @@ def parameters(optimizer: ZerothOrder) -> tuple[dict[str, str], dict[str, int]]:
             streams[label] = stream
     digest = hashlib.sha256("\n".join(found).encode()).hexdigest()[:16]
     return {**found, "parameter list": f"{len(found)} parameters, {digest}"}, streams
-
-
-def _rate(lr: float | Tensor) -> float:
-    return float(lr)

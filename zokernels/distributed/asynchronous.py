@@ -1,5 +1,7 @@
-"""Processes that never wait for each other: each publishes (seed, g) of its own steps, and applies everyone's in one
-order."""
+"""Processes that never wait for each other.
+
+Each publishes (seed, g) of its own steps, and applies the steps of all in one order.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..checks import fail
-from ..optim.direction import Direction
-from ..optim.groups import label_of
-from ..optim.guards import uninterrupted
-from ..optim.loss import Losses
-from ..optim.shard import is_sharded
-from ..optim.state import HostState
+from ..checks import fail, is_integer
+from ..step.directions.direction import Direction
+from ..step.groups import label_of, own_rates
+from ..step.guards import uninterrupted
+from ..step.loss import LossReader
+from ..step.probes.probe import Probe
+from ..step.shard import any_sharded
+from ..step.state import HostState
+from ..step.step import StepOptimizer
+from ..step.types import Estimate
 from ..trajectory.format import canonical, encode
 from ..trajectory.recorder import pending
 from ..trajectory.replay import repeat_all
@@ -26,69 +31,70 @@ from .agreement import RanksDiffer, fingerprint
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]  # not in its __all__
 
-    from ..optim.optimizer import Estimate, ZerothOrder
-    from ..optim.probe import Probe
-
 
 class AsyncExchange:
     """A log in a ``torch.distributed`` store, to which each process appends the records of its steps.
 
-    A step of a process: it applies the records that it has not, draws a step number d that nobody else has (an atomic
-    ``add``), evaluates the closure at its weights along z of ``derive_seed(seed, d, k)``, and appends (d, g, lr, loss)
-    as record n, the first number that is free.  ``compare_set`` claims the number and publishes the record at once, so
-    the order has no gap that a dead process could leave, and where another was faster it returns that one's record,
-    which is the next to be applied.  Then the process applies the records up to its own, its own included.
+    In a step a process first applies the records that it lacks.  It draws a step number d that nobody else
+    has, by an atomic ``add``, and evaluates the closure at its weights along z of ``derive_seed(seed, d,
+    k)``.  Then it appends (d, g, lr, loss) as record n, the first number that is free.  ``compare_set``
+    claims the number and publishes the record at once, so no dead process can leave a gap.  Where another
+    process was faster, it returns that one's record, which is the next to be applied.  At last the process
+    applies the records up to and including its own.
 
-    Records are applied in the order of n, each with its own rounding (contract zk1), and where a process lags, all that
-    it missed in one pass over the weights, piece by piece.  So after record n all processes have the bits of
-    ``replay_`` of :meth:`save`'s file up to n, whatever was late.  g was measured at weights that lacked the last
-    n - base records: its staleness.  A process that dies leaves nothing behind; one that begins anew at the base
-    weights takes the run's records first.
+    Records are applied in the order of n, each with its own rounding (contract zk1).  A process that lags
+    applies all that it missed in one pass over the weights, piece by piece.  So after record n all processes
+    have the bits of ``replay_`` of :meth:`save`'s file up to n, whatever was late.
+
+    The staleness of record n is the number of records that the weights lacked at which its g was measured.  A
+    process that dies leaves nothing behind, and one that begins anew at the base weights takes the run's
+    records first.
 
     Args:
-        optimizer: without ``mesh`` and ``trajectory``, fresh, with restore="exact", dense noise and no subset; the same
-            on all processes (settings and weights are compared through the store), each with lr of its own.
+        optimizer: without ``mesh`` and ``trajectory``, fresh, with restore="exact", dense noise and no
+            subset; the same on all processes (settings and weights are compared through the store), each with
+            lr of its own.
         store: a ``TCPStore``, ``FileStore`` or a ``PrefixStore`` of one, the run's own.
         steps: number of records after which the run is over; a step that ends later is dropped.
-        staleness: of a record at most; a step that would be staler is dropped, and the process goes on from fresh
-            weights.  None: no bound.
+        staleness: the largest that a record may have.  A step that would have a larger one is dropped, and
+            the process goes on from fresh weights.  None: no bound.
 
-    Raises: RanksDiffer where the settings or base weights are not those of the process that came first, and, at the
-    end, where weights are not.
+    Raises: RanksDiffer where the settings or base weights are not those of the process that came first, and,
+    at the end, where weights are not.
     """
 
-    def __init__(self, optimizer: ZerothOrder, store: Store, steps: int, staleness: int | None = None) -> None:
+    def __init__(self, optimizer: StepOptimizer, store: Store, steps: int, staleness: int | None = None) -> None:
         self._check(optimizer, steps, staleness)
         self.optimizer, self.store, self.steps, self.staleness = optimizer, store, steps, staleness
-        assert isinstance(optimizer._state, HostState)  # not capturable
-        self._state = optimizer._state
+        assert isinstance(optimizer.run_state, HostState)  # not capturable
+        self._state = optimizer.run_state
         header = {**header_of(optimizer), "start": 0, "asynchronous": True}
         self._head, self._layout = encode(header)
         self._gated = header["gated"]
         self._agree("header", json.loads(canonical(header)))
-        #: Records applied, and own steps that were dropped.
+        #: The number of applied records, and of own steps that were dropped.
         self.count = self.dropped = 0
-        #: Of the last own record.
+        #: The staleness of the last own record.
         self.last_staleness: int | None = None
-        self._next: list[bytes] = []  # published, but not applied
+        self._next: list[bytes] = []  # records that are published, but not yet applied here
         self.catch_up()
 
-    def _check(self, optimizer: ZerothOrder, steps: int, staleness: int | None) -> None:
+    def _check(self, optimizer: StepOptimizer, steps: int, staleness: int | None) -> None:
         for name, value, low in (("steps", steps, 1), ("staleness", 0 if staleness is None else staleness, 0)):
-            if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**32:
+            if not is_integer(value, low, 2**32 - 1):
                 fail("AsyncExchange", name, f"an integer in [{low}, 2^32)", repr(value))
         o = optimizer
-        plain = type(o.direction) is Direction and o.subset is None and o._restore == "exact" and o.replayable
-        alone = not (o._exchange or o._recorder or o._engine or o._state.capturable)
+        plain = type(o.direction) is Direction and o.subset is None and o.restore == "exact" and o.replayable
+        alone = o.team.alone and o.home.in_memory and not (o.log.recording or o.run_state.capturable)
         params = [p for group in o.param_groups for p in group["params"]]
-        if not (plain and alone) or any(map(is_sharded, params)):
+        if not (plain and alone) or any_sharded(params):
             expected = "restore='exact', dense noise, no subset, mesh, trajectory, shards, streaming or capturable"
-            fail("AsyncExchange", "optimizer", expected, type(o).__name__)
+            fail("AsyncExchange", "optimizer", expected, o.op)
         if o.state or o.step_count:
             fail("AsyncExchange", "optimizer", "a fresh one", f"step {o.step_count}")
 
     def _agree(self, what: str, ours: dict[str, Any]) -> None:
-        """``ours`` is what the first process that came here has."""
+        """Raises where ``ours`` is not what the first process that came here has."""
         theirs = _flat(json.loads(self.store.compare_set(what, "", json.dumps(ours))))
         ours = _flat(ours)
         for key in (*theirs, *(k for k in ours if k not in theirs)):
@@ -102,16 +108,15 @@ class AsyncExchange:
         return self.count == self.steps
 
     def step(self, closure: Callable[[], Tensor | float]) -> Tensor | None:
-        """Evaluate, publish, apply; the loss, or None where the run was over before."""
+        """Evaluates, publishes and applies a step; returns the loss, or None if the run was over before."""
         self.catch_up()
         if self.done:
             return None
         base = self.count
         self._state.step = draw = self.store.add("draws", 1) - 1
         try:
-            loss = self.optimizer._step(
-                closure, Losses(), lambda probe, estimate: self._publish(draw, base, probe, estimate)
-            )
+            publish = lambda probe, estimate: self._publish(draw, base, probe, estimate)
+            loss = self.optimizer.run_step(closure, LossReader(), publish)
         finally:
             self._state.step = self.count
         self._apply()
@@ -128,7 +133,7 @@ class AsyncExchange:
         self.dropped += 1
 
     def catch_up(self) -> int:
-        """Apply all that is published; the number of records."""
+        """Applies all that is published; returns the number of records."""
         before = self.count
         while (n := self.count + len(self._next)) < self.steps and self.store.check([str(n)]):
             self._next.append(self.store.get(str(n)))
@@ -138,14 +143,11 @@ class AsyncExchange:
     def _apply(self) -> None:
         if not self._next:
             return
-        optimizer, rates = self.optimizer, [group["lr"] for group in self.optimizer.param_groups]
+        optimizer = self.optimizer
         records = [self._layout.unpack(self._data(self.count + i, found), 0) for i, found in enumerate(self._next)]
         with uninterrupted():
-            try:
+            with own_rates(optimizer.param_groups):
                 repeat_all(optimizer, self._gated, records)
-            finally:
-                for group, lr in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = lr
             self.count += len(records)
             self._next = []
             self._state.step = self.count
@@ -161,11 +163,11 @@ class AsyncExchange:
         return data
 
     def stalenesses(self) -> list[int]:
-        """Of each record that is applied here."""
+        """The staleness of each record that is applied here."""
         return [n - int(self.store.get(str(n)).decode().partition(" ")[0]) for n in range(self.count)]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """The records that are applied here as a log (docs/trajectory.md), for ``replay_`` and ``zokernels replay``."""
+        """Writes the records that are applied here as a log, for ``replay_`` and ``zokernels replay``."""
         with open(path, "xb") as file:
             file.write(self._head)
             for n in range(self.count):
@@ -175,7 +177,7 @@ class AsyncExchange:
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Of nested dicts and lists, the values by path."""
+    """The values of nested dicts and lists, by path."""
     if not isinstance(value, (dict, list)):
         return {path[1:]: value}
     named = lambda i, v: v["name"] if isinstance(v, dict) and v.get("name") else i

@@ -27,8 +27,8 @@ from ..checks import fail
 from ..distributed import Exchange
 from ..offload import Engine, stream
 from ..optim import ZOCGE, ZOSGD, ZerothOrder
-from ..optim.estimators import Estimator
-from ..optim.guards import RngState
+from ..step.estimators import Estimator
+from ..step.guards import RngState
 from ..trajectory import record
 
 __all__ = ["ZOTrainer", "ZOTrainerMixin"]
@@ -145,7 +145,7 @@ class ZOTrainerMixin(_Behind):
                 expected = f"the dimension 'data' of {processes} processes: the Trainer gives each its own batches"
                 fail(self._op, "mesh", expected, f"{self._mesh.names} of {len(self._mesh.ranks)}")
         ours = self.zo_optimizer
-        if processes > 1 and ours is not None and not ours._exchange:
+        if processes > 1 and ours is not None and ours.team.alone:
             fail(self._op, "optimizers", "an optimizer with mesh in several processes", type(ours).__name__)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -181,7 +181,7 @@ class ZOTrainerMixin(_Behind):
         ours = self.zo_optimizer
         if not isinstance(ours, ZerothOrder):
             fail(self._op, "optimizer", "one of zokernels.optim", type(ours).__name__, TypeError)
-        if self.args.torch_compile and ours._restore == "exact" and not isinstance(ours, ZOCGE):
+        if self.args.torch_compile and ours.restore == "exact" and not isinstance(ours, ZOCGE):
             expected = "restore='inplace' in optimizer_cls_and_kwargs: 'exact' cannot see the weights in a graph"
             fail(self._op, "torch_compile", expected, "restore='exact'")
         if self._hooked is not ours:
@@ -317,11 +317,9 @@ class ZOTrainerMixin(_Behind):
             super()._move_model_to_device(model, device)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._offload is None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        elif self.engine is not None:
+        if self._offload is not None and self.engine is not None:
             fail(self._op, "resume_from_checkpoint", "a model that no forward has streamed yet", "one that is streamed")
-        elif "weights" in self._offload:
+        if self._offload is not None and "weights" in self._offload:
             self._offload = {**self._offload, "weights": resume_from_checkpoint}
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)

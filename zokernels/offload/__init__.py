@@ -1,4 +1,4 @@
-"""Weights that live elsewhere, in host memory or on disk, and come to the device block by block (docs/offload.md)."""
+"""Weights that live in host memory or on disk, and come to the device block by block (docs/offload.md)."""
 
 from .blocks import empty_weights
 from .engine import Engine

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -18,6 +17,11 @@ ALIGN = 256
 PAGE = 4096
 
 
+def round_up(size: int, multiple: int) -> int:
+    """The least number that is not below ``size`` and is a multiple of ``multiple``."""
+    return -(-size // multiple) * multiple
+
+
 class Entry(NamedTuple):
     """A parameter of a block."""
 
@@ -26,20 +30,20 @@ class Entry(NamedTuple):
     begin: int  #: byte in the block
 
     def of(self, data: Tensor) -> Tensor:
-        """The parameter in ``data``, the bytes of the block."""
+        """The parameter, as a view of ``data``, the bytes of the block."""
         return self.at(data, self.begin)
 
     def at(self, data: Tensor, begin: int) -> Tensor:
         p = self.param
-        return data[begin : begin + p.numel() * p.element_size()].view(p.dtype).view(p.shape)
+        return data[begin : begin + p.nbytes].view(p.dtype).view(p.shape)
 
 
 class Extent(NamedTuple):
-    """Bytes of a file that a block begins with; ``begin``: where they go, equal to ``at`` modulo :data:`PAGE`."""
+    """Bytes of a file that go into a block, so that whole pages can be read."""
 
     path: str
-    at: int
-    begin: int
+    at: int  #: the first byte in the file
+    begin: int  #: the first byte in the block, equal to ``at`` modulo :data:`PAGE`
     size: int
 
 
@@ -49,36 +53,39 @@ class Block:
     def __init__(self, index: int, name: str, module: nn.Module) -> None:
         self.index, self.name, self.module = index, name, module
         self.entries: list[Entry] = []
-        self.extents: list[Extent] = []  #: of the checkpoint that it begins with
+        self.extents: list[Extent] = []  #: of the checkpoint that its weights come from
         self.nbytes = 0
         self.scratch = 0  #: bytes of one perturbed copy
-        self.stored = 0  #: updates in the stored bytes
-        self.kept = 0  #: the same, once what is on its way there has arrived
+        self.stored = 0  #: updates the stored bytes contain now
+        self.scheduled = 0  #: updates the stored bytes will contain once queued writes finish
 
     def __repr__(self) -> str:
         return f"{self.name} ({len(self.entries)} parameters, {self.nbytes} bytes)"
 
     def place(self, params: Sequence[tuple[str, nn.Parameter]], begins: Sequence[int] | None = None) -> None:
-        """Lay the parameters out one after the other, or as ``begins`` says."""
-        at = 0
+        """Lays the parameters out one after the other, or at the bytes ``begins``."""
+        at, self.entries = 0, []
         for i, (name, p) in enumerate(params):
             begin = at if begins is None else begins[i]
             self.entries.append(Entry(name, p, begin))
-            at = max(at, -(-(begin + p.numel() * p.element_size()) // ALIGN) * ALIGN)
-        self.nbytes = max(PAGE, -(-at // PAGE) * PAGE)
-        self.scratch = sum(-(-p.numel() * p.element_size() // ALIGN) * ALIGN for _, p in params)
+            at = max(at, round_up(begin + p.nbytes, ALIGN))
+        self.nbytes = max(PAGE, round_up(at, PAGE))
+        self.scratch = sum(round_up(p.nbytes, ALIGN) for _, p in params)
 
     def scratch_views(self, data: Tensor) -> list[Tensor]:
         views, at = [], 0
         for entry in self.entries:
             views.append(entry.at(data, at))
-            at += -(-entry.param.numel() * entry.param.element_size() // ALIGN) * ALIGN
+            at += round_up(entry.param.nbytes, ALIGN)
         return views
 
 
 def find_blocks(op: str, model: nn.Module, blocks: str | Sequence[nn.Module] | None) -> list[tuple[str, nn.Module]]:
-    """Names and modules: those given, those of the container of that name, or of the largest container of modules of
-    one class."""
+    """Names and modules of the blocks.
+
+    They are the modules that were given, or those of the container of that name, or, by default, those of the
+    largest container of modules of one class.
+    """
     names = {id(module): name for name, module in model.named_modules()}
     if blocks is None:
         found = _largest_container(op, model)
@@ -117,8 +124,10 @@ def _largest_container(op: str, model: nn.Module) -> list[nn.Module]:
 def streamed_parameters(
     op: str, model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]
 ) -> list[list[tuple[str, nn.Parameter]]]:
-    """Of each block, in the order of the module.  A parameter that another part of the model has too (tied weights) is
-    in none: it stays on the device."""
+    """The parameters of each block, in the order of the module.
+
+    A parameter that another part of the model has, too (tied weights), is in none, and stays on the device.
+    """
     owners: dict[int, set[int]] = {}
     within = {id(m): i for i, (_, block) in enumerate(blocks) for m in block.modules()}
     for module in model.modules():
@@ -139,19 +148,36 @@ def streamed_parameters(
     return result
 
 
+def blocks_of(op: str, model: nn.Module, blocks: str | Sequence[nn.Module] | None) -> list[Block]:
+    """The blocks of the model, each with its parameters laid out one after the other."""
+    found = find_blocks(op, model, blocks)
+    made = [Block(i, name, module) for i, (name, module) in enumerate(found)]
+    for block, params in zip(made, streamed_parameters(op, model, found), strict=True):
+        block.place(params)
+    return made
+
+
 def aliases(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-    """(name, module, attribute, parameter) of every place of every parameter."""
+    """(name, module, attribute, parameter) for every place where a parameter is."""
     for prefix, module in model.named_modules():
         for key, p in module._parameters.items():
             if p is not None:
                 yield (f"{prefix}.{key}" if prefix else key), module, key, p
 
 
+def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, buffer) of those that a state_dict has."""
+    for prefix, module in model.named_modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and key not in module._non_persistent_buffers_set:
+                yield (f"{prefix}.{key}" if prefix else key), buffer
+
+
 @contextmanager
 def empty_weights() -> Iterator[None]:
-    """Modules that are made inside have parameters without memory (device "meta"); buffers are real.
+    """Modules that are made inside have parameters without memory (device "meta"); their buffers are real.
 
-    For :func:`stream` with ``weights``: a model larger than memory is built at no cost.
+    With it a model that is larger than memory is built at no cost, for :func:`stream` with ``weights``.
     """
     register = nn.Module.register_parameter
 
@@ -169,10 +195,10 @@ def empty_weights() -> Iterator[None]:
 
 
 def materialise(model: nn.Module, streamed: set[int]) -> list[tuple[str, nn.Parameter]]:
-    """Put ordinary parameters in the place of those on "meta", which cannot change their device; tied ones stay tied.
+    """Puts ordinary parameters in the place of those on "meta", which cannot change their device.
 
-    Returns the resident ones, whose values are still to come, and fills the streamed ones' places with new objects,
-    whose ids are added to ``streamed``.
+    Tied parameters stay tied.  The ids of new streamed parameters are added to ``streamed``.  Returns the new
+    resident ones, whose values are still to come.
     """
     made: dict[int, nn.Parameter] = {}
     resident = []
@@ -191,16 +217,16 @@ def materialise(model: nn.Module, streamed: set[int]) -> list[tuple[str, nn.Para
 
 
 def placeholder(p: Tensor, device: torch.device) -> Tensor:
-    """What a streamed parameter is while its block is away: its shape and dtype, every element one NaN.
+    """What a streamed parameter is while its block is away: one NaN, of its dtype, in its shape.
 
-    Reading it shows at once; writing to it is an error of torch's.
+    A computation that reads it is NaN, and torch refuses to write to it.
     """
     value = float("nan") if p.is_floating_point() else 0
     return torch.full((), value, dtype=p.dtype, device=device).expand(p.shape)
 
 
 def runs(extents: Sequence[tuple[str, int, int]]) -> list[list[tuple[str, int, int]]]:
-    """(path, begin, size) of tensors, in runs that follow one another in a file without a gap of a page."""
+    """(path, begin, size) of tensors, in runs without a gap of a page between them."""
     ordered = sorted(extents)
     found: list[list[tuple[str, int, int]]] = []
     for one in ordered:
@@ -211,11 +237,13 @@ def runs(extents: Sequence[tuple[str, int, int]]) -> list[list[tuple[str, int, i
     return found
 
 
-def place_extents(
-    block: Block, params: Sequence[tuple[str, nn.Parameter]], where: Sequence[tuple[str, int, int]]
-) -> None:
-    """Lay a block out so that each run of a file is one read of whole pages: a byte's place in the block and in its
-    file are equal modulo :data:`PAGE`."""
+def place_extents(block: Block, where: Sequence[tuple[str, int, int]]) -> None:
+    """Lays a block out anew, so that each run of a file is one read of whole pages.
+
+    ``where``: (path, begin, size) of each of its parameters.
+
+    A byte's place in the block and its place in the file are then equal modulo :data:`PAGE`.
+    """
     begins, at = {}, 0
     for run in runs(where):
         path, first, _ = run[0]
@@ -224,10 +252,6 @@ def place_extents(
         block.extents.append(Extent(path, first, begin, end - first))
         for one in run:
             begins[one] = begin + one[1] - first
-        at = -(-(begin + end - first) // PAGE) * PAGE
-    block.place(params, [begins[one] for one in where])
+        at = round_up(begin + end - first, PAGE)
+    block.place([(e.name, e.param) for e in block.entries], [begins[one] for one in where])
     block.nbytes = max(block.nbytes, at)
-
-
-def flatten(blocks: Sequence[Block]) -> Iterator[tuple[Block, Entry]]:
-    return itertools.chain.from_iterable(((b, e) for e in b.entries) for b in blocks)

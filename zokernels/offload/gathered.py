@@ -1,7 +1,8 @@
-"""Streaming on several devices: each rank keeps and uploads a slice of every block, and the slices are gathered.
+"""Streaming on several devices: each of n ranks keeps and uploads a slice of every block.
 
-A host link carries 1 / n of each block, and host memory of a rank holds 1 / n of the blocks; the rest of the way is the
-ranks' own interconnect (NVLink), by one all-gather a block.  The idea: DistZO2 (2025, arXiv 2507.03211).
+The slices are gathered on the devices.  A host link then carries 1 / n of each block, and the host memory of
+a rank holds 1 / n of the blocks.  The rest comes over the ranks' own interconnect (NVLink), by one all-gather
+a block.  The idea: DistZO2 (2025, arXiv 2507.03211).
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..checks import fail
-from ..distributed.exchange import all_gather_single
-from .blocks import PAGE, Block
+from ..distributed.ranks import all_gather_single
+from .blocks import PAGE, Block, round_up
 from .movers import ByStreams, HostMemory
 
 
@@ -30,15 +31,18 @@ def check_mesh(op: str, mesh: object, storage: str, wire: str | None) -> None:
 
 
 class Slices(HostMemory):
-    """Of each block this rank's n-th in host memory.  All ranks read the blocks in one order, as a step does.
+    """This rank's slice of each block, in host memory.
 
-    The group is its own: blocks are gathered by the thread that reads, while the caller's gathers losses.
+    All ranks must read the blocks in one order, as a step does.
+
+    The process group is one of its own, because the thread that reads gathers blocks while the caller's
+    thread gathers losses.
     """
 
     def __init__(self, blocks: Sequence[Block], device: torch.device, mesh: DeviceMesh) -> None:
         self.rank, self.count = mesh.get_local_rank(), mesh.size()
         for b in blocks:
-            b.nbytes = -(-b.nbytes // (PAGE * self.count)) * PAGE * self.count
+            b.nbytes = round_up(b.nbytes, PAGE * self.count)
         super().__init__(blocks, device, self.count)
         self.group = dist.new_group(mesh.mesh.tolist(), use_local_synchronization=True)
 
@@ -55,7 +59,7 @@ class Slices(HostMemory):
 
 
 class BySlices(ByStreams):
-    """A slice over the host link into its place in the slot, and the others' into theirs."""
+    """Copies this rank's slice over the host link into its place in the slot, and gathers the others."""
 
     source: Slices
 

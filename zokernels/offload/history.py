@@ -1,32 +1,46 @@
-"""Updates that blocks have yet to take: for each step, what was done to each parameter."""
+"""The updates that blocks still lack: for each step, what was done to each parameter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..optim.direction import Dense
-from ..trajectory.deferred import Deferred, Pass
+from ..step.deferred import DeferredNoise, Pass
+from ..step.noise import Members, Noise
+from ..step.types import Bucket
+from .blocks import Block
 
-if TYPE_CHECKING:
-    from ..optim.groups import Bucket
+
+class Batch(NamedTuple):
+    """Parameters of a block that one call takes: of one dtype, in one bucket, and with the same updates to take."""
+
+    entries: list[int]  #: their numbers in the block
+    streams: list[int]
+    passes: tuple[Pass, ...]  #: the updates that they lack
+    bucket: Bucket | None  #: in which they are perturbed
+    place: int  #: of the bucket among the points of a side
+
+
+#: By id of a perturbed parameter: its bucket, the bucket's place among the points of a side, its noise stream.
+Perturbed = Mapping[int, tuple[Bucket, int, int]]
 
 
 class History:
-    """Update number i is a list of (parameters' streams by id, pass).
+    """The passes of each update, in order.
 
-    A block holds the first ``stored`` updates, and takes the rest as it comes in.  Updates that every block has are
-    dropped.
+    Update number i is a list of passes, each with the streams of its parameters, by id of the parameter.  A
+    block holds the first ``stored`` updates, and takes the rest as it comes in.  Updates that every block has
+    are dropped.
     """
 
     def __init__(self) -> None:
-        self.start = 0  #: number of the first that is kept
+        self.start = 0  #: the number of the first update that is not dropped
         self._steps: list[list[tuple[dict[int, int], Pass]]] = []
         self._open: list[tuple[dict[int, int], Pass]] = []
-        self._members: dict[tuple[int, ...], dict[int, int]] = {}  # most steps have the same
+        self._members: dict[tuple[int, ...], dict[int, int]] = {}  # most steps have the same, which are stored once
 
     @property
     def end(self) -> int:
@@ -36,20 +50,21 @@ class History:
     def begin(self) -> None:
         self._open = []
 
-    def add(self, bucket: Bucket, one: Pass) -> None:
-        key = tuple(map(id, bucket.params))
+    def add(self, members: Members, one: Pass) -> None:
+        key = tuple(map(id, members.params))
         if key not in self._members:
-            self._members[key] = dict(zip(key, bucket.streams, strict=True))
+            self._members[key] = dict(zip(key, members.streams, strict=True))
         self._open.append((self._members[key], one))
 
     def commit(self) -> None:
-        """What was added since :meth:`begin` is the next update."""
+        """Makes what was added since :meth:`begin` the next update."""
         self._steps.append(self._open)
         self._open = []
 
     def drop(self, upto: int) -> None:
-        """Every block has the updates before ``upto``."""
-        upto = min(upto, self.end)  # the steps of a log are taken again one by one, and blocks have had most of them
+        """Drops the updates before number ``upto``, which every block has."""
+        # When the steps of a log are taken again one by one, blocks have updates that are still to come.
+        upto = min(upto, self.end)
         if upto > self.start:
             del self._steps[: upto - self.start]
             self.start = upto
@@ -58,7 +73,7 @@ class History:
         self.start, self._steps, self._open = number, [], []
 
     def pending(self, param: Tensor, since: int) -> tuple[int, tuple[Pass, ...]]:
-        """(stream, passes) of ``param`` from update ``since`` on."""
+        """The noise stream of ``param``, and its passes from update number ``since`` on."""
         key, stream, found = id(param), 0, []
         for step in self._steps[since - self.start :]:
             for members, one in step:
@@ -67,28 +82,44 @@ class History:
                     found.append(one)
         return stream, tuple(found)
 
+    def batches(self, block: Block, since: int, perturbed: Perturbed, everything: bool = False) -> list[Batch]:
+        """The parameters of ``block`` that need a call: those that lack updates from number ``since`` on, those
+        of ``perturbed``, or ``everything``.
+        """
+        found: dict[tuple[Any, ...], Batch] = {}
+        for i, e in enumerate(block.entries):
+            stream, passes = self.pending(e.param, since)
+            bucket, place, stream = perturbed.get(id(e.param), (None, 0, stream))
+            if bucket is None and not passes and not everything:
+                continue
+            batch = found.setdefault(
+                (e.param.dtype, id(bucket), *map(id, passes)), Batch([], [], passes, bucket, place)
+            )
+            batch.entries.append(i)
+            batch.streams.append(stream)
+        return list(found.values())
 
-class Later(Dense):
-    """Dense noise in parameters that are elsewhere: their update is written down."""
+
+class HistoryNoise(Noise):
+    """Dense noise of parameters that are elsewhere: an update is only written down."""
 
     def __init__(self, history: History) -> None:
         self._history = history
 
-    def update(self, bucket: Bucket, seeds: Tensor, coeffs: Tensor, **rounding: Any) -> None:
-        # The clones: the optimizer's own tensors may be written to by the next step.
-        self._history.add(bucket, Pass(seeds.clone(), coeffs.clone(), bucket.dist, **rounding))
+    def update(self, members: Members, seeds: Tensor, coeffs: Tensor, **rounding: Any) -> None:
+        # The next step may write to the optimizer's own tensors, so they are copied.
+        self._history.add(members, Pass(seeds.clone(), coeffs.clone(), members.dist, **rounding))
 
 
-def take(
+def apply_passes(
     params: Sequence[Tensor], streams: Sequence[int], passes: Sequence[Pass], done: Callable[..., Any] = lambda n: 0
 ) -> None:
-    """In place, the passes one by one, each rounded as it was meant to be; several of them piece by piece."""
+    """Runs the passes in place, one by one, each with its own rounding; several of them piece by piece."""
     if len(passes) == 1:
         passes[0].run(list(params), list(streams), [0] * len(params), lambda states: ())
         return
-    deferred = Deferred()
-    for p, stream in zip(params, streams, strict=True):
-        for one in passes:
-            deferred.put(p, stream, one)
+    deferred = DeferredNoise()
+    for one in passes:
+        deferred.put(params, streams, one)
     with torch.no_grad():
         deferred.apply(done)

@@ -1,7 +1,8 @@
-"""Several runs of one function side by side, which stop where they ask for the same block: threads, one at a time.
+"""Several runs of one function, called sides, which stop where they ask for the same block.
 
-A forward is ordinary Python between its blocks, so the only thing that can stop in its middle is a thread.  A baton
-goes round: no two sides ever run at once, and each has its own torch RNG state.
+Between its blocks a forward is ordinary Python, and only a thread can stop in the middle of that.  So each
+side is a thread.  A baton goes from one to the next: no two sides ever run at once, and each has its own
+torch RNG state.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from typing import Any
 import torch
 from torch.overrides import _get_current_function_mode_stack
 
-from ..optim.guards import RngState
+from ..step.guards import RngState
 
 
 class Cancelled(BaseException):
-    """Raised in a side because another one failed."""
+    """Raised in a side because another side failed."""
 
 
 class _Side:
@@ -35,8 +36,11 @@ class _Side:
 
 
 class Lockstep:
-    """``grant(key, sides)`` is called when all sides that are left wait, with what the first of them waits for and
-    those that wait for it too."""
+    """Runs sides until each waits for a block or is done.
+
+    ``grant(key, sides)`` is called when all sides that are left wait.  It gets what the first of them waits
+    for, and the sides that wait for the same.
+    """
 
     def __init__(self, grant: Callable[[Any, list[int]], None], devices: Iterable[torch.device]) -> None:
         self._grant, self._devices = grant, list(devices)
@@ -51,9 +55,10 @@ class Lockstep:
         return self._running.index if self._running else None
 
     def run(self, function: Callable[[int], Any], count: int) -> list[Any]:
-        """[function(0), ..., function(count - 1)]; the first is called in this thread.
+        """[function(0), ..., function(count - 1)].  The first is called in this thread.
 
-        All sides start from torch's present RNG state, and the last one's is left, as if they ran one after another.
+        All sides start from torch's present RNG state.  The last one's is left at the end, as if they had run
+        one after another.
         """
         if not count:
             return []
@@ -89,7 +94,7 @@ class Lockstep:
         return [s.result for s in sides]
 
     def arrive(self, key: Hashable) -> None:
-        """The running side asks for ``key``; returns once it has been granted and it is its turn."""
+        """The running side asks for ``key``; returns when that is granted, and it is the side's turn."""
         side = self._running
         assert side is not None
         side.waits_for, side.ready = key, False
@@ -165,7 +170,7 @@ class Lockstep:
 
 
 class _ThreadSetting:
-    """What torch keeps for each thread: here as it is in the thread that makes this, to be had in another one."""
+    """What torch keeps for each thread: read where this is made, and set in the thread that enters it."""
 
     def __init__(self, devices: list[torch.device]) -> None:
         self._threads = torch.get_num_threads()

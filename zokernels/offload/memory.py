@@ -1,4 +1,4 @@
-"""Host memory of exactly the size that was asked for: anonymous mappings, pinned and placed where there is a GPU."""
+"""Host memory of exactly the size that was asked for, pinned and placed beside the GPU where there is one."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from ..checks import fail
-from .blocks import PAGE
+from .blocks import PAGE, round_up
 
 
 def mapping(nbytes: int, device: torch.device) -> Tensor:
-    """Bytes of a private mapping, which begins at a page.  For a CUDA device they are pinned as they are: torch's own
-    pinned allocator would take the next power of two, up to twice the memory (pytorch #95823)."""
-    size = max(PAGE, -(-nbytes // PAGE) * PAGE)
+    """A private mapping, which begins at a page; for a CUDA device it is pinned.
+
+    torch's own pinned allocator would take the next power of two, up to twice the memory (pytorch #95823).
+    """
+    size = max(PAGE, round_up(nbytes, PAGE))
     try:
         mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
@@ -33,7 +35,7 @@ def mapping(nbytes: int, device: torch.device) -> Tensor:
 
 
 def pin(data: Tensor, size: int, device: torch.device) -> None:
-    """Touch the pages from the GPU's NUMA node, and register them."""
+    """Touches the pages from the GPU's NUMA node, so that they lie there, and registers them with CUDA."""
     cpus = cpus_beside(device)
 
     def touch() -> None:
@@ -58,13 +60,16 @@ def pin(data: Tensor, size: int, device: torch.device) -> None:
     weakref.finalize(data.untyped_storage(), runtime.cudaHostUnregister, data.data_ptr())
 
 
-def cpus_beside(device: torch.device) -> set[int]:
-    """CPUs of the NUMA node that the GPU is attached to, as far as this process may use them."""
+def cpus_beside(device: torch.device, root: pathlib.Path = pathlib.Path("/")) -> set[int]:
+    """The CPUs of the NUMA node that the GPU is attached to, as far as this process may use them.
+
+    ``root``: the folder in which the system's ``sys`` is mounted.
+    """
     try:
         properties: Any = torch.cuda.get_device_properties(device)  # its stub has no PCI numbers
         bus = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
-        node = int(pathlib.Path(f"/sys/bus/pci/devices/{bus}/numa_node").read_text())
-        ranges = pathlib.Path(f"/sys/devices/system/node/node{node}/cpulist").read_text().strip().split(",")
+        node = int((root / "sys/bus/pci/devices" / bus / "numa_node").read_text())
+        ranges = (root / f"sys/devices/system/node/node{node}/cpulist").read_text().strip().split(",")
     except (OSError, ValueError, AttributeError):
         return set()
     found: set[int] = set()

@@ -1,4 +1,6 @@
-"""How the bytes of blocks come to slots and go back.  All calls return at once; :meth:`Mover.wait` is where one waits.
+"""How the bytes of blocks come to slots and go back.
+
+All calls return at once, and only :meth:`Mover.wait` waits.
 
 ========  ============  ==========================================================================
 storage   device        what moves
@@ -16,15 +18,32 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .blocks import Block
-from .files import Folder, Reader
+from .disk import Folder, Reader
+from .layout import WireLayout
 from .memory import mapping
 from .timeline import Timeline
+
+
+class Carrier(NamedTuple):
+    """What storages and movers need to know of the stream that they serve."""
+
+    op: str
+    blocks: list[Block]
+    device: torch.device  #: of the slots
+    slots: int  #: how many, at most
+    layout: WireLayout | None  #: of the bytes that cross the link; None: they are the weights
+    timeline: Timeline
+    write_every: int | None  #: None: nothing is written
+
+    @property
+    def to_gpu(self) -> bool:
+        return self.device.type == "cuda"
 
 
 class Slot:
@@ -33,7 +52,7 @@ class Slot:
     def __init__(self, index: int, data: Tensor) -> None:
         self.index, self.data = index, data
         self.block: Block | None = None
-        self.updates = 0  #: that its bytes hold
+        self.updates = 0  #: the number of updates that its bytes hold
         self.users = 0  #: sides that compute with it
         self.views: dict[int, list[Tensor]] = {}  #: parameters, by block
 
@@ -44,7 +63,11 @@ class Slot:
 
 
 class Mover:
-    """``fetch`` and ``store`` begin; a fetch waits by itself for whatever still uses its slot or writes its block."""
+    """Carries blocks to slots and back.
+
+    ``fetch`` and ``store`` only begin.  A fetch waits by itself for whatever still uses its slot or writes
+    its block.
+    """
 
     timeline: Timeline
 
@@ -52,30 +75,27 @@ class Mover:
         raise NotImplementedError
 
     def wait(self, slot: Slot) -> None:
-        """Until what is computed from here on finds the block in ``slot``."""
-
-    def arrived(self, slot: Slot) -> bool:
-        return True
+        """Waits until what is computed from here on finds the block in ``slot``."""
 
     def settle(self, slot: Slot) -> None:
-        """Until what is stored from ``slot`` has left it: it is to be written to."""
+        """Waits until what is stored from ``slot`` has left it, which is about to be written to."""
 
     def drop(self, slot: Slot) -> None:
-        """Forget what ``slot`` holds."""
+        """Forgets what ``slot`` holds."""
         slot.block = None
 
     def store(self, block: Block, slot: Slot) -> None:
-        """Keep the block as ``slot`` holds it: all updates up to ``slot.updates``."""
+        """Stores the block as ``slot`` holds it, with ``slot.updates`` updates."""
         raise NotImplementedError
 
     def released(self, slot: Slot) -> None:
-        """The last computation with ``slot`` has been issued."""
+        """Called when the last computation with ``slot`` has been issued."""
 
     def drain(self) -> None:
-        """Wait until everything is where it was to go; raises what failed on the way."""
+        """Waits until everything is where it was to go, and raises what failed on the way."""
 
     def copy_in(self, block: Block, slot: Slot) -> None:
-        """A fetch alone, for measurements: of a block that is not in use."""
+        """A fetch alone, for measurements, of a block that is not in use."""
         slot.block = None
         self.fetch(block, slot)
         self.wait(slot)
@@ -105,7 +125,7 @@ class InPlace(Mover):
 
 
 class HostMemory:
-    """All blocks, or of each one of ``parts`` equal ones, in one region of host memory."""
+    """All blocks in one region of host memory; or one of ``parts`` equal slices of each."""
 
     def __init__(self, blocks: Sequence[Block], device: torch.device, parts: int = 1) -> None:
         begins = [0]
@@ -124,8 +144,8 @@ class HostMemory:
         pass
 
 
-class Files:
-    """A checkpoint that is only read, and a folder, where there is one, that takes what is stored."""
+class FileStore:
+    """A checkpoint that is only read, and, where there is one, a folder that takes what is stored."""
 
     def __init__(self, folder: Folder | None, durable: Callable[[], None], threads: int) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="zokernels-io")
@@ -146,21 +166,38 @@ class Files:
         self.reader.close()
 
 
-class ByThreads(Mover):
-    """Slots in host memory, filled and emptied by threads: one that reads, one that writes, whose order keeps a block's
-    writes before its next read."""
+class Threaded(Mover):
+    """A mover with a thread for each of its works, such as "read" and "write"; each does one thing at a time."""
 
-    def __init__(self, source: HostMemory | Files, timeline: Timeline) -> None:
+    def __init__(self, source: HostMemory | FileStore, timeline: Timeline, *works: str) -> None:
         self.source, self.timeline = source, timeline
-        self._reads = ThreadPoolExecutor(1, thread_name_prefix="zokernels-read")
-        self._writes = ThreadPoolExecutor(1, thread_name_prefix="zokernels-write")
+        self._threads = {work: ThreadPoolExecutor(1, thread_name_prefix=f"zokernels-{work}") for work in works}
+
+    def _submit(self, work: str, function: Callable[..., Any], *args: Any) -> Future[Any]:
+        return self._threads[work].submit(function, *args)
+
+    def close(self) -> None:
+        """Ends the threads in their order: what has been read is still passed on."""
+        for work, thread in self._threads.items():
+            thread.shutdown(cancel_futures=work == "read")
+        self.source.close()
+
+
+class ByThreads(Threaded):
+    """Slots in host memory, which one thread fills and another empties.
+
+    Their order keeps a block's writes before its next read.
+    """
+
+    def __init__(self, source: HostMemory | FileStore, timeline: Timeline) -> None:
+        super().__init__(source, timeline, "read", "write")
         self._coming: dict[int, Future[Any]] = {}  #: by slot
         self._leaving: dict[int, Future[Any]] = {}  #: by slot
         self._writing: dict[int, Future[Any]] = {}  #: by block
 
     def fetch(self, block: Block, slot: Slot) -> None:
         before = [f for f in (self._leaving.get(slot.index), self._writing.get(block.index)) if f is not None]
-        self._coming[slot.index] = self._reads.submit(self._read, block, slot.data, before)
+        self._coming[slot.index] = self._submit("read", self._read, block, slot.data, before)
 
     def _read(self, block: Block, data: Tensor, before: list[Future[Any]]) -> None:
         for future in before:
@@ -173,17 +210,13 @@ class ByThreads(Mover):
             with self.timeline.span("wait", slot.block):
                 coming.result()
 
-    def arrived(self, slot: Slot) -> bool:
-        coming = self._coming.get(slot.index)
-        return coming is None or coming.done()
-
     def settle(self, slot: Slot) -> None:
         if (leaving := self._leaving.get(slot.index)) is not None:
             leaving.result()
 
     def store(self, block: Block, slot: Slot) -> None:
         self._check()
-        future = self._writes.submit(self._write, block, slot.data, slot.updates)
+        future = self._submit("write", self._write, block, slot.data, slot.updates)
         self._leaving[slot.index] = self._writing[block.index] = future
 
     def _write(self, block: Block, data: Tensor, updates: int) -> None:
@@ -192,7 +225,7 @@ class ByThreads(Mover):
         block.stored = updates
 
     def _check(self) -> None:
-        """Raise at the next store what a store before it ran into."""
+        """Raises, at the next store, what an earlier one ran into."""
         for future in self._writing.values():
             if future.done():
                 future.result()
@@ -202,16 +235,11 @@ class ByThreads(Mover):
             future.result()
         self._leaving, self._writing = {}, {}
 
-    def close(self) -> None:
-        self._reads.shutdown(cancel_futures=True)
-        self._writes.shutdown()
-        self.source.close()
-
 
 class ByStreams(Mover):
-    """Slots on a GPU and blocks in pinned memory: two copy streams, and events between them and the computation.
+    """Slots on a GPU and blocks in pinned memory, between which two CUDA streams copy.
 
-    Nothing waits for the host, and nothing is allocated.
+    Events order the copies with the computation.  Nothing waits for the host, and nothing is allocated.
     """
 
     def __init__(self, source: HostMemory, device: torch.device, timeline: Timeline) -> None:
@@ -261,20 +289,19 @@ class ByStreams(Mover):
         self._out.synchronize()
 
 
-class Staged(Mover):
-    """Slots on a GPU and blocks in files: as many pinned buffers as slots between them.
+class Staged(Threaded):
+    """Slots on a GPU and blocks in files, with pinned buffers between them: one for each slot and way.
 
-    A thread reads a file into a buffer and then issues its copy; another waits for a copy out and writes the file.
+    One thread reads a file into a buffer and then issues its copy.  Another waits for a copy out, and writes
+    the file.
     """
 
-    def __init__(self, source: Files, data: Tensor, slots: int, device: torch.device, timeline: Timeline) -> None:
-        self.source, self.timeline, self._device = source, timeline, device
-        self._in, self._out = torch.cuda.Stream(device), torch.cuda.Stream(device)
+    def __init__(self, source: FileStore, data: Tensor, slots: int, device: torch.device, timeline: Timeline) -> None:
+        super().__init__(source, timeline, "read", "write")
+        self._device, self._in, self._out = device, torch.cuda.Stream(device), torch.cuda.Stream(device)
         nbytes = len(data) // (2 * slots)
         self._coming = [data[i * nbytes : (i + 1) * nbytes] for i in range(slots)]
         self._going = [data[i * nbytes : (i + 1) * nbytes] for i in range(slots, 2 * slots)]
-        self._reads = ThreadPoolExecutor(1, thread_name_prefix="zokernels-read")
-        self._writes = ThreadPoolExecutor(1, thread_name_prefix="zokernels-write")
         self._issued: dict[int, Future[Any]] = {}
         self._written: dict[int, Future[Any]] = {}  #: by block
         self._emptied: dict[int, Future[Any]] = {}  #: by slot: its buffer on the way out is free
@@ -284,7 +311,7 @@ class Staged(Mover):
     def fetch(self, block: Block, slot: Slot) -> None:
         events = [e[slot.index] for e in (self._free, self._left) if slot.index in e]
         before = self._written.get(block.index)
-        self._issued[slot.index] = self._reads.submit(self._read, block, slot, events, before)
+        self._issued[slot.index] = self._submit("read", self._read, block, slot, events, before)
 
     def _read(
         self, block: Block, slot: Slot, events: list[torch.cuda.Event], before: Future[Any] | None
@@ -306,9 +333,6 @@ class Staged(Mover):
         if slot.index in self._issued:
             torch.cuda.current_stream(self._device).wait_event(self._issued.pop(slot.index).result())
 
-    def arrived(self, slot: Slot) -> bool:
-        return slot.index not in self._issued or self._issued[slot.index].done()
-
     def settle(self, slot: Slot) -> None:
         if slot.index in self._left:
             torch.cuda.current_stream(self._device).wait_event(self._left[slot.index])
@@ -322,7 +346,7 @@ class Staged(Mover):
             buffer[: block.nbytes].copy_(slot.data[: block.nbytes], non_blocking=True)
         event = self._left[slot.index] = torch.cuda.Event()
         event.record(self._out)
-        future = self._writes.submit(self._write, block, buffer, slot.updates, event)
+        future = self._submit("write", self._write, block, buffer, slot.updates, event)
         self._written[block.index] = self._emptied[slot.index] = future
 
     def _write(self, block: Block, buffer: Tensor, updates: int, event: torch.cuda.Event) -> None:
@@ -339,8 +363,3 @@ class Staged(Mover):
         for future in [*self._issued.values(), *self._written.values()]:
             future.result()
         self._in.synchronize()
-
-    def close(self) -> None:
-        self._reads.shutdown(cancel_futures=True)
-        self._writes.shutdown()
-        self.source.close()

@@ -1,62 +1,57 @@
-"""The probe of a step with streamed parameters: the exact one for those on the device, the engine for the others."""
+"""The probe of a step with streamed parameters, which takes the exact probe for those on the device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..optim.direction import Point
-from ..optim.exact import ExactProbe
-from ..optim.groups import Bucket, engine_of
-from ..optim.probe import Probe
-from .engine import Step
-
-if TYPE_CHECKING:
-    from ..optim.optimizer import ZerothOrder
-    from .engine import Engine
+from ..step.probes.exact import ExactProbe
+from ..step.probes.probe import Probe
+from ..step.roles import home_of
+from ..step.types import Bucket, Point, Seeds
+from .visit import SidePoints
 
 
 class StreamedProbe(Probe):
-    """Forwards in lockstep, each under the function mode of the exact probe; updates of streamed parameters are written
-    down."""
+    """Forwards in lockstep, each under the function mode of the exact probe.
+
+    Args:
+        exact: of the resident parameters; None where there are none.
+        run_sides: :meth:`Engine.forwards`.
+        left: called when the step is over, however it ended.
+    """
 
     def __init__(
-        self, optimizer: ZerothOrder, engine: Engine, buckets: list[Bucket], seeds: dict[torch.device, Tensor]
+        self,
+        buckets: list[Bucket],
+        seeds: Seeds,
+        exact: ExactProbe | None,
+        run_sides: Callable[[SidePoints, Callable[[int], Any]], list[Any]],
+        left: Callable[[], object],
     ) -> None:
         super().__init__(buckets, seeds)
-        self._engine, self._optimizer = engine, optimizer
-        self._streamed = [engine_of(b.params[0]) is not None for b in buckets]
-        resident = [b for b, streamed in zip(buckets, self._streamed, strict=True) if not streamed]
-        op = type(optimizer).__name__
-        self._exact = ExactProbe(op, resident, seeds, optimizer._pool, optimizer._told) if resident else None
-        self._before = optimizer.step_count
-        for b, streamed in zip(buckets, self._streamed, strict=True):
-            if streamed:
-                b.direction = engine.later
-        engine.history.begin()
+        self._exact, self._run_sides, self._left = exact, run_sides, left
+        self._streamed = [not home_of(b.params[0]).in_memory for b in buckets]
 
-    def forwards(self, points: list[list[Point]], run: Callable[[], Any]) -> list[Any]:
-        """``points``: of each forward, for each bucket."""
+    def forwards(
+        self,
+        points: Iterable[Any],
+        share: range,
+        same_rng: Iterator[AbstractContextManager[None]],
+        run: Callable[[], Any],
+    ) -> list[Any]:
+        """All together: a block comes in once for all of them."""
+        mine = [point for i, point in enumerate(points) if i in share]
         of = {
             id(p): (b, place, stream)
             for place, (b, streamed) in enumerate(zip(self.buckets, self._streamed, strict=True))
             if streamed
             for p, stream in zip(b.params, b.streams, strict=True)
         }
-        with self._watched():
-            return self._engine.forwards(Step(of, points, self.seeds), lambda side: self._forward(points[side], run))
-
-    @contextmanager
-    def _watched(self) -> Iterator[None]:
-        if self._exact is None:
-            yield
-        else:
-            with self._exact.watching():
-                yield
+        watched = nullcontext() if self._exact is None else self._exact.watching()
+        with next(same_rng), watched:
+            return self._run_sides(SidePoints(of, mine, self.seeds), lambda side: self._forward(mine[side], run))
 
     def _forward(self, point: list[Point], run: Callable[[], Any]) -> Any:
         if self._exact is None:
@@ -65,5 +60,4 @@ class StreamedProbe(Probe):
             return run()
 
     def __exit__(self, *exception: object) -> None:
-        if self._optimizer.step_count > self._before:
-            self._engine.committed()
+        self._left()

@@ -2,52 +2,53 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..trajectory.checkpoint import replacing
-from .blocks import aliases
-from .files import NAMES, memory_of
-from .stream import persistent_buffers
-
-if TYPE_CHECKING:
-    from .engine import Engine
+from ..files.atomic import replacing
+from ..files.safetensors import NAMES, Entry, lay_out
+from .blocks import Block, aliases, persistent_buffers
+from .disk import memory_of
 
 
-def save(engine: Engine, path: str | os.PathLike[str]) -> None:
-    streamed = {id(e.param): (block, i) for block in engine.blocks for i, e in enumerate(block.entries)}
+def save(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    opened: Callable[[Block], AbstractContextManager[list[Tensor]]],
+    path: str | os.PathLike[str],
+) -> None:
+    """Writes the model as the safetensors file ``path``.
+
+    ``opened``: gives a block's parameters with all updates, while its context lasts (:meth:`Engine.opened`).
+    """
+    streamed = {id(e.param) for block in blocks for e in block.entries}
     tensors: dict[int, tuple[str, Tensor]] = {}
-    for name, _, _, p in aliases(engine.model):
+    for name, _, _, p in aliases(model):
         tensors.setdefault(id(p), (name, p))
-    for name, buffer in persistent_buffers(engine.model):
+    for name, buffer in persistent_buffers(model):
         tensors.setdefault(id(buffer), (name, buffer))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    begins, at = {}, 0
-    for key, (name, t) in sorted(tensors.items(), key=lambda item: -item[1][1].element_size()):  # all aligned
-        size = t.numel() * t.element_size()
-        header[name] = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + size]}
-        begins[key], at = at, at + size
-    data = json.dumps(header, separators=(",", ":")).encode()
-    data += b" " * (-len(data) % 8)
-    first = 8 + len(data)
+    sizes = {name: t.nbytes for name, t in tensors.values()}
+    header, entries = lay_out(
+        {name: Entry(NAMES[t.dtype], tuple(t.shape), 0, sizes[name]) for name, t in tensors.values()}, {"format": "pt"}
+    )
     with replacing(pathlib.Path(path).resolve()) as file:
-        os.posix_fallocate(file.fileno(), 0, first + at)  # a full disk is an error before anything else
-        file.write(len(data).to_bytes(8, "little") + data)
+        total = len(header) + sum(sizes.values())
+        os.posix_fallocate(file.fileno(), 0, total)  # a full disk is an error before anything else
+        file.write(header)
 
         def put(key: int, t: Tensor) -> None:
-            file.seek(first + begins[key])
+            file.seek(entries[tensors[key][0]].begin)
             host = t.detach().cpu().contiguous()
             file.write(memory_of(host))
 
         for key, (_, t) in tensors.items():
             if key not in streamed:
                 put(key, t)
-        for block in engine.blocks:
-            with engine.opened(block) as params:
+        for block in blocks:
+            with opened(block) as params:
                 for e, value in zip(block.entries, params, strict=True):
                     put(id(e.param), value)
-        file.flush()

@@ -1,28 +1,30 @@
-"""Making an engine: where the weights come from, where they live, and what carries them."""
+"""Making an engine: where the weights come from, and where they live."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..checks import fail
+from ..checks import check_integer, fail, is_integer
 from ..contract import canonical_name
-from ..trajectory.checkpoint import Checkpoint
+from ..files.safetensors import DTYPES, Checkpoint
+from ..step.roles import home_of
 from ..wire import Wire, format_of
-from .blocks import PAGE, Block, aliases, find_blocks, materialise, place_extents, streamed_parameters
+from .blocks import Block, aliases, blocks_of, materialise, persistent_buffers, place_extents
+from .encoder import Encoder
 from .engine import Engine
-from .files import check_room
-from .gathered import BySlices, Slices, check_mesh
+from .gathered import check_mesh
+from .layout import WireLayout
 from .memory import mapping
-from .movers import ByStreams, ByThreads, Files, HostMemory, InPlace, Mover, Slot, Staged
+from .movers import Carrier
 from .run import Run
+from .storage import DeviceStorage, DiskStorage, HostStorage
 from .timeline import Timeline
-from .wire import Encoding, Format
 
 STORAGES = ("device", "host", "disk")
 
@@ -51,140 +53,90 @@ def stream(
         theta   = round(decay * theta + sum_k c_k z_k)      the last step's update, as the block comes in
         theta_s = round(theta + e_s z)                      for each forward s; theta itself goes back
 
-    All forwards of a step go through a block before it leaves: the model runs in lockstep, once for each forward,
-    whatever it is.  Losses and weights are those of the same optimizer on the whole model in memory, to the bit.
-    Embeddings, norms, the head and tied weights, all that is in no block, stay on the device.
+    All forwards of a step go through a block before it leaves: the model, whatever it is, runs in lockstep,
+    once for each forward.  Losses and weights are those of the same optimizer on the whole model in memory,
+    to the bit.  Whatever is in no block (embeddings, norms, the head, tied weights) stays on the device.
 
-    Use: make the optimizer from ``model.named_parameters()`` afterwards, and step as usual.  Every other forward
+    Make the optimizer from ``model.named_parameters()`` afterwards, and step as usual.  Every other forward
     (evaluation, generation) is streamed, too, and builds no graph for :meth:`~torch.Tensor.backward`.
 
     Args:
-        model: any module with a list of blocks, each called once or more in a forward; with ``weights``, its parameters
-            may be on "meta" (:func:`empty_weights`).
-        blocks: the name of their container ("model.layers"), or modules; default: the largest container of modules of
-            one class.
-        storage: "device" (nothing moves), "host" (one region of memory of exact size, pinned for a GPU) or "disk".
-        device: of slots, activations and resident parameters; default: that of the model's first parameter on a device.
-        weights: a safetensors file, or a folder of shards, that holds the model's parameters by name.  Never written.
-            Or a function of a name and a tensor that fills the tensor: a model made from nothing.
-        path: (disk) a folder for what is written: blocks, and the log of the run.  None: nothing is written; the
-            updates are kept in memory and taken by each block as it comes in, so that traffic is halved.
-        resume: continue the run in ``path``, where there is one; the optimizer that is made next takes its steps.
-        slots: buffers on the device, of the size of the largest block.  1 has no copy beside the computation.
-        scratch: buffers for perturbed copies: 2, or 1, which saves memory and makes the noise once for each forward.
-        write_every: a block is written back when it has taken this many updates.  n > 1 saves traffic; it is then
-            brought up to date from the stored weights each time it comes in, by n passes at most.
-        threads: that read and write files.
-        wire: (host, disk) what crosses the link: None (the weights; lossless), "bf16", "fp16", "fp8" or "int8"
-            (``zokernels.wire``).  The host keeps the weights, exact, and applies each update itself: nothing comes
-            back.  bf16 of bf16 and fp16 of fp16 weights are lossless (:attr:`Engine.is_lossless`): the bits of None.
-            All else is lossy: forwards compute with decode(encode(theta)), rounded to the weights' dtype, in the place
-            of theta.  What is stored and saved, and ``state_dict()``, are the weights themselves.
-        mesh: (host) a ``DeviceMesh`` of one dimension: each rank keeps a slice of every block, and the slices are
-            gathered as the block comes in.  The ranks run all forwards together, and take the same steps: give the
-            optimizer a mesh that has them all.
+        model: any module with a list of blocks, each called once or more in a forward; with ``weights``, its
+            parameters may be on "meta" (:func:`empty_weights`).
+        blocks: the name of their container ("model.layers"), or modules; default: the largest container of
+            modules of one class.
+        storage: "device" (nothing moves), "host" (one region of memory of exact size, pinned for a GPU) or
+            "disk".
+        device: of slots, activations and resident parameters; default: that of the model's first parameter on
+            a device.
+        weights: a safetensors file, or a folder of shards, that holds the model's parameters by name; it is
+            never written to.  Or a function of a name and a tensor that fills the tensor, for a model made
+            from nothing.
+        path: (disk) a folder for what is written: blocks, and the log of the run.  None: nothing is written.
+            The updates are then kept in memory, and each block takes them as it comes in, which halves the
+            traffic.
+        resume: continue the run in ``path``, where there is one; the optimizer that is made next takes its
+            steps.
+        slots: buffers on the device, of the size of the largest block.  With 1 nothing is copied during a
+            computation.
+        scratch: buffers for perturbed copies: 2, or 1, which saves memory and draws the noise once for each
+            forward.
+        write_every: after how many updates a block is written back.  n > 1 saves traffic; the block then
+            takes up to n updates each time it comes in.
+        threads: how many read and write files.
+        wire: (host, disk) what crosses the link: None (the weights; lossless), "bf16", "fp16", "fp8" or
+            "int8" (``zokernels.wire``).  The host keeps the exact weights and applies each update itself, so
+            nothing comes back.  bf16 of bf16 weights and fp16 of fp16 weights are lossless
+            (:attr:`Engine.is_lossless`), and give the bits of None.  All else is lossy: forwards compute with
+            decode(encode(theta)), rounded to the weights' dtype, in the place of theta.  What is stored and
+            saved, and ``state_dict()``, are the weights themselves.
+        mesh: (host) a ``DeviceMesh`` of one dimension: each rank keeps a slice of every block, and the slices
+            are gathered as the block comes in.  The ranks run all forwards together and take the same steps,
+            so give the optimizer a mesh that has them all.
 
     Returns: the :class:`Engine`, a context manager: ``flush()``, ``save(file)``, ``close()``.
 
     Raises: ValueError, OSError and TypeError, before anything is written, naming the argument.
 
-    Sources: the dual forward, Wang et al. 2025 (ZO2, arXiv 2503.12668); disk as a tier, Rajbhandari et al. 2021
-    (ZeRO-Infinity, arXiv 2104.07857) and Liao et al. 2024 (Fuyou, arXiv 2403.06504).
+    Sources: the dual forward, Wang et al. 2025 (ZO2, arXiv 2503.12668); disk as a tier, Rajbhandari et al.
+    2021 (ZeRO-Infinity, arXiv 2104.07857) and Liao et al. 2024 (Fuyou, arXiv 2403.06504).
     """
     op = "stream"
     _check(op, storage, weights, path, resume, slots, scratch, write_every, threads, wire)
     if mesh is not None:
         check_mesh(op, mesh, storage, wire)
     target = _device(op, model, device)
-    if any(hasattr(p, "_zo_engine") for p in model.parameters()):
+    if not all(home_of(p).in_memory for p in model.parameters()):
         fail(op, "model", "a model that is not streamed", "one that is", RuntimeError)
-    found = find_blocks(op, model, blocks)
-    listed = streamed_parameters(op, model, found)
     fill = weights if callable(weights) else None
     checkpoint = None if weights is None or callable(weights) else Checkpoint(weights)
-    places = {} if fill else _sources(op, model, listed, checkpoint)
-    made = []
-    for i, ((name, module), params) in enumerate(zip(found, listed, strict=True)):
-        block = Block(i, name, module)
-        if storage == "disk" and checkpoint is not None:
-            place_extents(block, params, [places[n] for n, _ in params])
-        else:
-            block.place(params)
-        made.append(block)
-    memory: HostMemory | None = None
-    if storage == "host":
-        # With a wire format the copies to the device come from buffers of their own.  Slices make blocks longer.
-        memory = (
-            Slices(made, target, mesh) if mesh else HostMemory(made, target if wire is None else torch.device("cpu"))
-        )
-    timeline, size = Timeline(target), max(b.nbytes for b in made)
-    form = None if wire is None else Format(wire, made)
-    held = _slots(made, storage, slots, target, size if form is None else max(form.nbytes))
+    made = blocks_of(op, model, blocks)
+    places = {} if fill else _sources(op, model, made, checkpoint)
+    for block in made if storage == "disk" and places else ():
+        place_extents(block, [places[e.name] for e in block.entries])
+    layout = None if wire is None else WireLayout(wire, made)
+    writes = write_every if storage != "disk" or path is not None else None
+    carrier = Carrier(op, made, target, slots, layout, Timeline(target), writes)
+    store: DeviceStorage | HostStorage | DiskStorage
+    if storage == "device":
+        store = DeviceStorage(carrier)
+    elif storage == "host":
+        store = HostStorage(carrier, mesh)
+    else:
+        store = DiskStorage(carrier, threads, checkpoint is not None)
     copies = [torch.empty(max(b.scratch for b in made), dtype=torch.uint8, device=target) for _ in range(scratch)]
-    to_gpu = target.type == "cuda"
-    staging = None  # pinned here, before anything changes: there may be too little of it
-    if to_gpu and form:
-        staging = mapping(len(held) * form.room, target)
-    elif to_gpu and storage == "disk":
-        staging = mapping(2 * slots * size, target)
     run = None if path is None else Run(path, made, resume)
     # From here on the model changes.
     loaded = {} if checkpoint is None else checkpoint.tensors()
     _load_resident(model, made, loaded, fill)
-    mover: Mover
-    writes = write_every if storage != "disk" or path is not None else None
-    if form is not None:
-        encoding = lambda source: Encoding(source, form, made, len(held), target, writes, timeline, staging)
-    if storage == "disk":
-        source = Files(run.folder if run else None, run.durable if run else lambda: None, threads)
-        source.reader.own.update(run.files if run else {})
-        if run and run.resumes and checkpoint is None and len(run.files) < len(made):
-            fail(op, "weights", "the checkpoint that the run began with", None)
-        if checkpoint is None and not (run and run.resumes):
-            assert run is not None
-            check_room(op, run.folder, made, sum(b.nbytes for b in made) + size)
-            for b in made:
-                source.write(b, _packed(b, {}, fill), 0)
-        elif run:
-            check_room(op, run.folder, made, size + sum(b.nbytes for b in made if b.index not in run.files))
-        if form:
-            mover = encoding(source)
-        else:
-            mover = ByThreads(source, timeline) if staging is None else Staged(source, staging, slots, target, timeline)
-    elif memory is not None:
-        for b in made:
-            memory.write(b, _packed(b, loaded, fill), 0)
-        if form:
-            mover = encoding(memory)
-        elif to_gpu:
-            sliced = isinstance(memory, Slices)
-            mover = BySlices(memory, target, timeline) if sliced else ByStreams(memory, target, timeline)
-        else:
-            mover = ByThreads(memory, timeline)
-    else:
-        mover = InPlace()
-        for b, slot in zip(made, held, strict=True):
-            slot.data.copy_(_packed(b, loaded, fill))
+    mover = store.mover(lambda block: _packed(block, loaded, fill), run)
     _move_the_rest(model, made, target)
-    link = mover if isinstance(mover, Encoding) else None
-    return Engine(model, made, held, copies, mover, target, timeline, writes, run, link)
-
-
-def _slots(blocks: Sequence[Block], storage: str, count: int, device: torch.device, size: int) -> list[Slot]:
-    """Buffers on the device; with storage "device" one for each block, of its size."""
-    if storage == "device":
-        held = [Slot(i, torch.empty(b.nbytes, dtype=torch.uint8, device=device)) for i, b in enumerate(blocks)]
-        for slot, b in zip(held, blocks, strict=True):
-            slot.block = b
-        return held
-    count, size = min(count, len(blocks)), -(-size // PAGE) * PAGE
-    on_cpu = device.type == "cpu"  # files are read into it directly: it begins at a page
-    region = mapping(count * size, device) if on_cpu else torch.empty(count * size, dtype=torch.uint8, device=device)
-    return [Slot(i, region[i * size : (i + 1) * size]) for i in range(count)]
+    link = mover if isinstance(mover, Encoder) else None
+    return Engine(model, made, store.slots, copies, mover, target, carrier.timeline, writes, run, link)
 
 
 def _load_resident(model: nn.Module, blocks: Sequence[Block], loaded: dict[str, Tensor], fill: Fill | None) -> None:
-    """The parameters on "meta" become real ones, and those in no block get their values, as do buffers."""
+    """Makes real parameters of those on "meta", and loads the values of those in no block, and of buffers."""
     resident = materialise(model, {id(e.param) for b in blocks for e in b.entries})
     fresh = {name: p for name, _, _, p in aliases(model)}
     for b in blocks:
@@ -229,13 +181,11 @@ def _check(
         format_of(op, wire)
         if storage == "device":
             fail(op, "wire", "None where storage is 'device': nothing crosses a link", repr(wire))
-    whole = lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1
-    for argument, value in (("slots", slots), ("threads", threads)):
-        if not whole(value):
-            fail(op, argument, "an integer >= 1", repr(value))
+    check_integer(op, "slots", slots)
+    check_integer(op, "threads", threads)
     if scratch not in (1, 2):
         fail(op, "scratch", "1 or 2", repr(scratch))
-    if write_every is not None and not whole(write_every):
+    if write_every is not None and not is_integer(write_every, 1):
         fail(op, "write_every", "an integer >= 1, or None for storage that is only read", repr(write_every))
     if storage == "disk":
         if (weights is None or callable(weights)) and path is None:
@@ -262,18 +212,16 @@ def _device(op: str, model: nn.Module, device: torch.device | str | None) -> tor
 
 
 def _sources(
-    op: str, model: nn.Module, listed: list[list[tuple[str, nn.Parameter]]], checkpoint: Checkpoint | None
+    op: str, model: nn.Module, blocks: Sequence[Block], checkpoint: Checkpoint | None
 ) -> dict[str, tuple[str, int, int]]:
-    """(path, begin, size) of each streamed parameter in the checkpoint; all of the model's are compared with it."""
+    """(path, begin, size) of each streamed parameter in the checkpoint, which must fit the whole model."""
     if checkpoint is None:
         if missing := [n for n, p in model.named_parameters() if p.is_meta]:
             fail(op, "weights", f"a checkpoint for parameters on 'meta' ({missing[0]!r}, ...)", None)
         return {}
-    from ..trajectory.checkpoint import _DTYPES
-
     where = {canonical_name(name): (file, file.entries[name]) for name, file in checkpoint.where.items()}
     places = {}
-    names = {n for params in listed for n, _ in params}
+    names = {e.name for b in blocks for e in b.entries}
     groups: dict[int, list[tuple[str, nn.Parameter]]] = {}
     for name, _, _, p in aliases(model):
         groups.setdefault(id(p), []).append((name, p))
@@ -284,7 +232,7 @@ def _sources(
         file, entry = where[canonical_name(name)]
         if entry.shape != tuple(p.shape):
             fail(op, f"weights: {name}", f"shape {tuple(p.shape)}, as in the model", entry.shape)
-        if _DTYPES.get(entry.dtype) is not p.dtype:
+        if DTYPES.get(entry.dtype) is not p.dtype:
             fail(op, f"weights: {name}", f"dtype {p.dtype}, as in the model", entry.dtype)
         for alias, _ in same:
             if alias in names:
@@ -292,15 +240,8 @@ def _sources(
     return places
 
 
-def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for prefix, module in model.named_modules():
-        for key, buffer in module._buffers.items():
-            if buffer is not None and key not in module._non_persistent_buffers_set:
-                yield (f"{prefix}.{key}" if prefix else key), buffer
-
-
 def _load_buffers(model: nn.Module, loaded: dict[str, Tensor]) -> None:
-    """Those that the checkpoint has: others are as the model made them."""
+    """Loads the buffers that the checkpoint has; others stay as the model made them."""
     for name, buffer in persistent_buffers(model):
         found = loaded.get(canonical_name(name))
         if found is not None:
@@ -315,7 +256,7 @@ def _tensor_of(name: str, loaded: dict[str, Tensor], model: nn.Module, p: Tensor
 
 
 def _packed(block: Block, loaded: dict[str, Tensor], fill: Fill | None) -> Tensor:
-    """The bytes of a block: from a checkpoint, a function or the model."""
+    """The bytes of a block, from the checkpoint, from ``fill``, or from the model."""
     data = mapping(block.nbytes, torch.device("cpu"))
     for e in block.entries:
         if fill:

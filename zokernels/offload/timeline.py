@@ -1,4 +1,4 @@
-"""What happened when: spans of each lane (copy-in, compute, copy-out, ...), for a picture of the overlap."""
+"""What happened when: spans in lanes (copy-in, compute, copy-out, ...), for a picture of their overlap."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Span(NamedTuple):
 
 
 class Timeline:
-    """Off unless :meth:`start` has been called: then nothing is measured, and nothing is allocated.
+    """Collects spans.  Until :meth:`start` is called nothing is measured, and nothing is allocated.
 
     ``device``: where the streams are whose work is measured.
     """
@@ -42,7 +42,7 @@ class Timeline:
             self._first.record(torch.cuda.current_stream(self._device))
 
     def stop(self) -> list[Span]:
-        """The spans since :meth:`start`, by their beginning; waits for the GPU."""
+        """The spans since :meth:`start`, in the order of their beginning.  Waits for the GPU."""
         self._on = False
         for lane, block, begin, end in self._events:
             end.synchronize()
@@ -55,23 +55,20 @@ class Timeline:
     def now(self) -> float:
         return time.perf_counter() if self._on else 0.0
 
-    def add(self, lane: str, block: Block, begin: float) -> None:
-        """A span until now of the host's clock; ``begin``: from :meth:`now`."""
+    def add(self, lane: str, block: Block | None, begin: float) -> None:
+        """Adds a span that ends now, by the host's clock; ``begin`` comes from :meth:`now`."""
         if self._on and begin:
-            self._spans.append(Span(lane, block.name, begin - self._zero, time.perf_counter() - self._zero))
+            name, end = block.name if block else "", time.perf_counter()
+            self._spans.append(Span(lane, name, begin - self._zero, end - self._zero))
 
     @contextmanager
     def span(self, lane: str, block: Block | None) -> Iterator[None]:
-        """Of the host's clock."""
-        if not self._on:
-            yield
-            return
-        begin = time.perf_counter()
+        """Adds a span of the host's clock around the ``with`` block."""
+        begin = self.now()
         try:
             yield
         finally:
-            end = time.perf_counter()
-            self._spans.append(Span(lane, block.name if block else "", begin - self._zero, end - self._zero))
+            self.add(lane, block, begin)
 
     @contextmanager
     def device_span(self, lane: str, block: Block, stream: torch.cuda.Stream) -> Iterator[None]:

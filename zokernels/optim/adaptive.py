@@ -1,4 +1,7 @@
-"""Named optimizers with other rules than SGD; other arguments are those of :class:`ZOSGD` without its momentum."""
+"""Named optimizers with other rules than SGD.
+
+Arguments that are not listed here are those of :class:`ZOSGD`, without its momentum.
+"""
 
 from __future__ import annotations
 
@@ -8,27 +11,29 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .estimators import ThreePoint
+from ..step.directions.scaling import CurvedDirection
+from ..step.estimators import ThreePoint
+from ..step.rules.rule import Rule
+from ..step.rules.stateful import Adam, Curvature, Sign
+from ..step.rules.window import AdamWindow
 from .optimizer import ZerothOrder
-from .rules import Rule
-from .stateful import Adam, Curvature, CurvedDirection, Sign
-from .window import AdamWindow
 from .zosgd import Differences
 
 
 class ZOAdam(Differences):
     """m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  theta <- theta - lr m' / (sqrt(v') + adam_eps)
 
-    with g = sum_k g_k z_k + weight_decay theta (coupled), m' = m / (1 - b1^t), v' = v / (1 - b2^t), in one pass that
-    never stores g.  t counts the steps that were not skipped, for each group.
+    with g = sum_k g_k z_k + weight_decay theta (coupled), m' = m / (1 - b1^t) and v' = v / (1 - b2^t), in one
+    pass that never stores g.  For each group, t counts the steps that were not skipped.
 
     Args:
         betas: (b1, b2), each in [0, 1).
         adam_eps: in units of g; ``eps`` is the size of the perturbation.
-        window: Adam without state: m and v of the last ``window`` steps alone, whose noise is drawn again in each
-            update (:class:`AdamWindow`).  No subset, no refreshed direction, and weight_decay only in :class:`ZOAdamW`.
-        state_dtype: of m and v (``state[p]["exp_avg"]``, ``["exp_avg_sq"]``): fp32 or bf16, which is rounded as
-            ``rounding`` says; to nearest, a bf16 v stands still where 1 - b2 is below its precision.
+        window: Adam without state: m and v of the last ``window`` steps alone, whose noise is drawn again in
+            each update (:class:`AdamWindow`).  It allows no subset and no refreshed direction, and
+            weight_decay only in :class:`ZOAdamW`.
+        state_dtype: of m and v (``state[p]["exp_avg"]``, ``["exp_avg_sq"]``): fp32 or bf16, which is rounded
+            as ``rounding`` says; to nearest, a bf16 v stands still where 1 - b2 is below its precision.
         params, lr, ...: as for :class:`ZOSGD`.  betas, adam_eps and weight_decay may differ between groups.
 
     Source: Kingma and Ba, 2015; on differences of losses, Chen et al., 2019 (ZO-AdaMM, arXiv 1910.06513).
@@ -56,7 +61,9 @@ class ZOAdam(Differences):
 
 
 class ZOAdamW(ZOAdam):
-    """theta <- (1 - lr weight_decay) theta - lr m' / (sqrt(v') + adam_eps): :class:`ZOAdam`, decoupled weight decay.
+    """theta <- (1 - lr weight_decay) theta - lr m' / (sqrt(v') + adam_eps).
+
+    This is :class:`ZOAdam` with decoupled weight decay.
 
     Source: Loshchilov and Hutter, 2019, arXiv 1711.05101.
     """
@@ -67,7 +74,7 @@ class ZOAdamW(ZOAdam):
 class ZOSignSGD(Differences):
     """theta <- (1 - lr weight_decay) theta - lr sign(sum_k g_k z_k + l2 theta).
 
-    The sign is that of the whole sum: every weight moves by lr.
+    The sign is that of the whole sum, so every weight moves by lr.
 
     Args:
         l2: coupled weight decay, inside the sign.
@@ -81,18 +88,19 @@ class ZOSignSGD(Differences):
 
 
 class HiZOO(ZerothOrder):
-    """Perturbations and updates divided by the root of an estimate h of the Hessian's diagonal: three forwards.
+    """Perturbs and updates by z over the root of an estimate h of the Hessian's diagonal: three forwards.
 
         L0 = L(theta),  L+- = L(theta +- eps z / sqrt(h)),   g = (L+ - L-) / (2 eps)
         h     <- (1 - alpha) h + alpha |L+ + L- - 2 L0| / (2 eps^2) h z^2
         theta <- (1 - lr weight_decay) theta - lr g z / sqrt(h)
 
-    h starts at 1; the update divides by the new one.  ``step`` returns L0; ``last_losses`` are L0, L+, L-.
+    h starts at 1, and the update divides by the new one.  ``step`` returns L0, and ``last_losses`` are L0,
+    L+, L-.
 
     Args:
         alpha: in [0, 1).
-        state_dtype: of h (``state[p]["curvature"]``): fp32 or bf16, which is rounded as ``rounding`` says; to nearest,
-            a bf16 h stands still where alpha is below its precision.
+        state_dtype: of h (``state[p]["curvature"]``): fp32 or bf16, which is rounded as ``rounding`` says; to
+            nearest, a bf16 h stands still where alpha is below its precision.
         params, lr, ...: as for :class:`ZerothOrder`; no ``direction``.  alpha may differ between groups.
 
     Source: Zhao et al., 2024, arXiv 2402.15173.
@@ -107,12 +115,5 @@ class HiZOO(ZerothOrder):
         state_dtype: torch.dtype = torch.float32,
         **options: Any,
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            *args,
-            estimator=ThreePoint(),
-            direction=CurvedDirection(),
-            rule=Curvature(alpha, state_dtype),
-            **options,
-        )
+        rule = Curvature(alpha, state_dtype)
+        super().__init__(params, lr, *args, estimator=ThreePoint(), direction=CurvedDirection(), rule=rule, **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -11,20 +11,19 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..backends.reference.noise import uniform16_at
-from ..backends.reference.rounding import round_stochastic
-from ..checks import fail
-from ..contract import DOMAIN_ROUNDING, derive_seed_int, derive_stream_seed
+from ..checks import check_choice, fail, is_integer
+from ..contract import derive_seed_int, derive_stream_seed
 from ..difference import stepped
+from ..functional import low_rank_
+from ..step.directions.masks import KeptMask
+from ..step.guards import uninterrupted
+from ..step.probes.probe import Probe
+from ..step.rules.sgd import SGD
+from ..step.scalars import decay_of, descent, gate, gated_decay, is_zero, projected_gradient
+from ..step.subset import Subset
+from ..step.types import Bucket, Estimate, LossesAt, Seeds
 from ..transfer import to_device
-from .groups import Bucket, check_choice
-from .guards import uninterrupted
-from .masks import KeptMask
-from .optimizer import Estimate, ZerothOrder
-from .probe import Probe
-from .rules import SGD
-from .subset import Subset
-from .update import decay_of, descent, gate, gated_decay, is_zero, projected_gradient
+from .optimizer import ZerothOrder
 from .zosgd import ESTIMATORS
 
 #: k of the seed that chooses coordinates: far above any direction's.
@@ -32,18 +31,42 @@ _CHOICE_K = 0xC0000000
 
 
 class Entries(NamedTuple):
-    """Some weights of a parameter."""
+    """The weights of one parameter that a step moves, n of them."""
 
     bucket: Bucket
-    weights: Tensor  #: all of them, flat
+    weights: Tensor  #: all weights of the parameter, flat
     stream: int
-    places: Tensor  #: int64 [n]: which
-    kept: Tensor  #: [n]: their values
+    places: Tensor  #: int64 [n]: which of them
+    positions: list[int]  #: the same, on the host
+    own: Tensor  #: [n]: their values
     sides: list[Tensor]  #: [n] each: the values that they are moved to
 
     def steps(self) -> Tensor:
         """float64 [n]: the distance between the two points of each difference."""
-        return self.sides[0].double() - (self.sides[1] if len(self.sides) > 1 else self.kept).double()
+        return self.sides[0].double() - (self.sides[1] if len(self.sides) > 1 else self.own).double()
+
+    def updated(self, change: Tensor, seed: Tensor, decay: Tensor | None, rounding: Any) -> Tensor:
+        """[n]: round(decay * theta_i + change_i), each with the rounding bits of its place in the parameter.
+
+        A kernel does it: each run of neighbours is a matrix of one column, and its change a product of rank
+        1.  That product is a sum from 0, which cannot be -0.0.  It is therefore that of -change, with the
+        coefficient -1: a change of 0 then adds -0.0, which leaves every weight its bits.
+        """
+        bounds = [i for i, place in enumerate(self.positions) if not i or place != self.positions[i - 1] + 1]
+        sizes = [end - begin for begin, end in itertools.pairwise([*bounds, len(self.positions)])]
+        new, one = self.own.clone(), torch.ones(1, 1, 1, device=change.device)
+        low_rank_(
+            [run.view(-1, 1) for run in new.split(sizes)],
+            [run.view(1, -1, 1) for run in (-change).split(sizes)],
+            [one] * len(sizes),
+            -1.0,
+            streams=[self.stream] * len(sizes),
+            offsets=[self.positions[i] for i in bounds],
+            decay=decay,
+            rounding=rounding,
+            rounding_seed=seed,
+        )
+        return new
 
 
 #: A weight (flat tensor, position), the value that it is moved to and its own; None: theta itself.
@@ -54,11 +77,11 @@ class CoordinateProbe(Probe):
     """At a point one weight holds another value; then its own bits are put back."""
 
     @contextmanager
-    def at(self, move: Move | None) -> Iterator[None]:
-        if move is None:
+    def at(self, point: Move | None) -> Iterator[None]:
+        if point is None:
             yield
             return
-        weights, i, value, own = move
+        weights, i, value, own = point
         try:
             weights[i] = value
             torch.clear_autocast_cache()  # a cast of the weight before the move
@@ -70,30 +93,33 @@ class CoordinateProbe(Probe):
 
 
 class ZOCGE(ZerothOrder):
-    r"""theta_i <- (1 - lr * weight_decay) * theta_i - lr * g_i   for the coordinates i of the step, and no other.
+    r"""theta_i <- (1 - lr * weight_decay) * theta_i - lr * g_i   for the coordinates i of the step alone.
 
         g_i = (L(theta + h e_i) - L(theta)) / h               1 + n forwards for n coordinates ("one-sided")
         g_i = (L(theta + h e_i) - L(theta - h' e_i)) / (h + h')    2 n forwards ("two-sided")
 
-    Finite differences, without the variance of random directions: for small models, and for few weights of large ones.
-    h is eps as it becomes in the weight's dtype, never less, so that half precision loses no step.  Each weight gets
-    its own bits back before the next one moves; all updates come after the last forward, each rounded once, with the
-    rounding bits of its place in the parameter.
+    These are finite differences, without the variance of random directions, for small models and for few
+    weights of large ones.  h is eps as it becomes in the weight's dtype, and never less, so that half
+    precision loses no step.
+
+    Each weight gets its own bits back before the next one moves.  All updates come after the last forward,
+    each rounded once, with the rounding bits of its place in the parameter.
 
     Args:
         eps: size of a step, in units of theta.
         estimator: "one-sided" or "two-sided".
-        mask: which weights may move: :class:`GivenMask` (bool masks or indices of your own) or :class:`MagnitudeMask`;
-            default: all.
-        per_step: how many of those are drawn anew for each step, from the seed: a number, of all parameters together;
-            or shares in (0, 1] by parameter name, as layer-wise pruning ratios leave them (1 for a name that is not
-            there).  Default: all, in every step.
+        mask: which weights may move: :class:`GivenMask` (bool masks or indices of your own) or
+            :class:`MagnitudeMask`; default: all.
+        per_step: how many of those are drawn from the seed for each step.  This is a number, of all
+            parameters together; or shares in (0, 1] by parameter name, as layer-wise pruning ratios leave
+            them (1 for a name that is not there).  Default: all, in every step.
         clip: bound on each \|g_i\|.
-        params, lr, weight_decay, seed, rounding, subset: as :class:`ZerothOrder`.  Any model: weights move in place.
+        params, lr, weight_decay, seed, rounding, subset: as :class:`ZerothOrder`.  Any model: weights move in
+            place.
 
-    ``last_losses`` [forwards] are those of all forwards, ``last_projected_gradient`` [n] the g_i, in the order of the
-    parameters and of i.  ``step`` returns L(theta) where one-sided, else the mean loss.  A loss that is not finite
-    skips the update of all coordinates.
+    ``last_losses`` are those of all forwards, and ``last_projected_gradient`` [n] are the g_i, in the order
+    of the parameters and of i.  ``step`` returns L(theta) where one-sided, else the mean loss.  A loss that
+    is not finite skips the update of all coordinates.
 
     Source: DeepZero, Chen et al., 2024, arXiv 2310.02025.
     """
@@ -115,15 +141,15 @@ class ZOCGE(ZerothOrder):
         clip: float | None = None,
         subset: Subset | None = None,
     ) -> None:
-        check_choice(self._op, "estimator", estimator, tuple(ESTIMATORS))
+        check_choice(self.op, "estimator", estimator, tuple(ESTIMATORS))
         if mask is not None and not isinstance(mask, KeptMask):
-            fail(self._op, "mask", "a GivenMask or a MagnitudeMask", repr(mask), TypeError)
+            fail(self.op, "mask", "a GivenMask or a MagnitudeMask", repr(mask), TypeError)
         if isinstance(per_step, Mapping):
             for name, share in per_step.items():
                 if not 0 < share <= 1:
-                    fail(self._op, f"per_step[{name!r}]", "a share in (0, 1]", share)
-        elif per_step is not None and (not isinstance(per_step, int) or isinstance(per_step, bool) or per_step < 1):
-            fail(self._op, "per_step", "an integer >= 1, or shares by parameter name", repr(per_step))
+                    fail(self.op, f"per_step[{name!r}]", "a share in (0, 1]", share)
+        elif per_step is not None and not is_integer(per_step, 1):
+            fail(self.op, "per_step", "an integer >= 1, or shares by parameter name", repr(per_step))
         self._per_step = per_step
         super().__init__(
             *(params, lr, eps, weight_decay, seed),
@@ -136,61 +162,57 @@ class ZOCGE(ZerothOrder):
         )
         names = {name for group in self.param_groups for name in group.get("param_names", ())}
         if isinstance(per_step, Mapping) and (unknown := [name for name in per_step if name not in names]):
-            fail(self._op, "per_step", "names of the optimizer's parameters", repr(unknown[0]))
+            fail(self.op, "per_step", "names of the optimizer's parameters", repr(unknown[0]))
 
-    def _probe(self, buckets: list[Bucket], seeds: dict[torch.device, Tensor]) -> CoordinateProbe:
+    def own_probe(self, buckets: list[Bucket], seeds: Seeds) -> CoordinateProbe:
         return CoordinateProbe(buckets, seeds)
 
-    def _estimate(self, buckets: list[Bucket], losses_at: Callable[[Iterable[Move | None]], Tensor]) -> Estimate:
+    def estimate(self, buckets: list[Bucket], losses_at: LossesAt) -> Estimate:
         signs = [sign for _, sign in self.estimator.points()]
         self._entries = [self._entry(*chosen, [s for s in signs if s]) for chosen in self._choose(buckets)]
+        centre = [None for s in signs if not s]
         moves = (
-            (e.weights, i, side[at], e.kept[at])
+            (e.weights, i, side[at], e.own[at])
             for e in self._entries
-            for at, i in enumerate(e.places.tolist())
+            for at, i in enumerate(e.positions)
             for side in e.sides
         )
-        losses = losses_at(itertools.chain((None for s in signs if not s), moves))
+        count = len(centre) + sum(len(e.positions) * len(e.sides) for e in self._entries)
+        losses = losses_at(itertools.chain(centre, moves), count)
         gradients, finite = gate([e.bucket.group for e in self._entries], self._gradients(losses))
-        return Estimate(losses, gradients, finite, self._skips(finite), losses)
+        return Estimate(losses, gradients, finite, self.skips(finite), losses)
 
     def _gradients(self, losses: Tensor) -> list[Tensor]:
         """g of each entry of the step, fp32, clipped."""
         values = losses.double()
         one_sided = len(self._entries[0].sides) == 1
         change = values[1:] - values[0] if one_sided else values[::2] - values[1::2]
-        parts = change.split([e.places.numel() for e in self._entries])
+        parts = change.split([len(e.positions) for e in self._entries])
         return [
             projected_gradient(part / to_device(e.steps(), losses.device), e.bucket.group["clip"])
             for part, e in zip(parts, self._entries, strict=True)
         ]
 
-    def _update(self, probe: Probe, estimate: Estimate) -> None:
+    def update(self, probe: Probe, estimate: Estimate) -> None:
         for e, g in zip(self._entries, estimate.gradients, strict=True):
             group, device = e.bucket.group, e.weights.device
             if is_zero(group["lr"]):
                 continue  # 0 * g would turn a weight of -0.0 into 0.0
-            acc = e.kept.float()  # unless finite, times 1 plus -0.0: the same bits
-            if group["weight_decay"]:
-                acc = gated_decay(decay_of(group, g), estimate.finite, device) * acc
-            acc = acc + to_device(descent(group, g), device)
-            if group["rounding"] == "stochastic":
-                fields = uniform16_at(probe.seeds[device], e.stream, DOMAIN_ROUNDING, e.places)
-                e.weights[e.places] = round_stochastic(acc, fields, e.weights.dtype)
-            else:
-                e.weights[e.places] = acc.to(e.weights.dtype)
+            decay = gated_decay(decay_of(group, g), estimate.finite, device) if group["weight_decay"] else None
+            change = to_device(descent(group, g), device)  # -0.0 unless finite: the weights keep their bits
+            e.weights[e.places] = e.updated(change, probe.seeds[device][:1], decay, group["rounding"])
         torch.clear_autocast_cache()
-        self._state.advance(estimate.finite)
+        self.run_state.advance(estimate.finite)
 
-    def _publish(self, estimate: Estimate) -> None:
+    def publish(self, estimate: Estimate) -> None:
         g = torch.cat(self._gradients(estimate.losses))
         self.last_losses, self.last_projected_gradient, self._entries = estimate.forwards, g, []
 
     def _entry(self, bucket: Bucket, param: Tensor, stream: int, index: Tensor, signs: list[int]) -> Entries:
         weights = param.detach().view(-1)
-        kept = weights[index]
-        sides = [stepped(kept, sign * bucket.eps) for sign in signs]
-        return Entries(bucket, weights, stream, index, kept, sides)
+        own = weights[index]
+        sides = [stepped(own, sign * bucket.eps) for sign in signs]
+        return Entries(bucket, weights, stream, index, index.tolist(), own, sides)
 
     def _choose(self, buckets: list[Bucket]) -> list[tuple[Bucket, Tensor, int, Tensor]]:
         """The step's coordinates (int64, ascending) of each parameter that has any."""
@@ -204,7 +226,7 @@ class ZOCGE(ZerothOrder):
         elif isinstance(self._per_step, int):
             total, ends = sum(counts), list(itertools.accumulate(counts))
             if self._per_step > total:
-                fail(self._op, "per_step", f"at most {total} coordinates", self._per_step)
+                fail(self.op, "per_step", f"at most {total} coordinates", self._per_step)
             drawn = sample(seed, 0, self._per_step, total)
             chosen = [[i - end + n for i in drawn if end - n <= i < end] for n, end in zip(counts, ends, strict=True)]
         else:
@@ -224,11 +246,11 @@ class ZOCGE(ZerothOrder):
                 places = to_device(torch.tensor(at), p.device)
                 found.append((b, p, stream, places if index is None else index[places]))
         if not found:
-            fail(self._op, "mask, per_step", "at least one coordinate in a step", "none")
+            fail(self.op, "mask, per_step", "at least one coordinate in a step", "none")
         return found
 
     def _allowed(self, param: Tensor) -> Tensor | None:
-        """Positions (int64, ascending) that the parameter's mask keeps; None: all, which are not listed."""
+        """The positions (int64, ascending) that the parameter's mask keeps; None: all of them."""
         if "mask" not in self.state[param]:
             return None
         packed = self.state[param]["mask"]
@@ -240,7 +262,7 @@ class ZOCGE(ZerothOrder):
 
 
 def sample(seed: int, stream: int, count: int, total: int) -> list[int]:
-    """``count`` different integers of range(total), ascending; all sets alike.  Floyd's algorithm."""
+    """``count`` different integers of range(total), ascending; every set is as likely.  Floyd's algorithm."""
     found: set[int] = set()
     for last in range(total - count, total):
         drawn = derive_stream_seed(seed, last, stream) % (last + 1)

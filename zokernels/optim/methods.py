@@ -1,37 +1,41 @@
-"""Named optimizers that are parts put together: arguments beyond their own are those of :class:`ZerothOrder`."""
+"""Named optimizers that are parts put together.
+
+Arguments that are not listed here are those of :class:`ZerothOrder`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..checks import fail
-from .estimators import ForwardMode, Ranking, StdNormalized, TwoSided
-from .exact import ExactProbe, TangentProbe
-from .groups import Bucket
-from .kept import any_sharded
-from .loss import Derivatives, Places
-from .low_rank import FreshFactors, KeptRight, Subspace, TemporalFactor
-from .masks import MagnitudeMask
+from ..step.directions.low_rank import FreshFactors, KeptRight, Subspace, TemporalFactor
+from ..step.directions.masks import MagnitudeMask
+from ..step.estimators import ForwardMode, Ranking, StdNormalized, TwoSided
+from ..step.loss import DerivativeReader, RankReader
+from ..step.probes.exact import TangentProbe
+from ..step.rules.sgd import SGD, Conservative
+from ..step.shard import any_sharded
+from ..step.subset import LAYERS, Blocks, LayerSkip
+from ..step.types import Bucket, Seeds
 from .optimizer import ZerothOrder
-from .rules import SGD, Conservative
-from .subset import LAYERS, Blocks, LayerSkip
 from .zosgd import ZOSGD
 
 
 class FZOO(ZerothOrder):
     """theta <- theta - lr * sum_k (L_k - L_0) / (q sigma) * z_k,   k = 0 .. q - 1.
 
-    L_k = L(theta + eps z_k), L_0 = L(theta), sigma the sample standard deviation of the L_k: q + 1 forwards along
-    Rademacher directions, and steps that are normalized by the losses' own spread.  ``step`` returns L_0.
+    L_k = L(theta + eps z_k), L_0 = L(theta), and sigma is the sample standard deviation of the L_k.  A step
+    takes q + 1 forwards along Rademacher directions, and is normalized by the losses' own spread.  ``step``
+    returns L_0.
 
     Args:
         directions: q >= 2.
-        std_eps: in units of the loss: where sigma <= std_eps, g is 0 instead of a division by next to nothing.
+        std_eps: in units of the loss.  Where sigma <= std_eps, g is 0 instead of a division by next to
+            nothing.
 
     Source: Dang et al., 2025, arXiv 2506.09034.
     """
@@ -53,12 +57,12 @@ class FZOO(ZerothOrder):
 
 
 class ZORankSGD(ZerothOrder):
-    """Descent on an order alone: ``candidates`` forwards at theta + eps z_k, of which the best ``top`` are ranked.
+    """Descent on an order alone: the best ``top`` of ``candidates`` forwards at theta + eps z_k are ranked.
 
         g_k = (times worse - times better) / number of edges,   theta <- theta - lr * sum_k g_k z_k
 
-    An edge joins two candidates whose order is known: i better than j is the direction z_j - z_i uphill.  For people or
-    programs that can compare results but not score them.
+    An edge joins two candidates whose order is known: if i is better than j, then z_j - z_i leads uphill.
+    This is for people or programs that can compare results but not score them.
 
     Args:
         candidates: m >= 2.
@@ -85,35 +89,38 @@ class ZORankSGD(ZerothOrder):
         super().__init__(params, lr, eps, estimator=Ranking(candidates, top), rule=SGD(), **options)
 
     def step(
-        self,
-        closure: Callable[[], Any] | None = None,
-        rank: Callable[[list[Any]], Iterable[int]] | None = None,
+        self, closure: Callable[[], Any] | None = None, rank: Callable[[list[Any]], Iterable[int]] | None = None
     ) -> Any:
         """One step, as :meth:`ZerothOrder.step`.
 
-        Without ``rank`` the closure returns losses, and the step the lowest.  With it the closure returns anything, one
-        result for each candidate; ``rank`` gets their list and returns indices, best first, at least ``top``; the step
-        returns the best result, and ``last_losses`` are places, 0 for the best.  ``rank`` runs on the host, so not with
-        ``capturable``.
+        Without ``rank`` the closure returns losses, and the step returns the lowest.
+
+        With ``rank`` the closure may return anything, one result for each candidate.  ``rank`` gets the list
+        of results and returns indices into it, best first, at least ``top`` of them.  The step returns the
+        best result, and ``last_losses`` are places, 0 for the best.  ``rank`` runs on the host, so it does
+        not go with ``capturable``.
         """
         if rank is None:
             return super().step(closure)
-        if self._state.capturable:
-            fail(self._op, "rank", "capturable=False: a CUDA graph calls no host function", "capturable=True")
-        if self._exchange:
-            fail(self._op, "rank", "losses with a mesh: one list of all results is on no rank", "a function")
+        if self.run_state.capturable:
+            fail(self.op, "rank", "capturable=False: a CUDA graph calls no host function", "capturable=True")
+        if not self.team.alone:
+            fail(self.op, "rank", "losses with a mesh: one list of all results is on no rank", "a function")
         assert isinstance(self.estimator, Ranking)  # the constructor's
-        places = Places(rank, self.estimator.top or self.estimator.directions)
-        self._step(closure, places)
-        return places.best
+        results = RankReader(rank, self.estimator.top or self.estimator.directions)
+        self.run_step(closure, results)
+        return results.best
 
 
 class ZOConservative(ZerothOrder):
-    """:class:`ZOSGD` that then runs the closure at theta, theta - lr g z and theta + lr g z, and keeps the best.
+    """:class:`ZOSGD` that keeps the best of theta, theta - lr g z and theta + lr g z.
 
-    5 forwards with q = 1, one update; the choice is made on the device.  ``last_projected_gradient`` is the g applied:
-    g, 0 or -g.  ``last_losses``: l+, l-, then the three.  A trial sees the update rounded to nearest and without weight
-    decay, which is applied whichever is kept.
+    It runs the closure at each of them.  With q = 1 it takes 5 forwards and one update, and the choice is
+    made on the device.  A trial sees the update rounded to nearest and without weight decay, which is applied
+    whichever is kept.
+
+    ``last_projected_gradient`` is the g that was applied: g, 0 or -g.  ``last_losses`` are l+, l-, and the
+    three trials.
 
     Args:
         directions: q.
@@ -130,11 +137,13 @@ class ZOConservative(ZerothOrder):
 class ForwardGradient(ZerothOrder):
     """theta <- theta - lr * sum_k g_k z_k,   g_k = <grad L(theta), z_k> / q by forward-mode differentiation.
 
-    One forward a direction, of dual numbers: no eps and no truncation error, no memory of activations.  The tangent of
-    a parameter is z rounded to its dtype, made for each torch function call as the exact probe makes its copies, so
-    that no more than one call's are ever stored.  The closure returns a tensor, and every function between parameters
-    and loss needs a forward-mode derivative (``torch.autograd.forward_ad``).  ``scaled_dot_product_attention`` runs
-    unfused, because its fused kernels have none.
+    Each direction takes one forward of dual numbers.  There is no eps and no truncation error, and no memory
+    of activations.  The tangent of a parameter is z rounded to its dtype.  It is made for each torch function
+    call, as the exact probe makes its copies, so that no more than one call's tangents are ever stored.
+
+    The closure returns a tensor, and every function between parameters and loss needs a forward-mode
+    derivative (``torch.autograd.forward_ad``).  ``scaled_dot_product_attention`` runs unfused, because its
+    fused kernels have none.
 
     Args:
         directions: q.
@@ -149,24 +158,27 @@ class ForwardGradient(ZerothOrder):
         self, params: ParamsT, lr: float | Tensor, *, directions: int = 1, restore: str = "exact", **options: Any
     ) -> None:
         if restore != "exact":
-            fail(self._op, "restore", "'exact': the weights are never perturbed", repr(restore))
+            fail(self.op, "restore", "'exact': the weights are never perturbed", repr(restore))
         super().__init__(params, lr, estimator=ForwardMode(directions), rule=SGD(), **options)
 
     # Narrower than its base: a number has no derivative.
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
-        """One step, as :meth:`ZerothOrder.step`; the closure returns a tensor.  Returns the mean loss, at theta."""
-        return self._step(closure, Derivatives())
+        """One step, as :meth:`ZerothOrder.step`; the closure returns a tensor.
 
-    def _probe(self, buckets: list[Bucket], seeds: dict[torch.device, Tensor]) -> ExactProbe:
-        if any_sharded(buckets):
-            fail(self._op, "params", "plain tensors: a tangent is handed to each function", "a DTensor", TypeError)
-        return TangentProbe(self._op, buckets, seeds, self._pool, self._told)
+        Returns the mean loss, at theta.
+        """
+        return self.run_step(closure, DerivativeReader())
+
+    def own_probe(self, buckets: list[Bucket], seeds: Seeds) -> TangentProbe:
+        if any_sharded(p for b in buckets for p in b.params):
+            fail(self.op, "params", "plain tensors: a tangent is handed to each function", "a DTensor", TypeError)
+        return TangentProbe(self.op, buckets, seeds, self.scratch, self.warned)
 
 
 class SparseMeZO(ZOSGD):
     """:class:`ZOSGD` on the ``density`` smallest weights of each tensor; the others never move.
 
-    One bit a weight of extra memory (:class:`MagnitudeMask`).
+    It needs one bit a weight of extra memory (:class:`MagnitudeMask`).
 
     Source: Liu et al., 2024, arXiv 2402.15751 (density = 1 - its sparsity).
     """
@@ -178,7 +190,7 @@ class SparseMeZO(ZOSGD):
 
 
 class LeZO(ZOSGD):
-    """:class:`ZOSGD` that leaves out a random ``skipped`` share of the layers in each step (:class:`LayerSkip`).
+    """:class:`ZOSGD` that leaves out a random share of the layers in each step (:class:`LayerSkip`).
 
     Source: Wang et al., 2024, arXiv 2410.09823.
     """
@@ -190,7 +202,7 @@ class LeZO(ZOSGD):
 
 
 class ZOBCD(ZOSGD):
-    """:class:`ZOSGD` by block coordinate descent: ``size`` layers at a time, for ``period`` steps (:class:`Blocks`).
+    """:class:`ZOSGD` of ``size`` layers at a time, for ``period`` steps (:class:`Blocks`).
 
     Source: ZO-LLM, Zhang et al., 2024, arXiv 2402.11592.
     """
@@ -211,7 +223,8 @@ class ZOBCD(ZOSGD):
 class LOZO(ZOSGD):
     """:class:`ZOSGD` along U V^T / sqrt(rank), V kept for ``interval`` steps (:class:`KeptRight`).
 
-    The paper perturbs by its eps times U V^T and updates by U V^T / r: this class with eps times sqrt(r).
+    The paper perturbs by its eps times U V^T and updates by U V^T / r, which is this class with eps times
+    sqrt(r).
 
     Source: Chen et al., 2024, arXiv 2410.07698.
     """
@@ -241,9 +254,10 @@ class TeZO(ZOSGD):
 
 
 class EGGROLL(ZOSGD):
-    """:class:`ZOSGD` along A B^T / sqrt(rank), drawn anew for each of ``directions`` pairs (:class:`FreshFactors`).
+    """:class:`ZOSGD` along A B^T / sqrt(rank), fresh in each direction (:class:`FreshFactors`).
 
-    Evolution strategies at large populations; ``directions`` is half the population, each with its mirror image.
+    These are evolution strategies at large populations.  ``directions`` is half the population, each member
+    of which has a mirror image.
 
     Source: Sarkar et al., 2025, arXiv 2511.16652.
     """

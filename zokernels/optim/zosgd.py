@@ -1,4 +1,4 @@
-"""ZOSGD: stochastic gradient descent on forwards alone (SPSA), without gradients, activations or stored noise."""
+"""ZOSGD: stochastic gradient descent on forwards alone (SPSA), without gradients or stored noise."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..checks import fail
-from .estimators import OneSided, TwoSided
-from .groups import check_choice
+from ..checks import check_choice, fail
+from ..step.estimators import OneSided, TwoSided
+from ..step.rules.rule import Rule
+from ..step.rules.sgd import SGD
+from ..step.rules.stateful import Momentum
+from ..step.rules.window import MomentumWindow
 from .optimizer import ZerothOrder
-from .rules import SGD, Rule
-from .stateful import Momentum
-from .window import MomentumWindow
 
 ESTIMATORS = {"two-sided": TwoSided, "one-sided": OneSided}
 
 
 class Differences(ZerothOrder):
-    """Any ``rule`` on differences of losses: ``directions`` and ``estimator`` as for :class:`ZOSGD`."""
+    """Any ``rule`` on differences of losses; ``directions`` and ``estimator`` as for :class:`ZOSGD`."""
 
     def __init__(
         self,
@@ -32,33 +32,36 @@ class Differences(ZerothOrder):
         rule: Rule,
         **options: Any,
     ) -> None:
-        check_choice(self._op, "estimator", estimator, tuple(ESTIMATORS))
+        check_choice(self.op, "estimator", estimator, tuple(ESTIMATORS))
         super().__init__(params, lr, *args, estimator=ESTIMATORS[estimator](directions), rule=rule, **options)
 
 
 class ZOSGD(Differences):
     r"""theta <- (1 - lr * weight_decay) * theta - lr * sum_k g_k z_k,   k = 0 .. q - 1.
 
-    g_k = (L(theta + eps z_k) - L(theta - eps z_k)) / (2 eps q) with 2 q forwards ("two-sided"), or
-    (L(theta + eps z_k) - L(theta)) / (eps q) with q + 1 ("one-sided"); then one fused pass over the weights.  In place,
-    the forwards of q = 1 move the weights by +eps z and -2 eps z, and :meth:`two_pass` saves one of the three passes.
+    g_k = (L(theta + eps z_k) - L(theta - eps z_k)) / (2 eps q) with 2 q forwards ("two-sided"), or (L(theta +
+    eps z_k) - L(theta)) / (eps q) with q + 1 ("one-sided").  Then comes one fused pass over the weights.  In
+    place, the forwards of q = 1 move the weights by +eps z and -2 eps z, and :meth:`two_pass` saves one of
+    the three passes.
 
     With ``momentum``, G = sum_k g_k z_k and
 
         m <- momentum m + (1 - dampening) (G + l2 theta);   theta <- (1 - lr weight_decay) theta - lr m
 
-    in one pass that never stores G.  m starts at 0: torch.optim.SGD differs in its first step, which has no dampening.
-    Without momentum a gradient of l2 theta is the same as weight_decay = l2, and there is no l2.
+    in one pass that never stores G.  m starts at 0.  (The first step of torch.optim.SGD differs: it has no
+    dampening.)  Without momentum there is no l2, because a gradient of l2 theta is then the same as
+    weight_decay = l2.
 
     Args:
         directions: q.
         estimator: "two-sided" or "one-sided".
         momentum, dampening: in [0, 1).
-        l2: coupled weight decay, of which m takes part; weight_decay is decoupled.
-        window: momentum without state: m of the last ``window`` steps alone, whose noise is drawn again in each update
-            (:class:`MomentumWindow`).  No l2, subset or refreshed direction.
-        state_dtype: of m (``state[p]["momentum_buffer"]``): fp32 or bf16, which is rounded as ``rounding`` says.
-        params, lr, ...: as for :class:`ZerothOrder`.  momentum, dampening and l2 may differ between groups.
+        l2: coupled weight decay, which enters m; weight_decay is decoupled.
+        window: momentum without state: m of the last ``window`` steps alone, whose noise is drawn again in
+            each update (:class:`MomentumWindow`).  It allows no l2, no subset and no refreshed direction.
+        state_dtype: of m (``state[p]["momentum_buffer"]``): fp32 or bf16, which is rounded as ``rounding``
+        says.  params, lr, ...: as for :class:`ZerothOrder`.  momentum, dampening and l2 may differ between
+        groups.
 
     Example::
 
@@ -81,9 +84,9 @@ class ZOSGD(Differences):
         **options: Any,
     ) -> None:
         if (window is not None or not momentum) and l2:
-            fail(self._op, "l2", "0 without momentum (weight_decay is the same there) and with a window", l2)
+            fail(self.op, "l2", "0 without momentum (weight_decay is the same there) and with a window", l2)
         if not momentum and (dampening or window is not None):
-            fail(self._op, "dampening, window", "momentum > 0 with either", (dampening, window))
+            fail(self.op, "dampening, window", "momentum > 0 with either", (dampening, window))
         rule: Rule
         if window is not None:
             rule = MomentumWindow(window, momentum, dampening)

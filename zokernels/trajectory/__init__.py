@@ -1,7 +1,7 @@
-"""A run as its base weights and a log: a header, and for each step a seed's number, its coefficients and lr.
+"""A run as its base weights and a log, which holds the coefficients and the learning rates of each step.
 
-``ZOSGD(..., trajectory="run.zk")`` or :func:`record` writes one, :func:`replay_` makes the run's weights of it,
-``resume=True`` goes on with it.  docs/trajectory.md has the format.
+``ZOSGD(..., trajectory="run.zk")`` or :func:`record` writes a log, :func:`replay_` makes the run's weights
+from it, and ``resume=True`` goes on with it.  docs/trajectory.md describes the format.
 """
 
 from .format import Log, Record, read

@@ -1,7 +1,7 @@
 """The file of a recorded run: a header, then records of one size, each with a checksum (docs/trajectory.md).
 
-Everything in a file is checked before it is used: a header is canonical JSON of at most ``MAX_HEADER`` bytes whose
-every entry has a known name, type and range, and the size of a record must fit the file.
+Everything in a file is checked before it is used.  The header must be canonical JSON of at most
+``MAX_HEADER`` bytes, and every entry of it must have a known name, type and range.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
-from ..checks import fail
+from ..checks import fail, is_integer
 from ..contract import CONTRACT, STREAM_BITS, canonical_name
 
 MAGIC, VERSION = b"ZKLOG\n", 1
 #: Bytes of a header: about 250 for a parameter, so 2^28 for a model of a million tensors.
 MAX_HEADER = 1 << 29
-#: Factors of a larger rank would be larger than most weights, which alone bound what a replay allocates.
+#: Factors of a larger rank would be larger than most weights.  Nothing else bounds what a replay allocates
+#: for them.
 MAX_RANK = 4096
 _PREFIX = struct.Struct("<6sHII")  # magic, version, bytes of the header, its CRC32
 _HEAD = struct.Struct("<IBbf")  # low word of the step, flags, multiple, loss
@@ -32,29 +33,32 @@ DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
 class Record(NamedTuple):
-    """What one step's update needs, besides the seed of the run."""
+    """What the update of one step needs, besides the seed of the run."""
 
     step: int
     finite: bool
-    #: Whether the update added the next step's perturbation, and whether the step began with one (the two-pass form).
+    #: Of the two-pass form: whether the update added the next step's perturbation, and whether the step began
+    #: with one.
     two_pass: bool
     carried: bool
-    #: Chosen among the rule's trials; the update's g is this times :attr:`gradients`.
+    #: The rule's choice among its trials.  The update's g is this times :attr:`gradients`.
     multiple: int
-    #: What the step returned (fp32).
+    #: The loss that the step returned (fp32).
     loss: float
-    #: lr of each group (float64).
+    #: The learning rate of each group (float64).
     rates: tuple[float, ...]
-    #: fp32 g_k of each group, before ``multiple``; zeros where none of its parameters took part.
+    #: g_k of each group (fp32), before ``multiple``; zeros where none of its parameters took part.
     gradients: tuple[tuple[float, ...], ...]
-    #: Of the estimator's points (float64), where the rule needs them.
+    #: The losses at the estimator's points (float64), if the rule needs them.
     losses: tuple[float, ...]
 
 
 class Layout:
-    """Records of ``groups`` groups, ``directions`` directions and ``losses`` losses; ``crc``: the header's.
+    """How a record of so many groups, directions and losses is packed into bytes.
 
-    ``asynchronous``: their order is not that of their steps, which are below 2^32.
+    Args:
+        crc: the header's checksum, with which those of the records go on.
+        asynchronous: the order of the records is not that of their steps, which are below 2^32.
     """
 
     def __init__(self, groups: int, directions: int, losses: int, crc: int, asynchronous: bool = False) -> None:
@@ -73,7 +77,7 @@ class Layout:
         return data + _CRC.pack(zlib.crc32(data, self.crc))
 
     def fault(self, data: bytes, step: int) -> str | None:
-        """Why ``data`` is no record of ``step``."""
+        """Why ``data`` is no record of ``step``; None where it is one."""
         if len(data) < self.size:
             return f"{len(data)} of {self.size} bytes"
         if _CRC.unpack_from(data, self.size - _CRC.size)[0] != zlib.crc32(data[: -_CRC.size], self.crc):
@@ -93,7 +97,7 @@ class Layout:
         return Record(step, flag(FINITE), flag(TWO_PASS), flag(CARRIED), multiple, loss, rates, gradients, losses)
 
 
-# Header ---------------------------------------------------------------------------------------------------------------
+# Header -----------------------------------------------------------------------------------------------------
 
 
 def canonical(header: dict[str, Any]) -> bytes:
@@ -101,7 +105,7 @@ def canonical(header: dict[str, Any]) -> bytes:
 
 
 def encode(header: dict[str, Any]) -> tuple[bytes, Layout]:
-    """The bytes before the first record."""
+    """The bytes before the first record, and the layout of the records."""
     check_header(header)
     data = canonical(header)
     if len(data) > MAX_HEADER:
@@ -115,55 +119,38 @@ def _layout(header: dict[str, Any], crc: int) -> Layout:
     return Layout(*sizes, crc, "asynchronous" in header)
 
 
-def _is_int(value: object, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value < high
-
-
 def _is_option(value: object) -> bool:
-    """A setting: None, a bool, a number, a short text, or a list of a few of them."""
+    """Whether ``value`` is a setting: None, a bool, a number, a short text, or a list of a few of them."""
     if isinstance(value, list):
         return len(value) <= 16 and all(_is_option(v) and not isinstance(v, list) for v in value)
-    if isinstance(value, str):
-        return len(value) <= 256
-    return value is None or isinstance(value, (bool, float)) or _is_int(value, -(2**63), 2**64)
+    plain = value is None or isinstance(value, (bool, float)) or _is_text(value, 256)
+    return plain or is_integer(value, -(2**63), 2**64 - 1)
 
 
 def _is_part(value: object) -> bool:
     return isinstance(value, dict) and isinstance(value.get("class"), str) and all(map(_is_option, value.values()))
 
 
-def _is_direction(value: Any) -> bool:
-    return _is_part(value) and _is_int(value.get("rank", 1), 1, MAX_RANK + 1)
-
-
-def _is_name(value: object) -> bool:
-    return value is None or (isinstance(value, str) and len(value) <= 4096)
-
-
-def _is_digest(value: object) -> bool:
-    return value is None or (isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None)
-
-
-def _is_shape(value: object) -> bool:
-    return isinstance(value, list) and len(value) <= 64 and all(_is_int(n, 0, 2**63) for n in value)
+def _is_text(value: object, length: int) -> bool:
+    return isinstance(value, str) and len(value) <= length
 
 
 _HEADER = {
     "contract": lambda v: v == CONTRACT,
-    "created_by": lambda v: isinstance(v, str) and len(v) <= 256,
-    "optimizer": lambda v: isinstance(v, str) and len(v) <= 256,
-    "seed": lambda v: _is_int(v, -(2**63), 2**64),
-    "start": lambda v: _is_int(v, 0, 2**63),
+    "created_by": lambda v: _is_text(v, 256),
+    "optimizer": lambda v: _is_text(v, 256),
+    "seed": lambda v: is_integer(v, -(2**63), 2**64 - 1),
+    "start": lambda v: is_integer(v, 0, 2**63 - 1),
     "restore": lambda v: v in ("exact", "inplace"),
     "gated": lambda v: isinstance(v, bool),
-    "losses": lambda v: _is_int(v, 0, 2**20),
-    "estimator": lambda v: _is_part(v) and _is_int(v.get("directions"), 1, 2**20),
+    "losses": lambda v: is_integer(v, 0, 2**20 - 1),
+    "estimator": lambda v: _is_part(v) and is_integer(v.get("directions"), 1, 2**20 - 1),
     "rule": _is_part,
-    "direction": _is_direction,
+    "direction": lambda v: _is_part(v) and is_integer(v.get("rank", 1), 1, MAX_RANK),
     "subset": lambda v: v is None or _is_part(v),
     "groups": lambda v: isinstance(v, list) and v,
 }
-#: Entries that most headers do not have.
+#: Entries that a header need not have.
 _OPTIONAL = {"asynchronous": lambda v: v is True}
 _GROUP = {
     "options": lambda v: isinstance(v, dict) and all(map(_is_option, v.values())),
@@ -171,11 +158,11 @@ _GROUP = {
     "params": lambda v: isinstance(v, list),
 }
 _PARAM = {
-    "name": _is_name,
-    "stream": lambda v: _is_int(v, 0, 2**STREAM_BITS),
-    "shape": _is_shape,
-    "dtype": lambda v: isinstance(v, str) and len(v) <= 32,
-    "sha256": _is_digest,
+    "name": lambda v: v is None or _is_text(v, 4096),
+    "stream": lambda v: is_integer(v, 0, 2**STREAM_BITS - 1),
+    "shape": lambda v: isinstance(v, list) and len(v) <= 64 and all(is_integer(n, 0, 2**63 - 1) for n in v),
+    "dtype": lambda v: _is_text(v, 32),
+    "sha256": lambda v: v is None or (_is_text(v, 64) and re.fullmatch("[0-9a-f]{64}", v)),
 }
 
 
@@ -201,7 +188,7 @@ def check_header(header: Any) -> None:
 
 
 def _read_header(file: BinaryIO, name: str) -> tuple[dict[str, Any], Layout] | None:
-    """None: the file ends inside the header, so that no step was taken."""
+    """The header and the layout; None where the file ends inside the header, so that no step was recorded."""
     prefix = file.read(_PREFIX.size)
     if prefix[: len(MAGIC)] != MAGIC[: len(prefix)]:
         fail("trajectory", name, "a log of zokernels", f"a file that begins with {prefix[: len(MAGIC)]!r}")
@@ -233,39 +220,36 @@ def _read_header(file: BinaryIO, name: str) -> tuple[dict[str, Any], Layout] | N
 
 @dataclass(frozen=True)
 class Log:
-    """A checked log.
-
-    ``broken``: what follows the last good record, where that is not the end of the file.
-    """
+    """A log whose every checksum has been read."""
 
     path: str
     header: dict[str, Any]
     layout: Layout
-    begin: int  #: byte of the first record
-    steps: int  #: good records
-    broken: str | None
+    begin: int  #: the byte of the first record
+    steps: int  #: the number of good records
+    broken: str | None  #: what follows the last good record, where that is not the end of the file
     cut_off: bool  #: whether that is only a part of a record, as a killed writer leaves it
 
     @property
     def start(self) -> int:
-        """Step of the first record."""
+        """The step of the first record."""
         step: int = self.header["start"]
         return step
 
     @property
     def end(self) -> int:
-        """Byte after the last good record."""
+        """The byte after the last good record."""
         return self.begin + self.steps * self.layout.size
 
     def check_upto(self, upto: int | None) -> int:
-        """The step that ``upto`` means."""
+        """The step that ``upto`` means; None is the end of the log."""
         stop = self.start + self.steps if upto is None else upto
         if not self.start <= stop <= self.start + self.steps:
             fail("trajectory", "upto", f"a step in [{self.start}, {self.start + self.steps}]", upto)
         return stop
 
     def records(self, upto: int | None = None) -> Iterator[Record]:
-        """The steps before step ``upto`` (default: all)."""
+        """The records of the steps before step ``upto`` (default: all)."""
         stop = self.check_upto(upto)
         with open(self.path, "rb") as file:
             file.seek(self.begin)
@@ -277,7 +261,7 @@ class Log:
 
 
 def scan(path: str | os.PathLike[str]) -> Log | None:
-    """The log, every checksum read; None where it ends inside its header."""
+    """The log, with every checksum read; None where it ends inside its header."""
     path = os.fspath(path)
     with open(path, "rb") as file:
         if (found := _read_header(file, path)) is None:
@@ -298,11 +282,12 @@ def scan(path: str | os.PathLike[str]) -> Log | None:
 
 
 def read(path: str | os.PathLike[str], recover: bool = False) -> Log:
-    """The log at ``path``, every checksum read.
+    """The log at ``path``, with every checksum read.
 
-    ``recover``: take a log that is cut off or damaged up to its last good record; :attr:`Log.broken` says where.
+    ``recover``: accept a log that is cut off or damaged, up to its last good record; :attr:`Log.broken` says
+    where.
 
-    Raises ValueError where it is no log, or, without ``recover``, where it is damaged.
+    Raises ValueError where the file is no log, and, without ``recover``, where it is damaged.
     """
     log = scan(path)
     if log is None:

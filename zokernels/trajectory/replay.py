@@ -1,58 +1,59 @@
-"""Replaying a log: the weights of a run from its base weights, without a forward."""
+"""Replaying a log: it makes the weights of a run from its base weights, without a forward."""
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checks import fail
-from ..optim.direction import Direction
-from ..optim.groups import Bucket, check_choice, takes_part
-from ..optim.inplace import InplaceProbe
-from ..optim.optimizer import Estimate, ZerothOrder
-from ..optim.shard import is_sharded
-from ..optim.state import HostState
-from ..optim.subset import Subset
-from ..optim.two_pass import TwoPass
-from .deferred import Deferred
+from ..checks import check_choice, fail
+from ..step.deferred import DeferredNoise
+from ..step.directions.direction import Direction
+from ..step.groups import own_rates, takes_part
+from ..step.roles import OptimizerView
+from ..step.shard import any_sharded
+from ..step.state import HostState
+from ..step.step import StepOptimizer
+from ..step.subset import Subset
+from ..step.two_pass import ThreePass, TwoPass
+from ..step.types import Bucket, Estimate, Seeds
 from .format import Log, Record, read
 from .settings import check_base, is_sgd, match, optimizer_of
 
-#: Steps whose passes wait at a time.
-_WINDOW = 4096
+#: How many steps' passes wait at a time.
+_BATCH = 4096
 
 Progress = Callable[[int], object]
 
 
-class _Put(Direction):
-    """Dense noise, put off."""
+class _Deferred(Direction):
+    """Dense noise, of which all passes are put off."""
 
-    def __init__(self, deferred: Deferred) -> None:
-        self._deferred = deferred
+    def __init__(self, noise: DeferredNoise) -> None:
+        self._noise = noise
 
-    def prepare(self, optimizer: ZerothOrder, buckets: list[Bucket], seeds: dict[torch.device, Tensor]) -> None:
+    def prepare(self, optimizer: OptimizerView, buckets: list[Bucket], seeds: Seeds) -> None:
         for bucket in buckets:
-            bucket.direction = self._deferred
+            bucket.noise = self._noise
 
 
-def _repeat(optimizer: ZerothOrder, record: Record, gated: bool) -> None:
-    """The step of ``record``: all that :meth:`ZerothOrder._step` does to the weights, in the same order."""
+def _repeat(optimizer: StepOptimizer, record: Record, gated: bool) -> None:
+    """Does all that :meth:`StepOptimizer.run_step` did to the weights in a step, in the same order."""
     if not (record.two_pass and record.carried):
         optimizer.flush()
-    if record.two_pass != bool(optimizer._two_pass):
-        optimizer._two_pass = TwoPass(()) if record.two_pass else None
-    assert isinstance(optimizer._state, HostState)  # nothing capturable has a log
-    optimizer._state.step = record.step  # of an asynchronous run in no order
+    if record.two_pass != optimizer.in_two_pass:
+        optimizer.passes = TwoPass(()) if record.two_pass else ThreePass()
+    assert isinstance(optimizer.run_state, HostState)  # nothing capturable has a log
+    optimizer.run_state.step = record.step  # the steps of an asynchronous run are in no order
     for group, lr in zip(optimizer.param_groups, record.rates, strict=True):
         group["lr"] = torch.full((), lr, dtype=torch.float64) if isinstance(group["lr"], Tensor) else lr
-    buckets = optimizer._buckets()
     place = {id(group): i for i, group in enumerate(optimizer.param_groups)}
-    with optimizer._probed(buckets, list(dict.fromkeys(b.device for b in buckets))) as probe:
+    with optimizer.probed(optimizer.plan()) as probe:
         g = [torch.tensor(record.gradients[place[id(b.group)]]) for b in probe.buckets]
         estimate = Estimate(
             torch.tensor(record.losses, dtype=torch.float64),
@@ -61,50 +62,62 @@ def _repeat(optimizer: ZerothOrder, record: Record, gated: bool) -> None:
             skip=not (record.finite or gated),
             multiple=torch.full((), float(record.multiple)) if optimizer.rule.trials else None,
         )
-        if isinstance(probe, InplaceProbe):  # the moves of the forwards round, too
-            for k, sign in optimizer.estimator.points():
-                probe.move([b.point(k, sign) for b in probe.buckets])
-            for points in optimizer._trial_points(probe.buckets, g):
-                probe.move(points)
-        optimizer._update(probe, estimate)
+        for k, sign in optimizer.estimator.points():  # where weights moved to the points, each move rounded
+            probe.move([b.point(k, sign) for b in probe.buckets])
+        for points in optimizer.trial_points(probe.buckets, g):
+            probe.move(points)
+        optimizer.update(probe, estimate)
+
+
+@contextmanager
+def retaking(optimizer: StepOptimizer, first: int) -> Iterator[None]:
+    """Around the steps of a log, from step ``first`` on, which an optimizer takes to go on with the run."""
+    optimizer.run_state.load(optimizer.seed, first, 0)
+    with own_rates(optimizer.param_groups):
+        yield
+    optimizer.run_state.new_skips()  # their user was warned of these when they were taken
 
 
 @torch.no_grad()
 def repeat_all(
-    optimizer: ZerothOrder,
+    optimizer: StepOptimizer,
     gated: bool,
     records: Iterable[Record],
     progress: Progress = lambda elements: None,
     fold: bool = False,
 ) -> None:
-    """Let ``optimizer``, whose weights are those before the first of ``records``, take their steps.
+    """Lets ``optimizer`` take the steps of ``records``.  Its weights are those before the first of them.
 
-    ``gated``: as the log's header says.
-    ``progress``: called with numbers of elements times steps.  ``fold``: see :meth:`Deferred.apply`.
+    Args:
+        gated: as the log's header says.
+        progress: called with numbers of elements times steps.
+        fold: see :meth:`DeferredNoise.apply`.
     """
-    records, direction, deferred = iter(records), optimizer.direction, Deferred()
+    records, direction, deferred = iter(records), optimizer.direction, DeferredNoise()
     numel = sum(p.numel() for g in optimizer.param_groups for p in g["params"] if takes_part(g, p))
-    sharded = any(is_sharded(p) for g in optimizer.param_groups for p in g["params"])
+    sharded = any_sharded(p for g in optimizer.param_groups for p in g["params"])
     if puts_off := type(direction) is Direction and not sharded:
-        optimizer.direction = _Put(deferred)
+        optimizer.direction = _Deferred(deferred)
     try:
-        while window := list(itertools.islice(records, _WINDOW)):
-            for record in window:
+        while batch := list(itertools.islice(records, _BATCH)):
+            for record in batch:
                 _repeat(optimizer, record, gated)
                 if not puts_off:
                     progress(numel)
-            steps = len(window)
+            steps = len(batch)
             deferred.apply(lambda elements: progress(elements * steps), fold)  # noqa: B023
         optimizer.flush()
         deferred.apply(lambda elements: None)
     finally:
-        optimizer._two_pass, optimizer.direction = None, direction
+        optimizer.passes, optimizer.direction = ThreePass(), direction
 
 
 @torch.no_grad()
-def repeat_streamed(optimizer: ZerothOrder, log: Log, first: int) -> None:
-    """Let ``optimizer``, whose parameters are streamed, take the steps of ``log`` from number ``first`` on: resident
-    parameters at once, blocks as they come in."""
+def repeat_streamed(optimizer: StepOptimizer, log: Log, first: int) -> None:
+    """Lets ``optimizer``, whose parameters are streamed, take the steps of ``log`` from number ``first`` on.
+
+    Resident parameters take them at once, and blocks as they come in.
+    """
     for record in itertools.islice(log.records(), first, None):
         _repeat(optimizer, record, log.header["gated"])
 
@@ -121,26 +134,29 @@ def replay_(
     subset: Subset | None = None,
     progress: Progress = lambda elements: None,
 ) -> int:
-    """In place, the weights of a run after step ``upto`` - 1, from those that it began with.  No forward is run.
+    """Makes, in place, the weights of a run after step ``upto`` - 1 from those that it began with.
+
+    No forward is run.
 
     Args:
-        weights: the run's base weights: a module, a mapping or pairs of names and tensors, or the tensors in the
-            optimizer's order; on any device.
-        log: path of the log, or what :func:`read` made of it.
-        upto: number of the first step that is not taken (default: all are).
-        mode: "exact": the operations of the run, one rounding each: its weights to the bit, for every optimizer.
-            "fp32": theta_0 times the product of the decays, plus the sum of the steps, in fp32, with one read and
-            write of the weights: without the roundings of a run in half precision, hence not its bits.  The weights
-            are then fp32 tensors, which rounded to the run's dtype are its base; SGD on dense noise only.
-        recover: take a damaged log up to its last good record.
+        weights: the run's base weights: a module, a mapping or pairs of names and tensors, or the tensors in
+            the optimizer's order; on any device.
+        log: the path of the log, or what :func:`read` made of it.
+        upto: the number of the first step that is not taken (default: all are).
+        mode: "exact": the operations of the run, each with its rounding.  This gives its weights to the bit,
+            for every optimizer.  "fp32": theta_0 times the product of the decays, plus the sum of the steps,
+            in fp32, with one read and write of the weights.  It leaves out the roundings of a run in half
+            precision, and so has not its bits.  The weights are then fp32 tensors, which rounded to the run's
+            dtype are its base, and the run must be SGD on dense noise.
+        recover: accept a damaged log, up to its last good record.
         check: compare the SHA-256 of the weights with the log's.
-        direction, subset: those of the run where the log cannot hold them (masks, patterns of layer names).
-        progress: called with the number of elements times steps that are done since the last call.
+        direction, subset: those of the run, where the log cannot hold them (masks, patterns of layer names).
+        progress: called with the number of elements times steps that were done since the last call.
 
     Returns: the number of steps taken.
 
-    Raises: ValueError, before a weight changes, where the log is damaged, or the weights differ from its base in names,
-    shapes, dtypes or values.
+    Raises: ValueError, before a weight changes, where the log is damaged, or the weights differ from its base
+    in names, shapes, dtypes or values.
     """
     check_choice("replay_", "mode", mode, ("exact", "fp32"))
     log = log if isinstance(log, Log) else read(log, recover)
@@ -156,7 +172,7 @@ def replay_(
     if check:
         check_base(header, tensors)
     if steps:
-        optimizer._buckets()  # whatever a step would refuse
+        optimizer.plan()  # whatever a step would refuse
         if not exact:
             records = (r._replace(two_pass=False, carried=False) for r in records)
         repeat_all(optimizer, header["gated"], records, progress, fold=not exact)

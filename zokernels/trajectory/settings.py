@@ -1,4 +1,4 @@
-"""An optimizer as the header of its log, and back."""
+"""Turns an optimizer into the header of its log, and a header into an optimizer."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from torch import Tensor, nn
 
 from ..checks import fail
 from ..contract import CONTRACT, canonical_name
-from ..optim.direction import Direction
-from ..optim.estimators import Estimator
-from ..optim.groups import engine_of, takes_part
-from ..optim.optimizer import ZerothOrder
-from ..optim.rules import Rule
-from ..optim.shard import whole_of
-from ..optim.subset import LAYERS, Subset
+from ..step.directions.direction import Direction
+from ..step.estimators import Estimator
+from ..step.groups import takes_part
+from ..step.roles import OptimizerView, home_of
+from ..step.rules.rule import Rule
+from ..step.shard import whole_of
+from ..step.step import StepOptimizer
+from ..step.subset import LAYERS, Subset
 from ..version import __version__
 from .format import canonical
 
-#: Bytes that are hashed at a time.
+#: How many bytes are hashed at a time.
 _PIECE = 1 << 24
 
 _PARTS = {"estimator": Estimator, "rule": Rule, "direction": Direction, "subset": Subset}
@@ -35,11 +36,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def digest(tensor: Tensor, dtype: torch.dtype | None = None) -> str:
-    """SHA-256 of the elements' bytes in memory order (little-endian machines), a piece at a time, as ``dtype``."""
+    """The SHA-256 of the elements' bytes, as ``dtype``, in the memory order of little-endian machines."""
     state = hashlib.sha256()
-    if engine := engine_of(tensor):  # a placeholder
-        tensor = engine.value(tensor)
-    flat = whole_of(tensor).detach().contiguous().view(-1)
+    flat = whole_of(home_of(tensor).value(tensor)).detach().contiguous().view(-1)
     step = max(1, _PIECE // flat.element_size())
     for piece in flat.split(step) if flat.numel() else ():
         piece = piece.to("cpu", dtype or piece.dtype)
@@ -47,7 +46,7 @@ def digest(tensor: Tensor, dtype: torch.dtype | None = None) -> str:
     return state.hexdigest()
 
 
-# Parts ----------------------------------------------------------------------------------------------------------------
+# Parts ------------------------------------------------------------------------------------------------------
 
 
 def _arguments(kind: type) -> list[str]:
@@ -58,7 +57,7 @@ def _arguments(kind: type) -> list[str]:
 
 
 def _plain(value: object) -> Any:
-    """``value`` for JSON; what JSON cannot hold is there by its digest."""
+    """``value`` as JSON can hold it.  What it cannot hold is there by its digest."""
     if isinstance(value, torch.dtype):
         return dtype_name(value)
     if isinstance(value, Mapping):  # a mask of the caller's own for each parameter
@@ -72,7 +71,7 @@ def _plain(value: object) -> Any:
 
 
 def describe(part: object) -> dict[str, Any] | None:
-    """A part of an optimizer: its class and the arguments of its constructor."""
+    """A part of an optimizer as its class and the arguments of its constructor."""
     if part is None:
         return None
     own, defaults = vars(part), getattr(part, "defaults", {})
@@ -81,9 +80,13 @@ def describe(part: object) -> dict[str, Any] | None:
 
 
 def _label(kind: type) -> str:
-    """The class in a log.  A caller's own class never stands for one of the package's of the same name."""
+    """The name of a class in a log.
+
+    A caller's own class never stands for the package's class of the same name.
+    """
     own = kind.__module__.partition(".")[0] == __name__.partition(".")[0]
-    return kind.__name__ if own else f"custom:{kind.__name__}"
+    name: str = vars(kind).get("log_name", kind.__name__)
+    return name if own else f"custom:{name}"
 
 
 def _kinds(base: type[Any]) -> Iterator[type[Any]]:
@@ -93,7 +96,7 @@ def _kinds(base: type[Any]) -> Iterator[type[Any]]:
 
 
 def _rebuild(argument: str, described: dict[str, Any] | None, given: object) -> Any:
-    """The part that ``describe`` saw; ``given`` where the caller has one."""
+    """The part that :func:`describe` saw; or ``given``, where the caller has it."""
     if given is not None:
         if describe(given) != described:
             fail("replay_", argument, f"the one of the log, {described}", describe(given))
@@ -117,7 +120,7 @@ def _rebuild(argument: str, described: dict[str, Any] | None, given: object) -> 
         fail("replay_", argument, "valid settings", str(error)[:200])
 
 
-# Optimizer to header --------------------------------------------------------------------------------------------------
+# Optimizer to header ----------------------------------------------------------------------------------------
 
 
 def _parameter(group: dict[str, Any], index: int) -> dict[str, Any]:
@@ -130,13 +133,13 @@ def _parameter(group: dict[str, Any], index: int) -> dict[str, Any]:
     }
 
 
-def _options(optimizer: ZerothOrder, group: dict[str, Any]) -> list[str]:
-    """Keys of a group's own settings, without those that torch or a scheduler adds."""
+def _options(optimizer: OptimizerView, group: dict[str, Any]) -> list[str]:
+    """The keys of a group's own settings, without those that torch or a scheduler adds."""
     return [key for key in (*optimizer.defaults, "bits") if key in group and key not in ("lr", "differentiable")]
 
 
-def settings(optimizer: ZerothOrder) -> tuple[Any, ...]:
-    """What must stay as it is while a log is written; quick to make and to compare."""
+def settings(optimizer: OptimizerView) -> tuple[Any, ...]:
+    """What must stay as it is while a log is written.  It is quick to make and to compare."""
     return tuple(
         (
             tuple(group[key] for key in _options(optimizer, group)),
@@ -148,8 +151,8 @@ def settings(optimizer: ZerothOrder) -> tuple[Any, ...]:
     )
 
 
-def header_of(optimizer: ZerothOrder, base: bool = True) -> dict[str, Any]:
-    """The header of a log that begins now.  ``base``: with the digests of the weights."""
+def header_of(optimizer: OptimizerView, base: bool = True) -> dict[str, Any]:
+    """The header of a log that begins now.  ``base``: include the digests of the weights."""
     groups = []
     for group in optimizer.param_groups:
         params = [_parameter(group, i) for i in range(len(group["params"]))]
@@ -162,10 +165,10 @@ def header_of(optimizer: ZerothOrder, base: bool = True) -> dict[str, Any]:
     return {
         "contract": CONTRACT,
         "created_by": f"zokernels {__version__}",
-        "optimizer": type(optimizer).__name__,
+        "optimizer": optimizer.op,
         "seed": optimizer.seed,
         "start": optimizer.step_count,
-        "restore": optimizer._restore,
+        "restore": optimizer.restore,
         "gated": devices != {"cpu"},
         "losses": len(estimator.points()) if rule.reads_losses else 0,
         **{argument: describe(getattr(optimizer, argument)) for argument in _PARTS},
@@ -173,13 +176,16 @@ def header_of(optimizer: ZerothOrder, base: bool = True) -> dict[str, Any]:
     }
 
 
-def whole_header(optimizer: ZerothOrder, base: bool = True) -> dict[str, Any]:
-    """:func:`header_of` of all stages of a pipeline: in each group the parameters of the first stage, then what the
-    next ones add.  All ranks call it together."""
-    header, exchange = header_of(optimizer, base), optimizer._exchange
-    if not exchange or exchange.stages == 1:
+def whole_header(optimizer: OptimizerView, base: bool = True) -> dict[str, Any]:
+    """:func:`header_of` all stages of a pipeline together.
+
+    Each group has the parameters of the first stage, and then those that the next stages add.  All ranks call
+    this together.
+    """
+    header, team = header_of(optimizer, base), optimizer.team
+    if team.stages == 1:
         return header
-    stages = dict(sorted(zip(exchange.stage_of, exchange.all_gather_object(header), strict=True), key=lambda s: s[0]))
+    stages = dict(sorted(zip(team.stage_of, team.all_gather_object(header), strict=True), key=lambda s: s[0]))
     for i, group in enumerate(header["groups"]):
         params = {p["name"]: p for stage in reversed(stages.values()) for p in stage["groups"][i]["params"]}
         order = dict.fromkeys(p["name"] for stage in stages.values() for p in stage["groups"][i]["params"])
@@ -187,9 +193,9 @@ def whole_header(optimizer: ZerothOrder, base: bool = True) -> dict[str, Any]:
     return header
 
 
-def own_part(optimizer: ZerothOrder, header: dict[str, Any]) -> dict[str, Any]:
-    """``header`` with the parameters that are here; of a pipeline's log, those of this stage."""
-    if not optimizer._exchange or optimizer._exchange.stages == 1:
+def own_part(optimizer: OptimizerView, header: dict[str, Any]) -> dict[str, Any]:
+    """``header`` with the parameters that are here: in a pipeline's log, those of this stage."""
+    if optimizer.team.stages == 1:
         return header
     groups = []
     for group, ours in zip(header["groups"], optimizer.param_groups, strict=True):
@@ -198,17 +204,17 @@ def own_part(optimizer: ZerothOrder, header: dict[str, Any]) -> dict[str, Any]:
     return {**header, "groups": groups}
 
 
-def check_same_run(optimizer: ZerothOrder, header: dict[str, Any]) -> None:
-    """Whether ``optimizer`` is that of the log in all but its step, its learning rates and its weights."""
+def check_same_run(optimizer: OptimizerView, header: dict[str, Any]) -> None:
+    """Raises where ``optimizer`` differs from the log's in more than step, learning rates and weights."""
     ours = json.loads(canonical(whole_header(optimizer, base=False)))
     theirs = {**header, "groups": [dict(g, params=[dict(p) for p in g["params"]]) for g in header["groups"]]}
     for group in theirs["groups"]:
         for p in group["params"]:
             p["sha256"] = None
-    streams = [[[p["stream"] for p in g["params"]] for g in header["groups"]] for header in (ours, theirs)]
-    if streams[0] != streams[1] and [len(g) for g in streams[0]] == [len(g) for g in streams[1]]:
-        expected = "those of the log (param group key 'streams': 'stream' of each parameter in read(path).header['groups'])"
-        fail("trajectory", "resume: streams", expected, "others, which would draw other noise")
+    streams = [[[p["stream"] for p in g["params"]] for g in each["groups"]] for each in (ours, theirs)]
+    if streams[0] != streams[1] and list(map(len, streams[0])) == list(map(len, streams[1])):
+        where = "'stream' of each parameter in read(path).header['groups'], as 'streams' of each group"
+        fail("trajectory", "resume: streams", f"those of the log ({where})", "others, which draw other noise")
     for key in theirs:
         if key not in ("created_by", "start", "gated") and ours.get(key) != theirs[key]:
             fail("trajectory", f"resume: {key}", f"that of the log, {str(theirs[key])[:200]}", str(ours.get(key))[:200])
@@ -218,7 +224,7 @@ def check_same_run(optimizer: ZerothOrder, header: dict[str, Any]) -> None:
 
 
 def check_base(header: dict[str, Any], tensors: Sequence[Sequence[Tensor | None]]) -> None:
-    """Whether ``tensors`` (of each group) hold the weights that the run began with."""
+    """Raises where ``tensors`` (of each group) do not hold the weights that the run began with."""
     for group, ours in zip(header["groups"], tensors, strict=True):
         for i, (p, tensor) in enumerate(zip(group["params"], ours, strict=True)):
             if p["sha256"] is None:
@@ -229,11 +235,11 @@ def check_base(header: dict[str, Any], tensors: Sequence[Sequence[Tensor | None]
                 fail("trajectory", label, "the base weights of the run (SHA-256)", "other values")
 
 
-# Header to optimizer --------------------------------------------------------------------------------------------------
+# Header to optimizer ----------------------------------------------------------------------------------------
 
 
 def _labels(header: dict[str, Any]) -> list[list[str | int]]:
-    """Names, or numbers where the run had none."""
+    """The names of the parameters of each group, or their numbers where the run had no names."""
     count, labels = 0, []
     for group in header["groups"]:
         labels.append([p["name"] if p["name"] is not None else count + i for i, p in enumerate(group["params"])])
@@ -242,9 +248,11 @@ def _labels(header: dict[str, Any]) -> list[list[str | int]]:
 
 
 def match(header: dict[str, Any], weights: object, dtype: torch.dtype | None = None) -> list[list[Tensor | None]]:
-    """The tensors of each group: those of ``weights`` (a module, a mapping or pairs by name, or tensors in the
-    optimizer's order) with the log's names and shapes, and its dtypes (or ``dtype``).  None for a parameter that was
-    not trained."""
+    """The tensors of ``weights`` that belong to each group of a log; None for an untrained parameter.
+
+    ``weights`` are a module, a mapping or pairs by name, or tensors in the optimizer's order.  They must have
+    the log's names and shapes, and its dtypes, or ``dtype``.
+    """
     by_name = any(p["name"] is not None for g in header["groups"] for p in g["params"])
     items: Any
     if isinstance(weights, nn.Module):
@@ -282,8 +290,8 @@ def _check_tensor(label: str | int, tensor: Tensor, shape: list[int], dtype: str
 
 def optimizer_of(
     header: dict[str, Any], tensors: Sequence[Sequence[Tensor | None]], restore: str, **given: object
-) -> ZerothOrder:
-    """The optimizer of the run, over ``tensors``; parameters that were not trained are empty ones.
+) -> StepOptimizer:
+    """The optimizer of the run, over ``tensors``.  Parameters that were not trained are empty ones.
 
     ``given``: parts (direction, subset) that a log cannot hold.
     """
@@ -299,13 +307,13 @@ def optimizer_of(
         groups.append({**options, "params": list(zip(labels, params, strict=True)) if named else params,
                        "lr": lr, "streams": streams})  # fmt: skip
     try:
-        optimizer = ZerothOrder(groups, 0.0, seed=header["seed"], restore=restore, **parts)
+        optimizer = StepOptimizer(groups, {"lr": 0.0}, seed=header["seed"], restore=restore, **parts)
     except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
         fail("replay_", "log", "valid settings", str(error)[:200])
     for i, (group, made) in enumerate(zip(header["groups"], optimizer.param_groups, strict=True)):
         if (expected := sorted(_options(optimizer, made))) != sorted(group["options"]):
             fail("replay_", f"log: groups[{i}]", f"the settings {expected}", str(sorted(group["options"]))[:200])
-    optimizer._state.load(header["seed"], header["start"], 0)
+    optimizer.run_state.load(header["seed"], header["start"], 0)
     return optimizer
 
 

@@ -1,0 +1,217 @@
+"""Blocks in files: a checkpoint that is read directly, and a folder whose files are replaced one by one."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import pathlib
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, wait
+
+from torch import Tensor
+
+from ..checks import fail
+from ..files.atomic import sync_folder
+from ..files.safetensors import NAMES, Entry, File, encode_header
+from .blocks import PAGE, Block, round_up
+
+#: Bytes of one read or write.
+CHUNK = 8 << 20
+
+_DIRECT = getattr(os, "O_DIRECT", 0)
+
+
+class Direct:
+    """A file that is read past the page cache, which would else hold a second copy.
+
+    Where the file system has no direct access (tmpfs), it is read through the cache.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], write: bool = False) -> None:
+        self.path = os.fspath(path)
+        flags = (os.O_RDWR | os.O_CREAT | os.O_EXCL) if write else os.O_RDONLY
+        try:
+            self.fd = os.open(self.path, flags | _DIRECT, 0o666)
+            self.direct = bool(_DIRECT)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self.fd = os.open(self.path, flags & ~os.O_EXCL, 0o666)
+            self.direct = False
+
+    def read(self, into: memoryview, at: int) -> None:
+        """Reads whole pages.  What would lie behind the end of the file stays as it is."""
+        while into:
+            count = os.preadv(self.fd, [into], at)
+            if count == 0:
+                return
+            at, into = at + count, into[count:]
+            if count % PAGE:  # the end of the file
+                return
+        if not self.direct:
+            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def write(self, data: memoryview, at: int) -> None:
+        while data:
+            count = os.pwritev(self.fd, [data], at)
+            at, data = at + count, data[count:]
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    __del__ = close
+
+
+def memory_of(data: Tensor) -> memoryview:
+    """A writable view of the bytes of a host tensor."""
+    array = (ctypes.c_char * data.nbytes).from_address(data.data_ptr())
+    return memoryview(array).cast("B")
+
+
+#: A read or a write of a file (:class:`Direct`), its memory, and where in the file it begins.
+Transfer = tuple[Callable[[memoryview, int], None], memoryview, int]
+
+
+def transfer(transfers: Sequence[Transfer], pool: Executor) -> None:
+    """Runs all ``transfers``, in pieces and at once, and returns when all have ended."""
+    futures = [
+        pool.submit(run, data[i : i + CHUNK], at + i) for run, data, at in transfers for i in range(0, len(data), CHUNK)
+    ]
+    wait(futures)  # whatever fails: no thread may go on with memory that has another use by then
+    for future in futures:
+        future.result()
+
+
+class Reader:
+    """Reads blocks, each from the checkpoint until the folder has a file of it."""
+
+    def __init__(self, pool: Executor) -> None:
+        self._pool, self._lock = pool, threading.Lock()
+        self._files: dict[str, Direct] = {}
+        self.own: dict[int, Direct] = {}  #: the folder's file, by block
+
+    def file(self, path: str) -> Direct:
+        with self._lock:
+            if path not in self._files:
+                self._files[path] = Direct(path)
+            return self._files[path]
+
+    def read(self, block: Block, data: Tensor) -> None:
+        """Reads all of ``block`` into ``data``."""
+        memory, transfers = memory_of(data), []
+        if (own := self.own.get(block.index)) is not None:
+            first = len(header(block, 0))
+            if (found := os.fstat(own.fd).st_size) < first + block.nbytes:
+                raise OSError(f"stream: {own.path}: expected {first + block.nbytes} bytes, got {found}")
+            transfers.append((own.read, memory[: block.nbytes], first))
+        else:
+            for path, at, begin, size in block.extents:
+                first = begin - at % PAGE
+                last = round_up(begin + size, PAGE)
+                file = self.file(path)
+                if (found := os.fstat(file.fd).st_size) < at + size:
+                    raise OSError(f"stream: {path}: expected at least {at + size} bytes, got {found}")
+                transfers.append((file.read, memory[first:last], at - at % PAGE))
+        transfer(transfers, self._pool)
+
+    def close(self) -> None:
+        for file in (*self._files.values(), *self.own.values()):
+            file.close()
+
+
+class Folder:
+    """A folder of ``block-00012.safetensors`` and the like, and ``resident.safetensors`` for the rest.
+
+    A file holds all updates up to the number in its metadata.  A new file is written beside the old one,
+    synced, and renamed over it, so that at any moment one whole file is there.  Tensors lie as they do in
+    memory, in whole pages behind the header; the gaps are entries of their own.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = pathlib.Path(path)
+
+    def file_of(self, block: Block) -> pathlib.Path:
+        return self.path / f"block-{block.index:05d}.safetensors"
+
+    def open(self, op: str, block: Block) -> Direct | None:
+        """The file of ``block``, if there is one; sets ``block.stored``."""
+        path = self.file_of(block)
+        if not path.exists():
+            return None
+        found = File(path)
+        first = len(header(block, 0))
+        ours = {e.name: (NAMES[e.param.dtype], tuple(e.param.shape), first + e.begin) for e in block.entries}
+        theirs = {n: (e.dtype, e.shape, e.begin) for n, e in found.entries.items() if not n.startswith("_gap")}
+        if ours != theirs:
+            name = next(n for n in (*ours, *theirs) if ours.get(n) != theirs.get(n))
+            fail(op, f"{path.name}: {name}", f"{ours.get(name)} (the model's)", theirs.get(name))
+        block.stored = version_of(op, found)
+        return Direct(path)
+
+    def write(self, block: Block, data: Tensor, version: int, pool: Executor, before: Callable[[], None]) -> Direct:
+        """Replaces the file of ``block``.
+
+        ``before`` is called between the sync of the new file and the renaming.
+        """
+        path = self.file_of(block)
+        temporary = path.with_suffix(".part")
+        temporary.unlink(missing_ok=True)
+        file = Direct(temporary, write=True)
+        try:
+            head = header(block, version)
+            os.posix_fallocate(file.fd, 0, len(head) + block.nbytes)
+            pages = mmap.mmap(-1, len(head))  # direct writes begin at a page in memory, too
+            pages[:] = head
+            file.write(memoryview(pages), 0)
+            transfer([(file.write, memory_of(data)[: block.nbytes], len(head))], pool)
+            os.fdatasync(file.fd)
+            before()
+            os.replace(temporary, path)
+        except BaseException:
+            file.close()
+            temporary.unlink(missing_ok=True)
+            raise
+        file.path = os.fspath(path)
+        return file
+
+    def sync(self) -> None:
+        sync_folder(self.path)
+
+
+def version_of(op: str, file: File) -> int:
+    version = file.metadata.get("zokernels_updates", "")
+    if not version.isdecimal():
+        fail(op, str(file.path), "metadata 'zokernels_updates', a number", repr(version))
+    return int(version)
+
+
+def header(block: Block, version: int) -> bytes:
+    """The header of a block's file, in whole pages; it has the same size for every ``version``.
+
+    safetensors allows no gap between tensors and wants them in the header's order, so gaps are tensors, too.
+    """
+    entries: list[tuple[str, Entry]] = []
+    at = 0
+
+    def gap(end: int) -> None:
+        if end > at:
+            entries.append((f"_gap{at}", Entry("U8", (end - at,), at, end - at)))
+
+    for e in sorted(block.entries, key=lambda e: e.begin):
+        gap(e.begin)
+        entries.append((e.name, Entry(NAMES[e.param.dtype], tuple(e.param.shape), e.begin, e.param.nbytes)))
+        at = e.begin + e.param.nbytes
+    gap(block.nbytes)
+    return encode_header(entries, {"zokernels_updates": f"{version:020d}", "block": block.name}, PAGE)
+
+
+def check_room(op: str, folder: Folder, blocks: Sequence[Block], needed: int) -> None:
+    """Raises, before the first write, where there is less room than ``needed`` bytes."""
+    status = os.statvfs(folder.path)
+    if (free := status.f_bavail * status.f_frsize) < needed:
+        fail(op, "path", f"{needed} free bytes in {folder.path}", free, OSError)

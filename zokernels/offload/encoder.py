@@ -1,0 +1,248 @@
+"""Blocks that cross the link as wire bytes (``zokernels.wire``), while the exact weights stay in storage.
+
+The exact weights of a block are its master.  One thread brings a master up to date, with one rounding for
+each step that it lacks, and encodes it; another writes files.  On the device one pass decodes and perturbs.
+Nothing is copied back.
+
+What a forward sees depends on nothing but the master after all updates so far, theta_t.  It does not depend
+on slots, on the order of visits, on what has been written, or on a restart.
+
+    lossy       round(decode(encode(theta_t))): the update must be in the master before it is encoded
+    lossless    theta_t: a block may be sent before the last update is known, and takes it as it is decoded
+"""
+
+from __future__ import annotations
+
+import queue
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..step.deferred import Pass
+from .blocks import Block
+from .history import Batch, History, apply_passes
+from .memory import mapping
+from .movers import Carrier, FileStore, HostMemory, Slot, Threaded
+
+
+class _Job(NamedTuple):
+    """A block on its way: it is read, updated, used, and perhaps written."""
+
+    block: Block
+    version: int  #: the number of updates in the master when the job is done
+    work: list[Batch]
+    ready: torch.cuda.Event | None  #: when the updates' coefficients are there
+    before: Future[None] | None  #: the last write of the block's file, which must end before it is read
+    then: Callable[[Tensor], Any]  #: uses the master
+    done: Future[Any]  #: the result of ``then``
+    written: Future[None] | None  #: this write of the file, where there is one
+
+
+class Encoder(Threaded):
+    """Fills slots with wire bytes.
+
+    One thread reads masters, one updates and encodes them, and one writes files.
+    """
+
+    history: History  #: the engine sets it
+
+    def __init__(self, source: HostMemory | FileStore, carrier: Carrier, slots: int, staging: Tensor | None) -> None:
+        """``staging``: for a GPU, pinned memory for the wire bytes of one block for each of ``slots``."""
+        assert carrier.layout is not None  # what crosses the link are wire bytes
+        blocks, device = carrier.blocks, carrier.device
+        super().__init__(source, carrier.timeline, "read", "encode", "write")
+        self.layout = carrier.layout
+        self._device, self._write_every, self._cuda = device, carrier.write_every, carrier.to_gpu
+        #: One decoded block, for what the fused pass does not serve.
+        self._theta = torch.empty(max(b.scratch for b in blocks), dtype=torch.uint8, device=device)
+        self._views: dict[int, list[Tensor]] = {}
+        self._free: queue.SimpleQueue[Tensor] = queue.SimpleQueue()  # for masters from files
+        if isinstance(source, FileStore):
+            size = max(b.nbytes for b in blocks)
+            data = mapping((slots + 2) * size, torch.device("cpu"))
+            for i in range(slots + 2):
+                self._free.put(data[i * size : (i + 1) * size])
+        self._coming: dict[int, Future[Any]] = {}  #: by slot
+        self._writing: dict[int, Future[None]] = {}  #: by block
+        self._keeping: list[Future[Any]] = []
+        self._broken: BaseException | None = None  #: why a master in memory has only a part of an update
+        if self._cuda:
+            self._in, self._side = torch.cuda.Stream(device), torch.cuda.Stream(device)
+            assert staging is not None
+            self._pinned = [staging[i * self.layout.room : (i + 1) * self.layout.room] for i in range(slots)]
+        self._sent: dict[int, torch.cuda.Event] = {}  #: by slot
+        self._released: dict[int, torch.cuda.Event] = {}  #: by slot
+        self._on_host: OrderedDict[int, tuple[Pass, Pass]] = OrderedDict()
+
+    def theta(self, block: Block) -> list[Tensor]:
+        if block.index not in self._views:
+            self._views[block.index] = block.scratch_views(self._theta)
+        return self._views[block.index]
+
+    @property
+    def lag(self) -> float:
+        """How many updates a slot's bytes may lack, which the device then adds."""
+        if not self.layout.lossless:
+            return 0
+        return float("inf") if self._write_every is None else 1
+
+    # In the engine's thread ---------------------------------------------------------------------------------
+
+    def fetch(self, block: Block, slot: Slot) -> None:
+        # Where files are only read, the device adds all updates if it can.
+        slot.updates = block.scheduled if self.lag > 1 else max(self.history.end, block.scheduled)
+        every, released = self._write_every, self._released.get(slot.index)
+        write = isinstance(self.source, HostMemory) or (every is not None and slot.updates - block.scheduled >= every)
+        send = lambda master: self._send(block, slot, master, released)
+        self._coming[slot.index] = self._begin(block, slot.updates, write, send)
+
+    def keep(self, block: Block) -> None:
+        """Brings all updates of ``block`` into the storage."""
+        self._keeping.append(self._begin(block, max(self.history.end, block.scheduled), True, lambda master: None))
+
+    def master(self, block: Block) -> Tensor:
+        """The master of ``block`` with all updates, on the host.  It is valid until the next step."""
+        in_memory = isinstance(self.source, HostMemory)
+        copy = lambda master: master if in_memory else master[: block.nbytes].clone()
+        found: Tensor = self._begin(block, max(self.history.end, block.scheduled), in_memory, copy).result()
+        return found
+
+    def _begin(self, block: Block, version: int, write: bool, then: Callable[[Tensor], Any]) -> Future[Any]:
+        errors = (f.exception() for f in self._writing.values() if f.done())  # of earlier writes
+        if (error := self._broken or next(filter(None, errors), None)) is not None:
+            failed: Future[Any] = Future()
+            failed.set_exception(error)
+            return failed
+        work = self.history.batches(block, block.scheduled, {}) if version > block.scheduled else []
+        ready = None
+        if self._cuda and work:
+            ready = torch.cuda.Event()
+            ready.record(torch.cuda.current_stream(self._device))
+        before, written = self._writing.get(block.index), None
+        if write:
+            block.scheduled = version
+            if isinstance(self.source, FileStore):
+                written = self._writing[block.index] = Future()
+        job = _Job(block, version, work, ready, before, then, Future(), written)
+        self._submit("read", self._read, job)
+        return job.done
+
+    def wait(self, slot: Slot) -> None:
+        if (coming := self._coming.pop(slot.index, None)) is not None:
+            with self.timeline.span("wait", slot.block):
+                sent = coming.result()
+            if sent is not None:
+                torch.cuda.current_stream(self._device).wait_event(sent)
+
+    def store(self, block: Block, slot: Slot) -> None:
+        pass  # nothing comes back
+
+    def released(self, slot: Slot) -> None:
+        if self._cuda:
+            event = self._released[slot.index] = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self._device))
+
+    def drain(self) -> None:
+        for future in [*self._coming.values(), *self._keeping, *self._writing.values()]:
+            future.result()
+        self._keeping = []
+        if self._cuda:
+            self._in.synchronize()
+
+    # In threads ---------------------------------------------------------------------------------------------
+
+    def _read(self, job: _Job) -> None:
+        master = None
+        try:
+            if isinstance(self.source, HostMemory):
+                master = self.source.regions[job.block.index]
+            else:
+                if job.before is not None:
+                    job.before.result()
+                master = self._free.get()
+                with self.timeline.span("read", job.block):
+                    self.source.read(job.block, master)
+            self._submit("encode", self._update, job, master)
+        except BaseException as error:  # it is raised again by whoever waits
+            self._fail(job, master, error)
+
+    def _update(self, job: _Job, master: Tensor) -> None:
+        try:
+            params = [e.of(master) for e in job.block.entries]
+            with self.timeline.span("encode", job.block):
+                for of in job.work:
+                    passes = [self._host(one, job.ready) for one in of.passes]
+                    apply_passes([params[i] for i in of.entries], of.streams, passes)
+            if isinstance(self.source, HostMemory):
+                job.block.stored = max(job.block.stored, job.version)
+            result = job.then(master)
+        except BaseException as error:
+            if isinstance(self.source, HostMemory) and job.block.stored < job.version:
+                self._broken = error
+            return self._fail(job, master, error)
+        if job.written is None:
+            self._give_back(master)
+        else:
+            self._submit("write", self._write, job, master)
+        job.done.set_result(result)
+
+    def _write(self, job: _Job, master: Tensor) -> None:
+        assert job.written is not None
+        try:
+            with self.timeline.span("write", job.block):
+                self.source.write(job.block, master, job.version)
+            job.block.stored = job.version
+            self._give_back(master)
+            job.written.set_result(None)
+        except BaseException as error:
+            self._give_back(master)
+            job.written.set_exception(error)
+
+    def _give_back(self, master: Tensor | None) -> None:
+        if master is not None and isinstance(self.source, FileStore):
+            self._free.put(master)
+
+    def _fail(self, job: _Job, master: Tensor | None, error: BaseException) -> None:
+        self._give_back(master)
+        if job.written is not None:
+            job.written.set_exception(error)
+        job.done.set_exception(error)
+
+    def _send(self, block: Block, slot: Slot, master: Tensor, released: torch.cuda.Event | None) -> Any:
+        if not self._cuda:
+            with self.timeline.span("copy-in", block):
+                return self.layout.encode(block, master, slot.data)
+        buffer, size = self._pinned[slot.index], self.layout.nbytes[block.index]
+        if slot.index in self._sent:
+            self._sent[slot.index].synchronize()  # the last copy from this buffer
+        with self.timeline.span("encode", block):
+            self.layout.encode(block, master, buffer)
+        if released is not None:
+            self._in.wait_event(released)
+        with torch.cuda.stream(self._in), self.timeline.device_span("copy-in", block, self._in):
+            slot.data[:size].copy_(buffer[:size], non_blocking=True)
+        event = self._sent[slot.index] = torch.cuda.Event()
+        event.record(self._in)
+        return event
+
+    def _host(self, one: Pass, ready: torch.cuda.Event | None) -> Pass:
+        """``one`` with its seeds and coefficients on the host.
+
+        Most blocks of a step have the same, so they are kept.
+        """
+        if not self._cuda:
+            return one
+        if id(one) not in self._on_host:
+            assert ready is not None
+            fields = {"seeds": one.seeds, "coeffs": one.coeffs, "decay": one.decay, "rounding_seed": one.rounding_seed}
+            with torch.cuda.stream(self._side):
+                self._side.wait_event(ready)
+                moved: dict[str, Any] = {key: None if value is None else value.cpu() for key, value in fields.items()}
+            self._on_host[id(one)] = one, one._replace(**moved)
+            if len(self._on_host) > 4096:
+                self._on_host.popitem(last=False)
+        return self._on_host[id(one)][1]

@@ -1,0 +1,117 @@
+"""Where blocks live, and what carries them from there to the slots of a device.
+
+A storage is made before the model changes: whatever there may be too little of is allocated then.  Its
+``mover()`` fills it with the weights, and gives what moves them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..checks import fail
+from .blocks import PAGE, Block, round_up
+from .disk import check_room
+from .encoder import Encoder
+from .gathered import BySlices, Slices
+from .memory import mapping
+from .movers import ByStreams, ByThreads, Carrier, FileStore, HostMemory, InPlace, Mover, Slot, Staged
+from .run import Run
+
+#: Gives the bytes of a block as it is at first.
+Packed = Callable[[Block], Tensor]
+
+
+class DeviceStorage:
+    """Nothing moves: each block has a slot of its own, of its size."""
+
+    def __init__(self, carrier: Carrier) -> None:
+        blocks, device = carrier.blocks, carrier.device
+        self.blocks = blocks
+        self.slots = [Slot(i, torch.empty(b.nbytes, dtype=torch.uint8, device=device)) for i, b in enumerate(blocks)]
+        for slot, b in zip(self.slots, blocks, strict=True):
+            slot.block = b
+
+    def mover(self, packed: Packed, run: Run | None) -> Mover:
+        for b, slot in zip(self.blocks, self.slots, strict=True):
+            slot.data.copy_(packed(b))
+        return InPlace()
+
+
+def _buffers(carrier: Carrier) -> list[Slot]:
+    """Slots of the size of the largest block, or of its wire bytes where those cross the link."""
+    blocks, layout, device = carrier.blocks, carrier.layout, carrier.device
+    size = max(b.nbytes for b in blocks) if layout is None else max(layout.nbytes)
+    count, size = min(carrier.slots, len(blocks)), round_up(size, PAGE)
+    # Files are read into slots on the CPU directly: those begin at a page.
+    whole = (
+        torch.empty(count * size, dtype=torch.uint8, device=device) if carrier.to_gpu else mapping(count * size, device)
+    )
+    return [Slot(i, whole[i * size : (i + 1) * size]) for i in range(count)]
+
+
+class HostStorage:
+    """Blocks in one region of host memory, pinned for a GPU; with a ``mesh``, this rank's slices of them."""
+
+    def __init__(self, carrier: Carrier, mesh: DeviceMesh | None) -> None:
+        self.carrier = carrier
+        # With wire bytes the copies to the device come from buffers of their own.
+        pinned_for = carrier.device if carrier.layout is None else torch.device("cpu")
+        # Slices make blocks longer, so they come before the slots.
+        self.memory = Slices(carrier.blocks, carrier.device, mesh) if mesh else HostMemory(carrier.blocks, pinned_for)
+        self.slots = _buffers(carrier)
+        self._staging = None
+        if carrier.to_gpu and carrier.layout:
+            self._staging = mapping(len(self.slots) * carrier.layout.room, carrier.device)
+
+    def mover(self, packed: Packed, run: Run | None) -> Mover:
+        memory, device, timeline = self.memory, self.carrier.device, self.carrier.timeline
+        for b in self.carrier.blocks:
+            memory.write(b, packed(b), 0)
+        if self.carrier.layout:
+            return Encoder(memory, self.carrier, len(self.slots), self._staging)
+        if not self.carrier.to_gpu:
+            return ByThreads(memory, timeline)
+        if isinstance(memory, Slices):
+            return BySlices(memory, device, timeline)
+        return ByStreams(memory, device, timeline)
+
+
+class DiskStorage:
+    """Blocks in files: a checkpoint that is read, a folder of a run that is written, or both."""
+
+    def __init__(self, carrier: Carrier, threads: int, has_checkpoint: bool) -> None:
+        self.carrier, self.threads, self.has_checkpoint = carrier, threads, has_checkpoint
+        self.largest = max(b.nbytes for b in carrier.blocks)
+        self.slots = _buffers(carrier)
+        self._staging = None
+        if carrier.to_gpu:
+            layout, slots = carrier.layout, carrier.slots
+            size = len(self.slots) * layout.room if layout else 2 * slots * self.largest
+            self._staging = mapping(size, carrier.device)
+
+    def mover(self, packed: Packed, run: Run | None) -> Mover:
+        carrier = self.carrier
+        source = FileStore(run.folder if run else None, run.durable if run else lambda: None, self.threads)
+        if run:
+            source.reader.own.update(run.files)
+            self._fill(source, run, packed)
+        if carrier.layout:
+            return Encoder(source, carrier, len(self.slots), self._staging)
+        if self._staging is None:
+            return ByThreads(source, carrier.timeline)
+        return Staged(source, self._staging, carrier.slots, carrier.device, carrier.timeline)
+
+    def _fill(self, source: FileStore, run: Run, packed: Packed) -> None:
+        """Checks that there is room on the disk, and writes the blocks of a model that has no checkpoint."""
+        op, blocks = self.carrier.op, self.carrier.blocks
+        missing = [b for b in blocks if b.index not in run.files]
+        if run.resumes and not self.has_checkpoint and missing:
+            fail(op, "weights", "the checkpoint that the run began with", None)
+        begins = not self.has_checkpoint and not run.resumes
+        check_room(op, run.folder, blocks, self.largest + sum(b.nbytes for b in (blocks if begins else missing)))
+        for b in blocks if begins else ():
+            source.write(b, packed(b), 0)

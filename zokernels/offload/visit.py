@@ -1,0 +1,219 @@
+"""A block that is open: it is in a slot and up to date, and scratch holds what each side computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import DTYPES
+from ..functional import combine, decode, decode_fan_out, fan_out_
+from ..step.deferred import Pass
+from ..step.types import Bucket, Point, Seeds, terms
+from .blocks import Block
+from .cache import BlockCache
+from .history import Batch, Perturbed, apply_passes
+from .movers import Slot
+
+#: Bytes to which torch aligns its own memory.  A matrix product may choose another kernel for less aligned
+#: memory.
+_ALIGNED = 64
+
+
+class SidePoints(NamedTuple):
+    """The points of a step's forwards, which are called sides, in each bucket."""
+
+    of: Perturbed
+    points: list[list[Point]]  #: of each side, one for each bucket
+    seeds: Seeds
+
+    def terms(self, side: int, place: int, bucket: Bucket) -> tuple[Tensor, Tensor]:
+        return terms(self.points[side][place], self.seeds[bucket.device])
+
+    def pair(self, sides: Sequence[int], place: int) -> tuple[int, float] | None:
+        """(k, c), if two sides are at theta + c z_k and theta - c z_k; else None."""
+        plus, minus = (self.points[s][place] for s in sides)
+        if len(plus) == 1 and plus.keys() == minus.keys():
+            ((k, c), d) = next(iter(plus.items())), next(iter(minus.values()))
+            if isinstance(c, float) and isinstance(d, float) and c == -d:
+                return k, c
+        return None
+
+
+class Visit:
+    """Brings a block in a slot up to date, and makes what each side computes with in scratch.
+
+    With two sides at theta +- c z, one pass makes the last update and both perturbations.  Other points are
+    made when their side comes (:meth:`bind`).
+    """
+
+    #: True if parameters without an update and a perturbation need a call, too.
+    everything = False
+
+    def __init__(
+        self, cache: BlockCache, block: Block, slot: Slot, sides: Sequence[int], step: SidePoints | None
+    ) -> None:
+        self.cache, self.block, self.slot, self.step = cache, block, slot, step
+        self.sides, self._left = list(sides), len(sides)
+        self._params = self._values()
+        self._held = True
+        since = slot.updates
+        if since < cache.history.end:
+            cache.mover.settle(slot)
+        perturbed = step.of if step else {}
+        self._batches = cache.history.batches(block, since, perturbed, self.everything)
+        self._fixed = [i for i, e in enumerate(block.entries) if id(e.param) not in perturbed]
+        with cache.timeline.span("update", block):
+            pair = self._pair()
+            for a in self._batches:
+                if pair and a.bucket is not None:
+                    self._fan_out(a)
+                else:
+                    self._apply(a, a.passes)
+            #: The number of the scratch buffer that holds a side's point, by side.
+            self._made: dict[int, int] = dict(zip(pair or (), (0, 1)))  # noqa: B905
+        if since < cache.history.end:
+            cache.updated(block, slot)
+        if len(self._made) == self._left and sides and not self._fixed:
+            self._release()
+
+    def _values(self) -> list[Tensor]:
+        """The parameters as they are in the slot."""
+        return self.slot.params(self.block)
+
+    def _pair(self) -> list[int] | None:
+        """The first two sides, if one pass can update the block and perturb it for both."""
+        pair, perturbed = self.sides[:2], [a for a in self._batches if a.bucket is not None]
+        if len(pair) < 2 or self.cache.scratches < 2 or self.step is None or not perturbed:
+            return None
+        together = all(self.step.pair(pair, a.place) for a in perturbed)
+        return pair if together else None
+
+    def _apply(self, a: Batch, passes: Sequence[Pass]) -> None:
+        if passes:
+            apply_passes([self._params[i] for i in a.entries], a.streams, passes)
+
+    def _fan_out(self, a: Batch) -> None:
+        """Makes the last update and both perturbations in one pass."""
+        update = self._last_update(a)
+        self._apply(a, a.passes[:-1] if update else a.passes)
+        params, plus, minus = (
+            [views[i] for i in a.entries]
+            for views in (self._params, *(self.cache.scratch(self.block, s) for s in (0, 1)))
+        )
+        seed, coeff = self._direction(a)
+        fan_out_(params, plus, minus, seed, coeff, **self._noise(a), **update)
+
+    def _last_update(self, a: Batch) -> dict[str, Any]:
+        """The last update as arguments of a fan-out; none where it has another distribution."""
+        assert a.bucket is not None
+        if not a.passes or a.passes[-1].dist != a.bucket.dist:
+            return {}
+        return {key: getattr(a.passes[-1], key) for key in ("seeds", "coeffs", "decay", "rounding", "rounding_seed")}
+
+    def _direction(self, a: Batch) -> tuple[Tensor, float]:
+        """The seed and the coefficient of the pair of sides."""
+        assert self.step is not None
+        assert a.bucket is not None
+        k, c = self.step.pair(self.sides[:2], a.place)  # type: ignore[misc]
+        return self.step.seeds[a.bucket.device][k : k + 1], c
+
+    def _noise(self, a: Batch) -> dict[str, Any]:
+        assert a.bucket is not None
+        return {"streams": a.streams, "dist": a.bucket.dist}
+
+    def _perturb(self, side: int) -> list[Tensor]:
+        """Makes the point of ``side`` in scratch."""
+        which = self.sides.index(side) % self.cache.scratches
+        views = self.cache.scratch(self.block, which)
+        for a in self._batches:
+            if a.bucket is not None:
+                assert self.step is not None
+                out, params = ([v[i] for i in a.entries] for v in (views, self._params))
+                seeds, coeffs = self.step.terms(side, a.place, a.bucket)
+                combine(out, params, seeds, coeffs, streams=a.streams, dist=a.bucket.dist)
+        self._made[side] = which
+        return views
+
+    def bind(self, side: int) -> None:
+        """Lets the block's parameters be what ``side`` computes with."""
+        with torch.no_grad(), torch.inference_mode(False):
+            if side in self._made:
+                views = list(self.cache.scratch(self.block, self._made[side]))
+            elif self.step is not None and any(a.bucket is not None for a in self._batches):
+                with self.cache.timeline.span("update", self.block):
+                    views = list(self._perturb(side))
+            else:
+                views = list(self.cache.scratch(self.block, 0))
+            for i in self._fixed:
+                if self._params[i].data_ptr() % _ALIGNED == 0:
+                    views[i] = self._params[i]
+                else:
+                    views[i].copy_(self._params[i])
+            for e, view in zip(self.block.entries, views, strict=True):
+                e.param.data = view
+        self._begin = self.cache.timeline.now()
+
+    def leave(self) -> None:
+        """Called when a side has run through the block."""
+        self.cache.timeline.add("compute", self.block, self._begin)
+        self._left -= 1
+        if self._left == 0:
+            self.done()
+
+    def _release(self) -> None:
+        self._held = False
+        # Without sides it was a look at some parameter, which is often followed by a look at another of the
+        # block.
+        self.cache.release(self.slot, onward=bool(self.sides))
+
+    def done(self) -> None:
+        if self._held:
+            self._release()
+
+
+class WireVisit(Visit):
+    """A visit to a block whose slot holds wire bytes, which are no longer needed once they are decoded."""
+
+    everything = True  # all parameters must be decoded
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        if self._held:
+            self._release()
+
+    def _values(self) -> list[Tensor]:
+        """The parameters of the one decoded block, which :meth:`_apply` fills."""
+        wire = self.cache.wire
+        assert wire is not None
+        self._wire, self._buffers = wire.layout.wire, wire.layout.buffers(self.block, self.slot.data)
+        return wire.theta(self.block)
+
+    def _apply(self, a: Batch, passes: Sequence[Pass]) -> None:
+        out, buffers = ([of[i] for i in a.entries] for of in (self._params, self._buffers))
+        if out[0].dtype not in DTYPES:
+            for value, buffer in zip(out, buffers, strict=True):
+                value.view(-1).view(torch.uint8).copy_(buffer)
+            return
+        first: dict[str, Any] = {}
+        if passes:
+            one, *passes = passes
+            fields = ("seeds", "coeffs", "dist", "decay", "rounding", "rounding_seed")
+            first = {key: getattr(one, key) for key in fields}
+        decode(out, buffers, self._wire, **first, streams=a.streams)
+        super()._apply(a, passes)
+
+    def _fan_out(self, a: Batch) -> None:
+        """One pass decodes, updates and perturbs, and does not store theta.
+
+        This needs two sides, and at most one pending update.
+        """
+        update = self._last_update(a)
+        if len(self.sides) > 2 or len(a.passes) > bool(update):
+            return super()._fan_out(a)
+        plus, minus = ([self.cache.scratch(self.block, s)[i] for i in a.entries] for s in (0, 1))
+        buffers = [self._buffers[i] for i in a.entries]
+        seed, coeff = self._direction(a)
+        decode_fan_out(plus, minus, buffers, self._wire, seed, coeff, **self._noise(a), **update)

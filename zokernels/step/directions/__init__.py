@@ -1,0 +1,1 @@
+"""What z is: dense noise, masked, scaled, of low rank, or of integer weights."""

@@ -1,0 +1,159 @@
+"""Sparse directions: z is 0 where a mask drops the element.
+
+A mask is one stored bit a weight, or only a seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...checks import fail
+from ...functional import pack_mask
+from ..noise import Members, Noise
+from ..roles import OptimizerView
+from ..shard import part_of, placed, whole_of
+from ..types import Bucket, Seeds
+from .direction import Direction, check_refresh, derived_seed
+
+#: k of the seed of a random mask: far above any direction's.
+_MASK_K = 0x80000000
+
+
+class _PackedMask(Noise):
+    """Noise where a packed mask has a 1."""
+
+    def __init__(self, masks: dict[int, Tensor]) -> None:
+        self._masks = masks
+
+    def kernel_args(self, members: Members, seeds: Tensor, coeffs: Tensor) -> dict[str, Any]:
+        masks = [self._masks[id(p)] for p in members.params]
+        return super().kernel_args(members, seeds, coeffs) | {"masks": masks}
+
+
+class _DrawnMask(Noise):
+    """Noise where the kernel, which draws the mask itself, keeps an element."""
+
+    def __init__(self, seed: Tensor, density: float) -> None:
+        self._mask = {"mask_seed": seed, "density": density}
+
+    def kernel_args(self, members: Members, seeds: Tensor, coeffs: Tensor) -> dict[str, Any]:
+        return super().kernel_args(members, seeds, coeffs) | self._mask
+
+
+def _check_density(name: str, density: float) -> None:
+    if not 0 < density <= 1:
+        fail(name, "density", "a number in (0, 1]", density)
+
+
+class KeptMask(Direction):
+    """Packed masks in ``optimizer.state[p]["mask"]``.
+
+    They are saved with it, and stay until the next refresh.
+    """
+
+    def prepare(self, optimizer: OptimizerView, buckets: list[Bucket], seeds: Seeds) -> None:
+        fresh = self.begins_window(optimizer)
+        for bucket in buckets:
+            masks = {}
+            for p in bucket.params:
+                state = optimizer.state[p]
+                if fresh or "mask" not in state:
+                    place = placed([p]) or {"offsets": [0], "rows": [None]}
+                    keep = part_of(self.keep(optimizer, p), p)
+                    state["mask"] = pack_mask(keep, place["offsets"][0], place["rows"][0])
+                masks[id(p)] = state["mask"]
+            bucket.noise = _PackedMask(masks)
+
+    def keep(self, optimizer: OptimizerView, param: Tensor) -> Tensor:
+        """The mask: bool, of the parameter's logical shape.  ``param`` holds the unperturbed weights."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class MagnitudeMask(KeptMask):
+    """The ``density`` smallest weights of each tensor move: \\|theta\\| <= the tensor's own quantile.
+
+    The mask is measured before anything moves, so that no perturbed weight changes it.  It is kept as bits
+    until the next ``refresh`` (a number of steps; None: for the whole run).
+
+    Source: Sparse-MeZO, Liu et al. 2024 (arXiv 2402.15751).
+    """
+
+    density: float = 0.25
+    refresh: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_density("MagnitudeMask", self.density)
+        check_refresh("MagnitudeMask", self.refresh)
+
+    def keep(self, optimizer: OptimizerView, param: Tensor) -> Tensor:
+        size = whole_of(param).detach().abs()
+        rank = max(1, round(self.density * size.numel()))
+        return size <= size.view(-1).float().kthvalue(rank).values
+
+
+@dataclass(frozen=True)
+class RandomMask(Direction):
+    """Each weight moves with probability ``density``.  The kernel draws the mask, and nothing is stored.
+
+    The same weights move for ``refresh`` steps (None: for the whole run).  The density is rounded to 1 /
+    65536.
+    """
+
+    density: float = 0.25
+    refresh: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_density("RandomMask", self.density)
+        check_refresh("RandomMask", self.refresh)
+
+    def prepare(self, optimizer: OptimizerView, buckets: list[Bucket], seeds: Seeds) -> None:
+        window = self.window(optimizer)
+        for bucket in buckets:
+            bucket.noise = _DrawnMask(derived_seed(optimizer, window, _MASK_K, bucket.device), self.density)
+
+
+@dataclass(frozen=True)
+class GivenMask(KeptMask):
+    """Masks of your own, by parameter or by its name.
+
+    A mask is bool, of the parameter's shape, or the int64 flat indices of the weights that move.  A parameter
+    without an entry moves as a whole.
+    """
+
+    masks: Mapping[Any, Tensor] = field(default_factory=dict)
+
+    def prepare(self, optimizer: OptimizerView, buckets: list[Bucket], seeds: Seeds) -> None:
+        known = {n for g in optimizer.param_groups for n in g.get("param_names", ())}
+        known |= {p for g in optimizer.param_groups for p in g["params"]}
+        if unknown := [key for key in self.masks if key not in known]:
+            name = unknown[0] if isinstance(unknown[0], str) else f"a tensor of shape {tuple(unknown[0].shape)}"
+            fail("GivenMask", "masks", "names or parameters of the optimizer", repr(name))
+        super().prepare(optimizer, buckets, seeds)
+
+    def keep(self, optimizer: OptimizerView, param: Tensor) -> Tensor:
+        mask = self.masks.get(param)
+        for group in optimizer.param_groups:
+            for name, other in zip(group.get("param_names", ()), group["params"], strict=False):
+                if other is param and name in self.masks:
+                    mask = self.masks[name]
+        if mask is None:
+            return torch.ones(param.shape, dtype=torch.bool, device=param.device)
+        mask = mask.to(param.device)
+        if mask.dtype is torch.bool and mask.shape == param.shape:
+            return mask
+        if mask.dtype is not torch.int64 or mask.dim() != 1:
+            expected = f"bool of shape {tuple(param.shape)} or int64 flat indices"
+            fail("GivenMask", "masks", expected, f"{mask.dtype} of shape {tuple(mask.shape)}", TypeError)
+        if mask.numel() and not (mask.min() >= 0 and mask.max() < param.numel()):
+            fail(
+                "GivenMask", "masks", f"indices in [0, {param.numel()})", f"{mask.min().item()} to {mask.max().item()}"
+            )
+        keep = torch.zeros(param.numel(), dtype=torch.bool, device=param.device)
+        keep[mask] = True
+        return keep.view(param.shape)

@@ -1,0 +1,176 @@
+"""Gradient estimators: where the closure runs, and how its losses become a coefficient of each direction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..checks import check_integer, fail
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """The gradient estimate is sum_k g_k z_k over the directions k = 0 .. q - 1.
+
+    z_k is the noise of seed ``derive_seed(run_seed, step, k)``.  All losses of a step are measured before its
+    one update, so each of them is a loss at the same theta, perturbed.
+    """
+
+    #: q, the number of directions in a step.
+    directions: int = 1
+
+    def __post_init__(self) -> None:
+        check_integer(type(self).__name__, "directions", self.directions, 1)
+
+    def points(self) -> list[tuple[int, int]]:
+        """(k, sign) of each forward, in order: at theta + sign * eps * z_k; sign 0 is theta itself."""
+        raise NotImplementedError
+
+    def coefficients(self, losses: Tensor, eps: float) -> Tensor:
+        """g (float64 [q]) from the losses (float64 [n], in the order of :meth:`points`), on their device."""
+        raise NotImplementedError
+
+    def loss(self, losses: Tensor) -> Tensor:
+        """What a step returns."""
+        return losses.mean()
+
+
+@dataclass(frozen=True)
+class TwoSided(Estimator):
+    """g_k = (L(theta + eps z_k) - L(theta - eps z_k)) / (2 eps q): central differences, 2 q forwards.
+
+    SPSA (Spall, 1992); n-SPSA of MeZO (Malladi et al., 2023, arXiv 2305.17333).
+    """
+
+    def points(self) -> list[tuple[int, int]]:
+        return [(k, sign) for k in range(self.directions) for sign in (1, -1)]
+
+    def coefficients(self, losses: Tensor, eps: float) -> Tensor:
+        plus, minus = losses.view(-1, 2).unbind(1)
+        return (plus - minus) / (2 * eps * self.directions)
+
+
+@dataclass(frozen=True)
+class OneSided(Estimator):
+    """g_k = (L(theta + eps z_k) - L(theta)) / (eps q): forward differences, q + 1 forwards.
+
+    A step returns L(theta).  Nesterov and Spokoiny, 2017, "Random gradient-free minimization of convex
+    functions".
+    """
+
+    def points(self) -> list[tuple[int, int]]:
+        return [(0, 0), *((k, 1) for k in range(self.directions))]
+
+    def coefficients(self, losses: Tensor, eps: float) -> Tensor:
+        return (losses[1:] - losses[0]) / (eps * self.directions)
+
+    def loss(self, losses: Tensor) -> Tensor:
+        return losses[0].clone()
+
+
+@dataclass(frozen=True)
+class ThreePoint(Estimator):
+    """g = (L+ - L-) / (2 eps), and |L+ + L- - 2 L0| / eps^2 for the curvature along z: three forwards.
+
+    There is one direction.  L0 = L(theta), which a step returns, and L+- = L(theta +- eps z).  g is not
+    finite where the second difference is not.
+    """
+
+    def __post_init__(self) -> None:
+        check_integer(type(self).__name__, "directions", self.directions, 1, 1)
+
+    def points(self) -> list[tuple[int, int]]:
+        return [(0, 0), (0, 1), (0, -1)]
+
+    def coefficients(self, losses: Tensor, eps: float) -> Tensor:
+        g = (losses[1:2] - losses[2:]) / (2 * eps)
+        finite = self.second_difference(losses, eps).float().isfinite()
+        return torch.where(finite, g, torch.full_like(g, float("nan")))
+
+    def second_difference(self, losses: Tensor, eps: float) -> Tensor:
+        """|L+ + L- - 2 L0| / eps^2, float64, 0-dim."""
+        return (losses[1] + losses[2] - 2 * losses[0]).abs() / eps**2
+
+    def loss(self, losses: Tensor) -> Tensor:
+        return losses[0].clone()
+
+
+@dataclass(frozen=True)
+class StdNormalized(OneSided):
+    """g_k = (L_k - L_0) / (q sigma), sigma^2 = sum_k (L_k - mean)^2 / (q - 1): q + 1 forwards, q >= 2.
+
+    L_k = L(theta + eps z_k) and L_0 = L(theta).  sigma is about eps times the length of the gradient, and
+    takes the place of eps, so steps are normalized.  Where sigma <= std_eps (in units of the loss) g is 0:
+    losses that are all equal to their rounding say nothing, and would be divided by nothing.
+
+    Source: FZOO (Dang et al., 2025, arXiv 2506.09034).
+    """
+
+    std_eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        check_integer(type(self).__name__, "directions", self.directions, 2)
+        if not self.std_eps >= 0:
+            fail(type(self).__name__, "std_eps", "a number >= 0", repr(self.std_eps))
+
+    def coefficients(self, losses: Tensor, eps: float) -> Tensor:
+        difference, sigma = losses[1:] - losses[0], losses[1:].std()
+        g = difference / (self.directions * sigma)
+        return torch.where(sigma <= self.std_eps, torch.zeros_like(g), g)
+
+
+@dataclass(frozen=True)
+class Ranking(Estimator):
+    """The mean of z_j - z_i over all edges "i is better than j" between q candidates theta + eps z_k.
+
+    The edges are what the order of the best ``top`` candidates tells (None: of all): each of them is better
+    than those after it, and than all that are not among them.  So g_k = (times worse - times better) / number
+    of edges.
+
+    Only the order of the losses counts, but NaN and infinity skip the step all the same.  Of equal losses the
+    first is the better.  A step returns the lowest loss.
+
+    Source: ZO-RankSGD (Tang, Rybin and Chang, 2023, arXiv 2303.03751).
+    """
+
+    directions: int = 2
+    top: int | None = None
+
+    def __post_init__(self) -> None:
+        check_integer(type(self).__name__, "directions", self.directions, 2)
+        if self.top is not None:
+            check_integer(type(self).__name__, "top", self.top, 1, self.directions)
+
+    def points(self) -> list[tuple[int, int]]:
+        return [(k, 1) for k in range(self.directions)]
+
+    def coefficients(self, losses: Tensor, eps: float) -> Tensor:
+        q, top = self.directions, self.top or self.directions
+        edges = top * (top - 1) // 2 + top * (q - top)
+        place = losses.argsort(stable=True).argsort().double()
+        difference = torch.where(place < top, 2 * place - (q - 1), torch.full_like(place, top))
+        return torch.where(losses.isfinite().all(), difference / edges, torch.full_like(place, float("nan")))
+
+    def loss(self, losses: Tensor) -> Tensor:
+        return losses.min()
+
+
+@dataclass(frozen=True)
+class ForwardMode(Estimator):
+    """g_k = <grad L(theta), z_k> / q, by forward-mode automatic differentiation: q forwards.
+
+    It needs no eps, and no memory of activations.  Losses are pairs, (L, derivative along z_k).  Baydin et
+    al., 2022, "Gradients without backpropagation" (arXiv 2202.08587); among the methods of Zhang et al., 2024
+    (arXiv 2402.11592).
+    """
+
+    def points(self) -> list[tuple[int, int]]:
+        return [(k, 1) for k in range(self.directions)]
+
+    def coefficients(self, losses: Tensor, eps: float) -> Tensor:
+        return losses[:, 1] / self.directions
+
+    def loss(self, losses: Tensor) -> Tensor:
+        return losses[:, 0].mean()

@@ -1,0 +1,194 @@
+"""Parameter groups: what a group may hold, the stream of each parameter, and the buckets of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import DTYPES, check_choice, check_dist, check_number, check_overlap, check_stream, fail
+from ..contract import canonical_name, streams_of
+from .roles import home_of
+from .shard import is_sharded, local_of, locals_of
+from .types import Bucket, Group
+
+ROUNDINGS = ("stochastic", "nearest")
+RESTORES = ("exact", "inplace")
+
+
+def check_hyperparameters(op: str, group: Group) -> None:
+    """Checks values that are on the host.
+
+    A learning rate that is a tensor is never read back from its device.
+    """
+    lr = group["lr"]
+    if not isinstance(lr, Tensor):
+        check_number(op, "lr", lr)
+    elif lr.numel() != 1 or not lr.is_floating_point():
+        fail(op, "lr", "a number or a floating-point tensor of one element", f"{lr.dtype} x {lr.numel()}")
+    check_number(op, "eps", group["eps"], positive=True)
+    check_number(op, "weight_decay", group["weight_decay"])
+    if group["clip"] is not None:
+        check_number(op, "clip", group["clip"], positive=True)
+    check_dist(op, group["dist"])
+    check_choice(op, "rounding", group["rounding"], ROUNDINGS)
+    if "bits" in group and group["bits"] not in range(2, 9):
+        fail(op, "bits", "an integer in [2, 8]", repr(group["bits"]))
+
+
+def takes_part(group: Group, param: Tensor) -> bool:
+    """Whether a parameter is trained.  Integers, in a group with ``bits``, never require a gradient."""
+    return param.requires_grad or "bits" in group
+
+
+def devices_of(groups: list[Group]) -> list[torch.device]:
+    """The devices of the trained parameters, each once, in the order of the parameters."""
+    return list(dict.fromkeys(p.device for g in groups for p in g["params"] if takes_part(g, p) and p.numel()))
+
+
+def label_of(group: Group, index: int) -> str:
+    """The name of a parameter for messages: the quoted name, or its place in the group."""
+    names = group.get("param_names")
+    return repr(names[index]) if names else f"params[{index}]"
+
+
+def check_param(op: str, group: Group, param: Tensor, label: str) -> None:
+    """A trained parameter must be dense memory that a kernel can walk in logical order."""
+    if torch.nn.parameter.is_lazy(param):
+        fail(op, label, "an initialized parameter", "a lazy one; run the model once before", TypeError)
+    if is_sharded(param):
+        if "bits" in group:
+            fail(op, label, "a plain tensor of integers", "a DTensor", TypeError)
+        param = local_of(param)
+    if type(param).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        fail(op, label, "a plain dense tensor", f"the tensor subclass {type(param).__name__}", TypeError)
+    if "bits" in group:
+        if param.dtype is not torch.int8:
+            fail(op, label, "dtype int8", param.dtype, TypeError)
+    elif param.dtype not in DTYPES:
+        fail(op, label, "dtype float32, bfloat16 or float16 (or requires_grad=False)", param.dtype, TypeError)
+    if not home_of(param).in_memory:
+        return  # what is here is a placeholder, whose strides say nothing
+    if param.layout is not torch.strided or not param.is_contiguous():
+        got = f"strides {param.stride()}" if param.layout is torch.strided else param.layout
+        fail(op, label, "a contiguous tensor", f"shape {tuple(param.shape)}, {got}")
+
+
+def name_empty_groups(groups: list[Group], added: Group) -> None:
+    """Lets groups without parameters count as named where the other groups are named.
+
+    A stage of a pipeline may have such groups, and torch refuses a mixture of named and unnamed ones.
+    ``added`` is about to be added to ``groups``.
+    """
+    params = added["params"]
+    if isinstance(params, (Tensor, set)):
+        return
+    added["params"] = params = list(params)
+    if any("param_names" in group for group in groups) and not params:
+        added["param_names"] = []
+    elif params and isinstance(params[0], tuple):
+        for group in groups:
+            if not group["params"]:
+                group["param_names"] = []
+
+
+def check_new_group(op: str, groups: list[Group]) -> None:
+    """Checks that the last of ``groups`` can join the others, and gives it its streams."""
+    group = groups[-1]
+    if len({id(p) for p in group["params"]}) != len(group["params"]):
+        fail(op, "params", "each parameter once (tied ones are one parameter)", "a duplicate")
+    for i, param in enumerate(group["params"]):
+        if takes_part(group, param):
+            check_param(op, group, param, label_of(group, i))
+    assign_streams(op, groups)
+
+
+def assign_streams(op: str, groups: list[Group]) -> None:
+    """Gives the last of ``groups`` its ``streams``, which no parameter of any group shares with another.
+
+    Streams that the caller gave stay.  A named parameter gets the hash of its name, so that its noise does
+    not depend on the order of the parameters; an unnamed one gets its number in the optimizer.
+    """
+    group = groups[-1]
+    count, names, explicit = len(group["params"]), group.get("param_names"), group.get("streams")
+    if explicit is not None:
+        if len(explicit) != count:
+            fail(op, "streams", f"{count} integers, one for each parameter of the group", len(explicit))
+        for i, stream in enumerate(explicit):
+            if not isinstance(stream, int) or isinstance(stream, bool):
+                fail(op, f"streams[{i}]", "an integer", repr(stream), TypeError)
+            check_stream(op, f"streams[{i}]", stream)
+        group["streams"] = list(explicit)
+    elif names is not None:
+        group["streams"] = streams_of(names)
+    else:
+        first = sum(len(g["params"]) for g in groups[:-1])
+        group["streams"] = list(range(first, first + count))
+    check_streams(op, groups)
+
+
+def check_streams(op: str, groups: list[Group]) -> None:
+    owner: dict[int, str] = {}
+    for at, group in enumerate(groups):
+        if len(group["streams"]) != len(group["params"]):
+            fail(op, f"param_groups[{at}]['streams']", f"{len(group['params'])} integers", len(group["streams"]))
+        for i, stream in enumerate(group["streams"]):
+            label = f"{label_of(group, i)} of group {at}"
+            if stream in owner:
+                fail(op, "streams", "one stream for each parameter", f"{stream} for both {owner[stream]} and {label}")
+            owner[stream] = label
+
+
+def check_groups(op: str, ours: list[Group], saved: list[Group]) -> None:
+    """Checks that ``saved`` groups can take the place of ``ours``.  torch itself compares their numbers."""
+    for group, other in zip(ours, saved):  # noqa: B905
+        check_hyperparameters(op, other)
+        for name, saved_name in zip(group.get("param_names", ()), other.get("param_names", ())):  # noqa: B905
+            if canonical_name(name) != canonical_name(saved_name):
+                fail(op, "state_dict", f"parameters in the same order ({name!r} here)", repr(saved_name))
+    check_streams(op, saved)
+
+
+@contextmanager
+def own_rates(groups: list[Group]) -> Iterator[None]:
+    """Inside, the steps of a log may set the learning rates of ``groups``; afterwards they are as before."""
+    rates = [group["lr"] for group in groups]
+    try:
+        yield
+    finally:
+        for group, lr in zip(groups, rates, strict=True):
+            group["lr"] = lr
+
+
+def plan(op: str, groups: list[Group]) -> list[Bucket]:
+    """The buckets of a step.  Parameters with ``requires_grad=False`` are in none.
+
+    They are built anew at each step, which takes about a microsecond a parameter, because dtype, device,
+    requires_grad and the groups may all change between steps.  Whatever would make a step fail half-way
+    raises here.
+    """
+    buckets: dict[tuple[Any, ...], Bucket] = {}
+    for at, group in enumerate(groups):
+        check_hyperparameters(op, group)
+        for i, (param, stream) in enumerate(zip(group["params"], group["streams"], strict=True)):
+            if not takes_part(group, param):
+                continue
+            label = label_of(group, i)
+            check_param(op, group, param, label)
+            if not param.numel():
+                continue
+            key = (at, param.device, param.dtype, home_of(param).in_memory)
+            if (bucket := buckets.get(key)) is None:
+                bucket = Bucket(group, param.device, param.dtype, eps=group["eps"], dist=group["dist"])
+                buckets[key] = bucket
+            bucket.params.append(param)
+            bucket.streams.append(stream)
+            bucket.names.append(label)
+    if not buckets:
+        fail(op, "params", "at least one parameter with requires_grad=True and an element", "none")
+    in_memory = [p for b in buckets.values() for p in b.params if home_of(p).in_memory]
+    check_overlap(op, {"params": locals_of(in_memory)}, {})
+    return list(buckets.values())

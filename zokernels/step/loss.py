@@ -1,0 +1,85 @@
+"""What a closure may return, and how a step reads it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..checks import fail
+from ..transfer import to_device
+from .shard import is_sharded
+
+
+def as_loss(op: str, value: object, device: torch.device, capturing: bool = False) -> Tensor:
+    """The closure's result as a 0-dim tensor: float64 where it was float64 or a Python number, else fp32.
+
+    It is always a copy, because a closure may return one buffer twice.
+    """
+    if capturing and not (isinstance(value, Tensor) and value.device.type == "cuda"):
+        got = f"a tensor on {value.device}" if isinstance(value, Tensor) else repr(value)
+        fail(op, "closure", "a loss on the GPU where a CUDA graph is captured", got)
+    if isinstance(value, Tensor):
+        if is_sharded(value):
+            value = value.full_tensor()
+        if value.numel() != 1 or value.is_complex():
+            fail(op, "closure", "a real scalar loss", f"{value.dtype} of shape {tuple(value.shape)}")
+        narrow = value.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        return value.detach().reshape(()).to(torch.float32 if narrow else torch.float64, copy=True)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        fail(op, "closure", "a scalar loss (a tensor or a number)", repr(value), TypeError)
+    return torch.full((), float(value), dtype=torch.float64, device=device)
+
+
+class LossReader:
+    """Reads what the closure returns: here each result is a scalar loss."""
+
+    def read(self, op: str, result: Any, device: torch.device, capturing: bool) -> Any:
+        """What is kept of one result.  It is read at once, before the next forward."""
+        return as_loss(op, result, device, capturing)
+
+    def losses(self, results: list[Any]) -> Tensor:
+        """One value for each of the estimator's points, [n], from all that was kept."""
+        return torch.stack([loss.to(results[0].device) for loss in results])
+
+
+class DerivativeReader(LossReader):
+    """Each result is a dual tensor, read as [2]: the loss and its derivative along the direction."""
+
+    def read(self, op: str, result: Any, device: torch.device, capturing: bool) -> Tensor:
+        primal, tangent = forward_ad.unpack_dual(result) if isinstance(result, Tensor) else (result, None)
+        if tangent is None:
+            got = f"a tensor of shape {tuple(result.shape)} without one" if isinstance(result, Tensor) else repr(result)
+            fail(op, "closure", "a loss with a forward-mode derivative along the parameters", got, TypeError)
+        return torch.stack([as_loss(op, value, device, capturing) for value in (primal, tangent)])
+
+
+class RankReader(LossReader):
+    """Results are any objects, which ``rank`` puts in order.
+
+    The losses are their places, 0 for the :attr:`best`.
+
+    ``rank`` takes the list of results and returns indices into it, best first, at least ``top`` of them.
+    """
+
+    def __init__(self, rank: Callable[[list[Any]], Iterable[int]], top: int) -> None:
+        self.rank, self.top = rank, top
+
+    def read(self, op: str, result: Any, device: torch.device, capturing: bool) -> Any:
+        self.op, self.device = op, device
+        return result
+
+    def losses(self, results: list[Any]) -> Tensor:
+        order, count = [operator.index(i) for i in self.rank(results)], len(results)
+        if len(order) < self.top or len(set(order)) < len(order) or not set(order) <= set(range(count)):
+            fail(self.op, "rank", f"{self.top} or more different indices in [0, {count}), best first", order)
+        places = [count] * count
+        for place, index in enumerate(order):
+            places[index] = place
+        self.best = results[order[0]]
+        return to_device(torch.tensor(places, dtype=torch.float64), self.device)

@@ -1,0 +1,1 @@
+"""How the closure sees perturbed weights: as copies, or as the weights themselves."""

@@ -1,0 +1,44 @@
+"""The classical probe: the weights themselves move to each point; the update brings them back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..guards import uninterrupted
+from ..types import Bucket, Point, Seeds, between, terms
+from .probe import Probe
+
+
+class InplaceProbe(Probe):
+    """Moves the weights from point to point, rounding to nearest at each move.
+
+    In half precision the way back is therefore not exact.  A move along one direction (from +eps z to -eps z,
+    or back to theta) is a combine with K = 1, and a move from one direction to another has K = 2.
+
+    ``key``: the run seed and step of the directions, by which the two-pass form knows them again.
+    """
+
+    def __init__(self, buckets: list[Bucket], seeds: Seeds, key: tuple[int, int] | None = None) -> None:
+        super().__init__(buckets, seeds)
+        self.key = key
+
+    def move(self, points: list[Point]) -> None:
+        """The weights of each bucket from :attr:`Bucket.at` to a new point."""
+        with uninterrupted():
+            for b, point in zip(self.buckets, points, strict=True):
+                if way := between(b.at, point):
+                    b.noise.move(b.members, *terms(way, self.seeds[b.device]))
+                    b.at = point
+            # Autocast would go on computing with the casts that it made of the weights before the move.
+            torch.clear_autocast_cache()
+
+    def restore(self) -> None:
+        self.move([{}] * len(self.buckets))
+
+    @contextmanager
+    def at(self, points: list[Point]) -> Iterator[None]:
+        self.move(points)
+        yield

@@ -1,0 +1,171 @@
+"""What surrounds a step: other processes, a log, and the place where the weights are.
+
+Each is a role, whose default does nothing.  A step calls its roles, and never asks whether there is one.
+
+Team   who evaluates which points, and where the losses meet    zokernels.distributed.Exchange
+Log    is told of a step before it begins and after its update  zokernels.trajectory.Recorder
+Home   where the parameters' values are                         zokernels.offload.Engine
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..checks import fail
+from .estimators import Estimator
+from .probes.probe import Probe
+from .shard import any_sharded
+from .state import DeviceState, HostState
+from .types import Bucket, Estimate, Group, Seeds
+
+
+class Team:
+    """The processes of a run: here, one process alone.
+
+    In a team of several, each process evaluates its share of a step's points.  All of them then get all
+    losses, and take the same update.
+    """
+
+    alone = True
+    stages = 1  #: of a pipeline
+    stage_of: Sequence[int] = (0,)  #: the stage of each process
+    bytes_sent = 0  #: by this process, in the last step
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files."""
+        return True
+
+    def join(self, optimizer: OptimizerView) -> None:
+        """Called when the optimizer is complete: compares it with those of the other processes."""
+
+    def begin(self, optimizer: OptimizerView, buckets: Sequence[Bucket]) -> None:
+        """Called before a step."""
+        if any_sharded(p for b in buckets for p in b.params):
+            fail(optimizer.op, "mesh", "a mesh with all ranks that share the weights", None)
+
+    def changed(self) -> None:
+        """Called when groups, weights or hyper-parameters may have changed."""
+
+    def loss_of(self, result: Any) -> Any:
+        """The part of a closure's result that counts as this process's loss."""
+        return result
+
+    def share(self, count: int) -> range:
+        """Which of ``count`` points this process evaluates."""
+        return range(count)
+
+    def gather(self, own: Tensor | None, count: int, device: torch.device) -> Tensor:
+        """The losses of all ``count`` points.
+
+        ``own``: the losses of this process's share; None where it is empty.
+        """
+        assert own is not None  # alone, the share is everything
+        return own
+
+    def foreign(self, optimizer: OptimizerView, groups: list[Group]) -> list[Group]:
+        """The groups that take part in the step on other processes alone, where ``groups`` do here."""
+        return []
+
+    def all_gather_object(self, value: object) -> list[Any]:
+        """``value`` of every process."""
+        return [value]
+
+    def from_first(self, value: Any) -> Any:
+        """``value`` of the first process."""
+        return value
+
+
+class Log:
+    """The log of a run: here, none."""
+
+    recording = False
+    closed = True
+
+    def begin(self, optimizer: OptimizerView) -> None:
+        """Called before the forwards of a step, which a log may refuse."""
+
+    def append(self, optimizer: OptimizerView, buckets: list[Bucket], estimate: Estimate) -> None:
+        """Called after the update of a step, with interrupts held back."""
+
+    def flush(self) -> None:
+        """Brings all steps taken so far to the disk."""
+
+    def close(self) -> None:
+        """Called after the last step."""
+
+
+class Home:
+    """The place where parameters' values are: here, their own memory."""
+
+    in_memory = True
+
+    def attach(self, optimizer: Any, trajectory: object) -> None:
+        """Called when the optimizer is complete: refuses what cannot be done with parameters here."""
+
+    def probe(self, optimizer: Any, buckets: list[Bucket], seeds: Seeds) -> Probe:
+        """How the closure sees the parameters at the points of a step."""
+        own: Probe = optimizer.own_probe(buckets, seeds)
+        return own
+
+    def value(self, param: Tensor) -> Tensor:
+        """The values of a parameter, on its device."""
+        return param
+
+
+MEMORY = Home()
+
+
+def home_of(param: Tensor) -> Home:
+    home: Home = getattr(param, "_zo_home", MEMORY)
+    return home
+
+
+def move_home(param: Tensor, home: Home) -> None:
+    """From now on the values of ``param`` are in ``home``."""
+    param._zo_home = home  # type: ignore[attr-defined]
+
+
+def common_home(op: str, groups: list[Group]) -> Home:
+    """The home of a step's parameters: memory, unless some are in another home, of which one is allowed."""
+    homes = {id(h): h for g in groups for p in g["params"] if not (h := home_of(p)).in_memory}
+    if len(homes) > 1:
+        fail(op, "params", "parameters of one streamed model", f"those of {len(homes)}")
+    return next(iter(homes.values()), MEMORY)
+
+
+class OptimizerView(Protocol):
+    """What roles, directions, subsets and rules may read of the optimizer whose step they serve."""
+
+    param_groups: list[Group]
+    #: What rules and directions keep of each parameter, saved by ``state_dict``.
+    state: Any
+    defaults: dict[str, Any]
+    restore: str  #: "exact" or "inplace"
+    estimator: Estimator
+    rule: Any
+    direction: Any
+    subset: Any
+    run_state: HostState | DeviceState
+    team: Team
+    carried: bool  #: whether the step began with a perturbation of the two-pass form
+    #: What a direction has made that is dear to make again: never saved.
+    cache: dict[Any, Any]
+
+    @property
+    def op(self) -> str:
+        """The name of the optimizer's class, for error messages."""
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def step_count(self) -> int: ...
+
+    @property
+    def in_two_pass(self) -> bool:
+        """Whether updates add the next step's perturbation."""

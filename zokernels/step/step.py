@@ -1,0 +1,409 @@
+"""The step: forwards at perturbed points, an estimate from their losses, one pass over the weights."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
+
+from ..checks import check_choice, fail
+from . import groups
+from .checkpoint import Held, check_state_dict, own_state
+from .directions.direction import Direction
+from .estimators import Estimator, TwoSided
+from .graphs import GraphRng, check_capturable, check_capture
+from .guards import RngState, is_capturing, uninterrupted
+from .loss import LossReader
+from .probes.exact import ExactProbe
+from .probes.inplace import InplaceProbe
+from .probes.probe import Probe
+from .probes.sharded import CopiedShardProbe, MovedShardProbe
+from .roles import MEMORY, Log, Team, common_home
+from .rules.rule import Rule
+from .rules.sgd import SGD
+from .scalars import descent, gate, known_on_host, projected_gradient
+from .scratch import ScratchPool
+from .shard import any_sharded
+from .state import DeviceState, HostState, check_seed
+from .subset import Subset
+from .two_pass import ThreePass, TwoPass, check_two_pass
+from .types import Bucket, Estimate, LossesAt, Point, Seeds
+
+#: What a group has that says nothing else.
+GROUP_DEFAULTS = {"eps": 1e-3, "weight_decay": 0.0, "dist": "normal", "rounding": "stochastic", "clip": None}
+
+
+class StepOptimizer(torch.optim.Optimizer):
+    """The step alone: an optimizer without a log, other processes or streamed weights.
+
+    :class:`zokernels.optim.ZerothOrder` adds these three, and says what the arguments mean.  Some methods
+    here are not for users, but for the folders that build on the step: they replay it, share it out, or
+    stream its weights.
+
+    Args:
+        defaults: the hyper-parameters of groups that do not have their own: lr, and those of
+            :data:`GROUP_DEFAULTS`.
+    """
+
+    #: True if a log of seeds and coefficients (``trajectory``) is the whole run.
+    replayable = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        seed: int,
+        restore: str,
+        capturable: bool = False,
+        direction: Direction | None = None,
+        subset: Subset | None = None,
+        estimator: Estimator,
+        rule: Rule,
+    ) -> None:
+        defaults = {**GROUP_DEFAULTS, **defaults, **rule.defaults}
+        self.rule = rule
+        self._check_group(defaults)
+        check_choice(self.op, "restore", restore, groups.RESTORES)
+        self.estimator, self.subset, self.restore = estimator, subset, restore
+        self.direction = Direction() if direction is None else direction
+        if capturable and (self.direction.refresh is not None or subset is not None):
+            fail(self.op, "capturable", "False with a schedule that the host keeps (refresh, subset)", True)
+        self.run_state = (DeviceState if capturable else HostState)(check_seed(self.op, seed))
+        self.warned: set[str] = set()
+        self._begin_alone()
+        #: g of the last step, with the eps and clip of the first group: fp32, on the device, 0-dim for one
+        #: direction, else [q].
+        self.last_projected_gradient: Tensor | None = None
+        #: What the last step returned.
+        self.last_loss: Tensor | None = None
+        #: The losses of the last step, in the order of the forwards: the estimator's points, then the rule's
+        #: trials.
+        self.last_losses: tuple[Tensor, ...] | Tensor | None = None
+        rule.check_parts(self)
+        super().__init__(params, defaults)
+        self.run_state.place(groups.devices_of(self.param_groups))
+
+    def _begin_alone(self) -> None:
+        """Sets what neither a copy nor a pickle takes along: the surroundings, scratch and graphs."""
+        self.team, self.log, self.passes = Team(), Log(), ThreePass()
+        self.scratch = ScratchPool()
+        self.cache: dict[Any, Any] = {}
+        self.graph_rng: GraphRng | None = None
+        self.carried = False
+
+    @property
+    def op(self) -> str:
+        """The class's name, for error messages.
+
+        A bare step is what replays the log of a :class:`ZerothOrder`, and has its name.
+        """
+        return "ZerothOrder" if type(self) is StepOptimizer else type(self).__name__
+
+    @property
+    def seed(self) -> int:
+        """The seed of the run.  Step t draws z_k with ``derive_seed(seed, t, k)``."""
+        return self.run_state.seed
+
+    @property
+    def step_count(self) -> int:
+        """The number of steps taken, skipped ones included.
+
+        With ``capturable`` reading it waits for the device.
+        """
+        return self.run_state.step
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """The number of steps skipped because a loss was not finite: int64, on the loss's device.
+
+        Reading it warns of new ones.
+        """
+        self._warn_skipped()
+        return self.run_state.skipped
+
+    @property
+    def bytes_sent(self) -> int:
+        """The bytes that this rank gave to collectives in the last step; 0 without a mesh."""
+        return self.team.bytes_sent
+
+    @property
+    def in_two_pass(self) -> bool:
+        """Whether updates add the next step's perturbation (:meth:`two_pass`)."""
+        return self.passes.in_two_pass
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        groups.check_hyperparameters(self.op, group)
+        self.rule.check(self.op, group)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        groups.name_empty_groups(self.param_groups, param_group)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "optimizer contains a parameter group with duplicate", UserWarning)
+            super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+            groups.check_new_group(self.op, self.param_groups)
+            self.home = common_home(self.op, self.param_groups)
+            self.team.changed()
+        except BaseException:
+            self.param_groups.pop()
+            raise
+
+    # One step -----------------------------------------------------------------------------------------------
+
+    # torch's annotations say that a step returns a float, and None without a closure.
+    def step(self, closure: Callable[[], Tensor | float] | None = None) -> Tensor:  # type: ignore[override]
+        """Takes one step.
+
+        ``closure`` runs the forward and returns the scalar loss, a tensor or a number.  It is called once for
+        each of the estimator's points and the rule's trials, without gradients, each time from the same torch
+        RNG state.
+
+        Returns the estimator's loss (the mean, unless it says otherwise) on the losses' device.  Nothing in a
+        step waits for a GPU.  If the closure raises, the weights are back at theta and the step does not
+        count.  A loss that is not finite skips the update.
+        """
+        return self.run_step(closure, LossReader())
+
+    @torch.no_grad()
+    def run_step(
+        self,
+        closure: Callable[[], Any] | None,
+        reader: LossReader,
+        consume: Callable[[Probe, Estimate], object] | None = None,
+    ) -> Tensor:
+        """Takes one step, in which ``reader`` reads the closure's results.
+
+        ``consume(probe, estimate)``: called instead of the update; AsyncExchange publishes the estimate with
+        it.
+        """
+        if not callable(closure):
+            fail(self.op, "closure", "a function that runs the forward and returns the loss", repr(closure), TypeError)
+        buckets = self.plan()
+        devices = list(dict.fromkeys(b.device for b in buckets))
+        capturing = is_capturing(devices)
+        rng = self._rng(buckets, devices, capturing)
+        self.run_state.place(devices)
+        self.team.begin(self, buckets)
+        self.log.begin(self)
+        with self.probed(buckets) as probe:
+            same_rng = map(rng.forward, itertools.count())
+
+            def forward() -> Any:
+                return reader.read(self.op, self.team.loss_of(closure()), devices[0], capturing)
+
+            def losses_at(points: Any, count: int) -> Tensor:
+                results = probe.forwards(points, self.team.share(count), same_rng, forward)
+                return self.team.gather(reader.losses(results) if results else None, count, devices[0])
+
+            estimate = self.estimate(probe.buckets, losses_at)
+            with uninterrupted():
+                (consume or self._finish)(probe, estimate)
+        self.publish(estimate)
+        self.last_loss = self.estimator.loss(estimate.losses)
+        if not self.run_state.capturable and known_on_host(self.run_state.skipped):
+            self._warn_skipped()
+        return self.last_loss
+
+    def _finish(self, probe: Probe, estimate: Estimate) -> None:
+        self.update(probe, estimate)
+        self.log.append(self, probe.buckets, estimate)
+
+    def plan(self) -> list[Bucket]:
+        """The buckets of the next step.  Raises where the groups would make it fail."""
+        buckets = groups.plan(self.op, self.param_groups)
+        for group in self.param_groups:
+            self.rule.check(self.op, group)
+        return buckets if self.subset is None else self.subset.select(self, buckets)
+
+    @contextmanager
+    def probed(self, buckets: list[Bucket]) -> Iterator[Probe]:
+        """The probe of a step, as a context.  The weights leave it unperturbed, or updated."""
+        seeds = self.run_state.seeds(dict.fromkeys(b.device for b in buckets), self.estimator.directions)
+        self.direction.prepare(self, buckets, seeds)
+        with self.home.probe(self, buckets, seeds) as probe:
+            self.carried = any(b.at for b in probe.buckets)
+            self.passes.release()  # from here on the probe restores
+            yield probe
+
+    def own_probe(self, buckets: list[Bucket], seeds: Seeds) -> Probe:
+        """How the closure sees parameters that are in memory."""
+        if (probe := self.passes.probe(self.run_state, buckets, seeds)) is not None:
+            return probe
+        exact = self.restore == "exact"
+        if any_sharded(p for b in buckets for p in b.params):
+            return CopiedShardProbe(buckets, seeds, self.scratch) if exact else MovedShardProbe(buckets, seeds)
+        return self.exact_probe(buckets, seeds) if exact else InplaceProbe(buckets, seeds)
+
+    def exact_probe(self, buckets: list[Bucket], seeds: Seeds) -> ExactProbe:
+        return ExactProbe(self.op, buckets, seeds, self.scratch, self.warned)
+
+    def estimate(self, buckets: list[Bucket], losses_at: LossesAt) -> Estimate:
+        """g of every bucket from the losses at the estimator's points; then the rule's choice of a trial."""
+        points = [[b.point(k, sign) for b in buckets] for k, sign in self.estimator.points()]
+        losses = losses_at(points, len(points))
+        here = [b.group for b in buckets]
+        foreign = self.team.foreign(self, here)
+        scales = [(b.eps, b.group["clip"]) for b in buckets] + [(group["eps"], group["clip"]) for group in foreign]
+        gradients, finite = gate([*here, *foreign], [self._gradient(losses, *scale) for scale in scales])
+        elsewhere = list(zip(foreign, gradients[len(here) :], strict=True))
+        skip, gradients = self.skips(finite), gradients[: len(here)]
+        estimate = Estimate(losses, gradients, finite, skip, tuple(losses), elsewhere=elsewhere)
+        if not self.rule.trials:
+            return estimate
+        points = self.trial_points(buckets, estimate.gradients)
+        trials = losses_at(points, len(points))
+        multiple = self.rule.choose(trials.double()).to(losses.device, torch.float32)
+        return estimate._replace(forwards=(*losses, *trials), multiple=multiple)
+
+    def _gradient(self, losses: Tensor, eps: float, clip: float | None) -> Tensor:
+        return projected_gradient(self.estimator.coefficients(losses.double(), eps), clip)
+
+    def skips(self, finite: Tensor) -> bool:
+        """Whether the host knows that the step has no update."""
+        return not self.run_state.capturable and known_on_host(finite) and not finite
+
+    def trial_points(self, buckets: list[Bucket], gradients: list[Tensor]) -> list[list[Point]]:
+        """For each of the rule's trials, the point of each bucket."""
+        steps = [descent(b.group, g).unbind() for b, g in zip(buckets, gradients, strict=True)]
+        scaled = lambda step, multiple: {k: multiple * c for k, c in enumerate(step)} if multiple else {}
+        return [[scaled(step, multiple) for step in steps] for multiple in self.rule.trials]
+
+    def update(self, probe: Probe, estimate: Estimate) -> None:
+        """Applies the rule, bucket by bucket; in the two-pass form this adds the next step's +eps z, too."""
+        multiple = estimate.multiple
+        probe.restore_before_update(self.rule.folds_restore)
+        self.rule.begin(self, probe, estimate)
+        with self.passes.ahead(probe, self.run_state) as updated:
+            for i, (b, g) in enumerate(zip(probe.buckets, estimate.gradients, strict=True)):
+                if b.at or not estimate.skip:
+                    g = g if multiple is None else multiple * g
+                    self.rule.update(self, b, probe.seeds[b.device], g, estimate.finite)
+                    b.at = {}
+                updated(i)
+            torch.clear_autocast_cache()  # casts of the old weights, where step() runs inside autocast
+            self.run_state.advance(estimate.finite)
+
+    def publish(self, estimate: Estimate) -> None:
+        """Sets ``last_losses`` and ``last_projected_gradient`` from the estimate of a step."""
+        first = self.param_groups[0]
+        g = self._gradient(estimate.losses, first["eps"], first["clip"])
+        g = g if estimate.multiple is None else estimate.multiple * g
+        self.last_losses, self.last_projected_gradient = estimate.forwards, g if len(g) > 1 else g.reshape(())
+
+    def _warn_skipped(self) -> None:
+        if new := self.run_state.new_skips():
+            text = f"{self.op}: {new} step(s) skipped: loss not finite; the weights did not change"
+            warnings.warn(text, stacklevel=3)
+
+    # Two-pass form ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def two_pass(self, *modules: nn.Module) -> Iterator[None]:
+        """Inside, the update also adds the next step's perturbation: two passes a step, not three.
+
+            theta'' = round(decay * theta' + (-lr * g - decay * at * eps) * z_t + eps * z_{t+1}),   at = -1
+
+        There is one rounding a pass, so half-precision weights differ from those of the three-pass form.
+
+        Between steps the weights hold a perturbation, which :meth:`flush` takes out.  Leaving the context
+        flushes, however it is left.  So do this optimizer's ``state_dict``, a forward of any module with
+        managed parameters, and ``state_dict`` and ``load_state_dict`` of ``modules``, which must own all
+        trained parameters.  Whatever else reads weights (a tensor saved or averaged by itself, ``.to()``)
+        must call :meth:`flush` first.  docs/optimizer.md has the list.
+
+        Raises: ValueError without restore="inplace", with ``capturable``, with another estimator than
+        two-sided with one direction, with another rule than SGD, and where ``modules`` lack a trained
+        parameter.
+        """
+        parts = (type(self.rule), type(self.direction), type(self.subset))
+        if self.estimator != TwoSided(1) or parts != (SGD, Direction, type(None)):
+            got = f"{self.estimator} with {', '.join(p.__name__ for p in parts)}"
+            fail(self.op, "two_pass", "the two-sided estimator with one direction and SGD on dense noise", got)
+        check_two_pass(self, modules)
+        with TwoPass(modules) as self.passes:
+            try:
+                yield
+            finally:
+                with uninterrupted():
+                    self.passes.flush()
+                    self.passes = ThreePass()
+
+    def flush(self) -> None:
+        """Takes the perturbation of a :meth:`two_pass` out of the weights; without one it does nothing."""
+        if self.passes.pending:
+            with uninterrupted():
+                self.passes.flush()
+
+    # CUDA graphs --------------------------------------------------------------------------------------------
+
+    def register_graph(self, graph: torch.cuda.CUDAGraph) -> None:
+        """To be called before the capture of a step that draws random numbers on the GPU (dropout).
+
+        It gives ``graph`` copies of each default CUDA generator, one for each forward, so that all forwards
+        see the same numbers at every replay.  Replays do not move the default generator, and reseeding it
+        does not reach them.
+        """
+        check_capturable(self.op, self.run_state)
+        self.graph_rng = self._new_graph_rng(groups.devices_of(self.param_groups))
+        self.graph_rng.register(graph)
+
+    def _new_graph_rng(self, devices: list[torch.device]) -> GraphRng:
+        return GraphRng(self.op, devices, len(self.estimator.points()) + len(self.rule.trials))
+
+    def _rng(self, buckets: list[Bucket], devices: list[torch.device], capturing: bool) -> RngState | GraphRng:
+        """What gives all forwards of a step the same random numbers."""
+        if capturing:
+            return check_capture(self.op, self.run_state, self.graph_rng, buckets, devices)
+        if self.run_state.capturable and self.graph_rng is None:
+            self.graph_rng = self._new_graph_rng(devices)  # a capture cannot make generators
+        return RngState(devices)
+
+    # Checkpoints and copies ---------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state_dict, with a third entry "zo" of plain numbers and lists.
+
+        It holds the contract, the seed, the step, the skipped steps, and what the rule keeps of each group.
+        """
+        self.flush()
+        self.log.flush()
+        state = super().state_dict()
+        self._warn_skipped()
+        return {**state, "zo": own_state(self)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues bit for bit from a :meth:`state_dict`, with its seed, step, hyper-parameters and streams.
+
+        Raises ValueError, before anything changes, where it is of another optimizer, contract or list of
+        parameters.
+        """
+        check_state_dict(self, state_dict)
+        self.flush()
+        held = Held(self)
+        super().load_state_dict(state_dict)
+        held.load(state_dict)
+        self.team.changed()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle, where torch's own keeps only groups and state."""
+        if not self.team.alone:
+            fail(self.op, "mesh", "no copy: processes are not copied", "an optimizer on a mesh", RuntimeError)
+        if self.passes.pending:
+            fail(self.op, "two_pass", "flush() before a copy", "weights that hold a perturbation", RuntimeError)
+        keys = ("estimator", "rule", "direction", "subset", "restore", "run_state", "warned")
+        last = ("last_projected_gradient", "last_loss", "last_losses")
+        return {**super().__getstate__(), **{key: self.__dict__[key] for key in (*keys, *last)}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "team" not in self.__dict__:  # torch calls this from load_state_dict, too
+            self._begin_alone()
+            self.home = MEMORY

@@ -1,0 +1,173 @@
+"""The two-pass form of a step, whose update adds the next step's perturbation.
+
+A step then costs two passes over the weights instead of three.  Between steps the weights hold a
+perturbation, so everything that reads them must take it out first.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from ..checks import fail
+from .groups import label_of
+from .probes.inplace import InplaceProbe
+from .probes.probe import Probe
+from .roles import OptimizerView
+from .state import DeviceState, HostState
+from .types import Bucket, Seeds, terms
+
+
+class ThreePass:
+    """The ordinary form: a step leaves the weights unperturbed, and the next one perturbs them itself."""
+
+    in_two_pass = False
+    #: The probe that has moved the weights to the next step's point; None where they are at theta.
+    pending: InplaceProbe | None = None
+
+    def probe(self, state: HostState | DeviceState, buckets: list[Bucket], seeds: Seeds) -> InplaceProbe | None:
+        """The probe of a step; None where it is the optimizer's own."""
+        return None
+
+    def release(self) -> None:
+        """The step has taken :attr:`pending` over, and restores it."""
+
+    @contextmanager
+    def ahead(self, probe: Probe, state: HostState | DeviceState) -> Iterator[Callable[[int], object]]:
+        """Around the update of a step.
+
+        Yields a function that is called with the number of each updated bucket.
+        """
+        yield lambda bucket: None
+
+    def flush(self) -> None:
+        """The weights back to theta."""
+
+
+class TwoPass(ThreePass):
+    """Between steps the weights may stand at theta + eps z of the next step.
+
+    :meth:`flush` takes the perturbation out again, rounded to nearest, with the seed, eps and dist that it
+    was made with.  While a perturbation is pending, a forward of any module that holds one of its parameters
+    flushes first, and so do ``state_dict`` and ``load_state_dict`` of ``modules``.  A copy or a pickle of
+    these raises.
+    """
+
+    in_two_pass = True
+
+    def __init__(self, modules: tuple[nn.Module, ...]) -> None:
+        self.modules = modules
+        self._handles: list[Any] = []
+        self._forward_hook: Any = None
+
+    def __enter__(self) -> TwoPass:
+        hook = _FlushHook(self)
+        for module in {m: None for root in self.modules for m in root.modules()}:
+            self._handles.append(module.register_state_dict_pre_hook(hook))
+            self._handles.append(module.register_load_state_dict_pre_hook(hook))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def probe(self, state: HostState | DeviceState, buckets: list[Bucket], seeds: Seeds) -> InplaceProbe:
+        """The pending probe, if it is of this seed, this step and just these ``buckets``; else a new one."""
+        key, probe = (state.seed, state.step), self.pending
+        if probe is None or probe.key != key or [b.layout() for b in probe.buckets] != [b.layout() for b in buckets]:
+            self.flush()
+            return InplaceProbe(buckets, seeds, key)
+        for ours, planned in zip(probe.buckets, buckets, strict=True):
+            ours.group = planned.group  # lr and weight decay are those of the step they act in
+        return probe
+
+    def release(self) -> None:
+        self.pending = None
+        if self._forward_hook is not None:
+            self._forward_hook.remove()
+            self._forward_hook = None
+
+    @contextmanager
+    def ahead(self, probe: Probe, state: HostState | DeviceState) -> Iterator[Callable[[int], object]]:
+        """The update of each bucket adds the next step's +eps z, too.
+
+        Afterwards that step's probe is pending.
+        """
+        seeds, key = state.seeds({b.device: None for b in probe.buckets}, 1, ahead=1), (state.seed, state.step + 1)
+        following = InplaceProbe([replace(b, at={}) for b in probe.buckets], seeds, key)
+        for b in probe.buckets:
+            b.ahead = terms(b.point(0, 1), seeds[b.device])
+
+        def updated(bucket: int) -> None:
+            following.buckets[bucket].at = probe.buckets[bucket].point(0, 1)
+
+        try:
+            yield updated
+        except BaseException:
+            following.restore()
+            raise
+        self.pending = following
+        # Only between steps: inside the closure it would be traced into graphs of torch.compile.
+        self._forward_hook = register_module_forward_pre_hook(self._before_forward)
+
+    def flush(self) -> None:
+        if self.pending is not None:
+            self.pending.restore()
+            self.release()
+
+    def _before_forward(self, module: nn.Module, inputs: object) -> None:
+        if self.pending is None:
+            return
+        params = [p for b in self.pending.buckets for p in b.params]
+        if isinstance(module, torch.jit.ScriptModule):  # its parameters are other objects over the same memory
+            held = not {p.data_ptr() for p in params}.isdisjoint(p.data_ptr() for p in module.parameters())
+        else:
+            held = not {id(p) for p in params}.isdisjoint(map(id, module.parameters()))
+        if held:
+            self.flush()
+
+
+class _FlushHook:
+    """The hook of ``state_dict`` and ``load_state_dict``.  A copy of the module copies it with the module."""
+
+    def __init__(self, two_pass: TwoPass | None) -> None:
+        self._two_pass = weakref.ref(two_pass) if two_pass else lambda: None
+
+    def __call__(self, *args: object) -> None:
+        if two_pass := self._two_pass():
+            two_pass.flush()
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        if (two_pass := self._two_pass()) and two_pass.pending:
+            raise RuntimeError(
+                "ZOSGD: two_pass: expected flush() before a model is copied or pickled, got weights that hold the next "
+                "step's perturbation"
+            )
+        return _FlushHook, (None,)
+
+
+def check_two_pass(optimizer: OptimizerView, modules: tuple[nn.Module, ...]) -> None:
+    """Raises where the two-pass form cannot begin.
+
+    Every trained parameter must belong to one of ``modules``, or its state_dict would not flush.
+    """
+    op = optimizer.op
+    if optimizer.restore != "inplace":
+        fail(op, "two_pass", "restore='inplace'", repr(optimizer.restore))
+    if optimizer.run_state.capturable:
+        fail(op, "two_pass", "capturable=False: a graph would replay on weights that hold a perturbation", True)
+    if optimizer.in_two_pass:
+        fail(op, "two_pass", "one at a time", "a second one inside it", RuntimeError)
+    held = {id(p) for m in modules for p in m.parameters()}
+    for at, group in enumerate(optimizer.param_groups):
+        for i, param in enumerate(group["params"]):
+            if param.requires_grad and id(param) not in held:
+                expected = "the modules that own all trained parameters (torch.nn.ParameterList for bare ones)"
+                fail(op, "two_pass", expected, f"none with {label_of(group, i)} of group {at}")

@@ -1,0 +1,106 @@
+"""What the parts of a step hand to each other: points, buckets and estimates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..functional import Dist
+from ..transfer import to_device
+from .noise import DENSE, Members, Noise
+
+#: A parameter group, as ``optimizer.param_groups`` has them.
+Group = dict[str, Any]
+
+#: A point of the weights: {k: c, ...} is theta + sum_k c * z_k, and {} is theta itself.
+#: Each c is a number, or an fp32 tensor of one element.
+Point = dict[int, "float | Tensor"]
+
+#: The seeds of a step, int64 [q], on each device of the parameters.
+Seeds = dict[torch.device, Tensor]
+
+#: Runs the closure at some points and returns the losses; called with the points and their number.
+LossesAt = Callable[[Iterable[Any], int], Tensor]
+
+
+def between(start: Point, end: Point) -> Point:
+    """``end`` - ``start``, without the terms that the host knows to be 0."""
+    way = {k: end.get(k, 0.0) - start.get(k, 0.0) for k in dict.fromkeys((*start, *end))}
+    return {k: c for k, c in way.items() if isinstance(c, Tensor) or c != 0}
+
+
+def terms(point: Point, seeds: Tensor) -> tuple[Tensor, Tensor]:
+    """Seeds (int64 [K]) and coefficients (fp32 [K]) that make ``point`` of theta, on the device of ``seeds``.
+
+    Only slices and fills are used.  An index list or a list of numbers would be copied from the host, and no
+    CUDA graph can capture such a copy.
+    """
+    if not point:
+        return seeds[:0], torch.empty(0, dtype=torch.float32, device=seeds.device)
+    fill = lambda c: torch.full((1,), c, dtype=torch.float32, device=seeds.device)
+    move = lambda c: to_device(c.reshape(1), seeds.device)
+    coeffs = [move(c) if isinstance(c, Tensor) else fill(c) for c in point.values()]
+    if len(coeffs) == 1:
+        (k,) = point
+        return seeds[k : k + 1], coeffs[0]
+    return torch.cat([seeds[k : k + 1] for k in point]), torch.cat(coeffs)
+
+
+@dataclass(eq=False)
+class Bucket:
+    """The trainable parameters of one group that share device and dtype: one kernel call takes them all."""
+
+    group: Group
+    device: torch.device
+    dtype: torch.dtype
+    params: list[Tensor] = field(default_factory=list)
+    streams: list[int] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    #: ``eps`` and ``dist`` are copies of the group's from the beginning of the step.  Whoever moved the
+    #: weights must bring them back by the same values, even if the group has others by then.
+    eps: float = 0.0
+    dist: Dist = "normal"
+    #: Applies the step's noise to the parameters.  The direction sets it.
+    noise: Noise = DENSE
+    #: The point at which the weights themselves are.  It is {} unless a probe moves them in place.
+    at: Point = field(default_factory=dict)
+    #: Seeds and coefficients that the update adds to its own: the next step's perturbation
+    #: (:class:`TwoPass`).
+    ahead: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def members(self) -> Members:
+        return Members(self.params, self.streams, self.dist)
+
+    def point(self, k: int, sign: int) -> Point:
+        """theta + sign * eps * z_k."""
+        return {k: sign * self.eps} if sign else {}
+
+    def way_back(self, g: Tensor) -> Tensor:
+        """The coefficients that lead from :attr:`at` back to theta: float64 [q], on the device of ``g``."""
+        back = torch.zeros_like(g, dtype=torch.float64)
+        for k, c in self.at.items():
+            back[k].sub_(c)
+        return back
+
+    def layout(self) -> tuple[Any, ...]:
+        """Everything that a perturbation depends on, besides its seed."""
+        ids = [id(p) for p in self.params]
+        return self.device, self.dtype, self.eps, self.dist, self.noise, self.streams, ids
+
+
+class Estimate(NamedTuple):
+    """What the forwards of a step gave."""
+
+    losses: Tensor  #: at the estimator's points
+    gradients: list[Tensor]  #: g of each bucket, fp32 [q]; all 0 unless ``finite``
+    finite: Tensor  #: bool, 0-dim: whether every g and every lr * g is finite
+    skip: bool  #: True if the host knows that ``finite`` is false, so that the update need not run
+    forwards: tuple[Tensor, ...] | Tensor = ()  #: the losses of all forwards, the rule's trials included
+    multiple: Tensor | None = None  #: the rule's choice among its trials, a factor of g (fp32, 0-dim)
+    #: Groups whose parameters are on other stages of a pipeline alone, each with its g.
+    elsewhere: Sequence[tuple[Group, Tensor]] = ()
