@@ -11,7 +11,7 @@ CPP    := $(shell find csrc tests zokernels/bench -name '*.cpp' -o -name '*.h' -
 .PHONY: test fuzz demo offload-demo bench docs wheel gpu-check gpu-prebuilt format clean
 .PHONY: lint lint-ruff lint-clang-format lint-typos lint-mypy lint-imports
 
-test: $(VENV)/tested lint
+test: $(VENV)/tested $(VENV)/tritons lint
 	$(BIN)/python -m bench run --op combine --device cpu --tiny
 	$(BIN)/python -m bench offload --device cpu --tiny
 	$(BIN)/python -m bench trajectory --device cpu --tiny
@@ -75,6 +75,15 @@ format: $(VENV)/tested
 
 clean:
 	rm -rf build dist *.egg-info zokernels/lib zokernels/_host*.so $(VENV)
+
+# Other Tritons, each in a folder with nothing else, which the tests put before the environment's packages.
+$(VENV)/tritons: triton-versions.txt $(VENV)/environment
+	rm -rf $(VENV)/triton-*
+	grep -v '^#' triton-versions.txt | while read -r folder packages; do \
+		$(BIN)/python -m pip --disable-pip-version-check -q install --no-deps --target $(VENV)/$$folder $$packages \
+			|| exit 1; \
+	done
+	touch $@
 
 # torch first and pinned: an unpinned torch, also in an isolated build environment, would fetch gigabytes of CUDA packages.
 $(VENV)/environment: constraints.txt
