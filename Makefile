@@ -8,7 +8,7 @@ export TORCH_CUDA_ARCH_LIST ?= 9.0
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CPP    := $(shell find csrc tests zokernels/bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test fuzz demo offload-demo bench docs wheel gpu-check gpu-prebuilt format clean
+.PHONY: test fuzz fuzz-readers demo offload-demo bench docs wheel gpu-check gpu-prebuilt format clean
 .PHONY: lint lint-ruff lint-clang-format lint-typos lint-mypy lint-imports
 
 test: $(VENV)/tested $(VENV)/tritons lint
@@ -21,6 +21,11 @@ test: $(VENV)/tested $(VENV)/tritons lint
 BUDGET ?= 120
 fuzz: $(VENV)/tested
 	$(BIN)/python -m pytest -q --fuzz $(BUDGET) $(ARGS)
+
+# The readers of files from outside, searched by coverage for SECONDS in all.  A failure leaves its input in build/fuzz/.
+SECONDS ?= 60
+fuzz-readers: $(VENV)/fuzzed
+	$(BIN)/python tests/fuzz_readers.py --seconds $(SECONDS)
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -105,4 +110,9 @@ $(VENV)/demo: $(VENV)/built $(DEMO)
 $(VENV)/tested: $(VENV)/demo
 	$(PIP) mkdocs-material "mkdocstrings[python]"
 	$(PIP) pytest pytest-xdist triton ruff clang-format typos mypy import-linter matplotlib scikit-learn accelerate peft trl lightning
+	touch $@
+
+# Apart: atheris has wheels for some Pythons alone.
+$(VENV)/fuzzed: $(VENV)/tested
+	$(PIP) --only-binary :all: atheris
 	touch $@

@@ -185,7 +185,7 @@ class Folder:
 
 def version_of(op: str, file: File) -> int:
     version = file.metadata.get("zokernels_updates", "")
-    if not version.isdecimal():
+    if not (version.isascii() and version.isdecimal() and len(version) <= 20):
         fail(op, str(file.path), "metadata 'zokernels_updates', a number", repr(version))
     return int(version)
 
