@@ -61,6 +61,16 @@ struct TermArgs {
 
 using TensorList = std::vector<torch::stable::Tensor>;
 
+// Tensors of one call lie on one device; the index of the CPU is -1.
+inline void check_device(const char* op, const torch::stable::Tensor& t, const torch::stable::Tensor& first) {
+  STD_TORCH_CHECK(t.get_device_index() == first.get_device_index(), op, ": expected all tensors on one device");
+}
+
+inline void check_device(const char* op, const std::optional<torch::stable::Tensor>& t,
+                         const torch::stable::Tensor& first) {
+  if (t) check_device(op, *t, first);
+}
+
 // Tensors that go with params element by element: of one dtype, params' own or (another == true) a state's.
 inline void check_beside(const char* op, const TensorList& tensors, const TensorList& params, bool another = false) {
   using torch::headeronly::ScalarType;
@@ -72,6 +82,7 @@ inline void check_beside(const char* op, const TensorList& tensors, const Tensor
     STD_TORCH_CHECK(right && dtype == tensors[0].scalar_type() && tensors[i].is_contiguous() &&
                         tensors[i].numel() == params[i].numel(),
                     op, ": expected contiguous tensors like params; not so at ", i);
+    check_device(op, tensors[i], params[0]);
   }
 }
 
@@ -87,6 +98,10 @@ inline void check_terms(const char* op, const TensorList& params, const TermArgs
                   op, ": coeffs: expected one for each seed, or one for each tensor and seed");
   check_dist(op, terms.dist);
   check_beside(op, params, params);
+  if (n > 0) {
+    for (const auto* t : {&terms.seeds, &terms.coeffs}) check_device(op, *t, params[0]);
+    for (const auto* t : {&terms.decay, &terms.rounding_seed, &terms.mask_seed}) check_device(op, *t, params[0]);
+  }
   STD_TORCH_CHECK(terms.widths.size() == terms.lengths.size() && (terms.widths.empty() || terms.widths.size() == n), op,
                   ": widths, lengths: expected one for each of params, or none");
   for (size_t i = 0; i < terms.widths.size(); ++i) {
@@ -100,6 +115,7 @@ inline void check_terms(const char* op, const TensorList& params, const TermArgs
     const int64_t bytes = width > 0 ? numel / width * terms.row_blocks(i) : (terms.offsets[i] % 8 + numel + 7) / 8;
     STD_TORCH_CHECK(terms.masks[i].is_contiguous() && (numel == 0 || terms.masks[i].numel() == bytes), op,
                     ": masks: expected a byte for each block of eight; not so at ", i);
+    check_device(op, terms.masks[i], params[0]);
   }
   if (!terms.curvature.empty()) check_beside(op, terms.curvature, params, true);
 }
@@ -117,6 +133,8 @@ inline void check_project(const torch::stable::Tensor& partial, int64_t columns,
                   "project: tensors, streams, offsets: expected equal lengths");
   check_dist("project", dist);
   if (!tensors.empty()) check_beside("project", tensors, tensors);
+  for (const auto& t : tensors) check_device("project", t, seeds);
+  check_device("project", partial, seeds);
   int64_t tiles = 0;
   for (size_t i = 0; i < tensors.size(); ++i) tiles += sum_tiles(static_cast<uint64_t>(offsets[i]), tensors[i].numel());
   STD_TORCH_CHECK(partial.scalar_type() == torch::headeronly::ScalarType::Double && partial.is_contiguous() &&
@@ -124,14 +142,17 @@ inline void check_project(const torch::stable::Tensor& partial, int64_t columns,
                   "project: partial: expected contiguous float64 [seeds, ", tiles * columns, "]");
 }
 
-inline void check_one_direction(const torch::stable::Tensor& seed, const torch::stable::Tensor& coeff) {
+inline void check_one_direction(const torch::stable::Tensor& seed, const torch::stable::Tensor& coeff,
+                                const torch::stable::Tensor& first) {
   STD_TORCH_CHECK(seed.numel() == 1 && coeff.numel() == 1, "fan_out: seed, coeff: expected one value each");
+  for (const auto* t : {&seed, &coeff}) check_device("fan_out", *t, first);
 }
 
 inline void check_spread(const torch::stable::Tensor& out, const torch::stable::Tensor& x, const TermArgs& terms) {
   STD_TORCH_CHECK(out.is_contiguous() && out.scalar_type() == x.scalar_type() &&
                       out.numel() == terms.seeds.numel() * x.numel(),
                   "spread: out: expected a contiguous tensor like x for each seed");
+  check_device("spread", out, x);
 }
 
 // A wire format by its number (zokernels/wire.py: its place in FORMATS) as a backend's DType.
@@ -156,6 +177,7 @@ inline void check_wires(const char* op, const TensorList& wires, int64_t wire, c
     STD_TORCH_CHECK(wires[i].scalar_type() == torch::headeronly::ScalarType::Byte && wires[i].is_contiguous() &&
                         wires[i].numel() == bytes,
                     op, ": wires: expected contiguous uint8 [", bytes, "]; not so at ", i);
+    check_device(op, wires[i], params[i]);
   }
 }
 
@@ -182,6 +204,7 @@ inline void check_update(const TensorList& first, const TensorList& second, Rule
   if (states > 0) check_beside("update", first, params, true);
   if (states > 1) check_beside("update", second, params, true);
   STD_TORCH_CHECK(hyper.numel() == values, "update: hyper: expected ", values, " values");
+  check_device("update", hyper, params[0]);
   STD_TORCH_CHECK(rule != Rule::hizoo || terms.seeds.numel() == 1, "update: seeds: expected one for hizoo");
 }
 
@@ -196,6 +219,7 @@ inline void check_factors(const TensorList& left, const TensorList& right, const
       right_shape = right_shape && factor->dim() == 3 && factor->is_contiguous() &&
                     factor->scalar_type() == torch::headeronly::ScalarType::Float &&
                     factor->size(0) == terms.seeds.numel() && factor->size(2) == left[i].size(2);
+      check_device("low_rank", *factor, params[i]);
     }
     STD_TORCH_CHECK(right_shape && left[i].size(1) * right[i].size(1) == params[i].numel(),
                     "low_rank: left, right: expected fp32 [K, m, r] and [K, n, r]; not so at ", i);

@@ -30,6 +30,7 @@ import zokernels
 from zokernels import _host
 from zokernels._ops import RULES
 from zokernels.backends import library, registry, select
+from zokernels.backends.cuda.support import Build, Machine, Target
 from zokernels.contract import seed_to_int64
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -64,9 +65,9 @@ def library_on_host(tmp_path_factory):
 def on_host(library_on_host, monkeypatch):
     """The operations on CPU tensors through the CUDA backend.  Gives the number of launches so far."""
     monkeypatch.setattr(library, "load", lambda name: None)
-    monkeypatch.setattr(torch.version, "cuda", "on host")
     monkeypatch.setattr(torch.ops, "zokernels_cuda", torch.ops.zokernels_cuda_on_host)
-    backend = importlib.import_module("zokernels.backends.cuda").load()
+    build = Build(13000, 13000, (Target.parse("90-real"),))
+    backend = importlib.import_module("zokernels.backends.cuda").load(build, Machine("13.0", 13000, ((9, 0),)))
     monkeypatch.setattr(
         zokernels._ops, "select", lambda device: select(device) if registry.forced() == "reference" else backend
     )

@@ -77,7 +77,7 @@ def _combine_(params: list[Tensor], *fields: Any) -> None:
     terms = _check_combine_(params, *fields)
     check_overlap("combine_", {"params": params}, _read(terms))
     if params:
-        select(params[0].device.type).combine(params, params, terms)
+        select(params[0].device).combine(params, params, terms)
         _written(params)
 
 
@@ -93,7 +93,7 @@ def _combine(out: list[Tensor], params: list[Tensor], *fields: Any) -> None:
     terms = _check_combine(out, params, *fields)
     check_overlap("combine", {"out": out}, {"params": params, **_read(terms)})
     if params:
-        select(params[0].device.type).combine(out, params, terms)
+        select(params[0].device).combine(out, params, terms)
         _written(out)
 
 
@@ -131,7 +131,7 @@ def _fan_out_(
     terms = _check_fan_out_(params, plus, minus, seed, coeff, *fields)
     check_overlap("fan_out_", {"params": params, "plus": plus, "minus": minus}, {})
     if params:
-        select(params[0].device.type).fan_out(params, plus, minus, seed, coeff, terms)
+        select(params[0].device).fan_out(params, plus, minus, seed, coeff, terms)
         _written(params if terms.seeds.numel() or terms.decay is not None else [], plus, minus)
 
 
@@ -159,7 +159,7 @@ def _spread(out: Tensor, x: Tensor, seeds: Tensor, coeffs: Tensor, stream: int, 
     terms = _check_spread(out, x, seeds, coeffs, stream, offset, dist)
     check_overlap("spread", {"out": [out]}, {"x": [x]})
     if out.numel():
-        select(x.device.type).spread(out, x, terms)
+        select(x.device).spread(out, x, terms)
         _written([out])
 
 
@@ -208,7 +208,7 @@ def _update_(
     terms = _check_update_(params, first, second, rule, hyper, *fields)
     check_overlap("update_", {"params": params, "first": first, "second": second}, _read(terms))
     if params:
-        select(params[0].device.type).update(params, first, second, rule, hyper, terms)
+        select(params[0].device).update(params, first, second, rule, hyper, terms)
         _written(params, first, second)
 
 
@@ -256,7 +256,7 @@ def _low_rank_(params: list[Tensor], left: list[Tensor], right: list[Tensor], *f
     terms = _check_low_rank("low_rank_", {"params": params}, left, right, *fields)
     check_overlap("low_rank_", {"params": params}, {"left": left, "right": right})
     if params:
-        select(params[0].device.type).low_rank(params, params, left, right, terms)
+        select(params[0].device).low_rank(params, params, left, right, terms)
         _written(params)
 
 
@@ -264,7 +264,7 @@ def _low_rank(out: list[Tensor], params: list[Tensor], left: list[Tensor], right
     terms = _check_low_rank("low_rank", {"params": params, "out": out}, left, right, *fields)
     check_overlap("low_rank", {"out": out}, {"params": params, "left": left, "right": right})
     if params:
-        select(params[0].device.type).low_rank(out, params, left, right, terms)
+        select(params[0].device).low_rank(out, params, left, right, terms)
         _written(out)
 
 
@@ -300,7 +300,7 @@ def _requantize_(params: list[Tensor], low: int, high: int, *fields: Any) -> Non
     terms = _check_requantize("requantize_", {"params": params}, low, high, *fields)
     check_overlap("requantize_", {"params": params}, _read(terms))
     if params:
-        select(params[0].device.type).requantize(params, params, low, high, terms)
+        select(params[0].device).requantize(params, params, low, high, terms)
         _written(params)
 
 
@@ -308,7 +308,7 @@ def _requantize(out: list[Tensor], params: list[Tensor], low: int, high: int, *f
     terms = _check_requantize("requantize", {"params": params, "out": out}, low, high, *fields)
     check_overlap("requantize", {"out": out}, {"params": params, **_read(terms)})
     if params:
-        select(params[0].device.type).requantize(out, params, low, high, terms)
+        select(params[0].device).requantize(out, params, low, high, terms)
         _written(out)
 
 
@@ -354,7 +354,7 @@ def _encode(out: list[Tensor], params: list[Tensor], wire: str, offsets: list[in
     _check_encode(out, params, wire, offsets)
     check_overlap("encode", {"out": out}, {"params": params})
     if params:
-        select(params[0].device.type).encode(out, params, wire, offsets)
+        select(params[0].device).encode(out, params, wire, offsets)
         _written(out)
 
 
@@ -379,7 +379,7 @@ def _decode(out: list[Tensor], wires: list[Tensor], wire: str, *fields: Any) -> 
     terms = _check_decode(out, wires, wire, *fields)
     check_overlap("decode", {"out": out}, {"wires": wires})
     if out:
-        select(out[0].device.type).decode(out, wires, wire, terms)
+        select(out[0].device).decode(out, wires, wire, terms)
         _written(out)
 
 
@@ -420,7 +420,7 @@ def _decode_fan_out(
     terms = _check_decode_fan_out(plus, minus, wires, wire, seed, coeff, *fields)
     check_overlap("decode_fan_out", {"plus": plus, "minus": minus}, {"wires": wires})
     if plus:
-        select(plus[0].device.type).decode_fan_out(plus, minus, wires, wire, seed, coeff, terms)
+        select(plus[0].device).decode_fan_out(plus, minus, wires, wire, seed, coeff, terms)
         _written(plus, minus)
 
 
@@ -455,7 +455,7 @@ def _noise(shape: list[int], seed: Tensor, stream: int, offset: int, dist: str) 
     z = torch.full(tuple(shape), -0.0, dtype=torch.float32, device=seed.device)
     one = torch.ones(1, dtype=torch.float32, device=seed.device)
     terms = Terms(seed.reshape(1), one, [stream], [offset], dist, None, None)
-    select(z.device.type).combine([z], [z], terms)
+    select(z.device).combine([z], [z], terms)
     return z
 
 
@@ -478,7 +478,7 @@ def check_noise_of(op: str, seeds: Tensor, sizes: list[int], streams: list[int],
 
 def _squares(seeds: Tensor, sizes: list[int], streams: list[int], offsets: list[int], dist: str) -> Tensor:
     check_noise_of("squares", seeds, sizes, streams, offsets, dist)
-    return select(seeds.device.type).squares(seeds, sizes, streams, offsets, dist)
+    return select(seeds.device).squares(seeds, sizes, streams, offsets, dist)
 
 
 def _fake_squares(seeds: Tensor, sizes: list[int], streams: list[int], offsets: list[int], dist: str) -> Tensor:
@@ -501,7 +501,7 @@ def _check_project(tensors: list[Tensor], seeds: Tensor, streams: list[int], off
 
 def _project(tensors: list[Tensor], seeds: Tensor, streams: list[int], offsets: list[int], dist: str) -> Tensor:
     _check_project(tensors, seeds, streams, offsets, dist)
-    return select(seeds.device.type).project(tensors, seeds, streams, offsets, dist)
+    return select(seeds.device).project(tensors, seeds, streams, offsets, dist)
 
 
 def _fake_project(tensors: list[Tensor], seeds: Tensor, streams: list[int], offsets: list[int], dist: str) -> Tensor:
@@ -529,7 +529,7 @@ def _derive_seed(run_seed: Tensor, step: Tensor, k: Tensor) -> Tensor:
     _check_derive_seed(run_seed, step, k)
     shape = torch.broadcast_shapes(run_seed.shape, step.shape, k.shape)
     run_seed, step, k = (t.expand(shape).contiguous() for t in (run_seed, step, k))
-    return select(run_seed.device.type).derive_seed(run_seed, step, k)
+    return select(run_seed.device).derive_seed(run_seed, step, k)
 
 
 def _fake_derive_seed(run_seed: Tensor, step: Tensor, k: Tensor) -> Tensor:

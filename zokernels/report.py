@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .backends import BackendUnavailable, registry
+from .backends import BackendUnavailable, library, registry
 from .contract import CONTRACT
 from .version import __version__
 
@@ -32,6 +32,17 @@ def _host() -> dict[str, Any]:
     return {"instruction_sets": host.instruction_sets(), **host.build_info()}
 
 
+def _cuda_library() -> str | None:
+    """What the CUDA library was built for; None where there is none that loads."""
+    from .backends.cuda.support import Build
+
+    try:
+        library.load("cuda")
+        return str(Build.read())
+    except BackendUnavailable:
+        return None
+
+
 def _gpus() -> list[dict[str, Any]]:
     if not torch.cuda.is_available():
         return []
@@ -46,7 +57,12 @@ def _backends() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name in registry.NAMES:
         try:
-            found[name] = {"ready": True, "devices": sorted(registry.get(name).devices)}
+            backend = registry.get(name)
+            found[name] = {"ready": True, "devices": sorted(backend.devices)}
+            if backend.refused:
+                found[name]["refused"] = {str(device): why for device, why in backend.refused.items()}
+            if backend.note:
+                found[name]["note"] = backend.note
         except BackendUnavailable as error:
             found[name] = {"ready": False, "why": str(error).removeprefix(f"backend {name!r} ")}
     return found
@@ -65,7 +81,8 @@ def _installed() -> dict[str, str]:
 
 def facts() -> dict[str, Any]:
     """Everything, as plain values: what ``zokernels info --json`` prints."""
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    gpus = _gpus()
+    devices = ["cpu", *(f"cuda:{i}" for i in range(len(gpus)))]
     return {
         "zokernels": __version__,
         "contract": CONTRACT,
@@ -76,8 +93,9 @@ def facts() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
         "packages": _installed(),
-        "gpus": _gpus(),
+        "gpus": gpus,
         "host": _host(),
+        "cuda_library": _cuda_library(),
         "backends": _backends(),
         "chosen": {device: registry.select(device).name for device in devices},
         "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
@@ -100,13 +118,13 @@ def text(found: dict[str, Any]) -> str:
     if "missing" in host:
         rows.append(("host module", f"not built ({host['missing']})"))
     else:
-        cuda = f"{host['cuda_compiler']} for {host['cuda_architectures']}" if "cuda_compiler" in host else "not built"
         rows.append(("host module", f"{host['compiler']}, {host['build_type']}"))
         rows.append(("instruction sets", ", ".join(host["instruction_sets"])))
-        rows.append(("CUDA library", cuda))
+    rows.append(("CUDA library", found["cuda_library"] or "not built"))
     for name, backend in found["backends"].items():
         ready = f"ready for {' and '.join(backend['devices'])} tensors" if backend["ready"] else backend["why"]
-        rows.append((f"backend {name}", ready))
+        rows.append((f"backend {name}", f"{ready} ({backend['note']})" if "note" in backend else ready))
+        rows += [(f"backend {name}", f"not for {device}: {why}") for device, why in backend.get("refused", {}).items()]
     rows += [(f"chosen for {device}", name) for device, name in found["chosen"].items()]
     rows += found["environment"].items()
     width = max(len(name) for name, _ in rows)

@@ -14,7 +14,7 @@ void fan_out_cpu(TensorList params, TensorList plus, TensorList minus, Tensor se
   check_one_piece("fan_out", args);
   check_params("fan_out", plus, params, args);
   check_beside("fan_out", minus, params);
-  check_one_direction(seed, coeff);
+  check_one_direction(seed, coeff, params[0]);
   Call call(args, params);
   call.keys.push_back(key_of(seed));
   call.coeffs.push_back(canonical_nan(data<float>(coeff)[0]));

@@ -186,7 +186,7 @@ void decode_fan_out_cpu(TensorList plus, TensorList minus, TensorList wires, int
   check_one_piece("decode_fan_out", args);
   check_params("decode_fan_out", minus, plus, args);
   check_wires("decode_fan_out", wires, wire, plus, offsets);
-  check_one_direction(seed, coeff);
+  check_one_direction(seed, coeff, plus[0]);
   Call call(args, plus);
   call.keys.push_back(key_of(seed));
   call.coeffs.push_back(canonical_nan(data<float>(coeff)[0]));

@@ -49,12 +49,16 @@ const T* pointer(const std::optional<Tensor>& t) {
   return t ? pointer<T>(*t) : nullptr;
 }
 
-void* current_stream(const Tensor& t) {
-  STD_TORCH_CHECK(&aoti_torch_get_current_cuda_stream != nullptr, "zokernels_cuda: this torch has no CUDA");
+// Makes the device of a tensor the current one, and has its current stream: what a launch needs, so that none can have
+// the stream without the device.
+struct OnDevice {
+  explicit OnDevice(const Tensor& t) : guard(t.get_device_index()) {
+    STD_TORCH_CHECK(&aoti_torch_get_current_cuda_stream != nullptr, "zokernels_cuda: this torch has no CUDA");
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  }
+  torch::stable::accelerator::DeviceGuard guard;
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return stream;
-}
+};
 
 void check_launch(const char* op, int error) {
   STD_TORCH_CHECK(error == 0, "zokernels_cuda::", op, ": launch failed: ", error_string(error));
@@ -69,8 +73,7 @@ Packed<Entry> packed(const Entry& entry, const TermArgs& terms, size_t i, int64_
 // Plain combine where plus and minus are empty, else fan_out.
 void run_plain(const char* op, CombineLaunch shared, const TensorList& out, const TensorList& params,
                const TensorList& plus, const TensorList& minus, const TermArgs& terms) {
-  torch::stable::accelerator::DeviceGuard guard(params[0].get_device_index());
-  void* stream = current_stream(params[0]);
+  const OnDevice on(params[0]);
   const DType dtype = dtype_of(op, params[0]);
   shared.seeds = pointer<int64_t>(terms.seeds);
   shared.coeffs = pointer<float>(terms.coeffs);
@@ -91,7 +94,7 @@ void run_plain(const char* op, CombineLaunch shared, const TensorList& out, cons
     tensors.push_back(packed(entry, terms, i, chunks_of(entry.offset, entry.numel, terms.domain())));
   }
   pack_launches(shared, tensors, [&](const CombineLaunch& launch, uint32_t chunks) {
-    check_launch(op, launch_combine(launch, chunks, dtype, terms.domain(), stream));
+    check_launch(op, launch_combine(launch, chunks, dtype, terms.domain(), on.stream));
   });
 }
 
@@ -121,8 +124,7 @@ int launch_entries(const RowsLaunch& p, uint32_t chunks, DType dtype, Domain dis
 template <class Launch>
 void run_entries(const char* op, Launch shared, const TensorList& out, const TensorList& params,
                  const std::vector<const TensorList*>& states, DType dtype, Action action, const TermArgs& terms) {
-  torch::stable::accelerator::DeviceGuard guard(params[0].get_device_index());
-  void* stream = current_stream(params[0]);
+  const OnDevice on(params[0]);
   shared.seeds = pointer<int64_t>(terms.seeds);
   shared.decay = pointer<float>(terms.decay);
   shared.rounding_seed = pointer<int64_t>(terms.rounding_seed);
@@ -148,7 +150,7 @@ void run_entries(const char* op, Launch shared, const TensorList& out, const Ten
     tensors.push_back(packed(entry, terms, i, chunks));
   }
   pack_launches(shared, tensors, [&](const Launch& launch, uint32_t chunks) {
-    check_launch(op, launch_entries(launch, chunks, dtype, terms.domain(), action, stream));
+    check_launch(op, launch_entries(launch, chunks, dtype, terms.domain(), action, on.stream));
   });
 }
 
@@ -185,7 +187,7 @@ void fan_out_cuda(TensorList params, TensorList plus, TensorList minus, Tensor s
   check_terms("fan_out", params, terms);
   check_beside("fan_out", plus, params);
   check_beside("fan_out", minus, params);
-  check_one_direction(seed, coeff);
+  check_one_direction(seed, coeff, params[0]);
   CombineLaunch shared{};
   shared.probe_seed = pointer<int64_t>(seed);
   shared.probe_coeff = pointer<float>(coeff);
@@ -200,7 +202,7 @@ void spread_cuda(Tensor out, Tensor x, ZK_TERMS_PARAMS) {
   const int64_t chunks = chunks_of(static_cast<uint64_t>(offsets[0]), x.numel(), terms.domain());
   if (out.numel() == 0) return;
   STD_TORCH_CHECK(chunks <= kMaxChunks, "spread: x: expected fewer elements, got ", x.numel());
-  torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const OnDevice on(x);
   SpreadLaunch p{};
   p.seeds = pointer<int64_t>(seeds);
   p.coeffs = pointer<float>(coeffs);
@@ -210,8 +212,8 @@ void spread_cuda(Tensor out, Tensor x, ZK_TERMS_PARAMS) {
   p.offset = static_cast<uint64_t>(offsets[0]);
   p.stream = Stream(static_cast<uint64_t>(streams[0]));
   p.count = static_cast<int32_t>(seeds.numel());
-  check_launch("spread", launch_spread(p, static_cast<uint32_t>(chunks), dtype_of("spread", x), terms.domain(),
-                                       current_stream(x)));
+  check_launch("spread",
+               launch_spread(p, static_cast<uint32_t>(chunks), dtype_of("spread", x), terms.domain(), on.stream));
 }
 
 void update_cuda(TensorList params, TensorList first, TensorList second, std::string rule, Tensor hyper,
@@ -247,8 +249,7 @@ void low_rank_cuda(TensorList out, TensorList params, TensorList left, TensorLis
   check_terms("low_rank", params, terms);
   check_beside("low_rank", out, params);
   check_factors(left, right, params, terms);
-  torch::stable::accelerator::DeviceGuard guard(params[0].get_device_index());
-  void* stream = current_stream(params[0]);
+  const OnDevice on(params[0]);
   const DType dtype = dtype_of("low_rank", params[0]);
   LowRankLaunch shared{};
   shared.decay = pointer<float>(decay);
@@ -272,7 +273,7 @@ void low_rank_cuda(TensorList out, TensorList params, TensorList left, TensorLis
     tensors.push_back(packed(entry, terms, i, low_rank_chunks(entry)));
   }
   pack_launches(shared, tensors, [&](const LowRankLaunch& launch, uint32_t chunks) {
-    check_launch("low_rank", launch_low_rank(launch, chunks, dtype, stream));
+    check_launch("low_rank", launch_low_rank(launch, chunks, dtype, on.stream));
   });
 }
 
@@ -282,8 +283,7 @@ void run_decode(const char* op, DecodeLaunch shared, const TensorList& out, cons
   check_one_piece(op, terms);
   check_terms(op, out, terms);
   check_wires(op, wires, wire, out, terms.offsets);
-  torch::stable::accelerator::DeviceGuard guard(out[0].get_device_index());
-  void* stream = current_stream(out[0]);
+  const OnDevice on(out[0]);
   const DType dtype = dtype_of(op, out[0]);
   shared.seeds = pointer<int64_t>(terms.seeds);
   shared.coeffs = pointer<float>(terms.coeffs);
@@ -304,7 +304,7 @@ void run_decode(const char* op, DecodeLaunch shared, const TensorList& out, cons
     tensors.push_back(packed(entry, terms, i, chunks_of(entry.offset, entry.numel, terms.domain())));
   }
   pack_launches(shared, tensors, [&](const DecodeLaunch& launch, uint32_t chunks) {
-    check_launch(op, launch_decode(launch, chunks, dtype, wire_of<DType>(wire), terms.domain(), stream));
+    check_launch(op, launch_decode(launch, chunks, dtype, wire_of<DType>(wire), terms.domain(), on.stream));
   });
 }
 
@@ -318,7 +318,7 @@ void decode_fan_out_cuda(TensorList plus, TensorList minus, TensorList wires, in
   const TermArgs terms = ZK_TERMS;
   if (plus.empty()) return;
   check_beside("decode_fan_out", minus, plus);
-  check_one_direction(seed, coeff);
+  check_one_direction(seed, coeff, plus[0]);
   DecodeLaunch shared{};
   shared.probe_seed = pointer<int64_t>(seed);
   shared.probe_coeff = pointer<float>(coeff);
@@ -329,8 +329,7 @@ void encode_cuda(TensorList out, TensorList params, int64_t wire, std::vector<in
   if (params.empty()) return;
   check_beside("encode", params, params);
   check_wires("encode", out, wire, params, offsets);
-  torch::stable::accelerator::DeviceGuard guard(params[0].get_device_index());
-  void* stream = current_stream(params[0]);
+  const OnDevice on(params[0]);
   const DType dtype = dtype_of("encode", params[0]);
   std::vector<Packed<EncodeEntry>> tensors;
   for (size_t i = 0; i < params.size(); ++i) {
@@ -339,7 +338,7 @@ void encode_cuda(TensorList out, TensorList params, int64_t wire, std::vector<in
     tensors.push_back({entry, Stream(0), encode_chunks(entry.offset, entry.numel)});
   }
   pack_launches(EncodeLaunch{}, tensors, [&](const EncodeLaunch& launch, uint32_t chunks) {
-    check_launch("encode", launch_encode(launch, chunks, dtype, wire_of<DType>(wire), stream));
+    check_launch("encode", launch_encode(launch, chunks, dtype, wire_of<DType>(wire), on.stream));
   });
 }
 
@@ -351,8 +350,8 @@ void squares_cuda(Tensor partial, Tensor seeds, std::vector<int64_t> sizes, std:
   STD_TORCH_CHECK(partial.is_contiguous() && partial.dim() == 2 && partial.size(0) == seeds.numel() &&
                       partial.size(1) > 0,
                   "squares: partial: expected a contiguous tensor with a row for each seed");
-  torch::stable::accelerator::DeviceGuard guard(seeds.get_device_index());
-  void* stream = current_stream(seeds);
+  check_device("squares", partial, seeds);
+  const OnDevice on(seeds);
   SquaresLaunch shared{};
   shared.seeds = pointer<int64_t>(seeds);
   shared.partial = static_cast<unsigned long long*>(partial.mutable_data_ptr());
@@ -366,7 +365,7 @@ void squares_cuda(Tensor partial, Tensor seeds, std::vector<int64_t> sizes, std:
                        chunks_of(entry.offset, entry.numel, kNormal)});
   }
   pack_launches(shared, tensors, [&](const SquaresLaunch& launch, uint32_t chunks) {
-    check_launch("squares", launch_squares(launch, chunks, stream));
+    check_launch("squares", launch_squares(launch, chunks, on.stream));
   });
 }
 
@@ -374,8 +373,7 @@ void project_cuda(Tensor partial, TensorList tensors, Tensor seeds, std::vector<
                   std::vector<int64_t> offsets, int64_t dist) {
   check_project(partial, kSumThreads, tensors, seeds, streams, offsets, dist);
   if (partial.numel() == 0) return;
-  torch::stable::accelerator::DeviceGuard guard(seeds.get_device_index());
-  void* stream = current_stream(seeds);
+  const OnDevice on(seeds);
   const DType dtype = dtype_of("project", tensors[0]);
   ProjectLaunch shared{};
   shared.seeds = pointer<int64_t>(seeds);
@@ -394,17 +392,19 @@ void project_cuda(Tensor partial, TensorList tensors, Tensor seeds, std::vector<
   pack_launches(shared, entries, [&](const ProjectLaunch& launch, uint32_t chunks) {
     STD_TORCH_CHECK(int64_t{chunks} * launch.groups <= kMaxChunks,
                     "project: tensors, seeds: expected fewer elements at a time");
-    check_launch("project", launch_project(launch, chunks * launch.groups, dtype, static_cast<Domain>(dist), stream));
+    check_launch("project",
+                 launch_project(launch, chunks * launch.groups, dtype, static_cast<Domain>(dist), on.stream));
   });
 }
 
 Tensor derive_seed_cuda(Tensor run_seed, Tensor step, Tensor k) {
+  for (const auto* t : {&step, &k}) check_device("derive_seed", *t, run_seed);
   Tensor seeds = torch::stable::empty_like(run_seed);
   if (run_seed.numel() == 0) return seeds;
-  torch::stable::accelerator::DeviceGuard guard(run_seed.get_device_index());
-  check_launch("derive_seed", launch_derive_seed(pointer<int64_t>(run_seed), pointer<int64_t>(step),
-                                                 pointer<int64_t>(k), static_cast<int64_t*>(seeds.mutable_data_ptr()),
-                                                 run_seed.numel(), current_stream(run_seed)));
+  const OnDevice on(run_seed);
+  check_launch("derive_seed",
+               launch_derive_seed(pointer<int64_t>(run_seed), pointer<int64_t>(step), pointer<int64_t>(k),
+                                  static_cast<int64_t*>(seeds.mutable_data_ptr()), run_seed.numel(), on.stream));
   return seeds;
 }
 

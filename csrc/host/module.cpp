@@ -59,10 +59,6 @@ std::map<std::string, std::string> build_info() {
 #if !defined(__clang__)
   info["compiler"].insert(0, "gcc ");
 #endif
-  info["cuda_architectures"] = ZK_CUDA_ARCHS;
-#if defined(ZK_CUDA_VERSION)
-  info["cuda_compiler"] = "nvcc " ZK_CUDA_VERSION;
-#endif
   return info;
 }
 

@@ -17,7 +17,7 @@ struct Index {
   uint32_t x;
 };
 thread_local Index blockIdx, threadIdx;
-int64_t launches = 0;
+int64_t launches = 0, guards = 0;
 
 }  // namespace
 
@@ -27,6 +27,7 @@ template <class... Parameters>
 int launch(void (*kernel)(Parameters...), uint32_t blocks, void*,
            const std::type_identity_t<Parameters>&... arguments) {
   ++launches;
+  if (guards != 1) return 1;  // outside of a DeviceGuard: on whichever device is current
   for (uint32_t b = 0; b < blocks; ++b) {
     for (uint32_t t = 0; t < 256; ++t) {
       blockIdx.x = b;
@@ -37,7 +38,7 @@ int launch(void (*kernel)(Parameters...), uint32_t blocks, void*,
   return 0;
 }
 
-inline const char* launch_error(int) { return ""; }
+inline const char* launch_error(int) { return "expected a device guard around the launch"; }
 
 }  // namespace zk::cuda
 
@@ -53,7 +54,9 @@ inline const char* launch_error(int) { return ""; }
 // The torch-facing file, for another dispatch key, in a namespace of its own and without a device.
 namespace torch::stable::host {
 struct DeviceGuard {
-  explicit DeviceGuard(int32_t) {}
+  explicit DeviceGuard(int32_t) { ++guards; }
+  ~DeviceGuard() { --guards; }
+  DeviceGuard(const DeviceGuard&) = delete;
 };
 }  // namespace torch::stable::host
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NoReturn
 
+import torch
 from torch import Tensor
 
 from .terms import Terms
@@ -59,6 +60,10 @@ class Backend:
     decode: Callable[[list[Tensor], list[Tensor], str, Terms], None]
     #: (plus, minus, wire buffers, wire, seed, coeff, plain terms)
     decode_fan_out: Callable[[list[Tensor], list[Tensor], list[Tensor], str, Tensor, Tensor, Terms], None]
+    #: Devices of those types that it cannot run on, each with the reason: the rest of a sentence about the backend.
+    refused: Mapping[torch.device, str] = field(default_factory=dict)
+    #: What a user should know of it besides; empty where all is ordinary.
+    note: str = ""
 
 
 _forced: ContextVar[str | None] = ContextVar("zokernels_backend", default=None)
@@ -98,22 +103,25 @@ def forced() -> str | None:
     return None if name == "auto" else name
 
 
-def select(device_type: str) -> Backend:
-    """The backend for tensors on ``device_type``: the forced one, else the first of ``PREFERENCE`` that loads."""
+def select(device: torch.device | str) -> Backend:
+    """The backend for tensors on ``device``: the forced one, else the first of ``PREFERENCE`` that runs there."""
+    device = torch.device(device) if isinstance(device, str) else device
     name = forced()
     if name is not None:
         chosen = get(name)
-        if device_type not in chosen.devices:
+        if device.type not in chosen.devices:
             raise BackendUnavailable(
-                f"backend {name!r}: expected tensors on {' or '.join(sorted(chosen.devices))}, got {device_type}"
+                f"backend {name!r}: expected tensors on {' or '.join(sorted(chosen.devices))}, got {device.type}"
                 + ("; set TRITON_INTERPRET=1 before Python starts to run Triton on CPU" if name == "triton" else "")
             )
+        if device in chosen.refused:
+            raise BackendUnavailable(f"backend {name!r} {chosen.refused[device]}")
         return chosen
-    for name in PREFERENCE.get(device_type, ("reference",)):
+    for name in PREFERENCE.get(device.type, ("reference",)):
         loaded = _load(name)
-        if isinstance(loaded, Backend) and device_type in loaded.devices:
+        if isinstance(loaded, Backend) and device.type in loaded.devices and device not in loaded.refused:
             return loaded
-    raise BackendUnavailable(f"no backend for device type {device_type!r}: expected cpu or cuda")
+    raise BackendUnavailable(f"no backend for device type {device.type!r}: expected cpu or cuda")
 
 
 @contextmanager
