@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..registry import Backend, BackendUnavailable
+from ..registry import Backend, BackendUnavailable, kernels_of
 
 
 def load() -> Backend:
@@ -17,30 +17,6 @@ def load() -> Backend:
             "triton: expected an NVIDIA build of torch, got ROCm, and the kernels hold PTX; "
             "ZOKERNELS_BACKEND=reference runs"
         )
-    from .combine import combine, requantize
     from .device import DEVICES
-    from .fan_out import fan_out
-    from .low_rank import low_rank
-    from .project import project
-    from .seeds import derive_seed
-    from .spread import spread
-    from .squares import squares
-    from .update import update
-    from .wire import decode, decode_fan_out, encode
 
-    return Backend(
-        "triton",
-        DEVICES,
-        derive_seed=derive_seed,
-        combine=combine,
-        requantize=requantize,
-        fan_out=fan_out,
-        update=update,
-        low_rank=low_rank,
-        spread=spread,
-        squares=squares,
-        project=project,
-        encode=encode,
-        decode=decode,
-        decode_fan_out=decode_fan_out,
-    )
+    return Backend("triton", DEVICES, kernels_of(__name__).get)
