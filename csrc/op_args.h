@@ -1,4 +1,5 @@
-// What the two tensor libraries share: the schemas of their entries, and the checks that keep a direct call in bounds.
+// What the entries of the two tensor libraries share: the terms of an operation as arguments, and the checks that keep a
+// direct call in bounds.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -29,31 +30,6 @@
     seeds, coeffs, streams, offsets, dist, decay, rounding_seed, masks, mask_seed, mask_keep, curvature, widths, \
         lengths                                                                                                  \
   }
-
-// `extra`: further arguments of the backend, from the comma on.
-#define ZK_COMBINE_SCHEMA(extra) "combine(Tensor(a!)[] out, Tensor[] params, " ZK_TERMS_SCHEMA extra ") -> ()"
-#define ZK_FAN_OUT_SCHEMA(extra)                                                                                          \
-  "fan_out(Tensor(a!)[] params, Tensor(b!)[] plus, Tensor(c!)[] minus, Tensor seed, Tensor coeff, " ZK_TERMS_SCHEMA extra \
-  ") -> ()"
-#define ZK_SPREAD_SCHEMA(extra) "spread(Tensor(a!) out, Tensor x, " ZK_TERMS_SCHEMA extra ") -> ()"
-#define ZK_UPDATE_SCHEMA(extra)                                                                                         \
-  "update(Tensor(a!)[] params, Tensor(b!)[] first, Tensor(c!)[] second, str rule, Tensor hyper, " ZK_TERMS_SCHEMA extra \
-  ") -> ()"
-#define ZK_LOW_RANK_SCHEMA(extra) \
-  "low_rank(Tensor(a!)[] out, Tensor[] params, Tensor[] left, Tensor[] right, " ZK_TERMS_SCHEMA extra ") -> ()"
-#define ZK_REQUANTIZE_SCHEMA(extra) \
-  "requantize(Tensor(a!)[] out, Tensor[] params, int low, int high, " ZK_TERMS_SCHEMA extra ") -> ()"
-#define ZK_SQUARES_SCHEMA(extra) \
-  "squares(Tensor seeds, int[] sizes, int[] streams, int[] offsets, int dist" extra ") -> Tensor"
-// Not the sums themselves but parts of them, in the order in which zokernels/backends/sums.py adds them.
-#define ZK_PROJECT_SCHEMA(extra) \
-  "project(Tensor(a!) partial, Tensor[] tensors, Tensor seeds, int[] streams, int[] offsets, int dist" extra ") -> ()"
-#define ZK_ENCODE_SCHEMA(extra) "encode(Tensor(a!)[] out, Tensor[] params, int wire, int[] offsets" extra ") -> ()"
-#define ZK_DECODE_SCHEMA(extra) "decode(Tensor(a!)[] out, Tensor[] wires, int wire, " ZK_TERMS_SCHEMA extra ") -> ()"
-#define ZK_DECODE_FAN_OUT_SCHEMA(extra)                                                                                               \
-  "decode_fan_out(Tensor(a!)[] plus, Tensor(b!)[] minus, Tensor[] wires, int wire, Tensor seed, Tensor coeff, " ZK_TERMS_SCHEMA extra \
-  ") -> ()"
-#define ZK_DERIVE_SEED_SCHEMA "derive_seed(Tensor run_seed, Tensor step, Tensor k) -> Tensor"
 
 namespace zk {
 
@@ -179,7 +155,7 @@ inline void check_spread(const torch::stable::Tensor& out, const torch::stable::
   check_device("spread", out, x);
 }
 
-// A wire format by its number (zokernels/backends/cpu/wire.py) as a backend's DType.
+// A wire format by its number (zokernels/wire.py: its place in FORMATS) as a backend's DType.
 template <class DType>
 DType wire_of(int64_t wire) {
   STD_TORCH_CHECK(0 <= wire && wire < 4, "wire: expected a number below 4, got ", wire);

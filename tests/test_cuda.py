@@ -28,10 +28,11 @@ from helpers import DISTS, DTYPES, add_extras, check_backend, random_call
 
 import zokernels
 from zokernels import _host
-from zokernels._ops import RULES
 from zokernels.backends import library, registry, select
 from zokernels.backends.cuda.support import Build, Machine, Target
 from zokernels.contract import seed_to_int64
+from zokernels.ops import define
+from zokernels.ops.update import RULES
 
 ROOT = pathlib.Path(__file__).parent.parent
 needs_library = pytest.mark.skipif(
@@ -47,11 +48,14 @@ def library_on_host(tmp_path_factory):
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    target = tmp_path_factory.mktemp("cuda_on_host") / "libcuda_on_host.so"
+    folder = tmp_path_factory.mktemp("cuda_on_host")
+    target = folder / "libcuda_on_host.so"
+    sources = sorted(path.relative_to(ROOT) for path in (ROOT / "csrc/cuda").glob("*.cu"))
+    (folder / "all.h").write_text("".join(f'#include "{source}"\n' for source in sources))
     torch_folder = pathlib.Path(torch.__file__).parent
     flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"]
     flags += ["-Wall", "-Wextra", "-Werror", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
-    flags += ["-I", str(ROOT), "-isystem", str(torch_folder / "include")]
+    flags += ["-I", str(ROOT), "-I", str(folder), "-isystem", str(torch_folder / "include")]
     if "avx2" in _host.instruction_sets():
         flags.append("-mfma")
     libraries = ["-L", str(torch_folder / "lib"), "-ltorch", "-ltorch_cpu"]
@@ -69,7 +73,7 @@ def on_host(library_on_host, monkeypatch):
     build = Build(13000, 13000, (Target.parse("90-real"),))
     backend = importlib.import_module("zokernels.backends.cuda").load(build, Machine("13.0", 13000, ((9, 0),)))
     monkeypatch.setattr(
-        zokernels._ops, "select", lambda device: select(device) if registry.forced() == "reference" else backend
+        define, "select", lambda device: select(device) if registry.forced() == "reference" else backend
     )
     return library_on_host.launches_on_host
 

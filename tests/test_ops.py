@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import zokernels
-from zokernels._ops import RULES
 from zokernels.backends.terms import mask_bytes
+from zokernels.ops.update import RULES
 
 ops = torch.ops.zokernels
 

@@ -8,8 +8,8 @@ from helpers import DISTS, DTYPES, SENTINELS, STATE_DTYPES, assert_same_bits, ch
 from test_update import random_hyper
 
 import zokernels
-from zokernels._ops import RULES
 from zokernels.contract import seed_to_int64
+from zokernels.ops.update import RULES
 
 
 def random_rows(rng, rule=None, *, aligned=None, **fixed):

@@ -17,9 +17,9 @@ from helpers import (
 )
 
 import zokernels
-from zokernels._ops import RULES
 from zokernels.backends.reference.noise import uniform16
 from zokernels.backends.reference.rounding import round_stochastic
+from zokernels.ops.update import RULES
 
 
 def run(buffers, parts, first, second, rule, hyper, **kwargs):

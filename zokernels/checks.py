@@ -236,3 +236,12 @@ def check_overlap(op: str, written: Mapping[str, Sequence[Tensor]], read: Mappin
             furthest = span
         if writes and end > furthest_written[1]:
             furthest_written = span
+
+
+def check_noise_of(op: str, seeds: Tensor, sizes: list[int], streams: list[int], offsets: list[int], dist: str) -> None:
+    """Arguments of what is computed of noise alone."""
+    check_dist(op, dist)
+    check_scalars(op, "seeds", seeds, torch.int64, seeds.device)
+    if any(n < 0 for n in sizes):
+        fail(op, "sizes", "integers >= 0", sizes)
+    check_places(op, sizes, streams, offsets, "sizes")

@@ -13,11 +13,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ._ops import check_noise_of
-from ._ops import spread as _spread
-from .checks import fail
+from .checks import check_noise_of, fail
 from .contract import seed_to_int64, streams_of
-from .functional import Dist, _device_values, _places, combine_, project
+from .functional import Dist, combine_, project, spread
+from .ops.arguments import device_values, places
 
 #: z in units of 2^-17.  |z| <= 6.556, so the products of 8192 elements sum up to less than 2^53: exact in float64.
 _SCALE, _CHUNK = 2.0**17, 8192
@@ -57,8 +56,8 @@ def gram(
     """
     if not isinstance(seeds, Tensor):
         target = torch.get_default_device() if device is None else torch.device(device)
-        seeds = _device_values("gram", "seeds", seeds, torch.int64, target)
-    stream_list, offset_list = _places(streams, offsets, len(sizes))
+        seeds = device_values("gram", "seeds", seeds, torch.int64, target)
+    stream_list, offset_list = places(streams, offsets, len(sizes))
     check_noise_of("gram", seeds, list(sizes), stream_list, offset_list, dist)
     count = seeds.numel()
     total = torch.zeros((2, count, count), dtype=torch.int64, device=seeds.device)
@@ -69,7 +68,7 @@ def gram(
         for at in range(0, size if count else 0, width):
             n = min(width, size - at)
             z = torch.empty((count, n), device=seeds.device)
-            _spread(z, zeros[:n], seeds, ones, stream, offset + at, dist)
+            spread(z, zeros[:n], seeds, ones, stream=stream, offset=offset + at, dist=dist)
             _add_products(total, z, dist)
     high, low = total.double().unbind()
     return low if dist == "rademacher" else high * (2.0**20 / _SCALE**2) + low / _SCALE**2

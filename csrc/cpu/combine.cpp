@@ -1,3 +1,8 @@
+#include "combine.h"
+
+#if defined(ZK_ISA)
+// --- the kernel, compiled once for each instruction set -----------------------------------------------------
+
 #include "combine_kernel.h"
 
 namespace zk::cpu {
@@ -59,3 +64,28 @@ void ZK_ISA::combine(const Combine& op, const Span& span, void* scratch) {
 }
 
 }  // namespace zk::cpu
+
+#else
+// --- the entry, compiled once ------------------------------------------------------------------------------
+
+#include "op.h"
+
+namespace zk::cpu {
+namespace {
+
+void combine_cpu(TensorList out, TensorList params, ZK_TERMS_PARAMS, std::string isa) {
+  if (params.empty()) return;
+  const TermArgs args = ZK_TERMS;
+  check_params("combine", out, params, args);
+  Call call(args, params);
+  call.add_spans(params, [&](Span& span, size_t i) { span.out = out[i].mutable_data_ptr(); });
+  call.run(Combine{{call.terms}, Form::one, 0.0f, 0.0f, false, {}}, ZK_KERNEL_OF(combine, isa));
+}
+
+}  // namespace
+
+ZK_REGISTER(combine, "combine(Tensor(a!)[] out, Tensor[] params, " ZK_TERMS_SCHEMA ", str isa) -> ()")
+
+}  // namespace zk::cpu
+
+#endif

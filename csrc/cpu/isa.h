@@ -1,8 +1,9 @@
-// Instruction sets: which this machine has, and its kernels.
+// Instruction sets: which this machine has, and the choice among the kernels compiled for them.
 #pragma once
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -27,18 +28,30 @@ inline bool has_avx512() {
 
 inline std::string best_isa() { return has_avx512() ? "avx512" : has_avx2() ? "avx2" : "portable"; }
 
-inline const Kernels& kernels_of(const std::string& name) {
+// One of a kernel's three compilations; null where this build lacks an instruction set.
+template <class Kernel>
+Kernel* kernel_of(const std::string& name, Kernel* portable, std::type_identity_t<Kernel>* avx2,
+                  std::type_identity_t<Kernel>* avx512) {
   const std::string isa = name == "auto" ? best_isa() : name;
-#if defined(ZK_BUILD_AVX512)
-  if (isa == "avx512" && has_avx512()) return avx512::kernels;
-#endif
-#if defined(ZK_BUILD_AVX2)
-  if (isa == "avx2" && has_avx2()) return avx2::kernels;
-#endif
-  if (isa == "portable") return portable::kernels;
+  if (isa == "avx512" && has_avx512()) return avx512;
+  if (isa == "avx2" && has_avx2()) return avx2;
+  if (isa == "portable") return portable;
   throw std::runtime_error(
       "ZOKERNELS_CPU_ISA: expected auto or an instruction set that this build and machine have (best: " + best_isa() +
       "), got " + name);
 }
+
+#if defined(ZK_BUILD_AVX2)
+#define ZK_AVX2_KERNEL(name) avx2::name
+#else
+#define ZK_AVX2_KERNEL(name) nullptr
+#endif
+#if defined(ZK_BUILD_AVX512)
+#define ZK_AVX512_KERNEL(name) avx512::name
+#else
+#define ZK_AVX512_KERNEL(name) nullptr
+#endif
+// The kernel that ZK_KERNEL declared, for the instruction set `isa`: auto, portable, avx2 or avx512.
+#define ZK_KERNEL_OF(name, isa) ::zk::cpu::kernel_of(isa, portable::name, ZK_AVX2_KERNEL(name), ZK_AVX512_KERNEL(name))
 
 }  // namespace zk::cpu

@@ -1,5 +1,8 @@
-// What the torch-facing file hands to the kernels: plain data, so that each instruction set is compiled on its own, from
-// files that include no torch header and no inline code of the standard library.
+// What entries hand to kernels: plain data, so that each instruction set is compiled on its own, without any torch header
+// and without inline code of the standard library.
+//
+// A file <op>.cpp is compiled once for each instruction set with ZK_ISA defined, which gives the kernel, and once more
+// without flags and without ZK_ISA, which gives the entry that torch calls (CMakeLists.txt).
 #pragma once
 
 #include <cstdint>
@@ -47,71 +50,20 @@ struct Span {
   int64_t width, length, blocks;  // width 0: one piece; blocks: bytes of a row's mask
 };
 
-// What becomes of acc. one: theta = round(acc). fan_out: then, from the rounded theta and the direction behind the K,
-// plus = round(theta + c z) and minus = round(theta - c z), to nearest. spread: nothing is summed; out has K tensors,
-// round(theta + c_k z_k), to nearest.
-enum class Form { one, fan_out, spread };
-
-struct Combine : Terms {
-  Form form;
-  float low, high;  // of dtype i8
-  // Span::in is a wire buffer of dtype `wire`: of i8 and e4m3 with scales behind. Form one, or fan_out, whose theta is then
-  // not stored.
-  bool from_wire;
-  DType wire;
-};
-
-// One tensor; blocks of 32 logical indices, of which block 0 has element 0.
-struct Encode {
-  const void* in;
-  uint8_t* out;
-  int64_t numel;
-  uint64_t offset;
-  DType dtype, wire;
-};
-
-struct Update : Terms {
-  Rule rule;
-  const float* hyper;
-  DType state[2];
-};
-
 // scratch: kScratchPerDirection bytes a direction, aligned to 64, for the Rademacher blocks of a tile.
 constexpr int64_t kScratchPerDirection = 512;
 
-// Columns of right whose ranks lie together.
-constexpr int64_t kPanel = 64;
-constexpr int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
-
-// Products of a direction that are computed at a time (32 KiB), and their place, with a panel's rest behind. low_rank takes
-// a scratch of kProducts floats a direction.
-constexpr int64_t kBlock = 8192, kProducts = kBlock + kPanel;
-
-struct Kernels {
-  void (*combine)(const Combine&, const Span&, void* scratch);
-  void (*update)(const Update&, const Span&, void* scratch);
-  void (*low_rank)(const Combine&, const Span&, void* scratch);
-  // Adds the sum of each direction's squares in units of 2^-20 to sums [K]; normal noise.
-  void (*squares)(const Terms&, const Span&, uint64_t* sums);
-  // out[stride k]: the sum of x z_k over a span inside one logical tile of 4096.
-  void (*project)(const Terms&, const Span&, void* scratch, double* out, int64_t stride);
-  void (*encode)(const Encode&, int64_t begin, int64_t end);
-};
-
-// One namespace for each instruction set that is built (CMakeLists.txt).
-#define ZK_DECLARE_KERNELS(isa)                                                        \
-  namespace isa {                                                                      \
-  void combine(const Combine&, const Span&, void* scratch);                            \
-  void update(const Update&, const Span&, void* scratch);                              \
-  void low_rank(const Combine&, const Span&, void* scratch);                           \
-  void squares(const Terms&, const Span&, uint64_t* sums);                             \
-  void project(const Terms&, const Span&, void* scratch, double* out, int64_t stride); \
-  void encode(const Encode&, int64_t begin, int64_t end);                              \
-  constexpr Kernels kernels = {combine, update, low_rank, squares, project, encode};   \
+// Declares a kernel, a function, in the namespace of each instruction set. Entries choose among them by ZK_KERNEL_OF
+// (isa.h).
+#define ZK_KERNEL(name, ...) \
+  namespace portable {       \
+  void name(__VA_ARGS__);    \
+  }                          \
+  namespace avx2 {           \
+  void name(__VA_ARGS__);    \
+  }                          \
+  namespace avx512 {         \
+  void name(__VA_ARGS__);    \
   }
-ZK_DECLARE_KERNELS(portable)
-ZK_DECLARE_KERNELS(avx2)
-ZK_DECLARE_KERNELS(avx512)
-#undef ZK_DECLARE_KERNELS
 
 }  // namespace zk::cpu

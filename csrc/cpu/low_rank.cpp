@@ -1,4 +1,23 @@
 // low_rank: combine with products L_k R_k^T in the place of noise, computed for a block of rows and columns at a time.
+#include "combine.h"
+
+namespace zk::cpu {
+
+// Columns of right whose ranks lie together.
+constexpr int64_t kPanel = 64;
+constexpr int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
+
+// Products of a direction that are computed at a time (32 KiB), and their place, with a panel's rest behind. low_rank takes
+// a scratch of kProducts floats a direction.
+constexpr int64_t kBlock = 8192, kProducts = kBlock + kPanel;
+
+ZK_KERNEL(low_rank, const Combine&, const Span&, void* scratch)
+
+}  // namespace zk::cpu
+
+#if defined(ZK_ISA)
+// --- the kernel, compiled once for each instruction set -----------------------------------------------------
+
 #include "combine_kernel.h"
 
 namespace zk::cpu {
@@ -112,3 +131,56 @@ void ZK_ISA::low_rank(const Combine& op, const Span& span, void* scratch) {
 }
 
 }  // namespace zk::cpu
+
+#else
+// --- the entry, compiled once ------------------------------------------------------------------------------
+
+#include "op.h"
+
+namespace zk::cpu {
+namespace {
+
+// right [K, n, r] as Span::right.
+void pack_panels(const float* right, int64_t count, int64_t columns, int64_t rank, float* to) {
+  for (int64_t k = 0; k < count; ++k) {
+    for (int64_t column = 0; column < panels_of(columns) * kPanel; ++column) {
+      float* panel = to + (k * panels_of(columns) + column / kPanel) * rank * kPanel + column % kPanel;
+      for (int64_t r = 0; r < rank; ++r) {
+        panel[r * kPanel] = column < columns ? right[(k * columns + column) * rank + r] : 0.0f;
+      }
+    }
+  }
+}
+
+void low_rank_cpu(TensorList out, TensorList params, TensorList left, TensorList right, ZK_TERMS_PARAMS,
+                  std::string isa) {
+  if (params.empty()) return;
+  const TermArgs args = ZK_TERMS;
+  check_one_piece("low_rank", args);
+  check_params("low_rank", out, params, args);
+  check_factors(left, right, params, args);
+  std::vector<std::unique_ptr<float[]> > panels;
+  Call call(args, params);
+  call.add_spans(params, [&](Span& span, size_t i) {
+    span.out = out[i].mutable_data_ptr();
+    span.rows = left[i].size(1);
+    span.columns = right[i].size(1);
+    span.rank = left[i].size(2);
+    span.left = data<float>(left[i]);
+    const int64_t count = args.seeds.numel();
+    panels.emplace_back(new float[count * panels_of(span.columns) * kPanel * span.rank]);
+    pack_panels(data<float>(right[i]), count, span.columns, span.rank, panels.back().get());
+    span.right = panels.back().get();
+  });
+  call.run(Combine{{call.terms}, Form::one, 0.0f, 0.0f, false, {}}, ZK_KERNEL_OF(low_rank, isa),
+           kProducts * sizeof(float));
+}
+
+}  // namespace
+
+ZK_REGISTER(low_rank, "low_rank(Tensor(a!)[] out, Tensor[] params, Tensor[] left, Tensor[] right, " ZK_TERMS_SCHEMA
+                      ", str isa) -> ()")
+
+}  // namespace zk::cpu
+
+#endif

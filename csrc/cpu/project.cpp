@@ -1,6 +1,18 @@
 // project: sum of x z over a tile of 4096, in one order for every width (docs/contract.md). Pairs of elements are what a lane
 // holds on every instruction set, so a chain runs down the pairs of one column: 16 columns of a row of 32 elements, four rows
 // a segment. Only the sums of segments are float64.
+#include "kernels.h"
+
+namespace zk::cpu {
+
+// out[stride k]: the sum of x z_k over a span inside one logical tile of 4096.
+ZK_KERNEL(project, const Terms&, const Span&, void* scratch, double* out, int64_t stride)
+
+}  // namespace zk::cpu
+
+#if defined(ZK_ISA)
+// --- the kernel, compiled once for each instruction set -----------------------------------------------------
+
 #include "tile.h"
 
 namespace zk::cpu {
@@ -105,3 +117,70 @@ void ZK_ISA::project(const Terms& op, const Span& span, void* scratch, double* o
 }
 
 }  // namespace zk::cpu
+
+#else
+// --- the entry, compiled once ------------------------------------------------------------------------------
+
+#include "op.h"
+
+namespace zk::cpu {
+namespace {
+
+constexpr int64_t kSumTile = 4096;  // of check_project
+
+// Sums of a tile in `partial`.
+int64_t project_columns_cpu() { return 1; }
+
+void project_cpu(Tensor partial, TensorList tensors, Tensor seeds, std::vector<int64_t> streams,
+                 std::vector<int64_t> offsets, int64_t dist, std::string isa) {
+  check_project(partial, project_columns_cpu(), tensors, seeds, streams, offsets, dist);
+  const int64_t count = seeds.numel(), tiles = partial.size(1);
+  if (count == 0 || tiles == 0) return;
+  std::vector<PhiloxKey> keys;
+  for (int64_t k = 0; k < count; ++k) keys.push_back(philox_key(data<uint64_t>(seeds)[k]));
+  std::vector<Span> spans;
+  std::vector<int64_t> starts;  // tiles before each span
+  int64_t before = 0;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    Span span{};
+    span.numel = tensors[i].numel();
+    if (span.numel == 0) continue;
+    span.in = tensors[i].const_data_ptr();
+    span.offset = static_cast<uint64_t>(offsets[i]);
+    span.stream = Stream(static_cast<uint64_t>(streams[i]));
+    spans.push_back(span);
+    starts.push_back(before);
+    before += sum_tiles(span.offset, span.numel);
+  }
+  Terms terms{};
+  terms.keys = keys.data();
+  terms.count = count;
+  terms.dist = static_cast<Domain>(dist);
+  terms.dtype = dtype_of(tensors[0]);
+  auto* sums = static_cast<double*>(partial.mutable_data_ptr());
+  const auto kernel = ZK_KERNEL_OF(project, isa);
+  torch::stable::parallel_for(0, tiles, std::max<int64_t>(1, kGrain / (kSumTile * count)),
+                              [&](int64_t begin, int64_t end) {
+    alignas(64) std::byte scratch[kScratchPerDirection];
+    auto i = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
+    for (int64_t tile = begin; tile < end; ++tile) {
+      while (i + 1 < static_cast<int64_t>(starts.size()) && starts[i + 1] <= tile) ++i;
+      Span piece = spans[i];
+      const int64_t lead = static_cast<int64_t>(piece.offset % kSumTile), first = (tile - starts[i]) * kSumTile - lead;
+      piece.begin = std::max<int64_t>(first, 0);
+      piece.end = std::min(first + kSumTile, piece.numel);
+      kernel(terms, piece, scratch, sums + tile, tiles);
+    }
+  });
+}
+
+}  // namespace
+
+ZK_REGISTER_CONSTANT(project_columns, "project_columns() -> int")
+ZK_REGISTER(
+    project,
+    "project(Tensor(a!) partial, Tensor[] tensors, Tensor seeds, int[] streams, int[] offsets, int dist, str isa) -> ()")
+
+}  // namespace zk::cpu
+
+#endif

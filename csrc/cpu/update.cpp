@@ -1,4 +1,21 @@
 // update: theta and the states of a rule from what the directions add up to, in one pass. The rules: noise/rules.h.
+#include "kernels.h"
+
+namespace zk::cpu {
+
+struct Update : Terms {
+  Rule rule;
+  const float* hyper;
+  DType state[2];
+};
+
+ZK_KERNEL(update, const Update&, const Span&, void* scratch)
+
+}  // namespace zk::cpu
+
+#if defined(ZK_ISA)
+// --- the kernel, compiled once for each instruction set -----------------------------------------------------
+
 #include "tile.h"
 
 namespace zk::cpu {
@@ -92,3 +109,42 @@ void ZK_ISA::update(const Update& op, const Span& span, void* scratch) {
 }
 
 }  // namespace zk::cpu
+
+#else
+// --- the entry, compiled once ------------------------------------------------------------------------------
+
+#include "op.h"
+
+namespace zk::cpu {
+namespace {
+
+void update_cpu(TensorList params, TensorList first, TensorList second, std::string rule, Tensor hyper, ZK_TERMS_PARAMS,
+                std::string isa) {
+  if (params.empty()) return;
+  const TermArgs args = ZK_TERMS;
+  check_params("update", params, params, args);
+  check_update(first, second, rule_of(rule), hyper, params, args);
+  Call call(args, params);
+  const TensorList* states[2] = {&first, &second};
+  call.add_spans(params, [&](Span& span, size_t i) {
+    span.out = params[i].mutable_data_ptr();
+    for (int s = 0; s < 2; ++s) span.more[s] = states[s]->empty() ? nullptr : (*states[s])[i].mutable_data_ptr();
+  });
+  const std::vector<float> values = without_payloads(hyper);
+  Update op{{call.terms}, rule_of(rule), values.data(), {}};
+  for (int s = 0; s < 2; ++s) {
+    if (!states[s]->empty()) op.state[s] = call.state[s] = dtype_of(states[s]->front());
+  }
+  call.run(op, ZK_KERNEL_OF(update, isa));
+}
+
+}  // namespace
+
+ZK_REGISTER(
+    update,
+    "update(Tensor(a!)[] params, Tensor(b!)[] first, Tensor(c!)[] second, str rule, Tensor hyper, " ZK_TERMS_SCHEMA
+    ", str isa) -> ()")
+
+}  // namespace zk::cpu
+
+#endif

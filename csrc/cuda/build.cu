@@ -1,5 +1,7 @@
 // What this library was built for and what the driver can run, for zokernels/backends/cuda/support.py. Called through ctypes,
 // before any tensor: neither function touches a device.
+#if defined(__CUDACC__)
+
 #include <cuda_runtime.h>
 
 #define ZK_TEXT(x) #x
@@ -17,3 +19,5 @@ extern "C" __attribute__((visibility("default"))) int zokernels_cuda_driver() {
   int version = 0;
   return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
 }
+
+#endif

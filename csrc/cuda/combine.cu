@@ -1,6 +1,6 @@
-// Launches of plain combine and fan-out: which instantiation serves a call.
+// combine: its entry, and the launches of plain combine and fan-out (which instantiation serves a call).
 #include "combine_kernel.cuh"
-#include "launch.cuh"
+#include "update_call.cuh"
 
 namespace zk::cuda {
 namespace {
@@ -35,8 +35,6 @@ int launch_rounding(const CombineLaunch& p, uint32_t chunks, void* stream) {
   return launch_count<D, Dist, false>(p, chunks, stream);
 }
 
-}  // namespace
-
 int launch_combine(const CombineLaunch& p, uint32_t chunks, DType dtype, Domain dist, void* stream) {
   return with_dtype(dtype, [&]<DType D>() {
     return dist == kNormal ? launch_rounding<D, kNormal>(p, chunks, stream)
@@ -44,12 +42,50 @@ int launch_combine(const CombineLaunch& p, uint32_t chunks, DType dtype, Domain 
   });
 }
 
-int launch_derive_seed(const int64_t* run_seed, const int64_t* step, const int64_t* k, int64_t* out, int64_t n,
-                       void* stream) {
-  const auto blocks = static_cast<uint32_t>((n + kThreads - 1) / kThreads);
-  return launch(derive_seed_kernel, blocks, stream, run_seed, step, k, out, n);
+}  // namespace
+
+void run_plain(const char* op, CombineLaunch shared, const TensorList& out, const TensorList& params,
+               const TensorList& plus, const TensorList& minus, const TermArgs& terms) {
+  const OnDevice on(params[0]);
+  const DType dtype = dtype_of(op, params[0]);
+  shared.seeds = pointer<int64_t>(terms.seeds);
+  shared.coeffs = pointer<float>(terms.coeffs);
+  shared.decay = pointer<float>(terms.decay);
+  shared.rounding_seed = pointer<int64_t>(terms.rounding_seed);
+  shared.count = static_cast<int32_t>(terms.seeds.numel());
+
+  std::vector<Packed<CombineEntry>> tensors;
+  tensors.reserve(params.size());
+  for (size_t i = 0; i < params.size(); ++i) {
+    if (terms.in_rows(i)) continue;
+    const CombineEntry entry{params[i].const_data_ptr(),
+                             out[i].mutable_data_ptr(),
+                             plus.empty() ? nullptr : plus[i].mutable_data_ptr(),
+                             minus.empty() ? nullptr : minus[i].mutable_data_ptr(),
+                             params[i].numel(),
+                             static_cast<uint64_t>(terms.offsets[i])};
+    tensors.push_back(packed(entry, terms, i, chunks_of(entry.offset, entry.numel, terms.domain())));
+  }
+  pack_launches(shared, tensors, [&](const CombineLaunch& launch, uint32_t chunks) {
+    check_launch(op, launch_combine(launch, chunks, dtype, terms.domain(), on.stream));
+  });
 }
 
-const char* error_string(int error) { return launch_error(error); }
+namespace {
+
+void combine_cuda(TensorList out, TensorList params, ZK_TERMS_PARAMS) {
+  const TermArgs terms = ZK_TERMS;
+  if (params.empty()) return;
+  check_terms("combine", params, terms);
+  check_beside("combine", out, params);
+  if (terms.is_plain()) run_plain("combine", CombineLaunch{}, out, params, {}, {}, terms);
+  if (curvature.empty())
+    return run_update("combine", nullptr, out, params, {}, Action::combine, terms, !terms.is_plain());
+  run_update("combine", nullptr, out, params, {&curvature}, Action::scaled_combine, terms);
+}
+
+}  // namespace
+
+ZK_REGISTER(combine, "combine(Tensor(a!)[] out, Tensor[] params, " ZK_TERMS_SCHEMA ") -> ()")
 
 }  // namespace zk::cuda

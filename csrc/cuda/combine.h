@@ -1,7 +1,7 @@
 // Plain combine and fan-out: one coefficient a direction, no masks, no curvature. Others: update.h.
 #pragma once
 
-#include "table.h"
+#include "op.cuh"
 
 namespace zk::cuda {
 
@@ -29,9 +29,8 @@ struct CombineLaunch {
 };
 static_assert(sizeof(CombineLaunch) <= kMaxArgument);
 
-// stream: a cudaStream_t.
-int launch_combine(const CombineLaunch& p, uint32_t chunks, DType dtype, Domain dist, void* stream);
-int launch_derive_seed(const int64_t* run_seed, const int64_t* step, const int64_t* k, int64_t* out, int64_t n,
-                       void* stream);
+// Launches plain combine where plus and minus are empty, else fan-out (combine.cu).
+void run_plain(const char* op, CombineLaunch shared, const TensorList& out, const TensorList& params,
+               const TensorList& plus, const TensorList& minus, const TermArgs& terms);
 
 }  // namespace zk::cuda

@@ -239,12 +239,4 @@ ZK_GLOBAL combine_rademacher_kernel(ZK_GRID_CONSTANT CombineLaunch p) {
   }
 }
 
-ZK_GLOBAL derive_seed_kernel(const int64_t* run_seed, const int64_t* step, const int64_t* k, int64_t* out, int64_t n) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < n) {
-    out[i] = static_cast<int64_t>(derive_seed(static_cast<uint64_t>(run_seed[i]), static_cast<uint64_t>(step[i]),
-                                              static_cast<uint32_t>(k[i])));
-  }
-}
-
 }  // namespace zk::cuda

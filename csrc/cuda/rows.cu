@@ -1,5 +1,6 @@
 // Launches of combine and update for tensors that are rows.
 #include "rows_kernel.cuh"
+#include "update_call.cuh"
 #include "update_launch.cuh"
 
 namespace zk::cuda {

@@ -104,7 +104,4 @@ auto with_dtype(DType dtype, const F& f) {
   }
 }
 
-// Of the cudaError_t that every launch function returns (0 is success).
-const char* error_string(int error);
-
 }  // namespace zk::cuda

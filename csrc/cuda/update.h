@@ -53,7 +53,4 @@ using UpdateLaunch = UpdateLaunchOf<UpdateEntry>;
 using RowsLaunch = UpdateLaunchOf<RowsEntry>;
 static_assert(sizeof(UpdateLaunch) <= kMaxArgument && sizeof(RowsLaunch) <= kMaxArgument);
 
-int launch_update(const UpdateLaunch& p, uint32_t chunks, DType dtype, Domain dist, Action action, void* stream);
-int launch_rows(const RowsLaunch& p, uint32_t chunks, DType dtype, Domain dist, Action action, void* stream);
-
 }  // namespace zk::cuda

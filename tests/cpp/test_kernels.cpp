@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu/combine.h"
 #include "cpu/isa.h"
 #include "golden.h"
 
@@ -24,7 +25,9 @@ struct Case {
 
 size_t width(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
-void combine(const Kernels& kernels, const Case& c, const std::vector<uint64_t>& seeds, uint64_t stream, void* theta,
+using Kernel = void (*)(const zk::cpu::Combine&, const Span&, void*);
+
+void combine(Kernel kernel, const Case& c, const std::vector<uint64_t>& seeds, uint64_t stream, void* theta,
              int64_t numel) {
   std::vector<PhiloxKey> keys;
   std::vector<float> coeffs;
@@ -49,20 +52,20 @@ void combine(const Kernels& kernels, const Case& c, const std::vector<uint64_t>&
   span.offset = c.offset;
   span.stream = Stream(stream);
   void* scratch = std::aligned_alloc(64, kScratchPerDirection * (seeds.size() + 1));
-  kernels.combine(op, span, scratch);
+  kernel(op, span, scratch);
   std::free(scratch);
 }
 
-void golden_values(const Kernels& kernels) {
+void golden_values(Kernel kernel) {
   for (const auto& c : golden::normal) {
     std::vector<float> z(c.values.size(), -0.0f);
-    combine(kernels, {DType::f32, kNormal, false, false, 1, c.offset}, {c.seed}, c.stream, z.data(),
+    combine(kernel, {DType::f32, kNormal, false, false, 1, c.offset}, {c.seed}, c.stream, z.data(),
             static_cast<int64_t>(z.size()));
     for (size_t i = 0; i < z.size(); ++i) check::equal(bits(z[i]), c.values[i], "normal");
   }
   for (const auto& c : golden::rademacher) {
     std::vector<float> z(c.values.size(), -0.0f);
-    combine(kernels, {DType::f32, kRademacher, false, false, 1, c.offset}, {c.seed}, c.stream, z.data(),
+    combine(kernel, {DType::f32, kRademacher, false, false, 1, c.offset}, {c.seed}, c.stream, z.data(),
             static_cast<int64_t>(z.size()));
     for (size_t i = 0; i < z.size(); ++i) check::that(z[i] == (c.values[i] == '+' ? 1.0f : -1.0f), "rademacher");
   }
@@ -88,10 +91,10 @@ int main() {
   std::vector<const char*> sets = {"portable"};
   if (has_avx2()) sets.push_back("avx2");
   if (has_avx512()) sets.push_back("avx512");
-  const Kernels& portable = kernels_of("portable");
+  const Kernel portable = ZK_KERNEL_OF(combine, "portable");
   for (const char* isa : sets) {
-    const Kernels& kernels = kernels_of(isa);
-    golden_values(kernels);
+    const Kernel kernel = ZK_KERNEL_OF(combine, isa);
+    golden_values(kernel);
     for (DType dtype : {DType::f32, DType::bf16, DType::f16})
       for (Domain dist : {kNormal, kRademacher})
         for (bool stochastic : {false, true})
@@ -104,7 +107,7 @@ int main() {
                   for (int k = 0; k < directions; ++k) seeds.push_back(1234567 + k);
                   auto want = values(c, numel), got = want;
                   combine(portable, c, seeds, 11, want.data(), numel);
-                  combine(kernels, c, seeds, 11, got.data(), numel);
+                  combine(kernel, c, seeds, 11, got.data(), numel);
                   check::that(got == want, isa, numel, offset);
                   for (size_t i = numel * width(dtype) / 2; i < got.size(); ++i)
                     check::equal(got[i], 0xABCD, "sentinel");

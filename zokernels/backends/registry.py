@@ -9,16 +9,15 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import pkgutil
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
-from torch import Tensor
-
-from .terms import Terms
 
 #: Automatic choice for a device, best first.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -30,40 +29,48 @@ class BackendUnavailable(RuntimeError):
     """A backend that cannot be used here; the message says why and what mends it."""
 
 
+#: A backend's part of an operation.  Arguments arrive checked; ``out`` may equal ``params``.  What it computes is what
+#: the function of the same name in ``reference`` says.
+Kernel = Callable[..., Any]
+_AnyKernel = TypeVar("_AnyKernel", bound=Kernel)
+
+#: By the package of a backend: the kernels that its modules have marked.
+_MARKED: dict[str, dict[str, Kernel]] = defaultdict(dict)
+
+
+def implements(function: _AnyKernel) -> _AnyKernel:
+    """Marks a function in a module of a backend as its kernel of that name."""
+    _MARKED[function.__module__.rpartition(".")[0]][function.__name__] = function
+    return function
+
+
+def kernels_of(package: str) -> dict[str, Kernel]:
+    """What the modules of a backend implement, by name.  Imports all of them, so only ``load()`` calls it."""
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        importlib.import_module(f"{package}.{module.name}")
+    return _MARKED[package]
+
+
 @dataclass(frozen=True)
 class Backend:
-    """The kernels of one backend.  Arguments arrive checked; ``out`` may equal ``params``.  Formulas: ``reference``."""
+    """The kernels of one backend: ``select(device).combine(out, params, terms)``."""
 
     name: str
     devices: frozenset[str]
-    #: (run_seed, step, k), int64 tensors of one shape
-    derive_seed: Callable[[Tensor, Tensor, Tensor], Tensor]
-    #: (out, params, terms)
-    combine: Callable[[list[Tensor], list[Tensor], Terms], None]
-    #: (params, plus, minus, seed, coeff, plain terms)
-    fan_out: Callable[[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor, Terms], None]
-    #: (out [K, *shape], x, plain terms of one tensor)
-    spread: Callable[[Tensor, Tensor, Terms], None]
-    #: (params, first states, second states, rule, hyper, terms without curvature)
-    update: Callable[[list[Tensor], list[Tensor], list[Tensor], str, Tensor, Terms], None]
-    #: (out, params, left, right, terms without seeds, masks and curvature)
-    low_rank: Callable[[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Terms], None]
-    #: (out, params, low, high, terms without curvature), int8
-    requantize: Callable[[list[Tensor], list[Tensor], int, int, Terms], None]
-    #: (seeds, sizes, plain terms' streams, offsets, dist)
-    squares: Callable[[Tensor, list[int], list[int], list[int], str], Tensor]
-    #: (tensors, seeds, plain terms' streams, offsets, dist)
-    project: Callable[[list[Tensor], Tensor, list[int], list[int], str], Tensor]
-    #: (wire buffers, params, wire, offsets)
-    encode: Callable[[list[Tensor], list[Tensor], str, list[int]], None]
-    #: (out, wire buffers, wire, plain terms)
-    decode: Callable[[list[Tensor], list[Tensor], str, Terms], None]
-    #: (plus, minus, wire buffers, wire, seed, coeff, plain terms)
-    decode_fan_out: Callable[[list[Tensor], list[Tensor], list[Tensor], str, Tensor, Tensor, Terms], None]
+    #: The kernel of a name; None where there is none.
+    find: Callable[[str], Kernel | None]
     #: Devices of those types that it cannot run on, each with the reason: the rest of a sentence about the backend.
     refused: Mapping[torch.device, str] = field(default_factory=dict)
     #: What a user should know of it besides; empty where all is ordinary.
     note: str = ""
+
+    def __getattr__(self, name: str) -> Kernel:
+        """A kernel as an attribute.  It is found once and then stands in the instance, where nothing is called."""
+        kernel = None if name.startswith("_") else self.find(name)
+        if kernel is None:
+            raise AttributeError(f"backend {self.name!r} has no kernel {name!r}", name=name, obj=self)
+        object.__setattr__(self, name, kernel)
+        return kernel
 
 
 _forced: ContextVar[str | None] = ContextVar("zokernels_backend", default=None)

@@ -24,6 +24,8 @@ MAX_HEADER = 1 << 29
 #: Factors of a larger rank would be larger than most weights.  Nothing else bounds what a replay allocates
 #: for them.
 MAX_RANK = 4096
+#: Updates that a window may keep, of all groups and directions: 16 bytes each, whatever the size of the log.
+MAX_WINDOW = 1 << 20
 _PREFIX = struct.Struct("<6sHII")  # magic, version, bytes of the header, its CRC32
 _HEAD = struct.Struct("<IBbf")  # low word of the step, flags, multiple, loss
 _CRC = struct.Struct("<I")
@@ -145,7 +147,7 @@ _HEADER = {
     "gated": lambda v: isinstance(v, bool),
     "losses": lambda v: is_integer(v, 0, 2**20 - 1),
     "estimator": lambda v: _is_part(v) and is_integer(v.get("directions"), 1, 2**20 - 1),
-    "rule": _is_part,
+    "rule": lambda v: _is_part(v) and is_integer(v.get("window", 1), 1, MAX_WINDOW),
     "direction": lambda v: _is_part(v) and is_integer(v.get("rank", 1), 1, MAX_RANK),
     "subset": lambda v: v is None or _is_part(v),
     "groups": lambda v: isinstance(v, list) and v,
@@ -185,6 +187,11 @@ def check_header(header: Any) -> None:
             _check_entries(f"header.groups[{i}].params[{j}]", param, _PARAM)
             if param["sha256"] is not None and param["dtype"] not in DTYPES:
                 fail("trajectory", f"header.groups[{i}].params[{j}].dtype", " or ".join(DTYPES), param["dtype"])
+    if (window := header["rule"].get("window")) is not None:
+        kept = window * header["estimator"]["directions"] * len(header["groups"])
+        if kept > MAX_WINDOW:
+            expected = f"window * directions * groups of at most {MAX_WINDOW}"
+            fail("trajectory", "header.rule.window", expected, kept)
 
 
 def _read_header(file: BinaryIO, name: str) -> tuple[dict[str, Any], Layout] | None:

@@ -1,4 +1,4 @@
-"""CUDA C++ kernels: many tensors in one launch."""
+"""CUDA C++ kernels, csrc/cuda: many tensors in one launch."""
 
 from __future__ import annotations
 
@@ -6,16 +6,7 @@ import torch
 
 from .. import library
 from ..registry import Backend, BackendUnavailable
-from .combine import combine
-from .fan_out import fan_out
-from .low_rank import low_rank
-from .project import project
-from .requantize import requantize
-from .spread import spread
-from .squares import squares
 from .support import Build, Machine, device_problem, machine_problem
-from .update import update
-from .wire import decode, decode_fan_out, encode
 
 
 def load(build: Build | None = None, machine: Machine | None = None) -> Backend:
@@ -32,17 +23,6 @@ def load(build: Build | None = None, machine: Machine | None = None) -> Backend:
     return Backend(
         "cuda",
         frozenset(("cuda",)),
+        library.finder("cuda"),
         refused={torch.device("cuda", i): problem for i, problem in enumerate(problems) if problem},
-        derive_seed=torch.ops.zokernels_cuda.derive_seed,
-        combine=combine,
-        fan_out=fan_out,
-        spread=spread,
-        update=update,
-        low_rank=low_rank,
-        requantize=requantize,
-        squares=squares,
-        project=project,
-        encode=encode,
-        decode=decode,
-        decode_fan_out=decode_fan_out,
     )

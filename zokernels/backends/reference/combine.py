@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...contract import DOMAIN_MASK, DOMAIN_ROUNDING
+from ..registry import implements
 from ..terms import Terms, by_rows
 from .noise import NOISE, uniform16
 from .rounding import round_stochastic
@@ -103,5 +104,6 @@ def combine_by(
         chunk.of(out[chunk.index]).copy_(rounded(chunk, acc, theta.dtype))
 
 
+@implements
 def combine(out: list[Tensor], params: list[Tensor], terms: Terms) -> None:
     by_rows(lambda groups, flat: combine_by(groups[0], groups[1], flat, Chunk.rounded), [out, params], terms)

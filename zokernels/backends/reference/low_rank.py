@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..registry import implements
 from ..terms import Terms
 from .combine import chunks, fma
 
 
+@implements
 def low_rank(out: list[Tensor], params: list[Tensor], left: list[Tensor], right: list[Tensor], terms: Terms) -> None:
     for chunk in chunks(params, terms):
         theta, lefts, rights = params[chunk.index], left[chunk.index], right[chunk.index]

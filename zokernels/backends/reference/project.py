@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..sums import TILE, by_partial_sums, fold
+from ..registry import implements
+from ..sums import TILE, fold
 from .combine import CHUNK, fma
 from .noise import NOISE
 
@@ -31,19 +32,25 @@ def _sums(x: Tensor, z: Tensor) -> Tensor:
     return fold(total.view(-1, 32))
 
 
-def project(tensors: list[Tensor], seeds: Tensor, streams: list[int], offsets: list[int], dist: str) -> Tensor:
-    def kernel(partial: Tensor, seeds: Tensor) -> None:
-        column = 0
-        for x, stream, offset in zip(tensors, streams, offsets, strict=True):
-            at = 0
-            while at < x.numel():  # up to a multiple of CHUNK, which is one of TILE
-                n = min(CHUNK - (offset + at) % CHUNK, x.numel() - at)
-                lead = (offset + at) % TILE
-                values = _in_tiles(x.view(-1)[at : at + n], lead)
-                for k in range(seeds.numel()):
-                    z = NOISE[dist](seeds[k], stream, offset + at, n)
-                    partial[k, column : column + len(values)] = _sums(values, _in_tiles(z, lead))
-                column += len(values)
-                at += n
+@implements
+def project_columns() -> int:
+    """Sums of a tile in ``partial``."""
+    return 1
 
-    return by_partial_sums(kernel, 1, tensors, seeds, offsets)
+
+@implements
+def project(
+    partial: Tensor, tensors: list[Tensor], seeds: Tensor, streams: list[int], offsets: list[int], dist: str
+) -> None:
+    column = 0
+    for x, stream, offset in zip(tensors, streams, offsets, strict=True):
+        at = 0
+        while at < x.numel():  # up to a multiple of CHUNK, which is one of TILE
+            n = min(CHUNK - (offset + at) % CHUNK, x.numel() - at)
+            lead = (offset + at) % TILE
+            values = _in_tiles(x.view(-1)[at : at + n], lead)
+            for k in range(seeds.numel()):
+                z = NOISE[dist](seeds[k], stream, offset + at, n)
+                partial[k, column : column + len(values)] = _sums(values, _in_tiles(z, lead))
+            column += len(values)
+            at += n

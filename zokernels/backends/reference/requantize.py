@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from ...contract import DOMAIN_ROUNDING
+from ..registry import implements
 from ..terms import Terms
 from .combine import Chunk, combine_by
 from .noise import uniform16
 
 
+@implements
 def requantize(out: list[Tensor], params: list[Tensor], low: int, high: int, terms: Terms) -> None:
     def rounded(chunk: Chunk, acc: Tensor, dtype: torch.dtype) -> Tensor:
         if terms.rounding_seed is None:

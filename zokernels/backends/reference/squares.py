@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from ...contract import SQUARE_SCALE
+from ..registry import implements
 from .combine import CHUNK
 from .noise import NOISE
 
 
+@implements
 def squares(seeds: Tensor, sizes: list[int], streams: list[int], offsets: list[int], dist: str) -> Tensor:
     total = torch.zeros_like(seeds)
     for size, stream, offset in zip(sizes, streams, offsets, strict=True):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...contract import DOMAIN_STATE
+from ..registry import implements
 from ..terms import Terms, by_rows
 from .combine import Chunk, accumulate, chunks, divide, fma, sqrt
 
@@ -64,6 +65,7 @@ RULES: dict[str, Callable[[Chunk, Tensor, Tensor, States, States], tuple[Tensor,
 }
 
 
+@implements
 def update(
     params: list[Tensor], first: list[Tensor], second: list[Tensor], rule: str, hyper: Tensor, terms: Terms
 ) -> None:

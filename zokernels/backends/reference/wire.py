@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ...wire import BLOCK, FORMATS, scale_begin, scale_count
-from ..composed import fan_out_by
+from ..registry import implements
 from ..terms import Terms
-from .combine import CHUNK, accumulate, chunks, combine
+from .combine import CHUNK, accumulate, chunks
+from .fan_out import fan_out
 
 
 def _power(exponent: Tensor) -> Tensor:
@@ -44,6 +45,7 @@ def encode_blocks(x: Tensor, wire: str, offset: int) -> tuple[Tensor, Tensor]:
     return codes.view(-1)[inside], scales
 
 
+@implements
 def encode(out: list[Tensor], params: list[Tensor], wire: str, offsets: list[int]) -> None:
     form = FORMATS[wire]
     for data, param, offset in zip(out, params, offsets, strict=True):
@@ -74,6 +76,7 @@ def decoded(data: Tensor, wire: str, n: int, offset: int, at: int, m: int) -> Te
     return (codes * scale).float()  # exact, but for what is beyond fp32
 
 
+@implements
 def decode(out: list[Tensor], wires: list[Tensor], wire: str, terms: Terms) -> None:
     for chunk in chunks(out, terms):
         theta, offset = out[chunk.index], terms.offsets[chunk.index]
@@ -83,10 +86,11 @@ def decode(out: list[Tensor], wires: list[Tensor], wire: str, terms: Terms) -> N
         chunk.of(theta).copy_(chunk.rounded(accumulate(chunk, acc), theta.dtype))
 
 
+@implements
 def decode_fan_out(
     plus: list[Tensor], minus: list[Tensor], wires: list[Tensor], wire: str, seed: Tensor, coeff: Tensor, terms: Terms
 ) -> None:
     theta = [torch.empty_like(p) for p in plus]
     decode(theta, wires, wire, terms)
     none = terms._replace(seeds=seed[:0], coeffs=coeff[:0], decay=None, rounding_seed=None)
-    fan_out_by(combine)(theta, plus, minus, seed, coeff, none)
+    fan_out(theta, plus, minus, seed, coeff, none)

@@ -6,7 +6,7 @@ import re
 
 import torch
 
-from ..registry import Backend, BackendUnavailable
+from ..registry import Backend, BackendUnavailable, kernels_of
 
 #: Versions of Triton between which the tests compile every kernel.
 OLDEST, NEWEST = (3, 6), (3, 9)
@@ -36,31 +36,7 @@ def load(version: str | None = None) -> Backend:
             "triton: expected an NVIDIA build of torch, got ROCm, and the kernels hold PTX; "
             "ZOKERNELS_BACKEND=reference runs"
         )
-    from .combine import combine, requantize
     from .device import DEVICES
-    from .fan_out import fan_out
-    from .low_rank import low_rank
-    from .project import project
-    from .seeds import derive_seed
-    from .spread import spread
-    from .squares import squares
-    from .update import update
-    from .wire import decode, decode_fan_out, encode
 
-    return Backend(
-        "triton",
-        DEVICES,
-        derive_seed=derive_seed,
-        combine=combine,
-        requantize=requantize,
-        fan_out=fan_out,
-        update=update,
-        low_rank=low_rank,
-        spread=spread,
-        squares=squares,
-        project=project,
-        encode=encode,
-        decode=decode,
-        decode_fan_out=decode_fan_out,
-        note=f"Triton {version}: newer than {newest}, the newest that is tested" if found > NEWEST else "",
-    )
+    newer = f"Triton {version}: newer than {newest}, the newest that is tested" if found > NEWEST else ""
+    return Backend("triton", DEVICES, kernels_of(__name__).get, note=newer)

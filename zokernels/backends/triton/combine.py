@@ -1,4 +1,4 @@
-"""combine and requantize: theta = round(decay * theta + sum_k c_k w_k), one pass, in Triton."""
+"""combine: theta = round(decay * theta + sum_k c_k w_k), one pass, in Triton."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..registry import implements
 from ..terms import Terms
 from .launch import masked
 from .noise import add_rademacher
@@ -144,11 +145,6 @@ def combine_table_kernel(
     _program(span, numel, terms, out, theta, curvature, ALIGNED)
 
 
-def requantize(out: list[Tensor], params: list[Tensor], low: int, high: int, terms: Terms) -> None:
-    kernels = (combine_kernel, combine_table_kernel)
-    masked(kernels, (out, params, terms.masks, None), terms, LOW=low, HIGH=high)
-
-
 @triton.jit(
     do_not_specialize=["offset", "stream", "width", "length", "blocks", "magic", "shift", "rows", "num_k", "mask_keep"],
     do_not_specialize_on_alignment=["coeffs"],
@@ -166,6 +162,7 @@ def combine_rows_kernel(
     each_row_tile(_tile, offset, stream, mask, width, length, divisor, rows, ALIGNED, _BLOCKS, args)
 
 
+@implements
 def combine(out: list[Tensor], params: list[Tensor], terms: Terms) -> None:
     if terms.widths:
         masked_rows(combine_rows_kernel, (out, params, terms.masks, terms.curvature), terms)

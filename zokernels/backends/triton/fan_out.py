@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..registry import implements
 from ..terms import Terms
 from .arithmetic import fma, negated
 from .launch import elementwise
@@ -60,6 +61,7 @@ def fan_out_table_kernel(
     _program(span, numel, terms, theta, plus, minus, seed, coeff, PENDING, ALIGNED)
 
 
+@implements
 def fan_out(
     params: list[Tensor], plus: list[Tensor], minus: list[Tensor], seed: Tensor, coeff: Tensor, terms: Terms
 ) -> None:

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...contract import DOMAIN_ROUNDING
+from ..registry import implements
 from ..terms import Terms
 from .arithmetic import fma, int64
 from .launch import Job, dtypes, launch
@@ -120,6 +121,7 @@ def low_rank_table_kernel(
     )  # fmt: skip
 
 
+@implements
 def low_rank(out: list[Tensor], params: list[Tensor], left: list[Tensor], right: list[Tensor], terms: Terms) -> None:
     jobs = []
     places = zip(out, params, left, right, terms.offsets, terms.streams, strict=True)

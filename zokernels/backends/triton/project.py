@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...contract import DISTS, DOMAIN_NORMAL
-from ..sums import TILE, by_partial_sums, tiles
+from ..registry import implements
+from ..sums import TILE, tiles
 from .arithmetic import fma
 from .device import on_device
 from .launch import OPTIONS, dtypes
@@ -133,7 +134,15 @@ def project_table_kernel(
     tl.store(partial + k.to(tl.int64) * columns + column + place, sums, mask=(place >= 0) & (place < stop))
 
 
-def project(tensors: list[Tensor], seeds: Tensor, streams: list[int], offsets: list[int], dist: str) -> Tensor:
+@implements
+def project_columns() -> int:
+    return COLUMNS
+
+
+@implements
+def project(
+    partial: Tensor, tensors: list[Tensor], seeds: Tensor, streams: list[int], offsets: list[int], dist: str
+) -> None:
     found: dict[bool, list[tuple[int, ...]]] = {True: [], False: []}
     column = 0
     for x, stream, offset in zip(tensors, streams, offsets, strict=True):
@@ -144,15 +153,11 @@ def project(tensors: list[Tensor], seeds: Tensor, streams: list[int], offsets: l
             row = (programs, column, x.numel(), offset, stream, x.data_ptr())
             found[aligned].append(row)
             column += COLUMNS * count
-
-    def kernel(partial: Tensor, seeds: Tensor) -> None:
-        with on_device(partial.device):
-            for aligned, rows in found.items():
-                if rows:
-                    table = table_of(partial.device, tuple(rows))
-                    project_table_kernel[(table.owner.numel() * seeds.numel(),)](
-                        partial, partial.shape[1], table.rows, table.owner, seeds, seeds.numel(),
-                        DOMAIN=DISTS[dist], DTYPE=dtypes([tensors])[0], ALIGNED=aligned, WIDTH=len(rows[0]), **OPTIONS,
-                    )  # fmt: skip
-
-    return by_partial_sums(kernel, COLUMNS, tensors, seeds, offsets)
+    with on_device(partial.device):
+        for aligned, rows in found.items():
+            if rows:
+                table = table_of(partial.device, tuple(rows))
+                project_table_kernel[(table.owner.numel() * seeds.numel(),)](
+                    partial, partial.shape[1], table.rows, table.owner, seeds, seeds.numel(),
+                    DOMAIN=DISTS[dist], DTYPE=dtypes([tensors])[0], ALIGNED=aligned, WIDTH=len(rows[0]), **OPTIONS,
+                )  # fmt: skip

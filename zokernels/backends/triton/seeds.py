@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...contract import DOMAIN_SEED
+from ..registry import implements
 from .device import on_device
 from .launch import OPTIONS
 from .philox import philox, words
@@ -28,6 +29,7 @@ def derive_seed_kernel(out_ptr, run_seed_ptr, step_ptr, k_ptr, numel: tl.int64, 
     tl.store(out_ptr + index, seed.to(tl.int64, bitcast=True), mask=inside)
 
 
+@implements
 def derive_seed(run_seed: Tensor, step: Tensor, k: Tensor) -> Tensor:
     out = torch.empty_like(run_seed)
     if (numel := out.numel()) == 0:

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...contract import DISTS
+from ..registry import implements
 from ..terms import Terms
 from .arithmetic import fma
 from .device import on_device
@@ -38,6 +39,7 @@ def spread_kernel(
     each_tile(_tile, span, numel, ALIGNED, 4, args)
 
 
+@implements
 def spread(out: Tensor, x: Tensor, terms: Terms) -> None:
     num_k, numel = terms.seeds.numel(), x.numel()
     (job,) = jobs(([out], [x]), [numel], terms)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...contract import DOMAIN_NORMAL, SQUARE_SCALE
+from ..registry import implements
 from ..terms import Terms
 from .launch import jobs, launch
 from .noise import normal8
@@ -50,6 +51,7 @@ def squares_table_kernel(table, owner, seeds, num_k: tl.int32, total, WIDTH: tl.
     _program(span, numel, seeds, num_k, total)
 
 
+@implements
 def squares(seeds: Tensor, sizes: list[int], streams: list[int], offsets: list[int], dist: str) -> Tensor:
     if dist == "rademacher":
         return torch.full_like(seeds, sum(sizes) * int(SQUARE_SCALE))

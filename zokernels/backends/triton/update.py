@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...contract import DOMAIN_STATE
+from ..registry import implements
 from ..terms import Terms
 from .arithmetic import fma, negated
 from .launch import masked
@@ -193,6 +194,7 @@ def update_rows_kernel(
     )  # fmt: skip
 
 
+@implements
 def update(
     params: list[Tensor], first: list[Tensor], second: list[Tensor], rule: str, hyper: Tensor, terms: Terms
 ) -> None:

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...wire import ALIGN, BLOCK, FORMATS, scale_count
+from ..registry import implements
 from ..terms import Terms
 from .arithmetic import fma
 from .device import on_device
@@ -177,6 +178,7 @@ def _as_codes(wires: list[Tensor], wire: str) -> list[Tensor]:
     return [w.view(torch.int8 if FORMATS[wire].emax is not None else FORMATS[wire].dtype) for w in wires]
 
 
+@implements
 def encode(out: list[Tensor], params: list[Tensor], wire: str, offsets: list[int]) -> None:
     with on_device(params[0].device):
         for data, param, offset in zip(_as_codes(out, wire), params, offsets, strict=True):
@@ -187,10 +189,12 @@ def encode(out: list[Tensor], params: list[Tensor], wire: str, offsets: list[int
                 )
 
 
+@implements
 def decode(out: list[Tensor], wires: list[Tensor], wire: str, terms: Terms) -> None:
     _decode((out, None, _as_codes(wires, wire)), wire, None, None, terms)
 
 
+@implements
 def decode_fan_out(
     plus: list[Tensor], minus: list[Tensor], wires: list[Tensor], wire: str, seed: Tensor, coeff: Tensor, terms: Terms
 ) -> None:

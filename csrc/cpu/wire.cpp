@@ -1,4 +1,25 @@
 // encode: parameters as the bytes of a wire format. A block of 32 is an array, whose loops the compiler vectorizes.
+// decode and decode_fan_out: the combine kernel with another load.
+#include "combine.h"
+
+namespace zk::cpu {
+
+// One tensor; blocks of 32 logical indices, of which block 0 has element 0.
+struct Encode {
+  const void* in;
+  uint8_t* out;
+  int64_t numel;
+  uint64_t offset;
+  DType dtype, wire;
+};
+
+ZK_KERNEL(encode, const Encode&, int64_t begin, int64_t end)
+
+}  // namespace zk::cpu
+
+#if defined(ZK_ISA)
+// --- the kernel, compiled once for each instruction set -----------------------------------------------------
+
 #include "../noise/wire.h"
 #include "lanes_portable.h"
 #include "tile.h"
@@ -108,3 +129,84 @@ void ZK_ISA::encode(const Encode& op, int64_t begin, int64_t end) {
 }
 
 }  // namespace zk::cpu
+
+#else
+// --- the entry, compiled once ------------------------------------------------------------------------------
+
+#include "op.h"
+
+namespace zk::cpu {
+namespace {
+
+void encode_cpu(TensorList out, TensorList params, int64_t wire, std::vector<int64_t> offsets, std::string isa) {
+  if (params.empty()) return;
+  check_beside("encode", params, params);
+  check_wires("encode", out, wire, params, offsets);
+  std::vector<Encode> ops;
+  std::vector<int64_t> starts;  // blocks before each tensor
+  int64_t total = 0;
+  for (size_t i = 0; i < params.size(); ++i) {
+    const int64_t numel = params[i].numel();
+    if (numel == 0) continue;
+    const auto offset = static_cast<uint64_t>(offsets[i]);
+    ops.push_back({params[i].const_data_ptr(), static_cast<uint8_t*>(out[i].mutable_data_ptr()), numel, offset,
+                   dtype_of(params[i]), wire_of<DType>(wire)});
+    starts.push_back(total);
+    total += wire_blocks(numel, offset);
+  }
+  const auto kernel = ZK_KERNEL_OF(encode, isa);
+  torch::stable::parallel_for(0, total, kGrain / kWireBlock, [&](int64_t begin, int64_t end) {
+    auto i = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
+    for (; begin < end; ++i) {
+      const int64_t stop = i + 1 < static_cast<int64_t>(starts.size()) ? std::min(end, starts[i + 1]) : end;
+      kernel(ops[i], begin - starts[i], stop - starts[i]);
+      begin = stop;
+    }
+  });
+}
+
+void decode_cpu(TensorList out, TensorList wires, int64_t wire, ZK_TERMS_PARAMS, std::string isa) {
+  if (out.empty()) return;
+  const TermArgs args = ZK_TERMS;
+  check_one_piece("decode", args);
+  check_params("decode", out, out, args);
+  check_wires("decode", wires, wire, out, offsets);
+  Call call(args, out);
+  call.add_spans(out, [&](Span& span, size_t i) {
+    span.in = wires[i].const_data_ptr();
+    span.out = out[i].mutable_data_ptr();
+  });
+  call.run(Combine{{call.terms}, Form::one, 0.0f, 0.0f, true, wire_of<DType>(wire)}, ZK_KERNEL_OF(combine, isa));
+}
+
+void decode_fan_out_cpu(TensorList plus, TensorList minus, TensorList wires, int64_t wire, Tensor seed, Tensor coeff,
+                        ZK_TERMS_PARAMS, std::string isa) {
+  if (plus.empty()) return;
+  const TermArgs args = ZK_TERMS;
+  check_one_piece("decode_fan_out", args);
+  check_params("decode_fan_out", minus, plus, args);
+  check_wires("decode_fan_out", wires, wire, plus, offsets);
+  check_one_direction(seed, coeff, plus[0]);
+  Call call(args, plus);
+  call.keys.push_back(key_of(seed));
+  call.coeffs.push_back(canonical_nan(data<float>(coeff)[0]));
+  call.add_spans(plus, [&](Span& span, size_t i) {
+    span.in = wires[i].const_data_ptr();
+    span.more[0] = plus[i].mutable_data_ptr();
+    span.more[1] = minus[i].mutable_data_ptr();
+  });
+  call.run(Combine{{call.terms}, Form::fan_out, 0.0f, 0.0f, true, wire_of<DType>(wire)}, ZK_KERNEL_OF(combine, isa));
+}
+
+}  // namespace
+
+ZK_REGISTER(encode, "encode(Tensor(a!)[] out, Tensor[] params, int wire, int[] offsets, str isa) -> ()")
+ZK_REGISTER(decode, "decode(Tensor(a!)[] out, Tensor[] wires, int wire, " ZK_TERMS_SCHEMA ", str isa) -> ()")
+ZK_REGISTER(
+    decode_fan_out,
+    "decode_fan_out(Tensor(a!)[] plus, Tensor(b!)[] minus, Tensor[] wires, int wire, Tensor seed, Tensor coeff, " ZK_TERMS_SCHEMA
+    ", str isa) -> ()")
+
+}  // namespace zk::cpu
+
+#endif

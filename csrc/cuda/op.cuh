@@ -1,0 +1,84 @@
+// What the entries of all operations share: they unpack tensors (stable ABI only), launch on the current stream of their
+// device and register themselves as torch.ops.zokernels_cuda.*. Arguments were checked in Python (zokernels/checks.py);
+// the checks here guard memory against a direct call.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "../op_args.h"
+#include "launch.cuh"
+#include "table.h"
+
+// Registers the function <op>_cuda under its schema. Python reads the schema to pass arguments
+// (zokernels/backends/library.py).
+#define ZK_REGISTER(op, schema)                                       \
+  STABLE_TORCH_LIBRARY_FRAGMENT(zokernels_cuda, m) { m.def(schema); } \
+  STABLE_TORCH_LIBRARY_IMPL(zokernels_cuda, CUDA, m) { m.impl(#op, TORCH_BOX(&op##_cuda)); }
+// The same of a function without tensors, which has no dispatch key to go by.
+#define ZK_REGISTER_CONSTANT(op, schema)                              \
+  STABLE_TORCH_LIBRARY_FRAGMENT(zokernels_cuda, m) { m.def(schema); } \
+  STABLE_TORCH_LIBRARY_IMPL(zokernels_cuda, CompositeExplicitAutograd, m) { m.impl(#op, TORCH_BOX(&op##_cuda)); }
+
+// In libtorch_cuda, which a CPU build of torch lacks: weak, so that the library loads there too.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** ret_stream);
+
+namespace zk::cuda {
+
+using torch::stable::Tensor;
+
+inline DType dtype_of(const char* op, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case torch::headeronly::ScalarType::Float: return DType::f32;
+    case torch::headeronly::ScalarType::BFloat16: return DType::bf16;
+    case torch::headeronly::ScalarType::Half: return DType::f16;
+    default: STD_TORCH_CHECK(false, "zokernels_cuda::", op, ": expected float32, bfloat16 or float16 tensors");
+  }
+}
+
+inline bool is_bf16(const Tensor& t) { return t.scalar_type() == torch::headeronly::ScalarType::BFloat16; }
+
+template <class T>
+const T* pointer(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <class T>
+const T* pointer(const std::optional<Tensor>& t) {
+  return t ? pointer<T>(*t) : nullptr;
+}
+
+// Makes the device of a tensor the current one, and has its current stream: what a launch needs, so that none can have
+// the stream without the device.
+struct OnDevice {
+  explicit OnDevice(const Tensor& t) : guard(t.get_device_index()) {
+    STD_TORCH_CHECK(&aoti_torch_get_current_cuda_stream != nullptr, "zokernels_cuda: this torch has no CUDA");
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  }
+  torch::stable::accelerator::DeviceGuard guard;
+  void* stream = nullptr;
+};
+
+inline void check_launch(const char* op, int error) {
+  STD_TORCH_CHECK(error == 0, "zokernels_cuda::", op, ": launch failed: ", launch_error(error));
+}
+
+// Tensor i of a call with its table entry, for pack_launches.
+template <class Entry>
+Packed<Entry> packed(const Entry& entry, const TermArgs& terms, size_t i, int64_t chunks) {
+  return {entry, Stream(static_cast<uint64_t>(terms.streams[i])), chunks};
+}
+
+inline void check_one_piece(const char* op, const TermArgs& terms) {
+  STD_TORCH_CHECK(terms.widths.empty(), op, ": widths: expected none");
+}
+
+}  // namespace zk::cuda

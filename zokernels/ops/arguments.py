@@ -1,0 +1,104 @@
+"""Arguments as users give them, plain Python numbers among them, as those of the operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..backends.terms import KEEP_ALL
+from ..checks import fail
+from ..contract import seed_to_int64
+from ..transfer import to_device
+
+Dist = Literal["normal", "rademacher"]
+Rounding = Literal["nearest", "stochastic"]
+
+
+def device_values(op: str, argument: str, value: object, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``value`` (a tensor, number or sequence of numbers) as a 1-D tensor on ``device``, without waiting for it."""
+    if isinstance(value, Tensor):
+        return value.reshape(1) if value.dim() == 0 else value
+    numbers: list[Any] = list(value) if isinstance(value, (list, tuple, range)) else [value]
+    kind = int if dtype is torch.int64 else (int, float)
+    for number in numbers:
+        if not isinstance(number, kind) or isinstance(number, bool):
+            expected = "integers" if dtype is torch.int64 else "numbers"
+            fail(op, argument, f"{expected} or a {dtype} tensor", repr(number), TypeError)
+    if dtype is torch.int64:
+        numbers = [seed_to_int64(n) for n in numbers]
+    if len(numbers) == 1:  # a fill kernel: no copy from pageable memory
+        return torch.full((1,), numbers[0], dtype=dtype, device=device)
+    return to_device(torch.tensor(numbers, dtype=dtype), device)
+
+
+def as_list(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else list(value)
+
+
+def places(
+    streams: int | Sequence[int], offsets: int | Sequence[int] | None, count: int
+) -> tuple[list[int], list[int]]:
+    stream_list = [streams] if isinstance(streams, int) else list(streams)
+    offsets = [0] * count if offsets is None else offsets
+    return stream_list, [offsets] if isinstance(offsets, int) else list(offsets)
+
+
+def noise_args(
+    op: str,
+    params: list[Tensor],
+    seeds: object,
+    coeffs: object,
+    streams: int | Sequence[int],
+    offsets: int | Sequence[int] | None,
+    dist: str,
+    decay: object,
+    rounding: str,
+    rounding_seed: object,
+) -> tuple[Any, ...]:
+    if rounding not in ("nearest", "stochastic"):
+        fail(op, "rounding", "'nearest' or 'stochastic'", repr(rounding))
+    if rounding == "stochastic" and rounding_seed is None:
+        fail(op, "rounding_seed", "a seed where rounding is 'stochastic'", None)
+    device = params[0].device if params else torch.device("cpu")
+    return (
+        device_values(op, "seeds", seeds, torch.int64, device),
+        device_values(op, "coeffs", coeffs, torch.float32, device),
+        *places(streams, offsets, len(params)),
+        dist,
+        None if decay is None else device_values(op, "decay", decay, torch.float32, device),
+        None if rounding == "nearest" else device_values(op, "rounding_seed", rounding_seed, torch.int64, device),
+    )
+
+
+def mask_args(
+    op: str, params: list[Tensor], masks: Tensor | Sequence[Tensor] | None, mask_seed: object, density: float | None
+) -> tuple[Any, ...]:
+    if (mask_seed is None) != (density is None):
+        fail(op, "mask_seed, density", "both or none", (mask_seed, density))
+    if density is None:
+        return None if masks is None else as_list(masks), None, KEEP_ALL
+    if not 0 <= density <= 1:
+        fail(op, "density", "a number in [0, 1]", density)
+    device = params[0].device if params else torch.device("cpu")
+    seed = device_values(op, "mask_seed", mask_seed, torch.int64, device)
+    return None if masks is None else as_list(masks), seed, round(density * KEEP_ALL)
+
+
+def row_args(
+    op: str, params: list[Tensor], rows: Sequence[tuple[int, int] | None] | None
+) -> tuple[list[int] | None, list[int] | None]:
+    """Widths and lengths; 0 where the elements lie in one piece."""
+    if rows is None:
+        return None, None
+    if len(rows) != len(params):
+        fail(op, "rows", f"{len(params)} pairs or None, one for each tensor", len(rows))
+    pairs = []
+    for param, pair in zip(params, rows, strict=True):
+        width, length = pair or (0, 0)
+        whole = width in (length, param.numel())
+        pairs.append((0, 0) if whole else (width, length))
+    widths, lengths = ([pair[i] for pair in pairs] for i in (0, 1))
+    return (widths, lengths) if any(widths) else (None, None)

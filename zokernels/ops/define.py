@@ -1,0 +1,73 @@
+"""How an operation becomes ``torch.ops.zokernels.*``: its schema, its fake and its entry.
+
+The schemas exist without any compiled library.  An entry checks its arguments and hands them to the selected backend;
+the typed wrapper beside it is what users call.
+
+Entries are registered through ``Library.impl``: ``torch.library.custom_op`` wraps each call in aliasing checks of its
+own, which cost more than ours and the launch together (docs/design.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import Backend, select
+from ..backends.terms import Terms
+
+_LIBRARY = torch.library.Library("zokernels", "DEF")
+
+#: The operations, each with the module that defines it.
+OPERATIONS: dict[str, str] = {}
+
+# The fields of Terms in a schema, in its order; torch leaves out arguments that equal their defaults.
+NOISE = "Tensor seeds, Tensor coeffs, int[] streams, int[] offsets, str dist, Tensor? decay, Tensor? rounding_seed"
+MASK = "Tensor[]? masks=None, Tensor? mask_seed=None, int mask_keep=65536"
+ROWS = "int[]? widths=None, int[]? lengths=None"
+TERMS = f"{NOISE}, {MASK}, Tensor[]? curvature=None, {ROWS}"
+
+
+def define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes the function below it the entry of an operation; its name then calls it through torch's dispatcher.
+
+    ``fake``: what the entry does for tensors without data; it checks the same arguments.
+    """
+
+    def register(entry: Callable[..., Any]) -> Callable[..., Any]:
+        name = schema.partition("(")[0]
+        OPERATIONS[name] = entry.__module__
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+        for key in ("CPU", "CUDA"):
+            _LIBRARY.impl(name, entry, key)
+        torch.library.register_fake(f"zokernels::{name}", fake, lib=_LIBRARY)
+        operation: Callable[..., Any] = getattr(torch.ops.zokernels, name).default
+        return operation
+
+    return register
+
+
+def checked(check: Callable[..., Any]) -> Callable[..., None]:
+    """The fake of an operation that returns nothing: its check."""
+
+    def fake(*args: object) -> None:
+        check(*args)
+
+    return fake
+
+
+def backend_of(device: torch.device) -> Backend:
+    """The backend that serves ``device``, whose kernels are its attributes."""
+    return select(device)
+
+
+def written(*tensors: Sequence[Tensor]) -> None:
+    """Tells autograd that an operation has changed the tensors of these groups."""
+    torch.autograd.graph.increment_version([t for group in tensors for t in group])
+
+
+def read_by(terms: Terms) -> dict[str, Sequence[Tensor]]:
+    """The tensors of ``terms`` that may not share memory with what is written."""
+    return {"masks": terms.masks or (), "curvature": terms.curvature or ()}

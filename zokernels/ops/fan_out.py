@@ -1,0 +1,92 @@
+"""fan_out: a pending combine of theta, and both sides of a direction, in one read of theta."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.terms import Terms
+from ..checks import (
+    check_one,
+    check_overlap,
+    check_scalars,
+    check_tensors,
+    check_terms,
+)
+from .arguments import Dist, Rounding, as_list, device_values, noise_args
+from .define import NOISE, backend_of, checked, define, written
+
+
+def _check_fan_out_(
+    params: list[Tensor], plus: list[Tensor], minus: list[Tensor], seed: Tensor, coeff: Tensor, *fields: Any
+) -> Terms:
+    terms = Terms(*fields)
+    if params or plus or minus:
+        check_tensors("fan_out_", {"params": params, "plus": plus, "minus": minus})
+    check_terms("fan_out_", "params", params, terms)
+    if params:
+        check_scalars("fan_out_", "coeffs", terms.coeffs, torch.float32, params[0].device)
+        check_one("fan_out_", "seed", seed, torch.int64, params[0].device)
+        check_one("fan_out_", "coeff", coeff, torch.float32, params[0].device)
+    return terms
+
+
+@define(
+    f"fan_out_(Tensor(a!)[] params, Tensor(b!)[] plus, Tensor(c!)[] minus, Tensor seed, Tensor coeff, {NOISE}) -> ()",
+    checked(_check_fan_out_),
+)
+def _fan_out_(
+    params: list[Tensor], plus: list[Tensor], minus: list[Tensor], seed: Tensor, coeff: Tensor, *fields: Any
+) -> None:
+    terms = _check_fan_out_(params, plus, minus, seed, coeff, *fields)
+    check_overlap("fan_out_", {"params": params, "plus": plus, "minus": minus}, {})
+    if params:
+        backend_of(params[0].device).fan_out(params, plus, minus, seed, coeff, terms)
+        written(params if terms.seeds.numel() or terms.decay is not None else [], plus, minus)
+
+
+@torch.no_grad()
+def fan_out_(
+    params: Tensor | Sequence[Tensor],
+    plus: Tensor | Sequence[Tensor],
+    minus: Tensor | Sequence[Tensor],
+    seed: int | Tensor,
+    coeff: float | Tensor,
+    *,
+    seeds: int | Sequence[int] | Tensor = (),
+    coeffs: float | Sequence[float] | Tensor = (),
+    streams: int | Sequence[int],
+    offsets: int | Sequence[int] | None = None,
+    dist: Dist = "normal",
+    decay: float | Tensor | None = None,
+    rounding: Rounding = "nearest",
+    rounding_seed: int | Tensor | None = None,
+) -> None:
+    """plus = round(theta + coeff * z), minus = round(theta - coeff * z), in one read of theta; z is ``seed``'s noise.
+
+    With ``seeds`` and ``coeffs`` (or ``decay``) theta first takes a pending update, as by :func:`combine_`, and is
+    written back: plus and minus start from the updated, rounded theta.  Without, theta is only read.  The bits are
+    those of ``combine_`` followed by two calls of :func:`combine`, with four accesses of memory for each element
+    instead of six: for weights that visit the device once a step, or whose perturbed copies are both needed.
+
+    Args:
+        params, plus, minus: as ``params`` of :func:`combine_`, of the same shapes; none shares memory with another.
+        seed, coeff: the direction of the two sides (int64, fp32; one element) and the size of the perturbation.
+        seeds, coeffs, decay, rounding, rounding_seed: the pending update; its rounding.  The sides round to nearest.
+        streams, offsets, dist: as for :func:`combine_`.
+
+    Raises: as :func:`combine_`.
+    """
+    tensors = as_list(params)
+    device = tensors[0].device if tensors else torch.device("cpu")
+    _fan_out_(
+        tensors,
+        as_list(plus),
+        as_list(minus),
+        device_values("fan_out_", "seed", seed, torch.int64, device),
+        device_values("fan_out_", "coeff", coeff, torch.float32, device),
+        *noise_args("fan_out_", tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed),
+    )

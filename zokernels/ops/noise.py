@@ -1,0 +1,74 @@
+"""noise: z itself, as a tensor; combine over -0.0, so no backend has a kernel for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..backends.terms import Terms
+from ..checks import (
+    check_dist,
+    check_offset,
+    check_stream,
+    fail,
+)
+from .arguments import Dist, device_values
+from .define import backend_of, define
+
+
+def _check_noise(shape: Sequence[int], seed: Tensor, stream: int, offset: int, dist: str) -> None:
+    check_dist("noise", dist)
+    if seed.dtype is not torch.int64 or seed.numel() != 1:
+        got = f"{seed.numel()} elements of {seed.dtype}"
+        fail("noise", "seed", "an integer or an int64 tensor of one element", got, TypeError)
+    if any(n < 0 for n in shape):
+        fail("noise", "shape", "sizes >= 0", tuple(shape))
+    numel = 1
+    for n in shape:
+        numel = numel * n
+    check_stream("noise", "stream", stream)
+    check_offset("noise", "offset", offset, numel)
+
+
+def _fake_noise(shape: list[int], seed: Tensor, stream: int, offset: int, dist: str) -> Tensor:
+    _check_noise(shape, seed, stream, offset, dist)
+    return torch.empty(tuple(shape), dtype=torch.float32, device=seed.device)
+
+
+@define(
+    "noise(SymInt[] shape, Tensor seed, int stream, int offset, str dist) -> Tensor",
+    _fake_noise,
+)
+def _noise(shape: list[int], seed: Tensor, stream: int, offset: int, dist: str) -> Tensor:
+    _check_noise(shape, seed, stream, offset, dist)
+    # z is combine over -0.0 with coefficient 1: -0.0, unlike 0.0, is the neutral element of addition.
+    z = torch.full(tuple(shape), -0.0, dtype=torch.float32, device=seed.device)
+    one = torch.ones(1, dtype=torch.float32, device=seed.device)
+    terms = Terms(seed.reshape(1), one, [stream], [offset], dist, None, None)
+    backend_of(z.device).combine([z], [z], terms)
+    return z
+
+
+def noise(
+    shape: int | Sequence[int],
+    *,
+    seed: int | Tensor,
+    stream: int = 0,
+    offset: int = 0,
+    dist: Dist = "normal",
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """z[offset : offset + numel] of (``seed``, ``stream``) as a fp32 tensor of ``shape``.
+
+    "normal" is standard normal (|z| <= 6.556), "rademacher" is +1 or -1.  For tests, baselines and a look: training
+    never materialises z.  ``device`` defaults to the seed's where it is a tensor, else to torch's default device.
+    """
+    if isinstance(seed, Tensor):
+        seed_tensor = seed if device is None else seed.to(device)
+    else:
+        target = torch.get_default_device() if device is None else torch.device(device)
+        seed_tensor = device_values("noise", "seed", seed, torch.int64, target)
+    z: Tensor = _noise((shape,) if isinstance(shape, int) else tuple(shape), seed_tensor, stream, offset, dist)
+    return z

@@ -1,0 +1,219 @@
+"""encode, decode and decode_fan_out: parameters as the bytes of a wire format, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.terms import Terms
+from ..checks import (
+    check_one,
+    check_overlap,
+    check_places,
+    check_scalars,
+    check_tensors,
+    check_terms,
+    fail,
+)
+from ..wire import Wire, format_of, wire_bytes
+from .arguments import Dist, Rounding, as_list, device_values, noise_args, places
+from .define import NOISE, backend_of, checked, define, written
+
+
+def _check_buffers(
+    op: str, argument: str, buffers: list[Tensor], params: list[Tensor], wire: str, offsets: list[int]
+) -> None:
+    """A wire buffer for each tensor of ``params``."""
+    if len(buffers) != len(params):
+        fail(op, argument, f"{len(params)} tensors, one for each parameter", len(buffers))
+    form = format_of(op, wire)
+    for i, (data, param) in enumerate(zip(buffers, params, strict=True)):
+        size = wire_bytes(param.numel(), wire, offsets[i])
+        good = data.dtype is torch.uint8 and data.dim() == 1 and data.numel() == size and data.is_contiguous()
+        if not good or data.device != param.device or data.storage_offset() % form.size:
+            expected = f"contiguous uint8 [{size}] on {param.device}, at a multiple of {form.size} bytes"
+            fail(op, f"{argument}[{i}]", expected, f"{data.dtype} {tuple(data.shape)} on {data.device}")
+
+
+def _check_encode(out: list[Tensor], params: list[Tensor], wire: str, offsets: list[int]) -> None:
+    format_of("encode", wire)
+    if params:
+        check_tensors("encode", {"params": params})
+    check_places("encode", [p.numel() for p in params], [0] * len(params), offsets, "params")
+    _check_buffers("encode", "out", out, params, wire, offsets)
+
+
+@define(
+    "encode(Tensor(a!)[] out, Tensor[] params, str wire, int[] offsets) -> ()",
+    checked(_check_encode),
+)
+def _encode(out: list[Tensor], params: list[Tensor], wire: str, offsets: list[int]) -> None:
+    _check_encode(out, params, wire, offsets)
+    check_overlap("encode", {"out": out}, {"params": params})
+    if params:
+        backend_of(params[0].device).encode(out, params, wire, offsets)
+        written(out)
+
+
+def _check_decode(out: list[Tensor], wires: list[Tensor], wire: str, *fields: Any) -> Terms:
+    terms = Terms(*fields)
+    format_of("decode", wire)
+    if out:
+        check_tensors("decode", {"out": out})
+    check_terms("decode", "out", out, terms)
+    _check_buffers("decode", "wires", wires, out, wire, terms.offsets)
+    if out:
+        check_scalars("decode", "coeffs", terms.coeffs, torch.float32, out[0].device)
+    return terms
+
+
+@define(
+    f"decode(Tensor(a!)[] out, Tensor[] wires, str wire, {NOISE}) -> ()",
+    checked(_check_decode),
+)
+def _decode(out: list[Tensor], wires: list[Tensor], wire: str, *fields: Any) -> None:
+    terms = _check_decode(out, wires, wire, *fields)
+    check_overlap("decode", {"out": out}, {"wires": wires})
+    if out:
+        backend_of(out[0].device).decode(out, wires, wire, terms)
+        written(out)
+
+
+def _check_decode_fan_out(
+    plus: list[Tensor],
+    minus: list[Tensor],
+    wires: list[Tensor],
+    wire: str,
+    seed: Tensor,
+    coeff: Tensor,
+    *fields: Any,
+) -> Terms:
+    op, terms = "decode_fan_out", Terms(*fields)
+    format_of(op, wire)
+    if plus or minus:
+        check_tensors(op, {"plus": plus, "minus": minus} if plus else {"minus": minus, "plus": plus})
+    check_terms(op, "plus", plus, terms)
+    _check_buffers(op, "wires", wires, plus, wire, terms.offsets)
+    if plus:
+        check_scalars(op, "coeffs", terms.coeffs, torch.float32, plus[0].device)
+        check_one(op, "seed", seed, torch.int64, plus[0].device)
+        check_one(op, "coeff", coeff, torch.float32, plus[0].device)
+    return terms
+
+
+@define(
+    "decode_fan_out(Tensor(a!)[] plus, Tensor(b!)[] minus, Tensor[] wires, str wire, Tensor seed, Tensor coeff, "
+    f"{NOISE}) -> ()",
+    checked(_check_decode_fan_out),
+)
+def _decode_fan_out(
+    plus: list[Tensor],
+    minus: list[Tensor],
+    wires: list[Tensor],
+    wire: str,
+    seed: Tensor,
+    coeff: Tensor,
+    *fields: Any,
+) -> None:
+    terms = _check_decode_fan_out(plus, minus, wires, wire, seed, coeff, *fields)
+    check_overlap("decode_fan_out", {"plus": plus, "minus": minus}, {"wires": wires})
+    if plus:
+        backend_of(plus[0].device).decode_fan_out(plus, minus, wires, wire, seed, coeff, terms)
+        written(plus, minus)
+
+
+@torch.no_grad()
+def encode(
+    out: Tensor | Sequence[Tensor],
+    params: Tensor | Sequence[Tensor],
+    wire: Wire,
+    *,
+    offsets: int | Sequence[int] | None = None,
+) -> None:
+    """out = encode(theta): parameters as the bytes of a wire format (``zokernels.wire``, docs/offload.md).
+
+    Args:
+        out: uint8, for each tensor of ``params`` a buffer of ``wire_bytes(numel, wire, offset)`` elements.
+        params: as for :func:`combine_`; only read.
+        wire: "bf16", "fp16", "fp8" (MXFP8 E4M3) or "int8" (MXINT8).
+        offsets: logical flat index of each tensor's first element (default 0), which says where blocks of 32 begin.
+
+    Raises: as :func:`combine_`.  Source: OCP Microscaling Formats (MX) Specification v1.0, 2023.
+    """
+    tensors = as_list(params)
+    _encode(as_list(out), tensors, wire, places(0, offsets, len(tensors))[1])
+
+
+@torch.no_grad()
+def decode(
+    out: Tensor | Sequence[Tensor],
+    wires: Tensor | Sequence[Tensor],
+    wire: Wire,
+    seeds: int | Sequence[int] | Tensor = (),
+    coeffs: float | Sequence[float] | Tensor = (),
+    *,
+    streams: int | Sequence[int] | None = None,
+    offsets: int | Sequence[int] | None = None,
+    dist: Dist = "normal",
+    decay: float | Tensor | None = None,
+    rounding: Rounding = "nearest",
+    rounding_seed: int | Tensor | None = None,
+) -> None:
+    """out = round(decay * decode(W) + sum_k coeffs[k] * z_k): :func:`combine` of what a wire buffer holds.
+
+    Args:
+        out: tensors of fp32, bf16 or fp16; their dtype need not be the one that was encoded.
+        wires: the buffers of :func:`encode`, for tensors of ``out``'s shapes and the same ``offsets``.
+        seeds, coeffs, ...: as for :func:`combine_`; without them the values alone, rounded to ``out``'s dtype.
+
+    Raises: as :func:`combine_`.
+    """
+    tensors = as_list(out)
+    streams = [0] * len(tensors) if streams is None else streams
+    _decode(
+        tensors,
+        as_list(wires),
+        wire,
+        *noise_args("decode", tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed),
+    )
+
+
+@torch.no_grad()
+def decode_fan_out(
+    plus: Tensor | Sequence[Tensor],
+    minus: Tensor | Sequence[Tensor],
+    wires: Tensor | Sequence[Tensor],
+    wire: Wire,
+    seed: int | Tensor,
+    coeff: float | Tensor,
+    *,
+    seeds: int | Sequence[int] | Tensor = (),
+    coeffs: float | Sequence[float] | Tensor = (),
+    streams: int | Sequence[int],
+    offsets: int | Sequence[int] | None = None,
+    dist: Dist = "normal",
+    decay: float | Tensor | None = None,
+    rounding: Rounding = "nearest",
+    rounding_seed: int | Tensor | None = None,
+) -> None:
+    """plus, minus = round(theta +- coeff * z) with theta = :func:`decode` of ``wires``, not stored, in one pass.
+
+    The bits are those of :func:`decode`, with the pending update of ``seeds``, ``coeffs`` and ``decay``, followed by
+    two calls of :func:`combine`.  Arguments as for :func:`decode` and :func:`fan_out_`.
+
+    Raises: as :func:`combine_`.
+    """
+    op, tensors = "decode_fan_out", as_list(plus)
+    device = tensors[0].device if tensors else torch.device("cpu")
+    _decode_fan_out(
+        tensors,
+        as_list(minus),
+        as_list(wires),
+        wire,
+        device_values(op, "seed", seed, torch.int64, device),
+        device_values(op, "coeff", coeff, torch.float32, device),
+        *noise_args(op, tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed),
+    )
