@@ -235,6 +235,8 @@ HOSTILE = {
     "same parameter": lambda h: h["groups"][0]["params"].append(h["groups"][0]["params"][0]),
     "streams": lambda h: h["groups"][0]["params"][0].update(stream=2**56),
     "eps": lambda h: h["groups"][0]["options"].update(eps=0.0),
+    "window": lambda h: h["rule"].update({"class": "MomentumWindow", "window": 2**24}),
+    "window of many": lambda h: h["rule"].update({"class": "MomentumWindow", "window": 2**19}),
     "lr option": lambda h: h["groups"][0]["options"].update(params=[1]),
     "dist": lambda h: h["groups"][0]["options"].update(dist="cauchy"),
     "no groups": lambda h: h.update(groups=[]),
