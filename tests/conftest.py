@@ -25,8 +25,9 @@ pytest_plugins = ["pytester"]  # for test_seeds.py
 
 #: The files that take longest, the longest first, so that no process is left with one at the end.
 LONGEST = [
-    *("triton_compile", "cuda", "triton", "distributed", "offload_disk", "packaging", "examples", "bench_gpu_check"),
-    *("trajectory_file", "transformers_runs", "trajectory", "demo", "docs", "transformers_processes", "bench_methods"),
+    *("triton_versions", "triton_compile", "cuda", "triton", "distributed", "offload_disk", "packaging", "examples"),
+    *("bench_gpu_check", "trajectory_file", "transformers_runs", "trajectory", "demo", "docs"),
+    *("transformers_processes", "bench_methods"),
 ]
 
 
@@ -93,7 +94,7 @@ def pytest_collection_modifyitems(config, items):
 
 def _is_fuzzed(item) -> bool:
     skipped = any(mark.name == "skip" for mark in item.iter_markers())
-    return "rng" in item.fixturenames and "slow" not in item.keywords and not skipped
+    return "rng" in item.fixturenames and item.get_closest_marker("slow") is None and not skipped
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -131,7 +132,7 @@ def _seeded(request) -> int:
 @pytest.fixture(autouse=True)
 def _poisoned(request):
     """Fresh memory is poisoned, in tests on a GPU where kernels are compared with the reference (check_backend)."""
-    with contextlib.nullcontext() if "gpu" in request.keywords else poisoned():
+    with contextlib.nullcontext() if request.node.get_closest_marker("gpu") else poisoned():
         yield
 
 
