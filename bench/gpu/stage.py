@@ -142,8 +142,9 @@ def execute(stage: Stage, ctx: Context) -> tuple[str, str]:
 
 
 def end_with(parent: int) -> None:
-    """Ends this process and all that it started once the process ``parent``, which started it, is gone, so that a
-    check that was killed (kill -9) leaves nothing running on the GPU.  This process leads a group of its own.
+    """Ends this process and all that it started once the process ``parent``, which started it, is gone.
+
+    So a check that was killed (kill -9) leaves nothing running.  This process leads a group of its own.
 
     The number is told and not asked for here: the parent may be gone before this process has come so far.
     """
