@@ -36,7 +36,8 @@ def _derive_seed(run_seed: Tensor, step: Tensor, k: Tensor) -> Tensor:
     _check_derive_seed(run_seed, step, k)
     shape = torch.broadcast_shapes(run_seed.shape, step.shape, k.shape)
     run_seed, step, k = (t.expand(shape).contiguous() for t in (run_seed, step, k))
-    return backend_of(run_seed.device).derive_seed(run_seed, step, k)
+    found: Tensor = backend_of(run_seed.device).derive_seed(run_seed, step, k)
+    return found
 
 
 @overload

@@ -26,7 +26,8 @@ def _fake_squares(seeds: Tensor, sizes: list[int], streams: list[int], offsets: 
 )
 def _squares(seeds: Tensor, sizes: list[int], streams: list[int], offsets: list[int], dist: str) -> Tensor:
     check_noise_of("squares", seeds, sizes, streams, offsets, dist)
-    return backend_of(seeds.device).squares(seeds, sizes, streams, offsets, dist)
+    found: Tensor = backend_of(seeds.device).squares(seeds, sizes, streams, offsets, dist)
+    return found
 
 
 def squared_norm(

@@ -35,9 +35,9 @@ def _adam(chunk: Chunk, theta: Tensor, decayed: Tensor, states: States, hyper: S
 
 
 def _adam_window(chunk: Chunk, theta: Tensor, decayed: Tensor, states: States, hyper: States) -> tuple[Tensor, States]:
-    lr, eps, *squares = hyper
+    lr, eps, *square_coeffs = hyper
     m = v = torch.zeros(chunk.n, device=chunk.coeffs.device)
-    for k, square in enumerate(squares):
+    for k, square in enumerate(square_coeffs):
         z = chunk.noise(k)
         m, v = fma(chunk.coeffs[k].expand(chunk.n), z, m), fma(square, z * z, v)
     return fma(-lr, divide(m, sqrt(v) + eps), decayed), ()

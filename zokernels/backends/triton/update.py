@@ -63,12 +63,12 @@ def _adam(row, span, terms, theta, base, m, v, hyper):
 
 
 @triton.jit
-def _adam_window(row, span, terms, base, squares, hyper):
+def _adam_window(row, span, terms, base, square_coeffs, hyper):
     lr, eps = hyper
     m, v = zeros_like(base, terms.num_k), zeros_like(base, terms.num_k)
     for k in range(terms.num_k[0]):
         z = noise(tl.load(terms.seeds + k), row, span, terms)
-        m, v = fma(tl.load(terms.coeffs + k), z, m), fma(tl.load(squares + k), z * z, v)
+        m, v = fma(tl.load(terms.coeffs + k), z, m), fma(tl.load(square_coeffs + k), z * z, v)
     return fma(negated(lr), tl.div_rn(m, tl.sqrt_rn(v) + eps), base), (), ()
 
 
@@ -88,13 +88,13 @@ def _hizoo(row, span, terms, base, h, hyper):
 
 
 @triton.jit
-def _apply(row, span, terms, theta, base, first, second, squares, hyper, RULE: tl.constexpr):
+def _apply(row, span, terms, theta, base, first, second, square_coeffs, hyper, RULE: tl.constexpr):
     if RULE == "momentum":
         return _momentum(row, span, terms, theta, base, first[0], hyper)
     elif RULE == "adam":
         return _adam(row, span, terms, theta, base, first[0], second[0], hyper)
     elif RULE == "adam_window":
-        return _adam_window(row, span, terms, base, squares, hyper)
+        return _adam_window(row, span, terms, base, square_coeffs, hyper)
     elif RULE == "sign":
         return _sign(row, span, terms, theta, base, hyper)
     else:
@@ -119,11 +119,11 @@ def _store_state(ptr, new, old, keep, row, inside, span, terms, DOMAIN: tl.const
 
 
 @triton.jit
-def _tile(row, inside, span, terms, theta, first, second, squares, hyper, RULE: tl.constexpr):
+def _tile(row, inside, span, terms, theta, first, second, square_coeffs, hyper, RULE: tl.constexpr):
     x = load(theta, row, inside, span)
     base = decayed(x, terms)
     m, v = _load_state(first, row, inside, span), _load_state(second, row, inside, span)
-    new, new_m, new_v = _apply(row, span, terms, x, base, m, v, squares, hyper, RULE)
+    new, new_m, new_v = _apply(row, span, terms, x, base, m, v, square_coeffs, hyper, RULE)
     keep = kept(row, inside, span, terms)
     new = choose(keep, new, base)
     store(theta, rounded(new, theta.dtype.element_ty, row, span, terms), row, inside, span)
@@ -198,7 +198,7 @@ def update_rows_kernel(
 def update(
     params: list[Tensor], first: list[Tensor], second: list[Tensor], rule: str, hyper: Tensor, terms: Terms
 ) -> None:
-    # A window has many seeds, and squares beside the coefficients: they are read as the loop comes to them.
+    # A window has many seeds, and a second coefficient of each, for its square: the loop reads them as it comes to them.
     own = {"K": None} if rule == "adam_window" else {}
     own |= {"hyper": hyper, "RULE": rule, "VALUES": VALUES[rule]}
     if terms.widths:
