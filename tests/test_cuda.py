@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import importlib
 import pathlib
@@ -28,10 +29,9 @@ from helpers import DISTS, DTYPES, add_extras, check_backend, random_call
 
 import zokernels
 from zokernels import _host
-from zokernels.backends import library, registry, select
+from zokernels.backends import library, registry
 from zokernels.backends.cuda.support import Build, Machine, Target
 from zokernels.contract import seed_to_int64
-from zokernels.ops import define
 from zokernels.ops.update import RULES
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -72,9 +72,9 @@ def on_host(library_on_host, monkeypatch):
     monkeypatch.setattr(torch.ops, "zokernels_cuda", torch.ops.zokernels_cuda_on_host)
     build = Build(13000, 13000, (Target.parse("90-real"),))
     backend = importlib.import_module("zokernels.backends.cuda").load(build, Machine("13.0", 13000, ((9, 0),)))
-    monkeypatch.setattr(
-        define, "select", lambda device: select(device) if registry.forced() == "reference" else backend
-    )
+    backend, load = dataclasses.replace(backend, devices=frozenset(("cpu",))), registry._load
+    monkeypatch.setitem(registry.PREFERENCE, "cpu", ("cuda",))
+    monkeypatch.setattr(registry, "_load", lambda name: backend if name == "cuda" else load(name))
     return library_on_host.launches_on_host
 
 

@@ -84,4 +84,8 @@ def _bind(operation: Any, isa: Callable[[], str] | None) -> Kernel:
             args.append(isa())
         return operation(*args)
 
-    return kernel
+    def kernel_of_terms(*given: Any) -> Any:  # the same for most, where a call costs least
+        *args, terms = given
+        return operation(*args, *terms.packed, *(() if isa is None else (isa(),)))
+
+    return kernel_of_terms if takes_terms and not coded and takes_isa == (isa is not None) else kernel

@@ -8,14 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import select
 from ..backends.terms import Terms, mask_bytes, row_blocks
-from ..checks import (
-    check_overlap,
-    check_tensors,
-    check_terms,
-)
+from ..checks import check_overlap, check_tensors, check_terms
 from .arguments import Dist, Rounding, as_list, mask_args, noise_args, row_args
-from .define import TERMS, backend_of, checked, define, read_by, written
+from .define import TERMS, checked, define, read_by, written
 
 
 def _check_combine_(params: list[Tensor], *fields: Any) -> Terms:
@@ -26,15 +23,12 @@ def _check_combine_(params: list[Tensor], *fields: Any) -> Terms:
     return terms
 
 
-@define(
-    f"combine_(Tensor(a!)[] params, {TERMS}) -> ()",
-    checked(_check_combine_),
-)
+@define(f"combine_(Tensor(a!)[] params, {TERMS}) -> ()", checked(_check_combine_))
 def _combine_(params: list[Tensor], *fields: Any) -> None:
     terms = _check_combine_(params, *fields)
     check_overlap("combine_", {"params": params}, read_by(terms))
     if params:
-        backend_of(params[0].device).combine(params, params, terms)
+        select(params[0].device).combine(params, params, terms)
         written(params)
 
 
@@ -46,15 +40,12 @@ def _check_combine(out: list[Tensor], params: list[Tensor], *fields: Any) -> Ter
     return terms
 
 
-@define(
-    f"combine(Tensor(a!)[] out, Tensor[] params, {TERMS}) -> ()",
-    checked(_check_combine),
-)
+@define(f"combine(Tensor(a!)[] out, Tensor[] params, {TERMS}) -> ()", checked(_check_combine))
 def _combine(out: list[Tensor], params: list[Tensor], *fields: Any) -> None:
     terms = _check_combine(out, params, *fields)
     check_overlap("combine", {"out": out}, {"params": params, **read_by(terms)})
     if params:
-        backend_of(params[0].device).combine(out, params, terms)
+        select(params[0].device).combine(out, params, terms)
         written(out)
 
 

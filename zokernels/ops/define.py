@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import Backend, select
 from ..backends.terms import Terms
 
 _LIBRARY = torch.library.Library("zokernels", "DEF")
@@ -56,11 +55,6 @@ def checked(check: Callable[..., Any]) -> Callable[..., None]:
         check(*args)
 
     return fake
-
-
-def backend_of(device: torch.device) -> Backend:
-    """The backend that serves ``device``, whose kernels are its attributes."""
-    return select(device)
 
 
 def written(*tensors: Sequence[Tensor]) -> None:

@@ -8,16 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import select
 from ..backends.terms import Terms
-from ..checks import (
-    check_one,
-    check_overlap,
-    check_scalars,
-    check_tensors,
-    check_terms,
-)
+from ..checks import check_one, check_overlap, check_scalars, check_tensors, check_terms
 from .arguments import Dist, Rounding, as_list, device_values, noise_args
-from .define import NOISE, backend_of, checked, define, written
+from .define import NOISE, checked, define, written
 
 
 def _check_fan_out_(
@@ -44,7 +39,7 @@ def _fan_out_(
     terms = _check_fan_out_(params, plus, minus, seed, coeff, *fields)
     check_overlap("fan_out_", {"params": params, "plus": plus, "minus": minus}, {})
     if params:
-        backend_of(params[0].device).fan_out(params, plus, minus, seed, coeff, terms)
+        select(params[0].device).fan_out(params, plus, minus, seed, coeff, terms)
         written(params if terms.seeds.numel() or terms.decay is not None else [], plus, minus)
 
 

@@ -8,15 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import select
 from ..backends.terms import Terms
-from ..checks import (
-    check_overlap,
-    check_tensors,
-    check_terms,
-    fail,
-)
+from ..checks import check_overlap, check_tensors, check_terms, fail
 from .arguments import Rounding, as_list, noise_args
-from .define import backend_of, checked, define, written
+from .define import checked, define, written
 
 _FACTORS = (
     "Tensor[] left, Tensor[] right, Tensor coeffs, int[] streams, int[] offsets, Tensor? decay, Tensor? rounding_seed"
@@ -60,7 +56,7 @@ def _low_rank_(params: list[Tensor], left: list[Tensor], right: list[Tensor], *f
     terms = _check_low_rank("low_rank_", {"params": params}, left, right, *fields)
     check_overlap("low_rank_", {"params": params}, {"left": left, "right": right})
     if params:
-        backend_of(params[0].device).low_rank(params, params, left, right, terms)
+        select(params[0].device).low_rank(params, params, left, right, terms)
         written(params)
 
 
@@ -72,7 +68,7 @@ def _low_rank(out: list[Tensor], params: list[Tensor], left: list[Tensor], right
     terms = _check_low_rank("low_rank", {"params": params, "out": out}, left, right, *fields)
     check_overlap("low_rank", {"out": out}, {"params": params, "left": left, "right": right})
     if params:
-        backend_of(params[0].device).low_rank(out, params, left, right, terms)
+        select(params[0].device).low_rank(out, params, left, right, terms)
         written(out)
 
 

@@ -7,15 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..backends import select
 from ..backends.terms import Terms
-from ..checks import (
-    check_dist,
-    check_offset,
-    check_stream,
-    fail,
-)
+from ..checks import check_dist, check_offset, check_stream, fail
 from .arguments import Dist, device_values
-from .define import backend_of, define
+from .define import define
 
 
 def _check_noise(shape: Sequence[int], seed: Tensor, stream: int, offset: int, dist: str) -> None:
@@ -37,17 +33,14 @@ def _fake_noise(shape: list[int], seed: Tensor, stream: int, offset: int, dist: 
     return torch.empty(tuple(shape), dtype=torch.float32, device=seed.device)
 
 
-@define(
-    "noise(SymInt[] shape, Tensor seed, int stream, int offset, str dist) -> Tensor",
-    _fake_noise,
-)
+@define("noise(SymInt[] shape, Tensor seed, int stream, int offset, str dist) -> Tensor", _fake_noise)
 def _noise(shape: list[int], seed: Tensor, stream: int, offset: int, dist: str) -> Tensor:
     _check_noise(shape, seed, stream, offset, dist)
     # z is combine over -0.0 with coefficient 1: -0.0, unlike 0.0, is the neutral element of addition.
     z = torch.full(tuple(shape), -0.0, dtype=torch.float32, device=seed.device)
     one = torch.ones(1, dtype=torch.float32, device=seed.device)
     terms = Terms(seed.reshape(1), one, [stream], [offset], dist, None, None)
-    backend_of(z.device).combine([z], [z], terms)
+    select(z.device).combine([z], [z], terms)
     return z
 
 

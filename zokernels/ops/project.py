@@ -7,15 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..backends import select
 from ..backends.sums import by_partial_sums
-from ..checks import (
-    check_dist,
-    check_places,
-    check_scalars,
-    check_tensors,
-)
+from ..checks import check_dist, check_places, check_scalars, check_tensors
 from .arguments import Dist, as_list, device_values, places
-from .define import backend_of, define
+from .define import define
 
 
 def _check_project(tensors: list[Tensor], seeds: Tensor, streams: list[int], offsets: list[int], dist: str) -> None:
@@ -31,14 +27,11 @@ def _fake_project(tensors: list[Tensor], seeds: Tensor, streams: list[int], offs
     return seeds.new_empty(seeds.shape, dtype=torch.float64)
 
 
-@define(
-    "project(Tensor[] tensors, Tensor seeds, int[] streams, int[] offsets, str dist) -> Tensor",
-    _fake_project,
-)
+@define("project(Tensor[] tensors, Tensor seeds, int[] streams, int[] offsets, str dist) -> Tensor", _fake_project)
 def _project(tensors: list[Tensor], seeds: Tensor, streams: list[int], offsets: list[int], dist: str) -> Tensor:
     _check_project(tensors, seeds, streams, offsets, dist)
-    columns = backend_of(seeds.device).project_columns()
-    fill = backend_of(seeds.device).project
+    columns = select(seeds.device).project_columns()
+    fill = select(seeds.device).project
     return by_partial_sums(
         lambda partial, part: fill(partial, tensors, part, streams, offsets, dist), columns, tensors, seeds, offsets
     )

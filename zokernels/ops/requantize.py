@@ -8,15 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import select
 from ..backends.terms import Terms
-from ..checks import (
-    check_overlap,
-    check_tensors,
-    check_terms,
-    fail,
-)
+from ..checks import check_overlap, check_tensors, check_terms, fail
 from .arguments import Dist, Rounding, as_list, mask_args, noise_args
-from .define import MASK, NOISE, backend_of, checked, define, read_by, written
+from .define import MASK, NOISE, checked, define, read_by, written
 
 
 def _check_requantize(op: str, groups: Mapping[str, list[Tensor]], low: int, high: int, *fields: Any) -> Terms:
@@ -37,7 +33,7 @@ def _requantize_(params: list[Tensor], low: int, high: int, *fields: Any) -> Non
     terms = _check_requantize("requantize_", {"params": params}, low, high, *fields)
     check_overlap("requantize_", {"params": params}, read_by(terms))
     if params:
-        backend_of(params[0].device).requantize(params, params, low, high, terms)
+        select(params[0].device).requantize(params, params, low, high, terms)
         written(params)
 
 
@@ -49,7 +45,7 @@ def _requantize(out: list[Tensor], params: list[Tensor], low: int, high: int, *f
     terms = _check_requantize("requantize", {"params": params, "out": out}, low, high, *fields)
     check_overlap("requantize", {"out": out}, {"params": params, **read_by(terms)})
     if params:
-        backend_of(params[0].device).requantize(out, params, low, high, terms)
+        select(params[0].device).requantize(out, params, low, high, terms)
         written(out)
 
 

@@ -7,11 +7,10 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from ..checks import (
-    fail,
-)
+from ..backends import select
+from ..checks import fail
 from ..contract import derive_seed_int, seed_to_int64
-from .define import backend_of, define
+from .define import define
 
 
 def _check_derive_seed(run_seed: Tensor, step: Tensor, k: Tensor) -> None:
@@ -28,15 +27,12 @@ def _fake_derive_seed(run_seed: Tensor, step: Tensor, k: Tensor) -> Tensor:
     return torch.empty(shape, dtype=torch.int64, device=run_seed.device)
 
 
-@define(
-    "derive_seed(Tensor run_seed, Tensor step, Tensor k) -> Tensor",
-    _fake_derive_seed,
-)
+@define("derive_seed(Tensor run_seed, Tensor step, Tensor k) -> Tensor", _fake_derive_seed)
 def _derive_seed(run_seed: Tensor, step: Tensor, k: Tensor) -> Tensor:
     _check_derive_seed(run_seed, step, k)
     shape = torch.broadcast_shapes(run_seed.shape, step.shape, k.shape)
     run_seed, step, k = (t.expand(shape).contiguous() for t in (run_seed, step, k))
-    found: Tensor = backend_of(run_seed.device).derive_seed(run_seed, step, k)
+    found: Tensor = select(run_seed.device).derive_seed(run_seed, step, k)
     return found
 
 

@@ -7,16 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..backends import select
 from ..backends.terms import Terms
-from ..checks import (
-    check_overlap,
-    check_scalars,
-    check_tensors,
-    check_terms,
-    fail,
-)
+from ..checks import check_overlap, check_scalars, check_tensors, check_terms, fail
 from .arguments import Dist, device_values
-from .define import backend_of, checked, define, written
+from .define import checked, define, written
 
 
 def _check_spread(out: Tensor, x: Tensor, seeds: Tensor, coeffs: Tensor, stream: int, offset: int, dist: str) -> Terms:
@@ -40,7 +35,7 @@ def _spread(out: Tensor, x: Tensor, seeds: Tensor, coeffs: Tensor, stream: int, 
     terms = _check_spread(out, x, seeds, coeffs, stream, offset, dist)
     check_overlap("spread", {"out": [out]}, {"x": [x]})
     if out.numel():
-        backend_of(x.device).spread(out, x, terms)
+        select(x.device).spread(out, x, terms)
         written([out])
 
 

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checks import (
-    check_noise_of,
-)
+from ..backends import select
+from ..checks import check_noise_of
 from ..contract import SQUARE_SCALE
 from .arguments import Dist, device_values, places
-from .define import backend_of, define
+from .define import define
 
 
 def _fake_squares(seeds: Tensor, sizes: list[int], streams: list[int], offsets: list[int], dist: str) -> Tensor:
@@ -20,13 +19,10 @@ def _fake_squares(seeds: Tensor, sizes: list[int], streams: list[int], offsets: 
     return torch.empty_like(seeds)
 
 
-@define(
-    "squares(Tensor seeds, int[] sizes, int[] streams, int[] offsets, str dist) -> Tensor",
-    _fake_squares,
-)
+@define("squares(Tensor seeds, int[] sizes, int[] streams, int[] offsets, str dist) -> Tensor", _fake_squares)
 def _squares(seeds: Tensor, sizes: list[int], streams: list[int], offsets: list[int], dist: str) -> Tensor:
     check_noise_of("squares", seeds, sizes, streams, offsets, dist)
-    found: Tensor = backend_of(seeds.device).squares(seeds, sizes, streams, offsets, dist)
+    found: Tensor = select(seeds.device).squares(seeds, sizes, streams, offsets, dist)
     return found
 
 

@@ -8,18 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..backends import select
 from ..backends.terms import Terms
-from ..checks import (
-    STATE_DTYPES,
-    check_overlap,
-    check_scalars,
-    check_states,
-    check_tensors,
-    check_terms,
-    fail,
-)
+from ..checks import STATE_DTYPES, check_overlap, check_scalars, check_states, check_tensors, check_terms, fail
 from .arguments import Dist, Rounding, as_list, device_values, mask_args, noise_args, row_args
-from .define import MASK, NOISE, ROWS, backend_of, checked, define, read_by, written
+from .define import MASK, NOISE, ROWS, checked, define, read_by, written
 
 Rule = Literal["momentum", "adam", "adam_window", "sign", "hizoo"]
 
@@ -65,7 +58,7 @@ def _update_(
     terms = _check_update_(params, first, second, rule, hyper, *fields)
     check_overlap("update_", {"params": params, "first": first, "second": second}, read_by(terms))
     if params:
-        backend_of(params[0].device).update(params, first, second, rule, hyper, terms)
+        select(params[0].device).update(params, first, second, rule, hyper, terms)
         written(params, first, second)
 
 

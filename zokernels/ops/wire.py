@@ -8,19 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import select
 from ..backends.terms import Terms
-from ..checks import (
-    check_one,
-    check_overlap,
-    check_places,
-    check_scalars,
-    check_tensors,
-    check_terms,
-    fail,
-)
+from ..checks import check_one, check_overlap, check_places, check_scalars, check_tensors, check_terms, fail
 from ..wire import Wire, format_of, wire_bytes
 from .arguments import Dist, Rounding, as_list, device_values, noise_args, places
-from .define import NOISE, backend_of, checked, define, written
+from .define import NOISE, checked, define, written
 
 
 def _check_buffers(
@@ -46,15 +39,12 @@ def _check_encode(out: list[Tensor], params: list[Tensor], wire: str, offsets: l
     _check_buffers("encode", "out", out, params, wire, offsets)
 
 
-@define(
-    "encode(Tensor(a!)[] out, Tensor[] params, str wire, int[] offsets) -> ()",
-    checked(_check_encode),
-)
+@define("encode(Tensor(a!)[] out, Tensor[] params, str wire, int[] offsets) -> ()", checked(_check_encode))
 def _encode(out: list[Tensor], params: list[Tensor], wire: str, offsets: list[int]) -> None:
     _check_encode(out, params, wire, offsets)
     check_overlap("encode", {"out": out}, {"params": params})
     if params:
-        backend_of(params[0].device).encode(out, params, wire, offsets)
+        select(params[0].device).encode(out, params, wire, offsets)
         written(out)
 
 
@@ -70,26 +60,17 @@ def _check_decode(out: list[Tensor], wires: list[Tensor], wire: str, *fields: An
     return terms
 
 
-@define(
-    f"decode(Tensor(a!)[] out, Tensor[] wires, str wire, {NOISE}) -> ()",
-    checked(_check_decode),
-)
+@define(f"decode(Tensor(a!)[] out, Tensor[] wires, str wire, {NOISE}) -> ()", checked(_check_decode))
 def _decode(out: list[Tensor], wires: list[Tensor], wire: str, *fields: Any) -> None:
     terms = _check_decode(out, wires, wire, *fields)
     check_overlap("decode", {"out": out}, {"wires": wires})
     if out:
-        backend_of(out[0].device).decode(out, wires, wire, terms)
+        select(out[0].device).decode(out, wires, wire, terms)
         written(out)
 
 
 def _check_decode_fan_out(
-    plus: list[Tensor],
-    minus: list[Tensor],
-    wires: list[Tensor],
-    wire: str,
-    seed: Tensor,
-    coeff: Tensor,
-    *fields: Any,
+    plus: list[Tensor], minus: list[Tensor], wires: list[Tensor], wire: str, seed: Tensor, coeff: Tensor, *fields: Any
 ) -> Terms:
     op, terms = "decode_fan_out", Terms(*fields)
     format_of(op, wire)
@@ -110,18 +91,12 @@ def _check_decode_fan_out(
     checked(_check_decode_fan_out),
 )
 def _decode_fan_out(
-    plus: list[Tensor],
-    minus: list[Tensor],
-    wires: list[Tensor],
-    wire: str,
-    seed: Tensor,
-    coeff: Tensor,
-    *fields: Any,
+    plus: list[Tensor], minus: list[Tensor], wires: list[Tensor], wire: str, seed: Tensor, coeff: Tensor, *fields: Any
 ) -> None:
     terms = _check_decode_fan_out(plus, minus, wires, wire, seed, coeff, *fields)
     check_overlap("decode_fan_out", {"plus": plus, "minus": minus}, {"wires": wires})
     if plus:
-        backend_of(plus[0].device).decode_fan_out(plus, minus, wires, wire, seed, coeff, terms)
+        select(plus[0].device).decode_fan_out(plus, minus, wires, wire, seed, coeff, terms)
         written(plus, minus)
 
 

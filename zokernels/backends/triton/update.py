@@ -198,7 +198,7 @@ def update_rows_kernel(
 def update(
     params: list[Tensor], first: list[Tensor], second: list[Tensor], rule: str, hyper: Tensor, terms: Terms
 ) -> None:
-    # A window has many seeds, and a second coefficient of each, for its square: the loop reads both as it goes.
+    # A window has many seeds, and a second coefficient of each, for its square: the loop reads them as it goes.
     own = {"K": None} if rule == "adam_window" else {}
     own |= {"hyper": hyper, "RULE": rule, "VALUES": VALUES[rule]}
     if terms.widths:
