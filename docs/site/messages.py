@@ -92,6 +92,13 @@ def _python(path: pathlib.Path) -> Iterator[Message]:
             yield Message(file, node.lineno, text, ast.unparse(kind) if kind is not None else "ValueError")
         elif isinstance(node, ast.Raise) and (found := _raised(node, scope_of(node))):
             yield Message(file, node.lineno, *found)
+    for function, scope in scopes:
+        if function.name.endswith("_problem"):  # says what is wrong with a backend: the rest of a message about it
+            for node in ast.walk(function):
+                if isinstance(node, ast.Return) and isinstance(node.value, _TEXTS):
+                    text = _show(node.value, scope)
+                    if text != "None":
+                        yield Message(file, node.lineno, f"backend {path.parent.name!r} {text}", "BackendUnavailable")
 
 
 _CHECK = re.compile(r"STD_TORCH_CHECK\(\s*.*?,\s*((?:\"(?:[^\"\\]|\\.)*\"[\s,]*)+)", re.S)
