@@ -1,7 +1,4 @@
-"""The PTX of the CUDA kernels executed on the CPU: its bits are the reference's, and its accesses are allowed.
-
-What ``tests/ptx`` runs is what nvcc made of ``csrc/cuda`` for sm_90, launched by the library's own host code.
-"""
+"""The interpreter of ``tests/ptx``: what it computes, and what it refuses."""
 
 from __future__ import annotations
 
