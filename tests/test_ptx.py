@@ -1,0 +1,156 @@
+"""The interpreter of ``tests/ptx``: what it computes, and what it refuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from helpers import random_values
+from ptx.arithmetic import RULES, fma32, rsqrt
+from ptx.machine import Machine
+from ptx.memory import Memory
+from ptx.parser import PtxError, parse
+
+from zokernels.backends.reference.combine import fma
+
+# --- the interpreter --------------------------------------------------------------------------------------------------
+
+_MODULE = """
+.visible .entry sample(.param .u64 sample_param_0, .param .u64 sample_param_1)
+.maxntid 64, 1, 1
+{{
+    .reg .pred %p<4>;
+    .reg .b32 %r<9>;
+    .reg .b64 %rd<9>;
+    ld.param.u64 %rd1, [sample_param_0];
+    ld.param.u64 %rd2, [sample_param_1];
+    mov.u32 %r1, %tid.x;
+    mul.wide.u32 %rd3, %r1, 4;
+    add.s64 %rd4, %rd1, %rd3;
+    add.s64 %rd5, %rd2, %rd3;
+    {body}
+    ret;
+}}
+"""
+
+
+def run(body: str, *, written: bool = True, writable: bool = True) -> tuple[torch.Tensor, torch.Tensor, Memory]:
+    """64 threads over an int32 tensor, 0 to 63, at %rd4 and another at %rd5, each thread at its own element."""
+    kernel = parse(_MODULE.format(body=body))["sample"]
+    memory = Memory(4096, 2)
+    source = memory.place(torch.arange(64, dtype=torch.int32), written=written, writable=False)
+    target = memory.place(torch.zeros(64, dtype=torch.int32), written=False, writable=writable)
+    arguments = [t.data_ptr().to_bytes(8, "little") for t in (source, target)]
+    Machine(kernel).run(1, arguments, memory)
+    return source, target, memory
+
+
+def test_a_kernel_runs():
+    source, target, memory = run("ld.global.u32 %r2, [%rd4]; add.s32 %r3, %r2, -5; st.global.u32 [%rd5], %r3;")
+    assert torch.equal(target, source - 5)
+    for kind in ("ld", "st"):  # two warps, 128 bytes each
+        assert vars(memory.traffic[kind]) == {"requests": 2, "sectors": 8, "bytes": 256}
+
+
+def test_threads_that_part_meet_again():
+    """A loop of as many turns as the thread's number, behind a branch that a third of the threads take."""
+    body = """
+    rem.u32 %r2, %r1, 3;
+    setp.ne.s32 %p1, %r2, 0;
+    mov.u32 %r3, 0;
+    @%p1 bra $L_store;
+    mov.u32 %r4, 0;
+$L_loop:
+    setp.ge.u32 %p2, %r4, %r1;
+    @%p2 bra $L_store;
+    add.s32 %r3, %r3, 2;
+    add.s32 %r4, %r4, 1;
+    bra.uni $L_loop;
+$L_store:
+    bar.sync 0;
+    @!%p1 add.s32 %r3, %r3, 1;
+    st.global.u32 [%rd5], %r3;
+    """
+    _, target, memory = run(body)
+    i = torch.arange(64, dtype=torch.int32)
+    assert torch.equal(target, torch.where(i % 3 == 0, 2 * i + 1, 0))
+    assert memory.traffic["st"].requests == 2  # of two whole warps
+
+
+@pytest.mark.parametrize(
+    ("body", "wrong"),
+    [
+        ("vabsdiff.u32.u32.u32 %r2, %r1, %r1, %r1;", "unknown opcode: vabsdiff"),
+        ("mul.f32 %r2, %r1, %r1;", "unknown opcode: mul.f32"),  # may be fused with an addition
+        ("ld.global.volatile.u32 %r2, [%rd4];", "unknown opcode"),
+        ("add.s32 %r2, %r1, %rd1x;", "operand '%rd1x'"),
+        ("add.s64 %r2, %rd1, 1;", "%r2 of .b32 for .s64"),
+        ("ld.global.u32 %r2, [%rd4+4];", "out of bounds: ld.global.u32"),
+        ("ld.global.u32 %r2, [%rd4+-4];", "out of bounds"),
+        ("mov.u64 %rd6, 4096; ld.global.u32 %r2, [%rd6];", "out of bounds"),
+        ("ld.global.v4.u32 {%r2, %r3, %r4, %r5}, [%rd4];", "misaligned"),
+        ("ld.global.u16 %r2, [%rd4+1];", "misaligned"),
+        ("ld.global.u32 %r2, [%rd5];", "nobody wrote"),
+        ("st.global.u32 [%rd4], %r1;", "only read"),
+        ("add.s32 %r2, %r3, 1;", "read of %r3, which nobody wrote"),
+        ("ld.param.u64 %rd6, [sample_param_1+8];", "parameter access out of bounds"),
+        (
+            "setp.lt.u32 %p1, %r1, 8; @%p1 bra $L_a; bar.sync 0; bra.uni $L_b;\n$L_a: bar.sync 0;\n$L_b:",
+            "different barr",
+        ),
+        ("bra.uni $L_nowhere;", "label"),
+    ],
+)
+def test_what_the_interpreter_refuses(body, wrong):
+    with pytest.raises(PtxError, match=wrong.replace("$", r"\$").replace("+", r"\+")):
+        run(body)
+
+
+def test_memory_that_nobody_wrote_and_memory_that_is_only_read():
+    with pytest.raises(PtxError, match="nobody wrote"):
+        run("ld.global.u32 %r2, [%rd4];", written=False)
+    with pytest.raises(PtxError, match="only read"):
+        run("st.global.u32 [%rd5], %r1;", writable=False)
+    run("st.global.u32 [%rd5], %r1; ld.global.u32 %r2, [%rd5];")  # but what it wrote it may read
+
+
+def test_fma_rounds_once(rng):
+    """As the reference's, which test_combine holds against rational arithmetic."""
+    a, b, c = (random_values(20000, torch.float32, rng) for _ in range(3))
+    c[:10000] = -(a * b)[:10000]  # cancellation leaves what the product lost
+    with np.errstate(all="ignore"):
+        got = torch.from_numpy(fma32(a.numpy(), b.numpy(), c.numpy()))
+    want = fma(a, b, c)
+    same = (got.view(torch.int32) == want.view(torch.int32)) | (got.isnan() & want.isnan())
+    assert same.all()
+
+
+def test_conversions_equal_torchs(rng):
+    x = random_values(20000, torch.float32, rng)
+    x = x[~x.isnan()]
+    with np.errstate(all="ignore"):
+        for opcode, dtype in (("cvt.rn.bf16.f32", torch.bfloat16), ("cvt.rn.f16.f32", torch.float16)):
+            got = RULES[opcode].function(x.numpy())
+            assert np.array_equal(got, x.to(dtype).view(torch.int16).numpy().view(np.uint16))
+        codes = np.arange(65536, dtype=np.uint16)
+        pairs = RULES["cvt.rn.f16x2.e4m3x2"].function(codes)
+    values = torch.from_numpy(np.ascontiguousarray(pairs).view(np.float16).copy())
+    want = torch.from_numpy(codes.view(np.uint8).copy()).view(torch.float8_e4m3fn).to(torch.float16)
+    assert torch.equal(values.nan_to_num(500.0), want.nan_to_num(500.0))
+
+
+def test_selected_instructions_by_hand():
+    u32 = lambda *values: [np.array([v], np.uint32) for v in values]
+    assert RULES["prmt.b32"].function(*u32(0x33221100, 0x77665544, 0x7531)) == 0x77553311
+    assert RULES["prmt.b32"].function(*u32(0x80, 0, 0x8888)) == 0xFFFFFFFF  # the sign of byte 0
+    assert RULES["bfi.b32"].function(*u32(0xFF, 0x12345678, 8, 8)) == 0x1234FF78
+    assert RULES["shr.s32"].function(np.array([-8], np.int32), np.array([40], np.uint32)) == -1
+    assert RULES["shl.b32"].function(*u32(1, 32)) == 0
+    assert RULES["div.s64"].function(np.array([-7]), np.array([2])) == -3
+    assert RULES["rem.s64"].function(np.array([-7]), np.array([2])) == -1
+    assert RULES["cvt.rni.s32.f32"].function(np.array([2.5, np.nan, 1e20], np.float32)).tolist() == [
+        2,
+        0,
+        2**31 - 1,
+    ]
+    assert rsqrt(np.array([0.25], np.float32), 1) == np.nextafter(np.float32(2), np.float32(3))
