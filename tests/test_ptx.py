@@ -1,16 +1,26 @@
-"""The interpreter of ``tests/ptx``: what it computes, and what it refuses."""
+"""The PTX that nvcc makes of csrc/cuda, executed: its bits, and what it moves.  And the interpreter for it."""
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+
+import cuda_on_host
+import disassembly
 import numpy as np
 import pytest
+import test_combine
+import test_fan_out
 import torch
-from helpers import random_values
+from helpers import DISTS, DTYPES, check_backend, random_call, random_values
 from ptx.arithmetic import RULES, fma32, rsqrt
+from ptx.device import Device
 from ptx.machine import Machine
 from ptx.memory import Memory
-from ptx.parser import PtxError, parse
+from ptx.parser import PtxError, entries, parse
 
+import zokernels
 from zokernels.backends.reference.combine import fma
 
 # --- the interpreter --------------------------------------------------------------------------------------------------
@@ -49,7 +59,7 @@ def test_a_kernel_runs():
     source, target, memory = run("ld.global.u32 %r2, [%rd4]; add.s32 %r3, %r2, -5; st.global.u32 [%rd5], %r3;")
     assert torch.equal(target, source - 5)
     for kind in ("ld", "st"):  # two warps, 128 bytes each
-        assert vars(memory.traffic[kind]) == {"requests": 2, "sectors": 8, "bytes": 256}
+        assert vars(memory.traffic[kind]) == {"requests": 2, "sectors": 8, "bytes": 256, "distinct": 256}
 
 
 def test_threads_that_part_meet_again():
@@ -154,3 +164,146 @@ def test_selected_instructions_by_hand():
         2**31 - 1,
     ]
     assert rsqrt(np.array([0.25], np.float32), 1) == np.nextafter(np.float32(2), np.float32(3))
+
+
+# --- the kernels ------------------------------------------------------------------------------------------------------
+
+#: Files of csrc/cuda whose kernels are run, the slowest to compile first.
+MODULES = ["combine"]
+
+#: Entries of these that no test runs, as patterns, and why.
+NOT_RUN: dict[str, str] = {}
+
+
+@pytest.fixture(scope="session")
+def modules(tmp_path_factory):
+    """The PTX of ``MODULES`` for sm_90, by name."""
+    nvcc = disassembly.find_tool("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    folder = tmp_path_factory.mktemp("ptx")
+    command = [nvcc, "-ptx", "-arch=sm_90", "-std=c++20", *cuda_on_host.TORCH]
+    command += ["-split-compile", str(len(os.sched_getaffinity(0)))]
+    for name in MODULES:
+        source = cuda_on_host.ROOT / f"csrc/cuda/{name}.cu"
+        subprocess.run([*command, source, "-o", folder / f"{name}.ptx"], check=True)
+    return {name: (folder / f"{name}.ptx").read_text() for name in MODULES}
+
+
+@pytest.fixture(scope="session")
+def device(modules, tmp_path_factory):
+    path = cuda_on_host.build(tmp_path_factory.mktemp("cuda_on_host"), "-O0")
+    module_of = {entry: text for text in modules.values() for entry in entries(text)}
+    return Device(path, lambda name: parse(module_of[name], name)[name])
+
+
+@pytest.fixture
+def on_ptx(device, monkeypatch):
+    """The operations on CPU tensors through the CUDA backend, its kernels executed as PTX."""
+    cuda_on_host.use(device, monkeypatch)
+    device.launches.clear()
+    device.rsqrt_ulps = 0
+    return device
+
+
+def chunk_of(dist: str) -> int:
+    return 16384 if dist == "normal" else 32768
+
+
+def mixed_call(rng, dist: str, **fixed) -> dict:
+    """Arguments of ``combine_`` for three tensors: one with whole chunks, which take the fast path, behind and before
+    others where the low counter word wraps; one that nothing aligns; and one element."""
+    chunk = chunk_of(dist)
+    sizes = [2 * chunk + 8 * rng.randrange(chunk // 8), 1 + rng.randrange(700), 1]
+    # The tensor's second chunk has the wrap, or the first.
+    offsets = [8 * 2**32 - chunk - 8 * rng.randrange(chunk // 8), rng.randrange(2**62), rng.randrange(2**40)]
+    buffers, parts, kwargs = random_call(rng, sizes=sizes, dist=dist, aligned=True, offsets=offsets, **fixed)
+    begin = 1 + rng.randrange(7)
+    parts[1] = slice(begin, begin + sizes[1])
+    return {"buffers": buffers, "parts": parts, **kwargs}
+
+
+def compiled_for(entry: str, kernel: str, dist: str, dtype: torch.dtype) -> bool:
+    return f"{kernel}_{dist}_kernelILNS0_5DTypeE{DTYPES.index(dtype)}E" in entry
+
+
+def compiled(modules, dist: str, dtype: torch.dtype, *, fan_out: bool) -> set[str]:
+    """The entries of combine.cu; their last template argument is whether they fan out."""
+    kernel = f"combine_{dist}_kernelILNS0_5DTypeE{DTYPES.index(dtype)}E"
+    return {e for e in entries(modules["combine"]) if kernel in e and f"ELb{fan_out:d}EEEv" in e}
+
+
+def roundings(dtype: torch.dtype) -> list[str]:
+    return ["nearest"] if dtype is torch.float32 else ["nearest", "stochastic"]
+
+
+@pytest.mark.parametrize("dist", DISTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_combine_equals_reference(on_ptx, modules, rng, dtype, dist):
+    """Each instantiation."""
+    for rounding in roundings(dtype):
+        for count, decay in ((1, None), (1, 0.97), (2, None), (3, 0.97)):
+            args = mixed_call(rng, dist, dtype=dtype, count=count, decay=decay, rounding=rounding)
+            check_backend(test_combine.run, args)
+    assert on_ptx.launches.keys() == compiled(modules, dist, dtype, fan_out=False)
+
+
+@pytest.mark.parametrize("dist", DISTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fan_out_equals_reference(on_ptx, modules, rng, dtype, dist):
+    """Each instantiation."""
+    for rounding in roundings(dtype):
+        for count, decay in ((1, None), (2, 0.97)):
+            args = mixed_call(rng, dist, dtype=dtype, count=count, decay=decay, rounding=rounding)
+            test_fan_out.check(args.pop("buffers"), args.pop("parts"), args, rng)
+    assert on_ptx.launches.keys() == compiled(modules, dist, dtype, fan_out=True)
+
+
+def test_every_kernel_is_run(modules):
+    """By the tests above, which hold their launches against the same sets."""
+    run = {
+        e
+        for dist in DISTS
+        for dtype in DTYPES
+        for f in (False, True)
+        for e in compiled(modules, dist, dtype, fan_out=f)
+    }
+    left = {e for text in modules.values() for e in entries(text)} - run
+    assert {e for e in left if not any(re.search(pattern, e) for pattern in NOT_RUN)} == set()
+    assert all(any(re.search(pattern, e) for e in left) for pattern in NOT_RUN)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_square_root_instruction_may_err(on_ptx, rng, dtype):
+    """The last bit of rsqrt.approx is not documented: one unit either way changes nothing."""
+    args = mixed_call(rng, "normal", dtype=dtype, count=1, decay=None, rounding="nearest")
+    for on_ptx.rsqrt_ulps in (-1, 1):
+        check_backend(test_combine.run, args)
+
+
+#: Bytes of a Philox key's seed and of a coefficient, which each thread reads.
+SMALL = 8 + 4
+
+
+@pytest.mark.parametrize("dist", DISTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_combine_moves_what_a_copy_does(on_ptx, dtype, dist):
+    """In place, over whole chunks: each element is read once and written once, by accesses of 16 bytes a thread."""
+    chunks = 3
+    theta = torch.zeros(chunks * chunk_of(dist), dtype=dtype)
+    zokernels.combine_(theta, 5, 1e-3, streams=2, dist=dist)
+    assert theta.count_nonzero() == theta.numel()
+    size, threads = theta.numel() * theta.itemsize, 256 * chunks
+    loads, stores = on_ptx.traffic["ld"], on_ptx.traffic["st"]
+    assert stores.bytes == stores.distinct == size
+    assert loads.bytes == size + threads * SMALL
+    assert loads.distinct == size + 2 * 32  # a sector for the seed and one for the coefficient
+    # A warp's access is 512 bytes: 16 sectors, or where a thread's eight elements are two accesses, half of each of 32.
+    sectors = 16 if dtype.itemsize == 2 else 32
+    warps = threads // 32
+    small = 2 * warps  # the seed and the coefficient, one sector each
+    assert loads.requests - small == size // 512
+    assert loads.sectors - small == size // 512 * sectors
+    # nvcc may cut the store of a thread's first vector into four; ptxas joins them again, as test_cuda.py counts.
+    assert size // 512 <= stores.requests <= size // 512 + 3 * warps
+    assert stores.sectors == stores.requests * sectors

@@ -23,6 +23,7 @@ class Traffic:
     requests: int = 0
     sectors: int = 0
     bytes: int = 0
+    distinct: int = 0  #: bytes of the sectors that were touched at all: what a cache that loses nothing passes on
 
 
 class Memory:
@@ -38,6 +39,7 @@ class Memory:
         self._state = np.zeros(total, np.uint8)
         self._end = _GAP
         self.traffic: dict[str, Traffic] = defaultdict(Traffic)  #: by "ld" and "st"
+        self._touched = {kind: np.zeros(total // 32, bool) for kind in ("ld", "st")}
 
     def place(self, tensor: Tensor, *, written: bool, writable: bool) -> Tensor:
         """A copy at the same alignment.  A tensor placed twice must be placed as one (see ``device``)."""
@@ -72,6 +74,10 @@ class Memory:
         traffic.requests += len(np.unique(warps))
         traffic.sectors += len(np.unique(np.stack([warps, sectors]), axis=1).T)
         traffic.bytes += size * len(addresses)
+        # An access is aligned to its size, so that it lies in one sector.
+        own = np.unique((addresses - np.uint64(self.base)) >> np.uint64(5))
+        traffic.distinct += 32 * int((~self._touched[kind][own]).sum())
+        self._touched[kind][own] = True
 
     def load(self, what: object, addresses: np.ndarray, size: int, lanes: np.ndarray) -> np.ndarray:
         """uint8 [accesses, size]."""
