@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import cuda_on_host
 import disassembly
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 import test_combine
 import test_fan_out
+import test_low_rank
+import test_spread
 import torch
 from helpers import DISTS, DTYPES, check_backend, random_call, random_values
 from ptx.arithmetic import RULES, fma32, rsqrt
@@ -169,9 +172,9 @@ def test_selected_instructions_by_hand():
 # --- the kernels ------------------------------------------------------------------------------------------------------
 
 #: Files of csrc/cuda whose kernels are run, the slowest to compile first.
-MODULES = ["combine"]
+MODULES = ["combine", "spread", "low_rank"]
 
-#: Entries of these that no test runs, as patterns, and why.
+#: Their entries that no test runs: patterns of names, and why.
 NOT_RUN: dict[str, str] = {}
 
 
@@ -183,10 +186,13 @@ def modules(tmp_path_factory):
         pytest.skip("no nvcc")
     folder = tmp_path_factory.mktemp("ptx")
     command = [nvcc, "-ptx", "-arch=sm_90", "-std=c++20", *cuda_on_host.TORCH]
-    command += ["-split-compile", str(len(os.sched_getaffinity(0)))]
-    for name in MODULES:
+
+    def compile_module(name: str) -> None:
         source = cuda_on_host.ROOT / f"csrc/cuda/{name}.cu"
         subprocess.run([*command, source, "-o", folder / f"{name}.ptx"], check=True)
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(compile_module, MODULES))
     return {name: (folder / f"{name}.ptx").read_text() for name in MODULES}
 
 
@@ -211,26 +217,31 @@ def chunk_of(dist: str) -> int:
 
 
 def mixed_call(rng, dist: str, **fixed) -> dict:
-    """Arguments of ``combine_`` for three tensors: one with whole chunks, which take the fast path, behind and before
-    others where the low counter word wraps; one that nothing aligns; and one element."""
-    chunk = chunk_of(dist)
-    sizes = [2 * chunk + 8 * rng.randrange(chunk // 8), 1 + rng.randrange(700), 1]
-    # The tensor's second chunk has the wrap, or the first.
-    offsets = [8 * 2**32 - chunk - 8 * rng.randrange(chunk // 8), rng.randrange(2**62), rng.randrange(2**40)]
+    """Arguments of ``combine_`` for three tensors: an aligned one of which the first chunk takes the fast path and the
+    next, where the counter's low word wraps, does not (normals); one that nothing aligns; and one element."""
+    sizes = [2 * 16384 + 8 * rng.randrange(2048), 1 + rng.randrange(700), 1]
+    offsets = [8 * 2**32 - 16384 - 8 * rng.randrange(2048), rng.randrange(2**62), rng.randrange(2**40)]
     buffers, parts, kwargs = random_call(rng, sizes=sizes, dist=dist, aligned=True, offsets=offsets, **fixed)
     begin = 1 + rng.randrange(7)
     parts[1] = slice(begin, begin + sizes[1])
     return {"buffers": buffers, "parts": parts, **kwargs}
 
 
-def compiled_for(entry: str, kernel: str, dist: str, dtype: torch.dtype) -> bool:
-    return f"{kernel}_{dist}_kernelILNS0_5DTypeE{DTYPES.index(dtype)}E" in entry
+def combine_kernels(dist: str, dtype: torch.dtype, *, fan_out: bool) -> str:
+    """A pattern of names; the last template argument is whether they fan out."""
+    return rf"combine_{dist}_kernelILNS0_5DTypeE{DTYPES.index(dtype)}E.*ELb{fan_out:d}EEEv"
 
 
-def compiled(modules, dist: str, dtype: torch.dtype, *, fan_out: bool) -> set[str]:
-    """The entries of combine.cu; their last template argument is whether they fan out."""
-    kernel = f"combine_{dist}_kernelILNS0_5DTypeE{DTYPES.index(dtype)}E"
-    return {e for e in entries(modules["combine"]) if kernel in e and f"ELb{fan_out:d}EEEv" in e}
+def spread_kernel(dist: str, dtype: torch.dtype) -> str:
+    return rf"spread_kernelILNS0_5DTypeE{DTYPES.index(dtype)}ELNS_6DomainE{1 + DISTS.index(dist)}EEEv"
+
+
+def low_rank_kernel(dtype: torch.dtype) -> str:
+    return rf"low_rank_kernelILNS0_5DTypeE{DTYPES.index(dtype)}EEEv"
+
+
+def matching(modules, pattern: str) -> set[str]:
+    return {e for text in modules.values() for e in entries(text) if re.search(pattern, e)}
 
 
 def roundings(dtype: torch.dtype) -> list[str]:
@@ -245,7 +256,7 @@ def test_combine_equals_reference(on_ptx, modules, rng, dtype, dist):
         for count, decay in ((1, None), (1, 0.97), (2, None), (3, 0.97)):
             args = mixed_call(rng, dist, dtype=dtype, count=count, decay=decay, rounding=rounding)
             check_backend(test_combine.run, args)
-    assert on_ptx.launches.keys() == compiled(modules, dist, dtype, fan_out=False)
+    assert on_ptx.launches.keys() == matching(modules, combine_kernels(dist, dtype, fan_out=False))
 
 
 @pytest.mark.parametrize("dist", DISTS)
@@ -256,21 +267,44 @@ def test_fan_out_equals_reference(on_ptx, modules, rng, dtype, dist):
         for count, decay in ((1, None), (2, 0.97)):
             args = mixed_call(rng, dist, dtype=dtype, count=count, decay=decay, rounding=rounding)
             test_fan_out.check(args.pop("buffers"), args.pop("parts"), args, rng)
-    assert on_ptx.launches.keys() == compiled(modules, dist, dtype, fan_out=True)
+    assert on_ptx.launches.keys() == matching(modules, combine_kernels(dist, dtype, fan_out=True))
+
+
+@pytest.mark.parametrize("dist", DISTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_spread_equals_reference(on_ptx, modules, rng, dtype, dist):
+    check_backend(test_spread.run, test_spread.random_spread(rng, dtype=dtype, dist=dist, count=2))
+    n = chunk_of(dist) + 8 * rng.randrange(1000)
+    args = test_spread.random_spread(rng, sizes=[n], aligned=True, dtype=dtype, dist=dist, count=3)
+    args["offset"] = 2**32 + 8 * rng.randrange(2**30)
+    check_backend(test_spread.run, args)
+    assert on_ptx.launches.keys() == matching(modules, spread_kernel(dist, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_low_rank_equals_reference(on_ptx, modules, rng, dtype):
+    for _ in range(3):
+        check_backend(test_low_rank.run, test_low_rank.random_low_rank(rng, dtype=dtype))
+    # Rows of whole vectors, the last few of them one by one; factors read by four or by one.
+    for rank in (1, 8):
+        shape = 64 + rng.randrange(20), 256 + 8 * rng.randrange(8)
+        args = test_low_rank.random_low_rank(rng, shapes=[shape], dtype=dtype, count=2)
+        args |= {"offsets": [8 * rng.randrange(2**40)]}
+        args |= {"left": [torch.randn(2, shape[0], rank)], "right": [torch.randn(2, shape[1], rank)]}
+        check_backend(test_low_rank.run, args)
+    assert on_ptx.launches.keys() == matching(modules, low_rank_kernel(dtype))
 
 
 def test_every_kernel_is_run(modules):
-    """By the tests above, which hold their launches against the same sets."""
-    run = {
-        e
-        for dist in DISTS
-        for dtype in DTYPES
-        for f in (False, True)
-        for e in compiled(modules, dist, dtype, fan_out=f)
-    }
-    left = {e for text in modules.values() for e in entries(text)} - run
-    assert {e for e in left if not any(re.search(pattern, e) for pattern in NOT_RUN)} == set()
-    assert all(any(re.search(pattern, e) for e in left) for pattern in NOT_RUN)
+    """By the tests above, which hold their launches against these patterns."""
+    run = [low_rank_kernel(dtype) for dtype in DTYPES]
+    for dist in DISTS:
+        for dtype in DTYPES:
+            run += [combine_kernels(dist, dtype, fan_out=False), combine_kernels(dist, dtype, fan_out=True)]
+            run.append(spread_kernel(dist, dtype))
+    for pattern in (*run, *NOT_RUN):
+        assert matching(modules, pattern), pattern
+    assert matching(modules, "") == matching(modules, "|".join((*run, *NOT_RUN)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
