@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import functools
-import importlib
-import pathlib
 import re
 import shutil
 import subprocess
 
+import cuda_on_host
 import disassembly
 import pytest
 import stream_cases
@@ -29,12 +27,10 @@ from helpers import DISTS, DTYPES, add_extras, check_backend, random_call
 
 import zokernels
 from zokernels import _host
-from zokernels.backends import library, registry
-from zokernels.backends.cuda.support import Build, Machine, Target
+from zokernels.backends import library
 from zokernels.contract import seed_to_int64
 from zokernels.ops.update import RULES
 
-ROOT = pathlib.Path(__file__).parent.parent
 needs_library = pytest.mark.skipif(
     not library.path_of("cuda").exists(), reason="the CUDA library is not built (no nvcc)"
 )
@@ -45,36 +41,14 @@ needs_library = pytest.mark.skipif(
 @pytest.fixture(scope="session")
 def library_on_host(tmp_path_factory):
     """csrc/cuda compiled by the host compiler as torch.ops.zokernels_cuda_on_host, each thread run in turn."""
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("cuda_on_host")
-    target = folder / "libcuda_on_host.so"
-    sources = sorted(path.relative_to(ROOT) for path in (ROOT / "csrc/cuda").glob("*.cu"))
-    (folder / "all.h").write_text("".join(f'#include "{source}"\n' for source in sources))
-    torch_folder = pathlib.Path(torch.__file__).parent
-    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"]
-    flags += ["-Wall", "-Wextra", "-Werror", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
-    flags += ["-I", str(ROOT), "-I", str(folder), "-isystem", str(torch_folder / "include")]
-    if "avx2" in _host.instruction_sets():
-        flags.append("-mfma")
-    libraries = ["-L", str(torch_folder / "lib"), "-ltorch", "-ltorch_cpu"]
-    source = ROOT / "tests/cuda_on_host/library.cpp"
-    subprocess.run([compiler, *flags, str(source), "-o", str(target), *libraries], check=True)
-    torch.ops.load_library(target)
-    return ctypes.CDLL(str(target))
+    return ctypes.CDLL(str(cuda_on_host.build(folder, "-O1", "-Wall", "-Wextra", "-Werror")))
 
 
 @pytest.fixture
 def on_host(library_on_host, monkeypatch):
     """The operations on CPU tensors through the CUDA backend.  Gives the number of launches so far."""
-    monkeypatch.setattr(library, "load", lambda name: None)
-    monkeypatch.setattr(torch.ops, "zokernels_cuda", torch.ops.zokernels_cuda_on_host)
-    build = Build(13000, 13000, (Target.parse("90-real"),))
-    backend = importlib.import_module("zokernels.backends.cuda").load(build, Machine("13.0", 13000, ((9, 0),)))
-    backend, load = dataclasses.replace(backend, devices=frozenset(("cpu",))), registry._load
-    monkeypatch.setitem(registry.PREFERENCE, "cpu", ("cuda",))
-    monkeypatch.setattr(registry, "_load", lambda name: backend if name == "cuda" else load(name))
+    cuda_on_host.use(torch.ops.zokernels_cuda_on_host, monkeypatch)
     return library_on_host.launches_on_host
 
 
