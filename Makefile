@@ -8,10 +8,10 @@ export TORCH_CUDA_ARCH_LIST ?= 9.0
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CPP    := $(shell find csrc tests zokernels/bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test fuzz demo offload-demo bench docs wheel gpu-check gpu-prebuilt format clean
+.PHONY: test fuzz fuzz-readers demo offload-demo bench docs wheel gpu-check gpu-prebuilt format clean
 .PHONY: lint lint-ruff lint-clang-format lint-typos lint-mypy lint-imports
 
-test: $(VENV)/tested lint
+test: $(VENV)/tested $(VENV)/tritons lint
 	$(BIN)/python -m bench run --op combine --device cpu --tiny
 	$(BIN)/python -m bench offload --device cpu --tiny
 	$(BIN)/python -m bench trajectory --device cpu --tiny
@@ -21,6 +21,11 @@ test: $(VENV)/tested lint
 BUDGET ?= 120
 fuzz: $(VENV)/tested
 	$(BIN)/python -m pytest -q --fuzz $(BUDGET) $(ARGS)
+
+# The readers of files from outside, searched by coverage for SECONDS in all.  A failure leaves its input in build/fuzz/.
+SECONDS ?= 60
+fuzz-readers: $(VENV)/fuzzed
+	$(BIN)/python tests/fuzz_readers.py --seconds $(SECONDS)
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -76,6 +81,15 @@ format: $(VENV)/tested
 clean:
 	rm -rf build dist *.egg-info zokernels/lib zokernels/_host*.so $(VENV)
 
+# Other Tritons, each in a folder with nothing else, which the tests put before the environment's packages.
+$(VENV)/tritons: triton-versions.txt $(VENV)/environment
+	rm -rf $(VENV)/triton-*
+	grep -v '^#' triton-versions.txt | while read -r folder packages; do \
+		$(BIN)/python -m pip --disable-pip-version-check -q install --no-deps --target $(VENV)/$$folder $$packages \
+			|| exit 1; \
+	done
+	touch $@
+
 # torch first and pinned: an unpinned torch, also in an isolated build environment, would fetch gigabytes of CUDA packages.
 $(VENV)/environment: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -95,5 +109,10 @@ $(VENV)/demo: $(VENV)/built $(DEMO)
 
 $(VENV)/tested: $(VENV)/demo
 	$(PIP) mkdocs-material "mkdocstrings[python]"
-	$(PIP) pytest triton ruff clang-format typos mypy import-linter matplotlib scikit-learn accelerate peft trl lightning
+	$(PIP) pytest pytest-xdist triton ruff clang-format typos mypy import-linter matplotlib scikit-learn accelerate peft trl lightning
+	touch $@
+
+# Apart: atheris has wheels for some Pythons alone.
+$(VENV)/fuzzed: $(VENV)/tested
+	$(PIP) --only-binary :all: atheris
 	touch $@

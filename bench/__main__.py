@@ -1,4 +1,4 @@
-"""``python -m bench list``, ``run``, ``methods``, ``offload``, ``trajectory``, ``report``, ``gpu-check`` and so on."""
+"""``python -m bench list``, ``run``, ``compare``, ``methods``, ``offload``, ``report``, ``gpu-check`` and so on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from zokernels import BackendUnavailable
 from zokernels.backends.registry import NAMES
 
-from . import machine, offload, scaling, table, trajectory
+from . import compare, machine, offload, scaling, table, trajectory
 from .gpu import check, prebuilt
 from .gpu.stage import replace
 from .methods import run as methods
@@ -141,6 +141,8 @@ def make_parser(program: str) -> argparse.ArgumentParser:
     sub.add_argument("--tiny", action="store_true", help="small and short: whether it runs, not how fast")
     sub.add_argument("--json", type=pathlib.Path, help="write everything to this file")
     sub.set_defaults(call=run)
+    sub = commands.add_parser("compare", help="this tree against another commit, in turns; 1 where a row is slower")
+    compare.add_arguments(sub, sorted(ops()))
     sub = commands.add_parser("methods", help="every method against its eager form, and its loss after equal forwards")
     methods.add_arguments(sub)
     sub = commands.add_parser("offload", help="a streamed step against its transfers and its computation, each alone")

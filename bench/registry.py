@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 #: Modules that register ops; a new op is one more module here.
-MODULES = ("combine", "fan_out", "many", "published", "step")
+MODULES = ("combine", "fan_out", "host", "many", "published", "step")
 
 Row = dict[str, Any]
 

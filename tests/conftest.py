@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import os
 import random
+import signal
 import time
 
 import pytest
@@ -20,6 +21,14 @@ from helpers import CPU_KERNELS, poisoned
 import zokernels
 
 pytest_plugins = ["pytester"]  # for test_seeds.py
+
+
+#: The files that take longest, the longest first, so that no process is left with one at the end.
+LONGEST = [
+    *("triton_versions", "triton_compile", "cuda", "triton", "distributed", "offload_disk", "packaging", "examples"),
+    *("bench_gpu_check", "trajectory_file", "transformers_runs", "trajectory", "demo", "docs"),
+    *("transformers_processes", "bench_methods"),
+]
 
 
 def _seed(text: str) -> int:
@@ -44,12 +53,32 @@ def pytest_addoption(parser):
     )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """A run of all tests takes as many processes as there are cores, up to four; any other takes one."""
+    option, cores = config.option, len(os.sched_getaffinity(0))
+    one = option.fuzz is not None or option.usepdb or option.collectonly or option.keyword or option.markexpr
+    one = one or option.capture == "no" or torch.cuda.is_available() or cores == 1
+    one = one or config.args_source is not pytest.Config.ArgsSource.TESTPATHS
+    if one or hasattr(config, "workerinput") or getattr(option, "numprocesses", 0) is not None:
+        return  # that is: also without pytest-xdist, in one of its processes, and where -n says how many
+    option.numprocesses, option.dist, option.loadscopereorder = min(4, cores), "loadfile", False
+
+
 def pytest_configure(config):
     if config.option.seed is None:
         config.option.seed = 0 if config.option.fuzz is None else _seed("random")
+    # Most tensors of tests are so small that threads would only wait for each other.  Tests of threads ask for some.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a script's background jobs have it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):
+        place = {f"test_{name}": i for i, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: place.get(item.path.stem, len(place)))
     for item in items:
         # Markers, not item.keywords: these hold the names of folders too, and a clone in a folder "gpu" ran no test.
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
@@ -65,7 +94,7 @@ def pytest_collection_modifyitems(config, items):
 
 def _is_fuzzed(item) -> bool:
     skipped = any(mark.name == "skip" for mark in item.iter_markers())
-    return "rng" in item.fixturenames and "slow" not in item.keywords and not skipped
+    return "rng" in item.fixturenames and item.get_closest_marker("slow") is None and not skipped
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -103,7 +132,7 @@ def _seeded(request) -> int:
 @pytest.fixture(autouse=True)
 def _poisoned(request):
     """Fresh memory is poisoned, in tests on a GPU where kernels are compared with the reference (check_backend)."""
-    with contextlib.nullcontext() if "gpu" in request.keywords else poisoned():
+    with contextlib.nullcontext() if request.node.get_closest_marker("gpu") else poisoned():
         yield
 
 

@@ -39,10 +39,9 @@ class Ranks:
     def start(self) -> None:
         fork = get_context("fork")
         pairs = [fork.Pipe() for _ in range(self.count)]
-        store = self.folder / f"store{self.runs}"
         for rank, (_, theirs) in enumerate(pairs):
             others = [end for pair in pairs for end in pair if end is not theirs]
-            process = fork.Process(target=work, args=(theirs, others, store, rank, self.count))
+            process = fork.Process(target=work, args=(theirs, others, rank, self.count))
             process.start()
             self.processes.append(process)
         for _, theirs in pairs:  # so that the end of a process is the end of its link
@@ -88,20 +87,13 @@ class Ranks:
         return results
 
 
-def work(link: connection.Connection, others: list, store: pathlib.Path, rank: int, ranks: int) -> None:
+def work(link: connection.Connection, others: list, rank: int, ranks: int) -> None:
     """What a rank does until its link ends."""
     for end in others:
         end.close()
     os.dup2(2, 1)  # the standard output is for answers
     if distributed_cases.DEVICE == "cuda":
         torch.cuda.set_device(rank)
-    dist.init_process_group(
-        "gloo" if distributed_cases.DEVICE == "cpu" else "cpu:gloo,cuda:nccl",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=ranks,
-        timeout=datetime.timedelta(seconds=60),
-    )
     while True:
         try:
             name, seed, folder = link.recv()
@@ -109,9 +101,18 @@ def work(link: connection.Connection, others: list, store: pathlib.Path, rank: i
             os._exit(0)
         try:
             case = distributed_cases.CASES[ranks].get(name) or distributed_cases.FAULTS[name]
+            dist.init_process_group(
+                "gloo" if distributed_cases.DEVICE == "cpu" else "cpu:gloo,cuda:nccl",
+                init_method=f"file://{folder / 'store'}",
+                rank=rank,
+                world_size=ranks,
+                timeout=datetime.timedelta(seconds=60),
+            )
             with poisoned():
                 case(distributed_cases.World(folder / name, rank, ranks, seed))
             dist.barrier()  # no rank begins the next case while another is in this one
+            # With the groups of its meshes, whose threads would go on asking for messages: hundreds after all cases.
+            dist.destroy_process_group()
             link.send("ok")
         except BaseException:
             link.send(traceback.format_exc())

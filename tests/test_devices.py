@@ -168,5 +168,5 @@ def test_who_copies_without_waiting():
     package = pathlib.Path(zokernels.__file__).parent
     sources = [path for path in package.rglob("*.py") if not {"bench", "examples"} & {*path.relative_to(package).parts}]
     found = {str(path.relative_to(package)) for path in sources if "non_blocking" in path.read_text()}
-    events = {"offload/movers.py", "offload/gathered.py", "offload/wire.py", "trajectory/recorder.py"}
+    events = {"offload/movers.py", "offload/gathered.py", "offload/encoder.py", "trajectory/recorder.py"}
     assert found == {"transfer.py", *events}

@@ -24,7 +24,7 @@ from zokernels.optim import ZOSGD
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # ranks that wait still take a tenth of a core each
 def meshes(tmp_path_factory):
     """By the number of ranks: processes in one process group, which run one case after the other."""
     made = {}

@@ -97,6 +97,7 @@ def test_resuming(from_file, rng, tmp_path):
         assert not same_state(ours.state_dict(), model.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("wire", "kills"), [("none", 30), ("fp8", 8)])
 def test_killed_at_random_moments_it_ends_with_the_same_bits(wire, kills, rng, tmp_path):
     worker = pathlib.Path(__file__).with_name("offload_kill_worker.py")

@@ -59,13 +59,15 @@ def hidden_bases(kind: type, public: set[type]) -> list[type]:
 
 def members(kind: type, public: set[type]) -> Iterator[str]:
     """What a class and its hidden bases add to its public ones."""
-    own = {name: (base, value) for base in (*reversed(hidden_bases(kind, public)), kind)
-           for name, value in vars(base).items()}  # fmt: skip
-    for name, (base, value) in sorted(own.items()):
+    own = {}
+    for base in (*reversed(hidden_bases(kind, public)), kind):
+        for name, value in vars(base).items():
+            # torch wraps the step of an optimizer's class when the first one is made, and the class then has it.
+            if getattr(value, "__qualname__", base.__qualname__).startswith(base.__qualname__):
+                own[name] = value
+    for name, value in sorted(own.items()):
         if name.startswith("_") and name != "__call__":
             continue
-        if not getattr(value, "__qualname__", base.__qualname__).startswith(base.__qualname__):
-            continue  # torch wraps the step of an optimizer's class when the first one is made
         if isinstance(value, (staticmethod, classmethod)):
             yield signature(value.__func__, f"    {type(value).__name__} {name}")
         elif inspect.isfunction(value):

@@ -8,6 +8,7 @@ from helpers import DISTS, add_extras, check_backend, placed, random_call
 
 import zokernels
 from zokernels.backends.reference.noise import uniform16
+from zokernels.contract import DOMAIN_ROUNDING
 
 BOUNDS = [(-127, 127), (-128, 127), (-8, 7), (0, 1), (100, 120)]
 
@@ -73,6 +74,28 @@ def test_nan_becomes_low(cpu_backend):
         q = torch.ones(300, dtype=torch.int8)
         zokernels.requantize_(q, 1, float("nan"), low=-5, high=7, streams=0, rounding=rounding, rounding_seed=2)
         assert (q == -5).all()
+
+
+def check_subnormal_sums(device: str) -> None:
+    """theta + c z = +-1e-40 and the field is 0: the integer below -1e-40 is -1, where no subnormal is flushed to 0."""
+    n, seed = 1 << 20, 77
+    q = torch.zeros(n, dtype=torch.int8, device=device)
+    zokernels.requantize_(q, 3, 1e-40, streams=5, dist="rademacher", rounding="stochastic", rounding_seed=seed)
+    z = zokernels.noise(n, seed=3, stream=5, dist="rademacher")
+    down = (uniform16(torch.tensor(seed), 5, DOMAIN_ROUNDING, 0, n) == 0) & (z < 0)
+    assert down.sum() > 3
+    assert torch.equal(q.cpu(), -down.to(torch.int8))
+
+
+def test_subnormal_sums_are_rounded_down(cpu_backend):
+    check_subnormal_sums("cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton", "reference"])
+def test_subnormal_sums_are_rounded_down_on_a_gpu(backend):
+    with zokernels.backend(backend):
+        check_subnormal_sums("cuda")
 
 
 @pytest.mark.parametrize("repeat", range(15))

@@ -235,6 +235,8 @@ HOSTILE = {
     "same parameter": lambda h: h["groups"][0]["params"].append(h["groups"][0]["params"][0]),
     "streams": lambda h: h["groups"][0]["params"][0].update(stream=2**56),
     "eps": lambda h: h["groups"][0]["options"].update(eps=0.0),
+    "window": lambda h: h["rule"].update({"class": "MomentumWindow", "window": 2**24}),
+    "window of many": lambda h: h["rule"].update({"class": "MomentumWindow", "window": 2**19}),
     "lr option": lambda h: h["groups"][0]["options"].update(params=[1]),
     "dist": lambda h: h["groups"][0]["options"].update(dist="cauchy"),
     "no groups": lambda h: h.update(groups=[]),
@@ -326,6 +328,7 @@ def test_syncs_come_at_their_period(rng, tmp_path, monkeypatch):
     assert counts == [5, 6, 0, 1]
 
 
+@pytest.mark.slow
 def test_killed_a_hundred_times_it_ends_with_the_same_bits(rng, tmp_path):
     worker = pathlib.Path(__file__).with_name("kill_worker.py")
     environment = {

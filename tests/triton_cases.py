@@ -737,7 +737,32 @@ def run(name: str, seed: int) -> str:
     return ""
 
 
+def hasten_interpreter() -> None:
+    """Leaves out what Triton's interpreter does in vain: a third of its time.
+
+    At each call of a device function it looks through its language for what is not patched yet.  The first call in a
+    launch patches it.
+    """
+    from triton.runtime import interpreter
+
+    patched: set[Callable] = set()
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+
+    def patch_once(function: Callable) -> object:
+        if function in patched:
+            return None
+        patched.add(function)
+        return patch(function)
+
+    def launch_anew(executor: object, *args: object, **options: object) -> None:
+        patched.clear()
+        launch(executor, *args, **options)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_anew
+
+
 def main() -> None:
+    hasten_interpreter()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a case prints is no answer
     for line in sys.stdin:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .checks import DTYPES, check_dist, fail
+from .checks import DTYPES, check_choice, check_dist, check_integer, fail
 from .contract import seed_to_int64
 from .difference import stepped
 from .functional import Dist, combine_, derive_seed, spread
@@ -83,11 +83,9 @@ class BlackBox(nn.Module):
         super().__init__()
         if not callable(function):
             fail("BlackBox", "function", "a function of [N, ...]", repr(function), TypeError)
-        if estimator not in ESTIMATORS:
-            fail("BlackBox", "estimator", " or ".join(map(repr, ESTIMATORS)), repr(estimator))
-        for argument, value in (("queries", queries), ("max_batch", max_batch)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                fail("BlackBox", argument, "an integer >= 1", repr(value))
+        check_choice("BlackBox", "estimator", estimator, ESTIMATORS)
+        check_integer("BlackBox", "queries", queries)
+        check_integer("BlackBox", "max_batch", max_batch)
         if not isinstance(mu, Real) or isinstance(mu, bool) or not (mu > 0 and math.isfinite(mu)):
             fail("BlackBox", "mu", "a finite number > 0", repr(mu))
         check_dist("BlackBox", dist)

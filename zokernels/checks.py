@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
+from numbers import Real
 from typing import Any, NoReturn
 
 import torch
@@ -20,9 +22,32 @@ def fail(op: str, argument: str, expected: str, got: Any, error: type[Exception]
     raise error(f"{op}: {argument}: expected {expected}, got {got}")
 
 
+def check_choice(op: str, argument: str, value: object, choices: Collection[str]) -> None:
+    if value not in choices:
+        fail(op, argument, " or ".join(map(repr, choices)), repr(value))
+
+
+def is_integer(value: object, low: int, high: float = float("inf")) -> bool:
+    """Whether ``value`` is an int from ``low`` to ``high``, and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def check_integer(op: str, argument: str, value: object, low: int = 1, high: float = float("inf")) -> None:
+    if not is_integer(value, low, high):
+        bounds = f">= {low}" if high == float("inf") else f"in [{low}, {high}]"
+        fail(op, argument, f"an integer {bounds}", repr(value))
+
+
+def check_number(op: str, argument: str, value: object, *, positive: bool = False) -> None:
+    expected = "a finite number > 0" if positive else "a finite number >= 0"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        fail(op, argument, expected, repr(value), TypeError)
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        fail(op, argument, expected, repr(value))
+
+
 def check_dist(op: str, dist: str) -> None:
-    if dist not in DISTS:
-        fail(op, "dist", " or ".join(repr(d) for d in DISTS), repr(dist))
+    check_choice(op, "dist", dist, DISTS)
 
 
 def check_stream(op: str, argument: str, stream: int) -> None:

@@ -16,22 +16,11 @@ MINUTES = 7.0
 #: Seconds kept back for the report.
 REPORT = 8
 
-_COMBINE = ("--op", "combine", "--numel", str(1 << 28), "--seconds", "1.2")
+_COMBINE = f"--op combine --numel {1 << 28} --seconds 1.2".split()
 
 #: Slots and scratch of large models: what tests/test_offload_families.py adds up.
-_SMALL = (
-    "--storage",
-    "host",
-    "--halves",
-    "--slots",
-    "2",
-    "--scratch",
-    "1",
-    "--length",
-    "2048",
-    "--steps",
-    "3",
-)
+_SMALL = ("--storage", "host", "--halves", "--slots", "2", "--scratch", "1")
+_STEPS = ("--length", "2048", "--steps", "3")
 _FITS = ("--shape", "opt-1.3b", "--storage", "memory", "host", "--batch", "8", "--length", "2048")
 
 STAGES = (
@@ -40,8 +29,8 @@ STAGES = (
     Stage("agreement-cuda", "required", 40, 75, stages.agreement_cuda, "CUDA's bits against the reference"),
     Stage("math", "required", 20, 75, stages.math, "the square root of every radius, Philox, normals", True),
     Stage(
-        "agreement-triton", "required", 40, 75, stages.agreement_triton, "Triton's bits against the reference",
-        beside=True,
+        "agreement-triton", "required", 40, 75, stages.agreement_triton,
+        "Triton's bits against the reference", beside=True,
     ),
     Stage("gpu-tests", "required", 60, 110, stages.gpu_tests, "every operation, CUDA graphs, nothing waits"),
     Stage(
@@ -77,11 +66,11 @@ STAGES = (
         "one read and three writes against three passes",
     ),
     Stage(
-        "offload-13b", "measure", 60, 120, offload("offload-13b", "--shape", "opt-13b", *_SMALL),
+        "offload-13b", "measure", 60, 120, offload("offload-13b", "--shape", "opt-13b", *_SMALL, *_STEPS),
         "GPU memory of a streamed 13B model, and its step against its transfers",
     ),
     Stage(
-        "offload-30b", "measure", 90, 150, offload("offload-30b", "--shape", "opt-30b", *_SMALL),
+        "offload-30b", "measure", 90, 150, offload("offload-30b", "--shape", "opt-30b", *_SMALL, *_STEPS),
         "the same for 30B, as many layers as the host's memory takes",
     ),
     Stage(

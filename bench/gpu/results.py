@@ -18,6 +18,7 @@ from . import summary
 from .plot import plot
 from .runner import Outcome, verdict
 from .stage import Stage, replace
+from .stages import count_tests, in_words
 
 #: Lines of a failed stage's log that the report shows.
 _TAIL = 15
@@ -65,8 +66,9 @@ class Results:
         tail = [line[:300] for line in text.splitlines() if line.strip()][-_TAIL:]
         kept = self._take_rows(outcome.name)
         entry = {**asdict(outcome), "decides": self._decides[outcome.name]}
-        if outcome.status == "stopped" and kept:
-            entry["note"] += f"; {kept} rows were measured before"
+        if outcome.status == "stopped":
+            before = f"{kept} rows" if kept else in_words(count_tests(text))
+            entry["note"] += f"; before that: {before}" if before else ""
         if outcome.status in ("failed", "stopped"):
             entry["tail"] = tail
         self.result["stages"].append(entry)

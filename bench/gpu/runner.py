@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from . import stage as stages
 from .stage import ROOT, Context, Stage
 
+#: Limit of a stage that is rehearsed, in seconds: the plan's are those of a GPU, and not of a busy CPU.
+REHEARSED = 900
+
 #: Why the whole check has to end now, or None.
 Stop = Callable[[], "str | None"]
 
@@ -99,7 +102,8 @@ def run_together(
     command: Callable[[Stage, Context], list[str]] = stages.command,
 ) -> Iterator[Outcome]:
     """Starts the stages of ``group`` and yields the outcome of each when it ends."""
-    jobs = [Job(s, ctx, min(s.limit, seconds_left), command(s, ctx)) for s in group]
+    limit = lambda stage: REHEARSED if ctx.rehearse else stage.limit
+    jobs = [Job(s, ctx, min(limit(s), seconds_left), command(s, ctx)) for s in group]
     try:
         while jobs:
             why = stop()

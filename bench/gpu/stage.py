@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -79,7 +80,7 @@ class Stage:
 
 def command(stage: Stage, ctx: Context) -> list[str]:
     """The process of ``stage``: ``bench/gpu/__main__.py``."""
-    return [sys.executable, "-m", "bench.gpu", stage.name, ctx.dumps()]
+    return [sys.executable, "-m", "bench.gpu", stage.name, ctx.dumps(), str(os.getpid())]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -114,12 +115,16 @@ def run(arguments: list[str], **env: str) -> tuple[int, str]:
     return process.wait(), "".join(lines)
 
 
+_ERROR = re.compile(r"[\w.]*(Error|Exception): ")
+
+
 def must(arguments: list[str], **env: str) -> str:
     """Output of a program that has to end well."""
     code, text = run(arguments, **env)
     if code:
-        last = [line for line in text.splitlines() if line.strip()][-1:]
-        raise Failure(f"exit status {code}: {''.join(last)[:300]}")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        errors = [line for line in lines if _ERROR.match(line)]  # torch's are followed by advice
+        raise Failure(f"exit status {code}: {''.join((errors or lines)[-1:])[:300]}")
     return text
 
 
@@ -136,11 +141,13 @@ def execute(stage: Stage, ctx: Context) -> tuple[str, str]:
         return "failed", f"{type(error).__name__}: {str(error)[:300]}"
 
 
-def end_with_parent() -> None:
-    """Ends this process and all that it started once its parent is gone, so that a check that was killed
-    (kill -9) leaves nothing running on the GPU.  The process leads a group of its own.
+def end_with(parent: int) -> None:
+    """Ends this process and all that it started once the process ``parent``, which started it, is gone.
+
+    So a check that was killed (kill -9) leaves nothing running.  This process leads a group of its own.
+
+    The number is told and not asked for here: the parent may be gone before this process has come so far.
     """
-    parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -122,6 +122,10 @@ def count_tests(log: str) -> dict[str, int]:
     return found
 
 
+def in_words(counts: dict[str, int]) -> str:
+    return ", ".join(f"{n} {what}" for what, n in sorted(counts.items()))
+
+
 def _tests(ctx: Context, marks: str, files: list[str]) -> str:
     if importlib.util.find_spec("pytest") is None:
         raise Failure("no pytest")
@@ -132,9 +136,9 @@ def _tests(ctx: Context, marks: str, files: list[str]) -> str:
         env["OMP_NUM_THREADS"] = "1"
     code, log = run(python("-m", "pytest", *options, *files), **env)
     found = count_tests(log)
-    note = ", ".join(f"{n} {what}" for what, n in sorted(found.items()))
+    note = in_words(found)
     if code not in (0, 5):
-        broken = [line for line in log.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+        broken = [line for line in log.splitlines() if re.match(r"(FAILED|ERROR) \S", line)]
         raise Failure(f"{note or f'exit status {code}'}{': ' + broken[0][:200] if broken else ''}")
     if not found.get("passed"):
         raise (Skip if ctx.rehearse else Failure)(f"no test ran: {note}")

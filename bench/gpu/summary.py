@@ -215,7 +215,7 @@ def readme(result: dict[str, Any], found: Sequence[Goal], picture: bool) -> str:
     software += f", Python {header['python']}, Triton {header['triton']}"
     if "driver" in header:
         software += f"; CUDA {header['cuda']}, driver {header['driver']}, capability {header['capability']}"
-        software += f", nvcc {header['nvcc']}"
+        software += f", nvcc {header['nvcc'] or 'not there'}"
     state = f"Passed: **{'yes' if result['passed'] else 'no'}**."
     if result["stopped_by"]:
         state += f" Ended early by {result['stopped_by']}."

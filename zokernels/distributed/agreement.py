@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import fail
+from ..checks import fail, is_integer
 from ..step.groups import label_of, takes_part
 from ..step.roles import OptimizerView
 from ..step.shard import is_sharded, local_of, peers_of, shard_of
@@ -58,7 +58,7 @@ class Agreement:
     """
 
     def __init__(self, ranks: Ranks, every: int | None) -> None:
-        if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
+        if every is not None and not is_integer(every, 1):
             fail("Exchange", "check_every", "None or a number of steps >= 1", repr(every))
         self._ranks, self._every = ranks, every
         self._done = False

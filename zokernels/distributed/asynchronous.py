@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..checks import fail
+from ..checks import fail, is_integer
 from ..step.directions.direction import Direction
 from ..step.groups import label_of, own_rates
 from ..step.guards import uninterrupted
@@ -81,7 +81,7 @@ class AsyncExchange:
 
     def _check(self, optimizer: StepOptimizer, steps: int, staleness: int | None) -> None:
         for name, value, low in (("steps", steps, 1), ("staleness", 0 if staleness is None else staleness, 0)):
-            if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**32:
+            if not is_integer(value, low, 2**32 - 1):
                 fail("AsyncExchange", name, f"an integer in [{low}, 2^32)", repr(value))
         o = optimizer
         plain = type(o.direction) is Direction and o.subset is None and o.restore == "exact" and o.replayable

@@ -58,6 +58,10 @@ def _json(data: bytes, where: str) -> dict[str, Any]:
     return found
 
 
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+
+
 class File:
     """A safetensors file that is only read."""
 
@@ -69,24 +73,29 @@ class File:
             if total < 8 or length > min(total - 8, _MAX_HEADER):
                 fail("safetensors", str(path), "a safetensors file", f"{total} bytes, {length} of them a header")
             header = _json(file.read(length), str(path))
-            # Shared and read-only: a private writable map of the whole file would count as memory (ulimit
-            # -d).
+            # Shared and read-only: a private writable map of the whole file would count as data (ulimit -d).
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+            fail("safetensors", f"{path}: '__metadata__'", "an object of texts", str(metadata)[:200])
+        self.metadata: dict[str, str] = metadata
         self.entries = {name: self._entry(name, found, 8 + length, total) for name, found in header.items()}
 
     def _entry(self, name: str, found: Any, data: int, total: int) -> Entry:
-        try:
-            dtype, shape, (begin, end) = found["dtype"], tuple(found["shape"]), found["data_offsets"]
-            integers = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
-            good = isinstance(dtype, str) and integers and data + begin <= data + end <= total
+        parts: Any = found if isinstance(found, dict) else {}
+        dtype, shape, offsets = parts.get("dtype"), parts.get("shape"), parts.get("data_offsets")
+        good = isinstance(dtype, str) and _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2
+        begin, end = 0, 0
+        if good:
+            begin, end = offsets
+            good = data + begin <= data + end <= total
+            # An empty tensor may have any other sizes; torch's strides are products of them all the same.
+            good = good and math.prod(max(n, 1) for n in shape) * 16 < 2**63
             if good and dtype in DTYPES:
                 good = end - begin == math.prod(shape) * DTYPES[dtype].itemsize
-        except (TypeError, KeyError, ValueError):
-            good = False
         if not good:
             fail("safetensors", f"{self.path}: {name[:200]!r}", "a dtype, a shape and their bytes", str(found)[:200])
-        return Entry(dtype, shape, data + begin, end - begin)
+        return Entry(dtype, tuple(shape), data + begin, end - begin)
 
     def tensor(self, name: str) -> Tensor:
         return view(self._map, self.entries[name])
@@ -131,9 +140,8 @@ class Checkpoint:
         index = self.path / _INDEX
         if index.exists():
             names = _json(index.read_bytes(), str(index)).get("weight_map")
-            if not isinstance(names, dict) or not all(
-                isinstance(n, str) and n == os.path.basename(n) for n in names.values()
-            ):
+            is_here = lambda name: isinstance(name, str) and name == os.path.basename(name)
+            if not isinstance(names, dict) or not all(map(is_here, names.values())):
                 fail("safetensors", str(index), "weight_map: names of files in this folder", str(names)[:200])
             return [self.path / name for name in dict.fromkeys(names.values())]
         found = sorted(self.path.glob("*.safetensors"))

@@ -317,11 +317,9 @@ class ZOTrainerMixin(_Behind):
             super()._move_model_to_device(model, device)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._offload is None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        elif self.engine is not None:
+        if self._offload is not None and self.engine is not None:
             fail(self._op, "resume_from_checkpoint", "a model that no forward has streamed yet", "one that is streamed")
-        elif "weights" in self._offload:
+        if self._offload is not None and "weights" in self._offload:
             self._offload = {**self._offload, "weights": resume_from_checkpoint}
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -18,6 +17,11 @@ ALIGN = 256
 PAGE = 4096
 
 
+def round_up(size: int, multiple: int) -> int:
+    """The least number that is not below ``size`` and is a multiple of ``multiple``."""
+    return -(-size // multiple) * multiple
+
+
 class Entry(NamedTuple):
     """A parameter of a block."""
 
@@ -31,7 +35,7 @@ class Entry(NamedTuple):
 
     def at(self, data: Tensor, begin: int) -> Tensor:
         p = self.param
-        return data[begin : begin + p.numel() * p.element_size()].view(p.dtype).view(p.shape)
+        return data[begin : begin + p.nbytes].view(p.dtype).view(p.shape)
 
 
 class Extent(NamedTuple):
@@ -60,19 +64,19 @@ class Block:
 
     def place(self, params: Sequence[tuple[str, nn.Parameter]], begins: Sequence[int] | None = None) -> None:
         """Lays the parameters out one after the other, or at the bytes ``begins``."""
-        at = 0
+        at, self.entries = 0, []
         for i, (name, p) in enumerate(params):
             begin = at if begins is None else begins[i]
             self.entries.append(Entry(name, p, begin))
-            at = max(at, -(-(begin + p.numel() * p.element_size()) // ALIGN) * ALIGN)
-        self.nbytes = max(PAGE, -(-at // PAGE) * PAGE)
-        self.scratch = sum(-(-p.numel() * p.element_size() // ALIGN) * ALIGN for _, p in params)
+            at = max(at, round_up(begin + p.nbytes, ALIGN))
+        self.nbytes = max(PAGE, round_up(at, PAGE))
+        self.scratch = sum(round_up(p.nbytes, ALIGN) for _, p in params)
 
     def scratch_views(self, data: Tensor) -> list[Tensor]:
         views, at = [], 0
         for entry in self.entries:
             views.append(entry.at(data, at))
-            at += -(-entry.param.numel() * entry.param.element_size() // ALIGN) * ALIGN
+            at += round_up(entry.param.nbytes, ALIGN)
         return views
 
 
@@ -142,6 +146,15 @@ def streamed_parameters(
     if not any(result):
         fail(op, "blocks", "modules with parameters of their own", "none")
     return result
+
+
+def blocks_of(op: str, model: nn.Module, blocks: str | Sequence[nn.Module] | None) -> list[Block]:
+    """The blocks of the model, each with its parameters laid out one after the other."""
+    found = find_blocks(op, model, blocks)
+    made = [Block(i, name, module) for i, (name, module) in enumerate(found)]
+    for block, params in zip(made, streamed_parameters(op, model, found), strict=True):
+        block.place(params)
+    return made
 
 
 def aliases(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
@@ -224,10 +237,10 @@ def runs(extents: Sequence[tuple[str, int, int]]) -> list[list[tuple[str, int, i
     return found
 
 
-def place_extents(
-    block: Block, params: Sequence[tuple[str, nn.Parameter]], where: Sequence[tuple[str, int, int]]
-) -> None:
-    """Lays a block out so that each run of a file is one read of whole pages.
+def place_extents(block: Block, where: Sequence[tuple[str, int, int]]) -> None:
+    """Lays a block out anew, so that each run of a file is one read of whole pages.
+
+    ``where``: (path, begin, size) of each of its parameters.
 
     A byte's place in the block and its place in the file are then equal modulo :data:`PAGE`.
     """
@@ -239,10 +252,6 @@ def place_extents(
         block.extents.append(Extent(path, first, begin, end - first))
         for one in run:
             begins[one] = begin + one[1] - first
-        at = -(-(begin + end - first) // PAGE) * PAGE
-    block.place(params, [begins[one] for one in where])
+        at = round_up(begin + end - first, PAGE)
+    block.place([(e.name, e.param) for e in block.entries], [begins[one] for one in where])
     block.nbytes = max(block.nbytes, at)
-
-
-def flatten(blocks: Sequence[Block]) -> Iterator[tuple[Block, Entry]]:
-    return itertools.chain.from_iterable(((b, e) for e in b.entries) for b in blocks)

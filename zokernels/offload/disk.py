@@ -9,15 +9,14 @@ import os
 import pathlib
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future, wait
-from typing import Any
+from concurrent.futures import Executor, wait
 
 from torch import Tensor
 
 from ..checks import fail
 from ..files.atomic import sync_folder
 from ..files.safetensors import NAMES, Entry, File, encode_header
-from .blocks import PAGE, Block
+from .blocks import PAGE, Block, round_up
 
 #: Bytes of one read or write.
 CHUNK = 8 << 20
@@ -74,15 +73,18 @@ def memory_of(data: Tensor) -> memoryview:
     return memoryview(array).cast("B")
 
 
-def in_chunks(
-    run: Callable[[memoryview, int], None], data: memoryview, at: int, pool: Executor | None
-) -> list[Future[Any]]:
-    pieces = [(data[i : i + CHUNK], at + i) for i in range(0, len(data), CHUNK)]
-    if pool is None or len(pieces) == 1:
-        for piece in pieces:
-            run(*piece)
-        return []
-    return [pool.submit(run, *piece) for piece in pieces]
+#: A read or a write of a file (:class:`Direct`), its memory, and where in the file it begins.
+Transfer = tuple[Callable[[memoryview, int], None], memoryview, int]
+
+
+def transfer(transfers: Sequence[Transfer], pool: Executor) -> None:
+    """Runs all ``transfers``, in pieces and at once, and returns when all have ended."""
+    futures = [
+        pool.submit(run, data[i : i + CHUNK], at + i) for run, data, at in transfers for i in range(0, len(data), CHUNK)
+    ]
+    wait(futures)  # whatever fails: no thread may go on with memory that has another use by then
+    for future in futures:
+        future.result()
 
 
 class Reader:
@@ -101,23 +103,21 @@ class Reader:
 
     def read(self, block: Block, data: Tensor) -> None:
         """Reads all of ``block`` into ``data``."""
-        memory, waiting = memory_of(data), []
+        memory, transfers = memory_of(data), []
         if (own := self.own.get(block.index)) is not None:
             first = len(header(block, 0))
             if (found := os.fstat(own.fd).st_size) < first + block.nbytes:
                 raise OSError(f"stream: {own.path}: expected {first + block.nbytes} bytes, got {found}")
-            waiting = in_chunks(own.read, memory[: block.nbytes], first, self._pool)
+            transfers.append((own.read, memory[: block.nbytes], first))
         else:
             for path, at, begin, size in block.extents:
                 first = begin - at % PAGE
-                last = -(-(begin + size) // PAGE) * PAGE
+                last = round_up(begin + size, PAGE)
                 file = self.file(path)
                 if (found := os.fstat(file.fd).st_size) < at + size:
                     raise OSError(f"stream: {path}: expected at least {at + size} bytes, got {found}")
-                waiting += in_chunks(file.read, memory[first:last], at - at % PAGE, self._pool)
-        wait(waiting)
-        for future in waiting:
-            future.result()
+                transfers.append((file.read, memory[first:last], at - at % PAGE))
+        transfer(transfers, self._pool)
 
     def close(self) -> None:
         for file in (*self._files.values(), *self.own.values()):
@@ -153,9 +153,7 @@ class Folder:
         block.stored = version_of(op, found)
         return Direct(path)
 
-    def write(
-        self, block: Block, data: Tensor, version: int, pool: Executor | None, before: Callable[[], None]
-    ) -> Direct:
+    def write(self, block: Block, data: Tensor, version: int, pool: Executor, before: Callable[[], None]) -> Direct:
         """Replaces the file of ``block``.
 
         ``before`` is called between the sync of the new file and the renaming.
@@ -170,10 +168,7 @@ class Folder:
             pages = mmap.mmap(-1, len(head))  # direct writes begin at a page in memory, too
             pages[:] = head
             file.write(memoryview(pages), 0)
-            waiting = in_chunks(file.write, memory_of(data)[: block.nbytes], len(head), pool)
-            wait(waiting)
-            for future in waiting:
-                future.result()
+            transfer([(file.write, memory_of(data)[: block.nbytes], len(head))], pool)
             os.fdatasync(file.fd)
             before()
             os.replace(temporary, path)
@@ -190,7 +185,7 @@ class Folder:
 
 def version_of(op: str, file: File) -> int:
     version = file.metadata.get("zokernels_updates", "")
-    if not version.isdecimal():
+    if not (version.isascii() and version.isdecimal() and len(version) <= 20):
         fail(op, str(file.path), "metadata 'zokernels_updates', a number", repr(version))
     return int(version)
 
@@ -209,9 +204,8 @@ def header(block: Block, version: int) -> bytes:
 
     for e in sorted(block.entries, key=lambda e: e.begin):
         gap(e.begin)
-        size = e.param.numel() * e.param.element_size()
-        entries.append((e.name, Entry(NAMES[e.param.dtype], tuple(e.param.shape), e.begin, size)))
-        at = e.begin + size
+        entries.append((e.name, Entry(NAMES[e.param.dtype], tuple(e.param.shape), e.begin, e.param.nbytes)))
+        at = e.begin + e.param.nbytes
     gap(block.nbytes)
     return encode_header(entries, {"zokernels_updates": f"{version:020d}", "block": block.name}, PAGE)
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import queue
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import torch
@@ -24,17 +24,9 @@ from torch import Tensor
 
 from ..step.deferred import Pass
 from .blocks import Block
-from .history import History, apply_passes
+from .history import Batch, History, apply_passes
 from .memory import mapping
-from .movers import Carrier, FileStore, HostMemory, Mover, Slot
-
-
-class _Work(NamedTuple):
-    """Updates that some parameters of a block lack."""
-
-    entries: list[int]
-    streams: list[int]
-    passes: tuple[Pass, ...]
+from .movers import Carrier, FileStore, HostMemory, Slot, Threaded
 
 
 class _Job(NamedTuple):
@@ -42,7 +34,7 @@ class _Job(NamedTuple):
 
     block: Block
     version: int  #: the number of updates in the master when the job is done
-    work: list[_Work]
+    work: list[Batch]
     ready: torch.cuda.Event | None  #: when the updates' coefficients are there
     before: Future[None] | None  #: the last write of the block's file, which must end before it is read
     then: Callable[[Tensor], Any]  #: uses the master
@@ -50,7 +42,7 @@ class _Job(NamedTuple):
     written: Future[None] | None  #: this write of the file, where there is one
 
 
-class Encoder(Mover):
+class Encoder(Threaded):
     """Fills slots with wire bytes.
 
     One thread reads masters, one updates and encodes them, and one writes files.
@@ -62,14 +54,12 @@ class Encoder(Mover):
         """``staging``: for a GPU, pinned memory for the wire bytes of one block for each of ``slots``."""
         assert carrier.layout is not None  # what crosses the link are wire bytes
         blocks, device = carrier.blocks, carrier.device
-        self.source, self.layout, self.timeline = source, carrier.layout, carrier.timeline
+        super().__init__(source, carrier.timeline, "read", "encode", "write")
+        self.layout = carrier.layout
         self._device, self._write_every, self._cuda = device, carrier.write_every, carrier.to_gpu
         #: One decoded block, for what the fused pass does not serve.
         self._theta = torch.empty(max(b.scratch for b in blocks), dtype=torch.uint8, device=device)
         self._views: dict[int, list[Tensor]] = {}
-        self._reads, self._updates, self._writes = (
-            ThreadPoolExecutor(1, thread_name_prefix=f"zokernels-{name}") for name in ("read", "encode", "write")
-        )
         self._free: queue.SimpleQueue[Tensor] = queue.SimpleQueue()  # for masters from files
         if isinstance(source, FileStore):
             size = max(b.nbytes for b in blocks)
@@ -108,34 +98,28 @@ class Encoder(Mover):
         every, released = self._write_every, self._released.get(slot.index)
         write = isinstance(self.source, HostMemory) or (every is not None and slot.updates - block.scheduled >= every)
         send = lambda master: self._send(block, slot, master, released)
-        self._coming[slot.index] = self._submit(block, slot.updates, write, send)
+        self._coming[slot.index] = self._begin(block, slot.updates, write, send)
 
     def keep(self, block: Block) -> None:
         """Brings all updates of ``block`` into the storage."""
-        self._keeping.append(self._submit(block, max(self.history.end, block.scheduled), True, lambda master: None))
+        self._keeping.append(self._begin(block, max(self.history.end, block.scheduled), True, lambda master: None))
 
     def master(self, block: Block) -> Tensor:
         """The master of ``block`` with all updates, on the host.  It is valid until the next step."""
         in_memory = isinstance(self.source, HostMemory)
         copy = lambda master: master if in_memory else master[: block.nbytes].clone()
-        found: Tensor = self._submit(block, max(self.history.end, block.scheduled), in_memory, copy).result()
+        found: Tensor = self._begin(block, max(self.history.end, block.scheduled), in_memory, copy).result()
         return found
 
-    def _submit(self, block: Block, version: int, write: bool, then: Callable[[Tensor], Any]) -> Future[Any]:
+    def _begin(self, block: Block, version: int, write: bool, then: Callable[[Tensor], Any]) -> Future[Any]:
         errors = (f.exception() for f in self._writing.values() if f.done())  # of earlier writes
         if (error := self._broken or next(filter(None, errors), None)) is not None:
             failed: Future[Any] = Future()
             failed.set_exception(error)
             return failed
-        found: dict[tuple[Any, ...], _Work] = {}
-        for i, e in enumerate(block.entries if version > block.scheduled else ()):
-            stream, passes = self.history.pending(e.param, block.scheduled)
-            if passes:
-                work = found.setdefault((e.param.dtype, *map(id, passes)), _Work([], [], passes))
-                work.entries.append(i)
-                work.streams.append(stream)
+        work = self.history.batches(block, block.scheduled, {}) if version > block.scheduled else []
         ready = None
-        if self._cuda and found:
+        if self._cuda and work:
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(self._device))
         before, written = self._writing.get(block.index), None
@@ -143,8 +127,8 @@ class Encoder(Mover):
             block.scheduled = version
             if isinstance(self.source, FileStore):
                 written = self._writing[block.index] = Future()
-        job = _Job(block, version, list(found.values()), ready, before, then, Future(), written)
-        self._reads.submit(self._read, job)
+        job = _Job(block, version, work, ready, before, then, Future(), written)
+        self._submit("read", self._read, job)
         return job.done
 
     def wait(self, slot: Slot) -> None:
@@ -169,12 +153,6 @@ class Encoder(Mover):
         if self._cuda:
             self._in.synchronize()
 
-    def close(self) -> None:
-        self._reads.shutdown(cancel_futures=True)
-        self._updates.shutdown()
-        self._writes.shutdown()
-        self.source.close()
-
     # In threads ---------------------------------------------------------------------------------------------
 
     def _read(self, job: _Job) -> None:
@@ -188,7 +166,7 @@ class Encoder(Mover):
                 master = self._free.get()
                 with self.timeline.span("read", job.block):
                     self.source.read(job.block, master)
-            self._updates.submit(self._update, job, master)
+            self._submit("encode", self._update, job, master)
         except BaseException as error:  # it is raised again by whoever waits
             self._fail(job, master, error)
 
@@ -196,8 +174,9 @@ class Encoder(Mover):
         try:
             params = [e.of(master) for e in job.block.entries]
             with self.timeline.span("encode", job.block):
-                for entries, streams, passes in job.work:
-                    apply_passes([params[i] for i in entries], streams, [self._host(one, job.ready) for one in passes])
+                for of in job.work:
+                    passes = [self._host(one, job.ready) for one in of.passes]
+                    apply_passes([params[i] for i in of.entries], of.streams, passes)
             if isinstance(self.source, HostMemory):
                 job.block.stored = max(job.block.stored, job.version)
             result = job.then(master)
@@ -208,7 +187,7 @@ class Encoder(Mover):
         if job.written is None:
             self._give_back(master)
         else:
-            self._writes.submit(self._write, job, master)
+            self._submit("write", self._write, job, master)
         job.done.set_result(result)
 
     def _write(self, job: _Job, master: Tensor) -> None:

@@ -63,7 +63,7 @@ class Engine(BlockCache, Home):
         self.closed = False
         self.optimizer: StepOptimizer | None = None
         self._empty = {id(e.param): placeholder(e.param, device) for b in blocks for e in b.entries}
-        self._lockstep = Lockstep(self._grant, [device])
+        self._lockstep = Lockstep(self._open, [device])
         self._step: SidePoints | None = None
         self._visit: Visit | None = None
         #: The block and the side that are inside a forward, and whether gradients were enabled before it.
@@ -72,23 +72,24 @@ class Engine(BlockCache, Home):
             for e in b.entries:
                 e.param.data = self._empty[id(e.param)]
                 move_home(e.param, self)
-        self._hooks = [h for b in blocks for h in self._hook(b)]
+            self._hook(b)
 
     # Hooks of the model -------------------------------------------------------------------------------------
 
-    def _hook(self, block: Block) -> Iterator[Any]:
-        yield block.module.register_forward_pre_hook(lambda module, args: self._enter(block))
-        yield block.module.register_forward_hook(lambda module, args, out: self._leave(block), always_call=True)
-        yield block.module.register_state_dict_post_hook(
-            lambda module, state, prefix, metadata: self._fill(block, state, prefix)
+    def _hook(self, block: Block) -> None:
+        module, expected = block.module, "weights that are given when the stream is made"
+        module.register_forward_pre_hook(lambda module, args: self._enter(block))
+        module.register_forward_hook(lambda module, args, out: self._leave(block), always_call=True)
+        module.register_state_dict_post_hook(lambda module, state, prefix, _: self._fill(block, state, prefix))
+        module.register_load_state_dict_pre_hook(
+            lambda *args: fail(self.op, block.name, expected, "load_state_dict", RuntimeError)
         )
-        yield block.module.register_load_state_dict_pre_hook(lambda *args: self._refuse_load(block))
 
     def _enter(self, block: Block) -> None:
         if self.closed:
             fail(self.op, block.name, "an open stream", "one that was closed", RuntimeError)
         if self._lockstep.current is None:
-            self._open(block, [0])
+            self._open(block.index, [0])
         else:
             self._lockstep.arrive(block.index)
         assert self._visit is not None
@@ -116,16 +117,11 @@ class Engine(BlockCache, Home):
             if key in state:
                 state[key] = value
 
-    def _refuse_load(self, block: Block) -> None:
-        fail(self.op, block.name, "weights that are given when the stream is made", "load_state_dict", RuntimeError)
-
     # Visits -------------------------------------------------------------------------------------------------
 
-    def _grant(self, index: int, sides: list[int]) -> None:
-        self._open(self.blocks[index], sides)
-
-    def _open(self, block: Block, sides: list[int]) -> None:
-        """Brings ``block`` in, up to date."""
+    def _open(self, index: int, sides: list[int]) -> None:
+        """Brings the block of that number in, up to date."""
+        block = self.blocks[index]
         slot = self.load(block)
         self._visit = self._begin(block, slot, sides, self._step if self.in_step else None)
 

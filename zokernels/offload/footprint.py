@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ..wire import Wire
-from .blocks import PAGE, Block, find_blocks, streamed_parameters
+from .blocks import PAGE, blocks_of, round_up
 from .layout import WireLayout
 
 
@@ -39,24 +39,16 @@ def footprint(
     Nothing is allocated, and the parameters of ``model`` may be on "meta" (:func:`empty_weights`).  Blocks
     that are read from a checkpoint in place take a few pages more.
     """
-    op = "footprint"
-    found = find_blocks(op, model, blocks)
-    listed = streamed_parameters(op, model, found)
-    made = []
-    for i, ((name, module), params) in enumerate(zip(found, listed, strict=True)):
-        block = Block(i, name, module)
-        block.place(params)
-        made.append(block)
-    streamed = {id(p) for params in listed for _, p in params}
-    size = lambda t: t.numel() * t.element_size()
+    made = blocks_of("footprint", model, blocks)
+    streamed = {id(e.param) for b in made for e in b.entries}
     resident: list[Tensor] = [p for p in model.parameters() if id(p) not in streamed]
     largest, copy = max(b.nbytes for b in made), max(b.scratch for b in made)
     if wire is not None:
-        largest = -(-max(WireLayout(wire, made).nbytes) // PAGE) * PAGE
+        largest = round_up(max(WireLayout(wire, made).nbytes), PAGE)
     return Footprint(
         slots=min(slots, len(made)) * largest,
         scratch=scratch * copy,
         decoded=0 if wire is None else copy,
-        resident=sum(map(size, [*resident, *model.buffers()])),
-        copy=max(map(size, resident), default=0),
+        resident=sum(t.nbytes for t in (*resident, *model.buffers())),
+        copy=max((p.nbytes for p in resident), default=0),
     )

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..checks import fail
 from ..distributed.ranks import all_gather_single
-from .blocks import PAGE, Block
+from .blocks import PAGE, Block, round_up
 from .movers import ByStreams, HostMemory
 
 
@@ -42,7 +42,7 @@ class Slices(HostMemory):
     def __init__(self, blocks: Sequence[Block], device: torch.device, mesh: DeviceMesh) -> None:
         self.rank, self.count = mesh.get_local_rank(), mesh.size()
         for b in blocks:
-            b.nbytes = -(-b.nbytes // (PAGE * self.count)) * PAGE * self.count
+            b.nbytes = round_up(b.nbytes, PAGE * self.count)
         super().__init__(blocks, device, self.count)
         self.group = dist.new_group(mesh.mesh.tolist(), use_local_synchronization=True)
 

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..step.deferred import DeferredNoise, Pass
 from ..step.noise import Members, Noise
+from ..step.types import Bucket
+from .blocks import Block
+
+
+class Batch(NamedTuple):
+    """Parameters of a block that one call takes: of one dtype, in one bucket, and with the same updates to take."""
+
+    entries: list[int]  #: their numbers in the block
+    streams: list[int]
+    passes: tuple[Pass, ...]  #: the updates that they lack
+    bucket: Bucket | None  #: in which they are perturbed
+    place: int  #: of the bucket among the points of a side
+
+
+#: By id of a perturbed parameter: its bucket, the bucket's place among the points of a side, its noise stream.
+Perturbed = Mapping[int, tuple[Bucket, int, int]]
 
 
 class History:
@@ -65,6 +81,23 @@ class History:
                     stream = members[key]
                     found.append(one)
         return stream, tuple(found)
+
+    def batches(self, block: Block, since: int, perturbed: Perturbed, everything: bool = False) -> list[Batch]:
+        """The parameters of ``block`` that need a call: those that lack updates from number ``since`` on, those
+        of ``perturbed``, or ``everything``.
+        """
+        found: dict[tuple[Any, ...], Batch] = {}
+        for i, e in enumerate(block.entries):
+            stream, passes = self.pending(e.param, since)
+            bucket, place, stream = perturbed.get(id(e.param), (None, 0, stream))
+            if bucket is None and not passes and not everything:
+                continue
+            batch = found.setdefault(
+                (e.param.dtype, id(bucket), *map(id, passes)), Batch([], [], passes, bucket, place)
+            )
+            batch.entries.append(i)
+            batch.streams.append(stream)
+        return list(found.values())
 
 
 class HistoryNoise(Noise):

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checks import DTYPES
 from ..functional import encode
 from ..wire import Wire, is_lossless, wire_bytes
-from .blocks import ALIGN, Block
+from .blocks import ALIGN, Block, round_up
 
 
 class WireLayout:
@@ -25,10 +25,10 @@ class WireLayout:
         self.places: list[list[tuple[int, int]]] = []  #: (begin, size) by block
         for block in blocks:
             sizes = [wire_bytes(p.numel(), wire) if p.dtype in DTYPES else p.nbytes for _, p, _ in block.entries]
-            begins = itertools.accumulate((-(-n // ALIGN) * ALIGN for n in sizes), initial=0)
+            begins = itertools.accumulate((round_up(n, ALIGN) for n in sizes), initial=0)
             self.places.append(list(zip(begins, sizes)))  # noqa: B905
         self.nbytes = [max(1, *(begin + size for begin, size in places)) for places in self.places]
-        self.room = -(-max(self.nbytes) // ALIGN) * ALIGN  #: for any block
+        self.room = round_up(max(self.nbytes), ALIGN)  #: for any block
         dtypes = {e.param.dtype for b in blocks for e in b.entries} & set(DTYPES)
         self.lossless = all(is_lossless(wire, dtype) for dtype in dtypes)
 

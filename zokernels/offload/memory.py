@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checks import fail
-from .blocks import PAGE
+from .blocks import PAGE, round_up
 
 
 def mapping(nbytes: int, device: torch.device) -> Tensor:
@@ -21,7 +21,7 @@ def mapping(nbytes: int, device: torch.device) -> Tensor:
 
     torch's own pinned allocator would take the next power of two, up to twice the memory (pytorch #95823).
     """
-    size = max(PAGE, -(-nbytes // PAGE) * PAGE)
+    size = max(PAGE, round_up(nbytes, PAGE))
     try:
         mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:

@@ -166,23 +166,38 @@ class FileStore:
         self.reader.close()
 
 
-class ByThreads(Mover):
+class Threaded(Mover):
+    """A mover with a thread for each of its works, such as "read" and "write"; each does one thing at a time."""
+
+    def __init__(self, source: HostMemory | FileStore, timeline: Timeline, *works: str) -> None:
+        self.source, self.timeline = source, timeline
+        self._threads = {work: ThreadPoolExecutor(1, thread_name_prefix=f"zokernels-{work}") for work in works}
+
+    def _submit(self, work: str, function: Callable[..., Any], *args: Any) -> Future[Any]:
+        return self._threads[work].submit(function, *args)
+
+    def close(self) -> None:
+        """Ends the threads in their order: what has been read is still passed on."""
+        for work, thread in self._threads.items():
+            thread.shutdown(cancel_futures=work == "read")
+        self.source.close()
+
+
+class ByThreads(Threaded):
     """Slots in host memory, which one thread fills and another empties.
 
     Their order keeps a block's writes before its next read.
     """
 
     def __init__(self, source: HostMemory | FileStore, timeline: Timeline) -> None:
-        self.source, self.timeline = source, timeline
-        self._reads = ThreadPoolExecutor(1, thread_name_prefix="zokernels-read")
-        self._writes = ThreadPoolExecutor(1, thread_name_prefix="zokernels-write")
+        super().__init__(source, timeline, "read", "write")
         self._coming: dict[int, Future[Any]] = {}  #: by slot
         self._leaving: dict[int, Future[Any]] = {}  #: by slot
         self._writing: dict[int, Future[Any]] = {}  #: by block
 
     def fetch(self, block: Block, slot: Slot) -> None:
         before = [f for f in (self._leaving.get(slot.index), self._writing.get(block.index)) if f is not None]
-        self._coming[slot.index] = self._reads.submit(self._read, block, slot.data, before)
+        self._coming[slot.index] = self._submit("read", self._read, block, slot.data, before)
 
     def _read(self, block: Block, data: Tensor, before: list[Future[Any]]) -> None:
         for future in before:
@@ -201,7 +216,7 @@ class ByThreads(Mover):
 
     def store(self, block: Block, slot: Slot) -> None:
         self._check()
-        future = self._writes.submit(self._write, block, slot.data, slot.updates)
+        future = self._submit("write", self._write, block, slot.data, slot.updates)
         self._leaving[slot.index] = self._writing[block.index] = future
 
     def _write(self, block: Block, data: Tensor, updates: int) -> None:
@@ -219,11 +234,6 @@ class ByThreads(Mover):
         for future in [*self._coming.values(), *self._writing.values()]:
             future.result()
         self._leaving, self._writing = {}, {}
-
-    def close(self) -> None:
-        self._reads.shutdown(cancel_futures=True)
-        self._writes.shutdown()
-        self.source.close()
 
 
 class ByStreams(Mover):
@@ -279,7 +289,7 @@ class ByStreams(Mover):
         self._out.synchronize()
 
 
-class Staged(Mover):
+class Staged(Threaded):
     """Slots on a GPU and blocks in files, with pinned buffers between them: one for each slot and way.
 
     One thread reads a file into a buffer and then issues its copy.  Another waits for a copy out, and writes
@@ -287,13 +297,11 @@ class Staged(Mover):
     """
 
     def __init__(self, source: FileStore, data: Tensor, slots: int, device: torch.device, timeline: Timeline) -> None:
-        self.source, self.timeline, self._device = source, timeline, device
-        self._in, self._out = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        super().__init__(source, timeline, "read", "write")
+        self._device, self._in, self._out = device, torch.cuda.Stream(device), torch.cuda.Stream(device)
         nbytes = len(data) // (2 * slots)
         self._coming = [data[i * nbytes : (i + 1) * nbytes] for i in range(slots)]
         self._going = [data[i * nbytes : (i + 1) * nbytes] for i in range(slots, 2 * slots)]
-        self._reads = ThreadPoolExecutor(1, thread_name_prefix="zokernels-read")
-        self._writes = ThreadPoolExecutor(1, thread_name_prefix="zokernels-write")
         self._issued: dict[int, Future[Any]] = {}
         self._written: dict[int, Future[Any]] = {}  #: by block
         self._emptied: dict[int, Future[Any]] = {}  #: by slot: its buffer on the way out is free
@@ -303,7 +311,7 @@ class Staged(Mover):
     def fetch(self, block: Block, slot: Slot) -> None:
         events = [e[slot.index] for e in (self._free, self._left) if slot.index in e]
         before = self._written.get(block.index)
-        self._issued[slot.index] = self._reads.submit(self._read, block, slot, events, before)
+        self._issued[slot.index] = self._submit("read", self._read, block, slot, events, before)
 
     def _read(
         self, block: Block, slot: Slot, events: list[torch.cuda.Event], before: Future[Any] | None
@@ -338,7 +346,7 @@ class Staged(Mover):
             buffer[: block.nbytes].copy_(slot.data[: block.nbytes], non_blocking=True)
         event = self._left[slot.index] = torch.cuda.Event()
         event.record(self._out)
-        future = self._writes.submit(self._write, block, buffer, slot.updates, event)
+        future = self._submit("write", self._write, block, buffer, slot.updates, event)
         self._written[block.index] = self._emptied[slot.index] = future
 
     def _write(self, block: Block, buffer: Tensor, updates: int, event: torch.cuda.Event) -> None:
@@ -355,8 +363,3 @@ class Staged(Mover):
         for future in [*self._issued.values(), *self._written.values()]:
             future.result()
         self._in.synchronize()
-
-    def close(self) -> None:
-        self._reads.shutdown(cancel_futures=True)
-        self._writes.shutdown()
-        self.source.close()

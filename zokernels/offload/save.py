@@ -31,7 +31,7 @@ def save(
         tensors.setdefault(id(p), (name, p))
     for name, buffer in persistent_buffers(model):
         tensors.setdefault(id(buffer), (name, buffer))
-    sizes = {name: t.numel() * t.element_size() for name, t in tensors.values()}
+    sizes = {name: t.nbytes for name, t in tensors.values()}
     header, entries = lay_out(
         {name: Entry(NAMES[t.dtype], tuple(t.shape), 0, sizes[name]) for name, t in tensors.values()}, {"format": "pt"}
     )

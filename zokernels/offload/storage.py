@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..checks import fail
-from .blocks import PAGE, Block
+from .blocks import PAGE, Block, round_up
 from .disk import check_room
 from .encoder import Encoder
 from .gathered import BySlices, Slices
@@ -45,8 +45,8 @@ def _buffers(carrier: Carrier) -> list[Slot]:
     """Slots of the size of the largest block, or of its wire bytes where those cross the link."""
     blocks, layout, device = carrier.blocks, carrier.layout, carrier.device
     size = max(b.nbytes for b in blocks) if layout is None else max(layout.nbytes)
-    count, size = min(carrier.slots, len(blocks)), -(-size // PAGE) * PAGE
-    # FileStore are read into slots on the CPU directly: those begin at a page.
+    count, size = min(carrier.slots, len(blocks)), round_up(size, PAGE)
+    # Files are read into slots on the CPU directly: those begin at a page.
     whole = (
         torch.empty(count * size, dtype=torch.uint8, device=device) if carrier.to_gpu else mapping(count * size, device)
     )

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..checks import fail
+from ..checks import check_integer, fail, is_integer
 from ..contract import canonical_name
 from ..files.safetensors import DTYPES, Checkpoint
 from ..step.roles import home_of
 from ..wire import Wire, format_of
-from .blocks import Block, aliases, find_blocks, materialise, persistent_buffers, place_extents, streamed_parameters
+from .blocks import Block, aliases, blocks_of, materialise, persistent_buffers, place_extents
 from .encoder import Encoder
 from .engine import Engine
 from .gathered import check_mesh
@@ -110,7 +110,10 @@ def stream(
         fail(op, "model", "a model that is not streamed", "one that is", RuntimeError)
     fill = weights if callable(weights) else None
     checkpoint = None if weights is None or callable(weights) else Checkpoint(weights)
-    made = _blocks(op, model, blocks, checkpoint, fill is not None, in_files=storage == "disk")
+    made = blocks_of(op, model, blocks)
+    places = {} if fill else _sources(op, model, made, checkpoint)
+    for block in made if storage == "disk" and places else ():
+        place_extents(block, [places[e.name] for e in block.entries])
     layout = None if wire is None else WireLayout(wire, made)
     writes = write_every if storage != "disk" or path is not None else None
     carrier = Carrier(op, made, target, slots, layout, Timeline(target), writes)
@@ -130,29 +133,6 @@ def stream(
     _move_the_rest(model, made, target)
     link = mover if isinstance(mover, Encoder) else None
     return Engine(model, made, store.slots, copies, mover, target, carrier.timeline, writes, run, link)
-
-
-def _blocks(
-    op: str,
-    model: nn.Module,
-    blocks: str | Sequence[nn.Module] | None,
-    checkpoint: Checkpoint | None,
-    filled: bool,
-    in_files: bool,
-) -> list[Block]:
-    """The blocks of the model, each laid out in its bytes; ``in_files``: as they lie in the checkpoint."""
-    found = find_blocks(op, model, blocks)
-    listed = streamed_parameters(op, model, found)
-    places = {} if filled else _sources(op, model, listed, checkpoint)
-    made = []
-    for i, ((name, module), params) in enumerate(zip(found, listed, strict=True)):
-        block = Block(i, name, module)
-        if in_files and checkpoint is not None:
-            place_extents(block, params, [places[n] for n, _ in params])
-        else:
-            block.place(params)
-        made.append(block)
-    return made
 
 
 def _load_resident(model: nn.Module, blocks: Sequence[Block], loaded: dict[str, Tensor], fill: Fill | None) -> None:
@@ -201,13 +181,11 @@ def _check(
         format_of(op, wire)
         if storage == "device":
             fail(op, "wire", "None where storage is 'device': nothing crosses a link", repr(wire))
-    whole = lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1
-    for argument, value in (("slots", slots), ("threads", threads)):
-        if not whole(value):
-            fail(op, argument, "an integer >= 1", repr(value))
+    check_integer(op, "slots", slots)
+    check_integer(op, "threads", threads)
     if scratch not in (1, 2):
         fail(op, "scratch", "1 or 2", repr(scratch))
-    if write_every is not None and not whole(write_every):
+    if write_every is not None and not is_integer(write_every, 1):
         fail(op, "write_every", "an integer >= 1, or None for storage that is only read", repr(write_every))
     if storage == "disk":
         if (weights is None or callable(weights)) and path is None:
@@ -234,7 +212,7 @@ def _device(op: str, model: nn.Module, device: torch.device | str | None) -> tor
 
 
 def _sources(
-    op: str, model: nn.Module, listed: list[list[tuple[str, nn.Parameter]]], checkpoint: Checkpoint | None
+    op: str, model: nn.Module, blocks: Sequence[Block], checkpoint: Checkpoint | None
 ) -> dict[str, tuple[str, int, int]]:
     """(path, begin, size) of each streamed parameter in the checkpoint, which must fit the whole model."""
     if checkpoint is None:
@@ -243,7 +221,7 @@ def _sources(
         return {}
     where = {canonical_name(name): (file, file.entries[name]) for name, file in checkpoint.where.items()}
     places = {}
-    names = {n for params in listed for n, _ in params}
+    names = {e.name for b in blocks for e in b.entries}
     groups: dict[int, list[tuple[str, nn.Parameter]]] = {}
     for name, _, _, p in aliases(model):
         groups.setdefault(id(p), []).append((name, p))

@@ -55,23 +55,20 @@ class Timeline:
     def now(self) -> float:
         return time.perf_counter() if self._on else 0.0
 
-    def add(self, lane: str, block: Block, begin: float) -> None:
+    def add(self, lane: str, block: Block | None, begin: float) -> None:
         """Adds a span that ends now, by the host's clock; ``begin`` comes from :meth:`now`."""
         if self._on and begin:
-            self._spans.append(Span(lane, block.name, begin - self._zero, time.perf_counter() - self._zero))
+            name, end = block.name if block else "", time.perf_counter()
+            self._spans.append(Span(lane, name, begin - self._zero, end - self._zero))
 
     @contextmanager
     def span(self, lane: str, block: Block | None) -> Iterator[None]:
-        """Adds a span of the host's clock around the block."""
-        if not self._on:
-            yield
-            return
-        begin = time.perf_counter()
+        """Adds a span of the host's clock around the ``with`` block."""
+        begin = self.now()
         try:
             yield
         finally:
-            end = time.perf_counter()
-            self._spans.append(Span(lane, block.name if block else "", begin - self._zero, end - self._zero))
+            self.add(lane, block, begin)
 
     @contextmanager
     def device_span(self, lane: str, block: Block, stream: torch.cuda.Stream) -> Iterator[None]:

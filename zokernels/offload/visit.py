@@ -14,7 +14,7 @@ from ..step.deferred import Pass
 from ..step.types import Bucket, Point, Seeds, terms
 from .blocks import Block
 from .cache import BlockCache
-from .history import apply_passes
+from .history import Batch, Perturbed, apply_passes
 from .movers import Slot
 
 #: Bytes to which torch aligns its own memory.  A matrix product may choose another kernel for less aligned
@@ -25,9 +25,7 @@ _ALIGNED = 64
 class SidePoints(NamedTuple):
     """The points of a step's forwards, which are called sides, in each bucket."""
 
-    #: By id of the parameter: its bucket, the bucket's place among the points of a side, and its noise
-    #: stream.
-    of: dict[int, tuple[Bucket, int, int]]
+    of: Perturbed
     points: list[list[Point]]  #: of each side, one for each bucket
     seeds: Seeds
 
@@ -42,16 +40,6 @@ class SidePoints(NamedTuple):
             if isinstance(c, float) and isinstance(d, float) and c == -d:
                 return k, c
         return None
-
-
-class _Batch(NamedTuple):
-    """Parameters of a block that one call takes."""
-
-    entries: list[int]  #: their numbers in the block
-    streams: list[int]
-    passes: tuple[Pass, ...]  #: the updates that they lack
-    bucket: Bucket | None  #: in which they are perturbed
-    place: int  #: of the bucket among the points of a side
 
 
 class Visit:
@@ -74,7 +62,9 @@ class Visit:
         since = slot.updates
         if since < cache.history.end:
             cache.mover.settle(slot)
-        self._batches = self._groups(since)
+        perturbed = step.of if step else {}
+        self._batches = cache.history.batches(block, since, perturbed, self.everything)
+        self._fixed = [i for i, e in enumerate(block.entries) if id(e.param) not in perturbed]
         with cache.timeline.span("update", block):
             pair = self._pair()
             for a in self._batches:
@@ -93,25 +83,6 @@ class Visit:
         """The parameters as they are in the slot."""
         return self.slot.params(self.block)
 
-    def _groups(self, since: int) -> list[_Batch]:
-        """The entries in batches of one dtype, the same updates and the same bucket."""
-        found: dict[tuple[Any, ...], _Batch] = {}
-        self._fixed: list[int] = []  #: entries that no side perturbs
-        history, of = self.cache.history, self.step.of if self.step else {}
-        for i, e in enumerate(self.block.entries):
-            stream, passes = history.pending(e.param, since)
-            bucket, place, of_bucket = of.get(id(e.param), (None, 0, stream))
-            if bucket is None:
-                self._fixed.append(i)
-            if bucket is None and not passes and not self.everything:
-                continue
-            key = (e.param.dtype, id(bucket), *map(id, passes))
-            if key not in found:
-                found[key] = _Batch([], [], passes, bucket, place)
-            found[key].entries.append(i)
-            found[key].streams.append(of_bucket)
-        return list(found.values())
-
     def _pair(self) -> list[int] | None:
         """The first two sides, if one pass can update the block and perturb it for both."""
         pair, perturbed = self.sides[:2], [a for a in self._batches if a.bucket is not None]
@@ -120,11 +91,11 @@ class Visit:
         together = all(self.step.pair(pair, a.place) for a in perturbed)
         return pair if together else None
 
-    def _apply(self, a: _Batch, passes: Sequence[Pass]) -> None:
+    def _apply(self, a: Batch, passes: Sequence[Pass]) -> None:
         if passes:
             apply_passes([self._params[i] for i in a.entries], a.streams, passes)
 
-    def _fan_out(self, a: _Batch) -> None:
+    def _fan_out(self, a: Batch) -> None:
         """Makes the last update and both perturbations in one pass."""
         update = self._last_update(a)
         self._apply(a, a.passes[:-1] if update else a.passes)
@@ -132,26 +103,22 @@ class Visit:
             [views[i] for i in a.entries]
             for views in (self._params, *(self.cache.scratch(self.block, s) for s in (0, 1)))
         )
-        seed, coeff = self._direction(a)
-        fan_out_(params, plus, minus, seed, coeff, **self._noise(a), **update)
+        seed, coeff, noise = self._pair_noise(a)
+        fan_out_(params, plus, minus, seed, coeff, **noise, **update)
 
-    def _last_update(self, a: _Batch) -> dict[str, Any]:
+    def _last_update(self, a: Batch) -> dict[str, Any]:
         """The last update as arguments of a fan-out; none where it has another distribution."""
         assert a.bucket is not None
         if not a.passes or a.passes[-1].dist != a.bucket.dist:
             return {}
         return {key: getattr(a.passes[-1], key) for key in ("seeds", "coeffs", "decay", "rounding", "rounding_seed")}
 
-    def _direction(self, a: _Batch) -> tuple[Tensor, float]:
-        """The seed and the coefficient of the pair of sides."""
+    def _pair_noise(self, a: Batch) -> tuple[Tensor, float, dict[str, Any]]:
+        """The seed and the coefficient of the pair of sides, and the noise's other arguments."""
         assert self.step is not None
         assert a.bucket is not None
         k, c = self.step.pair(self.sides[:2], a.place)  # type: ignore[misc]
-        return self.step.seeds[a.bucket.device][k : k + 1], c
-
-    def _noise(self, a: _Batch) -> dict[str, Any]:
-        assert a.bucket is not None
-        return {"streams": a.streams, "dist": a.bucket.dist}
+        return self.step.seeds[a.bucket.device][k : k + 1], c, {"streams": a.streams, "dist": a.bucket.dist}
 
     def _perturb(self, side: int) -> list[Tensor]:
         """Makes the point of ``side`` in scratch."""
@@ -220,7 +187,7 @@ class WireVisit(Visit):
         self._wire, self._buffers = wire.layout.wire, wire.layout.buffers(self.block, self.slot.data)
         return wire.theta(self.block)
 
-    def _apply(self, a: _Batch, passes: Sequence[Pass]) -> None:
+    def _apply(self, a: Batch, passes: Sequence[Pass]) -> None:
         out, buffers = ([of[i] for i in a.entries] for of in (self._params, self._buffers))
         if out[0].dtype not in DTYPES:
             for value, buffer in zip(out, buffers, strict=True):
@@ -234,7 +201,7 @@ class WireVisit(Visit):
         decode(out, buffers, self._wire, **first, streams=a.streams)
         super()._apply(a, passes)
 
-    def _fan_out(self, a: _Batch) -> None:
+    def _fan_out(self, a: Batch) -> None:
         """One pass decodes, updates and perturbs, and does not store theta.
 
         This needs two sides, and at most one pending update.
@@ -244,5 +211,5 @@ class WireVisit(Visit):
             return super()._fan_out(a)
         plus, minus = ([self.cache.scratch(self.block, s)[i] for i in a.entries] for s in (0, 1))
         buffers = [self._buffers[i] for i in a.entries]
-        seed, coeff = self._direction(a)
-        decode_fan_out(plus, minus, buffers, self._wire, seed, coeff, **self._noise(a), **update)
+        seed, coeff, noise = self._pair_noise(a)
+        decode_fan_out(plus, minus, buffers, self._wire, seed, coeff, **noise, **update)

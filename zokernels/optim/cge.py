@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..checks import fail
+from ..checks import check_choice, fail, is_integer
 from ..contract import derive_seed_int, derive_stream_seed
 from ..difference import stepped
 from ..functional import low_rank_
 from ..step.directions.masks import KeptMask
-from ..step.groups import check_choice
 from ..step.guards import uninterrupted
 from ..step.probes.probe import Probe
 from ..step.rules.sgd import SGD
@@ -149,7 +148,7 @@ class ZOCGE(ZerothOrder):
             for name, share in per_step.items():
                 if not 0 < share <= 1:
                     fail(self.op, f"per_step[{name!r}]", "a share in (0, 1]", share)
-        elif per_step is not None and (not isinstance(per_step, int) or isinstance(per_step, bool) or per_step < 1):
+        elif per_step is not None and not is_integer(per_step, 1):
             fail(self.op, "per_step", "an integer >= 1, or shares by parameter name", repr(per_step))
         self._per_step = per_step
         super().__init__(

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..checks import fail
+from ..checks import check_choice, fail
 from ..step.estimators import OneSided, TwoSided
-from ..step.groups import check_choice
 from ..step.rules.rule import Rule
 from ..step.rules.sgd import SGD
 from ..step.rules.stateful import Momentum

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import fail
+from ..checks import check_integer, fail
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,7 @@ class Estimator:
     directions: int = 1
 
     def __post_init__(self) -> None:
-        self._check("directions", self.directions, 1)
-
-    def _check(self, argument: str, value: object, low: int, high: float = float("inf")) -> None:
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            bounds = f">= {low}" if high == float("inf") else f"in [{low}, {high}]"
-            fail(type(self).__name__, argument, f"an integer {bounds}", repr(value))
+        check_integer(type(self).__name__, "directions", self.directions, 1)
 
     def points(self) -> list[tuple[int, int]]:
         """(k, sign) of each forward, in order: at theta + sign * eps * z_k; sign 0 is theta itself."""
@@ -84,7 +79,7 @@ class ThreePoint(Estimator):
     """
 
     def __post_init__(self) -> None:
-        self._check("directions", self.directions, 1, 1)
+        check_integer(type(self).__name__, "directions", self.directions, 1, 1)
 
     def points(self) -> list[tuple[int, int]]:
         return [(0, 0), (0, 1), (0, -1)]
@@ -116,7 +111,7 @@ class StdNormalized(OneSided):
     std_eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        self._check("directions", self.directions, 2)
+        check_integer(type(self).__name__, "directions", self.directions, 2)
         if not self.std_eps >= 0:
             fail(type(self).__name__, "std_eps", "a number >= 0", repr(self.std_eps))
 
@@ -144,9 +139,9 @@ class Ranking(Estimator):
     top: int | None = None
 
     def __post_init__(self) -> None:
-        self._check("directions", self.directions, 2)
+        check_integer(type(self).__name__, "directions", self.directions, 2)
         if self.top is not None:
-            self._check("top", self.top, 1, self.directions)
+            check_integer(type(self).__name__, "top", self.top, 1, self.directions)
 
     def points(self) -> list[tuple[int, int]]:
         return [(k, 1) for k in range(self.directions)]

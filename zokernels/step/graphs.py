@@ -24,13 +24,8 @@ class GraphRng:
     """
 
     def __init__(self, op: str, devices: Iterable[torch.device], forwards: int) -> None:
-        default = torch.cuda.default_generators
-        self._op = op
-        self._owned = [
-            (default[d.index], [default[d.index].clone_state() for _ in range(forwards)])
-            for d in devices
-            if d.type == "cuda"
-        ]
+        default = [torch.cuda.default_generators[d.index] for d in devices if d.type == "cuda"]
+        self._op, self._owned = op, [(g, [g.clone_state() for _ in range(forwards)]) for g in default]
 
     def register(self, graph: torch.cuda.CUDAGraph) -> None:
         for default, owned in self._owned:

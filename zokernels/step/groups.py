@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checks import DTYPES, check_dist, check_overlap, check_stream, fail
+from ..checks import DTYPES, check_choice, check_dist, check_number, check_overlap, check_stream, fail
 from ..contract import canonical_name, streams_of
 from .roles import home_of
 from .shard import is_sharded, local_of, locals_of
@@ -19,19 +17,6 @@ from .types import Bucket, Group
 
 ROUNDINGS = ("stochastic", "nearest")
 RESTORES = ("exact", "inplace")
-
-
-def check_choice(op: str, argument: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        fail(op, argument, " or ".join(map(repr, choices)), repr(value))
-
-
-def check_number(op: str, argument: str, value: object, *, positive: bool = False) -> None:
-    expected = "a finite number > 0" if positive else "a finite number >= 0"
-    if isinstance(value, bool) or not isinstance(value, Real):
-        fail(op, argument, expected, repr(value), TypeError)
-    if not math.isfinite(value) or value < 0 or (positive and value == 0):
-        fail(op, argument, expected, repr(value))
 
 
 def check_hyperparameters(op: str, group: Group) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from ..checks import fail
+from ..checks import check_choice, fail
 from . import groups
 from .checkpoint import Held, check_state_dict, own_state
 from .directions.direction import Direction
@@ -70,7 +70,7 @@ class StepOptimizer(torch.optim.Optimizer):
         defaults = {**GROUP_DEFAULTS, **defaults, **rule.defaults}
         self.rule = rule
         self._check_group(defaults)
-        groups.check_choice(self.op, "restore", restore, groups.RESTORES)
+        check_choice(self.op, "restore", restore, groups.RESTORES)
         self.estimator, self.subset, self.restore = estimator, subset, restore
         self.direction = Direction() if direction is None else direction
         if capturable and (self.direction.refresh is not None or subset is not None):

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from itertools import compress
 
-from ..checks import fail
+from ..checks import check_choice, fail
 from ..contract import derive_seed_int
 from .roles import OptimizerView
 from .types import Bucket
@@ -78,8 +78,7 @@ class Blocks(Subset):
     def __post_init__(self) -> None:
         if self.size < 1 or self.period < 1:
             fail("Blocks", "size, period", "integers >= 1", (self.size, self.period))
-        if self.order not in ("cyclic", "random"):
-            fail("Blocks", "order", "'cyclic' or 'random'", repr(self.order))
+        check_choice("Blocks", "order", self.order, ("cyclic", "random"))
 
     def _chosen(self, optimizer: OptimizerView, layers: list[int]) -> set[int | None]:
         blocks: list[set[int | None]] = [set(layers[i : i + self.size]) for i in range(0, len(layers), self.size)]
@@ -108,7 +107,6 @@ class LayerSkip(Subset):
             fail("LayerSkip", "skipped", "a number in [0, 1)", self.skipped)
 
     def _chosen(self, optimizer: OptimizerView, layers: list[int]) -> set[int | None]:
-        order = sorted(
-            layers, key=lambda layer: derive_seed_int(optimizer.seed, optimizer.step_count, _FIRST_K - layer)
-        )
+        drawn = lambda layer: derive_seed_int(optimizer.seed, optimizer.step_count, _FIRST_K - layer)
+        order = sorted(layers, key=drawn)
         return {None, *order[round(self.skipped * len(layers)) :]}

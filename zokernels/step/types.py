@@ -41,7 +41,7 @@ def terms(point: Point, seeds: Tensor) -> tuple[Tensor, Tensor]:
     """
     if not point:
         return seeds[:0], torch.empty(0, dtype=torch.float32, device=seeds.device)
-    fill = lambda c: torch.full((1,), c, dtype=torch.float32, device=seeds.device)
+    fill = lambda c: torch.full((1,), float(c), dtype=torch.float32, device=seeds.device)
     move = lambda c: to_device(c.reshape(1), seeds.device)
     coeffs = [move(c) if isinstance(c, Tensor) else fill(c) for c in point.values()]
     if len(coeffs) == 1:

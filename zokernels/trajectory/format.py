@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
-from ..checks import fail
+from ..checks import fail, is_integer
 from ..contract import CONTRACT, STREAM_BITS, canonical_name
 
 MAGIC, VERSION = b"ZKLOG\n", 1
@@ -24,6 +24,8 @@ MAX_HEADER = 1 << 29
 #: Factors of a larger rank would be larger than most weights.  Nothing else bounds what a replay allocates
 #: for them.
 MAX_RANK = 4096
+#: Updates that a window may keep, of all groups and directions: 16 bytes each, whatever the size of the log.
+MAX_WINDOW = 1 << 20
 _PREFIX = struct.Struct("<6sHII")  # magic, version, bytes of the header, its CRC32
 _HEAD = struct.Struct("<IBbf")  # low word of the step, flags, multiple, loss
 _CRC = struct.Struct("<I")
@@ -119,51 +121,34 @@ def _layout(header: dict[str, Any], crc: int) -> Layout:
     return Layout(*sizes, crc, "asynchronous" in header)
 
 
-def _is_int(value: object, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value < high
-
-
 def _is_option(value: object) -> bool:
     """Whether ``value`` is a setting: None, a bool, a number, a short text, or a list of a few of them."""
     if isinstance(value, list):
         return len(value) <= 16 and all(_is_option(v) and not isinstance(v, list) for v in value)
-    if isinstance(value, str):
-        return len(value) <= 256
-    return value is None or isinstance(value, (bool, float)) or _is_int(value, -(2**63), 2**64)
+    plain = value is None or isinstance(value, (bool, float)) or _is_text(value, 256)
+    return plain or is_integer(value, -(2**63), 2**64 - 1)
 
 
 def _is_part(value: object) -> bool:
     return isinstance(value, dict) and isinstance(value.get("class"), str) and all(map(_is_option, value.values()))
 
 
-def _is_direction(value: Any) -> bool:
-    return _is_part(value) and _is_int(value.get("rank", 1), 1, MAX_RANK + 1)
-
-
-def _is_name(value: object) -> bool:
-    return value is None or (isinstance(value, str) and len(value) <= 4096)
-
-
-def _is_digest(value: object) -> bool:
-    return value is None or (isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None)
-
-
-def _is_shape(value: object) -> bool:
-    return isinstance(value, list) and len(value) <= 64 and all(_is_int(n, 0, 2**63) for n in value)
+def _is_text(value: object, length: int) -> bool:
+    return isinstance(value, str) and len(value) <= length
 
 
 _HEADER = {
     "contract": lambda v: v == CONTRACT,
-    "created_by": lambda v: isinstance(v, str) and len(v) <= 256,
-    "optimizer": lambda v: isinstance(v, str) and len(v) <= 256,
-    "seed": lambda v: _is_int(v, -(2**63), 2**64),
-    "start": lambda v: _is_int(v, 0, 2**63),
+    "created_by": lambda v: _is_text(v, 256),
+    "optimizer": lambda v: _is_text(v, 256),
+    "seed": lambda v: is_integer(v, -(2**63), 2**64 - 1),
+    "start": lambda v: is_integer(v, 0, 2**63 - 1),
     "restore": lambda v: v in ("exact", "inplace"),
     "gated": lambda v: isinstance(v, bool),
-    "losses": lambda v: _is_int(v, 0, 2**20),
-    "estimator": lambda v: _is_part(v) and _is_int(v.get("directions"), 1, 2**20),
-    "rule": _is_part,
-    "direction": _is_direction,
+    "losses": lambda v: is_integer(v, 0, 2**20 - 1),
+    "estimator": lambda v: _is_part(v) and is_integer(v.get("directions"), 1, 2**20 - 1),
+    "rule": lambda v: _is_part(v) and is_integer(v.get("window", 1), 1, MAX_WINDOW),
+    "direction": lambda v: _is_part(v) and is_integer(v.get("rank", 1), 1, MAX_RANK),
     "subset": lambda v: v is None or _is_part(v),
     "groups": lambda v: isinstance(v, list) and v,
 }
@@ -175,11 +160,11 @@ _GROUP = {
     "params": lambda v: isinstance(v, list),
 }
 _PARAM = {
-    "name": _is_name,
-    "stream": lambda v: _is_int(v, 0, 2**STREAM_BITS),
-    "shape": _is_shape,
-    "dtype": lambda v: isinstance(v, str) and len(v) <= 32,
-    "sha256": _is_digest,
+    "name": lambda v: v is None or _is_text(v, 4096),
+    "stream": lambda v: is_integer(v, 0, 2**STREAM_BITS - 1),
+    "shape": lambda v: isinstance(v, list) and len(v) <= 64 and all(is_integer(n, 0, 2**63 - 1) for n in v),
+    "dtype": lambda v: _is_text(v, 32),
+    "sha256": lambda v: v is None or (_is_text(v, 64) and re.fullmatch("[0-9a-f]{64}", v)),
 }
 
 
@@ -202,6 +187,11 @@ def check_header(header: Any) -> None:
             _check_entries(f"header.groups[{i}].params[{j}]", param, _PARAM)
             if param["sha256"] is not None and param["dtype"] not in DTYPES:
                 fail("trajectory", f"header.groups[{i}].params[{j}].dtype", " or ".join(DTYPES), param["dtype"])
+    if (window := header["rule"].get("window")) is not None:
+        kept = window * header["estimator"]["directions"] * len(header["groups"])
+        if kept > MAX_WINDOW:
+            expected = f"window * directions * groups of at most {MAX_WINDOW}"
+            fail("trajectory", "header.rule.window", expected, kept)
 
 
 def _read_header(file: BinaryIO, name: str) -> tuple[dict[str, Any], Layout] | None:

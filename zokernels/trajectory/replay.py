@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import fail
+from ..checks import check_choice, fail
 from ..step.deferred import DeferredNoise
 from ..step.directions.direction import Direction
-from ..step.groups import check_choice, own_rates, takes_part
+from ..step.groups import own_rates, takes_part
 from ..step.roles import OptimizerView
 from ..step.shard import any_sharded
 from ..step.state import HostState

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from ..checks import fail
 from ..contract import CONTRACT, canonical_name
+from ..step.directions import integers, low_rank, masks, scaling
 from ..step.directions.direction import Direction
 from ..step.estimators import Estimator
 from ..step.groups import takes_part
 from ..step.roles import OptimizerView, home_of
+from ..step.rules import sgd, stateful, window
 from ..step.rules.rule import Rule
 from ..step.shard import whole_of
 from ..step.step import StepOptimizer
@@ -27,6 +29,10 @@ from .format import canonical
 
 #: How many bytes are hashed at a time.
 _PIECE = 1 << 24
+
+#: Where the classes are defined that a log may name.  They are imported here because a process that only replays
+#: (``zokernels replay``) imports no optimizer, and a class is found among the subclasses that exist (:func:`_kinds`).
+PART_MODULES = (integers, low_rank, masks, scaling, sgd, stateful, window)
 
 _PARTS = {"estimator": Estimator, "rule": Rule, "direction": Direction, "subset": Subset}
 

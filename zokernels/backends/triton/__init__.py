@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from ..registry import Backend, BackendUnavailable, kernels_of
 
+#: Versions of Triton between which the tests compile every kernel.
+OLDEST, NEWEST = (3, 6), (3, 9)
 
-def load() -> Backend:
+
+def load(version: str | None = None) -> Backend:
+    """The backend; ``version``: instead of what Triton itself says.
+
+    Raises :class:`BackendUnavailable` without Triton or with one older than ``OLDEST``.  One newer than ``NEWEST`` is
+    used, and the backend's note says so.
+    """
     try:
-        import triton  # noqa: F401
+        import triton
     except ImportError as error:
         raise BackendUnavailable(f"triton: cannot import triton ({error}); `pip install triton` installs it") from error
+    version = version or str(getattr(triton, "__version__", "unknown"))
+    number = re.match(r"(\d+)\.(\d+)", version)
+    found = (int(number[1]), int(number[2])) if number else (0, 0)
+    oldest, newest = (".".join(map(str, v)) for v in (OLDEST, NEWEST))
+    if found < OLDEST:
+        raise BackendUnavailable(
+            f"triton: expected version {oldest} or later, got {version}; `pip install 'triton>={oldest}'` installs one "
+            f"({oldest} to {newest} are tested)"
+        )
     if torch.version.hip is not None:
         raise BackendUnavailable(
             "triton: expected an NVIDIA build of torch, got ROCm, and the kernels hold PTX; "
@@ -19,4 +38,5 @@ def load() -> Backend:
         )
     from .device import DEVICES
 
-    return Backend("triton", DEVICES, kernels_of(__name__).get)
+    newer = f"Triton {version}: newer than {newest}, the newest that is tested" if found > NEWEST else ""
+    return Backend("triton", DEVICES, kernels_of(__name__).get, note=newer)

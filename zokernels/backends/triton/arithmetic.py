@@ -75,6 +75,18 @@ def sqrt(s):
 
 
 @triton.jit
+def floor(x):
+    """The largest integer <= x as an int32, for |x| < 2^31.  cvt.rmi.s32.f32
+
+    Triton's own floor flushes subnormals: of -1e-40 it makes 0, not -1.  It is two instructions with the conversion.
+    """
+    if INTERPRET:
+        return tl.floor(x).to(tl.int32)
+    else:
+        return tl.inline_asm_elementwise("cvt.rmi.s32.f32 $0, $1;", "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
 def mul_wide(a, b):
     """(low, high) words of the product of two uint32.  mul.wide.u32, one IMAD.WIDE
 

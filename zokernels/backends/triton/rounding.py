@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import INTERPRET
+from .arithmetic import INTERPRET, floor
 
 _TINY_HALF = tl.constexpr(2.0**-14)  # the smallest normal fp16
 _WHOLE = tl.constexpr(2.0**23)  # from here on fp32 are integers
@@ -72,4 +72,4 @@ def round_integer(x, u16, low, high):
     if u16 is None:
         return (x + 1.5 * _WHOLE).to(tl.int32, bitcast=True).to(tl.int8)  # the sum's last bits are the integer's
     else:
-        return tl.floor(x).to(tl.int8)
+        return floor(x).to(tl.int8)

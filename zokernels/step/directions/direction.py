@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...checks import fail
+from ...checks import fail, is_integer
 from ...contract import derive_seed_int, seed_to_int64
 from ..noise import DENSE
 from ..roles import OptimizerView
@@ -44,5 +44,5 @@ def derived_seed(optimizer: OptimizerView, window: int, k: int, device: torch.de
 
 
 def check_refresh(name: str, refresh: int | None) -> None:
-    if refresh is not None and (not isinstance(refresh, int) or isinstance(refresh, bool) or refresh < 1):
+    if refresh is not None and not is_integer(refresh, 1):
         fail(name, "refresh", "None or a number of steps >= 1", repr(refresh))

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ...checks import fail
+from ...checks import check_integer, fail
 from ...functional import combine_, low_rank, low_rank_
 from ..noise import DENSE, Members, Noise, Tensors
 from ..roles import OptimizerView
@@ -65,8 +65,7 @@ def _parts(
                 fail(name, "rounding", "'nearest' for matrices of half precision split by columns", "'stochastic'")
         else:
             offsets[i] = shard.offset
-        columns = torch.arange(right[i].shape[1], device=left[i].device)
-        columns = columns.view(p.shape[1:])
+        columns = torch.arange(right[i].shape[1], device=left[i].device).view(p.shape[1:])
         for dim, (start, size) in enumerate(zip(shard.start[1:], shard.shape[1:], strict=True)):
             columns = columns.narrow(dim, start, size)
         left[i] = left[i][:, shard.start[0] : shard.start[0] + shard.shape[0]].contiguous()
@@ -147,8 +146,7 @@ class LowRank(Direction):
     refresh: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            fail(type(self).__name__, "rank", "an integer >= 1", repr(self.rank))
+        check_integer(type(self).__name__, "rank", self.rank)
         check_refresh(type(self).__name__, self.refresh)
 
     def prepare(self, optimizer: OptimizerView, buckets: list[Bucket], seeds: Seeds) -> None:

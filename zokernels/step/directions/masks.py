@@ -151,9 +151,8 @@ class GivenMask(KeptMask):
             expected = f"bool of shape {tuple(param.shape)} or int64 flat indices"
             fail("GivenMask", "masks", expected, f"{mask.dtype} of shape {tuple(mask.shape)}", TypeError)
         if mask.numel() and not (mask.min() >= 0 and mask.max() < param.numel()):
-            fail(
-                "GivenMask", "masks", f"indices in [0, {param.numel()})", f"{mask.min().item()} to {mask.max().item()}"
-            )
+            got = f"{mask.min().item()} to {mask.max().item()}"
+            fail("GivenMask", "masks", f"indices in [0, {param.numel()})", got)
         keep = torch.zeros(param.numel(), dtype=torch.bool, device=param.device)
         keep[mask] = True
         return keep.view(param.shape)

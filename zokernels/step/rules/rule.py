@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...checks import fail
-from ..groups import check_number
+from ...checks import check_number, fail
 from ..guards import is_capturing
 from ..probes.probe import Probe
 from ..roles import OptimizerView

@@ -11,12 +11,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...checks import fail
+from ...checks import check_number, fail
 from ...functional import Rule as KernelRule
 from ...transfer import to_device
 from ..directions.scaling import CurvedDirection
 from ..estimators import ThreePoint
-from ..groups import check_number
 from ..probes.probe import Probe
 from ..roles import OptimizerView
 from ..scalars import descent, learning_rate, scalars

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checks import fail
+from ...checks import check_integer, check_number, fail
 from ...transfer import to_device
-from ..groups import check_number
 from ..probes.probe import Probe
 from ..roles import OptimizerView
 from ..scalars import descent, learning_rate, scalars
@@ -36,8 +35,7 @@ class Window(Rule):
 
     def __init__(self, window: int, **defaults: Any) -> None:
         super().__init__(**defaults)
-        if not isinstance(window, int) or isinstance(window, bool) or window < 1:
-            fail(type(self).__name__, "window", "an integer >= 1", repr(window))
+        check_integer(type(self).__name__, "window", window)
         self.window = window
 
     def check_parts(self, optimizer: OptimizerView) -> None:
