@@ -39,7 +39,7 @@ from triton_kernels import (  # noqa: E402
 )
 
 from zokernels.backends.terms import Terms  # noqa: E402
-from zokernels.backends.triton import combine, fan_out, low_rank, spread, squares, update  # noqa: E402
+from zokernels.backends.triton import combine, fan_out, low_rank, requantize, spread, squares, update  # noqa: E402
 
 #: Loads and stores of spilled registers: none.  But with Triton 3.6 the assembler puts one value of a whole tile aside,
 #: once for all directions, in two kernels: ``combine`` of K directions on sm_100, ``spread`` on sm_80.
@@ -414,7 +414,7 @@ def test_every_launcher_binds(asked):
         terms = Terms(seeds, torch.zeros(count, 1), *places, masks, seeds, 5)
         side = Terms(seeds, one, *places)
         combine.combine(params, params, terms._replace(curvature=first))
-        combine.requantize([t.char() for t in params], [t.char() for t in params], -8, 7, terms)
+        requantize.requantize([t.char() for t in params], [t.char() for t in params], -8, 7, terms)
         update.update(params, first, second, "adam", torch.zeros(8), terms)
         fan_out.fan_out(params, [bf16() for _ in params], [bf16() for _ in params], seeds, one, side)
         low_rank.low_rank(params, params, [torch.zeros(1, 16, 2)] * count, [torch.zeros(1, 8, 2)] * count, terms)
