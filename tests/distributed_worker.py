@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from helpers import poisoned
 
-#: Seconds for a case, also on a machine that others keep busy, and for the other ranks after one has failed: they may fail by themselves and say why.
+#: Seconds for a case, also on a busy machine, and for the other ranks after one has failed: they may fail themselves.
 LIMIT, GRACE = 600, 5
 
 
@@ -139,6 +139,7 @@ def run_all(ranks: Ranks, seed: int, only: str) -> int:
 def main(folder: str, count: str, seed: str | None = None, device: str = "cpu") -> int:
     distributed_cases.DEVICE = device
     torch.set_num_threads(1)  # a thread pool does not survive a fork
+    gc.freeze()  # what is imported is left out when the ranks collect garbage, which would take longer than a case
     ranks = Ranks(pathlib.Path(folder), int(count))
     try:
         if seed is None:
