@@ -10,13 +10,13 @@ from __future__ import annotations
 import argparse
 import copy
 
-import digits
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import zokernels
 from zokernels import Span
+from zokernels.examples import digits
 
 
 def delta_of(model: nn.Module, data: digits.Data, steps: int, lr: float, generator: torch.Generator) -> list[Tensor]:

@@ -19,14 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))  # behind an installed zokernels
-
-import curve
-import hotpath
-import reviews
-from encoder import Classifier
-
 from zokernels.bench import machine
+from zokernels.examples import curve, hotpath, reviews
+from zokernels.examples.encoder import Classifier
 from zokernels.optim import ZOSGD
 from zokernels.trajectory import replay_
 

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import pathlib
-import sys
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))  # behind an installed zokernels
 
 Data = tuple[Tensor, Tensor]
 

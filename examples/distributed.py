@@ -30,17 +30,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "examples"))
-
-import reviews  # noqa: E402
-from encoder import Classifier  # noqa: E402
-
-from zokernels.distributed import AsyncExchange, mean_of  # noqa: E402
-from zokernels.optim import ZOSGD  # noqa: E402
-from zokernels.step.shard import whole_of  # noqa: E402
-from zokernels.trajectory import replay_  # noqa: E402
-from zokernels.trajectory.settings import digest  # noqa: E402
+from zokernels.distributed import AsyncExchange, mean_of
+from zokernels.examples import reviews
+from zokernels.examples.encoder import Classifier
+from zokernels.optim import ZOSGD
+from zokernels.step.shard import whole_of
+from zokernels.trajectory import replay_
+from zokernels.trajectory.settings import digest
 
 
 def meshes(ranks: int) -> dict[str, dict[str, int]]:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 
-import digits
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import zokernels
 from zokernels import Span
+from zokernels.examples import digits
 
 EPS = 1e-3
 

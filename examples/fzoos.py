@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import argparse
 
-import digits
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zokernels import Span
+from zokernels.examples import digits
 
 
 class BlackBox:

@@ -9,11 +9,11 @@ import sys
 import lightning
 import torch
 import torch.nn.functional as F
-from encoder import Classifier
-from reviews import load, split
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
 
+from zokernels.examples.encoder import Classifier
+from zokernels.examples.reviews import load, split
 from zokernels.optim import ZOSGD
 
 

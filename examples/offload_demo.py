@@ -1,6 +1,6 @@
 """Fine-tunes a model from disk within a memory limit that the same training in memory does not keep.
 
-``python -m examples.offload_demo`` (or ``make offload-demo``) writes a wide MiniLM-L6 (the weights of the demo, with
+``python examples/offload_demo.py`` (or ``make offload-demo``) writes a wide MiniLM-L6 (the weights of the demo, with
 more neurons that begin without effect) to a file, then starts two processes with one limit on their private memory
 (``ulimit -d``): one trains in memory and fails, the other streams the blocks from the file and trains on movie
 reviews.  It leaves the weights, a picture of the overlap and ``report.json`` in ``build/offload-demo``, and exits with
@@ -22,14 +22,12 @@ import time
 import torch
 import torch.nn.functional as F
 
-from bench import machine
 from zokernels import offload
+from zokernels.bench import machine
+from zokernels.examples import reviews
+from zokernels.examples.wide import WideClassifier, widen
 from zokernels.optim import ZOSGD
 
-from . import reviews
-from .wide import WideClassifier, widen
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 VALIDATION = 200
 LENGTH = 32  #: tokens of a sentence at most: what bounds the activations
 
@@ -204,15 +202,14 @@ def spawn(role: str, args: argparse.Namespace, limit: int) -> dict:
     """What a process of its own found, in ``limit`` MiB."""
     result = args.output / f"{role}.json"
     result.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "examples.offload_demo", "--role", role, "--limit", str(limit)]
+    command = [sys.executable, "-m", "zokernels.examples.offload_demo", "--role", role, "--limit", str(limit)]
     for key in ("steps", "batch", "width", "slots", "lr", "head_lr", "seed", "output"):
         command += [f"--{key.replace('_', '-')}", str(getattr(args, key))]
     if args.tiny:
         command.append("--tiny")
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     # An arena, a team of OpenMP's and buffers of MKL's for each thread would be memory that grows with the machine; a
     # heap with activations of many sizes in it has holes.
-    settings = {"PYTHONPATH": path, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    settings = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
     settings["MKL_DISABLE_FAST_MM"] = "1"
     settings["OMP_NUM_THREADS"] = str(min(4, machine.cores()))
     done = subprocess.run(command, env={**os.environ, **settings}, check=False)

@@ -10,9 +10,9 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from encoder import Classifier
-from reviews import Batcher, load, split
 
+from zokernels.examples.encoder import Classifier
+from zokernels.examples.reviews import Batcher, load, split
 from zokernels.optim import ZOSGD
 
 folder, steps = pathlib.Path(sys.argv[1]), int((*sys.argv, 300)[2])

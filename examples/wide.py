@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .encoder import PROMPTS, Classifier, folder
+from zokernels.examples.encoder import PROMPTS, Classifier, folder
 
 
 class WideClassifier(Classifier):

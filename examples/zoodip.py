@@ -14,13 +14,13 @@ import argparse
 import math
 from collections.abc import Callable
 
-import encoder as demo
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import zokernels
 from zokernels import Span
+from zokernels.examples import encoder as demo
 from zokernels.quantize import quantize_
 
 EPS, NAME = 1e-2, "token"
