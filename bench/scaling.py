@@ -13,6 +13,8 @@ import pathlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from . import charts
+
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 BEGIN, END = "<!-- made by: python -m bench scaling -->\n", "<!-- end -->\n"
 
@@ -182,14 +184,10 @@ def tables(m: Machine = Machine()) -> Iterator[str]:
         yield ""
 
 
+@charts.style()
 def draw(path: pathlib.Path, m: Machine = Machine()) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(MODELS), figsize=(11, 4.6), sharey=True, layout="constrained")
-    for axis, (name, w) in zip(axes, MODELS.items(), strict=True):
+    figure, axes = charts.figure(1, len(MODELS), 11, 4.6, sharey=True)
+    for axis, (name, w) in zip(axes.flat, MODELS.items(), strict=True):
         for i, (title, layout) in enumerate(LAYOUTS.items()):
             found = [(n, s.total) for n in GPUS if (s := layout(m, w, n))]
             style = "--" if title.endswith("perturbation") else ":" if i > 3 else "-"
@@ -198,10 +196,9 @@ def draw(path: pathlib.Path, m: Machine = Machine()) -> None:
         axis.set_xticks(GPUS, [str(n) for n in GPUS])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("seconds a step (simulated)")
-    axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    axes[0, 0].set_ylabel("seconds a step (simulated)")
+    axes[0, 0].legend(fontsize=8)
+    charts.png(path, figure)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

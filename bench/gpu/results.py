@@ -119,7 +119,7 @@ class Results:
         if stopped_by is None:
             try:
                 plot(self.folder / "result.png", self.result)
-            except Exception as error:  # matplotlib may be absent: the figures must not be lost with it
+            except (Exception, SystemExit) as error:  # without matplotlib, say: the figures must not be lost with it
                 self.result["skipped"]["plot"] = f"{type(error).__name__}: {error}"
         self.save()
         return sorted(self.folder.iterdir())
