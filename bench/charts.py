@@ -122,7 +122,9 @@ def dots(series: Sequence[Dots], labels: Sequence[str], unit: str) -> Figure:
 
 @style()
 def curves(rows: Sequence[tuple[str, Sequence[tuple[float, float]]]], top: float, unit: str, title: str = "") -> Figure:
-    """Small multiples of (x, y) with y up to ``top``: each row has a field, and the first stands behind it in grey."""
+    """Small multiples of (x, y) with y up to ``top``: each row has a field, and the first stands behind it in
+    grey.
+    """
     columns = 5
     height = -(-len(rows) // columns)
     drawn, axes = figure(height, columns, 13, 1.7 * height, sharex=True, sharey=True)

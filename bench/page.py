@@ -33,7 +33,7 @@ Result = dict[str, Any]
 
 
 def kind_of(result: Result) -> str:
-    """methods, gpu-check or run: what wrote the file."""
+    """Which command wrote the file: run, methods, trajectory, offload or gpu-check."""
     if result.get("schema") != 1 or "machine" not in result or "rows" not in result:
         raise SystemExit(
             "bench report: expected a file that `bench run`, `methods`, `trajectory`, `offload` or `gpu-check` wrote, "
@@ -47,7 +47,7 @@ def kind_of(result: Result) -> str:
 
 
 def _nearest(rows: Sequence[Row]) -> list[Row]:
-    """One pass in place, K = 1, to nearest: what the plots compare."""
+    """The rows that the pictures compare: one pass in place with one direction, rounded to nearest."""
     return [r for r in rows if r["op"] == "combine_" and r["k"] == 1 and r["rounding"] == "nearest"]
 
 
@@ -56,11 +56,11 @@ def _where(row: Row) -> str:
     return threads if row["device"] == "cpu" else row["backend"]
 
 
-# --- parts ------------------------------------------------------------------------------------------------------------
+# --- parts ----------------------------------------------------------------------------------------
 
 
 def _table(heads: Sequence[tuple[str, bool]], lines: Sequence[Sequence[str]]) -> str:
-    """heads: (text, right-aligned); cells are HTML."""
+    """A table.  Each of ``heads`` is (text, whether the column is aligned to the right); cells are HTML."""
     side = lambda right: ' class="right"' if right else ""
     out = ['<div class="scroll"><table><thead><tr>']
     out += [f"<th{side(right)}>{escape(head)}</th>" for head, right in heads]
@@ -116,7 +116,7 @@ def _passes(rows: Sequence[Row]) -> list[str]:
 
 
 def _rows_table(rows: Sequence[Row]) -> str:
-    """Every row, in the columns of the terminal."""
+    """A table of every row, in the columns that the terminal shows."""
     out = []
     for columns in {id(columns_of(r)): columns_of(r) for r in rows}.values():
         mine = [[escape(c.show(r)) for c in columns] for r in rows if columns_of(r) is columns]
@@ -133,7 +133,7 @@ def _skipped(result: Result) -> str:
     return _details("What was left out, and why", f"<ul>{lines}</ul>") if lines else ""
 
 
-# --- sections ---------------------------------------------------------------------------------------------------------
+# --- sections -------------------------------------------------------------------------------------
 
 
 def _run(result: Result) -> list[str]:
@@ -218,7 +218,7 @@ _SECTIONS: dict[str, Callable[[Result], list[str]]] = {
 
 
 def headlines(results: Sequence[Result]) -> list[tuple[str, str]]:
-    """(figure, what it is) of the first result that says something about it."""
+    """The figures at the top of the page as (figure, what it is), each of the first result that has it."""
     found = []
     rows = [r for result in results if kind_of(result) in ("run", "gpu-check") for r in _nearest(result["rows"])]
     for dist, name in _DISTS:
@@ -238,7 +238,7 @@ def headlines(results: Sequence[Result]) -> list[tuple[str, str]]:
 
 
 def html(results: Sequence[Result]) -> str:
-    """The page.  Results of one machine stand under one heading."""
+    """The whole page.  Consecutive results of one machine stand under one description of it."""
     body = ['<header><h1>zokernels, measured</h1><button type="button">light / dark</button></header>']
     body.append('<p class="lead">Kernels for zeroth-order training: noise from a seed, applied in one pass.</p>')
     if found := headlines(results):

@@ -1,6 +1,6 @@
-"""JSON results into docs/performance.md and a PNG: nothing is measured here.
+"""Turns results (JSON) into docs/performance.md and a PNG.  Nothing is measured here.
 
-The document's own text stays; what stands between the two markers is replaced.
+Only what stands between the two markers of the document is replaced.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def section(result: dict[str, Any]) -> str:
 
 
 def panels(rows: Sequence[Row]) -> list[charts.Bars]:
-    """Our passes in place with one direction, to nearest: times faster than MeZO's loop, and share of the bandwidth."""
+    """Our passes in place with one direction, to nearest: times faster than MeZO's loop, and share of the
+    bandwidth.
+    """
     ours = [row for row in rows if row["op"] == "combine_" and row["k"] == 1 and row["rounding"] == "nearest"]
     if not ours:
         return []

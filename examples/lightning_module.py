@@ -1,8 +1,8 @@
 """Fine-tunes the demo's sentence encoder in a LightningModule, forward passes only.
 
-``python examples/lightning_module.py FOLDER [STEPS]``.  Manual optimization: the closure is the whole step.  The
-checkpoints of Lightning hold the optimizer's seed and step.
-"""
+``python examples/lightning_module.py FOLDER [STEPS]``.  The optimization is
+manual, because the closure is the whole step.  The checkpoints of Lightning hold the optimizer's seed and
+step."""
 
 import sys
 

@@ -1,8 +1,7 @@
 """Fine-tunes the demo's sentence encoder in a plain PyTorch loop, forward passes only.
 
-``python examples/plain_pytorch.py FOLDER [STEPS]``.  Killed and started again, it takes the steps of its log, in
-seconds, goes on, and ends with the same bits.  docs/trajectory.md
-"""
+``python examples/plain_pytorch.py FOLDER [STEPS]``.  Killed and started again, it takes the steps of its log,
+in seconds, goes on, and ends with the same bits.  docs/trajectory.md"""
 
 import itertools
 import pathlib

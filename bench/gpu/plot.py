@@ -10,7 +10,8 @@ from ..registry import Row
 
 
 def plot(path: pathlib.Path, result: dict[str, Any]) -> bool:
-    """Shares of the copy bandwidth in place, and whole steps against MeZO's loop: ours in blue, the others' in grey.
+    """Shares of the copy bandwidth in place, and whole steps against MeZO's loop: ours in blue, the others'
+    in grey.
 
     False where there is nothing to draw.
     """

@@ -1,4 +1,6 @@
-"""``python -m bench methods``: the table of methods from live runs, its JSON, and docs/methods.md with a plot."""
+"""``python -m bench methods``: the table of methods from live runs, its JSON, and docs/methods.md with a
+plot.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ BEGIN, END = "<!-- bench methods: begin -->", "<!-- bench methods: end -->"
 
 
 def row_of(method: Method, args: argparse.Namespace) -> Row:
-    """One method, measured and trained now."""
+    """Measures and trains one method."""
     dtype = DTYPES[args.dtype]
     row: Row = {
         "method": method.name,
@@ -67,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     if not methods:
         raise SystemExit(f"--only: expected part of a method's name, got {' '.join(args.only)}")
     if args.write:
-        charts.matplotlib()  # without it nothing is measured: a table without its picture is not what was asked for
+        charts.matplotlib()  # ends the program before anything is measured if the picture cannot be drawn
     torch.set_num_threads(args.threads)
     header, rows, start = machine.describe(args.device), [], time.perf_counter()
     print(f"{machine.title(header)}\n{args.dtype}, {hotpath.weights(args.scale):,} weights, {args.threads} thread(s)\n")
@@ -116,7 +118,7 @@ def markdown(rows: list[Row]) -> str:
 
 
 def write(result: dict[str, Any], path: pathlib.Path) -> list[pathlib.Path]:
-    """The table between the markers of ``path``, and the plot beside it."""
+    """Writes the table between the markers of ``path``, and the picture beside it."""
     text = path.read_text()
     head, rest = text.split(BEGIN)
     tail = rest.split(END)[1]
