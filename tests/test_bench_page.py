@@ -21,7 +21,7 @@ VOID = {"meta", "br"}
 
 
 class Page(HTMLParser):
-    """Text, tables and attributes; fails where a tag does not close what was opened last."""
+    """Collects text, tables and attributes.  Fails if a tag does not close what was opened last."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> tuple[str, list[dict]]:
-    """(HTML, results) of the committed results, as the command writes it."""
+    """The page that the command writes of the committed results, and these results."""
     output = tmp_path_factory.mktemp("page") / "results.html"
     assert main(["bench", "report", *map(str, FILES), "-o", str(output)]) == 0
     return output.read_text(), [json.loads(path.read_text()) for path in FILES]
@@ -112,7 +112,7 @@ def test_headlines_and_header_are_the_results(made):
 
 
 def shapes(picture: str, colour: str) -> list[list[float]]:
-    """Of each path in that colour, its numbers."""
+    """The numbers of each path that has this colour."""
     paths = re.findall(rf'<path d="([^"]*)"[^>]*fill: var\(--{colour}\)', picture)
     return [[float(number) for number in re.findall(r"-?[\d.]+", path)] for path in paths]
 
@@ -124,7 +124,7 @@ def test_lengths_follow_from_the_values():
     assert one[1] == four[1]
     assert four[0] - four[1] == pytest.approx(4 * (one[0] - one[1]), rel=1e-4)
     assert {"1.000", "4.000"} <= set(Page(picture).words)
-    assert ">a &lt;b&gt;</text>" in picture  # text is text
+    assert ">a &lt;b&gt;</text>" in picture  # the text is not drawn as shapes
     assert 'aria-label="a &quot;b&quot;"' in picture
 
 
@@ -133,7 +133,7 @@ def test_dots_lie_on_a_logarithmic_axis_in_the_colours_of_the_page():
     series = [charts.Dots("ours", points, "normal", "o"), charts.Dots("theirs", [("y", 3.0)], "other", "s")]
     picture = charts.svg(charts.dots(series, ["x", "y"], "ns"), "dots")
     places = re.findall(r'<use [^>]*x="([\d.]+)" y="([\d.]+)"[^>]*fill: var\(--normal\)', picture)
-    row = sorted((float(x), float(y)) for x, y in places[:3])  # then the row "y", and the legend
+    row = sorted((float(x), float(y)) for x, y in places[:3])  # those of the row "y" and of the legend follow
     assert row[1][0] - row[0][0] == pytest.approx(row[2][0] - row[1][0], abs=1e-3)
     assert len({y for _, y in row}) == 1
     assert {"ours", "theirs", "ns"} <= set(Page(picture).words)
