@@ -74,10 +74,7 @@ def _time_cuda(call: Callable[[], None], spin: float) -> float:
 def measure(
     candidates: dict[str, Callable[[], None]], device: str, seconds: float, min_rounds: int = 5, max_rounds: int = 200
 ) -> dict[str, Times]:
-    """The times of each candidate by name.
-
-    One round warms up, and rounds follow until ``seconds`` have passed.
-    """
+    """Times of each candidate by name.  One round warms up; then rounds until ``seconds`` have passed."""
     cuda = device == "cuda"
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     for call in candidates.values():

@@ -28,7 +28,7 @@
 #define ZK_REGISTER(op, schema)                                      \
   STABLE_TORCH_LIBRARY_FRAGMENT(zokernels_cpu, m) { m.def(schema); } \
   STABLE_TORCH_LIBRARY_IMPL(zokernels_cpu, CPU, m) { m.impl(#op, TORCH_BOX(&op##_cpu)); }
-// The same for a function that takes no tensor: there is no tensor whose device could select the function.
+// The same of a function without tensors, which has no dispatch key to go by.
 #define ZK_REGISTER_CONSTANT(op, schema)                             \
   STABLE_TORCH_LIBRARY_FRAGMENT(zokernels_cpu, m) { m.def(schema); } \
   STABLE_TORCH_LIBRARY_IMPL(zokernels_cpu, CompositeExplicitAutograd, m) { m.impl(#op, TORCH_BOX(&op##_cpu)); }
@@ -146,8 +146,7 @@ struct Call {
     }
   }
 
-  // Runs the kernel over all spans. `scratch` is in bytes for each direction; without it, as much as the
-  // noise needs.
+  // scratch: bytes a direction; without it, what noise takes.
   template <class Op, class Kernel>
   void run(const Op& op, const Kernel& kernel) const {
     run(op, kernel, op.dist == kRademacher ? kScratchPerDirection : 0);
