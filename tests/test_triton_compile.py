@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set: there is no compiler in this process", allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
+from ptx.triton_device import FakeDriver  # noqa: E402
 from triton_kernels import (  # noqa: E402
     ELEMENTS,
     EVERY,
@@ -338,19 +338,6 @@ def test_project_reads_a_whole_tile_in_one_loop(arch, dist, dtype, ceiling):
     if arch == 90:
         assert loop.count("FFMA") == (32 * 7 + 32 if dist == "normal" else 0)
     assert ftz_of(kernel) == []
-
-
-class FakeDriver:
-    """Enough of a driver for Triton to compile what a launch asks for, without launching it."""
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Global memory in which every access is checked: bounds, alignment, what was written, what may be written."""
+"""Memory in which every access is checked: bounds, alignment, what was written, what may be written, and by whom."""
 
 from __future__ import annotations
 
@@ -26,6 +26,48 @@ class Traffic:
     distinct: int = 0  #: bytes of the sectors that were touched at all: what a cache that loses nothing passes on
 
 
+class _Users:
+    """Who has used each byte since the last barrier: what one thread writes no other may read or write."""
+
+    _SEVERAL, _ATOMIC = -1, -2  # 0: nobody, n + 1: thread n
+
+    def __init__(self, size: int) -> None:
+        self._writer, self._reader = np.zeros(size, np.int32), np.zeros(size, np.int32)
+
+    def _check(self, what: object, before: np.ndarray, own: np.ndarray | int) -> None:
+        if np.any((before != 0) & (before != own)):
+            raise PtxError(f"race: {what}, where another thread is, without a barrier between")
+
+    def read(self, what: object, places: np.ndarray, size: int, threads: np.ndarray) -> None:
+        """``places``: numbers of ``size`` bytes each."""
+        own = threads[:, None].astype(np.int32) + 1
+        self._check(what, self._writer.reshape(-1, size)[places], own)
+        reader = self._reader.reshape(-1, size)
+        before = reader[places]
+        reader[places] = own
+        row, column = ((reader[places] != own) | ((before != 0) & (before != own))).nonzero()
+        reader[places[row], column] = self._SEVERAL
+
+    def write(self, what: object, places: np.ndarray, size: int, threads: np.ndarray) -> None:
+        own = threads[:, None].astype(np.int32) + 1
+        writer = self._writer.reshape(-1, size)
+        self._check(what, writer[places], own)
+        self._check(what, self._reader.reshape(-1, size)[places], own)
+        writer[places] = own
+        self._check(what, writer[places], own)  # two threads at one place
+
+    def change(self, what: object, places: np.ndarray, size: int) -> None:
+        """Atomically, by any threads."""
+        for users in (self._writer, self._reader):
+            self._check(what, users.reshape(-1, size)[places], self._ATOMIC)
+            users.reshape(-1, size)[places] = self._ATOMIC
+
+    def forget(self, row: int, rows: np.ndarray) -> None:
+        """Of rows of ``row`` bytes those with numbers ``rows``."""
+        for users in (self._writer, self._reader):
+            users.reshape(-1, row)[rows] = 0
+
+
 class Memory:
     """``size`` bytes for allocations, each in a gap of its own and at its own alignment."""
 
@@ -40,9 +82,22 @@ class Memory:
         self._end = _GAP
         self.traffic: dict[str, Traffic] = defaultdict(Traffic)  #: by "ld" and "st"
         self._touched = {kind: np.zeros(total // 32, bool) for kind in ("ld", "st")}
+        self.launch()
+
+    def launch(self) -> None:
+        """A new one, which begins when all threads before have ended."""
+        self._users = _Users(len(self.bytes))
+
+    def holds(self, tensor: Tensor) -> bool:
+        return self.base <= tensor.data_ptr() < self.base + len(self.bytes)
+
+    def note_written(self, tensor: Tensor) -> None:
+        """Of a tensor placed here that torch has written."""
+        begin = tensor.data_ptr() - self.base
+        self._state[begin : begin + tensor.numel() * tensor.itemsize] |= _WRITTEN
 
     def place(self, tensor: Tensor, *, written: bool, writable: bool) -> Tensor:
-        """A copy at the same alignment.  A tensor placed twice must be placed as one (see ``device``)."""
+        """A copy at the same alignment.  A tensor placed twice must be placed as one (see ``call``)."""
         if not tensor.is_contiguous():
             raise PtxError(f"expected contiguous tensors, got strides {tensor.stride()}")
         size = tensor.numel() * tensor.itemsize
@@ -85,6 +140,7 @@ class Memory:
         unwritten = (self._state.reshape(-1, size)[places] & _WRITTEN == 0).any(1)
         if unwritten.any():
             raise PtxError(f"read of memory that nobody wrote: {what}, {int(addresses[unwritten.argmax()]):#x}")
+        self._users.read(what, places, size, lanes)
         self._count("ld", addresses, size, lanes)
         return self.bytes.reshape(-1, size)[places]
 
@@ -95,6 +151,7 @@ class Memory:
         states = self._state.reshape(-1, size)
         if (states[places] & _WRITABLE == 0).any():
             raise PtxError(f"write to memory that is only read: {what}")
+        self._users.write(what, places, size, lanes)
         self._count("st", addresses, size, lanes)
         states[places] |= _WRITTEN
         self.bytes.reshape(-1, size)[places] = values
@@ -105,5 +162,51 @@ class Memory:
         places = self._places(what, addresses, size)
         if (self._state.reshape(-1, size)[places] != _ALLOCATED | _WRITTEN | _WRITABLE).any():
             raise PtxError(f"atomic access to memory that is unwritten or only read: {what}")
+        self._users.change(what, places, size)
         self._count("st", addresses, size, lanes)
         np.add.at(self.bytes.view(values.dtype), places, values)
+
+
+class Shared:
+    """The shared memory of several blocks, of ``size`` bytes each, from address ``BASE`` on."""
+
+    BASE = 1024  #: so that 0 is no address
+
+    def __init__(self, blocks: int, size: int) -> None:
+        self._size, self._row = size, max(16, -(-size // 16) * 16)
+        self.bytes = np.zeros(blocks * self._row, np.uint8)
+        self._written = np.zeros(blocks * self._row, bool)
+        self._users = _Users(blocks * self._row)
+
+    def _places(self, what: object, addresses: np.ndarray, size: int, blocks: np.ndarray) -> np.ndarray:
+        at = addresses.astype(np.int64) - self.BASE
+        if (at % size).any():
+            raise PtxError(f"misaligned access: {what}, {int(addresses[(at % size != 0).argmax()]):#x}")
+        outside = (at < 0) | (at + size > self._size)
+        if outside.any():
+            raise PtxError(f"access out of bounds: {what}, {size} bytes at {int(addresses[outside.argmax()]):#x}")
+        return (blocks * self._row + at) // size
+
+    def load(
+        self, what: object, addresses: np.ndarray, size: int, blocks: np.ndarray, threads: np.ndarray
+    ) -> np.ndarray:
+        """uint8 [accesses, size]."""
+        places = self._places(what, addresses, size, blocks)
+        if not self._written.reshape(-1, size)[places].all():
+            raise PtxError(f"read of memory that nobody wrote: {what}")
+        self._users.read(what, places, size, threads)
+        return self.bytes.reshape(-1, size)[places]
+
+    def store(
+        self, what: object, addresses: np.ndarray, values: np.ndarray, blocks: np.ndarray, threads: np.ndarray
+    ) -> None:
+        """Of ``values`` uint8 [accesses, size]."""
+        size = values.shape[1]
+        places = self._places(what, addresses, size, blocks)
+        self._users.write(what, places, size, threads)
+        self._written.reshape(-1, size)[places] = True
+        self.bytes.reshape(-1, size)[places] = values
+
+    def barrier(self, blocks: np.ndarray) -> None:
+        """Of ``blocks``: what their threads did is over."""
+        self._users.forget(self._row, blocks)

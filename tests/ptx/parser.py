@@ -9,6 +9,7 @@ SIZES = {"pred": 0, **{f"{kind}{bits}": bits // 8 for kind in "bsuf" for bits in
 
 _ENTRY = re.compile(r"\.entry\s+(\w+)\s*\((.*?)\)\s*((?:\.\w+\s+[\d, ]+\s*)*)\{", re.DOTALL)
 _PARAMETER = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+((?:\.\w+\s+|\d+\s+)*)(\w+)(?:\[(\d+)\])?\s*$")
+_SHARED = re.compile(r"\.extern\s+\.shared\s+\.align\s+\d+\s+\.b8\s+(\w+)\[\]\s*;")
 _REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*)$")
 _STATEMENT = re.compile(r"(?:@(!?)([%\w]+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.DOTALL)
 _OPERAND = re.compile(r"\s*(\[[^\]]*\]|\{[^}]*\}|[^,\s][^,]*)\s*(?:,|$)")
@@ -38,6 +39,7 @@ class Kernel:
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)  #: name -> number of the instruction that follows
     registers: dict[str, str] = field(default_factory=dict)  #: name -> type
+    shared: str | None = None  #: the name of shared memory whose size the launch says
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -134,6 +136,7 @@ def entries(text: str) -> list[str]:
 
 def parse(text: str, name: str | None = None) -> dict[str, Kernel]:
     """The kernels of a module by (mangled) name; with ``name`` that one alone."""
+    shared = _SHARED.search(text)
     if name is not None:  # of a large module little is read
         found = next((m for m in _ENTRY.finditer(text) if m[1] == name), None)
         text = "" if found is None else text[found.start() : _block(text, found.end())[1]]
@@ -143,7 +146,7 @@ def parse(text: str, name: str | None = None) -> dict[str, Kernel]:
         threads = re.search(r"\.(?:maxntid|reqntid)\s+(\d+)", match[3])
         if threads is None:
             raise PtxError(f"{match[1]}: expected .maxntid or .reqntid")
-        kernel = Kernel(match[1], _parameters(match[2]), int(threads[1]))
+        kernel = Kernel(match[1], _parameters(match[2]), int(threads[1]), shared=shared and shared[1])
         body, at = _block(text, match.end())
         _fill(kernel, body)
         kernels[kernel.name] = kernel
