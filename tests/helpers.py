@@ -140,7 +140,12 @@ def reference_result(buffers: list[Tensor], parts: list[slice], kwargs: dict) ->
 
 
 def add_extras(
-    rng: random.Random, parts: list[slice], kwargs: dict, *, curvature: bool = True, extras: Collection[str] | None = None
+    rng: random.Random,
+    parts: list[slice],
+    kwargs: dict,
+    *,
+    curvature: bool = True,
+    extras: Collection[str] | None = None,
 ) -> dict:
     """``kwargs`` of :func:`random_call` with ``extras``, or with some by chance: "each" (coefficients of each
     tensor's own), "masks", "density" and "curvature"."""

@@ -12,8 +12,12 @@ import test_requantize
 import test_squares
 import test_update
 import test_wire
+import torch
 from helpers import add_extras, random_call
+from torch import Tensor
 
+import zokernels
+from zokernels.contract import seed_to_int64
 from zokernels.ops.update import RULES
 
 #: Logical indices of a program of Triton's kernels.
@@ -26,12 +30,15 @@ def chunk_of(dist: str) -> int:
 
 
 def places(rng: random.Random, dist: str) -> dict:
-    """Sizes and offsets of four tensors: one of whole chunks and a tail, of which one is crossed by 8 * 2^32, where the
-    counter's lower word wraps; one that is a chunk, no element more; a small one; and one element."""
+    """Sizes and offsets of four tensors: one with edges before and after whole chunks, of which one is crossed by
+    8 * 2^32, where the counter's lower word wraps; one that is a chunk, no element more; a small one; and one element.
+
+    The edges are longer than 1024 elements: all that a program of Triton's takes at a time.
+    """
     chunk = chunk_of(dist)
-    before = 8 * rng.randrange(1, 64)
+    before, after = 8 * rng.randrange(129, 250), rng.randrange(1025, 2000)
     return {
-        "sizes": [2 * chunk + 8 * rng.randrange(64, 128), chunk, 1 + rng.randrange(700), 1],
+        "sizes": [2 * chunk + before + after, chunk, 1 + rng.randrange(700), 1],
         "offsets": [
             8 * 2**32 - chunk - before,
             chunk * rng.randrange(2**30),
@@ -59,6 +66,13 @@ def arguments(
 def random_combine(rng: random.Random, *, extras: object = (), **fixed: object) -> dict:
     buffers, parts, kwargs = random_call(rng, **fixed)
     return {"buffers": buffers, "parts": parts, **add_extras(rng, parts, kwargs, extras=extras)}
+
+
+def derive_seeds(rng: int) -> list[Tensor]:
+    """Of more seeds than a block has threads."""
+    draw = random.Random(rng)
+    run_seed, step = (torch.tensor([seed_to_int64(draw.getrandbits(64)) for _ in range(300)]) for _ in range(2))
+    return [zokernels.derive_seed(run_seed, step, torch.tensor([draw.getrandbits(32) for _ in range(300)]))]
 
 
 #: What each operation runs, and what makes its random arguments.

@@ -129,17 +129,16 @@ def _add(kernel: Kernel, statement: str, scopes: list[dict[str, str]], opened: i
     kernel.instructions.append(Instruction(guard, match[1] == "!", match[3], operands))
 
 
-def entries(text: str) -> list[str]:
-    """The (mangled) names of a module's kernels."""
-    return [match[1] for match in _ENTRY.finditer(text)]
+def entries(text: str) -> dict[str, str]:
+    """The text of each of a module's kernels, by their (mangled) names."""
+    found = list(_ENTRY.finditer(text))
+    ends = [match.start() for match in found[1:]] + [len(text)]
+    return {match[1]: text[match.start() : end] for match, end in zip(found, ends, strict=True)}
 
 
-def parse(text: str, name: str | None = None) -> dict[str, Kernel]:
-    """The kernels of a module by (mangled) name; with ``name`` that one alone."""
+def parse(text: str) -> dict[str, Kernel]:
+    """The kernels of a module by (mangled) name."""
     shared = _SHARED.search(text)
-    if name is not None:  # of a large module little is read
-        found = next((m for m in _ENTRY.finditer(text) if m[1] == name), None)
-        text = "" if found is None else text[found.start() : _block(text, found.end())[1]]
     text = re.sub(r"//[^\n]*", "", text)
     kernels, at = {}, 0
     while match := _ENTRY.search(text, at):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -44,10 +45,11 @@ def _argument(value: Any, kind: str) -> bytes:
 
 
 class TritonDevice(Executor):
-    """The kernels of the backend by name, for CPU tensors, while ``use`` is in force."""
+    """The kernels of the backend, for CPU tensors while ``use`` is in force; ``edit``: what their PTX becomes first."""
 
-    def __init__(self) -> None:
+    def __init__(self, edit: Callable[[str], str] = str) -> None:
         super().__init__()
+        self._edit = edit
         self.texts: dict[str, str] = {}  #: the PTX of all that was launched, by Triton's hash of it
 
     def use(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +77,7 @@ class TritonDevice(Executor):
         text = self.texts.setdefault(compiled.hash, compiled.asm["ptx"])
 
         def make(ulps: int) -> Machine:
-            (kernel,) = parse(text).values()
+            (kernel,) = parse(self._edit(text)).values()
             return Machine(kernel, rsqrt_ulps=ulps, shared=compiled.metadata.shared)
 
         self.launch(self.machine(compiled.hash, make), grid, arguments)
@@ -91,9 +93,7 @@ class TritonDevice(Executor):
                 written = _WRITTEN | ({"params"} if name in _IN_PLACE else set())
                 try:
                     table._tables.clear()  # which hold addresses of other calls
-                    return self.call(
-                        function, [Argument(n, a, n in written) for n, a in zip(names, args, strict=True)]
-                    )
+                    return self.call(function, [Argument(n, a, n in written) for n, a in zip(names, args, strict=True)])
                 finally:
                     table._tables.clear()
 
