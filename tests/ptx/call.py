@@ -101,7 +101,7 @@ class Executor:
             with _Placing(memory):
                 result = function(*moved)
         finally:
-            self.traffic, self._memory = dict(memory.traffic), None
+            self.traffic, self._memory = memory.traffic, None
         for k, tensor in inputs.items():
             if found[k]["writable"]:
                 tensor.copy_(copies[k].view(tensor.dtype).view(tensor.shape))

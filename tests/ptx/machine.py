@@ -30,6 +30,8 @@ _REDUCTION = re.compile(r"redux\.sync\.(add|min|max)\.(s32|u32)")
 _MATRIX = re.compile(r"(ld|st)matrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared\.b16")
 #: Byte of poison: what a register holds where no thread wrote it.
 _POISON = 0xCD
+#: What threads do next.
+_CONTROL = {"bra", "bra.uni", "ret", "exit", "bar.sync"}
 
 Lanes = np.ndarray
 Step = Callable[["_Batch", Lanes | slice], None]
@@ -48,7 +50,22 @@ class Machine:
     def __init__(self, kernel: Kernel, *, rsqrt_ulps: int = 0, shared: int = 0) -> None:
         self.kernel = kernel
         self.rsqrt_ulps, self.shared = rsqrt_ulps, shared
-        self.steps: list[Step | None] = [self._decode(instruction) for instruction in kernel.instructions]
+        self._steps: list[Step | None] = [None] * len(kernel.instructions)
+        seen: set[tuple[str, int]] = set()  # of every opcode one instruction is decoded now, so that none is unknown
+        for at, instruction in enumerate(kernel.instructions):
+            kind = instruction.opcode, len(instruction.operands)
+            if instruction.opcode.startswith("bra") and instruction.operands[0] not in kernel.labels:
+                raise PtxError(f"{kernel.name}: label {instruction.operands[0]}")
+            if kind not in seen and instruction.opcode not in _CONTROL:
+                self.step(at)
+            seen.add(kind)
+
+    def step(self, at: int) -> Step:
+        """Instruction ``at``, which is not one of control, decoded."""
+        found = self._steps[at]
+        if found is None:
+            found = self._steps[at] = self._decode(self.kernel.instructions[at])
+        return found
 
     def run(self, grid: tuple[int, int], arguments: Sequence[bytes], memory: Memory) -> None:
         """``grid``: blocks in x and y; ``arguments``: the bytes of the kernel's parameters, in order."""
@@ -72,15 +89,17 @@ class Machine:
 
     # --- operands -----------------------------------------------------------------------------------------------------
 
-    def _reader(self, operand: str, kind: str) -> Callable[[_Batch, Lanes | slice], np.ndarray]:
-        """Of the operand as ``kind``: of a wider register the low bits."""
+    def _reader(
+        self, operand: str, kind: str, *, undefined: bool = False
+    ) -> Callable[[_Batch, Lanes | slice], np.ndarray]:
+        """Of the operand as ``kind``: of a wider register the low bits.  ``undefined``: also of one that nobody wrote."""
         dtype = DTYPES[kind]
         if operand in self.kernel.registers:
             own = self.kernel.registers[operand]
             if (own == "pred") != (kind == "pred") or SIZES[own] < SIZES[kind]:
                 raise PtxError(f"{self.kernel.name}: {operand} of .{own} as .{kind}")
             if SIZES[own] == SIZES[kind]:
-                return lambda batch, lanes: batch.register(operand)[lanes].view(dtype)
+                return lambda batch, lanes: batch.register(operand, new=undefined)[lanes].view(dtype)
             low = _UNSIGNED[dtype.itemsize]
             return lambda batch, lanes: batch.register(operand)[lanes].astype(low).view(dtype)
         if operand in _SPECIAL:
@@ -130,13 +149,8 @@ class Machine:
 
     # --- instructions -------------------------------------------------------------------------------------------------
 
-    def _decode(self, instruction: Instruction) -> Step | None:
-        """None: an instruction of control, which ``_Batch`` has."""
+    def _decode(self, instruction: Instruction) -> Step:
         opcode, operands = instruction.opcode, instruction.operands
-        if opcode in ("bra", "bra.uni", "ret", "exit", "bar.sync"):
-            if opcode.startswith("bra") and operands[0] not in self.kernel.labels:
-                raise PtxError(f"{self.kernel.name}: label {operands[0]}")
-            return None
         if opcode.startswith("mov."):
             return self._move(opcode.removeprefix("mov."), *operands)
         if match := _MEMORY.fullmatch(opcode):
@@ -189,7 +203,7 @@ class Machine:
             return lambda batch, lanes: write(
                 batch, lanes, low(batch, lanes).astype(dtype) | high(batch, lanes).astype(dtype) << shift
             )
-        read = self._reader(source, kind)
+        read = self._reader(source, kind, undefined=True)  # nvcc copies what it does not use after
         return lambda batch, lanes: write(batch, lanes, read(batch, lanes))
 
     def _address(self, operand: str, space: str) -> Callable[[_Batch, Lanes], np.ndarray]:
@@ -418,12 +432,13 @@ class _Batch:
 
     def _advance(self, at: int, lanes: Lanes, limit: int, held: dict[int, Lanes]) -> list[tuple[int, Lanes]]:
         """Runs ``lanes`` from ``at`` until they part, meet others at ``limit``, or are done."""
-        instructions, steps, labels = self.kernel.instructions, self.machine.steps, self.kernel.labels
+        instructions, labels = self.kernel.instructions, self.kernel.labels
         selected: Lanes | slice = slice(None) if len(lanes) == self.size else lanes
         while at < limit:
-            instruction, step = instructions[at], steps[at]
+            instruction = instructions[at]
             guard = None if instruction.predicate is None else self._guard(instruction, lanes)
-            if step is not None:
+            if instruction.opcode not in _CONTROL:
+                step = self.machine.step(at)
                 if guard is None or guard.all():
                     step(self, selected)
                 elif guard.any():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,7 +79,7 @@ class Memory:
         self._tensor = torch.from_numpy(self.bytes)
         self._state = np.zeros(total, np.uint8)
         self._end = _GAP
-        self.traffic: dict[str, Traffic] = defaultdict(Traffic)  #: by "ld" and "st"
+        self._traffic = {"ld": Traffic(), "st": Traffic()}
         self._touched = {kind: np.zeros(total // 32, bool) for kind in ("ld", "st")}
         self.launch()
 
@@ -124,15 +123,21 @@ class Memory:
         return at // size
 
     def _count(self, kind: str, addresses: np.ndarray, size: int, lanes: np.ndarray) -> None:
-        traffic = self.traffic[kind]
-        warps, sectors = lanes // 32, (addresses >> np.uint64(5)).astype(np.int64)
-        traffic.requests += len(np.unique(warps))
-        traffic.sectors += len(np.unique(np.stack([warps, sectors]), axis=1).T)
-        traffic.bytes += size * len(addresses)
+        """``lanes``: the threads' numbers, which rise."""
+        traffic, touched = self._traffic[kind], self._touched[kind]
         # An access is aligned to its size, so that it lies in one sector.
-        own = np.unique((addresses - np.uint64(self.base)) >> np.uint64(5))
-        traffic.distinct += 32 * int((~self._touched[kind][own]).sum())
-        self._touched[kind][own] = True
+        warps, sectors = lanes // 32, ((addresses - np.uint64(self.base)) >> np.uint64(5)).astype(np.int64)
+        traffic.requests += 1 + np.count_nonzero(np.diff(warps))
+        traffic.sectors += len(np.unique(warps * len(touched) + sectors))
+        traffic.bytes += size * len(addresses)
+        touched[sectors] = True
+
+    @property
+    def traffic(self) -> dict[str, Traffic]:
+        """By "ld" and "st"."""
+        for kind, traffic in self._traffic.items():
+            traffic.distinct = 32 * int(self._touched[kind].sum())
+        return self._traffic
 
     def load(self, what: object, addresses: np.ndarray, size: int, lanes: np.ndarray) -> np.ndarray:
         """uint8 [accesses, size]."""
