@@ -32,6 +32,7 @@ from zokernels.wire import FORMATS
 # --- the interpreter --------------------------------------------------------------------------------------------------
 
 _MODULE = """
+.extern .shared .align 16 .b8 smem[];
 .visible .entry sample(.param .u64 sample_param_0, .param .u64 sample_param_1)
 .maxntid 64, 1, 1
 {{
@@ -57,7 +58,7 @@ def run(body: str, *, written: bool = True, writable: bool = True) -> tuple[torc
     source = memory.place(torch.arange(64, dtype=torch.int32), written=written, writable=False)
     target = memory.place(torch.zeros(64, dtype=torch.int32), written=False, writable=writable)
     arguments = [t.data_ptr().to_bytes(8, "little") for t in (source, target)]
-    Machine(kernel).run((1, 1), arguments, memory)
+    Machine(kernel, shared=2048).run((1, 1), arguments, memory)
     return source, target, memory
 
 
@@ -115,6 +116,12 @@ $L_store:
             "different barr",
         ),
         ("bra.uni $L_nowhere;", "label"),
+        ("mov.b32 %r2, smem; ld.shared.u32 %r3, [%r2];", "nobody wrote"),
+        ("mov.b32 %r2, smem; st.shared.u32 [%r2+2048], %r1;", "out of bounds: st.shared"),
+        ("mov.b32 %r2, smem; st.shared.u32 [%r2+2], %r1;", "misaligned"),
+        ("setp.lt.u32 %p1, %r1, 8; @%p1 shfl.sync.bfly.b32 %r2, %r1, 1, 31, -1;", "parted"),
+        ("shfl.sync.bfly.b32 %r2, %r1, 1, 31, 255;", "all threads of a warp"),
+        ("shfl.sync.idx.b32 %r2, %r1, 1, 31, -1;", "unknown opcode: shfl.sync.idx"),
     ],
 )
 def test_what_the_interpreter_refuses(body, wrong):
@@ -128,6 +135,71 @@ def test_memory_that_nobody_wrote_and_memory_that_is_only_read():
     with pytest.raises(PtxError, match="only read"):
         run("st.global.u32 [%rd5], %r1;", writable=False)
     run("st.global.u32 [%rd5], %r1; ld.global.u32 %r2, [%rd5];")  # but what it wrote it may read
+
+
+#: Each thread's number in its place in shared memory, whose address is in %r2.
+_OWN_PLACE = "mov.b32 %r2, smem; shl.b32 %r3, %r1, 2; add.s32 %r2, %r2, %r3; st.shared.b32 [%r2], %r1;"
+
+
+def test_threads_exchange_through_shared_memory():
+    """Thread i reads what thread 63 - i wrote, behind a barrier."""
+    other = "mov.b32 %r4, smem; sub.s32 %r4, %r4, %r3; ld.shared.b32 %r5, [%r4+252]; st.global.u32 [%rd5], %r5;"
+    _, target, _ = run(f"{_OWN_PLACE} bar.sync 0; {other}")
+    assert torch.equal(target, torch.arange(64, dtype=torch.int32).flip(0))
+    with pytest.raises(PtxError, match="race: ld.shared"):
+        run(f"{_OWN_PLACE} {other}")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "st.global.u32 [%rd2], %r1;",
+        "st.global.u32 [%rd5], %r1; ld.global.u32 %r2, [%rd2];",
+        "mov.b32 %r2, smem; st.shared.u32 [%r2], %r1;",
+        f"{_OWN_PLACE} bar.sync 0; mov.b32 %r4, smem; ld.shared.u32 %r5, [%r4]; st.shared.u32 [%r2], %r1;",
+        "st.global.u32 [%rd5], %r1; red.global.gpu.relaxed.add.u32 [%rd5], %r1;",
+    ],
+)
+def test_races_are_found(body):
+    """Two threads at one place, of which one writes: at once, one after the other, and beside an atomic access."""
+    with pytest.raises(PtxError, match="race"):
+        run(body)
+
+
+def test_exchanges_within_a_warp():
+    i = torch.arange(64, dtype=torch.int32)
+    put = "st.global.u32 [%rd5], %r2;"
+    assert torch.equal(run(f"shfl.sync.bfly.b32 %r2, %r1, 8, 31, -1; {put}")[1], i ^ 8)
+    sums = i.view(2, 32).sum(1).int().repeat_interleave(32)
+    assert torch.equal(run(f"mov.b32 %r3, -1; redux.sync.add.s32 %r2, %r1, %r3; {put}")[1], sums)
+    assert torch.equal(run(f"redux.sync.max.s32 %r2, %r1, -1; {put}")[1], i | 31)
+
+
+#: Each thread's row of a matrix: sixteen bytes, of which word j is 4 times its number and j.  Their address is in %r2.
+_ROWS = """
+    mov.b32 %r2, smem; shl.b32 %r3, %r1, 4; add.s32 %r2, %r2, %r3; shl.b32 %r4, %r1, 2;
+    add.s32 %r5, %r4, 1; add.s32 %r6, %r4, 2; add.s32 %r7, %r4, 3;
+    st.shared.v4.b32 [%r2], {%r4, %r5, %r6, %r7}; bar.sync 0;
+"""
+
+
+@pytest.mark.parametrize("j", range(4))
+def test_matrices_in_shared_memory(j):
+    """Thread t has of matrix j row t / 4, columns 2 (t % 4) and the next: a word.  Row r of it is thread 8 j + r's."""
+    registers = "{%r4, %r5, %r6, %r7}"
+    put = f"st.global.u32 [%rd5], %r{4 + j};"
+    load = f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {registers}, [%r2];"
+    t = torch.arange(64, dtype=torch.int32)
+    row = t // 32 * 32 + 8 * j + t % 32 // 4
+    assert torch.equal(run(f"{_ROWS} {load} {put}")[1], 4 * row + t % 4)
+    # What is stored as it was loaded stands there as it stood.
+    store = f"stmatrix.sync.aligned.m8n8.x4.shared.b16 [%r2+1024], {registers}; bar.sync 0;"
+    assert torch.equal(run(f"{_ROWS} {load} {store} ld.shared.v4.b32 {registers}, [%r2+1024]; {put}")[1], 4 * t + j)
+    # Transposed: the low halves of two neighbouring rows' words; the high ones are zero.
+    column, words = t % 32 // 4, 4 * (t // 32 * 32 + 8 * j + 2 * (t % 4))
+    want = torch.where(column % 2 == 0, words + column // 2 + (words + 4 + column // 2 << 16), 0)
+    transposed = load.replace("x4.", "x4.trans.")
+    assert torch.equal(run(f"{_ROWS} {transposed} {put}")[1], want)
 
 
 def test_fma_rounds_once(rng):
@@ -210,8 +282,7 @@ def device(kernels, host_library):
 def on_ptx(device, monkeypatch):
     """The operations on CPU tensors through the CUDA backend, its kernels executed as PTX."""
     cuda_on_host.use(device, monkeypatch)
-    device.launches.clear()
-    device.rsqrt_ulps = 0
+    device.begin()
     return device
 
 

@@ -57,6 +57,12 @@ class Executor:
         self.launches: Counter[str] = Counter()  #: by the kernel's name
         self.traffic: dict[str, Traffic] = {}  #: of the last operation, by "ld" and "st"
 
+    def begin(self) -> None:
+        """A test: nothing is launched, and no machine is kept of the one before."""
+        self._machines.clear()
+        self.launches.clear()
+        self.rsqrt_ulps = 0
+
     def machine(self, key: str, make: Callable[[int], Machine]) -> Machine:
         """``make`` of how far ``rsqrt.approx`` errs, once for each ``key``."""
         if (key, self.rsqrt_ulps) not in self._machines:
