@@ -146,7 +146,7 @@ def test_threads_exchange_through_shared_memory():
     other = "mov.b32 %r4, smem; sub.s32 %r4, %r4, %r3; ld.shared.b32 %r5, [%r4+252]; st.global.u32 [%rd5], %r5;"
     _, target, _ = run(f"{_OWN_PLACE} bar.sync 0; {other}")
     assert torch.equal(target, torch.arange(64, dtype=torch.int32).flip(0))
-    with pytest.raises(PtxError, match="race: ld.shared"):
+    with pytest.raises(PtxError, match=r"race: ld\.shared"):
         run(f"{_OWN_PLACE} {other}")
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from .arithmetic import DTYPES, RULES, rsqrt
-from .memory import Memory, Shared
+from .memory import Memory, Shared, Threads
 from .parser import SIZES, Instruction, Kernel, PtxError
 
 #: Threads at once: enough that Python's share of the time is small.
@@ -92,7 +92,7 @@ class Machine:
     def _reader(
         self, operand: str, kind: str, *, undefined: bool = False
     ) -> Callable[[_Batch, Lanes | slice], np.ndarray]:
-        """Of the operand as ``kind``: of a wider register the low bits.  ``undefined``: also of one that nobody wrote."""
+        """Of the operand as ``kind``: of a wider register the low bits.  ``undefined``: nobody need have written it."""
         dtype = DTYPES[kind]
         if operand in self.kernel.registers:
             own = self.kernel.registers[operand]
@@ -349,6 +349,7 @@ class _Batch:
         self._first = first * threads
         self._registers: dict[str, np.ndarray] = {}
         self._shared = Shared(count, machine.shared)
+        self._barriers = np.zeros(count, np.int64)  #: that each block has passed
         block, thread = np.divmod(self._all.astype(np.uint32), np.uint32(threads))
         same = np.ones_like(block)
         self.special = {
@@ -374,9 +375,8 @@ class _Batch:
     def numbers(self, lanes: Lanes | slice) -> Lanes:
         return self._all if isinstance(lanes, slice) else lanes
 
-    def threads(self, numbers: Lanes) -> Lanes:
-        """Their numbers in the whole grid."""
-        return numbers + self._first
+    def threads(self, numbers: Lanes) -> Threads:
+        return Threads(numbers + self._first, self.kernel.threads, self._barriers[numbers // self.kernel.threads])
 
     def warps(self, lanes: Lanes | slice, what: object) -> Lanes:
         """[warps, 32] of threads that must be whole warps, which have not parted."""
@@ -390,7 +390,7 @@ class _Batch:
         if space == "global":
             return self.memory.load(what, addresses, size, self.threads(numbers))
         if space == "shared":
-            return self._shared.load(what, addresses, size, numbers // self.kernel.threads, numbers)
+            return self._shared.load(what, addresses, size, numbers // self.kernel.threads, self.threads(numbers))
         at = addresses.astype(np.int64)
         if (at % size).any() or at.min() < 0 or at.max() + size > len(self._parameters):
             raise PtxError(f"{self.kernel.name}: parameter access out of bounds or misaligned: {what}")
@@ -400,7 +400,7 @@ class _Batch:
         if space == "global":
             self.memory.store(what, addresses, values, self.threads(numbers))
         else:
-            self._shared.store(what, addresses, values, numbers // self.kernel.threads, numbers)
+            self._shared.store(what, addresses, values, numbers // self.kernel.threads, self.threads(numbers))
 
     def _guard(self, instruction: Instruction, lanes: Lanes) -> np.ndarray:
         return self.register(instruction.predicate)[lanes] ^ instruction.negated
@@ -427,7 +427,7 @@ class _Batch:
             if blocks & seen:
                 raise PtxError(f"{self.kernel.name}: threads of a block wait at different barriers")
             seen |= blocks
-        self._shared.barrier(np.array(sorted(seen)))
+        self._barriers[sorted(seen)] += 1
         return {place + 1: lanes for place, lanes in held.items()}
 
     def _advance(self, at: int, lanes: Lanes, limit: int, held: dict[int, Lanes]) -> list[tuple[int, Lanes]]:

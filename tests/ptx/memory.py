@@ -25,46 +25,77 @@ class Traffic:
     distinct: int = 0  #: bytes of the sectors that were touched at all: what a cache that loses nothing passes on
 
 
-class _Users:
-    """Who has used each byte since the last barrier: what one thread writes no other may read or write."""
+class Threads:
+    """Who accesses memory: threads of a grid, and how many barriers their blocks have passed."""
 
-    _SEVERAL, _ATOMIC = -1, -2  # 0: nobody, n + 1: thread n
+    def __init__(self, numbers: np.ndarray, threads: int, barriers: np.ndarray) -> None:
+        self.numbers = numbers  #: in the grid; they rise
+        block, own = np.divmod(numbers, threads)
+        #: In one number, for ``_Users``.
+        self.codes = (block.astype(np.int64) + 1) << _BLOCK | barriers.astype(np.int64) << _BARRIER | own + 1
+
+
+_BLOCK, _BARRIER, _THREAD = 28, 12, (1 << 12) - 1
+_SEVERAL = _THREAD  # of the threads of a block
+_BLOCKS, _ATOMIC = -1, -2  # several blocks; any threads, by atomic additions
+
+
+class _Users:
+    """Who has used each byte: what one thread writes no other may read or write, unless a barrier lies between.
+
+    A barrier is one of a block: it orders what the block's threads do, not what other blocks do.
+    """
 
     def __init__(self, size: int) -> None:
-        self._writer, self._reader = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        self._writer, self._reader = np.zeros(size, np.int64), np.zeros(size, np.int64)  # 0: nobody
 
-    def _check(self, what: object, before: np.ndarray, own: np.ndarray | int) -> None:
-        if np.any((before != 0) & (before != own)):
+    def _conflict(self, before: np.ndarray, own: np.ndarray) -> np.ndarray:
+        other = (before & _THREAD) != (own & _THREAD)
+        since = (before >> _BARRIER) >= (own >> _BARRIER)
+        return (before != 0) & ((before >> _BLOCK != own >> _BLOCK) | other & since)
+
+    def _check(self, what: object, wrong: np.ndarray) -> None:
+        if wrong.any():
             raise PtxError(f"race: {what}, where another thread is, without a barrier between")
 
-    def read(self, what: object, places: np.ndarray, size: int, threads: np.ndarray) -> None:
+    def _put(self, users: np.ndarray, places: np.ndarray, own: np.ndarray) -> np.ndarray:
+        """Makes them users; where several do so at once, the place belongs to several: those."""
+        users[places] = own
+        several = users[places] != own
+        if several.any():
+            row, column = several.nonzero()
+            at, who = places[row], own[row, np.minimum(column, own.shape[1] - 1)]
+            blocks = users[at, column] >> _BLOCK != who >> _BLOCK
+            users[at, column] = who | _SEVERAL
+            users[at[blocks], column[blocks]] = _BLOCKS
+        return several
+
+    def read(self, what: object, places: np.ndarray, size: int, threads: Threads) -> None:
         """``places``: numbers of ``size`` bytes each."""
-        own = threads[:, None].astype(np.int32) + 1
-        self._check(what, self._writer.reshape(-1, size)[places], own)
+        own = threads.codes[:, None]
+        self._check(what, self._conflict(self._writer.reshape(-1, size)[places], own))
         reader = self._reader.reshape(-1, size)
         before = reader[places]
-        reader[places] = own
-        row, column = ((reader[places] != own) | ((before != 0) & (before != own))).nonzero()
-        reader[places[row], column] = self._SEVERAL
+        again = self._conflict(before, own)
+        if again.any():
+            own = np.where(again, np.where(before >> _BLOCK == own >> _BLOCK, own | _SEVERAL, _BLOCKS), own)
+        self._put(reader, places, own)
 
-    def write(self, what: object, places: np.ndarray, size: int, threads: np.ndarray) -> None:
-        own = threads[:, None].astype(np.int32) + 1
+    def write(self, what: object, places: np.ndarray, size: int, threads: Threads, *, alike: bool) -> None:
+        """``alike``: those that write to one place at once write the same."""
+        own = threads.codes[:, None]
         writer = self._writer.reshape(-1, size)
-        self._check(what, writer[places], own)
-        self._check(what, self._reader.reshape(-1, size)[places], own)
-        writer[places] = own
-        self._check(what, writer[places], own)  # two threads at one place
+        self._check(what, self._conflict(writer[places], own))
+        self._check(what, self._conflict(self._reader.reshape(-1, size)[places], own))
+        several = self._put(writer, places, own)
+        self._check(what, several & (not alike))
 
     def change(self, what: object, places: np.ndarray, size: int) -> None:
         """Atomically, by any threads."""
         for users in (self._writer, self._reader):
-            self._check(what, users.reshape(-1, size)[places], self._ATOMIC)
-            users.reshape(-1, size)[places] = self._ATOMIC
-
-    def forget(self, row: int, rows: np.ndarray) -> None:
-        """Of rows of ``row`` bytes those with numbers ``rows``."""
-        for users in (self._writer, self._reader):
-            users.reshape(-1, row)[rows] = 0
+            before = users.reshape(-1, size)[places]
+            self._check(what, (before != 0) & (before != _ATOMIC))
+            users.reshape(-1, size)[places] = _ATOMIC
 
 
 class Memory:
@@ -122,11 +153,10 @@ class Memory:
             raise PtxError(f"access out of bounds: {what}, {size} bytes at {where:#x}")
         return at // size
 
-    def _count(self, kind: str, addresses: np.ndarray, size: int, lanes: np.ndarray) -> None:
-        """``lanes``: the threads' numbers, which rise."""
+    def _count(self, kind: str, addresses: np.ndarray, size: int, threads: Threads) -> None:
         traffic, touched = self._traffic[kind], self._touched[kind]
         # An access is aligned to its size, so that it lies in one sector.
-        warps, sectors = lanes // 32, ((addresses - np.uint64(self.base)) >> np.uint64(5)).astype(np.int64)
+        warps, sectors = threads.numbers // 32, ((addresses - np.uint64(self.base)) >> np.uint64(5)).astype(np.int64)
         traffic.requests += 1 + np.count_nonzero(np.diff(warps))
         traffic.sectors += len(np.unique(warps * len(touched) + sectors))
         traffic.bytes += size * len(addresses)
@@ -139,36 +169,36 @@ class Memory:
             traffic.distinct = 32 * int(self._touched[kind].sum())
         return self._traffic
 
-    def load(self, what: object, addresses: np.ndarray, size: int, lanes: np.ndarray) -> np.ndarray:
+    def load(self, what: object, addresses: np.ndarray, size: int, threads: Threads) -> np.ndarray:
         """uint8 [accesses, size]."""
         places = self._places(what, addresses, size)
         unwritten = (self._state.reshape(-1, size)[places] & _WRITTEN == 0).any(1)
         if unwritten.any():
             raise PtxError(f"read of memory that nobody wrote: {what}, {int(addresses[unwritten.argmax()]):#x}")
-        self._users.read(what, places, size, lanes)
-        self._count("ld", addresses, size, lanes)
+        self._users.read(what, places, size, threads)
+        self._count("ld", addresses, size, threads)
         return self.bytes.reshape(-1, size)[places]
 
-    def store(self, what: object, addresses: np.ndarray, values: np.ndarray, lanes: np.ndarray) -> None:
+    def store(self, what: object, addresses: np.ndarray, values: np.ndarray, threads: Threads) -> None:
         """Of ``values`` uint8 [accesses, size]."""
         size = values.shape[1]
         places = self._places(what, addresses, size)
         states = self._state.reshape(-1, size)
         if (states[places] & _WRITABLE == 0).any():
             raise PtxError(f"write to memory that is only read: {what}")
-        self._users.write(what, places, size, lanes)
-        self._count("st", addresses, size, lanes)
+        self._users.write(what, places, size, threads, alike=False)
+        self._count("st", addresses, size, threads)
         states[places] |= _WRITTEN
         self.bytes.reshape(-1, size)[places] = values
 
-    def add(self, what: object, addresses: np.ndarray, values: np.ndarray, lanes: np.ndarray) -> None:
+    def add(self, what: object, addresses: np.ndarray, values: np.ndarray, threads: Threads) -> None:
         """Atomic integer addition; several of ``addresses`` may be equal."""
         size = values.dtype.itemsize
         places = self._places(what, addresses, size)
         if (self._state.reshape(-1, size)[places] != _ALLOCATED | _WRITTEN | _WRITABLE).any():
             raise PtxError(f"atomic access to memory that is unwritten or only read: {what}")
         self._users.change(what, places, size)
-        self._count("st", addresses, size, lanes)
+        self._count("st", addresses, size, threads)
         np.add.at(self.bytes.view(values.dtype), places, values)
 
 
@@ -193,9 +223,9 @@ class Shared:
         return (blocks * self._row + at) // size
 
     def load(
-        self, what: object, addresses: np.ndarray, size: int, blocks: np.ndarray, threads: np.ndarray
+        self, what: object, addresses: np.ndarray, size: int, blocks: np.ndarray, threads: Threads
     ) -> np.ndarray:
-        """uint8 [accesses, size]."""
+        """uint8 [accesses, size]; ``blocks``: which of these each access is of."""
         places = self._places(what, addresses, size, blocks)
         if not self._written.reshape(-1, size)[places].all():
             raise PtxError(f"read of memory that nobody wrote: {what}")
@@ -203,15 +233,12 @@ class Shared:
         return self.bytes.reshape(-1, size)[places]
 
     def store(
-        self, what: object, addresses: np.ndarray, values: np.ndarray, blocks: np.ndarray, threads: np.ndarray
+        self, what: object, addresses: np.ndarray, values: np.ndarray, blocks: np.ndarray, threads: Threads
     ) -> None:
-        """Of ``values`` uint8 [accesses, size]."""
+        """Of ``values`` uint8 [accesses, size].  Threads that hold the same number may write it to one place."""
         size = values.shape[1]
         places = self._places(what, addresses, size, blocks)
-        self._users.write(what, places, size, threads)
         self._written.reshape(-1, size)[places] = True
-        self.bytes.reshape(-1, size)[places] = values
-
-    def barrier(self, blocks: np.ndarray) -> None:
-        """Of ``blocks``: what their threads did is over."""
-        self._users.forget(self._row, blocks)
+        stored = self.bytes.reshape(-1, size)
+        stored[places] = values
+        self._users.write(what, places, size, threads, alike=np.array_equal(stored[places], values))
