@@ -33,10 +33,11 @@ def places(rng: random.Random, dist: str) -> dict:
     """Sizes and offsets of four tensors: one with edges before and after whole chunks, of which one is crossed by
     8 * 2^32, where the counter's lower word wraps; one that is a chunk, no element more; a small one; and one element.
 
-    The edges are longer than 1024 elements: all that a program of Triton's takes at a time.
+    A program of Triton's takes 1024 elements of an edge at a time, an eighth of them by each access: the edges have
+    more, and each eighth is once outside of the tensor.
     """
     chunk = chunk_of(dist)
-    before, after = 8 * rng.randrange(129, 250), rng.randrange(1025, 2000)
+    before, after = 1024 + 8 * rng.randrange(1, 32), 1024 + rng.randrange(1, 128)
     return {
         "sizes": [2 * chunk + before + after, chunk, 1 + rng.randrange(700), 1],
         "offsets": [
@@ -84,3 +85,28 @@ OPERATIONS: dict[str, tuple[Callable, Callable]] = {
     **test_wire.CASES,
     **{f"update {rule}": (test_update.run, functools.partial(test_update.random_update, rule=rule)) for rule in RULES},
 }
+
+_PLAIN = {"count": 1, "rounding": "nearest"}
+#: What combine is given where a fault is put into its PTX: by name the distribution and options, and kinds of faults.
+FAULTY: dict[str, tuple[str, dict, tuple[str, ...]]] = {
+    "a product and a sum": (
+        "rademacher",
+        {"dtype": torch.float32, "decay": 0.97, **_PLAIN},
+        ("comparison", "bound", "predicate", "offset", "fused", "rounding"),
+    ),
+    "fmas": (
+        "normal",
+        {"dtype": torch.float32, "decay": None, **_PLAIN},
+        ("comparison", "bound", "predicate", "offset", "rounding"),
+    ),
+    "bf16": ("normal", {"dtype": torch.bfloat16, "decay": None, **_PLAIN}, ("conversion",)),
+}
+FAULTS = [(name, kind) for name, (_, _, kinds) in FAULTY.items() for kind in kinds]
+
+
+def faulty_arguments(rng: random.Random, name: str, tensors: Sequence[int] = range(4)) -> dict:
+    """Values and noise of one magnitude, so that a last bit of either is one of the result's."""
+    dist, fixed, _ = FAULTY[name]
+    args = arguments(random_combine, rng, dist, tensors, **fixed)
+    buffers = [0.02 * torch.randn(b.shape) for b in args["buffers"]]
+    return {**args, "buffers": [b.to(fixed["dtype"]) for b in buffers], "coeffs": torch.tensor([0.03])}

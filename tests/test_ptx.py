@@ -11,18 +11,20 @@ import cuda_on_host
 import disassembly
 import numpy as np
 import pytest
+import test_combine
 import test_fan_out
 import test_low_rank
 import test_rows
 import test_spread
 import torch
 from helpers import DISTS, DTYPES, check_backend, random_values
+from ptx import mutants
 from ptx.arithmetic import RULES, fma32, rsqrt
 from ptx.device import Device
 from ptx.machine import Machine
 from ptx.memory import Memory
 from ptx.parser import PtxError, entries, parse
-from ptx_cases import OPERATIONS, arguments, chunk_of, derive_seeds, random_combine
+from ptx_cases import FAULTS, OPERATIONS, arguments, chunk_of, derive_seeds, faulty_arguments, random_combine
 
 import zokernels
 from zokernels.backends.reference.combine import fma
@@ -469,6 +471,27 @@ def test_square_root_instruction_may_err(on_ptx, rng, operation, dtype):
         pytest.skip("the noise is the same")
     for on_ptx.rsqrt_ulps in (-1, 1):
         check(operation, rng, "normal", dtype=dtype, count=1, decay=None, rounding="nearest")
+
+
+@pytest.mark.parametrize(("name", "kind"), FAULTS)
+def test_a_fault_in_the_ptx_is_noticed(on_ptx, kernels, host_library, monkeypatch, rng, name, kind):
+    """By an access that is wrong, by bits that are not the reference's, or by what is moved."""
+    for opcode, (like, function) in mutants.TOWARD_ZERO.items():
+        monkeypatch.setitem(RULES, opcode, RULES[like]._replace(function=function))
+    args = faulty_arguments(rng, name)
+    check_backend(test_combine.run, args)
+    (kernel,) = on_ptx.launches
+
+    def notices(text: str) -> bool:
+        faulty = Device(host_library, lambda name: parse(text)[name])
+        cuda_on_host.use(faulty, monkeypatch)
+        try:
+            check_backend(test_combine.run, args)
+        except (PtxError, AssertionError):
+            return True
+        return faulty.traffic != on_ptx.traffic
+
+    mutants.check(kernels[kernel], kind, notices)
 
 
 #: Bytes of a Philox key's seed and of a coefficient, which each thread reads.

@@ -7,13 +7,16 @@ import os
 from collections.abc import Callable
 
 import pytest
+import test_combine
 import test_fan_out
 import test_low_rank
 import test_rows
 import test_spread
 import torch
 from helpers import DISTS, DTYPES, check_backend
-from ptx_cases import OPERATIONS, PROGRAM, arguments, derive_seeds, random_combine
+from ptx import arithmetic, mutants
+from ptx.parser import PtxError
+from ptx_cases import FAULTS, OPERATIONS, PROGRAM, arguments, derive_seeds, faulty_arguments, random_combine
 
 import zokernels
 from zokernels.ops.update import RULES
@@ -202,6 +205,32 @@ def test_square_root_instruction_may_err(on_ptx, rng, operation, dtype):
     run, make = OPERATIONS[operation]
     for on_ptx.rsqrt_ulps in (-1, 1):
         check_backend(run, arguments(make, rng, "normal", (0,), dtype=dtype, **PLAIN))
+
+
+@pytest.mark.parametrize(("name", "kind"), FAULTS)
+def test_a_fault_in_the_ptx_is_noticed(monkeypatch, rng, name, kind):
+    """By an access that is wrong, by bits that are not the reference's, or by what is moved."""
+    for opcode, (like, function) in mutants.TOWARD_ZERO.items():
+        monkeypatch.setitem(arithmetic.RULES, opcode, arithmetic.RULES[like]._replace(function=function))
+    args = faulty_arguments(rng, name, (0, 1))  # both aligned: one launch
+
+    def executed(edit: Callable[[str], str]) -> TritonDevice:
+        device = TritonDevice(edit)
+        with monkeypatch.context() as patch:
+            device.use(patch)
+            check_backend(test_combine.run, args)
+        return device
+
+    whole = executed(str)
+    (text,) = whole.texts.values()
+
+    def notices(mutant: str) -> bool:
+        try:
+            return executed(lambda _: mutant).traffic != whole.traffic
+        except (PtxError, AssertionError):
+            return True
+
+    mutants.check(text, kind, notices)
 
 
 #: Bytes of a seed and of a coefficient, which each thread reads.

@@ -222,9 +222,7 @@ class Shared:
             raise PtxError(f"access out of bounds: {what}, {size} bytes at {int(addresses[outside.argmax()]):#x}")
         return (blocks * self._row + at) // size
 
-    def load(
-        self, what: object, addresses: np.ndarray, size: int, blocks: np.ndarray, threads: Threads
-    ) -> np.ndarray:
+    def load(self, what: object, addresses: np.ndarray, size: int, blocks: np.ndarray, threads: Threads) -> np.ndarray:
         """uint8 [accesses, size]; ``blocks``: which of these each access is of."""
         places = self._places(what, addresses, size, blocks)
         if not self._written.reshape(-1, size)[places].all():

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from .arithmetic import Array, bf16_of, fma32
 
-_OTHER = {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt", "eq": "ne", "ne": "eq"}
-_COMPARISON = re.compile(r"\bsetp\.(lt|le|gt|ge|eq|ne)(?=\.)")
+_OPPOSITE = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": "eq"}
+_NEXT = {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt"}
+_COMPARISON = re.compile(r"\bsetp\.(lt|le|gt|ge|eq|ne)(?=\.\w+\s+(%p\d+),)")
 _PREDICATE = re.compile(r"@!?%p\d+\s+(?=\w)")
 _ACCESS = re.compile(r"\b(?:ld|st)\.(?:global|param)[^;\[]*\[\s*%?\w+(\s*\+\s*(\d+))?(?=\s*\])")
 _SUM = re.compile(r"\badd\.rn\.f32(\s+%r\d+,\s*)(%r\d+)(,\s*%r\d+)")
-_ROUNDING = re.compile(r"\b(?:fma|mul|add)\.rn(?=\.f32)|\bcvt\.rn(?=\.b?f16)")
+_ROUNDING = {
+    "rounding": re.compile(r"\b(?:fma|mul|add)\.rn(?=\.f32)"),
+    "conversion": re.compile(r"\bcvt\.rn(?=\.b?f16)"),
+}
+
+
+def _guards_a_branch(text: str, predicate: str) -> bool:
+    """Alone, or with another."""
+    either = re.search(rf"\b(?:and|or)\.pred\s+(%p\d+),[^;]*{predicate}\b", text)
+    names = [predicate, *([either[1]] if either else [])]
+    return any(re.search(rf"@!?{name}\s+bra\b", text) for name in names)
 
 
 def mutants(text: str) -> Iterator[tuple[str, str, str]]:
@@ -25,7 +36,9 @@ def mutants(text: str) -> Iterator[tuple[str, str, str]]:
         return kind, after[text.rfind("\n", 0, begin) + 1 : after.find("\n", begin)].strip(), after
 
     for match in _COMPARISON.finditer(text):
-        yield changed("comparison", *match.span(1), _OTHER[match[1]])
+        yield changed("comparison", *match.span(1), _OPPOSITE[match[1]])
+        if match[1] in _NEXT and _guards_a_branch(text, match[2]):
+            yield changed("bound", *match.span(1), _NEXT[match[1]])
     for match in _PREDICATE.finditer(text):
         yield changed("predicate", *match.span(), "")
     for match in _ACCESS.finditer(text):
@@ -35,8 +48,30 @@ def mutants(text: str) -> Iterator[tuple[str, str, str]]:
         product = re.search(rf"\bmul\.rn\.f32\s+{match[2]},\s*(%r\d+,\s*%r\d+);", text)
         if product:
             yield changed("fused", *match.span(), f"fma.rn.f32{match[1]}{product[1]}{match[3]}")
-    for match in _ROUNDING.finditer(text):
-        yield changed("rounding", match.end() - 1, match.end(), "z")
+    for kind, pattern in _ROUNDING.items():
+        for match in pattern.finditer(text):
+            yield changed(kind, match.end() - 1, match.end(), "z")
+
+
+#: How many of four faults must be noticed, where not all change something.
+ENOUGH = {
+    "bound": 1,  # most are never met: no chunk begins where its tensor ends
+    "rounding": 3,  # the square root corrects a last bit that is wrong on the way
+}
+
+
+def some(text: str, kind: str) -> dict[str, str]:
+    """Four faults of one kind, evenly over the text: what is changed, and the text."""
+    found = [(line, mutant) for its, line, mutant in mutants(text) if its == kind]
+    return dict(found[i * len(found) // 4] for i in range(4) if found)
+
+
+def check(text: str, kind: str, notices: Callable[[str], bool]) -> None:
+    """That ``notices`` is true of faulty texts."""
+    found = {line: notices(mutant) for line, mutant in some(text, kind).items()}
+    missed = [line for line, noticed in found.items() if not noticed]
+    assert found
+    assert len(found) - len(missed) >= min(len(found), ENOUGH.get(kind, 4)), f"not noticed: {missed}"
 
 
 def _toward_zero(nearest: Array, a: Array, b: Array, c: Array) -> Array:
