@@ -110,10 +110,10 @@ def _prmt(a: Array, b: Array, selector: Array) -> Array:
 
 
 def _bfi(a: Array, b: Array, position: Array, length: Array) -> Array:
-    """The low ``length`` bits of a put into b at ``position``; both are constants of the code, below 32."""
+    """The low ``length`` bits of a put into b at ``position``; both are constants of the code, below its width."""
     mask = ((np.uint64(1) << length.astype(np.uint64)) - np.uint64(1)) << position.astype(np.uint64)
     put = a.astype(np.uint64) << position.astype(np.uint64)
-    return (put & mask | b.astype(np.uint64) & ~mask).astype(np.uint32)
+    return (put & mask | b.astype(np.uint64) & ~mask).astype(a.dtype)
 
 
 def _bfe(a: Array, position: Array, length: Array) -> Array:
@@ -192,7 +192,8 @@ def _rules() -> dict[str, Rule]:
         rule(f"{name}.pred", "pred", "pred pred", function)
     rule("not.pred", "pred", "pred", np.logical_not)
     rule("prmt.b32", "b32", "b32 b32 b32", _prmt)
-    rule("bfi.b32", "b32", "b32 b32 u32 u32", _bfi)
+    for b in ("b32", "b64"):
+        rule(f"bfi.{b}", b, f"{b} {b} u32 u32", _bfi)
     for t in ("u32", "s32", "u64", "s64"):
         rule(f"bfe.{t}", t, f"{t} u32 u32", _bfe)
     wrap = lambda low, high, n: (
