@@ -69,7 +69,7 @@ CASES = {
 
 
 def chunk_of(dist: str) -> int:
-    return 16384 if dist == "normal" else 32768
+    return 32768
 
 
 @pytest.mark.parametrize("repeat", range(10))

@@ -157,6 +157,8 @@ def test_selected_instructions_by_hand():
     assert RULES["prmt.b32"].function(*u32(0x33221100, 0x77665544, 0x7531)) == 0x77553311
     assert RULES["prmt.b32"].function(*u32(0x80, 0, 0x8888)) == 0xFFFFFFFF  # the sign of byte 0
     assert RULES["bfi.b32"].function(*u32(0xFF, 0x12345678, 8, 8)) == 0x1234FF78
+    assert RULES["dp2a.lo.u32.u32"].function(*u32(0x12345678, 0x01, 0xFFFF0000)) == 0xFFFF5678
+    assert RULES["dp2a.lo.u32.u32"].function(*u32(0x12345678, 0xFF0302, 7)) == 7 + 2 * 0x5678 + 3 * 0x1234
     assert RULES["shr.s32"].function(np.array([-8], np.int32), np.array([40], np.uint32)) == -1
     assert RULES["shl.b32"].function(*u32(1, 32)) == 0
     assert RULES["div.s64"].function(np.array([-7]), np.array([2])) == -3
@@ -213,14 +215,15 @@ def on_ptx(device, monkeypatch):
 
 
 def chunk_of(dist: str) -> int:
-    return 16384 if dist == "normal" else 32768
+    return 32768
 
 
 def mixed_call(rng, dist: str, **fixed) -> dict:
     """Arguments of ``combine_`` for three tensors: an aligned one of which the first chunk takes the fast path and the
-    next, where the counter's low word wraps, does not (normals); one that nothing aligns; and one element."""
-    sizes = [2 * 16384 + 8 * rng.randrange(2048), 1 + rng.randrange(700), 1]
-    offsets = [8 * 2**32 - 16384 - 8 * rng.randrange(2048), rng.randrange(2**62), rng.randrange(2**40)]
+    next, where the counter's low word wraps and the tensor ends, does not; one that nothing aligns; and one element."""
+    beyond = rng.randrange(1, 1024)  # blocks of eight behind the wrap
+    sizes = [32768 + 8 * (beyond + rng.randrange(1024)), 1 + rng.randrange(700), 1]
+    offsets = [8 * 2**32 + 8 * beyond - sizes[0], rng.randrange(2**62), rng.randrange(2**40)]
     buffers, parts, kwargs = random_call(rng, sizes=sizes, dist=dist, aligned=True, offsets=offsets, **fixed)
     begin = 1 + rng.randrange(7)
     parts[1] = slice(begin, begin + sizes[1])

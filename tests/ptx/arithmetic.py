@@ -148,6 +148,11 @@ _FLOAT_ONLY = {  # true where one is NaN; neither; either
 _FLOAT_NE = lambda a, b: (a != b) & ~np.isnan(a) & ~np.isnan(b)
 
 
+def _dp2a_low(a: Array, b: Array, c: Array) -> Array:
+    """c + the two halves of a, times the two lowest bytes of b."""
+    return c + (a & 0xFFFF) * (b & 0xFF) + (a >> 16) * (b >> 8 & 0xFF)
+
+
 def _rules() -> dict[str, Rule]:
     rules: dict[str, Rule] = {}
 
@@ -192,6 +197,7 @@ def _rules() -> dict[str, Rule]:
         rule(f"{name}.pred", "pred", "pred pred", function)
     rule("not.pred", "pred", "pred", np.logical_not)
     rule("prmt.b32", "b32", "b32 b32 b32", _prmt)
+    rule("dp2a.lo.u32.u32", "u32", "u32 u32 u32", _dp2a_low)
     rule("bfi.b32", "b32", "b32 b32 u32 u32", _bfi)
     for t in ("u32", "s32", "u64", "s64"):
         rule(f"bfe.{t}", t, f"{t} u32 u32", _bfe)
