@@ -148,6 +148,16 @@ _FLOAT_ONLY = {  # true where one is NaN; neither; either
 _FLOAT_NE = lambda a, b: (a != b) & ~np.isnan(a) & ~np.isnan(b)
 
 
+def _in_pairs(function: Callable[..., Array]) -> Callable[..., Array]:
+    """A function of fp32 on the two halves of 64 bits."""
+
+    def both(*operands: Array) -> Array:
+        halves = [np.ascontiguousarray(np.atleast_1d(a)).view(np.float32) for a in operands]
+        return function(*halves).view(np.uint64)
+
+    return both
+
+
 def _dp2a_low(a: Array, b: Array, c: Array) -> Array:
     """c + the two halves of a, times the two lowest bytes of b."""
     return c + (a & 0xFFFF) * (b & 0xFF) + (a >> 16) * (b >> 8 & 0xFF)
@@ -218,6 +228,8 @@ def _rules() -> dict[str, Rule]:
         for name, function in {**_COMPARE, **_FLOAT_ONLY, "ne": _FLOAT_NE}.items():
             rule(f"setp.{name}.{t}", "pred", f"{t} {t}", function)
     rule("fma.rn.f32", "f32", "f32 f32 f32", fma32)
+    rule("fma.rn.f32x2", "b64", "b64 b64 b64", _in_pairs(fma32))
+    rule("mul.rn.f32x2", "b64", "b64 b64", _in_pairs(np.multiply))
     rule("div.rn.f32", "f32", "f32 f32", np.divide)
     rule("sqrt.rn.f32", "f32", "f32", np.sqrt)
     rule("min.f32", "f32", "f32 f32", _least)
