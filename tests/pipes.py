@@ -48,8 +48,8 @@ _OPCODES = {
     "alu": """BMSK F2FP F2IP FMNMX FMNMX3 FSEL FSET FSETP I2FP I2IP IABS IADD IADD3 IMNMX ISETP LEA LOP3 MOV P2R PLOP3 PRMT
         R2P SEL SGXT SHF VABSDIFF VIADD VIADDMNMX VIMNMX VIMNMX3 VOTE CSEL""",
     "fp32": "FADD FFMA FMUL",
-    "heavy": "IDP IMAD IMUL",
-    "both": "FADD2 FFMA2 FMUL2 HADD2 HFMA2 HMUL2",
+    "heavy": "HADD2 IDP IMAD IMUL",
+    "both": "FADD2 FFMA2 FMUL2 HFMA2 HMUL2",
     "xu": "F2F F2I FLO I2F MUFU POPC BREV",
     "fp64": "DADD DFMA DMUL DSETP",
     "memory": """ATOM ATOMG CCTL LD LDC LDCU LDG LDL LDS LDSM RED REDG REDUX S2R S2UR CS2R CS2UR SHFL ST STG STL STS STSM""",
@@ -158,20 +158,18 @@ _DTYPES = {"fp32": ("f32", 2), "bf16": ("bf16", 1), "fp16": ("f16", 1)}  # in C+
 
 def _combine(dist: str, dtype: str, count: int = 1, *, decay: bool = False, stochastic: bool = False) -> Kernel:
     cpp, accesses = _DTYPES[dtype]
-    elements = 64 if dist == "normal" else 128
     arguments = f"DType::{cpp}, {count}, {decay:d}, {stochastic:d}, false"
     name = f"combine, {dtype}, {dist}" + f", K = {count}" * (count > 1) + ", stochastic" * stochastic
     source = (f"combine_{dist}_kernel<{arguments}>", "CombineLaunch")
-    return Kernel(name, source, elements, elements // 8 * accesses, 4 * accesses)
+    return Kernel(name, source, 128, 16 * accesses, 4 * accesses)
 
 
 def _fan_out(dist: str, dtype: str, count: int) -> Kernel:
     """One pending update, or (0) any number of them."""
     cpp, accesses = _DTYPES[dtype]
-    elements = 64 if dist == "normal" else 128
     source = (f"combine_{dist}_kernel<DType::{cpp}, {count}, {count == 0:d}, false, true>", "CombineLaunch")
     name = f"fan_out, {dtype}, {dist}, {'one pending' if count else 'any number pending, one direction of them'}"
-    return Kernel(name, source, elements, 3 * elements // 8 * accesses, 8 * accesses)
+    return Kernel(name, source, 128, 3 * 16 * accesses, 8 * accesses)
 
 
 def _triton(dist: str, dtype: str, count: int = 1, *, stochastic: bool = False) -> Kernel:
@@ -215,7 +213,7 @@ def compile_cuda(kernels: Iterable[Kernel], architecture: int) -> bytes:
     if nvcc is None:
         raise FileNotFoundError("nvcc: expected on PATH or in /usr/local/cuda/bin")
     lines = ['#include "csrc/cuda/combine_kernel.cuh"', "namespace zk::cuda {"]
-    lines += [f"template __global__ void {k.source[0]}({k.source[1]});" for k in kernels]
+    lines += [f"template __global__ void {k.source[0]}(const __grid_constant__ {k.source[1]});" for k in kernels]
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder, "kernels.cu"), Path(folder, "kernels.cubin")
         source.write_text("\n".join([*lines, "}", ""]))
@@ -314,7 +312,7 @@ CARDS = [
     Card("B200", 100, 148, 1.85, 8.0),
 ]
 
-BEGIN, END = "<!-- pipes: begin -->", "<!-- pipes: end -->"
+MARKS = "<!-- pipes: begin -->", "<!-- pipes: end -->"
 PAGE = ROOT / "docs/performance.md"
 
 
@@ -349,9 +347,9 @@ def main() -> None:
     if not write:
         print(text)
         return
-    page = PAGE.read_text()
-    head, rest = page.split(BEGIN)
-    PAGE.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}")
+    begin, end = MARKS
+    head, rest = PAGE.read_text().split(begin)
+    PAGE.write_text(f"{head}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}")
 
 
 if __name__ == "__main__":

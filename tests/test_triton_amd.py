@@ -20,9 +20,9 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set: there is no compiler in this process", allow_module_level=True)
 
-from triton_amd_worker import KERNELS  # noqa: E402
+from triton_amd_worker import COUNTED, TARGETS, kernels_of  # noqa: E402
+from triton_kernels import EVERY  # noqa: E402
 
-TARGETS = ("gfx942", "gfx1100")
 WORKER = Path(__file__).parent / "triton_amd_worker.py"
 
 
@@ -40,24 +40,29 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     return found
 
 
-@pytest.fixture(params=TARGETS)
-def kernel(folders, request):
-    """name, dtypes -> the compiled kernel."""
+@pytest.fixture
+def kernel(folders):
+    """target, name, dtypes -> the compiled kernel."""
 
-    def read(name: str, dtypes: str) -> amdgcn.Kernel:
-        path = folders[request.param] / f"{name}, {dtypes}"
+    def read(target: str, name: str, dtypes: str) -> amdgcn.Kernel:
+        path = folders[target] / f"{name}, {dtypes}"
         if (error := path.with_suffix(".error")).exists():
             pytest.fail(error.read_text(), pytrace=False)
         return amdgcn.Kernel(path.with_suffix(".s").read_text())
 
-    read.target = request.param
     return read
 
 
+def test_every_kernel_and_dtype_has_a_target():
+    compiled = [kernel for target in TARGETS for kernel in kernels_of(target)]
+    assert set(compiled) == {(name, dtypes) for name in EVERY for dtypes in EVERY[name]}
+    assert len(compiled) == len(set(compiled)) + len(COUNTED) * (len(TARGETS) - 1)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "dtypes"), KERNELS)
-def test_every_kernel_compiles(kernel, name, dtypes):
-    found = kernel(name, dtypes)
+@pytest.mark.parametrize(("target", "name", "dtypes"), [(t, *kernel) for t in TARGETS for kernel in kernels_of(t)])
+def test_every_kernel_compiles(kernel, target, name, dtypes):
+    found = kernel(target, name, dtypes)
     assert len(found.lines) > 20
     # 3: subnormals are neither flushed when read nor when written.  0: to nearest, ties to even.
     assert [found.directive(f"float_denorm_mode_{bits}") for bits in ("32", "16_64")] == [3, 3]
@@ -67,16 +72,17 @@ def test_every_kernel_compiles(kernel, name, dtypes):
 
 
 @pytest.mark.slow
-def test_no_product_and_sum_are_contracted(kernel):
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_product_and_sum_are_contracted(kernel, target):
     """The fmas of the contract, 12 a pair and one an element in a loop of 32 elements; and two of each square root.
 
     Rademacher noise has sums alone in whole programs; the eight fmas are those of the edges.
     """
-    loop = kernel("combine_kernel", "fp32").hot_loop()
+    loop = kernel(target, "combine_kernel", "fp32").hot_loop()
     assert loop.count(r"v_sqrt_f32") == 16
     assert loop.count(amdgcn.FMA) == 12 * 16 + 32 + 2 * 16
     assert loop.count(amdgcn.WIDE_LOAD) == loop.count(amdgcn.WIDE_STORE) == 8
-    rademacher = kernel("combine_table_kernel", "fp32")
+    rademacher = kernel(target, "combine_table_kernel", "fp32")
     assert rademacher.count(amdgcn.FMA) == 8
     assert rademacher.count(r"v_(dual_|pk_)?add_f32|v_(dual_)?sub_f32") >= 128
 
@@ -89,13 +95,14 @@ CEILINGS = [
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("name", "dtypes", "elements", "ceilings"), CEILINGS)
-def test_instructions_per_element(kernel, name, dtypes, elements, ceilings):
-    loop = kernel(name, dtypes).hot_loop()
+def test_instructions_per_element(kernel, target, name, dtypes, elements, ceilings):
+    loop = kernel(target, name, dtypes).hot_loop()
     figure = len(loop.lines) / elements
     if os.environ.get("ZOKERNELS_SHOW_SASS"):
-        print(f"\n{figure:.2f} instructions per element; {kernel.target}: {name}, {dtypes}")
-    assert 20 < figure <= dict(zip(TARGETS, ceilings, strict=True))[kernel.target]
+        print(f"\n{figure:.2f} instructions per element; {target}: {name}, {dtypes}")
+    assert 20 < figure <= dict(zip(TARGETS, ceilings, strict=True))[target]
     assert loop.count(r"ds_|s_barrier") == 0
 
 

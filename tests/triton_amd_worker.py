@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel for an AMD architecture: ``python triton_amd_worker.py gfx942 FOLDER``.
+"""Compiles Triton kernels for an AMD architecture: ``python triton_amd_worker.py gfx942 FOLDER``.
 
 Leaves in FOLDER the assembly of each, or the error.  torch is told that it is one for ROCm before the kernels are
 imported: so a process can compile for AMD or for NVIDIA, never for both.
@@ -15,12 +15,20 @@ if __name__ == "__main__":
 
 from triton_kernels import EVERY
 
-#: Name and dtypes: each kernel, the first of its dtypes; LLVM takes ten times as long as for NVIDIA.
-KERNELS = [*((name, next(iter(EVERY[name]))) for name in EVERY), ("combine_kernel", "bf16")]
+TARGETS = ("gfx942", "gfx1100")
+#: Name and dtypes of what is counted, which both targets compile.
+COUNTED = [("combine_kernel", "fp32"), ("combine_kernel", "bf16"), ("combine_table_kernel", "fp32")]
+
+
+def kernels_of(target: str) -> list[tuple[str, str]]:
+    """Name and dtypes: every other of all kernels and dtypes, so that the targets have each of them once between them."""
+    every = [(name, dtypes) for name in EVERY for dtypes in EVERY[name]]
+    own = [kernel for kernel in every[TARGETS.index(target) :: len(TARGETS)] if kernel not in COUNTED]
+    return COUNTED + own
 
 
 def main(target: str, folder: str) -> None:
-    for name, dtypes in KERNELS:
+    for name, dtypes in kernels_of(target):
         path = pathlib.Path(folder) / f"{name}, {dtypes}"
         try:
             path.with_suffix(".s").write_text(EVERY[name][dtypes](target).asm["amdgcn"])
