@@ -52,12 +52,12 @@ def test_normals_equal_the_references(ptx, rng, architecture, ulps):
     memory = Memory(1 << 18, 2)
     source = memory.place(words.int(), written=True, writable=False)
     z = memory.place(torch.zeros(2048, 8), written=False, writable=True)
-    arguments = [t.data_ptr().to_bytes(8, "little") for t in (source, z)] + [0x007FFFFF .to_bytes(4, "little")]
+    arguments = [t.data_ptr().to_bytes(8, "little") for t in (source, z)] + [0x007FFFFF.to_bytes(4, "little")]
     Machine(parse(ptx[architecture])["normals"], rsqrt_ulps=ulps).run(8, arguments, memory)
     assert torch.equal(z, normal_from_words(words & 0xFFFFFFFF).view(2048, 8))
 
 
 def test_only_sm_100_has_pairs(ptx):
-    """For two radii: the square of the angle, three fmas of each polynomial, and three products.  A block has four radii."""
+    """For two radii: the square of the angle, three fmas a polynomial, three products.  A block has four radii."""
     packed = {architecture: text.count(".rn.f32x2") for architecture, text in ptx.items()}
     assert packed == {90: 0, 100: 2 * 10}

@@ -21,7 +21,7 @@ COUNTED = [("combine_kernel", "fp32"), ("combine_kernel", "bf16"), ("combine_tab
 
 
 def kernels_of(target: str) -> list[tuple[str, str]]:
-    """Name and dtypes: every other of all kernels and dtypes, so that the targets have each of them once between them."""
+    """Name and dtypes: every other one of all, so that the targets have each kernel and dtype once between them."""
     every = [(name, dtypes) for name in EVERY for dtypes in EVERY[name]]
     own = [kernel for kernel in every[TARGETS.index(target) :: len(TARGETS)] if kernel not in COUNTED]
     return COUNTED + own

@@ -44,8 +44,8 @@ def round_stochastic(x, u16, dtype: tl.constexpr):
     subnormal in the place of the last kept bit of a normal.  Infinities stay: their mantissa of 0 carries nothing over.
     """
     if dtype == tl.bfloat16:
-        # A NaN that NVIDIA's arithmetic makes has all bits but the sign set, to which nothing may be added.  As integers all
-        # numbers and infinities are smaller, the negative ones too, and other NaNs here end in zeros.
+        # A NaN that NVIDIA's arithmetic makes has all bits but the sign set, to which nothing may be added.  As
+        # integers all numbers and infinities are smaller, negative ones too, and other NaNs here end in zeros.
         bits = tl.minimum(x.to(tl.int32, bitcast=True), 0x7FFF0000).to(tl.uint32, bitcast=True)
         return _high_half(bits + u16)
     else:

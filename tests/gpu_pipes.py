@@ -1,13 +1,13 @@
 """What each kernel costs an NVIDIA GPU on each of its pipes, from its machine code: a bound, and not a measurement.
 
-    python tests/pipes.py            prints the table of docs/performance.md
-    python tests/pipes.py --write    puts it there
+    python tests/gpu_pipes.py            prints the table of docs/performance.md
+    python tests/gpu_pipes.py --write    puts it there
 
-A multiprocessor is four sub-partitions.  Each issues one instruction of a warp (32 threads) in a cycle, and has pipes of
-its own that take an instruction for several cycles: ``ALU`` 2, ``FMA`` 2 (from sm_90 on it is two pipes, a heavy and a
-lite one; integer products are the heavy one's alone, an ``IMAD.WIDE`` 4 cycles of it), ``XU`` 8.  Cycles an element are
-those of a sub-partition for 32 elements, which a warp's threads handle side by side; so they compare with instructions an
-element, which are the cycles of the issue slot.  The largest of a kernel's figures is its bound:
+A multiprocessor is four sub-partitions.  Each issues one instruction of a warp (32 threads) in a cycle, and has
+pipes of its own that take an instruction for several cycles: ``ALU`` 2, ``FMA`` 2 (from sm_90 on it is two pipes, a
+heavy and a lite one; integer products are the heavy one's alone, an ``IMAD.WIDE`` 4 cycles of it), ``XU`` 8.  Cycles
+an element are those of a sub-partition for 32 elements, which a warp's threads handle side by side; so they compare
+with instructions an element, which are the cycles of the issue slot.  The largest of a kernel's figures is its bound:
 
     elements a second = multiprocessors x 4 x 32 x clock / cycles
 
@@ -17,13 +17,13 @@ caches and the order of instructions are not part of this.
 Where the figures come from:
 
 * results a clock and multiprocessor of each kind of instruction: CUDA C++ Programming Guide, "Throughput of Native
-  Arithmetic Instructions" (fp32 64 on 8.0 and 128 on 9.0 and 10.0; integer, logic, comparison, shift 64; special functions
-  16).  A warp's 32 results at 64 a clock and multiprocessor are 2 cycles of a sub-partition.
-* which pipe takes which instruction: Nsight Compute's documentation ("Pipelines") names the kinds; for single opcodes the
-  counters of Nsight Compute, read by others: for 8.0 and 9.0 github.com/cicuvc/nvidia-sass-document (A100 and H100:
-  IMAD.WIDE 4 cycles, IDP 2 of the pipe that multiplies, F2FP and VIMNMX of the ALU), for 10.x
-  github.com/ademeure/QuickRunCUDA (B300: FFMA2 takes heavy and lite together for 2 cycles, I2FP the ALU), and NVIDIA's
-  answer at forums.developer.nvidia.com/t/302018/7 (heavy: IMAD, IDP and fp32; lite: fp32).
+  Arithmetic Instructions" (fp32 64 on 8.0 and 128 on 9.0 and 10.0; integer, logic, comparison, shift 64; special
+  functions 16).  A warp's 32 results at 64 a clock and multiprocessor are 2 cycles of a sub-partition.
+* which pipe takes which instruction: Nsight Compute's documentation ("Pipelines") names the kinds; for single
+  opcodes the counters of Nsight Compute, read by others: for 8.0 and 9.0 github.com/cicuvc/nvidia-sass-document (A100
+  and H100: IMAD.WIDE 4 cycles, IDP 2 of the pipe that multiplies, F2FP and VIMNMX of the ALU), for 10.x
+  github.com/ademeure/QuickRunCUDA (B300: FFMA2 takes heavy and lite together for 2 cycles, I2FP the ALU), and
+  NVIDIA's answer at forums.developer.nvidia.com/t/302018/7 (heavy: IMAD, IDP and fp32; lite: fp32).
 """
 
 from __future__ import annotations
@@ -43,18 +43,20 @@ import disassembly
 ROOT = Path(__file__).parent.parent
 ARCHITECTURES = (80, 90, 100)
 
-#: Pipe of an opcode by its part before the first dot.  "fp32": heavy or lite, whichever is free; "both": the two together.
+#: Pipe of an opcode by its part before the first dot.  "fp32": heavy or lite, whichever is free; "both": the two
+#: together.
 _OPCODES = {
-    "alu": """BMSK F2FP F2IP FMNMX FMNMX3 FSEL FSET FSETP I2FP I2IP IABS IADD IADD3 IMNMX ISETP LEA LOP3 MOV P2R PLOP3 PRMT
-        R2P SEL SGXT SHF VABSDIFF VIADD VIADDMNMX VIMNMX VIMNMX3 VOTE CSEL""",
+    "alu": """BMSK CSEL F2FP F2IP FMNMX FMNMX3 FSEL FSET FSETP I2FP I2IP IABS IADD IADD3 IMNMX ISETP LEA LOP3 MOV P2R
+        PLOP3 PRMT R2P SEL SGXT SHF VABSDIFF VIADD VIADDMNMX VIMNMX VIMNMX3 VOTE""",
     "fp32": "FADD FFMA FMUL",
     "heavy": "HADD2 IDP IMAD IMUL",
     "both": "FADD2 FFMA2 FMUL2 HFMA2 HMUL2",
-    "xu": "F2F F2I FLO I2F MUFU POPC BREV",
+    "xu": "BREV F2F F2I FLO I2F MUFU POPC",
     "fp64": "DADD DFMA DMUL DSETP",
-    "memory": """ATOM ATOMG CCTL LD LDC LDCU LDG LDL LDS LDSM RED REDG REDUX S2R S2UR CS2R CS2UR SHFL ST STG STL STS STSM""",
-    "control": """BAR BMOV BRA BREAK BSSY BSYNC CALL DEPBAR ERRBAR EXIT MEMBAR NANOSLEEP NOP RET WARPSYNC YIELD ACQBULK PREEXIT
-        BRX LEPC JMP""",
+    "memory": """ATOM ATOMG CCTL CS2R CS2UR LD LDC LDCU LDG LDL LDS LDSM RED REDG REDUX S2R S2UR SHFL ST STG STL STS
+        STSM""",
+    "control": """ACQBULK BAR BMOV BRA BREAK BRX BSSY BSYNC CALL DEPBAR ERRBAR EXIT JMP LEPC MEMBAR NANOSLEEP NOP
+        PREEXIT RET WARPSYNC YIELD""",
 }
 PIPE_OF = {name: pipe for pipe, names in _OPCODES.items() for name in names.split()}
 
@@ -69,9 +71,9 @@ def pipe_of(opcode: str) -> str:
         return "control"
     if name in PIPE_OF:
         return PIPE_OF[name]
-    if name.startswith("U") or name.startswith("R2U"):
+    if name.startswith(("U", "R2U")):
         return "uniform"
-    raise KeyError(f"{opcode}: expected an opcode whose pipe tests/pipes.py knows")
+    raise KeyError(f"{opcode}: expected an opcode whose pipe tests/gpu_pipes.py knows")
 
 
 @dataclass(frozen=True)
@@ -140,8 +142,8 @@ class Kernel:
     """A kernel of the table, and what one of its threads does where nothing is masked."""
 
     name: str
-    #: An instantiation of a template of csrc/cuda, in namespace zk::cuda, with the type of its argument; or a function that
-    #: compiles a kernel of Triton's for an architecture.
+    #: An instantiation of a template of csrc/cuda, in namespace zk::cuda, with the type of its argument; or a function
+    #: that compiles a kernel of Triton's for an architecture.
     source: tuple[str, str] | Callable[[int], bytes]
     elements: int
     stores: int  # of 16 bytes
@@ -153,7 +155,8 @@ class Kernel:
         return "CUDA" if isinstance(self.source, tuple) else "Triton"
 
 
-_DTYPES = {"fp32": ("f32", 2), "bf16": ("bf16", 1), "fp16": ("f16", 1)}  # in C++, and 16-byte accesses of eight elements
+#: In C++, and 16-byte accesses of eight elements.
+_DTYPES = {"fp32": ("f32", 2), "bf16": ("bf16", 1), "fp16": ("f16", 1)}
 
 
 def _combine(dist: str, dtype: str, count: int = 1, *, decay: bool = False, stochastic: bool = False) -> Kernel:
@@ -282,7 +285,7 @@ def rows(kernels: Iterable[Kernel], architecture: int) -> list[Row]:
 
 @dataclass(frozen=True)
 class Card:
-    """Assumed, not measured, but for the H200's copy: 4.3 of the 4.8 TB/s of its data sheet, whose share the others take."""
+    """Assumed, not measured, but for the H200's copy: 4.3 of its data sheet's 4.8 TB/s.  The others take that share."""
 
     name: str
     architecture: int
@@ -317,9 +320,9 @@ PAGE = ROOT / "docs/performance.md"
 
 
 def table(found: Iterable[Row]) -> str:
-    """Markdown: a line for each kernel and architecture, and for each of its cards the bound and the share of a copy."""
+    """Markdown: a line for each kernel and architecture, with the bound and the share of a copy on its cards."""
     lines = [
-        "| kernel | | registers | warps | KB in flight | issue | ALU | FMA | XU | predicted: bound, share of a copy |",
+        "| kernel | | registers | warps | KB in flight | issue | ALU | FMA | XU | predicted: bound, share of copy |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
     for row in found:

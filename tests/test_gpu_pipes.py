@@ -1,4 +1,4 @@
-"""Ceilings on the pipe that decides, of every kernel of docs/performance.md's table and each architecture.  No GPU needed."""
+"""Ceilings on the pipe that decides, of each kernel and architecture in docs/performance.md's table.  No GPU needed."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import subprocess
 from collections import Counter
 
 import disassembly
-import pipes
+import gpu_pipes
 import pytest
-from pipes import CARDS, CUDA, TRITON, Kernel, Row, cycles, pipe_of, warps_resident
+from gpu_pipes import CARDS, CUDA, TRITON, Kernel, Row, cycles, pipe_of, warps_resident
 
 # --- the table's own arithmetic ---------------------------------------------------------------------------------------
 
@@ -30,8 +30,8 @@ def test_what_only_one_half_of_the_pipe_takes():
 
 
 def test_pipes_of_opcodes():
-    found = [pipe_of(op) for op in ("FFMA2", "IMAD.MOV.U32", "F2FP.BF16.F32.PACK_AB", "UIADD3.X", "I2F.S16", "HFMA2.MMA")]
-    assert found == ["both", "heavy", "alu", "uniform", "xu", "control"]
+    opcodes = ("FFMA2", "IMAD.MOV.U32", "F2FP.BF16.F32.PACK_AB", "UIADD3.X", "I2F.S16", "HFMA2.MMA")
+    assert [pipe_of(op) for op in opcodes] == ["both", "heavy", "alu", "uniform", "xu", "control"]
     with pytest.raises(KeyError, match="HMMA"):
         pipe_of("HMMA.16816.F32")
 
@@ -59,7 +59,7 @@ def test_loads_in_flight_by_hand():
 
 
 def test_share_of_a_copy():
-    row = Row(Kernel("", ("", ""), 1, 1, 4), 90, pipes.Cycles(20, 1, 1, 1), 32, 64, 0, 0, Counter())
+    row = Row(Kernel("", ("", ""), 1, 1, 4), 90, gpu_pipes.Cycles(20, 1, 1, 1), 32, 64, 0, 0, Counter())
     h200 = next(card for card in CARDS if card.name == "H200")
     assert h200.bound(row) == pytest.approx(132 * 4 * 32 * 1.755e9 / 20 * 4 / 1e12)
     assert h200.share(row) == 1
@@ -75,7 +75,7 @@ def found() -> dict[tuple[Kernel, int], Row]:
     pytest.importorskip("triton")
     if disassembly.find_tool("nvcc") is None:
         pytest.skip("no nvcc")
-    return {(row.kernel, row.architecture): row for row in pipes.everything()}
+    return {(row.kernel, row.architecture): row for row in gpu_pipes.everything()}
 
 
 #: Cycles an element on the pipe that decides, with nvcc 13.0 or Triton 3.7.1: sm_80, sm_90, sm_100.
@@ -102,16 +102,16 @@ TRITON_CEILINGS = {
 }
 
 
-@pytest.mark.parametrize("architecture", pipes.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", gpu_pipes.ARCHITECTURES)
 @pytest.mark.parametrize("kernel", [*CUDA, *TRITON], ids=lambda k: f"{k.backend}: {k.name}")
 def test_the_pipe_that_decides(found, kernel, architecture):
     row = found[kernel, architecture]
     ceilings = (CEILINGS if kernel.backend == "CUDA" else TRITON_CEILINGS)[kernel.name]
-    ceiling = ceilings[pipes.ARCHITECTURES.index(architecture)]
+    ceiling = ceilings[gpu_pipes.ARCHITECTURES.index(architecture)]
     assert 0.9 * ceiling < row.cycles.bound <= ceiling, (row.cycles, row.opcodes.most_common(12))
 
 
-@pytest.mark.parametrize("architecture", pipes.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", gpu_pipes.ARCHITECTURES)
 @pytest.mark.parametrize("kernel", [*CUDA, *TRITON], ids=lambda k: f"{k.backend}: {k.name}")
 def test_nothing_is_spilled(found, kernel, architecture):
     assert found[kernel, architecture].spills == 0
@@ -129,12 +129,12 @@ def test_goals(found, name, card, goal):
 
 
 def test_the_page_has_this_table(found):
-    """``python tests/pipes.py --write`` puts it there."""
+    """``python tests/gpu_pipes.py --write`` puts it there."""
     import triton
 
     nvcc = subprocess.run([disassembly.find_tool("nvcc"), "--version"], capture_output=True, text=True, check=True)
     if "release 13.0" not in nvcc.stdout or triton.__version__ != "3.7.1":
         pytest.skip("the page is of nvcc 13.0 and Triton 3.7.1")
-    begin, end = pipes.MARKS
-    text = pipes.PAGE.read_text().split(begin)[1].split(end)[0]
-    assert text.strip() == pipes.table(found.values()).strip()
+    begin, end = gpu_pipes.MARKS
+    text = gpu_pipes.PAGE.read_text().split(begin)[1].split(end)[0]
+    assert text.strip() == gpu_pipes.table(found.values()).strip()
