@@ -108,8 +108,8 @@ ZK_GLOBAL combine_normal_kernel(ZK_GRID_CONSTANT CombineLaunch p) {
     const auto access = [&](int s) {
       return VectorAccess{position + static_cast<int64_t>(threadIdx.x) * kVector, s * kThreads};
     };
-    // Loads in flight. A fan-out holds the keys of up to three seeds and would spill with eight.
-    constexpr int kFlight = 4;
+    // Loads in flight. A fan-out that rounds holds the keys of three seeds and would spill with four.
+    constexpr int kFlight = FanOut && kRound ? 2 : 4;
     ZK_NO_UNROLL
     for (int first = 0; first < kSteps; first += kFlight) {
       typename S::Raw raw[kFlight];
