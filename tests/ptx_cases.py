@@ -26,7 +26,7 @@ PROGRAM = 16384
 
 def chunk_of(dist: str) -> int:
     """Logical indices of a block of the CUDA kernels, of one or two programs of Triton's."""
-    return 16384 if dist == "normal" else 32768
+    return 32768
 
 
 def places(rng: random.Random, dist: str) -> dict:

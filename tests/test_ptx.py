@@ -234,6 +234,8 @@ def test_selected_instructions_by_hand():
     assert RULES["prmt.b32"].function(*u32(0x33221100, 0x77665544, 0x7531)) == 0x77553311
     assert RULES["prmt.b32"].function(*u32(0x80, 0, 0x8888)) == 0xFFFFFFFF  # the sign of byte 0
     assert RULES["bfi.b32"].function(*u32(0xFF, 0x12345678, 8, 8)) == 0x1234FF78
+    assert RULES["dp2a.lo.u32.u32"].function(*u32(0x12345678, 0x01, 0xFFFF0000)) == 0xFFFF5678
+    assert RULES["dp2a.lo.u32.u32"].function(*u32(0x12345678, 0xFF0302, 7)) == 7 + 2 * 0x5678 + 3 * 0x1234
     assert RULES["shr.s32"].function(np.array([-8], np.int32), np.array([40], np.uint32)) == -1
     assert RULES["shl.b32"].function(*u32(1, 32)) == 0
     assert RULES["div.s64"].function(np.array([-7]), np.array([2])) == -3

@@ -254,7 +254,7 @@ def test_instructions_of_other_kernels(name):
 ROWS = {
     "combine": (lambda: rows_kernel(90), 4, 24.5),
     "combine, fp32": (lambda: rows_kernel(90, dtype="fp32"), 4, 23.5),
-    "combine, stochastic": (lambda: rows_kernel(90, present=("rounding_seed",)), 4, 34.5),
+    "combine, stochastic": (lambda: rows_kernel(90, present=("rounding_seed",)), 4, 32.5),
     "combine, Rademacher": (lambda: rows_kernel(90, "rademacher"), 4, 17.5),
     "adam, fp32 states": (lambda: update_rows_kernel(90), 16, 64.0),
 }
