@@ -9,6 +9,7 @@ Home   where the parameters' values are                         zokernels.offloa
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -125,9 +126,20 @@ def home_of(param: Tensor) -> Home:
     return home
 
 
+_moves = itertools.count(1)
+_last_move = 0
+
+
 def move_home(param: Tensor, home: Home) -> None:
     """From now on the values of ``param`` are in ``home``."""
+    global _last_move
     param._zo_home = home  # type: ignore[attr-defined]
+    _last_move = next(_moves)
+
+
+def last_move() -> int:
+    """The number of the last :func:`move_home` in this process: while it stays, so do the homes of all parameters."""
+    return _last_move
 
 
 def common_home(op: str, groups: list[Group]) -> Home:

@@ -93,7 +93,7 @@ class StepOptimizer(torch.optim.Optimizer):
     def _begin_alone(self) -> None:
         """Sets what neither a copy nor a pickle takes along: the surroundings, scratch and graphs."""
         self.team, self.log, self.passes = Team(), Log(), ThreePass()
-        self.scratch = ScratchPool()
+        self.scratch, self.planner = ScratchPool(), groups.Planner()
         self.cache: dict[Any, Any] = {}
         self.graph_rng: GraphRng | None = None
         self.carried = False
@@ -218,7 +218,7 @@ class StepOptimizer(torch.optim.Optimizer):
 
     def plan(self) -> list[Bucket]:
         """The buckets of the next step.  Raises where the groups would make it fail."""
-        buckets = groups.plan(self.op, self.param_groups)
+        buckets = self.planner.plan(self.op, self.param_groups)
         for group in self.param_groups:
             self.rule.check(self.op, group)
         return buckets if self.subset is None else self.subset.select(self, buckets)

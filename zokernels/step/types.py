@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..functional import Dist
+from ..functional import Dist, Plan
 from ..transfer import to_device
 from .noise import DENSE, Members, Noise
 
@@ -71,10 +71,26 @@ class Bucket:
     #: Seeds and coefficients that the update adds to its own: the next step's perturbation
     #: (:class:`TwoPass`).
     ahead: tuple[Tensor, Tensor] | None = None
+    #: Of :attr:`params`, kept from step to step; a bucket of others has another or none.
+    plan: Plan | None = field(default=None, init=False)
 
     @property
     def members(self) -> Members:
-        return Members(self.params, self.streams, self.dist)
+        return Members(self.params, self.streams, self.dist, self.plan)
+
+    def following(self) -> Bucket:
+        """The same bucket, eps and noise included, with the weights at theta."""
+        bucket = replace(self, at={}, ahead=None)
+        bucket.plan = self.plan
+        return bucket
+
+    def of(self, group: Group) -> Bucket:
+        """A bucket of the same parameters for a step with ``group``, whose hyper-parameters may be others."""
+        bucket = Bucket(
+            group, self.device, self.dtype, self.params, self.streams, self.names, eps=group["eps"], dist=group["dist"]
+        )
+        bucket.plan = self.plan
+        return bucket
 
     def point(self, k: int, sign: int) -> Point:
         """theta + sign * eps * z_k."""
