@@ -148,7 +148,9 @@ class Plan:
                 break
         else:
             operation(*args)
-            return self._keep(_outcome(key, prints, backend, kernel, columns, terms))
+            if not any(t.is_neg() for group in columns for t in group or ()):  # memory that holds the values' negatives
+                self._keep(_outcome(key, prints, backend, kernel, columns, terms))
+            return
         if at:
             self._keep(self._outcomes.pop(at))
         check_values(op, self.params, terms)
@@ -162,7 +164,6 @@ class Plan:
                 terms.decay, terms.rounding_seed, terms.mask_seed, terms.mask_keep,
             )  # fmt: skip
         written(*changed)
-        return None
 
     def _keep(self, outcome: _Outcome) -> None:
         self._outcomes.insert(0, outcome)

@@ -19,7 +19,6 @@ from torch import Tensor
 from ..checks import fail
 from .estimators import Estimator
 from .probes.probe import Probe
-from .shard import any_sharded
 from .state import DeviceState, HostState
 from .types import Bucket, Estimate, Group, Seeds
 
@@ -46,7 +45,7 @@ class Team:
 
     def begin(self, optimizer: OptimizerView, buckets: Sequence[Bucket]) -> None:
         """Called before a step."""
-        if any_sharded(p for b in buckets for p in b.params):
+        if any(b.is_sharded for b in buckets):
             fail(optimizer.op, "mesh", "a mesh with all ranks that share the weights", None)
 
     def changed(self) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..functional import Dist, Plan
 from ..transfer import to_device
 from .noise import DENSE, Members, Noise
+from .shard import any_sharded
 
 #: A parameter group, as ``optimizer.param_groups`` has them.
 Group = dict[str, Any]
@@ -75,6 +77,10 @@ class Bucket:
     plan: Plan | None = field(default=None, init=False)
 
     @property
+    def is_sharded(self) -> bool:
+        return self.plan is None and any_sharded(self.params)  # a plan has no shards
+
+    @property
     def members(self) -> Members:
         return Members(self.params, self.streams, self.dist, self.plan)
 
@@ -100,6 +106,8 @@ class Bucket:
         """The coefficients that lead from :attr:`at` back to theta: float64 [q], on the device of ``g``."""
         back = torch.zeros_like(g, dtype=torch.float64)
         for k, c in self.at.items():
+            if len(back) == 1 and not isinstance(c, Tensor):
+                return back.fill_(-c)
             back[k].sub_(c)
         return back
 
@@ -120,3 +128,5 @@ class Estimate(NamedTuple):
     multiple: Tensor | None = None  #: the rule's choice among its trials, a factor of g (fp32, 0-dim)
     #: Groups whose parameters are on other stages of a pipeline alone, each with its g.
     elsewhere: Sequence[tuple[Group, Tensor]] = ()
+    #: g of each (eps, clip) that some group has, whether finite or not.
+    raw: Mapping[tuple[float, float | None], Tensor] = MappingProxyType({})
