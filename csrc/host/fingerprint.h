@@ -46,9 +46,10 @@ class Fingerprints {
     for (const py::handle type : types_) plain_.push_back(type.ptr());
   }
 
-  // Of lists of tensors: how many each has, and of each tensor address, dtype, device, shape and strides. None where one is
-  // not of the ordinary classes, or has no memory to read. An entry that is None counts as an empty list.
-  py::object of(const py::tuple& groups) const {
+  // Of lists of tensors: how many each has, and of each tensor address, dtype, device, shape and strides; with `objects` also
+  // which object it is. None where one is not of the ordinary classes, or has no memory to read. An entry that is None counts
+  // as an empty list.
+  py::object of(const py::tuple& groups, bool objects) const {
     std::vector<int64_t> found;
     found.reserve(reserved_);
     for (const py::handle group : groups) {
@@ -61,7 +62,9 @@ class Fingerprints {
       const Py_ssize_t count = PySequence_Fast_GET_SIZE(sequence.ptr());
       found.push_back(count);
       for (Py_ssize_t i = 0; i < count; ++i) {
-        if (!add(PySequence_Fast_GET_ITEM(sequence.ptr(), i), found)) return py::none();
+        PyObject* object = PySequence_Fast_GET_ITEM(sequence.ptr(), i);
+        if (!add(object, found)) return py::none();
+        if (objects) found.push_back(static_cast<int64_t>(reinterpret_cast<intptr_t>(object)));
       }
     }
     reserved_ = found.size();
@@ -86,8 +89,9 @@ class Fingerprints {
     int64_t dtype = 0, device = 0;
     std::memcpy(&dtype, &t.dtype, sizeof(t.dtype));
     std::memcpy(&device, &t.device, sizeof(t.device));
-    const int64_t words[] = {static_cast<int64_t>(reinterpret_cast<intptr_t>(t.data)) + static_cast<int64_t>(t.byte_offset),
-                             dtype | int64_t{t.ndim} << 32, device};
+    const int64_t words[] = {
+        static_cast<int64_t>(reinterpret_cast<intptr_t>(t.data)) + static_cast<int64_t>(t.byte_offset),
+        dtype | int64_t{t.ndim} << 32, device};
     found.insert(found.end(), words, words + 3);
     found.insert(found.end(), t.shape, t.shape + t.ndim);
     found.insert(found.end(), t.strides, t.strides + t.ndim);

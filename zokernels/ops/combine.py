@@ -107,9 +107,10 @@ def combine_(
         *row_args("combine_", tensors, rows),
     )
     if plan is None:
-        return _combine_(tensors, *args)
+        _combine_(tensors, *args)
+        return
     terms = Terms(*args)
-    return plan.run(
+    plan.run(
         "combine_", _combine_, (tensors, *args), "combine",
         Columns(tensors, masks=terms.masks, curvature=terms.curvature), terms,
         direct=lambda kernel: kernel(tensors, tensors, terms), changed=[tensors],
@@ -149,9 +150,10 @@ def combine(
         *row_args("combine", tensors, rows),
     )
     if plan is None:
-        return _combine(into, tensors, *args)
+        _combine(into, tensors, *args)
+        return
     terms = Terms(*args)
-    return plan.run(
+    plan.run(
         "combine", _combine, (into, tensors, *args), "combine",
         Columns(tensors, into, masks=terms.masks, curvature=terms.curvature), terms,
         direct=lambda kernel: kernel(into, tensors, terms), changed=[into],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -203,22 +202,23 @@ def _numbered(op: str, groups: list[Group]) -> list[tuple[int, Bucket]]:
 class Planner:
     """:func:`plan` for one step after the other: buckets are kept while nothing that they depend on changes.
 
-    dtype, device, memory and requires_grad of a parameter may change between steps, and the groups, too.  All of that is
-    compared at each step, for all parameters together in about a tenth of a microsecond each.
+    dtype, device, memory and requires_grad of a parameter may change between steps, and the groups, too.  All of
+    that is compared at each step, for all parameters together in about a tenth of a microsecond each.
     """
 
     def __init__(self) -> None:
-        self._facts: list[Any] | None = None
+        self._facts: tuple[Any, ...] | None = None
         self._kept: list[tuple[int, Bucket]] = []
 
     def plan(self, op: str, groups: list[Group]) -> list[Bucket]:
         facts = self._read(groups)
-        if facts is None or not self._holds(facts, groups):
+        if facts is None or self._facts != facts:
             self._facts = None
             self._kept = _numbered(op, groups)
-            self._facts = facts
             if facts is not None:
-                self._params = [list(group["params"]) for group in groups]
+                *compared, lists = facts
+                self._facts = (*compared, [[None if one is None else list(one) for one in group] for group in lists])
+                self._alive = [p for group in groups for p in group["params"]]  # no other object takes the place of one
                 for _, bucket in self._kept:
                     bucket.plan = Plan(bucket.params, bucket.streams)
         else:
@@ -226,17 +226,13 @@ class Planner:
                 check_hyperparameters(op, group)
         return [bucket.of(groups[at]) for at, bucket in self._kept]
 
-    def _read(self, groups: list[Group]) -> list[Any] | None:
-        """What buckets depend on besides the parameters' identity; None where some cannot be compared (shards)."""
-        prints = fingerprint(tuple(group["params"] for group in groups))
+    def _read(self, groups: list[Group]) -> tuple[Any, ...] | None:
+        """What buckets depend on; None where some parameters cannot be compared (shards)."""
+        prints = fingerprint(tuple(group["params"] for group in groups), objects=True)
         if prints is None:
             return None
         takes_part = [[p.requires_grad for p in group["params"]] for group in groups]
-        named = [(list(group["streams"]), list(group.get("param_names", ())), "bits" in group) for group in groups]
-        return [prints, last_move(), takes_part, named]
-
-    def _holds(self, facts: list[Any], groups: list[Group]) -> bool:
-        return self._facts == facts and all(
-            len(kept) == len(group["params"]) and all(map(operator.is_, kept, group["params"]))
-            for kept, group in zip(self._params, groups, strict=True)
-        )
+        integers = ["bits" in group for group in groups]
+        # As they are, because a copy reads every number and name, which are not near each other.
+        lists = [[group["streams"], group.get("param_names")] for group in groups]
+        return prints, last_move(), takes_part, integers, lists
