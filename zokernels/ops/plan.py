@@ -49,27 +49,32 @@ class Columns(NamedTuple):
 
 
 @functools.cache
-def _reader() -> Callable[..., bytes | None] | None:
+def _reader() -> Any:
     """The compiled reader of fingerprints; None where the host module is not built, or torch has no DLPack table."""
     try:
         host = importlib.import_module("zokernels._host")
-        capsule = Tensor.__dlpack_c_exchange_api__
-        of: Callable[..., bytes | None] = host.Fingerprints(capsule, (Tensor, nn.Parameter)).of
+        return host.Fingerprints(Tensor.__dlpack_c_exchange_api__, (Tensor, nn.Parameter))
     except (ImportError, AttributeError, ValueError):
         return None
-    return of
 
 
 def fingerprint(groups: tuple[Group, ...], objects: bool = False) -> bytes | None:
     """Everything that a call depends on of the tensors of ``groups``, in about 40 ns a tensor.
 
-    ``objects``: and which tensors they are, which tells while they are alive.
+    None where a plan cannot serve them: where one is of a class with rules of its own, or has no memory that an
+    address tells of, and where nothing compiled can read them.
 
-    None where a plan cannot serve them: where one is of a class with rules of its own, or has no memory that an address
-    tells of, and where nothing compiled can read them.
+    ``objects``: and which tensors they are, which tells while they are alive.
     """
     reader = _reader()
-    return None if reader is None else reader(groups, objects)
+    found: bytes | None = None if reader is None else reader.of(groups, objects)
+    return found
+
+
+def matches(kept: bytes, groups: tuple[Group, ...], objects: bool = False) -> bool:
+    """Whether ``kept`` is the :func:`fingerprint` of ``groups``, which is not written down for that."""
+    found: bool = _reader().matches(kept, groups, objects)
+    return found
 
 
 def is_watched(operation: Any, device: torch.device) -> bool:
@@ -143,15 +148,16 @@ class Plan:
             key: what else the checks of the tensors depend on (a rule).
         """
         device = self.params[0].device if self.params else None
-        prints = None if device is None or is_watched(operation, device) else fingerprint(columns)
-        if device is None or prints is None:
+        if device is None or is_watched(operation, device):
             operation(*args)
             return
         backend, key = select(device), (op, *key)
-        outcome = self._find(key, prints, backend)
+        outcome = self._find(key, columns, backend)
         if outcome is None:
+            prints = fingerprint(columns)
             operation(*args)
-            if not any(t.is_neg() for group in columns for t in group or ()):  # memory that holds the values' negatives
+            # A view that is negated when it is read lies in memory as the negatives.
+            if prints is not None and not any(t.is_neg() for group in columns for t in group or ()):
                 self._keep(_outcome(key, prints, backend, kernel, columns, terms))
             return
         check_values(op, self.params, terms)
@@ -166,9 +172,9 @@ class Plan:
             )  # fmt: skip
         written(*changed)
 
-    def _find(self, key: tuple[Any, ...], prints: bytes, backend: Backend) -> _Outcome | None:
+    def _find(self, key: tuple[Any, ...], columns: Columns, backend: Backend) -> _Outcome | None:
         for outcome in self._outcomes:
-            if outcome.key == key and outcome.prints == prints and outcome.backend is backend:
+            if outcome.key == key and outcome.backend is backend and matches(outcome.prints, columns):
                 if outcome is not self._outcomes[0]:
                     self._outcomes.remove(outcome)
                     self._keep(outcome)

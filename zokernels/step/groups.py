@@ -12,7 +12,7 @@ from torch import Tensor
 from ..checks import DTYPES, check_choice, check_dist, check_number, check_overlap, check_stream, fail
 from ..contract import canonical_name, streams_of
 from ..functional import Plan
-from ..ops.plan import fingerprint
+from ..ops.plan import fingerprint, matches
 from .roles import home_of, last_move
 from .shard import is_sharded, local_of, locals_of
 from .types import Bucket, Group
@@ -207,32 +207,35 @@ class Planner:
     """
 
     def __init__(self) -> None:
-        self._facts: tuple[Any, ...] | None = None
+        self._prints: bytes | None = None
+        self._facts: tuple[Any, ...] = ()
         self._kept: list[tuple[int, Bucket]] = []
 
     def plan(self, op: str, groups: list[Group]) -> list[Bucket]:
-        facts = self._read(groups)
-        if facts is None or self._facts != facts:
-            self._facts = None
-            self._kept = _numbered(op, groups)
-            if facts is not None:
-                *compared, lists = facts
-                self._facts = (*compared, [[None if one is None else list(one) for one in group] for group in lists])
-                self._alive = [p for group in groups for p in group["params"]]  # no other object takes the place of one
-                for _, bucket in self._kept:
-                    bucket.plan = Plan(bucket.params, bucket.streams)
-        else:
+        params = tuple(group["params"] for group in groups)
+        if self._prints is not None and matches(self._prints, params, objects=True) and self._facts == _facts(groups):
             for group in groups:
                 check_hyperparameters(op, group)
+        else:
+            self._prints = None
+            self._kept = _numbered(op, groups)
+            self._keep(groups, fingerprint(params, objects=True))
         return [bucket.of(groups[at]) for at, bucket in self._kept]
 
-    def _read(self, groups: list[Group]) -> tuple[Any, ...] | None:
-        """What buckets depend on; None where some parameters cannot be compared (shards)."""
-        prints = fingerprint(tuple(group["params"] for group in groups), objects=True)
+    def _keep(self, groups: list[Group], prints: bytes | None) -> None:
+        """``prints`` is None where some parameters cannot be compared (shards): nothing is kept then."""
         if prints is None:
-            return None
-        takes_part = [[p.requires_grad for p in group["params"]] for group in groups]
-        integers = ["bits" in group for group in groups]
-        # As they are, because a copy reads every number and name, which are not near each other.
-        lists = [[group["streams"], group.get("param_names")] for group in groups]
-        return prints, last_move(), takes_part, integers, lists
+            return
+        *facts, lists = _facts(groups)
+        copied = [[None if one is None else list(one) for one in of_group] for of_group in lists]
+        self._prints, self._facts = prints, (*facts, copied)
+        self._alive = [p for group in groups for p in group["params"]]  # no other object takes the place of one
+        for _, bucket in self._kept:
+            bucket.plan = Plan(bucket.params, bucket.streams)
+
+
+def _facts(groups: list[Group]) -> tuple[Any, ...]:
+    """What buckets depend on besides the tensors; streams and names are not copied, which would read each of them."""
+    trained = [[p.requires_grad for p in group["params"]] for group in groups]
+    integers = ["bits" in group for group in groups]
+    return last_move(), trained, integers, [[group["streams"], group.get("param_names")] for group in groups]
