@@ -85,6 +85,12 @@ class Log:
 
     recording = False
     closed = True
+    #: :meth:`mark` of the log with which the ``state_dict`` was written that was loaded last.
+    expected: dict[str, Any] | None = None
+
+    def mark(self) -> dict[str, Any] | None:
+        """What tells this log from others, for a checkpoint; None where there is none."""
+        return None
 
     def begin(self, optimizer: OptimizerView) -> None:
         """Called before the forwards of a step, which a log may refuse."""
@@ -140,6 +146,8 @@ def common_home(op: str, groups: list[Group]) -> Home:
 
 class OptimizerView(Protocol):
     """What roles, directions, subsets and rules may read of the optimizer whose step they serve."""
+
+    log: Log
 
     param_groups: list[Group]
     #: What rules and directions keep of each parameter, saved by ``state_dict``.
