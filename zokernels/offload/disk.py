@@ -243,6 +243,14 @@ def version_of(op: str, file: File) -> int:
     return int(version)
 
 
+def mark_of(op: str, name: str, metadata: dict[str, str]) -> tuple[int, str]:
+    """The step and the SHA-256 of the log with which a file was written; step 0 where there was no log yet."""
+    step, sha256 = metadata.get("log_step", ""), metadata.get("log_sha256", "")
+    if not (step.isascii() and step.isdecimal() and len(step) <= 20):
+        fail(op, name, "metadata 'log_step', a number", repr(step))
+    return int(step), sha256
+
+
 #: Gives :meth:`~zokernels.trajectory.Recorder.mark` of the run's log.
 Mark = Callable[[], dict[str, Any] | None]
 

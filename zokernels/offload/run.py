@@ -27,7 +27,7 @@ from ..trajectory.recorder import Recorder
 from ..trajectory.replay import repeat_streamed, retaking
 from ..trajectory.settings import check_same_run, digest
 from .blocks import Block
-from .disk import Direct, Folder, checksums, header, memory_of, version_of
+from .disk import Direct, Folder, checksums, header, mark_of, memory_of, version_of
 from .history import History
 
 LOG = "run.zk"
@@ -95,12 +95,15 @@ class Run:
         check_same_run(optimizer, log.header)
         self._check_marks(log)
         self._check_base(optimizer, log.header, blocks)
-        since = self._load_resident(optimizer)
+        since, resident = self._read_resident(optimizer)
         stored = [b.stored for b in blocks]
         if max(stored) > log.steps:
             fail(self.op, recorder.path, f"the records of the {max(stored)} updates in the blocks", log.steps)
         if min(stored) < since:  # they are written before the resident ones
             fail(self.op, str(self.path), f"blocks with the {since} updates of the resident parameters", min(stored))
+        with torch.no_grad():  # from here on, nothing more can be wrong
+            for p, value in resident:
+                p.copy_(value)
         history.restart(since)
         with retaking(optimizer, log.start + since):
             repeat_streamed(optimizer, log, since)
@@ -108,7 +111,9 @@ class Run:
 
     def mark(self) -> dict[str, Any] | None:
         """Brings all steps so far to the disk; what tells the log as it is then from others."""
-        return self._recorder.mark()
+        mark = self._recorder.mark()
+        self._recorder.flush()
+        return mark
 
     def close(self) -> None:
         if not self._recorder.closed:
@@ -119,7 +124,10 @@ class Run:
 
     def _check_marks(self, log: Log) -> None:
         """Raises where a file of the folder was written by another run, or with records that are gone."""
-        marks = {name: (int(m["log_step"]), m["log_sha256"]) for name, m in self.folder.marks.items()}
+        files = dict(self.folder.marks)
+        if self._resident_file.exists():
+            files[self._resident_file.name] = File(self._resident_file).metadata
+        marks = {name: mark_of(self.op, name, metadata) for name, metadata in files.items()}
         marks = {name: (step, sha256) for name, (step, sha256) in marks.items() if step}
         for name, (step, _) in marks.items():
             if not log.start <= step <= log.start + log.steps:
@@ -159,12 +167,12 @@ class Run:
                 file.seek(len(head) + e.begin)
                 file.write(memory_of(value))
 
-    def _load_resident(self, optimizer: StepOptimizer) -> int:
-        """Loads the resident parameters, and returns the number of their updates."""
+    def _read_resident(self, optimizer: StepOptimizer) -> tuple[int, list[tuple[Tensor, Tensor]]]:
+        """The number of updates of the resident parameters, and each with its value; as they are, if no file is."""
         path = self._resident_file
         block, params = self._resident(optimizer)
         if not path.exists():
-            return 0
+            return 0, []
         file = File(path)
         for e, p in zip(block.entries, params, strict=True):
             kind = NAMES[p.dtype], tuple(p.shape)
@@ -174,10 +182,7 @@ class Run:
         values = [file.tensor(e.name) for e in block.entries]
         if checksums(block, values) != file.metadata.get("crc32"):
             fail(self.op, str(path), "the bytes of its checksums (CRC32)", "others")
-        with torch.no_grad():
-            for p, value in zip(params, values, strict=True):
-                p.copy_(value)
-        return version_of(self.op, file)
+        return version_of(self.op, file), list(zip(params, values, strict=True))
 
     def _check_base(self, optimizer: StepOptimizer, header: dict[str, Any], blocks: Sequence[Block]) -> None:
         """Raises where what has no update yet is not what the run began with."""

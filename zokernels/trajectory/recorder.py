@@ -207,13 +207,9 @@ class Recorder(Follower):
     def mark(self) -> dict[str, Any] | None:
         """The number of the next step, and the SHA-256 of the log before it: what tells this log from others.
 
-        It flushes the log.
+        All steps are in the file then; it is :meth:`flush` that brings the file to the disk.
         """
-        if self.closed or self.is_empty:
-            return None
-        mark = self._queue.mark()
-        self._fsync()
-        return mark
+        return None if self.closed or self.is_empty else self._queue.mark()
 
     def _fsync(self) -> None:
         self._file.sync()
