@@ -147,6 +147,7 @@ class Recorder(Follower):
         self._file = AppendedFile("trajectory", self.path)
         self._queue = _Queue(self._file)
         self._synced = time.monotonic()
+        self._mark: dict[str, Any] | None = None
         # What is on its way reaches the file when the recorder dies, and when the interpreter ends.
         self._finish = weakref.finalize(self, self._queue.finish)
 
@@ -209,7 +210,9 @@ class Recorder(Follower):
 
         All steps are in the file then; it is :meth:`flush` that brings the file to the disk.
         """
-        return None if self.closed or self.is_empty else self._queue.mark()
+        if not self.closed:
+            self._mark = None if self.is_empty else self._queue.mark()
+        return self._mark
 
     def _fsync(self) -> None:
         self._file.sync()
@@ -221,6 +224,7 @@ class Recorder(Follower):
         Raises OSError, and leaves the log open, where something cannot be written.
         """
         self.flush()
+        self.mark()  # for a checkpoint that is written later
         self._finish.detach()
         self._file.close()
 
