@@ -41,7 +41,11 @@ def test_a_log_that_is_taken_away_is_noticed_in_the_next_step(tmp_path):
     def cut(path):
         os.truncate(path, path.stat().st_size - 3)
 
-    for change, message in ((removed, "the file that was opened"), (replaced, "another in its place"), (cut, "has cut it")):
+    for change, message in (
+        (removed, "the file that was opened"),
+        (replaced, "another in its place"),
+        (cut, "has cut it"),
+    ):
         path = tmp_path / f"{change.__name__}.zk"
         p, optimizer, step = make(path)
         step()
@@ -98,7 +102,10 @@ time.sleep(100)
 """
     path = os.pathsep.join((str(pathlib.Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")))
     job = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": path},
     )
     assert job.stdout.readline() == b"ready\n"
     p = nn.Parameter(torch.ones(3))
@@ -224,7 +231,9 @@ def test_a_block_of_another_run_is_refused(tmp_path):
         for file in ("block-00001.safetensors", "resident.safetensors", "run.zk"):
             shutil.copytree(tmp_path / "ours", tmp_path / "mixed", dirs_exist_ok=True)
             shutil.copy(tmp_path / name / file, tmp_path / "mixed" / file)
-            refuses(tmp_path / "mixed", contents(tmp_path / "mixed"), "a file of the run in run.zk|that of the log|base")
+            refuses(
+                tmp_path / "mixed", contents(tmp_path / "mixed"), "a file of the run in run.zk|that of the log|base"
+            )
     # Records that are gone, with blocks that have their updates.
     log = read(tmp_path / "ours" / "run.zk")
     os.truncate(log.path, log.end - log.layout.size)

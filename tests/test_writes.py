@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import pathlib
 import resource
 import subprocess
 import warnings
@@ -127,7 +126,12 @@ def test_what_waits_is_told_by_all_who_rely_on_it(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="waits in memory"):
         step(optimizer, p)
     before = p.detach().clone()
-    for use in (lambda: step(optimizer, p), optimizer.trajectory.flush, optimizer.state_dict, optimizer.trajectory.close):
+    for use in (
+        lambda: step(optimizer, p),
+        optimizer.trajectory.flush,
+        optimizer.state_dict,
+        optimizer.trajectory.close,
+    ):
         with pytest.raises(OSError, match="Input/output error"):
             use()
     assert torch.equal(p, before)

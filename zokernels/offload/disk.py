@@ -10,8 +10,8 @@ import pathlib
 import threading
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
 from concurrent.futures import Executor, wait
+from typing import Any
 
 from torch import Tensor
 

@@ -55,6 +55,9 @@ class Team:
         """The part of a closure's result that counts as this process's loss."""
         return result
 
+    def failed(self, optimizer: OptimizerView, error: BaseException) -> None:
+        """Called when a step has raised: the other processes may wait for this one's losses."""
+
     def share(self, count: int) -> range:
         """Which of ``count`` points this process evaluates."""
         return range(count)
