@@ -66,7 +66,7 @@ def test_a_log_must_be_an_ordinary_file(tmp_path):
 
 def test_a_forked_child_neither_writes_nor_keeps_the_lock(tmp_path):
     path = tmp_path / "run.zk"
-    p, optimizer, step = make(path)
+    _, optimizer, step = make(path)
     step()
     size, (told, tell), (ended, end) = path.stat().st_size, os.pipe(), os.pipe()
     if (child := os.fork()) == 0:
@@ -144,7 +144,7 @@ def test_a_checkpoint_goes_on_with_its_own_log_alone(tmp_path):
 
     for name in ("other base", "other data"):
         before = logs[name].read_bytes()
-        with pytest.raises(ValueError, match="the log with which the checkpoint was written|that of the log"):
+        with pytest.raises(ValueError, match=r"the log with which the checkpoint was written|that of the log"):
             resumed(logs[name], state)
         assert logs[name].read_bytes() == before
     for wrong in ({**state["zo"], "step": 1}, {k: v for k, v in state["zo"].items() if k != "log"}):
@@ -281,7 +281,7 @@ def test_a_block_that_somebody_removes_or_replaces_is_noticed(tmp_path):
         for slot in weights:  # so that the block has to be read again
             engine.mover.drop(slot)
         change(tmp_path / f"{i}" / "block-00000.safetensors")
-        with pytest.raises(OSError, match="another in its place|expected .* bytes"):
+        with pytest.raises(OSError, match=r"another in its place|expected .* bytes"):
             train(engine.model, optimizer, 4)
         assert optimizer.step_count == 2
         with contextlib.suppress(OSError):

@@ -385,7 +385,7 @@ def test_a_checkpoint_does_not_go_on_with_the_log_of_another_run(other, tmp_path
     assert log != (tmp_path / "ours" / "run.zk").read_bytes()
     mixed = run(tmp_path / "theirs", "MeZO", **options)
     with pytest.raises(
-        ValueError, match="rewind: expected the log with which the checkpoint was written|that of the log"
+        ValueError, match=r"rewind: expected the log with which the checkpoint was written|that of the log"
     ):
         mixed.train(resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-2"))
     assert (tmp_path / "theirs" / "run.zk").read_bytes() == log

@@ -293,7 +293,7 @@ def test_a_log_on_a_small_disk(small_disk):
         leave(None)
         optimizer.step(lambda: sum(p.square().sum() for p in params))  # noqa: B023
         leave(0)
-        with pytest.raises(OSError, match="No space left"), warnings.catch_warnings():
+        with warnings.catch_warnings(), pytest.raises(OSError, match="No space left"):  # noqa: PT012
             warnings.simplefilter("ignore")
             for _ in range(1000):
                 optimizer.step(lambda: sum(p.square().sum() for p in params))  # noqa: B023

@@ -75,7 +75,7 @@ class Signs:
         self._own = [0, self._sign(1, step), 0, self._sign(3, settings), self._sign(_TRAINABLE, trainable)]
         rates = [group["lr"] for group in groups]
         wide = [
-            r.detach().double().reshape(1) if isinstance(r, Tensor) else torch.tensor([float(r)]).double()
+            torch.as_tensor(r, dtype=torch.float64).detach().reshape(1)
             for r in rates
         ]
         device = next((r.device for r in wide if r.device.type != "cpu"), torch.device("cpu"))

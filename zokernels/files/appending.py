@@ -10,6 +10,7 @@ import stat
 import threading
 import weakref
 from collections.abc import Iterable
+from contextlib import suppress
 
 from ..checks import fail
 
@@ -94,10 +95,8 @@ class AppendedFile:
             self.end = max(self.end, end)
 
     def _remove_fragment(self) -> None:
-        try:
+        with suppress(OSError):  # the next write covers it, and readers take it for a piece that was cut off
             os.ftruncate(self.fd, self.end)
-        except OSError:
-            pass  # the next write covers it, and readers take it for a piece that was cut off
 
     def cut(self, end: int) -> None:
         """Removes everything from byte ``end`` on."""

@@ -230,7 +230,7 @@ class ZOTrainerMixin(_Behind):
         token, following = _LOSSES.set(losses), getattr(self, "_step", None)
         # Inputs are prepared when they come (values are scaled, completions generated), and not at each forward:
         # there they only go to the device, as far as a training_step of the user's has added to them.
-        self._prepare_inputs = self._prepare_input  # type: ignore[method-assign]
+        self._prepare_inputs = self._prepare_input  # type: ignore[method-assign, assignment]
         try:
             for model, inputs, args, kwargs, count in self._micro_batches:
                 if count is not None:

@@ -24,7 +24,7 @@ from ..step.roles import home_of
 from ..step.step import StepOptimizer
 from ..trajectory.format import Log, scan
 from ..trajectory.recorder import Recorder
-from ..trajectory.replay import repeat_streamed, retaking
+from ..trajectory.replay import check_records, repeat_streamed, retaking
 from ..trajectory.settings import check_same_run, digest
 from .blocks import Block
 from .disk import Direct, Folder, checksums, header, mark_of, memory_of, version_of
@@ -101,6 +101,7 @@ class Run:
             fail(self.op, recorder.path, f"the records of the {max(stored)} updates in the blocks", log.steps)
         if min(stored) < since:  # they are written before the resident ones
             fail(self.op, str(self.path), f"blocks with the {since} updates of the resident parameters", min(stored))
+        check_records(optimizer, log.records())
         with torch.no_grad():  # from here on, nothing more can be wrong
             for p, value in resident:
                 p.copy_(value)

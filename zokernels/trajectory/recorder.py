@@ -25,7 +25,7 @@ from ..step.scalars import known_on_host, learning_rate
 from ..step.step import StepOptimizer
 from ..step.types import Bucket, Estimate
 from .format import Layout, Log, Record, encode, read, scan
-from .replay import repeat_all, retaking
+from .replay import check_records, repeat_all, retaking
 from .settings import check_base, check_same_run, own_part, settings, whole_header
 
 #: How many steps' numbers may be on their way from a GPU.  When there are more, the oldest is waited for.
@@ -413,6 +413,7 @@ def _resume(optimizer: StepOptimizer, recorder: Follower, log: Log, rewind: bool
     if not (rewind and log.steps):  # else the weights are those of a checkpoint
         check_base(own_part(optimizer, log.header), [group["params"] for group in optimizer.param_groups])
     if not rewind:
+        check_records(optimizer, log.records())
         with retaking(optimizer, log.start):
             repeat_all(optimizer, log.header["gated"], log.records())
     recorder.go_on(log, optimizer)
