@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..step.groups import takes_part
 from ..step.roles import OptimizerView
-from ..step.scalars import known_on_host
 from ..trajectory.settings import option_keys
 from ..transfer import to_device
 from .agreement import RanksDiffer, fingerprint
@@ -104,7 +103,7 @@ class Signs:
 
         ``signs``: of all ranks, int64 [ranks, count].
         """
-        if known_on_host(signs):
+        if signs.device.type == "cpu":
             self._compare(optimizer, optimizer.step_count, signs.tolist())
             return losses
         expected = signs[:1].expand_as(signs).clone()
