@@ -94,7 +94,9 @@ def random_values(n: int, dtype: torch.dtype, rng: random.Random) -> Tensor:
     for special in (0.0, -0.0, float("inf"), float("-inf"), float("nan"), largest, -largest, least, -least):
         if n and rng.random() < 0.2:
             x[rng.randrange(n)] = special
-    if n and rng.random() < 0.5:  # NaNs with any sign and payload, all bits set among them, which rounding could carry out
+    if (
+        n and rng.random() < 0.5
+    ):  # NaNs with any sign and payload, all bits set among them, which rounding could carry out
         words = x.view(torch.int32 if dtype is torch.float32 else torch.int16)
         infinity = torch.tensor(float("inf"), dtype=dtype).view(words.dtype).item()
         mantissa = words.new_tensor(torch.iinfo(words.dtype).max).item() - infinity

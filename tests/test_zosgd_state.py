@@ -258,7 +258,9 @@ def test_what_is_kept_belongs_to_the_group_and_not_to_its_place(kind, edit):
     """Groups removed, reordered and put in by hand: each goes on with its own history, as an optimizer of it alone."""
     params, optimizer = two_groups(kind)
     steps_of(params, optimizer, 3)
-    kept = {id(g): {k: t.clone() for k, t in optimizer.rule.kept(optimizer, g, CPU).items()} for g in optimizer.param_groups}
+    kept = {
+        id(g): {k: t.clone() for k, t in optimizer.rule.kept(optimizer, g, CPU).items()} for g in optimizer.param_groups
+    }
     groups = optimizer.param_groups
     if edit == "pop":
         groups.pop(0)

@@ -73,10 +73,7 @@ class Signs:
         step = optimizer.seed, optimizer.step_count, self._attempts
         self._own = [0, self._sign(1, step), 0, self._sign(3, settings), self._sign(_TRAINABLE, trainable)]
         rates = [group["lr"] for group in groups]
-        wide = [
-            torch.as_tensor(r, dtype=torch.float64).detach().reshape(1)
-            for r in rates
-        ]
+        wide = [torch.as_tensor(r, dtype=torch.float64).detach().reshape(1) for r in rates]
         device = next((r.device for r in wide if r.device.type != "cpu"), torch.device("cpu"))
         self._lr = fingerprint(torch.cat([to_device(r, device) for r in wide])).reshape(1)
 

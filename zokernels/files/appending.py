@@ -84,13 +84,12 @@ class AppendedFile:
             try:
                 while left:
                     if not (count := os.pwrite(self.fd, left, end)):
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.path)
+                        raise no_room(self.path)
                     end, left = end + count, left[count:]
-            except OSError as error:
+            except BaseException as error:
                 self._remove_fragment()
-                raise OSError(error.errno, f"{self.op}: {error.strerror}", self.path) from error
-            except BaseException:
-                self._remove_fragment()
+                if isinstance(error, OSError):
+                    error.filename = self.path  # write(2) knows only a number
                 raise
             self.end = max(self.end, end)
 
@@ -143,6 +142,11 @@ class AppendedFile:
             os.close(fd)
 
     __del__ = close
+
+
+def no_room(path: str) -> OSError:
+    """The error of a write that took nothing."""
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
 
 def sha256_of(path: str | os.PathLike[str], sizes: Iterable[int]) -> dict[int, str]:

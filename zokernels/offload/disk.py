@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from ..checks import fail
+from ..files.appending import no_room
 from ..files.atomic import sync_folder
 from ..files.safetensors import NAMES, Entry, File, encode_header
 from .blocks import PAGE, Block, round_up
@@ -63,7 +64,7 @@ class Direct:
             count = os.pwritev(self.fd, [data], at)
             count -= count % PAGE if self.direct else 0  # a full disk takes a part of a page; the rest is an error
             if not count:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.path)
+                raise no_room(self.path)
             at, data = at + count, data[count:]
 
     def check_in_place(self) -> None:

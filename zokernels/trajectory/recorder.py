@@ -399,9 +399,7 @@ def _check_mark(log: Log, mark: dict[str, Any] | None, step: int) -> None:
     """Raises where the log before ``step`` is not the one with which the checkpoint of ``mark`` was written."""
     where = f"{log.path}: rewind"
     if mark is None:
-        fail(
-            "trajectory", where, "a state_dict of an optimizer that kept this log", "one of an optimizer without a log"
-        )
+        fail("trajectory", where, "a state_dict of an optimizer with this log", "one of an optimizer without a log")
     if mark["step"] != step:
         fail("trajectory", where, f"a state_dict of step {mark['step']}, as its log's", f"step {step}")
     if sha256_of(log.path, [log.end])[log.end] != mark["sha256"]:
