@@ -90,9 +90,19 @@ def random_values(n: int, dtype: torch.dtype, rng: random.Random) -> Tensor:
     x = (torch.randn(n, generator=generator).double() * torch.exp2(exponent.double())).to(dtype)
     typical = (torch.randn(n, generator=generator) * 0.02).to(dtype)
     x = torch.where(torch.rand(n, generator=generator) < 0.5, x, typical)
-    for special in (0.0, -0.0, float("inf"), float("-inf"), float("nan"), torch.finfo(dtype).max):
+    largest, least = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    for special in (0.0, -0.0, float("inf"), float("-inf"), float("nan"), largest, -largest, least, -least):
         if n and rng.random() < 0.2:
             x[rng.randrange(n)] = special
+    if (
+        n and rng.random() < 0.5
+    ):  # NaNs with any sign and payload, all bits set among them, which rounding could carry out
+        words = x.view(torch.int32 if dtype is torch.float32 else torch.int16)
+        infinity = torch.tensor(float("inf"), dtype=dtype).view(words.dtype).item()
+        mantissa = words.new_tensor(torch.iinfo(words.dtype).max).item() - infinity
+        for _ in range(3):
+            payload = rng.choice([mantissa, 1, rng.randrange(1, mantissa + 1)])
+            words[rng.randrange(n)] = infinity + payload - rng.choice([0, 1]) * (torch.iinfo(words.dtype).max + 1)
     return x
 
 
