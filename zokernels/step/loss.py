@@ -42,7 +42,7 @@ def as_loss(op: str, value: object, device: torch.device, capturing: bool = Fals
     try:
         number = float(value)
     except OverflowError:
-        fail(op, "closure", "a loss in the range of float64", f"a number of {math.trunc(value).bit_length()} bits")
+        fail(op, "closure", "a loss in the range of float64", f"a number of {int(math.trunc(value)).bit_length()} bits")
     return torch.full((), number, dtype=torch.float64, device=device)
 
 
