@@ -118,6 +118,7 @@ $L_store:
             "different barr",
         ),
         ("bra.uni $L_nowhere;", "label"),
+        ("$L_here: bra.uni $L_here;", "does not end"),
         ("mov.b32 %r2, smem; ld.shared.u32 %r3, [%r2];", "nobody wrote"),
         ("mov.b32 %r2, smem; st.shared.u32 [%r2+2048], %r1;", "out of bounds: st.shared"),
         ("mov.b32 %r2, smem; st.shared.u32 [%r2+2], %r1;", "misaligned"),

@@ -28,6 +28,8 @@ _ATOMIC = re.compile(r"(?:atom|red)\.global(?:\.gpu\.relaxed)?\.add\.(u32|u64)")
 _SHUFFLE, _WHOLE_WARP = "shfl.sync.bfly.b32", {"-1", "0xffffffff"}
 _REDUCTION = re.compile(r"redux\.sync\.(add|min|max)\.(s32|u32)")
 _MATRIX = re.compile(r"(ld|st)matrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared\.b16")
+#: Instructions after which a batch of blocks is held to run forever: ten times what the longest takes.
+_FOREVER = 1 << 18
 #: Byte of poison: what a register holds where no thread wrote it.
 _POISON = 0xCD
 #: What threads do next.
@@ -349,6 +351,7 @@ class _Batch:
         self._first = first * threads
         self._registers: dict[str, np.ndarray] = {}
         self._shared = Shared(count, machine.shared)
+        self._executed = 0
         self._barriers = np.zeros(count, np.int64)  #: that each block has passed
         block, thread = np.divmod(self._all.astype(np.uint32), np.uint32(threads))
         same = np.ones_like(block)
@@ -435,6 +438,9 @@ class _Batch:
         instructions, labels = self.kernel.instructions, self.kernel.labels
         selected: Lanes | slice = slice(None) if len(lanes) == self.size else lanes
         while at < limit:
+            self._executed += 1
+            if self._executed > _FOREVER:
+                raise PtxError(f"{self.kernel.name}: does not end")
             instruction = instructions[at]
             guard = None if instruction.predicate is None else self._guard(instruction, lanes)
             if instruction.opcode not in _CONTROL:

@@ -14,7 +14,7 @@ _NEXT = {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt"}
 _COMPARISON = re.compile(r"\bsetp\.(lt|le|gt|ge|eq|ne)(?=\.\w+\s+(%p\d+),)")
 _PREDICATE = re.compile(r"@!?%p\d+\s+(?=\w)")
 _ACCESS = re.compile(r"\b(?:ld|st)\.(?:global|param)[^;\[]*\[\s*%?\w+(\s*\+\s*(\d+))?(?=\s*\])")
-_SUM = re.compile(r"\badd\.rn\.f32(\s+%r\d+,\s*)(%r\d+)(,\s*%r\d+)")
+_SUM = re.compile(r"\badd\.rn\.f32(\s+%[fr]\d+,\s*)(%[fr]\d+)(,\s*%[fr]\d+)")
 _ROUNDING = {
     "rounding": re.compile(r"\b(?:fma|mul|add)\.rn(?=\.f32)"),
     "conversion": re.compile(r"\bcvt\.rn(?=\.b?f16)"),
@@ -45,7 +45,7 @@ def mutants(text: str) -> Iterator[tuple[str, str, str]]:
         place = match.span(1) if match[1] else (match.end(), match.end())
         yield changed("offset", *place, f"+{int(match[2] or 0) + 4}")
     for match in _SUM.finditer(text):
-        product = re.search(rf"\bmul\.rn\.f32\s+{match[2]},\s*(%r\d+,\s*%r\d+);", text)
+        product = re.search(rf"\bmul\.rn\.f32\s+{match[2]},\s*(%[fr]\d+,\s*%[fr]\d+);", text)
         if product:
             yield changed("fused", *match.span(), f"fma.rn.f32{match[1]}{product[1]}{match[3]}")
     for kind, pattern in _ROUNDING.items():
@@ -53,17 +53,18 @@ def mutants(text: str) -> Iterator[tuple[str, str, str]]:
             yield changed(kind, match.end() - 1, match.end(), "z")
 
 
-#: How many of four faults must be noticed, where not all change something.
+#: How many of the faults that are tried must be noticed, where not all change something.
 ENOUGH = {
     "bound": 1,  # most are never met: no chunk begins where its tensor ends
-    "rounding": 3,  # the square root corrects a last bit that is wrong on the way
+    "rounding": 2,  # the square root corrects a last bit that is wrong on the way, and some sums are exact
 }
 
 
 def some(text: str, kind: str) -> dict[str, str]:
-    """Four faults of one kind, evenly over the text: what is changed, and the text."""
+    """Four faults of one kind, evenly over the text: what is changed, and the text.  Of bounds the first six, among
+    which is that of whole chunks."""
     found = [(line, mutant) for its, line, mutant in mutants(text) if its == kind]
-    return dict(found[i * len(found) // 4] for i in range(4) if found)
+    return dict(found[:6] if kind == "bound" else [found[i * len(found) // 4] for i in range(4) if found])
 
 
 def check(text: str, kind: str, notices: Callable[[str], bool]) -> None:
@@ -71,7 +72,7 @@ def check(text: str, kind: str, notices: Callable[[str], bool]) -> None:
     found = {line: notices(mutant) for line, mutant in some(text, kind).items()}
     missed = [line for line, noticed in found.items() if not noticed]
     assert found
-    assert len(found) - len(missed) >= min(len(found), ENOUGH.get(kind, 4)), f"not noticed: {missed}"
+    assert len(found) - len(missed) >= min(len(found), ENOUGH.get(kind, len(found))), f"not noticed: {missed}"
 
 
 def _toward_zero(nearest: Array, a: Array, b: Array, c: Array) -> Array:
