@@ -78,18 +78,19 @@ def found() -> dict[tuple[Kernel, int], Row]:
     return {(row.kernel, row.architecture): row for row in gpu_pipes.everything()}
 
 
-#: Cycles an element on the pipe that decides, with nvcc 13.0 or Triton 3.7.1: sm_80, sm_90, sm_100.
+#: Cycles an element on the pipe that decides, with nvcc 13.0 or Triton 3.7.1: sm_80, sm_90, sm_100.  nvcc's vary by 0.5
+#: with what else is compiled in the same file.
 CEILINGS = {
     "combine, bf16, normal": (31.5, 23.4, 20.6),
     "combine, fp32, normal": (31.5, 22.2, 19.5),
     "combine, fp16, normal": (33.5, 23.4, 20.6),
-    "combine, bf16, normal, stochastic": (40.0, 30.8, 27.8),
+    "combine, bf16, normal, stochastic": (40.0, 31.5, 28.5),
     "combine, fp16, normal, stochastic": (47.5, 41.3, 37.9),
     "combine, bf16, normal, K = 2": (62.1, 43.9, 38.9),
-    "combine, bf16, normal, K = 2, stochastic": (70.8, 50.8, 46.1),
+    "combine, bf16, normal, K = 2, stochastic": (70.8, 51.5, 46.9),
     "combine, bf16, rademacher": (6.1, 6.0, 6.0),
     "combine, fp32, rademacher": (4.8, 4.8, 4.8),
-    "combine, bf16, rademacher, stochastic": (17.1, 15.7, 15.3),
+    "combine, bf16, rademacher, stochastic": (17.1, 15.8, 15.4),
     "fan_out, bf16, normal, one pending": (64.7, 48.5, 43.9),
     "fan_out, fp32, normal, any number pending, one direction of them": (68.4, 55.8, 52.0),
 }
@@ -98,7 +99,7 @@ TRITON_CEILINGS = {
     "combine, bf16, normal, stochastic": (40.0, 30.4, 30.4),
     "combine, bf16, normal, K = 2, stochastic": (71.0, 50.3, 50.6),
     "combine, bf16, rademacher": (5.9, 5.7, 5.2),
-    "combine, bf16, rademacher, stochastic": (17.4, 15.8, 16.6),
+    "combine, bf16, rademacher, stochastic": (18.0, 15.8, 16.7),
 }
 
 
