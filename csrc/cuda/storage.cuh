@@ -15,9 +15,14 @@ struct alignas(16) Vec16 {
 };
 
 // NVIDIA's arithmetic makes the NaN 0x7fffffff and no other, to which nothing may be added: here its low half becomes zeros.
-// All else stays: infinities and numbers are below, and what has the sign bit is a negative integer.
+// All else stays: infinities and numbers are below, and what has the sign bit is a negative integer.  A host's arithmetic
+// passes the NaNs of its operands on, of either sign.
 ZK_HD uint32_t tame_nan(uint32_t b) {
+#if defined(__CUDA_ARCH__)
   return static_cast<uint32_t>(static_cast<int32_t>(b) < 0x7fff0000 ? static_cast<int32_t>(b) : 0x7fff0000);
+#else
+  return (b & 0x7fffffffu) > 0x7f800000u ? 0x7fff0000u : b;
+#endif
 }
 
 // sum + (w & 0xffff) in one instruction of the pipe that multiplies; before sm_86 that pipe is the busiest. Nothing like it is
