@@ -28,7 +28,10 @@ def test_numbers_of_other_libraries_are_taken(restore):
 
 REFUSED = {
     "meta": (lambda: torch.zeros((), device="meta"), "closure: expected a dense tensor with a value, got one on meta"),
-    "sparse": (lambda: torch.zeros(1, 1).to_sparse(), "a dense tensor with a value, got one in the layout torch.sparse"),
+    "sparse": (
+        lambda: torch.zeros(1, 1).to_sparse(),
+        "a dense tensor with a value, got one in the layout torch.sparse",
+    ),
     "endless": (lambda: 10**400, "a loss in the range of float64, got a number of 1329 bits"),
     "very long": (lambda: 10**5000, "a loss in the range of float64"),
     "negative": (lambda: -(10**400), "a loss in the range of float64"),

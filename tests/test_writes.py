@@ -223,11 +223,11 @@ def test_a_streamed_run_on_a_disk_that_is_full(then, wire, write_every, rng, tmp
         expected = weights_of(expected)
     disk, failed = Disk(monkeypatch), 0
     options = {"slots": 2, "write_every": write_every, "wire": wire}
-    for case in range(12):
+    for case in range(6):
         path, net = tmp_path / f"{case}", Net()
         engine = offload.stream(net, "layers", "disk", path=path, **options)
         optimizer = ZOSGD(net.named_parameters(), lr=1e-2)
-        disk.room, disk.failed = rng.randrange(160_000), 0
+        disk.room, disk.failed = rng.randrange(5_000 * case, 5_000 * (case + 1)), 0
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -244,9 +244,10 @@ def test_a_streamed_run_on_a_disk_that_is_full(then, wire, write_every, rng, tmp
             net = Net()
             engine = offload.stream(net, "layers", "disk", path=path, resume=True, **options)
             optimizer = ZOSGD(net.named_parameters(), lr=1e-2)
-        with contextlib.suppress(OSError):
-            engine.mover.drain()  # writes that failed while there was no room are told now, and once
-        train(net, optimizer, steps)
+        for _ in range(4):  # what failed while there was no room, a write or a block that was to come, is told once
+            with contextlib.suppress(OSError):
+                train(net, optimizer, steps)
+        assert optimizer.step_count == steps
         assert same(weights_of(net), expected), (case, then)
         engine.close()
         assert read(path / "run.zk").steps == steps
