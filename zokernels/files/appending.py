@@ -125,9 +125,9 @@ class AppendedFile:
         The system itself would not try again: to it those pages are clean (fsyncgate, 2018).
         """
         with self._lock:
-            if self.unsure and self._synced < self.end:
-                self.write(os.pread(self.fd, self.end - self._synced, self._synced), self._synced)
-            end = self.end
+            begin, end = self._synced, self.end  # read once: a sync in another thread moves the first
+            if self.unsure and begin < end:
+                self.write(os.pread(self.fd, end - begin, begin), begin)
         try:
             os.fsync(self.fd)  # without the lock: it may take long, and what comes meanwhile is of the next sync
         except OSError:
