@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check -q install -c constra
 # Here for tests and local use; wheels take setup.py's longer list.
 export TORCH_CUDA_ARCH_LIST ?= 9.0
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
-CPP    := $(shell find csrc tests zokernels/bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP    := $(shell find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: test fuzz fuzz-readers demo offload-demo bench docs wheel gpu-check gpu-prebuilt format clean
 .PHONY: lint lint-ruff lint-clang-format lint-typos lint-mypy lint-imports
@@ -31,7 +31,7 @@ demo: $(VENV)/demo
 	$(BIN)/python examples/demo.py $(ARGS)
 
 offload-demo: $(VENV)/demo
-	$(BIN)/python -m examples.offload_demo $(ARGS)
+	$(BIN)/python examples/offload_demo.py $(ARGS)
 
 bench: $(VENV)/built
 	$(BIN)/python -m bench run --op combine --device cpu $(ARGS)

@@ -18,7 +18,7 @@ import sys
 import sysconfig
 import tarfile
 
-from setuptools import Distribution, setup
+from setuptools import Distribution, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.sdist import sdist
@@ -141,7 +141,14 @@ class ReproducibleSdist(sdist):
         return str(path)
 
 
+def packages() -> list[str]:
+    """The packages of the wheel.  ``package-dir`` in pyproject.toml says in which folders those of the programs lie."""
+    programs = [f"zokernels.{name}" for name in find_packages(include=["bench*", "examples*"])]
+    return sorted({*find_packages(include=["zokernels*"]), *programs})
+
+
 setup(
+    packages=packages(),
     distclass=NativeDistribution,
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel, "sdist": ReproducibleSdist},
 )

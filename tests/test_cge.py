@@ -74,6 +74,28 @@ def test_a_step_is_one_rounding_of_the_log(estimator, dtype, rounding, weight_de
             assert not torch.equal(p, old)
 
 
+@ESTIMATOR
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("lr_times_decay", [0.0, 0.7])
+def test_zero_and_minus_zero_add_as_in_combine(estimator, dtype, rounding, lr_times_decay):
+    """-lr * g underflows to 0.0 or to -0.0, by the sign of g: -0.0 + 0.0 is 0.0, and -0.0 + -0.0 is -0.0."""
+    tiny, lr = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps, 1e-30
+    own = torch.tensor([-0.0, 0.0, -tiny, tiny, 1.0]).to(dtype)
+    p, slope = nn.Parameter(own.repeat(2)), torch.tensor([-1e-20] * 5 + [1e-20] * 5).double()
+    before = p.detach().clone()
+    opt = ZOCGE([("p", p)], lr, weight_decay=lr_times_decay / lr, rounding=rounding, estimator=estimator)
+    opt.step(lambda: (slope * p.double()).sum())
+    change = -(lr * opt.last_projected_gradient.double()).float()
+    assert change.tolist() == [0.0] * 10
+    assert change.signbit().tolist() == [False] * 5 + [True] * 5
+    own_seed = seed_to_int64(zk.derive_seed(0, 0)) if rounding == "stochastic" else None
+    decay = 1 - lr_times_decay if lr_times_decay else None
+    want = combined(before, change, 1.0, decay=decay, stochastic_seed=own_seed, stream=zk.stream_of("p"))
+    assert_same_bits(p.detach(), want)
+    assert p.signbit().tolist()[::5] == [False, True]
+
+
 def test_rounding_bits_are_those_of_the_place(rng):
     """Whatever else the step takes: equal to combine over the whole tensor, where only some entries have a change."""
     g = torch.Generator().manual_seed(rng.getrandbits(60))

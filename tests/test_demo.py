@@ -12,17 +12,13 @@ import pytest
 import torch
 from helpers import watched
 
+import zokernels
+from zokernels.cli import main
+from zokernels.examples import hotpath, reviews
+from zokernels.optim import ZOSGD
+from zokernels.trajectory import read
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "examples"))
-
-import hotpath  # noqa: E402
-import reviews  # noqa: E402
-
-import zokernels  # noqa: E402
-from zokernels.cli import main  # noqa: E402
-from zokernels.optim import ZOSGD  # noqa: E402
-from zokernels.trajectory import read  # noqa: E402
-
 KEYS = {
     *("loss_first", "loss_last", "acc_before", "acc_after", "steps", "restored_exactly", "replayed_exactly"),
     *("ms_per_step_hot_path", "ms_per_step_hot_path_eager", "hot_path_speedup"),
@@ -126,7 +122,8 @@ def test_restoring_is_checked(dtype, monkeypatch):
 
 
 def test_replaying_is_checked(tmp_path):
-    import demo
+    pytest.importorskip("matplotlib")
+    from zokernels.examples import demo
 
     model = torch.nn.Linear(6, 3)
     base = {n: p.detach().clone() for n, p in model.named_parameters()}

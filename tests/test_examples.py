@@ -11,17 +11,14 @@ import sys
 import pytest
 import torch
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "examples"))
+from zokernels.examples import encoder, reviews
 
-import reviews  # noqa: E402
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _weights_and_sentences():
     pytest.importorskip("transformers")
-    import encoder
-
     try:
         reviews.fetch()
         encoder.folder()
@@ -59,7 +56,7 @@ def test_lightning_saves_the_optimizer(tmp_path, monkeypatch):
 def test_a_model_from_disk_in_a_limit_that_memory_does_not_keep(tmp_path):
     import json
 
-    command = [sys.executable, "-m", "examples.offload_demo", "--tiny", "--output", str(tmp_path)]
+    command = [sys.executable, "examples/offload_demo.py", "--tiny", "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
     try:
         assert done.returncode == 0, done.stdout + done.stderr

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import pathlib
-import sys
-
 import pytest
 import torch
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "examples"))
+from zokernels import Span
+from zokernels.examples import compress, digits, fedkseed, fzoos
+
 pytest.importorskip("sklearn")
-
-import compress  # noqa: E402
-import digits  # noqa: E402
-import fedkseed  # noqa: E402
-import fzoos  # noqa: E402
-
-from zokernels import Span  # noqa: E402
 
 
 def test_fedkseed_sends_coefficients_and_learns():
@@ -87,7 +78,7 @@ def test_surrogate_gradient_is_that_of_the_mean():
 @pytest.fixture(scope="module")
 def zoodip():
     pytest.importorskip("transformers")
-    import zoodip
+    from zokernels.examples import zoodip
 
     return zoodip
 
