@@ -69,7 +69,7 @@ Kernel* kernel_of(const std::string& name, Kernel* portable, std::type_identity_
 #define ZK_NEON_KERNEL(name) nullptr
 #endif
 // The kernel that ZK_KERNEL declared, for the instruction set `isa`: auto, portable, avx2, avx512 or neon.
-#define ZK_KERNEL_OF(name, isa)                                                                          \
+#define ZK_KERNEL_OF(name, isa) \
   ::zk::cpu::kernel_of(isa, portable::name, ZK_AVX2_KERNEL(name), ZK_AVX512_KERNEL(name), ZK_NEON_KERNEL(name))
 
 }  // namespace zk::cpu

@@ -157,8 +157,7 @@ struct Neon {
     for (int i = 0; i < 4; i += 2) {
       uint16x8x2_t pairs;
       for (int odd = 0; odd < 2; ++odd) {
-        pairs.val[odd] =
-            vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(x[2 * i + odd].v), x[2 * i + 2 + odd].v));
+        pairs.val[odd] = vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(x[2 * i + odd].v), x[2 * i + 2 + odd].v));
       }
       vst2q_u16(p + 8 * i, pairs);
     }
