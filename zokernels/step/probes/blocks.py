@@ -1,0 +1,102 @@
+"""Blocks: parameters that are perturbed together, because a forward takes them one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+from ..scratch import ALIGN, Arena
+
+#: Bytes up to which parameters are joined to a block.  One call then perturbs many small tensors, and a
+#: larger tensor is still in the cache when the forward reads it.  On a GPU it is the calls that count.
+LIMIT = {"cpu": 4 << 20, "cuda": 64 << 20}
+
+
+def scratch_bytes(params: Iterable[Tensor]) -> int:
+    return sum(-(-p.nbytes // ALIGN) * ALIGN for p in params)
+
+
+class Block:
+    """Parameters with one perturbed copy in scratch, made by one call for each of their buckets."""
+
+    __slots__ = ("arenas", "kept", "nbytes", "params")
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self.params, self.nbytes = list(params), scratch_bytes(params)
+        #: Whether the copy lives to the end of a forward, because other blocks come between its uses.
+        self.kept = False
+        self.arenas: list[Arena | None] = []  #: the last ones
+
+
+class Blocks:
+    """The blocks of a model, learned from its forwards.
+
+    In the first forward each torch function is a block of its own, with the parameters that it takes.  What
+    was then taken in a row is joined up to ``limit`` bytes.  Later forwards change that where they differ:
+
+    * what they take for the first time becomes blocks in the same way;
+    * what a block perturbs in vain, such as an expert that is not used, leaves it;
+    * a block that is wanted again after another one has taken its place is kept from then on, so that a tied
+      head, or a layer in a loop, is perturbed once.  What is kept takes no more than a block may take.
+
+    Blocks are only about time and memory: no bit depends on them.
+
+    Args:
+        limit: bytes of scratch up to which parameters are joined; None: :data:`LIMIT`.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit
+        self.of: dict[int, Block] = {}  #: by id of the parameter, which a block refers to
+        self._alone: dict[int, Tensor] = {}  #: parameters that have left a block
+        self._kept = self._largest = 0
+
+    def limit_for(self, block: Block) -> int:
+        kind = block.params[0].device.type
+        return LIMIT.get(kind, LIMIT["cpu"]) if self.limit is None else self.limit
+
+    def join(self, taken: Iterable[Block]) -> None:
+        """Makes larger blocks of those of single functions, which a forward took one after another."""
+        members: list[Tensor] = []
+        size = 0
+        for block in taken:
+            params = [p for p in block.params if id(p) not in self.of and id(p) not in self._alone]
+            if len(params) < len(block.params):
+                self._release(block)
+            if block.kept:
+                self._add(block)
+            elif params:
+                more = scratch_bytes(params)
+                if members and size + more > self.limit_for(block):
+                    self._add(Block(members))
+                    members, size = [], 0
+                members += params
+                size += more
+        if members:
+            self._add(Block(members))
+
+    def _add(self, block: Block) -> None:
+        self._largest = max(self._largest, block.nbytes)
+        self.of.update(dict.fromkeys(map(id, block.params), block))
+
+    def part(self, block: Block, params: Sequence[Tensor]) -> None:
+        """Takes ``params`` out of ``block``."""
+        self._release(block)
+        for p in params:
+            self._alone[id(p)] = p
+            self.of.pop(id(p), None)
+        if left := [p for p in block.params if id(p) not in self._alone]:
+            self._add(Block(left))
+
+    def keep(self, block: Block) -> None:
+        """Lets the copy of ``block`` live to the end of each forward, if there is room for it."""
+        room = max(self._largest, self.limit_for(block))
+        if not block.kept and self._kept + block.nbytes <= room:
+            block.kept = True
+            self._kept += block.nbytes
+
+    def _release(self, block: Block) -> None:
+        if block.kept:
+            block.kept = False
+            self._kept -= block.nbytes

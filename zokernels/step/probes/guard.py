@@ -1,0 +1,105 @@
+"""Guarded parameters: parameters whose class tells the running forward of every torch function that takes them.
+
+While the forwards of an exact step run, each of its parameters has a class that differs from its own in
+``__torch_function__`` alone.  torch calls that for functions with such an argument, and for no others, so the
+rest of a forward costs nothing.  The object, its memory and its metadata stay what they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from threading import Lock, get_ident
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from ..guards import uninterrupted
+
+#: Types whose members may be parameters.
+CONTAINERS = (list, tuple, dict)
+
+
+class Listener(Protocol):
+    """What is told of the functions that take guarded parameters, in one thread."""
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of ``func`` for arguments some of which are guarded parameters."""
+
+
+#: By thread: the forward that runs in it.
+running: dict[int, Listener] = {}
+
+
+def plainly(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of ``func`` on the parameters themselves."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+class Guard:
+    """The part of a guarded parameter's class that its own class does not have."""
+
+    __slots__ = ()
+    #: The class of the parameter when it is not guarded.
+    kind: ClassVar[type[Tensor]]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        forward = running.get(get_ident())
+        if forward is None:  # a thread that is none of the closure's
+            return plainly(func, args, kwargs or {})
+        return forward.call(func, args, kwargs or {})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of what the forward sees; it is an ordinary parameter."""
+        result = super().__deepcopy__(memo)  # type: ignore[misc]
+        release([result])
+        return result
+
+
+@functools.cache
+def _guarded(kind: type[Tensor]) -> type[Tensor]:
+    names = {"kind": kind, "__slots__": (), "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    made: type[Tensor] = types.new_class(kind.__name__, (Guard, kind), exec_body=lambda body: body.update(names))
+    return made
+
+
+def release(params: Iterable[Any]) -> None:
+    """Gives guarded parameters their own class back."""
+    for p in params:
+        kind = type(p)
+        if issubclass(kind, Guard):
+            p.__class__ = kind.kind
+
+
+#: The parameters, by id, of all steps whose forwards run now.
+_held: list[dict[int, Any]] = []
+_lock = Lock()
+
+
+def is_held(param: Any) -> bool:
+    """Whether a running step guards ``param``.  A copy that was made of its class is nobody's."""
+    return any(id(param) in entries for entries in _held)
+
+
+@contextmanager
+def guarded(params: dict[int, Tensor]) -> Iterator[None]:
+    """Inside, ``params`` (by id) are guarded.  Several steps, in several threads, may guard the same one."""
+    try:
+        with _lock:
+            _held.append(params)
+            for p in params.values():
+                kind = type(p)
+                if not issubclass(kind, Guard):
+                    p.__class__ = _guarded(kind)
+        yield
+    finally:
+        with uninterrupted(), _lock:
+            _held[:] = [other for other in _held if other is not params]
+            release(params.values() if not _held else [p for p in params.values() if not is_held(p)])
