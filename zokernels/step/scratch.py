@@ -59,10 +59,11 @@ class Arena:
     def views(self, key: Hashable, tensors: Sequence[Tensor]) -> Views:
         """Uninitialised tensors like ``tensors``, which share the arena's dtype and device.
 
-        They begin at the beginning of the arena.  Those of a ``key`` are made once.
+        They begin at the beginning of the arena.  Those of a ``key`` are made once, and are there without
+        ``tensors``.
         """
         found = self._views.get(key)
-        if found is None or found.shapes != [t.shape for t in tensors]:
+        if found is None or (tensors and found.shapes != [t.shape for t in tensors]):
             if len(self._views) >= 4096:  # of blocks that there are no more
                 self._views.clear()
             with torch.no_grad(), torch.inference_mode(False):

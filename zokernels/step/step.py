@@ -247,8 +247,8 @@ class StepOptimizer(torch.optim.Optimizer):
             return CopiedShardProbe(buckets, seeds, self.scratch) if exact else MovedShardProbe(buckets, seeds)
         return self.exact_probe(buckets, seeds) if exact else InplaceProbe(buckets, seeds)
 
-    def exact_probe(self, buckets: list[Bucket], seeds: Seeds) -> ExactProbe:
-        return ExactProbe(self.op, buckets, seeds, self.scratch, self.blocks, self.warned)
+    def exact_probe(self, buckets: list[Bucket], seeds: Seeds, shared: bool = False) -> ExactProbe:
+        return ExactProbe(self.op, buckets, seeds, self.scratch, self.blocks, self.warned, shared)
 
     def estimate(self, buckets: list[Bucket], losses_at: LossesAt) -> Estimate:
         """g of every bucket from the losses at the estimator's points; then the rule's choice of a trial."""

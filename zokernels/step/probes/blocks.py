@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -16,17 +17,21 @@ LIMIT = {"cpu": 4 << 20, "cuda": 64 << 20}
 def scratch_bytes(params: Iterable[Tensor]) -> int:
     return sum(-(-p.nbytes // ALIGN) * ALIGN for p in params)
 
+#: In every step of this number the first forward looks at each function that takes a parameter.
+LOOK = 32
+
 
 class Block:
     """Parameters with one perturbed copy in scratch, made by one call for each of their buckets."""
 
-    __slots__ = ("arenas", "kept", "nbytes", "params")
+    __slots__ = ("arenas", "kept", "looks", "nbytes", "params")
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         self.params, self.nbytes = list(params), scratch_bytes(params)
         #: Whether the copy lives to the end of a forward, because other blocks come between its uses.
         self.kept = False
-        self.arenas: list[Arena | None] = []  #: the last ones
+        self.arenas: list[Arena] = []  #: the last ones
+        self.looks = 0  #: forwards that had the copy, and looked at which parameters functions take
 
 
 class Blocks:
@@ -36,7 +41,7 @@ class Blocks:
     was then taken in a row is joined up to ``limit`` bytes.  Later forwards change that where they differ:
 
     * what they take for the first time becomes blocks in the same way;
-    * what a block perturbs in vain, such as an expert that is not used, leaves it;
+    * what a block often perturbs in vain, such as an expert that is rarely used, leaves it;
     * a block that is wanted again after another one has taken its place is kept from then on, so that a tied
       head, or a layer in a loop, is perturbed once.  What is kept takes no more than a block may take.
 
@@ -50,7 +55,10 @@ class Blocks:
         self.limit = limit
         self.of: dict[int, Block] = {}  #: by id of the parameter, which a block refers to
         self._alone: dict[int, Tensor] = {}  #: parameters that have left a block
+        self._in_vain: dict[int, int] = {}  #: by id of the parameter: looks that found it perturbed in vain
+        self._steps = 0
         self._kept = self._largest = 0
+        self.owners: Any = None  #: the Owners of the last step
 
     def limit_for(self, block: Block) -> int:
         kind = block.params[0].device.type
@@ -80,14 +88,28 @@ class Blocks:
         self._largest = max(self._largest, block.nbytes)
         self.of.update(dict.fromkeys(map(id, block.params), block))
 
-    def part(self, block: Block, params: Sequence[Tensor]) -> None:
-        """Takes ``params`` out of ``block``."""
-        self._release(block)
-        for p in params:
-            self._alone[id(p)] = p
-            self.of.pop(id(p), None)
-        if left := [p for p in block.params if id(p) not in self._alone]:
-            self._add(Block(left))
+    def begin(self) -> bool:
+        """Called before the forwards of a step: whether its first one shall look at every function."""
+        self._steps += 1
+        return self._steps % LOOK == 1
+
+    def looked(self, block: Block, in_vain: Sequence[Tensor]) -> None:
+        """Called when a forward has looked, and found parameters that ``block`` perturbed in vain."""
+        block.looks += 1
+        leaving = []
+        for p in in_vain:
+            times = self._in_vain[id(p)] = self._in_vain.get(id(p), 0) + 1
+            if times >= 4 and 2 * times > block.looks:
+                leaving.append(p)
+        if leaving:
+            self._release(block)
+            for p in leaving:
+                self._alone[id(p)] = p
+                self.of.pop(id(p), None)
+            if left := [p for p in block.params if id(p) not in self._alone]:
+                smaller = Block(left)
+                smaller.looks = block.looks
+                self._add(smaller)
 
     def keep(self, block: Block) -> None:
         """Lets the copy of ``block`` live to the end of each forward, if there is room for it."""

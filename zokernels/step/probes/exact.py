@@ -29,16 +29,26 @@ class ExactProbe(Probe):
     Args:
         pool, blocks: of the optimizer, which keeps them from step to step.
         warned: the warnings already given.
+        shared: whether forwards run in several threads in turn, so that no block can be open.
     """
 
     kind: type[Substitution] = Substitution
 
     def __init__(
-        self, op: str, buckets: list[Bucket], seeds: Seeds, pool: ScratchPool, blocks: Blocks, warned: set[str]
+        self,
+        op: str,
+        buckets: list[Bucket],
+        seeds: Seeds,
+        pool: ScratchPool,
+        blocks: Blocks,
+        warned: set[str],
+        shared: bool = False,
     ) -> None:
         super().__init__(buckets, seeds)
         self.op, self.pool, self.blocks, self.warned = op, pool, blocks, warned
-        self._owners = Owners(buckets)
+        self._owners = blocks.owners = Owners.renewed(blocks.owners, buckets)
+        #: Whether the next forward looks at every function; always, where threads share the parameters.
+        self._looks, self._shared = blocks.begin() or shared, shared
 
     def forwards(
         self, points: Iterable[Any], share: range, same_rng: Iterator[AbstractContextManager[None]], run: Any
@@ -60,7 +70,8 @@ class ExactProbe(Probe):
     @contextmanager
     def point(self, points: list[Point]) -> Iterator[None]:
         """Around one forward, inside :meth:`watching`, for its thread alone."""
-        forward = self.kind(self.op, self._owners, self.blocks, self.seeds, self.pool, self.buckets, points)
+        forward = self.kind(self.op, self._owners, self.blocks, self.seeds, self.pool, points, self._looks)
+        self._looks = self._looks and self._shared
         cached = torch.is_autocast_cache_enabled()
         try:
             torch.set_autocast_cache_enabled(False)  # it would keep a cast of every copy, which is a second model

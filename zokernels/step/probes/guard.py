@@ -70,6 +70,14 @@ def _guarded(kind: type[Tensor]) -> type[Tensor]:
     return made
 
 
+def guard(params: Iterable[Any]) -> None:
+    """Guards parameters."""
+    for p in params:
+        kind = type(p)
+        if not issubclass(kind, Guard):
+            p.__class__ = _guarded(kind)
+
+
 def release(params: Iterable[Any]) -> None:
     """Gives guarded parameters their own class back."""
     for p in params:
@@ -94,10 +102,7 @@ def guarded(params: dict[int, Tensor]) -> Iterator[None]:
     try:
         with _lock:
             _held.append(params)
-            for p in params.values():
-                kind = type(p)
-                if not issubclass(kind, Guard):
-                    p.__class__ = _guarded(kind)
+            guard(params.values())
         yield
     finally:
         with uninterrupted(), _lock:

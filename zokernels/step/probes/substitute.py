@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from threading import get_ident
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -12,11 +12,12 @@ from torch._ops import HigherOrderOperator
 from torch.autograd import forward_ad
 from torch.overrides import resolve_name
 
+from ..guards import uninterrupted
 from ..noise import Members
 from ..scratch import Arena, ScratchPool, arena_numel
 from ..types import Bucket, Point, Seeds, terms
 from .blocks import Block, Blocks
-from .guard import CONTAINERS, Guard, is_held, plainly, release, running
+from .guard import CONTAINERS, Guard, guard, is_held, plainly, release, running
 
 _GETTERS = """shape dtype device layout requires_grad is_leaf grad grad_fn ndim itemsize nbytes name output_nr
     retains_grad is_cuda is_cpu is_sparse is_sparse_csr is_quantized is_meta is_mps is_xpu is_nested is_mkldnn is_mtia
@@ -87,7 +88,6 @@ def _swap(value: Any, copies: dict[int, Tensor]) -> Any:
     return value
 
 
-_LOOKED_INTO = (Guard, *CONTAINERS)
 #: What is done with functions that are not simply given copies.
 _METADATA, _GIVES_ADDRESS, _GIVES_DATA, _SETS_DATA = "metadata", "address", "data", "sets data"
 _SPECIAL: dict[Any, str] = {
@@ -98,73 +98,155 @@ _SPECIAL: dict[Any, str] = {
 }
 
 
-class Part(NamedTuple):
-    """The parameters of a block that are in one bucket."""
+class Part:
+    """The parameters of a block that are in one bucket.
 
-    bucket: Bucket
-    members: Members
-    ids: tuple[int, ...]
-    numel: int  #: elements of the arena that holds their copies
+    ``thetas`` are their own values, as other tensors over the same memory: with them a parameter gets its
+    memory back that has had a copy's.
+    """
+
+    __slots__ = ("_known", "_step", "bucket", "ids", "members", "numel", "thetas")
+
+    def __init__(self, bucket: int, members: Members) -> None:
+        self.bucket, self.members = bucket, members
+        self.ids, self.numel = tuple(map(id, members.params)), arena_numel(members.params)
+        self.thetas: list[Tensor] = []
+        self._known: tuple[list[int], list[torch.Size]] | None = None
+        self._step = -1
+
+    def renew(self, step: int) -> None:
+        """Looks, once a step, whether the parameters have other memory than before."""
+        if self._step != step:
+            params = self.members.params
+            found = [p.data_ptr() for p in params], [p.shape for p in params]
+            if found != self._known:
+                self.thetas, self._known = [p.detach() for p in params], found
+                self.numel = arena_numel(params)
+            self._step = step
 
 
 class Owners:
-    """Which bucket each parameter of a step is in, and so which calls make the copies of a block."""
+    """Which bucket each parameter of a step is in, and so which calls make the copies of a block.
+
+    It is kept from step to step, and made anew for other buckets.
+    """
 
     def __init__(self, buckets: list[Bucket]) -> None:
+        self.of, self.buckets, self.step = self._known(buckets), buckets, 0
         self.params = {id(p): p for b in buckets for p in b.params}
-        self._places = {id(p): (b, s) for b in buckets for p, s in zip(b.params, b.streams, strict=True)}
+        self._places = {id(p): (i, s) for i, b in enumerate(buckets) for p, s in zip(b.params, b.streams, strict=True)}
         self._parts: dict[Block, list[Part]] = {}
+
+    @staticmethod
+    def _known(buckets: list[Bucket]) -> list[Any]:
+        return [(b.device, b.dtype, b.dist, b.streams, list(map(id, b.params))) for b in buckets]
+
+    @classmethod
+    def renewed(cls, last: Owners | None, buckets: list[Bucket]) -> Owners:
+        """``last``, if it is of buckets like these."""
+        if last is None or last.of != cls._known(buckets):
+            return cls(buckets)
+        last.buckets = buckets
+        last.step += 1
+        return last
 
     def parts(self, block: Block) -> list[Part]:
         if block not in self._parts:
-            by_bucket: dict[int, tuple[Bucket, list[Tensor], list[int]]] = {}
+            by_bucket: dict[int, tuple[list[Tensor], list[int]]] = {}
             for p in block.params:
                 if (place := self._places.get(id(p))) is not None:  # a subset of the parameters may take part
-                    bucket, stream = place
-                    _, params, streams = by_bucket.setdefault(id(bucket), (bucket, [], []))
+                    at, stream = place
+                    params, streams = by_bucket.setdefault(at, ([], []))
                     params.append(p)
                     streams.append(stream)
-            self._parts[block] = [
-                Part(bucket, Members(params, streams, bucket.dist), tuple(map(id, params)), arena_numel(params))
-                for bucket, params, streams in by_bucket.values()
-            ]
+            made = [Part(at, Members(*found, self.buckets[at].dist)) for at, found in by_bucket.items()]
+            if len(self._parts) >= 4096:  # of blocks of one forward each
+                self._parts.clear()
+            self._parts[block] = made
         return self._parts[block]
 
 
-class _Made:
-    """A block whose copies are in scratch, and of which version they are."""
+class Made:
+    """A block whose copies are in scratch.
 
-    __slots__ = ("arenas", "block", "stays", "versions")
+    If it is open, the memory of its parameters is that of the copies, and they are not guarded.
+    """
 
-    def __init__(self, block: Block, arenas: list[Arena]) -> None:
-        self.block, self.arenas, self.stays = block, arenas, block.kept
-        self.versions = [a.data._version for a in arenas]
+    __slots__ = ("_count", "_versions", "arenas", "block", "is_open", "parts", "stays")
+
+    def __init__(self, block: Block, parts: list[Part]) -> None:
+        self.block, self.parts, self.stays, self.is_open = block, parts, block.kept, False
+        self.arenas: list[Arena] = []
+        self._versions: list[int] = []
+
+    def made(self) -> None:
+        """Called when the copies have their values."""
+        self._versions = [a.data._version for a in self.arenas]
+
+    def open(self) -> None:
+        self.is_open = True
+        for part, arena in zip(self.parts, self.arenas, strict=True):
+            release(part.members.params)
+            for p, view in zip(part.members.params, arena.views(part.ids, part.members.params).out, strict=True):
+                p.data = view
+        self._versions += [p._version for part in self.parts for p in part.members.params]
+        self._count = [p._use_count() for part in self.parts for p in part.members.params]
+
+    def close(self) -> None:
+        if self.is_open:
+            for part in self.parts:
+                for p, theta in zip(part.members.params, part.thetas, strict=True):
+                    p.data = theta
+                guard(part.members.params)
+            self.is_open = False
 
     def is_written(self) -> bool:
-        return any(a.data._version != v for a, v in zip(self.arenas, self.versions, strict=True))
+        """Whether something else has written to the copies, or put other memory in their place."""
+        now = [a.data._version for a in self.arenas]
+        if not self.is_open:
+            return now != self._versions
+        params = [p for part in self.parts for p in part.members.params]
+        if now + [p._version for p in params] != self._versions:
+            return True
+        views = [v for part, a in zip(self.parts, self.arenas, strict=True) for v in a.views(part.ids, ()).out]
+        return [p.data_ptr() for p in params] != [v.data_ptr() for v in views]
+
+    def is_in_a_graph(self) -> bool:
+        """Whether an autograd graph may need the values that open parameters have now."""
+        return self.is_open and self._count != [p._use_count() for part in self.parts for p in part.members.params]
 
 
 class Substitution:
     """Inside, and in this thread, functions see the point theta + sum_k c_k z_k in place of a parameter theta.
 
-    The copies of a block are written into scratch when a function takes one of its parameters, and stay there
-    until another block needs the scratch.  A function that is written in Python, such as
-    ``F.multi_head_attention_forward``, gets copies once and runs on them.
+    When a function takes a guarded parameter, the copies of its block are written into scratch, and stay there
+    until another block needs it.  Meanwhile the block is open: its parameters have the memory of the copies,
+    and no guard, so that nothing more is paid for their uses.
 
-    ``seen``: the parameters that functions have taken, by id, in the order in which they did.
+    Some functions get copies in the place of guarded parameters instead: those of a forward that ``looks``, of
+    parameters that are in no block yet, and of a forward for a backward.  A function that is written in
+    Python, such as ``F.multi_head_attention_forward``, then gets copies once and runs on them.
+
+    Args:
+        looks: whether the forward notes every function that takes a parameter.  Otherwise it knows the first
+            one in a block alone.
+
+    ``seen``: parameters that functions have taken, by id.
     """
 
+    #: Whether blocks may be opened.
+    opens = True
+
     def __init__(
-        self, op: str, owners: Owners, blocks: Blocks, seeds: Seeds, pool: ScratchPool, buckets: list[Bucket],
-        points: list[Point],
-    ) -> None:  # fmt: skip
-        self.op, self.pool, self.owners, self.blocks = op, pool, owners, blocks
+        self, op: str, owners: Owners, blocks: Blocks, seeds: Seeds, pool: ScratchPool, points: list[Point], looks: bool
+    ) -> None:
+        self.op, self.pool, self.owners, self.blocks, self.looks = op, pool, owners, blocks, looks
         self.seen: dict[int, None] = {}
-        self._terms = {id(b): terms(point, seeds[b.device]) for b, point in zip(buckets, points, strict=True)}
+        self._terms = [terms(point, seeds[b.device]) for b, point in zip(owners.buckets, points, strict=True)]
         self._copies: dict[int, Tensor] = {}
-        self._made: dict[Block, _Made] = {}
+        self._made: dict[Block, Made] = {}
         self._new: dict[int, Block] = {}  # blocks of this forward alone, by id of the parameter
-        self._past: set[Block] = set()  # blocks that others have taken the place of
+        self._past: dict[Block, None] = {}  # blocks that others have taken the place of
         self._outer: Any = None  # the forward inside whose closure a step runs
 
     def __enter__(self) -> Substitution:
@@ -173,13 +255,16 @@ class Substitution:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        if self._outer is None:
-            running.pop(get_ident(), None)
-        else:
-            running[get_ident()] = self._outer
-        made = dict(self._made)
-        written = any(m.is_written() for m in made.values())
-        self._drop(list(made.values()))
+        made = list(self._made.values())
+        with uninterrupted():
+            if self._outer is None:
+                running.pop(get_ident(), None)
+            else:
+                running[get_ident()] = self._outer
+            written, graph = any(m.is_written() for m in made), [m for m in made if m.is_in_a_graph()]
+            self._drop(made)
+        for m in graph:  # a backward after the forward, which would see theta, is an error
+            torch.autograd.graph.increment_version([p for part in m.parts for p in part.members.params])
         if kind is None:
             if written:
                 self._refuse_write("an operation on a view of one")
@@ -196,23 +281,6 @@ class Substitution:
                 f"{self.op}: closure: expected plain torch functions, got the higher-order operator {name!r}, whose "
                 f"inner functions can hold parameters; {USE_INPLACE}"
             )
-        if special is not None or kwargs or torch.is_grad_enabled():
-            return self._call(func, args, kwargs, special)
-        copies, swapped = self._copies, []
-        for a in args:
-            if (copy := copies.get(id(a))) is not None:
-                self.seen[id(a)] = None
-                a = copy
-            elif isinstance(a, _LOOKED_INTO):
-                return self._call(func, args, kwargs, None)
-            swapped.append(a)
-        out = func(*swapped)
-        for made in self._made.values():
-            if made.is_written():
-                self._refuse_write(func)
-        return out
-
-    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], special: str | None) -> Any:
         found: list[Tensor] = []
         _find(args, found)
         if kwargs:
@@ -222,7 +290,8 @@ class Substitution:
             return self._call_others(func, args, kwargs, found)
         if special is _SETS_DATA and args[0] is mine[0]:
             self._refuse_write(func)
-        copies = self._copies_of(mine)
+        if any(id(p) not in self._copies for p in mine):
+            self._make(mine)
         for p in mine:
             self.seen[id(p)] = None
         if special is _GIVES_ADDRESS:  # without a reference to its memory, which stays to the end of the forward
@@ -230,7 +299,11 @@ class Substitution:
                 made.stays = True
         elif special is _GIVES_DATA:
             func = Tensor.detach
-        args, kwargs = _swap(args, copies), _swap(kwargs, copies)
+        if copies := {id(p): self._copies[id(p)] for p in mine if isinstance(p, Guard)}:
+            if torch.is_grad_enabled():
+                # A graph saves a leaf itself, so it gets one of its own: then it holds the memory, and is noticed.
+                copies = {i: c.detach().requires_grad_(c.requires_grad) for i, c in copies.items()}
+            args, kwargs = _swap(args, copies), _swap(kwargs, copies)
         if len(mine) < len(found):
             out = self._call_others(func, args, kwargs, [p for p in found if id(p) not in self.owners.params])
         else:
@@ -248,29 +321,22 @@ class Substitution:
 
     # Copies -------------------------------------------------------------------------------------------------
 
-    def _copies_of(self, params: Sequence[Tensor]) -> dict[int, Tensor]:
-        """The copies of some parameters, by id, which one function is about to take."""
-        if any(id(p) not in self._copies for p in params):
-            self._make(params)
-        copies = {id(p): self._copies[id(p)] for p in params}
-        if torch.is_grad_enabled():
-            # A graph saves a leaf itself, so it gets one of its own: then it holds the memory, and is noticed.
-            copies = {id(p): copies[id(p)].detach().requires_grad_(p.requires_grad) for p in params}
-        return copies
-
     def _make(self, params: Sequence[Tensor]) -> None:
         """Brings the blocks of ``params`` into scratch, in the place of others."""
         known, new = self.blocks.of, self._new
         if unknown := [p for p in dict.fromkeys(params) if id(p) not in known and id(p) not in new]:
             new.update(dict.fromkeys(map(id, unknown), Block(unknown)))
         wanted = dict.fromkeys(new.get(id(p)) or known[id(p)] for p in params)
+        opens = self.opens and not self.looks and not torch.is_grad_enabled()
         with torch._C.DisableTorchFunction(), torch.no_grad(), torch.inference_mode(False):
             for block in wanted:
                 if block not in self._made:
                     if block in self._past:
                         self.blocks.keep(block)
                     self._make_room(block, wanted)
-                    self._fill(block)
+                    made = self._fill(block)
+                    if opens and id(block.params[0]) not in new:
+                        made.open()
 
     def _make_room(self, block: Block, wanted: Collection[Block]) -> None:
         """Drops the oldest copies, until those that are not kept and ``block`` have the size of one block."""
@@ -279,26 +345,26 @@ class Substitution:
         for made in loose:
             if size <= self.blocks.limit_for(block):
                 return
-            if made.block not in wanted:
+            if made.is_in_a_graph():
+                made.stays = True
+            elif made.block not in wanted:
                 if made.is_written():
                     self._refuse_write("an operation on a view of one")
                 size -= made.block.nbytes
-                self._past.add(made.block)
+                self._past[made.block] = None
                 self._drop([made])
 
-    def _fill(self, block: Block) -> None:
-        arenas: list[Arena] = []
-        last = block.arenas
-        try:
-            for i, part in enumerate(self.owners.parts(block)):
-                arena = self._take(part, last[i] if i < len(last) else None)
-                arenas.append(arena)
-                self._copies.update(zip(part.ids, self._written(part, arena), strict=True))
-        except BaseException:
-            self._drop([_Made(block, arenas)])
-            raise
-        block.arenas = list(arenas)
-        self._made[block] = _Made(block, arenas)
+    def _fill(self, block: Block) -> Made:
+        """Writes the copies of a block into scratch."""
+        made = self._made[block] = Made(block, self.owners.parts(block))
+        for i, part in enumerate(made.parts):
+            part.renew(self.owners.step)
+            arena = self._take(part, block.arenas[i] if i < len(block.arenas) else None)
+            made.arenas.append(arena)
+            self._copies.update(zip(part.ids, self._written(part, arena), strict=True))
+        made.made()
+        block.arenas = list(made.arenas)
+        return made
 
     def _take(self, part: Part, last: Arena | None) -> Arena:
         return self.pool.take(part.numel, part.members.params[0], last)
@@ -306,26 +372,33 @@ class Substitution:
     def _written(self, part: Part, arena: Arena) -> list[Tensor]:
         """Writes the copies of a part into ``arena``; what functions get in the place of the parameters."""
         views = arena.views(part.ids, part.members.params)
-        part.bucket.noise.perturb(views.out, part.members, *self._terms[id(part.bucket)])
+        self.owners.buckets[part.bucket].noise.perturb(views.out, part.members, *self._terms[part.bucket])
         return views.copies
 
-    def _drop(self, blocks: Sequence[_Made]) -> None:
-        for made in blocks:
-            self._made.pop(made.block, None)
-            for part in self.owners.parts(made.block):
-                for i in part.ids:
-                    self._copies.pop(i, None)
-            for arena in made.arenas:
-                self.pool.give_back(arena)
+    def _drop(self, blocks: Sequence[Made]) -> None:
+        with torch._C.DisableTorchFunction(), torch.no_grad(), torch.inference_mode(False):
+            for made in blocks:
+                made.close()
+                self._made.pop(made.block, None)
+                for part in made.parts:
+                    for i in part.ids:
+                        self._copies.pop(i, None)
+                for arena in made.arenas:
+                    self.pool.give_back(arena)
 
-    def _learn(self, made: Collection[Block]) -> None:
+    def _learn(self, made: Sequence[Made]) -> None:
         """Lets the blocks of later forwards be what this one took."""
-        if len(self.seen) < len(self.owners.params):
-            for block in {*self._past, *made} - {*self._new.values()}:
-                if vain := [p for p in block.params if id(p) in self.owners.params and id(p) not in self.seen]:
-                    self.blocks.part(block, vain)
-        if self._new:
-            self.blocks.join(dict.fromkeys(self._new.values()))
+        new = dict.fromkeys(self._new.values())
+        if self.looks:
+            for block in dict.fromkeys((*self._past, *(m.block for m in made))):
+                if block not in new:
+                    ours = (p for p in block.params if id(p) in self.owners.params)
+                    self.blocks.looked(block, [p for p in ours if id(p) not in self.seen])
+        else:
+            for block in (*self._past, *(m.block for m in made)):
+                self.seen.update(dict.fromkeys(map(id, block.params)))
+        if new:
+            self.blocks.join(new)
 
     def _refuse_write(self, func: Any) -> NoReturn:
         name = func if isinstance(func, str) else resolve_name(func) or func
@@ -342,13 +415,15 @@ class Tangents(Substitution):
     the parameter's dtype, to which z, which is fp32, is rounded to nearest.
     """
 
+    opens = False  # what functions get is not the memory alone
+
     def _take(self, part: Part, last: Arena | None) -> Arena:
         return self.pool.take(2 * part.numel, part.members.params[0], last)
 
     def _written(self, part: Part, arena: Arena) -> list[Tensor]:
-        (seeds, coeffs), members, count = self._terms[id(part.bucket)], part.members, len(part.ids)
+        (seeds, coeffs), members, count = self._terms[part.bucket], part.members, len(part.ids)
         out = arena.views((*part.ids, "tangents"), (*members.params, *members.params)).out
-        copies, tangents = out[:count], out[count:]
-        part.bucket.noise.perturb(copies, members, seeds[:0], coeffs[:0])
-        part.bucket.noise.perturb(tangents, members, seeds, coeffs, decay=0.0)
+        copies, tangents, noise = out[:count], out[count:], self.owners.buckets[part.bucket].noise
+        noise.perturb(copies, members, seeds[:0], coeffs[:0])
+        noise.perturb(tangents, members, seeds, coeffs, decay=0.0)
         return [forward_ad.make_dual(copy, t) for copy, t in zip(copies, tangents, strict=True)]
