@@ -23,19 +23,34 @@ def arena_numel(tensors: Sequence[Tensor]) -> int:
 
 
 class Views:
-    """Tensors of an arena: what a kernel writes to, and what functions are given in the place of parameters."""
+    """Tensors of an arena, one for each of ``tensors``."""
 
-    __slots__ = ("copies", "out", "shapes")
+    __slots__ = ("_copies", "_grad", "out", "pointers")
 
     def __init__(self, data: Tensor, tensors: Sequence[Tensor]) -> None:
-        self.shapes = [t.shape for t in tensors]
         self.out: list[Tensor] = []
         unit, at = ALIGN // tensors[0].element_size(), 0
         for t in tensors:
             self.out.append(data.as_strided(t.shape, t.stride(), at))
             at += -(-t.numel() // unit) * unit
-        # They require grad where the parameters do, because matmul picks its kernel by that.
-        self.copies = [c.detach().requires_grad_(t.requires_grad) for c, t in zip(self.out, tensors, strict=True)]
+        self.pointers = [c.data_ptr() for c in self.out]
+        self._grad = [t.requires_grad for t in tensors]
+        self._copies: list[Tensor] = []
+
+    @property
+    def copies(self) -> list[Tensor]:
+        """What functions are given in the place of parameters.
+
+        They require grad where the parameters do, because matmul picks its kernel by that.
+        """
+        if not self._copies:
+            self._copies = [c.detach().requires_grad_(grad) for c, grad in zip(self.out, self._grad, strict=True)]
+        return self._copies
+
+    def idle(self) -> tuple[bool, int]:
+        """Whether nobody else has the copies, and how many tensors there are."""
+        free = all(count == _ALONE for count in map(getrefcount, self._copies))
+        return free, len(self.out) + len(self._copies)
 
 
 class Arena:
@@ -50,7 +65,7 @@ class Arena:
         self.stream = stream
         self._storage = self.data.untyped_storage()
         self._views: dict[Hashable, Views] = {}
-        self._idle_count = _use_count(self._storage._cdata)
+        self._empty_count = _use_count(self._storage._cdata)
 
     @property
     def nbytes(self) -> int:
@@ -59,27 +74,28 @@ class Arena:
     def views(self, key: Hashable, tensors: Sequence[Tensor]) -> Views:
         """Uninitialised tensors like ``tensors``, which share the arena's dtype and device.
 
-        They begin at the beginning of the arena.  Those of a ``key`` are made once, and are there without
-        ``tensors``.
+        They begin at the beginning of the arena.  Those of a ``key`` are made once.
         """
         found = self._views.get(key)
-        if found is None or (tensors and found.shapes != [t.shape for t in tensors]):
+        if found is None:
             if len(self._views) >= 4096:  # of blocks that there are no more
                 self._views.clear()
             with torch.no_grad(), torch.inference_mode(False):
                 found = self._views[key] = Views(self.data, tensors)
-            self._idle_count = _use_count(self._storage._cdata)
         return found
 
-    def idle(self) -> bool:
-        """Whether nothing else refers to the memory: no view, numpy array, DLPack capsule or autograd graph."""
-        if _use_count(self._storage._cdata) != self._idle_count:
-            return False
-        return all(getrefcount(c) == _ALONE for views in self._views.values() for c in views.copies)
+    def idle(self, opened: int = 0) -> bool:
+        """Whether nothing else refers to the memory: no view, numpy array, DLPack capsule or autograd graph.
+
+        ``opened``: the number of parameters that have it.
+        """
+        states = [views.idle() for views in self._views.values()]
+        expected = self._empty_count + opened + sum(count for _, count in states)
+        return all(free for free, _ in states) and _use_count(self._storage._cdata) == expected
 
 
-#: What getrefcount says in :meth:`Arena.idle` of an object that one list holds.
-_ALONE = next(getrefcount(c) for views in [[object()]] for c in views)
+#: What getrefcount says in :meth:`Views.idle` of an object that one list holds.
+_ALONE = next(map(getrefcount, [object()]))
 
 
 class ScratchPool:

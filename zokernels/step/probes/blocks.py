@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..scratch import ALIGN, Arena
+from .compiled import Compiled
 
 #: Bytes up to which parameters are joined to a block.  One call then perturbs many small tensors, and a
 #: larger tensor is still in the cache when the forward reads it.  On a GPU it is the calls that count.
@@ -59,6 +60,8 @@ class Blocks:
         self._steps = 0
         self._kept = self._largest = 0
         self.owners: Any = None  #: the Owners of the last step
+        self.compiled = Compiled()
+        self._whole: tuple[Any, list[Block]] = (None, [])
 
     def limit_for(self, block: Block) -> int:
         kind = block.params[0].device.type
@@ -85,8 +88,21 @@ class Blocks:
             self._add(Block(members))
 
     def _add(self, block: Block) -> None:
+        self._whole = (None, [])
         self._largest = max(self._largest, block.nbytes)
         self.of.update(dict.fromkeys(map(id, block.params), block))
+
+    def whole(self, params: dict[int, Tensor]) -> list[Block]:
+        """The blocks of ``params`` (by id), if together they are no more than one may be; else none.
+
+        ``params``: the same object means the same parameters.
+        """
+        if self._whole[0] is not params:
+            found = dict.fromkeys(self.of[i] for i in params if i in self.of)
+            fits = found and all(i in self.of for i in params)
+            fits = fits and sum(b.nbytes for b in found) <= min(self.limit_for(b) for b in found)
+            self._whole = params, list(found) if fits else []
+        return self._whole[1]
 
     def begin(self) -> bool:
         """Called before the forwards of a step: whether its first one shall look at every function."""
@@ -102,6 +118,7 @@ class Blocks:
             if times >= 4 and 2 * times > block.looks:
                 leaving.append(p)
         if leaving:
+            self._whole = (None, [])
             self._release(block)
             for p in leaving:
                 self._alone[id(p)] = p

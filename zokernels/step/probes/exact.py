@@ -14,10 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..scratch import ScratchPool
 from ..types import Bucket, Point, Seeds
 from .blocks import Blocks
-from .guard import guarded
+from .guard import guarded, release
 from .probe import Probe
 from .scripted import scripts_refused
-from .substitute import USE_INPLACE, HiddenParameters, Owners, Substitution, Tangents
+from .substitute import USE_INPLACE, HiddenParameters, Made, Opened, Owners, Substitution, Tangents, untouched
 
 
 class ExactProbe(Probe):
@@ -47,6 +47,7 @@ class ExactProbe(Probe):
         super().__init__(buckets, seeds)
         self.op, self.pool, self.blocks, self.warned = op, pool, blocks, warned
         self._owners = blocks.owners = Owners.renewed(blocks.owners, buckets)
+        self._opened = Opened(op, pool)
         #: Whether the next forward looks at every function; always, where threads share the parameters.
         self._looks, self._shared = blocks.begin() or shared, shared
 
@@ -64,13 +65,32 @@ class ExactProbe(Probe):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Around forwards, in whichever thread they run."""
-        with scripts_refused(self.op, self._owners.params), guarded(self._owners.params):
-            yield
+        owners, opens = self._owners, self.kind.opens and not self._looks
+        whole = self.blocks.whole(owners.params) if opens else []
+        compiled = self.blocks.compiled
+        compiled.renew(owners.params)
+        with scripts_refused(self.op, owners.params), guarded(owners.params, not whole), compiled.watched():
+            error = True
+            try:
+                # A small model is open from the beginning.
+                with untouched():
+                    for block in whole:
+                        self._opened.blocks.append(Made(block, owners, self.pool))
+                        self._opened.blocks[-1].open()
+                yield
+                error = False
+            finally:
+                kept = len(self._opened.blocks) == len(whole)
+                self._opened.leave(guarded=not whole, error=error)
+                if whole and not kept:  # a forward could not go on with the scratch of the one before
+                    release(owners.params.values())
 
     @contextmanager
     def point(self, points: list[Point]) -> Iterator[None]:
         """Around one forward, inside :meth:`watching`, for its thread alone."""
-        forward = self.kind(self.op, self._owners, self.blocks, self.seeds, self.pool, points, self._looks)
+        opened = Opened(self.op, self.pool) if self._shared else self._opened
+        options = (self.blocks, self.seeds, self.pool, points, self._looks, opened)
+        forward = self.kind(self.op, self._owners, *options)
         self._looks = self._looks and self._shared
         cached = torch.is_autocast_cache_enabled()
         try:

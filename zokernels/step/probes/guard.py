@@ -64,10 +64,16 @@ class Guard:
 
 
 @functools.cache
-def _guarded(kind: type[Tensor]) -> type[Tensor]:
+def guarded_kind(kind: type[Tensor]) -> type[Tensor]:
     names = {"kind": kind, "__slots__": (), "__module__": kind.__module__, "__qualname__": kind.__qualname__}
     made: type[Tensor] = types.new_class(kind.__name__, (Guard, kind), exec_body=lambda body: body.update(names))
     return made
+
+
+def own_kind(param: Any) -> type[Tensor]:
+    """The class of a parameter, guarded or not, when it is not guarded."""
+    kind = type(param)
+    return kind.kind if issubclass(kind, Guard) else kind
 
 
 def guard(params: Iterable[Any]) -> None:
@@ -75,7 +81,7 @@ def guard(params: Iterable[Any]) -> None:
     for p in params:
         kind = type(p)
         if not issubclass(kind, Guard):
-            p.__class__ = _guarded(kind)
+            p.__class__ = guarded_kind(kind)
 
 
 def release(params: Iterable[Any]) -> None:
@@ -97,14 +103,19 @@ def is_held(param: Any) -> bool:
 
 
 @contextmanager
-def guarded(params: dict[int, Tensor]) -> Iterator[None]:
-    """Inside, ``params`` (by id) are guarded.  Several steps, in several threads, may guard the same one."""
+def guarded(params: dict[int, Tensor], at_once: bool = True) -> Iterator[None]:
+    """Inside, ``params`` (by id) are guarded.  Several steps, in several threads, may guard the same one.
+
+    ``at_once``: False where the caller guards them, and releases what it has guarded.
+    """
     try:
         with _lock:
             _held.append(params)
-            guard(params.values())
+            if at_once:
+                guard(params.values())
         yield
     finally:
         with uninterrupted(), _lock:
             _held[:] = [other for other in _held if other is not params]
-            release(params.values() if not _held else [p for p in params.values() if not is_held(p)])
+            if at_once:
+                release(params.values() if not _held else [p for p in params.values() if not is_held(p)])

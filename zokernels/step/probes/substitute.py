@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from threading import get_ident
 from typing import Any, NoReturn
 
@@ -14,10 +15,11 @@ from torch.overrides import resolve_name
 
 from ..guards import uninterrupted
 from ..noise import Members
-from ..scratch import Arena, ScratchPool, arena_numel
+from ..scratch import Arena, ScratchPool, Views, arena_numel
 from ..types import Bucket, Point, Seeds, terms
 from .blocks import Block, Blocks
-from .guard import CONTAINERS, Guard, guard, is_held, plainly, release, running
+from .compiled import check_freezing
+from .guard import CONTAINERS, Guard, guarded_kind, is_held, own_kind, plainly, release, running
 
 _GETTERS = """shape dtype device layout requires_grad is_leaf grad grad_fn ndim itemsize nbytes name output_nr
     retains_grad is_cuda is_cpu is_sparse is_sparse_csr is_quantized is_meta is_mps is_xpu is_nested is_mkldnn is_mtia
@@ -98,6 +100,13 @@ _SPECIAL: dict[Any, str] = {
 }
 
 
+@contextmanager
+def untouched() -> Iterator[None]:
+    """Inside, torch runs as it does without the modes that a closure may be in, and parameters have no guard."""
+    with torch._C.DisableTorchFunction(), torch.no_grad(), torch.inference_mode(False):
+        yield
+
+
 class Part:
     """The parameters of a block that are in one bucket.
 
@@ -105,24 +114,30 @@ class Part:
     memory back that has had a copy's.
     """
 
-    __slots__ = ("_known", "_step", "bucket", "ids", "members", "numel", "thetas")
+    __slots__ = ("_found", "_step", "bucket", "guards", "ids", "key", "kinds", "members", "numel", "thetas")
 
     def __init__(self, bucket: int, members: Members) -> None:
-        self.bucket, self.members = bucket, members
-        self.ids, self.numel = tuple(map(id, members.params)), arena_numel(members.params)
+        self.bucket, self.members, self.ids = bucket, members, tuple(map(id, members.params))
         self.thetas: list[Tensor] = []
-        self._known: tuple[list[int], list[torch.Size]] | None = None
+        self.kinds: list[type[Tensor]] = []
+        self.guards: list[type[Tensor]] = []
+        self.key: Any = self.ids  #: of the views of an arena
+        self.numel = 0
+        self._found: Any = None
         self._step = -1
 
     def renew(self, step: int) -> None:
         """Looks, once a step, whether the parameters have other memory than before."""
-        if self._step != step:
-            params = self.members.params
-            found = [p.data_ptr() for p in params], [p.shape for p in params]
-            if found != self._known:
-                self.thetas, self._known = [p.detach() for p in params], found
-                self.numel = arena_numel(params)
-            self._step = step
+        if self._step == step:
+            return
+        params = self.members.params
+        found = [p.data_ptr() for p in params], [p.shape for p in params]
+        if found != self._found:
+            self.key = (self.ids, tuple(found[1]))
+            self.thetas, self._found, self.numel = [p.detach() for p in params], found, arena_numel(params)
+            self.kinds = [own_kind(p) for p in params]
+            self.guards = list(map(guarded_kind, self.kinds))
+        self._step = step
 
 
 class Owners:
@@ -172,48 +187,109 @@ class Made:
     If it is open, the memory of its parameters is that of the copies, and they are not guarded.
     """
 
-    __slots__ = ("_count", "_versions", "arenas", "block", "is_open", "parts", "stays")
+    __slots__ = ("_params", "_versions", "arenas", "block", "is_open", "parts", "stays", "users", "views")
 
-    def __init__(self, block: Block, parts: list[Part]) -> None:
-        self.block, self.parts, self.stays, self.is_open = block, parts, block.kept, False
+    def __init__(self, block: Block, owners: Owners, pool: ScratchPool, copies: int = 1) -> None:
+        """``copies``: of each parameter, one behind the other."""
+        self.block, self.parts, self.stays, self.is_open = block, owners.parts(block), block.kept, False
+        self.users = 0  #: compiled functions that run now
         self.arenas: list[Arena] = []
+        self.views: list[Views] = []
         self._versions: list[int] = []
+        self._params: list[tuple[list[int], list[int]]] = []
+        for i, part in enumerate(self.parts):
+            part.renew(owners.step)
+            params = part.members.params
+            last = block.arenas[i] if i < len(block.arenas) else None
+            self.arenas.append(pool.take(copies * part.numel, params[0], last))
+            self.views.append(self.arenas[-1].views((part.key, copies), [*params] * copies))
+        block.arenas = list(self.arenas)
 
-    def made(self) -> None:
+    def written(self) -> None:
         """Called when the copies have their values."""
         self._versions = [a.data._version for a in self.arenas]
 
     def open(self) -> None:
-        self.is_open = True
-        for part, arena in zip(self.parts, self.arenas, strict=True):
-            release(part.members.params)
-            for p, view in zip(part.members.params, arena.views(part.ids, part.members.params).out, strict=True):
+        self.is_open, self._params = True, []
+        for part, views in zip(self.parts, self.views, strict=True):
+            # What should not change, besides the memory: versions, and references from outside of Python.
+            params = part.members.params
+            self._params.append(([p._version for p in params], [p._use_count() for p in params]))
+            for p, kind, view in zip(params, part.kinds, views.out, strict=True):
+                p.__class__ = kind
                 p.data = view
-        self._versions += [p._version for part in self.parts for p in part.members.params]
-        self._count = [p._use_count() for part in self.parts for p in part.members.params]
 
-    def close(self) -> None:
+    def close(self, guarded: bool) -> None:
+        """Gives the parameters their own memory back, and perhaps their guard."""
         if self.is_open:
             for part in self.parts:
-                for p, theta in zip(part.members.params, part.thetas, strict=True):
+                kinds = part.guards if guarded else part.kinds
+                for p, kind, theta in zip(part.members.params, kinds, part.thetas, strict=True):
                     p.data = theta
-                guard(part.members.params)
+                    p.__class__ = kind
             self.is_open = False
 
-    def is_written(self) -> bool:
-        """Whether something else has written to the copies, or put other memory in their place."""
-        now = [a.data._version for a in self.arenas]
-        if not self.is_open:
-            return now != self._versions
-        params = [p for part in self.parts for p in part.members.params]
-        if now + [p._version for p in params] != self._versions:
-            return True
-        views = [v for part, a in zip(self.parts, self.arenas, strict=True) for v in a.views(part.ids, ()).out]
-        return [p.data_ptr() for p in params] != [v.data_ptr() for v in views]
+    def are_copies_written(self) -> bool:
+        return self._versions != [a.data._version for a in self.arenas]
 
-    def is_in_a_graph(self) -> bool:
-        """Whether an autograd graph may need the values that open parameters have now."""
-        return self.is_open and self._count != [p._use_count() for part in self.parts for p in part.members.params]
+    def check(self) -> tuple[bool, bool]:
+        """Whether the forward has written to the parameters, and whether an autograd graph refers to them.
+
+        A write may also be other memory in the place of the copies.
+        """
+        written, graph = self.are_copies_written(), False
+        if self.is_open:
+            for part, views, (versions, counts) in zip(self.parts, self.views, self._params, strict=True):
+                params = part.members.params
+                written |= versions != [p._version for p in params]
+                written |= views.pointers != [p.data_ptr() for p in params]
+                graph |= counts != [p._use_count() for p in params]
+        return written, graph
+
+    def is_idle(self) -> bool:
+        """Whether nothing else refers to the copies, so that there can be others in their place."""
+        opened = [len(part.ids) if self.is_open else 0 for part in self.parts]
+        return all(a.idle(n) for a, n in zip(self.arenas, opened, strict=True))
+
+
+class Opened:
+    """The open blocks that one forward of a step leaves to the next one, so that they are opened once."""
+
+    def __init__(self, op: str, pool: ScratchPool) -> None:
+        self.op, self.pool = op, pool
+        self.blocks: list[Made] = []
+
+    def leave(self, guarded: bool, error: bool) -> None:
+        """Closes the blocks.  ``error``: whether there is one already."""
+        blocks, self.blocks = self.blocks, []
+        close(self.op, blocks, self.pool, guarded, error)
+
+
+def refuse_write(op: str, func: Any = "an operation on a view of one") -> NoReturn:
+    name = func if isinstance(func, str) else resolve_name(func) or func
+    raise RuntimeError(
+        f"{op}: closure: expected a forward that does not write to its parameters, got {name}, whose effect "
+        "would be lost with the perturbed copy; do it outside step()"
+    )
+
+
+def close(op: str, blocks: Sequence[Made], pool: ScratchPool, guarded: bool, error: bool = False) -> None:
+    """Gives the parameters of blocks their own memory back, and refuses what has been done to the copies.
+
+    ``error``: whether there is one already, so that none is raised here.
+    """
+    written = False
+    with uninterrupted(), untouched():
+        for made in blocks:
+            of_this, graph = made.check()
+            written |= of_this
+            made.close(guarded)
+            if graph:  # a backward from here on, which would see theta, is an error
+                torch.autograd.graph.increment_version([p for part in made.parts for p in part.members.params])
+            for arena in made.arenas:
+                pool.give_back(arena)
+    if written and not error:
+        refuse_write(op)
 
 
 class Substitution:
@@ -231,20 +307,33 @@ class Substitution:
         looks: whether the forward notes every function that takes a parameter.  Otherwise it knows the first
             one in a block alone.
 
+        opened: the blocks that are open already, where no other forward needs their scratch.
+
     ``seen``: parameters that functions have taken, by id.
     """
 
     #: Whether blocks may be opened.
     opens = True
+    #: How many tensors of its size take the place of a parameter.
+    copies = 1
 
     def __init__(
-        self, op: str, owners: Owners, blocks: Blocks, seeds: Seeds, pool: ScratchPool, points: list[Point], looks: bool
+        self,
+        op: str,
+        owners: Owners,
+        blocks: Blocks,
+        seeds: Seeds,
+        pool: ScratchPool,
+        points: list[Point],
+        looks: bool,
+        opened: Opened,
     ) -> None:
         self.op, self.pool, self.owners, self.blocks, self.looks = op, pool, owners, blocks, looks
         self.seen: dict[int, None] = {}
         self._terms = [terms(point, seeds[b.device]) for b, point in zip(owners.buckets, points, strict=True)]
         self._copies: dict[int, Tensor] = {}
-        self._made: dict[Block, Made] = {}
+        self._made: dict[Block, Made] = {made.block: made for made in opened.blocks}
+        self._opened = opened
         self._new: dict[int, Block] = {}  # blocks of this forward alone, by id of the parameter
         self._past: dict[Block, None] = {}  # blocks that others have taken the place of
         self._outer: Any = None  # the forward inside whose closure a step runs
@@ -252,6 +341,16 @@ class Substitution:
     def __enter__(self) -> Substitution:
         self._outer = running.get(get_ident())
         running[get_ident()] = self
+        try:
+            for made in list(self._made.values()):
+                if made.is_idle():
+                    with untouched():
+                        self._write(made)
+                else:
+                    self._drop([made])
+        except BaseException as error:
+            self.__exit__(type(error))
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
@@ -261,14 +360,13 @@ class Substitution:
                 running.pop(get_ident(), None)
             else:
                 running[get_ident()] = self._outer
-            written, graph = any(m.is_written() for m in made), [m for m in made if m.is_in_a_graph()]
-            self._drop(made)
-        for m in graph:  # a backward after the forward, which would see theta, is an error
-            torch.autograd.graph.increment_version([p for part in m.parts for p in part.members.params])
-        if kind is None:
-            if written:
-                self._refuse_write("an operation on a view of one")
-            self._learn(made)
+            if kind is None:
+                self._learn(made)
+            left = [] if kind or self._past else [m for m in made if m.is_open]
+            self._opened.blocks = [m for m in left if self.blocks.of.get(m.parts[0].ids[0]) is m.block]
+            self._drop([m for m in made if m not in self._opened.blocks], kind is not None)
+        if any(m.are_copies_written() for m in self._opened.blocks):
+            refuse_write(self.op)
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of ``func``, where some of the arguments are guarded parameters."""
@@ -289,8 +387,8 @@ class Substitution:
         if not mine:
             return self._call_others(func, args, kwargs, found)
         if special is _SETS_DATA and args[0] is mine[0]:
-            self._refuse_write(func)
-        if any(id(p) not in self._copies for p in mine):
+            refuse_write(self.op, func)
+        if any(id(p) not in self._copies for p in mine):  # guarded, so none of them is open
             self._make(mine)
         for p in mine:
             self.seen[id(p)] = None
@@ -299,6 +397,8 @@ class Substitution:
                 made.stays = True
         elif special is _GIVES_DATA:
             func = Tensor.detach
+        targets = [self._copies[id(p)] if isinstance(p, Guard) else p for p in mine]
+        versions = [t._version for t in targets]
         if copies := {id(p): self._copies[id(p)] for p in mine if isinstance(p, Guard)}:
             if torch.is_grad_enabled():
                 # A graph saves a leaf itself, so it gets one of its own: then it holds the memory, and is noticed.
@@ -308,9 +408,28 @@ class Substitution:
             out = self._call_others(func, args, kwargs, [p for p in found if id(p) not in self.owners.params])
         else:
             out = func(*args, **kwargs)
-        if any(made.is_written() for made in self._made.values()):
-            self._refuse_write(func)
+        if versions != [t._version for t in targets]:
+            refuse_write(self.op, func)
         return out
+
+    def enter_compiled(self, params: list[Tensor]) -> Callable[[], None]:
+        """Called before a compiled function that may take ``params``; what is returned, after it.
+
+        Meanwhile their blocks are open.
+        """
+        check_freezing(self.op, HiddenParameters, USE_INPLACE)
+        if not self.opens:
+            return lambda: None
+        blocks = self._make(params, for_graph=True)
+        self.seen.update(dict.fromkeys(map(id, params)))
+        for made in blocks:
+            made.users += 1
+
+        def leave() -> None:
+            for made in blocks:
+                made.users -= 1
+
+        return leave
 
     def _call_others(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], params: list[Tensor]) -> Any:
         """``func`` for parameters of another step, in whose closure this one runs, or of none."""
@@ -321,70 +440,77 @@ class Substitution:
 
     # Copies -------------------------------------------------------------------------------------------------
 
-    def _make(self, params: Sequence[Tensor]) -> None:
-        """Brings the blocks of ``params`` into scratch, in the place of others."""
+    def _make(self, params: Sequence[Tensor], for_graph: bool = False) -> list[Made]:
+        """Brings the blocks of ``params`` into scratch, in the place of others.
+
+        ``for_graph``: opens them all.
+        """
         known, new = self.blocks.of, self._new
         if unknown := [p for p in dict.fromkeys(params) if id(p) not in known and id(p) not in new]:
             new.update(dict.fromkeys(map(id, unknown), Block(unknown)))
         wanted = dict.fromkeys(new.get(id(p)) or known[id(p)] for p in params)
         opens = self.opens and not self.looks and not torch.is_grad_enabled()
-        with torch._C.DisableTorchFunction(), torch.no_grad(), torch.inference_mode(False):
+        with untouched():
             for block in wanted:
-                if block not in self._made:
+                if (made := self._made.get(block)) is None:
                     if block in self._past:
                         self.blocks.keep(block)
                     self._make_room(block, wanted)
-                    made = self._fill(block)
-                    if opens and id(block.params[0]) not in new:
-                        made.open()
+                    self._fill(block, for_graph or (opens and id(block.params[0]) not in new))
+                elif for_graph and not made.is_open:
+                    self._forget(made)
+                    made.open()
+        return [self._made[block] for block in wanted]
 
     def _make_room(self, block: Block, wanted: Collection[Block]) -> None:
         """Drops the oldest copies, until those that are not kept and ``block`` have the size of one block."""
-        loose = [made for made in self._made.values() if not made.stays]
+        loose = [made for made in self._made.values() if not made.stays and not made.users]
         size = 0 if block.kept else block.nbytes + sum(made.block.nbytes for made in loose)
         for made in loose:
             if size <= self.blocks.limit_for(block):
                 return
-            if made.is_in_a_graph():
-                made.stays = True
-            elif made.block not in wanted:
-                if made.is_written():
-                    self._refuse_write("an operation on a view of one")
+            if made.block not in wanted:
+                if made.check()[1]:
+                    made.stays = True  # for a backward inside the forward
+                    continue
                 size -= made.block.nbytes
                 self._past[made.block] = None
                 self._drop([made])
 
-    def _fill(self, block: Block) -> Made:
+    def _fill(self, block: Block, opens: bool) -> None:
         """Writes the copies of a block into scratch."""
-        made = self._made[block] = Made(block, self.owners.parts(block))
-        for i, part in enumerate(made.parts):
-            part.renew(self.owners.step)
-            arena = self._take(part, block.arenas[i] if i < len(block.arenas) else None)
-            made.arenas.append(arena)
-            self._copies.update(zip(part.ids, self._written(part, arena), strict=True))
-        made.made()
-        block.arenas = list(made.arenas)
-        return made
+        made = self._made[block] = Made(block, self.owners, self.pool, self.copies)
+        self._write(made)
+        if opens:
+            made.open()
+        else:
+            for part, views in zip(made.parts, made.views, strict=True):
+                self._copies.update(zip(part.ids, self._given(part, views), strict=True))
 
-    def _take(self, part: Part, last: Arena | None) -> Arena:
-        return self.pool.take(part.numel, part.members.params[0], last)
+    def _write(self, made: Made) -> None:
+        """Writes the values of this forward's point."""
+        for part, views in zip(made.parts, made.views, strict=True):
+            self._perturb(part, views)
+        made.written()
 
-    def _written(self, part: Part, arena: Arena) -> list[Tensor]:
-        """Writes the copies of a part into ``arena``; what functions get in the place of the parameters."""
-        views = arena.views(part.ids, part.members.params)
-        self.owners.buckets[part.bucket].noise.perturb(views.out, part.members, *self._terms[part.bucket])
+    def _perturb(self, part: Part, views: Views) -> None:
+        noise = self.owners.buckets[part.bucket].noise
+        noise.perturb(views.out, part.members, *self._terms[part.bucket], theta=part.thetas)
+
+    def _given(self, part: Part, views: Views) -> list[Tensor]:
+        """What functions get in the place of guarded parameters."""
         return views.copies
 
-    def _drop(self, blocks: Sequence[Made]) -> None:
-        with torch._C.DisableTorchFunction(), torch.no_grad(), torch.inference_mode(False):
-            for made in blocks:
-                made.close()
-                self._made.pop(made.block, None)
-                for part in made.parts:
-                    for i in part.ids:
-                        self._copies.pop(i, None)
-                for arena in made.arenas:
-                    self.pool.give_back(arena)
+    def _drop(self, blocks: Sequence[Made], error: bool = False) -> None:
+        for made in blocks:
+            self._made.pop(made.block, None)
+            self._forget(made)
+        close(self.op, blocks, self.pool, True, error)
+
+    def _forget(self, made: Made) -> None:
+        for part in made.parts if self._copies else ():
+            for i in part.ids:
+                self._copies.pop(i, None)
 
     def _learn(self, made: Sequence[Made]) -> None:
         """Lets the blocks of later forwards be what this one took."""
@@ -400,13 +526,6 @@ class Substitution:
         if new:
             self.blocks.join(new)
 
-    def _refuse_write(self, func: Any) -> NoReturn:
-        name = func if isinstance(func, str) else resolve_name(func) or func
-        raise RuntimeError(
-            f"{self.op}: closure: expected a forward that does not write to its parameters, got {name}, whose effect "
-            "would be lost with the perturbed copy; do it outside step()"
-        )
-
 
 class Tangents(Substitution):
     """Every torch function sees a dual tensor in place of each parameter.
@@ -416,14 +535,14 @@ class Tangents(Substitution):
     """
 
     opens = False  # what functions get is not the memory alone
+    copies = 2
 
-    def _take(self, part: Part, last: Arena | None) -> Arena:
-        return self.pool.take(2 * part.numel, part.members.params[0], last)
+    def _perturb(self, part: Part, views: Views) -> None:
+        count, (seeds, coeffs) = len(part.ids), self._terms[part.bucket]
+        noise, options = self.owners.buckets[part.bucket].noise, {"theta": part.thetas}
+        noise.perturb(views.out[:count], part.members, seeds[:0], coeffs[:0], **options)
+        noise.perturb(views.out[count:], part.members, seeds, coeffs, decay=0.0, **options)
 
-    def _written(self, part: Part, arena: Arena) -> list[Tensor]:
-        (seeds, coeffs), members, count = self._terms[part.bucket], part.members, len(part.ids)
-        out = arena.views((*part.ids, "tangents"), (*members.params, *members.params)).out
-        copies, tangents, noise = out[:count], out[count:], self.owners.buckets[part.bucket].noise
-        noise.perturb(copies, members, seeds[:0], coeffs[:0])
-        noise.perturb(tangents, members, seeds, coeffs, decay=0.0)
-        return [forward_ad.make_dual(copy, t) for copy, t in zip(copies, tangents, strict=True)]
+    def _given(self, part: Part, views: Views) -> list[Tensor]:
+        count = len(part.ids)
+        return [forward_ad.make_dual(c, t) for c, t in zip(views.out[:count], views.out[count:], strict=True)]
