@@ -22,6 +22,15 @@ def arena_numel(tensors: Sequence[Tensor]) -> int:
     return sum(-(-t.numel() // unit) * unit for t in tensors)
 
 
+def alias(tensor: Tensor, requires_grad: bool) -> Tensor:
+    """A leaf over the same memory, with the same counter of versions.
+
+    ``detach().requires_grad_()`` is the same, but is refused inside the transforms of torch.func.
+    """
+    made: Tensor = Tensor._make_subclass(Tensor, tensor, requires_grad)
+    return made
+
+
 class Views:
     """Tensors of an arena, one for each of ``tensors``."""
 
@@ -44,7 +53,7 @@ class Views:
         They require grad where the parameters do, because matmul picks its kernel by that.
         """
         if not self._copies:
-            self._copies = [c.detach().requires_grad_(grad) for c, grad in zip(self.out, self._grad, strict=True)]
+            self._copies = [alias(c, grad) for c, grad in zip(self.out, self._grad, strict=True)]
         return self._copies
 
     def idle(self) -> tuple[bool, int]:

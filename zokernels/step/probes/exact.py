@@ -16,7 +16,7 @@ from ..types import Bucket, Point, Seeds
 from .blocks import Blocks
 from .guard import guarded, release
 from .probe import Probe
-from .scripted import scripts_refused
+from .hidden import hidden_uses
 from .substitute import USE_INPLACE, HiddenParameters, Made, Opened, Owners, Substitution, Tangents, untouched
 
 
@@ -69,7 +69,7 @@ class ExactProbe(Probe):
         whole = self.blocks.whole(owners.params) if opens else []
         compiled = self.blocks.compiled
         compiled.renew(owners.params)
-        with scripts_refused(self.op, owners.params), guarded(owners.params, not whole), compiled.watched():
+        with hidden_uses(self.op, owners.params), guarded(self.op, owners.params, not whole), compiled.watched():
             error = True
             try:
                 # A small model is open from the beginning.

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from ...checks import fail
 from ..guards import uninterrupted
 
 #: Types whose members may be parameters.
@@ -103,19 +104,25 @@ def is_held(param: Any) -> bool:
 
 
 @contextmanager
-def guarded(params: dict[int, Tensor], at_once: bool = True) -> Iterator[None]:
-    """Inside, ``params`` (by id) are guarded.  Several steps, in several threads, may guard the same one.
+def guarded(op: str, params: dict[int, Tensor], at_once: bool = True) -> Iterator[None]:
+    """Inside, ``params`` (by id) are guarded, for one step.
 
-    ``at_once``: False where the caller guards them, and releases what it has guarded.
+    Args:
+        at_once: False where the caller guards them, and releases what it has guarded.
+
+    Raises: RuntimeError where another step, in whose closure or beside which this one runs, has one of them.
     """
+    with _lock:
+        if not all(params.keys().isdisjoint(other) for other in _held):
+            got = "one inside the closure of another step, or in another thread, with the same parameters"
+            fail(op, "step", "one step at a time for a parameter", got, RuntimeError)
+        _held.append(params)
     try:
-        with _lock:
-            _held.append(params)
-            if at_once:
-                guard(params.values())
+        if at_once:
+            guard(params.values())
         yield
     finally:
         with uninterrupted(), _lock:
             _held[:] = [other for other in _held if other is not params]
             if at_once:
-                release(params.values() if not _held else [p for p in params.values() if not is_held(p)])
+                release(params.values())

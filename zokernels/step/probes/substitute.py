@@ -15,7 +15,7 @@ from torch.overrides import resolve_name
 
 from ..guards import uninterrupted
 from ..noise import Members
-from ..scratch import Arena, ScratchPool, Views, arena_numel
+from ..scratch import Arena, ScratchPool, Views, alias, arena_numel
 from ..types import Bucket, Point, Seeds, terms
 from .blocks import Block, Blocks
 from .compiled import check_freezing
@@ -102,8 +102,8 @@ _SPECIAL: dict[Any, str] = {
 
 @contextmanager
 def untouched() -> Iterator[None]:
-    """Inside, torch runs as it does without the modes that a closure may be in, and parameters have no guard."""
-    with torch._C.DisableTorchFunction(), torch.no_grad(), torch.inference_mode(False):
+    """Inside, torch runs as it does without what a closure may be in: modes, transforms, guards, a graph."""
+    with torch._C.DisableTorchFunction(), torch._C._DisableFuncTorch(), torch.no_grad(), torch.inference_mode(False):
         yield
 
 
@@ -197,12 +197,17 @@ class Made:
         self.views: list[Views] = []
         self._versions: list[int] = []
         self._params: list[tuple[list[int], list[int]]] = []
-        for i, part in enumerate(self.parts):
-            part.renew(owners.step)
-            params = part.members.params
-            last = block.arenas[i] if i < len(block.arenas) else None
-            self.arenas.append(pool.take(copies * part.numel, params[0], last))
-            self.views.append(self.arenas[-1].views((part.key, copies), [*params] * copies))
+        try:
+            for i, part in enumerate(self.parts):
+                part.renew(owners.step)
+                params = part.members.params
+                last = block.arenas[i] if i < len(block.arenas) else None
+                self.arenas.append(pool.take(copies * part.numel, params[0], last))
+                self.views.append(self.arenas[-1].views((part.key, copies), [*params] * copies))
+        except BaseException:
+            for arena in self.arenas:
+                pool.give_back(arena)
+            raise
         block.arenas = list(self.arenas)
 
     def written(self) -> None:
@@ -210,11 +215,12 @@ class Made:
         self._versions = [a.data._version for a in self.arenas]
 
     def open(self) -> None:
-        self.is_open, self._params = True, []
-        for part, views in zip(self.parts, self.views, strict=True):
-            # What should not change, besides the memory: versions, and references from outside of Python.
-            params = part.members.params
-            self._params.append(([p._version for p in params], [p._use_count() for p in params]))
+        """Gives the parameters the memory of the copies, and no guard."""
+        # What should not change, besides the memory: versions, and references from outside of Python.
+        all_params = [part.members.params for part in self.parts]
+        self._params = [([p._version for p in params], [p._use_count() for p in params]) for params in all_params]
+        self.is_open = True
+        for part, params, views in zip(self.parts, all_params, self.views, strict=True):
             for p, kind, view in zip(params, part.kinds, views.out, strict=True):
                 p.__class__ = kind
                 p.data = view
@@ -402,7 +408,8 @@ class Substitution:
         if copies := {id(p): self._copies[id(p)] for p in mine if isinstance(p, Guard)}:
             if torch.is_grad_enabled():
                 # A graph saves a leaf itself, so it gets one of its own: then it holds the memory, and is noticed.
-                copies = {i: c.detach().requires_grad_(c.requires_grad) for i, c in copies.items()}
+                with untouched():
+                    copies = {i: alias(c, c.requires_grad) for i, c in copies.items()}
             args, kwargs = _swap(args, copies), _swap(kwargs, copies)
         if len(mine) < len(found):
             out = self._call_others(func, args, kwargs, [p for p in found if id(p) not in self.owners.params])
@@ -430,6 +437,19 @@ class Substitution:
                 made.users -= 1
 
         return leave
+
+    def uncover(self, param: Tensor) -> None:
+        """Opens the block of a parameter, which something is about to hold as it is."""
+        if id(param) in self.owners.params:
+            if not self.opens:
+                raise HiddenParameters(
+                    f"{self.op}: closure: expected torch functions that take the parameters, got a transform of torch.func "
+                    "by them; transform a function of other tensors"
+                )
+            self._make([param], for_graph=True)
+            self.seen[id(param)] = None
+        elif self._outer is not None:
+            self._outer.uncover(param)
 
     def _call_others(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], params: list[Tensor]) -> Any:
         """``func`` for parameters of another step, in whose closure this one runs, or of none."""
