@@ -58,8 +58,9 @@ class Views:
 
     def idle(self) -> tuple[bool, int]:
         """Whether nobody else has the copies, and how many tensors there are."""
-        free = all(count == _ALONE for count in map(getrefcount, self._copies))
-        return free, len(self.out) + len(self._copies)
+        if not self._copies:
+            return True, len(self.out)
+        return set(map(getrefcount, self._copies)) == {_ALONE}, len(self.out) + len(self._copies)
 
 
 class Arena:
@@ -87,8 +88,8 @@ class Arena:
         """
         found = self._views.get(key)
         if found is None:
-            if len(self._views) >= 4096:  # of blocks that there are no more
-                self._views.clear()
+            if sum(len(views.out) for views in self._views.values()) + len(tensors) > _MOST_VIEWS:
+                self._views.clear()  # of blocks that there are no more, or of other subsets of them
             with torch.no_grad(), torch.inference_mode(False):
                 found = self._views[key] = Views(self.data, tensors)
         return found
@@ -103,6 +104,8 @@ class Arena:
         return all(free for free, _ in states) and _use_count(self._storage._cdata) == expected
 
 
+#: Tensors that an arena keeps; one of its blocks may have more.
+_MOST_VIEWS = 4096
 #: What getrefcount says in :meth:`Views.idle` of an object that one list holds.
 _ALONE = next(map(getrefcount, [object()]))
 

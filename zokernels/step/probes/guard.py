@@ -122,7 +122,8 @@ def guarded(op: str, params: dict[int, Tensor], at_once: bool = True) -> Iterato
             guard(params.values())
         yield
     finally:
-        with uninterrupted(), _lock:
-            _held[:] = [other for other in _held if other is not params]
-            if at_once:
+        if at_once:
+            with uninterrupted():
                 release(params.values())
+        with _lock:
+            _held[:] = [other for other in _held if other is not params]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Sequence
 from threading import get_ident
 from typing import Any, NoReturn
 
@@ -100,11 +99,23 @@ _SPECIAL: dict[Any, str] = {
 }
 
 
-@contextmanager
-def untouched() -> Iterator[None]:
+class untouched:  # noqa: N801
     """Inside, torch runs as it does without what a closure may be in: modes, transforms, guards, a graph."""
-    with torch._C.DisableTorchFunction(), torch._C._DisableFuncTorch(), torch.no_grad(), torch.inference_mode(False):
-        yield
+
+    __slots__ = ("_contexts",)
+
+    def __enter__(self) -> None:
+        self._contexts: list[Any] = [torch._C.DisableTorchFunction(), torch._C._DisableFuncTorch()]
+        if torch.is_grad_enabled():
+            self._contexts.append(torch.no_grad())
+        if torch.is_inference_mode_enabled():
+            self._contexts.append(torch.inference_mode(False))
+        for context in self._contexts:
+            context.__enter__()
+
+    def __exit__(self, *exception: object) -> None:
+        for context in reversed(self._contexts):
+            context.__exit__(None, None, None)
 
 
 class Part:
@@ -285,6 +296,8 @@ def close(op: str, blocks: Sequence[Made], pool: ScratchPool, guarded: bool, err
     ``error``: whether there is one already, so that none is raised here.
     """
     written = False
+    if not blocks:
+        return
     with uninterrupted(), untouched():
         for made in blocks:
             of_this, graph = made.check()
@@ -348,12 +361,13 @@ class Substitution:
         self._outer = running.get(get_ident())
         running[get_ident()] = self
         try:
-            for made in list(self._made.values()):
-                if made.is_idle():
-                    with untouched():
-                        self._write(made)
-                else:
-                    self._drop([made])
+            if self._made:
+                with untouched():
+                    for made in list(self._made.values()):
+                        if made.is_idle():
+                            self._write(made)
+                        else:
+                            self._drop([made])
         except BaseException as error:
             self.__exit__(type(error))
             raise
@@ -361,16 +375,19 @@ class Substitution:
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         made = list(self._made.values())
-        with uninterrupted():
+        left: list[Made] = []
+        try:
             if self._outer is None:
                 running.pop(get_ident(), None)
             else:
                 running[get_ident()] = self._outer
             if kind is None:
                 self._learn(made)
-            left = [] if kind or self._past else [m for m in made if m.is_open]
-            self._opened.blocks = [m for m in left if self.blocks.of.get(m.parts[0].ids[0]) is m.block]
-            self._drop([m for m in made if m not in self._opened.blocks], kind is not None)
+                if not self._past:  # there was scratch for all of them
+                    left = [m for m in made if m.is_open and self.blocks.of.get(m.parts[0].ids[0]) is m.block]
+        finally:
+            self._opened.blocks = left
+            self._drop([m for m in made if m not in left], kind is not None)
         if any(m.are_copies_written() for m in self._opened.blocks):
             refuse_write(self.op)
 
