@@ -18,6 +18,7 @@ LIMIT = {"cpu": 4 << 20, "cuda": 64 << 20}
 def scratch_bytes(params: Iterable[Tensor]) -> int:
     return sum(-(-p.nbytes // ALIGN) * ALIGN for p in params)
 
+
 #: In every step of this number the first forward looks at each function that takes a parameter.
 LOOK = 32
 

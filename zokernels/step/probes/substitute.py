@@ -65,13 +65,13 @@ def _members(value: Any) -> Iterable[Any] | None:
     return value.values() if isinstance(value, dict) else None
 
 
-def _find(values: Iterable[Any], found: list[Tensor]) -> None:
-    """Puts the guarded parameters into ``found`` that occur in ``values``, or in containers."""
+def _find(values: Iterable[Any], params: dict[int, Tensor], found: list[Tensor]) -> None:
+    """Puts those of ``params`` (by id) and all guarded parameters into ``found`` that occur in ``values``."""
     for value in values:
-        if isinstance(value, Guard):
+        if isinstance(value, CONTAINERS):
+            _find(_members(value) or (), params, found)
+        elif isinstance(value, Guard) or id(value) in params:
             found.append(value)  # type: ignore[arg-type]
-        elif isinstance(value, CONTAINERS):
-            _find(_members(value) or (), found)
 
 
 def _swap(value: Any, copies: dict[int, Tensor]) -> Any:
@@ -403,9 +403,9 @@ class Substitution:
                 f"inner functions can hold parameters; {USE_INPLACE}"
             )
         found: list[Tensor] = []
-        _find(args, found)
+        _find(args, self.owners.params, found)
         if kwargs:
-            _find(kwargs.values(), found)
+            _find(kwargs.values(), self.owners.params, found)
         mine = [p for p in found if id(p) in self.owners.params]
         if not mine:
             return self._call_others(func, args, kwargs, found)
