@@ -20,8 +20,8 @@ from zosgd_cases import combined
 
 import zokernels as zk
 from zokernels.optim import ZOSGD
+from zokernels.step.probes.functions import HiddenParameters
 from zokernels.step.probes.guard import Guard, _held
-from zokernels.step.probes.substitute import HiddenParameters
 from zokernels.step.scratch import arena_numel
 
 EPS, STEPS = 0.01, 5
@@ -238,12 +238,11 @@ def test_a_backward_after_the_step(leaf, scratch):
         opt.step(closure)
     loss, x = run(at_point(model, 2, -1))
     (expected,) = torch.autograd.grad(loss, x)
-    try:
-        (found,) = torch.autograd.grad(*graphs[-1])
-    except RuntimeError as error:
-        assert leaf and "modified by an inplace operation" in str(error)  # noqa: PT017
+    if leaf and scratch is None:  # the second forward found everything open
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(*graphs[-1])
     else:
-        assert torch.equal(found, expected)
+        assert torch.equal(torch.autograd.grad(*graphs[-1])[0], expected)
 
 
 # --- modules of all kinds ---
@@ -473,17 +472,21 @@ def test_another_step_in_the_closure():
         first.step(lambda: second.step(lambda: ZOSGD(outer.parameters(), lr=0.1).step(lambda: outer(x).sum())))
 
 
+def take_steps(model):
+    opt = ZOSGD(model.named_parameters(), lr=1e-2)
+    for _ in range(12):
+        opt.step(lambda: language_loss(model))
+
+
 def test_two_threads_with_models_of_their_own():
-    """As two models one after the other, and each thread alone."""
+    """Each takes the steps that it takes alone."""
     models, errors = [mixed() for _ in range(2)], []
     reference = mixed()
-    for t in range(6):
-        ZOSGD(reference.named_parameters(), lr=1e-2).step(lambda: language_loss(reference))
+    take_steps(reference)
 
     def work(model):
         try:
-            for t in range(6):
-                ZOSGD(model.named_parameters(), lr=1e-2).step(lambda: language_loss(model))
+            take_steps(model)
         except BaseException as error:
             errors.append(error)
 

@@ -11,7 +11,7 @@ from torch import nn
 from zosgd_cases import weights
 
 from zokernels.optim import ZOSGD
-from zokernels.step.probes.substitute import HiddenParameters
+from zokernels.step.probes.functions import HiddenParameters
 
 # --- what a forward must not do ---
 

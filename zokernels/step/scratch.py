@@ -13,7 +13,7 @@ from .guards import is_capturing
 #: Bytes between the starts of two tensors of an arena: a cache line pair, and the alignment of cudaMalloc.
 ALIGN = 256
 
-_use_count: Callable[[int], int] = torch._C._storage_Use_Count  # type: ignore[attr-defined]
+_use_count: Callable[[int], int] = torch._C._storage_Use_Count
 
 
 def arena_numel(tensors: Sequence[Tensor]) -> int:
@@ -139,7 +139,7 @@ class ScratchPool:
             del alike  # too small: freed before a larger one is allocated
             arena = Arena(numel, dtype, device, stream)
         else:
-            arena = last if last in fit else min(fit, key=lambda a: a.data.numel())  # type: ignore[assignment]
+            arena = last if last in fit else min(fit, key=lambda a: a.data.numel())
             self._free = [a for a in self._free if a is not arena]
         self._taken.add(arena)
         return arena

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from threading import get_ident
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .guard import running
@@ -64,11 +63,8 @@ class Compiled:
 
 def _hook(params: list[Tensor]) -> Callable[[], Callable[[], object]]:
     def enter() -> Callable[[], object]:
-        forward: Any = running.get(get_ident())
-        if forward is None:
-            return lambda: None
-        leave: Callable[[], object] = forward.enter_compiled(params)
-        return leave
+        forward = running.get(get_ident())
+        return (lambda: None) if forward is None else forward.enter_compiled(params)
 
     return enter
 
@@ -145,6 +141,6 @@ def check_freezing(op: str, error: type[Exception], way_out: str) -> None:
     config = sys.modules.get("torch._inductor.config")
     if config is not None and config.freezing:
         raise error(
-            f"{op}: closure: expected graphs that take the parameters, got torch._inductor.config.freezing, which makes "
-            f"constants of them; {way_out}"
+            f"{op}: closure: expected graphs that take the parameters, got torch._inductor.config.freezing, which "
+            f"makes constants of them; {way_out}"
         )

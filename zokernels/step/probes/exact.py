@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,10 +14,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..scratch import ScratchPool
 from ..types import Bucket, Point, Seeds
 from .blocks import Blocks
+from .functions import USE_INPLACE, HiddenParameters
 from .guard import guarded, release
-from .probe import Probe
 from .hidden import hidden_uses
-from .substitute import USE_INPLACE, HiddenParameters, Made, Opened, Owners, Substitution, Tangents, untouched
+from .made import Made, Opened, Owners, untouched
+from .probe import Probe
+from .substitute import Substitution, Tangents
 
 
 class ExactProbe(Probe):
@@ -69,7 +71,11 @@ class ExactProbe(Probe):
         whole = self.blocks.whole(owners.params) if opens else []
         compiled = self.blocks.compiled
         compiled.renew(owners.params)
-        with hidden_uses(self.op, owners.params), guarded(self.op, owners.params, not whole), compiled.watched():
+        eager: AbstractContextManager[object] = nullcontext()
+        if compiled.regions and not self.kind.opens:
+            eager = torch.compiler.set_stance("force_eager")
+            self._warn_once("compiled", f"{self.kind.__name__.lower()} run torch.compile'd functions uncompiled")
+        with eager, hidden_uses(self.op, owners.params), guarded(self.op, owners.params, not whole), compiled.watched():
             error = True
             try:
                 # A small model is open from the beginning.

@@ -7,7 +7,6 @@ rest of a forward costs nothing.  The object, its memory and its metadata stay w
 
 from __future__ import annotations
 
-import functools
 import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -29,6 +28,12 @@ class Listener(Protocol):
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of ``func`` for arguments some of which are guarded parameters."""
+
+    def uncover(self, param: Tensor) -> None:
+        """Called before something takes a parameter as it is."""
+
+    def enter_compiled(self, params: list[Tensor]) -> Callable[[], object]:
+        """Called before a compiled function that may take ``params``; what is returned, after it."""
 
 
 #: By thread: the forward that runs in it.
@@ -64,11 +69,15 @@ class Guard:
         return result
 
 
-@functools.cache
-def guarded_kind(kind: type[Tensor]) -> type[Tensor]:
-    names = {"kind": kind, "__slots__": (), "__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    made: type[Tensor] = types.new_class(kind.__name__, (Guard, kind), exec_body=lambda body: body.update(names))
-    return made
+#: The class of guarded parameters of a class.
+_guarded: dict[type, type[Tensor]] = {}
+
+
+def guarded_kind(kind: type) -> type[Tensor]:
+    if kind not in _guarded:
+        names = {"kind": kind, "__slots__": (), "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        _guarded[kind] = types.new_class(kind.__name__, (Guard, kind), exec_body=lambda body: body.update(names))
+    return _guarded[kind]
 
 
 def own_kind(param: Any) -> type[Tensor]:

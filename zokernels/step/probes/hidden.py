@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .functions import USE_INPLACE, HiddenParameters
 from .guard import Guard, running
-from .substitute import USE_INPLACE, HiddenParameters
 
 #: What the running steps refuse: the optimizer's name, and the parameters by id.
 _refused: list[tuple[str, dict[int, Tensor]]] = []
@@ -36,7 +36,7 @@ def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _wrap(tensor: Any, level: int) -> Any:
     """torch.func's wrapper of a tensor that it differentiates by: it holds a parameter as it is now."""
     if isinstance(tensor, Guard) and (forward := running.get(get_ident())) is not None:
-        forward.uncover(tensor)
+        forward.uncover(tensor)  # type: ignore[arg-type]
     return torch._C._functorch._wrap_for_grad(tensor, level)
 
 

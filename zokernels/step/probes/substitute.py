@@ -2,313 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from threading import get_ident
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.autograd import forward_ad
-from torch.overrides import resolve_name
 
-from ..guards import uninterrupted
-from ..noise import Members
-from ..scratch import Arena, ScratchPool, Views, alias, arena_numel
-from ..types import Bucket, Point, Seeds, terms
+from ..scratch import ScratchPool, Views, alias
+from ..types import Point, Seeds, terms
 from .blocks import Block, Blocks
 from .compiled import check_freezing
-from .guard import CONTAINERS, Guard, guarded_kind, is_held, own_kind, plainly, release, running
-
-_GETTERS = """shape dtype device layout requires_grad is_leaf grad grad_fn ndim itemsize nbytes name output_nr
-    retains_grad is_cuda is_cpu is_sparse is_sparse_csr is_quantized is_meta is_mps is_xpu is_nested is_mkldnn is_mtia
-    is_xla is_vulkan is_ipu is_maia names _version _backward_hooks _grad""".split()  # noqa: SIM905
-_METHODS = """size dim ndimension numel nelement stride storage_offset is_contiguous is_floating_point is_complex
-    is_signed is_inference is_conj is_neg is_pinned is_shared is_coalesced is_same_size element_size get_device
-    requires_grad_ register_hook register_post_accumulate_grad_hook retain_grad _is_view has_names
-    __len__ __hash__""".split()  # noqa: SIM905
-
-
-def _setter(name: str) -> Any:
-    return getattr(Tensor, name).__set__  # a descriptor, which torch's stubs call by the type of its value
-
-
-def _metadata() -> frozenset[Any]:
-    """Functions that read no element.  They see the parameter itself, and no copy is made for them."""
-    functions: list[Any] = [getattr(Tensor, n).__get__ for n in _GETTERS if hasattr(Tensor, n)]
-    functions += [getattr(Tensor, n) for n in _METHODS if hasattr(Tensor, n)]
-    functions += [_setter("requires_grad"), _setter("grad"), torch.numel, torch.is_floating_point]
-    functions += [torch.is_complex, torch.is_signed, torch.is_inference, torch.is_same_size, torch.result_type]
-    functions += [torch.empty_like, torch.zeros_like, torch.ones_like]
-    functions += [torch.rand_like, torch.randn_like, torch.full_like]
-    functions += [Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_tensor]
-    return frozenset(functions)
-
-
-#: Functions that give out an address without a reference to its memory.  The copy then lives to the end of
-#: the forward.
-_ADDRESS = frozenset((Tensor.data_ptr, Tensor.__cuda_array_interface__.__get__))
-_SET_DATA = _setter("data")
-#: ``p.data`` of a copy counts versions of its own, so that writes to it would go unnoticed; ``detach`` does not.
-_GET_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
-
-USE_INPLACE = "use restore='inplace', which perturbs the parameters themselves"
-
-
-class HiddenParameters(RuntimeError):
-    """The closure reads parameters where the exact probe cannot perturb them; they have not changed."""
-
-
-def _members(value: Any) -> Iterable[Any] | None:
-    if isinstance(value, (list, tuple)):
-        return value
-    return value.values() if isinstance(value, dict) else None
-
-
-def _find(values: Iterable[Any], params: dict[int, Tensor], found: list[Tensor]) -> None:
-    """Puts those of ``params`` (by id) and all guarded parameters into ``found`` that occur in ``values``."""
-    for value in values:
-        if isinstance(value, CONTAINERS):
-            _find(_members(value) or (), params, found)
-        elif isinstance(value, Guard) or id(value) in params:
-            found.append(value)  # type: ignore[arg-type]
-
-
-def _swap(value: Any, copies: dict[int, Tensor]) -> Any:
-    """``value`` with a copy in the place of each parameter.  Containers without one are left as they are."""
-    if (copy := copies.get(id(value))) is not None:
-        return copy
-    if isinstance(value, dict):
-        swapped = {k: _swap(v, copies) for k, v in value.items()}
-        return swapped if any(swapped[k] is not value[k] for k in value) else value
-    if isinstance(value, (list, tuple)):
-        items = [_swap(v, copies) for v in value]
-        if all(a is b for a, b in zip(items, value, strict=True)):
-            return value
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
-
-
-#: What is done with functions that are not simply given copies.
-_METADATA, _GIVES_ADDRESS, _GIVES_DATA, _SETS_DATA = "metadata", "address", "data", "sets data"
-_SPECIAL: dict[Any, str] = {
-    **dict.fromkeys(_metadata(), _METADATA),
-    **dict.fromkeys(_ADDRESS, _GIVES_ADDRESS),
-    _GET_DATA: _GIVES_DATA,
-    _SET_DATA: _SETS_DATA,
-}
-
-
-class untouched:  # noqa: N801
-    """Inside, torch runs as it does without what a closure may be in: modes, transforms, guards, a graph."""
-
-    __slots__ = ("_contexts",)
-
-    def __enter__(self) -> None:
-        self._contexts: list[Any] = [torch._C.DisableTorchFunction(), torch._C._DisableFuncTorch()]
-        if torch.is_grad_enabled():
-            self._contexts.append(torch.no_grad())
-        if torch.is_inference_mode_enabled():
-            self._contexts.append(torch.inference_mode(False))
-        for context in self._contexts:
-            context.__enter__()
-
-    def __exit__(self, *exception: object) -> None:
-        for context in reversed(self._contexts):
-            context.__exit__(None, None, None)
-
-
-class Part:
-    """The parameters of a block that are in one bucket.
-
-    ``thetas`` are their own values, as other tensors over the same memory: with them a parameter gets its
-    memory back that has had a copy's.
-    """
-
-    __slots__ = ("_found", "_step", "bucket", "guards", "ids", "key", "kinds", "members", "numel", "thetas")
-
-    def __init__(self, bucket: int, members: Members) -> None:
-        self.bucket, self.members, self.ids = bucket, members, tuple(map(id, members.params))
-        self.thetas: list[Tensor] = []
-        self.kinds: list[type[Tensor]] = []
-        self.guards: list[type[Tensor]] = []
-        self.key: Any = self.ids  #: of the views of an arena
-        self.numel = 0
-        self._found: Any = None
-        self._step = -1
-
-    def renew(self, step: int) -> None:
-        """Looks, once a step, whether the parameters have other memory than before."""
-        if self._step == step:
-            return
-        params = self.members.params
-        found = [p.data_ptr() for p in params], [p.shape for p in params]
-        if found != self._found:
-            self.key = (self.ids, tuple(found[1]))
-            self.thetas, self._found, self.numel = [p.detach() for p in params], found, arena_numel(params)
-            self.kinds = [own_kind(p) for p in params]
-            self.guards = list(map(guarded_kind, self.kinds))
-        self._step = step
-
-
-class Owners:
-    """Which bucket each parameter of a step is in, and so which calls make the copies of a block.
-
-    It is kept from step to step, and made anew for other buckets.
-    """
-
-    def __init__(self, buckets: list[Bucket]) -> None:
-        self.of, self.buckets, self.step = self._known(buckets), buckets, 0
-        self.params = {id(p): p for b in buckets for p in b.params}
-        self._places = {id(p): (i, s) for i, b in enumerate(buckets) for p, s in zip(b.params, b.streams, strict=True)}
-        self._parts: dict[Block, list[Part]] = {}
-
-    @staticmethod
-    def _known(buckets: list[Bucket]) -> list[Any]:
-        return [(b.device, b.dtype, b.dist, b.streams, list(map(id, b.params))) for b in buckets]
-
-    @classmethod
-    def renewed(cls, last: Owners | None, buckets: list[Bucket]) -> Owners:
-        """``last``, if it is of buckets like these."""
-        if last is None or last.of != cls._known(buckets):
-            return cls(buckets)
-        last.buckets = buckets
-        last.step += 1
-        return last
-
-    def parts(self, block: Block) -> list[Part]:
-        if block not in self._parts:
-            by_bucket: dict[int, tuple[list[Tensor], list[int]]] = {}
-            for p in block.params:
-                if (place := self._places.get(id(p))) is not None:  # a subset of the parameters may take part
-                    at, stream = place
-                    params, streams = by_bucket.setdefault(at, ([], []))
-                    params.append(p)
-                    streams.append(stream)
-            made = [Part(at, Members(*found, self.buckets[at].dist)) for at, found in by_bucket.items()]
-            if len(self._parts) >= 4096:  # of blocks of one forward each
-                self._parts.clear()
-            self._parts[block] = made
-        return self._parts[block]
-
-
-class Made:
-    """A block whose copies are in scratch.
-
-    If it is open, the memory of its parameters is that of the copies, and they are not guarded.
-    """
-
-    __slots__ = ("_params", "_versions", "arenas", "block", "is_open", "parts", "stays", "users", "views")
-
-    def __init__(self, block: Block, owners: Owners, pool: ScratchPool, copies: int = 1) -> None:
-        """``copies``: of each parameter, one behind the other."""
-        self.block, self.parts, self.stays, self.is_open = block, owners.parts(block), block.kept, False
-        self.users = 0  #: compiled functions that run now
-        self.arenas: list[Arena] = []
-        self.views: list[Views] = []
-        self._versions: list[int] = []
-        self._params: list[tuple[list[int], list[int]]] = []
-        try:
-            for i, part in enumerate(self.parts):
-                part.renew(owners.step)
-                params = part.members.params
-                last = block.arenas[i] if i < len(block.arenas) else None
-                self.arenas.append(pool.take(copies * part.numel, params[0], last))
-                self.views.append(self.arenas[-1].views((part.key, copies), [*params] * copies))
-        except BaseException:
-            for arena in self.arenas:
-                pool.give_back(arena)
-            raise
-        block.arenas = list(self.arenas)
-
-    def written(self) -> None:
-        """Called when the copies have their values."""
-        self._versions = [a.data._version for a in self.arenas]
-
-    def open(self) -> None:
-        """Gives the parameters the memory of the copies, and no guard."""
-        # What should not change, besides the memory: versions, and references from outside of Python.
-        all_params = [part.members.params for part in self.parts]
-        self._params = [([p._version for p in params], [p._use_count() for p in params]) for params in all_params]
-        self.is_open = True
-        for part, params, views in zip(self.parts, all_params, self.views, strict=True):
-            for p, kind, view in zip(params, part.kinds, views.out, strict=True):
-                p.__class__ = kind
-                p.data = view
-
-    def close(self, guarded: bool) -> None:
-        """Gives the parameters their own memory back, and perhaps their guard."""
-        if self.is_open:
-            for part in self.parts:
-                kinds = part.guards if guarded else part.kinds
-                for p, kind, theta in zip(part.members.params, kinds, part.thetas, strict=True):
-                    p.data = theta
-                    p.__class__ = kind
-            self.is_open = False
-
-    def are_copies_written(self) -> bool:
-        return self._versions != [a.data._version for a in self.arenas]
-
-    def check(self) -> tuple[bool, bool]:
-        """Whether the forward has written to the parameters, and whether an autograd graph refers to them.
-
-        A write may also be other memory in the place of the copies.
-        """
-        written, graph = self.are_copies_written(), False
-        if self.is_open:
-            for part, views, (versions, counts) in zip(self.parts, self.views, self._params, strict=True):
-                params = part.members.params
-                written |= versions != [p._version for p in params]
-                written |= views.pointers != [p.data_ptr() for p in params]
-                graph |= counts != [p._use_count() for p in params]
-        return written, graph
-
-    def is_idle(self) -> bool:
-        """Whether nothing else refers to the copies, so that there can be others in their place."""
-        opened = [len(part.ids) if self.is_open else 0 for part in self.parts]
-        return all(a.idle(n) for a, n in zip(self.arenas, opened, strict=True))
-
-
-class Opened:
-    """The open blocks that one forward of a step leaves to the next one, so that they are opened once."""
-
-    def __init__(self, op: str, pool: ScratchPool) -> None:
-        self.op, self.pool = op, pool
-        self.blocks: list[Made] = []
-
-    def leave(self, guarded: bool, error: bool) -> None:
-        """Closes the blocks.  ``error``: whether there is one already."""
-        blocks, self.blocks = self.blocks, []
-        close(self.op, blocks, self.pool, guarded, error)
-
-
-def refuse_write(op: str, func: Any = "an operation on a view of one") -> NoReturn:
-    name = func if isinstance(func, str) else resolve_name(func) or func
-    raise RuntimeError(
-        f"{op}: closure: expected a forward that does not write to its parameters, got {name}, whose effect "
-        "would be lost with the perturbed copy; do it outside step()"
-    )
-
-
-def close(op: str, blocks: Sequence[Made], pool: ScratchPool, guarded: bool, error: bool = False) -> None:
-    """Gives the parameters of blocks their own memory back, and refuses what has been done to the copies.
-
-    ``error``: whether there is one already, so that none is raised here.
-    """
-    written = False
-    if not blocks:
-        return
-    with uninterrupted(), untouched():
-        for made in blocks:
-            of_this, graph = made.check()
-            written |= of_this
-            made.close(guarded)
-            if graph:  # a backward from here on, which would see theta, is an error
-                torch.autograd.graph.increment_version([p for part in made.parts for p in part.members.params])
-            for arena in made.arenas:
-                pool.give_back(arena)
-    if written and not error:
-        refuse_write(op)
+from .functions import (
+    GIVES_ADDRESS,
+    GIVES_DATA,
+    METADATA,
+    SETS_DATA,
+    SPECIAL,
+    USE_INPLACE,
+    HiddenParameters,
+    find,
+    refuse_write,
+    swap,
+)
+from .guard import Guard, is_held, plainly, release, running
+from .made import Made, Opened, Owners, Part, close, untouched
 
 
 class Substitution:
@@ -393,8 +113,8 @@ class Substitution:
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of ``func``, where some of the arguments are guarded parameters."""
-        special = _SPECIAL.get(func)
-        if special is _METADATA:
+        special = SPECIAL.get(func)
+        if special is METADATA:
             return plainly(func, args, kwargs)
         if isinstance(func, HigherOrderOperator):
             name = getattr(func, "__name__", func)
@@ -403,22 +123,22 @@ class Substitution:
                 f"inner functions can hold parameters; {USE_INPLACE}"
             )
         found: list[Tensor] = []
-        _find(args, self.owners.params, found)
+        find(args, self.owners.params, found)
         if kwargs:
-            _find(kwargs.values(), self.owners.params, found)
+            find(kwargs.values(), self.owners.params, found)
         mine = [p for p in found if id(p) in self.owners.params]
         if not mine:
             return self._call_others(func, args, kwargs, found)
-        if special is _SETS_DATA and args[0] is mine[0]:
+        if special is SETS_DATA and args[0] is mine[0]:
             refuse_write(self.op, func)
         if any(id(p) not in self._copies for p in mine):  # guarded, so none of them is open
             self._make(mine)
         for p in mine:
             self.seen[id(p)] = None
-        if special is _GIVES_ADDRESS:  # without a reference to its memory, which stays to the end of the forward
+        if special is GIVES_ADDRESS:  # without a reference to its memory, which stays to the end of the forward
             for made in self._made.values():
                 made.stays = True
-        elif special is _GIVES_DATA:
+        elif special is GIVES_DATA:
             func = Tensor.detach
         targets = [self._copies[id(p)] if isinstance(p, Guard) else p for p in mine]
         versions = [t._version for t in targets]
@@ -427,7 +147,7 @@ class Substitution:
                 # A graph saves a leaf itself, so it gets one of its own: then it holds the memory, and is noticed.
                 with untouched():
                     copies = {i: alias(c, c.requires_grad) for i, c in copies.items()}
-            args, kwargs = _swap(args, copies), _swap(kwargs, copies)
+            args, kwargs = swap(args, copies), swap(kwargs, copies)
         if len(mine) < len(found):
             out = self._call_others(func, args, kwargs, [p for p in found if id(p) not in self.owners.params])
         else:
@@ -460,8 +180,8 @@ class Substitution:
         if id(param) in self.owners.params:
             if not self.opens:
                 raise HiddenParameters(
-                    f"{self.op}: closure: expected torch functions that take the parameters, got a transform of torch.func "
-                    "by them; transform a function of other tensors"
+                    f"{self.op}: closure: expected torch functions that take the parameters, got a "
+                    "transform of torch.func by them; transform a function of other tensors"
                 )
             self._make([param], for_graph=True)
             self.seen[id(param)] = None
