@@ -139,7 +139,7 @@ def _is_filled(cell: types.CellType) -> bool:
 def check_freezing(op: str, error: type[Exception], way_out: str) -> None:
     """Raises where inductor makes constants of parameters."""
     config = sys.modules.get("torch._inductor.config")
-    if config is not None and config.freezing:
+    if getattr(config, "freezing", False):
         raise error(
             f"{op}: closure: expected graphs that take the parameters, got torch._inductor.config.freezing, which "
             f"makes constants of them; {way_out}"

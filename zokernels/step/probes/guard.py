@@ -62,6 +62,9 @@ class Guard:
             return plainly(func, args, kwargs or {})
         return forward.call(func, args, kwargs or {})
 
+    # torch.compile breaks a graph at a function that takes a guarded parameter, and does not trace the guard.
+    __torch_function__.__func__._torchdynamo_disable = True  # type: ignore[attr-defined]
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy of what the forward sees; it is an ordinary parameter."""
         result = super().__deepcopy__(memo)  # type: ignore[misc]
