@@ -2,7 +2,7 @@
 
 The factors are drawn when they are needed, and the product is never stored.  A tensor of more dimensions is
 taken as the [m, n] matrix of its first dimension and the rest; vectors get dense noise.  Every element of z
-has variance 1, so eps and lr mean what they mean for dense noise.
+has variance 1, so eps and lr mean what they mean for dense noise, unless ``scaled`` is False.
 
 The drawn factors are scratch of (m + n) r numbers for the parameters of one call.  What is kept between steps
 is drawn again from its seed.
@@ -10,6 +10,7 @@ is drawn again from its seed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -40,6 +41,12 @@ def _draw(shapes: Shapes, seed: Tensor, streams: list[int], offsets: list[int], 
     out = [torch.full(shape, -0.0, dtype=torch.float32, device=seed.device) for shape in shapes]
     combine_(out, seed, c, streams=streams, offsets=offsets)
     return out
+
+
+def near_square(count: int) -> tuple[int, int]:
+    """(m, n), m <= n, with m n = ``count`` and n - m as small as it can be."""
+    m = next(m for m in range(math.isqrt(count), 0, -1) if count % m == 0)
+    return m, count // m
 
 
 def _orthonormal(x: Tensor) -> Tensor:
@@ -92,8 +99,9 @@ class _Factored(Noise):
         theta = locals_of(members.params) if theta is None else theta
         pick = lambda values, at: [values[i] for i in at]
         of = lambda at: Members(pick(members.params, at), pick(members.streams, at), members.dist)
-        wide = [i for i, p in enumerate(members.params) if p.dim() >= 2]
-        if flat := [i for i, p in enumerate(members.params) if p.dim() < 2]:
+        shapes = [self._kind.matrix(p) for p in members.params]
+        wide = [i for i, shape in enumerate(shapes) if shape is not None]
+        if flat := [i for i, shape in enumerate(shapes) if shape is None]:
             if out is None:
                 combine_(pick(theta, flat), **self.kernel_args(of(flat), seeds, coeffs), **rounding)
             else:
@@ -103,16 +111,18 @@ class _Factored(Noise):
             left, right = self.factors(matrices.params, matrices.streams, seeds)
             left, right, offsets = _parts(type(self._kind).__name__, matrices.params, left, right, rounding)
             where: dict[str, Any] = {"streams": matrices.streams, "offsets": offsets}
+            shaped = lambda tensors: [self._kind.shaped(t, shapes[i]) for t, i in zip(tensors, wide, strict=True)]
             if out is None:
-                low_rank_(pick(theta, wide), left, right, coeffs, **where, **rounding)
+                low_rank_(shaped(pick(theta, wide)), left, right, coeffs, **where, **rounding)
             else:
-                low_rank(locals_of(pick(out, wide)), pick(theta, wide), left, right, coeffs, **where, **rounding)
+                into = shaped(locals_of(pick(out, wide)))
+                low_rank(into, shaped(pick(theta, wide)), left, right, coeffs, **where, **rounding)
 
     def factors(
         self, params: Sequence[Tensor], streams: Sequence[int], seeds: Tensor
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The left [K, m, r] and right [K, n, r] factors of each parameter, for K seeds."""
-        shapes = [(p.shape[0], p.numel() // p.shape[0]) for p in params]
+        shapes = [shape for p in params if (shape := self._kind.matrix(p)) is not None]
         kept = self._kind.kept(shapes, list(streams), self._kept_seed, self._cache)
         pairs = [self._kind.drawn(shapes, list(streams), seeds[k : k + 1], kept) for k in range(len(seeds))]
         if not pairs:
@@ -149,6 +159,14 @@ class LowRank(Direction):
         check_integer(type(self).__name__, "rank", self.rank)
         check_refresh(type(self).__name__, self.refresh)
 
+    def matrix(self, param: Tensor) -> tuple[int, int] | None:
+        """(m, n) of the matrix as which ``param`` is taken; None: its noise is dense."""
+        return (param.shape[0], param.numel() // param.shape[0]) if param.dim() >= 2 else None
+
+    def shaped(self, tensor: Tensor, shape: tuple[int, int] | None) -> Tensor:
+        """``tensor``, the local part of a parameter of ``shape``, as the kernels take it."""
+        return tensor
+
     def prepare(self, optimizer: OptimizerView, buckets: list[Bucket], seeds: Seeds) -> None:
         window = self.window(optimizer)
         for bucket in buckets:
@@ -177,15 +195,21 @@ class LowRank(Direction):
 
 @dataclass(frozen=True)
 class KeptRight(LowRank):
-    """z = U V^T / sqrt(r): U fresh in every direction, V kept (LOZO)."""
+    """z = U V^T / sqrt(r): U fresh in every direction, V kept (LOZO).
+
+    ``scaled=False``: z = U V^T for matrices, whose elements have variance r, as the authors' code has it.
+    This is the scaled z with sqrt(r) times its eps and r times its lr, for matrices alone: vectors have the
+    same dense noise in both.
+    """
 
     refresh: int | None = 50
+    scaled: bool = True
 
     def kept(self, shapes: Shapes, streams: list[int], seed: Tensor, cache: dict[tuple[Any, ...], Any]) -> Any:
         return self._right(shapes, streams, seed)
 
     def drawn(self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any) -> tuple[list[Tensor], list[Tensor]]:
-        return self._left(shapes, streams, seed, self.rank**-0.5), kept
+        return self._left(shapes, streams, seed, self.rank**-0.5 if self.scaled else 1.0), kept
 
 
 @dataclass(frozen=True)
@@ -198,10 +222,17 @@ class FreshFactors(LowRank):
 
 @dataclass(frozen=True)
 class TemporalFactor(LowRank):
-    """z = sum_s tau_s u_s v_s^T / sqrt(r): u and v kept, tau [r] fresh in every direction (TeZO)."""
+    """z = sum_s tau_s u_s v_s^T / sqrt(r): u and v kept, tau [r] fresh in every direction (TeZO).
+
+    ``scaled=False``: without the factor 1 / sqrt(r) for matrices, as the paper has it.  This is the scaled z
+    with sqrt(r) times its eps and r times its lr, for matrices alone.
+    """
+
+    scaled: bool = True
 
     def kept(self, shapes: Shapes, streams: list[int], seed: Tensor, cache: dict[tuple[Any, ...], Any]) -> Any:
-        return self._left(shapes, streams, seed, self.rank**-0.5), self._right(shapes, streams, seed)
+        c = self.rank**-0.5 if self.scaled else 1.0
+        return self._left(shapes, streams, seed, c), self._right(shapes, streams, seed)
 
     def drawn(self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any) -> tuple[list[Tensor], list[Tensor]]:
         tau = _draw([(1, self.rank)] * len(shapes), seed, streams, [0] * len(shapes), 1.0)
@@ -215,16 +246,38 @@ class Subspace(LowRank):
 
     The columns of U and V are orthonormal.  They come from a QR factorisation in float64, whose last bits may
     depend on the machine and the device.  Alone among the directions, this one has the same bits only where
-    LAPACK is the same.
+    LAPACK is the same.  The factor sqrt(m n) / r, which makes the variance 1, is the authors'.
+
+    ``squares``: each matrix is taken as one of m' rows and n' columns, m' n' = m n, as near to a square as
+    its number of elements allows (8 x 4096 as 128 x 256).  The authors do so where LoRA, prefixes or prompts
+    are trained, whose matrices are too thin for the rank.  A matrix with a side of 1 has dense noise, as
+    theirs.  (Their code has dense noise for tensors of three dimensions and more, too; here those are
+    matrices as everywhere.)
     """
 
     refresh: int | None = 500
+    squares: bool = False
+
+    def matrix(self, param: Tensor) -> tuple[int, int] | None:
+        shape = super().matrix(param)
+        if shape is None or min(shape) == 1:
+            return None
+        return near_square(param.numel()) if self.squares else shape
+
+    def shaped(self, tensor: Tensor, shape: tuple[int, int] | None) -> Tensor:
+        return tensor.view(shape) if self.squares and shape is not None else tensor
 
     def prepare(self, optimizer: OptimizerView, buckets: list[Bucket], seeds: Seeds) -> None:
         for bucket in buckets:
             for p in bucket.params:
-                if p.dim() >= 2 and min(p.shape[0], p.numel() // p.shape[0]) < self.rank:
-                    fail("Subspace", "rank", f"at most the size of every matrix, {tuple(p.shape)}", self.rank)
+                if (shape := self.matrix(p)) is None:
+                    continue
+                if min(shape) < self.rank:
+                    other = "" if self.squares else " (or squares=True)"
+                    expected = f"at most the smaller side of every matrix, {tuple(p.shape)} taken as {shape}{other}"
+                    fail("Subspace", "rank", expected, self.rank)
+                if self.squares and is_sharded(p):
+                    fail("Subspace", "squares", "False for sharded parameters, whose rows it would mix", True)
         super().prepare(optimizer, buckets, seeds)
 
     def _cache(self, optimizer: OptimizerView, window: int) -> dict[tuple[Any, ...], Any]:
