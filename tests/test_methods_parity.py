@@ -7,6 +7,7 @@ which it differs from its default by far more than that.
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -23,10 +24,18 @@ from zokernels.optim import (
     LOZO,
     QZO,
     ZOSGD,
+    Adam,
+    AMSGrad,
+    FreshFactors,
+    HiZOO,
+    Momentum,
     SparseMeZO,
+    Subspace,
     SubZero,
     TensorScale,
     TeZO,
+    TwoSided,
+    ZerothOrder,
     ZOAdam,
     ZOAdamW,
     ZOConservative,
@@ -415,19 +424,23 @@ def authors_squares(count):
     return min(pairs, key=lambda pair: pair[1] - pair[0])
 
 
+def subzero_noise(run_seed, r, interval):
+    def z(name, shape, seed, step):
+        if len(shape) < 2:
+            return dense(name, shape, seed)
+        m, n = authors_squares(math.prod(shape))
+        kept = kept_seed(run_seed, step // interval)
+        u, v = (torch.linalg.qr(factors(name, shape, kept, r, rows, b)).Q for rows, b in ((m, 0), (n, m * r)))
+        return (u @ dense(name, (r, r), seed).t() @ v.t() * math.sqrt(m * n / r**2)).view(shape)
+
+    return z
+
+
 def test_subzero_takes_thin_matrices_as_squares(rng):
     lr, r = 0.002, 5  # more than the rows of a 4 x 9 matrix, which becomes 6 x 6
 
     def oracle(theta, seed, step):
-        def z(name, shape, s, step):
-            if len(shape) < 2:
-                return dense(name, shape, s)
-            m, n = authors_squares(math.prod(shape))
-            kept = kept_seed(seed, step // 2)
-            u, v = (torch.linalg.qr(factors(name, shape, kept, r, rows, b)).Q for rows, b in ((m, 0), (n, m * r)))
-            return (u @ dense(name, (r, r), s).t() @ v.t() * math.sqrt(m * n / r**2)).view(shape)
-
-        z = directions(seed, step, 1, z)[0]
+        z = directions(seed, step, 1, subzero_noise(seed, r, 2))[0]
         return minus(theta, lr, {n: central(theta, z) * v for n, v in z.items()})
 
     make = lambda p, **o: SubZero(p, lr, rank=r, interval=2, **o)
@@ -479,6 +492,67 @@ def test_amsgrad_is_torchs(make, rng):
     assert ratio(plain, theta, start) > 1e-2
 
 
+BETAS = (0.8, 0.6)
+SOLVERS = {
+    "momentum": (Momentum(0.8, l2=0.1), lambda p: torch.optim.SGD(p, 0.01, momentum=0.8, weight_decay=0.1)),
+    "adam": (Adam(BETAS), lambda p: torch.optim.Adam(p, 0.01, betas=BETAS, weight_decay=0.1)),
+    "adamw": (Adam(BETAS, decoupled=True), lambda p: torch.optim.AdamW(p, 0.01, betas=BETAS, weight_decay=0.1)),
+    "amsgrad": (AMSGrad(BETAS), lambda p: torch.optim.Adam(p, 0.01, betas=BETAS, weight_decay=0.1, amsgrad=True)),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["EGGROLL", "SubZero"])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_solvers_on_low_rank(solver, kind, restore, rng):
+    """torch's own optimizers, given the dense gradient sum_k g_k z_k."""
+    seed, params, (rule, torchs_of) = rng.getrandbits(62), model(), SOLVERS[solver]
+    options = {"lr": 0.01, "eps": EPS, "seed": seed, "rule": copy.deepcopy(rule), "restore": restore}
+    decay = {"weight_decay": 0.1} if solver != "momentum" else {}
+    if kind == "EGGROLL":
+        opt = EGGROLL(list(params.items()), directions=2, shaping=None, **options, **decay)
+        noise_of = rank_one
+    else:
+        direction = Subspace(3, 2, squares=True)
+        options |= {"estimator": TwoSided(2), "direction": direction}
+        opt = ZerothOrder(list(params.items()), **options, **decay)
+        noise_of = subzero_noise(seed, 3, 2)
+    start = double(params)
+    theirs = {n: nn.Parameter(t.clone()) for n, t in start.items()}
+    torchs = torchs_of(theirs.values())
+    for step in range(5):
+        opt.step(lambda: loss_of(params))
+        zs = directions(seed, step, 2, noise_of)
+        theta = {n: p.detach() for n, p in theirs.items()}
+        for n, g in weighted(zs, [central(theta, z) / 2 for z in zs]).items():
+            theirs[n].grad = g
+        torchs.step()
+    theta = {n: p.detach() for n, p in theirs.items()}
+    # In place the points carry the roundings of fp32 weights, of which a difference of losses makes more.
+    assert ratio(params, theta, start) < (5e-5 if restore == "exact" else 1e-3)
+
+
+def test_signs_on_low_rank(rng):
+    lr, seed = 0.01, rng.getrandbits(62)
+    params = model()
+    start = theta = double(params)
+    opt = ZOSignSGD(list(params.items()), lr, eps=EPS, seed=seed, l2=0.1, direction=FreshFactors(1))
+    for step in range(3):
+        opt.step(lambda: loss_of(params))
+        z = directions(seed, step, 1, rank_one)[0]
+        theta = minus(theta, lr, {n: (central(theta, z) * v + 0.1 * theta[n]).sign() for n, v in z.items()})
+    assert ratio(params, theta, start) < 2e-5
+
+
+@pytest.mark.parametrize("make", [HiZOO, lambda p, lr, **o: ZOAdamW(p, lr, window=2, **o)])
+def test_rules_that_need_each_z_are_refused_on_low_rank(make):
+    params = model()
+    before = [p.detach().clone() for p in params.values()]
+    with pytest.raises((ValueError, TypeError), match=r"rule|direction"):
+        make(list(params.items()), 0.1, direction=FreshFactors(1)).step(lambda: loss_of(params))
+    assert same_bits([p.detach() for p in params.values()], before)
+
+
 def test_decay_groups():
     named = [
         *model().items(),
@@ -514,6 +588,8 @@ LOGGED = {
     "TeZO": lambda p, **o: TeZO(p, 0.001, rank=3, scaled=False, **o),
     "SubZero": lambda p, **o: SubZero(p, 0.002, rank=5, interval=2, squares=True, **o),
     "AMSGrad": lambda p, **o: ZOAdamW(p, 0.02, amsgrad=True, weight_decay=0.1, **o),
+    "Adam on SubZero": lambda p, **o: ZOAdamW(p, 0.02, direction=Subspace(3, 2), weight_decay=0.1, **o),
+    "momentum on EGGROLL": lambda p, **o: EGGROLL(p, 20.0, directions=2, rule=Momentum(0.8), **o),
 }
 
 

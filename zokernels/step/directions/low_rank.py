@@ -4,6 +4,8 @@ The factors are drawn when they are needed, and the product is never stored.  A 
 taken as the [m, n] matrix of its first dimension and the rest; vectors get dense noise.  Every element of z
 has variance 1, so eps and lr mean what they mean for dense noise, unless ``scaled`` is False.
 
+A rule with state (momentum, Adam, sign) takes sum_k g_k z_k of one matrix after the other, made dense in fp32.
+
 The drawn factors are scratch of (m + n) r numbers for the parameters of one call.  What is kept between steps
 is drawn again from its seed.
 """
@@ -11,17 +13,19 @@ is drawn again from its seed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...checks import check_integer, fail
-from ...functional import combine_, low_rank, low_rank_
+from ...functional import Rule as KernelRule
+from ...functional import combine_, low_rank, low_rank_, update_
 from ..noise import DENSE, Members, Noise, Tensors
 from ..roles import OptimizerView
+from ..scalars import scalars
 from ..shard import is_sharded, local_of, locals_of, shard_of
 from ..types import Bucket, Seeds
 from .direction import Direction, check_refresh, derived_seed
@@ -98,7 +102,7 @@ class _Factored(Noise):
         """Adds the noise to ``theta``, into ``out``, or in place where that is None."""
         theta = locals_of(members.params) if theta is None else theta
         pick = lambda values, at: [values[i] for i in at]
-        of = lambda at: Members(pick(members.params, at), pick(members.streams, at), members.dist)
+        of = lambda at: _picked(members, at)
         shapes = [self._kind.matrix(p) for p in members.params]
         wide = [i for i, shape in enumerate(shapes) if shape is not None]
         if flat := [i for i, shape in enumerate(shapes) if shape is None]:
@@ -141,8 +145,75 @@ class _Factored(Noise):
     def update(self, members: Members, seeds: Tensor, coeffs: Tensor, **rounding: Any) -> None:
         self._apply(None, members, seeds, coeffs, **rounding)
 
-    def step(self, members: Members, rule: str, *args: Any, **options: Any) -> NoReturn:
-        fail(type(self._kind).__name__, "rule", "SGD: a rule with state needs every element of z", repr(rule))
+    def step(
+        self, members: Members, rule: KernelRule, hyper: Tensor, seeds: Tensor, coeffs: Tensor, **options: Any
+    ) -> None:
+        """A rule with state: G of one matrix after the other is made dense, in fp32, and is gone after it.
+
+        The states take G in plain fp32 operations, none of them fused, which have the same bits on every
+        device.  Then the rule's kernel moves theta by them, with no direction and with hyper-parameters that
+        leave the states as they are.
+        """
+        name = type(self._kind).__name__
+        if rule not in _DENSE_RULES:
+            fail(name, "rule", f"SGD or a rule of {sorted(_DENSE_RULES)}, which need no z apart", repr(rule))
+        states: dict[str, Any] = {key: options.pop(key) for key in ("first", "second") if key in options}
+        if any(t.dtype is not torch.float32 for tensors in states.values() for t in tensors):
+            fail(name, "state_dtype", "torch.float32 in matrices of low rank", "torch.bfloat16")
+        flat = [i for i, p in enumerate(members.params) if self._kind.matrix(p) is None]
+        if flat:
+            of_flat = {key: [tensors[i] for i in flat] for key, tensors in states.items()}
+            DENSE.step(_picked(members, flat), rule, hyper, seeds, coeffs, **of_flat, **options)
+        for i in sorted({*range(len(members.params))} - {*flat}):
+            one = _picked(members, [i])
+            (theta,) = locals_of(one.params)
+            g = torch.full(theta.shape, -0.0, dtype=torch.float32, device=theta.device)
+            left, right = self.factors(one.params, one.streams, seeds)
+            left, right, offsets = _parts(name, one.params, left, right, {})
+            into = self._kind.shaped(g, self._kind.matrix(one.params[0]))
+            low_rank_([into], left, right, coeffs, streams=one.streams, offsets=offsets)
+            then, still = _DENSE_RULES[rule](g, theta.float(), hyper, *(tensors[i] for tensors in states.values()))
+            own: dict[str, Any] = {key: [tensor] for key, tensor in zip(("first", "second"), then, strict=False)}
+            kernel: KernelRule = "momentum" if rule == "sign" else rule
+            update_([theta], kernel, still, **self.kernel_args(one, seeds[:0], coeffs[:0]), **own, **options)
+
+
+def _picked(members: Members, at: list[int]) -> Members:
+    return Members([members.params[i] for i in at], [members.streams[i] for i in at], members.dist)
+
+
+def _constants(values: Sequence[float | Tensor], like: Tensor) -> Tensor:
+    """Numbers and 0-dim tensors as one fp32 tensor, by fills, which do not wait for the host."""
+    return scalars(values, like.device).float()
+
+
+def _momentum(g: Tensor, theta: Tensor, hyper: Tensor, m: Tensor) -> tuple[list[Tensor], Tensor]:
+    l2, beta, gain, lr = hyper.unbind()
+    m.copy_(beta * m + gain * (l2 * theta + g))
+    return [m], _constants((0.0, 1.0, 0.0, lr), hyper)
+
+
+def _adam(g: Tensor, theta: Tensor, hyper: Tensor, m: Tensor, v: Tensor) -> tuple[list[Tensor], Tensor]:
+    l2, beta1, gain1, beta2, gain2, *rest = hyper.unbind()
+    g = l2 * theta + g
+    m.copy_(beta1 * m + gain1 * g)
+    v.copy_(beta2 * v + gain2 * g * g)
+    return [m, v], _constants((0.0, 1.0, 0.0, 1.0, 0.0, *rest), hyper)
+
+
+def _sign(g: Tensor, theta: Tensor, hyper: Tensor) -> tuple[list[Tensor], Tensor]:
+    l2, lr = hyper.unbind()
+    return [(l2 * theta + g).sign()], _constants((0.0, 1.0, 0.0, lr), hyper)
+
+
+#: What the kernels of :func:`zokernels.update_` do with G before they move theta: G, theta, hyper and the states, which
+#: are written, give the states by which theta moves, and the hyper-parameters for that.  The sign is one of them: theta
+#: moves by it as by a momentum.
+_DENSE_RULES: dict[str, Callable[..., tuple[list[Tensor], Tensor]]] = {
+    "momentum": _momentum,
+    "adam": _adam,
+    "sign": _sign,
+}
 
 
 @dataclass(frozen=True)
