@@ -418,6 +418,98 @@ def test_tezo_as_the_paper_has_it(rng):
     differs(make, oracle, rng)
 
 
+@BOTH
+@pytest.mark.parametrize("scaled", [False, True])
+def test_lozo_with_momentum(restore, scaled, rng):
+    """LOZO-M: beta M + (1 - beta) g u, of which the first is g u; M v_old^T v / n at a refresh."""
+    lr, r, interval, beta, wd = 0.001, 3, 2, 0.7, 0.1
+    c = r**-0.5 if scaled else 1.0
+    averages = {}
+
+    def oracle(theta, seed, step):
+        z = directions(seed, step, 1, lozo_noise(seed, r, interval))[0]
+        z = {n: (c if len(SHAPES[n]) > 1 else 1.0) * v for n, v in z.items()}
+        g, moved = central(theta, z), {}
+        for n, shape in SHAPES.items():
+            s = derive_seed_int(seed, step, 0)
+            if len(shape) < 2:
+                averages[n] = g * z[n] if step == 0 else beta * averages[n] + (1 - beta) * g * z[n]
+                moved[n] = averages[n]
+                continue
+            u = c * factors(n, shape, s, r, shape[0], 0)
+            kept = lambda w: factors(n, shape, kept_seed(seed, w), r, shape[1], shape[0] * r)  # noqa: B023
+            v = kept(step // interval)
+            if step == 0:
+                averages[n] = g * u
+            elif step % interval == 0:
+                old = kept(step // interval - 1)
+                averages[n] = beta * averages[n] @ old.t() @ v / shape[1] + (1 - beta) * g * u
+            else:
+                averages[n] = beta * averages[n] + (1 - beta) * g * u
+            moved[n] = averages[n] @ v.t()
+        return {n: t - lr * (moved[n] + wd * t) for n, t in theta.items()}
+
+    make = lambda p, **o: LOZO(p, lr, rank=r, interval=interval, scaled=scaled, weight_decay=wd, restore=restore, **o)
+    tolerance = 2e-5 if restore == "exact" else 1e-3
+    opt = compare(make, oracle, rng, steps=6, tolerance=tolerance, momentum=beta)
+    assert {n: tuple(opt.state[p]["factor"].shape) for n, p in params_of(opt)} == {
+        n: (s[0], r) if len(s) > 1 else s for n, s in SHAPES.items()
+    }
+    averages.clear()
+    differs(make, oracle, rng, steps=6)
+
+
+def test_tezo_with_momentum(rng):
+    """TeZO-m: the momentum of tau, r numbers a matrix."""
+    lr, r, beta = 0.0005, 3, 0.7
+    tau, averages = {}, {}
+
+    def oracle(theta, seed, step):
+        def z(name, shape, s, step):
+            if len(shape) < 2:
+                tau[name] = dense(name, shape, s)
+                return tau[name]
+            tau[name] = dense(name, (r,), s)
+            return product(name, shape, tau[name])
+
+        def product(name, shape, t):
+            u = factors(name, shape, kept_seed(seed, 0), r, shape[0], 0)
+            v = factors(name, shape, kept_seed(seed, 0), r, shape[1], shape[0] * r)
+            return sum(t[s] * torch.outer(u[:, s], v[:, s]) for s in range(r))
+
+        g = central(theta, directions(seed, step, 1, z)[0])
+        for n in SHAPES:
+            averages[n] = g * tau[n] if step == 0 else beta * averages[n] + (1 - beta) * g * tau[n]
+        wide = lambda n: averages[n] if len(SHAPES[n]) < 2 else product(n, SHAPES[n], averages[n])
+        return minus(theta, lr, {n: wide(n) for n in SHAPES})
+
+    make = lambda p, **o: TeZO(p, lr, rank=r, scaled=False, **o)
+    opt = compare(make, oracle, rng, momentum=beta)
+    assert all(opt.state[p]["factor"].shape == (1, r) for n, p in params_of(opt) if p.dim() > 1)
+    averages.clear()
+    differs(make, oracle, rng)
+
+
+def test_momentum_of_factors_survives_a_skipped_refresh(rng):
+    """A step that begins a window and is skipped still brings the momentum to the new factors."""
+    seed, params = rng.getrandbits(60), model()
+    opt = LOZO(list(params.items()), 0.001, eps=EPS, seed=seed, rank=3, interval=2, momentum=0.7)
+    for _ in range(2):
+        opt.step(lambda: loss_of(params))
+    before = {n: (p.detach().clone(), opt.state[p]["factor"].clone()) for n, p in params.items()}
+    with pytest.warns(UserWarning, match="skipped"):
+        opt.step(lambda: loss_of(params) * float("nan"))
+    for n, p in params.items():
+        theta, factor = before[n]
+        assert torch.equal(p, theta)
+        want = factor.double()
+        if p.dim() > 1:
+            m, k = p.shape
+            old, new = (factors(n, p.shape, kept_seed(seed, w), 3, k, m * 3) for w in (0, 1))
+            want = want @ old.t() @ new / k
+        torch.testing.assert_close(opt.state[p]["factor"].double(), want, rtol=1e-5, atol=1e-6)
+
+
 def authors_squares(count):
     """reshape_matrix of SubZero's trainer: the pair of factors with the smallest difference."""
     pairs = [(i, count // i) for i in range(1, int(math.sqrt(count)) + 1) if count % i == 0]
@@ -586,6 +678,8 @@ LOGGED = {
     "sizes": lambda p, **o: ZOSGD(p, 0.002, direction=TensorScale("expectation", sizes={"final": 2.0}), **o),
     "LOZO": lambda p, **o: LOZO(p, 0.001, rank=3, interval=2, scaled=False, **o),
     "TeZO": lambda p, **o: TeZO(p, 0.001, rank=3, scaled=False, **o),
+    "LOZO-M": lambda p, **o: LOZO(p, 0.001, rank=3, interval=3, momentum=0.7, weight_decay=0.1, **o),
+    "TeZO-m": lambda p, **o: TeZO(p, 0.001, rank=3, momentum=0.7, **o),
     "SubZero": lambda p, **o: SubZero(p, 0.002, rank=5, interval=2, squares=True, **o),
     "AMSGrad": lambda p, **o: ZOAdamW(p, 0.02, amsgrad=True, weight_decay=0.1, **o),
     "Adam on SubZero": lambda p, **o: ZOAdamW(p, 0.02, direction=Subspace(3, 2), weight_decay=0.1, **o),

@@ -19,6 +19,7 @@ from ..step.estimators import (
     ThreePoint,
     TwoSided,
 )
+from ..step.rules.factors import FactorMomentum
 from ..step.rules.rule import Rule
 from ..step.rules.sgd import SGD, Conservative, Floored
 from ..step.rules.stateful import Adam, AMSGrad, Curvature, Momentum, Sign
@@ -48,7 +49,7 @@ from .zosgd import ZOSGD
 
 __all__ = [
     "EGGROLL", "ES", "FZOO", "LOZO", "QZO", "SGD", "ZOBCD", "ZOCGE", "ZOSGD", "AMSGrad", "Adam",
-    "AdamWindow", "Blocks", "Conservative", "Curvature", "Direction", "Floored", "ForwardGradient",
+    "AdamWindow", "Blocks", "Conservative", "Curvature", "Direction", "FactorMomentum", "Floored", "ForwardGradient",
     "ForwardMode", "FreshFactors", "GivenMask", "HiZOO", "KeptRight", "LayerSkip", "LeZO", "MagnitudeMask",
     "Momentum", "MomentumWindow", "OneSided", "Population", "QuZO", "RandomMask", "Ranking", "Rule",
     "ScaledPopulation", "Sign", "SignOfDifference", "SparseMeZO", "Sphere", "StdNormalized", "SubZero",

@@ -17,6 +17,7 @@ from ..step.directions.masks import MagnitudeMask
 from ..step.estimators import Estimator, ForwardMode, Population, Ranking, ScaledPopulation, StdNormalized, TwoSided
 from ..step.loss import DerivativeReader, RankReader
 from ..step.probes.exact import TangentProbe
+from ..step.rules.factors import FactorMomentum
 from ..step.rules.rule import Rule
 from ..step.rules.sgd import SGD, Conservative, Floored
 from ..step.shard import any_sharded
@@ -282,6 +283,9 @@ class LOZO(ZOSGD):
     matrices, and their eps and lr in a group of the vectors.  (The paper divides its update by the rank; its
     code does not.)
 
+    ``momentum``: LOZO-M, whose state of an [m, n] matrix is [m, rank] (:class:`FactorMomentum`; 0.7 in the
+    authors' code).
+
     Source: Chen et al., 2024, arXiv 2410.07698.
     """
 
@@ -292,9 +296,14 @@ class LOZO(ZOSGD):
         rank: int = 4,
         interval: int | None = 50,
         scaled: bool = True,
+        momentum: float = 0.0,
         **options: Any,
     ) -> None:
-        super().__init__(params, *args, direction=KeptRight(rank, interval, scaled), **options)
+        options["direction"] = KeptRight(rank, interval, scaled)
+        if momentum and options.get("window") is None:
+            super(ZOSGD, self).__init__(params, *args, rule=FactorMomentum(momentum), **options)
+        else:
+            super().__init__(params, *args, momentum=momentum, **options)
 
 
 class SubZero(ZOSGD):
@@ -324,11 +333,26 @@ class TeZO(ZOSGD):
     ``scaled=False`` leaves out the factor 1 / sqrt(rank), as the paper does.  With ``scaled`` the same steps
     are those of sqrt(rank) times the eps and rank times the lr, for matrices.
 
+    ``momentum``: TeZO-m, whose state of a matrix are rank numbers (:class:`FactorMomentum`).  TeZO-Adam's
+    factored second moment is not here; ``ZOAdam(..., direction=TemporalFactor(rank))`` has whole moments.
+
     Source: Sun et al., 2025, arXiv 2501.19057.
     """
 
-    def __init__(self, params: ParamsT, *args: Any, rank: int = 16, scaled: bool = True, **options: Any) -> None:
-        super().__init__(params, *args, direction=TemporalFactor(rank, None, scaled), **options)
+    def __init__(
+        self,
+        params: ParamsT,
+        *args: Any,
+        rank: int = 16,
+        scaled: bool = True,
+        momentum: float = 0.0,
+        **options: Any,
+    ) -> None:
+        options["direction"] = TemporalFactor(rank, None, scaled)
+        if momentum and options.get("window") is None:
+            super(ZOSGD, self).__init__(params, *args, rule=FactorMomentum(momentum), **options)
+        else:
+            super().__init__(params, *args, momentum=momentum, **options)
 
 
 class EGGROLL(ZerothOrder):

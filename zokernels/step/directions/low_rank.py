@@ -84,7 +84,7 @@ def _parts(
     return left, right, offsets
 
 
-class _Factored(Noise):
+class Factored(Noise):
     """Noise of ``kind`` in matrices, and dense noise in the rest."""
 
     def __init__(self, kind: LowRank, kept_seed: Tensor, cache: dict[tuple[Any, ...], Any]) -> None:
@@ -177,6 +177,47 @@ class _Factored(Noise):
             kernel: KernelRule = "momentum" if rule == "sign" else rule
             update_([theta], kernel, still, **self.kernel_args(one, seeds[:0], coeffs[:0]), **own, **options)
 
+    def fresh_shapes(self, members: Members) -> list[tuple[int, ...]]:
+        """The shape of each parameter's fresh factor; of one with dense noise, the shape of its local part."""
+        shapes = [self._kind.matrix(p) for p in members.params]
+        dense = [tuple(t.shape) for t in locals_of(members.params)]
+        return [d if shape is None else self._kind.fresh_shape(shape) for shape, d in zip(shapes, dense, strict=True)]
+
+    def carry_over(self, members: Members, states: Tensors, optimizer: OptimizerView) -> None:
+        """Momenta of fresh factors, from the kept factors of the window before to those of this one."""
+        for p, stream, state in zip(members.params, members.streams, states, strict=True):
+            if (shape := self._kind.matrix(p)) is not None:
+                before = derived_seed(optimizer, self._kind.window(optimizer) - 1, _FACTOR_K, p.device)
+                self._kind.carry_over(shape, stream, state, before, self._kept_seed)
+
+    def descend(
+        self,
+        members: Members,
+        states: Tensors,
+        seeds: Tensor,
+        coeffs: Tensor,
+        keep: Tensor,
+        lr: Tensor,
+        **rounding: Any,
+    ) -> None:
+        """state <- keep state + sum_k c_k F_k, F_k the fresh factor; then theta moves by -lr times its product."""
+        for i, state in enumerate(states):
+            one = _picked(members, [i])
+            (param,), (theta,) = one.params, locals_of(one.params)
+            if (shape := self._kind.matrix(param)) is None:
+                combine_([state], **self.kernel_args(one, seeds, coeffs), decay=keep)
+                hyper = _constants((0.0, 1.0, 0.0, lr), lr)
+                none = self.kernel_args(one, seeds[:0], coeffs[:0])
+                update_([theta], "momentum", hyper, **none, first=[state], **rounding)
+                continue
+            combine_([state], seeds, coeffs * self._kind.scale, streams=one.streams, decay=keep)
+            kept = self._kind.kept([shape], list(one.streams), self._kept_seed, self._cache)
+            left, right = self._kind.product(state, kept)
+            lefts, rights, offsets = _parts(
+                type(self._kind).__name__, one.params, [left[None]], [right[None]], rounding
+            )
+            low_rank_([theta], lefts, rights, -lr, streams=one.streams, offsets=offsets, **rounding)
+
 
 def _picked(members: Members, at: list[int]) -> Members:
     return Members([members.params[i] for i in at], [members.streams[i] for i in at], members.dist)
@@ -242,7 +283,7 @@ class LowRank(Direction):
         window = self.window(optimizer)
         for bucket in buckets:
             seed = derived_seed(optimizer, window, _FACTOR_K, bucket.device)
-            bucket.noise = _Factored(self, seed, self._cache(optimizer, window))
+            bucket.noise = Factored(self, seed, self._cache(optimizer, window))
 
     def _cache(self, optimizer: OptimizerView, window: int) -> dict[tuple[Any, ...], Any]:
         """Holds what would be too slow to draw again in every call.  It lasts as long as the window."""
@@ -255,6 +296,22 @@ class LowRank(Direction):
     def drawn(self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any) -> tuple[list[Tensor], list[Tensor]]:
         """The left [m, r] and right [n, r] factors of one direction."""
         raise NotImplementedError
+
+    @property
+    def scale(self) -> float:
+        """The factor of the fresh numbers in z, where a momentum of them is kept (:class:`FactorMomentum`)."""
+        return 1.0
+
+    def fresh_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """The shape of what is drawn for each direction of an [m, n] matrix, from the first element on."""
+        raise NotImplementedError
+
+    def product(self, fresh: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
+        """The left [m, r] and right [n, r] factors of a matrix whose fresh numbers are ``fresh``."""
+        raise NotImplementedError
+
+    def carry_over(self, shape: tuple[int, int], stream: int, state: Tensor, before: Tensor, now: Tensor) -> None:
+        """``state``, a sum of fresh numbers, in place from the kept factors of seed ``before`` to those of ``now``."""
 
     def _left(self, shapes: Shapes, streams: list[int], seed: Tensor, c: float) -> list[Tensor]:
         return _draw([(m, self.rank) for m, _ in shapes], seed, streams, [0] * len(shapes), c)
@@ -280,7 +337,24 @@ class KeptRight(LowRank):
         return self._right(shapes, streams, seed)
 
     def drawn(self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any) -> tuple[list[Tensor], list[Tensor]]:
-        return self._left(shapes, streams, seed, self.rank**-0.5 if self.scaled else 1.0), kept
+        return self._left(shapes, streams, seed, self.scale), kept
+
+    @property
+    def scale(self) -> float:
+        return self.rank**-0.5 if self.scaled else 1.0
+
+    def fresh_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        return shape[0], self.rank
+
+    def product(self, fresh: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
+        return fresh, kept[0]
+
+    def carry_over(self, shape: tuple[int, int], stream: int, state: Tensor, before: Tensor, now: Tensor) -> None:
+        (old,), (new,) = self._right([shape], [stream], before), self._right([shape], [stream], now)
+        between = (old.double().t() @ new.double() / shape[1]).float()
+        out = torch.full_like(state, -0.0)
+        low_rank_([out], [state[None]], [between.t().contiguous()[None]], 1.0, streams=[stream])
+        state.copy_(out)
 
 
 @dataclass(frozen=True)
@@ -309,6 +383,13 @@ class TemporalFactor(LowRank):
         tau = _draw([(1, self.rank)] * len(shapes), seed, streams, [0] * len(shapes), 1.0)
         left, right = kept
         return [u * t for u, t in zip(left, tau, strict=True)], right
+
+    def fresh_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        return 1, self.rank
+
+    def product(self, fresh: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
+        (left,), (right,) = kept
+        return (left * fresh).contiguous(), right
 
 
 @dataclass(frozen=True)
