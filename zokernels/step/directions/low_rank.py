@@ -26,7 +26,7 @@ from ...functional import combine_, low_rank, low_rank_, update_
 from ..noise import DENSE, Members, Noise, Tensors
 from ..roles import OptimizerView
 from ..scalars import scalars
-from ..shard import is_sharded, local_of, locals_of, shard_of
+from ..shard import is_sharded, local_of, locals_of, placed, shard_of
 from ..types import Bucket, Seeds
 from .direction import Direction, check_refresh, derived_seed
 
@@ -175,7 +175,8 @@ class Factored(Noise):
             then, still = _DENSE_RULES[rule](g, theta.float(), hyper, *(tensors[i] for tensors in states.values()))
             own: dict[str, Any] = {key: [tensor] for key, tensor in zip(("first", "second"), then, strict=False)}
             kernel: KernelRule = "momentum" if rule == "sign" else rule
-            update_([theta], kernel, still, **self.kernel_args(one, seeds[:0], coeffs[:0]), **own, **options)
+            args = self.kernel_args(one, seeds[:0], coeffs[:0]) | placed(one.params)
+            update_([theta], kernel, still, **args, **own, **options)
 
     def fresh_shapes(self, members: Members) -> list[tuple[int, ...]]:
         """The shape of each parameter's fresh factor; of one with dense noise, the shape of its local part."""
@@ -205,9 +206,10 @@ class Factored(Noise):
             one = _picked(members, [i])
             (param,), (theta,) = one.params, locals_of(one.params)
             if (shape := self._kind.matrix(param)) is None:
-                combine_([state], **self.kernel_args(one, seeds, coeffs), decay=keep)
+                args = self.kernel_args(one, seeds, coeffs) | placed(one.params)
+                combine_([state], **args, decay=keep)
                 hyper = _constants((0.0, 1.0, 0.0, lr), lr)
-                none = self.kernel_args(one, seeds[:0], coeffs[:0])
+                none = self.kernel_args(one, seeds[:0], coeffs[:0]) | placed(one.params)
                 update_([theta], "momentum", hyper, **none, first=[state], **rounding)
                 continue
             combine_([state], seeds, coeffs * self._kind.scale, streams=one.streams, decay=keep)
