@@ -175,7 +175,7 @@ class Factored(Noise):
             then, still = _DENSE_RULES[rule](g, theta.float(), hyper, *(tensors[i] for tensors in states.values()))
             own: dict[str, Any] = {key: [tensor] for key, tensor in zip(("first", "second"), then, strict=False)}
             kernel: KernelRule = "momentum" if rule == "sign" else rule
-            args = self.kernel_args(one, seeds[:0], coeffs[:0]) | placed(one.params)
+            args = self.kernel_args(one, seeds[:0], coeffs[:0]) | _places(one)
             update_([theta], kernel, still, **args, **own, **options)
 
     def fresh_shapes(self, members: Members) -> list[tuple[int, ...]]:
@@ -206,10 +206,10 @@ class Factored(Noise):
             one = _picked(members, [i])
             (param,), (theta,) = one.params, locals_of(one.params)
             if (shape := self._kind.matrix(param)) is None:
-                args = self.kernel_args(one, seeds, coeffs) | placed(one.params)
+                args = self.kernel_args(one, seeds, coeffs) | _places(one)
                 combine_([state], **args, decay=keep)
                 hyper = _constants((0.0, 1.0, 0.0, lr), lr)
-                none = self.kernel_args(one, seeds[:0], coeffs[:0]) | placed(one.params)
+                none = self.kernel_args(one, seeds[:0], coeffs[:0]) | _places(one)
                 update_([theta], "momentum", hyper, **none, first=[state], **rounding)
                 continue
             combine_([state], seeds, coeffs * self._kind.scale, streams=one.streams, decay=keep)
@@ -223,6 +223,11 @@ class Factored(Noise):
 
 def _picked(members: Members, at: list[int]) -> Members:
     return Members([members.params[i] for i in at], [members.streams[i] for i in at], members.dist)
+
+
+def _places(members: Members) -> dict[str, Any]:
+    """The arguments of an operation that say where in the noise ``members`` are."""
+    return {"streams": members.streams} | placed(members.params)
 
 
 def _constants(values: Sequence[float | Tensor], like: Tensor) -> Tensor:
