@@ -46,7 +46,7 @@ def as_loss(op: str, value: object, device: torch.device, capturing: bool = Fals
     try:
         number = float(value)
     except OverflowError:
-        fail(op, "closure", "a loss in the range of float64", f"a number of {int(math.trunc(value)).bit_length()} bits")
+        fail(op, "closure", "a loss in the range of float64", f"a number of {operator.index(math.trunc(value)).bit_length()} bits")
     return torch.full((), number, dtype=torch.float64, device=device)
 
 
