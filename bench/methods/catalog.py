@@ -1,4 +1,4 @@
-"""The methods, one entry each.  ``use`` is the line that a user writes, and the line that is run."""
+"""The methods, one entry each.  ``use`` is the line that a user writes, and also the line that is run."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Method:
     name: str
     paper: str
     formula: str
-    #: An expression in ``named`` (named parameters), ``lr`` and ``masks`` (of the positive weights), evaluated with the
-    #: names of zokernels.optim.  Of a black box, a line to read.
+    #: An expression in ``named`` (named parameters), ``lr`` and ``masks`` (of the positive weights),
+    #: evaluated with the names of zokernels.optim.  Of a black box, a line to read.
     use: str
     forwards: int
     #: Accesses of weights in one step of restore="exact", in units of all trained weights.
@@ -38,11 +38,11 @@ class Method:
     inplace: bool = True
 
     def bytes(self, itemsize: int) -> float:
-        """Modelled bytes a weight and step."""
+        """The bytes that a step moves for each weight, as they are counted and not measured."""
         return self.accesses * itemsize + self.state_bytes
 
     def make(self, named: list[tuple[str, Tensor]], lr: float, **options: Any) -> torch.optim.Optimizer:
-        """The optimizer of :attr:`use`; ``options`` go to it on top."""
+        """Makes the optimizer of :attr:`use`, with ``options`` added to its arguments."""
         names = {n: _with(getattr(optim, n), options) for n in optim.__all__}
         masks = {name: p.detach() > 0 for name, p in named} if "masks" in self.use else None
         scope = {"named": named, "lr": lr, "masks": masks, "bfloat16": torch.bfloat16, **names}
@@ -50,7 +50,9 @@ class Method:
 
 
 def _with(what: Any, options: dict[str, Any]) -> Callable[..., Any]:
-    """Optimizers take ``options``; directions and subsets stay as they are."""
+    """Adds ``options`` to the arguments of a class if it is an optimizer, and not if it is a direction or a
+    subset.
+    """
     if isinstance(what, type) and issubclass(what, torch.optim.Optimizer):
         return lambda *args, **own: what(*args, **(options | own))
     return what

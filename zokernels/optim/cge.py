@@ -22,6 +22,7 @@ from ..step.probes.probe import Probe
 from ..step.rules.rule import check_fraction
 from ..step.rules.sgd import SGD
 from ..step.scalars import (
+    NO,
     decay_of,
     descent,
     gate,
@@ -59,9 +60,11 @@ class Entries(NamedTuple):
     def updated(self, change: Tensor, seed: Tensor, decay: Tensor | None, rounding: Any) -> Tensor:
         """[n]: round(decay * theta_i + change_i), each with the rounding bits of its place in the parameter.
 
-        A kernel does it: each run of neighbours is a matrix of one column, and its change a product of rank
-        1.  That product is a sum from 0, which cannot be -0.0.  It is therefore that of -change, with the
-        coefficient -1: a change of 0 then adds -0.0, which leaves every weight its bits.
+        ``low_rank_`` computes it: each run of neighbouring weights is a matrix with one column, and its
+        change is a product of rank 1.  The kernel sums a product from 0, so a change of 0.0 and one of -0.0
+        look the same to it.  It takes -change with the coefficient -1, which treats both as -0.0 and leaves
+        the weight its bits.  That is wrong for a change of 0.0 to -0.0, which is 0.0 (as in combine), so
+        these weights are set afterwards.
         """
         bounds = [i for i, place in enumerate(self.positions) if not i or place != self.positions[i - 1] + 1]
         sizes = [end - begin for begin, end in itertools.pairwise([*bounds, len(self.positions)])]
@@ -77,7 +80,8 @@ class Entries(NamedTuple):
             rounding=rounding,
             rounding_seed=seed,
         )
-        return new
+        acc = self.own.float() if decay is None else decay * self.own.float()
+        return new.masked_fill_((acc == 0) & (change == 0) & ~change.signbit(), 0.0)
 
 
 #: A weight (flat tensor, position), the value that it is moved to and its own; None: theta itself.
@@ -204,8 +208,9 @@ class ZOCGE(ZerothOrder):
         )
         count = len(centre) + sum(len(e.positions) * len(e.sides) for e in self._entries)
         losses = losses_at(itertools.chain(centre, moves), count)
-        gradients, finite = gate([e.bucket.group for e in self._entries], self._gradients(losses))
-        return Estimate(losses, gradients, finite, self.skips(finite), losses)
+        groups, reads = [e.bucket.group for e in self._entries], not self.run_state.capturable
+        gradients, finite = gate(groups, self._gradients(losses), reads=reads)
+        return Estimate(losses, gradients, finite, finite is NO, losses)
 
     def _gradients(self, losses: Tensor) -> list[Tensor]:
         """g of each entry of the step, fp32, clipped."""

@@ -271,7 +271,7 @@ class ForwardGradient(ZerothOrder):
     def own_probe(self, buckets: list[Bucket], seeds: Seeds) -> TangentProbe:
         if any_sharded(p for b in buckets for p in b.params):
             fail(self.op, "params", "plain tensors: a tangent is handed to each function", "a DTensor", TypeError)
-        return TangentProbe(self.op, buckets, seeds, self.scratch, self.warned)
+        return TangentProbe(self.op, buckets, seeds, self.scratch, self.blocks, self.warned)
 
 
 class SparseMeZO(ZOSGD):

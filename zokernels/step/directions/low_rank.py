@@ -107,7 +107,9 @@ class Factored(Noise):
         wide = [i for i, shape in enumerate(shapes) if shape is not None]
         if flat := [i for i, shape in enumerate(shapes) if shape is None]:
             if out is None:
-                combine_(pick(theta, flat), **self.kernel_args(of(flat), seeds, coeffs), **rounding)
+                vectors = of(flat)
+                args = self.kernel_args(vectors, seeds, coeffs) | vectors.places
+                combine_(pick(theta, flat), **args, **rounding)
             else:
                 DENSE.perturb(pick(out, flat), of(flat), seeds, coeffs, theta=pick(theta, flat), **rounding)
         if wide:
