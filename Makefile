@@ -15,6 +15,7 @@ test: $(VENV)/tested $(VENV)/tritons lint
 	$(BIN)/python -m bench run --op combine --device cpu --tiny
 	$(BIN)/python -m bench offload --device cpu --tiny
 	$(BIN)/python -m bench trajectory --device cpu --tiny
+	$(BIN)/python -m bench host --tiny
 	$(BIN)/python -m pytest -q
 
 # The randomised tests from fresh seeds, for BUDGET seconds.  A failure says how to repeat it.

@@ -18,7 +18,7 @@ import torch
 from zokernels import BackendUnavailable
 from zokernels.backends.registry import NAMES
 
-from . import compare, machine, offload, scaling, table, trajectory
+from . import compare, machine, offload, scaling, table, trajectory, whole_steps
 from .gpu import check, prebuilt
 from .gpu.stage import replace
 from .methods import run as methods
@@ -154,6 +154,8 @@ def make_parser(program: str) -> argparse.ArgumentParser:
     methods.add_arguments(sub)
     sub = commands.add_parser("offload", help="a streamed step against its transfers and its computation, each alone")
     offload.add_arguments(sub)
+    sub = commands.add_parser("host", help="whole steps of small models against their forwards: the host's share")
+    whole_steps.add_arguments(sub)
     sub = commands.add_parser("trajectory", help="replaying and recording a run, project and gram, on 22 M weights")
     trajectory.add_arguments(sub)
     sub = commands.add_parser("scaling", help="on paper: a step of 175 G and 1,000 G weights on 8 to 1,024 GPUs")

@@ -7,7 +7,7 @@ measured apart from them."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,9 +37,7 @@ class Times:
 
     @classmethod
     def of(cls, samples: list[float]) -> Times:
-        ordered = sorted(samples)
-        at = lambda q: ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))]
-        return cls(at(0.2), at(0.5), at(0.8), len(ordered))
+        return cls(*quantiles(samples), len(samples))
 
 
 def _time_cpu(call: Callable[[], None]) -> float:
@@ -71,23 +69,46 @@ def _time_cuda(call: Callable[[], None], spin: float) -> float:
     return start.elapsed_time(end) * 1e-3
 
 
-def measure(
-    candidates: dict[str, Callable[[], None]], device: str, seconds: float, min_rounds: int = 5, max_rounds: int = 200
-) -> dict[str, Times]:
-    """The times of each candidate by name.
+def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The 20th, 50th and 80th percentile: always one of ``values``."""
+    ordered = sorted(values)
+    low, middle, high = (ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))] for q in (0.2, 0.5, 0.8))
+    return low, middle, high
 
-    One round warms up, and rounds follow until ``seconds`` have passed.
+
+def sample(
+    candidates: Mapping[str, Callable[[], object]],
+    device: str,
+    seconds: float,
+    min_rounds: int = 5,
+    max_rounds: int = 200,
+    spin: Mapping[str, float] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of each call of each candidate, round by round: until ``seconds`` have passed.
+
+    ``spin``: on a GPU, the seconds for which the device waits before each candidate.  Without it each candidate runs
+    twice before the clock is looked at, to warm up.
     """
-    cuda = device == "cuda"
     samples: dict[str, list[float]] = {name: [] for name in candidates}
-    for call in candidates.values():
-        call()
-    host = {name: _time_host(call) if cuda else None for name, call in candidates.items()}
-    spin = {name: min(max(1.5 * (h or 0), _SPIN[0]), _SPIN[1]) for name, h in host.items()}
+    if spin is None:
+        for call in (*candidates.values(), *candidates.values()):
+            call()
     stop = time.perf_counter() + seconds
     rounds = 0
     while rounds < min_rounds or (rounds < max_rounds and time.perf_counter() < stop):
         for name, call in candidates.items():
-            samples[name].append(_time_cuda(call, spin[name]) if cuda else _time_cpu(call))
+            samples[name].append(_time_cuda(call, (spin or {})[name]) if device == "cuda" else _time_cpu(call))
         rounds += 1
+    return samples
+
+
+def measure(
+    candidates: dict[str, Callable[[], None]], device: str, seconds: float, min_rounds: int = 5, max_rounds: int = 200
+) -> dict[str, Times]:
+    """Times of each candidate by name.  One round warms up; then rounds until ``seconds`` have passed."""
+    for call in candidates.values():
+        call()
+    host = {name: _time_host(call) if device == "cuda" else None for name, call in candidates.items()}
+    spin = {name: min(max(1.5 * (h or 0), _SPIN[0]), _SPIN[1]) for name, h in host.items()}
+    samples = sample(candidates, device, seconds, min_rounds, max_rounds, spin)
     return {name: replace(Times.of(s), host=host[name]) for name, s in samples.items()}

@@ -28,6 +28,10 @@
 #define ZK_REGISTER(op, schema)                                      \
   STABLE_TORCH_LIBRARY_FRAGMENT(zokernels_cpu, m) { m.def(schema); } \
   STABLE_TORCH_LIBRARY_IMPL(zokernels_cpu, CPU, m) { m.impl(#op, TORCH_BOX(&op##_cpu)); }
+// Registers the function <op>_planned_cpu, which takes the table of a plan in place of tensors.
+#define ZK_REGISTER_PLANNED(op, schema)                              \
+  STABLE_TORCH_LIBRARY_FRAGMENT(zokernels_cpu, m) { m.def(schema); } \
+  STABLE_TORCH_LIBRARY_IMPL(zokernels_cpu, CPU, m) { m.impl(#op "_planned", TORCH_BOX(&op##_planned_cpu)); }
 // The same for a function that takes no tensor: there is no tensor whose device could select the function.
 #define ZK_REGISTER_CONSTANT(op, schema)                             \
   STABLE_TORCH_LIBRARY_FRAGMENT(zokernels_cpu, m) { m.def(schema); } \
@@ -107,12 +111,20 @@ struct Call {
   Terms terms{};
   std::vector<Span> spans;
 
-  Call(const TermArgs& args, const TensorList& params) : args(args), coeffs(without_payloads(args.coeffs)) {
+  Call(const TermArgs& args, const TensorList& params) : Call(args, dtype_of(params[0])) {
+    if (!args.curvature.empty()) terms.curvature = dtype_of(args.curvature[0]);
+  }
+
+  Call(const TermArgs& args, const Rows& rows) : Call(args, static_cast<DType>(rows.first().dtype)) {
+    if (rows.first().state[0] >= 0) terms.curvature = static_cast<DType>(rows.first().state[0]);
+  }
+
+  Call(const TermArgs& args, DType dtype) : args(args), coeffs(without_payloads(args.coeffs)) {
     const auto* seeds = data<uint64_t>(args.seeds);
     for (int64_t k = 0; k < args.seeds.numel(); ++k) keys.push_back(philox_key(seeds[k]));
     terms.count = args.seeds.numel();
     terms.dist = args.domain();
-    terms.dtype = dtype_of(params[0]);
+    terms.dtype = dtype;
     if (args.decay) terms.decay = canonical_nan(data<float>(*args.decay)[0]);
     terms.has_decay = args.decay && terms.decay != 1.0f;
     terms.stochastic = args.rounding_seed.has_value();
@@ -120,7 +132,6 @@ struct Call {
     terms.has_mask_seed = args.mask_seed.has_value();
     if (terms.has_mask_seed) terms.mask = key_of(*args.mask_seed);
     terms.mask_keep = static_cast<uint32_t>(args.mask_keep);
-    if (!args.curvature.empty()) terms.curvature = dtype_of(args.curvature[0]);
   }
 
   // Adds the spans; set(span, i) fills in what only this operation has for tensor i. `keys` and `coeffs` must
@@ -142,6 +153,30 @@ struct Call {
       if (!args.masks.empty()) span.mask = data<uint8_t>(args.masks[i]);
       if (!args.curvature.empty()) span.curvature = args.curvature[i].const_data_ptr();
       set(span, i);
+      spans.push_back(span);
+    }
+  }
+
+  // Adds the spans of the rows of a plan's table (op_args.h).
+  void add_spans(const Rows& rows) {
+    terms.keys = keys.data();
+    spans.reserve(rows.count);
+    const int64_t stride = args.coeff_stride();
+    for (const Row& row : rows) {
+      if (row.numel == 0) continue;
+      Span span{};
+      span.in = row.in;
+      span.out = row.out;
+      for (int s = 0; s < 2; ++s) span.more[s] = row.more[s];
+      span.coeffs = coeffs.data() + (&row - rows.begin()) * stride;
+      span.mask = static_cast<const uint8_t*>(row.mask);
+      span.curvature = row.curvature;
+      span.numel = row.numel;
+      span.offset = static_cast<uint64_t>(row.offset);
+      span.stream = Stream(static_cast<uint64_t>(row.stream));
+      span.width = row.width;
+      span.length = row.length;
+      if (row.width > 0) span.blocks = row_blocks(row.offset, row.width, row.length);
       spans.push_back(span);
     }
   }

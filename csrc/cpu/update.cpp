@@ -139,12 +139,29 @@ void update_cpu(TensorList params, TensorList first, TensorList second, std::str
   call.run(op, ZK_KERNEL_OF(update, isa));
 }
 
+void update_planned_cpu(Tensor table, std::string rule, Tensor hyper, ZK_PLANNED_PARAMS, std::string isa) {
+  const Rows rows("update", table);
+  const TermArgs args = ZK_PLANNED_TERMS;
+  check_planned("update", rows, args);
+  check_hyper(rule_of(rule), hyper, args);
+  Call call(args, rows);
+  call.add_spans(rows);
+  const std::vector<float> values = without_payloads(hyper);
+  Update op{{call.terms}, rule_of(rule), values.data(), {}};
+  for (int s = 0; s < 2; ++s) {
+    if (rows.first().state[s] >= 0) op.state[s] = call.state[s] = static_cast<DType>(rows.first().state[s]);
+  }
+  call.run(op, ZK_KERNEL_OF(update, isa));
+}
+
 }  // namespace
 
 ZK_REGISTER(
     update,
     "update(Tensor(a!)[] params, Tensor(b!)[] first, Tensor(c!)[] second, str rule, Tensor hyper, " ZK_TERMS_SCHEMA
     ", str isa) -> ()")
+ZK_REGISTER_PLANNED(
+    update, "update_planned(Tensor table, str rule, Tensor hyper, " ZK_PLANNED_SCHEMA ", str isa) -> ()")
 
 }  // namespace zk::cpu
 

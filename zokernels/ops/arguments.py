@@ -15,6 +15,8 @@ from ..transfer import to_device
 
 Dist = Literal["normal", "rademacher"]
 Rounding = Literal["nearest", "stochastic"]
+Tensors = Tensor | Sequence[Tensor]
+Rows = Sequence[tuple[int, int] | None] | None
 
 
 def device_values(op: str, argument: str, value: object, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -48,7 +50,7 @@ def places(
 
 def noise_args(
     op: str,
-    params: list[Tensor],
+    params: Sequence[Tensor],
     seeds: object,
     coeffs: object,
     streams: int | Sequence[int],

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ..transfer import to_device
+from ..transfer import known_on_host, to_device
 from .types import Group
 
 
@@ -39,6 +39,16 @@ def decay_of(group: Group, like: Tensor) -> float | Tensor:
     return decay
 
 
+def where(finite: Tensor, value: Callable[[], Tensor], other: Callable[[], Tensor]) -> Tensor:
+    """``value()`` where ``finite`` (bool, 0-dim) holds, else ``other()``.
+
+    Where the host knows the answer, only that one is computed.  A device gets both, and chooses.
+    """
+    if known_on_host(finite):
+        return value() if finite else other()
+    return torch.where(finite, value(), other())
+
+
 def gate(groups: list[Group], gradients: list[Tensor]) -> tuple[list[Tensor], Tensor]:
     """``gradients`` (fp32 [q] of each group), set to 0 unless all of them are finite; and whether they are.
 
@@ -46,13 +56,13 @@ def gate(groups: list[Group], gradients: list[Tensor]) -> tuple[list[Tensor], Te
     """
     steps = [descent(group, g) for group, g in zip(groups, gradients, strict=True)]
     finite = torch.isfinite(torch.cat((*gradients, *steps))).all()
-    return [torch.where(finite, g, torch.zeros_like(g)) for g in gradients], finite
+    return [where(finite, lambda g=g: g, lambda g=g: torch.zeros_like(g)) for g in gradients], finite
 
 
 def gated_decay(decay: float | Tensor, finite: Tensor, device: torch.device) -> Tensor:
     """``decay`` as fp32 [1] on ``device``; 1 unless ``finite``."""
     one = torch.ones(1, dtype=torch.float64, device=finite.device)
-    return to_device(torch.where(finite, decay * one, one).float(), device)
+    return to_device(where(finite, lambda: decay * one, lambda: one).float(), device)
 
 
 def scalars(values: Sequence[float | Tensor], device: torch.device) -> Tensor:
@@ -67,8 +77,3 @@ def scalars(values: Sequence[float | Tensor], device: torch.device) -> Tensor:
 def is_zero(lr: float | Tensor) -> bool:
     """Whether the host knows that there is nothing to update."""
     return not isinstance(lr, Tensor) and lr == 0
-
-
-def known_on_host(value: Tensor) -> bool:
-    """Whether the host can read ``value`` without waiting for a device."""
-    return value.device.type == "cpu"

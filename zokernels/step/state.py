@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checks import fail
 from ..contract import derive_seed_int, seed_to_int64
 from ..functional import derive_seed
-from ..transfer import to_device
+from ..transfer import known_on_host, to_device
 from .types import Seeds
 
 
@@ -43,11 +43,13 @@ class HostState(_State):
         """derive_seed(seed, step + ahead, k) for k = 0 .. count - 1, as an int64 tensor on each device."""
         values = [seed_to_int64(derive_seed_int(self.seed, self.step + ahead, k)) for k in range(count)]
         # Fills: a list would be copied from pageable memory.
-        return {d: torch.cat([torch.full((1,), v, dtype=torch.int64, device=d) for v in values]) for d in devices}
+        fills = lambda d: [torch.full((1,), v, dtype=torch.int64, device=d) for v in values]
+        return {d: torch.cat(fills(d)) if count > 1 else fills(d)[0] for d in devices}
 
     def advance(self, finite: Tensor) -> None:
         """A step has been taken; unless ``finite``, its update was skipped."""
-        self.skipped = to_device(self.skipped, finite.device) + ~finite
+        skipped = to_device(self.skipped, finite.device)
+        self.skipped = skipped if known_on_host(finite) and finite else skipped + ~finite
         self.step += 1
 
     def load(self, seed: int, step: int, skipped: int) -> None:

@@ -29,7 +29,6 @@ from .rules.rule import Rule
 from .rules.sgd import SGD
 from .scalars import descent, gate, known_on_host, projected_gradient
 from .scratch import ScratchPool
-from .shard import any_sharded
 from .state import DeviceState, HostState, check_seed
 from .subset import Subset
 from .two_pass import ThreePass, TwoPass, check_two_pass
@@ -93,7 +92,7 @@ class StepOptimizer(torch.optim.Optimizer):
     def _begin_alone(self) -> None:
         """Sets what neither a copy nor a pickle takes along: the surroundings, scratch and graphs."""
         self.team, self.log, self.passes = Team(), Log(), ThreePass()
-        self.scratch = ScratchPool()
+        self.scratch, self.planner = ScratchPool(), groups.Planner()
         self.cache: dict[Any, Any] = {}
         self.graph_rng: GraphRng | None = None
         self.carried = False
@@ -218,7 +217,7 @@ class StepOptimizer(torch.optim.Optimizer):
 
     def plan(self) -> list[Bucket]:
         """The buckets of the next step.  Raises where the groups would make it fail."""
-        buckets = groups.plan(self.op, self.param_groups)
+        buckets = self.planner.plan(self.op, self.param_groups)
         for group in self.param_groups:
             self.rule.check(self.op, group)
         return buckets if self.subset is None else self.subset.select(self, buckets)
@@ -238,7 +237,7 @@ class StepOptimizer(torch.optim.Optimizer):
         if (probe := self.passes.probe(self.run_state, buckets, seeds)) is not None:
             return probe
         exact = self.restore == "exact"
-        if any_sharded(p for b in buckets for p in b.params):
+        if any(b.is_sharded for b in buckets):
             return CopiedShardProbe(buckets, seeds, self.scratch) if exact else MovedShardProbe(buckets, seeds)
         return self.exact_probe(buckets, seeds) if exact else InplaceProbe(buckets, seeds)
 
@@ -252,10 +251,11 @@ class StepOptimizer(torch.optim.Optimizer):
         here = [b.group for b in buckets]
         foreign = self.team.foreign(self, here)
         scales = [(b.eps, b.group["clip"]) for b in buckets] + [(group["eps"], group["clip"]) for group in foreign]
-        gradients, finite = gate([*here, *foreign], [self._gradient(losses, *scale) for scale in scales])
+        raw = {scale: self._gradient(losses, *scale) for scale in dict.fromkeys(scales)}
+        gradients, finite = gate([*here, *foreign], [raw[scale] for scale in scales])
         elsewhere = list(zip(foreign, gradients[len(here) :], strict=True))
         skip, gradients = self.skips(finite), gradients[: len(here)]
-        estimate = Estimate(losses, gradients, finite, skip, tuple(losses), elsewhere=elsewhere)
+        estimate = Estimate(losses, gradients, finite, skip, losses.unbind(), elsewhere=elsewhere, raw=raw)
         if not self.rule.trials:
             return estimate
         points = self.trial_points(buckets, estimate.gradients)
@@ -294,7 +294,8 @@ class StepOptimizer(torch.optim.Optimizer):
     def publish(self, estimate: Estimate) -> None:
         """Sets ``last_losses`` and ``last_projected_gradient`` from the estimate of a step."""
         first = self.param_groups[0]
-        g = self._gradient(estimate.losses, first["eps"], first["clip"])
+        scale = first["eps"], first["clip"]
+        g = estimate.raw[scale] if scale in estimate.raw else self._gradient(estimate.losses, *scale)
         g = g if estimate.multiple is None else estimate.multiple * g
         self.last_losses, self.last_projected_gradient = estimate.forwards, g if len(g) > 1 else g.reshape(())
 

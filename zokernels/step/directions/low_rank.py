@@ -95,7 +95,9 @@ class _Factored(Noise):
         wide = [i for i, p in enumerate(members.params) if p.dim() >= 2]
         if flat := [i for i, p in enumerate(members.params) if p.dim() < 2]:
             if out is None:
-                combine_(pick(theta, flat), **self.kernel_args(of(flat), seeds, coeffs), **rounding)
+                vectors = of(flat)
+                args = self.kernel_args(vectors, seeds, coeffs) | vectors.places
+                combine_(pick(theta, flat), **args, **rounding)
             else:
                 DENSE.perturb(pick(out, flat), of(flat), seeds, coeffs, theta=pick(theta, flat), **rounding)
         if wide:

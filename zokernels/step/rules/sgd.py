@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...transfer import to_device
 from ..roles import OptimizerView
-from ..scalars import decay_of, is_zero, learning_rate
+from ..scalars import decay_of, is_zero, learning_rate, where
 from ..types import Bucket
 from .rule import Rule
 
@@ -33,10 +33,9 @@ class SGD(Rule):
         if not bucket.at and is_zero(bucket.group["lr"]):
             return  # 0 * z would turn a weight of -0.0 into 0.0
         back = bucket.way_back(g)
-        c = (decay_of(bucket.group, g) * back - learning_rate(bucket.group, g) * g.double()).float()
-        # The other side of torch.where is a tensor, too: a number would be copied to the device, and waited
-        # for.
-        coeffs = to_device(torch.where(finite, c, back.float()), bucket.device)
+        toward = lambda: (decay_of(bucket.group, g) * back - learning_rate(bucket.group, g) * g.double()).float()
+        # The other side is a tensor, too: a number would be copied to the device, and waited for.
+        coeffs = to_device(where(finite, toward, back.float), bucket.device)
         rounding = self.rounding(bucket, seeds, g, finite)
         if bucket.ahead is not None:
             seeds, coeffs = torch.cat((seeds, bucket.ahead[0])), torch.cat((coeffs, bucket.ahead[1]))

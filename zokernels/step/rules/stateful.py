@@ -18,7 +18,7 @@ from ..directions.scaling import CurvedDirection
 from ..estimators import ThreePoint
 from ..probes.probe import Probe
 from ..roles import OptimizerView
-from ..scalars import descent, learning_rate, scalars
+from ..scalars import descent, learning_rate, scalars, where
 from ..types import Bucket, Estimate, Group
 from .rule import Rule, check_betas, check_fraction, groups_of
 
@@ -44,9 +44,8 @@ class Stateful(Rule):
         return g
 
     def update(self, optimizer: OptimizerView, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor) -> None:
-        values = scalars(self.hyper(optimizer, bucket, g), g.device)
-        hyper = torch.where(finite, values, scalars(self.identity, g.device)).float()
-        hyper = to_device(hyper, bucket.device)
+        values = lambda: scalars(self.hyper(optimizer, bucket, g), g.device)
+        hyper = to_device(where(finite, values, lambda: scalars(self.identity, g.device)).float(), bucket.device)
         coeffs = to_device(self.coefficients(bucket.group, g, finite), bucket.device)
         states = zip(("first", "second"), (self.state(optimizer, bucket, name) for name in self.states), strict=False)
         options = {**dict(states), **self.rounding(bucket, seeds, g, finite)}
