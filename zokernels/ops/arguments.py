@@ -41,6 +41,14 @@ def device_values(op: str, argument: str, value: object, dtype: torch.dtype, dev
     return to_device(torch.tensor(numbers, dtype=dtype), device)
 
 
+def seeds_of(op: str, argument: str, seeds: object, device: torch.device | str | None) -> Tensor:
+    """``seeds`` as a tensor; numbers go to ``device``, by default to torch's default device."""
+    if isinstance(seeds, Tensor):
+        return seeds
+    target = torch.get_default_device() if device is None else torch.device(device)
+    return device_values(op, argument, seeds, torch.int64, target)
+
+
 def as_list(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else list(value)
 
