@@ -26,7 +26,6 @@ def _check_combine(op: str, groups: Mapping[str, list[Tensor]], *fields: Any) ->
 _combine_, _combine = define_pair("combine", TERMS, _check_combine)
 
 
-@torch.no_grad()
 def _call(
     op: str,
     out: list[Tensor] | None,
@@ -97,7 +96,8 @@ def combine_(*args: Any, **options: Any) -> None:
     Source: contract zk1, docs/contract.md.  MeZO (Malladi et al., 2023) perturbs with coeffs = +-eps and updates with
     coeffs = -lr * projected gradient.
     """
-    _call("combine_", None, *args, **options)
+    with torch.no_grad():
+        _call("combine_", None, *args, **options)
 
 
 @out_of_place(_call)
@@ -107,7 +107,8 @@ def combine(out: Tensor | Sequence[Tensor], *args: Any, **options: Any) -> None:
     ``out`` has the shapes, dtype and device of ``params`` and shares no memory with them.  Perturbing into a scratch
     this way makes restoring exact and free.
     """
-    _call("combine", as_list(out), *args, **options)
+    with torch.no_grad():
+        _call("combine", as_list(out), *args, **options)
 
 
 def pack_mask(keep: Tensor, offset: int = 0, row: tuple[int, int] | None = None) -> Tensor:

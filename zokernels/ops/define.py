@@ -70,30 +70,30 @@ def define_pair(kernel: str, schema: str, check: Check) -> tuple[Callable[..., N
 
     ``schema`` lists the arguments that follow these lists of tensors.
     """
-
-    def run(op: str, out: list[Tensor], groups: dict[str, list[Tensor]], *rest: Any) -> None:
-        read, extras = check(op, groups, *rest)
-        params = groups["params"]
-        target = "out" if "out" in groups else "params"
-        check_overlap(op, {target: out}, {**({} if out is params else {"params": params}), **read})
-        if params:
-            getattr(select(params[0].device), kernel)(out, params, *extras)
-            written(out)
+    in_place = f"{kernel}_"
 
     def lists(out: list[Tensor], params: list[Tensor]) -> dict[str, list[Tensor]]:
         return {"params": params, "out": out} if params else {"out": out, "params": params}
 
     def on_params(params: list[Tensor], *rest: Any) -> None:
-        run(f"{kernel}_", params, {"params": params}, *rest)
+        read, extras = check(in_place, {"params": params}, *rest)
+        check_overlap(in_place, {"params": params}, read)
+        if params:
+            getattr(select(params[0].device), kernel)(params, params, *extras)
+            written(params)
 
     def into_out(out: list[Tensor], params: list[Tensor], *rest: Any) -> None:
-        run(kernel, out, lists(out, params), *rest)
+        read, extras = check(kernel, lists(out, params), *rest)
+        check_overlap(kernel, {"out": out}, {"params": params, **read})
+        if params:
+            getattr(select(params[0].device), kernel)(out, params, *extras)
+            written(out)
 
     on_params.__module__ = into_out.__module__ = check.__module__
-    fake_on_params = checked(lambda params, *rest: check(f"{kernel}_", {"params": params}, *rest))
+    fake_on_params = checked(lambda params, *rest: check(in_place, {"params": params}, *rest))
     fake_into_out = checked(lambda out, params, *rest: check(kernel, lists(out, params), *rest))
     return (
-        define(f"{kernel}_(Tensor(a!)[] params, {schema}) -> ()", fake_on_params)(on_params),
+        define(f"{in_place}(Tensor(a!)[] params, {schema}) -> ()", fake_on_params)(on_params),
         define(f"{kernel}(Tensor(a!)[] out, Tensor[] params, {schema}) -> ()", fake_into_out)(into_out),
     )
 

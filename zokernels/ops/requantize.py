@@ -29,7 +29,6 @@ def _check_requantize(
 _requantize_, _requantize = define_pair("requantize", f"int low, int high, {NOISE}, {MASK}", _check_requantize)
 
 
-@torch.no_grad()
 def _call(
     op: str,
     out: list[Tensor] | None,
@@ -65,10 +64,12 @@ def requantize_(*args: Any, **options: Any) -> None:
 
     Source: QuZO, Zhou et al. 2025 (arXiv 2502.12346).
     """
-    _call("requantize_", None, *args, **options)
+    with torch.no_grad():
+        _call("requantize_", None, *args, **options)
 
 
 @out_of_place(_call)
 def requantize(out: Tensor | Sequence[Tensor], *args: Any, **options: Any) -> None:
     """:func:`requantize_` out of place; the weights are only read."""
-    _call("requantize", as_list(out), *args, **options)
+    with torch.no_grad():
+        _call("requantize", as_list(out), *args, **options)
