@@ -37,7 +37,7 @@ def test_a_linear_loss_has_its_gradient(estimator, dtype, rng):
 
 
 def test_the_gradient_of_an_mlp(rng):
-    """Central differences of a float64 loss of fp32 weights: their own error is O(eps^2), here below 1e-6."""
+    """Central differences of a float64 loss of fp32 weights have an error of O(eps^2), here below 1e-6."""
     torch.manual_seed(rng.getrandbits(32))
     model, x = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)), torch.randn(8, 6).double()
     exact = copy.deepcopy(model).double()
@@ -54,7 +54,7 @@ def test_the_gradient_of_an_mlp(rng):
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_a_step_is_one_rounding_of_the_log(estimator, dtype, rounding, weight_decay, rng):
-    """The weights follow from g as by combine with z = 1, its rounding bits included."""
+    """The weights follow from g as combine computes them with z = 1, with the same rounding bits."""
     model, (x, y), lr, seed = mlp(dtype), batch(), 0.3, rng.getrandbits(63)
     opt = ZOCGE(model.named_parameters(), lr, 0.05, weight_decay, seed, rounding, estimator=estimator, clip=0.02)
     for step in range(2):
@@ -96,7 +96,7 @@ def test_zero_and_minus_zero_add_as_in_combine(estimator, dtype, rounding, lr_ti
 
 
 def test_rounding_bits_are_those_of_the_place(rng):
-    """Whatever else the step takes: equal to combine over the whole tensor, where only some entries have a change."""
+    """The step equals combine over the whole tensor with a change of 0 for all other entries."""
     g = torch.Generator().manual_seed(rng.getrandbits(60))
     p, a = nn.Parameter(torch.randn(500, generator=g).bfloat16()), torch.randn(500, generator=g).double()
     before, index, seed = p.detach().clone(), torch.tensor(sorted(rng.sample(range(500), 60))), rng.getrandbits(64)
@@ -186,7 +186,7 @@ def test_small_weights(rng):
 
 
 def sloping(model):
-    """A loss that every coordinate changes, each by another slope; float64."""
+    """A loss (float64) that depends on every coordinate, with a slope of its own for each."""
     return sum((p.double().flatten() * torch.linspace(0.1, 1, p.numel())).sum() for p in model.parameters())
 
 
@@ -221,7 +221,10 @@ def test_shares_of_layers(rng):
 
 
 def test_samples_are_uniform(rng):
-    """Each of the 20 subsets of three of six about 100 times in 2000: chi squared below its 1e-9 quantile for 19."""
+    """In 2000 draws each of the 20 subsets of three of six comes about 100 times.
+
+    Chi squared lies below its 1e-9 quantile for 19 degrees of freedom.
+    """
     counts = {}
     for _ in range(2000):
         found = sample(rng.getrandbits(64), 3, 3, 6)

@@ -40,7 +40,7 @@ needs_library = pytest.mark.skipif(
 
 @pytest.fixture(scope="session")
 def library_on_host(tmp_path_factory):
-    """csrc/cuda compiled by the host compiler as torch.ops.zokernels_cuda_on_host, each thread run in turn."""
+    """csrc/cuda, compiled for the host as torch.ops.zokernels_cuda_on_host, which runs one thread after the other."""
     folder = tmp_path_factory.mktemp("cuda_on_host")
     return ctypes.CDLL(str(cuda_on_host.build(folder, "-O1", "-Wall", "-Wextra", "-Werror")))
 
@@ -90,7 +90,7 @@ def test_kernels_on_host_equal_reference(on_host, rng, case, repeat):
 @pytest.mark.parametrize("dist", DISTS)
 @pytest.mark.parametrize("case", CASES)
 def test_fast_path_on_host_equals_reference(on_host, rng, case, dist):
-    """Aligned tensors of several chunks take the vector path for the middle, the edge path for the ends."""
+    """Aligned tensors of several chunks take the vector path in the middle and the edge path at the ends."""
     run, random_arguments = CASES[case]
     chunk = chunk_of(dist)
     sizes = [2 * chunk + rng.randrange(chunk), chunk]
@@ -225,7 +225,7 @@ def test_square_root_without_range_check_is_exact():
 
 @pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=needs_library)])
 def test_only_stable_symbols_are_used(name):
-    """One binary serves torch 2.10 and later: no C++ symbol of torch, only functions of its C shim."""
+    """One binary serves torch 2.10 and later, since it uses no C++ symbol of torch but only its C shim."""
     nm = shutil.which("nm")
     if nm is None:
         pytest.skip("no nm")
@@ -249,7 +249,7 @@ def test_library_loads_on_a_cpu_build_of_torch():
 
 @pytest.fixture(scope="session")
 def sm90(tmp_path_factory):
-    """The functions of the library's sm_90 machine code."""
+    """The functions in the library's machine code for sm_90."""
     tool = disassembly.find_tool("cuobjdump")
     if tool is None:
         pytest.skip("no cuobjdump")
@@ -314,7 +314,7 @@ ROW_CEILINGS = [
 @needs_library
 @pytest.mark.parametrize(("dist", "dtype", "stochastic", "ceiling"), ROW_CEILINGS, ids=str)
 def test_instructions_per_element_of_rows(sm90, dist, dtype, stochastic, ceiling):
-    """16 blocks of eight a thread, eight at a time; no division among them."""
+    """A thread computes 16 blocks of eight elements, eight blocks at a time, without a division."""
     function = rows_kernel(sm90, dist, dtype, stochastic)
     figure = function.executed(2) / 128
     print(f"rows: {dist} {dtype} stochastic={stochastic}: {figure:.2f} instructions per element")

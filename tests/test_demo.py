@@ -36,7 +36,7 @@ def sentences() -> list[reviews.Review]:
 
 
 class Tokenizer:
-    """A token a character: batches can be tested without transformers."""
+    """Each character is a token, so batches can be tested without transformers."""
 
     pad_token_id = 0
 
@@ -79,7 +79,7 @@ def test_batches():
 
 
 def test_hot_path_is_what_the_optimizer_calls():
-    """The timed combines are those of a real ZOSGD step: the same sizes in the same order, in and out of place."""
+    """The timed calls are those of a real ZOSGD step: the same sizes in the same order, in place and out of place."""
     model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2, bias=False))
     x, calls = torch.randn(3, 5), []
 

@@ -47,7 +47,7 @@ def noise(name, shape, seed, offset=0):
 
 
 def product(left, right, shape):
-    """fma chains over the rank, from 0."""
+    """The product of two factors, as chains of fma over the rank that begin at 0."""
     out = torch.zeros(left.shape[0], right.shape[0])
     for s in range(left.shape[1]):
         out = fma(left[:, s, None].expand_as(out), right[None, :, s].expand_as(out), out)
@@ -136,7 +136,7 @@ ALL = pytest.mark.parametrize("kind", KINDS)
 
 
 class Recorder:
-    """A closure that keeps the weights it sees and returns given losses."""
+    """A closure that keeps the weights that it sees and returns the losses that it was given."""
 
     def __init__(self, params, losses):
         self.params, self.losses, self.seen = params, iter(losses), []

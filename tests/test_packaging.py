@@ -67,7 +67,7 @@ def built() -> pathlib.Path:
 
 
 def settings(built: pathlib.Path) -> dict[str, str]:
-    """The environment that configures the build as it is: whether with CUDA, and for which architectures."""
+    """The variables that configure the build as it is: with or without CUDA, and for which architectures."""
     cache = dict(re.findall(r"^(\w+):STRING=(.*)$", (built / "CMakeCache.txt").read_text(), re.M))
     codes = [
         re.sub(r"(\d)(-real)?$", r".\1" if "-real" in c else r".\1+PTX", c)
@@ -148,7 +148,7 @@ def test_installed_wheel_computes(environment):
 
 @pytest.fixture
 def weights_and_sentences(tmp_path) -> pathlib.Path:
-    """An empty folder to work in; the demo's reviews come with it where this machine has them."""
+    """An empty folder to work in.  It holds the demo's reviews if this machine has them."""
     if missing := [name for name in ("transformers", "accelerate") if importlib.util.find_spec(name) is None]:
         pytest.skip(f"no {missing[0]}")
     try:
@@ -164,7 +164,7 @@ def weights_and_sentences(tmp_path) -> pathlib.Path:
 
 @pytest.mark.slow
 def test_a_script_killed_half_way_ends_with_the_same_bits(environment, weights_and_sentences):
-    """The one that docs/transformers.md shows, copied to an empty folder and run with the wheel alone, twice."""
+    """The script of docs/transformers.md, copied to an empty folder, runs twice with the wheel alone."""
     folder = weights_and_sentences
     script = shutil.copy(ROOT / "examples" / "transformers_trainer.py", folder)
     assert run(environment / "bin" / "python", "-c", WHERE, environment, cwd=folder)
@@ -192,7 +192,7 @@ def test_a_script_killed_half_way_ends_with_the_same_bits(environment, weights_a
 
 
 def test_without_its_host_module_it_computes_and_says_so(environment, tmp_path):
-    """As under a Python for which none was built."""
+    """This is the case under a Python for which none was built."""
     shutil.copytree(next(environment.glob("lib/python*/site-packages/zokernels")), tmp_path / "zokernels")
     for module in (tmp_path / "zokernels").glob("_host*"):
         module.unlink()
@@ -296,7 +296,7 @@ def test_the_version_stands_in_one_place():
 
 
 def test_native_libraries_call_only_the_stable_interface(wheel, tmp_path):
-    """Undefined symbols of everything in the wheel: torch's C shim and nothing of its C++."""
+    """The undefined symbols of all libraries in the wheel are of torch's C shim, and not of its C++."""
     nm = shutil.which("nm")
     if nm is None:
         pytest.skip("no nm")
@@ -316,13 +316,13 @@ def test_native_libraries_call_only_the_stable_interface(wheel, tmp_path):
 
 
 def test_a_source_tree_has_its_programs_in_the_package(tmp_path):
-    """Without any install: the folders ``bench`` and ``examples`` beside the package."""
+    """They are the folders ``bench`` and ``examples`` beside the package, without any installation."""
     found = run(sys.executable, "-c", PROGRAMS, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
     assert found.split() == [str(ROOT / "bench" / "machine.py"), str(ROOT / "examples" / "encoder.py")]
 
 
 def test_an_editable_install_runs_the_programs_of_the_tree(built, tmp_path):
-    """From another folder: what was built in the tree is used, and both commands find their folders."""
+    """From another folder it uses what was built in the tree, and the programs of the tree."""
     code = "from setuptools import build_meta; import sys; print(build_meta.build_editable(sys.argv[1]))"
     name = run(sys.executable, "-c", code, tmp_path, cwd=ROOT, env=settings(built)).splitlines()[-1]
     folder = tmp_path / "environment"

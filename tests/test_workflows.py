@@ -32,7 +32,10 @@ def test_these_are_all():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_workflow_is_whole(name):
-    """A trigger; rights that only read unless a job asks for more; a machine and a limit for every job that builds."""
+    """Each has a trigger, and rights that only read unless a job asks for more.
+
+    Every job that builds has a machine and a limit.
+    """
     found = workflow(name)
     assert found["name"] == name
     assert set(found["on"]) <= {"push", "pull_request", "workflow_dispatch"}
