@@ -242,7 +242,7 @@ def line(row: dict[str, Any]) -> str:
         return f"{row['model']:14} {row['form']:12} {row['microseconds']:7.1f} us {spread:16} {goal}"
     spread = f"[{row['low']:.3f}, {row['high']:.3f}]"
     unit = f"x {row['forwards']} forwards of {1e3 * row['forwards_seconds'] / row['forwards']:.3g} ms"
-    return f"{row['model']:14} {row['form']:12} {row['ratio']:7.3f}    {spread:16} {goal}  {unit}, {row['threads']} thread"
+    return f"{row['model']:14} {row['form']:12} {row['ratio']:7.3f}    {spread:16} {goal}  {unit}"
 
 
 HEAD = f"{'model':14} {'form':12} {'ratio':>7}    {'20 to 80 %':16} {'goal':>7}"
@@ -274,6 +274,8 @@ def run(args: argparse.Namespace) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", nargs="+", choices=["calls", *CASES], help="default: all but smollm2")
     parser.add_argument("--seconds", type=float, default=6.0, help="of each model (default 6)")
-    parser.add_argument("--tiny", action="store_true", help="short, and nothing compiled: whether it runs, not how fast")
+    parser.add_argument(
+        "--tiny", action="store_true", help="short, and nothing compiled: whether it runs, not how fast"
+    )
     parser.add_argument("--json", type=pathlib.Path, help="write everything to this file")
     parser.set_defaults(call=run)

@@ -5,7 +5,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstring>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <vector>
@@ -33,16 +35,16 @@
 
 // The same where a plan keeps what depends on the tensors alone (zokernels/ops/plan.py): its table, and the terms that each
 // call brings.
-#define ZK_PLANNED_SCHEMA                                                                                   \
+#define ZK_PLANNED_SCHEMA \
   "Tensor seeds, Tensor coeffs, int dist, Tensor? decay, Tensor? rounding_seed, Tensor? mask_seed, int mask_keep"
-#define ZK_PLANNED_PARAMS                                                                                 \
-  torch::stable::Tensor seeds, torch::stable::Tensor coeffs, int64_t dist,                                \
-      std::optional<torch::stable::Tensor> decay, std::optional<torch::stable::Tensor> rounding_seed, \
-      std::optional<torch::stable::Tensor> mask_seed, int64_t mask_keep
-#define ZK_PLANNED_TERMS                                                                                       \
-  zk::TermArgs {                                                                                               \
+#define ZK_PLANNED_PARAMS                                                                                              \
+  torch::stable::Tensor seeds, torch::stable::Tensor coeffs, int64_t dist, std::optional<torch::stable::Tensor> decay, \
+      std::optional<torch::stable::Tensor> rounding_seed, std::optional<torch::stable::Tensor> mask_seed,              \
+      int64_t mask_keep
+#define ZK_PLANNED_TERMS                                                                                             \
+  zk::TermArgs {                                                                                                     \
     seeds, coeffs, zk::kNoNumbers, zk::kNoNumbers, dist, decay, rounding_seed, zk::kNoTensors, mask_seed, mask_keep, \
-        zk::kNoTensors, zk::kNoNumbers, zk::kNoNumbers                                                         \
+        zk::kNoTensors, zk::kNoNumbers, zk::kNoNumbers                                                               \
   }
 
 namespace zk {
@@ -93,11 +95,13 @@ struct Row {
   int64_t state[2];       // dtypes of the states, or of the curvature in state[0]; -1: none
 };
 
-// The rows of a plan's table, int64 [tensors, sizeof(Row) / 8] on the CPU. Python made and checked it; here its shape is.
+// The tensors of a call. A plan's table is int64 [tensors, sizeof(Row) / 8] on the CPU; Python made it of checked tensors, and
+// here its shape is checked.
 struct Rows {
   const Row* rows;
   int64_t count;
 
+  explicit Rows(const std::vector<Row>& made) : rows(made.data()), count(static_cast<int64_t>(made.size())) {}
   Rows(const char* op, const torch::stable::Tensor& table) {
     STD_TORCH_CHECK(table.scalar_type() == torch::headeronly::ScalarType::Long && table.is_contiguous() &&
                         table.get_device_index() == -1 && table.dim() == 2 && table.size(0) > 0 &&
@@ -109,7 +113,36 @@ struct Rows {
   const Row* begin() const { return rows; }
   const Row* end() const { return rows + count; }
   const Row& first() const { return rows[0]; }
+  bool are_masked() const {  // all or none, but an empty one's address may be null
+    return std::any_of(begin(), end(), [](const Row& row) { return row.mask != nullptr; });
+  }
+  bool have_width() const {
+    return std::any_of(begin(), end(), [](const Row& row) { return row.width > 0; });
+  }
 };
+
+// The same of tensors that are checked; more: the lists of Row::more, of which some may be empty.
+inline std::vector<Row> rows_of(const TensorList& out, const TensorList& params,
+                                std::initializer_list<const TensorList*> more, const TermArgs& terms, int64_t dtype) {
+  std::vector<Row> rows(params.size());
+  for (size_t i = 0; i < params.size(); ++i) {
+    Row& row = rows[i];
+    row.in = params[i].const_data_ptr();
+    row.out = out[i].mutable_data_ptr();
+    size_t count = 0;
+    for (const TensorList* list : more) row.more[count++] = list->empty() ? nullptr : (*list)[i].mutable_data_ptr();
+    if (!terms.masks.empty()) row.mask = terms.masks[i].const_data_ptr();
+    if (!terms.curvature.empty()) row.curvature = terms.curvature[i].const_data_ptr();
+    row.numel = params[i].numel();
+    row.offset = terms.offsets[i];
+    row.stream = terms.streams[i];
+    row.width = terms.width(i);
+    row.length = terms.length(i);
+    row.dtype = dtype;
+    row.state[0] = row.state[1] = -1;
+  }
+  return rows;
+}
 
 // What keeps a direct call's scalars in bounds; the tensors' addresses are the plan's to answer for.
 inline void check_planned(const char* op, const Rows& rows, const TermArgs& terms) {

@@ -15,6 +15,7 @@ import stream_cases
 import test_combine
 import test_fan_out
 import test_low_rank
+import test_plan
 import test_project
 import test_requantize
 import test_rows
@@ -177,6 +178,28 @@ def test_spread_on_host_equals_reference(on_host, rng, dtype, dist):
     args = test_spread.random_spread(rng, sizes=[n], aligned=True, dtype=dtype, dist=dist, count=3)
     args["offset"] = 8 * rng.randrange(2**30)
     check_backend(test_spread.run, args)
+
+
+#: The tests of plans, each with the arguments that pytest gives it.
+PLANS = {
+    **{f"in place {i}": lambda rng, i=i: test_plan.test_combine_in_place("cuda", i, rng) for i in range(6)},
+    **{f"out of place {i}": lambda rng, i=i: test_plan.test_combine_out_of_place("cuda", i, rng) for i in range(3)},
+    "fan-out": lambda rng: test_plan.test_fan_out("cuda", False, rng),
+    "fan-out with an update": lambda rng: test_plan.test_fan_out("cuda", True, rng),
+    **{f"update {rule}": lambda rng, rule=rule: test_plan.test_update("cuda", rule, rng) for rule in RULES},
+    "rows": lambda rng: test_plan.test_rows("cuda", False, rng),
+    "masked rows": lambda rng: test_plan.test_rows("cuda", True, rng),
+    "hundreds": lambda rng: test_plan.test_hundreds_of_tensors_with_empty_ones("cuda", rng),
+}
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_plans(on_host, case, rng):
+    PLANS[case](rng)
+
+
+def test_plans_take_tables(on_host):
+    test_plan.check_tables_are_taken("zokernels_cuda_on_host")
 
 
 def test_derive_seed_on_host_equals_reference(on_host, rng):

@@ -30,12 +30,12 @@ def backend(request):
         yield request.param
 
 
-def kernels_called(call: Callable[[], object]) -> list[str]:
-    """The compiled kernels that ``call`` runs, by name."""
+def kernels_called(library: str, call: Callable[[], object]) -> list[str]:
+    """The kernels of a compiled library that ``call`` runs, by name."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         call()
     names = (event.name for event in profile.events())
-    return [name.removeprefix("zokernels_cpu::") for name in names if name.startswith("zokernels_cpu::")]
+    return [name.removeprefix(f"{library}::") for name in names if name.startswith(f"{library}::")]
 
 
 def weights(count: int = 5, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -52,7 +52,9 @@ SEEDS, COEFFS = torch.tensor([3, -4]), torch.tensor([1e-2, -3e-3])
 # --- bits -------------------------------------------------------------------------------------------------------------
 
 
-def both(planned: Callable[..., object], plain: Callable[..., object], sides: list[list[Tensor]], calls: int = 3) -> None:
+def both(
+    planned: Callable[..., object], plain: Callable[..., object], sides: list[list[Tensor]], calls: int = 3
+) -> None:
     """``planned`` and ``plain``, called in turns on tensors of their own, write the same bits each time.
 
     ``sides``: the tensors that both write to, and those of the plain calls.
@@ -98,7 +100,7 @@ def test_fan_out(backend, pending, rng):
     sides = lambda all_three: [placed(buffer, parts) for buffer in all_three]
     planned = lambda: zokernels.fan_out_(kept, *sides(ours)[1:], 5, 1e-3, **kwargs)
     plain = lambda: zokernels.fan_out_(*sides(theirs), 5, 1e-3, **places, **kwargs)
-    both(planned, plain, [sum(ours, []), sum(theirs, [])])
+    both(planned, plain, [[t for side in ours for t in side], [t for side in theirs for t in side]])
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -172,6 +174,10 @@ def test_no_tensors(backend):
 @needs_reader
 def test_the_second_call_takes_the_table():
     get("cpu")
+    check_tables_are_taken("zokernels_cpu")
+
+
+def check_tables_are_taken(library: str) -> None:
     params, scratch = weights(70), [torch.empty_like(p) for p in weights(70)]
     plus, minus = copies(scratch), copies(scratch)
     states = [torch.zeros_like(p, requires_grad=False) for p in params]
@@ -183,10 +189,10 @@ def test_the_second_call_takes_the_table():
         "update_planned": lambda: zokernels.update_(kept, "momentum", [0, 0.9, 1, 1e-3], 1, 1.0, first=states),
     }
     for name, call in calls.items():
-        assert kernels_called(call) == [name.strip().removesuffix("_planned")]
+        assert kernels_called(library, call) == [name.strip().removesuffix("_planned")]
     for _ in range(2):  # in turns, too: a plan keeps the outcomes of several calls
         for name, call in calls.items():
-            assert kernels_called(call) == [name.strip()]
+            assert kernels_called(library, call) == [name.strip()]
 
 
 @needs_reader
@@ -428,6 +434,45 @@ def test_modes_see_each_call():
     with Counts():
         zokernels.combine_(kept, SEEDS, COEFFS)
     assert "zokernels.combine_.default" in seen
+
+
+def test_function_modes_see_each_call():
+    class Counts(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    kept, seen = zokernels.plan(weights(), range(5)), []
+    for _ in range(2):
+        zokernels.combine_(kept, SEEDS, COEFFS)
+    with Counts():
+        zokernels.combine_(kept, SEEDS, COEFFS)
+    assert "zokernels.combine_.default" in seen
+
+
+@needs_reader
+def test_a_default_device_is_no_watcher():
+    get("cpu")
+    kept = zokernels.plan(weights(), range(5))
+    zokernels.combine_(kept, SEEDS, COEFFS)
+    with torch.device("cpu"):
+        assert kernels_called("zokernels_cpu", lambda: zokernels.combine_(kept, SEEDS, COEFFS)) == ["combine_planned"]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated:DeprecationWarning")
+def test_traced():
+    """A traced function holds the call, not the addresses of the tensors that it was traced with."""
+    ours = [torch.randn(4, 3) for _ in range(3)]
+    kept = zokernels.plan(ours, range(3))
+    for _ in range(2):
+        zokernels.combine_(kept, SEEDS, COEFFS)
+
+    def call(coeffs: Tensor) -> Tensor:
+        zokernels.combine_(kept, SEEDS, coeffs)
+        return coeffs * 2
+
+    traced = torch.jit.trace(call, (COEFFS,), check_trace=False)
+    assert "combine_planned" not in str(traced.graph)
 
 
 def test_fake_tensors():

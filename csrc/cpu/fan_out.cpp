@@ -48,8 +48,8 @@ ZK_REGISTER(
     fan_out,
     "fan_out(Tensor(a!)[] params, Tensor(b!)[] plus, Tensor(c!)[] minus, Tensor seed, Tensor coeff, " ZK_TERMS_SCHEMA
     ", str isa) -> ()")
-ZK_REGISTER_PLANNED(
-    fan_out, "fan_out_planned(Tensor table, Tensor seed, Tensor coeff, " ZK_PLANNED_SCHEMA ", str isa) -> ()")
+ZK_REGISTER_PLANNED(fan_out,
+                    "fan_out_planned(Tensor table, Tensor seed, Tensor coeff, " ZK_PLANNED_SCHEMA ", str isa) -> ()")
 
 }  // namespace zk::cpu
 

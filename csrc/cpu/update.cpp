@@ -160,8 +160,8 @@ ZK_REGISTER(
     update,
     "update(Tensor(a!)[] params, Tensor(b!)[] first, Tensor(c!)[] second, str rule, Tensor hyper, " ZK_TERMS_SCHEMA
     ", str isa) -> ()")
-ZK_REGISTER_PLANNED(
-    update, "update_planned(Tensor table, str rule, Tensor hyper, " ZK_PLANNED_SCHEMA ", str isa) -> ()")
+ZK_REGISTER_PLANNED(update,
+                    "update_planned(Tensor table, str rule, Tensor hyper, " ZK_PLANNED_SCHEMA ", str isa) -> ()")
 
 }  // namespace zk::cpu
 

@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -46,26 +47,30 @@ class Fingerprints {
     for (const py::handle type : types_) plain_.push_back(type.ptr());
   }
 
-  // Of lists of tensors: how many each has, and of each tensor address, dtype, device, shape and strides. None where one is
-  // not of the ordinary classes, or has no memory to read. An entry that is None counts as an empty list.
-  py::object of(const py::tuple& groups) const {
+  // Of lists of tensors: how many each has, and of each tensor address, dtype, device, shape and strides; with `objects` also
+  // which object it is. None where one is not of the ordinary classes, or has no memory to read. An entry that is None counts
+  // as an empty list.
+  py::object of(const py::tuple& groups, bool objects) const {
     std::vector<int64_t> found;
-    found.reserve(reserved_);
-    for (const py::handle group : groups) {
-      if (group.is_none()) {
-        found.push_back(0);
-        continue;
-      }
-      const py::object sequence = py::reinterpret_steal<py::object>(PySequence_Fast(group.ptr(), "expected lists"));
-      if (!sequence) throw py::error_already_set();
-      const Py_ssize_t count = PySequence_Fast_GET_SIZE(sequence.ptr());
-      found.push_back(count);
-      for (Py_ssize_t i = 0; i < count; ++i) {
-        if (!add(PySequence_Fast_GET_ITEM(sequence.ptr(), i), found)) return py::none();
-      }
-    }
-    reserved_ = found.size();
+    const auto add = [&](const int64_t* words, int64_t count) {
+      found.insert(found.end(), words, words + count);
+      return true;
+    };
+    if (!read(groups, objects, add)) return py::none();
     return py::bytes(reinterpret_cast<const char*>(found.data()), found.size() * sizeof(int64_t));
+  }
+
+  // Whether the fingerprint of these lists would be `kept`.
+  bool matches(const py::bytes& kept, const py::tuple& groups, bool objects) const {
+    const char* at = PyBytes_AS_STRING(kept.ptr());
+    const char* const end = at + PyBytes_GET_SIZE(kept.ptr());
+    const auto compare = [&](const int64_t* words, int64_t count) {
+      const auto bytes = static_cast<std::ptrdiff_t>(count * sizeof(int64_t));
+      if (end - at < bytes || std::memcmp(at, words, bytes) != 0) return false;
+      at += bytes;
+      return true;
+    };
+    return read(groups, objects, compare) && at == end;
   }
 
  private:
@@ -76,7 +81,28 @@ class Fingerprints {
     return false;
   }
 
-  bool add(PyObject* object, std::vector<int64_t>& found) const {
+  // take(words, count) gets the fingerprint in pieces; the first false ends it.
+  template <class Take>
+  bool read(const py::tuple& groups, bool objects, const Take& take) const {
+    for (const py::handle group : groups) {
+      int64_t count = 0;
+      if (group.is_none()) {
+        if (!take(&count, 1)) return false;
+        continue;
+      }
+      const auto sequence = py::reinterpret_steal<py::object>(PySequence_Fast(group.ptr(), "expected lists"));
+      if (!sequence) throw py::error_already_set();
+      count = PySequence_Fast_GET_SIZE(sequence.ptr());
+      if (!take(&count, 1)) return false;
+      for (int64_t i = 0; i < count; ++i) {
+        if (!read_one(PySequence_Fast_GET_ITEM(sequence.ptr(), i), objects, take)) return false;
+      }
+    }
+    return true;
+  }
+
+  template <class Take>
+  bool read_one(PyObject* object, bool objects, const Take& take) const {
     if (!is_plain(reinterpret_cast<PyObject*>(Py_TYPE(object)))) return false;
     DLTensor t;
     if (read_(object, &t) != 0) {
@@ -86,19 +112,17 @@ class Fingerprints {
     int64_t dtype = 0, device = 0;
     std::memcpy(&dtype, &t.dtype, sizeof(t.dtype));
     std::memcpy(&device, &t.device, sizeof(t.device));
-    const int64_t words[] = {static_cast<int64_t>(reinterpret_cast<intptr_t>(t.data)) + static_cast<int64_t>(t.byte_offset),
-                             dtype | int64_t{t.ndim} << 32, device};
-    found.insert(found.end(), words, words + 3);
-    found.insert(found.end(), t.shape, t.shape + t.ndim);
-    found.insert(found.end(), t.strides, t.strides + t.ndim);
-    return true;
+    const int64_t words[] = {number(t.data) + static_cast<int64_t>(t.byte_offset), dtype | int64_t{t.ndim} << 32,
+                             device, objects ? number(object) : 0};
+    return take(words, 4) && take(t.shape, t.ndim) && take(t.strides, t.ndim);
   }
+
+  static int64_t number(const void* address) { return static_cast<int64_t>(reinterpret_cast<intptr_t>(address)); }
 
   py::capsule owner_;
   py::tuple types_;
   std::vector<const PyObject*> plain_;
   int (*read_)(void*, DLTensor*) = nullptr;
-  mutable size_t reserved_ = 0;
 };
 
 }  // namespace zk::host

@@ -83,6 +83,7 @@ PYBIND11_MODULE(_host, m) {
   m.def("to_half", [](float x) { return zk::cpu::Portable::to_half(x); }, "fp16 bits of a fp32, to nearest even.");
   py::class_<zk::host::Fingerprints>(m, "Fingerprints", "What of lists of tensors operations depend on, as bytes.")
       .def(py::init<py::capsule, py::tuple>(), py::arg("capsule"), py::arg("types"))
-      .def("of", &zk::host::Fingerprints::of, py::arg("groups"));
+      .def("of", &zk::host::Fingerprints::of, py::arg("groups"), py::arg("objects"))
+      .def("matches", &zk::host::Fingerprints::matches, py::arg("kept"), py::arg("groups"), py::arg("objects"));
   m.def("check_sqrt", &check_sqrt, py::arg("stride"), py::arg("ulps") = 0);
 }

@@ -54,9 +54,10 @@ def _call(
         *row_args(op, tensors, rows),
     )
     if plan is None:
-        return operation(*lists, *args)
+        operation(*lists, *args)
+        return
     terms = Terms(*args)
-    return plan.run(
+    plan.run(
         op, operation, (*lists, *args), "combine",
         Columns(tensors, out, masks=terms.masks, curvature=terms.curvature), terms,
         direct=lambda kernel: kernel(lists[0], tensors, terms), changed=[lists[0]],

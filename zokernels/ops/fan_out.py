@@ -94,9 +94,10 @@ def fan_out_(
     )
     args = noise_args("fan_out_", tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed)
     if plan is None or plan.rows is not None:
-        return _fan_out_(*lists, *direction, *args)
+        _fan_out_(*lists, *direction, *args)
+        return
     terms = Terms(*args)
-    return plan.run(
+    plan.run(
         "fan_out_", _fan_out_, (*lists, *direction, *args), "fan_out",
         Columns(tensors, first=lists[1], second=lists[2]), terms, direction,
         direct=lambda kernel: kernel(*lists, *direction, terms), changed=_changed(terms, *lists),

@@ -136,9 +136,10 @@ def update_(
         *row_args("update_", tensors, rows),
     )
     if plan is None:
-        return _update_(*lists, *extras, *args)
+        _update_(*lists, *extras, *args)
+        return
     terms = _terms(*args)
-    return plan.run(
+    plan.run(
         "update_", _update_, (*lists, *extras, *args), "update",
         Columns(tensors, first=lists[1], second=lists[2], masks=terms.masks), terms, extras,
         direct=lambda kernel: kernel(*lists, *extras, terms), changed=lists,

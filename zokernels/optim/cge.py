@@ -19,7 +19,7 @@ from ..step.directions.masks import KeptMask
 from ..step.guards import uninterrupted
 from ..step.probes.probe import Probe
 from ..step.rules.sgd import SGD
-from ..step.scalars import decay_of, descent, gate, gated_decay, is_zero, projected_gradient
+from ..step.scalars import NO, decay_of, descent, gate, gated_decay, is_zero, projected_gradient
 from ..step.subset import Subset
 from ..step.types import Bucket, Estimate, LossesAt, Seeds
 from ..transfer import to_device
@@ -182,8 +182,9 @@ class ZOCGE(ZerothOrder):
         )
         count = len(centre) + sum(len(e.positions) * len(e.sides) for e in self._entries)
         losses = losses_at(itertools.chain(centre, moves), count)
-        gradients, finite = gate([e.bucket.group for e in self._entries], self._gradients(losses))
-        return Estimate(losses, gradients, finite, self.skips(finite), losses)
+        groups, reads = [e.bucket.group for e in self._entries], not self.run_state.capturable
+        gradients, finite = gate(groups, self._gradients(losses), reads=reads)
+        return Estimate(losses, gradients, finite, finite is NO, losses)
 
     def _gradients(self, losses: Tensor) -> list[Tensor]:
         """g of each entry of the step, fp32, clipped."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from ..checks import DTYPES, check_choice, check_dist, check_number, check_overlap, check_stream, fail
 from ..contract import canonical_name, streams_of
 from ..functional import Plan
-from ..ops.plan import fingerprint
+from ..ops.plan import fingerprint, matches
 from .roles import home_of, last_move
 from .shard import is_sharded, local_of, locals_of
 from .types import Bucket, Group
@@ -203,40 +202,40 @@ def _numbered(op: str, groups: list[Group]) -> list[tuple[int, Bucket]]:
 class Planner:
     """:func:`plan` for one step after the other: buckets are kept while nothing that they depend on changes.
 
-    dtype, device, memory and requires_grad of a parameter may change between steps, and the groups, too.  All of that is
-    compared at each step, for all parameters together in about a tenth of a microsecond each.
+    dtype, device, memory and requires_grad of a parameter may change between steps, and the groups, too.  All of
+    that is compared at each step, for all parameters together in about a tenth of a microsecond each.
     """
 
     def __init__(self) -> None:
-        self._facts: list[Any] | None = None
+        self._prints: bytes | None = None
+        self._facts: tuple[Any, ...] = ()
         self._kept: list[tuple[int, Bucket]] = []
 
     def plan(self, op: str, groups: list[Group]) -> list[Bucket]:
-        facts = self._read(groups)
-        if facts is None or not self._holds(facts, groups):
-            self._facts = None
-            self._kept = _numbered(op, groups)
-            self._facts = facts
-            if facts is not None:
-                self._params = [list(group["params"]) for group in groups]
-                for _, bucket in self._kept:
-                    bucket.plan = Plan(bucket.params, bucket.streams)
-        else:
+        params = tuple(group["params"] for group in groups)
+        if self._prints is not None and matches(self._prints, params, objects=True) and self._facts == _facts(groups):
             for group in groups:
                 check_hyperparameters(op, group)
+        else:
+            self._prints = None
+            self._kept = _numbered(op, groups)
+            self._keep(groups, fingerprint(params, objects=True))
         return [bucket.of(groups[at]) for at, bucket in self._kept]
 
-    def _read(self, groups: list[Group]) -> list[Any] | None:
-        """What buckets depend on besides the parameters' identity; None where some cannot be compared (shards)."""
-        prints = fingerprint(tuple(group["params"] for group in groups))
+    def _keep(self, groups: list[Group], prints: bytes | None) -> None:
+        """``prints`` is None where some parameters cannot be compared (shards): nothing is kept then."""
         if prints is None:
-            return None
-        takes_part = [[p.requires_grad for p in group["params"]] for group in groups]
-        named = [(list(group["streams"]), list(group.get("param_names", ())), "bits" in group) for group in groups]
-        return [prints, last_move(), takes_part, named]
+            return
+        *facts, lists = _facts(groups)
+        copied = [[None if one is None else list(one) for one in of_group] for of_group in lists]
+        self._prints, self._facts = prints, (*facts, copied)
+        self._alive = [p for group in groups for p in group["params"]]  # no other object takes the place of one
+        for _, bucket in self._kept:
+            bucket.plan = Plan(bucket.params, bucket.streams)
 
-    def _holds(self, facts: list[Any], groups: list[Group]) -> bool:
-        return self._facts == facts and all(
-            len(kept) == len(group["params"]) and all(map(operator.is_, kept, group["params"]))
-            for kept, group in zip(self._params, groups, strict=True)
-        )
+
+def _facts(groups: list[Group]) -> tuple[Any, ...]:
+    """What buckets depend on besides the tensors; streams and names are not copied, which would read each of them."""
+    trained = [[p.requires_grad for p in group["params"]] for group in groups]
+    integers = ["bits" in group for group in groups]
+    return last_move(), trained, integers, [[group["streams"], group.get("param_names")] for group in groups]

@@ -43,7 +43,7 @@ class RngState:
         return nullcontext()
 
 
-class uninterrupted:  # noqa: N801 - used as a function, as contextlib.suppress is
+class uninterrupted:
     """Holds SIGINT back until the block ends: Ctrl-C cannot fall between a weight write and its record.
 
     Only the main thread receives signals; in any other this does nothing.

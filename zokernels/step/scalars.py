@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -39,24 +40,41 @@ def decay_of(group: Group, like: Tensor) -> float | Tensor:
     return decay
 
 
+#: What :func:`gate` says where the host may know: by identity, so that nobody reads a tensor to find out.
+YES, NO = torch.tensor(True), torch.tensor(False)
+#: From here on a number rounds to infinity in fp32.
+_INFINITE = 2.0**128 - 2.0**103
+
+
 def where(finite: Tensor, value: Callable[[], Tensor], other: Callable[[], Tensor]) -> Tensor:
     """``value()`` where ``finite`` (bool, 0-dim) holds, else ``other()``.
 
-    Where the host knows the answer, only that one is computed.  A device gets both, and chooses.
+    Where the host knows the answer, only that one is computed.  Else both are, and the device chooses.
     """
-    if known_on_host(finite):
-        return value() if finite else other()
-    return torch.where(finite, value(), other())
+    if finite is YES:
+        return value()
+    return other() if finite is NO else torch.where(finite, value(), other())
 
 
-def gate(groups: list[Group], gradients: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+def gate(groups: list[Group], gradients: list[Tensor], *, reads: bool) -> tuple[list[Tensor], Tensor]:
     """``gradients`` (fp32 [q] of each group), set to 0 unless all of them are finite; and whether they are.
 
-    Each lr * g must be finite in fp32, too.  The second result is bool, 0-dim.
+    Each lr * g must be finite in fp32, too.  The second result is bool, 0-dim; :data:`YES` or :data:`NO` where the
+    losses are on the CPU and ``reads`` allows to look at them.
     """
-    steps = [descent(group, g) for group, g in zip(groups, gradients, strict=True)]
-    finite = torch.isfinite(torch.cat((*gradients, *steps))).all()
-    return [where(finite, lambda g=g: g, lambda g=g: torch.zeros_like(g)) for g in gradients], finite
+    if reads and all(known_on_host(g) for g in gradients):
+        finite = YES if all(map(_all_finite, groups, gradients)) else NO
+    else:
+        steps = [descent(group, g) for group, g in zip(groups, gradients, strict=True)]
+        finite = torch.isfinite(torch.cat((*gradients, *steps))).all()
+    if finite is YES:
+        return gradients, finite
+    return [torch.where(finite, g, torch.zeros_like(g)) for g in gradients], finite
+
+
+def _all_finite(group: Group, g: Tensor) -> bool:
+    lr = float(group["lr"])
+    return all(math.isfinite(v) and abs(lr * v) < _INFINITE for v in g.tolist())
 
 
 def gated_decay(decay: float | Tensor, finite: Tensor, device: torch.device) -> Tensor:

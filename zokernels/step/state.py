@@ -11,7 +11,8 @@ from torch import Tensor
 from ..checks import fail
 from ..contract import derive_seed_int, seed_to_int64
 from ..functional import derive_seed
-from ..transfer import known_on_host, to_device
+from ..transfer import to_device
+from .scalars import YES
 from .types import Seeds
 
 
@@ -49,7 +50,7 @@ class HostState(_State):
     def advance(self, finite: Tensor) -> None:
         """A step has been taken; unless ``finite``, its update was skipped."""
         skipped = to_device(self.skipped, finite.device)
-        self.skipped = skipped if known_on_host(finite) and finite else skipped + ~finite
+        self.skipped = skipped if finite is YES else skipped + ~finite
         self.step += 1
 
     def load(self, seed: int, step: int, skipped: int) -> None:

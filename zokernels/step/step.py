@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from ..checks import check_choice, fail
+from ..transfer import known_on_host
 from . import groups
 from .checkpoint import Held, check_state_dict, own_state
 from .directions.direction import Direction
@@ -27,7 +28,7 @@ from .probes.sharded import CopiedShardProbe, MovedShardProbe
 from .roles import MEMORY, Log, Team, common_home
 from .rules.rule import Rule
 from .rules.sgd import SGD
-from .scalars import descent, gate, known_on_host, projected_gradient
+from .scalars import NO, descent, gate, projected_gradient
 from .scratch import ScratchPool
 from .state import DeviceState, HostState, check_seed
 from .subset import Subset
@@ -252,10 +253,11 @@ class StepOptimizer(torch.optim.Optimizer):
         foreign = self.team.foreign(self, here)
         scales = [(b.eps, b.group["clip"]) for b in buckets] + [(group["eps"], group["clip"]) for group in foreign]
         raw = {scale: self._gradient(losses, *scale) for scale in dict.fromkeys(scales)}
-        gradients, finite = gate([*here, *foreign], [raw[scale] for scale in scales])
+        reads = not self.run_state.capturable
+        gradients, finite = gate([*here, *foreign], [raw[scale] for scale in scales], reads=reads)
         elsewhere = list(zip(foreign, gradients[len(here) :], strict=True))
-        skip, gradients = self.skips(finite), gradients[: len(here)]
-        estimate = Estimate(losses, gradients, finite, skip, losses.unbind(), elsewhere=elsewhere, raw=raw)
+        gradients = gradients[: len(here)]
+        estimate = Estimate(losses, gradients, finite, finite is NO, losses.unbind(), elsewhere=elsewhere, raw=raw)
         if not self.rule.trials:
             return estimate
         points = self.trial_points(buckets, estimate.gradients)
@@ -265,10 +267,6 @@ class StepOptimizer(torch.optim.Optimizer):
 
     def _gradient(self, losses: Tensor, eps: float, clip: float | None) -> Tensor:
         return projected_gradient(self.estimator.coefficients(losses.double(), eps), clip)
-
-    def skips(self, finite: Tensor) -> bool:
-        """Whether the host knows that the step has no update."""
-        return not self.run_state.capturable and known_on_host(finite) and not finite
 
     def trial_points(self, buckets: list[Bucket], gradients: list[Tensor]) -> list[list[Point]]:
         """For each of the rule's trials, the point of each bucket."""
