@@ -75,16 +75,16 @@ class Bars:
 @style()
 def bars(panels: Sequence[Bars], title: str = "", width: float = 6.0) -> Figure:
     """``panels`` side by side, each ``width`` inches wide."""
-    height = 0.6 + 0.23 * max(len(panel.rows) for panel in panels)
-    drawn, axes = figure(1, len(panels), width * len(panels), height)
+    most = max(len(panel.rows) for panel in panels)
+    drawn, axes = figure(1, len(panels), width * len(panels), 0.6 + 0.23 * most)
     for axis, panel in zip(axes.flat, panels, strict=True):
         labels, lengths, colours = zip(*panel.rows, strict=True)
         places = range(len(labels))
         bar = axis.barh(places, lengths, color=[COLOURS[name] for name in colours], height=0.72)
         axis.bar_label(bar, [panel.form.format(length) for length in lengths], padding=3)
         axis.set_yticks(places, labels)
-        axis.invert_yaxis()
-        axis.margins(x=0.12, y=0.01)
+        axis.margins(x=0.12)
+        axis.set_ylim(most - 0.5, -0.5)  # a bar is as high in each panel
         axis.set_title(panel.title)
         if panel.mark is not None:
             axis.axvline(panel.mark, color=COLOURS["soft"], linewidth=0.8, linestyle="--")

@@ -208,7 +208,7 @@ def three_points(world: World) -> None:
 
 @case(4)
 def sent(world: World) -> None:
-    """On every mesh a rank sends 8 bytes for each point of the largest share."""
+    """8 bytes for each point of the largest share, whatever the mesh."""
     for sizes, directions, expected in (
         ({"data": 4}, 1, 16),
         ({"data": 4}, 4, 64),

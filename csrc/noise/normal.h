@@ -38,7 +38,7 @@ ZK_HD F radius_squared(U v, U mantissa) {
   return fma(horner(m, 0xc0e28e35u, 0x409e52ccu, 0xc011a278u, 0x3f14d1eeu, 0xbd8030e7u), m, linear);
 }
 
-// One pair of normals: the radius comes from v, the angle from the low half of `next`.
+// The radius comes from v, the angle from the low half of next.
 template <class F, class U>
 ZK_HD void normal_pair(U v, U next, U mantissa, F& z0, F& z1) {
   const F s = radius_squared<F>(v, mantissa);

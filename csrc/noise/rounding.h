@@ -14,11 +14,9 @@ ZK_HD U magnitude(U b) {
   return b & Splat<U>::of(0x7fffffffu);
 }
 
-// None of these functions tests for NaN and infinity; both pass unchanged if no bit is set below those that
-// are kept, because then nothing carries. That holds for an infinity. It holds for every NaN on the host,
-// too: NaNs of parameters in half precision end in zeros, the arithmetic of the host gives 0x7fc00000 or
-// 0xffc00000, and coefficients are made canonical (canonical_nan). Only the arithmetic of NVIDIA's GPUs gives
-// NaNs with all bits set: see pass_special.
+// None of these looks for NaN and infinities. An infinity has no bits below the kept ones, so nothing can carry into it; nor
+// has any NaN here: those from parameters in half precision end in zeros, the host's own is 0x7fc00000 or 0xffc00000, and
+// coefficients are made so (canonical_nan). Only NVIDIA's arithmetic makes NaNs with all bits set: pass_special.
 ZK_HD float canonical_nan(float x) { return x != x ? from_bits(0x7fc00000u) : x; }
 
 template <class F>
