@@ -518,6 +518,18 @@ def test_a_view_that_is_negated_when_read(backend):
         assert torch.equal(ours, theirs)
 
 
+def test_a_lazy_clone_keeps_its_values(backend):
+    """It shares memory with its original until one of them is written to, and no address tells of that."""
+    theta = torch.randn(100)
+    kept = zokernels.plan([theta], [1])
+    for _ in range(3):
+        zokernels.combine_(kept, SEEDS, COEFFS)
+    before, lazy = theta.clone(), torch._lazy_clone(theta)
+    zokernels.combine_(kept, SEEDS, COEFFS)
+    assert torch.equal(lazy, before)
+    assert not torch.equal(theta, before)
+
+
 def test_many_random_histories(rng):
     """Calls and changes in any order: the plan's tensors always have the bits of plain calls."""
     get("cpu")
