@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import os
 import pathlib
@@ -208,7 +209,7 @@ def three_points(world: World) -> None:
 
 @case(4)
 def sent(world: World) -> None:
-    """8 bytes for each point of the largest share, whatever the mesh."""
+    """8 bytes for each point of the largest share, whatever the mesh, and 48 of signs."""
     for sizes, directions, expected in (
         ({"data": 4}, 1, 16),
         ({"data": 4}, 4, 64),
@@ -221,8 +222,8 @@ def sent(world: World) -> None:
         optimizer = ZOSGD(model.named_parameters(), lr=0.0, directions=directions, mesh=exchange)
         before = exchange.total_bytes_sent
         take(optimizer, lambda step: loss_of(model, step, 0), 3)  # noqa: B023
-        assert optimizer.bytes_sent == expected
-        assert exchange.total_bytes_sent == before + 3 * expected
+        assert optimizer.bytes_sent == expected + 48
+        assert exchange.total_bytes_sent == before + 3 * (expected + 48)
 
 
 @case(4)
@@ -340,6 +341,135 @@ def weights_checked(world: World) -> None:
             model.embed.w[22, 9] *= 1.01
     pattern = f"'embed.w' before step 3: .* on rank 0 and .* on rank {rank}"
     refused(world, pattern, lambda: take(optimizer, lambda step: loss_of(model, step, 0), 3))
+
+
+def _half_lr(optimizer: ZerothOrder, model: Model) -> None:
+    optimizer.param_groups[0]["lr"] *= 0.5
+
+
+def _other_eps(optimizer: ZerothOrder, model: Model) -> None:
+    optimizer.param_groups[0]["eps"] = 0.5
+
+
+def _clip(optimizer: ZerothOrder, model: Model) -> None:
+    optimizer.param_groups[0]["clip"] = 1e-3
+
+
+def _freeze(optimizer: ZerothOrder, model: Model) -> None:
+    model.head.requires_grad_(False)
+
+
+def _seed(optimizer: ZerothOrder, model: Model) -> None:
+    optimizer.run_state.seed += 1
+
+
+@case(2, "lr changes on one rank", change=_half_lr, named="lr")
+@case(2, "eps changes on one rank", change=_other_eps, named="hyper-parameters")
+@case(2, "clip changes on one rank", change=_clip, named="hyper-parameters")
+@case(2, "one rank freezes a parameter", change=_freeze, named="trainable parameters")
+@case(2, "the seed changes on one rank", change=_seed, named="step")
+def changes_on_one_rank(world: World, change: Callable, named: str) -> None:
+    """A setting that one rank changes after the start: an error in that step, on all ranks, with base weights."""
+    for restore in ("exact", "inplace"):
+        model = Model(torch.float32, random.Random(2))
+        optimizer = ZOSGD(model.named_parameters(), lr=0.1, restore=restore, mesh=world.mesh(data=2))
+        take(optimizer, lambda step: loss_of(model, step, world.rank), 3)  # noqa: B023
+        odd = world.rng.randrange(2)
+        if world.rank == odd:
+            change(optimizer, model)
+        pattern = f"step 3: expected the same {named}.*on all ranks, got another on rank 1 than on rank 0"
+        refused(world, pattern, lambda: optimizer.step(lambda: loss_of(model, 3, world.rank)))  # noqa: B023
+        assert optimizer.step_count == 3
+
+
+@case(2)
+def dtypes_of_losses(world: World) -> None:
+    """Losses of float64 on one rank and fp32 on another: an error where it would make other numbers, else the same."""
+    own = lambda loss: loss.double().sqrt() if world.rank else loss.double().sqrt().float()
+    model = Model(torch.float32, random.Random(2))
+    optimizer = ZOSGD(model.named_parameters(), lr=0.1, mesh=world.mesh(perturbation=2))
+    refused(
+        world,
+        "step 0: expected the same dtype of the losses",
+        lambda: optimizer.step(lambda: own(loss_of(model, 0, 0))),
+    )
+    optimizer = ZOSGD(model.named_parameters(), lr=0.1, mesh=Exchange(world.mesh(data=2), check_every=1))
+    take(optimizer, lambda step: own(loss_of(model, step, 0)), 3)
+
+
+@case(2, "one rank raises, exact", restore="exact")
+@case(2, "one rank raises, in place", restore="inplace")
+def raises_on_one_rank(world: World, restore: str) -> None:
+    """An exception in one rank's closure, which its caller catches, in either forward: the others hear of it at once.
+
+    Then no step is taken before the weights have been compared: they are the same with "exact".
+    """
+    kinds = {"data": {"make": ZOSGD}, "perturbation": {"make": functools.partial(ZOSGD, directions=2)}}
+    for dimension, forward in itertools.product(kinds, (0, 1)):
+        model = Model(torch.float32, random.Random(2))
+        make = kinds[dimension]["make"]
+        optimizer = make(model.named_parameters(), lr=0.1, restore=restore, mesh=world.mesh(**{dimension: 2}))
+        shard = world.rank if dimension == "data" else 0
+        take(optimizer, lambda step: loss_of(model, step, shard), 2)  # noqa: B023
+        base, calls = base_of(model), itertools.count()
+
+        def closure():
+            if world.rank == 1 and next(calls) == forward:  # noqa: B023
+                raise KeyError("bad batch")
+            return loss_of(model, 2, shard)  # noqa: B023
+
+        with pytest.raises((KeyError, RanksDiffer)) as told:
+            optimizer.step(closure)
+        if world.rank:
+            assert isinstance(told.value, KeyError)
+        else:
+            assert "step 2: expected a step without an exception on all ranks, got one on rank 1" in str(told.value)
+        assert optimizer.step_count == 2
+        try:
+            take(optimizer, lambda step: loss_of(model, step, shard), 2)  # noqa: B023
+            went_on = True
+        except RanksDiffer as error:
+            went_on = "weights" not in str(error)
+        if restore == "exact":
+            assert went_on
+            assert optimizer.step_count == 4
+        everyone: list = [None, None]
+        dist.all_gather_object(everyone, (went_on, {name: p.tolist() for name, p in base_of(model).items()}))
+        assert everyone[0][0] == everyone[1][0]
+        assert everyone[0] == everyone[1] or not went_on
+        assert base
+
+
+@case(2)
+def a_log_that_cannot_be_written(world: World) -> None:
+    """The first rank's disk is full: no rank takes the step, and all go on when there is room."""
+    write, full = os.pwrite, []
+
+    def pwrite(fd, data, at):
+        if full:
+            raise OSError(28, "No space left on device")
+        return write(fd, data, at)
+
+    model = Model(torch.float32, random.Random(2))
+    optimizer = ZOSGD(model.named_parameters(), lr=0.1, mesh=world.mesh(data=2), trajectory=world.folder / "run.zk")
+    os.pwrite = pwrite
+    try:
+        take(optimizer, lambda step: loss_of(model, step, world.rank), 2)
+        if world.rank == 0:
+            full.append(True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            take(optimizer, lambda step: loss_of(model, step, world.rank), 1)
+        with pytest.raises((OSError, RanksDiffer)):
+            take(optimizer, lambda step: loss_of(model, step, world.rank), 1)
+        full.clear()
+        take(optimizer, lambda step: loss_of(model, step, world.rank), 2)
+    finally:
+        os.pwrite = write
+    optimizer.trajectory.close()
+    dist.barrier()
+    if world.rank == 0:
+        assert read(world.folder / "run.zk").steps == optimizer.step_count == 5
 
 
 @case(4)

@@ -70,7 +70,7 @@ CASES = {
 
 
 def chunk_of(dist: str) -> int:
-    return 16384 if dist == "normal" else 32768
+    return 32768
 
 
 @pytest.mark.parametrize("repeat", range(10))
@@ -293,11 +293,11 @@ def kernel(functions, dist, dtype, count=1, decay=0, stochastic=0) -> disassembl
 
 # Measured on nvcc 13.0: what each may cost, prologue and table look-up included.
 CEILINGS = [
-    ("normal", torch.bfloat16, 1, 0, 0, 24.0),
-    ("normal", torch.float16, 1, 0, 0, 24.0),
-    ("normal", torch.float32, 1, 0, 0, 22.5),
-    ("normal", torch.bfloat16, 2, 0, 0, 46.0),
-    ("normal", torch.bfloat16, 1, 0, 1, 36.0),
+    ("normal", torch.bfloat16, 1, 0, 0, 23.4),
+    ("normal", torch.float16, 1, 0, 0, 23.4),
+    ("normal", torch.float32, 1, 0, 0, 22.2),
+    ("normal", torch.bfloat16, 2, 0, 0, 43.9),
+    ("normal", torch.bfloat16, 1, 0, 1, 31.5),
     ("rademacher", torch.bfloat16, 1, 0, 0, 6.0),
     ("rademacher", torch.float16, 1, 0, 0, 6.0),
     ("rademacher", torch.float32, 1, 0, 0, 5.0),
@@ -308,14 +308,13 @@ CEILINGS = [
 @pytest.mark.parametrize(("dist", "dtype", "count", "decay", "stochastic", "ceiling"), CEILINGS, ids=str)
 def test_instructions_per_element(sm90, dist, dtype, count, decay, stochastic, ceiling):
     function = kernel(sm90, dist, dtype, count, decay, stochastic)
-    elements = 64 if dist == "normal" else 128
-    figure = function.executed() / elements
+    trips = 4 if dist == "normal" else 1
+    figure = function.executed(trips) / 128
     print(f"{dist} {dtype} K={count} stochastic={stochastic}: {figure:.2f} instructions per element")
-    assert figure <= ceiling, function.mix().most_common(12)
+    assert 0.9 * ceiling < figure <= ceiling, function.mix().most_common(12)
     width = 1 if dtype is not torch.float32 else 2
-    assert (
-        function.hot_count(disassembly.WIDE_LOAD) == function.hot_count(disassembly.WIDE_STORE) == elements // 8 * width
-    )
+    stores = 16 * width // trips
+    assert function.hot_count(disassembly.WIDE_LOAD) == function.hot_count(disassembly.WIDE_STORE) == stores
 
 
 def rows_kernel(functions, dist, dtype, stochastic=0) -> disassembly.Function:
@@ -329,7 +328,7 @@ ROW_CEILINGS = [
     ("normal", torch.bfloat16, 0, 24.5),
     ("normal", torch.float16, 0, 24.5),
     ("normal", torch.float32, 0, 23.5),
-    ("normal", torch.bfloat16, 1, 37.0),
+    ("normal", torch.bfloat16, 1, 31.9),
     ("rademacher", torch.bfloat16, 0, 18.0),
 ]
 
@@ -386,6 +385,6 @@ def test_no_kernel_uses_local_memory(sm90):
 def test_square_root_is_the_compilers_own_fast_path(sm90):
     """MUFU.RSQ and FMUL, FMUL, FFMA, FFMA: as many as radii, no comparison and no subroutine."""
     function = kernel(sm90, "normal", torch.bfloat16)
-    assert function.hot_count(r"MUFU\.RSQ") == 32
+    assert function.hot_count(r"MUFU\.RSQ") == 16  # four blocks of eight in a pass of the loop
     assert function.hot_count(r"FSETP") == 0
     assert function.hot_count(r"CALL") == 0

@@ -25,7 +25,9 @@ namespace {
 // One kernel serves all dtypes: beside the noise, a branch for each tile costs nothing.
 template <class L, class Tile>
 ZK_HD void load_param(DType dtype, const void* array, const Tile& tile, typename L::F x[8]) {
-  dtype == DType::f16 ? load<L, DType::f16>(array, tile, x) : load_state<L>(dtype, array, tile, x);
+  if (dtype != DType::f16) return load_state<L>(dtype, array, tile, x);
+  load<L, DType::f16>(array, tile, x);
+  for (int e = 0; e < 8; ++e) x[e] = without_payload(x[e]);  // a state of bf16 has fewer bits than this one's
 }
 
 // Stores values, rounded with the random fields of `domain` if the operation rounds stochastically.

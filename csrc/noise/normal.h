@@ -38,11 +38,15 @@ ZK_HD F radius_squared(U v, U mantissa) {
   return fma(horner(m, 0xc0e28e35u, 0x409e52ccu, 0xc011a278u, 0x3f14d1eeu, 0xbd8030e7u), m, linear);
 }
 
-// The radius comes from v, the angle from the low half of next.
+// The radius of v, with the sign of v.
 template <class F, class U>
-ZK_HD void normal_pair(U v, U next, U mantissa, F& z0, F& z1) {
-  const F s = radius_squared<F>(v, mantissa);
-  const F r = from_bits(and_xor(v, Splat<U>::of(0x80000000u), bits(sqrt(s))));
+ZK_HD F signed_radius(U v, U mantissa) {
+  return from_bits(and_xor(v, Splat<U>::of(0x80000000u), bits(sqrt(radius_squared<F>(v, mantissa)))));
+}
+
+// Radius r, and the angle in the low half of next.
+template <class F, class U>
+ZK_HD void turn(F r, U next, F& z0, F& z1) {
   const F t = low_half_to_float(next);
   const F y = mul(t, t);
   z0 = mul(r, horner(y, 0x3f7fff90u, 0xb09de2d2u, 0x20815232u, 0x8f9c6ea9u));
@@ -59,7 +63,7 @@ ZK_HD void normal8(const Words<U>& words, F z[8], U mantissa = Splat<U>::of(kMan
   U v[4];
   for (int p = 0; p < 4; ++p) v[p] = words.w[p] | Splat<U>::of(1u);
   for (int p = 0; p < 4; ++p) {
-    normal_pair(v[p], next_word(v, p), mantissa, z[2 * p], z[2 * p + 1]);
+    turn(signed_radius<F>(v[p], mantissa), next_word(v, p), z[2 * p], z[2 * p + 1]);
     meanwhile(p);
   }
 }

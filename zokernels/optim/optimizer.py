@@ -99,6 +99,13 @@ class ZerothOrder(StepOptimizer):
         else:
             self.team.join(self)
 
+    def run_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        try:
+            return super().run_step(*args, **kwargs)
+        except Exception as error:
+            self.team.failed(self, error)
+            raise
+
     @property
     def trajectory(self) -> Follower | None:
         """The log that gets a record of every step; ``optimizer.trajectory.close()`` ends it."""

@@ -139,7 +139,7 @@ def _parameter(group: dict[str, Any], index: int) -> dict[str, Any]:
     }
 
 
-def _options(optimizer: OptimizerView, group: dict[str, Any]) -> list[str]:
+def option_keys(optimizer: OptimizerView, group: dict[str, Any]) -> list[str]:
     """The keys of a group's own settings, without those that torch or a scheduler adds."""
     return [key for key in (*optimizer.defaults, "bits") if key in group and key not in ("lr", "differentiable")]
 
@@ -148,7 +148,7 @@ def settings(optimizer: OptimizerView) -> tuple[Any, ...]:
     """What must stay as it is while a log is written.  It is quick to make and to compare."""
     return tuple(
         (
-            tuple(group[key] for key in _options(optimizer, group)),
+            tuple(group[key] for key in option_keys(optimizer, group)),
             isinstance(group["lr"], Tensor),
             tuple(group["streams"]),
             tuple(takes_part(group, p) for p in group["params"]),
@@ -164,7 +164,7 @@ def header_of(optimizer: OptimizerView, base: bool = True) -> dict[str, Any]:
         params = [_parameter(group, i) for i in range(len(group["params"]))]
         for entry, p in zip(params, group["params"], strict=True):
             entry["sha256"] = digest(p) if base and takes_part(group, p) else None
-        options = {key: _plain(group[key]) for key in _options(optimizer, group)}
+        options = {key: _plain(group[key]) for key in option_keys(optimizer, group)}
         groups.append({"options": options, "lr_is_tensor": isinstance(group["lr"], Tensor), "params": params})
     rule, estimator = optimizer.rule, optimizer.estimator
     devices = {p.device.type for g in optimizer.param_groups for p in g["params"] if takes_part(g, p)}
@@ -317,7 +317,7 @@ def optimizer_of(
     except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
         fail("replay_", "log", "valid settings", str(error)[:200])
     for i, (group, made) in enumerate(zip(header["groups"], optimizer.param_groups, strict=True)):
-        if (expected := sorted(_options(optimizer, made))) != sorted(group["options"]):
+        if (expected := sorted(option_keys(optimizer, made))) != sorted(group["options"]):
             fail("replay_", f"log: groups[{i}]", f"the settings {expected}", str(sorted(group["options"]))[:200])
     optimizer.run_state.load(header["seed"], header["start"], 0)
     return optimizer
