@@ -14,7 +14,7 @@ from torch import Tensor
 import zokernels
 from zokernels.contract import seed_to_int64
 
-CPU_KERNELS = ["cpu-portable", "cpu-avx2", "cpu-avx512"]
+CPU_KERNELS = ["cpu-portable", "cpu-avx2", "cpu-avx512", "cpu-neon"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STATE_DTYPES = [torch.float32, torch.bfloat16]
 DISTS = ["normal", "rademacher"]

@@ -354,3 +354,75 @@ def test_sets_without_coordinates():
         opt = ZOCGE([("p", p)], lr=0.1, **options)
         with pytest.raises(ValueError, match=message):
             opt.step(lambda: p.sum())
+
+
+@ESTIMATOR
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_momentum_and_coupled_decay_are_torchs_sgd_on_all_weights(estimator, dtype, rng):
+    """DeepZero: a sparse gradient, SGD with momentum 0.9 and weight decay 5e-4 over every weight."""
+    seed, model = rng.getrandbits(60), mlp(dtype)
+    start = [p.detach().double() for p in model.parameters()]
+    theirs = [nn.Parameter(t.clone()) for t in start]
+    torchs = torch.optim.SGD(theirs, 0.3, momentum=0.9, weight_decay=0.05)
+    opt = ZOCGE(
+        model.named_parameters(), 0.3, 2.0**-6, seed=seed, per_step=20, interval=2, momentum=0.9, l2=0.05,
+        estimator=estimator, rounding="nearest",
+    )  # fmt: skip
+    x, y = batch()
+    moved = []
+    for _ in range(4):
+        opt.step(lambda: loss_of(model, x, y))
+        moved.append([e for e in chosen_of(opt)])
+        for p, g in zip(theirs, moved[-1], strict=True):
+            p.grad = g
+        torchs.step()
+    where = [[g.nonzero().tolist() for g in of_step] for of_step in moved]
+    assert where[0] == where[1] != where[2] == where[3]
+    still = [all(not g.flatten()[i] for of_step in moved for g in of_step[:1]) for i in range(theirs[0].numel())]
+    assert any(still)  # a weight that no step measured, and yet decays
+    rounding = 1e-6 if dtype is torch.float32 else 2.0**-8
+    for p, want in zip(model.parameters(), theirs, strict=True):
+        torch.testing.assert_close(p.detach().double(), want.detach(), rtol=0, atol=rounding)
+    assert max((a.detach() - b).abs().max() for a, b in zip(theirs, start, strict=True)) > 5 * rounding
+
+
+def chosen_of(opt):
+    """The g of a step as a dense gradient of each parameter, from its record and the coordinates' seed."""
+    params = [p for group in opt.param_groups for p in group["params"]]
+    dense = torch.zeros(sum(p.numel() for p in params), dtype=torch.float64)
+    seed = zk.contract.derive_seed_int(opt.seed, (opt.step_count - 1) // 2, 0xC0000000)
+    dense[sample(seed, 0, 20, len(dense))] = opt.last_projected_gradient.double()
+    return [part.view_as(p) for part, p in zip(dense.split([p.numel() for p in params]), params, strict=True)]
+
+
+def test_a_skipped_step_with_momentum_changes_nothing():
+    model = mlp()
+    opt = ZOCGE(model.named_parameters(), 0.1, per_step=3, momentum=0.9, l2=0.1, weight_decay=0.1)
+    x, y = batch()
+    opt.step(lambda: loss_of(model, x, y))
+    before, states = weights(model), [opt.state[p]["momentum_buffer"].clone() for p in model.parameters()]
+    assert any(s.abs().max() > 0 for s in states)
+    with pytest.warns(UserWarning, match="skipped"):
+        opt.step(lambda: loss_of(model, x, y) * float("nan"))
+    assert same_bits(weights(model), before)
+    assert same_bits([opt.state[p]["momentum_buffer"] for p in model.parameters()], states)
+
+
+def test_momentum_resumes(rng):
+    x, y = batch()
+
+    def run(model, opt, steps):
+        for _ in range(steps):
+            opt.step(lambda: loss_of(model, x, y))
+
+    make = lambda model: ZOCGE(model.named_parameters(), 0.1, per_step=9, interval=3, momentum=0.9, l2=0.01, seed=5)
+    whole = mlp(torch.bfloat16)
+    run(whole, make(whole), 5)
+    half = mlp(torch.bfloat16)
+    opt = make(half)
+    run(half, opt, 2)
+    rest = copy.deepcopy(half)
+    again = make(rest)
+    again.load_state_dict(opt.state_dict())
+    run(rest, again, 3)
+    assert same_bits(weights(rest), weights(whole))

@@ -167,5 +167,11 @@ def test_who_copies_without_waiting():
     """All others ask ``to_device``: these record an event behind the copy, and wait for it."""
     package = pathlib.Path(zokernels.__file__).parent
     found = {str(path.relative_to(package)) for path in package.rglob("*.py") if "non_blocking" in path.read_text()}
-    events = {"offload/movers.py", "offload/gathered.py", "offload/encoder.py", "trajectory/recorder.py"}
+    events = {
+        "offload/movers.py",
+        "offload/gathered.py",
+        "offload/encoder.py",
+        "trajectory/recorder.py",
+        "distributed/signs.py",
+    }
     assert found == {"transfer.py", *events}

@@ -470,7 +470,7 @@ def test_forward_gradient_stores_one_call():
     from zokernels.step.scratch import arena_numel
 
     model = nn.Sequential(nn.Linear(16, 128), nn.Tanh(), nn.Linear(128, 4), nn.LayerNorm(4))
-    opt = ForwardGradient(model.named_parameters(), lr=0.1)
+    opt = ForwardGradient(model.named_parameters(), lr=0.1, scratch=0)
     opt.step(lambda: model(torch.ones(2, 16)).square().sum())
     assert opt.scratch.nbytes() == 2 * 4 * arena_numel([*model[0].parameters()])
 

@@ -134,8 +134,8 @@ METHODS = [
     ),
     Method(
         "Sparse-MeZO, 25 %", "[2402.15751](https://arxiv.org/abs/2402.15751)",
-        "z of the smallest weights alone", "SparseMeZO(named, lr, density=0.25)", 2, 6, "1/8 (mask)",
-        (eager.Masked, {}), 0.02, state_bytes=3 / 8,
+        "z of the smallest weights alone", "SparseMeZO(named, lr, density=0.25)", 2, 7, "1/8 (mask)",
+        (eager.Masked, {}), 0.02, state_bytes=4 / 8,
     ),
     Method(
         "random mask, 25 %", "[2402.15751](https://arxiv.org/abs/2402.15751)",
@@ -170,9 +170,14 @@ METHODS = [
         "z = sum tau_s u_s v_s^T, u and v kept", "TeZO(named, lr, rank=8)", 2, 6, "0", (eager.TeZO, {"rank": 8}), 0.005,
     ),
     Method(
+        "ES at scale, N = 8", "[2509.24372](https://arxiv.org/abs/2509.24372)",
+        "theta += lr / N sum_n zscore(R)_n z_n", "ES(named, lr, population=8, maximize=False)", 8, 18, "0",
+        (eager.ES, {"directions": 8}), 0.04,
+    ),
+    Method(
         "EGGROLL, r = 1, 4 pairs", "[2511.16652](https://arxiv.org/abs/2511.16652)",
-        "z = A B^T / sqrt(r), both fresh", "EGGROLL(named, lr, rank=1, directions=4)", 8, 18, "0",
-        (eager.EGGROLLPairs, {"directions": 4, "rank": 1}), 0.015,
+        "z = A B^T / sqrt(r), losses standardised", "EGGROLL(named, lr, rank=1, directions=4)", 8, 18, "0",
+        (eager.EGGROLLPairs, {"directions": 4, "rank": 1}), 30.0,
     ),
     Method(
         "scaled by tensor", "[2305.17333](https://arxiv.org/abs/2305.17333)",
@@ -205,8 +210,8 @@ METHODS = [
     ),
     Method(
         "QZO, int4 scales", "[2505.13430](https://arxiv.org/abs/2505.13430)",
-        "SPSA on the scales of integer weights", "ZOSGD(named, lr, clip=100.0)", 2, 6 / 128, "0",
-        (eager.Eager, {}), 1e-5,
+        "SPSA on the scales of integer weights", "QZO(named, lr)", 2, 6 / 128, "0",
+        (eager.Floored, {}), 1e-5,
         task="scales",
     ),
     Method(

@@ -120,6 +120,16 @@ class FZOO(ManyDirections):
             self.apply(self.seed(k), (loss - base) / (self.directions * sigma))
 
 
+class ES(ManyDirections):
+    """ES at scale: z-scores of the population's losses."""
+
+    def run(self, closure: Closure) -> None:
+        losses = torch.tensor([self.one_sided(closure, k) for k in range(self.directions)])
+        scores = (losses - losses.mean()) / (losses.std(correction=0) + 1e-8)
+        for k, score in enumerate(scores.tolist()):
+            self.apply(self.seed(k), score / self.directions)
+
+
 class Ranking(ManyDirections):
     def run(self, closure: Closure) -> None:
         losses = [self.one_sided(closure, k) for k in range(self.directions)]
@@ -234,11 +244,15 @@ class HiZOO(Eager):
 
 
 class Masked(Eager):
-    """Sparse-MeZO: a bool mask of the smaller weights, of the unperturbed model."""
+    """Sparse-MeZO: thresholds of the model at the start, and at each step a bool mask of the weights below them."""
 
     def setup(self, sparsity: float = 0.75) -> None:
-        self.masks = [p.abs() <= p.abs().float().quantile(1 - sparsity) if p.numel() < 2**24 else p.abs() < 1e-2
-                      for p in self.params]  # fmt: skip
+        self.thresholds = [p.abs().float().quantile(1 - sparsity) if p.numel() < 2**24 else torch.tensor(1e-2)
+                           for p in self.params]  # fmt: skip
+
+    def run(self, closure: Closure) -> None:
+        self.masks = [p.abs() <= t.to(p.device) for p, t in zip(self.params, self.thresholds, strict=True)]
+        super().run(closure)
 
     def noises(self, seed: int):
         for (p, z), mask in zip(super().noises(seed), self.masks, strict=True):
@@ -382,6 +396,15 @@ class Coordinatewise(Eager):
             p.data = p.data - self.lr * gradient
 
 
+class Floored(Eager):
+    """QZO: a clipped derivative, and scales that stay above 1e-7."""
+
+    def apply(self, seed: int, g: float) -> None:
+        super().apply(seed, max(-100.0, min(100.0, g)))
+        for p in self.params:
+            p.data = p.data.clamp(min=1e-7)
+
+
 class QuZO(Eager):
     """int8 weights: z scaled to steps, rounded stochastically; the update with bits of its own."""
 
@@ -444,3 +467,16 @@ class EGGROLLPairs(EGGROLL, ManyDirections):
     def setup(self, directions: int, rank: int = 1) -> None:
         ManyDirections.setup(self, directions)
         LowRank.setup(self, rank)
+
+    def run(self, closure: Closure) -> None:
+        losses = []
+        for k in range(self.directions):
+            seed = self.seed(k)
+            for move in (1, -2):
+                self.perturb(seed, move)
+                losses.append(float(closure()))
+            self.perturb(seed, 1)
+        found = torch.tensor(losses)
+        fitness = (found - found.mean()) / (found.var(correction=0) + 1e-5).sqrt() * self.eps / len(losses) ** 0.5
+        for k, (plus, minus) in enumerate(fitness.view(-1, 2).tolist()):
+            self.apply(self.seed(k), plus - minus)

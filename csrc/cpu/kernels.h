@@ -71,6 +71,9 @@ constexpr int64_t kScratchPerDirection = 512;
   }                          \
   namespace avx512 {         \
   void name(__VA_ARGS__);    \
+  }                          \
+  namespace neon {           \
+  void name(__VA_ARGS__);    \
   }
 
 }  // namespace zk::cpu

@@ -68,7 +68,7 @@ struct Storage<DType::bf16> {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(x1), "f"(x0));
     return w;
 #else
-    return bf16_nearest(bits(x0)) >> 16 | (bf16_nearest(bits(x1)) & 0xffff0000u);
+    return bf16_nearest(tame_nan(bits(x0))) >> 16 | (bf16_nearest(tame_nan(bits(x1))) & 0xffff0000u);
 #endif
   }
   static ZK_HD void unpack(const Raw& raw, float x[8]) {

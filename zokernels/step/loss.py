@@ -46,7 +46,8 @@ def as_loss(op: str, value: object, device: torch.device, capturing: bool = Fals
     try:
         number = float(value)
     except OverflowError:
-        fail(op, "closure", "a loss in the range of float64", f"a number of {int(math.trunc(value)).bit_length()} bits")
+        bits = operator.index(math.trunc(value)).bit_length()
+        fail(op, "closure", "a loss in the range of float64", f"a number of {bits} bits")
     return torch.full((), number, dtype=torch.float64, device=device)
 
 

@@ -62,6 +62,9 @@ class Rule:
     #: Multiples of the update sum_k -lr * g_k z_k.  Before :meth:`update` the closure runs once at each of
     #: them, and the update then gets the g_k times the multiple whose loss is lowest.
     trials: tuple[int, ...] = ()
+    #: True if an update touches weights and states through the bucket's noise alone, so that a replay may put
+    #: it off.
+    through_noise = True
     #: True if the rule reads the losses themselves.  A log of the run must then hold them.
     reads_losses = False
 
