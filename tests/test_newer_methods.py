@@ -87,6 +87,7 @@ def test_guiding_vector(best, rng):
         return {n: t - lr * g * v[n] for n, t in theta.items()}
 
     make = lambda p, top=top, **o: MeZOGV(p, lr, candidates=q, top=top, **o)
+    compare(make, oracle, rng, best=best, restore="inplace", tolerance=1e-3)  # each move rounds
     opt = compare(make, oracle, rng, best=best)
     assert len(opt.last_losses) == q + 2
     differs(make, oracle, rng, best=not best)
@@ -140,7 +141,10 @@ BAD = {
     "samples": (lambda p: Bayesian(3, 2), "Bayesian: samples: expected an integer >= 3, got 2"),
     "prior": (lambda p: Bayesian(prior=0.0), "Bayesian: prior: expected a finite number > 0"),
     "top": (lambda p: MeZOGV(p, 1.0, candidates=3, top=3), r"Guided: top: expected an integer in \[1, 2\], got 3"),
-    "restore": (lambda p: MeZOGV(p, 1.0, restore="inplace"), "MeZOGV: restore: expected 'exact'"),
+    "restore": (
+        lambda p: MeZOGV(p, 1.0, restore="inplace", trajectory="run.zk"),
+        "MeZOGV: restore: expected 'exact' with a trajectory",
+    ),
 }
 
 

@@ -176,13 +176,13 @@ METHODS = [
     ),
     Method(
         "MeZO-GV, 4 candidates", "[2601.04710](https://arxiv.org/abs/2601.04710)",
-        "v = mean z of low losses - mean z of high ones", "MeZOGV(named, lr, candidates=4)", 6, 30, "0",
+        "v = mean z of low losses - mean z of high ones", "MeZOGV(named, lr, candidates=4)", 6, 14, "0",
         (eager.Guided, {"directions": 4}), 0.005,
     ),
     Method(
         "BSZO, q = 2", "[2601.01452](https://arxiv.org/abs/2601.01452)",
         "g = posterior mean of the derivatives along z_k",
-        "ZerothOrder(named, lr, estimator=Bayesian(2), rule=SGD())", 3, 10, "0",
+        "ZerothOrder(named, lr, estimator=Bayesian(2), rule=SGD())", 3, 6, "0",
         (eager.Bayesian, {"directions": 2}), 0.015,
     ),
     Method(

@@ -169,7 +169,7 @@ class MeZOGV(ZerothOrder):
         candidates: q >= 2.
         top: how many are the low ones, below q.
         best: MeZO-Greedy.
-        restore: "exact" alone: a log has no place for the points along v, between which weights would move.
+        restore: with "inplace" there is no log, which has no place for the points along v that weights moved to.
 
     Source: Jin, Cen and Tan, 2026, arXiv 2601.04710.  The authors' code has one candidate a step, beside the
     best one of the steps before.  That MeZO-Greedy measures g by two forwards along the best is read from the
@@ -187,8 +187,10 @@ class MeZOGV(ZerothOrder):
         best: bool = False,
         **options: Any,
     ) -> None:
-        if options.get("restore", "exact") != "exact":
-            fail(self.op, "restore", "'exact': its points depend on the losses before them", repr(options["restore"]))
+        self.replayable = options.get("restore", "exact") == "exact"
+        if not self.replayable and options.get("trajectory") is not None:
+            expected = "'exact' with a trajectory: its points depend on the losses before them"
+            fail(self.op, "restore", expected, repr(options["restore"]))
         super().__init__(params, lr, eps, estimator=Guided(candidates, top, best), rule=SGD(), **options)
 
     def estimate(self, buckets: list[Bucket], losses_at: LossesAt) -> Estimate:
