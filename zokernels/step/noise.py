@@ -66,7 +66,9 @@ class Noise:
         theta, places = members.target
         if (read := options.pop("theta", None)) is not None:
             theta, places = (read, {}) if isinstance(read, Plan) else (locals_of(read), members.places)
-        combine(locals_of(out), theta, **self.kernel_args(members, seeds, coeffs), **places, **options)
+        if not isinstance(theta, Plan):  # a plan has no shards
+            out = locals_of(out)
+        combine(out, theta, **self.kernel_args(members, seeds, coeffs), **places, **options)
 
     def move(self, members: Members, seeds: Tensor, coeffs: Tensor) -> None:
         """In place, theta = round(theta + sum_k c_k z_k), rounded to nearest."""
