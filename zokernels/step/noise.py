@@ -24,7 +24,7 @@ class Members(NamedTuple):
     params: Tensors
     streams: Sequence[int]
     dist: Dist
-    #: Of just these parameters, where calls come again and again.
+    #: Of these parameters, or of other tensors over their memory, where calls come again and again.
     plan: Plan | None = None
 
     @property
@@ -63,8 +63,9 @@ class Noise:
         ``options``: theta, the weights that are read (by default the parameters), and decay (by default 1).
         """
         theta, places = members.target
-        if "theta" in options:
-            theta, places = locals_of(options.pop("theta")), members.places
+        given = options.pop("theta", None)
+        if given is not None and (members.plan is None or given is not members.plan.params):
+            theta, places = locals_of(given), members.places
         combine(locals_of(out), theta, **self.kernel_args(members, seeds, coeffs), **places, **options)
 
     def move(self, members: Members, seeds: Tensor, coeffs: Tensor) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...functional import Plan
 from ..guards import uninterrupted
 from ..noise import Members
 from ..scratch import Arena, ScratchPool, Views, arena_numel
@@ -42,7 +43,7 @@ class Part:
     """The parameters of a block that are in one bucket.
 
     ``thetas`` are their own values, as other tensors over the same memory: with them a parameter gets its
-    memory back that has had a copy's.
+    memory back that has had a copy's.  The plan of ``members`` is of these.
     """
 
     __slots__ = ("_found", "_step", "bucket", "guards", "ids", "key", "kinds", "members", "numel", "thetas")
@@ -65,7 +66,9 @@ class Part:
         found = [p.data_ptr() for p in params], [p.shape for p in params]
         if found != self._found:
             self.key = (self.ids, tuple(found[1]))
-            self.thetas, self._found, self.numel = [p.detach() for p in params], found, arena_numel(params)
+            plan = Plan([p.detach() for p in params], self.members.streams)
+            self.members, self.thetas = self.members._replace(plan=plan), plan.params
+            self._found, self.numel = found, arena_numel(params)
             self.kinds = [own_kind(p) for p in params]
             self.guards = list(map(guarded_kind, self.kinds))
         self._step = step
