@@ -24,7 +24,7 @@ class Members(NamedTuple):
     params: Tensors
     streams: Sequence[int]
     dist: Dist
-    #: Of these parameters, or of other tensors over their memory, where calls come again and again.
+    #: Of just these parameters, where calls come again and again.
     plan: Plan | None = None
 
     @property
@@ -60,12 +60,12 @@ class Noise:
     def perturb(self, out: Tensors, members: Members, seeds: Tensor, coeffs: Tensor, **options: Any) -> None:
         """out = round(decay * theta + sum_k c_k z_k), rounded to nearest.
 
-        ``options``: theta, the weights that are read (by default the parameters), and decay (by default 1).
+        ``options``: theta, the weights that are read (by default the parameters; or a plan of them), and decay
+        (by default 1).
         """
         theta, places = members.target
-        given = options.pop("theta", None)
-        if given is not None and (members.plan is None or given is not members.plan.params):
-            theta, places = locals_of(given), members.places
+        if (read := options.pop("theta", None)) is not None:
+            theta, places = (read, {}) if isinstance(read, Plan) else (locals_of(read), members.places)
         combine(locals_of(out), theta, **self.kernel_args(members, seeds, coeffs), **places, **options)
 
     def move(self, members: Members, seeds: Tensor, coeffs: Tensor) -> None:
