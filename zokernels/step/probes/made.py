@@ -47,7 +47,20 @@ class Part:
     """
 
     __slots__ = (
-        *("_found", "_prints", "_step", "bucket", "guards", "ids", "key", "kinds", "members", "numel", "plan", "thetas"),
+        *(
+            "_found",
+            "_prints",
+            "_step",
+            "bucket",
+            "guards",
+            "ids",
+            "key",
+            "kinds",
+            "members",
+            "numel",
+            "plan",
+            "thetas",
+        ),
     )
 
     def __init__(self, bucket: int, members: Members) -> None:
