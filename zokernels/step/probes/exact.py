@@ -48,6 +48,7 @@ class ExactProbe(Probe):
     ) -> None:
         super().__init__(buckets, seeds)
         self.op, self.pool, self.blocks, self.warned = op, pool, blocks, warned
+        blocks.least = shared  # beside weights that are streamed to save memory
         self._owners = blocks.owners = Owners.renewed(blocks.owners, buckets)
         self._opened = Opened(op, pool)
         #: Whether the next forward looks at every function; always, where threads share the parameters.
