@@ -16,7 +16,7 @@ if not (ROOT / "packaging" / "hub.py").exists():
     pytest.skip("no packaging here", allow_module_level=True)
 kernels = pytest.importorskip("kernels")
 
-#: Loads the kernel from a folder in which nothing else is, where any connection is an error, beside the installed package.
+#: Loads the kernel from a folder in which nothing else is, beside the installed package.  Any connection is an error.
 LOAD = """
 import socket, sys
 def refuse(*a, **k): raise AssertionError("a connection")
