@@ -140,11 +140,6 @@ def _is_filled(cell: types.CellType) -> bool:
     return True
 
 
-def check_freezing(op: str, error: type[Exception], way_out: str) -> None:
-    """Raises where inductor makes constants of parameters."""
-    config = sys.modules.get("torch._inductor.config")
-    if getattr(config, "freezing", False):
-        raise error(
-            f"{op}: closure: expected graphs that take the parameters, got torch._inductor.config.freezing, which "
-            f"makes constants of them; {way_out}"
-        )
+def freezes() -> bool:
+    """Whether inductor makes constants of parameters."""
+    return bool(getattr(sys.modules.get("torch._inductor.config"), "freezing", False))

@@ -15,7 +15,7 @@ from ..noise import Noise
 from ..scratch import ScratchPool, Views, alias
 from ..types import Point, Seeds, terms
 from .blocks import Block, Blocks
-from .compiled import check_freezing
+from .compiled import freezes
 from .functions import (
     GIVES_ADDRESS,
     GIVES_DATA,
@@ -162,7 +162,11 @@ class Substitution:
 
         Meanwhile their blocks are open.
         """
-        check_freezing(self.op, HiddenParameters, USE_INPLACE)
+        if freezes():
+            raise HiddenParameters(
+                f"{self.op}: closure: expected graphs that take the parameters, got torch._inductor.config.freezing, "
+                f"which makes constants of them; {USE_INPLACE}"
+            )
         if not self.opens:
             return lambda: None
         blocks = self._make(params, for_graph=True)
