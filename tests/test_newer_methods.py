@@ -9,8 +9,11 @@ from test_methods_parity import (
     EPS,
     at,
     compare,
+    dense,
     differs,
     directions,
+    factors,
+    kept_seed,
     loss_of,
     minus,
     model,
@@ -18,7 +21,7 @@ from test_methods_parity import (
 )
 from zosgd_cases import same_bits
 
-from zokernels.optim import SGD, Bayesian, MeZOGV, OneSided, ZerothOrder
+from zokernels.optim import SGD, Bayesian, KeptLeft, MeZOGV, OneSided, Orthogonal, ZerothOrder
 from zokernels.trajectory import replay_
 
 # --- BSZO ---
@@ -106,11 +109,48 @@ def test_a_step_along_a_guide_that_is_not_finite_is_skipped():
         assert same_bits([p.detach() for p in params.values()], before)
 
 
+# --- ZO-Muon ---
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_zo_muon(scaled, rng):
+    """P [m, r] orthonormal and kept, u [r, n] fresh; W -= lr P msign(mean g u), of one-sided g."""
+    lr, q, r, interval = 0.01, 3, 3, 2
+    msign = lambda x: (lambda usv: usv[0] @ usv[2])(torch.linalg.svd(x, full_matrices=False))
+
+    def oracle(theta, seed, step):
+        kept = lambda n, s: torch.linalg.qr(factors(n, s, kept_seed(seed, step // interval), r, s[0], 0)).Q
+        fresh = {}
+
+        def z(name, shape, s, step):
+            if len(shape) < 2:
+                return dense(name, shape, s)
+            fresh.setdefault(name, []).append(factors(name, shape, s, r, shape[1], 0).t())
+            return ((shape[0] / r) ** 0.5 if scaled else 1.0) * kept(name, shape) @ fresh[name][-1]
+
+        zs = directions(seed, step, q, z)
+        g = [(loss_of(at(theta, one, EPS)) - loss_of(theta)) / EPS for one in zs]
+        moved = {}
+        for n, t in theta.items():
+            if t.dim() < 2:
+                moved[n] = sum(c * one[n] for c, one in zip(g, zs, strict=True)) / q
+            else:
+                moved[n] = kept(n, t.shape) @ msign(sum(c * u for c, u in zip(g, fresh[n], strict=True)) / q)
+        return minus(theta, lr, moved)
+
+    make = lambda p, rule, **o: ZerothOrder(p, lr, estimator=OneSided(q), rule=rule, **o)
+    compare(make, oracle, rng, tolerance=1e-4, rule=Orthogonal(), direction=KeptLeft(r, interval, scaled))
+    differs(make, oracle, rng, rule=SGD(), direction=KeptLeft(r, interval, scaled))
+
+
 # --- logs ---
 
 LOGGED = {
     "BSZO": lambda p, **o: ZerothOrder(p, 0.002, estimator=Bayesian(2, 3, 40.0, 30.0), rule=SGD(), **o),
     "MeZO-GV": lambda p, **o: MeZOGV(p, 0.002, candidates=3, top=1, clip=50.0, weight_decay=0.1, **o),
+    "ZO-Muon": lambda p, **o: ZerothOrder(
+        p, 0.01, 2.0**-6, 0.1, estimator=OneSided(2), rule=Orthogonal(), direction=KeptLeft(3, 4), **o
+    ),
     "MeZO-Greedy": lambda p, **o: MeZOGV(p, 0.002, candidates=3, best=True, **o),
 }
 

@@ -5,7 +5,7 @@ take part) and an update rule.  The named classes put them together.
 """
 
 from ..step.directions.direction import Direction
-from ..step.directions.low_rank import FreshFactors, KeptRight, Subspace, TemporalFactor
+from ..step.directions.low_rank import FreshFactors, KeptLeft, KeptRight, Subspace, TemporalFactor
 from ..step.directions.masks import GivenMask, MagnitudeMask, RandomMask
 from ..step.directions.scaling import Sphere, TensorScale
 from ..step.estimators import (
@@ -21,7 +21,7 @@ from ..step.estimators import (
     ThreePoint,
     TwoSided,
 )
-from ..step.rules.factors import FactorMomentum
+from ..step.rules.factors import FactorMomentum, Orthogonal
 from ..step.rules.rule import Rule
 from ..step.rules.sgd import SGD, Conservative, Floored
 from ..step.rules.stateful import Adam, AMSGrad, Curvature, Momentum, Sign
@@ -53,10 +53,10 @@ from .zosgd import ZOSGD
 __all__ = [
     "EGGROLL", "ES", "FZOO", "LOZO", "QZO", "SGD", "ZOBCD", "ZOCGE", "ZOSGD", "AMSGrad", "Adam",
     "AdamWindow", "Bayesian", "Blocks", "Conservative", "Curvature", "Direction", "FactorMomentum",
-    "Floored", "ForwardGradient", "ForwardMode", "FreshFactors", "GivenMask", "Guided", "HiZOO",
+    "Floored", "ForwardGradient", "ForwardMode", "FreshFactors", "GivenMask", "Guided", "HiZOO", "KeptLeft",
     "KeptRight", "LayerSkip", "LeZO", "MagnitudeMask", "MeZOGV", "Momentum", "MomentumWindow", "OneSided",
-    "Population", "QuZO", "RandomMask", "Ranking", "Rule", "ScaledPopulation", "Sign", "SignOfDifference",
-    "SparseMeZO", "Sphere", "StdNormalized", "SubZero", "Subspace", "TeZO", "TemporalFactor", "TensorScale",
-    "ThreePoint", "TwoSided", "ZOAdam", "ZOAdamW", "ZOConservative", "ZORankSGD", "ZOSignSGD",
-    "ZerothOrder", "decay_groups",
+    "Orthogonal", "Population", "QuZO", "RandomMask", "Ranking", "Rule", "ScaledPopulation", "Sign",
+    "SignOfDifference", "SparseMeZO", "Sphere", "StdNormalized", "SubZero", "Subspace", "TeZO",
+    "TemporalFactor", "TensorScale", "ThreePoint", "TwoSided", "ZOAdam", "ZOAdamW", "ZOConservative",
+    "ZORankSGD", "ZOSignSGD", "ZerothOrder", "decay_groups",
 ]  # fmt: skip

@@ -222,6 +222,33 @@ class Factored(Noise):
             )
             low_rank_([theta], lefts, rights, -lr, streams=one.streams, offsets=offsets, **rounding)
 
+    def orthogonal(self, members: Members, seeds: Tensor, coeffs: Tensor, lr: Tensor, **rounding: Any) -> None:
+        """theta <- decay theta - lr P msign(sum_k c_k U_k)^T for matrices, - lr sum_k c_k z_k for the rest."""
+        name = type(self._kind).__name__
+        for i in range(len(members.params)):
+            one = _picked(members, [i])
+            (param,), (theta,) = one.params, locals_of(one.params)
+            if (shape := self._kind.matrix(param)) is None:
+                args = self.kernel_args(one, seeds, -lr * coeffs) | _places(one)
+                combine_([theta], **args, **rounding)
+                continue
+            total = torch.full(self._kind.fresh_shape(shape), -0.0, dtype=torch.float32, device=theta.device)
+            combine_([total], seeds, coeffs, streams=one.streams)
+            kept = self._kind.kept([shape], list(one.streams), self._kept_seed, self._cache)
+            left, right = self._kind.product(_msign(total), kept)
+            lefts, rights, offsets = _parts(name, one.params, [left[None]], [right[None]], rounding)
+            low_rank_([theta], lefts, rights, -lr, streams=one.streams, offsets=offsets, **rounding)
+
+
+def _msign(x: Tensor) -> Tensor:
+    """U V^T of the singular value decomposition U S V^T of ``x``, fp32; 0 where ``x`` is 0.
+
+    It is computed in float64.  Its last bits may depend on the machine.
+    """
+    u, s, v = torch.linalg.svd(x.double(), full_matrices=False)
+    found: Tensor = ((u * (s > 0)) @ v).float().contiguous()
+    return found
+
 
 def _picked(members: Members, at: list[int]) -> Members:
     return Members([members.params[i] for i in at], [members.streams[i] for i in at], members.dist)
@@ -364,6 +391,38 @@ class KeptRight(LowRank):
         out = torch.full_like(state, -0.0)
         low_rank_([out], [state[None]], [between.t().contiguous()[None]], 1.0, streams=[stream])
         state.copy_(out)
+
+
+@dataclass(frozen=True)
+class KeptLeft(LowRank):
+    """z = sqrt(m / r) P U^T: P kept, its r columns orthonormal; U [n, r] fresh in every direction (ZO-Muon).
+
+    ``scaled=False``: z = P U^T, whose elements have variance r / m, as the authors' code has it.  P comes
+    from a QR factorisation, as in :class:`Subspace`, and with the same caveat about its last bits.
+    """
+
+    refresh: int | None = 100
+    scaled: bool = True
+
+    def prepare(self, optimizer: OptimizerView, buckets: list[Bucket], seeds: Seeds) -> None:
+        for p in (p for b in buckets for p in b.params):
+            if (shape := self.matrix(p)) is not None and shape[0] < self.rank:
+                fail("KeptLeft", "rank", f"at most the rows of every matrix, {tuple(p.shape)}", self.rank)
+        super().prepare(optimizer, buckets, seeds)
+
+    def kept(self, shapes: Shapes, streams: list[int], seed: Tensor, cache: dict[tuple[Any, ...], Any]) -> Any:
+        return [_orthonormal(left) for left in self._left(shapes, streams, seed, 1.0)]
+
+    def drawn(self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any) -> tuple[list[Tensor], list[Tensor]]:
+        fresh = _draw([(n, self.rank) for _, n in shapes], seed, streams, [0] * len(shapes), 1.0)
+        by = lambda m: (m / self.rank) ** 0.5 if self.scaled else 1.0
+        return [p * by(m) for p, (m, _) in zip(kept, shapes, strict=True)], fresh
+
+    def fresh_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        return shape[1], self.rank
+
+    def product(self, fresh: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
+        return kept[0], fresh
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...checks import fail
 from ...transfer import to_device
-from ..directions.low_rank import Factored, KeptRight, TemporalFactor
+from ..directions.low_rank import Factored, KeptLeft, KeptRight, TemporalFactor
 from ..probes.probe import Probe
 from ..roles import OptimizerView
 from ..scalars import learning_rate, scalars
@@ -88,3 +88,30 @@ class FactorMomentum(Rule):
                     state["factor"] = torch.zeros(shape, dtype=torch.float32, device=p.device)
             states.append(state["factor"])
         return states
+
+
+class Orthogonal(Rule):
+    """theta <- decay theta - lr P msign(sum_k g_k U_k^T): every direction of the subspace moves equally far.
+
+    P [m, r] and U_k [n, r] are the factors of :class:`KeptLeft`, and msign(X) = U V^T where X = U S V^T is a
+    singular value decomposition.  Vectors take plain descent along sum_k g_k z_k.  lr is in units of theta
+    for matrices, and in units of theta per unit of g for vectors, which should have a group of their own.
+    (The authors' code has 1e-7 for them.)  Where no singular value is 0 the scale of g does not matter.
+
+    Source: ZO-Muon (arXiv 2602.17155), with ``muon_svd`` of its code; its other form takes five steps of a
+    Newton-Schulz iteration, whose singular values lie between 0.7 and 1.2.
+    """
+
+    through_noise = False
+
+    def check_parts(self, optimizer: OptimizerView) -> None:
+        if not isinstance(optimizer.direction, KeptLeft):
+            fail(optimizer.op, "direction", "KeptLeft", optimizer.direction)
+
+    def update(self, optimizer: OptimizerView, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor) -> None:
+        assert isinstance(bucket.noise, Factored)  # check_parts
+        one = torch.ones(1, dtype=torch.float64, device=g.device)
+        lr = torch.where(finite, scalars((learning_rate(bucket.group, g),), g.device), torch.zeros_like(one))
+        here = lambda t: to_device(t.float(), bucket.device)
+        rounding = self.rounding(bucket, seeds, g, finite)
+        bucket.noise.orthogonal(bucket.members, seeds, here(g), here(lr), **rounding)
