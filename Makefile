@@ -14,7 +14,7 @@ GPU    := $(wildcard /dev/nvidia0 /dev/nvidiactl /dev/dxg)
 BUILT  := $(VENV)/built$(if $(GPU)$(filter 1,$(ZOKERNELS_CUDA))$(wildcard $(VENV)/built),,-for-cpu)
 
 .PHONY: test fuzz fuzz-readers demo offload-demo bench docs wheel wheels gpu-check gpu-prebuilt format clean
-.PHONY: ship-check ship-check-short torch-matrix
+.PHONY: hub ship-check ship-check-short torch-matrix
 .PHONY: lint lint-ruff lint-clang-format lint-typos lint-mypy lint-imports
 
 test: $(VENV)/tested $(VENV)/tritons lint
@@ -63,6 +63,10 @@ wheel: $(VENV)/environment
 # manylinux_2_28, for x86_64 and aarch64, and the sdist.  docs/packaging.md says which compilers it needs.
 wheels: $(VENV)/shipped
 	SOURCE_DATE_EPOCH=$$(git log -1 --pretty=%ct) $(BIN)/python packaging/wheels.py $(ARGS)
+
+# The layout that Hugging Face's kernel builder reads, and what its library `kernels` loads: build/hub/zokernels.
+hub: $(VENV)/environment
+	$(BIN)/python packaging/hub.py $(ARGS)
 
 # What a release has to pass.  The short part, which CI runs, has no CUDA and downloads nothing but its tools.
 ship-check-short: $(VENV)/shipped $(VENV)/tested
@@ -146,7 +150,7 @@ $(VENV)/shipped: $(VENV)/environment
 
 $(VENV)/tested: $(VENV)/built $(VENV)/demo
 	$(PIP) mkdocs-material "mkdocstrings[python]"
-	$(PIP) pytest pytest-xdist triton ruff clang-format typos mypy import-linter matplotlib scikit-learn accelerate peft trl lightning
+	$(PIP) pytest pytest-xdist triton ruff clang-format typos mypy import-linter matplotlib scikit-learn accelerate peft trl lightning kernels
 	touch $@
 
 # Apart: atheris has wheels for some Pythons alone.

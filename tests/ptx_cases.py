@@ -25,7 +25,7 @@ PROGRAM = 16384
 
 
 def chunk_of(dist: str) -> int:
-    """Logical indices of a block of the CUDA kernels, of one or two programs of Triton's."""
+    """Logical indices of a block of the CUDA kernels, of two programs of Triton's."""
     return 32768
 
 

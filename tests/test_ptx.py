@@ -60,7 +60,7 @@ def run(body: str, *, written: bool = True, writable: bool = True) -> tuple[torc
     source = memory.place(torch.arange(64, dtype=torch.int32), written=written, writable=False)
     target = memory.place(torch.zeros(64, dtype=torch.int32), written=False, writable=writable)
     arguments = [t.data_ptr().to_bytes(8, "little") for t in (source, target)]
-    Machine(kernel, shared=2048).run((1, 1), arguments, memory)
+    Machine(kernel, shared=2048).run(1, arguments, memory)
     return source, target, memory
 
 
@@ -506,7 +506,7 @@ def test_combine_moves_what_a_copy_does(on_ptx, dtype, dist):
     """In place, over whole chunks: each element is read once and written once, by accesses of 16 bytes a thread."""
     chunks = 3
     theta = torch.zeros(chunks * chunk_of(dist), dtype=dtype)
-    zokernels.combine_(theta, 5, 1e-3, streams=2, dist=dist)
+    zokernels.combine_(theta, 5, 1.0, streams=2, dist=dist)
     assert theta.count_nonzero() == theta.numel()
     size, threads = theta.numel() * theta.itemsize, 256 * chunks
     loads, stores = on_ptx.traffic["ld"], on_ptx.traffic["st"]

@@ -202,6 +202,19 @@ def test_a_step_in_place_takes_tables():
 
 
 @needs_reader
+def test_an_exact_step_takes_tables():
+    """Each block's copies are made by a plan of the block's own."""
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5)))
+    opt = zo.ZOSGD(model.named_parameters(), lr=0.1)
+    x, called = torch.randn(2, 4), []
+    for _ in range(4):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            opt.step(lambda: model(x).square().mean())
+        called.append({e.name for e in profile.events() if e.name.startswith("zokernels_cpu::")})
+    assert called[-1] == {"zokernels_cpu::combine_planned"}
+
+
+@needs_reader
 def test_buckets_are_fresh_objects():
     """What a step notes in its buckets (where the weights are) is gone in the next one."""
     ps = params()

@@ -163,6 +163,18 @@ def _dp2a_low(a: Array, b: Array, c: Array) -> Array:
     return c + (a & 0xFFFF) * (b & 0xFF) + (a >> 16) * (b >> 8 & 0xFF)
 
 
+#: The only NaN that fp32 arithmetic makes, whatever those of its operands are.
+_NAN = np.uint32(0x7FFFFFFF).view(np.float32)
+
+
+def _with_one_nan(function: Callable[..., Array]) -> Callable[..., Array]:
+    def result(*operands: Array) -> Array:
+        made = np.asarray(function(*operands))
+        return np.where(np.isnan(made), _NAN, made)
+
+    return result
+
+
 def _rules() -> dict[str, Rule]:
     rules: dict[str, Rule] = {}
 
@@ -219,22 +231,23 @@ def _rules() -> dict[str, Rule]:
 
     for t in ("f32", "f64"):
         # Without a product there is nothing to fuse a sum with: add.f64 has one result.
+        arithmetic = _with_one_nan if t == "f32" else lambda function: function
         for mode in (".rn", "") if t == "f64" else (".rn",):
-            rule(f"add{mode}.{t}", t, f"{t} {t}", np.add)
-            rule(f"sub{mode}.{t}", t, f"{t} {t}", np.subtract)
-        rule(f"mul.rn.{t}", t, f"{t} {t}", np.multiply)
+            rule(f"add{mode}.{t}", t, f"{t} {t}", arithmetic(np.add))
+            rule(f"sub{mode}.{t}", t, f"{t} {t}", arithmetic(np.subtract))
+        rule(f"mul.rn.{t}", t, f"{t} {t}", arithmetic(np.multiply))
         rule(f"neg.{t}", t, t, np.negative)
         rule(f"abs.{t}", t, t, np.abs)
         rule(f"selp.{t}", t, f"{t} {t} pred", lambda a, b, p: np.where(p, a, b))
         for name, function in {**_COMPARE, **_FLOAT_ONLY, "ne": _FLOAT_NE}.items():
             rule(f"setp.{name}.{t}", "pred", f"{t} {t}", function)
-    rule("fma.rn.f32", "f32", "f32 f32 f32", fma32)
-    rule("fma.rn.f32x2", "b64", "b64 b64 b64", _in_pairs(fma32))
-    rule("mul.rn.f32x2", "b64", "b64 b64", _in_pairs(np.multiply))
-    rule("div.rn.f32", "f32", "f32 f32", np.divide)
-    rule("sqrt.rn.f32", "f32", "f32", np.sqrt)
-    rule("min.f32", "f32", "f32 f32", _least)
-    rule("max.f32", "f32", "f32 f32", _most)
+    rule("fma.rn.f32", "f32", "f32 f32 f32", _with_one_nan(fma32))
+    rule("fma.rn.f32x2", "b64", "b64 b64 b64", _in_pairs(_with_one_nan(fma32)))
+    rule("mul.rn.f32x2", "b64", "b64 b64", _in_pairs(_with_one_nan(np.multiply)))
+    rule("div.rn.f32", "f32", "f32 f32", _with_one_nan(np.divide))
+    rule("sqrt.rn.f32", "f32", "f32", _with_one_nan(np.sqrt))
+    rule("min.f32", "f32", "f32 f32", _with_one_nan(_least))
+    rule("max.f32", "f32", "f32 f32", _with_one_nan(_most))
 
     integers = [f"{kind}{bits}" for kind in "su" for bits in (8, 16, 32, 64)]
     for source in integers:

@@ -368,7 +368,7 @@ class LOZO(ZOSGD):
 class SubZero(ZOSGD):
     """:class:`ZOSGD` in a random subspace of each layer, kept for ``interval`` steps (:class:`Subspace`).
 
-    ``squares`` takes thin matrices (LoRA, prefixes) as near squares, as the authors do there.  Their code
+    ``near_square`` takes thin matrices (LoRA, prefixes) as near squares, as the authors do there.  Their code
     has rank 8 and interval 2000 by default, their README 24 and 1000.
 
     Source: Yu et al., 2024, arXiv 2410.08989.
@@ -380,10 +380,10 @@ class SubZero(ZOSGD):
         *args: Any,
         rank: int = 8,
         interval: int | None = 2000,
-        squares: bool = False,
+        near_square: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(params, *args, direction=Subspace(rank, interval, squares), **options)
+        super().__init__(params, *args, direction=Subspace(rank, interval, near_square), **options)
 
 
 class TeZO(ZOSGD):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import INTERPRET, floor
+from .arithmetic import INTERPRET, PTX, floor
 
 _TINY_HALF = tl.constexpr(2.0**-14)  # the smallest normal fp16
 _WHOLE = tl.constexpr(2.0**23)  # from here on fp32 are integers
@@ -44,9 +44,12 @@ def round_stochastic(x, u16, dtype: tl.constexpr):
     subnormal in the place of the last kept bit of a normal.  Infinities stay: their mantissa of 0 carries nothing over.
     """
     if dtype == tl.bfloat16:
-        # A NaN that NVIDIA's arithmetic makes has all bits but the sign set, to which nothing may be added.  As
-        # integers all numbers and infinities are smaller, negative ones too, and other NaNs here end in zeros.
-        bits = tl.minimum(x.to(tl.int32, bitcast=True), 0x7FFF0000).to(tl.uint32, bitcast=True)
+        if PTX and not INTERPRET:
+            # A NaN that NVIDIA's arithmetic makes has all bits but the sign set, to which nothing may be added.  As
+            # integers all numbers and infinities are smaller, negative ones too, and other NaNs here end in zeros.
+            bits = tl.minimum(x.to(tl.int32, bitcast=True), 0x7FFF0000).to(tl.uint32, bitcast=True)
+        else:  # other arithmetic passes the NaNs of its operands on, of either sign and with any bits
+            bits = tl.where(x == x, x.to(tl.uint32, bitcast=True), 0x7FC00000)
         return _high_half(bits + u16)
     else:
         bits = x.to(tl.uint32, bitcast=True)

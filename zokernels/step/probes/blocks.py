@@ -55,6 +55,8 @@ class Blocks:
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit = limit
+        #: Whether memory counts more than time, where there is no ``limit``: nothing is joined, nothing kept.
+        self.least = False
         self.of: dict[int, Block] = {}  #: by id of the parameter, which a block refers to
         self._alone: dict[int, Tensor] = {}  #: parameters that have left a block
         self._in_vain: dict[int, int] = {}  #: by id of the parameter: looks that found it perturbed in vain
@@ -65,6 +67,8 @@ class Blocks:
         self._whole: tuple[Any, list[Block]] = (None, [])
 
     def limit_for(self, block: Block) -> int:
+        if self.limit is None and self.least:
+            return 0
         kind = block.params[0].device.type
         return LIMIT.get(kind, LIMIT["cpu"]) if self.limit is None else self.limit
 
@@ -131,6 +135,8 @@ class Blocks:
 
     def keep(self, block: Block) -> None:
         """Lets the copy of ``block`` live to the end of each forward, if there is room for it."""
+        if self.limit is None and self.least:
+            return
         room = max(self._largest, self.limit_for(block))
         if not block.kept and self._kept + block.nbytes <= room:
             block.kept = True

@@ -25,6 +25,8 @@ class Compiled:
     def __init__(self) -> None:
         self._params: dict[int, Tensor] | None = None
         self._compiled = -1
+        #: All contexts, each with the ids of the tensors that its functions refer to.
+        self._found: list[tuple[Any, set[int]]] = []
         #: A context of torch.compile, with the parameters that its functions refer to.
         self.regions: list[tuple[Any, list[Tensor]]] = []
 
@@ -36,14 +38,16 @@ class Compiled:
         frames = sys.modules.get("torch._dynamo.convert_frame")
         if frames is None:
             return
-        if self._params is not params or self._compiled != frames.FRAME_COUNTER:
-            self._params, self._compiled = params, frames.FRAME_COUNTER
-            found: dict[int, tuple[Any, dict[int, Tensor]]] = {}
+        if self._compiled != frames.FRAME_COUNTER:  # the search takes a tenth of a second
+            self._compiled, self._params = frames.FRAME_COUNTER, None
+            found: dict[int, tuple[Any, set[int]]] = {}
             for context, function in _functions():
-                taken = {i: params[i] for i in _held_by(function) if i in params}
-                if taken:
-                    found.setdefault(id(context), (context, {}))[1].update(taken)
-            self.regions = [(context, list(taken.values())) for context, taken in found.values()]
+                found.setdefault(id(context), (context, set()))[1].update(_held_by(function))
+            self._found = list(found.values())
+        if self._params is not params:
+            self._params = params
+            regions = [(context, [p for i, p in params.items() if i in held]) for context, held in self._found]
+            self.regions = [(context, taken) for context, taken in regions if taken]
 
     @contextmanager
     def watched(self) -> Iterator[None]:

@@ -86,7 +86,9 @@ class CopiedShardProbe(Probe):
     def _copy(self, weights: list[Tensor]) -> list[Tensor]:
         arena = self._pool.take(arena_numel(weights), weights[0])
         self._arenas.append(arena)
-        copies = arena.views("shards", weights).out
+        # Other subsets of the parameters have other views.
+        like = [(t.shape, t.stride(), t.requires_grad) for t in weights]
+        copies = arena.views(("shards", *like), weights).out
         torch._foreach_copy_(copies, weights)
         return copies
 
