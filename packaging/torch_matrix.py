@@ -115,9 +115,9 @@ def main() -> None:
                 run(*pip, "download", *quiet, "-d", folder / "wheels", f"torch=={version}")
                 (torch,) = (folder / "wheels").glob("torch-*.whl")
                 size = f"{torch.stat().st_size / 1e6:.0f} MB"
-                run(*pip, "install", *quiet, "--target", folder / "site", torch, *PURE)
+                run(*pip, "install", "--no-compile", *quiet, "--target", folder / "site", torch, *PURE)
                 shutil.rmtree(folder / "wheels")
-                run(*pip, "install", *quiet, "--target", folder / "ours", arguments.wheel)
+                run(*pip, "install", "--no-compile", *quiet, "--target", folder / "ours", arguments.wheel)
                 stubs = write_stubs(folder / "site" / "torch", folder / "stubs")
                 result = check(python, [folder / "ours", folder / "site"], folder / "stubs", stubs)
                 failed += result.startswith("FAILED")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import pathlib
@@ -16,7 +16,7 @@ if not (ROOT / "packaging" / "hub.py").exists():
     pytest.skip("no packaging here", allow_module_level=True)
 kernels = pytest.importorskip("kernels")
 
-#: Loads the kernel from a folder in which nothing else is, beside the installed package.  Any connection is an error.
+#: Loads the kernel beside the installed package.  Any connection is an error.
 LOAD = """
 import socket, sys
 def refuse(*a, **k): raise AssertionError("a connection")
@@ -44,10 +44,11 @@ print("the same bits")
 
 @pytest.fixture(scope="module")
 def hub():
-    spec = importlib.util.spec_from_file_location("hub", ROOT / "packaging" / "hub.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    sys.path.insert(0, str(ROOT / "packaging"))
+    try:
+        return importlib.import_module("hub")
+    finally:
+        sys.path.remove(str(ROOT / "packaging"))
 
 
 @pytest.fixture(scope="module")
