@@ -63,6 +63,9 @@ def pytest_cmdline_main(config):
     if one or hasattr(config, "workerinput") or getattr(option, "numprocesses", 0) is not None:
         return  # that is: also without pytest-xdist, in one of its processes, and where -n says how many
     option.numprocesses, option.dist, option.loadscopereorder = min(4, cores), "loadfile", False
+    # A process that dies takes the tests that it still had with it, and with another in its place the run would wait
+    # for them for ever.
+    option.maxworkerrestart = "0"
 
 
 def pytest_configure(config):
