@@ -213,8 +213,12 @@ class StepOptimizer(torch.optim.Optimizer):
         return self.last_loss
 
     def _finish(self, probe: Probe, estimate: Estimate) -> None:
-        self.update(probe, estimate)
-        self.log.append(self, probe.buckets, estimate)
+        self.log.append(self, probe.buckets, estimate)  # first: a step that cannot be recorded does not happen
+        try:
+            self.update(probe, estimate)
+        except BaseException:
+            self.log.retract(self)
+            raise
 
     def plan(self) -> list[Bucket]:
         """The buckets of the next step.  Raises where the groups would make it fail."""
