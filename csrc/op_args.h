@@ -5,7 +5,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstring>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <vector>
@@ -31,7 +33,31 @@
         lengths                                                                                                  \
   }
 
+// The same where a plan keeps what depends on the tensors alone (zokernels/ops/plan.py): its table, and the terms that each
+// call brings.
+#define ZK_PLANNED_SCHEMA \
+  "Tensor seeds, Tensor coeffs, int dist, Tensor? decay, Tensor? rounding_seed, Tensor? mask_seed, int mask_keep"
+#define ZK_PLANNED_PARAMS                                                                                              \
+  torch::stable::Tensor seeds, torch::stable::Tensor coeffs, int64_t dist, std::optional<torch::stable::Tensor> decay, \
+      std::optional<torch::stable::Tensor> rounding_seed, std::optional<torch::stable::Tensor> mask_seed,              \
+      int64_t mask_keep
+#define ZK_PLANNED_TERMS                                                                                             \
+  zk::TermArgs {                                                                                                     \
+    seeds, coeffs, zk::kNoNumbers, zk::kNoNumbers, dist, decay, rounding_seed, zk::kNoTensors, mask_seed, mask_keep, \
+        zk::kNoTensors, zk::kNoNumbers, zk::kNoNumbers                                                               \
+  }
+
 namespace zk {
+
+using TensorList = std::vector<torch::stable::Tensor>;
+
+inline const std::vector<int64_t> kNoNumbers;
+inline const TensorList kNoTensors;
+
+// Blocks of eight that a mask has for each row of a tensor that is rows: those of the row that touches most.
+inline int64_t row_blocks(int64_t offset, int64_t width, int64_t length) {
+  return (offset | width | length) % 8 == 0 ? width / 8 : (width + 14) / 8;
+}
 
 struct TermArgs {
   const torch::stable::Tensor &seeds, &coeffs;
@@ -48,10 +74,7 @@ struct TermArgs {
   int64_t width(size_t i) const { return widths.empty() ? 0 : widths[i]; }
   int64_t length(size_t i) const { return widths.empty() ? 0 : lengths[i]; }
   bool in_rows(size_t i) const { return width(i) > 0; }
-  // Blocks of eight that a mask has for each row: those of the row that touches most.
-  int64_t row_blocks(size_t i) const {
-    return (offsets[i] | width(i) | length(i)) % 8 == 0 ? width(i) / 8 : (width(i) + 14) / 8;
-  }
+  int64_t row_blocks(size_t i) const { return zk::row_blocks(offsets[i], width(i), length(i)); }
   // Elements from a tensor's coefficients to the next one's.
   int64_t coeff_stride() const { return coeffs.dim() == 2 ? seeds.numel() : 0; }
   // One coefficient a direction, no mask, no curvature: Terms.is_plain.
@@ -59,7 +82,75 @@ struct TermArgs {
   Domain domain() const { return static_cast<Domain>(dist); }
 };
 
-using TensorList = std::vector<torch::stable::Tensor>;
+// One tensor of a call as plain data: what is left of it when it has been checked. A plan's table is an array of these.
+struct Row {
+  const void* in;
+  void* out;
+  void* more[2];  // fan_out: plus, minus; update: the states
+  const void* mask;
+  const void* curvature;
+  int64_t numel, offset, stream;
+  int64_t width, length;  // of rows; 0: it lies in one piece
+  int64_t dtype;          // of the parameters: 0 fp32, 1 bf16, 2 fp16
+  int64_t state[2];       // dtypes of the states, or of the curvature in state[0]; -1: none
+};
+
+// The tensors of a call. A plan's table is int64 [tensors, sizeof(Row) / 8] on the CPU; Python made it of checked tensors, and
+// here its shape is checked.
+struct Rows {
+  const Row* rows;
+  int64_t count;
+
+  explicit Rows(const std::vector<Row>& made) : rows(made.data()), count(static_cast<int64_t>(made.size())) {}
+  Rows(const char* op, const torch::stable::Tensor& table) {
+    STD_TORCH_CHECK(table.scalar_type() == torch::headeronly::ScalarType::Long && table.is_contiguous() &&
+                        table.get_device_index() == -1 && table.dim() == 2 && table.size(0) > 0 &&
+                        table.size(1) == static_cast<int64_t>(sizeof(Row) / sizeof(int64_t)),
+                    op, ": table: expected a plan's");
+    rows = static_cast<const Row*>(table.const_data_ptr());
+    count = table.size(0);
+  }
+  const Row* begin() const { return rows; }
+  const Row* end() const { return rows + count; }
+  const Row& first() const { return rows[0]; }
+  bool are_masked() const {  // all or none, but an empty one's address may be null
+    return std::any_of(begin(), end(), [](const Row& row) { return row.mask != nullptr; });
+  }
+  bool have_width() const {
+    return std::any_of(begin(), end(), [](const Row& row) { return row.width > 0; });
+  }
+};
+
+// The same of tensors that are checked; more: the lists of Row::more, of which some may be empty.
+inline std::vector<Row> rows_of(const TensorList& out, const TensorList& params,
+                                std::initializer_list<const TensorList*> more, const TermArgs& terms, int64_t dtype) {
+  std::vector<Row> rows(params.size());
+  for (size_t i = 0; i < params.size(); ++i) {
+    Row& row = rows[i];
+    row.in = params[i].const_data_ptr();
+    row.out = out[i].mutable_data_ptr();
+    size_t count = 0;
+    for (const TensorList* list : more) row.more[count++] = list->empty() ? nullptr : (*list)[i].mutable_data_ptr();
+    if (!terms.masks.empty()) row.mask = terms.masks[i].const_data_ptr();
+    if (!terms.curvature.empty()) row.curvature = terms.curvature[i].const_data_ptr();
+    row.numel = params[i].numel();
+    row.offset = terms.offsets[i];
+    row.stream = terms.streams[i];
+    row.width = terms.width(i);
+    row.length = terms.length(i);
+    row.dtype = dtype;
+    row.state[0] = row.state[1] = -1;
+  }
+  return rows;
+}
+
+// What keeps a direct call's scalars in bounds; the tensors' addresses are the plan's to answer for.
+inline void check_planned(const char* op, const Rows& rows, const TermArgs& terms) {
+  STD_TORCH_CHECK(terms.coeffs.numel() == (terms.coeffs.dim() == 2 ? rows.count : 1) * terms.seeds.numel(), op,
+                  ": coeffs: expected one for each seed, or one for each tensor and seed");
+  STD_TORCH_CHECK(terms.dist == 1 || terms.dist == 2, op, ": dist: expected 1 (normal) or 2 (rademacher), got ",
+                  terms.dist);
+}
 
 // Tensors of one call lie on one device; the index of the CPU is -1.
 inline void check_device(const char* op, const torch::stable::Tensor& t, const torch::stable::Tensor& first) {
@@ -189,9 +280,8 @@ inline Rule rule_of(const std::string& name) {
   STD_TORCH_CHECK(false, "update: rule: unknown: ", name);
 }
 
-// The states of a rule: first and second as far as it has them.
-inline void check_update(const TensorList& first, const TensorList& second, Rule rule,
-                         const torch::stable::Tensor& hyper, const TensorList& params, const TermArgs& terms) {
+// The values of a rule; returns how many states it has.
+inline int check_hyper(Rule rule, const torch::stable::Tensor& hyper, const TermArgs& terms) {
   int states = 0;
   int64_t values = 0;
 #define ZK_RULE_SIZES(name)                                                                 \
@@ -201,11 +291,18 @@ inline void check_update(const TensorList& first, const TensorList& second, Rule
   }
   ZK_RULES(ZK_RULE_SIZES)
 #undef ZK_RULE_SIZES
+  STD_TORCH_CHECK(hyper.numel() == values, "update: hyper: expected ", values, " values");
+  STD_TORCH_CHECK(rule != Rule::hizoo || terms.seeds.numel() == 1, "update: seeds: expected one for hizoo");
+  return states;
+}
+
+// The states of a rule: first and second as far as it has them.
+inline void check_update(const TensorList& first, const TensorList& second, Rule rule,
+                         const torch::stable::Tensor& hyper, const TensorList& params, const TermArgs& terms) {
+  const int states = check_hyper(rule, hyper, terms);
   if (states > 0) check_beside("update", first, params, true);
   if (states > 1) check_beside("update", second, params, true);
-  STD_TORCH_CHECK(hyper.numel() == values, "update: hyper: expected ", values, " values");
   check_device("update", hyper, params[0]);
-  STD_TORCH_CHECK(rule != Rule::hizoo || terms.seeds.numel() == 1, "update: seeds: expected one for hizoo");
 }
 
 // left [K, m, r] and right [K, n, r] for params of m n elements.

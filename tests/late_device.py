@@ -28,18 +28,18 @@ _aten = torch.ops.aten
 class LateDevice(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self._data = WeakTensorKeyDictionary()  #: of each tensor on DEVICE the tensor of the CPU
+        self._data = WeakTensorKeyDictionary()  #: for each tensor on DEVICE the tensor of the CPU that has its values
         self._coming: list[tuple[Tensor, Tensor]] = []
-        self.late = 0  #: copies to the host that did not wait
+        self.late = 0  #: how many copies to the host did not wait
 
     def parameter(self, data: Tensor) -> nn.Parameter:
-        """A parameter on DEVICE; ``nn.Parameter`` itself makes a new tensor without asking the mode."""
+        """A parameter on DEVICE.  ``nn.Parameter`` itself would make a new tensor without asking the mode."""
         name = nn.Parameter(torch.empty_like(data, device=DEVICE))
         self._data[name] = data.clone()
         return name
 
     def synchronize(self) -> None:
-        """All copies arrive."""
+        """Lets all copies arrive."""
         for host, data in self._coming:
             host.copy_(data)
         self._coming.clear()

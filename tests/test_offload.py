@@ -26,7 +26,7 @@ def streamed_like(model, tmp_path, storage, **options):
 
 
 def check(model, tmp_path, storage="host", steps=5, stream=None, **options):
-    """One run in memory and one streamed: the same losses, weights and RNG."""
+    """Compares a run in memory with a streamed one: losses, weights and the state of the generator."""
     theirs, engine = streamed_like(model, tmp_path, storage, **(stream or {}))
     with engine:
         ours = copy.deepcopy(model)

@@ -152,10 +152,20 @@ def check_terms(op: str, leader: str, params: Sequence[Tensor], terms: Terms) ->
     check_dist(op, terms.dist)
     if not params:
         return
-    device = params[0].device
     check_places(op, [p.numel() for p in params], terms.streams, terms.offsets, leader)
     if terms.widths:
         _check_rows(op, leader, params, terms)
+    check_values(op, params, terms)
+    if terms.masks:
+        _check_masks(op, leader, params, terms)
+    if terms.curvature:
+        check_states(op, "curvature", terms.curvature, params, STATE_DTYPES)
+
+
+def check_values(op: str, params: Sequence[Tensor], terms: Terms) -> None:
+    """What of ``terms`` may differ between two calls with the same tensors: a plan checks this in each call."""
+    check_dist(op, terms.dist)
+    device = params[0].device
     check_scalars(op, "seeds", terms.seeds, torch.int64, device)
     seeds, coeffs = terms.seeds.numel(), terms.coeffs
     if coeffs.dim() == 2:
@@ -177,10 +187,6 @@ def check_terms(op: str, leader: str, params: Sequence[Tensor], terms: Terms) ->
             check_one(op, argument, value, kind, device)
     if not 0 <= terms.mask_keep <= KEEP_ALL:
         fail(op, "mask_keep", f"an integer in [0, {KEEP_ALL}]", terms.mask_keep)
-    if terms.masks:
-        _check_masks(op, leader, params, terms)
-    if terms.curvature:
-        check_states(op, "curvature", terms.curvature, params, STATE_DTYPES)
 
 
 def _check_rows(op: str, leader: str, params: Sequence[Tensor], terms: Terms) -> None:

@@ -12,6 +12,7 @@ from .ops.combine import combine, combine_, pack_mask
 from .ops.fan_out import fan_out_
 from .ops.low_rank import low_rank, low_rank_
 from .ops.noise import noise
+from .ops.plan import Plan, plan
 from .ops.project import project
 from .ops.requantize import requantize, requantize_
 from .ops.seeds import derive_seed
@@ -22,6 +23,7 @@ from .ops.wire import decode, decode_fan_out, encode
 
 __all__ = [
     "Dist",
+    "Plan",
     "Rounding",
     "Rule",
     "combine",
@@ -35,6 +37,7 @@ __all__ = [
     "low_rank_",
     "noise",
     "pack_mask",
+    "plan",
     "project",
     "requantize",
     "requantize_",

@@ -16,3 +16,8 @@ def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = 
     if tensor.device.type == "cpu" and device.type != "cpu" and tensor.is_pinned():
         tensor = tensor.clone()  # its owner may write to pinned memory before the copy has read it
     return tensor.to(device, dtype or tensor.dtype, non_blocking=device.type != "cpu")
+
+
+def known_on_host(value: Tensor) -> bool:
+    """Whether the host can read ``value`` without waiting for a device."""
+    return value.device.type == "cpu"

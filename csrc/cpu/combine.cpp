@@ -1,7 +1,7 @@
 #include "combine.h"
 
 #if defined(ZK_ISA)
-// --- the kernel, compiled once for each instruction set -----------------------------------------------------
+// --- the kernel, compiled once for each instruction set -----------------------------------------------
 
 #include "combine_kernel.h"
 
@@ -66,7 +66,7 @@ void ZK_ISA::combine(const Combine& op, const Span& span, void* scratch) {
 }  // namespace zk::cpu
 
 #else
-// --- the entry, compiled once ------------------------------------------------------------------------------
+// --- the entry, compiled once -------------------------------------------------------------------------
 
 #include "op.h"
 
@@ -82,9 +82,19 @@ void combine_cpu(TensorList out, TensorList params, ZK_TERMS_PARAMS, std::string
   call.run(Combine{{call.terms}, Form::one, 0.0f, 0.0f, false, {}}, ZK_KERNEL_OF(combine, isa));
 }
 
+void combine_planned_cpu(Tensor table, ZK_PLANNED_PARAMS, std::string isa) {
+  const Rows rows("combine", table);
+  const TermArgs args = ZK_PLANNED_TERMS;
+  check_planned("combine", rows, args);
+  Call call(args, rows);
+  call.add_spans(rows);
+  call.run(Combine{{call.terms}, Form::one, 0.0f, 0.0f, false, {}}, ZK_KERNEL_OF(combine, isa));
+}
+
 }  // namespace
 
 ZK_REGISTER(combine, "combine(Tensor(a!)[] out, Tensor[] params, " ZK_TERMS_SCHEMA ", str isa) -> ()")
+ZK_REGISTER_PLANNED(combine, "combine_planned(Tensor table, " ZK_PLANNED_SCHEMA ", str isa) -> ()")
 
 }  // namespace zk::cpu
 

@@ -27,12 +27,29 @@ void fan_out_cpu(TensorList params, TensorList plus, TensorList minus, Tensor se
   call.run(Combine{{call.terms}, Form::fan_out, 0.0f, 0.0f, false, {}}, ZK_KERNEL_OF(combine, isa));
 }
 
+void fan_out_planned_cpu(Tensor table, Tensor seed, Tensor coeff, ZK_PLANNED_PARAMS, std::string isa) {
+  const Rows rows("fan_out", table);
+  const TermArgs args = ZK_PLANNED_TERMS;
+  check_planned("fan_out", rows, args);
+  check_one_direction(seed, coeff, seeds);
+  Call call(args, rows);
+  call.keys.push_back(key_of(seed));
+  call.coeffs.push_back(canonical_nan(data<float>(coeff)[0]));
+  call.add_spans(rows);
+  if (args.seeds.numel() == 0 && !decay.has_value()) {
+    for (Span& span : call.spans) span.out = nullptr;
+  }
+  call.run(Combine{{call.terms}, Form::fan_out, 0.0f, 0.0f, false, {}}, ZK_KERNEL_OF(combine, isa));
+}
+
 }  // namespace
 
 ZK_REGISTER(
     fan_out,
     "fan_out(Tensor(a!)[] params, Tensor(b!)[] plus, Tensor(c!)[] minus, Tensor seed, Tensor coeff, " ZK_TERMS_SCHEMA
     ", str isa) -> ()")
+ZK_REGISTER_PLANNED(fan_out,
+                    "fan_out_planned(Tensor table, Tensor seed, Tensor coeff, " ZK_PLANNED_SCHEMA ", str isa) -> ()")
 
 }  // namespace zk::cpu
 

@@ -1,4 +1,5 @@
-// update: theta and the states of a rule from what the directions add up to, in one pass. The rules: noise/rules.h.
+// update: theta and the states of an update rule, from the sum of the directions, in one pass. noise/rules.h
+// has the rules.
 #include "kernels.h"
 
 namespace zk::cpu {
@@ -14,14 +15,14 @@ ZK_KERNEL(update, const Update&, const Span&, void* scratch)
 }  // namespace zk::cpu
 
 #if defined(ZK_ISA)
-// --- the kernel, compiled once for each instruction set -----------------------------------------------------
+// --- the kernel, compiled once for each instruction set -----------------------------------------------
 
 #include "tile.h"
 
 namespace zk::cpu {
 namespace {
 
-// One kernel for all dtypes: a branch a tile costs nothing beside the noise.
+// One kernel serves all dtypes: beside the noise, a branch for each tile costs nothing.
 template <class L, class Tile>
 ZK_HD void load_param(DType dtype, const void* array, const Tile& tile, typename L::F x[8]) {
   if (dtype != DType::f16) return load_state<L>(dtype, array, tile, x);
@@ -29,7 +30,7 @@ ZK_HD void load_param(DType dtype, const void* array, const Tile& tile, typename
   for (int e = 0; e < 8; ++e) x[e] = without_payload(x[e]);  // a state of bf16 has fewer bits than this one's
 }
 
-// Rounded with the fields of `domain` where the op rounds stochastically.
+// Stores values, rounded with the random fields of `domain` if the operation rounds stochastically.
 template <class L, class Tile>
 ZK_HD void store_rounded(const Terms& op, DType dtype, uint32_t domain, Stream stream, void* array, const Tile& tile,
                          const typename L::F x[8]) {
@@ -113,7 +114,7 @@ void ZK_ISA::update(const Update& op, const Span& span, void* scratch) {
 }  // namespace zk::cpu
 
 #else
-// --- the entry, compiled once ------------------------------------------------------------------------------
+// --- the entry, compiled once -------------------------------------------------------------------------
 
 #include "op.h"
 
@@ -140,12 +141,29 @@ void update_cpu(TensorList params, TensorList first, TensorList second, std::str
   call.run(op, ZK_KERNEL_OF(update, isa));
 }
 
+void update_planned_cpu(Tensor table, std::string rule, Tensor hyper, ZK_PLANNED_PARAMS, std::string isa) {
+  const Rows rows("update", table);
+  const TermArgs args = ZK_PLANNED_TERMS;
+  check_planned("update", rows, args);
+  check_hyper(rule_of(rule), hyper, args);
+  Call call(args, rows);
+  call.add_spans(rows);
+  const std::vector<float> values = without_payloads(hyper);
+  Update op{{call.terms}, rule_of(rule), values.data(), {}};
+  for (int s = 0; s < 2; ++s) {
+    if (rows.first().state[s] >= 0) op.state[s] = call.state[s] = static_cast<DType>(rows.first().state[s]);
+  }
+  call.run(op, ZK_KERNEL_OF(update, isa));
+}
+
 }  // namespace
 
 ZK_REGISTER(
     update,
     "update(Tensor(a!)[] params, Tensor(b!)[] first, Tensor(c!)[] second, str rule, Tensor hyper, " ZK_TERMS_SCHEMA
     ", str isa) -> ()")
+ZK_REGISTER_PLANNED(update,
+                    "update_planned(Tensor table, str rule, Tensor hyper, " ZK_PLANNED_SCHEMA ", str isa) -> ()")
 
 }  // namespace zk::cpu
 

@@ -44,10 +44,8 @@ int launch_combine(const CombineLaunch& p, uint32_t chunks, DType dtype, Domain 
 
 }  // namespace
 
-void run_plain(const char* op, CombineLaunch shared, const TensorList& out, const TensorList& params,
-               const TensorList& plus, const TensorList& minus, const TermArgs& terms) {
-  const OnDevice on(params[0]);
-  const DType dtype = dtype_of(op, params[0]);
+void run_plain(const char* op, CombineLaunch shared, const Rows& rows, const TermArgs& terms, const Tensor& on) {
+  const OnDevice device(on);
   shared.seeds = pointer<int64_t>(terms.seeds);
   shared.coeffs = pointer<float>(terms.coeffs);
   shared.decay = pointer<float>(terms.decay);
@@ -55,37 +53,46 @@ void run_plain(const char* op, CombineLaunch shared, const TensorList& out, cons
   shared.count = static_cast<int32_t>(terms.seeds.numel());
 
   std::vector<Packed<CombineEntry>> tensors;
-  tensors.reserve(params.size());
-  for (size_t i = 0; i < params.size(); ++i) {
-    if (terms.in_rows(i)) continue;
-    const CombineEntry entry{params[i].const_data_ptr(),
-                             out[i].mutable_data_ptr(),
-                             plus.empty() ? nullptr : plus[i].mutable_data_ptr(),
-                             minus.empty() ? nullptr : minus[i].mutable_data_ptr(),
-                             params[i].numel(),
-                             static_cast<uint64_t>(terms.offsets[i])};
-    tensors.push_back(packed(entry, terms, i, chunks_of(entry.offset, entry.numel, terms.domain())));
+  tensors.reserve(rows.count);
+  for (const Row& row : rows) {
+    if (row.width > 0) continue;
+    const CombineEntry entry{row.in, row.out, row.more[0], row.more[1], row.numel, static_cast<uint64_t>(row.offset)};
+    tensors.push_back(packed(entry, row, chunks_of(entry.offset, entry.numel, terms.domain())));
   }
   pack_launches(shared, tensors, [&](const CombineLaunch& launch, uint32_t chunks) {
-    check_launch(op, launch_combine(launch, chunks, dtype, terms.domain(), on.stream));
+    const auto dtype = static_cast<DType>(rows.first().dtype);
+    check_launch(op, launch_combine(launch, chunks, dtype, terms.domain(), device.stream));
   });
 }
 
 namespace {
+
+void run(const Rows& rows, const TermArgs& terms, const Tensor& on) {
+  const bool plain = is_plain(rows, terms), scaled = rows.first().state[0] >= 0;
+  if (plain) run_plain("combine", CombineLaunch{}, rows, terms, on);
+  run_update("combine", nullptr, rows, scaled ? Action::scaled_combine : Action::combine, terms, on, !plain);
+}
 
 void combine_cuda(TensorList out, TensorList params, ZK_TERMS_PARAMS) {
   const TermArgs terms = ZK_TERMS;
   if (params.empty()) return;
   check_terms("combine", params, terms);
   check_beside("combine", out, params);
-  if (terms.is_plain()) run_plain("combine", CombineLaunch{}, out, params, {}, {}, terms);
-  if (curvature.empty())
-    return run_update("combine", nullptr, out, params, {}, Action::combine, terms, !terms.is_plain());
-  run_update("combine", nullptr, out, params, {&curvature}, Action::scaled_combine, terms);
+  std::vector<Row> rows = rows_of("combine", out, params, {}, terms);
+  for (Row& row : rows) row.state[0] = curvature.empty() ? -1 : is_bf16(curvature[0]);
+  run(Rows(rows), terms, params[0]);
+}
+
+void combine_planned_cuda(Tensor table, ZK_PLANNED_PARAMS) {
+  const Rows rows("combine", table);
+  const TermArgs terms = ZK_PLANNED_TERMS;
+  check_planned("combine", rows, terms);
+  run(rows, terms, seeds);
 }
 
 }  // namespace
 
 ZK_REGISTER(combine, "combine(Tensor(a!)[] out, Tensor[] params, " ZK_TERMS_SCHEMA ") -> ()")
+ZK_REGISTER_PLANNED(combine, "combine_planned(Tensor table, " ZK_PLANNED_SCHEMA ") -> ()")
 
 }  // namespace zk::cuda

@@ -29,8 +29,7 @@ struct CombineLaunch {
 };
 static_assert(sizeof(CombineLaunch) <= kMaxArgument);
 
-// Launches plain combine where plus and minus are empty, else fan-out (combine.cu).
-void run_plain(const char* op, CombineLaunch shared, const TensorList& out, const TensorList& params,
-               const TensorList& plus, const TensorList& minus, const TermArgs& terms);
+// Launches plain combine, or fan-out where a probe seed is given (combine.cu). `on`: a tensor of their device.
+void run_plain(const char* op, CombineLaunch shared, const Rows& rows, const TermArgs& terms, const Tensor& on);
 
 }  // namespace zk::cuda

@@ -4,6 +4,13 @@
 namespace zk::cuda {
 namespace {
 
+void run(const Rows& rows, const Tensor& seed, const Tensor& coeff, const TermArgs& terms) {
+  CombineLaunch shared{};
+  shared.probe_seed = pointer<int64_t>(seed);
+  shared.probe_coeff = pointer<float>(coeff);
+  run_plain("fan_out", shared, rows, terms, seed);
+}
+
 void fan_out_cuda(TensorList params, TensorList plus, TensorList minus, Tensor seed, Tensor coeff, ZK_TERMS_PARAMS) {
   const TermArgs terms = ZK_TERMS;
   if (params.empty()) return;
@@ -12,10 +19,16 @@ void fan_out_cuda(TensorList params, TensorList plus, TensorList minus, Tensor s
   check_beside("fan_out", plus, params);
   check_beside("fan_out", minus, params);
   check_one_direction(seed, coeff, params[0]);
-  CombineLaunch shared{};
-  shared.probe_seed = pointer<int64_t>(seed);
-  shared.probe_coeff = pointer<float>(coeff);
-  run_plain("fan_out", shared, params, params, plus, minus, terms);
+  const std::vector<Row> rows = rows_of("fan_out", params, params, {&plus, &minus}, terms);
+  run(Rows(rows), seed, coeff, terms);
+}
+
+void fan_out_planned_cuda(Tensor table, Tensor seed, Tensor coeff, ZK_PLANNED_PARAMS) {
+  const Rows rows("fan_out", table);
+  const TermArgs terms = ZK_PLANNED_TERMS;
+  check_planned("fan_out", rows, terms);
+  check_one_direction(seed, coeff, seeds);
+  run(rows, seed, coeff, terms);
 }
 
 }  // namespace
@@ -24,5 +37,6 @@ ZK_REGISTER(
     fan_out,
     "fan_out(Tensor(a!)[] params, Tensor(b!)[] plus, Tensor(c!)[] minus, Tensor seed, Tensor coeff, " ZK_TERMS_SCHEMA
     ") -> ()")
+ZK_REGISTER_PLANNED(fan_out, "fan_out_planned(Tensor table, Tensor seed, Tensor coeff, " ZK_PLANNED_SCHEMA ") -> ()")
 
 }  // namespace zk::cuda

@@ -22,6 +22,10 @@
 #define ZK_REGISTER(op, schema)                                       \
   STABLE_TORCH_LIBRARY_FRAGMENT(zokernels_cuda, m) { m.def(schema); } \
   STABLE_TORCH_LIBRARY_IMPL(zokernels_cuda, CUDA, m) { m.impl(#op, TORCH_BOX(&op##_cuda)); }
+// The function <op>_planned_cuda, which takes a plan's table in the place of tensors.
+#define ZK_REGISTER_PLANNED(op, schema)                               \
+  STABLE_TORCH_LIBRARY_FRAGMENT(zokernels_cuda, m) { m.def(schema); } \
+  STABLE_TORCH_LIBRARY_IMPL(zokernels_cuda, CUDA, m) { m.impl(#op "_planned", TORCH_BOX(&op##_planned_cuda)); }
 // The same of a function without tensors, which has no dispatch key to go by.
 #define ZK_REGISTER_CONSTANT(op, schema)                              \
   STABLE_TORCH_LIBRARY_FRAGMENT(zokernels_cuda, m) { m.def(schema); } \
@@ -75,6 +79,21 @@ inline void check_launch(const char* op, int error) {
 template <class Entry>
 Packed<Entry> packed(const Entry& entry, const TermArgs& terms, size_t i, int64_t chunks) {
   return {entry, Stream(static_cast<uint64_t>(terms.streams[i])), chunks};
+}
+
+template <class Entry>
+Packed<Entry> packed(const Entry& entry, const Row& row, int64_t chunks) {
+  return {entry, Stream(static_cast<uint64_t>(row.stream)), chunks};
+}
+
+inline std::vector<Row> rows_of(const char* op, const TensorList& out, const TensorList& params,
+                                std::initializer_list<const TensorList*> more, const TermArgs& terms) {
+  return zk::rows_of(out, params, more, terms, static_cast<int64_t>(dtype_of(op, params[0])));
+}
+
+// One coefficient a direction, no mask, no curvature: TermArgs::is_plain, of a table.
+inline bool is_plain(const Rows& rows, const TermArgs& terms) {
+  return terms.coeffs.dim() == 1 && !terms.mask_seed && rows.first().state[0] < 0 && !rows.are_masked();
 }
 
 inline void check_one_piece(const char* op, const TermArgs& terms) {

@@ -15,7 +15,8 @@ void requantize_cuda(TensorList out, TensorList params, int64_t low, int64_t hig
   UpdateLaunch shared{};
   shared.low = static_cast<float>(low);
   shared.high = static_cast<float>(high);
-  run_entries("requantize", shared, out, params, {}, terms,
+  const std::vector<Row> rows = zk::rows_of(out, params, {}, terms, static_cast<int64_t>(DType::i8));
+  run_entries("requantize", shared, Rows(rows), terms, params[0],
               [&](const UpdateLaunch& launch, uint32_t chunks, void* stream) {
     return launch_rule<DType::i8, Combine>(launch, chunks, terms.domain(), stream);
   });

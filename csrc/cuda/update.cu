@@ -4,19 +4,19 @@
 
 namespace zk::cuda {
 
-void run_update(const char* op, const float* hyper, const TensorList& out, const TensorList& params,
-                const std::vector<const TensorList*>& states, Action action, const TermArgs& terms, bool all) {
-  const DType dtype = dtype_of(op, params[0]);
-  RowsLaunch rows{};
-  UpdateLaunch pieces{};
-  rows.hyper = pieces.hyper = hyper;
-  if (!terms.widths.empty()) {
-    run_entries(op, rows, out, params, states, terms, [&](const RowsLaunch& launch, uint32_t chunks, void* stream) {
+void run_update(const char* op, const float* hyper, const Rows& rows, Action action, const TermArgs& terms,
+                const Tensor& on, bool all) {
+  const auto dtype = static_cast<DType>(rows.first().dtype);
+  RowsLaunch split{};
+  UpdateLaunch whole{};
+  split.hyper = whole.hyper = hyper;
+  if (rows.have_width()) {
+    run_entries(op, split, rows, terms, on, [&](const RowsLaunch& launch, uint32_t chunks, void* stream) {
       return launch_rows(launch, chunks, dtype, terms.domain(), action, stream);
     });
   }
   if (all) {
-    run_entries(op, pieces, out, params, states, terms, [&](const UpdateLaunch& launch, uint32_t chunks, void* stream) {
+    run_entries(op, whole, rows, terms, on, [&](const UpdateLaunch& launch, uint32_t chunks, void* stream) {
       return launch_action(launch, chunks, dtype, terms.domain(), action, stream);
     });
   }
@@ -30,11 +30,20 @@ void update_cuda(TensorList params, TensorList first, TensorList second, std::st
   if (params.empty()) return;
   check_terms("update", params, terms);
   check_update(first, second, rule_of(rule), hyper, params, terms);
-  std::vector<const TensorList*> states;
-  if (!first.empty()) states.push_back(&first);
-  if (!second.empty()) states.push_back(&second);
-  const Action action = action_of(rule_of(rule));
-  run_update("update", pointer<float>(hyper), params, params, states, action, terms);
+  std::vector<Row> rows = rows_of("update", params, params, {&first, &second}, terms);
+  for (Row& row : rows) {
+    if (!first.empty()) row.state[0] = is_bf16(first[0]);
+    if (!second.empty()) row.state[1] = is_bf16(second[0]);
+  }
+  run_update("update", pointer<float>(hyper), Rows(rows), action_of(rule_of(rule)), terms, params[0]);
+}
+
+void update_planned_cuda(Tensor table, std::string rule, Tensor hyper, ZK_PLANNED_PARAMS) {
+  const Rows rows("update", table);
+  const TermArgs terms = ZK_PLANNED_TERMS;
+  check_planned("update", rows, terms);
+  check_hyper(rule_of(rule), hyper, terms);
+  run_update("update", pointer<float>(hyper), rows, action_of(rule_of(rule)), terms, hyper);
 }
 
 }  // namespace
@@ -43,5 +52,6 @@ ZK_REGISTER(
     update,
     "update(Tensor(a!)[] params, Tensor(b!)[] first, Tensor(c!)[] second, str rule, Tensor hyper, " ZK_TERMS_SCHEMA
     ") -> ()")
+ZK_REGISTER_PLANNED(update, "update_planned(Tensor table, str rule, Tensor hyper, " ZK_PLANNED_SCHEMA ") -> ()")
 
 }  // namespace zk::cuda

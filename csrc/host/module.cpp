@@ -1,5 +1,6 @@
-// zokernels._host: what is not a tensor operation. Instruction sets, build information, and the scalar form of the shared
-// headers for the tests. pybind11; per Python version and optional: the tensor libraries do not need it.
+// zokernels._host: what is not a tensor operation. Instruction sets, build information, the fingerprints of a plan's tensors,
+// and the scalar form of the shared headers for the tests. pybind11; per Python version and optional: the tensor libraries do
+// not need it.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -13,6 +14,7 @@
 #include "../cpu/lanes_portable.h"
 #include "../noise/normal.h"
 #include "../noise/rounding.h"
+#include "fingerprint.h"
 
 namespace py = pybind11;
 
@@ -66,6 +68,7 @@ std::vector<std::string> instruction_sets() {
   std::vector<std::string> found = {"portable"};
   if (zk::cpu::has_avx2()) found.push_back("avx2");
   if (zk::cpu::has_avx512()) found.push_back("avx512");
+  if (zk::cpu::has_neon()) found.push_back("neon");
   return found;
 }
 
@@ -79,5 +82,9 @@ PYBIND11_MODULE(_host, m) {
   m.def("normal_bits", &normal_bits, py::arg("words"), "The eight normals of a block, as fp32 bits.");
   m.def("derive_seed", &zk::derive_seed, py::arg("run_seed"), py::arg("step"), py::arg("k"));
   m.def("to_half", [](float x) { return zk::cpu::Portable::to_half(x); }, "fp16 bits of a fp32, to nearest even.");
+  py::class_<zk::host::Fingerprints>(m, "Fingerprints", "What of lists of tensors operations depend on, as bytes.")
+      .def(py::init<py::capsule, py::tuple>(), py::arg("capsule"), py::arg("types"))
+      .def("of", &zk::host::Fingerprints::of, py::arg("groups"), py::arg("objects"))
+      .def("matches", &zk::host::Fingerprints::matches, py::arg("kept"), py::arg("groups"), py::arg("objects"));
   m.def("check_sqrt", &check_sqrt, py::arg("stride"), py::arg("ulps") = 0);
 }

@@ -15,6 +15,8 @@ from ..transfer import to_device
 
 Dist = Literal["normal", "rademacher"]
 Rounding = Literal["nearest", "stochastic"]
+Tensors = Tensor | Sequence[Tensor]
+Rows = Sequence[tuple[int, int] | None] | None
 
 
 def device_values(op: str, argument: str, value: object, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -41,14 +43,13 @@ def as_list(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
 def places(
     streams: int | Sequence[int], offsets: int | Sequence[int] | None, count: int
 ) -> tuple[list[int], list[int]]:
-    stream_list = [streams] if isinstance(streams, int) else list(streams)
-    offsets = [0] * count if offsets is None else offsets
-    return stream_list, [offsets] if isinstance(offsets, int) else list(offsets)
+    as_given = lambda value: [value] if isinstance(value, int) else value if isinstance(value, list) else list(value)
+    return as_given(streams), as_given([0] * count if offsets is None else offsets)
 
 
 def noise_args(
     op: str,
-    params: list[Tensor],
+    params: Sequence[Tensor],
     seeds: object,
     coeffs: object,
     streams: int | Sequence[int],

@@ -13,6 +13,7 @@ from ..backends.terms import Terms, mask_bytes, row_blocks
 from ..checks import check_overlap, check_tensors, check_terms
 from .arguments import Dist, Rounding, as_list, mask_args, noise_args, row_args
 from .define import TERMS, checked, define, read_by, written
+from .plan import Columns, Plan, members
 
 
 def _check_combine_(params: list[Tensor], *fields: Any) -> Terms:
@@ -51,11 +52,11 @@ def _combine(out: list[Tensor], params: list[Tensor], *fields: Any) -> None:
 
 @torch.no_grad()
 def combine_(
-    params: Tensor | Sequence[Tensor],
+    params: Tensor | Sequence[Tensor] | Plan,
     seeds: int | Sequence[int] | Tensor,
     coeffs: float | Sequence[float] | Tensor,
     *,
-    streams: int | Sequence[int],
+    streams: int | Sequence[int] | None = None,
     offsets: int | Sequence[int] | None = None,
     dist: Dist = "normal",
     decay: float | Tensor | None = None,
@@ -73,7 +74,7 @@ def combine_(
 
     Args:
         params: tensors of any shape, one dtype (fp32, bf16, fp16) and one device, contiguous and sharing no memory; or
-            one tensor.
+            one tensor; or the :func:`plan` of some, which then has ``streams``, ``offsets`` and ``rows``.
         seeds: int64 [K]; z_k is the noise of seeds[k].  K = 0 is allowed.
         coeffs: fp32 [K], or [tensors, K] for coefficients of each tensor's own.  Tensors lie on the parameters' device,
             so that nothing waits for the host; Python numbers are moved there.
@@ -98,24 +99,32 @@ def combine_(
     Source: contract zk1, docs/contract.md.  MeZO (Malladi et al., 2023) perturbs with coeffs = +-eps and updates with
     coeffs = -lr * projected gradient.
     """
-    tensors = as_list(params)
-    _combine_(
-        tensors,
+    plan, tensors, streams, offsets, rows = members("combine_", params, streams, offsets, rows)
+    args = (
         *noise_args("combine_", tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed),
         *mask_args("combine_", tensors, masks, mask_seed, density),
         None if curvature is None else as_list(curvature),
         *row_args("combine_", tensors, rows),
     )
+    if plan is None:
+        _combine_(tensors, *args)
+        return
+    terms = Terms(*args)
+    plan.run(
+        "combine_", _combine_, (tensors, *args), "combine",
+        Columns(tensors, masks=terms.masks, curvature=terms.curvature), terms,
+        direct=lambda kernel: kernel(tensors, tensors, terms), changed=[tensors],
+    )  # fmt: skip
 
 
 @torch.no_grad()
 def combine(
     out: Tensor | Sequence[Tensor],
-    params: Tensor | Sequence[Tensor],
+    params: Tensor | Sequence[Tensor] | Plan,
     seeds: int | Sequence[int] | Tensor,
     coeffs: float | Sequence[float] | Tensor,
     *,
-    streams: int | Sequence[int],
+    streams: int | Sequence[int] | None = None,
     offsets: int | Sequence[int] | None = None,
     dist: Dist = "normal",
     decay: float | Tensor | None = None,
@@ -132,15 +141,23 @@ def combine(
     ``out`` has the shapes, dtype and device of ``params`` and shares no memory with them.  Perturbing into a scratch
     this way makes restoring exact and free.
     """
-    tensors = as_list(params)
-    _combine(
-        as_list(out),
-        tensors,
+    plan, tensors, streams, offsets, rows = members("combine", params, streams, offsets, rows)
+    into = as_list(out)
+    args = (
         *noise_args("combine", tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed),
         *mask_args("combine", tensors, masks, mask_seed, density),
         None if curvature is None else as_list(curvature),
         *row_args("combine", tensors, rows),
     )
+    if plan is None:
+        _combine(into, tensors, *args)
+        return
+    terms = Terms(*args)
+    plan.run(
+        "combine", _combine, (into, tensors, *args), "combine",
+        Columns(tensors, into, masks=terms.masks, curvature=terms.curvature), terms,
+        direct=lambda kernel: kernel(into, tensors, terms), changed=[into],
+    )  # fmt: skip
 
 
 def pack_mask(keep: Tensor, offset: int = 0, row: tuple[int, int] | None = None) -> Tensor:

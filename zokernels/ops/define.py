@@ -59,7 +59,8 @@ def checked(check: Callable[..., Any]) -> Callable[..., None]:
 
 def written(*tensors: Sequence[Tensor]) -> None:
     """Tells autograd that an operation has changed the tensors of these groups."""
-    torch.autograd.graph.increment_version([t for group in tensors for t in group])
+    for group in tensors:
+        torch.autograd.graph.increment_version(group)
 
 
 def read_by(terms: Terms) -> dict[str, Sequence[Tensor]]:

@@ -13,6 +13,7 @@ from ..backends.terms import Terms
 from ..checks import check_one, check_overlap, check_scalars, check_tensors, check_terms
 from .arguments import Dist, Rounding, as_list, device_values, noise_args
 from .define import NOISE, checked, define, written
+from .plan import Columns, Plan, members
 
 
 def _check_fan_out_(
@@ -23,10 +24,19 @@ def _check_fan_out_(
         check_tensors("fan_out_", {"params": params, "plus": plus, "minus": minus})
     check_terms("fan_out_", "params", params, terms)
     if params:
-        check_scalars("fan_out_", "coeffs", terms.coeffs, torch.float32, params[0].device)
-        check_one("fan_out_", "seed", seed, torch.int64, params[0].device)
-        check_one("fan_out_", "coeff", coeff, torch.float32, params[0].device)
+        _check_direction(seed, coeff, terms, params[0].device)
     return terms
+
+
+def _check_direction(seed: Tensor, coeff: Tensor, terms: Terms, device: torch.device) -> None:
+    check_scalars("fan_out_", "coeffs", terms.coeffs, torch.float32, device)
+    check_one("fan_out_", "seed", seed, torch.int64, device)
+    check_one("fan_out_", "coeff", coeff, torch.float32, device)
+
+
+def _changed(terms: Terms, params: list[Tensor], plus: list[Tensor], minus: list[Tensor]) -> list[list[Tensor]]:
+    """The lists that a call writes to: theta only where an update is pending."""
+    return [params if terms.seeds.numel() or terms.decay is not None else [], plus, minus]
 
 
 @define(
@@ -40,12 +50,12 @@ def _fan_out_(
     check_overlap("fan_out_", {"params": params, "plus": plus, "minus": minus}, {})
     if params:
         select(params[0].device).fan_out(params, plus, minus, seed, coeff, terms)
-        written(params if terms.seeds.numel() or terms.decay is not None else [], plus, minus)
+        written(*_changed(terms, params, plus, minus))
 
 
 @torch.no_grad()
 def fan_out_(
-    params: Tensor | Sequence[Tensor],
+    params: Tensor | Sequence[Tensor] | Plan,
     plus: Tensor | Sequence[Tensor],
     minus: Tensor | Sequence[Tensor],
     seed: int | Tensor,
@@ -53,7 +63,7 @@ def fan_out_(
     *,
     seeds: int | Sequence[int] | Tensor = (),
     coeffs: float | Sequence[float] | Tensor = (),
-    streams: int | Sequence[int],
+    streams: int | Sequence[int] | None = None,
     offsets: int | Sequence[int] | None = None,
     dist: Dist = "normal",
     decay: float | Tensor | None = None,
@@ -75,13 +85,21 @@ def fan_out_(
 
     Raises: as :func:`combine_`.
     """
-    tensors = as_list(params)
+    plan, tensors, streams, offsets, _ = members("fan_out_", params, streams, offsets)
     device = tensors[0].device if tensors else torch.device("cpu")
-    _fan_out_(
-        tensors,
-        as_list(plus),
-        as_list(minus),
+    lists = tensors, as_list(plus), as_list(minus)
+    direction = (
         device_values("fan_out_", "seed", seed, torch.int64, device),
         device_values("fan_out_", "coeff", coeff, torch.float32, device),
-        *noise_args("fan_out_", tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed),
     )
+    args = noise_args("fan_out_", tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed)
+    if plan is None or plan.rows is not None:
+        _fan_out_(*lists, *direction, *args)
+        return
+    terms = Terms(*args)
+    plan.run(
+        "fan_out_", _fan_out_, (*lists, *direction, *args), "fan_out",
+        Columns(tensors, first=lists[1], second=lists[2]), terms, direction,
+        direct=lambda kernel: kernel(*lists, *direction, terms), changed=_changed(terms, *lists),
+        check=lambda: _check_direction(*direction, terms, device),
+    )  # fmt: skip

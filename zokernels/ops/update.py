@@ -13,6 +13,7 @@ from ..backends.terms import Terms
 from ..checks import STATE_DTYPES, check_overlap, check_scalars, check_states, check_tensors, check_terms, fail
 from .arguments import Dist, Rounding, as_list, device_values, mask_args, noise_args, row_args
 from .define import MASK, NOISE, ROWS, checked, define, read_by, written
+from .plan import Columns, Plan, members
 
 Rule = Literal["momentum", "adam", "adam_window", "sign", "hizoo"]
 
@@ -21,30 +22,39 @@ Rule = Literal["momentum", "adam", "adam_window", "sign", "hizoo"]
 RULES = {"momentum": (1, 4), "adam": (2, 8), "adam_window": (0, 2), "sign": (0, 2), "hizoo": (1, 2)}
 
 
+def _terms(*fields: Any) -> Terms:
+    """The fields of the schema, which has no curvature."""
+    return Terms(*fields[:10])._replace(**dict(zip(("widths", "lengths"), fields[10:], strict=False)))
+
+
 def _check_update_(
     params: list[Tensor], first: list[Tensor], second: list[Tensor], rule: str, hyper: Tensor, *fields: Any
 ) -> Terms:
-    terms = Terms(*fields[:10])._replace(**dict(zip(("widths", "lengths"), fields[10:], strict=False)))
+    terms = _terms(*fields)
     if rule not in RULES:
         fail("update_", "rule", " or ".join(map(repr, RULES)), repr(rule))
     if params:
         check_tensors("update_", {"params": params})
     check_terms("update_", "params", params, terms)
-    states, values = RULES[rule]
+    states = RULES[rule][0]
     for i, (argument, tensors) in enumerate((("first", first), ("second", second))):
         if i < states:
             check_states("update_", argument, tensors, params, STATE_DTYPES)
         elif tensors:
             fail("update_", argument, f"no state for rule {rule!r}", f"{len(tensors)} tensors")
     if params:
-        seeds = terms.seeds.numel()
-        check_scalars("update_", "hyper", hyper, torch.float32, params[0].device)
-        values += seeds if rule == "adam_window" else 0
-        if hyper.numel() != values:
-            fail("update_", "hyper", f"{values} values for rule {rule!r}", hyper.numel())
-        if rule == "hizoo" and seeds != 1:
-            fail("update_", "seeds", "one seed for rule 'hizoo'", seeds)
+        _check_hyper(rule, hyper, terms, params[0].device)
     return terms
+
+
+def _check_hyper(rule: str, hyper: Tensor, terms: Terms, device: torch.device) -> None:
+    check_scalars("update_", "hyper", hyper, torch.float32, device)
+    seeds, (_, values) = terms.seeds.numel(), RULES[rule]
+    values += seeds if rule == "adam_window" else 0
+    if hyper.numel() != values:
+        fail("update_", "hyper", f"{values} values for rule {rule!r}", hyper.numel())
+    if rule == "hizoo" and seeds != 1:
+        fail("update_", "seeds", "one seed for rule 'hizoo'", seeds)
 
 
 @define(
@@ -64,7 +74,7 @@ def _update_(
 
 @torch.no_grad()
 def update_(
-    params: Tensor | Sequence[Tensor],
+    params: Tensor | Sequence[Tensor] | Plan,
     rule: Rule,
     hyper: Sequence[float] | Tensor,
     seeds: int | Sequence[int] | Tensor,
@@ -72,7 +82,7 @@ def update_(
     *,
     first: Tensor | Sequence[Tensor] = (),
     second: Tensor | Sequence[Tensor] = (),
-    streams: int | Sequence[int],
+    streams: int | Sequence[int] | None = None,
     offsets: int | Sequence[int] | None = None,
     dist: Dist = "normal",
     decay: float | Tensor | None = None,
@@ -116,15 +126,22 @@ def update_(
     Sources: Adam, Kingma and Ba 2015 (scale = 1 / sqrt(1 - beta2^t), lr over 1 - beta1^t); ZO-signSGD, Liu et al. 2019;
     HiZOO, Zhao et al. 2024 (arXiv 2402.15173).
     """
-    tensors = as_list(params)
+    plan, tensors, streams, offsets, rows = members("update_", params, streams, offsets, rows)
     device = tensors[0].device if tensors else torch.device("cpu")
-    _update_(
-        tensors,
-        as_list(first),
-        as_list(second),
-        rule,
-        device_values("update_", "hyper", hyper, torch.float32, device),
+    lists = tensors, as_list(first), as_list(second)
+    extras = rule, device_values("update_", "hyper", hyper, torch.float32, device)
+    args = (
         *noise_args("update_", tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed),
         *mask_args("update_", tensors, masks, mask_seed, density),
         *row_args("update_", tensors, rows),
     )
+    if plan is None:
+        _update_(*lists, *extras, *args)
+        return
+    terms = _terms(*args)
+    plan.run(
+        "update_", _update_, (*lists, *extras, *args), "update",
+        Columns(tensors, first=lists[1], second=lists[2], masks=terms.masks), terms, extras,
+        direct=lambda kernel: kernel(*lists, *extras, terms), changed=lists,
+        check=lambda: _check_hyper(*extras, terms, device), key=(rule,),
+    )  # fmt: skip

@@ -86,11 +86,11 @@ class DeferredNoise(Noise):
             self._passes.setdefault(id(p), []).append(one)
 
     def move(self, members: Members, seeds: Tensor, coeffs: Tensor) -> None:
-        params, streams, dist = members
+        params, streams, dist, _ = members
         self.put(params, streams, Pass(seeds, coeffs.clone(), dist, None, "nearest", None))
 
     def update(self, members: Members, seeds: Tensor, coeffs: Tensor, **options: Any) -> None:
-        params, streams, dist = members
+        params, streams, dist, _ = members
         # The rule may go on writing to the tensors that it gave (a window's seeds), so they are copied.
         self.put(params, streams, Pass(seeds.clone(), coeffs.clone(), dist, **options))
 

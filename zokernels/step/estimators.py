@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import check_integer, fail
+from ..checks import check_choice, check_integer, fail
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,21 @@ class TwoSided(Estimator):
     def coefficients(self, losses: Tensor, eps: float) -> Tensor:
         plus, minus = losses.view(-1, 2).unbind(1)
         return (plus - minus) / (2 * eps * self.directions)
+
+
+@dataclass(frozen=True)
+class SignOfDifference(TwoSided):
+    """g_k = sign(L(theta + eps z_k) - L(theta - eps z_k)) / q; sign(0) = 0: 2 q forwards.
+
+    Only which side is better counts, so a step moves the weights by lr z whatever the loss's scale.  The
+    rule :class:`Sign` is another method: there it is the sign of each weight's own sum_k g_k z_k.
+
+    Source: ``zo_sign_opt`` of ZO-Bench (Zhang et al., 2024, arXiv 2402.11592).
+    """
+
+    def coefficients(self, losses: Tensor, eps: float) -> Tensor:
+        difference = super().coefficients(losses, eps)
+        return torch.where(difference.isfinite(), difference.sign(), difference) / self.directions
 
 
 @dataclass(frozen=True)
@@ -105,18 +120,23 @@ class StdNormalized(OneSided):
     takes the place of eps, so steps are normalized.  Where sigma <= std_eps (in units of the loss) g is 0:
     losses that are all equal to their rounding say nothing, and would be divided by nothing.
 
+    ``sigma``: "sample" divides by q - 1, as above and in the paper; "population" divides by q, as the
+    authors' code does.  The same lr then makes steps sqrt(q / (q - 1)) times as long.
+
     Source: FZOO (Dang et al., 2025, arXiv 2506.09034).
     """
 
     std_eps: float = 1e-8
+    sigma: str = "sample"
 
     def __post_init__(self) -> None:
         check_integer(type(self).__name__, "directions", self.directions, 2)
+        check_choice(type(self).__name__, "sigma", self.sigma, ("sample", "population"))
         if not self.std_eps >= 0:
             fail(type(self).__name__, "std_eps", "a number >= 0", repr(self.std_eps))
 
     def coefficients(self, losses: Tensor, eps: float) -> Tensor:
-        difference, sigma = losses[1:] - losses[0], losses[1:].std()
+        difference, sigma = losses[1:] - losses[0], losses[1:].std(correction=int(self.sigma == "sample"))
         g = difference / (self.directions * sigma)
         return torch.where(sigma <= self.std_eps, torch.zeros_like(g), g)
 
@@ -155,6 +175,77 @@ class Ranking(Estimator):
 
     def loss(self, losses: Tensor) -> Tensor:
         return losses.min()
+
+
+#: From the values of a population (float64 [N]) to numbers of mean 0, by the name of the shaping.
+_SHAPINGS = {
+    "z-score": lambda x: (x - x.mean()) / (x.std(correction=0) + 1e-8),
+    "variance": lambda x: (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt(),
+    "ranks": lambda x: x.argsort(stable=True).argsort().double() / (len(x) - 1) - 0.5,
+    "mean": lambda x: x - x.mean(),
+}
+
+
+@dataclass(frozen=True)
+class Population(Estimator):
+    """Evolution strategies: g_k = s(L_k) / N over the N members theta + eps z_k of a population.
+
+    s shapes the values of the whole population, so that neither their scale nor their offset counts:
+
+    ============  ==========================================================================================
+    "z-score"     (x - mean) / (std + 1e-8), std of the population (divided by N)
+    "variance"    (x - mean) / sqrt(var + 1e-5), var of the population: what EGGROLL's code does
+    "ranks"       rank / (N - 1) - 1/2, the lowest has rank 0 (centred ranks); of equals the first is lower
+    "mean"        x - mean
+    ============  ==========================================================================================
+
+    With ``mirrored`` each direction has two members, theta + eps z_k and theta - eps z_k, so N = 2 q and
+    g_k = (s(L_k+) - s(L_k-)) / N.  With ``maximize`` the closure returns rewards, of which more is better,
+    and g_k changes its sign.  There is no division by eps, since eps is no step towards a limit here but the
+    width of the search.  The coefficient of a step is lr / N, whatever eps is.
+
+    N >= 2.  A value that is not finite skips the step.
+
+    Sources: ES at scale (Qiu et al., 2025, arXiv 2509.24372: z-scores); OpenAI's evolution strategies
+    (Salimans et al., 2017, arXiv 1703.03864: mirrored, centred ranks).
+    """
+
+    shaping: str = "z-score"
+    mirrored: bool = False
+    maximize: bool = False
+
+    def __post_init__(self) -> None:
+        check_integer(type(self).__name__, "directions", self.directions, 1 if self.mirrored else 2)
+        check_choice(type(self).__name__, "shaping", self.shaping, tuple(_SHAPINGS))
+
+    def points(self) -> list[tuple[int, int]]:
+        return [(k, sign) for k in range(self.directions) for sign in ((1, -1) if self.mirrored else (1,))]
+
+    def coefficients(self, losses: Tensor, eps: float) -> Tensor:
+        shaped: Tensor = _SHAPINGS[self.shaping](-losses if self.maximize else losses)
+        shaped = torch.where(losses.isfinite().all(), shaped, torch.full_like(shaped, float("nan")))
+        if self.mirrored:
+            plus, minus = shaped.view(-1, 2).unbind(1)
+            shaped = plus - minus
+        return shaped / len(losses)
+
+
+@dataclass(frozen=True)
+class ScaledPopulation(Population):
+    """:class:`Population`, with the coefficients times eps sqrt(N): EGGROLL's code.
+
+    There an update is the mean over the members of fitness times perturbation (eps z), times sqrt(N).
+
+    Source: Sarkar et al., 2025, arXiv 2511.16652.
+    """
+
+    directions: int = 8
+    shaping: str = "variance"
+    mirrored: bool = True
+
+    def coefficients(self, losses: Tensor, eps: float) -> Tensor:
+        scaled: Tensor = super().coefficients(losses, eps) * (eps * len(losses) ** 0.5)
+        return scaled
 
 
 @dataclass(frozen=True)

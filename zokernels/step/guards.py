@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import signal
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
+
+#: What signal's functions call: they also make an enum of each number and handler, which takes longer than the rest.
+_signal: Any = importlib.import_module("_signal")
+_SIGINT = int(signal.SIGINT)
 
 
 def is_capturing(devices: Iterable[torch.device]) -> bool:
@@ -30,29 +36,28 @@ class RngState:
         for device, state in self._cuda:
             torch.cuda.set_rng_state(state, device)
 
-    @contextmanager
-    def forward(self, index: int) -> Iterator[None]:
+    def forward(self, index: int) -> AbstractContextManager[None]:
         """Around the forward of that number; 0 is the first, and finds the state as it is."""
         if index:
             self.restore()
-        yield
+        return nullcontext()
 
 
-@contextmanager
-def uninterrupted() -> Iterator[None]:
+class uninterrupted:
     """Holds SIGINT back until the block ends: Ctrl-C cannot fall between a weight write and its record.
 
     Only the main thread receives signals; in any other this does nothing.
     """
-    previous = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or previous is None:
-        yield
-        return
-    pending = []
-    signal.signal(signal.SIGINT, lambda number, frame: pending.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        if pending:
-            signal.raise_signal(signal.SIGINT)
+
+    def __enter__(self) -> None:
+        self._pending: list[Any] = []
+        main = threading.current_thread() is threading.main_thread()
+        self._previous = _signal.getsignal(_SIGINT) if main else None
+        if self._previous is not None:
+            _signal.signal(_SIGINT, lambda number, frame: self._pending.append(number))
+
+    def __exit__(self, *exception: object) -> None:
+        if self._previous is not None:
+            _signal.signal(_SIGINT, self._previous)
+            if self._pending:
+                signal.raise_signal(signal.SIGINT)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..functional import Dist, combine, combine_, update_
+from ..functional import Dist, Plan, combine, combine_, update_
 from ..functional import Rule as KernelRule
 from .shard import locals_of, placed
 
@@ -24,6 +24,21 @@ class Members(NamedTuple):
     params: Tensors
     streams: Sequence[int]
     dist: Dist
+    #: Of just these parameters, where calls come again and again.
+    plan: Plan | None = None
+
+    @property
+    def places(self) -> dict[str, Any]:
+        """The arguments of an operation that say where in the noise the parameters are.
+
+        A sharded parameter gets the part of the noise that belongs to its local shard.
+        """
+        return {"streams": self.streams} | placed(self.params)
+
+    @property
+    def target(self) -> tuple[Plan | Tensors, dict[str, Any]]:
+        """The first argument of an operation that changes the parameters, and their places."""
+        return (locals_of(self.params), self.places) if self.plan is None else (self.plan, {})
 
 
 class Noise:
@@ -39,31 +54,31 @@ class Noise:
     same_scale = True
 
     def kernel_args(self, members: Members, seeds: Tensor, coeffs: Tensor) -> dict[str, Any]:
-        """The arguments of a combine that say what is added to ``members``.
-
-        A sharded parameter gets the part of the noise that belongs to its local shard.
-        """
-        args = {"seeds": seeds, "coeffs": coeffs, "streams": members.streams, "dist": members.dist}
-        return args | placed(members.params)
+        """The arguments of a combine that say what is added to ``members``, besides their places."""
+        return {"seeds": seeds, "coeffs": coeffs, "dist": members.dist}
 
     def perturb(self, out: Tensors, members: Members, seeds: Tensor, coeffs: Tensor, **options: Any) -> None:
         """out = round(decay * theta + sum_k c_k z_k), rounded to nearest.
 
         ``options``: theta, the weights that are read (by default the parameters), and decay (by default 1).
         """
-        theta = locals_of(options.pop("theta", members.params))
-        combine(locals_of(out), theta, **self.kernel_args(members, seeds, coeffs), **options)
+        theta, places = members.target
+        if "theta" in options:
+            theta, places = locals_of(options.pop("theta")), members.places
+        combine(locals_of(out), theta, **self.kernel_args(members, seeds, coeffs), **places, **options)
 
     def move(self, members: Members, seeds: Tensor, coeffs: Tensor) -> None:
         """In place, theta = round(theta + sum_k c_k z_k), rounded to nearest."""
-        combine_(locals_of(members.params), **self.kernel_args(members, seeds, coeffs))
+        theta, places = members.target
+        combine_(theta, **self.kernel_args(members, seeds, coeffs), **places)
 
     def update(self, members: Members, seeds: Tensor, coeffs: Tensor, **rounding: Any) -> None:
         """In place and in one pass, theta = round(decay * theta + sum_k c_k z_k).
 
         ``rounding``: the arguments decay, rounding and rounding_seed of :func:`zokernels.combine_`.
         """
-        combine_(locals_of(members.params), **self.kernel_args(members, seeds, coeffs), **rounding)
+        theta, places = members.target
+        combine_(theta, **self.kernel_args(members, seeds, coeffs), **places, **rounding)
 
     def step(
         self, members: Members, rule: KernelRule, hyper: Tensor, seeds: Tensor, coeffs: Tensor, **options: Any
@@ -72,7 +87,8 @@ class Noise:
 
         ``options``: the arguments first, second, decay, rounding and rounding_seed of that function.
         """
-        update_(locals_of(members.params), rule, hyper, **self.kernel_args(members, seeds, coeffs), **options)
+        theta, places = members.target
+        update_(theta, rule, hyper, **self.kernel_args(members, seeds, coeffs), **places, **options)
 
 
 DENSE = Noise()

@@ -9,6 +9,7 @@ Home   where the parameters' values are                         zokernels.offloa
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -18,7 +19,6 @@ from torch import Tensor
 from ..checks import fail
 from .estimators import Estimator
 from .probes.probe import Probe
-from .shard import any_sharded
 from .state import DeviceState, HostState
 from .types import Bucket, Estimate, Group, Seeds
 
@@ -45,7 +45,7 @@ class Team:
 
     def begin(self, optimizer: OptimizerView, buckets: Sequence[Bucket]) -> None:
         """Called before a step."""
-        if any_sharded(p for b in buckets for p in b.params):
+        if any(b.is_sharded for b in buckets):
             fail(optimizer.op, "mesh", "a mesh with all ranks that share the weights", None)
 
     def changed(self) -> None:
@@ -137,9 +137,20 @@ def home_of(param: Tensor) -> Home:
     return home
 
 
+_moves = itertools.count(1)
+_last_move = 0
+
+
 def move_home(param: Tensor, home: Home) -> None:
     """From now on the values of ``param`` are in ``home``."""
+    global _last_move
     param._zo_home = home  # type: ignore[attr-defined]
+    _last_move = next(_moves)
+
+
+def last_move() -> int:
+    """The number of the last :func:`move_home` in this process: while it stays, so do the homes of all parameters."""
+    return _last_move
 
 
 def common_home(op: str, groups: list[Group]) -> Home:

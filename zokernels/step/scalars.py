@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ..transfer import to_device
+from ..transfer import known_on_host, to_device
 from .types import Group
 
 
@@ -39,20 +40,47 @@ def decay_of(group: Group, like: Tensor) -> float | Tensor:
     return decay
 
 
-def gate(groups: list[Group], gradients: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+#: What :func:`gate` says where the host may know: by identity, so that nobody reads a tensor to find out.
+YES, NO = torch.tensor(True), torch.tensor(False)
+#: From here on a number rounds to infinity in fp32.
+_INFINITE = 2.0**128 - 2.0**103
+
+
+def where(finite: Tensor, value: Callable[[], Tensor], other: Callable[[], Tensor]) -> Tensor:
+    """``value()`` where ``finite`` (bool, 0-dim) holds, else ``other()``.
+
+    Where the host knows the answer, only that one is computed.  Else both are, and the device chooses.
+    """
+    if finite is YES:
+        return value()
+    return other() if finite is NO else torch.where(finite, value(), other())
+
+
+def gate(groups: list[Group], gradients: list[Tensor], *, reads: bool) -> tuple[list[Tensor], Tensor]:
     """``gradients`` (fp32 [q] of each group), set to 0 unless all of them are finite; and whether they are.
 
-    Each lr * g must be finite in fp32, too.  The second result is bool, 0-dim.
+    Each lr * g must be finite in fp32, too.  The second result is bool, 0-dim; :data:`YES` or :data:`NO` where the
+    losses are on the CPU and ``reads`` allows to look at them.
     """
-    steps = [descent(group, g) for group, g in zip(groups, gradients, strict=True)]
-    finite = torch.isfinite(torch.cat((*gradients, *steps))).all()
+    if reads and all(known_on_host(g) for g in gradients):
+        finite = YES if all(map(_all_finite, groups, gradients)) else NO
+    else:
+        steps = [descent(group, g) for group, g in zip(groups, gradients, strict=True)]
+        finite = torch.isfinite(torch.cat((*gradients, *steps))).all()
+    if finite is YES:
+        return gradients, finite
     return [torch.where(finite, g, torch.zeros_like(g)) for g in gradients], finite
+
+
+def _all_finite(group: Group, g: Tensor) -> bool:
+    lr = float(group["lr"])
+    return all(math.isfinite(v) and abs(lr * v) < _INFINITE for v in g.tolist())
 
 
 def gated_decay(decay: float | Tensor, finite: Tensor, device: torch.device) -> Tensor:
     """``decay`` as fp32 [1] on ``device``; 1 unless ``finite``."""
     one = torch.ones(1, dtype=torch.float64, device=finite.device)
-    return to_device(torch.where(finite, decay * one, one).float(), device)
+    return to_device(where(finite, lambda: decay * one, lambda: one).float(), device)
 
 
 def scalars(values: Sequence[float | Tensor], device: torch.device) -> Tensor:
@@ -67,8 +95,3 @@ def scalars(values: Sequence[float | Tensor], device: torch.device) -> Tensor:
 def is_zero(lr: float | Tensor) -> bool:
     """Whether the host knows that there is nothing to update."""
     return not isinstance(lr, Tensor) and lr == 0
-
-
-def known_on_host(value: Tensor) -> bool:
-    """Whether the host can read ``value`` without waiting for a device."""
-    return value.device.type == "cpu"

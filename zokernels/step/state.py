@@ -12,6 +12,7 @@ from ..checks import fail
 from ..contract import derive_seed_int, seed_to_int64
 from ..functional import derive_seed
 from ..transfer import to_device
+from .scalars import YES
 from .types import Seeds
 
 
@@ -43,11 +44,13 @@ class HostState(_State):
         """derive_seed(seed, step + ahead, k) for k = 0 .. count - 1, as an int64 tensor on each device."""
         values = [seed_to_int64(derive_seed_int(self.seed, self.step + ahead, k)) for k in range(count)]
         # Fills: a list would be copied from pageable memory.
-        return {d: torch.cat([torch.full((1,), v, dtype=torch.int64, device=d) for v in values]) for d in devices}
+        fills = lambda d: [torch.full((1,), v, dtype=torch.int64, device=d) for v in values]
+        return {d: torch.cat(fills(d)) if count > 1 else fills(d)[0] for d in devices}
 
     def advance(self, finite: Tensor) -> None:
         """A step has been taken; unless ``finite``, its update was skipped."""
-        self.skipped = to_device(self.skipped, finite.device) + ~finite
+        skipped = to_device(self.skipped, finite.device)
+        self.skipped = skipped if finite is YES else skipped + ~finite
         self.step += 1
 
     def load(self, seed: int, step: int, skipped: int) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from ..checks import check_choice, fail
+from ..checks import check_choice, check_integer, fail
+from ..transfer import known_on_host
 from . import groups
 from .checkpoint import Held, check_state_dict, own_state
 from .directions.direction import Direction
@@ -20,6 +21,7 @@ from .estimators import Estimator, TwoSided
 from .graphs import GraphRng, check_capturable, check_capture
 from .guards import RngState, is_capturing, uninterrupted
 from .loss import LossReader
+from .probes.blocks import Blocks
 from .probes.exact import ExactProbe
 from .probes.inplace import InplaceProbe
 from .probes.probe import Probe
@@ -27,9 +29,8 @@ from .probes.sharded import CopiedShardProbe, MovedShardProbe
 from .roles import MEMORY, Log, Team, common_home
 from .rules.rule import Rule
 from .rules.sgd import SGD
-from .scalars import descent, gate, known_on_host, projected_gradient
+from .scalars import NO, descent, gate, projected_gradient
 from .scratch import ScratchPool
-from .shard import any_sharded
 from .state import DeviceState, HostState, check_seed
 from .subset import Subset
 from .two_pass import ThreePass, TwoPass, check_two_pass
@@ -64,6 +65,7 @@ class StepOptimizer(torch.optim.Optimizer):
         capturable: bool = False,
         direction: Direction | None = None,
         subset: Subset | None = None,
+        scratch: int | None = None,
         estimator: Estimator,
         rule: Rule,
     ) -> None:
@@ -77,6 +79,9 @@ class StepOptimizer(torch.optim.Optimizer):
             fail(self.op, "capturable", "False with a schedule that the host keeps (refresh, subset)", True)
         self.run_state = (DeviceState if capturable else HostState)(check_seed(self.op, seed))
         self.warned: set[str] = set()
+        if scratch is not None:
+            check_integer(self.op, "scratch", scratch, 0)
+        self.block_bytes = scratch
         self._begin_alone()
         #: g of the last step, with the eps and clip of the first group: fp32, on the device, 0-dim for one
         #: direction, else [q].
@@ -93,7 +98,8 @@ class StepOptimizer(torch.optim.Optimizer):
     def _begin_alone(self) -> None:
         """Sets what neither a copy nor a pickle takes along: the surroundings, scratch and graphs."""
         self.team, self.log, self.passes = Team(), Log(), ThreePass()
-        self.scratch = ScratchPool()
+        self.scratch, self.planner = ScratchPool(), groups.Planner()
+        self.blocks = Blocks(self.block_bytes)
         self.cache: dict[Any, Any] = {}
         self.graph_rng: GraphRng | None = None
         self.carried = False
@@ -222,7 +228,7 @@ class StepOptimizer(torch.optim.Optimizer):
 
     def plan(self) -> list[Bucket]:
         """The buckets of the next step.  Raises where the groups would make it fail."""
-        buckets = groups.plan(self.op, self.param_groups)
+        buckets = self.planner.plan(self.op, self.param_groups)
         for group in self.param_groups:
             self.rule.check(self.op, group)
         return buckets if self.subset is None else self.subset.select(self, buckets)
@@ -242,12 +248,12 @@ class StepOptimizer(torch.optim.Optimizer):
         if (probe := self.passes.probe(self.run_state, buckets, seeds)) is not None:
             return probe
         exact = self.restore == "exact"
-        if any_sharded(p for b in buckets for p in b.params):
+        if any(b.is_sharded for b in buckets):
             return CopiedShardProbe(buckets, seeds, self.scratch) if exact else MovedShardProbe(buckets, seeds)
         return self.exact_probe(buckets, seeds) if exact else InplaceProbe(buckets, seeds)
 
-    def exact_probe(self, buckets: list[Bucket], seeds: Seeds) -> ExactProbe:
-        return ExactProbe(self.op, buckets, seeds, self.scratch, self.warned)
+    def exact_probe(self, buckets: list[Bucket], seeds: Seeds, shared: bool = False) -> ExactProbe:
+        return ExactProbe(self.op, buckets, seeds, self.scratch, self.blocks, self.warned, shared)
 
     def estimate(self, buckets: list[Bucket], losses_at: LossesAt) -> Estimate:
         """g of every bucket from the losses at the estimator's points; then the rule's choice of a trial."""
@@ -256,10 +262,12 @@ class StepOptimizer(torch.optim.Optimizer):
         here = [b.group for b in buckets]
         foreign = self.team.foreign(self, here)
         scales = [(b.eps, b.group["clip"]) for b in buckets] + [(group["eps"], group["clip"]) for group in foreign]
-        gradients, finite = gate([*here, *foreign], [self._gradient(losses, *scale) for scale in scales])
+        raw = {scale: self._gradient(losses, *scale) for scale in dict.fromkeys(scales)}
+        reads = not self.run_state.capturable
+        gradients, finite = gate([*here, *foreign], [raw[scale] for scale in scales], reads=reads)
         elsewhere = list(zip(foreign, gradients[len(here) :], strict=True))
-        skip, gradients = self.skips(finite), gradients[: len(here)]
-        estimate = Estimate(losses, gradients, finite, skip, tuple(losses), elsewhere=elsewhere)
+        gradients = gradients[: len(here)]
+        estimate = Estimate(losses, gradients, finite, finite is NO, losses.unbind(), elsewhere=elsewhere, raw=raw)
         if not self.rule.trials:
             return estimate
         points = self.trial_points(buckets, estimate.gradients)
@@ -269,10 +277,6 @@ class StepOptimizer(torch.optim.Optimizer):
 
     def _gradient(self, losses: Tensor, eps: float, clip: float | None) -> Tensor:
         return projected_gradient(self.estimator.coefficients(losses.double(), eps), clip)
-
-    def skips(self, finite: Tensor) -> bool:
-        """Whether the host knows that the step has no update."""
-        return not self.run_state.capturable and known_on_host(finite) and not finite
 
     def trial_points(self, buckets: list[Bucket], gradients: list[Tensor]) -> list[list[Point]]:
         """For each of the rule's trials, the point of each bucket."""
@@ -298,7 +302,8 @@ class StepOptimizer(torch.optim.Optimizer):
     def publish(self, estimate: Estimate) -> None:
         """Sets ``last_losses`` and ``last_projected_gradient`` from the estimate of a step."""
         first = self.param_groups[0]
-        g = self._gradient(estimate.losses, first["eps"], first["clip"])
+        scale = first["eps"], first["clip"]
+        g = estimate.raw[scale] if scale in estimate.raw else self._gradient(estimate.losses, *scale)
         g = g if estimate.multiple is None else estimate.multiple * g
         self.last_losses, self.last_projected_gradient = estimate.forwards, g if len(g) > 1 else g.reshape(())
 
@@ -402,7 +407,7 @@ class StepOptimizer(torch.optim.Optimizer):
             fail(self.op, "mesh", "no copy: processes are not copied", "an optimizer on a mesh", RuntimeError)
         if self.passes.pending:
             fail(self.op, "two_pass", "flush() before a copy", "weights that hold a perturbation", RuntimeError)
-        keys = ("estimator", "rule", "direction", "subset", "restore", "run_state", "warned")
+        keys = ("estimator", "rule", "direction", "subset", "restore", "run_state", "warned", "block_bytes")
         last = ("last_projected_gradient", "last_loss", "last_losses")
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in (*keys, *last)}}
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -101,7 +100,7 @@ class TwoPass(ThreePass):
         Afterwards that step's probe is pending.
         """
         seeds, key = state.seeds({b.device: None for b in probe.buckets}, 1, ahead=1), (state.seed, state.step + 1)
-        following = InplaceProbe([replace(b, at={}) for b in probe.buckets], seeds, key)
+        following = InplaceProbe([b.following() for b in probe.buckets], seeds, key)
         for b in probe.buckets:
             b.ahead = terms(b.point(0, 1), seeds[b.device])
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..functional import Dist
+from ..functional import Dist, Plan
 from ..transfer import to_device
 from .noise import DENSE, Members, Noise
+from .shard import any_sharded
 
 #: A parameter group, as ``optimizer.param_groups`` has them.
 Group = dict[str, Any]
@@ -71,10 +73,30 @@ class Bucket:
     #: Seeds and coefficients that the update adds to its own: the next step's perturbation
     #: (:class:`TwoPass`).
     ahead: tuple[Tensor, Tensor] | None = None
+    #: Of :attr:`params`, kept from step to step; a bucket of others has another or none.
+    plan: Plan | None = field(default=None, init=False)
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.plan is None and any_sharded(self.params)  # a plan has no shards
 
     @property
     def members(self) -> Members:
-        return Members(self.params, self.streams, self.dist)
+        return Members(self.params, self.streams, self.dist, self.plan)
+
+    def following(self) -> Bucket:
+        """The same bucket, eps and noise included, with the weights at theta."""
+        bucket = replace(self, at={}, ahead=None)
+        bucket.plan = self.plan
+        return bucket
+
+    def of(self, group: Group) -> Bucket:
+        """A bucket of the same parameters for a step with ``group``, whose hyper-parameters may be others."""
+        bucket = Bucket(
+            group, self.device, self.dtype, self.params, self.streams, self.names, eps=group["eps"], dist=group["dist"]
+        )
+        bucket.plan = self.plan
+        return bucket
 
     def point(self, k: int, sign: int) -> Point:
         """theta + sign * eps * z_k."""
@@ -84,6 +106,8 @@ class Bucket:
         """The coefficients that lead from :attr:`at` back to theta: float64 [q], on the device of ``g``."""
         back = torch.zeros_like(g, dtype=torch.float64)
         for k, c in self.at.items():
+            if len(back) == 1 and not isinstance(c, Tensor):
+                return back.fill_(-c)
             back[k].sub_(c)
         return back
 
@@ -104,3 +128,5 @@ class Estimate(NamedTuple):
     multiple: Tensor | None = None  #: the rule's choice among its trials, a factor of g (fp32, 0-dim)
     #: Groups whose parameters are on other stages of a pipeline alone, each with its g.
     elsewhere: Sequence[tuple[Group, Tensor]] = ()
+    #: g of each (eps, clip) that some group has, whether finite or not.
+    raw: Mapping[tuple[float, float | None], Tensor] = MappingProxyType({})

@@ -21,9 +21,10 @@ from ..checks import fail
 from ..files.appending import AppendedFile, sha256_of
 from ..step import roles
 from ..step.roles import OptimizerView
-from ..step.scalars import known_on_host, learning_rate
+from ..step.scalars import learning_rate
 from ..step.step import StepOptimizer
 from ..step.types import Bucket, Estimate
+from ..transfer import known_on_host
 from .format import Layout, Log, Record, encode, read, scan
 from .replay import check_records, repeat_all, retaking
 from .settings import check_base, check_same_run, own_part, settings, whole_header

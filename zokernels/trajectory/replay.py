@@ -130,7 +130,7 @@ def repeat_all(
     records, direction, deferred = iter(records), optimizer.direction, DeferredNoise()
     numel = sum(p.numel() for g in optimizer.param_groups for p in g["params"] if takes_part(g, p))
     sharded = any_sharded(p for g in optimizer.param_groups for p in g["params"])
-    if puts_off := type(direction) is Direction and not sharded:
+    if puts_off := type(direction) is Direction and optimizer.rule.through_noise and not sharded:
         optimizer.direction = _Deferred(deferred)
     try:
         while batch := list(itertools.islice(records, _BATCH)):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -27,9 +26,12 @@ class InplaceProbe(Probe):
 
     def move(self, points: list[Point]) -> None:
         """The weights of each bucket from :attr:`Bucket.at` to a new point."""
+        ways = [between(b.at, point) for b, point in zip(self.buckets, points, strict=True)]
+        if not any(ways):
+            return
         with uninterrupted():
-            for b, point in zip(self.buckets, points, strict=True):
-                if way := between(b.at, point):
+            for b, point, way in zip(self.buckets, points, ways, strict=True):
+                if way:
                     b.noise.move(b.members, *terms(way, self.seeds[b.device]))
                     b.at = point
             # Autocast would go on computing with the casts that it made of the weights before the move.
@@ -38,7 +40,6 @@ class InplaceProbe(Probe):
     def restore(self) -> None:
         self.move([{}] * len(self.buckets))
 
-    @contextmanager
-    def at(self, points: list[Point]) -> Iterator[None]:
+    def at(self, points: list[Point]) -> AbstractContextManager[None]:
         self.move(points)
-        yield
+        return nullcontext()

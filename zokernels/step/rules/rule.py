@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -61,6 +62,9 @@ class Rule:
     #: Multiples of the update sum_k -lr * g_k z_k.  Before :meth:`update` the closure runs once at each of
     #: them, and the update then gets the g_k times the multiple whose loss is lowest.
     trials: tuple[int, ...] = ()
+    #: True if an update touches weights and states through the bucket's noise alone, so that a replay may put
+    #: it off.
+    through_noise = True
     #: True if the rule reads the losses themselves.  A log of the run must then hold them.
     reads_losses = False
 
@@ -114,6 +118,9 @@ class Rule:
 
     def state(self, optimizer: OptimizerView, bucket: Bucket, name: str) -> list[Tensor]:
         """``optimizer.state[p][name]`` of the bucket's parameters; of sharded ones, the local shard."""
+        if bucket.plan is not None:  # no shards, and mostly nothing to make: hundreds of look-ups are all that is left
+            with contextlib.suppress(KeyError):
+                return [optimizer.state[p][name] for p in bucket.params]
         found = []
         for p, label in zip(bucket.params, bucket.names, strict=True):
             state = optimizer.state[p]
