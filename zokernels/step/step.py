@@ -192,6 +192,15 @@ class StepOptimizer(torch.optim.Optimizer):
         """
         if not callable(closure):
             fail(self.op, "closure", "a function that runs the forward and returns the loss", repr(closure), TypeError)
+        with uninterrupted() as hold:  # signals are delivered inside the closure, and when the step is over
+            loss = self._run_held(lambda: hold.call(closure), reader, consume or self._finish)
+        if not self.run_state.capturable and known_on_host(self.run_state.skipped):
+            self._warn_skipped()
+        return loss
+
+    def _run_held(
+        self, closure: Callable[[], Any], reader: LossReader, consume: Callable[[Probe, Estimate], object]
+    ) -> Tensor:
         buckets = self.plan()
         devices = list(dict.fromkeys(b.device for b in buckets))
         capturing = is_capturing(devices)
@@ -210,12 +219,9 @@ class StepOptimizer(torch.optim.Optimizer):
                 return self.team.gather(reader.losses(results) if results else None, count, devices[0])
 
             estimate = self.estimate(probe.buckets, losses_at)
-            with uninterrupted():
-                (consume or self._finish)(probe, estimate)
+            consume(probe, estimate)
         self.publish(estimate)
         self.last_loss = self.estimator.loss(estimate.losses)
-        if not self.run_state.capturable and known_on_host(self.run_state.skipped):
-            self._warn_skipped()
         return self.last_loss
 
     def _finish(self, probe: Probe, estimate: Estimate) -> None:
