@@ -46,7 +46,7 @@ class Workload:
     #: Instructions for each element and direction of a bf16 pass in place with normal noise, counted in the
     #: machine code
     #: for sm_90 (docs/design.md).
-    instructions: float = 23.7
+    instructions: float = 23.1
 
     @property
     def weights(self) -> float:

@@ -11,8 +11,7 @@ from torch import nn
 from zosgd_cases import batch, combined, loss_of, mlp, same_bits, weights
 
 import zokernels as zk
-from zokernels.backends.reference.noise import uniform16, uniform16_at
-from zokernels.contract import DOMAIN_ROUNDING, seed_to_int64
+from zokernels.contract import seed_to_int64
 from zokernels.optim import ZOCGE, Blocks, GivenMask, MagnitudeMask, RandomMask
 from zokernels.optim.cge import sample
 from zokernels.trajectory import record
@@ -108,13 +107,6 @@ def test_rounding_bits_are_those_of_the_place(rng):
     want = combined(before, change, 1.0, stochastic_seed=own, stream=zk.stream_of("p"))
     assert same_bits([p.detach()], [want])
     assert (p != before).sum() > 5
-
-
-def test_fields_at_places(rng):
-    seed, stream = torch.tensor(seed_to_int64(rng.getrandbits(64))), rng.getrandbits(56)
-    index = torch.tensor(sorted(rng.sample(range(9000), 500)))
-    all_of = uniform16(seed, stream, DOMAIN_ROUNDING, 0, 9000)
-    assert torch.equal(uniform16_at(seed.view(1), stream, DOMAIN_ROUNDING, index), all_of[index])
 
 
 @ESTIMATOR

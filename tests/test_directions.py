@@ -340,7 +340,7 @@ BAD_STEPS = {
         SubZero,
         {"rank": 5},
         ValueError,
-        r"Subspace: rank: .* every matrix, \(4, 9\) taken as \(4, 9\) \(or squares=True\)",
+        r"Subspace: rank: .* every matrix, \(4, 9\) taken as \(4, 9\) \(or near_square=True\)",
     ),
     "name": (ZOSGD, {"direction": GivenMask({"no": torch.ones(1)})}, ValueError, "GivenMask: masks: .* got 'no'"),
     "dtype": (ZOSGD, {"direction": GivenMask({"layers.0.b": torch.ones(7)})}, TypeError, "float32 of shape"),

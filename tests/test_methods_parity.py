@@ -536,8 +536,8 @@ def test_subzero_takes_thin_matrices_as_squares(rng):
         return minus(theta, lr, {n: central(theta, z) * v for n, v in z.items()})
 
     make = lambda p, **o: SubZero(p, lr, rank=r, interval=2, **o)
-    compare(make, oracle, rng, squares=True)
-    with pytest.raises(ValueError, match=r"rank: .* \(4, 9\) taken as \(4, 9\) \(or squares=True\), got 5"):
+    compare(make, oracle, rng, near_square=True)
+    with pytest.raises(ValueError, match=r"rank: .* \(4, 9\) taken as \(4, 9\) \(or near_square=True\), got 5"):
         compare(make, oracle, rng)
 
 
@@ -605,7 +605,7 @@ def test_solvers_on_low_rank(solver, kind, restore, rng):
         opt = EGGROLL(list(params.items()), directions=2, shaping=None, **options, **decay)
         noise_of = rank_one
     else:
-        direction = Subspace(3, 2, squares=True)
+        direction = Subspace(3, 2, near_square=True)
         options |= {"estimator": TwoSided(2), "direction": direction}
         opt = ZerothOrder(list(params.items()), **options, **decay)
         noise_of = subzero_noise(seed, 3, 2)
@@ -680,7 +680,7 @@ LOGGED = {
     "TeZO": lambda p, **o: TeZO(p, 0.001, rank=3, scaled=False, **o),
     "LOZO-M": lambda p, **o: LOZO(p, 0.001, rank=3, interval=3, momentum=0.7, weight_decay=0.1, **o),
     "TeZO-m": lambda p, **o: TeZO(p, 0.001, rank=3, momentum=0.7, **o),
-    "SubZero": lambda p, **o: SubZero(p, 0.002, rank=5, interval=2, squares=True, **o),
+    "SubZero": lambda p, **o: SubZero(p, 0.002, rank=5, interval=2, near_square=True, **o),
     "AMSGrad": lambda p, **o: ZOAdamW(p, 0.02, amsgrad=True, weight_decay=0.1, **o),
     "Adam on SubZero": lambda p, **o: ZOAdamW(p, 0.02, direction=Subspace(3, 2), weight_decay=0.1, **o),
     "momentum on EGGROLL": lambda p, **o: EGGROLL(p, 20.0, directions=2, rule=Momentum(0.8), **o),

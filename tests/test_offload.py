@@ -62,6 +62,8 @@ METHODS = {
     "FZOO": functools.partial(optim.FZOO, directions=4),
     "ranking": functools.partial(optim.ZORankSGD, candidates=3),
     "conservative": optim.ZOConservative,
+    "ES": functools.partial(optim.ES, population=4, maximize=False),
+    "MeZO-GV": functools.partial(optim.MeZOGV, candidates=3, top=1),
     "layers at random": functools.partial(optim.LeZO, skipped=0.5),
 }
 

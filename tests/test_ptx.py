@@ -60,7 +60,7 @@ def run(body: str, *, written: bool = True, writable: bool = True) -> tuple[torc
     source = memory.place(torch.arange(64, dtype=torch.int32), written=written, writable=False)
     target = memory.place(torch.zeros(64, dtype=torch.int32), written=False, writable=writable)
     arguments = [t.data_ptr().to_bytes(8, "little") for t in (source, target)]
-    Machine(kernel, shared=2048).run((1, 1), arguments, memory)
+    Machine(kernel, shared=2048).run(1, arguments, memory)
     return source, target, memory
 
 

@@ -292,6 +292,29 @@ def test_kinds_of_modules(kind, scratch):
     check_steps(model, lambda m, t: run(m).square().mean(), scratch=scratch)
 
 
+@SCRATCH
+@pytest.mark.parametrize("training", [False, True])
+def test_attention_takes_one_path_in_all_forwards(training, scratch):
+    """Its fused path has other values where something is padded: what is open must not decide on it."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+    model = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoder(layer, 2)).train(training)
+    x, mask = torch.randn(2, 4, 8), torch.tensor([[False] * 4, [False, False, True, True]])
+
+    def loss(m, t):
+        return m[1](m[0](x), src_key_padding_mask=mask).square().mean()
+
+    def oracle(m, t):
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            return loss(m, t)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+
+    check_steps(model, loss, oracle, scratch=scratch)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_hooks_run_in_their_order_and_see_the_point():
     model, seen = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1)), []
     x = torch.ones(2, 3)

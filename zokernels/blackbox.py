@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .checks import DTYPES, check_choice, check_dist, check_integer, fail
+from .checks import DTYPES, check_choice, check_dist, check_integer, check_number, fail
 from .contract import seed_to_int64
 from .difference import stepped
 from .functional import Dist, combine_, derive_seed, spread
@@ -92,8 +90,7 @@ class BlackBox(nn.Module):
         check_choice("BlackBox", "estimator", estimator, ESTIMATORS)
         check_integer("BlackBox", "queries", queries)
         check_integer("BlackBox", "max_batch", max_batch)
-        if not isinstance(mu, Real) or isinstance(mu, bool) or not (mu > 0 and math.isfinite(mu)):
-            fail("BlackBox", "mu", "a finite number > 0", repr(mu))
+        check_number("BlackBox", "mu", mu, positive=True)
         check_dist("BlackBox", dist)
         if sphere and estimator != "rge":
             fail("BlackBox", "sphere", "False but for 'rge', whose directions are random", True)

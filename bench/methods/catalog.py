@@ -175,6 +175,17 @@ METHODS = [
         (eager.ES, {"directions": 8}), 0.04,
     ),
     Method(
+        "MeZO-GV, 4 candidates", "[2601.04710](https://arxiv.org/abs/2601.04710)",
+        "v = mean z of low losses - mean z of high ones", "MeZOGV(named, lr, candidates=4)", 6, 30, "0",
+        (eager.Guided, {"directions": 4}), 0.005,
+    ),
+    Method(
+        "BSZO, q = 2", "[2601.01452](https://arxiv.org/abs/2601.01452)",
+        "g = posterior mean of the derivatives along z_k",
+        "ZerothOrder(named, lr, estimator=Bayesian(2), rule=SGD())", 3, 10, "0",
+        (eager.Bayesian, {"directions": 2}), 0.015,
+    ),
+    Method(
         "EGGROLL, r = 1, 4 pairs", "[2511.16652](https://arxiv.org/abs/2511.16652)",
         "z = A B^T / sqrt(r), losses standardised", "EGGROLL(named, lr, rank=1, directions=4)", 8, 18, "0",
         (eager.EGGROLLPairs, {"directions": 4, "rank": 1}), 30.0,

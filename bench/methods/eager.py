@@ -130,6 +130,34 @@ class ES(ManyDirections):
             self.apply(self.seed(k), score / self.directions)
 
 
+class Guided(ManyDirections):
+    """MeZO-GV: a pass for each candidate, then the guiding vector, a z at a time, in each move along it."""
+
+    def run(self, closure: Closure) -> None:
+        losses, q = [self.one_sided(closure, k) for k in range(self.directions)], self.directions
+        top = sorted(range(q), key=losses.__getitem__)[: q // 2]
+        weights = [2 / q if k in top else -2 / q for k in range(q)]
+        pair = []
+        for move in (1, -2, 1):
+            for k, w in enumerate(weights):
+                self.perturb(self.seed(k), move * w)
+            if move != 1 or not pair:
+                pair.append(float(closure()))
+        g = (pair[0] - pair[1]) / (2 * self.eps)
+        for k, w in enumerate(weights):
+            self.apply(self.seed(k), g * w)
+
+
+class Bayesian(ManyDirections):
+    """BSZO: one-sided differences, and their posterior mean, a number a direction."""
+
+    def run(self, closure: Closure) -> None:
+        base = float(closure())
+        for k in range(self.directions):
+            y = (self.one_sided(closure, k) - base) / self.eps
+            self.apply(self.seed(k), y / 2)
+
+
 class Ranking(ManyDirections):
     def run(self, closure: Closure) -> None:
         losses = [self.one_sided(closure, k) for k in range(self.directions)]

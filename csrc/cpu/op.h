@@ -28,11 +28,11 @@
 #define ZK_REGISTER(op, schema)                                      \
   STABLE_TORCH_LIBRARY_FRAGMENT(zokernels_cpu, m) { m.def(schema); } \
   STABLE_TORCH_LIBRARY_IMPL(zokernels_cpu, CPU, m) { m.impl(#op, TORCH_BOX(&op##_cpu)); }
-// The function <op>_planned_cpu, which takes a plan's table in the place of tensors.
+// Registers the function <op>_planned_cpu, which takes the table of a plan in place of tensors.
 #define ZK_REGISTER_PLANNED(op, schema)                              \
   STABLE_TORCH_LIBRARY_FRAGMENT(zokernels_cpu, m) { m.def(schema); } \
   STABLE_TORCH_LIBRARY_IMPL(zokernels_cpu, CPU, m) { m.impl(#op "_planned", TORCH_BOX(&op##_planned_cpu)); }
-// The same of a function without tensors, which has no dispatch key to go by.
+// The same for a function that takes no tensor: there is no tensor whose device could select the function.
 #define ZK_REGISTER_CONSTANT(op, schema)                             \
   STABLE_TORCH_LIBRARY_FRAGMENT(zokernels_cpu, m) { m.def(schema); } \
   STABLE_TORCH_LIBRARY_IMPL(zokernels_cpu, CompositeExplicitAutograd, m) { m.impl(#op, TORCH_BOX(&op##_cpu)); }
@@ -157,6 +157,7 @@ struct Call {
     }
   }
 
+  // Adds the spans of the rows of a plan's table (op_args.h).
   void add_spans(const Rows& rows) {
     terms.keys = keys.data();
     spans.reserve(rows.count);
@@ -180,7 +181,8 @@ struct Call {
     }
   }
 
-  // scratch: bytes a direction; without it, what noise takes.
+  // Runs the kernel over all spans. `scratch` is in bytes for each direction; without it, as much as the
+  // noise needs.
   template <class Op, class Kernel>
   void run(const Op& op, const Kernel& kernel) const {
     run(op, kernel, op.dist == kRademacher ? kScratchPerDirection : 0);

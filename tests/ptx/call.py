@@ -69,7 +69,7 @@ class Executor:
             self._machines[key, self.rsqrt_ulps] = make(self.rsqrt_ulps)
         return self._machines[key, self.rsqrt_ulps]
 
-    def launch(self, machine: Machine, grid: tuple[int, int], values: Sequence[bytes]) -> None:
+    def launch(self, machine: Machine, grid: int | tuple[int, int], values: Sequence[bytes]) -> None:
         assert self._memory is not None, "a launch outside of an operation"
         machine.run(grid, values, self._memory)
         self.launches[machine.kernel.name] += 1

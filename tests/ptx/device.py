@@ -71,7 +71,7 @@ class Device(Executor):
         try:
             name = self._names[address - self._base]
             machine = self.machine(name, lambda ulps: Machine(self._kernels(name), rsqrt_ulps=ulps))
-            self.launch(machine, (blocks, 1), [ctypes.string_at(arguments[i], sizes[i]) for i in range(count)])
+            self.launch(machine, blocks, [ctypes.string_at(arguments[i], sizes[i]) for i in range(count)])
         except BaseException as error:  # ctypes would drop it
             self._error = error
             return 1

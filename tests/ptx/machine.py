@@ -69,15 +69,16 @@ class Machine:
             found = self._steps[at] = self._decode(self.kernel.instructions[at])
         return found
 
-    def run(self, grid: tuple[int, int], arguments: Sequence[bytes], memory: Memory) -> None:
-        """``grid``: blocks in x and y; ``arguments``: the bytes of the kernel's parameters, in order."""
+    def run(self, grid: int | tuple[int, int], arguments: Sequence[bytes], memory: Memory) -> None:
+        """``grid``: blocks in x, or in x and y; ``arguments``: the bytes of the kernel's parameters, in order."""
         parameters = self._space(arguments)
         memory.launch()
-        at_once, blocks = max(1, LANES // self.kernel.threads), grid[0] * grid[1]
+        across, down = grid if isinstance(grid, tuple) else (grid, 1)
+        at_once, blocks = max(1, LANES // self.kernel.threads), across * down
         with np.errstate(all="ignore"):
             for first in range(0, blocks, at_once):
                 count = min(at_once, blocks - first)
-                _Batch(self, parameters, memory, first, count, grid[0]).run()
+                _Batch(self, parameters, memory, first, count, across).run()
 
     def _space(self, arguments: Sequence[bytes]) -> np.ndarray:
         places = self.kernel.parameters.values()

@@ -9,7 +9,9 @@ from ..step.directions.low_rank import FreshFactors, KeptRight, Subspace, Tempor
 from ..step.directions.masks import GivenMask, MagnitudeMask, RandomMask
 from ..step.directions.scaling import Sphere, TensorScale
 from ..step.estimators import (
+    Bayesian,
     ForwardMode,
+    Guided,
     OneSided,
     Population,
     Ranking,
@@ -36,6 +38,7 @@ from .methods import (
     ZOBCD,
     ForwardGradient,
     LeZO,
+    MeZOGV,
     SparseMeZO,
     SubZero,
     TeZO,
@@ -49,10 +52,11 @@ from .zosgd import ZOSGD
 
 __all__ = [
     "EGGROLL", "ES", "FZOO", "LOZO", "QZO", "SGD", "ZOBCD", "ZOCGE", "ZOSGD", "AMSGrad", "Adam",
-    "AdamWindow", "Blocks", "Conservative", "Curvature", "Direction", "FactorMomentum", "Floored", "ForwardGradient",
-    "ForwardMode", "FreshFactors", "GivenMask", "HiZOO", "KeptRight", "LayerSkip", "LeZO", "MagnitudeMask",
-    "Momentum", "MomentumWindow", "OneSided", "Population", "QuZO", "RandomMask", "Ranking", "Rule",
-    "ScaledPopulation", "Sign", "SignOfDifference", "SparseMeZO", "Sphere", "StdNormalized", "SubZero",
-    "Subspace", "TeZO", "TemporalFactor", "TensorScale", "ThreePoint", "TwoSided", "ZOAdam", "ZOAdamW",
-    "ZOConservative", "ZORankSGD", "ZOSignSGD", "ZerothOrder", "decay_groups",
+    "AdamWindow", "Bayesian", "Blocks", "Conservative", "Curvature", "Direction", "FactorMomentum",
+    "Floored", "ForwardGradient", "ForwardMode", "FreshFactors", "GivenMask", "Guided", "HiZOO",
+    "KeptRight", "LayerSkip", "LeZO", "MagnitudeMask", "MeZOGV", "Momentum", "MomentumWindow", "OneSided",
+    "Population", "QuZO", "RandomMask", "Ranking", "Rule", "ScaledPopulation", "Sign", "SignOfDifference",
+    "SparseMeZO", "Sphere", "StdNormalized", "SubZero", "Subspace", "TeZO", "TemporalFactor", "TensorScale",
+    "ThreePoint", "TwoSided", "ZOAdam", "ZOAdamW", "ZOConservative", "ZORankSGD", "ZOSignSGD",
+    "ZerothOrder", "decay_groups",
 ]  # fmt: skip

@@ -8,13 +8,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..checks import check_integer, fail
 from ..step.directions.low_rank import FreshFactors, KeptRight, Subspace, TemporalFactor
 from ..step.directions.masks import MagnitudeMask
-from ..step.estimators import Estimator, ForwardMode, Population, Ranking, ScaledPopulation, StdNormalized, TwoSided
+from ..step.estimators import (
+    Estimator,
+    ForwardMode,
+    Guided,
+    Population,
+    Ranking,
+    ScaledPopulation,
+    StdNormalized,
+    TwoSided,
+)
 from ..step.loss import DerivativeReader, RankReader
 from ..step.probes.exact import TangentProbe
 from ..step.rules.factors import FactorMomentum
@@ -22,7 +32,7 @@ from ..step.rules.rule import Rule
 from ..step.rules.sgd import SGD, Conservative, Floored
 from ..step.shard import any_sharded
 from ..step.subset import LAYERS, Blocks, LayerSkip
-from ..step.types import Bucket, Seeds
+from ..step.types import Bucket, Estimate, LossesAt, Seeds
 from .optimizer import ZerothOrder
 from .zosgd import ZOSGD
 
@@ -143,6 +153,53 @@ class ZORankSGD(ZerothOrder):
         results = RankReader(rank, self.estimator.top or self.estimator.directions)
         self.run_step(closure, results)
         return results.best
+
+
+class MeZOGV(ZerothOrder):
+    """theta <- theta - lr g v along a guiding vector v = sum_k w_k z_k (:class:`Guided`): candidates + 2 forwards.
+
+    The losses of some candidates theta + eps z_k are measured first.  v is the mean z of the ``top`` lowest
+    less the mean z of the others (MeZO-GV); or, with ``best``, the z of the lowest alone (MeZO-Greedy).  Then
+    g = (L(theta + eps v) - L(theta - eps v)) / (2 eps).
+
+    It is a combine with the coefficients w_k, so v is never stored.  ``last_losses`` are those of the
+    candidates and the two along v, whose mean a step returns.  ``last_projected_gradient`` are the g w_k.
+
+    Args:
+        candidates: q >= 2.
+        top: how many are the low ones, below q.
+        best: MeZO-Greedy.
+        restore: "exact" alone: a log has no place for the points along v, between which weights would move.
+
+    Source: Jin, Cen and Tan, 2026, arXiv 2601.04710.  The authors' code has one candidate a step, beside the
+    best one of the steps before.  That MeZO-Greedy measures g by two forwards along the best is read from the
+    abstract ("keeps the single best perturbation"); its code is not public.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        eps: float = 1e-3,
+        *,
+        candidates: int = 4,
+        top: int = 2,
+        best: bool = False,
+        **options: Any,
+    ) -> None:
+        if options.get("restore", "exact") != "exact":
+            fail(self.op, "restore", "'exact': its points depend on the losses before them", repr(options["restore"]))
+        super().__init__(params, lr, eps, estimator=Guided(candidates, top, best), rule=SGD(), **options)
+
+    def estimate(self, buckets: list[Bucket], losses_at: LossesAt) -> Estimate:
+        assert isinstance(self.estimator, Guided)  # the constructor's
+        count = self.estimator.directions
+        pool = losses_at([[b.point(k, 1) for b in buckets] for k in range(count)], count)
+        w = self.estimator.guide(pool)
+        along = lambda b, sign: {k: (sign * b.eps * c).float() for k, c in enumerate(w.unbind())}
+        pair = losses_at([[along(b, sign) for b in buckets] for sign in (1, -1)], 2)
+        losses = torch.cat((pool, pair.to(pool.dtype)))
+        return super().estimate(buckets, lambda points, number: losses)
 
 
 class ZOConservative(ZerothOrder):
@@ -309,7 +366,7 @@ class LOZO(ZOSGD):
 class SubZero(ZOSGD):
     """:class:`ZOSGD` in a random subspace of each layer, kept for ``interval`` steps (:class:`Subspace`).
 
-    ``squares`` takes thin matrices (LoRA, prefixes) as near squares, as the authors do there.  Their code
+    ``near_square`` takes thin matrices (LoRA, prefixes) as near squares, as the authors do there.  Their code
     has rank 8 and interval 2000 by default, their README 24 and 1000.
 
     Source: Yu et al., 2024, arXiv 2410.08989.
@@ -321,10 +378,10 @@ class SubZero(ZOSGD):
         *args: Any,
         rank: int = 8,
         interval: int | None = 2000,
-        squares: bool = False,
+        near_square: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(params, *args, direction=Subspace(rank, interval, squares), **options)
+        super().__init__(params, *args, direction=Subspace(rank, interval, near_square), **options)
 
 
 class TeZO(ZOSGD):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_integer, fail
+from ..checks import check_choice, check_integer, check_number, fail
 
 
 @dataclass(frozen=True)
@@ -246,6 +246,102 @@ class ScaledPopulation(Population):
     def coefficients(self, losses: Tensor, eps: float) -> Tensor:
         scaled: Tensor = super().coefficients(losses, eps) * (eps * len(losses) ** 0.5)
         return scaled
+
+
+@dataclass(frozen=True)
+class Bayesian(OneSided):
+    """g is the mean of a posterior over the q directional derivatives: q + 1 forwards.
+
+    y_k = (L(theta + eps z_k) - L(theta)) / eps are noisy observations of g_k, whose prior is N(0, prior^2).
+    A Kalman filter takes them one after the other.  With the variance v_k of g_k, prior^2 at first, and the
+    variance s^2 of the noise:
+
+        K = v_k / (v_k + s^2),   g_k <- g_k + K (y_k - g_k),   v_k <- v_k - K v_k
+
+    ``samples`` > q: what comes after the q-th repeats the observation whose variance is the largest, without
+    a forward.  ``ema`` > 0: s^2 follows the squared residuals, s^2 <- (1 - ema) s^2 + ema (y_k - g_k)^2
+    before each K, from ``noise``^2 on, and s is at least ``noise`` / 10.  The posterior shrinks g towards 0,
+    the more the noisier the losses are.
+
+    The authors set prior = noise = sqrt(n / 10^6) for n weights.  They carry s from step to step; here it
+    begins anew, so that a step depends on its own losses alone.
+
+    Source: BSZO (arXiv 2601.01452) and its code, version 3.
+    """
+
+    directions: int = 2
+    samples: int = 3
+    prior: float = 1.0
+    noise: float = 1.0
+    ema: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_integer("Bayesian", "directions", self.directions, 1)
+        check_integer("Bayesian", "samples", self.samples, self.directions)
+        check_number("Bayesian", "prior", self.prior, positive=True)
+        check_number("Bayesian", "noise", self.noise, positive=True)
+        check_number("Bayesian", "ema", self.ema)
+
+    def coefficients(self, losses: Tensor, eps: float) -> Tensor:
+        y = (losses[1:] - losses[0]) / eps
+        mean, variance = torch.zeros_like(y), torch.full_like(y, self.prior**2)
+        noise = torch.full_like(y[0], self.noise**2)
+        axes = torch.arange(self.directions, device=y.device)
+        for sample in range(self.samples):
+            # Of equal variances the last, as an eigensolver orders the axes.
+            last = self.directions - 1 - variance.flip(0).argmax()
+            here = axes == (last if sample >= self.directions else sample)
+            residual = y - mean
+            if self.ema:
+                squared = torch.where(here, residual.square(), torch.zeros_like(y)).sum()
+                noise = (1 - self.ema) * noise + self.ema * squared
+            gain = variance / (variance + noise.clamp(min=(self.noise / 10) ** 2))
+            mean = torch.where(here, mean + gain * residual, mean)
+            # The authors' code keeps the covariance away from singular.
+            variance = torch.where(here, variance - gain * variance, variance) + 1e-10
+        return torch.where(y.isfinite().all(), mean, torch.full_like(mean, float("nan")))
+
+
+@dataclass(frozen=True)
+class Guided(Estimator):
+    """g along one guiding vector v = sum_k w_k z_k, chosen by the losses of q candidates: q + 2 forwards.
+
+        w_k = 1 / top for the ``top`` candidates theta + eps z_k of lowest loss, else -1 / (q - top)
+        g = (L(theta + eps v) - L(theta - eps v)) / (2 eps);   the gradient estimate is g v
+
+    With ``best`` v is the one candidate of lowest loss alone: w is 1 there, else 0.  The two last points
+    depend on the losses before them; :class:`MeZOGV` runs them.
+
+    Source: MeZO-GV and MeZO-Greedy (Jin, Cen and Tan, 2026, arXiv 2601.04710).
+    """
+
+    directions: int = 4
+    top: int = 2
+    best: bool = False
+
+    def __post_init__(self) -> None:
+        check_integer("Guided", "directions", self.directions, 2)
+        check_integer("Guided", "top", self.top, 1, self.directions - 1)
+
+    def points(self) -> list[tuple[int, int]]:
+        """The candidates; then theta +- eps v, for which two places are kept."""
+        return [*((k, 1) for k in range(self.directions)), (0, 1), (0, -1)]
+
+    def guide(self, losses: Tensor) -> Tensor:
+        """w (float64 [q]) from the losses of the candidates; 0 unless all are finite."""
+        q, pool = self.directions, losses[: self.directions].double()
+        place = pool.argsort(stable=True).argsort()
+        top, low, high = (1, 1.0, 0.0) if self.best else (self.top, 1 / self.top, -1 / (q - self.top))
+        w = torch.where(place < top, torch.full_like(pool, low), torch.full_like(pool, high))
+        return torch.where(pool.isfinite().all(), w, torch.zeros_like(w))
+
+    def coefficients(self, losses: Tensor, eps: float) -> Tensor:
+        g = (losses[-2] - losses[-1]) / (2 * eps)
+        finite = losses.isfinite().all()
+        return torch.where(finite, g, torch.full_like(g, float("nan"))) * self.guide(losses)
+
+    def loss(self, losses: Tensor) -> Tensor:
+        return losses[-2:].mean()
 
 
 @dataclass(frozen=True)

@@ -409,7 +409,7 @@ class Subspace(LowRank):
     depend on the machine and the device.  Alone among the directions, this one has the same bits only where
     LAPACK is the same.  The factor sqrt(m n) / r, which makes the variance 1, is the authors'.
 
-    ``squares``: each matrix is taken as one of m' rows and n' columns, m' n' = m n, as near to a square as
+    ``near_square``: each matrix is taken as one of m' rows and n' columns, m' n' = m n, as near to a square as
     its number of elements allows (8 x 4096 as 128 x 256).  The authors do so where LoRA, prefixes or prompts
     are trained, whose matrices are too thin for the rank.  A matrix with a side of 1 has dense noise, as
     theirs.  (Their code has dense noise for tensors of three dimensions and more, too; here those are
@@ -417,16 +417,16 @@ class Subspace(LowRank):
     """
 
     refresh: int | None = 500
-    squares: bool = False
+    near_square: bool = False
 
     def matrix(self, param: Tensor) -> tuple[int, int] | None:
         shape = super().matrix(param)
         if shape is None or min(shape) == 1:
             return None
-        return near_square(param.numel()) if self.squares else shape
+        return near_square(param.numel()) if self.near_square else shape
 
     def shaped(self, tensor: Tensor, shape: tuple[int, int] | None) -> Tensor:
-        return tensor.view(shape) if self.squares and shape is not None else tensor
+        return tensor.view(shape) if self.near_square and shape is not None else tensor
 
     def prepare(self, optimizer: OptimizerView, buckets: list[Bucket], seeds: Seeds) -> None:
         for bucket in buckets:
@@ -434,11 +434,11 @@ class Subspace(LowRank):
                 if (shape := self.matrix(p)) is None:
                     continue
                 if min(shape) < self.rank:
-                    other = "" if self.squares else " (or squares=True)"
+                    other = "" if self.near_square else " (or near_square=True)"
                     expected = f"at most the smaller side of every matrix, {tuple(p.shape)} taken as {shape}{other}"
                     fail("Subspace", "rank", expected, self.rank)
-                if self.squares and is_sharded(p):
-                    fail("Subspace", "squares", "False for sharded parameters, whose rows it would mix", True)
+                if self.near_square and is_sharded(p):
+                    fail("Subspace", "near_square", "False for sharded parameters, whose rows it would mix", True)
         super().prepare(optimizer, buckets, seeds)
 
     def _cache(self, optimizer: OptimizerView, window: int) -> dict[tuple[Any, ...], Any]:

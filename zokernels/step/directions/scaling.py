@@ -129,15 +129,15 @@ class TensorScale(Direction):
             yield from ((p, number(p, own.get(names[id(p)], 1.0))) for p in params)
             return
         # Of the whole layer, those of its weights that a subset leaves out of this step included.
-        squares: dict[str | None, Tensor] = {}
+        sums: dict[str | None, Tensor] = {}
         counts: dict[str | None, int] = {}
         for p in (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad and p.numel()):
             layer, square = _layer_of(names[id(p)]), whole_of(p).detach().double().square().sum()
-            squares[layer] = squares[layer] + to_device(square, squares[layer].device) if layer in squares else square
+            sums[layer] = sums[layer] + to_device(square, sums[layer].device) if layer in sums else square
             counts[layer] = counts.get(layer, 0) + p.numel()
         for p in params:
             layer = _layer_of(names[id(p)])
-            size = (squares[layer] / (counts[layer] if self.norm == "rms" else 1)).sqrt().float()
+            size = (sums[layer] / (counts[layer] if self.norm == "rms" else 1)).sqrt().float()
             size = torch.where(size > 0, size, torch.ones_like(size))
             yield p, number(p, 1.0) if layer is None else to_device(size, p.device)
 

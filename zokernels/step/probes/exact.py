@@ -67,7 +67,7 @@ class ExactProbe(Probe):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Around forwards, in whichever thread they run."""
-        owners, opens = self._owners, self.kind.opens and not self._looks
+        owners, opens = self._owners, self.kind.opens and not self._looks and not self._shared
         whole = self.blocks.whole(owners.params) if opens else []
         compiled = self.blocks.compiled
         compiled.renew(owners.params)
@@ -97,6 +97,7 @@ class ExactProbe(Probe):
         opened = Opened(self.op, self.pool) if self._shared else self._opened
         options = (self.blocks, self.seeds, self.pool, points, self._looks, opened)
         forward = self.kind(self.op, self._owners, *options)
+        forward.opens = forward.opens and not self._shared
         self._looks = self._looks and self._shared
         cached = torch.is_autocast_cache_enabled()
         try:

@@ -1,4 +1,4 @@
-"""What takes parameters where no torch function is seen: TorchScript modules, and transforms of torch.func."""
+"""What takes parameters where no torch function is seen, and what depends on whether one is."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from .guard import Guard, running
 
 #: What the running steps refuse: the optimizer's name, and the parameters by id.
 _refused: list[tuple[str, dict[int, Tensor]]] = []
+#: Whether attention may take its fused path outside of steps; one value, while a step runs.
+_fused: list[bool] = []
+_TRANSFORMS = "torch._functorch.eager_transforms"
 _lock = Lock()
 
 
@@ -44,24 +47,38 @@ def _wrap(tensor: Any, level: int) -> Any:
 def hidden_uses(op: str, params: dict[int, Tensor]) -> Iterator[None]:
     """Inside, a forward that calls a TorchScript module which holds one of ``params`` fails.
 
-    A transform of torch.func finds parameters open.  Two functions of torch are others meanwhile, which is
-    the same for all who have no parameter of a step: hooks of all modules would cost each of them more than
-    the step does.
+    A transform of torch.func finds parameters open.  Attention does not take its fused path: it would where
+    parameters are open, and not where they are guarded, and with a padding mask the values are others, too.
+
+    For this, two functions of torch and one setting are others meanwhile: hooks of all modules would cost
+    each of them more than the step does.
     """
-    transforms = sys.modules.get("torch._functorch.eager_transforms")
     entry = (op, params)
     try:
         with _lock:
+            if not _refused:
+                _change()
             _refused.append(entry)
-            torch.jit.ScriptModule.__call__ = _call  # type: ignore[method-assign]
-            if transforms is not None:
-                transforms._wrap_for_grad = _wrap  # type: ignore[attr-defined]
         yield
     finally:
         with _lock:
             _refused[:] = [other for other in _refused if other is not entry]
             if not _refused:
-                if "__call__" in vars(torch.jit.ScriptModule):
-                    del torch.jit.ScriptModule.__call__
-                if transforms is not None:
-                    transforms._wrap_for_grad = torch._C._functorch._wrap_for_grad  # type: ignore[attr-defined]
+                _change_back()
+
+
+def _change() -> None:
+    _fused.append(torch.backends.mha.get_fastpath_enabled())
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch.jit.ScriptModule.__call__ = _call  # type: ignore[method-assign]
+    if (transforms := sys.modules.get(_TRANSFORMS)) is not None:
+        transforms._wrap_for_grad = _wrap  # type: ignore[attr-defined]
+
+
+def _change_back() -> None:
+    while _fused:
+        torch.backends.mha.set_fastpath_enabled(_fused.pop())
+    if "__call__" in vars(torch.jit.ScriptModule):
+        del torch.jit.ScriptModule.__call__
+    if (transforms := sys.modules.get(_TRANSFORMS)) is not None:
+        transforms._wrap_for_grad = torch._C._functorch._wrap_for_grad  # type: ignore[attr-defined]

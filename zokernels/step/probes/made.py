@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ops.plan import Plan, fingerprint, matches
 from ..guards import uninterrupted
 from ..noise import Members
 from ..scratch import Arena, ScratchPool, Views, arena_numel
@@ -45,7 +46,22 @@ class Part:
     memory back that has had a copy's.
     """
 
-    __slots__ = ("_found", "_step", "bucket", "guards", "ids", "key", "kinds", "members", "numel", "thetas")
+    __slots__ = (
+        *(
+            "_found",
+            "_prints",
+            "_step",
+            "bucket",
+            "guards",
+            "ids",
+            "key",
+            "kinds",
+            "members",
+            "numel",
+            "plan",
+            "thetas",
+        ),
+    )
 
     def __init__(self, bucket: int, members: Members) -> None:
         self.bucket, self.members, self.ids = bucket, members, tuple(map(id, members.params))
@@ -54,21 +70,26 @@ class Part:
         self.guards: list[type[Tensor]] = []
         self.key: Any = self.ids  #: of the views of an arena
         self.numel = 0
+        self.plan: Plan | None = None  #: of ``thetas``
         self._found: Any = None
+        self._prints: bytes | None = None
         self._step = -1
 
     def renew(self, step: int) -> None:
         """Looks, once a step, whether the parameters have other memory than before."""
         if self._step == step:
             return
-        params = self.members.params
+        self._step, params = step, self.members.params
+        if self._prints is not None and matches(self._prints, (params,)):
+            return
         found = [p.data_ptr() for p in params], [p.shape for p in params]
         if found != self._found:
             self.key = (self.ids, tuple(found[1]))
             self.thetas, self._found, self.numel = [p.detach() for p in params], found, arena_numel(params)
             self.kinds = [own_kind(p) for p in params]
             self.guards = list(map(guarded_kind, self.kinds))
-        self._step = step
+            self.plan = Plan(self.thetas, self.members.streams)
+        self._prints = fingerprint((params,))  # None where they are guarded
 
 
 class Owners:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.autograd import forward_ad
 
+from ..noise import Noise
 from ..scratch import ScratchPool, Views, alias
 from ..types import Point, Seeds, terms
 from .blocks import Block, Blocks
@@ -252,7 +253,9 @@ class Substitution:
 
     def _perturb(self, part: Part, views: Views) -> None:
         noise = self.owners.buckets[part.bucket].noise
-        noise.perturb(views.out, part.members, *self._terms[part.bucket], theta=part.thetas)
+        # A noise with a perturb of its own may know no plans.
+        theta = part.plan if type(noise).perturb is Noise.perturb else part.thetas
+        noise.perturb(views.out, part.members, *self._terms[part.bucket], theta=theta)
 
     def _given(self, part: Part, views: Views) -> list[Tensor]:
         """What functions get in the place of guarded parameters."""
