@@ -15,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 from ..checks import check_choice, check_integer, fail
 from ..transfer import known_on_host
 from . import groups
-from .checkpoint import Held, check_state_dict, own_state
+from .checkpoint import Held, check_state_dict, from_groups, own_state, with_own_state
 from .directions.direction import Direction
 from .estimators import Estimator, TwoSided
 from .graphs import GraphRng, check_capturable, check_capture
@@ -175,7 +175,12 @@ class StepOptimizer(torch.optim.Optimizer):
         Returns the estimator's loss (the mean, unless it says otherwise) on the losses' device.  Nothing in a
         step waits for a GPU.  If the closure raises, the weights are back at theta and the step does not
         count.  A loss that is not finite skips the update.
+
+        Without a closure and with every lr 0, as ``torch.distributed.checkpoint`` calls it so that an optimizer
+        makes its state, nothing happens.
         """
+        if closure is None and not any(isinstance(g["lr"], Tensor) or g["lr"] for g in self.param_groups):
+            return torch.zeros(())
         return self.run_step(closure, LossReader())
 
     @torch.no_grad()
@@ -392,7 +397,7 @@ class StepOptimizer(torch.optim.Optimizer):
         self.log.flush()
         state = super().state_dict()
         self._warn_skipped()
-        return {**state, "zo": own_state(self)}
+        return with_own_state(state, own_state(self))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues bit for bit from a :meth:`state_dict`, with its seed, step, hyper-parameters and streams.
@@ -400,6 +405,7 @@ class StepOptimizer(torch.optim.Optimizer):
         Raises ValueError, before anything changes, where it is of another optimizer, contract or list of
         parameters.
         """
+        state_dict = from_groups(state_dict)
         check_state_dict(self, state_dict)
         self.flush()
         held = Held(self)
