@@ -100,10 +100,10 @@ class AppendedFile:
     def cut(self, end: int) -> None:
         """Removes everything from byte ``end`` on."""
         with self._lock:
-            os.ftruncate(self.fd, end)
             self.end, self._synced = end, min(self._synced, end)
             if self._hashed[1] > end:
                 self._hashed = hashlib.sha256(), 0
+            os.ftruncate(self.fd, end)
 
     def sha256(self) -> str:
         """The SHA-256 of all whole pieces.  Only what was added since the last call is read."""

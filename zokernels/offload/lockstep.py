@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.overrides import _get_current_function_mode_stack
 
-from ..step.guards import RngState
+from ..step.guards import RngState, uninterrupted
 
 
 class Cancelled(BaseException):
@@ -74,17 +74,13 @@ class Lockstep:
             self.close()
             self._pool = ThreadPoolExecutor(count - 1, thread_name_prefix="zokernels-side")
         try:
-            futures = [
-                self._pool.submit(copy_context().run, self._in_thread, setting, function, side)  # type: ignore[union-attr]
-                for side in self._sides[1:]
-            ]
-            self._call(function, self._sides[0])
-            for future in futures:
-                while not future.done():
-                    try:
-                        wait([future])
-                    except KeyboardInterrupt as interrupt:
-                        self._failed, self._sides[0].error = True, interrupt
+            with uninterrupted() as hold:  # but for the function itself: a side that is left waits for ever
+                futures = [
+                    self._pool.submit(copy_context().run, self._in_thread, setting, function, side)  # type: ignore[union-attr]
+                    for side in self._sides[1:]
+                ]
+                self._call(function, self._sides[0], hold)
+                wait(futures)
         finally:
             sides, self._sides, self._running = self._sides, [], None
         errors = [s.error for s in sides if s.error is not None]
@@ -115,15 +111,26 @@ class Lockstep:
 
             self._call(begin, side)
 
-    def _call(self, function: Callable[[int], Any], side: _Side) -> None:
+    def _call(self, function: Callable[[int], Any], side: _Side, hold: uninterrupted | None = None) -> None:
+        """``hold``: what holds signals back around this call, and not while ``function`` runs."""
         try:
-            side.result = function(side.index)
+            run = lambda: function(side.index)
+            side.result = run() if hold is None else hold.call(run)
         except BaseException as error:  # it is raised again in run()
             side.error, self._failed = side.error or error, True
         side.done = True
         self._hand_over(side)
 
     def _hand_over(self, side: _Side) -> None:
+        """Lets the next side run; returns when it is this one's turn again, or when it is done.
+
+        Signals are held back meanwhile, while the others run to their next block, too: their handlers then raise
+        here, in the side that is to run.
+        """
+        with uninterrupted():
+            self._pass_on(side)
+
+    def _pass_on(self, side: _Side) -> None:
         side.rng = RngState(self._devices)
         try:
             following = self._next()
@@ -138,15 +145,8 @@ class Lockstep:
             following.baton.set()
         if side.done:
             return
-        interrupt = None
-        while not side.baton.is_set():
-            try:
-                side.baton.wait()
-            except KeyboardInterrupt as error:  # another side is running: it stops at its next block, then this one
-                interrupt, self._failed = error, True
+        side.baton.wait()
         side.rng.restore()
-        if interrupt is not None:
-            raise interrupt
 
     def _next(self) -> _Side | None:
         left = [s for s in self._sides if not s.done]

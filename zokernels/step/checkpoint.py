@@ -21,6 +21,23 @@ def own_state(optimizer: OptimizerView) -> dict[str, Any]:
     return own if mark is None else {**own, "log": mark}
 
 
+def with_own_state(state_dict: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """``state_dict`` with the entry "zo", and the same in each group.
+
+    ``torch.distributed.checkpoint`` passes on torch's own two entries alone, and the groups' entries with them.
+    """
+    groups = [{**group, "zo": own} for group in state_dict["param_groups"]]
+    return {**state_dict, "param_groups": groups, "zo": own}
+
+
+def from_groups(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """What :func:`with_own_state` made, or what a tool has left of it, as torch loads it."""
+    groups = [{key: v for key, v in group.items() if key != "zo"} for group in state_dict["param_groups"]]
+    found = [group["zo"] for group in state_dict["param_groups"] if "zo" in group][:1]
+    zo = {"zo": found[0]} if found and "zo" not in state_dict else {}
+    return {**state_dict, "param_groups": groups, **zo}
+
+
 def check_state_dict(optimizer: OptimizerView, state_dict: dict[str, Any]) -> None:
     """Raises where ``state_dict`` is of another optimizer, contract or list of parameters."""
     zo, groups = state_dict.get("zo"), state_dict["param_groups"]

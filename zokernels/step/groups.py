@@ -67,6 +67,9 @@ def check_param(op: str, group: Group, param: Tensor, label: str) -> None:
         param = local_of(param)
     if type(param).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         fail(op, label, "a plain dense tensor", f"the tensor subclass {type(param).__name__}", TypeError)
+    if param.is_meta:
+        where = "one on meta, as accelerate's offload leaves it (zokernels.offload.stream streams a model)"
+        fail(op, label, "a parameter with memory", where)
     if "bits" in group:
         if param.dtype is not torch.int8:
             fail(op, label, "dtype int8", param.dtype, TypeError)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import signal
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 
 #: What signal's functions call: they also make an enum of each number and handler, which takes longer than the rest.
 _signal: Any = importlib.import_module("_signal")
-_SIGINT = int(signal.SIGINT)
+_NUMBERS = tuple(sorted(map(int, signal.valid_signals())))
 
 
 def is_capturing(devices: Iterable[torch.device]) -> bool:
@@ -44,20 +44,50 @@ class RngState:
 
 
 class uninterrupted:
-    """Holds SIGINT back until the block ends: Ctrl-C cannot fall between a weight write and its record.
+    """Holds back every signal that has a handler in Python, until the block ends.
 
-    Only the main thread receives signals; in any other this does nothing.
+    So none of them, whether Ctrl-C, a SIGTERM whose handler calls sys.exit() or an alarm whose handler raises, can
+    fall between a weight write and its record.  Only the main thread runs handlers; in any other this does nothing.
     """
 
-    def __enter__(self) -> None:
-        self._pending: list[Any] = []
-        main = threading.current_thread() is threading.main_thread()
-        self._previous = _signal.getsignal(_SIGINT) if main else None
-        if self._previous is not None:
-            _signal.signal(_SIGINT, lambda number, frame: self._pending.append(number))
+    def __enter__(self) -> uninterrupted:
+        self._held: list[tuple[int, Any]] = []
+        self._pending: list[int] = []
+        if threading.current_thread() is threading.main_thread():
+            try:
+                for number in _NUMBERS:
+                    if callable(handler := _signal.getsignal(number)):
+                        self._held.append((number, handler))
+                        _signal.signal(number, self._hold)
+            except BaseException:  # of a handler that was not yet held back
+                self.__exit__()
+                raise
+        return self
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """The result of ``function``, while which signals are not held back."""
+        if threading.current_thread() is not threading.main_thread():
+            return function()
+        try:
+            self.__exit__()
+            return function()
+        finally:
+            self.__enter__()
+
+    def _hold(self, number: int, frame: object) -> None:
+        self._pending.append(number)
 
     def __exit__(self, *exception: object) -> None:
-        if self._previous is not None:
-            _signal.signal(_SIGINT, self._previous)
-            if self._pending:
-                signal.raise_signal(signal.SIGINT)
+        """Puts all handlers back, and then lets them run; of several that raise, the first one's error is raised."""
+        error: BaseException | None = None
+        while self._held or self._pending:
+            try:
+                while self._held:
+                    _signal.signal(*self._held[-1])
+                    self._held.pop()
+                while self._pending:
+                    signal.raise_signal(self._pending.pop(0))
+            except BaseException as raised:
+                error = error or raised
+        if error is not None:
+            raise error

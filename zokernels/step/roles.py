@@ -99,7 +99,10 @@ class Log:
         """Called before the forwards of a step, which a log may refuse."""
 
     def append(self, optimizer: OptimizerView, buckets: list[Bucket], estimate: Estimate) -> None:
-        """Called after the update of a step, with interrupts held back."""
+        """Called before the update of a step, with interrupts held back.  If it raises, there is no update."""
+
+    def retract(self, optimizer: OptimizerView) -> None:
+        """Called when the update of the step that was appended last has raised."""
 
     def flush(self) -> None:
         """Brings all steps taken so far to the disk."""

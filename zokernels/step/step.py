@@ -15,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 from ..checks import check_choice, check_integer, fail
 from ..transfer import known_on_host
 from . import groups
-from .checkpoint import Held, check_state_dict, own_state
+from .checkpoint import Held, check_state_dict, from_groups, own_state, with_own_state
 from .directions.direction import Direction
 from .estimators import Estimator, TwoSided
 from .graphs import GraphRng, check_capturable, check_capture
@@ -175,7 +175,12 @@ class StepOptimizer(torch.optim.Optimizer):
         Returns the estimator's loss (the mean, unless it says otherwise) on the losses' device.  Nothing in a
         step waits for a GPU.  If the closure raises, the weights are back at theta and the step does not
         count.  A loss that is not finite skips the update.
+
+        Without a closure and with every lr 0, as ``torch.distributed.checkpoint`` calls it so that an optimizer
+        makes its state, nothing happens.
         """
+        if closure is None and not any(isinstance(g["lr"], Tensor) or g["lr"] for g in self.param_groups):
+            return torch.zeros(())
         return self.run_step(closure, LossReader())
 
     @torch.no_grad()
@@ -192,6 +197,15 @@ class StepOptimizer(torch.optim.Optimizer):
         """
         if not callable(closure):
             fail(self.op, "closure", "a function that runs the forward and returns the loss", repr(closure), TypeError)
+        with uninterrupted() as hold:  # signals are delivered inside the closure, and when the step is over
+            loss = self._run_held(lambda: hold.call(closure), reader, consume or self._finish)
+        if not self.run_state.capturable and known_on_host(self.run_state.skipped):
+            self._warn_skipped()
+        return loss
+
+    def _run_held(
+        self, closure: Callable[[], Any], reader: LossReader, consume: Callable[[Probe, Estimate], object]
+    ) -> Tensor:
         buckets = self.plan()
         devices = list(dict.fromkeys(b.device for b in buckets))
         capturing = is_capturing(devices)
@@ -210,17 +224,18 @@ class StepOptimizer(torch.optim.Optimizer):
                 return self.team.gather(reader.losses(results) if results else None, count, devices[0])
 
             estimate = self.estimate(probe.buckets, losses_at)
-            with uninterrupted():
-                (consume or self._finish)(probe, estimate)
+            consume(probe, estimate)
         self.publish(estimate)
         self.last_loss = self.estimator.loss(estimate.losses)
-        if not self.run_state.capturable and known_on_host(self.run_state.skipped):
-            self._warn_skipped()
         return self.last_loss
 
     def _finish(self, probe: Probe, estimate: Estimate) -> None:
-        self.update(probe, estimate)
-        self.log.append(self, probe.buckets, estimate)
+        self.log.append(self, probe.buckets, estimate)  # first: a step that cannot be recorded does not happen
+        try:
+            self.update(probe, estimate)
+        except BaseException:
+            self.log.retract(self)
+            raise
 
     def plan(self) -> list[Bucket]:
         """The buckets of the next step.  Raises where the groups would make it fail."""
@@ -382,7 +397,7 @@ class StepOptimizer(torch.optim.Optimizer):
         self.log.flush()
         state = super().state_dict()
         self._warn_skipped()
-        return {**state, "zo": own_state(self)}
+        return with_own_state(state, own_state(self))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues bit for bit from a :meth:`state_dict`, with its seed, step, hyper-parameters and streams.
@@ -390,6 +405,7 @@ class StepOptimizer(torch.optim.Optimizer):
         Raises ValueError, before anything changes, where it is of another optimizer, contract or list of
         parameters.
         """
+        state_dict = from_groups(state_dict)
         check_state_dict(self, state_dict)
         self.flush()
         held = Held(self)

@@ -10,7 +10,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -122,6 +122,9 @@ class Follower(roles.Log):
     def append(self, optimizer: OptimizerView, buckets: list[Bucket], estimate: Estimate) -> None:
         self._next += 1
 
+    def retract(self, optimizer: OptimizerView) -> None:
+        self._next = optimizer.step_count
+
     def flush(self) -> None:
         pass
 
@@ -132,14 +135,14 @@ class Follower(roles.Log):
 class Recorder(Follower):
     """The log to which an optimizer appends its steps.  :func:`record` makes it.
 
-    A record is written after its step's update, by one system call.  So a killed process loses no completed
+    A record is written before its step's update, by one system call.  So a killed process loses no completed
     step, but for those whose numbers a GPU had not yet sent.  Every ``sync`` seconds, and at :meth:`flush`,
     the file is synced, so that a machine that dies loses no more than the steps since then.
 
-    Where a record cannot be written (a full disk), the file stays as it was, and the record waits in memory.
-    :meth:`begin`, before the next step, and :meth:`flush`, with which ``state_dict`` begins, try again, and
-    raise OSError where it cannot be written yet.  So a step that raises has not happened, and when there is
-    room the run goes on with a log that lacks nothing.
+    Where a record cannot be written (a full disk), the file stays as it was, the step raises OSError, and has
+    not happened.  Records of earlier steps whose numbers a GPU sends late wait in memory then, and so does the
+    step's own on a mesh, whose other ranks take the step: no step begins, and no ``state_dict`` is made, before
+    they are written.  When there is room the run goes on with a log that lacks nothing.
     """
 
     def __init__(self, path: str | os.PathLike[str], sync: float) -> None:
@@ -189,16 +192,23 @@ class Recorder(Follower):
         super().begin(optimizer)
 
     def append(self, optimizer: OptimizerView, buckets: list[Bucket], estimate: Estimate) -> None:
-        """Called after the update of a step."""
         self._queue.add(pending(optimizer, self._next, buckets, estimate))
         self._next += 1
         try:
             self._queue.write_arrived()
             if time.monotonic() - self._synced >= self._sync:
                 self._fsync()
-        except OSError as error:  # the step has happened: its record waits
-            text = f"{error}: a record waits in memory, and no step begins before it can be written"
-            warnings.warn(f"{optimizer.op}: {text}", stacklevel=2)
+        except BaseException as error:
+            if not optimizer.team.alone and isinstance(error, OSError):  # the other ranks take the step
+                text = f"{error}: a record waits in memory, and no step begins before it can be written"
+                warnings.warn(f"{optimizer.op}: {text}", stacklevel=2)
+                return
+            self.retract(optimizer)
+            raise
+
+    def retract(self, optimizer: OptimizerView) -> None:
+        super().retract(optimizer)
+        self._queue.retract(self._next)
 
     def flush(self) -> None:
         """Brings all steps taken so far into the file, and the file to the disk."""
@@ -248,6 +258,22 @@ class _Queue:
         with self._lock:
             self._steps.append(step)
 
+    def retract(self, step: int) -> None:
+        """Takes back the record of ``step``, which is the last, wherever it is by now."""
+        with self._lock:
+            while self._steps and self._steps[-1].step >= step:
+                self._steps.pop()
+            if self.written > step:
+                self.written = step
+                with suppress(OSError):  # the next record is written at the same place
+                    self.file.cut(self._place(step))
+
+    def _place(self, step: int) -> int:
+        """The byte of the record of ``step``."""
+        assert self.layout is not None  # steps come behind the header
+        first, begin = self._origin
+        return begin + (step - first) * self.layout.size
+
     def write_arrived(self) -> None:
         """Writes the steps whose numbers are here."""
         with self._lock:
@@ -277,9 +303,8 @@ class _Queue:
     def _write_first(self) -> None:
         """Writes the first step at its own place, so that one whose writing was interrupted is not there twice."""
         assert self.layout is not None  # steps come behind the header
-        first, begin = self._origin
         step = self._steps[0]
-        self.file.write(self.layout.pack(step.record(self.layout)), begin + (step.step - first) * self.layout.size)
+        self.file.write(self.layout.pack(step.record(self.layout)), self._place(step.step))
         self.written = step.step + 1
         self._steps.popleft()
 

@@ -1,0 +1,197 @@
+"""Signals whose handlers raise, at any instruction of a step: weights, counter and log agree with one step count.
+
+``python tests/test_interrupts.py [MODE ...]``: at every instruction of a step in the package (minutes a mode).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import signal
+import sys
+import tempfile
+import threading
+
+import pytest
+import torch
+
+import zokernels
+from zokernels import offload
+from zokernels.optim import ZOSGD
+from zokernels.step.guards import uninterrupted
+from zokernels.trajectory import read
+
+PACKAGE = str(pathlib.Path(zokernels.__file__).resolve().parent)
+
+
+class Preempted(Exception):
+    """What the handler raises."""
+
+
+def _raise(number, frame):
+    raise Preempted
+
+
+@contextlib.contextmanager
+def signal_at(instruction):
+    """SIGUSR1 before the instruction of that number that the package's own code runs; yields the count so far."""
+    count = [0]
+
+    def each(frame, event, argument):
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            count[0] += 1
+            if count[0] == instruction:
+                signal.raise_signal(signal.SIGUSR1)
+        return each
+
+    def enter(frame, event, argument):
+        return each(frame, "call", argument) if frame.f_code.co_filename.startswith(PACKAGE) else None
+
+    before, tracer = signal.signal(signal.SIGUSR1, _raise), sys.gettrace()
+    sys.settrace(enter)
+    try:
+        yield count
+    finally:
+        sys.settrace(tracer)
+        signal.signal(signal.SIGUSR1, before)
+
+
+class Run:
+    """A run whose every move and update is exact in fp32, so that a half move shows in the bits."""
+
+    def __init__(self, mode, path=None):
+        self.params = [torch.nn.Parameter(torch.full((5,), 8.0 + i)) for i in range(3)]
+        groups = [{"params": [(f"p{i}", p)]} for i, p in enumerate(self.params)]
+        options = {"momentum": 0.5} if mode == "momentum" else {}
+        restore = "exact" if mode in ("exact", "momentum") else "inplace"
+        self.optimizer = ZOSGD(
+            groups,
+            lr=2.0**-6,
+            eps=0.25,
+            dist="rademacher",
+            rounding="nearest",
+            restore=restore,
+            trajectory=path,
+            **options,
+        )
+        self.two_pass = mode == "two-pass"
+
+    def take(self, steps):
+        context = self.optimizer.two_pass() if self.two_pass else contextlib.nullcontext()
+        with context:
+            while self.optimizer.step_count < steps:
+                self.optimizer.step(lambda: sum(p.sum() for p in self.params))
+
+    def weights(self):
+        return torch.cat([p.detach() for p in self.params])
+
+
+MODES = ("exact", "inplace", "momentum")
+
+
+def check(mode, folder, places):
+    """Interrupts the second step of a run at each of ``places``, fractions of its instructions; returns how many."""
+    whole, history = Run(mode), []
+    for step in range(4):
+        whole.take(step)
+        history.append(whole.weights())
+    with signal_at(None) as count:
+        whole.take(4)
+    interrupted = 0
+    for i, place in enumerate(places):
+        run = Run(mode, folder / f"{i}.zk")
+        run.take(1)
+        with contextlib.suppress(Preempted), signal_at(1 + int(place * count[0])):
+            try:
+                run.take(2)
+            except Preempted:
+                interrupted += 1
+                raise
+        steps = run.optimizer.step_count
+        assert torch.equal(run.weights(), history[steps]), (mode, place, steps)
+        run.take(3)
+        assert torch.equal(run.weights(), history[3]), (mode, place)
+        run.optimizer.trajectory.close()
+        assert read(folder / f"{i}.zk").steps == 3
+        (folder / f"{i}.zk").unlink()
+    return interrupted
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_at_random_instructions_of_a_step(mode, rng, tmp_path):
+    assert check(mode, tmp_path, [rng.random() for _ in range(12)]) > 3
+
+
+def test_all_signals_are_held_back_and_all_handlers_run():
+    """Two signals inside, one handler of which raises: both run afterwards, and handlers are as they were."""
+    told = []
+    before = {n: signal.getsignal(n) for n in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGUSR1, _raise)
+    signal.signal(signal.SIGUSR2, lambda number, frame: told.append(number))
+    try:
+        with pytest.raises(Preempted):  # noqa: PT012
+            with uninterrupted():
+                with uninterrupted():
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                    os.kill(os.getpid(), signal.SIGUSR2)
+                    told.append("inside")
+                told.append("still inside")
+            told.append("not reached")
+        assert told == ["inside", "still inside", signal.SIGUSR2]
+        assert signal.getsignal(signal.SIGUSR1) is _raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("moment", ["a block comes", "a side runs"])
+def test_a_signal_in_a_streamed_step_ends_it(moment, rng):
+    """A handler that raises while another side runs, or brings a block in: the step ends, and the run goes on."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(*(torch.nn.Linear(6, 6) for _ in range(4)))
+    whole = [p.detach().clone() for p in net.parameters()]
+    x, sent = torch.ones(2, 6), []
+    before = signal.signal(signal.SIGUSR1, _raise)
+
+    def send():
+        if threading.current_thread() is not threading.main_thread() and not sent:
+            sent.append(1)
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    def slow(*args):
+        if moment == "a side runs":
+            send()
+
+    net[1].register_forward_hook(slow)
+    try:
+        with offload.stream(net, list(net), "host", slots=2) as engine:
+            optimizer = ZOSGD(net.named_parameters(), lr=1e-2)
+            grant = engine._lockstep._grant
+
+            def granted(key, sides):
+                if moment == "a block comes":
+                    send()
+                grant(key, sides)
+
+            engine._lockstep._grant = granted
+            with pytest.raises(Preempted):
+                optimizer.step(lambda: net(x).square().mean())
+            assert optimizer.step_count == 0
+            assert all(torch.equal(a, b) for a, b in zip(engine.model.state_dict().values(), whole, strict=True))
+            optimizer.step(lambda: net(x).square().mean())
+            assert optimizer.step_count == 1
+            assert signal.getsignal(signal.SIGUSR1) is _raise
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+if __name__ == "__main__":
+    for mode in sys.argv[1:] or MODES:
+        with tempfile.TemporaryDirectory() as place, signal_at(None) as count:
+            run = Run(mode)
+            run.take(2)
+        with tempfile.TemporaryDirectory() as place:
+            total = count[0]
+            print(mode, total, check(mode, pathlib.Path(place), [i / total for i in range(total)]), flush=True)
