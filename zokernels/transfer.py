@@ -18,6 +18,17 @@ def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = 
     return tensor.to(device, dtype or tensor.dtype, non_blocking=device.type != "cpu")
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Whether ``tensor`` has memory, and not only a shape, as those on torch's device "meta" have."""
+    if tensor.device.type != "meta":
+        return True
+    try:
+        tensor.detach().flatten()[:1].cpu()
+    except NotImplementedError:
+        return False
+    return True
+
+
 def known_on_host(value: Tensor) -> bool:
     """Whether the host can read ``value`` without waiting for a device."""
     return value.device.type == "cpu"

@@ -13,6 +13,7 @@ from ..checks import DTYPES, check_choice, check_dist, check_number, check_overl
 from ..contract import canonical_name, streams_of
 from ..functional import Plan
 from ..ops.plan import fingerprint, matches
+from ..transfer import has_values
 from .roles import home_of, last_move
 from .shard import is_sharded, local_of, locals_of
 from .types import Bucket, Group
@@ -67,7 +68,7 @@ def check_param(op: str, group: Group, param: Tensor, label: str) -> None:
         param = local_of(param)
     if type(param).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         fail(op, label, "a plain dense tensor", f"the tensor subclass {type(param).__name__}", TypeError)
-    if param.is_meta:
+    if not has_values(param):
         where = "one on meta, as accelerate's offload leaves it (zokernels.offload.stream streams a model)"
         fail(op, label, "a parameter with memory", where)
     if "bits" in group:

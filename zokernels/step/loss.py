@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..checks import fail
-from ..transfer import to_device
+from ..transfer import has_values, to_device
 from .shard import is_sharded
 
 
@@ -30,11 +30,8 @@ def as_loss(op: str, value: object, device: torch.device, capturing: bool = Fals
             value = value.full_tensor()
         if value.layout is not torch.strided:
             fail(op, "closure", "a dense tensor with a value", f"one in the layout {value.layout}")
-        if value.device.type == "meta":
-            try:
-                value.cpu()
-            except NotImplementedError:
-                fail(op, "closure", "a dense tensor with a value", "one on meta, which has none")
+        if not has_values(value):
+            fail(op, "closure", "a dense tensor with a value", "one on meta, which has none")
         if value.numel() != 1 or value.is_complex():
             fail(op, "closure", "a real scalar loss", f"{value.dtype} of shape {tuple(value.shape)}")
         narrow = value.dtype in (torch.float32, torch.bfloat16, torch.float16)
