@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._device import DeviceContext
 
 from ..backends import Backend, select
 from ..backends.terms import Terms
@@ -97,6 +96,8 @@ def is_watched(operation: Any, device: torch.device) -> bool:
 
 def _modes_watch() -> bool:
     """Whether a function mode is on besides that of ``torch.set_default_device``, which changes no call of ours."""
+    from torch.utils._device import DeviceContext  # torch itself loads it when such a mode is made
+
     return any(type(mode) is not DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
 
 
