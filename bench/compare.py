@@ -248,7 +248,9 @@ def compare(args: argparse.Namespace) -> int:
         raise SystemExit(f"bench compare: --threshold: expected percent of at least 0, got {args.threshold}")
     commit = resolve(args.revision)
     options = ["--device", args.device, "--seconds", str(args.seconds), "--threads", args.threads]
-    options += ["--backend", *args.backend] * bool(args.backend) + ["--tiny"] * args.tiny
+    if args.backend:
+        options += ["--backend", *args.backend]
+    options += ["--tiny"] * args.tiny
     print(f"{machine.cpu_model()}, {machine.cores()} cores: this tree ({machine.commit()}) / {commit[:12]}, in turns")
     with sides(commit, args.device) as folders:
         print(f"{'ratio':>6} {'95 % interval':16} {'this us':>11} {'other us':>11}  row")
