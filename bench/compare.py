@@ -239,6 +239,14 @@ def add_arguments(parser: argparse.ArgumentParser, ops: Sequence[str]) -> None:
     parser.set_defaults(call=compare)
 
 
+def options_of(args: argparse.Namespace) -> list[str]:
+    """What both sides give to ``bench run``."""
+    options = ["--device", args.device, "--seconds", str(args.seconds), "--threads", args.threads]
+    if args.backend:
+        options += ["--backend", *args.backend]
+    return [*options, "--tiny"] if args.tiny else options
+
+
 def compare(args: argparse.Namespace) -> int:
     """0: no row is slower; 1: those named last are, in two runs."""
     turns = 2 if args.tiny else args.turns
@@ -247,10 +255,7 @@ def compare(args: argparse.Namespace) -> int:
     if not args.threshold >= 0:
         raise SystemExit(f"bench compare: --threshold: expected percent of at least 0, got {args.threshold}")
     commit = resolve(args.revision)
-    options = ["--device", args.device, "--seconds", str(args.seconds), "--threads", args.threads]
-    if args.backend:
-        options += ["--backend", *args.backend]
-    options += ["--tiny"] * args.tiny
+    options = options_of(args)
     print(f"{machine.cpu_model()}, {machine.cores()} cores: this tree ({machine.commit()}) / {commit[:12]}, in turns")
     with sides(commit, args.device) as folders:
         print(f"{'ratio':>6} {'95 % interval':16} {'this us':>11} {'other us':>11}  row")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import pathlib
 import subprocess
@@ -141,6 +142,13 @@ def test_an_export_has_the_commit_s_package_and_this_tree_s_libraries(tmp_path, 
     for pattern in ("lib/*", "_host*.so"):
         here, there = ({p.name: p.read_bytes() for p in f.glob(pattern)} for f in (ROOT / "zokernels", package))
         assert here == there
+
+
+def test_both_sides_get_the_same_options():
+    args = argparse.Namespace(device="cpu", seconds=0.5, threads="1", backend=None, tiny=False)
+    assert compare.options_of(args) == ["--device", "cpu", "--seconds", "0.5", "--threads", "1"]
+    args.backend, args.tiny = ["cpu", "reference"], True
+    assert compare.options_of(args)[6:] == ["--backend", "cpu", "reference", "--tiny"]
 
 
 @needs_git
