@@ -212,6 +212,16 @@ def on_ptx(device, monkeypatch):
     return device
 
 
+#: Tensors of a call that takes a large kernel argument.
+MANY = 68
+
+
+def many_call(rng, dist: str, **fixed) -> dict:
+    """Arguments of ``combine_`` for more tensors than a small kernel argument holds."""
+    buffers, parts, kwargs = random_call(rng, sizes=[1 + i % 9 for i in range(MANY)], dist=dist, **fixed)
+    return {"buffers": buffers, "parts": parts, **kwargs}
+
+
 def chunk_of(dist: str) -> int:
     return 16384 if dist == "normal" else 32768
 
@@ -254,8 +264,9 @@ def test_combine_equals_reference(on_ptx, modules, rng, dtype, dist):
     """Each instantiation."""
     for rounding in roundings(dtype):
         for count, decay in ((1, None), (1, 0.97), (2, None), (3, 0.97)):
-            args = mixed_call(rng, dist, dtype=dtype, count=count, decay=decay, rounding=rounding)
-            check_backend(test_combine.run, args)
+            for call in (mixed_call, many_call):
+                args = call(rng, dist, dtype=dtype, count=count, decay=decay, rounding=rounding)
+                check_backend(test_combine.run, args)
     assert on_ptx.launches.keys() == matching(modules, combine_kernels(dist, dtype, fan_out=False))
 
 
@@ -265,8 +276,9 @@ def test_fan_out_equals_reference(on_ptx, modules, rng, dtype, dist):
     """Each instantiation."""
     for rounding in roundings(dtype):
         for count, decay in ((1, None), (2, 0.97)):
-            args = mixed_call(rng, dist, dtype=dtype, count=count, decay=decay, rounding=rounding)
-            test_fan_out.check(args.pop("buffers"), args.pop("parts"), args, rng)
+            for call in (mixed_call, many_call):
+                args = call(rng, dist, dtype=dtype, count=count, decay=decay, rounding=rounding)
+                test_fan_out.check(args.pop("buffers"), args.pop("parts"), args, rng)
     assert on_ptx.launches.keys() == matching(modules, combine_kernels(dist, dtype, fan_out=True))
 
 
