@@ -9,7 +9,8 @@ of the rounds: their median, and the 20th and 80th percentile.
 * ``calls``: ``combine_`` of 388 tensors of one element each, in microseconds.
 * ``mlp``, ``cnn``, ``gpt2``: the first models that a user tries (64-64-10; a network for the digits; GPT-2 of 0.11 M),
   beside MeZO's eager loop, and once more as torch.compile makes them, against compiled forwards.
-* ``smollm2``: shapes of SmolLM2-135M, 4 x 64 tokens, where the weights' passes count; only where asked for.
+* ``smollm2-fp32``, ``smollm2-bf16``: shapes of SmolLM2-135M, 4 x 64 tokens, where the weights' passes count; only
+  where asked for.
 """
 
 from __future__ import annotations
@@ -148,19 +149,19 @@ _COMPILED = ("exact", "inplace")
 
 CASES: dict[str, Case] = {
     "opt-host": Case(opt_host, ("exact", "inplace", "device"), {"exact": 1.2, "inplace": 1.1, "device": 1.25}),
-    "opt-host q=8": Case(opt_host, ("exact q=8", "inplace q=8"), {"exact q=8": 1.1}, forwards=16),
+    "opt-host-q8": Case(opt_host, ("exact q=8", "inplace q=8"), {"exact q=8": 1.1}, forwards=16),
     "mlp": Case(mlp, _SMALL),
     "cnn": Case(cnn, _SMALL, {"exact": 1.3}),
     "gpt2": Case(gpt2, _SMALL, {"exact": 1.3}),
-    "mlp compiled": Case(mlp, _COMPILED, {"exact": 1.1}, compiled=True),
-    "cnn compiled": Case(cnn, _COMPILED, {"exact": 1.1}, compiled=True),
-    "gpt2 compiled": Case(gpt2, _COMPILED, {"exact": 1.1}, compiled=True),
-    "smollm2 fp32": Case(lambda: smollm2(torch.float32), _REAL, {"exact": 1.15}, threads=2, asked=True),
-    "smollm2 bf16": Case(lambda: smollm2(torch.bfloat16), _REAL, {"exact": 1.06}, threads=2, asked=True),
+    "mlp-compiled": Case(mlp, _COMPILED, {"exact": 1.1}, compiled=True),
+    "cnn-compiled": Case(cnn, _COMPILED, {"exact": 1.1}, compiled=True),
+    "gpt2-compiled": Case(gpt2, _COMPILED, {"exact": 1.1}, compiled=True),
+    "smollm2-fp32": Case(lambda: smollm2(torch.float32), _REAL, {"exact": 1.15}, threads=2, asked=True),
+    "smollm2-bf16": Case(lambda: smollm2(torch.bfloat16), _REAL, {"exact": 1.06}, threads=2, asked=True),
 }
 
 #: In a tiny run: what shows that everything runs.
-TINY = ("opt-host", "mlp", "cnn", "gpt2", "mlp compiled")
+TINY = ("opt-host", "mlp", "cnn", "gpt2", "mlp-compiled")
 
 #: Microseconds that a call of combine_ on 388 tensors should not exceed.
 CALL_GOAL = 60.0

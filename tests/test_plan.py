@@ -436,6 +436,45 @@ def test_modes_see_each_call():
     assert "zokernels.combine_.default" in seen
 
 
+def test_function_modes_see_each_call():
+    class Counts(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    kept, seen = zokernels.plan(weights(), range(5)), []
+    for _ in range(2):
+        zokernels.combine_(kept, SEEDS, COEFFS)
+    with Counts():
+        zokernels.combine_(kept, SEEDS, COEFFS)
+    assert "zokernels.combine_.default" in seen
+
+
+@needs_reader
+def test_a_default_device_is_no_watcher():
+    get("cpu")
+    kept = zokernels.plan(weights(), range(5))
+    zokernels.combine_(kept, SEEDS, COEFFS)
+    with torch.device("cpu"):
+        assert kernels_called("zokernels_cpu", lambda: zokernels.combine_(kept, SEEDS, COEFFS)) == ["combine_planned"]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated:DeprecationWarning")
+def test_traced():
+    """A traced function holds the call, not the addresses of the tensors that it was traced with."""
+    ours = [torch.randn(4, 3) for _ in range(3)]
+    kept = zokernels.plan(ours, range(3))
+    for _ in range(2):
+        zokernels.combine_(kept, SEEDS, COEFFS)
+
+    def call(coeffs: Tensor) -> Tensor:
+        zokernels.combine_(kept, SEEDS, coeffs)
+        return coeffs * 2
+
+    traced = torch.jit.trace(call, (COEFFS,), check_trace=False)
+    assert "combine_planned" not in str(traced.graph)
+
+
 def test_fake_tensors():
     with torch._subclasses.FakeTensorMode():
         params = [torch.ones(3, 4) for _ in range(3)]
@@ -477,6 +516,18 @@ def test_a_view_that_is_negated_when_read(backend):
         zokernels.combine([ours], kept, SEEDS, COEFFS)
         zokernels.combine([theirs], [theta.resolve_neg()], SEEDS, COEFFS, streams=[1])
         assert torch.equal(ours, theirs)
+
+
+def test_a_lazy_clone_keeps_its_values(backend):
+    """It shares memory with its original until one of them is written to, and no address tells of that."""
+    theta = torch.randn(100)
+    kept = zokernels.plan([theta], [1])
+    for _ in range(3):
+        zokernels.combine_(kept, SEEDS, COEFFS)
+    before, lazy = theta.clone(), torch._lazy_clone(theta)
+    zokernels.combine_(kept, SEEDS, COEFFS)
+    assert torch.equal(lazy, before)
+    assert not torch.equal(theta, before)
 
 
 def test_many_random_histories(rng):

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._device import DeviceContext
 
 from ..backends import Backend, select
 from ..backends.terms import Terms
@@ -80,17 +81,23 @@ def matches(kept: bytes, groups: tuple[Group, ...], objects: bool = False) -> bo
 def is_watched(operation: Any, device: torch.device) -> bool:
     """Whether something between the caller and the kernels wants to see the calls of ``operation`` on ``device``.
 
-    That is a compiler or another mode of torch (fake tensors, tracing, vmap), or a kernel for autograd, which users may
-    register.  All of them see tensors, and a table has none.
+    That is a compiler, a tracer or another mode of torch (fake tensors, vmap), or a kernel for autograd, which users
+    may register.  All of them see tensors, and a table has none.
     """
     key = torch._C.DispatchKey.AutogradCPU if device.type == "cpu" else torch._C.DispatchKey.AutogradCUDA
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._get_tracing_state() is not None
+        or (torch._C._is_torch_function_mode_enabled() and _modes_watch())
         or torch._C._functorch.peek_interpreter_stack() is not None
         or operation.has_kernel_for_dispatch_key(key)
     )
+
+
+def _modes_watch() -> bool:
+    """Whether a function mode is on besides that of ``torch.set_default_device``, which changes no call of ours."""
+    return any(type(mode) is not DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
 
 
 @dataclass(frozen=True, eq=False)

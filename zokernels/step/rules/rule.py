@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -98,6 +99,9 @@ class Rule:
 
     def state(self, optimizer: OptimizerView, bucket: Bucket, name: str) -> list[Tensor]:
         """``optimizer.state[p][name]`` of the bucket's parameters; of sharded ones, the local shard."""
+        if bucket.plan is not None:  # no shards, and mostly nothing to make: hundreds of look-ups are all that is left
+            with contextlib.suppress(KeyError):
+                return [optimizer.state[p][name] for p in bucket.params]
         found = []
         for p, label in zip(bucket.params, bucket.names, strict=True):
             state = optimizer.state[p]
