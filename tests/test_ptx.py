@@ -212,13 +212,9 @@ def on_ptx(device, monkeypatch):
     return device
 
 
-#: Tensors of a call that takes a large kernel argument.
-MANY = 68
-
-
 def many_call(rng, dist: str, **fixed) -> dict:
-    """Arguments of ``combine_`` for more tensors than a small kernel argument holds."""
-    buffers, parts, kwargs = random_call(rng, sizes=[1 + i % 9 for i in range(MANY)], dist=dist, **fixed)
+    """Arguments of ``combine_`` for more tensors than a small kernel argument holds; all but one are empty."""
+    buffers, parts, kwargs = random_call(rng, sizes=[1 + rng.randrange(700), *[0] * 68], dist=dist, **fixed)
     return {"buffers": buffers, "parts": parts, **kwargs}
 
 
