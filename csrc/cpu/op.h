@@ -64,15 +64,14 @@ inline std::vector<float> without_payloads(const Tensor& values) {
   return result;
 }
 
-// body(piece, scratch) over the elements of `count` spans, which lie in the thread pool's pieces end to end. numel(i) is the
-// size of one, and span(i) makes it, where it is needed: hundreds of them would not stay in the first-level cache.
-template <class Numel, class Make, class Body>
-void parallel(int64_t count, const Numel& numel, const Make& span, int64_t scratch_size, const Body& body) {
-  std::vector<int64_t> starts(count);  // elements before each span
+// body(piece, scratch) over the elements of all spans, which lie in the thread pool's pieces end to end.
+template <class Body>
+void parallel(const std::vector<Span>& spans, int64_t scratch_size, const Body& body) {
+  std::vector<int64_t> starts;  // elements before each span
   int64_t total = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    starts[i] = total;
-    total += numel(i);
+  for (const Span& span : spans) {
+    starts.push_back(total);
+    total += span.numel;
   }
   torch::stable::parallel_for(0, total, kGrain, [&](int64_t begin, int64_t end) {
     std::unique_ptr<std::byte[]> memory(new std::byte[scratch_size + 64]);
@@ -81,8 +80,7 @@ void parallel(int64_t count, const Numel& numel, const Make& span, int64_t scrat
     std::align(64, scratch_size, scratch, space);
     auto i = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
     for (; begin < end; ++i) {
-      if (numel(i) == 0) continue;
-      Span piece = span(i);
+      Span piece = spans[i];
       const int64_t stop = std::min(end, starts[i] + piece.numel);
       piece.begin = begin - starts[i];
       piece.end = stop - starts[i];
@@ -90,12 +88,6 @@ void parallel(int64_t count, const Numel& numel, const Make& span, int64_t scrat
       begin = stop;
     }
   });
-}
-
-template <class Body>
-void parallel(const std::vector<Span>& spans, int64_t scratch_size, const Body& body) {
-  parallel(static_cast<int64_t>(spans.size()), [&](int64_t i) { return spans[i].numel; },
-           [&](int64_t i) { return spans[i]; }, scratch_size, body);
 }
 
 inline int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::i8 ? 1 : 2; }
@@ -158,64 +150,42 @@ struct Call {
     }
   }
 
-  // The span of a row of a plan's table.
-  Span span_of(const Rows& rows, int64_t i) const {
-    const Row& row = rows.rows[i];
-    Span span{};
-    span.in = row.in;
-    span.out = row.out;
-    for (int s = 0; s < 2; ++s) span.more[s] = row.more[s];
-    span.coeffs = coeffs.data() + i * args.coeff_stride();
-    span.mask = static_cast<const uint8_t*>(row.mask);
-    span.curvature = row.curvature;
-    span.numel = row.numel;
-    span.offset = static_cast<uint64_t>(row.offset);
-    span.stream = Stream(static_cast<uint64_t>(row.stream));
-    span.width = row.width;
-    span.length = row.length;
-    if (row.width > 0) span.blocks = row_blocks(row.offset, row.width, row.length);
-    return span;
-  }
-
-  // A table's tensors; set(span) changes a span before the kernel gets it. Keys and coefficients are complete.
-  template <class Op, class Kernel, class Set>
-  void run_rows(Op op, const Kernel& kernel, const Rows& rows, const Set& set) const {
-    op.keys = keys.data();
-    const auto make = [&](int64_t i) {
-      Span span = span_of(rows, i);
-      set(span);
-      return span;
-    };
-    parallel(rows.count, [&](int64_t i) { return rows.rows[i].numel; }, make, scratch_of(op),
-             [&](const Span& piece, void* memory) { run_piece(op, kernel, piece, memory); });
+  void add_spans(const Rows& rows) {
+    terms.keys = keys.data();
+    spans.reserve(rows.count);
+    const int64_t stride = args.coeff_stride();
+    for (const Row& row : rows) {
+      if (row.numel == 0) continue;
+      Span span{};
+      span.in = row.in;
+      span.out = row.out;
+      for (int s = 0; s < 2; ++s) span.more[s] = row.more[s];
+      span.coeffs = coeffs.data() + (&row - rows.begin()) * stride;
+      span.mask = static_cast<const uint8_t*>(row.mask);
+      span.curvature = row.curvature;
+      span.numel = row.numel;
+      span.offset = static_cast<uint64_t>(row.offset);
+      span.stream = Stream(static_cast<uint64_t>(row.stream));
+      span.width = row.width;
+      span.length = row.length;
+      if (row.width > 0) span.blocks = row_blocks(row.offset, row.width, row.length);
+      spans.push_back(span);
+    }
   }
 
   // scratch: bytes a direction; without it, what noise takes.
   template <class Op, class Kernel>
   void run(const Op& op, const Kernel& kernel) const {
-    run_spans(op, kernel, scratch_of(op));
+    run(op, kernel, op.dist == kRademacher ? kScratchPerDirection : 0);
   }
   template <class Op, class Kernel>
   void run(const Op& op, const Kernel& kernel, int64_t scratch) const {
-    run_spans(op, kernel, static_cast<int64_t>(keys.size()) * scratch);
-  }
-
-  template <class Op>
-  int64_t scratch_of(const Op& op) const {
-    return op.dist == kRademacher ? static_cast<int64_t>(keys.size()) * kScratchPerDirection : 0;
-  }
-
-  template <class Op, class Kernel>
-  void run_spans(const Op& op, const Kernel& kernel, int64_t scratch) const {
-    parallel(spans, scratch, [&](const Span& piece, void* memory) { run_piece(op, kernel, piece, memory); });
-  }
-
-  template <class Op, class Kernel>
-  void run_piece(const Op& op, const Kernel& kernel, const Span& piece, void* memory) const {
-    if (piece.width == 0) return kernel(op, piece, memory);
-    for (int64_t row = piece.begin / piece.width; row * piece.width < piece.end; ++row) {
-      kernel(op, row_of(piece, row), memory);
-    }
+    parallel(spans, static_cast<int64_t>(keys.size()) * scratch, [&](const Span& piece, void* memory) {
+      if (piece.width == 0) return kernel(op, piece, memory);
+      for (int64_t row = piece.begin / piece.width; row * piece.width < piece.end; ++row) {
+        kernel(op, row_of(piece, row), memory);
+      }
+    });
   }
 
   DType state[2]{};  // of Span::more in update
