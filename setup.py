@@ -3,6 +3,7 @@
 ZOKERNELS_CUDA=auto|0|1   build the CUDA library where nvcc is found (auto), never, or fail without it
 TORCH_CUDA_ARCH_LIST      architectures, as torch's own extensions take them (default: "8.0;9.0;10.0;12.0+PTX")
 ZOKERNELS_PYTHONS         more interpreters for the host module, separated by ":" (default: the one that builds)
+CMAKE_TOOLCHAIN_FILE      CMake's own: another compiler or architecture, built in a folder of its own
 SOURCE_DATE_EPOCH         time stamps in wheel and sdist: the same bytes from the same sources
 """
 
@@ -18,7 +19,7 @@ import sys
 import sysconfig
 import tarfile
 
-from setuptools import Distribution, setup
+from setuptools import Distribution, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.sdist import sdist
@@ -70,7 +71,10 @@ class CMakeBuild(build_ext):
         self.cmake((ROOT if to_source else pathlib.Path(self.build_lib).resolve()) / "zokernels")
 
     def cmake(self, package: pathlib.Path) -> None:
-        folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"  # kept: the next build is incremental
+        name = f"cmake-{sys.implementation.cache_tag}"
+        if toolchain := os.environ.get("CMAKE_TOOLCHAIN_FILE"):
+            name += f"-{pathlib.Path(toolchain).stem}"
+        folder = ROOT / "build" / name  # kept: the next build is incremental
         folder.mkdir(parents=True, exist_ok=True)
         torch = torch_folder()
         settings = {
@@ -141,7 +145,14 @@ class ReproducibleSdist(sdist):
         return str(path)
 
 
+def packages() -> list[str]:
+    """The packages of the wheel.  ``package-dir`` in pyproject.toml says in which folders those of the programs lie."""
+    programs = [f"zokernels.{name}" for name in find_packages(include=["bench*", "examples*"])]
+    return sorted({*find_packages(include=["zokernels*"]), *programs})
+
+
 setup(
+    packages=packages(),
     distclass=NativeDistribution,
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel, "sdist": ReproducibleSdist},
 )

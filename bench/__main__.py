@@ -1,4 +1,6 @@
-"""``python -m bench list``, ``run``, ``compare``, ``methods``, ``offload``, ``report``, ``gpu-check`` and so on."""
+"""``python -m bench list``, ``run``, ``compare``, ``methods``, ``offload``, ``report``, ``gpu-check`` and so
+on.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,10 @@ DTYPES, DISTS = ("fp32", "bf16", "fp16"), ("normal", "rademacher")
 
 
 def _threads(text: str, device: str) -> tuple[int, ...]:
-    """``"1,all"`` as counts, each once.  On a GPU the host's threads do not matter: one row."""
+    """The thread counts of a text such as ``"1,all"``, each once.
+
+    On a GPU they do not matter, so there is one.
+    """
     if device == "cuda":
         return (1,)
     counts = [machine.cores() if part == "all" else int(part) for part in text.split(",")]
@@ -38,9 +43,11 @@ def _threads(text: str, device: str) -> tuple[int, ...]:
 
 
 def _default_numel(device: str) -> int:
-    """2^24 elements on the CPU: four buffers of the smallest dtype are 128 MiB.  On a GPU 1 GiB of bf16 and 2 of fp32,
-    or what fits: five buffers and four temporaries of fp32, and the five of the dtype before.
-    """
+    """How many elements a tensor has if nothing else is asked for.
+
+    On the CPU these are 2^24, so that four buffers of the smallest dtype take 128 MiB.  On a GPU they are
+    2^29, 1 GiB of bf16 and 2 GiB of fp32, or as many as fit.  A run needs at most five buffers and four
+    temporaries of fp32, and still holds the five buffers of the dtype before."""
     if device == "cpu":
         return 1 << 24
     numel = 1 << 29
@@ -55,7 +62,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         sizes = dict(numel=args.numel or 1 << 14, baseline_numel=1 << 14, seconds=0.0, min_rounds=3, tiny=True)
     else:
         numel = args.numel or _default_numel(args.device)
-        # Eager passes cost about ten times as much: a quarter of the elements on the CPU, all of them on a GPU
+        # Eager passes cost about ten times as much as ours, so on the CPU they get a quarter of the elements.
         sizes = dict(numel=numel, baseline_numel=numel // 4 if cpu else numel, seconds=args.seconds)
     return Settings(
         device=args.device,
@@ -93,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
             if head := printer.head(row):
                 print(head)
             print(printer.row(row), flush=True)
-            save(complete=False)  # what was measured stays where a time limit ends the run
+            save(complete=False)  # so that the rows are kept if a time limit ends the run
         if settings.device == "cuda":
             torch.cuda.empty_cache()
     print(f"\n{table.LEGEND}\n{len(rows)} rows in {time.perf_counter() - start:.0f} s")

@@ -1,12 +1,11 @@
 """What the kernels are compared against: the eager loops that zeroth-order trainers run today.
 
-``mezo_*`` restates the operations of MeZO's published trainer (Malladi et al., 2023, arXiv 2305.17333):
-a z of the parameter's size and dtype from torch's global generator, then out-of-place arithmetic into ``param.data``.
-``foreach_*`` and ``inplace_*`` are that loop as a careful user of eager torch would write it.
-``compile_*`` is the loop under torch.compile, ``triton_*`` and ``curand_*`` are kernels that fuse somebody else's
-generator: what can run where is found out by :func:`usable`.
-Parameters are anything with ``.data``: tensors or ``nn.Parameter``.
-"""
+``mezo_*`` repeats the operations of MeZO's published trainer (Malladi et al., 2023, arXiv 2305.17333).  It
+draws a z of the parameter's size and dtype from torch's global generator, and computes out of place into
+``param.data``. ``foreach_*`` and ``inplace_*`` are the same loop as a careful user of eager torch would write
+it.  ``compile_*`` is the loop under torch.compile.  ``triton_*`` and ``curand_*`` are kernels in which
+another generator is fused. :func:`usable` finds out which of these run on the machine at hand.  Parameters
+may be tensors or ``nn.Parameter``."""
 
 from __future__ import annotations
 
@@ -27,7 +26,10 @@ def draw(like: Tensor, dist: str) -> Tensor:
 
 
 def mezo_perturb(params: Sequence[Tensor], scaling: float, eps: float, seed: int, dist: str = "normal") -> None:
-    """theta + scaling * eps * z, tensor after tensor: three passes of arithmetic, a z and two temporaries each."""
+    """theta + scaling * eps * z, one tensor after the other.
+
+    Each tensor takes three passes of arithmetic, and memory for z and two temporaries.
+    """
     torch.manual_seed(seed)
     for param in params:
         z = draw(param.data, dist)
@@ -42,9 +44,10 @@ def mezo_update(
     weight_decay: float = 0.0,
     dist: str = "normal",
 ) -> None:
-    """theta - lr * (g z + wd theta).  The published loop computes the decay term also at wd = 0, for all but biases and
-    norms; here it stands for every tensor, which on MiniLM-L6 adds 0.05% of the elements.
-    """
+    """theta - lr * (g z + wd theta), one tensor after the other.
+
+    The published loop computes the decay term even if wd is 0, but not for biases and norms.  Here every
+    tensor has it, which on MiniLM-L6 adds 0.05 % of the elements."""
     torch.manual_seed(seed)
     for param in params:
         z = draw(param.data, dist)
@@ -54,21 +57,24 @@ def mezo_update(
 def mezo_step(
     params: Sequence[Tensor], eps: float, lr: float, projected_grad: float, seed: int, dist: str = "normal"
 ) -> None:
-    """The hot path of one step: +eps, -2 eps, +eps, update.  18 kernels and 37 element accesses a tensor."""
+    """The hot path of one step: +eps, -2 eps, +eps and the update.
+
+    It takes 18 kernels for each tensor, and 37 memory accesses for each element.
+    """
     for scaling in (1, -2, 1):
         mezo_perturb(params, scaling, eps, seed, dist)
     mezo_update(params, lr, projected_grad, seed, dist=dist)
 
 
 def foreach_perturb(params: Sequence[Tensor], scaling: float, eps: float, seed: int, dist: str = "normal") -> None:
-    """The same sum with one multi-tensor add: every z is alive at once."""
+    """The same sum with one multi-tensor add, for which all z exist at once."""
     torch.manual_seed(seed)
     tensors = [p.data for p in params]
     torch._foreach_add_(tensors, [draw(t, dist) for t in tensors], alpha=scaling * eps)
 
 
 def inplace_perturb(params: Sequence[Tensor], scaling: float, eps: float, seed: int, dist: str = "normal") -> None:
-    """The same sum with ``add_`` in place: one z at a time and no other temporary."""
+    """The same sum with ``add_`` in place: only one z exists at a time, and there is no other temporary."""
     torch.manual_seed(seed)
     for param in params:
         z = draw(param.data, dist)
@@ -77,9 +83,10 @@ def inplace_perturb(params: Sequence[Tensor], scaling: float, eps: float, seed: 
 
 @functools.cache
 def _compiled(dist: str) -> Callable[[Tensor, float], None]:
-    """The body of the loop, compiled.  The body and not the loop: unrolled over a model's 400 parameters it would
-    compile for minutes, and its noise is drawn by ``randn_like``, which the compiler fuses with the sum.
-    """
+    """The body of the loop, compiled.
+
+    The whole loop would be unrolled over the 400 parameters of a model, and compiling it would take minutes.
+    The noise comes from ``randn_like``, which the compiler fuses with the sum."""
 
     def normal(theta: Tensor, c: float) -> None:
         theta.add_(torch.randn_like(theta), alpha=c)
@@ -142,10 +149,10 @@ def _reason(name: str, device: str, dist: str, tiny: bool) -> str | None:
 
 
 def usable(device: str, dtype: torch.dtype, dist: str, tiny: bool) -> dict[str, Callable[..., None]]:
-    """``PERTURB`` and those of ``OPTIONAL`` that run here, each tried once; why the others do not is recorded.
+    """``PERTURB``, and those of ``OPTIONAL`` that run here.
 
-    The trial compiles, so that no compilation is timed.
-    """
+    Each of them is tried once, which also compiles it, so that no compilation is timed.  Why one does not run
+    is written to the results."""
     found = dict(PERTURB)
     for name, perturb in OPTIONAL.items():
         reason = _reason(name, device, dist, tiny)
@@ -164,9 +171,8 @@ def usable(device: str, dtype: torch.dtype, dist: str, tiny: bool) -> dict[str, 
 
 
 def copy_in_place(tensor: Tensor) -> None:
-    """Read and write every byte of ``tensor`` where it lies: the floor of an in-place pass.
+    """Reads and writes every byte of ``tensor`` where it lies.  No pass in place can be faster.
 
-    Bits are flipped as int64, so that the pass costs the same in every dtype: ``mul_`` in half precision converts on
-    the CPU, and on arbitrary bits meets subnormals.  ``x.copy_(x)`` would be skipped by torch.
-    """
+    The bits are flipped as int64, so that the pass costs the same in every dtype.  ``mul_`` would convert
+    half precision on the CPU, and would meet subnormals.  torch skips ``x.copy_(x)``."""
     tensor.view(torch.int64).bitwise_not_()

@@ -1,8 +1,8 @@
-"""combine and combine_: one pass theta + sum_k c_k z_k, against a copy of the same bytes and against eager loops.
+"""combine and combine_: a pass theta + sum_k c_k z_k, beside a copy of the same bytes and beside eager loops.
 
-Modelled bytes: one read and one write of theta.  A K = 2 row does the work of two eager passes and is compared with
-two.  The baselines follow as rows of op "perturb_", so that their own bandwidth can be seen.
-"""
+The bytes of a row are those of one read and one write of theta.  A row of K = 2 does the work of two eager
+passes, and is compared with two.  The baselines have rows of their own, of op "perturb_", which show their
+bandwidth."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EPS, SEED = 1e-3, 20240229
 
 @dataclass(frozen=True)
 class Form:
-    """A way to call the op: in place or not, how many directions, which rounding."""
+    """One way to call the op: in place or out of place, with how many directions, and with which rounding."""
 
     inplace: bool
     k: int
@@ -45,7 +45,9 @@ def forms(dtype: str) -> list[Form]:
 
 
 def usable_backends(device: str, wanted: tuple[str, ...]) -> list[str]:
-    """The backends to measure.  Unasked: all that load, except the slow reference and the interpreter."""
+    """The backends to measure: those asked for, else all that load except the reference and Triton's
+    interpreter.
+    """
     if wanted:
         for name in wanted:
             if device not in get(name).devices:
@@ -54,14 +56,15 @@ def usable_backends(device: str, wanted: tuple[str, ...]) -> list[str]:
     found = []
     for name in NAMES:
         if name == "reference" or (name == "cpu") != (device == "cpu"):
-            continue  # slow, or for the other device; Triton's interpreter is slower still
+            continue  # these are slow, or are for another device
         try:
             if device in get(name).devices:
                 _try(name, device)
                 found.append(name)
         except BackendUnavailable as error:
             skip(f"backend {name}", str(error))
-        except Exception as error:  # it loads but does not launch (Triton without a C compiler): measure the others
+        # it loads but does not launch (Triton without a C compiler): measure the others
+        except Exception as error:
             skip(f"backend {name}", f"{type(error).__name__}: {str(error)[:300]}")
     return found or ["reference"]
 
@@ -106,7 +109,7 @@ def kernel(form: Form, backend: str, dist: str, buffers: Buffers, device: str) -
 
 
 def forked_rng(device: str):
-    """The eager loops seed torch's global generator: the caller's comes back."""
+    """Gives the caller the state of torch's global generator back, which the eager loops seed."""
     return torch.random.fork_rng(devices=[torch.cuda.current_device()] if device == "cuda" else [])
 
 
@@ -116,7 +119,9 @@ def eager(perturb: Callable[..., None], dist: str, buffers: Buffers, numel: int)
 
 @register("combine", "theta + sum_k c_k z_k in one pass: combine_ (in place) and combine (out of place)")
 def run(settings: Settings) -> Iterator[Row]:
-    """Rows for every thread count, dtype, dist, form and backend; each ran in turns with what it is compared with."""
+    """Rows for every thread count, dtype, dist, form and backend, each timed in turns with what it is
+    compared with.
+    """
     backends = usable_backends(settings.device, settings.backends)
     small = min(settings.numel, settings.baseline_numel)
     threads_before = torch.get_num_threads()
@@ -146,7 +151,9 @@ def run(settings: Settings) -> Iterator[Row]:
 
 @dataclass(frozen=True)
 class Compared:
-    """What a row is compared with: passes of the eager loops by name, (elements, times), and the two copies."""
+    """What a row is compared with: the eager loops by name, as (elements, times) of a pass, and the two
+    copies.
+    """
 
     loops: dict[str, tuple[int, Times]]
     copy_numel: int
@@ -156,10 +163,10 @@ class Compared:
 def row(
     what: Row, mine: Times, numel: int, inplace: bool, compared: Compared, accesses: int = 2, passes: int | None = None
 ) -> Row:
-    """One result.  ``accesses`` of memory for each element; ``passes`` of an eager loop do the same work (default K).
+    """One result.
 
-    A copy makes two accesses, so it is charged accesses / 2 times.
-    """
+    ``accesses`` are those of memory for each element.  A copy has two, so the row is compared with accesses /
+    2 times its time.  ``passes`` is how many passes of an eager loop do the same work (default: K)."""
     passes = what["k"] if passes is None else passes
     moved = accesses * numel * DTYPES[what["dtype"]].itemsize
     per_element = mine.p50 / numel

@@ -1,14 +1,13 @@
 """compare: this tree against another commit of it, in turns, and whether some row has become slower.
 
-Each turn is a process that measures the same rows, first with this tree's package and then with the other one's.
-Both are measured by this tree's ``bench``, so that only the package differs.  A pair of turns gives one ratio
-(this / other) for each row.  The answer is the median of the ratios and an interval that holds their true median
-with 95 % certainty.  The interval comes from order statistics (:func:`interval`), so that it assumes nothing of how
-the disturbances of a machine are distributed.
+Each turn is a process that measures the same rows, first with this tree's package and then with the other
+one's. Both are measured by this tree's ``bench``, so that only the package differs.  A pair of turns gives
+one ratio (this / other) for each row.  The answer is the median of the ratios and an interval that holds
+their true median with 95 % certainty.  The interval comes from order statistics (:func:`interval`), so that
+it assumes nothing of how the disturbances of a machine are distributed.
 
-A row is slower if the lower end of its interval lies above ``1 + threshold / 100`` in two runs.  The second run
-measures again only the ops in which the first one found such a row.
-"""
+A row is slower if the lower end of its interval lies above ``1 + threshold / 100`` in two runs.  The second
+run measures again only the ops in which the first one found such a row."""
 
 from __future__ import annotations
 
@@ -56,16 +55,16 @@ sys.exit(main(sys.argv[2:]))
 Figures = dict[str, float]
 
 
-# --- the decision -----------------------------------------------------------------------------------------------------
+# --- the decision ---------------------------------------------------------------------------------
 
 
 def interval(values: Sequence[float], certainty: float = 0.95) -> tuple[float, float]:
     """An interval that holds the median of the distribution of ``values`` with at least this certainty.
 
-    Of n independent values, the number below the true median is binomial (n, 1/2).  So the interval from the k-th
-    smallest to the k-th largest misses it with probability 2 P(B < k), whatever the distribution; k is the largest
-    for which that is at most 1 - certainty.  Fewer than 6 values say nothing at 95 %: all numbers are in it.
-    """
+    Of n independent values, the number below the true median is binomial (n, 1/2).  So the interval from the
+    k-th smallest to the k-th largest misses it with probability 2 P(B < k), whatever the distribution; k is
+    the largest for which that is at most 1 - certainty.  Fewer than 6 values say nothing at 95 %: all numbers
+    are in it."""
     ordered, n = sorted(values), len(values)
     missed, k = 0.0, 0
     while k < n // 2:
@@ -78,7 +77,9 @@ def interval(values: Sequence[float], certainty: float = 0.95) -> tuple[float, f
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of one row in one run: median of the ratios this / other, its interval, and the median times in seconds."""
+    """Of one row in one run: median of the ratios this / other, its interval, and the median times in
+    seconds.
+    """
 
     ratio: float
     low: float
@@ -120,7 +121,9 @@ def judge(pairs: Sequence[tuple[Figures, Figures]]) -> dict[str, Verdict]:
 def run_twice(
     ops: Sequence[str], turns: int, percent: float, turn: Callable[[str, str], Figures], say: Callable[[str], None]
 ) -> list[str]:
-    """The rows that are slower in two runs; ``turn(side, op)`` measures an op of "this" or of the "other" tree."""
+    """The rows that are slower in two runs; ``turn(side, op)`` measures an op of "this" or of the "other"
+    tree.
+    """
     suspects: set[str] | None = None
     for number in (1, 2):
         slower: set[str] = set()
@@ -149,7 +152,7 @@ def line(label: str, verdict: Verdict, slower: bool) -> str:
     return f"{verdict.ratio:6.3f} {spread:16} {times}  {label}{'  slower' * slower}"
 
 
-# --- the two trees ----------------------------------------------------------------------------------------------------
+# --- the two trees --------------------------------------------------------------------------------
 
 
 def _git(*arguments: str) -> subprocess.CompletedProcess[bytes]:
@@ -171,7 +174,9 @@ def native_differs(commit: str) -> bool:
 
 
 def export(commit: str, folder: pathlib.Path, device: str) -> pathlib.Path:
-    """``commit``'s package in ``folder``, with its compiled libraries: built there only where their sources differ."""
+    """``commit``'s package in ``folder``, with its compiled libraries: built there only where their sources
+    differ.
+    """
     archived = _git("archive", "--format=tar", commit)
     if archived.returncode:
         raise SystemExit(f"bench compare: git archive: {archived.stderr.decode().strip()}")
@@ -218,7 +223,7 @@ def measure_turn(folder: pathlib.Path, op: str, options: Sequence[str]) -> Figur
     return figures(json.loads(output.read_text())["rows"])
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 def add_arguments(parser: argparse.ArgumentParser, ops: Sequence[str]) -> None:

@@ -1,7 +1,8 @@
-"""fan_out_: a pending update and both perturbed sides in one read of theta, against combine_ and two calls of combine.
+"""fan_out_: a pending update and both perturbed sides in one read of theta, beside combine_ and two calls of
+combine.
 
-Modelled bytes: fused, one read and three writes of theta's size; composed, three reads and three writes.
-"""
+The bytes of a row are those of one read and three writes of theta.  The three separate calls read theta three
+times."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ between two short kernels.  The rows time
 * ``combine_`` on 400 such tensors: the same, and what each more tensor of a list costs;
 * ``ZOSGD.step`` of a model of two layers of 8 weights a side, exact and in place, its two forwards included.
 
-Each sample is a loop of several calls, because one call is too short for the clock; a row states seconds a call.
-"""
+Each sample is a loop of several calls, because one call is too short for the clock; a row states seconds a
+call."""
 
 from __future__ import annotations
 

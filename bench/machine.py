@@ -19,7 +19,7 @@ _ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -31,7 +31,7 @@ def _run(*command: str) -> str | None:
 
 
 def version(package: str) -> str | None:
-    """Of an installed package; None where it is not installed."""
+    """The version of an installed package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -39,7 +39,10 @@ def version(package: str) -> str | None:
 
 
 def find_tool(name: str) -> str | None:
-    """Path of one of NVIDIA's programs: on PATH, beside nvcc, or where CUDA is usually installed; None: not there."""
+    """The path of one of NVIDIA's programs, or None.
+
+    It is looked for on PATH, beside nvcc, and in the folders where CUDA is usually installed.
+    """
     beside = pathlib.Path(shutil.which("nvcc") or "nvcc").resolve().parent
     folders = [str(beside), "/usr/local/cuda/bin", *sorted(map(str, pathlib.Path("/opt/nvidia").glob("nsight-*/*")))]
     return shutil.which(name) or shutil.which(name, path=os.pathsep.join(reversed(folders)))
@@ -56,7 +59,7 @@ def cpu_model() -> str:
 
 
 def _host_library() -> dict[str, Any]:
-    """Instruction sets and build of the compiled host library, where it is built."""
+    """The instruction sets and the build of the host module; nothing if it is not built."""
     try:
         host = importlib.import_module("zokernels._host")
     except ImportError:
@@ -65,19 +68,23 @@ def _host_library() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The short hash, ending in ``+`` where tracked files were changed; ``ZOKERNELS_COMMIT`` names it where a copy of
-    the tree came without its git directory.
+    """The short hash of the commit, with a ``+`` at its end if tracked files were changed.
+
+    ``ZOKERNELS_COMMIT`` says what it is for a copy of the tree that has no git directory.
     """
     if named := os.environ.get("ZOKERNELS_COMMIT"):
         return named
     if not (_ROOT / ".git").exists():
-        return None  # an installed package: a repository around it is the user's
+        return None  # the package is installed, and a repository around it is the user's own
     found = _run("git", "rev-parse", "--short=12", "HEAD")
     return f"{found}+" if found and _run("git", "status", "--porcelain", "--untracked-files=no") else found
 
 
 def free_memory(device: str) -> int:
-    """Bytes that can be allocated on ``device`` now; on a GPU torch's own cached blocks count as free."""
+    """The bytes that can be allocated on ``device`` now.
+
+    On a GPU the blocks that torch keeps cached count as free.
+    """
     if device == "cuda":
         import torch
 
@@ -88,14 +95,15 @@ def free_memory(device: str) -> int:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    return 4 << 30  # unknown: a size that any machine of today has
+    return 4 << 30  # it is unknown, and any machine of today has this much
 
 
 def peak_bandwidth() -> float | None:
-    """Bytes a second that the GPU's memory can move by its clock and the width of its bus: two transfers a cycle.
+    """The bytes that the GPU's memory can move in a second: clock times width of the bus, two transfers a
+    cycle.
 
-    None where torch does not tell them.  H100 SXM: 2,619 MHz and 5,120 bits, 3.35 TB/s.
-    """
+    None if torch does not tell these.  Those of an H100 SXM are 2,619 MHz and 5,120 bits, which gives 3.35
+    TB/s."""
     import torch
 
     properties = torch.cuda.get_device_properties(0)

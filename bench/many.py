@@ -1,4 +1,7 @@
-"""many: K = 64 directions in one pass.  Here the arithmetic is the limit, not the memory: noise elements a second."""
+"""many: K = 64 directions in one pass.
+
+Here the arithmetic is the limit, not the memory: noise elements a second.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from .timing import measure
 
 K = 64
 
-#: Elements: 64 passes' work each, so fewer than of one direction; four bf16 buffers still exceed a GPU's L2 five times.
+#: How many elements: fewer than for one direction, since each takes the work of 64 passes.  Four buffers of
+#: bf16 are still five times as large as the L2 cache of a GPU.
 NUMEL = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 

@@ -1,8 +1,8 @@
 """``python -m bench offload``: a streamed step against what bounds it, each measured alone in the same run.
 
-The bound of a step is the longer of its transfers and its computation.  Transfers are read (and written) block by block
-without a forward; the computation is a step of the same engine whose blocks stay where they are.
-"""
+The bound of a step is the longer of its transfers and its computation.  Transfers are read (and written)
+block by block without a forward; the computation is a step of the same engine whose blocks stay where they
+are."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .gpu.stage import replace
 from .registry import Row
 
 SCHEMA = 1
-#: Layers, width, vocabulary; weights of a layer are 12 width^2.
+#: Layers, width and vocabulary of each model.  A layer has 12 width^2 weights.
 SHAPES = {
     "tiny": (6, 64, 512),
     "256m": (20, 1024, 4096),
@@ -84,16 +84,20 @@ class Decoder(nn.Module):
             x = layer(x)
         logits = F.linear(self.norm(x)[:, :-1].flatten(0, 1), self.embed.weight)
         pieces = zip(logits.split(_TOKENS), ids[:, 1:].flatten().split(_TOKENS), strict=True)
-        # In pieces: fp32 logits of 2,048 tokens and 50,272 words are 412 MB, and their softmax as much again.
+        # The loss is computed in pieces, because the fp32 logits of 2,048 tokens and 50,272 words are 412 MB,
+        # and their softmax is as much again.
         return sum(F.cross_entropy(a.float(), b, reduction="sum") for a, b in pieces) / len(logits)
 
     def blocks(self, halves: bool) -> list[nn.Module]:
-        """Layers, or the two halves of each: smaller slots."""
+        """The layers, or the two halves of each, for which smaller slots are enough."""
         return [m for layer in self.layers for m in (layer.children() if halves else [layer])]
 
 
 def fill(name: str, p: Tensor) -> None:
-    """0.02 times noise of the parameter's own stream, again and again; norms around 1."""
+    """Fills a parameter with 0.02 times the noise of its own stream, repeated as often as needed.
+
+    Norms get 1 more.
+    """
     with torch.no_grad():
         flat = p.view(-1)
         part = 0.02 * noise(min(flat.numel(), 1 << 22), seed=1, stream=stream_of(name))
@@ -103,7 +107,7 @@ def fill(name: str, p: Tensor) -> None:
 
 
 def build(shape: str, dtype: torch.dtype, layers: int | None = None) -> Decoder:
-    """Without memory for its weights; ``layers``: at most."""
+    """A model of at most ``layers`` layers, without memory for its weights."""
     count, *rest = SHAPES[shape]
     with offload.empty_weights():
         return Decoder(min(count, layers or count), *rest).to(dtype)
@@ -125,20 +129,20 @@ def _in_memory(args: argparse.Namespace) -> Decoder:
 
 
 def _bytes_of(args: argparse.Namespace) -> tuple[int, int]:
-    """Of a layer, and of the rest."""
+    """The bytes of the weights of one layer, and of all that is no layer."""
     model = build(args.shape, DTYPES[args.dtype], 1)
     size = lambda module: sum(p.numel() * p.element_size() for p in module.parameters())
     return size(model.layers[0]), size(model) - size(model.layers[0])
 
 
 def _layers_that_fit(args: argparse.Namespace) -> int:
-    """In six tenths of the host's free memory."""
+    """How many layers fit into six tenths of the host's free memory."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(1, min(SHAPES[args.shape][0], int(0.6 * free) // _bytes_of(args)[0]))
 
 
 def _fits(args: argparse.Namespace) -> bool:
-    """Whether all weights can be on the device, with room for a forward."""
+    """Whether the device can hold all weights and has room for a forward."""
     if args.device == "cpu":
         return True
     layer, rest = _bytes_of(args)
@@ -147,7 +151,7 @@ def _fits(args: argparse.Namespace) -> bool:
 
 
 def _steps(model: nn.Module, args: argparse.Namespace, **options: Any) -> float:
-    """Median seconds of a step, of those after the first two."""
+    """The median time of a step in seconds, without the first two steps."""
     device = torch.device(args.device)
     ids = torch.randint(SHAPES[args.shape][2], (args.batch, args.length), device=device)
     optimizer = ZOSGD(model.named_parameters(), lr=1e-7, eps=1e-3, dist=args.dist, **options)
@@ -163,7 +167,7 @@ def _steps(model: nn.Module, args: argparse.Namespace, **options: Any) -> float:
 
 
 def _transfers(engine: offload.Engine, work: Callable) -> float:
-    """Seconds of ``work`` over all blocks, the shorter of two rounds."""
+    """The seconds that ``work`` takes for all blocks, of the faster of two rounds."""
     times = []
     for _ in range(2):
         start = time.perf_counter()
@@ -175,7 +179,7 @@ def _transfers(engine: offload.Engine, work: Callable) -> float:
 
 
 def _alone(base: pathlib.Path | None, args: argparse.Namespace) -> float:
-    """Seconds of a step whose blocks stay on the device; writes the checkpoint ``base``."""
+    """The seconds of a step whose blocks stay on the device.  Also writes the checkpoint ``base``."""
     model = build(args.shape, DTYPES[args.dtype], args.layers)
     with offload.stream(model, "layers", "device", device=args.device, weights=fill) as engine:
         if base is not None:
@@ -184,7 +188,9 @@ def _alone(base: pathlib.Path | None, args: argparse.Namespace) -> float:
 
 
 def _plain_copy(nbytes: int, device: torch.device) -> float:
-    """Seconds in which plain copies move ``nbytes`` to the device, from pinned memory for a GPU: the best of four."""
+    """Seconds in which plain copies move ``nbytes`` to the device, from pinned memory for a GPU: the best of
+    four.
+    """
     size = min(nbytes, 1 << 30)
     source = torch.ones(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
     target, times = torch.empty(size, dtype=torch.uint8, device=device), []
@@ -218,26 +224,30 @@ def _measure(storage: str, base: pathlib.Path, folder: pathlib.Path, args: argpa
             engine.flush()
             row["read"] = _transfers(engine, engine.mover.copy_in)
             if written or storage == "host":
-                row["write"] = _transfers(engine, engine.mover.copy_out) - row["read"]  # which it does as well
+                # which it does as well
+                row["write"] = _transfers(engine, engine.mover.copy_out) - row["read"]
         moved = sum(b.nbytes for b in engine.blocks)
     row["gib"] = moved / 2**30
     if storage == "host":
         row["plain_copy"] = _plain_copy(moved, device)
         row["of_plain_copy"] = row["plain_copy"] / row["read"]
-    # A GPU's link carries both ways at once; a disk and this machine's memory do not.
+    # The link of a GPU carries data in both directions at once.  A disk and the memory of this machine do
+    # not.
     transfer = max(row["read"], row["write"]) if device.type == "cuda" and not disk else row["read"] + row["write"]
     row["bound"] = max(transfer, compute)  # compute is 0 where the model does not fit the device
     row["ratio"] = step / row["bound"]
     row["tokens_per_second"] = args.batch * args.length / step
     if storage != "device":
-        row["planned_memory"] = planned  # without activations
+        row["planned_memory"] = planned  # activations are not counted
     if device.type == "cuda":
         row["device_memory"] = peak
     return row
 
 
 def _read_only(engine: offload.Engine, model: nn.Module, args: argparse.Namespace) -> float:
-    """Steps with a log of one update at a time: what a run's log adds to each step is measured by ``bench run``."""
+    """Steps with a log of one update at a time: what a run's log adds to each step is measured by ``bench
+    run``.
+    """
     device = torch.device(args.device)
     ids = torch.randint(SHAPES[args.shape][2], (args.batch, args.length), device=device)
     optimizer = ZOSGD(model.named_parameters(), lr=1e-7, eps=1e-3, dist=args.dist)
@@ -257,7 +267,7 @@ def _number(row: Row, key: str, form: str, scale: float = 1.0) -> str:
     return format(row[key] * scale, form) if row.get(key) else "-"
 
 
-#: Heads of a table of rows, and what stands below them.
+#: The columns of the table: the head of each, and what of a row stands below it.
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "storage": lambda r: r["storage"],
     "step s": lambda r: _number(r, "step", ".3f"),
@@ -321,7 +331,7 @@ def run(args: argparse.Namespace) -> int:
                 row |= {"in_memory": in_memory, "of_in_memory": in_memory / row["step"]}
             rows.append(row)
             print(" ".join(f"{show(row):>{_width(head)}}" for head, show in COLUMNS.items()), flush=True)
-            save()  # what was measured stays where a time limit ends the run
+            save()  # so that the rows are kept if a time limit ends the run
     print(f"\n{LEGEND}\n{time.perf_counter() - start:.0f} s")
     save()
     if args.json:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from . import offload, trajectory
-from .charts import Bar, Dot, bars, dots, spark
+from . import charts, offload, report, trajectory
 from .registry import Row
 from .table import LEGEND, columns_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 HERE = pathlib.Path(__file__).parent
 
@@ -29,7 +33,7 @@ Result = dict[str, Any]
 
 
 def kind_of(result: Result) -> str:
-    """methods, gpu-check or run: what wrote the file."""
+    """Which command wrote the file: run, methods, trajectory, offload or gpu-check."""
     if result.get("schema") != 1 or "machine" not in result or "rows" not in result:
         raise SystemExit(
             "bench report: expected a file that `bench run`, `methods`, `trajectory`, `offload` or `gpu-check` wrote, "
@@ -43,7 +47,7 @@ def kind_of(result: Result) -> str:
 
 
 def _nearest(rows: Sequence[Row]) -> list[Row]:
-    """One pass in place, K = 1, to nearest: what the plots compare."""
+    """The rows that the pictures compare: one pass in place with one direction, rounded to nearest."""
     return [r for r in rows if r["op"] == "combine_" and r["k"] == 1 and r["rounding"] == "nearest"]
 
 
@@ -52,11 +56,11 @@ def _where(row: Row) -> str:
     return threads if row["device"] == "cpu" else row["backend"]
 
 
-# --- parts ------------------------------------------------------------------------------------------------------------
+# --- parts ----------------------------------------------------------------------------------------
 
 
 def _table(heads: Sequence[tuple[str, bool]], lines: Sequence[Sequence[str]]) -> str:
-    """heads: (text, right-aligned); cells are HTML."""
+    """A table.  Each of ``heads`` is (text, whether the column is aligned to the right); cells are HTML."""
     side = lambda right: ' class="right"' if right else ""
     out = ['<div class="scroll"><table><thead><tr>']
     out += [f"<th{side(right)}>{escape(head)}</th>" for head, right in heads]
@@ -89,34 +93,30 @@ def _key(*names: tuple[str, str]) -> str:
 _DISTS = (("normal", "normal"), ("rademacher", "Rademacher"))
 
 
+def _card(heading: str, picture: Figure) -> str:
+    return f'<div class="card"><h3>{escape(heading)}</h3><div class="scroll">{charts.svg(picture, heading)}</div></div>'
+
+
 def _passes(rows: Sequence[Row]) -> list[str]:
     """Two cards of bars and one of dots about a single pass."""
     ours = _nearest(rows)
     if not ours:
         return []
-    label = lambda r: f"{r['dtype']} {r['dist']}, {_where(r)}"
-    title = lambda r: f"{r['p50'] * 1e3:.2f} ms, {r['gb_per_s']:.1f} GB/s, {r['ns_per_element']:.2f} ns an element"
-    bar = lambda r, v, text: Bar(label(r), v, text, r["dist"], title(r))
-    share = [bar(r, r["copy_fraction"], f"{r['copy_fraction']:.2f}") for r in ours]
-    times = [bar(r, r["ratio"]["mezo"], f"{r['ratio']['mezo']:.1f}x") for r in ours if "mezo" in r["ratio"]]
     out = [_key(*_DISTS), '<div class="cards">']
-    out.append(f'<div class="card"><h3>Times faster than the eager loop of MeZO</h3>{bars(times)}</div>')
-    out.append('<div class="card"><h3>Share of the bandwidth of a plain pass over the same bytes</h3>')
-    out.append(bars(share, mark=1.0, mark_text="a pass that only reads and writes the bytes") + "</div></div>")
-    groups: dict[str, list[Dot]] = {}
-    for r in [r for r in rows if r["op"] == "perturb_"] + ours:
-        kind = r["dist"] if r["op"] == "combine_" else "other"
-        name = f"zokernels ({r['backend']})" if r["op"] == "combine_" else r["backend"]
-        dot = Dot(r["ns_per_element"], kind, f"{name}, {label(r)}: {r['ns_per_element']:.3f} ns")
-        groups.setdefault(f"{r['dtype']} {r['dist']}", []).append(dot)
-    order = sorted(groups.items(), key=lambda pair: (pair[0].split()[1], pair[0]))
-    out.append('<div class="card"><h3>Time an element</h3>')
-    out.append(_key(*_DISTS, ("other", "eager loops, foreach, compiled; point at a dot for its name")))
-    return [*out, dots(order, "ns"), "</div>"]
+    out += [_card(panel.title.capitalize(), charts.bars([replace(panel, title="")])) for panel in report.panels(rows)]
+    points: dict[tuple[str, str, str], list[tuple[str, float]]] = {}
+    for row in [r for r in rows if r["op"] == "perturb_"] + ours:
+        mine = row["op"] == "combine_"
+        series = (f"zokernels {row['dist']}", row["dist"], "o") if mine else (row["backend"], "other", "")
+        points.setdefault(series, []).append((f"{row['dtype']} {row['dist']}", row["ns_per_element"]))
+    markers = itertools.cycle("svD^x+*")
+    series = [charts.Dots(name, at, colour, marker or next(markers)) for (name, colour, marker), at in points.items()]
+    labels = sorted({label for at in points.values() for label, _ in at}, key=lambda label: label.split()[::-1])
+    return [*out, "</div>", _card("Time an element", charts.dots(series, labels, "ns an element"))]
 
 
 def _rows_table(rows: Sequence[Row]) -> str:
-    """Every row, in the columns of the terminal."""
+    """A table of every row, in the columns that the terminal shows."""
     out = []
     for columns in {id(columns_of(r)): columns_of(r) for r in rows}.values():
         mine = [[escape(c.show(r)) for c in columns] for r in rows if columns_of(r) is columns]
@@ -133,7 +133,7 @@ def _skipped(result: Result) -> str:
     return _details("What was left out, and why", f"<ul>{lines}</ul>") if lines else ""
 
 
-# --- sections ---------------------------------------------------------------------------------------------------------
+# --- sections -------------------------------------------------------------------------------------
 
 
 def _run(result: Result) -> list[str]:
@@ -148,25 +148,27 @@ _LINK = re.compile(r"\[(.*?)\]\((https?://[^)]*)\)")
 
 def _methods(result: Result) -> list[str]:
     rows = result["rows"]
-    chosen = [Bar(r["method"], r["ratio"], f"{r['ratio']:.1f}x", "normal", r["use"]) for r in rows]
+    ratios = charts.Bars("", [(r["method"], r["ratio"], "normal") for r in rows], mark=1)
+    curves = [(r["method"], r["curve"]) for r in rows]
     top = 1.1 * max(r["loss_first"] for r in rows if r["loss_first"] < 10)
     lines = []
     for r in rows:
         paper = _LINK.sub(r'<a href="\2">\1</a>', escape(r["paper"]))
         figures = (f"{r['seconds'] * 1e3:.2f}", f"{r['eager_seconds'] * 1e3:.2f}", str(r["forwards"]))
         figures += (f"{r['bytes']:.3g}", escape(r["memory"]))
-        curve = spark(r["curve"], rows[0]["curve"], top)
         name = f"{escape(r['method'])}<br>{paper}"
-        lines.append((name, curve, f"{r['loss_last']:.3f}", *figures, f"<code>{escape(r['use'])}</code>"))
-    heads = [("method", False), ("loss, equal forwards", False), ("last", True), ("ms", True), ("eager ms", True)]
+        lines.append((name, f"{r['loss_last']:.3f}", *figures, f"<code>{escape(r['use'])}</code>"))
+    heads = [("method", False), ("loss, equal forwards", True), ("ms", True), ("eager ms", True)]
     heads += [("forwards a step", True), ("B a weight", True), ("state B", True), ("use", False)]
     words = (
         f"A whole step without its forwards, {result['weights']:,} weights of {result['dtype']}, against the published "
-        f"form in eager PyTorch; losses over {result['budget']:,} forwards, grey: the first method."
+        f"form in eager PyTorch; losses over {result['budget']:,} forwards."
     )
-    plot = f"<h3>Times faster than the published eager form</h3>{bars(chosen, mark=1.0, mark_text='equal')}"
-    cards = [f'<div class="card">{body}</div>' for body in (plot, _table(heads, lines))]
-    return ["<h2>Methods</h2>", f"<p>{words}</p>", *cards]
+    pictures = [
+        _card("Times faster than the published eager form (dashed: equal)", charts.bars([ratios], width=10)),
+        _card(f"Loss after equal forwards (grey: {rows[0]['method']})", charts.curves(curves, top, "forwards")),
+    ]
+    return ["<h2>Methods</h2>", f"<p>{words}</p>", *pictures, f'<div class="card">{_table(heads, lines)}</div>']
 
 
 def _check(result: Result) -> list[str]:
@@ -216,7 +218,7 @@ _SECTIONS: dict[str, Callable[[Result], list[str]]] = {
 
 
 def headlines(results: Sequence[Result]) -> list[tuple[str, str]]:
-    """(figure, what it is) of the first result that says something about it."""
+    """The figures at the top of the page as (figure, what it is), each of the first result that has it."""
     found = []
     rows = [r for result in results if kind_of(result) in ("run", "gpu-check") for r in _nearest(result["rows"])]
     for dist, name in _DISTS:
@@ -236,7 +238,7 @@ def headlines(results: Sequence[Result]) -> list[tuple[str, str]]:
 
 
 def html(results: Sequence[Result]) -> str:
-    """The page.  Results of one machine stand under one heading."""
+    """The whole page.  Consecutive results of one machine stand under one description of it."""
     body = ['<header><h1>zokernels, measured</h1><button type="button">light / dark</button></header>']
     body.append('<p class="lead">Kernels for zeroth-order training: noise from a seed, applied in one pass.</p>')
     if found := headlines(results):

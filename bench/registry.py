@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-#: Modules that register ops; a new op is one more module here.
+#: The modules that register ops.  A new op is one more module in this list.
 MODULES = ("combine", "fan_out", "host", "many", "published", "step")
 
 Row = dict[str, Any]
@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure.  Empty tuples mean: all that apply."""
+    """What to measure.  An empty tuple stands for all that apply to the op."""
 
     device: str = "cpu"
     backends: tuple[str, ...] = ()
@@ -41,7 +41,8 @@ class Op:
 
 _OPS: dict[str, Op] = {}
 
-#: What a run left out, and why: printed and written with the rows, so that nothing is missing silently.
+#: What a run left out, and why.  It is printed and written with the rows, so that nothing is missing in
+#: silence.
 SKIPPED: dict[str, str] = {}
 
 

@@ -1,9 +1,10 @@
-"""``python -m bench scaling``: a simulation on paper of a step's time on 8 to 1,024 GPUs.  Nothing is measured here.
+"""``python -m bench scaling``: a simulation on paper of a step's time on 8 to 1,024 GPUs.  Nothing is
+measured here.
 
-A step of a model of N parameters: q directions, two sides each, so 2 q points, and a batch of sequences.  A layout puts
-S GPUs on one copy of the weights; N / S replicas share out the sequences ("data") or the points ("perturbation").
-Every term is a quotient of an amount by a rate of :class:`Machine`; docs/scaling.md says where each comes from.
-"""
+A step of a model of N parameters: q directions, two sides each, so 2 q points, and a batch of sequences.  A
+layout puts S GPUs on one copy of the weights; N / S replicas share out the sequences ("data") or the points
+("perturbation"). Every term is a quotient of an amount by a rate of :class:`Machine`; docs/scaling.md says
+where each comes from."""
 
 from __future__ import annotations
 
@@ -13,24 +14,26 @@ import pathlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from . import charts
+
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 BEGIN, END = "<!-- made by: python -m bench scaling -->\n", "<!-- end -->\n"
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates that are assumed, of an H100 SXM server; per second, and of each GPU."""
+    """The rates that are assumed, those of an H100 SXM server.  All are per second and for each GPU."""
 
     flops: float = 989.4e12  # bf16, dense: NVIDIA's data sheet
-    efficiency: float = 0.4  # of it, in a forward
-    memory: float = 3.35e12 * 0.9  # bytes; data sheet, and what copies commonly reach of it
-    usable: float = 72e9  # of 80 GB, without activations and scratch
-    lanes: float = 132 * 128 * 1.755e9  # instructions of a thread: SMs, lanes, clock
-    host: float = 64e9 * 0.85  # bytes over PCIe 5 x16, each way
-    fast: float = 450e9 * 0.8  # bytes over NVLink, each way
+    efficiency: float = 0.4  # the share of these that a forward reaches
+    memory: float = 3.35e12 * 0.9  # bytes: the data sheet, times the share that copies commonly reach
+    usable: float = 72e9  # bytes of the 80 GB that are left beside activations and scratch
+    lanes: float = 132 * 128 * 1.755e9  # instructions of one thread: multiprocessors, lanes, clock
+    host: float = 64e9 * 0.85  # bytes over PCIe 5 x16, in each direction
+    fast: float = 450e9 * 0.8  # bytes over NVLink, in each direction
     net: float = 50e9 * 0.9  # bytes over 400 Gb/s InfiniBand
     node: int = 8
-    hop: float = 15e-6  # seconds of each of log2(ranks) hops of a small all-gather, its launch included
+    hop: float = 15e-6  # seconds of one of the log2(ranks) hops of a small all-gather, with its launch
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,10 @@ class Workload:
     sequences: int = 64
     tokens: int = 512
     directions: int = 8
-    #: Of a bf16 pass in place, sm_90, normal noise, an element and direction: counted in machine code (design.md).
-    instructions: float = 23.7
+    #: Instructions for each element and direction of a bf16 pass in place with normal noise, counted in the
+    #: machine code
+    #: for sm_90 (docs/design.md).
+    instructions: float = 23.1
 
     @property
     def weights(self) -> float:
@@ -52,16 +57,17 @@ class Workload:
         return 2 * self.directions
 
     def forward(self) -> float:
-        """Operations of one sequence at one point: 2 a weight and token, and causal attention."""
+        """The operations of one sequence at one point: 2 for each weight and token, and causal attention."""
         return self.tokens * (2 * self.weights + 2 * self.layers * self.tokens * self.hidden)
 
 
-MODELS = {"OPT-175B": Workload(96, 12288), "1T": Workload(128, 25600)}  # the latter: Narayanan et al., 2104.04473
+# 1T is the model of Narayanan et al., arXiv 2104.04473
+MODELS = {"OPT-175B": Workload(96, 12288), "1T": Workload(128, 25600)}
 
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds; ``bound`` is the longest of ``parts``."""
+    """The parts of a step in seconds; ``bound`` names the longest of them."""
 
     parts: dict[str, float]
     total: float
@@ -72,32 +78,40 @@ class Step:
 
 
 def shares(w: Workload, replicas: int, first: str) -> tuple[int, int]:
-    """Sequences and points of a replica: along ``first`` until that is shared out, then along the other."""
+    """The sequences and points of a replica.
+
+    The dimension ``first`` is shared out as far as possible, then the other one.
+    """
     data = min(replicas, w.sequences) if first == "data" else -(-replicas // min(replicas, w.points))
     data = min(data, w.sequences)
     return -(-w.sequences // data), -(-w.points // max(1, min(w.points, replicas // data)))
 
 
 def passes(m: Machine, w: Workload, weights: float, points: int) -> float:
-    """Perturbing ``weights`` for each point, and one update with all directions."""
+    """The seconds of perturbing ``weights`` for each point, and of one update with all directions."""
     one = lambda k: max(4 * weights / m.memory, k * w.instructions * weights / m.lanes)
     return points * one(1) + one(w.directions)
 
 
 def _forwards(m: Machine, w: Workload, ranks: int, sequences: int) -> float:
-    """Of all of a replica's sequences at one point, on ``ranks`` GPUs: operations, or reading the weights."""
+    """The seconds that a replica's sequences take at one point on ``ranks`` GPUs.
+
+    They are those of the arithmetic or those of reading the weights, whichever are more.
+    """
     return max(sequences * w.forward() / (m.flops * m.efficiency), 2 * w.weights / m.memory) / ranks
 
 
 def _smallest(m: Machine, w: Workload, gpus: int) -> int | None:
-    """The least power of two of GPUs that holds the weights."""
+    """The smallest power of two of GPUs whose memories hold the weights."""
     ranks = 1 << max(0, math.ceil(math.log2(2 * w.weights / m.usable)))
     return ranks if ranks <= gpus else None
 
 
 def _gathering(m: Machine, w: Workload, ranks: int) -> float:
-    """All weights to each of ``ranks`` GPUs, which hold one part each.  Between servers a byte crosses once a server,
-    all adapters of which work."""
+    """The seconds in which each of ``ranks`` GPUs, which hold a part each, gets all weights.
+
+    A byte is sent to each server once, and all network adapters of a server share that work.
+    """
     servers = max(1, ranks // m.node)
     across = (servers - 1) / servers / (m.node * m.net)
     return 2 * w.weights * max((ranks - 1) / ranks / m.fast, across)
@@ -108,11 +122,13 @@ def _agreeing(m: Machine, gpus: int) -> float:
 
 
 def sharded(m: Machine, w: Workload, gpus: int, first: str) -> Step | None:
-    """FSDP: a GPU holds 1 / S and has sequences of its own; each forward gathers the weights of each layer, while the
-    one before computes."""
+    """FSDP.  A GPU holds 1 / S of the weights and has sequences of its own.
+
+    Each forward gathers the weights of a layer while the layer before computes.
+    """
     if (ranks := _smallest(m, w, gpus)) is None:
         return None
-    # The S ranks of a shard group are data ranks too: they must have the same points.
+    # The S ranks of a shard group are data ranks, too, so they must have the same points.
     replicas = gpus // ranks
     groups = max(1, min(w.sequences // ranks, replicas)) if first == "data" else max(1, replicas // w.points)
     sequences = -(-w.sequences // (ranks * groups))
@@ -125,7 +141,10 @@ def sharded(m: Machine, w: Workload, gpus: int, first: str) -> Step | None:
 
 
 def pipeline(m: Machine, w: Workload, gpus: int, first: str) -> Step | None:
-    """S stages; the sequences of all points fill them one after the other, so that the bubble is S - 1 slots."""
+    """S stages.
+
+    The sequences of all points pass through them in one row, so that only S - 1 slots stay empty.
+    """
     if (ranks := _smallest(m, w, gpus)) is None:
         return None
     sequences, points = shares(w, gpus // ranks, first)
@@ -139,12 +158,16 @@ def pipeline(m: Machine, w: Workload, gpus: int, first: str) -> Step | None:
 
 
 def streamed(m: Machine, w: Workload, gpus: int, gathered: bool) -> Step:
-    """Each block comes over the host link once a step, and all points of the step see it; an update goes back the other
-    way.  ``gathered``: each GPU of a server uploads an eighth, and the parts are gathered over the fast link."""
+    """Each block comes over the link of the host once a step, serves all points of the step, and goes back
+    updated.
+
+    With ``gathered`` each of the eight GPUs of a server reads an eighth, and they exchange the parts over the
+    fast link."""
     sequences, points = shares(w, gpus, "data")
     ranks = min(m.node, gpus) if gathered else 1
     compute = points * _forwards(m, w, 1, sequences)
-    noise = passes(m, w, w.weights, points)  # on the same GPU, between the forwards
+    # it runs on the same GPU between the forwards, so its time adds to theirs
+    noise = passes(m, w, w.weights, points)
     host, link = 2 * w.weights / ranks / m.host, _gathering(m, w, ranks) if gathered else 0.0
     latency = _agreeing(m, gpus)
     parts = {"compute": compute, "passes": noise, "host link": host, "link": link, "latency": latency}
@@ -167,7 +190,7 @@ def _time(seconds: float) -> str:
 
 
 def tables(m: Machine = Machine()) -> Iterator[str]:
-    """Lines of Markdown."""
+    """The lines of the tables, in Markdown."""
     for name, w in MODELS.items():
         held = _smallest(m, w, GPUS[-1])
         yield f"**{name}**: {w.weights / 1e9:,.0f} G weights, {2 * w.weights / 1e9:,.0f} GB in bf16, on {held} GPUs"
@@ -182,14 +205,10 @@ def tables(m: Machine = Machine()) -> Iterator[str]:
         yield ""
 
 
+@charts.style()
 def draw(path: pathlib.Path, m: Machine = Machine()) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(MODELS), figsize=(11, 4.6), sharey=True, layout="constrained")
-    for axis, (name, w) in zip(axes, MODELS.items(), strict=True):
+    figure, axes = charts.figure(1, len(MODELS), 11, 4.6, sharey=True)
+    for axis, (name, w) in zip(axes.flat, MODELS.items(), strict=True):
         for i, (title, layout) in enumerate(LAYOUTS.items()):
             found = [(n, s.total) for n in GPUS if (s := layout(m, w, n))]
             style = "--" if title.endswith("perturbation") else ":" if i > 3 else "-"
@@ -198,10 +217,9 @@ def draw(path: pathlib.Path, m: Machine = Machine()) -> None:
         axis.set_xticks(GPUS, [str(n) for n in GPUS])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("seconds a step (simulated)")
-    axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    axes[0, 0].set_ylabel("seconds a step (simulated)")
+    axes[0, 0].legend(fontsize=8)
+    charts.png(path, figure)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

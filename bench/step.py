@@ -42,7 +42,7 @@ def arena_bytes(shapes: workloads.Shapes, itemsize: int) -> int:
 
 
 def arena(shapes: workloads.Shapes, dtype: torch.dtype, device: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """One flat tensor and, by name, its views; values as large as weights."""
+    """One flat tensor with values of the size of weights, and its views by name."""
     unit = ALIGN // dtype.itemsize
     flat = torch.empty(arena_bytes(shapes, dtype.itemsize) // dtype.itemsize, dtype=dtype, device=device)
     flat.normal_(0, 0.02)
@@ -55,7 +55,9 @@ def arena(shapes: workloads.Shapes, dtype: torch.dtype, device: str) -> tuple[Te
 
 
 class Parts:
-    """The list cut into modules or layers, with scratch for the largest of them that all use in turn."""
+    """The parameters by module or by layer, and scratch memory of the size of the largest, which all use in
+    turn.
+    """
 
     def __init__(self, views: dict[str, Tensor], part_of: Callable[[str], str], copies: int) -> None:
         groups: dict[str, list[str]] = {}
@@ -65,7 +67,7 @@ class Parts:
         shapes = [{n: tuple(views[n].shape) for n in names} for names in groups.values()]
         largest = max(shapes, key=lambda s: arena_bytes(s, some.element_size()))
         flats = [arena(largest, some.dtype, some.device.type)[0] for _ in range(copies)]
-        #: (parameters, streams, scratch for each copy)
+        #: Of each part: its parameters, their streams, and the scratch of each perturbed copy.
         self.parts = []
         for names in groups.values():
             params, unit, at = [views[n] for n in names], ALIGN // some.element_size(), 0
@@ -78,7 +80,10 @@ class Parts:
 
 
 def forms(views: dict[str, Tensor], dist: str, rounding: str = "nearest") -> dict[str, tuple[int, Call]]:
-    """Each form's accesses a parameter and its call, for the backend that is selected when it runs."""
+    """Of each form the memory accesses for each parameter, and its call.
+
+    The call uses the backend selected then.
+    """
     params, streams = list(views.values()), [zokernels.stream_of(n) for n in views]
     device = params[0].device
     seeds = torch.arange(SEED, SEED + 2, dtype=torch.int64, device=device)
@@ -128,7 +133,8 @@ def _loops(views: dict[str, Tensor], settings: Settings, dtype: torch.dtype, dis
     tensors = list(views.values())
     model, largest = sum(t.nbytes for t in tensors), max(t.nbytes for t in tensors)
     found: dict[str, Call] = {}
-    free = machine.free_memory(settings.device) - 3 * largest  # z and two temporaries
+    # the largest tensor also needs z and two temporaries
+    free = machine.free_memory(settings.device) - 3 * largest
     for name, perturb in usable(settings.device, dtype, dist, settings.tiny).items():
         need = model if name in ("mezo", "foreach") else 0
         if need > 0.95 * free:
@@ -139,7 +145,7 @@ def _loops(views: dict[str, Tensor], settings: Settings, dtype: torch.dtype, dis
             free -= need
         else:
             found[name] = _four_passes(perturb, tensors, dist)
-    if settings.device == "cuda":  # the estimate knows nothing of fragments
+    if settings.device == "cuda":  # the estimate does not know how memory is fragmented
         for name in list(found):
             try:
                 found[name]()
@@ -168,7 +174,7 @@ def run(settings: Settings) -> Iterator[Row]:
             with forked_rng(settings.device), torch.no_grad():
                 yield from _rows(settings, what, workload, shapes, dtype, dist, threads, backends)
             if settings.device == "cuda":
-                torch.cuda.empty_cache()  # the next model may need all of it in other block sizes
+                torch.cuda.empty_cache()  # the next model may need all memory, in blocks of other sizes
     finally:
         torch.set_num_threads(threads_before)
 
@@ -216,7 +222,7 @@ def _rows(
         for key, call in list(kernels.items()):
             try:
                 kernels[(*key[:-1], "graph")] = captured(call)
-            except Exception as error:  # its other rows are not lost
+            except Exception as error:  # one form that fails must not lose the other rows
                 reason = f"{type(error).__name__}: {str(error)[:200]}"
                 skip(f"{what} {' '.join(key[:-1])}: in a CUDA graph", reason)
     else:
@@ -233,7 +239,8 @@ def _rows(
         labels = {**where, "form": form, "rounding": rounding, "backend": backend, "launch": launch}
         labels["bytes_per_parameter"] = accesses * DTYPES[dtype].itemsize
         yield row(labels, times[key], numel, True, compared, accesses)
-    for name in loops:  # accesses: MeZO's counted from its source; the others' as four plain passes, as if z were free
+    for name in loops:
+        # Those of MeZO are counted in its source; the others are four plain passes, as if z cost nothing.
         accesses = 37 if name == "mezo" else 8
         labels = {**where, "form": "eager", "rounding": "nearest", "backend": name, "launch": "eager"}
         labels["bytes_per_parameter"] = accesses * DTYPES[dtype].itemsize

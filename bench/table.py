@@ -9,7 +9,7 @@ from .registry import Row
 
 
 def short(value: float) -> str:
-    """Three significant digits without an exponent, in five characters up to 99999."""
+    """Three significant digits without an exponent; up to 99999 they take at most five characters."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
@@ -42,7 +42,7 @@ _MEZO, _FOREACH = Column("x MeZO", _ratio("mezo"), 6), Column("x foreach", _rati
 _ADD = Column("x add_", _ratio("inplace"), 6)
 _TIMES = [_THREADS, _P20, _P50, _P80]
 
-#: Columns of a pass over one tensor.
+#: The columns of the ops that pass over one tensor.
 COLUMNS = [
     _text("op", "op", 8),
     _K,
@@ -118,7 +118,7 @@ class Printer:
         return " ".join(c.rjust(k.width) if k.right else c.ljust(k.width) for c, k in pairs).rstrip()
 
     def head(self, row: Row) -> str | None:
-        """The heading, where ``row`` needs another one than the row before."""
+        """The heading to print above ``row``, if it needs another one than the row before."""
         columns = columns_of(row)
         if columns is self._columns:
             return None
@@ -133,7 +133,7 @@ class Printer:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """One table for each kind of row, in the order in which they come."""
+    """One table for each kind of row, in the order in which the kinds come."""
     tables = []
     for columns in ({id(columns_of(r)): columns_of(r) for r in rows}).values():
         lines = ["| " + " | ".join(c.head for c in columns) + " |"]

@@ -1,7 +1,8 @@
-"""Timing in turns: every candidate runs once a round, so that what disturbs the machine disturbs all of them.
+"""Timing in turns: every candidate runs once in each round, so that what disturbs the machine disturbs all of
+them.
 
-On a GPU device events are timed; the host's share, the time until the call returns, is measured apart.
-"""
+On a GPU the times are those between two events of the device.  The time until a call returns on the host is
+measured apart from them."""
 
 from __future__ import annotations
 
@@ -11,18 +12,22 @@ from dataclasses import dataclass, replace
 
 import torch
 
-#: Cycles a second at most: what turns host time into a spin of the device.
+#: The highest clock of a device in cycles per second, by which seconds become cycles for it to spin.
 _CLOCK = 2e9
 
-#: Spin before an event pair, in seconds: 1.5 times the host time of the call, within these bounds.  The host queues the
-#: launches while the device spins, so that many small kernels are not charged for it; in training, the forwards give it
-#: that time.  The driver queues about a thousand launches, so a longer spin would change nothing.
+#: How many seconds the device spins before the first event: 1.5 times the host time of the call, within these
+#: bounds. Meanwhile the host queues its launches, so that the times of many small kernels do not include the
+#: host's work.  In training the forwards give the host that time.  A longer spin would change nothing,
+#: because the driver queues about a thousand launches at most.
 _SPIN = (0.5e-3, 20e-3)
 
 
 @dataclass(frozen=True)
 class Times:
-    """Percentiles of one call, in seconds, over ``rounds`` calls; ``host``: until the call returns (GPU only)."""
+    """Percentiles of the time of one call, in seconds, over ``rounds`` calls.
+
+    ``host`` is the time until the call returns, which is measured on a GPU only.
+    """
 
     p20: float
     p50: float
@@ -42,7 +47,10 @@ def _time_cpu(call: Callable[[], None]) -> float:
 
 
 def _time_host(call: Callable[[], None]) -> float:
-    """Until the call returns, on an idle device: the best of three, since the host is what is disturbed."""
+    """The seconds until the call returns, on an idle device.
+
+    It is the best of three, since what disturbs the host can only add time.
+    """
     best = float("inf")
     for _ in range(3):
         torch.cuda.synchronize()

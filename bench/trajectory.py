@@ -31,7 +31,10 @@ LR = 1e-6
 
 
 def shapes(scale: float = 1.0) -> dict[str, tuple[int, ...]]:
-    """MiniLM-L6 (the demo's model) with ``scale`` times every width: 22.6 M weights."""
+    """The shapes of MiniLM-L6, the model of the demo, with every width times ``scale``.
+
+    At scale 1 these are 22.6 M weights.
+    """
     h, f = (8 * max(1, round(n * scale / 8)) for n in (384, 1536))
     found = {
         "embeddings.word": (max(64, round(30522 * scale)), h),
@@ -62,7 +65,7 @@ def weights(dtype: torch.dtype, scale: float) -> dict[str, torch.nn.Parameter]:
 
 
 def write_log(path: pathlib.Path, base: dict[str, torch.nn.Parameter], dist: str, decay: float, steps: int) -> None:
-    """The log of a run of MeZO from ``base``: its header, and records with gradients of the usual size."""
+    """Writes the log of a run of MeZO from ``base``, with projected gradients of the usual size."""
     optimizer = ZOSGD(base.items(), lr=LR, dist=dist, weight_decay=decay, seed=0)
     head, layout = encode(header_of(optimizer))
     gradients = torch.randn(steps, generator=torch.Generator().manual_seed(1)).tolist()
@@ -79,14 +82,19 @@ def once(call: Callable[[], object]) -> float:
 
 
 def both(call: Callable[[], object]) -> tuple[float, float]:
-    """Seconds by the clock, and of all threads together: on a shared machine the latter says more."""
+    """The seconds by the clock, and those of all threads together, which say more on a machine that others
+    use, too.
+    """
     start = time.process_time()
     seconds = once(call)
     return seconds, time.process_time() - start
 
 
 def replay_row(dtype: str, dist: str, decay: float, args: argparse.Namespace) -> Row:
-    """``steps`` steps: replayed; by the combine_ kernel alone, as many directions at a time as replay takes; eager."""
+    """Replays ``steps`` steps.
+
+    Beside it stand the combine_ kernel alone, with as many directions in a call as replay takes, and the
+    eager form."""
     base = weights(DTYPES[dtype], args.scale)
     params = [p.detach().clone() for p in base.values()]
     with tempfile.TemporaryDirectory() as folder:
@@ -119,7 +127,7 @@ def replay_row(dtype: str, dist: str, decay: float, args: argparse.Namespace) ->
 
 
 def products(base: dict[str, torch.nn.Parameter], tokens: int) -> Callable[[], torch.Tensor]:
-    """The matrix products of a forward of ``tokens`` tokens."""
+    """Computes the matrix products of a forward of ``tokens`` tokens."""
     x = torch.ones(tokens, base["embeddings.norm.bias"].numel(), dtype=base["embeddings.norm.bias"].dtype)
 
     def forward() -> torch.Tensor:
@@ -134,7 +142,10 @@ def products(base: dict[str, torch.nn.Parameter], tokens: int) -> Callable[[], t
 
 
 def record_row(dtype: str, tokens: int, args: argparse.Namespace) -> Row:
-    """A step with recording, with forwards of ``tokens`` tokens or none; how much of it is spent in the recorder."""
+    """Times a step that is recorded, and how much of it the recorder takes.
+
+    If ``tokens`` is 0 the forwards are empty.
+    """
     base = weights(DTYPES[dtype], args.scale)
     closure = products(base, tokens) if tokens else lambda: 0.5
     spent: list[float] = []
@@ -149,7 +160,7 @@ def record_row(dtype: str, tokens: int, args: argparse.Namespace) -> Row:
 
     with tempfile.TemporaryDirectory() as folder:
         optimizer = ZOSGD(base.items(), lr=LR, restore="inplace", trajectory=f"{folder}/run.zk")
-        optimizer.step(closure)  # the header, with its digests
+        optimizer.step(closure)  # this step writes the header, with its digests
         recorder, steps = optimizer.trajectory, []
         recorder.begin, recorder.append = timed(recorder.begin), timed(recorder.append)
         for _ in range(3 if args.tiny else 30):
@@ -163,7 +174,7 @@ def record_row(dtype: str, tokens: int, args: argparse.Namespace) -> Row:
 
 
 def project_row(dtype: str, dist: str, count: int, args: argparse.Namespace) -> Row:
-    """project against combine_ of the same tensors and directions."""
+    """Times project beside combine_ of the same tensors and directions."""
     tensors = [p.detach() for p in weights(DTYPES[dtype], args.scale).values()]
     kwargs = {"streams": range(len(tensors)), "dist": dist}
     seeds, coeffs = torch.arange(count), torch.full((count,), 1e-9)

@@ -1,9 +1,9 @@
 """theta += c * tl.randn(seed, index): the kernel that Triton's own generator invites one to write.
 
-Imported only where triton is installed.  Random numbers of the index, as ours, but neither a stream for each parameter
-nor 64-bit indices: ``tl.randn`` takes one Philox block for every normal and computes it with a logarithm and a cosine.
-``randn4x`` is the same with all four words of the block used: what a careful author would write.
-"""
+It is imported only if triton is installed.  Its random numbers are a function of the index, as ours are, but
+it has neither a stream for each parameter nor 64-bit indices.  ``tl.randn`` takes one Philox block for every
+normal, which it computes with a logarithm and a cosine.  ``randn4x`` uses all four words of the block, as a
+careful author would."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The exact parameter lists of published models, as names and shapes worked out from their configurations.
 
-Nothing is downloaded.  tests/test_bench_workloads.py compares each list with the model that transformers builds from
-the same numbers, and its total with the published one.  A tied head is not listed: it is the embedding.
-"""
+Nothing is downloaded.  tests/test_bench_workloads.py compares each list with the model that transformers
+builds from the same numbers, and its total with the published one.  A tied head is not listed: it is the
+embedding."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Opt:
     def shapes(self) -> Shapes:
         h, f = self.hidden, self.ffn
         top = "model.decoder"
-        # Two positions more than the context: the model counts them from 2
+        # There are two positions more than the context, because the model counts them from 2.
         found: Shapes = {
             f"{top}.embed_tokens.weight": (self.vocab, h),
             f"{top}.embed_positions.weight": (self.positions + 2, h),
@@ -45,7 +45,9 @@ class Opt:
 
 @dataclass(frozen=True)
 class Qwen3:
-    """Qwen3 (2025, arXiv 2505.09388): grouped queries, a norm on each head's query and key, no biases, tied head."""
+    """Qwen3 (2025, arXiv 2505.09388): grouped queries, a norm on each head's query and key, no biases, tied
+    head.
+    """
 
     hidden: int
     layers: int
@@ -108,7 +110,7 @@ class Published:
 
     @property
     def of_peak(self) -> float:
-        """Share of the card's bandwidth: one read and one write of two bytes an element."""
+        """The share of the card's bandwidth that one read and one write of two bytes for each element take."""
         return 4 * self.numel / self.seconds / self.peak
 
 
@@ -120,7 +122,8 @@ PUBLISHED = {
 
 
 def scaled(config: Opt | Qwen3, scale: float) -> Opt | Qwen3:
-    """The model with ``scale`` times the layers and every width: about scale^3 of the parameters, for small machines.
+    """The model with ``scale`` times the layers and every width: about scale^3 of the parameters, for small
+    machines.
 
     Widths stay multiples of 8, so that alignment is as in the model.
     """
@@ -138,7 +141,7 @@ def scaled(config: Opt | Qwen3, scale: float) -> Opt | Qwen3:
 
 
 def shapes(name: str, scale: float = 1.0) -> Shapes:
-    """Shapes by parameter name, in the order in which the model lists them."""
+    """The shapes by parameter name, in the order of the model."""
     return scaled(WORKLOADS[name], scale).shapes()
 
 
@@ -147,11 +150,11 @@ def total(shapes: Shapes) -> int:
 
 
 def module_of(name: str) -> str:
-    """The module that owns the parameter: weight and bias share it."""
+    """The name of the module that owns the parameter; a weight and its bias have the same."""
     return name.rpartition(".")[0]
 
 
 def layer_of(name: str) -> str:
-    """The decoder layer that holds the parameter; what stands outside the layers is by module."""
+    """The decoder layer that holds the parameter, or its module if it is in no layer."""
     parts = name.split(".")
     return ".".join(parts[: parts.index("layers") + 2]) if "layers" in parts else module_of(name)

@@ -77,7 +77,7 @@ struct TermArgs {
   int64_t row_blocks(size_t i) const { return zk::row_blocks(offsets[i], width(i), length(i)); }
   // Elements from a tensor's coefficients to the next one's.
   int64_t coeff_stride() const { return coeffs.dim() == 2 ? seeds.numel() : 0; }
-  // One coefficient a direction, no mask, no curvature: Terms.is_plain.
+  // Whether there is one coefficient for each direction, no mask and no curvature.
   bool is_plain() const { return coeffs.dim() == 1 && masks.empty() && !mask_seed && curvature.empty(); }
   Domain domain() const { return static_cast<Domain>(dist); }
 };

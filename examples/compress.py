@@ -1,26 +1,27 @@
-"""An ordinary update on K numbers: backpropagation's delta, projected on the span of K seeds by least squares.
+"""An ordinary update on K numbers: backpropagation's delta, projected on the span of K seeds by least
+squares.
 
-A worker trains with Adam; what it sends is a = G^-1 p, the coefficients of its delta's projection, and the receiver
-adds sum_k a_k z_k.  A projection on K of n dimensions keeps about K / n of the square; what it drops is added to the
-next delta (error feedback).  ``python examples/compress.py`` trains digits so, and with the whole delta.
-"""
+A worker trains with Adam.  It sends a = G^-1 p, the coefficients of the projection of its delta, and the
+receiver adds sum_k a_k z_k.  A projection on K of n dimensions keeps about K / n of the delta's square.  What
+it drops is added to the next delta (error feedback).  ``python examples/compress.py`` trains digits in this
+way, and with the whole delta."""
 
 from __future__ import annotations
 
 import argparse
 import copy
 
-import digits
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import zokernels
 from zokernels import Span
+from zokernels.examples import digits
 
 
 def delta_of(model: nn.Module, data: digits.Data, steps: int, lr: float, generator: torch.Generator) -> list[Tensor]:
-    """What ``steps`` of Adam change."""
+    """The change of each weight that ``steps`` steps of Adam make."""
     trained = copy.deepcopy(model)
     optimizer = torch.optim.Adam(trained.parameters(), lr)
     for _ in range(steps):
@@ -33,7 +34,7 @@ def delta_of(model: nn.Module, data: digits.Data, steps: int, lr: float, generat
 
 
 def train(*, directions: int | None = 256, rounds: int = 60, steps: int = 10, lr: float = 2e-3) -> dict:
-    """``directions``: coefficients a round; None: the whole delta."""
+    """Trains with ``directions`` coefficients a round, or with the whole delta if it is None."""
     training, validation = digits.load()
     model, generator = digits.network(), torch.Generator().manual_seed(2)
     params = list(model.parameters())
@@ -50,7 +51,7 @@ def train(*, directions: int | None = 256, rounds: int = 60, steps: int = 10, lr
             span = Span(list(model.named_parameters()), seeds)
             torch._foreach_add_(left, delta)
             energy = sum(t.double().square().sum() for t in left)
-            coeffs = span.fit(left)  # what is sent
+            coeffs = span.fit(left)  # these are sent
             kept.append((span.norm(coeffs).square() / energy).item())
             span.add_(params, coeffs)
             span.add_(left, -coeffs)

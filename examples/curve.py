@@ -1,4 +1,4 @@
-"""The loss curve as a PNG: plotting apart from training."""
+"""Draws the loss curve of the demo as a PNG."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _INK, _BLUE, _ORANGE = "#222222", "#3b6ea5", "#d1662a"
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Mean over the last ``window`` values, fewer at the start."""
+    """The mean over the last ``window`` values, or over fewer at the start."""
     out, total = [], 0.0
     for i, value in enumerate(values):
         total += value - (values[i - window] if i >= window else 0.0)
@@ -23,7 +23,10 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
 
 
 def draw(path: pathlib.Path, losses: Sequence[float], points: Sequence[tuple[int, float, float]], title: str) -> None:
-    """``losses`` by step; ``points`` on the validation sentences: (steps taken, loss, accuracy in [0, 1])."""
+    """Draws the losses of the steps, and ``points`` of the validation sentences to ``path``.
+
+    A point is (steps taken, loss, accuracy in [0, 1]).
+    """
     window = max(1, len(losses) // 20)
     steps = range(1, len(losses) + 1)
     at, val_loss, accuracy = zip(*points, strict=True)

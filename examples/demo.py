@@ -1,11 +1,11 @@
 """Fine-tunes every weight of a pretrained sentence encoder on movie reviews, with forward passes only.
 
-``python examples/demo.py`` (``make demo``, or ``zokernels demo`` where it is installed) trains MiniLM-L6 and a
-zero-shot head with ZOSGD, then times the hot path of a step against MeZO's eager loop, checks that the weights are
-restored bit for bit and that the log of the run gives them again, and leaves weights (before and after), log, loss
-curve and ``report.json`` in ``build/demo`` (``zokernels-demo/demo``).  It exits with 1 where loss or accuracy did not
-improve, or a check failed.  docs/demo.md says what was tried.
-"""
+``python examples/demo.py`` (or ``make demo``, or ``zokernels demo`` from an installed package) trains
+MiniLM-L6 and a zero-shot head with ZOSGD.  Then it times the hot path of a step beside MeZO's eager loop, and
+checks that the weights are restored bit for bit and that the log of the run gives them again.  It leaves the
+weights before and after, the log, the loss curve and ``report.json`` in ``build/demo`` (of an installed
+package: ``zokernels-demo/demo``).  The exit status is 1 if loss or accuracy did not improve, or if a check
+failed.  docs/demo.md says what was tried."""
 
 from __future__ import annotations
 
@@ -19,14 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))  # behind an installed zokernels
-
-import curve
-import hotpath
-import reviews
-from encoder import Classifier
-
 from zokernels.bench import machine
+from zokernels.examples import curve, hotpath, reviews
+from zokernels.examples.encoder import Classifier
 from zokernels.optim import ZOSGD
 from zokernels.trajectory import replay_
 
@@ -64,7 +59,7 @@ def loss_of(model: nn.Module, batch: reviews.Batch) -> Tensor:
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, batches: list[reviews.Batch]) -> tuple[float, float]:
-    """Mean loss and accuracy over all sentences of ``batches``."""
+    """The mean loss and the accuracy over all sentences of ``batches``."""
     loss, right, count = 0.0, 0, 0
     for batch in batches:
         logits = model(batch.ids, batch.mask).float()
@@ -75,11 +70,10 @@ def evaluate(model: nn.Module, batches: list[reviews.Batch]) -> tuple[float, flo
 
 
 def optimizer_for(model: Classifier, args: argparse.Namespace) -> ZOSGD:
-    """One z for all weights, with two sizes of perturbation.
+    """An optimizer with one z for all weights and two sizes of perturbation.
 
-    The head's eps is 300 times the encoder's: the loss difference is one number for both, and the encoder's part of it
-    is, at this length of training, mostly noise of the batch.  docs/demo.md has the figures.
-    """
+    The head's eps is 300 times the encoder's.  The loss difference is one number for both, and in a training
+    this short the encoder's part of it is mostly noise of the batch.  docs/demo.md has the figures."""
     head = [(n, p) for n, p in model.named_parameters() if n.startswith("head.")]
     encoder = [(n, p) for n, p in model.named_parameters() if not n.startswith("head.")]
     groups = [{"params": encoder, "lr": args.lr, "eps": 1e-3}, {"params": head, "lr": args.head_lr, "eps": 0.3}]
@@ -92,14 +86,17 @@ def optimizer_for(model: Classifier, args: argparse.Namespace) -> ZOSGD:
 def train(
     model: Classifier, data: reviews.Batcher, validation: list[reviews.Batch], args: argparse.Namespace
 ) -> tuple[list[float], list[tuple[int, float, float]], float]:
-    """Loss of each step, (step, loss, accuracy) on the validation sentences, and seconds of training alone."""
+    """Trains, and returns the losses, the points of the validation, and the seconds of the training alone.
+
+    A point is (step, loss, accuracy) on the validation sentences.
+    """
     from tqdm import tqdm
 
     optimizer = optimizer_for(model, args)
     every = max(1, -(-args.steps // EVALUATIONS))
     points, losses, seconds = [(0, *evaluate(model, validation))], [], 0.0
     print(f"before    validation loss {points[0][1]:.4f}, accuracy {100 * points[0][2]:.1f} %", flush=True)
-    interval = 0.1 if sys.stderr.isatty() else 10  # a log gets a line every ten seconds
+    interval = 0.1 if sys.stderr.isatty() else 10  # a log file gets a line every ten seconds
     with tqdm(total=args.steps, desc="training", unit="step", ncols=100, mininterval=interval) as bar:
         for step, batch in zip(range(1, args.steps + 1), data.forever(args.seed), strict=False):
             start = time.perf_counter()
@@ -118,7 +115,7 @@ def train(
 
 
 def replayed(model: nn.Module, base: dict[str, Tensor], log: pathlib.Path) -> tuple[bool, float]:
-    """Whether the log makes the model's weights of ``base``, bit for bit; and the seconds that it takes."""
+    """Whether the log turns ``base`` into the model's weights, bit for bit, and the seconds that it takes."""
     start = time.perf_counter()
     replay_(base, log)
     seconds = time.perf_counter() - start
@@ -216,7 +213,7 @@ def save(folder: pathlib.Path, model: nn.Module, losses: list[float], points: li
 
 
 def verdict(report: dict) -> int:
-    """0, or 1 and what failed."""
+    """The exit status: 0, or 1 after printing what failed."""
     checks = {
         "the validation loss did not fall": report["loss_last"] < report["loss_first"],
         "the validation accuracy did not rise": report["acc_after"] > report["acc_before"],

@@ -1,21 +1,16 @@
-"""What the small examples train: a network of 2,410 weights on scikit-learn's handwritten digits."""
+"""A network of 2,410 weights on scikit-learn's handwritten digits, which the small examples train."""
 
 from __future__ import annotations
-
-import pathlib
-import sys
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))  # behind an installed zokernels
-
 Data = tuple[Tensor, Tensor]
 
 
 def load() -> tuple[Data, Data]:
-    """(training, validation): 1,437 and 360 images of 8 x 8 in [0, 1], and their digits."""
+    """The training and the validation data: 1,437 and 360 images of 8 x 8 in [0, 1], and their digits."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -46,7 +41,7 @@ def batch(data: Data, size: int, generator: torch.Generator) -> Data:
 
 
 def clients(data: Data, count: int) -> list[Data]:
-    """Shares of the data that are not alike: half of each is drawn at random, half is sorted by digit."""
+    """Shares of the data that differ: one half of each is drawn at random, the other is sorted by digit."""
     half = len(data[0]) // 2
     order = torch.cat((torch.arange(half), half + data[1][half:].argsort()))
     even, rest = order[:half].chunk(count), order[half:].chunk(count)

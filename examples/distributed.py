@@ -1,12 +1,14 @@
-"""Fine-tunes the demo's model on several processes, with every mesh, and compares each run with one process's.
+"""Fine-tunes the demo's model on several processes, with every mesh, and compares each run with one
+process's.
 
-``torchrun --nproc-per-node 2 examples/distributed.py`` runs data parallel, perturbation parallel, weights sharded by
-FSDP2 and two pipeline stages; with four processes also data x perturbation, shards x perturbation, and two pipelines.
-Each line has the bytes that a rank sends in a step, and the digest of the weights, which equals that of one process
-over the same shards of each batch.  Last, an asynchronous run: its digest equals that of its merged log, replayed.
+``torchrun --nproc-per-node 2 examples/distributed.py`` runs data parallel, perturbation parallel, weights
+sharded by FSDP2, and two pipeline stages.  With four processes it also runs data x perturbation, shards x
+perturbation, and two pipelines.  Each line shows the bytes that a rank sends in a step and the digest of the
+weights, which equals that of one process over the same shards of each batch.  The last run is asynchronous;
+its digest equals that of its merged log, replayed.
 
-``--mesh NAME --log FILE`` runs one mesh and records it; started again, also by torchrun itself
-(``torchrun --max-restarts 3 ...``) after a rank has died, it goes on from FILE.  docs/distributed.md.
+``--mesh NAME --log FILE`` runs one mesh and records it.  If it is started again it goes on from FILE, also by
+torchrun itself (``torchrun --max-restarts 3 ...``) after a rank has died.  docs/distributed.md explains it.
 """
 
 from __future__ import annotations
@@ -30,21 +32,17 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "examples"))
-
-import reviews  # noqa: E402
-from encoder import Classifier  # noqa: E402
-
-from zokernels.distributed import AsyncExchange, mean_of  # noqa: E402
-from zokernels.optim import ZOSGD  # noqa: E402
-from zokernels.step.shard import whole_of  # noqa: E402
-from zokernels.trajectory import replay_  # noqa: E402
-from zokernels.trajectory.settings import digest  # noqa: E402
+from zokernels.distributed import AsyncExchange, mean_of
+from zokernels.examples import reviews
+from zokernels.examples.encoder import Classifier
+from zokernels.optim import ZOSGD
+from zokernels.step.shard import whole_of
+from zokernels.trajectory import replay_
+from zokernels.trajectory.settings import digest
 
 
 def meshes(ranks: int) -> dict[str, dict[str, int]]:
-    """Dimensions by name."""
+    """The meshes to run, each with the sizes of its dimensions by name."""
     found = {"data": {"data": ranks}, "perturbation": {"perturbation": 2}, "sharded": {"data": ranks}}
     if ranks % 4 == 0:
         both = {"data": ranks // 2, "perturbation": 2}
@@ -66,7 +64,7 @@ def arguments() -> argparse.Namespace:
 
 
 class Batches:
-    """The batch of a step and a data rank: a function of both, so that any process can make it."""
+    """The batch of a step and a data rank.  It is a function of both, so that any process can make it."""
 
     def __init__(self, tokenizer, args: argparse.Namespace) -> None:
         self._sentences, _ = reviews.split(reviews.load(), 1000)
@@ -91,7 +89,7 @@ def optimizer_for(model: nn.Module, args: argparse.Namespace, **options: object)
 
 
 class Hop(nn.Module):
-    """In the place of a layer that another stage has."""
+    """Stands in the place of a layer that another stage has."""
 
     def __init__(self, act: Callable[[Tensor], Tensor] = lambda hidden: hidden) -> None:
         super().__init__()
@@ -102,7 +100,7 @@ class Hop(nn.Module):
 
 
 def leave_stage(model: Classifier, mesh: DeviceMesh) -> None:
-    """Of the encoder's layers the first half, or the second; names stay what they are."""
+    """Leaves this stage the first half of the encoder's layers, or the second.  The names stay the same."""
     layers, group = model.encoder.encoder.layer, mesh.get_group("pipeline")
     half = len(layers) // 2
 
@@ -122,12 +120,15 @@ def leave_stage(model: Classifier, mesh: DeviceMesh) -> None:
 
 
 def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The parameters, without those that another stage has."""
+    """The parameters of the model, without those that another stage has."""
     return [(n, p) for n, p in model.named_parameters() if not n.startswith(getattr(model, "not_here", "nothing"))]
 
 
 def digest_of(model: nn.Module, mesh: DeviceMesh | None = None) -> str:
-    """SHA-256 of all weights' own; all ranks together gather what is sharded, or on other stages."""
+    """The SHA-256 of the digests of all weights.
+
+    All ranks call it together, and gather the weights that are sharded and the digests of other stages.
+    """
     found = [digest(whole_of(p)) for _, p in trained(model)]
     if mesh is not None and "pipeline" in mesh.mesh_dim_names:
         stages: list = [None, None]
@@ -142,7 +143,7 @@ def fresh(args: argparse.Namespace) -> Classifier:
 
 
 def alone(args: argparse.Namespace, shards: int, log: pathlib.Path | None = None) -> tuple[str, float]:
-    """Digest and last loss of one process that takes the mean over the data ranks' batches itself."""
+    """The digest and the last loss of one process, which takes the mean over the batches of all data ranks."""
     model, loss = fresh(args), 0.0
     batches = Batches(model.tokenizer, args)
     optimizer = optimizer_for(model, args, trajectory=log)
@@ -153,7 +154,7 @@ def alone(args: argparse.Namespace, shards: int, log: pathlib.Path | None = None
 
 
 def together(name: str, mesh: DeviceMesh, args: argparse.Namespace) -> tuple[str, float, int, float]:
-    """Digest, last loss, bytes sent in a step, seconds a step."""
+    """The digest, the last loss, the bytes sent in a step, and the seconds of a step."""
     model, loss = fresh(args), 0.0
     batches = Batches(model.tokenizer, args)
     if name.startswith("sharded"):
@@ -178,7 +179,10 @@ def together(name: str, mesh: DeviceMesh, args: argparse.Namespace) -> tuple[str
 
 
 def asynchronous(args: argparse.Namespace) -> bool:
-    """A run of as many records as all ranks would take steps; each has batches of its own, and none waits."""
+    """A run in which each rank has batches of its own and none waits; whether it ended as its log does.
+
+    It has as many records as all ranks together would take steps.
+    """
     rank, ranks, model = dist.get_rank(), dist.get_world_size(), fresh(args)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if rank == 0 else None
     port = [store.port if store else None]
@@ -220,7 +224,7 @@ def die(args: argparse.Namespace, step: int) -> None:
 
 def main() -> int:
     args = arguments()
-    torch.set_num_threads(1)  # products of one batch have one order of summation, whatever else runs
+    torch.set_num_threads(1)  # with one thread, the products of a batch have one order of summation
     warnings.filterwarnings("ignore", message=".*were taken by no torch function")
     if args.alone:
         sizes = meshes(int(os.environ.get("WORLD_SIZE", "2")))[args.mesh or "data"]

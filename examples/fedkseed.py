@@ -1,22 +1,21 @@
 """Federated rounds of which only coefficients travel (FedKSeed, Qin et al. 2024, arXiv 2312.06353).
 
-All sides know the same weights theta_0 and a pool of K seeds, so the model of every round is K numbers a:
-theta = theta_0 + sum_k a_k z_k.  A client takes steps of MeZO along directions of the pool and sends back what it
-added, as pairs of a direction's number and a coefficient.  ``python examples/fedkseed.py`` trains digits on ten unlike
-clients.
-"""
+All sides know the weights theta_0 and a pool of K seeds, so K numbers a describe the model of every round:
+theta = theta_0 + sum_k a_k z_k.  A client takes steps of MeZO along directions of the pool.  It sends back
+what it added, as pairs of the number of a direction and a coefficient.  ``python examples/fedkseed.py``
+trains digits with ten clients whose data differ."""
 
 from __future__ import annotations
 
 import argparse
 
-import digits
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import zokernels
 from zokernels import Span
+from zokernels.examples import digits
 
 EPS = 1e-3
 
@@ -24,7 +23,9 @@ EPS = 1e-3
 def local_steps(
     model: nn.Module, span: Span, data: digits.Data, steps: int, lr: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """(numbers of directions, int16; coefficients, fp32) of the steps, which ``model`` has then taken."""
+    """Takes ``steps`` steps with ``model``; returns the numbers of their directions (int16) and coefficients
+    (fp32).
+    """
     params, places = list(model.parameters()), {"streams": span.streams, "dist": span.dist}
     loss = lambda x, y: F.cross_entropy(model(x), y)
     chosen = torch.randint(len(span), (steps,), generator=generator)
@@ -53,7 +54,7 @@ def train(*, pool: int = 4096, rounds: int = 20, steps: int = 100, participants:
             p.copy_(b)
         span.add_(list(model.parameters()), coeffs)
 
-    coeffs = torch.zeros(pool)  # what the server holds, and sends
+    coeffs = torch.zeros(pool)  # the server holds these, and sends them
     result = {"accuracy_first": digits.accuracy(model, validation), "loss_first": digits.loss(model, validation)}
     for _ in range(rounds):
         total = torch.zeros(pool)

@@ -4,27 +4,27 @@ A Gaussian process over the points already queried has a mean whose gradient cos
 
     grad mu(x) = sum_i w_i k(x, x_i) (x_i - x) / l^2,    w = (K + s I)^-1 (f - mean),    k = exp(-|x - x'|^2 / 2 l^2).
 
-It needs of points only distances and differences, and it lies in their span.  So with x = theta_0 + sum_k a_k z_k a
-point is its a, distances come from the Gram matrix of the seeds, and a history of hundreds of points of any model takes
-a few kB.  Here several clients, each with data of its own, walk along their surrogates' gradients between rounds, which
-average their coefficients; the paper's correction between clients is left out.
-``python examples/fzoos.py`` compares this with as many queries spent on finite differences (arXiv 2308.04077).
-"""
+It needs only distances and differences of points, and it lies in their span.  So a point x = theta_0 + sum_k
+a_k z_k is stored as its a, and distances come from the Gram matrix of the seeds.  A history of hundreds of
+points of any model takes a few kB.  Here several clients, each with data of its own, walk along the gradients
+of their surrogates between rounds, and a round averages their coefficients.  The paper's correction between
+clients is left out. ``python examples/fzoos.py`` compares this with finite differences of as many queries
+(arXiv 2308.04077)."""
 
 from __future__ import annotations
 
 import argparse
 
-import digits
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zokernels import Span
+from zokernels.examples import digits
 
 
 class BlackBox:
-    """a -> the loss of theta_0 + sum_k a_k z_k on some data, counted."""
+    """A function from a to the loss of theta_0 + sum_k a_k z_k on some data, which counts its calls."""
 
     def __init__(self, model: nn.Module, span: Span, data: digits.Data) -> None:
         self.model, self.span, self.data, self.queries = model, span, data, 0
@@ -41,7 +41,7 @@ class BlackBox:
 
 
 class Surrogate:
-    """The process over the last ``keep`` queries: points [n, K] and values [n]."""
+    """The Gaussian process over the last ``keep`` queries: their points [n, K] and values [n]."""
 
     def __init__(self, span: Span, length: float, keep: int, noise: float = 1e-4) -> None:
         self.span, self.length, self.keep, self.noise = span, length, keep, noise
@@ -55,24 +55,24 @@ class Surrogate:
         return torch.exp(-0.5 * (self.span.distances(a, b) / self.length).square())
 
     def fit(self) -> Tensor:
-        """The weights w."""
+        """The weights w of the process."""
         covariance = self.kernel(self.points, self.points)
         covariance += self.noise * torch.eye(len(covariance), dtype=torch.float64)
         return torch.linalg.solve(covariance, self.values - self.values.mean())
 
     def gradient(self, a: Tensor, weights: Tensor) -> Tensor:
-        """Coefficients of grad mu."""
+        """The coefficients of grad mu(x)."""
         scaled = weights * self.kernel(a[None], self.points)[0]
         return (scaled @ self.points - scaled.sum() * a) / self.length**2
 
 
 def descend(a: Tensor, gradient: Tensor, span: Span, step: float) -> Tensor:
-    """A step of length ``step`` in the weights."""
+    """a after a step of the length ``step``, measured in the weights."""
     return a - step * gradient / span.norm(gradient).clamp(min=1e-12)
 
 
 def surrogate_round(box: BlackBox, surrogate: Surrogate, a: Tensor, args: argparse.Namespace) -> Tensor:
-    """``args.queries`` queries around a, then ``args.walk`` steps along the surrogate, which cost none."""
+    """Makes ``args.queries`` queries around a, then ``args.walk`` steps along the surrogate, which cost none."""
     surrogate.add(a, box(a))
     for _ in range(args.queries - 1):
         direction = torch.randn(len(box.span), generator=args.generator, dtype=torch.float64)
@@ -85,7 +85,7 @@ def surrogate_round(box: BlackBox, surrogate: Surrogate, a: Tensor, args: argpar
 
 
 def difference_round(box: BlackBox, _: Surrogate, a: Tensor, args: argparse.Namespace) -> Tensor:
-    """The same queries as two-sided differences along directions of the span."""
+    """Spends the same number of queries on two-sided differences along directions of the span."""
     total = box.span.zeros()
     for _ in range(args.queries // 2):
         direction = torch.randn(len(box.span), generator=args.generator, dtype=torch.float64)
@@ -114,7 +114,7 @@ def train(round_of, *, seeds: int = 48, rounds: int = 60, count: int = 3, **opti
 
 
 def warm_up(model: nn.Module, data: digits.Data, steps: int = 30) -> None:
-    """A few steps of Adam: the clients start from a model, not from noise."""
+    """Takes a few steps of Adam, so that the clients start from a model and not from noise."""
     optimizer, generator = torch.optim.Adam(model.parameters(), 3e-3), torch.Generator().manual_seed(0)
     for _ in range(steps):
         x, y = digits.batch(data, 64, generator)

@@ -21,16 +21,18 @@ def bits(weights: Tensor) -> Tensor:
 
 
 def leaves(model: nn.Module) -> list[list[Tensor]]:
-    """Parameters by the module that owns them: the weight and bias that one function of the forward takes together."""
+    """The parameters by the module that owns them.
+
+    One function of the forward takes its weight and bias together.
+    """
     return [params for m in model.modules() if (params := list(m.parameters(recurse=False)))]
 
 
 def combines(groups: list[list[Tensor]]) -> Callable[[], None]:
     """The combine calls of one ZOSGD step with exact restore, and nothing else.
 
-    For each sign, each module's theta + sign * eps * z into one scratch, used again for every module; then the update
-    of all weights in one call.  A test holds the same calls against those that ZOSGD makes.
-    """
+    For each sign they write theta + sign * eps * z of one module after the other into the same scratch.  Then
+    one call updates all weights.  A test compares these calls with those that ZOSGD makes."""
     params = [p.detach() for group in groups for p in group]
     seed = torch.ones(1, dtype=torch.int64, device=params[0].device)
     plus, minus, update = (seed.float() * c for c in (1e-3, -1e-3, 1e-6))
@@ -54,10 +56,10 @@ def combines(groups: list[list[Tensor]]) -> Callable[[], None]:
 
 
 def touch(groups: list[list[Tensor]]) -> Callable[[], float]:
-    """A closure that hands every parameter to a torch function, as a forward does, and computes nothing.
+    """A closure that passes every parameter to a torch function, as a forward does, and computes nothing.
 
-    ``atleast_1d`` returns its arguments: the exact probe writes each module's perturbed weights, and no more happens.
-    """
+    ``atleast_1d`` returns its arguments, so all that happens is that the exact probe writes the perturbed
+    weights."""
 
     def closure() -> float:
         for params in groups:
@@ -69,7 +71,9 @@ def touch(groups: list[list[Tensor]]) -> Callable[[], float]:
 
 @dataclass(frozen=True)
 class HotPath:
-    """Milliseconds a step without its forwards, medians, one thread each, all of the model's weights."""
+    """The milliseconds of a step without its forwards, over all weights of the model: medians, with one
+    thread.
+    """
 
     combines: float  #: the combine calls of ZOSGD with exact restore
     optimizer: float  #: the same inside the real ZOSGD.step, its Python included
@@ -81,7 +85,7 @@ class HotPath:
 
 
 def measure(model: nn.Module, rounds: int = 9) -> HotPath:
-    """Times the three in turns, on copies of the weights."""
+    """Times the three forms in turns, on copies of the weights."""
     ours, optimized, theirs = (
         copy.deepcopy(model),
         copy.deepcopy(model),
@@ -108,7 +112,10 @@ class _Interrupted(Exception):
 
 
 def restored_exactly(model: nn.Module, loss: Callable[[nn.Module], Tensor], dtype: torch.dtype) -> bool:
-    """Whether every bit of every weight, as ``dtype``, survives two steps at lr = 0 and one whose closure raises."""
+    """Whether every bit of every weight survives two steps with lr = 0 and one whose closure raises.
+
+    The weights are converted to ``dtype`` before.
+    """
     model = copy.deepcopy(model).to(dtype)
     now = lambda: [bits(p).clone() for p in model.parameters()]
     before, calls = now(), 0

@@ -1,19 +1,19 @@
 """Fine-tunes the demo's sentence encoder in a LightningModule, forward passes only.
 
-``python examples/lightning_module.py FOLDER [STEPS]``.  Manual optimization: the closure is the whole step.  The
-checkpoints of Lightning hold the optimizer's seed and step.
-"""
+``python examples/lightning_module.py FOLDER [STEPS]``.  The optimization is
+manual, because the closure is the whole step.  The checkpoints of Lightning hold the optimizer's seed and
+step."""
 
 import sys
 
 import lightning
 import torch
 import torch.nn.functional as F
-from encoder import Classifier
-from reviews import load, split
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
 
+from zokernels.examples.encoder import Classifier
+from zokernels.examples.reviews import load, split
 from zokernels.optim import ZOSGD
 
 

@@ -1,11 +1,11 @@
 """Fine-tunes a model from disk within a memory limit that the same training in memory does not keep.
 
-``python -m examples.offload_demo`` (or ``make offload-demo``) writes a wide MiniLM-L6 (the weights of the demo, with
-more neurons that begin without effect) to a file, then starts two processes with one limit on their private memory
-(``ulimit -d``): one trains in memory and fails, the other streams the blocks from the file and trains on movie
-reviews.  It leaves the weights, a picture of the overlap and ``report.json`` in ``build/offload-demo``, and exits with
-1 where the loss did not improve, a limit was not kept, or a check failed.  docs/offload.md.
-"""
+``python examples/offload_demo.py`` (or ``make offload-demo``) writes a wide MiniLM-L6 to a file: the weights
+of the demo, with more neurons that have no effect at first.  Then it starts two processes with the same limit
+on their private memory (``ulimit -d``).  One trains in memory and fails; the other streams the blocks from
+the file and trains on movie reviews. It leaves the weights, a picture of the overlap and ``report.json`` in
+``build/offload-demo``.  The exit status is 1 if the loss did not improve, a limit was not kept, or a check
+failed.  docs/offload.md explains it."""
 
 from __future__ import annotations
 
@@ -22,16 +22,14 @@ import time
 import torch
 import torch.nn.functional as F
 
-from bench import machine
 from zokernels import offload
+from zokernels.bench import machine
+from zokernels.examples import reviews
+from zokernels.examples.wide import WideClassifier, widen
 from zokernels.optim import ZOSGD
 
-from . import reviews
-from .wide import WideClassifier, widen
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 VALIDATION = 200
-LENGTH = 32  #: tokens of a sentence at most: what bounds the activations
+LENGTH = 32  #: the most tokens of a sentence, which bounds the activations
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -72,7 +70,7 @@ def loss_of(model: WideClassifier, batch: reviews.Batch) -> torch.Tensor:
 
 @torch.inference_mode()
 def evaluate(model: WideClassifier, batches: list[reviews.Batch]) -> tuple[float, float]:
-    """Mean loss and accuracy."""
+    """The mean loss and the accuracy."""
     loss, right, count = 0.0, 0, 0
     for b in batches:
         logits = model(b.ids, b.mask)
@@ -83,7 +81,7 @@ def evaluate(model: WideClassifier, batches: list[reviews.Batch]) -> tuple[float
 
 
 def optimizer_for(model: WideClassifier, args: argparse.Namespace) -> ZOSGD:
-    """The groups of the demo (docs/demo.md)."""
+    """An optimizer with the groups of the demo (docs/demo.md)."""
     head = [(n, p) for n, p in model.named_parameters() if n.startswith("head.")]
     rest = [(n, p) for n, p in model.named_parameters() if not n.startswith("head.")]
     groups = [{"params": rest, "lr": args.lr, "eps": 1e-3}, {"params": head, "lr": args.head_lr, "eps": 0.3}]
@@ -91,8 +89,8 @@ def optimizer_for(model: WideClassifier, args: argparse.Namespace) -> ZOSGD:
 
 
 class Watched:
-    """The most memory of this process, in MiB: private, as the limit counts it (looked at every few milliseconds, for
-    the kernel keeps no maximum), and resident."""
+    """The most memory of this process, in MiB: private, as the limit counts it (looked at every few
+    milliseconds, for the kernel keeps no maximum), and resident."""
 
     def __init__(self) -> None:
         self._most, self._end = self._now()["VmData"], threading.Event()
@@ -118,18 +116,19 @@ def digest_of(losses: list[float]) -> list[str]:
     return [float.hex(v) for v in losses]
 
 
-# In the limit ---------------------------------------------------------------------------------------------------------
+# In the limit -------------------------------------------------------------------------------------
 
 
 def keep_to(limit: int) -> None:
-    torch.ones(1 << 20).add_(1)  # the threads of torch: libgomp ends the process where it cannot have them later
+    # starts the threads of torch now: libgomp ends the process if it cannot start them later
+    torch.ones(1 << 20).add_(1)
     if limit:
         resource.setrlimit(resource.RLIMIT_DATA, (limit << 20, limit << 20))
 
 
 def in_memory(args: argparse.Namespace) -> dict:
-    """A few steps with all weights in memory, once: the tensors of the file become the parameters.  The last one is of
-    the longest sentences, which a whole run meets, too."""
+    """A few steps with all weights in memory, once: the tensors of the file become the parameters.  The last
+    one is of the longest sentences, which a whole run meets, too."""
     from safetensors.torch import load_file
 
     watched = Watched()
@@ -152,7 +151,7 @@ def streamed(args: argparse.Namespace) -> dict:
         model = WideClassifier(args.width)
     data, validation = data_for(model, args)
     options = {"weights": base_of(args), "path": args.output / "run", "slots": args.slots, "scratch": 1}
-    # A block is any module: here the word embeddings, and the three parts of each layer.
+    # A block can be any module.  Here these are the word embeddings, and the three parts of each layer.
     blocks = [model.encoder.embeddings, *(part for layer in model.encoder.encoder.layer for part in layer.children())]
     with offload.stream(model, blocks, "disk", **options) as engine:
         before = evaluate(model, validation)
@@ -161,7 +160,7 @@ def streamed(args: argparse.Namespace) -> dict:
         interval = 0.1 if sys.stderr.isatty() else 10
         with tqdm(total=args.steps, desc="training", unit="step", ncols=100, mininterval=interval) as bar:
             for step, batch in zip(range(args.steps), data.forever(args.seed), strict=False):
-                if step == 1:  # the second step and the third, when all is under way
+                if step == 1:  # records the second and the third step, when everything is under way
                     engine.timeline.start()
                 losses.append(float(optimizer.step(lambda batch=batch: loss_of(model, batch))))
                 if step == min(2, args.steps - 1):
@@ -197,22 +196,21 @@ def child(args: argparse.Namespace, work) -> int:
     return 0
 
 
-# Around it ------------------------------------------------------------------------------------------------------------
+# Around it ----------------------------------------------------------------------------------------
 
 
 def spawn(role: str, args: argparse.Namespace, limit: int) -> dict:
-    """What a process of its own found, in ``limit`` MiB."""
+    """Runs ``role`` in a process with a limit of ``limit`` MiB, and returns what it found."""
     result = args.output / f"{role}.json"
     result.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "examples.offload_demo", "--role", role, "--limit", str(limit)]
+    command = [sys.executable, "-m", "zokernels.examples.offload_demo", "--role", role, "--limit", str(limit)]
     for key in ("steps", "batch", "width", "slots", "lr", "head_lr", "seed", "output"):
         command += [f"--{key.replace('_', '-')}", str(getattr(args, key))]
     if args.tiny:
         command.append("--tiny")
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    # An arena, a team of OpenMP's and buffers of MKL's for each thread would be memory that grows with the machine; a
-    # heap with activations of many sizes in it has holes.
-    settings = {"PYTHONPATH": path, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    # Arenas of malloc, OpenMP's threads and MKL's buffers would take memory for each core of the machine.  A
+    # heap of activations of many sizes would have holes.
+    settings = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
     settings["MKL_DISABLE_FAST_MM"] = "1"
     settings["OMP_NUM_THREADS"] = str(min(4, machine.cores()))
     done = subprocess.run(command, env={**os.environ, **settings}, check=False)
@@ -232,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
     shutil.rmtree(args.output / "run", ignore_errors=True)
     sentences, _ = reviews.split(reviews.load(), VALIDATION)
     base = base_of(args)
-    narrow = WideClassifier(8)  # for its tokenizer
+    narrow = WideClassifier(8)  # it is made for its tokenizer
     some = reviews.Batcher(sentences[:500], narrow.tokenizer, 50, torch.device("cpu")).ordered()
     weights = widen(args.width, ((b.ids, b.mask) for b in some), base, args.seed)
     size = base.stat().st_size

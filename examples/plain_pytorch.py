@@ -1,8 +1,7 @@
 """Fine-tunes the demo's sentence encoder in a plain PyTorch loop, forward passes only.
 
-``python examples/plain_pytorch.py FOLDER [STEPS]``.  Killed and started again, it takes the steps of its log, in
-seconds, goes on, and ends with the same bits.  docs/trajectory.md
-"""
+``python examples/plain_pytorch.py FOLDER [STEPS]``.  Killed and started again, it takes the steps of its log,
+in seconds, goes on, and ends with the same bits.  docs/trajectory.md"""
 
 import itertools
 import pathlib
@@ -10,9 +9,9 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from encoder import Classifier
-from reviews import Batcher, load, split
 
+from zokernels.examples.encoder import Classifier
+from zokernels.examples.reviews import Batcher, load, split
 from zokernels.optim import ZOSGD
 
 folder, steps = pathlib.Path(sys.argv[1]), int((*sys.argv, 300)[2])

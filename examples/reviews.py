@@ -1,10 +1,9 @@
 """Movie-review sentences with human sentiment ratings, in batches of similar length.
 
-The sentences are Pang and Lee's Rotten Tomatoes snippets as rated for VADER (Hutto and Gilbert, ICWSM 2014): each has
-the mean of 20 people's ratings on [-4, 4].  They come in the source archive of the PyPI package ``vaderSentiment``
-(MIT); its wheel leaves them out, so the archive is downloaded with pip, pinned by hash, and read without being
-installed.  Of the same sentences, gensim's test data holds 200.
-"""
+The sentences are Pang and Lee's Rotten Tomatoes snippets as rated for VADER (Hutto and Gilbert, ICWSM 2014):
+each has the mean of 20 people's ratings on [-4, 4].  They are in the source archive of the PyPI package
+``vaderSentiment`` (MIT), but not in its wheel.  So pip downloads the archive, pinned by its hash, and it is
+read without being installed."""
 
 from __future__ import annotations
 
@@ -22,21 +21,23 @@ from torch import Tensor
 
 HERE = pathlib.Path(__file__).resolve().parent
 REQUIREMENT = HERE / "demo-reviews.txt"
-#: What the demo downloads and writes: build/ of the source tree; a folder where it is run, if it is installed.
+#: Where the demo downloads and writes to: build/ of a source tree, or a folder where the installed demo is
+#: run.
 WORK = HERE.parent / "build" if (HERE.parent / "setup.py").exists() else pathlib.Path("zokernels-demo")
 FOLDER = WORK / "demo-data"
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
 _INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 _TABLE = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
-#: Mean rating from which a sentence counts as clearly positive or negative; see docs/demo.md for other values.
+#: The mean rating from which a sentence counts as clearly positive or negative.  docs/demo.md has other
+#: values.
 CLEAR = 2.0
 
 
 @dataclass(frozen=True)
 class Review:
     text: str
-    label: int  # 1: rated above 0, 0: below
+    label: int  # 1 if rated above 0, 0 if below
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Batch:
 
 
 def fetch() -> pathlib.Path:
-    """The archive's path; pip downloads it on first use."""
+    """The path of the archive, which pip downloads on first use."""
     path = FOLDER / ARCHIVE
     if not path.exists():
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "vaderSentiment"]
@@ -59,7 +60,9 @@ def fetch() -> pathlib.Path:
 
 
 def load(clear: float = CLEAR) -> list[Review]:
-    """Sentences rated at least ``clear`` away from 0; those rated exactly 0 and repeated ones are left out."""
+    """The sentences rated at least ``clear`` away from 0, without those rated exactly 0 and without repeated
+    ones.
+    """
     with tarfile.open(fetch()) as outer, tarfile.open(fileobj=io.BytesIO(_read(outer, _INNER))) as inner:
         lines = _read(inner, _TABLE).decode("utf-8").splitlines()
     reviews, seen = [], set()
@@ -78,14 +81,17 @@ def _read(archive: tarfile.TarFile, name: str) -> bytes:
 
 
 def split(reviews: Sequence[Review], validation: int, seed: int = 0) -> tuple[list[Review], list[Review]]:
-    """(training, validation).  The split does not follow the run's seed, so that accuracies of runs can be compared."""
+    """(training, validation), the same for all seeds of a run, so that accuracies of runs can be compared."""
     order = list(reviews)
     random.Random(seed).shuffle(order)
     return order[validation:], order[:validation]
 
 
 class Batcher:
-    """Tokenises once; batches hold sentences of similar length, because padding is a third of the work otherwise."""
+    """Batches of sentences of similar length, tokenised once.
+
+    In others a third of the work would be padding.
+    """
 
     def __init__(self, reviews: Sequence[Review], tokenizer, size: int, device: torch.device, max_length: int = 64):
         ids = tokenizer([r.text for r in reviews], truncation=True, max_length=max_length)["input_ids"]
@@ -100,12 +106,12 @@ class Batcher:
         return Batch(*(t.to(self.device) for t in (ids, (ids != self.pad).long(), labels)))
 
     def ordered(self) -> list[Batch]:
-        """Every sentence once, by length: for evaluation."""
+        """Batches with every sentence once, ordered by length, for evaluation."""
         items = sorted(self.items, key=lambda item: len(item[0]))
         return [self._collate(items[i : i + self.size]) for i in range(0, len(items), self.size)]
 
     def forever(self, seed: int) -> Iterator[Batch]:
-        """Shuffled epochs without end.  Sorting happens within random pools of 16 batches."""
+        """Batches of shuffled epochs without end.  Sentences are sorted within random pools of 16 batches."""
         rng, pool = random.Random(seed), 16 * self.size
         while True:
             items = rng.sample(self.items, len(self.items))

@@ -1,8 +1,7 @@
 """Fine-tunes the demo's sentence encoder with a Hugging Face Trainer, forward passes only.
 
-``python examples/transformers_trainer.py FOLDER [STEPS]``.  Killed and started again, it goes on from its last
-checkpoint and ends with the same bits.  docs/transformers.md
-"""
+``python examples/transformers_trainer.py FOLDER [STEPS]``.  Killed and started again, it goes on from its
+last checkpoint and ends with the same bits.  docs/transformers.md"""
 
 import sys
 

@@ -1,8 +1,7 @@
-"""A model that is larger than it need be: MiniLM-L6 whose feed-forward layers are wider, with weights in a file.
+"""A model that is larger than necessary: MiniLM-L6 with wider feed-forward layers and its weights in a file.
 
-The neurons that are added have no way out at first (their output weights are zero), so the wide model computes what
-MiniLM does, and training goes on from there.
-"""
+The output weights of the added neurons are zero at first, so the wide model computes what MiniLM does, and
+training goes on from there."""
 
 from __future__ import annotations
 
@@ -12,11 +11,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .encoder import PROMPTS, Classifier, folder
+from zokernels.examples.encoder import PROMPTS, Classifier, folder
 
 
 class WideClassifier(Classifier):
-    """Of ``width`` neurons in each feed-forward layer; its weights are to be loaded."""
+    """A classifier with ``width`` neurons in each feed-forward layer, whose weights are to be loaded."""
 
     def __init__(self, width: int) -> None:
         import transformers
@@ -33,10 +32,11 @@ class WideClassifier(Classifier):
 
 
 def widen(width: int, batches: Iterable[tuple[Tensor, Tensor]], path: pathlib.Path, seed: int) -> int:
-    """Write the weights of a :class:`WideClassifier` that equals :class:`Classifier` to ``path``.
+    """Writes the weights of a :class:`WideClassifier` that computes what :class:`Classifier` does to
+    ``path``.
 
-    ``batches``: ids and masks of training sentences, for the classifier's centre.  Returns the number of weights.
-    """
+    ``batches`` are ids and masks of training sentences, for the classifier's centre.  Returns the number of
+    weights."""
     from safetensors.torch import save_file
 
     narrow = Classifier()

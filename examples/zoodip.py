@@ -1,12 +1,13 @@
-"""A new token's embedding for a quantised encoder, without gradients (ZOODiP, Seo et al. 2025, arXiv 2503.14868).
+"""A new token's embedding for a quantised encoder, without gradients (ZOODiP, Seo et al. 2025, arXiv
+2503.14868).
 
-The encoder is integers of 8 bits; what is trained is one vector: the embedding of a made-up word, so that "a w movie"
-means what a few sentences mean.  Two-sided differences of so few data are noise in most dimensions, so the estimate is
-projected on the subspace in which the token has moved: the principal components of its last positions.  Here the
-token is coefficients on its seeds, positions included: components, projections and the update are linear algebra of the
-seeds' Gram matrix, and no position is stored.  Every other window of steps goes without the projection, so that the
-history has something new in it.  ``python examples/zoodip.py`` trains it with the projection and without.
-"""
+The weights of the encoder are integers of 8 bits.  One vector is trained, the embedding of a made-up word w,
+so that "a w movie" comes to mean what a few sentences mean.  With so few data, two-sided differences are
+noise in most dimensions. So the estimate is projected on the subspace in which the token has moved: the
+principal components of its last positions.  Here the token and its positions are coefficients on its seeds.
+Components, projections and the update are linear algebra with the seeds' Gram matrix, and no position is
+stored as a vector.  Every other window of steps goes without the projection, so that the history gets
+something new.  ``python examples/zoodip.py`` trains with the projection and without."""
 
 from __future__ import annotations
 
@@ -14,13 +15,13 @@ import argparse
 import math
 from collections.abc import Callable
 
-import encoder as demo
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import zokernels
 from zokernels import Span
+from zokernels.examples import encoder as demo
 from zokernels.quantize import quantize_
 
 EPS, NAME = 1e-2, "token"
@@ -34,10 +35,12 @@ PROMPTS = ("This is a {} movie.", "The film was {}.", "I saw a {} film today.")
 
 
 class Components:
-    """An orthonormal basis of where the token has moved, each vector as coefficients on the seeds of ``span``."""
+    """An orthonormal basis of the subspace in which the token moved, as coefficients on the seeds of
+    ``span``.
+    """
 
     def __init__(self, span: Span, positions: Tensor, share: float) -> None:
-        """``positions`` [n, K]; the components that hold ``share`` of their variance are kept."""
+        """Keeps the components that hold ``share`` of the variance of ``positions`` [n, K]."""
         self.span = span
         centred = positions - positions.mean(0)
         values, vectors = torch.linalg.eigh(centred @ span.gram @ centred.T)
@@ -51,7 +54,7 @@ class Components:
 
 
 class Token:
-    """theta_0 + sum_k a_k z_k of one parameter: the vector for the forward, and a [K] with its history."""
+    """One parameter theta_0 + sum_k a_k z_k: its vector, for the forward, and a [K] with its history."""
 
     def __init__(self, start: Tensor, seeds: int) -> None:
         self.vector = start.clone()
@@ -71,7 +74,10 @@ class Token:
 def train(
     losses: Callable[[Tensor], Tensor], start: Tensor, *, steps: int, window: int, share: float | None, lr: float
 ) -> dict:
-    """``losses``: of tokens [n, d]; ``share``: of the variance to keep; None: without projections."""
+    """Trains a token.
+
+    ``losses`` gives the losses of tokens [n, d]; without ``share`` there are no projections.
+    """
     token, components, curve = Token(start, steps), None, [losses(start[None]).item()]
     for step in range(steps):
         z = token.noise(step)
@@ -84,7 +90,8 @@ def train(
             change = token.span.zeros()
             change[step] = -lr * g
         else:
-            gain = math.sqrt(z.numel() / len(components.basis))  # a step as long as one without the projection
+            # makes the step as long as one without the projection
+            gain = math.sqrt(z.numel() / len(components.basis))
             change = -gain * lr * g * components.project(z)
         token.move(change)
     curve.append(losses(token.vector[None]).item())
@@ -92,7 +99,7 @@ def train(
 
 
 class Encoder(nn.Module):
-    """Sentences to unit vectors; one word of a prompt is the token."""
+    """Turns sentences into unit vectors; in a prompt, one word is the token."""
 
     def __init__(self, bits: int) -> None:
         super().__init__()
@@ -113,7 +120,7 @@ class Encoder(nn.Module):
         return self.embed(self.words(found["input_ids"]), found["attention_mask"])
 
     def prompts(self, tokens: Tensor) -> Tensor:
-        """[tokens, prompts, d]: each prompt with each token, in one forward."""
+        """The vectors [tokens, prompts, d] of each prompt with each token, by one forward."""
         words = torch.where(self.place[..., None], tokens[:, None, None], self.words(self.ids))
         found = self.embed(words.flatten(0, 1), self.mask.repeat(len(tokens), 1))
         return found.view(len(tokens), len(self.ids), -1)

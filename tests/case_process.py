@@ -16,7 +16,7 @@ TESTS = pathlib.Path(__file__).parent
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """That of a process which imports the tests' modules and this tree's package."""
+    """The environment of a process that can import the tests' modules and this tree's package."""
     path = os.pathsep.join((str(TESTS), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])))
     return {**os.environ, "PYTHONPATH": path, **variables}
 
@@ -54,13 +54,13 @@ class CaseProcess:
         return json.loads(answer)
 
     def said(self) -> str:
-        """The end of what it wrote to its standard error."""
+        """The end of what the process wrote to its standard error."""
         self.errors.seek(0)
         return self.errors.read().decode(errors="replace")[-4000:]
 
     def stop(self) -> None:
         if self.process is not None:
-            self.process.stdin.close()  # by which it ends
+            self.process.stdin.close()  # the process ends at the end of its input
             try:
                 self.process.wait(10)
             except subprocess.TimeoutExpired:

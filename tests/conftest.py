@@ -25,9 +25,9 @@ pytest_plugins = ["pytester"]  # for test_seeds.py
 
 #: The files that take longest, the longest first, so that no process is left with one at the end.
 LONGEST = [
-    *("triton_versions", "triton_compile", "cuda", "triton", "distributed", "offload_disk", "packaging", "examples"),
-    *("bench_gpu_check", "ptx", "trajectory_file", "transformers_runs", "trajectory", "demo", "docs"),
-    *("transformers_processes", "bench_methods"),
+    *("triton_versions", "triton_amd", "triton_compile", "cuda", "triton", "distributed", "offload_disk", "packaging"),
+    *("examples", "bench_gpu_check", "ptx", "ptx_triton", "trajectory_file", "transformers_runs", "trajectory", "demo"),
+    *("docs", "transformers_processes", "bench_methods"),
 ]
 
 
@@ -63,6 +63,9 @@ def pytest_cmdline_main(config):
     if one or hasattr(config, "workerinput") or getattr(option, "numprocesses", 0) is not None:
         return  # that is: also without pytest-xdist, in one of its processes, and where -n says how many
     option.numprocesses, option.dist, option.loadscopereorder = min(4, cores), "loadfile", False
+    # A process that dies takes the tests that it still had with it, and with another in its place the run would wait
+    # for them for ever.
+    option.maxworkerrestart = "0"
 
 
 def pytest_configure(config):

@@ -142,17 +142,44 @@ class Function:
         """Blocks from entry to EXIT through the block with the most ``store``."""
         return self._through(0, self._hot(store), None)
 
-    def executed(self, trips: int = 1, store: str = WIDE_STORE) -> int:
-        """Instructions that one thread executes on the hot path, with ``trips`` iterations of the loop around it."""
-        path, hot = self.hot_path(store), self._hot(store)
+    def times(self, trips: int = 1, store: str = WIDE_STORE) -> Counter[int]:
+        """How often one thread runs each block on the hot path, with ``trips`` iterations of the loop around it."""
+        hot = self._hot(store)
         around = [span for span in self.loops if span[0] <= hot <= span[1]]
         if trips > 1 and not around:
             raise ValueError(f"{self.name}: expected a loop around the hot path for {trips} trips, got none")
-        once = sum(len(self.blocks[i]) for i in path)
-        if not around:
-            return once
-        header, latch = max(around, key=lambda span: span[1] - span[0])
-        return once + (trips - 1) * sum(len(self.blocks[i]) for i in self._through(header, hot, latch))
+        found: Counter[int] = Counter(self.hot_path(store))
+        if around:
+            header, latch = max(around, key=lambda span: span[1] - span[0])
+            found.update({i: trips - 1 for i in self._through(header, hot, latch)})
+        return found
+
+    def executed(self, trips: int = 1, store: str = WIDE_STORE) -> int:
+        """Instructions that one thread executes on the hot path, with ``trips`` iterations of the loop around it."""
+        return sum(n * len(self.blocks[i]) for i, n in self.times(trips, store).items())
+
+    def opcodes(self, trips: int = 1, store: str = WIDE_STORE) -> Counter[str]:
+        """The opcodes of ``executed``."""
+        found: Counter[str] = Counter()
+        for i, n in self.times(trips, store).items():
+            for instruction in self.blocks[i].instructions:
+                found[instruction.opcode] += n
+        return found
+
+    def loads_in_flight(self, load: str = WIDE_LOAD, store: str = WIDE_STORE) -> int:
+        """The most ``load`` on the hot path that wait at one time: issued, and no register of theirs read yet."""
+        waiting: set[int] = set()  # the first register of each
+        most = 0
+        for i in self.hot_path(store):
+            for x in self.blocks[i].instructions:
+                registers = [int(n) for n in re.findall(r"\bR(\d+)\b", x.operands)]
+                wide = re.match(load, x.opcode) is not None
+                read = registers[1:] if wide else registers  # a write of one of them would wait, too
+                waiting = {first for first in waiting if not any(first <= r < first + 4 for r in read)}
+                if wide:
+                    waiting.add(registers[0])
+                    most = max(most, len(waiting))
+        return most
 
     def loop_size(self, store: str = WIDE_STORE) -> int:
         """Instructions of the longest innermost loop on the hot path: one direction where K is known at run time."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import os
 import pathlib
@@ -34,7 +35,7 @@ from zokernels.step.rules.sgd import SGD
 from zokernels.step.shard import shard_of, whole_of
 from zokernels.trajectory import read, record, replay_
 
-#: Where models are: "cpu" with gloo, "cuda" with NCCL (``make gpu-check``); the worker sets it.
+#: Where the models are: "cpu" with gloo, or "cuda" with NCCL (``make gpu-check``).  The worker sets it.
 DEVICE = "cpu"
 
 
@@ -45,7 +46,7 @@ class Model(trajectory_cases.Model):
 
 
 class World:
-    """This rank, with the same random numbers as all others, and a folder of the case's own."""
+    """This rank.  It has the same random numbers as all others, and a folder for this case."""
 
     def __init__(self, folder: pathlib.Path, rank: int, ranks: int, seed: int) -> None:
         self.folder, self.rank, self.ranks = folder, rank, ranks
@@ -53,7 +54,7 @@ class World:
         folder.mkdir(exist_ok=True)
 
     def mesh(self, **sizes: int) -> DeviceMesh:
-        """Dimensions by name; ranks beyond their product make more meshes like it."""
+        """A mesh of dimensions by name.  If there are more ranks than it has, they form further meshes like it."""
         total = 1
         for size in sizes.values():
             total *= size
@@ -91,18 +92,18 @@ def _hangs(world: World) -> None:
         time.sleep(1)
 
 
-#: What a case may do wrong on rank 1; each must be the failure of this case alone.
+#: What a case may do wrong on rank 1.  Each must be the failure of this case alone.
 FAULTS = {"raises": _raises, "dies": _dies, "hangs": _hangs}
 
 
 def loss_of(model: Model, step: int, shard: int) -> torch.Tensor:
-    """fp32: of one data shard."""
+    """The loss of one data shard, in fp32."""
     scale = 1 + 0.1 * step + 0.03 * shard
     return torch.stack([(whole_of(p).float() * scale).sin().square().sum() for p in model.parameters()]).sum()
 
 
 def whole_loss(model: Model, step: int, shards: int) -> torch.Tensor:
-    """What one process has in the place of ``shards`` data ranks."""
+    """The loss that one process computes in the place of ``shards`` data ranks."""
     return loss_of(model, step, 0) if shards == 1 else mean_of([loss_of(model, step, s) for s in range(shards)])
 
 
@@ -128,9 +129,9 @@ def compare(
     steps: int,
     change: Callable[[Model], None] = lambda model: None,
 ) -> None:
-    """A run on ``mesh`` against one of this process alone: weights, returned losses and log, bit for bit.
+    """Compares a run on ``mesh`` with one of this process alone: weights, returned losses and log, bit for bit.
 
-    ``change``: what the mesh's model has otherwise.
+    ``change`` changes the model of the mesh.
     """
     seed = world.rng.getrandbits(63)
     model = Model(dtype, random.Random(seed))
@@ -158,7 +159,7 @@ MESHES |= {"transposed": {"perturbation": 2, "data": 2}, "with copies": {"copies
 
 
 def meshes(world: World, mesh: str, restore: str, dtype: torch.dtype) -> None:
-    """Twenty steps of the plain optimizer, with two directions and one."""
+    """Twenty steps of the plain optimizer, with two directions and with one."""
     directions = world.rng.choice((1, 2, 3))
     options = {"lr": 0.05, "weight_decay": 0.1, "restore": restore, "directions": directions}
     compare(world, world.mesh(**MESHES[mesh]), lambda p, **more: ZOSGD(p, **options, **more), dtype, 20)
@@ -181,7 +182,7 @@ def four_of_data(world: World) -> None:
 
 @case(4)
 def four_of_perturbation(world: World) -> None:
-    """Four ranks share six points, which do not come out even."""
+    """Four ranks share six points, so that their shares differ."""
     make = lambda p, **more: ZOSGD(p, lr=0.05, directions=3, restore="inplace", **more)
     compare(world, world.mesh(perturbation=4), make, torch.bfloat16, 20)
 
@@ -208,7 +209,7 @@ def three_points(world: World) -> None:
 
 @case(4)
 def sent(world: World) -> None:
-    """8 bytes for each point of the largest share, whatever the mesh."""
+    """8 bytes for each point of the largest share, whatever the mesh, and 48 of signs."""
     for sizes, directions, expected in (
         ({"data": 4}, 1, 16),
         ({"data": 4}, 4, 64),
@@ -221,13 +222,13 @@ def sent(world: World) -> None:
         optimizer = ZOSGD(model.named_parameters(), lr=0.0, directions=directions, mesh=exchange)
         before = exchange.total_bytes_sent
         take(optimizer, lambda step: loss_of(model, step, 0), 3)  # noqa: B023
-        assert optimizer.bytes_sent == expected
-        assert exchange.total_bytes_sent == before + 3 * expected
+        assert optimizer.bytes_sent == expected + 48
+        assert exchange.total_bytes_sent == before + 3 * (expected + 48)
 
 
 @case(4)
 def not_finite(world: World) -> None:
-    """One rank's loss is not finite in one of its forwards: all skip the step, and go on with the next."""
+    """If a loss of one rank is not finite, all ranks skip the step and go on with the next."""
     for bad in (float("nan"), float("inf")):
         victim, model = world.rng.randrange(4), Model(torch.bfloat16, random.Random(5))
         optimizer = ZOSGD(model.named_parameters(), lr=0.05, mesh=world.mesh(data=2, perturbation=2))
@@ -246,7 +247,7 @@ def not_finite(world: World) -> None:
 
 @case(4)
 def resume(world: World) -> None:
-    """A log of a mesh goes on with another mesh, and ends with the bits of one that was not stopped."""
+    """A run goes on from its log with another mesh, and ends with the bits of one that was not stopped."""
     log, seed = world.folder / "run.zk", world.rng.getrandbits(63)
     make = lambda model, mesh: ZOSGD(
         model.named_parameters(), 0.05, momentum=0.9, seed=seed, mesh=mesh, trajectory=log, resume=True
@@ -260,7 +261,7 @@ def resume(world: World) -> None:
         optimizer.trajectory.close()
         dist.barrier()
         if steps == 4 and world.rank == 0:
-            with open(log, "ab") as file:  # as a kill leaves it
+            with open(log, "ab") as file:  # the end that a kill leaves
                 file.write(b"\0" * 7)
     if world.rank == 0:
         alone = Model(torch.bfloat16, random.Random(3))
@@ -270,7 +271,7 @@ def resume(world: World) -> None:
 
 
 def refused(world: World, pattern: str, make: Callable[[], object], alike: bool = True) -> None:
-    """All ranks raise such a message; the same one where ``alike``."""
+    """Checks that all ranks raise an error with this message, and if ``alike`` with the same one."""
     try:
         make()
     except (RanksDiffer, ValueError, TypeError) as error:
@@ -285,7 +286,7 @@ def refused(world: World, pattern: str, make: Callable[[], object], alike: bool 
 
 @case(4)
 def start(world: World) -> None:
-    """Whatever one rank has otherwise is named, with both sides."""
+    """Whatever differs on one rank is named, with the values of both sides."""
     mesh, rank = world.mesh(data=4), world.rng.randrange(1, 4)
     odd = world.rank == rank
 
@@ -331,7 +332,7 @@ def start(world: World) -> None:
 
 @case(4)
 def weights_checked(world: World) -> None:
-    """A weight that changes on one rank is found within check_every steps; parameter and rank are named."""
+    """A weight that changes on one rank alone is found within check_every steps, and parameter and rank are named."""
     model, rank = Model(torch.bfloat16, random.Random(2)), world.rng.randrange(1, 4)
     optimizer = ZOSGD(model.named_parameters(), lr=0.1, mesh=Exchange(world.mesh(data=4), check_every=3))
     take(optimizer, lambda step: loss_of(model, step, 0), 3)
@@ -342,9 +343,138 @@ def weights_checked(world: World) -> None:
     refused(world, pattern, lambda: take(optimizer, lambda step: loss_of(model, step, 0), 3))
 
 
+def _half_lr(optimizer: ZerothOrder, model: Model) -> None:
+    optimizer.param_groups[0]["lr"] *= 0.5
+
+
+def _other_eps(optimizer: ZerothOrder, model: Model) -> None:
+    optimizer.param_groups[0]["eps"] = 0.5
+
+
+def _clip(optimizer: ZerothOrder, model: Model) -> None:
+    optimizer.param_groups[0]["clip"] = 1e-3
+
+
+def _freeze(optimizer: ZerothOrder, model: Model) -> None:
+    model.head.requires_grad_(False)
+
+
+def _seed(optimizer: ZerothOrder, model: Model) -> None:
+    optimizer.run_state.seed += 1
+
+
+@case(2, "lr changes on one rank", change=_half_lr, named="lr")
+@case(2, "eps changes on one rank", change=_other_eps, named="hyper-parameters")
+@case(2, "clip changes on one rank", change=_clip, named="hyper-parameters")
+@case(2, "one rank freezes a parameter", change=_freeze, named="trainable parameters")
+@case(2, "the seed changes on one rank", change=_seed, named="step")
+def changes_on_one_rank(world: World, change: Callable, named: str) -> None:
+    """A setting that one rank changes after the start: an error in that step, on all ranks, with base weights."""
+    for restore in ("exact", "inplace"):
+        model = Model(torch.float32, random.Random(2))
+        optimizer = ZOSGD(model.named_parameters(), lr=0.1, restore=restore, mesh=world.mesh(data=2))
+        take(optimizer, lambda step: loss_of(model, step, world.rank), 3)  # noqa: B023
+        odd = world.rng.randrange(2)
+        if world.rank == odd:
+            change(optimizer, model)
+        pattern = f"step 3: expected the same {named}.*on all ranks, got another on rank 1 than on rank 0"
+        refused(world, pattern, lambda: optimizer.step(lambda: loss_of(model, 3, world.rank)))  # noqa: B023
+        assert optimizer.step_count == 3
+
+
+@case(2)
+def dtypes_of_losses(world: World) -> None:
+    """Losses of float64 on one rank and fp32 on another: an error where it would make other numbers, else the same."""
+    own = lambda loss: loss.double().sqrt() if world.rank else loss.double().sqrt().float()
+    model = Model(torch.float32, random.Random(2))
+    optimizer = ZOSGD(model.named_parameters(), lr=0.1, mesh=world.mesh(perturbation=2))
+    refused(
+        world,
+        "step 0: expected the same dtype of the losses",
+        lambda: optimizer.step(lambda: own(loss_of(model, 0, 0))),
+    )
+    optimizer = ZOSGD(model.named_parameters(), lr=0.1, mesh=Exchange(world.mesh(data=2), check_every=1))
+    take(optimizer, lambda step: own(loss_of(model, step, 0)), 3)
+
+
+@case(2, "one rank raises, exact", restore="exact")
+@case(2, "one rank raises, in place", restore="inplace")
+def raises_on_one_rank(world: World, restore: str) -> None:
+    """An exception in one rank's closure, which its caller catches, in either forward: the others hear of it at once.
+
+    Then no step is taken before the weights have been compared: they are the same with "exact".
+    """
+    kinds = {"data": {"make": ZOSGD}, "perturbation": {"make": functools.partial(ZOSGD, directions=2)}}
+    for dimension, forward in itertools.product(kinds, (0, 1)):
+        model = Model(torch.float32, random.Random(2))
+        make = kinds[dimension]["make"]
+        optimizer = make(model.named_parameters(), lr=0.1, restore=restore, mesh=world.mesh(**{dimension: 2}))
+        shard = world.rank if dimension == "data" else 0
+        take(optimizer, lambda step: loss_of(model, step, shard), 2)  # noqa: B023
+        base, calls = base_of(model), itertools.count()
+
+        def closure():
+            if world.rank == 1 and next(calls) == forward:  # noqa: B023
+                raise KeyError("bad batch")
+            return loss_of(model, 2, shard)  # noqa: B023
+
+        with pytest.raises((KeyError, RanksDiffer)) as told:
+            optimizer.step(closure)
+        if world.rank:
+            assert isinstance(told.value, KeyError)
+        else:
+            assert "step 2: expected a step without an exception on all ranks, got one on rank 1" in str(told.value)
+        assert optimizer.step_count == 2
+        try:
+            take(optimizer, lambda step: loss_of(model, step, shard), 2)  # noqa: B023
+            went_on = True
+        except RanksDiffer as error:
+            went_on = "weights" not in str(error)
+        if restore == "exact":
+            assert went_on
+            assert optimizer.step_count == 4
+        everyone: list = [None, None]
+        dist.all_gather_object(everyone, (went_on, {name: p.tolist() for name, p in base_of(model).items()}))
+        assert everyone[0][0] == everyone[1][0]
+        assert everyone[0] == everyone[1] or not went_on
+        assert base
+
+
+@case(2)
+def a_log_that_cannot_be_written(world: World) -> None:
+    """The first rank's disk is full: no rank takes the step, and all go on when there is room."""
+    write, full = os.pwrite, []
+
+    def pwrite(fd, data, at):
+        if full:
+            raise OSError(28, "No space left on device")
+        return write(fd, data, at)
+
+    model = Model(torch.float32, random.Random(2))
+    optimizer = ZOSGD(model.named_parameters(), lr=0.1, mesh=world.mesh(data=2), trajectory=world.folder / "run.zk")
+    os.pwrite = pwrite
+    try:
+        take(optimizer, lambda step: loss_of(model, step, world.rank), 2)
+        if world.rank == 0:
+            full.append(True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            take(optimizer, lambda step: loss_of(model, step, world.rank), 1)
+        with pytest.raises((OSError, RanksDiffer)):
+            take(optimizer, lambda step: loss_of(model, step, world.rank), 1)
+        full.clear()
+        take(optimizer, lambda step: loss_of(model, step, world.rank), 2)
+    finally:
+        os.pwrite = write
+    optimizer.trajectory.close()
+    dist.barrier()
+    if world.rank == 0:
+        assert read(world.folder / "run.zk").steps == optimizer.step_count == 5
+
+
 @case(4)
 def wrong(world: World) -> None:
-    """Errors that need no communication."""
+    """Errors that a rank finds without communication."""
     from zokernels.optim import FZOO
 
     params = lambda: Model(torch.float32, random.Random(2)).named_parameters()
@@ -364,7 +494,7 @@ def wrong(world: World) -> None:
 
 
 class Stages(torch.nn.Module):
-    """Layers in two stages, the embedding tied between the first and the last of them (as transformers do it)."""
+    """Layers in two stages, whose first and last layer share the embedding (as in transformers)."""
 
     def __init__(self, dtype: torch.dtype, seed: int, stage: int | None = None) -> None:
         super().__init__()
@@ -378,7 +508,7 @@ class Stages(torch.nn.Module):
         self.to(DEVICE)
 
     def groups(self) -> list[dict]:
-        """``scale`` is a group of its own, which the first stage has nothing of."""
+        """The parameter groups.  ``scale`` is a group of its own, of which the first stage has nothing."""
         of = lambda scale: [(n, p) for n, p in self.named_parameters() if (n == "scale") is scale]
         return [{"params": of(False), "eps": 1e-3}, {"params": of(True), "eps": 2e-2, "clip": 0.5}]
 
@@ -397,9 +527,9 @@ def tokens_of(step: int, shard: int) -> torch.Tensor:
 def pipeline(
     world: World, steps: int, make: Callable = ZOSGD, dtype: torch.dtype = torch.bfloat16, **sizes: int
 ) -> None:
-    """Two stages with send and recv of activations against one process, bit for bit: weights, losses and log.
+    """Compares two stages, with send and recv of activations, with one process: weights, losses and log.
 
-    The run stops half-way and goes on from its log; each stage reads there what is its own.
+    The run stops half-way and goes on from its log, in which each stage reads what belongs to it.
     """
     seed, half, options = world.rng.getrandbits(40), steps // 2, {"lr": 0.02}
     mesh = world.mesh(**sizes)
@@ -447,7 +577,7 @@ case(4, "pipeline and perturbation", steps=20, pipeline=2, perturbation=2)(pipel
 
 @case(2)
 def stages_of_optimizers(world: World) -> None:
-    """Rules and directions that keep something; without what looks at all parameters at once."""
+    """The optimizers whose rules or directions keep a state, without those that look at all parameters at once."""
     for name in ("momentum", "ZOAdamW", "sparse", "kept", "fzoo", "ZOConservative", "inplace", "window"):
         kind, options = OPTIMIZERS.get(name, (ZOSGD, {"restore": "inplace", "directions": 2}))
         folder = world.folder / name
@@ -461,7 +591,10 @@ def stages_of_optimizers(world: World) -> None:
 
 @case(4)
 def stages_that_do_not_fit(world: World) -> None:
-    """What must be equal is compared within stages and between them; a change within a stage, or of tied weights."""
+    """Settings that must be equal are compared within stages and between them.
+
+    Here something differs within a stage, or between tied weights.
+    """
     mesh = world.mesh(data=2, pipeline=2)
     stage = mesh.get_local_rank("pipeline")
     from zokernels.optim import LeZO
@@ -512,10 +645,10 @@ def store_of(world: World, kind: str) -> dist.Store:
 
 
 def own_steps(exchange: AsyncExchange, model: Model, rank: int, rng: random.Random) -> None:
-    """To the end of the run, with batches and delays of this rank's own."""
+    """Steps to the end of the run, with batches and delays of this rank's own."""
     for own in itertools.count():
         for group in exchange.optimizer.param_groups:
-            group["lr"] = 0.03 / (1 + own)  # of its own, too
+            group["lr"] = 0.03 / (1 + own)  # its learning rate is its own, too
         time.sleep(rng.choice((0, 0, 0.003)))
 
         def loss() -> torch.Tensor:
@@ -527,7 +660,7 @@ def own_steps(exchange: AsyncExchange, model: Model, rank: int, rng: random.Rand
 
 
 def ended_alike(world: World, exchange: AsyncExchange, model: Model, base: Model) -> None:
-    """Weights are on all ranks those of the merged log, replayed by one process, and by :func:`combine_` itself."""
+    """On all ranks the weights are those of the merged log, replayed by one process and by :func:`combine_` itself."""
     assert exchange.done
     log = world.folder / f"{world.rank}.zk"
     exchange.save(log)
@@ -552,14 +685,14 @@ def ended_alike(world: World, exchange: AsyncExchange, model: Model, base: Model
 
 
 def asynchronous(world: World, store: str, dtype: torch.dtype, staleness: int | None = None, **options) -> None:
-    """Ranks with delays of their own: one log, whose replay has the weights of each of them."""
+    """Ranks with different delays write one log, whose replay gives the weights of each of them."""
     seed = world.rng.getrandbits(63)
     model, base = Model(dtype, random.Random(seed)), Model(dtype, random.Random(seed))
     optimizer = ZOSGD(model.named_parameters(), lr=0.05, seed=seed, **options)
     exchange = AsyncExchange(optimizer, store_of(world, store), steps=80, staleness=staleness)
     dist.barrier()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a step that is not finite
+        warnings.simplefilter("ignore")  # a step that is not finite is warned of
         own_steps(exchange, model, world.rank, random.Random(f"{seed} {world.rank}"))
     found = exchange.stalenesses()
     assert max(found) <= (world.ranks * 40 if staleness is None else staleness)
@@ -574,13 +707,13 @@ case(4, "asynchronous, a bound", store="tcp", dtype=torch.float16, staleness=2)(
 case(2, "asynchronous, never stale", store="tcp", dtype=torch.bfloat16, staleness=0)(asynchronous)
 
 
-#: Cases that fork, which a process with a GPU cannot.
+#: The cases that fork, which a process with a GPU cannot do.
 FORKS = ("asynchronous_death",)
 
 
 @case(2)
 def asynchronous_death(world: World) -> None:
-    """A process of each rank dies in a forward of the run; the rank itself then takes what there is, and goes on."""
+    """A child process of each rank dies in a forward.  The rank then reads what there is, and goes on."""
     seed, place = world.rng.getrandbits(63), str(world.folder / "store")
 
     def begin():
@@ -605,7 +738,7 @@ def asynchronous_death(world: World) -> None:
     dist.barrier()
     ended_alike(world, exchange, model, Model(torch.bfloat16, random.Random(seed)))
     draws = {r.step for r in read(world.folder / f"{world.rank}.zk").records()}
-    assert not draws >= set(range(max(draws)))  # the dead ones' last
+    assert not draws >= set(range(max(draws)))  # the last records of the dead processes are missing
 
 
 @case(2)
@@ -648,7 +781,7 @@ def asynchronous_errors(world: World) -> None:
                 make(f"store{i}", **options)
     model, exchange = make("weights")
     dist.barrier()
-    if world.rank == 1:  # as a broken kernel or memory would
+    if world.rank == 1:  # as a broken kernel or broken memory would do
         halve(model)
     try:
         while exchange.step(lambda: loss_of(model, 0, 0)) is not None:
@@ -670,7 +803,10 @@ def asynchronous_errors(world: World) -> None:
 
 
 def streamed(world: World, slots: int, dtype: torch.dtype, directions: int = 1, **sizes: int) -> None:
-    """Each rank keeps a slice of every block; weights, losses and log are those of one process with all in memory."""
+    """Each rank keeps a slice of every block.
+
+    Weights, losses and log are those of one process that has everything in memory.
+    """
     make = lambda: offload_cases.tower(dtype, seed=5, layers=4, dropout=0.0).to(DEVICE)
     model, mesh, folder = make(), world.mesh(**sizes), world.folder
     line = init_device_mesh(DEVICE, (world.ranks,), mesh_dim_names=("slices",))
@@ -684,7 +820,7 @@ def streamed(world: World, slots: int, dtype: torch.dtype, directions: int = 1, 
     optimizer = ZOSGD(model.named_parameters(), mesh=Exchange(mesh), **with_log("mesh"))
     returned = take(optimizer, lambda step: loss(model, step, shard), 20)
     optimizer.trajectory.close()
-    ours = {name: value.clone() for name, value in model.state_dict().items()}  # all ranks together
+    ours = {name: value.clone() for name, value in model.state_dict().items()}  # all ranks gather it together
     engine.flush()
     after = [r.clone() for r in memory.regions]
     engine.close()
@@ -700,7 +836,7 @@ def streamed(world: World, slots: int, dtype: torch.dtype, directions: int = 1, 
         assert (folder / "0-mesh.zk").read_bytes() == (folder / "0-alone.zk").read_bytes()
     everyone: list = [None] * world.ranks
     dist.all_gather_object(everyone, [r.cpu() for r in after])
-    for i, block in enumerate(engine.blocks):  # together the slices are the block, and each is on one rank
+    for i, block in enumerate(engine.blocks):  # the slices together are the block, and each is on one rank
         data = torch.cat([slices[i] for slices in everyone])
         assert data.numel() == block.nbytes
         assert all(offload_cases.same_bits(e.of(data), ours[e.name].cpu()) for e in block.entries)
@@ -733,7 +869,7 @@ def split(model: Model, mesh: DeviceMesh, rng: random.Random) -> None:
             try:
                 shard_of(sharded)
                 fine = True
-            except ValueError:  # not rows of one matrix, here or on another rank
+            except ValueError:  # the slice is not rows of one matrix, on this rank or another
                 fine = False
             everyone: list = [None] * dist.get_world_size()
             dist.all_gather_object(everyone, fine)
@@ -744,7 +880,7 @@ def split(model: Model, mesh: DeviceMesh, rng: random.Random) -> None:
         setattr(module, last, torch.nn.Parameter(sharded))
 
 
-#: Names of its dimensions, and which of them the weights are split by.
+#: The names of a mesh's dimensions, and those by which the weights are split.
 SPLITS = {
     "split": ({"copies": 2, "model": 2}, ("model",)),
     "split by four": ({"model": 4}, ("model",)),
@@ -780,7 +916,7 @@ for _mesh in SPLITS:
 
 
 class Net(torch.nn.Module):
-    """Odd sizes, a layer that two others wrap, and a weight of the root's own."""
+    """A model with odd sizes, a layer inside two others, and a weight that belongs to the root."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -800,7 +936,7 @@ class Net(torch.nn.Module):
 
 
 def fsdp(world: World, restore: str, dtype: torch.dtype, **sizes: int) -> None:
-    """fully_shard along "data", 20 steps; the forward gathers weights, also those that the root keeps."""
+    """Twenty steps with fully_shard along "data".  The forward gathers the weights, also those that the root keeps."""
     mesh = world.mesh(**sizes)
     seed = world.rng.getrandbits(63)
     options = {"lr": 0.05, "weight_decay": 0.1, "momentum": 0.9, "seed": seed, "restore": restore}
@@ -810,7 +946,7 @@ def fsdp(world: World, restore: str, dtype: torch.dtype, **sizes: int) -> None:
     optimizer = ZOSGD(net.named_parameters(), mesh=mesh, **options)
     losses = take(optimizer, lambda step: net.loss(step, mesh.get_local_rank("data")), 20)
     with torch.no_grad():
-        after = float(net.loss(20, 0))  # at the weights of the last update
+        after = float(net.loss(20, 0))  # with the weights of the last update
     net.reshard()
     assert all(isinstance(p, DTensor) for p in net.parameters())
     weights, state = whole(net), {n: whole_of(optimizer.state[p]["momentum_buffer"]) for n, p in net.named_parameters()}
@@ -830,10 +966,10 @@ case(4, "fsdp and perturbation", restore="exact", dtype=torch.float32, perturbat
 
 
 def tensor_parallel(world: World, whole_model: bool) -> None:
-    """Column- and row-wise layers, and FSDP over them.
+    """Layers that are split by columns and by rows, and FSDP over them.
 
-    Sums over ranks have other last bits than one process's product, so the run of the mesh is the reference: every rank
-    takes the same steps, and its log, replayed on whole and on split weights, gives the same bits.
+    A sum over ranks has other last bits than the product of one process, so the run of the mesh is the reference.  All
+    ranks take the same steps, and the log, replayed on whole and on split weights, gives the same bits.
     """
     mesh = world.mesh(data=2, model=2)
     log = world.folder / "run.zk"
@@ -847,7 +983,7 @@ def tensor_parallel(world: World, whole_model: bool) -> None:
         return net
 
     net = build()
-    if whole_model:  # first split by rows among the model's ranks, then each part among the data's
+    if whole_model:  # first split by rows among the ranks of "model", then each part among those of "data"
         assert any(len(p.placements) == 2 for p in net.parameters())
     optimizer = ZOSGD(net.named_parameters(), lr=0.05, directions=2, mesh=Exchange(mesh, 3), trajectory=log)
     losses = take(optimizer, lambda step: net.loss(step, mesh.get_local_rank("data")), 20)

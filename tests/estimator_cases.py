@@ -1,4 +1,4 @@
-"""The optimizers of zokernels.optim, and one step of each in ordinary PyTorch with every z materialised."""
+"""The optimizers of zokernels.optim, and one step of each in ordinary PyTorch, in which every z is stored."""
 
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -67,7 +67,7 @@ def restores(method):
     return ("exact",) if method in FORWARD else ("exact", "inplace")
 
 
-#: Every method with each way to restore that it has.
+#: Every method, with each way to restore the weights that it has.
 CASES = pytest.mark.parametrize(
     ("method", "restore"), [(name, restore) for name in (*METHODS, *FORWARD) for restore in restores(name)]
 )
@@ -82,7 +82,7 @@ def seeds_of(seed, step, q):
 
 
 class Weights:
-    """theta (by name) with each z, and what has been added to it: a coefficient for each direction."""
+    """theta by name, each z, and what was added to theta: a coefficient for each direction."""
 
     def __init__(self, theta, seeds, dist, restore):
         self.theta, self.values, self.at, self.restore = theta, dict(theta), {}, restore
@@ -91,7 +91,7 @@ class Weights:
         }
 
     def to(self, point):
-        """The weights at ``point``: made from theta, or moved there from where they stand."""
+        """The weights at ``point``, made from theta or moved there from where they are."""
         start, values = ({}, self.theta) if self.restore == "exact" else (self.at, self.values)
         way = {k: point.get(k, 0.0) - start.get(k, 0.0) for k in {**start, **point}}
         way = {k: c for k, c in way.items() if c}
@@ -103,9 +103,9 @@ class Weights:
 
 
 def plain_step(case, theta, loss, step, log, *, seed, lr, eps, weight_decay, dist, rounding, restore):
-    """(losses, g in float64 by the formula, new weights), with ``loss`` of weights by name.
+    """The losses, g in float64 by the formula, and the new weights.  ``loss`` takes the weights by name.
 
-    ``log``: the optimizer's own fp32 g, from which the weights must follow bit for bit.
+    ``log`` is the optimizer's own fp32 g, from which the weights must follow bit for bit.
     """
     q = case.q
     seeds = seeds_of(seed, step, q)

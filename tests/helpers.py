@@ -6,7 +6,7 @@ import contextlib
 import json
 import pathlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 import zokernels
 from zokernels.contract import seed_to_int64
 
-CPU_KERNELS = ["cpu-portable", "cpu-avx2", "cpu-avx512"]
+CPU_KERNELS = ["cpu-portable", "cpu-avx2", "cpu-avx512", "cpu-neon"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STATE_DTYPES = [torch.float32, torch.bfloat16]
 DISTS = ["normal", "rademacher"]
@@ -90,9 +90,19 @@ def random_values(n: int, dtype: torch.dtype, rng: random.Random) -> Tensor:
     x = (torch.randn(n, generator=generator).double() * torch.exp2(exponent.double())).to(dtype)
     typical = (torch.randn(n, generator=generator) * 0.02).to(dtype)
     x = torch.where(torch.rand(n, generator=generator) < 0.5, x, typical)
-    for special in (0.0, -0.0, float("inf"), float("-inf"), float("nan"), torch.finfo(dtype).max):
+    largest, least = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    for special in (0.0, -0.0, float("inf"), float("-inf"), float("nan"), largest, -largest, least, -least):
         if n and rng.random() < 0.2:
             x[rng.randrange(n)] = special
+    if (
+        n and rng.random() < 0.5
+    ):  # NaNs with any sign and payload, all bits set among them, which rounding could carry out
+        words = x.view(torch.int32 if dtype is torch.float32 else torch.int16)
+        infinity = torch.tensor(float("inf"), dtype=dtype).view(words.dtype).item()
+        mantissa = words.new_tensor(torch.iinfo(words.dtype).max).item() - infinity
+        for _ in range(3):
+            payload = rng.choice([mantissa, 1, rng.randrange(1, mantissa + 1)])
+            words[rng.randrange(n)] = infinity + payload - rng.choice([0, 1]) * (torch.iinfo(words.dtype).max + 1)
     return x
 
 
@@ -139,20 +149,29 @@ def reference_result(buffers: list[Tensor], parts: list[slice], kwargs: dict) ->
     return result
 
 
-def add_extras(rng: random.Random, parts: list[slice], kwargs: dict, *, curvature: bool = True) -> dict:
-    """``kwargs`` of :func:`random_call` with some of masks, rows of coefficients and curvature."""
+def add_extras(
+    rng: random.Random,
+    parts: list[slice],
+    kwargs: dict,
+    *,
+    curvature: bool = True,
+    extras: Collection[str] | None = None,
+) -> dict:
+    """``kwargs`` of :func:`random_call` with ``extras``, or with some by chance: "each" (coefficients of each
+    tensor's own), "masks", "density" and "curvature"."""
     sizes = [p.stop - p.start for p in parts]
     generator = torch.Generator().manual_seed(rng.getrandbits(60))
     kwargs = dict(kwargs)
-    if rng.random() < 0.5:
+    wanted = lambda name: rng.random() < 0.5 if extras is None else name in extras
+    if wanted("each"):
         scales = 10.0 ** torch.randint(-6, 2, (len(sizes), 1), generator=generator)
         kwargs["coeffs"] = scales * torch.randn(len(sizes), kwargs["seeds"].numel(), generator=generator)
-    if rng.random() < 0.5:
+    if wanted("masks"):
         keep = [torch.rand(n, generator=generator) < rng.choice([0.1, 0.5, 0.9]) for n in sizes]
         kwargs["masks"] = [zokernels.pack_mask(k, offset) for k, offset in zip(keep, kwargs["offsets"], strict=True)]
-    if rng.random() < 0.5:
+    if wanted("density"):
         kwargs |= {"mask_seed": rng.getrandbits(64), "density": rng.choice([0.0, 0.01, 0.5, rng.random(), 1.0])}
-    if curvature and rng.random() < 0.5:
+    if curvature and wanted("curvature"):
         dtype = rng.choice(STATE_DTYPES)
         kwargs["curvature"] = [random_values(n, dtype, rng) for n in sizes]  # negative ones too: the root is NaN
     return kwargs

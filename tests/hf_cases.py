@@ -47,7 +47,7 @@ def bert(dropout: float = 0.1) -> nn.Module:
 
 
 def rows(count: int, classes: bool = False) -> list[dict]:
-    """Sentences of random tokens, some of whose labels are left out of the loss; or with a class each."""
+    """Sentences of random tokens.  Some labels are left out of the loss, or each sentence has a class."""
     generator, found = torch.Generator().manual_seed(5), []
     for i in range(count):
         ids = torch.randint(VOCABULARY, (LENGTH,), generator=generator)
@@ -63,7 +63,7 @@ def arguments(folder, **options) -> transformers.TrainingArguments:
 
 
 def trainer(folder, model: nn.Module, data, kind: type = ZOTrainer, *, own: dict | None = None, **options):
-    """``own``: arguments of the trainer itself; ``options``: of its TrainingArguments."""
+    """A trainer.  ``own`` are arguments of the trainer itself, ``options`` those of its TrainingArguments."""
     return kind(model=model, args=arguments(folder, **options), train_dataset=data, **own or {})
 
 

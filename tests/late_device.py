@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.weak import WeakTensorKeyDictionary
 
 #: torch has tensors without memory on it, which serve as names of those that stand for them.
 DEVICE = torch.device("meta")
@@ -28,18 +27,20 @@ _aten = torch.ops.aten
 class LateDevice(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self._data = WeakTensorKeyDictionary()  #: of each tensor on DEVICE the tensor of the CPU
+        #: The memory of DEVICE: by its address, each storage there with the one of the CPU that has its values.
+        self._memory: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+        self._names: dict[int, torch.UntypedStorage] = {}  #: the other way round, by the CPU's
         self._coming: list[tuple[Tensor, Tensor]] = []
-        self.late = 0  #: copies to the host that did not wait
+        self.late = 0  #: how many copies to the host did not wait
 
     def parameter(self, data: Tensor) -> nn.Parameter:
-        """A parameter on DEVICE; ``nn.Parameter`` itself makes a new tensor without asking the mode."""
+        """A parameter on DEVICE.  ``nn.Parameter`` itself would make a new tensor without asking the mode."""
         name = nn.Parameter(torch.empty_like(data, device=DEVICE))
-        self._data[name] = data.clone()
+        self._values(name).copy_(data)
         return name
 
     def synchronize(self) -> None:
-        """All copies arrive."""
+        """Lets all copies arrive."""
         for host, data in self._coming:
             host.copy_(data)
         self._coming.clear()
@@ -60,19 +61,29 @@ class LateDevice(TorchDispatchMode):
             self.synchronize()
         if "device" in kwargs:
             kwargs["device"] = _CPU
-        owners = {id(self._data[x]): x for x in mine}
-        inner = lambda x: self._data[x] if x.device == DEVICE else x
+        values = {id(x): self._values(x) for x in mine}
+        owners = {id(values[id(x)]): x for x in mine}
+        inner = lambda x: values.get(id(x), x)
         found = func(*tree_map_only(Tensor, inner, args), **tree_map_only(Tensor, inner, kwargs))
         return tree_map_only(Tensor, lambda x: owners[id(x)] if id(x) in owners else self._named(x), found)
 
-    def _named(self, data: Tensor) -> Tensor:
-        name = torch.empty_strided(data.size(), data.stride(), dtype=data.dtype, device=DEVICE)
-        self._data[name] = data
-        return name
+    def _values(self, name: Tensor) -> Tensor:
+        """The tensor of the CPU that has the values of one on DEVICE, whatever memory that has been given."""
+        values = self._memory[name.untyped_storage()._cdata][1]
+        return torch.empty(0, dtype=name.dtype).set_(values, name.storage_offset(), name.size(), name.stride())
+
+    def _named(self, values: Tensor) -> Tensor:
+        memory = values.untyped_storage()
+        if memory._cdata not in self._names:
+            storage = torch.empty(memory.nbytes(), dtype=torch.uint8, device=DEVICE).untyped_storage()
+            self._memory[storage._cdata] = storage, memory
+            self._names[memory._cdata] = storage
+        name = torch.empty(0, dtype=values.dtype, device=DEVICE)
+        return name.set_(self._names[memory._cdata], values.storage_offset(), values.size(), values.stride())
 
     def _convert(self, source: Tensor, kwargs: dict[str, Any]) -> Tensor:
         device, waits = torch.device(kwargs.pop("device", None) or source.device), not kwargs.pop("non_blocking", False)
-        inner = self._data[source] if source.device == DEVICE else source
+        inner = self._values(source) if source.device == DEVICE else source
         copy = _aten._to_copy.default(inner, **kwargs)
         if device == DEVICE:
             return self._named(copy)
@@ -80,9 +91,9 @@ class LateDevice(TorchDispatchMode):
 
     def _copy(self, to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         if to.device == DEVICE:
-            self._data[to].copy_(source)
+            self._values(to).copy_(source)
             return to
-        return self._to_host(self._data[source].to(to.dtype).expand_as(to).clone(), to, not non_blocking)
+        return self._to_host(self._values(source).to(to.dtype).expand_as(to).clone(), to, not non_blocking)
 
     def _to_host(self, data: Tensor, host: Tensor, waits: bool) -> Tensor:
         self._coming.append((host, data))

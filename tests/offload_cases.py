@@ -20,7 +20,7 @@ class Layer(nn.Module):
 
 
 class Tower(nn.Module):
-    """A nanoGPT-style stack; the head is the embedding's where ``tied``."""
+    """A stack of layers as in nanoGPT.  If ``tied``, the head has the weights of the embedding."""
 
     def __init__(self, layers=5, width=19, tied=True, dropout=0.1):
         super().__init__()
@@ -43,7 +43,7 @@ def tower(dtype=torch.float32, seed=0, **options):
     torch.manual_seed(seed)
     model = Tower(**options)
     with torch.no_grad():
-        for p in model.parameters():  # biases and norms, too, are no constants
+        for p in model.parameters():  # so that biases and norms are not constant either
             p.add_(0.1 * torch.randn_like(p))
     return model.to(dtype)
 
@@ -57,12 +57,12 @@ def loss_of(model, ids):
 
 
 def train(model, steps, make=ZOSGD, losses=loss_of, batch=batch_of, **options):
-    """The losses (float64), and the optimizer."""
+    """Trains; returns the losses (float64) and the optimizer."""
     options = {"lr": 1e-2, "eps": 1e-2, "weight_decay": 0.1, "seed": 5, **options}
     optimizer = make(model.named_parameters(), **options)
     values = []
     while (step := optimizer.step_count) < steps:
-        torch.manual_seed(step)  # of dropout
+        torch.manual_seed(step)  # this is the seed of dropout
         values.append(optimizer.step(lambda: losses(model, batch(step))).double())
     return torch.stack(values) if values else torch.empty(0), optimizer
 
@@ -75,6 +75,6 @@ def same_bits(a, b):
 
 
 def same_state(ours, theirs):
-    """Of two state dicts: the names that differ."""
+    """The names of two state dicts whose tensors differ."""
     assert ours.keys() == theirs.keys()
     return [name for name in ours if not same_bits(ours[name], theirs[name])]

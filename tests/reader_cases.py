@@ -34,12 +34,12 @@ INDEX = "model.safetensors.index.json"
 
 
 def weights() -> dict[str, Tensor]:
-    """Those with which the logs of the corpus began."""
+    """The weights from which the runs began whose logs are in the corpus."""
     return {"layers.0.w": torch.linspace(-1, 1, 6).view(3, 2), "layers.1.b": torch.linspace(0.5, 2, 4).bfloat16()}
 
 
 def block() -> Block:
-    """The block whose file the folder of a streamed run has."""
+    """The block of a streamed run whose file is read."""
     found = Block(0, "layer", nn.Identity())
     found.place([(name, nn.Parameter(value)) for name, value in weights().items()])
     return found
@@ -51,7 +51,7 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def _file(name: str, data: bytes) -> pathlib.Path:
-    """A new file: one of before may still be mapped."""
+    """A new file, since the one before may still be mapped."""
     path = pathlib.Path(_folder().name) / name
     path.unlink(missing_ok=True)
     path.write_bytes(data)
@@ -101,7 +101,7 @@ def read_safetensors(data: bytes) -> None:
     """All that a checkpoint's file goes through: its tensors, their bytes, and the header of a replayed copy."""
     checkpoint = Checkpoint(_file("model.safetensors", data))
     for tensor in checkpoint.tensors().values():
-        assert tensor.contiguous().view(-1).view(torch.uint8).sum() >= 0  # every byte of it is there
+        assert tensor.contiguous().view(-1).view(torch.uint8).sum() >= 0  # reads every byte
     (file,) = checkpoint.files
     for name, entry in file.entries.items():
         assert len(file.data(name)) == entry.size
@@ -111,7 +111,7 @@ def read_safetensors(data: bytes) -> None:
 
 
 def read_block(data: bytes) -> None:
-    """A block's file in the folder of a streamed run."""
+    """Reads the file of a block in the folder of a streamed run."""
     path = _file("block-00000.safetensors", data)
     mine = block()
     file = Folder(path.parent).open("stream", mine)
@@ -121,7 +121,7 @@ def read_block(data: bytes) -> None:
 
 
 def read_index(data: bytes) -> None:
-    """A folder of two files of weights, whose index is ``data``."""
+    """Reads a folder of two files of weights whose index is ``data``."""
     folder = pathlib.Path(_folder().name) / "folder"
     folder.mkdir(exist_ok=True)
     for name, value in weights().items():
@@ -141,7 +141,7 @@ READERS: dict[str, Callable[[bytes], None]] = {
 
 # --- edits of the JSON that every one of these files has --------------------------------------------------------------
 
-#: What a number, text or list is replaced by.
+#: The values that replace a number, a text or a list.
 ODD: tuple[object, ...] = (
     *(None, True, False, 0, 1, -1, 2, 255, 256, 2**31, 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 2**64, 2**70, -(2**70)),
     *(0.0, -0.0, 0.5, 1e-320, 1e300, float("inf"), float("-inf"), float("nan"), "", "w", "0", "-1", "U8", "F4", "C64"),
@@ -150,7 +150,7 @@ ODD: tuple[object, ...] = (
 
 
 def _split(reader: str, data: bytes) -> tuple[int, int]:
-    """Where the JSON begins and ends in a file."""
+    """The places in a file where its JSON begins and ends."""
     if reader.endswith("log"):
         size = PREFIX.unpack(data[: PREFIX.size].ljust(PREFIX.size, b"\0"))[2]
         return PREFIX.size, PREFIX.size + size

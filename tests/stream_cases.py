@@ -1,4 +1,4 @@
-"""Every operation on one small input, as a function of the stream: what streams that differ in their upper bits draw.
+"""Every operation on one small input, as a function of the stream, for streams that differ in their upper bits.
 
 ``RUNS`` maps a name to a function of a stream that gives what the operation wrote.  Whatever the operation draws
 (noise, masks, rounding of weights and of states) is drawn in some run from the stream alone, so that a kernel that
@@ -14,7 +14,7 @@ from torch import Tensor
 
 import zokernels
 
-#: Sizes and offsets that leave whole blocks of eight and whole tiles of 4096, and begin in neither.
+#: Sizes and offsets that contain whole blocks of eight and whole tiles of 4096, and begin inside of one.
 NUMEL, OFFSET = 5000, 8 * 2**32 - 3001
 SEEDS, COEFFS = [2**63 + 12345, 77], [0.3, -0.02]
 
@@ -179,7 +179,7 @@ _other_runs()
 
 
 _LOW = 0x9ABCDEF1
-#: Streams of which any two differ in bits above the 32nd alone.
+#: Streams, any two of which differ only in bits above the 32nd.
 STREAMS = (_LOW, 1 << 32 | _LOW, 1 << 47 | _LOW, 1 << 55 | _LOW, 0xFFFFFF << 32 | _LOW)
 
 
@@ -189,7 +189,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 def check(name: str, streams: Sequence[int] = STREAMS) -> None:
-    """The reference's bits for each stream, and others for every other one."""
+    """Checks that each stream gives the bits of the reference, and that no two streams give the same."""
     run, seen = RUNS[name], []
     for stream in streams:
         got = [t.clone() for t in run(stream)]

@@ -76,7 +76,7 @@ def test_every_stage_ran_or_says_why_not(rehearsal):
 
 
 def test_few_files_hold_everything(rehearsal):
-    """Some machines hand back at most eight: logs lie in one file, rows in the result."""
+    """Some machines hand back at most eight files, so all logs are in one file and all rows in the result."""
     assert {p.name for p in rehearsal["folder"].iterdir()} == {
         "README.md",
         "log.txt",
@@ -103,12 +103,12 @@ def test_report_shows_goals_and_rows(rehearsal):
     assert verdicts["Triton against CUDA C++, worst dtype and distribution"] == "not measured"
     assert "baseline curand, normal" in rehearsal["skipped"]
     assert "of copy" in rehearsal["stdout"]
-    assert len(rehearsal["stdout"]) < 12_000  # of which a machine shows the end
+    assert len(rehearsal["stdout"]) < 12_000  # a machine shows only the end of the output
 
 
 @pytest.fixture(scope="module")
 def rows(rehearsal) -> dict[str, list[dict]]:
-    """Rows of the tiny runs, by op."""
+    """The rows of the tiny runs by op."""
     found: dict[str, list[dict]] = {}
     for row in rehearsal["rows"]:
         found.setdefault(row["op"], []).append(row)
@@ -146,7 +146,7 @@ def test_published_rows(rows):
     assert set(found) == {(w, r) for w in sizes for r in ("nearest", "stochastic")}
     for row in found.values():
         assert (row["dtype"], row["dist"]) == ("bf16", "rademacher")
-        assert row["of_peak"] is None  # of a CPU's memory nobody knows it
+        assert row["of_peak"] is None  # nobody knows it of the memory of a CPU
 
 
 def test_fan_out_rows(rows):
@@ -194,7 +194,7 @@ def test_a_row_by_hand():
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_accesses_of_a_step_are_those_of_its_calls(monkeypatch, rounding):
-    """Each call reads the weights once, and writes every list that it is given to write."""
+    """The accesses that a form states are those of its calls: one read, and a write of each list that it writes."""
     shapes = workloads.shapes("qwen3-1.7b", 0.02)
     _, views = step.arena(shapes, torch.float32, "cpu")
     moved = []
@@ -277,7 +277,7 @@ def test_goals_take_the_worst_row():
 
 
 def test_a_captured_call_runs_once_before_and_never_in_a_replay(monkeypatch):
-    """torch's part is played by stand-ins, which note the order: the side stream, then the capture."""
+    """Stand-ins for torch note the order of the calls: the side stream first, then the capture."""
     order = []
 
     @contextmanager
@@ -311,7 +311,7 @@ def test_a_captured_call_runs_once_before_and_never_in_a_replay(monkeypatch):
 # --- the plan
 # ---------------------------------------------------------------------------------------------------------
 
-#: Second at which each stage of the first seven minutes is to start.
+#: The second at which each stage of the first seven minutes starts.
 STARTS = {
     "libraries": 0, "report": 10, "agreement-cuda": 20, "math": 20, "agreement-triton": 20, "gpu-tests": 60,
     "bench-combine": 120, "bench-published": 205, "ncu": 220, "bench-step": 270, "sanitizer": 330,
@@ -327,7 +327,7 @@ def ctx(tmp_path) -> Context:
 
 
 def simulated(monkeypatch, ctx, minutes: float) -> dict[str, tuple[float, str]]:
-    """When each stage starts, and its end, on a clock on which every stage takes what the plan says."""
+    """When each stage starts and ends if every stage takes as long as the plan says."""
     now, began = [0.0], {}
     monkeypatch.setattr(runner.time, "monotonic", lambda: now[0])
 
@@ -354,7 +354,7 @@ def test_all_of_it_takes_less_than_fourteen(monkeypatch, ctx):
 
 def test_a_limit_is_no_less_than_what_is_expected():
     assert not [s.name for s in plan.STAGES if s.limit < s.seconds]
-    assert plan.STAGES[0].name == "libraries"  # what nothing else can do without
+    assert plan.STAGES[0].name == "libraries"  # nothing else can run without it
     assert [s.name for s in plan.STAGES if s.kind == "required"] == list(STARTS)[:6]
 
 
@@ -372,7 +372,7 @@ def it(name="it", kind="required", seconds=1, limit=600, **options) -> Stage:
 
 
 def running(**codes: str):
-    """Commands of stages by name: Python code, in which ``end(status, note)`` writes the outcome."""
+    """The commands of stages by name.  They are Python code in which ``end(status, note)`` writes the outcome."""
     head = (
         "import json, os, pathlib, signal, sys, time\n"
         "def end(status, note):\n"
@@ -442,7 +442,7 @@ def until(condition, seconds: float = 300) -> None:
 
 
 def test_a_fault_does_not_end_what_runs_beside_it(ctx):
-    """Each waits for the other's file: they can only end if both run at once."""
+    """Each of the two waits for the other's file, so they can only end if both run at once."""
     meet = (
         "pathlib.Path({0!r}, '{1}').touch()\n"
         "while not pathlib.Path({0!r}, '{2}').exists(): time.sleep(0.01)\n"
@@ -614,14 +614,14 @@ def test_an_earlier_check_does_not_show_in_a_later_one(tmp_path):
 
 
 def test_a_stage_whose_check_is_gone_before_it_has_begun_ends_at_once(ctx):
-    """Its parent, this process, is not the one that it is told: as where that one was killed meanwhile."""
+    """This process, its parent, is not the one that it was told, as if that one had been killed meanwhile."""
     command = stages.python("-m", "bench.gpu", "agreement-triton", ctx.dumps(), "1")
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
     assert process.wait(300) == -signal.SIGKILL
 
 
 def processes(mark: str) -> list[int]:
-    """Those whose command line holds ``mark``, without zombies."""
+    """The processes whose command line contains ``mark``, without zombies."""
     found = []
     for entry in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -634,7 +634,7 @@ def processes(mark: str) -> list[int]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_check_that_is_cut_off_says_what_it_knows(tmp_path, number):
-    """Killed in its second stage: the first one's end is on disk, and nothing of the second runs on."""
+    """A check that is killed in its second stage has the end of the first on disk, and leaves nothing running."""
     process = subprocess.Popen(
         command(tmp_path, "--only", "math", "agreement-cuda", "cpu-tests"), cwd=ROOT,
         stdout=subprocess.PIPE, text=True,
@@ -678,7 +678,7 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-#: Makes torch say that there is a GPU, in every process that has this folder on its path.
+#: Code by which torch says that there is a GPU, in every process that has its folder on the path.
 PRETENDED = """
 import importlib.abc, importlib.util, sys, types
 class Finder(importlib.abc.MetaPathFinder):
@@ -703,7 +703,7 @@ sys.meta_path.insert(0, Finder())
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_on_a_gpu_that_does_not_work_every_stage_says_so(tmp_path):
-    """Not a rehearsal: the whole way of a check, to its exit status, with a GPU that is only pretended."""
+    """Not a rehearsal, but a whole check up to its exit status, with a GPU that is only pretended."""
     (tmp_path / "sitecustomize.py").write_text(PRETENDED)
     arguments = command(tmp_path, "--only", "agreement-cuda", "bench-combine")
     arguments.remove("--rehearse")
@@ -715,7 +715,7 @@ def test_on_a_gpu_that_does_not_work_every_stage_says_so(tmp_path):
     assert done.returncode == 1, done.stdout + done.stderr
     (folder,) = tmp_path.glob("nvidia-nothing-torch-*-abc")
     result = json.loads((folder / "result.json").read_text())
-    assert result["machine"]["peak_bandwidth"] == pytest.approx(3.352e12, rel=1e-3)  # an H100's
+    assert result["machine"]["peak_bandwidth"] == pytest.approx(3.352e12, rel=1e-3)  # that of an H100
     notes = {s["name"]: (s["status"], s["note"]) for s in result["stages"]}
     statuses = {status for status, _ in notes.values()}
     if "stopped" in statuses:
@@ -862,7 +862,7 @@ def test_check_of_the_arithmetic_compiles(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr
-    if not torch.cuda.is_available():  # it says that it cannot run, and claims nothing
+    if not torch.cuda.is_available():  # it must say that it cannot run
         run = subprocess.run([tmp_path / "check"], capture_output=True, text=True)
         assert run.returncode == 2
         assert run.stdout == ""

@@ -55,7 +55,7 @@ class Library:
         self._evaluator = self._call(f"{evaluator}_Initialize", *memory, *where, *counters).evaluator
 
     def _call(self, name: str, *fields, check: bool = True):
-        """The structure that every function takes: its size, a null pointer, then ``fields``."""
+        """Calls a function of the library.  Its argument is a structure: its size, a null pointer, then ``fields``."""
         layout = [
             ("struct_size", ctypes.c_size_t),
             ("private", ctypes.c_void_p),
@@ -84,13 +84,13 @@ class Library:
 
 @pytest.mark.parametrize("chip", ["GA100", "GH100", "GB100", "AD104"])
 def test_every_metric_exists(chip):
-    """Asked of the library that ncu asks, for A100, H100 and H200, B200, and L4."""
+    """The library that ncu uses is asked, for A100, H100 and H200, B200, and L4."""
     nvdisasm = disassembly.find_tool("nvdisasm")
     library = nvdisasm and pathlib.Path(nvdisasm).parent.parent / "lib/cupti/libnvperf_host.so"
     if not library or not library.exists():
         pytest.skip("no libnvperf_host.so: pip install triton")
     known = Library(str(library), chip)
-    names = [name for name in ncu.METRICS.values() if not name.startswith("launch__")]  # those are ncu's own
+    names = [name for name in ncu.METRICS.values() if not name.startswith("launch__")]  # ncu itself provides these
     assert [name for name in names if not known.knows(name)] == []
     assert not known.knows("sm__inst_executed_pipe_aluminium.avg.pct_of_peak_sustained_active")
 
@@ -142,7 +142,7 @@ def test_numbers_are_read_as_ncu_writes_them():
 
 
 def test_figures_of_a_kernel_by_hand():
-    """1,000 elements in 2 us and 3,400 cycles; 750 instructions of warps are 24 for each 32 elements."""
+    """1,000 elements take 2 us and 3,400 cycles; 750 warp instructions are 24 for each 32 elements."""
     one = {
         "seconds": 2000.0,
         "cycles": 3400.0,

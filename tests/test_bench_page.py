@@ -7,6 +7,7 @@ import pathlib
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -20,7 +21,7 @@ VOID = {"meta", "br"}
 
 
 class Page(HTMLParser):
-    """Text, tables and attributes; fails where a tag does not close what was opened last."""
+    """Collects text, tables and attributes.  Fails if a tag does not close what was opened last."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -56,7 +57,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> tuple[str, list[dict]]:
-    """(HTML, results) of the committed results, as the command writes it."""
+    """The page that the command writes of the committed results, and these results."""
     output = tmp_path_factory.mktemp("page") / "results.html"
     assert main(["bench", "report", *map(str, FILES), "-o", str(output)]) == 0
     return output.read_text(), [json.loads(path.read_text()) for path in FILES]
@@ -71,7 +72,7 @@ def test_page_is_whole_and_needs_nothing_else(made):
         assert name not in ("src", "onclick"), (name, value)
         assert name != "href" or value.startswith("https://"), value
     assert "@import" not in text
-    assert "url(" not in text
+    assert not re.findall(r"url\((?!#)", text)
     assert "prefers-color-scheme: dark" in text
     assert 'name="viewport"' in text
 
@@ -87,7 +88,7 @@ def test_tables_hold_every_row_of_the_results(made):
         for line, row in zip(table[1:], result["rows"], strict=True):
             assert line[0].startswith(row["method"])
             ms = [f"{row[key] * 1e3:.2f}" for key in ("seconds", "eager_seconds")]
-            assert line[2:5] == [f"{row['loss_last']:.3f}", *ms]
+            assert line[1:4] == [f"{row['loss_last']:.3f}", *ms]
     runs = [r for result in results if page.kind_of(result) == "run" for r in result["rows"]]
     assert runs
     lines = [line for t in parsed.tables if "p50 ms" in t[0] for line in t[1:]]
@@ -110,15 +111,43 @@ def test_headlines_and_header_are_the_results(made):
         assert what in words
 
 
+def shapes(picture: str, colour: str) -> list[list[float]]:
+    """The numbers of each path that has this colour."""
+    paths = re.findall(rf'<path d="([^"]*)"[^>]*fill: var\(--{colour}\)', picture)
+    return [[float(number) for number in re.findall(r"-?[\d.]+", path)] for path in paths]
+
+
 def test_lengths_follow_from_the_values():
-    text = charts.bars([charts.Bar("a <b>", 1.0, "1", "normal"), charts.Bar("c", 4.0, "4", "other")], mark=2.0)
-    assert re.findall(r"width:([\d.]+)%", text) == ["25.00", "100.00"]
-    assert text.count("left:50.00%") == 2
-    assert "a &lt;b&gt;" in text
-    plot = charts.dots([("x", [charts.Dot(v, "normal", str(v)) for v in (0.1, 1.0, 10.0)])], "ns")
-    at = [float(x) for x in re.findall(r'cx="([\d.]+)"', plot)]
-    assert at[1] - at[0] == pytest.approx(at[2] - at[1], abs=0.2)
-    assert at[2] > at[0]
+    panel = charts.Bars("", [("a <b>", 1.0, "normal"), ("c", 4.0, "normal")], "{:.3f}", mark=2.0)
+    picture = charts.svg(charts.bars([panel]), 'a "b"')
+    one, four = ((max(path[::2]), min(path[::2])) for path in shapes(picture, "normal"))
+    assert one[1] == four[1]
+    assert four[0] - four[1] == pytest.approx(4 * (one[0] - one[1]), rel=1e-4)
+    assert {"1.000", "4.000"} <= set(Page(picture).words)
+    assert ">a &lt;b&gt;</text>" in picture  # the text is not drawn as shapes
+    assert 'aria-label="a &quot;b&quot;"' in picture
+
+
+def test_dots_lie_on_a_logarithmic_axis_in_the_colours_of_the_page():
+    points = [(label, value) for label in ("x", "y") for value in (0.1, 1.0, 10.0)]
+    series = [charts.Dots("ours", points, "normal", "o"), charts.Dots("theirs", [("y", 3.0)], "other", "s")]
+    picture = charts.svg(charts.dots(series, ["x", "y"], "ns"), "dots")
+    places = re.findall(r'<use [^>]*x="([\d.]+)" y="([\d.]+)"[^>]*fill: var\(--normal\)', picture)
+    row = sorted((float(x), float(y)) for x, y in places[:3])  # those of the row "y" and of the legend follow
+    assert row[1][0] - row[0][0] == pytest.approx(row[2][0] - row[1][0], abs=1e-3)
+    assert len({y for _, y in row}) == 1
+    assert {"ours", "theirs", "ns"} <= set(Page(picture).words)
+    assert not [colour for colour in charts.COLOURS.values() if colour in picture]
+
+
+def test_without_matplotlib_one_message(tmp_path):
+    """In a process of its own: other tests have imported it."""
+    blocked = "import sys; sys.modules['matplotlib'] = None; from bench.__main__ import main; main(sys.argv[1:])"
+    for command in (["report", "-o", tmp_path / "x.html"], ["methods", "--tiny", "--write", tmp_path / "x.md"]):
+        done = subprocess.run([sys.executable, "-c", blocked, *command], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert done.stderr == "bench: expected matplotlib for the pictures, got none; pip install matplotlib\n"
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_another_file_is_refused(tmp_path):

@@ -52,7 +52,7 @@ def test_steps_by_hand():
     weights = 12 * 96 * 12288**2
     one = 512 * (2 * weights + 2 * 96 * 512 * 12288) / (0.4 * 989.4e12) / 8
     step = scaling.pipeline(m, w, 8, "data")
-    noise = 16 * 4 * weights / 8 / 3.015e12 + 8 * 23.7 * weights / 8 / (132 * 128 * 1.755e9)
+    noise = 16 * 4 * weights / 8 / 3.015e12 + 8 * 23.1 * weights / 8 / (132 * 128 * 1.755e9)
     assert step.total == pytest.approx((1024 + 7) * one + noise + 3 * 15e-6 + 7 * 15e-6)
     assert step.parts["bubble"] == pytest.approx(7 * one)
     assert scaling.streamed(m, w, 1024, False).total == pytest.approx(2 * weights / 54.4e9 + 10 * 15e-6)

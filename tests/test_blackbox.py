@@ -57,6 +57,33 @@ def test_random_directions_are_the_formula(two_sided, vector, dist, dtype, max_b
 
 
 @SIDES
+@pytest.mark.parametrize(("dist", "max_batch"), [("normal", 1000), ("normal", 4), ("rademacher", 17)])
+def test_unit_sphere_is_the_authors_formula(two_sided, dist, max_batch, rng):
+    """Black-Box-Defense: u = z / |z| for each sample, gradient d / q sum (f(x + mu u) - f(x)) / mu * u."""
+    g, seed, q, mu, d = generator(rng), rng.getrandbits(64), 7, 0.125, 12
+    x = torch.randn(5, 3, 4, generator=g).requires_grad_()
+    f = outputs(torch.randn(12, 5, generator=g).double(), vector=True)
+    options = {"queries": q, "mu": mu, "two_sided": two_sided, "dist": dist, "seed": seed, "max_batch": max_batch}
+    weight = torch.randn(5, 5, generator=g).double()
+    (grad,) = torch.autograd.grad(BlackBox(f, sphere=True, **options)(x), x, weight)
+    (other,) = torch.autograd.grad(BlackBox(f, **options)(x), x, weight)
+    want, point = torch.zeros(5, 3, 4).double(), x.detach().double()
+    for k in range(q):
+        z = zk.noise(x.shape, seed=seed_to_int64(zk.derive_seed(seed, 0, k)), dist=dist).double()
+        u = z / z.flatten(1).norm(dim=1)[:, None, None]
+        at = lambda c, u=u: torch.as_tensor(f(point + c * u))
+        change = (at(mu) - at(-mu)) / 2 if two_sided else at(mu) - torch.as_tensor(f(point))
+        want += d / q * ((weight * change).sum(1) / mu)[:, None, None] * u
+    torch.testing.assert_close(grad.double(), want, rtol=1e-5, atol=2e-5)
+    assert (grad - other).abs().max() > 1e-3
+
+
+def test_sphere_is_of_random_directions():
+    with pytest.raises(ValueError, match="BlackBox: sphere: expected False but for 'rge'"):
+        BlackBox(lambda x: x.sum(1), estimator="cge", sphere=True)
+
+
+@SIDES
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("max_batch", [1000, 7])
 def test_coordinates_of_a_linear_function_are_its_gradient(two_sided, dtype, max_batch, rng):

@@ -81,8 +81,9 @@ def test_bench_and_demo_have_their_own_help(capsys):
 
 
 def test_demo_without_its_packages_says_what_to_install(monkeypatch, capsys):
-    for name in ("demo", "curve", "matplotlib"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
+    for name in ("demo", "curve"):
+        monkeypatch.delitem(sys.modules, f"zokernels.examples.{name}", raising=False)
+        monkeypatch.delattr(f"zokernels.examples.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["demo"]) == 1
     error = capsys.readouterr().err

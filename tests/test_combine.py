@@ -26,7 +26,7 @@ from zokernels.contract import philox4x32
 
 
 def test_reference_fma_rounds_once(rng):
-    """Against exact rational arithmetic, where float64 alone would round twice."""
+    """The reference's fma equals exact rational arithmetic, also where float64 alone would round twice."""
     a, b, c = (random_values(3000, torch.float32, rng) for _ in range(3))
     # Halfway cases: c decides on which side of a rounding boundary the sum lies, far below float64's last bit.
     a[:1000], b[:1000] = 1.0 + 2.0**-23 * torch.randint(0, 2**23, (1000,)), 1.0 + 2.0**-23
@@ -73,7 +73,7 @@ def one_thread():
 
 @pytest.mark.parametrize("dist", DISTS)
 def test_large_outputs(cpu_kernel, one_thread, rng, dist):
-    """Outputs of 8 MiB and more, which bypass the caches, have the bits that theta has in place."""
+    """Outputs of 8 MiB and more, which are written past the caches, have the bits of a call in place."""
     dtype = rng.choice(DTYPES)
     n, offset = 2**23 // dtype.itemsize + 10000 + rng.randrange(1000), rng.choice([0, 8 * 2**32 - 4096])
     theta = (torch.randn(n, generator=torch.Generator().manual_seed(rng.getrandbits(60))) * 0.02).to(dtype)
@@ -182,7 +182,7 @@ def test_extras_at_every_alignment_and_small_size(cpu_kernel, dtype, dist, rng):
 
 
 def test_dropped_elements_keep_their_bits(cpu_backend, rng):
-    """Whatever the noise would do: even a coefficient that is infinite or NaN."""
+    """A dropped element keeps its bits even if the coefficient is infinite or NaN."""
     theta = random_values(500, torch.bfloat16, rng)
     keep, before = torch.rand(500) < 0.5, theta.clone()
     coeffs = torch.tensor([float("inf"), float("nan")])
@@ -208,7 +208,7 @@ def test_threads_with_extras(cpu_kernel, rng):
 
 
 def test_many_tensors_and_threads(cpu_kernel, rng):
-    """Work splits over threads inside tensors; no split may show."""
+    """Threads share the elements of a tensor, and the result must not depend on how."""
     sizes = [rng.randrange(1, 3000) for _ in range(60)] + [200_001, 77_777]
     rng.shuffle(sizes)
     buffers, parts, kwargs = random_call(rng, sizes=sizes, count=1)

@@ -41,7 +41,7 @@ needs_library = pytest.mark.skipif(
 
 @pytest.fixture(scope="session")
 def library_on_host(tmp_path_factory):
-    """csrc/cuda compiled by the host compiler as torch.ops.zokernels_cuda_on_host, each thread run in turn."""
+    """csrc/cuda, compiled for the host as torch.ops.zokernels_cuda_on_host, which runs one thread after the other."""
     folder = tmp_path_factory.mktemp("cuda_on_host")
     return ctypes.CDLL(str(cuda_on_host.build(folder, "-O1", "-Wall", "-Wextra", "-Werror")))
 
@@ -70,7 +70,7 @@ CASES = {
 
 
 def chunk_of(dist: str) -> int:
-    return 16384 if dist == "normal" else 32768
+    return 32768
 
 
 @pytest.mark.parametrize("repeat", range(10))
@@ -91,7 +91,7 @@ def test_kernels_on_host_equal_reference(on_host, rng, case, repeat):
 @pytest.mark.parametrize("dist", DISTS)
 @pytest.mark.parametrize("case", CASES)
 def test_fast_path_on_host_equals_reference(on_host, rng, case, dist):
-    """Aligned tensors of several chunks take the vector path for the middle, the edge path for the ends."""
+    """Aligned tensors of several chunks take the vector path in the middle and the edge path at the ends."""
     run, random_arguments = CASES[case]
     chunk = chunk_of(dist)
     sizes = [2 * chunk + rng.randrange(chunk), chunk]
@@ -261,7 +261,7 @@ def test_square_root_without_range_check_is_exact():
 
 @pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=needs_library)])
 def test_only_stable_symbols_are_used(name):
-    """One binary serves torch 2.10 and later: no C++ symbol of torch, only functions of its C shim."""
+    """One binary serves torch 2.10 and later, since it uses no C++ symbol of torch but only its C shim."""
     nm = shutil.which("nm")
     if nm is None:
         pytest.skip("no nm")
@@ -285,7 +285,7 @@ def test_library_loads_on_a_cpu_build_of_torch():
 
 @pytest.fixture(scope="session")
 def sm90(tmp_path_factory):
-    """The functions of the library's sm_90 machine code."""
+    """The functions in the library's machine code for sm_90."""
     tool = disassembly.find_tool("cuobjdump")
     if tool is None:
         pytest.skip("no cuobjdump")
@@ -300,17 +300,17 @@ def sm90(tmp_path_factory):
 
 
 def kernel(functions, dist, dtype, count=1, decay=0, stochastic=0) -> disassembly.Function:
-    name = rf"combine_{dist}_kernelILNS0_5DTypeE{DTYPES.index(dtype)}ELi{count}ELb{decay}ELb{stochastic}ELb0E"
+    name = rf"combine_{dist}_kernelILNS0_5DTypeE{DTYPES.index(dtype)}ELi{count}ELb{decay}ELb{stochastic}ELi4096ELb0E"
     return disassembly.select(functions, name)
 
 
 # Measured on nvcc 13.0: what each may cost, prologue and table look-up included.
 CEILINGS = [
-    ("normal", torch.bfloat16, 1, 0, 0, 24.0),
-    ("normal", torch.float16, 1, 0, 0, 24.0),
-    ("normal", torch.float32, 1, 0, 0, 22.5),
-    ("normal", torch.bfloat16, 2, 0, 0, 46.0),
-    ("normal", torch.bfloat16, 1, 0, 1, 36.0),
+    ("normal", torch.bfloat16, 1, 0, 0, 23.4),
+    ("normal", torch.float16, 1, 0, 0, 23.4),
+    ("normal", torch.float32, 1, 0, 0, 22.2),
+    ("normal", torch.bfloat16, 2, 0, 0, 43.9),
+    ("normal", torch.bfloat16, 1, 0, 1, 31.5),
     ("rademacher", torch.bfloat16, 1, 0, 0, 6.0),
     ("rademacher", torch.float16, 1, 0, 0, 6.0),
     ("rademacher", torch.float32, 1, 0, 0, 5.0),
@@ -321,14 +321,13 @@ CEILINGS = [
 @pytest.mark.parametrize(("dist", "dtype", "count", "decay", "stochastic", "ceiling"), CEILINGS, ids=str)
 def test_instructions_per_element(sm90, dist, dtype, count, decay, stochastic, ceiling):
     function = kernel(sm90, dist, dtype, count, decay, stochastic)
-    elements = 64 if dist == "normal" else 128
-    figure = function.executed() / elements
+    trips = 4 if dist == "normal" else 1
+    figure = function.executed(trips) / 128
     print(f"{dist} {dtype} K={count} stochastic={stochastic}: {figure:.2f} instructions per element")
-    assert figure <= ceiling, function.mix().most_common(12)
+    assert 0.9 * ceiling < figure <= ceiling, function.mix().most_common(12)
     width = 1 if dtype is not torch.float32 else 2
-    assert (
-        function.hot_count(disassembly.WIDE_LOAD) == function.hot_count(disassembly.WIDE_STORE) == elements // 8 * width
-    )
+    stores = 16 * width // trips
+    assert function.hot_count(disassembly.WIDE_LOAD) == function.hot_count(disassembly.WIDE_STORE) == stores
 
 
 def rows_kernel(functions, dist, dtype, stochastic=0) -> disassembly.Function:
@@ -342,7 +341,7 @@ ROW_CEILINGS = [
     ("normal", torch.bfloat16, 0, 24.5),
     ("normal", torch.float16, 0, 24.5),
     ("normal", torch.float32, 0, 23.5),
-    ("normal", torch.bfloat16, 1, 37.0),
+    ("normal", torch.bfloat16, 1, 31.9),
     ("rademacher", torch.bfloat16, 0, 18.0),
 ]
 
@@ -350,7 +349,7 @@ ROW_CEILINGS = [
 @needs_library
 @pytest.mark.parametrize(("dist", "dtype", "stochastic", "ceiling"), ROW_CEILINGS, ids=str)
 def test_instructions_per_element_of_rows(sm90, dist, dtype, stochastic, ceiling):
-    """16 blocks of eight a thread, eight at a time; no division among them."""
+    """A thread computes 16 blocks of eight elements, eight blocks at a time, without a division."""
     function = rows_kernel(sm90, dist, dtype, stochastic)
     figure = function.executed(2) / 128
     print(f"rows: {dist} {dtype} stochastic={stochastic}: {figure:.2f} instructions per element")
@@ -399,6 +398,6 @@ def test_no_kernel_uses_local_memory(sm90):
 def test_square_root_is_the_compilers_own_fast_path(sm90):
     """MUFU.RSQ and FMUL, FMUL, FFMA, FFMA: as many as radii, no comparison and no subroutine."""
     function = kernel(sm90, "normal", torch.bfloat16)
-    assert function.hot_count(r"MUFU\.RSQ") == 32
+    assert function.hot_count(r"MUFU\.RSQ") == 16  # four blocks of eight in a pass of the loop
     assert function.hot_count(r"FSETP") == 0
     assert function.hot_count(r"CALL") == 0

@@ -104,7 +104,7 @@ def test_drivers(machine, problem):
 
 
 def test_a_driver_of_the_same_major_version_runs_machine_code():
-    """Minor version compatibility, of every runtime: but not a runtime of the next major version."""
+    """Any driver of the same major version runs the machine code, but none of the major version before does."""
     twelve = build("90-real", runtime=12080, compiler=12080)
     assert machine_problem(twelve, Machine("12.8", 12000, (H100,))) is None
     assert machine_problem(twelve, Machine("12.8", 11080, (H100,))) is not None
@@ -160,7 +160,10 @@ def test_the_report_says_why(two_gpus, monkeypatch):
 
 @needs_library
 def test_the_library_says_what_it_was_built_for():
-    """The record against the binary itself; and this machine's answers, in a process that torch has not touched."""
+    """What the library says of itself equals what is in the binary.
+
+    A new process asks the driver of this machine, before torch has touched it.
+    """
     library.load("cuda")
     built = Build.read()
     assert all(10000 < version < 20000 for version in (built.runtime, built.compiler))

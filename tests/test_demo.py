@@ -12,17 +12,13 @@ import pytest
 import torch
 from helpers import watched
 
+import zokernels
+from zokernels.cli import main
+from zokernels.examples import hotpath, reviews
+from zokernels.optim import ZOSGD
+from zokernels.trajectory import read
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "examples"))
-
-import hotpath  # noqa: E402
-import reviews  # noqa: E402
-
-import zokernels  # noqa: E402
-from zokernels.cli import main  # noqa: E402
-from zokernels.optim import ZOSGD  # noqa: E402
-from zokernels.trajectory import read  # noqa: E402
-
 KEYS = {
     *("loss_first", "loss_last", "acc_before", "acc_after", "steps", "restored_exactly", "replayed_exactly"),
     *("ms_per_step_hot_path", "ms_per_step_hot_path_eager", "hot_path_speedup"),
@@ -40,7 +36,7 @@ def sentences() -> list[reviews.Review]:
 
 
 class Tokenizer:
-    """A token a character: batches can be tested without transformers."""
+    """Each character is a token, so batches can be tested without transformers."""
 
     pad_token_id = 0
 
@@ -83,7 +79,7 @@ def test_batches():
 
 
 def test_hot_path_is_what_the_optimizer_calls():
-    """The timed combines are those of a real ZOSGD step: the same sizes in the same order, in and out of place."""
+    """The timed calls are those of a real ZOSGD step: the same sizes in the same order, in place and out of place."""
     model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2, bias=False))
     x, calls = torch.randn(3, 5), []
 
@@ -95,7 +91,7 @@ def test_hot_path_is_what_the_optimizer_calls():
         timed = calls.copy()
         for closure in (lambda: model(x).sum(), hotpath.touch(hotpath.leaves(model))):
             calls.clear()
-            ZOSGD(model.named_parameters(), lr=1e-3).step(closure)
+            ZOSGD(model.named_parameters(), lr=1e-3, scratch=0).step(closure)
             assert calls == timed
     assert timed == [("combine", n) for n in ([20, 4], [4, 4], [8])] * 2 + [("combine_", [20, 4, 4, 4, 8])]
 
@@ -126,7 +122,8 @@ def test_restoring_is_checked(dtype, monkeypatch):
 
 
 def test_replaying_is_checked(tmp_path):
-    import demo
+    pytest.importorskip("matplotlib")
+    from zokernels.examples import demo
 
     model = torch.nn.Linear(6, 3)
     base = {n: p.detach().clone() for n, p in model.named_parameters()}

@@ -47,7 +47,7 @@ def noise(name, shape, seed, offset=0):
 
 
 def product(left, right, shape):
-    """fma chains over the rank, from 0."""
+    """The product of two factors, as chains of fma over the rank that begin at 0."""
     out = torch.zeros(left.shape[0], right.shape[0])
     for s in range(left.shape[1]):
         out = fma(left[:, s, None].expand_as(out), right[None, :, s].expand_as(out), out)
@@ -136,7 +136,7 @@ ALL = pytest.mark.parametrize("kind", KINDS)
 
 
 class Recorder:
-    """A closure that keeps the weights it sees and returns given losses."""
+    """A closure that keeps the weights that it sees and returns the losses that it was given."""
 
     def __init__(self, params, losses):
         self.params, self.losses, self.seen = params, iter(losses), []
@@ -218,7 +218,8 @@ def test_sphere(dist, restore):
 
 def test_magnitude_mask_is_of_unperturbed_weights_and_refreshes():
     params = model()
-    opt = SparseMeZO(params.items(), lr=5.0, eps=1.0, seed=SEED, density=0.3, refresh=2, restore="inplace")
+    options = {"density": 0.3, "refresh": 2, "dynamic": False, "restore": "inplace"}
+    opt = SparseMeZO(params.items(), lr=5.0, eps=1.0, seed=SEED, **options)
     masks = []
     for step in range(4):
         now = {n: zk.pack_mask(z_magnitude(n, p.detach(), 1, 0)[0] != 0) for n, p in params.items()}
@@ -339,7 +340,7 @@ BAD_STEPS = {
         SubZero,
         {"rank": 5},
         ValueError,
-        r"Subspace: rank: .* every matrix, \(4, 9\)",
+        r"Subspace: rank: .* every matrix, \(4, 9\) taken as \(4, 9\) \(or near_square=True\)",
     ),
     "name": (ZOSGD, {"direction": GivenMask({"no": torch.ones(1)})}, ValueError, "GivenMask: masks: .* got 'no'"),
     "dtype": (ZOSGD, {"direction": GivenMask({"layers.0.b": torch.ones(7)})}, TypeError, "float32 of shape"),

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_avai
 
 @pytest.fixture(scope="module")  # ranks that wait still take a tenth of a core each
 def meshes(tmp_path_factory):
-    """By the number of ranks: processes in one process group, which run one case after the other."""
+    """For each number of ranks the processes, which run one case after the other."""
     made = {}
     for ranks in distributed_cases.CASES:
         arguments = "distributed_worker.py", tmp_path_factory.mktemp(f"ranks{ranks}"), ranks
@@ -79,7 +79,7 @@ def test_ranks_that_die_rejoin_from_the_log(tmp_path):
 
 
 def assert_like_one_process(folder: pathlib.Path, steps: int) -> None:
-    """Weights and log of elastic_worker.py with two ranks."""
+    """Compares the weights and the log of elastic_worker.py on two ranks with those of one process."""
     alone = trajectory_cases.Model(torch.bfloat16, random.Random(5))
     optimizer = ZOSGD(alone.named_parameters(), lr=0.05, momentum=0.9, seed=6, trajectory=folder / "alone.zk")
     for step in range(steps):
@@ -91,7 +91,10 @@ def assert_like_one_process(folder: pathlib.Path, steps: int) -> None:
 
 @pytest.fixture
 def hosts():
-    """Two network namespaces with a cable between them: (prefix of a command, address, interface) of each."""
+    """Two network namespaces with a cable between them.
+
+    Of each: the prefix of a command that runs in it, its address, and its interface.
+    """
     if shutil.which("ip") is None:
         pytest.skip("needs ip (iproute2)")
     ip = lambda *words: subprocess.run(["ip", *words], capture_output=True, text=True)
@@ -161,7 +164,7 @@ def test_mean_is_a_tree_in_the_order_of_the_list(rng, count):
 
 
 def test_mean_of_many(rng):
-    """The sum of a power of two is the sum of its halves; zeros at the end add nothing."""
+    """The sum of 2^m numbers is the sum of those of its halves, and zeros at the end change nothing."""
     losses = random_losses(rng, 1000)
     padded = [*losses, *[0.0] * 24]
     halves = mean_of(padded[:512]).item() * 512 + mean_of(padded[512:]).item() * 512

@@ -38,7 +38,7 @@ def blocks() -> list:
 
 
 def given() -> dict:
-    """What fragments in the guides take for granted: a model, data, and names that their page has introduced."""
+    """What the fragments in the guides rely on: a model, data, and names that their page has introduced."""
     from zokernels.optim import ZOSGD
 
     torch.manual_seed(0)
@@ -87,7 +87,7 @@ def test_there_are_blocks():
 
 
 def commands() -> list[tuple[str, str]]:
-    """(page, command) of every line of a code block, indented or fenced, and of every span that begins like one."""
+    """(page, command) for every command in a code block and in a span of code."""
     found = []
     for page in PAGES:
         text = page.read_text()
@@ -187,7 +187,7 @@ def test_messages_that_are_explained_exist(messages):
 
 
 def test_a_real_error_is_listed(messages):
-    """Not only the sources' words: what a user sees fits a listed message."""
+    """A message as a user sees it fits one in the list."""
     cases = [
         lambda: zokernels.combine_(torch.zeros(3, dtype=torch.float64), 1, 1.0, streams=0),
         lambda: zokernels.combine_(torch.zeros(3), 1, 1.0, streams=0, rounding="up"),

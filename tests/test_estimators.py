@@ -29,7 +29,7 @@ def trained(model):
 
 
 def compare(method, model, plain, loss, steps, seed, **options):
-    """Some steps of ``method`` on ``model``, with the same in plain PyTorch on ``plain``."""
+    """Takes some steps of ``method`` with ``model`` and compares them with plain PyTorch on ``plain``."""
     case = METHODS[method]
     values = {"lr": 0.05, "eps": 2.0**-5, "weight_decay": 0.0, "dist": case.dist, "rounding": "stochastic", **options}
     opt = build(method, [*model.named_parameters()], seed=seed, **options)
@@ -89,7 +89,7 @@ def test_tied_and_frozen_parameters(method, restore, rng):
 
 @CASES
 def test_groups_are_one_step(method, restore, rng):
-    """Groups, an empty one among them, other dtypes: the weights of each follow from the log of g."""
+    """The weights of each group, whatever its dtype, follow from the log of g.  One of the groups is empty."""
     a, b = nn.Parameter(torch.randn(11)), nn.Parameter(torch.randn(3, 5).bfloat16())
     before, seed = weights(nn.ParameterList([a, b])), rng.getrandbits(64)
     groups = [
@@ -352,7 +352,7 @@ def test_all_forwards_draw_the_same_masks(method, restore):
     ],
 )
 def test_passes_in_place(method, sizes):
-    """One combine from each point to the next, and one that restores and updates."""
+    """There is one combine from each point to the next, and one that restores and updates."""
     p, calls = nn.Parameter(torch.ones(5)), []
     with watched("combine_", lambda params, seeds, *rest: calls.append(seeds.numel())):
         build(method, [p], restore="inplace").step(lambda: p.square().sum())
@@ -470,7 +470,7 @@ def test_forward_gradient_stores_one_call():
     from zokernels.step.scratch import arena_numel
 
     model = nn.Sequential(nn.Linear(16, 128), nn.Tanh(), nn.Linear(128, 4), nn.LayerNorm(4))
-    opt = ForwardGradient(model.named_parameters(), lr=0.1)
+    opt = ForwardGradient(model.named_parameters(), lr=0.1, scratch=0)
     opt.step(lambda: model(torch.ones(2, 16)).square().sum())
     assert opt.scratch.nbytes() == 2 * 4 * arena_numel([*model[0].parameters()])
 

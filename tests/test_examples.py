@@ -11,17 +11,14 @@ import sys
 import pytest
 import torch
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "examples"))
+from zokernels.examples import encoder, reviews
 
-import reviews  # noqa: E402
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _weights_and_sentences():
     pytest.importorskip("transformers")
-    import encoder
-
     try:
         reviews.fetch()
         encoder.folder()
@@ -30,7 +27,7 @@ def _weights_and_sentences():
 
 
 def here(monkeypatch, name: str, folder: pathlib.Path, steps: int) -> dict:
-    """Run in this process, whose imports are done."""
+    """Runs an example in this process, which has imported what it needs."""
     monkeypatch.setattr(sys, "argv", [name, str(folder), str(steps)])
     return runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
 
@@ -59,7 +56,7 @@ def test_lightning_saves_the_optimizer(tmp_path, monkeypatch):
 def test_a_model_from_disk_in_a_limit_that_memory_does_not_keep(tmp_path):
     import json
 
-    command = [sys.executable, "-m", "examples.offload_demo", "--tiny", "--output", str(tmp_path)]
+    command = [sys.executable, "examples/offload_demo.py", "--tiny", "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
     try:
         assert done.returncode == 0, done.stdout + done.stderr
@@ -78,7 +75,7 @@ def test_a_model_from_disk_in_a_limit_that_memory_does_not_keep(tmp_path):
 
 @pytest.mark.parametrize("name", ["transformers_trainer", "plain_pytorch"])
 def test_examples_are_short(name):
-    """Lines of code, the module's docstring and empty lines aside."""
+    """Counts the lines of code, without the module's docstring, comments and empty lines."""
     source = (ROOT / "examples" / f"{name}.py").read_text()
     begin = ast.parse(source).body[0].end_lineno
     code = [line for line in source.splitlines()[begin:] if line.strip() and not line.strip().startswith("#")]

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import pathlib
-import sys
-
 import pytest
 import torch
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "examples"))
+from zokernels import Span
+from zokernels.examples import compress, digits, fedkseed, fzoos
+
 pytest.importorskip("sklearn")
-
-import compress  # noqa: E402
-import digits  # noqa: E402
-import fedkseed  # noqa: E402
-import fzoos  # noqa: E402
-
-from zokernels import Span  # noqa: E402
 
 
 def test_fedkseed_sends_coefficients_and_learns():
@@ -34,7 +25,7 @@ def test_a_round_of_the_full_pool_stays_below_18_kb():
 
 
 def test_fedkseed_client_sends_what_it_has_done():
-    """The model that a client ends with is that of its pairs, up to the order of fp32 additions."""
+    """The pairs that a client sends make its model, up to the order of fp32 additions."""
     training, _ = digits.load()
     model, again = digits.network(), digits.network()
     span = Span(list(model.named_parameters()), range(64), "rademacher")
@@ -67,7 +58,7 @@ def test_surrogates_need_fewer_queries_than_differences():
 
 
 def test_surrogate_gradient_is_that_of_the_mean():
-    """Against differences of the process's mean over vectors that are really there."""
+    """The gradient equals differences of the process's mean over vectors that are stored."""
     model = digits.network()
     span = Span(list(model.named_parameters()), range(6))
     surrogate = fzoos.Surrogate(span, length=40.0, keep=20)
@@ -87,7 +78,7 @@ def test_surrogate_gradient_is_that_of_the_mean():
 @pytest.fixture(scope="module")
 def zoodip():
     pytest.importorskip("transformers")
-    import zoodip
+    from zokernels.examples import zoodip
 
     return zoodip
 
@@ -112,7 +103,7 @@ def test_components_are_those_of_the_vectors(zoodip):
 
 
 def test_a_token_is_its_coefficients(zoodip):
-    """Trained with projections and without; the vector comes again of the coefficients."""
+    """After a training with projections and one without, the coefficients give the vector again."""
     start, goal = torch.zeros(60), torch.randn(60, generator=torch.Generator().manual_seed(3))
     losses = lambda tokens: (tokens - goal).square().mean(1)
     for share in (None, 0.9):

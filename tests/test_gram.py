@@ -15,7 +15,7 @@ from zokernels.span import Span
 
 
 def directions(seeds, sizes, streams, offsets, dist):
-    """float64 [K, n]."""
+    """The directions as vectors, float64 [K, n]."""
     places = list(zip(sizes, streams, offsets, strict=True))
     rows = [[zokernels.noise(n, seed=k, stream=s, offset=o, dist=dist) for n, s, o in places] for k in seeds]
     return torch.stack([torch.cat(row).double() for row in rows])

@@ -78,8 +78,7 @@ def names(path: pathlib.Path, operation: str) -> bool:
 
 def sources() -> list[pathlib.Path]:
     """All files of the package and its build; neither tests, nor benchmarks, nor examples."""
-    links = {"bench", "examples"}
-    package = [p for p in (ROOT / "zokernels").rglob("*.py") if p.relative_to(ROOT).parts[1] not in links]
+    package = (ROOT / "zokernels").rglob("*.py")
     native = [p for p in (ROOT / "csrc").rglob("*") if p.is_file()]
     return [*package, *native, *(ROOT / name for name in ("CMakeLists.txt", "setup.py", "pyproject.toml"))]
 

@@ -80,7 +80,7 @@ def test_kernels_equal_reference(cpu_kernel, rng, repeat):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_of_every_length(cpu_kernel, dtype, rng):
-    """Rows end anywhere in a tile, and tiles anywhere in a row."""
+    """Rows of all lengths, so that a row ends anywhere in a tile and a tile anywhere in a row."""
     for n in (1, 2, 7, 8, 9, 15, 16, 17, 63, 64, 127, 128, 129, 1000):
         check_backend(run, random_low_rank(rng, shapes=[(rng.randrange(1, 20), n)], dtype=dtype, count=2))
 

@@ -26,7 +26,7 @@ def streamed_like(model, tmp_path, storage, **options):
 
 
 def check(model, tmp_path, storage="host", steps=5, stream=None, **options):
-    """One run in memory and one streamed: the same losses, weights and RNG."""
+    """Compares a run in memory with a streamed one: losses, weights and the state of the generator."""
     theirs, engine = streamed_like(model, tmp_path, storage, **(stream or {}))
     with engine:
         ours = copy.deepcopy(model)
@@ -62,6 +62,8 @@ METHODS = {
     "FZOO": functools.partial(optim.FZOO, directions=4),
     "ranking": functools.partial(optim.ZORankSGD, candidates=3),
     "conservative": optim.ZOConservative,
+    "ES": functools.partial(optim.ES, population=4, maximize=False),
+    "MeZO-GV": functools.partial(optim.MeZOGV, candidates=3, top=1),
     "layers at random": functools.partial(optim.LeZO, skipped=0.5),
 }
 

@@ -113,7 +113,10 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(wire, kills, rng, t
 
 @pytest.mark.slow
 def test_a_model_of_4_gb_trains_in_less_than_1_gb(tmp_path):
-    """Read, updated and written back: the most that was ever resident, of a process that does nothing else."""
+    """The weights are read, updated and written back.
+
+    The memory is the most that was ever resident of a process that does nothing else.
+    """
     import offload_memory_worker as worker
 
     layers, width, steps = 60, 4096, 2
@@ -217,7 +220,7 @@ def test_other_base_weights_are_refused(tmp_path):
 
 
 def test_a_full_disk(rng, tmp_path, monkeypatch):
-    """The run stops with the system's error; what is on the disk is whole, and the run goes on from there."""
+    """The run stops with the error of the system.  What is on the disk is whole, and the run goes on from it."""
     model = tower(torch.bfloat16, seed=rng.getrandbits(30))
     base = checkpoint(model, tmp_path / "base.safetensors")
     expected, _ = train(model, 8)

@@ -54,7 +54,7 @@ def loss_of(model, ids):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family, tied, rng, tmp_path):
-    """From a storage and with slots at random; dropout where the model has it; then generation."""
+    """Trains from a random storage with a random number of slots, with dropout if the model has it, then generates."""
     steps = 20 if family in ("OPT", "LLaMA", "BERT") else 4
     model, blocks = build(family, tied, rng)
     ours, storage, slots = copy.deepcopy(model), rng.choice(("device", "host", "disk")), rng.choice((1, 2, 3, 4))
@@ -101,7 +101,7 @@ def test_the_footprint_is_what_is_allocated(slots, wire, scratch, rng, monkeypat
 
 
 class Live(TorchDispatchMode):
-    """The most bytes that tensors made inside hold at once."""
+    """The most bytes that the tensors made inside the block hold at once."""
 
     def __init__(self):
         super().__init__()

@@ -22,7 +22,7 @@ from zokernels.optim import ZOSGD
 @pytest.mark.parametrize("slots", [1, 3])
 @pytest.mark.parametrize(("storage", "wire"), [("host", None), ("disk", None), ("disk", "bf16")])
 def test_a_read_that_fails_once(storage, wire, slots, rng, tmp_path):
-    """The step fails; the next one reads again, and does not take what is in the slot for the block."""
+    """The step fails.  The next one reads again, instead of taking the contents of the slot for the block."""
     model = tower(torch.bfloat16, seed=rng.getrandbits(30))
     expected, _ = train(ours := copy.deepcopy(model), 5)
     path = tmp_path / "run" if storage == "disk" else None
@@ -54,7 +54,7 @@ def test_a_read_that_fails_once(storage, wire, slots, rng, tmp_path):
 
 @pytest.mark.parametrize("slots", [1, 2, 4])
 def test_each_block_is_read_once_a_step(slots, tmp_path):
-    """And once more for the checksums of the log, of all its parameters."""
+    """The checksums of the log read each block once more."""
     model, reads = tower(), []
     with offload.stream(model, "layers", "disk", path=tmp_path / "run", slots=slots) as engine:
         read = engine.mover.source.read
@@ -87,7 +87,7 @@ def test_what_is_being_written_stays_as_it_is(storage, rng, tmp_path, monkeypatc
 
 
 def test_an_update_that_is_interrupted(rng):
-    """Half of a block's parameters have it: the block is read again."""
+    """If only half of a block's parameters have the update, the block is read again."""
     model = tower(torch.bfloat16, seed=rng.getrandbits(30))
     for layer in model.layers:
         layer.norm.weight.data = layer.norm.weight.data.clone()
@@ -148,7 +148,7 @@ def test_memory_that_cannot_be_pinned(error, hint, monkeypatch):
 
 
 def test_the_cpus_beside_a_gpu(tmp_path, monkeypatch):
-    """Those of its NUMA node, as the system lists them, that this process may use."""
+    """The CPUs of the GPU's NUMA node, as the system lists them, that this process may use."""
     mine = os.sched_getaffinity(0)
     name = "0001:0a:00"
     (tmp_path / f"sys/bus/pci/devices/{name}.0").mkdir(parents=True)

@@ -27,7 +27,7 @@ LOSSY = [(w, d) for w in FORMATS for d in DTYPES if not zokernels.is_lossless(w,
 
 
 def through(x, wire):
-    """decode(encode(x)), rounded to x's dtype, by the reference."""
+    """decode(encode(x)) by the reference, rounded to the dtype of x."""
     with zokernels.backend("reference"):
         data = torch.zeros(zokernels.wire_bytes(x.numel(), wire), dtype=torch.uint8)
         zokernels.encode(data, x, wire)
@@ -109,7 +109,7 @@ def test_lossy_has_the_bits_of_the_loop(wire, dtype, rng, tmp_path):
 @pytest.mark.parametrize("wire", ["bf16", "fp8"])
 @pytest.mark.parametrize("method", METHODS)
 def test_methods(method, wire, rng, tmp_path):
-    """Any slots and any storage: one result, which of a lossless wire is that of memory."""
+    """The result is the same for any slots and storage, and with a lossless wire it is that of a run in memory."""
     model = tower(torch.bfloat16, seed=rng.getrandbits(30))
     runs = []
     for options in (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
@@ -415,3 +417,24 @@ def test_derive_seed_errors():
         zokernels.derive_seed(1, 1, 2**32)
     with pytest.raises(TypeError, match=r"derive_seed: step: .*float32"):
         zokernels.derive_seed(torch.tensor(1), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("name", ["combine", "requantize", "low_rank"])
+def test_out_without_params(name):
+    """As many tensors are read as are written: an empty list is an error like any other of the wrong length."""
+    out, factors = [torch.zeros(2, 2, dtype=torch.int8 if name == "requantize" else torch.float32)], ([], [])
+    fields = factors if name == "low_rank" else ([1],)
+    with pytest.raises(ValueError, match=f"^{name}: params: expected 1 tensors, as in out, got 0$"):
+        getattr(zokernels, name)(out, [], *fields, [1.0], streams=[0], rounding="nearest")
+    with pytest.raises(TypeError):
+        getattr(zokernels, name)(None, out, *fields, [1.0], streams=[0])  # not in place, in silence
+
+
+@pytest.mark.parametrize("name", ["combine", "requantize", "low_rank"])
+def test_a_pair_shows_its_arguments(name):
+    """help() and completion: those of the operation in place, and ``out`` in front of them."""
+    inside, apart = (inspect.signature(getattr(zokernels, n)).parameters for n in (f"{name}_", name))
+    assert list(apart) == ["out", *inside]
+    assert all(apart[argument] == inside[argument] for argument in inside)
+    assert {"params", "coeffs", "streams", "decay", "rounding_seed"} <= {*inside}
+    assert not any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in apart.values())

@@ -36,6 +36,19 @@ def test_import_probes_nothing_and_says_nothing():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_import_loads_nothing_but_the_package_itself():
+    """Not one module of others that ``import torch`` has not loaded already: importing them would take time."""
+    done = run_python("""
+        import sys, torch
+        before = set(sys.modules)
+        import zokernels, zokernels.optim
+        print(*sorted(name for name in set(sys.modules) - before if name.split(".")[0] != "zokernels"))
+        print(*(name for name in ("bench", "examples", "integrations", "offload", "cli")
+                if f"zokernels.{name}" in sys.modules))
+    """)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\n\n", "")
+
+
 def test_report(capsys):
     done = subprocess.run([sys.executable, "-m", "zokernels"], capture_output=True, text=True, check=True)
     for expected in ("zokernels", zokernels.__version__, "torch", "instruction sets", "backend cpu", "chosen for cpu"):

@@ -43,7 +43,7 @@ def test_is_the_inner_product(dtype, dist, cpu_backend, rng):
 
 @functools.cache
 def golden():
-    """A tensor of three tiles and the chain of sums of docs/contract.md, element by element in Python."""
+    """The sums of docs/contract.md for a tensor of three tiles, element by element in Python."""
     n, offset = 8000, 4090
     x = torch.randn(n, generator=torch.Generator().manual_seed(5))
     with zokernels.backend("reference"):
@@ -89,7 +89,7 @@ def test_many_tensors_and_threads(cpu_kernel, rng):
 
 
 def test_directions_in_several_passes_have_the_same_bits(rng):
-    """As many seeds at a time as have room for their partial sums, which are folded alike."""
+    """A pass takes as many seeds as have room for their partial sums, and the passes give the same bits."""
     tensors, seeds = [torch.empty(9000), torch.empty(11)], torch.arange(5)
     widths, table = [], torch.rand(5, 2 * 5, dtype=torch.float64)  # two columns for each of the five tiles
 

@@ -23,8 +23,9 @@ def run(buffers, parts, bounds, out, **kwargs):
 
 
 def random_requantize(rng, **fixed):
+    extras = fixed.pop("extras", None)
     buffers, parts, kwargs = random_call(rng, dtype=torch.float32, **fixed)
-    kwargs = add_extras(rng, parts, kwargs, curvature=False)
+    kwargs = add_extras(rng, parts, kwargs, curvature=False, extras=extras)
     coeffs = torch.randn(kwargs["coeffs"].shape) * rng.choice([0.1, 3.0, 100.0])
     if coeffs.numel() and rng.random() < 0.3:
         coeffs.view(-1)[rng.randrange(coeffs.numel())] = rng.choice([float("inf"), -float("inf"), float("nan"), 1e30])

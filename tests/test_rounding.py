@@ -16,7 +16,7 @@ HALVES = [torch.bfloat16, torch.float16]
 
 
 def neighbours(x: float, dtype: torch.dtype) -> tuple[float, float]:
-    """The values of ``dtype`` just below and above x in magnitude order, by truncation and one step away from zero."""
+    """The two values of ``dtype`` around x: x truncated, and the next one away from zero."""
     nearest = torch.tensor(x).to(dtype)
     if abs(nearest.double().item()) > abs(x):
         nearest = torch.nextafter(nearest, torch.zeros((), dtype=dtype))
@@ -115,7 +115,7 @@ def test_portable_half_conversion(rng):
 
 
 def test_rounding_bits_are_not_noise_bits():
-    """One seed may serve noise and rounding: their counters lie in different domains."""
+    """One seed may serve noise and rounding, since their counters lie in different domains."""
     from zokernels.backends.reference.noise import uniform16
 
     seed = torch.tensor(1234)

@@ -20,8 +20,8 @@ def random_rows(rng, rule=None, *, aligned=None, **fixed):
     """
     shapes, first_row, plain = (fixed.pop(name, None) for name in ("shapes", "first", "plain"))
     dtype = fixed.pop("dtype", None) or rng.choice(DTYPES)
-    count = 1 if rule == "hizoo" else fixed.pop("count", None)
-    count = rng.choice([0, 1, 2, 3]) if count is None else count
+    count = fixed.pop("count", None)
+    count = 1 if rule == "hizoo" else rng.choice([0, 1, 2, 3]) if count is None else count
     unit = 8 if (rng.random() < 0.5 if aligned is None else aligned) else 1
     buffers, parts, rows, offsets = [], [], [], []
     for shape in shapes or [None] * rng.randrange(1, 4):

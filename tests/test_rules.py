@@ -408,7 +408,7 @@ def test_nothing_is_read_back(rule, restore):
 
 def addresses(opt):
     tensors = [t for s in opt.state.values() for t in s.values()]
-    return [t.data_ptr() for t in (*tensors, *(t for kept in opt.rule._kept.values() for t in kept.values()))]
+    return [t.data_ptr() for t in (*tensors, *(t for kept in opt.rule._by_place().values() for t in kept.values()))]
 
 
 @EACH

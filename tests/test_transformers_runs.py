@@ -87,7 +87,9 @@ def test_a_run_that_begins_again_begins_its_log_again(tmp_path):
 def test_rewind_needs_the_steps_before(tmp_path):
     model = torch.nn.Linear(3, 2)
     optimizer = ZOSGD(model.named_parameters(), 1e-2, trajectory=tmp_path / "run.zk")
-    for _ in range(3):
+    for step in range(3):
+        if step == 2:
+            before = optimizer.state_dict()
         optimizer.step(lambda: model(torch.ones(3)).square().sum())
     optimizer.trajectory.close()
     state = optimizer.state_dict()
@@ -96,8 +98,11 @@ def test_rewind_needs_the_steps_before(tmp_path):
     later.load_state_dict(state)
     with pytest.raises(ValueError, match="rewind: expected a log with the steps before 4"):
         record(later, tmp_path / "run.zk", rewind=True)
-    state["zo"]["step"] = 2
+    state["zo"]["step"] = 2  # the weights are those of step 3
     later.load_state_dict(state)
+    with pytest.raises(ValueError, match="rewind: expected a state_dict of step 3, as its log's, got step 2"):
+        record(later, tmp_path / "run.zk", rewind=True)
+    later.load_state_dict(before)
     record(later, tmp_path / "run.zk", rewind=True).close()
     assert read(tmp_path / "run.zk").steps == 2
 
@@ -321,3 +326,100 @@ def test_what_does_not_go_with_a_stream(tmp_path):
     adam = {"optimizer_cls_and_kwargs": (ZOAdamW, {})}
     with pytest.raises(ValueError, match="expected SGD on dense noise where parameters are streamed"):
         streamed(tmp_path, opt(), offload={}, own=adam).train()
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
+    """Each of its files in turn fails; then the process is killed while it writes one."""
+    whole = run(tmp_path, "MeZO", save_steps=2, max_steps=4)
+    whole.train()
+    whole.zo_optimizer.trajectory.close()
+    final = weights(whole.model)
+    files = sorted(p.name for p in (tmp_path / "checkpoint-4").iterdir())
+    assert {"model.safetensors", "optimizer.pt", "trainer_state.json"} <= set(files)
+
+    def contents():
+        return {p: p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file() and "checkpoint" in str(p)}
+
+    for there in (True, False):  # a folder that is written once more, and a new one
+        if not there:
+            shutil.rmtree(tmp_path / "checkpoint-4")
+        before = contents()
+        for name in ("_save_optimizer_and_scheduler", "_save_rng_state", "save_model"):
+            again = run(tmp_path, "MeZO", save_steps=2, max_steps=4)
+            real = getattr(again, name)
+
+            def fails(*args, real=real, **kwargs):
+                real(*args, **kwargs)
+                raise OSError(28, "No space left on device")
+
+            monkeypatch.setattr(again, name, fails)
+            with pytest.raises(OSError, match="No space"):
+                again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+            assert again.state.global_step == 4
+            assert contents() == before
+            again.zo_optimizer.trajectory.close()
+    shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "checkpoint-11")  # as a killed process leaves it
+    (tmp_path / "checkpoint-11" / "trainer_state.json").write_text('{"epoch": 0.')
+    again = run(tmp_path, "MeZO", save_strategy="no", max_steps=4)
+    with pytest.warns(UserWarning, match="checkpoint-11 is only a part of a checkpoint"):
+        again.train(resume_from_checkpoint=True)
+    assert same(weights(again.model), final)
+    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
+    again.zo_optimizer.trajectory.close()
+    again = run(tmp_path, "MeZO", save_strategy="no", max_steps=4)
+    with pytest.raises(ValueError, match=r"expected optimizer\.pt in .*the seed and the step of the run"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("other", ["data", "base"])
+def test_a_checkpoint_does_not_go_on_with_the_log_of_another_run(other, tmp_path):
+    options = {"save_steps": 2, "max_steps": 4, "eval_strategy": "no"}
+    run(tmp_path / "ours", "MeZO", **options).train()
+    another = run(tmp_path / "theirs", "MeZO", **options, **({"data_seed": 5} if other == "data" else {}))
+    if other == "base":
+        with torch.no_grad():
+            next(another.model.parameters())[0, 0] += 1
+    another.train()
+    another.zo_optimizer.trajectory.close()
+    log = (tmp_path / "theirs" / "run.zk").read_bytes()
+    assert log != (tmp_path / "ours" / "run.zk").read_bytes()
+    mixed = run(tmp_path / "theirs", "MeZO", **options)
+    with pytest.raises(
+        ValueError, match=r"rewind: expected the log with which the checkpoint was written|that of the log"
+    ):
+        mixed.train(resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-2"))
+    assert (tmp_path / "theirs" / "run.zk").read_bytes() == log
+
+
+def test_inputs_are_prepared_once_whatever_is_overridden(tmp_path):
+    """A trainer whose inputs are scaled as they come, in both orders of bases: the plain Trainer's values."""
+    seen = []
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 1)
+
+        def forward(self, pixels, labels=None):
+            seen.append(pixels.max().item())
+            return {"loss": (self.layer(pixels) - labels).square().mean()}
+
+    class Scaled:
+        def _prepare_inputs(self, inputs):
+            inputs = super()._prepare_inputs(inputs)
+            return {**inputs, "pixels": inputs["pixels"] / 255}
+
+    class Plain(Scaled, transformers.Trainer):
+        pass
+
+    class Before(Scaled, ZOTrainer):
+        pass
+
+    class Behind(ZOTrainerMixin, Plain):
+        pass
+
+    data = [{"pixels": torch.tensor([255.0, 0.0]), "labels": torch.ones(1)} for _ in range(8)]
+    for kind in (Plain, Before, Behind):
+        seen.clear()
+        trainer(tmp_path, Net(), data, kind, max_steps=2, remove_unused_columns=False).train()
+        assert set(seen) == {1.0}, kind

@@ -35,9 +35,11 @@ def random_hyper(rule, count, rng):
 
 def random_update(rng, rule, **fixed):
     """Arguments of run: states lie where the parameters do, in buffers of their own."""
-    fixed.setdefault("count", 1 if rule == "hizoo" else None)
+    extras = fixed.pop("extras", None)
+    if rule == "hizoo":
+        fixed["count"] = 1
     buffers, parts, kwargs = random_call(rng, **fixed)
-    kwargs = add_extras(rng, parts, kwargs, curvature=False)
+    kwargs = add_extras(rng, parts, kwargs, curvature=False, extras=extras)
     dtypes = [rng.choice(STATE_DTYPES) for _ in range(RULES[rule][0])] + [None, None]
     first, second = ([] if d is None else [random_values(b.numel(), d, rng) for b in buffers] for d in dtypes[:2])
     hyper = random_hyper(rule, kwargs["seeds"].numel(), rng)

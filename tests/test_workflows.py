@@ -32,7 +32,10 @@ def test_these_are_all():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_workflow_is_whole(name):
-    """A trigger; rights that only read unless a job asks for more; a machine and a limit for every job that builds."""
+    """Each has a trigger, and rights that only read unless a job asks for more.
+
+    Every job that builds has a machine and a limit.
+    """
     found = workflow(name)
     assert found["name"] == name
     assert set(found["on"]) <= {"push", "pull_request", "workflow_dispatch"}
@@ -47,7 +50,8 @@ def test_a_workflow_is_whole(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_actions_are_pinned(name):
     for step in steps(name):
-        assert re.fullmatch(r"actions/[\w-]+@v\d+", step.get("uses", "actions/checkout@v4"))
+        action = step.get("uses", "actions/checkout@v4")
+        assert re.fullmatch(r"actions/[\w-]+@v\d+|pypa/gh-action-pypi-publish@release/v1", action)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -60,7 +64,17 @@ def test_commands_exist(name):
         assert commands == [".ci/run"]
         assert (ROOT / ".ci" / "run").stat().st_mode & 0o100
     else:
-        assert called == {{"gpu": "gpu-check", "docs": "docs", "wheels": "wheel"}[name]}
+        assert called == {{"gpu": "gpu-check", "docs": "docs", "wheels": "wheels"}[name]}
+
+
+def test_only_a_tag_publishes_and_only_that_job_may():
+    jobs = workflow("wheels")["jobs"]
+    assert jobs["publish"]["if"] == "github.event_name == 'push'"
+    assert workflow("wheels")["on"]["push"] == {"tags": ["v*"]}
+    assert jobs["publish"]["needs"] == "wheels"
+    assert jobs["publish"]["permissions"] == {"id-token": "write"}
+    assert "permissions" not in jobs["wheels"]
+    assert not [step for step in steps("wheels") if "secrets" in str(step)]
 
 
 def test_the_gpu_job_runs_on_a_labelled_machine_of_ones_own():

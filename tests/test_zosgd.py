@@ -12,7 +12,7 @@ from zokernels.optim import ZOSGD
 
 
 def plain_step(model, loss, step, *, seed, lr, eps, weight_decay, dist, rounding, restore):
-    """One step in ordinary PyTorch; returns (l+, l-)."""
+    """Takes one step in ordinary PyTorch and returns the losses (l+, l-)."""
     s = zk.contract.seed_to_int64(zk.derive_seed(seed, step, 0))
     params = {n: p.detach() for n, p in model.named_parameters()}
     z = {n: zk.noise(p.shape, seed=s, stream=zk.stream_of(n), dist=dist) for n, p in params.items()}
@@ -77,7 +77,7 @@ def test_training_lowers_the_loss(restore):
 
 
 def test_small_bf16_updates_survive_stochastic_rounding():
-    """An update a thousandth of a ulp: nearest loses it whole, stochastic keeps it on average."""
+    """An update of a thousandth of a ulp is lost by rounding to nearest, and kept on average by stochastic rounding."""
     moved = {}
     for rounding in ("nearest", "stochastic"):
         p = nn.Parameter(torch.ones(1 << 14, dtype=torch.bfloat16))
@@ -92,7 +92,7 @@ def test_small_bf16_updates_survive_stochastic_rounding():
 
 
 def test_gradient_of_a_quadratic_is_exact():
-    """L = a . theta: g must be a . z, whatever eps is; a float objective is computed in float64."""
+    """For L = a . theta g must be a . z, whatever eps is.  A loss that is a Python number is taken in float64."""
     p = nn.Parameter(torch.zeros(50))
     a = torch.linspace(-1, 1, 50)
     z = zk.noise(50, seed=zk.derive_seed(3, 0, 0), stream=0)
@@ -132,7 +132,7 @@ def test_tensors_of_one_shape_get_their_own_noise():
 
 
 def test_groups_have_their_own_hyperparameters():
-    """Each group moves along its z, of its dist, by -lr g with g divided by its own eps."""
+    """Each group moves along a z of its own dist by -lr g, where g is divided by its own eps."""
     a, b = nn.Parameter(torch.zeros(20)), nn.Parameter(torch.ones(20))
     groups = [
         {"params": [("a", a)], "lr": 0.5},

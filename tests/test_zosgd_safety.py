@@ -51,7 +51,7 @@ def test_closure_that_raises(call, error, restore):
 
 
 def test_kernel_that_fails_in_the_second_bucket():
-    """Buckets that had moved go back; those that had not stay."""
+    """The buckets that had moved go back, and the others stay as they were."""
     a, b = nn.Parameter(torch.ones(50)), nn.Parameter(torch.ones(50, dtype=torch.bfloat16))
     opt, calls = ZOSGD([a, b], lr=0.1, eps=0.5, restore="inplace"), []
 
@@ -69,7 +69,7 @@ def test_kernel_that_fails_in_the_second_bucket():
 
 @BOTH
 def test_interrupt_in_the_update_waits_for_its_end(restore):
-    """Ctrl-C between two buckets of the update: both are updated, the step counts, then it is raised."""
+    """After Ctrl-C between two buckets of the update both are updated and the step counts; then it is raised."""
     a, b = nn.Parameter(torch.ones(50)), nn.Parameter(torch.ones(50, dtype=torch.bfloat16))
     opt, calls = ZOSGD([a, b], lr=0.1, restore=restore), []
     last_but_one = {"exact": 1, "inplace": 5}[restore]  # in place, two buckets move twice before the update
@@ -195,7 +195,7 @@ def test_exact_keeps_no_casts_of_its_copies(monkeypatch):
 
 @pytest.mark.parametrize(("dtype", "low", "high"), [(torch.float32, 0, 1e-6), (torch.bfloat16, 1e-4, 0.1)])
 def test_in_place_drift(dtype, low, high):
-    """In half precision the way back is not exact; the exact mode exists because of it."""
+    """In half precision the way back is not exact, which is why the exact mode exists."""
     torch.manual_seed(0)
     theta = (torch.randn(4096) * 0.02).to(dtype)
     moved = {}
@@ -210,7 +210,7 @@ def test_in_place_drift(dtype, low, high):
 
 
 def test_closure_may_return_one_buffer_twice():
-    """A static output, as of a CUDA graph: l+ must not become l-."""
+    """l+ must not become l- if the closure returns the same tensor each time, as a CUDA graph does."""
     p, buffer = nn.Parameter(torch.ones(9)), torch.zeros(())
     opt = ZOSGD([p], lr=0.1)
     opt.step(lambda: buffer.copy_(p.square().sum()))

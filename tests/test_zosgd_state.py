@@ -3,6 +3,7 @@
 
 import copy
 import io
+import json
 import warnings
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from torch import nn
 from zosgd_cases import BOTH, batch, loss_of, mlp, same_bits, weights
 
-from zokernels.optim import ZOSGD
+from zokernels.optim import ZOSGD, ZOAdamW
+
+CPU = torch.device("cpu")
 
 # --- state ---
 
@@ -196,3 +199,89 @@ def test_bad_hyperparameter_set_later_stops_before_the_forward():
     opt.param_groups[0]["eps"] = 0.0
     with pytest.raises(ValueError, match="eps"):
         opt.step(lambda: pytest.fail("the closure must not run"))
+
+
+HISTORIES = {
+    "momentum": (ZOSGD, {"momentum": 0.9}),
+    "window": (ZOSGD, {"momentum": 0.9, "window": 3}),
+    "Adam": (ZOAdamW, {}),
+    "plain": (ZOSGD, {}),
+}
+
+
+def two_groups(kind, **options):
+    make, own = HISTORIES[kind]
+    params = {name: torch.nn.Parameter(torch.linspace(-1, 1, 5) + i) for i, name in enumerate("abc")}
+    groups = [{"params": [(n, p)], "lr": 0.05 * (1 + i)} for i, (n, p) in enumerate(params.items())]
+    return params, make(groups, lr=0.1, seed=5, **own, **options)
+
+
+def steps_of(params, optimizer, count):
+    for _ in range(count):
+        optimizer.step(lambda: sum((p * (1 + optimizer.step_count)).sin().sum() for p in params.values()))
+
+
+@pytest.mark.parametrize("kind", HISTORIES)
+def test_a_state_dict_goes_through_json(kind):
+    """All but the tensors of parameters, which JSON has not: the next steps have the same bits."""
+    params, optimizer = two_groups(kind)
+    steps_of(params, optimizer, 4)
+    saved = optimizer.state_dict()
+    through = {**saved, **json.loads(json.dumps({key: saved[key] for key in ("zo", "param_groups")}))}
+    ours, again = two_groups(kind)
+    for name, p in ours.items():
+        p.data.copy_(params[name].data)
+    again.load_state_dict(through)
+    for of in (params, optimizer), (ours, again):
+        steps_of(*of, 3)
+    assert all(torch.equal(ours[name], params[name]) for name in params)
+    plain = lambda of: json.dumps({key: value for key, value in of.state_dict().items() if key != "state"})
+    assert plain(again) == plain(optimizer)
+
+
+@pytest.mark.parametrize("place", ["3", "x", -1, 7])
+def test_a_group_that_is_not_there_is_refused(place):
+    params, optimizer = two_groups("Adam")
+    steps_of(params, optimizer, 2)
+    saved = optimizer.state_dict()
+    before = str(saved)
+    kept = saved["zo"]["rule"]["groups"]
+    wrong = {**saved, "zo": {**saved["zo"], "rule": {**saved["zo"]["rule"], "groups": {**kept, place: kept[0]}}}}
+    with pytest.raises(ValueError, match="state_dict: expected groups by numbers below 3"):
+        optimizer.load_state_dict(wrong)
+    assert str(optimizer.state_dict()) == before
+
+
+@pytest.mark.parametrize("kind", ["window", "Adam"])
+@pytest.mark.parametrize("edit", ["pop", "delete", "reverse", "insert"])
+def test_what_is_kept_belongs_to_the_group_and_not_to_its_place(kind, edit):
+    """Groups removed, reordered and put in by hand: each goes on with its own history, as an optimizer of it alone."""
+    params, optimizer = two_groups(kind)
+    steps_of(params, optimizer, 3)
+    kept = {
+        id(g): {k: t.clone() for k, t in optimizer.rule.kept(optimizer, g, CPU).items()} for g in optimizer.param_groups
+    }
+    groups = optimizer.param_groups
+    if edit == "pop":
+        groups.pop(0)
+    elif edit == "delete":
+        del groups[1]
+    elif edit == "reverse":
+        groups.reverse()
+    else:
+        new = torch.nn.Parameter(torch.ones(3))
+        optimizer.add_param_group({"params": [("new", new)]})
+        groups.insert(0, groups.pop())
+        params["new"] = new
+        fresh = optimizer.rule.initial(optimizer)
+        kept[id(groups[0])] = {name: t.clone() for name, t in fresh.items()}
+    for group in groups:
+        now = optimizer.rule.kept(optimizer, group, CPU)
+        assert all(torch.equal(now[name], t) for name, t in kept[id(group)].items())
+    saved = optimizer.rule.state_dict()["groups"]
+    assert sorted(saved) == list(range(len(groups)))
+    for place, group in enumerate(groups):
+        assert saved[place] == {name: t.tolist() for name, t in kept[id(group)].items()}
+    steps_of(params, optimizer, 1)
+    copied = copy.deepcopy(optimizer)
+    assert copied.rule.state_dict() == optimizer.rule.state_dict()

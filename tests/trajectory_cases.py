@@ -61,7 +61,7 @@ for _name, _class in vars(optim).items():
 
 
 class Model(nn.Module):
-    """Weights by name, and a loss of each that is not convex."""
+    """A model of weights by name, and a loss of each that is not convex."""
 
     def __init__(self, dtype: torch.dtype, rng: random.Random) -> None:
         super().__init__()
@@ -85,7 +85,10 @@ def base_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def run(optimizer: ZerothOrder, model: Model, steps: int, losses: dict[int, float] | None = None) -> list[dict]:
-    """Takes steps, with a schedule of lr; the weights after each.  ``losses``: in place of the model's."""
+    """Takes steps with a schedule of lr, and returns the weights after each.
+
+    ``losses`` take the place of those of the model.
+    """
     history = []
     for _ in range(steps):
         step = optimizer.step_count
@@ -106,7 +109,10 @@ def assert_same(got: dict, want: dict, note: str = "") -> None:
 
 
 def record_with_cpu(path, name: str, dtype: torch.dtype, rng: random.Random, steps: int = 5, **options):
-    """(base, weights after each step, optimizer) of a run by the compiled CPU library, recorded at ``path``."""
+    """Runs with the compiled CPU library and records at ``path``.
+
+    Returns the base weights, the weights after each step, and the optimizer.
+    """
     make, own = CASES[name]
     model = Model(dtype, rng)
     base = base_of(model)

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from stream_cases import RUNS as STREAM_RUNS
 
-SEED = 0  # of the case that runs: `run` sets it
+SEED = 0  # the seed of the case, which `run` sets
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
 DTYPES = ("float32", "bfloat16", "float16")
-PROGRAM = 16384  # logical indices of one program
+PROGRAM = 16384  # so many logical indices has one program
 
 CASES: dict[str, Callable[[], None]] = {}
 
@@ -33,7 +33,7 @@ def case(name: str, *args):
 
 
 def bits(x):
-    """Integers with the bits of ``x``; every NaN becomes one."""
+    """Integers with the bits of ``x``, in which all NaNs are the same."""
     import torch
 
     x = torch.where(x.isnan(), torch.full_like(x, float("nan")), x)
@@ -47,7 +47,10 @@ def random_seeds(k):
 
 
 def slid(values, slides, dtype):
-    """``values`` in sentinel buffers, and the views that hold them: every kernel must leave the neighbours alone."""
+    """Puts ``values`` into buffers of a sentinel value; returns the buffers and the views that hold the values.
+
+    A kernel must leave the neighbours of its tensors alone.
+    """
     import torch
 
     buffers = [torch.full((s + v.numel() + 16,), 7.0).to(dtype) for s, v in zip(slides, values, strict=True)]
@@ -75,7 +78,7 @@ def assert_same(ours, theirs, note):
 
 
 def random_terms(sizes, offsets, dist, *, k=1, decay=None, rounding=None, masks=None, density=None, each=False):
-    """Terms without curvature; ``masks``: the share that packed masks keep."""
+    """Random terms without curvature.  ``masks`` is the share of elements that packed masks keep."""
     import torch
 
     import zokernels
@@ -103,7 +106,7 @@ def cycled(slides, sizes):
 
 
 def positive(shape, dtype):
-    """Curvatures and second moments of many magnitudes."""
+    """Positive values of many magnitudes, for curvatures and second moments."""
     import torch
 
     return torch.exp2(torch.empty(shape).uniform_(-60, 20)).to(dtype)
@@ -112,9 +115,9 @@ def positive(shape, dtype):
 def check(
     dtype, dist, sizes, offsets, *, slides=(0,), fill=None, in_place=True, curvature=None, bounds=None, **options
 ):  # fmt: skip
-    """Triton equals reference on tensors that slide over sentinel buffers, and leaves the neighbours alone.
+    """Checks that Triton equals the reference on tensors at all alignments, and leaves their neighbours alone.
 
-    ``bounds``: requantize instead of combine.
+    With ``bounds`` the operation is requantize instead of combine.
     """
     import torch
 
@@ -142,7 +145,7 @@ def check(
     assert_same(*results, lambda i: f"{sizes[i]} elements of tensor {i} (offset {offsets[i]}, slide {slides[i]})")
 
 
-#: State tensors and hyper of each rule.
+#: The number of state tensors and the hyper values of each rule.
 RULES = {
     "momentum": (1, [0.01, 0.9, 0.1, 0.5]),
     "adam": (2, [0.01, 0.9, 0.1, 0.99, 0.01, 0.5, 1.5, 1e-6]),
@@ -153,7 +156,7 @@ RULES = {
 
 
 def check_update(rule, dtype, state, sizes, offsets, dist="normal", *, slides=(0,), **options):
-    """As check, for update; the second state and that of hizoo are positive."""
+    """The same as check, for update.  The second state and that of hizoo are positive."""
     import torch
 
     from zokernels.backends import get
@@ -182,7 +185,7 @@ def check_update(rule, dtype, state, sizes, offsets, dist="normal", *, slides=(0
 
 @case("philox: Random123 known answers")
 def _():
-    global philox, tl  # a kernel sees globals, no closure
+    global philox, tl  # a kernel can use globals, but no variables of a closure
     import torch
     import triton
     import triton.language as tl
@@ -387,7 +390,7 @@ for _dist in ("normal", "rademacher"):
             terms = random_terms([n], [offset], dist, k=k)
             x = torch.randn(n).to(getattr(torch, dtype))
             results = []
-            spread.BUSY = 1024 if n < PROGRAM else 2  # a program for each direction, and one for all
+            spread.BUSY = 1024 if n < PROGRAM else 2  # one program for each direction, or one for all
             for name in ("triton", "reference"):
                 buffers, (out,) = slid([torch.zeros(k * n)], [0], x.dtype)
                 get(name).spread(out.view(k, n), x, terms)

@@ -1,6 +1,7 @@
 """Every Triton kernel compiled without a GPU, by name and dtype: for the tests that read what comes of it.
 
-A ``target`` is an architecture: 90 is NVIDIA's sm_90.  Needs a process in which Triton's interpreter is off.
+A ``target`` is an architecture: 90 is NVIDIA's sm_90, "gfx942" AMD's, for which the process pretends
+that its torch is one for ROCm (triton_amd_worker.py).  Triton's interpreter must be off.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ def build(function, target, tensors, present=(), **constants):
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     signature = {name: "constexpr" if name in constants else kinds[name] for name in function.arg_names}
     source = ASTSource(function, signature=signature, constexprs=constants)
-    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=launch.OPTIONS)
+    warp_size = 64 if str(target).startswith("gfx9") else 32
+    gpu = GPUTarget("hip" if isinstance(target, str) else "cuda", target, warp_size)
+    return triton.compile(source, target=gpu, options=launch.compile_options(warp_size))
 
 
 def build_table(function, target, tensors, present=(), *, columns=5, **constants):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .checks import DTYPES, check_choice, check_dist, check_integer, fail
+from .checks import DTYPES, check_choice, check_dist, check_integer, check_number, fail
 from .contract import seed_to_int64
 from .difference import stepped
 from .functional import Dist, combine_, derive_seed, spread
@@ -45,6 +43,9 @@ class BlackBox(nn.Module):
         mu: size of a step, in units of x.
         two_sided: central instead of forward differences.
         dist: of z, "normal" or "rademacher".
+        sphere: "rge" along unit vectors u = z / \|z\|, of each sample: d/q sum_k (phi_b(x_b + mu u_kb) - phi_b(x_b)) /
+            mu * u_kb.  mu is then the length of a step, as in the authors' code; without it, a step is mu \|z\| long,
+            about mu sqrt(d).  The last bits of \|z\| depend on the device's order of summation.
         seed: run seed; the module counts the calls that may need a gradient.  Both are in its ``state_dict()``.
         max_batch: the most rows in one call of f.  It does not change which directions are drawn.
 
@@ -55,7 +56,8 @@ class BlackBox(nn.Module):
         classify = BlackBox(lambda x, y: loss_of_remote_model(x.numpy(), y.numpy()), queries=32)
         classify(denoiser(images), labels).mean().backward()   # gradients for the denoiser
 
-    Source: ZO-AE-DS, Zhang et al. 2022 (arXiv 2203.14195); there directions lie on a sphere of radius sqrt(d).
+    Source: ZO-AE-DS, Zhang et al. 2022 (arXiv 2203.14195), whose code is ``sphere=True`` with one side for "rge", and
+    ``two_sided=True`` for "cge".
     """
 
     function: Callable[..., Any]
@@ -64,6 +66,7 @@ class BlackBox(nn.Module):
     mu: float
     two_sided: bool
     dist: Dist
+    sphere: bool
     seed: int
     max_batch: int
     calls: int
@@ -77,6 +80,7 @@ class BlackBox(nn.Module):
         mu: float = 5e-3,
         two_sided: bool = False,
         dist: Dist = "normal",
+        sphere: bool = False,
         seed: int = 0,
         max_batch: int = 1024,
     ) -> None:
@@ -86,12 +90,13 @@ class BlackBox(nn.Module):
         check_choice("BlackBox", "estimator", estimator, ESTIMATORS)
         check_integer("BlackBox", "queries", queries)
         check_integer("BlackBox", "max_batch", max_batch)
-        if not isinstance(mu, Real) or isinstance(mu, bool) or not (mu > 0 and math.isfinite(mu)):
-            fail("BlackBox", "mu", "a finite number > 0", repr(mu))
+        check_number("BlackBox", "mu", mu, positive=True)
         check_dist("BlackBox", dist)
+        if sphere and estimator != "rge":
+            fail("BlackBox", "sphere", "False but for 'rge', whose directions are random", True)
         seed_to_int64(seed)  # raises outside its range
         self.function, self.estimator, self.queries, self.mu = function, estimator, queries, mu
-        self.two_sided, self.dist, self.seed, self.max_batch = two_sided, dist, seed, max_batch
+        self.two_sided, self.dist, self.sphere, self.seed, self.max_batch = two_sided, dist, sphere, seed, max_batch
         self.calls = 0
 
     def forward(self, x: Tensor, *extras: Tensor) -> Tensor:
@@ -159,12 +164,9 @@ class BlackBox(nn.Module):
         seeds = derive_seed(self.seed, call, torch.arange(self.queries, device=x.device))
         sides, weights = 1 + self.two_sided, []
         for first, n in self._chunks(self.queries, len(x)):
-            chunk = seeds[first : first + n].repeat(sides)
-            rows = x.new_empty(sides * n, *x.shape)
-            mu = torch.full((sides * n,), self.mu, device=x.device, dtype=torch.float32)
-            mu[n:].neg_()
-            spread(rows, x, chunk, mu, dist=self.dist)
-            weights.append(self._differences(rows.view(sides, n, *x.shape), y, grad_out, extras))
+            chunk = seeds[first : first + n]
+            rows, scale = self._on_sphere(x, chunk) if self.sphere else self._along(x, chunk)
+            weights.append(scale * self._differences(rows.view(sides, n, *x.shape), y, grad_out, extras))
         coeffs = torch.cat(weights).T / (sides * self.mu * self.queries)
         grad = torch.full_like(x, -0.0)  # the neutral element of addition
         combine_(
@@ -176,6 +178,23 @@ class BlackBox(nn.Module):
             dist=self.dist,
         )
         return grad
+
+    def _along(self, x: Tensor, seeds: Tensor) -> tuple[Tensor, float]:
+        """x + mu z of each seed, then x - mu z where two-sided: [sides * n, B, ...]; and a factor of differences."""
+        mu = torch.full((len(seeds) * (1 + self.two_sided),), self.mu, device=x.device, dtype=torch.float32)
+        mu[len(seeds) :].neg_()
+        rows = x.new_empty(len(mu), *x.shape)
+        spread(rows, x, seeds.repeat(1 + self.two_sided), mu, dist=self.dist)
+        return rows, 1.0
+
+    def _on_sphere(self, x: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
+        """The same along z / |z| of each sample; the factor, float64 [n, B], is d / |z|."""
+        z = torch.empty(len(seeds), *x.shape, device=x.device, dtype=torch.float32)
+        spread(z, torch.full_like(x, -0.0, dtype=torch.float32), seeds, torch.ones_like(seeds).float(), dist=self.dist)
+        inverse = 1 / z.reshape(len(seeds), len(x), -1).double().norm(dim=2)
+        z *= (self.mu * inverse).float().view(len(seeds), len(x), *(1 for _ in x.shape[1:]))
+        sides = [x.float() + z, x.float() - z][: 1 + self.two_sided]
+        return torch.cat(sides).to(x.dtype), x[0].numel() * inverse
 
     def _coordinates(self, call: int, x: Tensor, y: Tensor, grad_out: Tensor, extras: tuple[Tensor, ...]) -> Tensor:
         flat = x.reshape(len(x), -1)

@@ -6,7 +6,6 @@ import argparse
 import importlib
 import json
 import pathlib
-import sys
 from collections.abc import Sequence
 
 
@@ -18,23 +17,21 @@ def info(args: argparse.Namespace) -> None:
 
 
 def bench(argv: Sequence[str]) -> int:
-    """``python -m bench`` of a source tree, installed as ``zokernels.bench``."""
-    from .bench.__main__ import main
-
-    return main(argv, "zokernels bench")
+    """What ``python -m bench`` does in a source tree."""
+    status: int = importlib.import_module("zokernels.bench.__main__").main(argv, "zokernels bench")
+    return status
 
 
 def demo(argv: Sequence[str]) -> int:
-    """examples/demo.py, which imports its neighbours by name as programs do."""
-    folder = pathlib.Path(__file__).parent / "examples"
-    sys.path.insert(0, str(folder.resolve()))
+    """What ``python examples/demo.py`` does in a source tree."""
+    from . import examples
+
     try:
-        program = importlib.import_module("demo")
+        program = importlib.import_module("zokernels.examples.demo")
     except ModuleNotFoundError as error:
+        folder = pathlib.Path(examples.__path__[0])
         needed = " and ".join(f"pip install {flag}-r {folder / name}" for flag, name in _NEEDED)
         raise RuntimeError(f"expected the demo's packages, got no {error.name}; install them: {needed}") from error
-    finally:
-        sys.path.pop(0)
     status: int = program.main(list(argv))
     return status
 

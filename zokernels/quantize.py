@@ -178,9 +178,9 @@ def quantize_(
 
 
 def named_scales(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and scales of the :class:`QuantizedLinear` layers: with ``ZOSGD(named_scales(model), lr, clip=...)``, QZO.
+    """Names and scales of the :class:`QuantizedLinear` layers, which :class:`~zokernels.optim.QZO` trains.
 
-    Source: QZO, Shang et al. 2025 (arXiv 2505.13430); ``clip`` is its clipping of directional derivatives.
+    Source: QZO, Shang et al. 2025 (arXiv 2505.13430).
     """
     for name, layer in _layers(module):
         yield f"{name}.scale".lstrip("."), layer.scale

@@ -16,7 +16,7 @@ from torch import Tensor
 from .checks import check_noise_of, fail
 from .contract import seed_to_int64, streams_of
 from .functional import Dist, combine_, project, spread
-from .ops.arguments import device_values, places
+from .ops.arguments import places, seeds_of
 
 #: z in units of 2^-17.  |z| <= 6.556, so the products of 8192 elements sum up to less than 2^53: exact in float64.
 _SCALE, _CHUNK = 2.0**17, 8192
@@ -54,9 +54,7 @@ def gram(
 
     Args: as for :func:`squared_norm`.  Time: K n numbers and K^2 n multiplications.
     """
-    if not isinstance(seeds, Tensor):
-        target = torch.get_default_device() if device is None else torch.device(device)
-        seeds = device_values("gram", "seeds", seeds, torch.int64, target)
+    seeds = seeds_of("gram", "seeds", seeds, device)
     stream_list, offset_list = places(streams, offsets, len(sizes))
     check_noise_of("gram", seeds, list(sizes), stream_list, offset_list, dist)
     count = seeds.numel()

@@ -42,11 +42,11 @@ def _function():
         compile_library(folder / LIBRARY, f"{major}{minor}")
         return load(folder / LIBRARY)
     finally:
-        shutil.rmtree(folder)  # loaded by now: the mapping outlives the file
+        shutil.rmtree(folder)  # the library is loaded, and stays mapped without the file
 
 
 def perturb_(theta: Tensor, c: float, seed: int) -> None:
-    """theta += c z; theta is contiguous, on 16 bytes, and its number of elements a multiple of 8."""
+    """theta += c z, where theta is contiguous, aligned to 16 bytes, and has a multiple of 8 elements."""
     if theta.data_ptr() % 16 or theta.numel() % 8 or not theta.is_contiguous():
         raise ValueError("curand.perturb_: expected a contiguous tensor on 16 bytes with a multiple of 8 elements")
     stream = torch.cuda.current_stream(theta.device).cuda_stream

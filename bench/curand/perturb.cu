@@ -45,7 +45,8 @@ __global__ void __launch_bounds__(256) perturb_kernel(T* theta, int64_t vectors,
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
       const uint64_t block = static_cast<uint64_t>(i) * kBlocks + b;
-      const auto x = zk::philox<zk::Scalar>(static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), 0, 0, key);
+      const auto x = zk::philox<zk::Scalar>(static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), 0, 0,
+                                            key);
       float z[4];
       box_muller(x.w[0], x.w[1], z[0], z[1]);
       box_muller(x.w[2], x.w[3], z[2], z[3]);

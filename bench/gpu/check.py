@@ -20,7 +20,8 @@ from .results import Results
 from .runner import follow
 from .stage import ROOT, Context, environment
 
-#: Prints the machine's header; in a process of its own, so that this one keeps no memory of the GPU.
+#: Prints the header of the machine.  It runs in a process of its own, so that this one holds no memory of the
+#: GPU.
 _PROBE = """
 import json, sys, torch
 from bench import machine
@@ -37,7 +38,7 @@ def slug(text: str) -> str:
 
 
 def folder_name(header: dict, rehearse: bool) -> str:
-    """GPU, versions and commit: results of another card, torch or commit are never written over."""
+    """A name of GPU, versions and commit, so that a check never overwrites the results of others."""
     if rehearse:
         return "rehearsal"
     return slug(f"{header['gpu']} torch {header['torch']} {header['commit'] or 'no commit'}")
@@ -110,7 +111,7 @@ def main(args: argparse.Namespace) -> int:
             output, pathlib.Path(scratch), header.get("capability", "9.0"), args.rehearse,
             args.prebuilt and args.prebuilt.resolve(),
         )  # fmt: skip
-        # A rehearsal is for what runs, not for how long it takes on a CPU
+        # A rehearsal shows what runs, not how long it takes on a CPU.
         deadline = start + (3600 if args.rehearse else 60 * args.minutes - REPORT)
         print(f"{machine.title(header)}\n{output}", flush=True)
         for outcome in follow(plan, ctx, deadline, stopped, results.starting):

@@ -18,7 +18,7 @@ from .stage import Context, must, python, replace
 
 @contextlib.contextmanager
 def clocks(ctx: Context) -> Iterator[list[int]]:
-    """Clock of the multiprocessors in MHz, once a second, by nvidia-smi; empty where it cannot tell."""
+    """The clock of the multiprocessors in MHz, asked of nvidia-smi once a second; empty if it cannot tell."""
     found: list[int] = []
     if ctx.rehearse:
         yield found
@@ -54,7 +54,7 @@ def _measure(ctx: Context, name: str, command: list[str]) -> str:
 
 
 def bench(name: str, *arguments: str) -> Callable[[Context], str]:
-    """``bench run``; in a rehearsal tiny, and bf16 alone where nothing else is asked for."""
+    """Runs ``bench run``.  A rehearsal is tiny, and takes bf16 alone unless another dtype is asked for."""
 
     def stage(ctx: Context) -> str:
         command = python("-m", "bench", "run", "--device", ctx.device, *arguments)
@@ -67,8 +67,9 @@ def bench(name: str, *arguments: str) -> Callable[[Context], str]:
 
 
 def offload(name: str, *arguments: str) -> Callable[[Context], str]:
-    """``bench offload``, streamed from host memory.  In a rehearsal a tiny model; on a GPU as many layers as
-    the host's memory takes.
+    """Runs ``bench offload`` with weights in host memory.
+
+    A rehearsal takes a tiny model, and a GPU as many layers as the host's memory holds.
     """
 
     def stage(ctx: Context) -> str:

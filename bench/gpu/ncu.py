@@ -32,7 +32,7 @@ class Kernel:
         return f"{self.dtype} {self.dist}, {self.rounding}, K = {self.k}"
 
 
-#: Those on which it hangs whether a pass costs what a copy costs.
+#: The kernels on which it depends whether a pass costs what a copy costs.
 KERNELS = (
     Kernel("bf16", "nearest"),
     Kernel("bf16", "stochastic"),
@@ -40,8 +40,8 @@ KERNELS = (
     Kernel("fp32", "nearest"),
 )
 
-#: Elements of the tensor: 256 MiB of bf16, larger than any L2 cache; the profiler saves and restores it in
-#: each pass.
+#: How many elements the tensor has: 256 MiB of bf16, more than any L2 cache.  The profiler saves and restores
+#: them in each pass.
 NUMEL = 1 << 27
 
 _PIPE = "sm__inst_executed_pipe_{}.avg.pct_of_peak_sustained_active"
@@ -69,7 +69,9 @@ PIPES = ("issue", "alu", "fma", "xu", "lsu")
 
 
 def launch_all(device: str, numel: int) -> None:
-    """Every kernel once, in order: on a GPU by the backend cuda, elsewhere by the one chosen for the CPU."""
+    """Launches every kernel once, in order, on a GPU by the backend cuda and elsewhere by the one for the
+    CPU.
+    """
     import torch
 
     import zokernels
@@ -104,8 +106,7 @@ def launch_all(device: str, numel: int) -> None:
     print(f"{len(KERNELS)} kernels over {numel:,} elements")
 
 
-# --- reading what ncu writes
-# ------------------------------------------------------------------------------------------
+# --- reading what ncu writes ------------------------------------------------------------------------------
 
 
 def read(text: str) -> list[dict[str, float]]:
@@ -157,7 +158,7 @@ def rows_of(measured: Sequence[dict[str, float]], numel: int) -> list[dict[str, 
 
 
 def why_not(log: str) -> str:
-    """The reason that ncu gives for having measured nothing."""
+    """The reason that ncu gives if it has measured nothing."""
     if "ERR_NVGPUCTRPERM" in log:
         return "no permission to read the GPU's performance counters (ERR_NVGPUCTRPERM)"
     said = [line.split("==ERROR==", 1)[1].strip() for line in log.splitlines() if "==ERROR==" in line]
@@ -165,7 +166,7 @@ def why_not(log: str) -> str:
 
 
 def unknown(log: str) -> set[str]:
-    """Metrics that this ncu does not know for this GPU."""
+    """The metrics that this ncu does not know for this GPU."""
     complaints = ("Failed to find metric", "could not be found")
     lines = "\n".join(line for line in log.splitlines() if any(words in line for words in complaints))
     return {name for name in METRICS.values() if re.search(rf"(?<![\w.]){re.escape(name)}", lines)}

@@ -13,12 +13,12 @@ from .stage import Stage
 
 MINUTES = 7.0
 
-#: Seconds kept back for the report.
+#: How many seconds are kept back for the report.
 REPORT = 8
 
 _COMBINE = f"--op combine --numel {1 << 28} --seconds 1.2".split()
 
-#: Slots and scratch of large models: what tests/test_offload_families.py adds up.
+#: The memory of slots and scratch for large models, as tests/test_offload_families.py adds it up.
 _SMALL = ("--storage", "host", "--halves", "--slots", "2", "--scratch", "1")
 _STEPS = ("--length", "2048", "--steps", "3")
 _FITS = ("--shape", "opt-1.3b", "--storage", "memory", "host", "--batch", "8", "--length", "2048")

@@ -5,48 +5,37 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
+from .. import charts
+from ..registry import Row
+
 
 def plot(path: pathlib.Path, result: dict[str, Any]) -> bool:
-    """False where there is nothing to draw.
+    """Shares of the copy bandwidth in place, and whole steps against MeZO's loop: ours in blue, the others'
+    in grey.
 
-    Shares of the copy bandwidth in place, and whole steps against MeZO's loop, ours and the others'."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows, header = result["rows"], result["machine"]
-    name = header.get("gpu") or header["cpu"]
-    nearest = [r for r in rows if r["rounding"] == "nearest"]
-    passes = [r for r in nearest if r["op"] in ("combine_", "perturb_") and r["k"] == 1]
-    steps = [r for r in nearest if r["op"] == "step" and "mezo" in r["ratio"]]
-    names = ("workload", "form", "launch", "backend")
-    panels = [
-        (passes, lambda r: "{dtype} {dist}, {backend}".format(**r), lambda r: r["copy_fraction"], "{:.2f}"),
-        (steps, lambda r: ", ".join(r[k] for k in names), lambda r: r["ratio"]["mezo"], "{:.1f}"),
+    False where there is nothing to draw.
+    """
+    rows, header = [row for row in result["rows"] if row["rounding"] == "nearest"], result["machine"]
+    colour = lambda row: "other" if row.get("form", row["op"]) in ("eager", "perturb_") else "normal"
+    passes = [
+        ("{dtype} {dist}, {backend}".format(**row), row["copy_fraction"], colour(row))
+        for row in rows
+        if row["op"] in ("combine_", "perturb_") and row["k"] == 1
     ]
-    heads = (
-        "one pass in place: share of the copy bandwidth",
-        "hot path of a step: times faster than MeZO's loop",
-    )
-    if not passes and not steps:
-        return False
-    height = 1.2 + 0.22 * max(len(passes), len(steps))
-    with plt.rc_context({"font.size": 8, "axes.edgecolor": "#999999"}):
-        figure, axes = plt.subplots(1, 2, figsize=(13, height), constrained_layout=True)
-        for axis, (chosen, label, value, form), head in zip(axes, panels, heads, strict=True):
-            values = [value(r) for r in chosen]
-            theirs = [r.get("form", r["op"]) in ("eager", "perturb_") for r in chosen]
-            colours = ["#a8a8a8" if other else "#3b6ea5" for other in theirs]
-            bars = axis.barh(range(len(chosen)), values, color=colours, height=0.75)
-            axis.bar_label(bars, [form.format(v) for v in values], padding=3)
-            axis.set_yticks(range(len(chosen)), [label(r) for r in chosen])
-            axis.invert_yaxis()
-            axis.set_title(head, fontsize=9)
-            axis.margins(x=0.12, y=0.01)
-            axis.axvline(1, color="#555555", linewidth=0.8, linestyle="--")
-            axis.spines[["top", "right"]].set_visible(False)
-        figure.suptitle(f"{name} (grey: baselines)", fontsize=10)
-        figure.savefig(path, dpi=130)
-        plt.close(figure)
-    return True
+    steps = [
+        (step_label(row), row["ratio"]["mezo"], colour(row))
+        for row in rows
+        if row["op"] == "step" and "mezo" in row["ratio"]
+    ]
+    panels = [
+        charts.Bars("one pass in place: share of the copy bandwidth", passes, "{:.2f}", mark=1),
+        charts.Bars("hot path of a step: times faster than MeZO's loop", steps, mark=1),
+    ]
+    panels = [panel for panel in panels if panel.rows]
+    if panels:
+        charts.png(path, charts.bars(panels, f"{header.get('gpu') or header['cpu']} (grey: baselines)"))
+    return bool(panels)
+
+
+def step_label(row: Row) -> str:
+    return ", ".join(row[key] for key in ("workload", "form", "launch", "backend"))

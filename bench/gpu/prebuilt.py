@@ -29,12 +29,12 @@ MANIFEST = "manifest.json"
 MIB_AT_MOST = 64
 DEFAULT_ARCHITECTURES = "8.0 9.0 10.0"
 
-#: What the compiled files are made of.
+#: The sources from which the files are compiled.
 SOURCES = ("csrc/**/*", "CMakeLists.txt", "setup.py", "tests/gpu/check_math.cu", "bench/curand/perturb.cu")
 
 
 class Unusable(Exception):
-    """Why a folder cannot be used for this tree on this machine."""
+    """A folder cannot be used for this tree on this machine; the message says why."""
 
 
 def sources_hash(root: pathlib.Path) -> str:
@@ -57,8 +57,7 @@ def math_command(target: pathlib.Path, *sms: str) -> list[str]:
     return ["nvcc", *flags, str(ROOT / "tests/gpu/check_math.cu"), "-o", str(target)]
 
 
-# --- making it
-# --------------------------------------------------------------------------------------------------------
+# --- making it --------------------------------------------------------------------------------------------
 
 _HEADERS = "import pathlib, sysconfig as s; print(pathlib.Path(s.get_path('include'), 'Python.h').exists())"
 
@@ -138,8 +137,7 @@ def split(architectures: str) -> list[str]:
     return architectures.replace(";", " ").split()
 
 
-# --- using it
-# ---------------------------------------------------------------------------------------------------------
+# --- using it ---------------------------------------------------------------------------------------------
 
 
 def runs_on(built: str, capability: str) -> bool:
@@ -172,7 +170,7 @@ def check(folder: pathlib.Path, root: pathlib.Path, capability: str | None) -> d
 
 
 def carried(ctx: Context) -> pathlib.Path | None:
-    """The folder that was carried, where there is one and it fits."""
+    """The folder that was carried, if there is one and it fits this tree and machine."""
     try:
         return ctx.prebuilt and check(ctx.prebuilt, ROOT, None if ctx.rehearse else ctx.arch) and ctx.prebuilt
     except Unusable:
@@ -191,7 +189,7 @@ def install(folder: pathlib.Path, root: pathlib.Path, capability: str | None) ->
     for name in (n for n in manifest["files"] if n.startswith("lib/") or n == host):
         target = package / name
         target.parent.mkdir(exist_ok=True)
-        new = target.with_name(f"{target.name}.new")  # what a process has loaded keeps its bytes
+        new = target.with_name(f"{target.name}.new")  # a process that has loaded the old file keeps it
         shutil.copy(folder / name, new)
         os.replace(new, target)
     note = f"carried: nvcc {manifest['nvcc']}, {', '.join(manifest['architectures'])}"
@@ -201,8 +199,7 @@ def install(folder: pathlib.Path, root: pathlib.Path, capability: str | None) ->
     return note
 
 
-# --- the command
-# ------------------------------------------------------------------------------------------------------
+# --- the command ------------------------------------------------------------------------------------------
 
 
 def add_arguments(sub: argparse.ArgumentParser) -> None:

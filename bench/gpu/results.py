@@ -20,7 +20,7 @@ from .runner import Outcome, verdict
 from .stage import Stage, replace
 from .stages import count_tests, in_words
 
-#: Lines of a failed stage's log that the report shows.
+#: How many lines of a failed stage's log the report shows.
 _TAIL = 15
 
 
@@ -48,7 +48,8 @@ class Results:
         self.result |= {"passed": False, "finished": False, "running": [], "stopped_by": None, "stages": []}
         self.result |= {"skipped": {}, "rows": [], "offload": [], "ncu": [], "clock_mhz": {}}
         folder.mkdir(parents=True, exist_ok=True)
-        # What an earlier check left goes: a stage that does not run now must not show its figures
+        # What an earlier check left is removed: if a stage does not run now, its old figures must not be
+        # shown.
         for stale in folder.iterdir():
             if stale.suffix in (".json", ".log", ".txt", ".png", ".md"):
                 stale.unlink()
@@ -58,7 +59,7 @@ class Results:
         self.save()
 
     def add(self, outcome: Outcome) -> None:
-        """Takes over a stage's end, its rows and its log, and saves."""
+        """Adds how a stage ended, its rows and its log, and saves the result."""
         self.outcomes.append(outcome)
         self.result["running"] = [name for name in self.result["running"] if name != outcome.name]
         log = self.folder / f"{outcome.name}.log"
@@ -88,7 +89,7 @@ class Results:
         try:
             found = json.loads(path.read_text())
         except ValueError:
-            return 0  # it was killed while it wrote
+            return 0  # the stage was killed while it wrote
         self.result[found.get("kind", "rows")] += found["rows"]
         self.result["skipped"] |= found.get("skipped", {})
         if "clock_mhz" in found:
@@ -113,13 +114,14 @@ class Results:
         )
 
     def finish(self, stopped_by: str | None) -> list[pathlib.Path]:
-        """The verdict and, unless time is short, the plot.  Returns what lies in the folder."""
+        """Saves the verdict and, unless time is short, the picture.  Returns the files in the folder."""
         self.result |= {"finished": True, "running": [], "stopped_by": stopped_by}
         self.result["passed"] = self.passed
         if stopped_by is None:
             try:
                 plot(self.folder / "result.png", self.result)
-            except Exception as error:  # matplotlib may be absent: the figures must not be lost with it
+            # without matplotlib, say: the figures must not be lost with it
+            except (Exception, SystemExit) as error:
                 self.result["skipped"]["plot"] = f"{type(error).__name__}: {error}"
         self.save()
         return sorted(self.folder.iterdir())

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from . import stage as stages
 from .stage import ROOT, Context, Stage
 
-#: Limit of a stage that is rehearsed, in seconds: the plan's are those of a GPU, and not of a busy CPU.
+#: The limit of a stage in a rehearsal, in seconds.  Those of the plan are for a GPU and would be short for a
+#: busy CPU.
 REHEARSED = 900
 
-#: Why the whole check has to end now, or None.
+#: Says why the whole check has to end now, or None.
 Stop = Callable[[], "str | None"]
 
 
@@ -53,13 +54,13 @@ def too_late(stage: Stage, seconds_left: float) -> str | None:
 
 
 class Job:
-    """A stage that runs.  ``seconds``: after which it is stopped."""
+    """A stage that runs, and that is stopped after ``seconds``."""
 
     def __init__(self, stage: Stage, ctx: Context, seconds: float, command: list[str]) -> None:
         self.stage, self.ctx, self.allowed = stage, ctx, seconds
         self.start = time.monotonic()
         with (ctx.output / f"{stage.name}.log").open("w") as log:
-            # A session of its own, so that all that a stage started ends with it
+            # It leads a session, so that everything that the stage starts can be ended with it.
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=stages.environment(), stdin=subprocess.DEVNULL, stdout=log,
                 stderr=subprocess.STDOUT, start_new_session=True,
@@ -73,7 +74,7 @@ class Job:
         """Ends the process and all that it started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        # One that hangs in the driver cannot be ended from here, and the others can still run
+        # A process that hangs in the driver cannot be ended, but the other stages can still run.
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(5)
 
@@ -82,7 +83,7 @@ class Job:
         code, seconds = self.process.poll(), self.seconds
         if code is None and stop is None and seconds < self.allowed:
             return None
-        self.kill()  # also what a process that is gone has left running
+        self.kill()  # a process that has ended may have left others running
         make = lambda status, note: Outcome(self.stage.name, self.stage.kind, status, note, round(seconds, 1))
         if code is None:
             return make("stopped", f"by {stop}" if stop else f"after {self.allowed:.0f} s")

@@ -28,13 +28,13 @@ class Failure(Exception):
 
 @dataclass(frozen=True)
 class Context:
-    """What every stage is told."""
+    """What every stage gets to know."""
 
-    output: pathlib.Path  # folder of the results; a stage leaves its rows there as <stage>.json
-    scratch: pathlib.Path  # folder that is gone after the check
+    output: pathlib.Path  # the folder of the results, in which a stage leaves its rows as <stage>.json
+    scratch: pathlib.Path  # a folder that is removed after the check
     arch: str = "9.0"  # compute capability of the GPU
     rehearse: bool = False  # tiny sizes on the CPU
-    prebuilt: pathlib.Path | None = None  # folder that `make gpu-prebuilt` made
+    prebuilt: pathlib.Path | None = None  # the folder that `make gpu-prebuilt` made
 
     @property
     def device(self) -> str:
@@ -119,17 +119,17 @@ _ERROR = re.compile(r"[\w.]*(Error|Exception): ")
 
 
 def must(arguments: list[str], **env: str) -> str:
-    """Output of a program that has to end well."""
+    """The output of a program, which must end with exit status 0."""
     code, text = run(arguments, **env)
     if code:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        errors = [line for line in lines if _ERROR.match(line)]  # torch's are followed by advice
+        errors = [line for line in lines if _ERROR.match(line)]  # an error of torch is followed by advice
         raise Failure(f"exit status {code}: {''.join((errors or lines)[-1:])[:300]}")
     return text
 
 
 def execute(stage: Stage, ctx: Context) -> tuple[str, str]:
-    """Status and note of a stage that is run in this process; a traceback is printed."""
+    """Runs a stage in this process and returns its status and note.  A traceback is printed."""
     try:
         return "passed", stage.run(ctx)
     except Skip as reason:
@@ -158,7 +158,7 @@ def end_with(parent: int) -> None:
 
 
 def replace(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file as a whole or not at all."""
     new = path.with_name(path.name + ".new")
     new.write_text(text)
     os.replace(new, path)

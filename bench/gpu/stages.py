@@ -16,14 +16,14 @@ from .. import machine
 from . import prebuilt
 from .stage import ROOT, Context, Failure, Skip, must, python, run
 
-#: setup.py with pybind11 hidden: the second attempt, for a pybind11 or Python without what the host module
-#: needs.
+#: setup.py with pybind11 hidden.  This is the second attempt, for a machine where the host module does not
+#: compile.
 _WITHOUT_HOST = (
     "import runpy, sys; sys.modules['pybind11'] = None; sys.argv = ['setup.py', 'build_ext', '--inplace']; "
     "runpy.run_path('setup.py', run_name='__main__')"
 )
 
-#: CPU tests that a new Python or torch could break; the others take minutes on two cores.
+#: The CPU tests that a new Python or torch could break.  All others take minutes on two cores.
 QUICK = ("test_contract", "test_rounding", "test_ops")
 
 #: Processes for Triton's compilations and for the tests: each holds a CUDA context of about half a gigabyte.
@@ -64,7 +64,7 @@ def libraries(ctx: Context) -> str:
 
 
 def report(ctx: Context) -> str:
-    """What is there, in words of the tools themselves, and whether the backend to be tested is ready."""
+    """Prints what the tools say of this machine, and fails unless the backend to be tested is ready."""
     tools = ("nvidia-smi", "nvcc --version", "ncu --version", "cmake --version", "c++ --version")
     for tool in tools:
         run(tool.split())
@@ -81,7 +81,7 @@ def _agreement(ctx: Context, backend: str, calls: int, jobs: int, **env: str) ->
     size = 200 if ctx.rehearse else 60000
     amount = ("--calls", str(calls), "--max-size", str(size), "--jobs", str(jobs))
     if jobs > 1:
-        env["OMP_NUM_THREADS"] = "1"  # else each process takes all cores for the reference
+        env["OMP_NUM_THREADS"] = "1"  # else each process would take all cores for the reference backend
     where = ("--device", ctx.device, "--backend", backend)
     code, log = run(python("tests/gpu/agreement.py", *where, *amount), **env)
     said = [line for line in log.splitlines() if line.startswith(f"{backend}: ")]
@@ -97,7 +97,10 @@ def agreement_cuda(ctx: Context) -> str:
 
 
 def agreement_triton(ctx: Context) -> str:
-    """Nearly every call compiles a kernel of its own, 1.4 s each: in as many processes as there are cores."""
+    """Compares Triton with the reference, in as many processes as there are cores.
+
+    Nearly every call compiles a kernel of its own, which takes 1.4 s.
+    """
     if importlib.util.find_spec("triton") is None:
         raise Skip("no triton")
     if ctx.rehearse:
@@ -151,7 +154,7 @@ def gpu_tests(ctx: Context) -> str:
 
 
 def cpu_tests(ctx: Context) -> str:
-    # Of this Python: a copied tree may hold another's
+    # The module must be for this Python: a copied tree may hold that of another one.
     if not (ROOT / "zokernels" / f"_host{sysconfig.get_config_var('EXT_SUFFIX')}").exists():
         raise Skip("the host module, which these tests read, is not built for this Python")
     files = [f"tests/{name}.py" for name in (QUICK[:1] if ctx.rehearse else QUICK)]
@@ -159,11 +162,11 @@ def cpu_tests(ctx: Context) -> str:
 
 
 def math(ctx: Context) -> str:
-    """tests/gpu/check_math.cu: the one that was carried, or compiled here."""
+    """Runs tests/gpu/check_math.cu, as it was carried here or compiled here."""
     program, compiled = ctx.scratch / "check_math", "carried"
     if (folder := prebuilt.carried(ctx)) is not None:
         shutil.copy(folder / "check_math", program)
-        program.chmod(0o755)  # files that are copied from machine to machine may have lost their mode
+        program.chmod(0o755)  # a file that was copied between machines may have lost this mode
     elif shutil.which("nvcc") is None:
         raise (Skip if ctx.rehearse else Failure)("no nvcc, and none was carried")
     else:
@@ -217,7 +220,8 @@ def distributed(ctx: Context) -> str:
     for ranks in (2, 4):
         if ranks > count:
             continue
-        folder = ctx.scratch / f"ranks{ranks}"  # new: a store of an earlier run would be taken for this one's
+        # a new folder, since the ranks would meet in the store of an earlier run
+        folder = ctx.scratch / f"ranks{ranks}"
         folder.mkdir()
         seed = str(int.from_bytes(os.urandom(6), "little"))
         worker = python("tests/distributed_worker.py", str(folder), str(ranks), seed)
@@ -231,7 +235,7 @@ def distributed(ctx: Context) -> str:
 
 
 def ranks_say(folder: pathlib.Path, ranks: int) -> tuple[str, bool]:
-    """What the ranks' files tell, and whether each rank ran every case well."""
+    """A summary of the ranks' files, and whether each rank has passed every case."""
     said = [json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))]
     bad = sorted({name for cases in said for name, end in cases.items() if end != "ok"})
     note = f"{ranks} ranks: {min(map(len, said), default=0)} cases" + (f", not {bad[0]}" if bad else "")

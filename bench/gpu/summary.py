@@ -16,7 +16,7 @@ from .ncu import PIPES
 
 @dataclass(frozen=True)
 class Goal:
-    """``measured`` is None where no row of the run says anything about it."""
+    """A figure to reach.  ``measured`` is None if no row of the run says anything about it."""
 
     what: str
     asked: float
@@ -26,7 +26,7 @@ class Goal:
 
     @property
     def ratio(self) -> float | None:
-        """1 and more where the goal is reached."""
+        """How far the goal is reached: 1 or more if it is."""
         if self.measured is None:
             return None
         return self.asked / self.measured if self.at_most else self.measured / self.asked
@@ -80,7 +80,7 @@ def goals(rows: Sequence[Row], backend: str) -> list[Goal]:
 
 
 def offload_goals(rows: Sequence[Row]) -> list[Goal]:
-    """Of streamed models (docs/offload.md)."""
+    """The goals of streamed models (docs/offload.md)."""
     found = [
         Goal("OPT-1.3B streamed, tokens a second, of those in memory", 0.97,
              _pick(rows, lambda r: r["of_in_memory"], shape="opt-1.3b")),
@@ -136,7 +136,7 @@ def _stages_table(stages: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-#: Heads of a table of profiled kernels: the key of a row, its form and factor.
+#: The columns of the table of profiled kernels: for each head the key in a row, the format and a factor.
 _PROFILED = {
     "us": ("seconds", ".0f", 1e6),
     "GHz": ("clock_ghz", ".2f", 1),
@@ -153,7 +153,7 @@ _PROFILED = {
 
 
 def profiled(rows: Sequence[Row]) -> list[list[str]]:
-    """The table of the stage ncu, its heads first; "-" for what this ncu does not know."""
+    """The table of the stage ncu, with its heads first, and "-" where this ncu does not know the metric."""
     cell = lambda row, key, form, factor: format(row[key] * factor, form) if key in row else "-"
     lines = [[row["kernel"], *(cell(row, *how) for how in _PROFILED.values())] for row in rows]
     return [["kernel", *_PROFILED], *lines]
@@ -173,7 +173,7 @@ def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
 
 
 def shares(rows: Sequence[Row]) -> list[list[str]]:
-    """Share of the copy's bandwidth of each pass in place, by backend."""
+    """Of each pass in place the share of the bandwidth of a copy, by backend."""
     found: dict[str, dict[str, str]] = {}
     for r in rows:
         if r["op"] == "combine_":
@@ -187,7 +187,7 @@ def shares(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def terminal(result: dict[str, Any]) -> list[str]:
-    """What a person reads first: what went wrong, the figures that decide, and goals that were measured."""
+    """What a person reads first: what went wrong, the figures that decide, and the goals that were measured."""
     lines: list[str] = []
     for stage in result["stages"]:
         if "tail" in stage:

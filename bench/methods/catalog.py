@@ -1,4 +1,4 @@
-"""The methods, one entry each.  ``use`` is the line that a user writes, and the line that is run."""
+"""The methods, one entry each.  ``use`` is the line that a user writes, and also the line that is run."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Method:
     name: str
     paper: str
     formula: str
-    #: An expression in ``named`` (named parameters), ``lr`` and ``masks`` (of the positive weights), evaluated with the
-    #: names of zokernels.optim.  Of a black box, a line to read.
+    #: An expression in ``named`` (named parameters), ``lr`` and ``masks`` (of the positive weights),
+    #: evaluated with the names of zokernels.optim.  Of a black box, a line to read.
     use: str
     forwards: int
     #: Accesses of weights in one step of restore="exact", in units of all trained weights.
@@ -38,11 +38,11 @@ class Method:
     inplace: bool = True
 
     def bytes(self, itemsize: int) -> float:
-        """Modelled bytes a weight and step."""
+        """The bytes that a step moves for each weight, as they are counted and not measured."""
         return self.accesses * itemsize + self.state_bytes
 
     def make(self, named: list[tuple[str, Tensor]], lr: float, **options: Any) -> torch.optim.Optimizer:
-        """The optimizer of :attr:`use`; ``options`` go to it on top."""
+        """Makes the optimizer of :attr:`use`, with ``options`` added to its arguments."""
         names = {n: _with(getattr(optim, n), options) for n in optim.__all__}
         masks = {name: p.detach() > 0 for name, p in named} if "masks" in self.use else None
         scope = {"named": named, "lr": lr, "masks": masks, "bfloat16": torch.bfloat16, **names}
@@ -50,7 +50,9 @@ class Method:
 
 
 def _with(what: Any, options: dict[str, Any]) -> Callable[..., Any]:
-    """Optimizers take ``options``; directions and subsets stay as they are."""
+    """Adds ``options`` to the arguments of a class if it is an optimizer, and not if it is a direction or a
+    subset.
+    """
     if isinstance(what, type) and issubclass(what, torch.optim.Optimizer):
         return lambda *args, **own: what(*args, **(options | own))
     return what
@@ -132,8 +134,8 @@ METHODS = [
     ),
     Method(
         "Sparse-MeZO, 25 %", "[2402.15751](https://arxiv.org/abs/2402.15751)",
-        "z of the smallest weights alone", "SparseMeZO(named, lr, density=0.25)", 2, 6, "1/8 (mask)",
-        (eager.Masked, {}), 0.02, state_bytes=3 / 8,
+        "z of the smallest weights alone", "SparseMeZO(named, lr, density=0.25)", 2, 7, "1/8 (mask)",
+        (eager.Masked, {}), 0.02, state_bytes=4 / 8,
     ),
     Method(
         "random mask, 25 %", "[2402.15751](https://arxiv.org/abs/2402.15751)",
@@ -168,9 +170,25 @@ METHODS = [
         "z = sum tau_s u_s v_s^T, u and v kept", "TeZO(named, lr, rank=8)", 2, 6, "0", (eager.TeZO, {"rank": 8}), 0.005,
     ),
     Method(
+        "ES at scale, N = 8", "[2509.24372](https://arxiv.org/abs/2509.24372)",
+        "theta += lr / N sum_n zscore(R)_n z_n", "ES(named, lr, population=8, maximize=False)", 8, 18, "0",
+        (eager.ES, {"directions": 8}), 0.04,
+    ),
+    Method(
+        "MeZO-GV, 4 candidates", "[2601.04710](https://arxiv.org/abs/2601.04710)",
+        "v = mean z of low losses - mean z of high ones", "MeZOGV(named, lr, candidates=4)", 6, 30, "0",
+        (eager.Guided, {"directions": 4}), 0.005,
+    ),
+    Method(
+        "BSZO, q = 2", "[2601.01452](https://arxiv.org/abs/2601.01452)",
+        "g = posterior mean of the derivatives along z_k",
+        "ZerothOrder(named, lr, estimator=Bayesian(2), rule=SGD())", 3, 10, "0",
+        (eager.Bayesian, {"directions": 2}), 0.015,
+    ),
+    Method(
         "EGGROLL, r = 1, 4 pairs", "[2511.16652](https://arxiv.org/abs/2511.16652)",
-        "z = A B^T / sqrt(r), both fresh", "EGGROLL(named, lr, rank=1, directions=4)", 8, 18, "0",
-        (eager.EGGROLLPairs, {"directions": 4, "rank": 1}), 0.015,
+        "z = A B^T / sqrt(r), losses standardised", "EGGROLL(named, lr, rank=1, directions=4)", 8, 18, "0",
+        (eager.EGGROLLPairs, {"directions": 4, "rank": 1}), 30.0,
     ),
     Method(
         "scaled by tensor", "[2305.17333](https://arxiv.org/abs/2305.17333)",
@@ -203,8 +221,8 @@ METHODS = [
     ),
     Method(
         "QZO, int4 scales", "[2505.13430](https://arxiv.org/abs/2505.13430)",
-        "SPSA on the scales of integer weights", "ZOSGD(named, lr, clip=100.0)", 2, 6 / 128, "0",
-        (eager.Eager, {}), 1e-5,
+        "SPSA on the scales of integer weights", "QZO(named, lr)", 2, 6 / 128, "0",
+        (eager.Floored, {}), 1e-5,
         task="scales",
     ),
     Method(

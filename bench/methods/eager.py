@@ -1,9 +1,9 @@
 """Each method as its authors' trainers run it: eager torch, a z from torch's global generator for every use.
 
-They restate the published operations, not the published mistakes (a second z, the same z for every tensor, a mask of
-perturbed weights), so that a ratio of times is one of kernels.  A step takes the parameters and a closure, as ours.
-Between steps they keep what their authors keep: moments, masks, factors.
-"""
+They repeat the published operations, but not mistakes of the published code (a second z, the same z for every
+tensor, a mask made of perturbed weights), so that a ratio of times compares kernels alone.  As ours, a step
+takes the parameters and a closure.  Between steps each keeps what its authors keep, such as moments, masks or
+factors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ Closure = Callable[[], Tensor | float]
 
 
 class Eager:
-    """theta + c z, tensor after tensor, and the plain step of SPSA.  Subclasses change z, the points or the rule."""
+    """theta + c z, tensor after tensor, and the plain step of SPSA.
+
+    Subclasses change z, the points or the rule.
+    """
 
     dist = "normal"
 
@@ -31,13 +34,13 @@ class Eager:
         self.setup(**options)
 
     def setup(self) -> None:
-        """What the method keeps between steps."""
+        """Makes what the method keeps between steps."""
 
     def seed(self, k: int = 0) -> int:
         return 1_000_003 * self.step_count + k
 
     def noises(self, seed: int):
-        """(parameter, z) of every tensor that the step touches."""
+        """Yields (parameter, z) of every tensor that the step moves."""
         torch.manual_seed(seed)
         for p in self.params:
             yield p, draw(p.data, self.dist)
@@ -51,7 +54,7 @@ class Eager:
             p.data = p.data - self.lr * (g * z)
 
     def two_sided(self, closure: Closure, k: int = 0) -> float:
-        """g, with the weights back where they were."""
+        """The projected gradient g.  The weights are back where they were."""
         seed = self.seed(k)
         self.perturb(seed, 1)
         plus = float(closure())
@@ -117,6 +120,44 @@ class FZOO(ManyDirections):
             self.apply(self.seed(k), (loss - base) / (self.directions * sigma))
 
 
+class ES(ManyDirections):
+    """ES at scale: z-scores of the population's losses."""
+
+    def run(self, closure: Closure) -> None:
+        losses = torch.tensor([self.one_sided(closure, k) for k in range(self.directions)])
+        scores = (losses - losses.mean()) / (losses.std(correction=0) + 1e-8)
+        for k, score in enumerate(scores.tolist()):
+            self.apply(self.seed(k), score / self.directions)
+
+
+class Guided(ManyDirections):
+    """MeZO-GV: a pass for each candidate, then the guiding vector, a z at a time, in each move along it."""
+
+    def run(self, closure: Closure) -> None:
+        losses, q = [self.one_sided(closure, k) for k in range(self.directions)], self.directions
+        top = sorted(range(q), key=losses.__getitem__)[: q // 2]
+        weights = [2 / q if k in top else -2 / q for k in range(q)]
+        pair = []
+        for move in (1, -2, 1):
+            for k, w in enumerate(weights):
+                self.perturb(self.seed(k), move * w)
+            if move != 1 or not pair:
+                pair.append(float(closure()))
+        g = (pair[0] - pair[1]) / (2 * self.eps)
+        for k, w in enumerate(weights):
+            self.apply(self.seed(k), g * w)
+
+
+class Bayesian(ManyDirections):
+    """BSZO: one-sided differences, and their posterior mean, a number a direction."""
+
+    def run(self, closure: Closure) -> None:
+        base = float(closure())
+        for k in range(self.directions):
+            y = (self.one_sided(closure, k) - base) / self.eps
+            self.apply(self.seed(k), y / 2)
+
+
 class Ranking(ManyDirections):
     def run(self, closure: Closure) -> None:
         losses = [self.one_sided(closure, k) for k in range(self.directions)]
@@ -156,7 +197,7 @@ class Momentum(Eager):
 
 
 class Adam(Eager):
-    """Adam by torch's formula, on a gradient that is made for it."""
+    """Adam by torch's formula, on the gradient g z, which is stored for it."""
 
     def setup(self, betas: tuple[float, float] = (0.9, 0.999), l2: float = 0.0) -> None:
         self.betas, self.l2 = betas, l2
@@ -175,7 +216,7 @@ class Adam(Eager):
 
 
 class WindowMomentum(Eager):
-    """Momentum from the last h (seed, g): h draws and passes."""
+    """Momentum from the last h pairs (seed, g), which takes h draws and passes."""
 
     def setup(self, window: int, momentum: float = 0.9) -> None:
         self.window, self.momentum, self.history = window, momentum, []
@@ -231,11 +272,15 @@ class HiZOO(Eager):
 
 
 class Masked(Eager):
-    """Sparse-MeZO: a bool mask of the smaller weights, of the unperturbed model."""
+    """Sparse-MeZO: thresholds of the model at the start, and at each step a bool mask of the weights below them."""
 
     def setup(self, sparsity: float = 0.75) -> None:
-        self.masks = [p.abs() <= p.abs().float().quantile(1 - sparsity) if p.numel() < 2**24 else p.abs() < 1e-2
-                      for p in self.params]  # fmt: skip
+        self.thresholds = [p.abs().float().quantile(1 - sparsity) if p.numel() < 2**24 else torch.tensor(1e-2)
+                           for p in self.params]  # fmt: skip
+
+    def run(self, closure: Closure) -> None:
+        self.masks = [p.abs() <= t.to(p.device) for p, t in zip(self.params, self.thresholds, strict=True)]
+        super().run(closure)
 
     def noises(self, seed: int):
         for (p, z), mask in zip(super().noises(seed), self.masks, strict=True):
@@ -256,7 +301,9 @@ class RandomMasked(Eager):
 
 
 class Subset(Eager):
-    """Only some tensors move in a step: one layer, or what is in none, in turn (BCD); or that and ``kept`` layers."""
+    """Only some tensors move in a step: one layer, or what is in none, in turn (BCD); or that and ``kept``
+    layers.
+    """
 
     def setup(self, kept: int = 0) -> None:
         of = lambda name: int(name.split(".")[1]) if name.startswith("layers.") else None
@@ -303,7 +350,7 @@ class LowRank(Eager):
         self.kept = [self.keep(p) if p.dim() >= 2 else None for p in self.params]
 
     def keep(self, p: Tensor) -> tuple[Tensor, ...]:
-        """What a matrix keeps from step to step."""
+        """What is kept of a matrix from step to step."""
         raise NotImplementedError
 
     def product(self, p: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
@@ -377,6 +424,15 @@ class Coordinatewise(Eager):
             p.data = p.data - self.lr * gradient
 
 
+class Floored(Eager):
+    """QZO: a clipped derivative, and scales that stay above 1e-7."""
+
+    def apply(self, seed: int, g: float) -> None:
+        super().apply(seed, max(-100.0, min(100.0, g)))
+        for p in self.params:
+            p.data = p.data.clamp(min=1e-7)
+
+
 class QuZO(Eager):
     """int8 weights: z scaled to steps, rounded stochastically; the update with bits of its own."""
 
@@ -400,7 +456,9 @@ class QuZO(Eager):
 
 
 def forward_gradient(model: Callable[..., Tensor], params: dict[str, Tensor], lr: float) -> Callable[[int], None]:
-    """theta -= lr (jvp along z) z with z of the whole model in memory; ``model``: loss of a dict of parameters."""
+    """theta -= lr (jvp along z) z with z of the whole model in memory; ``model``: loss of a dict of
+    parameters.
+    """
 
     def step(seed: int) -> None:
         torch.manual_seed(seed)
@@ -437,3 +495,16 @@ class EGGROLLPairs(EGGROLL, ManyDirections):
     def setup(self, directions: int, rank: int = 1) -> None:
         ManyDirections.setup(self, directions)
         LowRank.setup(self, rank)
+
+    def run(self, closure: Closure) -> None:
+        losses = []
+        for k in range(self.directions):
+            seed = self.seed(k)
+            for move in (1, -2):
+                self.perturb(seed, move)
+                losses.append(float(closure()))
+            self.perturb(seed, 1)
+        found = torch.tensor(losses)
+        fitness = (found - found.mean()) / (found.var(correction=0) + 1e-5).sqrt() * self.eps / len(losses) ** 0.5
+        for k, (plus, minus) in enumerate(fitness.view(-1, 2).tolist()):
+            self.apply(self.seed(k), plus - minus)

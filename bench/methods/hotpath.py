@@ -1,4 +1,4 @@
-"""Time of a step without its forwards: ours and the eager form, in turns, on the same shapes."""
+"""The time of a step without its forwards, of ours and of the eager form in turns, on the same shapes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .. import timing
 from ..registry import Row
 from .catalog import Method
 
-#: A transformer of 8 layers: 29 M weights of width 512, 59 MB in bf16.
+#: A transformer of 8 layers and width 512.  It has 29 M weights, 59 MB in bf16.
 WIDTH, LAYERS, VOCABULARY = 512, 8, 8192
 
 
 def parameters(dtype: torch.dtype, device: str, scale: float) -> list[tuple[str, nn.Parameter]]:
-    """Named weights of a decoder; ``scale``: of its width."""
+    """The named weights of a decoder whose width is multiplied by ``scale``."""
     width = max(16, int(WIDTH * scale) // 16 * 16)
     shapes = {"embed.weight": (max(64, int(VOCABULARY * scale)), width)}
     for i in range(LAYERS):
@@ -29,13 +29,13 @@ def parameters(dtype: torch.dtype, device: str, scale: float) -> list[tuple[str,
 
 
 def losses() -> Callable[[], float]:
-    """A closure that costs nothing: numbers near 1, so that every step has a g."""
+    """A closure that costs nothing.  It returns numbers near 1 that differ, so that no step has a g of 0."""
     numbers = itertools.cycle(1 + 1e-4 * torch.randn(1009, generator=torch.Generator().manual_seed(0)).double().numpy())
     return lambda: float(next(numbers))
 
 
 def run_of(method: Method, dtype: torch.dtype, device: str, scale: float) -> tuple[Callable[[], None], ...]:
-    """One step of ours, in place so that both write the same weights, and one of the eager form."""
+    """One step of ours and one of the eager form.  Ours restores in place, so that both write the weights."""
     torch.manual_seed(0)
     ours, theirs = parameters(dtype, device, scale), parameters(dtype, device, scale)
     lr = 1e-6
@@ -47,7 +47,7 @@ def run_of(method: Method, dtype: torch.dtype, device: str, scale: float) -> tup
 
 
 def measure(method: Method, dtype: torch.dtype, device: str, scale: float, seconds: float) -> Row:
-    """p20 of both, in seconds, and their ratio; the number of weights."""
+    """The times of both (p20, in seconds) and their ratio."""
     ours, theirs = run_of(method, dtype, device, scale)
     times = timing.measure({"zokernels": ours, "eager": theirs}, device, seconds, min_rounds=3)
     return {

@@ -1,4 +1,6 @@
-"""``python -m bench methods``: the table of methods from live runs, its JSON, and docs/methods.md with a plot."""
+"""``python -m bench methods``: the table of methods from live runs, its JSON, and docs/methods.md with a
+plot.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .. import machine
+from .. import charts, machine
 from ..registry import Row
 from . import hotpath, tasks
 from .catalog import METHODS, Method
@@ -23,7 +25,7 @@ BEGIN, END = "<!-- bench methods: begin -->", "<!-- bench methods: end -->"
 
 
 def row_of(method: Method, args: argparse.Namespace) -> Row:
-    """One method, measured and trained now."""
+    """Measures and trains one method."""
     dtype = DTYPES[args.dtype]
     row: Row = {
         "method": method.name,
@@ -66,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
     methods = [m for m in METHODS if not args.only or any(part.lower() in m.name.lower() for part in args.only)]
     if not methods:
         raise SystemExit(f"--only: expected part of a method's name, got {' '.join(args.only)}")
+    if args.write:
+        charts.matplotlib()  # ends the program before anything is measured if the picture cannot be drawn
     torch.set_num_threads(args.threads)
     header, rows, start = machine.describe(args.device), [], time.perf_counter()
     print(f"{machine.title(header)}\n{args.dtype}, {hotpath.weights(args.scale):,} weights, {args.threads} thread(s)\n")
@@ -114,7 +118,7 @@ def markdown(rows: list[Row]) -> str:
 
 
 def write(result: dict[str, Any], path: pathlib.Path) -> list[pathlib.Path]:
-    """The table between the markers of ``path``, and the plot beside it."""
+    """Writes the table between the markers of ``path``, and the picture beside it."""
     text = path.read_text()
     head, rest = text.split(BEGIN)
     tail = rest.split(END)[1]
@@ -124,36 +128,11 @@ def write(result: dict[str, Any], path: pathlib.Path) -> list[pathlib.Path]:
         f"{result['weights']:,} weights; {result['budget']:,} forwards of training for the last column."
     )
     path.write_text(f"{head}{BEGIN}\n\n{where}\n\n{markdown(result['rows'])}\n\n{END}{tail}")
-    picture = path.with_suffix(".png")
-    plot(result["rows"], picture)
+    picture, rows = path.with_suffix(".png"), result["rows"]
+    title = f"Cross entropy on digits after equal forwards (grey: {rows[0]['method']})"
+    found = [(row["method"], row["curve"]) for row in rows]
+    charts.png(picture, charts.curves(found, 2.6, "forwards", title))
     return [path, picture]
-
-
-def plot(rows: list[Row], path: pathlib.Path) -> None:
-    """Loss against forwards in small multiples, MeZO's curve behind each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    columns = 6
-    height = -(-len(rows) // columns)
-    figure, axes = plt.subplots(height, columns, figsize=(15, 2.1 * height), sharex=True, sharey=True, squeeze=False)
-    base = rows[0]["curve"]
-    for axis, row in zip(axes.flat, rows, strict=False):
-        axis.plot(*zip(*base, strict=True), color="0.75", linewidth=1.5)
-        axis.plot(*zip(*row["curve"], strict=True), color="tab:blue", linewidth=1.5)
-        axis.set_title(row["method"], fontsize=9)
-        axis.set_ylim(0, 2.6)
-        axis.grid(alpha=0.3)
-    for axis in list(axes.flat)[len(rows) :]:
-        axis.axis("off")
-    for axis in axes[-1]:
-        axis.set_xlabel("forwards", fontsize=9)
-    figure.suptitle(f"Cross entropy on digits after equal forwards (grey: {rows[0]['method']})", fontsize=11)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

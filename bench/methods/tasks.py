@@ -23,7 +23,9 @@ from .train import Curve, batches, curve_of, digits, train
 
 @dataclass(frozen=True)
 class Task:
-    """``steps``: one call of ours and one of the eager form, to be timed; ``train``: loss against forwards."""
+    """``steps`` gives one call of ours and one of the eager form, to be timed; ``train`` gives the loss by
+    forwards.
+    """
 
     steps: Callable[[Method], tuple[Callable[[], object], Callable[[], object]]]
     train: Callable[[Method, int], Curve]
@@ -36,7 +38,7 @@ class Task:
         return {"seconds": found["zokernels"], "eager_seconds": found["eager"], "ratio": ratio}
 
 
-# Forward gradients: the forward is part of the step, so both are timed with it --------------------------------------
+# Forward gradients: the forward is part of the step, so both are timed with it --------------------
 
 
 def _deep(width: int = 512, depth: int = 12) -> tuple[nn.Sequential, Tensor, Tensor]:
@@ -55,7 +57,7 @@ def _forward_steps(method: Method) -> tuple[Callable[[], object], Callable[[], o
     return (lambda: optimizer.step(lambda: F.mse_loss(model(x), y))), (lambda: step(next(count)))
 
 
-# A black box behind a trained encoder ---------------------------------------------------------------------------------
+# A black box behind a trained encoder -------------------------------------------------------------
 
 _QUERIES, _MU = 16, 1e-2
 
@@ -63,7 +65,7 @@ _QUERIES, _MU = 16, 1e-2
 def _black_box_steps(method: Method) -> tuple[Callable[[], object], Callable[[], object]]:
     torch.manual_seed(0)
     x = torch.randn(64, 3, 32, 32)
-    f = lambda rows: rows.flatten(1)[:, 0]  # costs nothing: what is timed is the queries' noise
+    f = lambda rows: rows.flatten(1)[:, 0]  # it costs nothing, so that the noise of the queries is timed
     cge = "cge" in method.use
     small = x[:, :1, :16, :16].contiguous() if cge else x
     box = BlackBox(f, estimator="cge" if cge else "rge", queries=_QUERIES, mu=_MU)
@@ -88,7 +90,7 @@ def _black_box_train(method: Method, budget: int) -> Curve:
         first.zero_grad()
         F.cross_entropy(classifier(x), y).backward()
         first.step()
-    mixed = torch.randn(64, 64) / 8  # what the encoder has to undo
+    mixed = torch.randn(64, 64) / 8  # the encoder has to undo this
     encoder, batch = nn.Linear(64, 64), batches(0)
 
     @torch.no_grad()
@@ -112,13 +114,13 @@ def _black_box_train(method: Method, budget: int) -> Curve:
     return curve_of(step, loss, method.forwards, budget, 50)
 
 
-# Quantised weights --------------------------------------------------------------------------------------------------
+# Quantised weights --------------------------------------------------------------------------------
 
-_SIZE = 16 << 20  # integers of the timed tensors
+_SIZE = 16 << 20  # so many integers have the timed tensors
 
 
 def _pretrained(bits: int) -> tuple[nn.Module, Callable[[], tuple[Tensor, Tensor]], Callable[[], float]]:
-    """A network of digits trained on rotated images and quantised: what remains is to adapt it to upright ones."""
+    """A network trained on rotated images of digits and quantised, which is to be adapted to upright ones."""
     torch.manual_seed(0)
     (x, y), batch = digits(), batches(0)
     rotated = x.view(-1, 8, 8).transpose(1, 2).flatten(1)
@@ -151,7 +153,7 @@ def _quantized_train(method: Method, budget: int) -> Curve:
 
 
 def _scale_steps(method: Method) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Scales of 64 layers: one for 128 weights."""
+    """A step on the scales of 64 layers, each of which has one for 128 weights."""
     make = lambda: [(f"layers.{i}.scale", nn.Parameter(torch.rand(4096, 8).bfloat16())) for i in range(64)]
     optimizer = method.make(make(), 1e-9, restore="inplace", eps=1e-4)
     loop, closure = eager.Eager(make(), lr=1e-9, eps=1e-4), losses()

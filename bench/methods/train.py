@@ -15,7 +15,10 @@ WIDTH, LAYERS, BATCH, EPS = 32, 4, 128, 1e-3
 
 
 class Network(nn.Module):
-    """64 - 32, four residual layers, 10: 6,538 weights, with layers to skip and matrices to factor."""
+    """64 inputs, four residual layers of width 32, and 10 outputs.
+
+    It has 6,538 weights, with layers that can be skipped and matrices that can be factored.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +35,7 @@ class Network(nn.Module):
 
 @functools.cache
 def digits() -> tuple[Tensor, Tensor]:
-    """1,797 images of 8 x 8 in [0, 1], and their digits."""
+    """The 1,797 images of 8 x 8 with values in [0, 1], and their digits."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -54,7 +57,9 @@ Curve = list[tuple[int, float]]
 
 
 def curve_of(step: Callable[[], None], loss: Callable[[], float], forwards: int, budget: int, points: int) -> Curve:
-    """(forwards, loss on all data), from before the first step to the last that ends within ``budget`` forwards."""
+    """(forwards, loss on all data), from before the first step to the last that ends within ``budget``
+    forwards.
+    """
     curve, every = [(0, loss())], max(1, budget // (forwards * points))
     for i in range(1, budget // forwards + 1):
         step()

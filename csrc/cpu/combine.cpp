@@ -1,7 +1,7 @@
 #include "combine.h"
 
 #if defined(ZK_ISA)
-// --- the kernel, compiled once for each instruction set -----------------------------------------------------
+// --- the kernel, compiled once for each instruction set -----------------------------------------------
 
 #include "combine_kernel.h"
 
@@ -66,7 +66,7 @@ void ZK_ISA::combine(const Combine& op, const Span& span, void* scratch) {
 }  // namespace zk::cpu
 
 #else
-// --- the entry, compiled once ------------------------------------------------------------------------------
+// --- the entry, compiled once -------------------------------------------------------------------------
 
 #include "op.h"
 

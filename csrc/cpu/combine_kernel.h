@@ -1,5 +1,5 @@
-// theta = round(decay * theta + sum c_k w_k): the kernel of combine, fan_out, spread, requantize and low_rank, which differ
-// in what a direction is and in what becomes of the sum.
+// theta = round(decay * theta + sum c_k w_k): the kernel of combine, fan_out, spread, requantize and
+// low_rank. These differ in what a direction w_k is and in what is done with the sum (Form in combine.h).
 #pragma once
 
 #include "tile.h"
@@ -25,7 +25,7 @@ ZK_HD void store_rounded(const Combine& op, const Span& span, const Tile& tile, 
   store<L, D, Stochastic>(span.out, tile, acc, random, span.out != span.in);
 }
 
-// to = round(from + c z) of the direction that was taken last.
+// to = round(from + c z), where z is the direction that noise.take() was called with last.
 template <class L, DType D, class Noise, class Tile>
 ZK_HD void store_side(const Noise& noise, float c, void* to, const Tile& tile, const typename L::F from[8]) {
   using F = typename L::F;
@@ -34,7 +34,8 @@ ZK_HD void store_side(const Noise& noise, float c, void* to, const Tile& tile, c
   store<L, D, false>(to, tile, side, {}, true);
 }
 
-// Elements of a wire buffer with scales. A register's elements lie in one block of 32 on every instruction set.
+// Loads elements of a wire buffer that has scales: x = code * scale. On every instruction set all elements of
+// a register lie in one block of 32, so a register has one scale.
 template <class L, DType W, class Tile>
 ZK_HD void load_scaled(const Span& span, const Tile& tile, typename L::F x[8]) {
   load<L, W>(span.in, tile, x);
@@ -57,10 +58,11 @@ ZK_HD void load_wire(DType wire, const Span& span, const Tile& tile, typename L:
   if (wire == DType::e4m3) return load_scaled<L, DType::e4m3>(span, tile, x);
   if (wire == DType::i8) return load_scaled<L, DType::i8>(span, tile, x);
   load<L, DType::f16>(span.in, tile, x);
-  for (int e = 0; e < 8; ++e) x[e] = without_payload(x[e]);  // it could carry in a bf16
+  for (int e = 0; e < 8; ++e) x[e] = without_payload(x[e]);  // its bits could carry when rounded to bf16
 }
 
-// What is done with a tile. single: one direction and nothing else, so that nothing is asked at run time.
+// The functions below each compute one tile; an operation is compiled with the simplest one that can do it.
+// single_tile: one direction, no decay, no mask, no curvature. It tests no condition at run time.
 template <class L, DType D, bool Stochastic, class Noise, class Tile>
 ZK_HD void single_tile(const Combine& op, const Span& span, const Tile& tile, Noise& noise) {
   typename L::F acc[8];
@@ -70,7 +72,7 @@ ZK_HD void single_tile(const Combine& op, const Span& span, const Tile& tile, No
   store_rounded<L, D, Stochastic>(op, span, tile, acc);
 }
 
-// Neither masks nor curvature.
+// plain_tile: any number of directions and a decay, but neither masks nor curvature.
 template <class L, DType D, bool Stochastic, class Noise, class Tile>
 ZK_HD void plain_tile(const Combine& op, const Span& span, const Tile& tile, Noise& noise) {
   using F = typename L::F;
@@ -90,7 +92,8 @@ ZK_HD void plain_tile(const Combine& op, const Span& span, const Tile& tile, Noi
   }
 }
 
-// plain, from a wire buffer. A fan-out's theta is rounded, and not stored.
+// wire_tile: plain_tile with the elements of a wire buffer as theta. The theta of a fan-out is rounded, so
+// that the sides start from the same bits as elsewhere, but it is not stored.
 template <class L, DType D, bool Stochastic, class Noise, class Tile>
 ZK_HD void wire_tile(const Combine& op, const Span& span, const Tile& tile, Noise& noise) {
   using S = Storage<L, D>;
@@ -129,7 +132,7 @@ ZK_HD void spread_tile(const Combine& op, const Span& span, const Tile& tile, No
   }
 }
 
-// Masks, curvature, or weights of eight bits.
+// full_tile: everything, that is masks, curvature and weights of eight bits.
 template <class L, DType D, class Noise, class Tile>
 ZK_HD void full_tile(const Combine& op, const Span& span, const Tile& tile, Noise& noise) {
   using F = typename L::F;
@@ -157,7 +160,7 @@ ZK_HD void full_tile(const Combine& op, const Span& span, const Tile& tile, Nois
   op.stochastic ? store_rounded<L, D, true>(op, span, tile, total) : store_rounded<L, D, false>(op, span, tile, total);
 }
 
-// for_tiles, with the arrays of dtype D asked for ahead.
+// for_tiles with a prefetch of the arrays, whose dtype is D.
 template <class L, DType D, class Begin, class Body>
 void combine_tiles(const Span& span, const Begin& begin, const Body& body) {
   using T = typename Storage<L, D>::T;

@@ -26,15 +26,27 @@ inline bool has_avx512() {
 #endif
 }
 
-inline std::string best_isa() { return has_avx512() ? "avx512" : has_avx2() ? "avx2" : "portable"; }
+// Every 64-bit ARM machine has NEON, so what is built can run.
+inline bool has_neon() {
+#if defined(ZK_BUILD_NEON)
+  return true;
+#else
+  return false;
+#endif
+}
 
-// One of a kernel's three compilations; null where this build lacks an instruction set.
+inline std::string best_isa() {
+  return has_neon() ? "neon" : has_avx512() ? "avx512" : has_avx2() ? "avx2" : "portable";
+}
+
+// One of a kernel's compilations; null where this build lacks an instruction set.
 template <class Kernel>
 Kernel* kernel_of(const std::string& name, Kernel* portable, std::type_identity_t<Kernel>* avx2,
-                  std::type_identity_t<Kernel>* avx512) {
+                  std::type_identity_t<Kernel>* avx512, std::type_identity_t<Kernel>* neon) {
   const std::string isa = name == "auto" ? best_isa() : name;
   if (isa == "avx512" && has_avx512()) return avx512;
   if (isa == "avx2" && has_avx2()) return avx2;
+  if (isa == "neon" && has_neon()) return neon;
   if (isa == "portable") return portable;
   throw std::runtime_error(
       "ZOKERNELS_CPU_ISA: expected auto or an instruction set that this build and machine have (best: " + best_isa() +
@@ -51,7 +63,13 @@ Kernel* kernel_of(const std::string& name, Kernel* portable, std::type_identity_
 #else
 #define ZK_AVX512_KERNEL(name) nullptr
 #endif
-// The kernel that ZK_KERNEL declared, for the instruction set `isa`: auto, portable, avx2 or avx512.
-#define ZK_KERNEL_OF(name, isa) ::zk::cpu::kernel_of(isa, portable::name, ZK_AVX2_KERNEL(name), ZK_AVX512_KERNEL(name))
+#if defined(ZK_BUILD_NEON)
+#define ZK_NEON_KERNEL(name) neon::name
+#else
+#define ZK_NEON_KERNEL(name) nullptr
+#endif
+// The kernel that ZK_KERNEL declared, for the instruction set `isa`: auto, portable, avx2, avx512 or neon.
+#define ZK_KERNEL_OF(name, isa) \
+  ::zk::cpu::kernel_of(isa, portable::name, ZK_AVX2_KERNEL(name), ZK_AVX512_KERNEL(name), ZK_NEON_KERNEL(name))
 
 }  // namespace zk::cpu

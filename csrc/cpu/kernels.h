@@ -1,8 +1,9 @@
-// What entries hand to kernels: plain data, so that each instruction set is compiled on its own, without any torch header
-// and without inline code of the standard library.
+// The structures that entries hand to kernels. They are plain data, so that the kernels include neither torch
+// nor inline code of the standard library. Such code, compiled with AVX-512, could be linked into the entries
+// and would crash a machine without it.
 //
-// A file <op>.cpp is compiled once for each instruction set with ZK_ISA defined, which gives the kernel, and once more
-// without flags and without ZK_ISA, which gives the entry that torch calls (CMakeLists.txt).
+// A file <op>.cpp is compiled several times (CMakeLists.txt). With ZK_ISA defined, once for each instruction
+// set, it gives the kernel. Without ZK_ISA and without flags it gives the entry that torch calls.
 #pragma once
 
 #include <cstdint>
@@ -12,13 +13,13 @@
 
 namespace zk::cpu {
 
-enum class DType { f32, bf16, f16, i8, e4m3 };  // e4m3: of wire buffers alone
+enum class DType { f32, bf16, f16, i8, e4m3 };  // only wire buffers have e4m3
 
-// What every operation over parameters shares: the terms of acc = decay * theta + sum c_k w_k, and its rounding. Scalars
-// are free of NaN payloads (canonical_nan).
+// What all operations over parameters share: the terms of acc = decay * theta + sum c_k w_k, and its
+// rounding. A scalar that is NaN is the canonical one, without a payload (canonical_nan).
 struct Terms {
-  const PhiloxKey* keys;  // a direction's round keys
-  int64_t count;          // K
+  const PhiloxKey* keys;  // [K]: the round keys of each direction
+  int64_t count;          // K, the number of directions
   Domain dist;
   bool has_decay;
   float decay;
@@ -27,34 +28,40 @@ struct Terms {
   bool has_mask_seed;
   PhiloxKey mask;
   uint32_t mask_keep;
-  DType curvature;  // of Span::curvature
-  DType dtype;      // of the parameters
+  DType curvature;  // the dtype of Span::curvature
+  DType dtype;      // the dtype of the parameters
 };
 
-// Elements [begin, end) of one tensor. Unused pointers are null.
+// A part of one tensor, elements [begin, end), and what belongs to them. Pointers that an operation does not
+// use are null. All arrays are those of the whole tensor.
 struct Span {
   const void* in;
-  void* out;            // null where theta is not written: fan_out with nothing pending
-  void* more[2];        // fan_out: plus, minus; update: the states
-  const float* coeffs;  // K values, and fan_out's own behind them
-  const uint8_t* mask;  // a byte for each block from that of element 0
+  void* out;            // null where theta is not written, in a fan_out without a pending update
+  void* more[2];        // of fan_out: plus and minus; of update: the states
+  const float* coeffs;  // K values; in a fan_out the coefficient of the sides follows
+  // one byte for each block of eight elements, the first for the block that holds element 0
+  const uint8_t* mask;
   const void* curvature;
-  const float* left;   // low_rank: [K, m, rank]
-  const float* right;  // low_rank: [K, panels_of(n), rank, kPanel], with zeros behind the n-th column
+  // Of low_rank, for a matrix of m rows, n columns and factors of this rank. left is [K, m, rank], and right is
+  // [K, panels_of(n), rank, kPanel], filled with zeros from column n on.
+  const float *left, *right;
   int64_t rows, columns, rank;
   int64_t numel;
-  uint64_t offset;  // logical index of element 0
+  uint64_t offset;  // the logical index of element 0
   Stream stream;
   int64_t begin, end;
-  // Of a tensor that is rows of `width` elements, `length` logical indices apart: the kernels get one row at a time.
-  int64_t width, length, blocks;  // width 0: one piece; blocks: bytes of a row's mask
+  // A shard may be rows of `width` elements that begin `length` logical indices apart, and `blocks` is then
+  // the number of mask bytes of a row. A kernel gets one row at a time, as if it were a tensor. Width 0: the
+  // tensor is one piece.
+  int64_t width, length, blocks;
 };
 
-// scratch: kScratchPerDirection bytes a direction, aligned to 64, for the Rademacher blocks of a tile.
+// Bytes of scratch memory for each direction, aligned to 64: the Rademacher blocks of a tile of 4096
+// elements.
 constexpr int64_t kScratchPerDirection = 512;
 
-// Declares a kernel, a function, in the namespace of each instruction set. Entries choose among them by ZK_KERNEL_OF
-// (isa.h).
+// Declares a kernel (a function) in the namespace of each instruction set. ZK_KERNEL_OF (isa.h) chooses one
+// of them.
 #define ZK_KERNEL(name, ...) \
   namespace portable {       \
   void name(__VA_ARGS__);    \
@@ -63,6 +70,9 @@ constexpr int64_t kScratchPerDirection = 512;
   void name(__VA_ARGS__);    \
   }                          \
   namespace avx512 {         \
+  void name(__VA_ARGS__);    \
+  }                          \
+  namespace neon {           \
   void name(__VA_ARGS__);    \
   }
 

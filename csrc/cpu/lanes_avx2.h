@@ -1,7 +1,10 @@
-// Eight lanes: AVX2, FMA and F16C. In Philox a lane is one of eight consecutive blocks, so there are no shuffles; join then
-// brings the words into memory order. Which lane has which block is free, because the counter says so: it is what shuffles
-// within 128-bit parts want. From there on lane l of register i is word l % 4 of block 2 i + l / 4, that is a pair of
-// elements: in half precision a word of memory.
+// Eight lanes: AVX2, FMA and F16C.
+//
+// In Philox each lane computes one of eight consecutive blocks, so its rounds need no shuffles. Then join()
+// brings the words into the order of memory. Which lane computes which block is free, because counter()
+// chooses it; it is chosen so that join() needs only shuffles within 128-bit halves. Afterwards lane l of
+// register i is word l % 4 of block 2 i + l / 4, which stands for a pair of elements. In half precision such
+// a pair is one word of memory.
 #pragma once
 
 #include <immintrin.h>
@@ -17,8 +20,9 @@ struct F8 {
 struct U8 {
   __m256i v;
 };
-// Philox words as 64-bit lanes (even and odd lanes) whose upper halves are garbage: the multiply instruction takes and
-// gives them so, which saves the four shuffles and blends a round that packed words need.
+// Philox words in 64-bit lanes, the even lanes and the odd ones in a register each. Their upper halves hold
+// garbage. The multiply instruction takes and returns words in this form, which saves the four shuffles and
+// blends that packed words would need in each round.
 struct C8 {
   __m256i even, odd;
 };
@@ -100,7 +104,8 @@ struct Avx2 {
   using C = C8;
   static constexpr int width = 8;
 
-  // Block indices first .. first + 7; first is a multiple of 8, so no lane carries.
+  // The block indices first .. first + 7. `first` is a multiple of 8, so no addition carries into the next
+  // word.
   static ZK_HD C counter(uint32_t first) {
     const __m256i base = _mm256_set1_epi32(static_cast<int>(first));
     return {_mm256_add_epi32(base, _mm256_setr_epi32(0, 0, 2, 0, 1, 0, 3, 0)),
@@ -114,7 +119,7 @@ struct Avx2 {
     for (int i = 0; i < 4; ++i) _mm256_storeu_si256(reinterpret_cast<__m256i*>(p) + i, w[i].v);
   }
 
-  // Eight pairs in memory order to their first and their second elements, and back.
+  // Eight pairs in the order of memory become their first and their second elements; zip() does the reverse.
   static ZK_HD void unzip(__m256 a, __m256 b, F& x0, F& x1) {
     const __m256 low = _mm256_permute2f128_ps(a, b, 0x20), high = _mm256_permute2f128_ps(a, b, 0x31);
     x0 = {_mm256_shuffle_ps(low, high, 0x88)};
@@ -126,10 +131,10 @@ struct Avx2 {
     b = _mm256_permute2f128_ps(low, high, 0x31);
   }
 
-  // Eight floats in a row, a lane each.
+  // Eight consecutive floats, one in each lane.
   static ZK_HD F load_row(const float* p) { return {_mm256_loadu_ps(p)}; }
   static ZK_HD void store_row(float* p, F x) { _mm256_storeu_ps(p, x.v); }
-  // A float of each lane to the doubles of a row, aligned to 32.
+  // Adds the float of each lane to one of eight consecutive doubles, which are aligned to 32 bytes.
   static ZK_HD void add_row(double* p, F x) {
     _mm256_store_pd(p, _mm256_add_pd(_mm256_load_pd(p), _mm256_cvtps_pd(_mm256_castps256_ps128(x.v))));
     _mm256_store_pd(p + 4, _mm256_add_pd(_mm256_load_pd(p + 4), _mm256_cvtps_pd(_mm256_extractf128_ps(x.v, 1))));
@@ -176,13 +181,14 @@ struct Avx2 {
     }
   }
 
-  // Bits 30 and 31: those of the lane's two elements in a mask. The register's blocks have two bytes, 16 elements.
+  // Bits 30 and 31 of each lane become the mask bits of its two elements. A register has 16 elements, two
+  // mask bytes.
   static ZK_HD U mask_bits(const uint8_t* bytes, int i) {
     const int word = bytes[2 * i] | bytes[2 * i + 1] << 8;
     return {_mm256_sllv_epi32(_mm256_set1_epi32(word), _mm256_setr_epi32(30, 28, 26, 24, 22, 20, 18, 16))};
   }
 
-  // Copies from a buffer to memory past the caches; both aligned to 64 bytes.
+  // Copies a buffer to memory past the caches. Both are aligned to 64 bytes.
   static ZK_HD void stream(void* to, const void* from, int64_t bytes) {
     auto* t = static_cast<__m256i*>(to);
     const auto* f = static_cast<const __m256i*>(from);
@@ -190,8 +196,9 @@ struct Avx2 {
   }
   static ZK_HD void stream_end() { _mm_sfence(); }
 
-  // bf16_nearest of a pair, in halves of 16 bits: the average of the dropped half and 0x7ffe plus the last kept bit has the
-  // carry as its highest bit. 9 instructions instead of 11 (8 instead of 10 with AVX-512).
+  // bf16_nearest (noise/rounding.h) of two elements at once, in 16-bit halves of a word. The average of the
+  // dropped half and of (0x7ffe + the last kept bit) has the carry of the rounding as its highest bit. This
+  // takes 9 instructions instead of 11 (with AVX-512, 8 instead of 10).
   static ZK_HD U pack_bf16(U b0, U b1) {
     const __m256i high = _mm256_blend_epi16((b0 >> 16).v, b1.v, 0xaa),
                   low = _mm256_blend_epi16(b0.v, (b1 << 16).v, 0xaa);
@@ -199,7 +206,8 @@ struct Avx2 {
     return {_mm256_add_epi16(high, _mm256_srli_epi16(_mm256_avg_epu16(low, half.v), 15))};
   }
 
-  // +-c for the pairs of register i: two sign bits choose from four floats. signs[16 q]: the bytes of vecs 4 q .. 4 q + 3.
+  // +c or -c for the pairs of register i: the two sign bits of a pair choose among four floats. signs[16 q]
+  // holds the sign bytes of vecs 4 q .. 4 q + 3, each the signs of eight elements.
   static ZK_HD void plus_minus(const uint32_t* signs, int, int i, F c, F& c0, F& c1) {
     const int first = 16 * (i & 1);
     const __m256i two = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(signs[16 * (i >> 1)])),

@@ -1,4 +1,5 @@
-// Sixteen lanes: AVX-512 F, DQ, BW and VL. As lanes_avx2.h, with 32 registers, three-input logic and shuffles of two registers.
+// Sixteen lanes: AVX-512 F, DQ, BW and VL. It follows lanes_avx2.h, which explains the layout of the lanes.
+// AVX-512 adds 32 registers, logic with three inputs, and shuffles of two registers.
 #pragma once
 
 #include <immintrin.h>
@@ -99,7 +100,8 @@ struct Avx512 {
   using C = C16;
   static constexpr int width = 16;
 
-  // Block indices first .. first + 15; first is a multiple of 16, so no lane carries.
+  // The block indices first .. first + 15. `first` is a multiple of 16, so no addition carries into the next
+  // word.
   static ZK_HD C counter(uint32_t first) {
     const __m512i base = _mm512_set1_epi32(static_cast<int>(first));
     return {_mm512_add_epi32(base, _mm512_setr_epi32(0, 0, 4, 0, 1, 0, 5, 0, 2, 0, 6, 0, 3, 0, 7, 0)),
@@ -113,7 +115,8 @@ struct Avx512 {
     for (int i = 0; i < 4; ++i) _mm512_storeu_si512(p + 16 * i, w[i].v);
   }
 
-  // Sixteen pairs in memory order to their first and their second elements, and back.
+  // Sixteen pairs in the order of memory become their first and their second elements; zip() does the
+  // reverse.
   static ZK_HD void unzip(__m512 a, __m512 b, F& x0, F& x1) {
     x0 = {_mm512_permutex2var_ps(a, _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30), b)};
     x1 = {_mm512_permutex2var_ps(a, _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31), b)};
@@ -124,10 +127,10 @@ struct Avx512 {
                                x1.v);
   }
 
-  // Sixteen floats in a row, a lane each.
+  // Sixteen consecutive floats, one in each lane.
   static ZK_HD F load_row(const float* p) { return {_mm512_loadu_ps(p)}; }
   static ZK_HD void store_row(float* p, F x) { _mm512_storeu_ps(p, x.v); }
-  // A float of each lane to the doubles of a row, aligned to 64.
+  // Adds the float of each lane to one of sixteen consecutive doubles, which are aligned to 64 bytes.
   static ZK_HD void add_row(double* p, F x) {
     _mm512_store_pd(p, _mm512_add_pd(_mm512_load_pd(p), _mm512_cvtps_pd(_mm512_castps512_ps256(x.v))));
     _mm512_store_pd(p + 8, _mm512_add_pd(_mm512_load_pd(p + 8), _mm512_cvtps_pd(_mm512_extractf32x8_ps(x.v, 1))));
@@ -171,7 +174,8 @@ struct Avx512 {
     for (int i = 0; i < 4; ++i) _mm256_storeu_si256(reinterpret_cast<__m256i*>(p) + i, _mm512_cvtepi32_epi16(w[i].v));
   }
 
-  // Bits 30 and 31: those of the lane's two elements in a mask. The register's blocks have four bytes, 32 elements.
+  // Bits 30 and 31 of each lane become the mask bits of its two elements. A register has 32 elements, four
+  // mask bytes.
   static ZK_HD U mask_bits(const uint8_t* bytes, int i) {
     int32_t word;
     __builtin_memcpy(&word, bytes + 4 * i, 4);
@@ -179,7 +183,7 @@ struct Avx512 {
     return {_mm512_sllv_epi32(_mm512_set1_epi32(word), shift)};
   }
 
-  // Copies from a buffer to memory past the caches; both aligned to 64 bytes.
+  // Copies a buffer to memory past the caches. Both are aligned to 64 bytes.
   static ZK_HD void stream(void* to, const void* from, int64_t bytes) {
     auto* t = static_cast<__m512i*>(to);
     const auto* f = static_cast<const __m512i*>(from);
@@ -187,7 +191,7 @@ struct Avx512 {
   }
   static ZK_HD void stream_end() { _mm_sfence(); }
 
-  // See lanes_avx2.h for both.
+  // lanes_avx2.h explains both functions.
   static ZK_HD U pack_bf16(U b0, U b1) {
     const U high = high_halves(b0, b1), low = and_or(b0, Splat<U>::of(0xffffu), b1 << 16);
     const U half = and_or(high, Splat<U>::of(0x00010001u), Splat<U>::of(0x7ffe7ffeu));

@@ -30,8 +30,8 @@ struct Portable : Scalar {
     const uint32_t b = bits(x), sign = b >> 16 & 0x8000u, mag = b & 0x7fffffffu;
     if (mag > kInfinity) return sign | 0x7e00u | (mag >> 13 & 0x3ffu);
     if (mag >= 0x477ff000u) return sign | 0x7c00u;  // 65520 and above
-    if (mag < 0x38800000u)                          // adding 1/2 rounds to a multiple of 2^-24, the subnormal unit
-      return sign | (bits(from_bits(mag) + 0.5f) - 0x3f000000u);
+    // adding 1/2 rounds to a multiple of 2^-24, the subnormal unit
+    if (mag < 0x38800000u) return sign | (bits(from_bits(mag) + 0.5f) - 0x3f000000u);
     return sign | (mag + 0xfffu + (mag >> 13 & 1u) - 0x38000000u) >> 13;
   }
 

@@ -1,14 +1,15 @@
-// low_rank: combine with products L_k R_k^T in the place of noise, computed for a block of rows and columns at a time.
+// low_rank: combine with the products L_k R_k^T in place of noise. The products are computed for one block of
+// rows and columns at a time.
 #include "combine.h"
 
 namespace zk::cpu {
 
-// Columns of right whose ranks lie together.
+// `right` is rearranged into panels: kPanel columns whose values of one rank lie next to each other.
 constexpr int64_t kPanel = 64;
 constexpr int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
 
-// Products of a direction that are computed at a time (32 KiB), and their place, with a panel's rest behind. low_rank takes
-// a scratch of kProducts floats a direction.
+// kBlock products of a direction (32 KiB) are computed at a time. The scratch has kProducts floats for each
+// direction, since the last panel of a block may reach beyond it.
 constexpr int64_t kBlock = 8192, kProducts = kBlock + kPanel;
 
 ZK_KERNEL(low_rank, const Combine&, const Span&, void* scratch)
@@ -16,20 +17,22 @@ ZK_KERNEL(low_rank, const Combine&, const Span&, void* scratch)
 }  // namespace zk::cpu
 
 #if defined(ZK_ISA)
-// --- the kernel, compiled once for each instruction set -----------------------------------------------------
+// --- the kernel, compiled once for each instruction set -----------------------------------------------
 
 #include "combine_kernel.h"
 
 namespace zk::cpu {
 namespace {
 
-// Wide blocks read and write parameters in long pieces, high ones use a panel for many rows: fp32 [1024, 1024] of rank 1
-// takes 0.159 ns an element in blocks of 8 x 512, 0.135 in 4 x 2048; [1000, 4096] of rank 64 1.04 in 4 x 1024, 0.80 so.
+// The largest width of a block. Wide blocks read and write the parameters in long pieces; high blocks use a
+// panel for more rows. fp32 [1024, 1024] of rank 1 takes 0.159 ns an element in blocks of 8 x 512 and 0.135
+// in 4 x 2048, and [1000, 4096] of rank 64 takes 1.04 in 4 x 1024 and 0.80 in 4 x 2048.
 constexpr int64_t kBlockColumns = 2048;
 
-// Rows of products with one panel of right: a chain of fmas for each, as many next to each other as registers hold.
-// Where a row ends inside the panel, what lies beyond is stored too: over what is computed later, which the order sees to
-// (columns from the last, rows from the first), or behind the block.
+// Computes `Rows` rows of products with one panel of right. Each product is a chain of fmas; as many chains
+// run side by side as the registers hold. Where a row ends inside the panel, the values beyond its end are
+// stored as well. They land behind the block, or on products that are computed later: columns go from the
+// last to the first, and rows from the first to the last.
 template <class L, int Rows>
 ZK_HD void multiply(const float* left, const float* panel, int64_t rank, float* to, int64_t stride) {
   using F = typename L::F;
@@ -51,7 +54,8 @@ ZK_HD void multiply(const float* left, const float* panel, int64_t rank, float* 
   }
 }
 
-// The products of `rows` rows from `row` on and `columns` columns from `column` on, row by row.
+// Computes the products of `rows` rows from `row` on and `columns` columns from `column` on, stored row by
+// row.
 template <class L>
 __attribute__((noinline)) void multiply_block(const Span& span, int64_t k, int64_t row, int64_t rows, int64_t column,
                                               int64_t columns, float* to) {
@@ -66,7 +70,7 @@ __attribute__((noinline)) void multiply_block(const Span& span, int64_t k, int64
   }
 }
 
-// In the place of noise: the products of elements from `origin` on, [direction][kProducts].
+// Takes the place of Noise (tile.h): the products [direction][kProducts] of the elements from `origin` on.
 template <class L, DType D>
 struct Products {
   using F = typename L::F;
@@ -79,7 +83,7 @@ struct Products {
   template <class Tile>
   ZK_HD void take(int64_t k, const Tile& tile) {
     load<L, DType::f32>(products + k * kProducts, tile.from(origin), z);
-    if constexpr (D != DType::f32) {  // rounding looks for no NaN
+    if constexpr (D != DType::f32) {  // because rounding does not look for NaNs
       for (int e = 0; e < 8; ++e) z[e] = without_payload(z[e]);
     }
   }
@@ -133,14 +137,14 @@ void ZK_ISA::low_rank(const Combine& op, const Span& span, void* scratch) {
 }  // namespace zk::cpu
 
 #else
-// --- the entry, compiled once ------------------------------------------------------------------------------
+// --- the entry, compiled once -------------------------------------------------------------------------
 
 #include "op.h"
 
 namespace zk::cpu {
 namespace {
 
-// right [K, n, r] as Span::right.
+// Rearranges right [K, n, r] into the panels of Span::right.
 void pack_panels(const float* right, int64_t count, int64_t columns, int64_t rank, float* to) {
   for (int64_t k = 0; k < count; ++k) {
     for (int64_t column = 0; column < panels_of(columns) * kPanel; ++column) {

@@ -1,7 +1,10 @@
-// What the entries of all operations share: they unpack tensors (stable ABI only), spread elements over torch's thread pool
-// and register themselves as torch.ops.zokernels_cpu.*. Arguments were checked in Python (zokernels/checks.py); the checks
-// here guard memory against a direct call. Kernels do not include this file: it holds inline code of torch and of the
-// standard library, which must be compiled without flags of an instruction set.
+// What the entries of all operations share. An entry unpacks its tensors (by torch's stable ABI only),
+// spreads the elements over torch's thread pool, and registers itself as torch.ops.zokernels_cpu.<op>. Python
+// has checked the arguments (zokernels/checks.py); the checks here protect memory where someone calls the
+// entry directly.
+//
+// Kernels do not include this file. It contains inline code of torch and of the standard library, which must
+// be compiled without the flags of an instruction set.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -25,11 +28,11 @@
 #define ZK_REGISTER(op, schema)                                      \
   STABLE_TORCH_LIBRARY_FRAGMENT(zokernels_cpu, m) { m.def(schema); } \
   STABLE_TORCH_LIBRARY_IMPL(zokernels_cpu, CPU, m) { m.impl(#op, TORCH_BOX(&op##_cpu)); }
-// The function <op>_planned_cpu, which takes a plan's table in the place of tensors.
+// Registers the function <op>_planned_cpu, which takes the table of a plan in place of tensors.
 #define ZK_REGISTER_PLANNED(op, schema)                              \
   STABLE_TORCH_LIBRARY_FRAGMENT(zokernels_cpu, m) { m.def(schema); } \
   STABLE_TORCH_LIBRARY_IMPL(zokernels_cpu, CPU, m) { m.impl(#op "_planned", TORCH_BOX(&op##_planned_cpu)); }
-// The same of a function without tensors, which has no dispatch key to go by.
+// The same for a function that takes no tensor: there is no tensor whose device could select the function.
 #define ZK_REGISTER_CONSTANT(op, schema)                             \
   STABLE_TORCH_LIBRARY_FRAGMENT(zokernels_cpu, m) { m.def(schema); } \
   STABLE_TORCH_LIBRARY_IMPL(zokernels_cpu, CompositeExplicitAutograd, m) { m.impl(#op, TORCH_BOX(&op##_cpu)); }
@@ -38,7 +41,7 @@ namespace zk::cpu {
 
 using torch::stable::Tensor;
 
-// At least this many elements a thread: about 30 us of work, ten times the cost of waking the pool.
+// A thread gets at least this many elements: about 30 us of work, ten times what it costs to wake the pool.
 constexpr int64_t kGrain = 32768;
 
 inline DType dtype_of(const Tensor& t) {
@@ -64,10 +67,12 @@ inline std::vector<float> without_payloads(const Tensor& values) {
   return result;
 }
 
-// body(piece, scratch) over the elements of all spans, which lie in the thread pool's pieces end to end.
+// Calls body(piece, scratch) in torch's thread pool until all elements of all spans are done. The pool
+// divides the spans as if they lay end to end, so a large tensor is shared among threads and a thread may
+// take several small ones.
 template <class Body>
 void parallel(const std::vector<Span>& spans, int64_t scratch_size, const Body& body) {
-  std::vector<int64_t> starts;  // elements before each span
+  std::vector<int64_t> starts;  // how many elements lie before each span
   int64_t total = 0;
   for (const Span& span : spans) {
     starts.push_back(total);
@@ -97,7 +102,8 @@ inline const void* ahead(const void* p, int64_t bytes) {
   return p == nullptr ? nullptr : static_cast<const std::byte*>(p) + bytes;
 }
 
-// What an operation's kernel gets: its terms, a span for each tensor that has elements, and what both point into.
+// What the kernel of an operation gets: the terms, a span for each tensor that has elements, and the arrays
+// that both point into.
 struct Call {
   const TermArgs& args;
   std::vector<PhiloxKey> keys;
@@ -128,7 +134,8 @@ struct Call {
     terms.mask_keep = static_cast<uint32_t>(args.mask_keep);
   }
 
-  // The spans; set(span, i) adds what the operation has of its own for tensor i. Keys and coefficients are complete.
+  // Adds the spans; set(span, i) fills in what only this operation has for tensor i. `keys` and `coeffs` must
+  // be complete, since the spans point into them.
   template <class Set>
   void add_spans(const TensorList& params, const Set& set) {
     terms.keys = keys.data();
@@ -150,6 +157,7 @@ struct Call {
     }
   }
 
+  // Adds the spans of the rows of a plan's table (op_args.h).
   void add_spans(const Rows& rows) {
     terms.keys = keys.data();
     spans.reserve(rows.count);
@@ -173,7 +181,8 @@ struct Call {
     }
   }
 
-  // scratch: bytes a direction; without it, what noise takes.
+  // Runs the kernel over all spans. `scratch` is in bytes for each direction; without it, as much as the
+  // noise needs.
   template <class Op, class Kernel>
   void run(const Op& op, const Kernel& kernel) const {
     run(op, kernel, op.dist == kRademacher ? kScratchPerDirection : 0);
@@ -188,9 +197,9 @@ struct Call {
     });
   }
 
-  DType state[2]{};  // of Span::more in update
+  DType state[2]{};  // of update: the dtypes of Span::more
 
-  // The part of a piece that lies in one row, as a piece of a tensor that is that row.
+  // The part of `piece` that lies in one row, as a piece of a tensor that consists of that row.
   Span row_of(const Span& piece, int64_t row) const {
     const int64_t first = row * piece.width, bytes = size_of(terms.dtype);
     Span part = piece;
@@ -207,7 +216,7 @@ struct Call {
   }
 };
 
-// For operations whose kernels know one piece only.
+// For operations whose kernels take only tensors that lie in one piece.
 inline void check_one_piece(const char* op, const TermArgs& args) {
   STD_TORCH_CHECK(args.widths.empty(), op, ": widths: expected none");
 }

@@ -1,17 +1,18 @@
-// project: sum of x z over a tile of 4096, in one order for every width (docs/contract.md). Pairs of elements are what a lane
-// holds on every instruction set, so a chain runs down the pairs of one column: 16 columns of a row of 32 elements, four rows
-// a segment. Only the sums of segments are float64.
+// project: the sum of x z over tiles of 4096 elements, in the same order for every instruction set
+// (docs/contract.md). On each of them a lane holds pairs of elements. So a tile is taken as rows of 32
+// elements, that is 16 columns of pairs, and a chain of fmas runs down one column for the four rows of a
+// segment. Only the sums of segments are float64.
 #include "kernels.h"
 
 namespace zk::cpu {
 
-// out[stride k]: the sum of x z_k over a span inside one logical tile of 4096.
+// Writes to out[stride * k] the sum of x z_k over a span that lies inside one logical tile of 4096.
 ZK_KERNEL(project, const Terms&, const Span&, void* scratch, double* out, int64_t stride)
 
 }  // namespace zk::cpu
 
 #if defined(ZK_ISA)
-// --- the kernel, compiled once for each instruction set -----------------------------------------------------
+// --- the kernel, compiled once for each instruction set -----------------------------------------------
 
 #include "tile.h"
 
@@ -20,7 +21,7 @@ namespace {
 
 constexpr int kSegment = 128, kSegments = kRademacherTile / kSegment, kColumns = 16;
 
-// Elements that were loaded before, a register each.
+// Reads elements that were converted to fp32 before, instead of those of the tensor.
 template <class L>
 struct Loaded {
   using T = float;
@@ -29,7 +30,8 @@ struct Loaded {
   }
 };
 
-// Segments [first, stop) of the tile that begins at `block`; array: the elements of segment `first` and on, as S loads them.
+// Sums the segments [first, stop) of the tile that begins at `block`. `array` points to the elements of
+// segment `first` and is read by S::load.
 template <class L, class S, Domain Dist>
 __attribute__((noinline)) double sum_of(const PhiloxKey& key, Stream stream, uint64_t block, const void* array,
                                         int first, int stop, bool ahead, void* scratch) {
@@ -87,7 +89,8 @@ void run(const Terms& op, const Span& span, void* scratch, double* out, int64_t 
     *out = sum_of<L, Storage<L, D>, Dist>(*op.keys, span.stream, block, x, first, stop, whole, scratch);
     return;
   }
-  // Converted once for all directions: Rademacher with eight of them 0.25 instead of 0.34 ns an element (fp32, busy machine).
+  // The elements are converted once for all directions. With eight Rademacher directions of fp32 that takes
+  // 0.25 instead of 0.34 ns an element (on a busy machine).
   alignas(64) float loaded[kRademacherTile];
   for (int at = 0; at < (stop - first) * kSegment; at += 8 * L::width) {
     typename L::F v[8];
@@ -119,16 +122,16 @@ void ZK_ISA::project(const Terms& op, const Span& span, void* scratch, double* o
 }  // namespace zk::cpu
 
 #else
-// --- the entry, compiled once ------------------------------------------------------------------------------
+// --- the entry, compiled once -------------------------------------------------------------------------
 
 #include "op.h"
 
 namespace zk::cpu {
 namespace {
 
-constexpr int64_t kSumTile = 4096;  // of check_project
+constexpr int64_t kSumTile = 4096;  // as check_project (op_args.h) counts tiles
 
-// Sums of a tile in `partial`.
+// How many sums each tile has in `partial`.
 int64_t project_columns_cpu() { return 1; }
 
 void project_cpu(Tensor partial, TensorList tensors, Tensor seeds, std::vector<int64_t> streams,
@@ -139,7 +142,7 @@ void project_cpu(Tensor partial, TensorList tensors, Tensor seeds, std::vector<i
   std::vector<PhiloxKey> keys;
   for (int64_t k = 0; k < count; ++k) keys.push_back(philox_key(data<uint64_t>(seeds)[k]));
   std::vector<Span> spans;
-  std::vector<int64_t> starts;  // tiles before each span
+  std::vector<int64_t> starts;  // how many tiles lie before each span
   int64_t before = 0;
   for (size_t i = 0; i < tensors.size(); ++i) {
     Span span{};

@@ -1,15 +1,16 @@
-// squares: integer sums of the directions' squares, the same in any order.
+// squares: for each direction the sum of z^2. The squares are integers, so the order of the sum does not
+// matter.
 #include "kernels.h"
 
 namespace zk::cpu {
 
-// Adds the sum of each direction's squares in units of 2^-20 to sums [K]; normal noise.
+// Adds to sums [K] the sum of each direction's squares, in units of 2^-20. For normal noise alone.
 ZK_KERNEL(squares, const Terms&, const Span&, uint64_t* sums)
 
 }  // namespace zk::cpu
 
 #if defined(ZK_ISA)
-// --- the kernel, compiled once for each instruction set -----------------------------------------------------
+// --- the kernel, compiled once for each instruction set -----------------------------------------------
 
 #include "tile.h"
 
@@ -50,7 +51,7 @@ void ZK_ISA::squares(const Terms& op, const Span& span, uint64_t* sums) { run<ZK
 }  // namespace zk::cpu
 
 #else
-// --- the entry, compiled once ------------------------------------------------------------------------------
+// --- the entry, compiled once -------------------------------------------------------------------------
 
 #include "op.h"
 
@@ -80,7 +81,7 @@ Tensor squares_cpu(Tensor seeds, std::vector<int64_t> sizes, std::vector<int64_t
   auto* sums = static_cast<uint64_t*>(result.mutable_data_ptr());
   const bool signs = static_cast<Domain>(dist) == kRademacher;
   std::fill(sums, sums + count, signs ? static_cast<uint64_t>(total) << 20 : 0);
-  if (signs) return result;  // every square is 1
+  if (signs) return result;  // every square is 1, so the sum is the number of elements
 
   Terms terms{};
   terms.keys = keys.data();

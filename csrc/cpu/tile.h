@@ -1,7 +1,9 @@
-// What the CPU kernels share, for any set of lanes L: storage of a dtype, noise, masks, and the walk over tiles.
+// What the CPU kernels share, for any set of lanes L: storage of a dtype, noise, masks, and the walk over
+// tiles.
 //
-// Work proceeds in tiles of L::width blocks of eight elements, aligned to logical indices. A tile that the span covers in
-// part goes through a small buffer, so there is no second code path for heads and tails.
+// Work proceeds in tiles of L::width blocks of eight elements, which are aligned to logical indices. A tile
+// that the span covers only in part is computed in a small buffer, so heads and tails of a tensor need no
+// code of their own.
 #pragma once
 
 #include "../noise/integers.h"
@@ -69,14 +71,16 @@ struct Storage<L, DType::f16> {
   }
 };
 
-// Two elements a word, as halves have, so that a register of words has its elements where the noise has them.
+// A word holds two elements, as it does in half precision, so the elements of a register are those of its
+// noise.
 template <class L>
 struct Storage<L, DType::i8> {
   using T = uint8_t;
   using F = typename L::F;
   using U = typename L::U;
   static ZK_HD void load(const T* p, F x[8]) {
-    const F unit = Splat<F>::of(0x1p-24f);  // a byte in the highest place is its value times 2^24
+    // a word with the byte in its highest place is the value times 2^24
+    const F unit = Splat<F>::of(0x1p-24f);
     U w[4];
     L::load_byte_pairs(p, w);
     for (int i = 0; i < 4; ++i) {
@@ -102,7 +106,7 @@ struct Storage<L, DType::i8> {
   }
 };
 
-// Codes without their scales, of wire buffers: nothing is stored so.
+// The codes of a wire buffer, without their scales. Only encode writes them, so there is no store here.
 template <class L>
 struct Storage<L, DType::e4m3> {
   using T = uint8_t;
@@ -130,17 +134,19 @@ ZK_HD Words<typename L::U> draw(const PhiloxKey& key, uint64_t block, Stream str
                    stream.with(domain), key);
 }
 
-// The noise of a run of tiles, asked for in order: every direction of a tile, then the next tile.
-// count: directions a tile. scratch: kScratchPerDirection bytes a direction.
-//   enter     once before some tiles: the blocks [block, stop), or as many of them as it returns
-//   take      direction k of a tile
-//   add_to    to = from + c z
-//   values    z
+// The noise of a run of tiles. The caller asks for it in order: all `count` directions of a tile, then the
+// next tile. scratch has kScratchPerDirection bytes for each direction. The functions:
+//   enter(block, stop)   prepares the blocks from `block` on, and returns the first block that it has not
+//                        prepared, at most `stop`; the caller enters again there
+//   take(k, tile)        makes z the noise of direction k for a tile
+//   add_to(from, c, to)  to = from + c z
+//   values(to)           to = z
 template <class L, Domain Dist>
 struct Noise;
 
-// Words are drawn one request ahead, two rounds next to each pair of the transform: each alone is a chain of dependent
-// instructions that leaves the machine idle half of the time.
+// The random words are drawn one request ahead: while the transform turns the words at hand into normals, two
+// rounds of Philox for the next request run beside each pair of elements. Each of the two alone is a chain of
+// dependent instructions, during which the machine would idle half of the time.
 template <class L>
 struct Noise<L, kNormal> {
   using F = typename L::F;
@@ -180,7 +186,9 @@ struct Noise<L, kRademacher> {
   const PhiloxKey* keys;
   int64_t count;
   Stream stream;
-  uint32_t* signs;  // of a tile of 4096, [direction][vec / 4 % 8][vec / 32]: the bytes of four consecutive vecs
+  // The sign bits of a tile of 4096 elements, for each direction. A vec is eight elements, whose signs are a
+  // byte; a word at [direction][vec / 4 % 8][vec / 32] holds those of four consecutive vecs.
+  uint32_t* signs;
   const uint32_t* here = nullptr;
   int vec = 0;
 
@@ -209,7 +217,7 @@ struct Noise<L, kRademacher> {
     here = signs + k * (kRademacherTile / 32) + (vec / 4 & 7) * 16 + (vec >> 5);
   }
   ZK_HD void add_to(const F from[8], F c, F to[8]) const {
-    for (int i = 0; i < 4; ++i) {  // fma(c, +-1, from)
+    for (int i = 0; i < 4; ++i) {  // from + (+-c) is the contract's fma(c, +-1, from): the product is exact
       F c0, c1;
       L::plus_minus(here, vec, i, c, c0, c1);
       to[2 * i] = add(from[2 * i], c0);
@@ -221,12 +229,13 @@ struct Noise<L, kRademacher> {
   }
 };
 
-// Outputs of this many bytes that the operation does not read bypass the caches, as a large memcpy does, which saves reading
-// what is overwritten: Rademacher bf16 out of place 0.083 instead of 0.104 ns an element.
+// An output of at least this many bytes that the operation does not read is written past the caches, as a
+// large memcpy does. The memory then need not be read before it is overwritten. Rademacher bf16 out of place
+// takes 0.083 instead of 0.104 ns an element.
 constexpr int64_t kStream = 8 << 20;
 
-// A tile of which elements [skip, skip + count) are to be computed; the first of them is element `first` of the tensor.
-// run: elements of the whole tiles that are computed in a row.
+// A tile. Its elements [skip, skip + count) are to be computed, and the first of them is element `first` of
+// the tensor. `run` is the number of elements in the run of whole tiles to which this one belongs.
 template <class L, bool Whole>
 struct Tile {
   static constexpr int64_t size = 8 * L::width;
@@ -235,10 +244,11 @@ struct Tile {
   int64_t first;
   int64_t skip = 0, count = size, run = 0;
 
-  // The tile as one of an array whose first element is element `origin` of the tensor.
+  // The same tile for an array that begins with element `origin` of the tensor.
   ZK_HD Tile from(int64_t origin) const { return {block, first - origin, skip, count, run}; }
 
-  // The tile's elements of an array over the tensor: in place, or a copy with zeros around.
+  // Calls body(pointer) with the tile's elements of an array as large as the tensor. A whole tile is read
+  // where it lies, a partial one from a copy that is filled up with zeros.
   template <class T, class Body>
   ZK_HD void read(const void* array, const Body& body) const {
     const T* p = static_cast<const T*>(array) + first;
@@ -250,7 +260,7 @@ struct Tile {
       body(static_cast<const T*>(buffer));
     }
   }
-  // fresh: the operation does not read the array.
+  // Calls body(pointer), which writes the tile. `fresh` says that the operation does not read the array.
   template <class T, class Body>
   ZK_HD void write(void* array, bool fresh, const Body& body) const {
     alignas(64) T buffer[size];
@@ -266,8 +276,9 @@ struct Tile {
   }
 };
 
-// The tiles of blocks [block, stop), whole. Apart from the others, so that nothing is asked that a partial tile would need,
-// and with body by value: what it holds by value then stays in registers, whatever is stored to.
+// Computes the whole tiles of blocks [block, stop). It is a function of its own so that no condition of a
+// partial tile is tested here. `body` comes by value: what it holds by value can then stay in registers,
+// because no store through a pointer can change it.
 template <class L, class Begin, class Body>
 __attribute__((noinline)) void whole_tiles(uint64_t block, uint64_t stop, int64_t first, const Begin& begin,
                                            Body body) {
@@ -288,8 +299,9 @@ __attribute__((noinline)) void part_tile(const Tile<L, false>& tile, const Begin
   body(tile, noise);
 }
 
-// body(tile, noise) over the tiles of a span; begin(block) is the noise from that block on.
-// Indices are logical; positions in the tensor are differences, to stay inside the arrays.
+// Calls body(tile, noise) for the tiles of a span; begin(block) makes the noise from that block on. Blocks
+// and `index` count logical elements; `first` counts elements of the tensor, so that no pointer leaves its
+// array.
 template <class L, class Begin, class Body>
 void for_tiles(const Span& span, const Begin& begin, const Body& body) {
   constexpr int64_t size = Tile<L, true>::size;
@@ -321,7 +333,8 @@ ZK_HD void store(void* array, const Tile& tile, const typename L::F x[8], const 
                                      [&](auto* p) ZK_INLINE { S::template store<Stochastic>(p, x, random); });
 }
 
-// An array that is no parameter of half precision: its NaNs are made canonical, because rounding looks for none.
+// Loads a state or a curvature. Rounding does not look for NaNs (noise/rounding.h), so those of fp32 arrays
+// are made canonical here; those of bf16 end in zeros and are harmless.
 template <class L, class Tile>
 ZK_HD void load_state(DType dtype, const void* array, const Tile& tile, typename L::F x[8]) {
   if (dtype == DType::bf16) return load<L, DType::bf16>(array, tile, x);
@@ -329,14 +342,15 @@ ZK_HD void load_state(DType dtype, const void* array, const Tile& tile, typename
   for (int e = 0; e < 8; ++e) x[e] = without_payload(x[e]);
 }
 
-// kept[e]: top bit set where the masks keep the element; false: there is no mask.
+// Sets the top bit of kept[e] where the masks keep the element. Returns false, and sets nothing, if there is
+// no mask.
 template <class L, class Tile>
 ZK_HD bool draw_mask(const Terms& op, const Span& span, const Tile& tile, typename L::U kept[8]) {
   using U = typename L::U;
   if (span.mask == nullptr && !op.has_mask_seed) return false;
   for (int e = 0; e < 8; ++e) kept[e] = Splat<U>::of(0x80000000u);
   if (span.mask != nullptr) {
-    const int64_t lead = static_cast<int64_t>(span.offset % 8);  // of element 0 in its byte
+    const int64_t lead = static_cast<int64_t>(span.offset % 8);  // the place of element 0 in its byte
     const int64_t from = (tile.first + lead) / 8, to = (tile.first + lead + tile.count + 7) / 8;
     alignas(64) uint8_t bytes[L::width] = {};
     __builtin_memcpy(bytes + tile.skip / 8, span.mask + from, to - from);
@@ -349,8 +363,9 @@ ZK_HD bool draw_mask(const Terms& op, const Span& span, const Tile& tile, typena
   return true;
 }
 
-// Asks for the tile kPrefetch bytes ahead: the hardware's own prefetch stops at pages and starts late. Rademacher bf16 in
-// place, in memory: 0.074 ns an element without, 0.080 with 2 KiB, 0.069 with 4, 0.068 with 8 or 16, a plain pass 0.066.
+// Fetches the memory that lies kPrefetch bytes ahead, because the hardware's own prefetch stops at each page
+// and starts late. Rademacher bf16 in place, from memory, takes 0.074 ns an element without it, 0.080 with 2
+// KiB, 0.069 with 4 and 0.068 with 8 or 16; a plain pass over the same bytes takes 0.066.
 constexpr uint64_t kPrefetch = 8192;
 
 ZK_HD void prefetch(const void* p, uint64_t bytes) {

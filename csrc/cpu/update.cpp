@@ -1,4 +1,5 @@
-// update: theta and the states of a rule from what the directions add up to, in one pass. The rules: noise/rules.h.
+// update: theta and the states of an update rule, from the sum of the directions, in one pass. noise/rules.h
+// has the rules.
 #include "kernels.h"
 
 namespace zk::cpu {
@@ -14,20 +15,22 @@ ZK_KERNEL(update, const Update&, const Span&, void* scratch)
 }  // namespace zk::cpu
 
 #if defined(ZK_ISA)
-// --- the kernel, compiled once for each instruction set -----------------------------------------------------
+// --- the kernel, compiled once for each instruction set -----------------------------------------------
 
 #include "tile.h"
 
 namespace zk::cpu {
 namespace {
 
-// One kernel for all dtypes: a branch a tile costs nothing beside the noise.
+// One kernel serves all dtypes: beside the noise, a branch for each tile costs nothing.
 template <class L, class Tile>
 ZK_HD void load_param(DType dtype, const void* array, const Tile& tile, typename L::F x[8]) {
-  dtype == DType::f16 ? load<L, DType::f16>(array, tile, x) : load_state<L>(dtype, array, tile, x);
+  if (dtype != DType::f16) return load_state<L>(dtype, array, tile, x);
+  load<L, DType::f16>(array, tile, x);
+  for (int e = 0; e < 8; ++e) x[e] = without_payload(x[e]);  // a state of bf16 has fewer bits than this one's
 }
 
-// Rounded with the fields of `domain` where the op rounds stochastically.
+// Stores values, rounded with the random fields of `domain` if the operation rounds stochastically.
 template <class L, class Tile>
 ZK_HD void store_rounded(const Terms& op, DType dtype, uint32_t domain, Stream stream, void* array, const Tile& tile,
                          const typename L::F x[8]) {
@@ -111,7 +114,7 @@ void ZK_ISA::update(const Update& op, const Span& span, void* scratch) {
 }  // namespace zk::cpu
 
 #else
-// --- the entry, compiled once ------------------------------------------------------------------------------
+// --- the entry, compiled once -------------------------------------------------------------------------
 
 #include "op.h"
 

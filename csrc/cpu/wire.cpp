@@ -1,10 +1,11 @@
-// encode: parameters as the bytes of a wire format. A block of 32 is an array, whose loops the compiler vectorizes.
-// decode and decode_fan_out: the combine kernel with another load.
+// encode: parameters as the bytes of a wire format. A block of 32 elements is an array, and the compiler
+// vectorizes the loops over it. decode and decode_fan_out: the combine kernel, which loads from a wire
+// buffer.
 #include "combine.h"
 
 namespace zk::cpu {
 
-// One tensor; blocks of 32 logical indices, of which block 0 has element 0.
+// One tensor to encode. Blocks are 32 logical indices; block 0 is the one that contains element 0.
 struct Encode {
   const void* in;
   uint8_t* out;
@@ -18,7 +19,7 @@ ZK_KERNEL(encode, const Encode&, int64_t begin, int64_t end)
 }  // namespace zk::cpu
 
 #if defined(ZK_ISA)
-// --- the kernel, compiled once for each instruction set -----------------------------------------------------
+// --- the kernel, compiled once for each instruction set -----------------------------------------------
 
 #include "../noise/wire.h"
 #include "lanes_portable.h"
@@ -43,7 +44,7 @@ ZK_HD Element<W> to_sixteen(float x) {
   return static_cast<uint16_t>(Portable::to_half(zk::from_bits(saturated_half(zk::bits(x)))));
 }
 
-// Codes of a block, whose elements that do not exist are 0; gives the scale byte.
+// Encodes a block, in which elements beyond the tensor are 0, and returns its scale byte.
 template <DType W>
 ZK_HD uint32_t encode_block(const float x[kWireBlock], uint8_t code[kWireBlock]) {
   uint32_t top = 0;
@@ -66,7 +67,8 @@ ZK_HD uint32_t encode_block(const float x[kWireBlock], uint8_t code[kWireBlock])
   return scale;
 }
 
-// Elements [from, from + count) of a block; Whole: all 32, so that copies have a constant size.
+// Encodes elements [from, from + count) of a block. Whole: these are all 32, so that copies have a constant
+// size.
 template <DType D, DType W, bool Whole>
 ZK_HD void run_block(const Encode& op, int64_t block, int64_t from, int64_t count) {
   using T = Element<D>;
@@ -131,7 +133,7 @@ void ZK_ISA::encode(const Encode& op, int64_t begin, int64_t end) {
 }  // namespace zk::cpu
 
 #else
-// --- the entry, compiled once ------------------------------------------------------------------------------
+// --- the entry, compiled once -------------------------------------------------------------------------
 
 #include "op.h"
 
@@ -143,7 +145,7 @@ void encode_cpu(TensorList out, TensorList params, int64_t wire, std::vector<int
   check_beside("encode", params, params);
   check_wires("encode", out, wire, params, offsets);
   std::vector<Encode> ops;
-  std::vector<int64_t> starts;  // blocks before each tensor
+  std::vector<int64_t> starts;  // how many blocks lie before each tensor
   int64_t total = 0;
   for (size_t i = 0; i < params.size(); ++i) {
     const int64_t numel = params[i].numel();

@@ -80,7 +80,7 @@ ZK_GLOBAL combine_normal_kernel(ZK_GRID_CONSTANT CombineLaunch<Bytes> p) {
     apply_decay<Decay>(p, decay, acc);
     const auto direction = [&](const PhiloxKey& k, float c) {
       float z[kVector];
-      normal8(draw(k, b, stream, kNormal), z, p.mantissa);
+      normals(draw(k, b, stream, kNormal), z, p.mantissa);
       ZK_UNROLL
       for (int e = 0; e < kVector; ++e) acc[e] = fma(c, z[e], acc[e]);
     };
@@ -93,7 +93,7 @@ ZK_GLOBAL combine_normal_kernel(ZK_GRID_CONSTANT CombineLaunch<Bytes> p) {
     Words<uint32_t> random{};
     if constexpr (kRound) random = draw(rounding, b, stream, kRounding);
     float z[kVector];
-    if constexpr (FanOut) normal8(draw(probe_key, b, stream, kNormal), z, p.mantissa);
+    if constexpr (FanOut) normals(draw(probe_key, b, stream, kNormal), z, p.mantissa);
     finish<D, kRound, FanOut>(p, t, at, acc, random, [&](float sign, const float from[kVector], float to[kVector]) {
       const float c = mul(sign, *p.probe_coeff);
       ZK_UNROLL
@@ -108,8 +108,8 @@ ZK_GLOBAL combine_normal_kernel(ZK_GRID_CONSTANT CombineLaunch<Bytes> p) {
     const auto access = [&](int s) {
       return VectorAccess{position + static_cast<int64_t>(threadIdx.x) * kVector, s * kThreads};
     };
-    // Loads in flight. A fan-out holds the keys of up to three seeds and would spill with eight.
-    constexpr int kFlight = FanOut ? 4 : kSteps;
+    // Loads in flight. A fan-out that rounds holds the keys of three seeds and would spill with four.
+    constexpr int kFlight = FanOut && kRound ? 2 : 4;
     ZK_NO_UNROLL
     for (int first = 0; first < kSteps; first += kFlight) {
       typename S::Raw raw[kFlight];

@@ -7,8 +7,8 @@
 // Threads neither communicate nor synchronise, so tests/cuda_on_host runs the kernels on the CPU, thread by thread.
 #pragma once
 
-#include "../noise/normal.h"
 #include "../noise/rademacher.h"
+#include "pair.cuh"
 #include "storage.cuh"
 #include "update.h"
 
@@ -244,7 +244,7 @@ struct Noise<Tile<kNormal>> {
   ZK_DEVICE Noise(uint64_t seed, const Tile<kNormal>&) : key(philox_key(seed)) {}
   template <bool Whole>
   ZK_DEVICE void vec(const Tile<kNormal>& tile, int step, float z[kVector]) const {
-    normal8(draw(key, tile.template block<Whole>(step), tile.stream, kNormal), z, tile.mantissa);
+    normals(draw(key, tile.template block<Whole>(step), tile.stream, kNormal), z, tile.mantissa);
   }
 };
 
@@ -270,7 +270,7 @@ struct Noise<RowTile<kNormal>> {
   ZK_DEVICE Noise(uint64_t seed, const RowTile<kNormal>&) : key(philox_key(seed)) {}
   template <bool Whole>
   ZK_DEVICE void vec(const RowTile<kNormal>& tile, int step, float z[kVector]) const {
-    normal8(draw(key, tile.template block<Whole>(step), tile.stream, kNormal), z, tile.mantissa);
+    normals(draw(key, tile.template block<Whole>(step), tile.stream, kNormal), z, tile.mantissa);
   }
 };
 

@@ -62,7 +62,7 @@ struct SumNoise<kNormal> {
   ZK_DEVICE SumNoise(uint64_t seed, const SumTile&) : key(philox_key(seed)) {}
   ZK_DEVICE void vec(const SumTile& tile, int segment, int row, float z[kVector]) const {
     // The tile's first block is a multiple of 512: no carry into the upper word.
-    normal8(draw(key, tile.start / kVector | tile.vec(segment, row), tile.stream, kNormal), z, tile.mantissa);
+    normals(draw(key, tile.start / kVector | tile.vec(segment, row), tile.stream, kNormal), z, tile.mantissa);
   }
 };
 

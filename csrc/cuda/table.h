@@ -15,7 +15,7 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kVector = 8;  // elements of a Philox block, and of a thread's access
 
 // Elements of a thread block's chunk. Normal: kSteps blocks of eight a thread. Rademacher: a tile of 4096 a warp.
-constexpr int kSteps = 8;
+constexpr int kSteps = 16;
 constexpr int64_t kNormalChunk = int64_t{kThreads} * kVector * kSteps;
 constexpr int64_t kRademacherChunk = int64_t{kWarps} * 4096;
 

@@ -51,7 +51,8 @@ struct PhiloxState {
   C x[4];
 
   // The lanes differ in c0 alone: the upper counter words are one value for all, so half of round 1 and of round 2 is
-  // scalar work that a compiler hoists (37 instead of 40 multiply-and-xor instructions a block).
+  // scalar work that a compiler hoists (37 instead of 40 multiply-and-xor instructions a block). Word 3 after round 2 is
+  // one value too: it takes the key of round 3 here, which round() then leaves out.
   ZK_HD PhiloxState(C c0, uint32_t c1, uint32_t c2, uint32_t c3, const PhiloxKey& key) {
     uint32_t u_hi, u_lo, u0_hi, u0_lo;
     C hi0, lo0, hi1, lo1;
@@ -62,7 +63,7 @@ struct PhiloxState {
     x[0] = hi1 ^ Splat<C>::of(u_lo ^ key.k0[1]);
     x[1] = lo1;
     x[2] = lo0 ^ Splat<C>::of(u0_hi ^ key.k1[1]);
-    x[3] = Splat<C>::of(u0_lo);
+    x[3] = Splat<C>::of(u0_lo ^ key.k1[2]);
   }
 
   ZK_HD void round(const PhiloxKey& key, int r) {
@@ -71,7 +72,7 @@ struct PhiloxState {
     mul_wide(x[2], m1, hi1, lo1);
     x[0] = xor3(hi1, x[1], Splat<C>::of(key.k0[r]));
     x[1] = lo1;
-    x[2] = xor3(hi0, x[3], Splat<C>::of(key.k1[r]));
+    x[2] = r == 2 ? hi0 ^ x[3] : xor3(hi0, x[3], Splat<C>::of(key.k1[r]));
     x[3] = lo0;
   }
 

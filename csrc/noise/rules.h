@@ -1,12 +1,15 @@
-// The rules of update: theta and its states from what the directions add up to. Formulas and hyper: zokernels/functional.py.
+// The rules of update, each of which makes a new theta and new states from sums over the directions. Their
+// formulas and hyper values are documented at update_ in zokernels/ops/update.py.
 //
-// A rule is a functor over lanes F. h: its hyper values, c: a coefficient for each direction, both on the host free of NaN
-// payloads (canonical_nan).
-//   states, sums      how many state tensors it has, and values that it sums for each element (from 0)
-//   values            how many hyper values it has; value_per_seed: and then one for each direction
-//   accumulate        takes direction k, whose noise is z, into the sums
+// A rule is a functor over lanes F. Its arguments h are the hyper values, and c a coefficient for each
+// direction. On the host a value of either that is NaN has no payload (canonical_nan). A rule has:
+//   states            the number of its state tensors
+//   sums              the number of values that it sums for each element; each sum begins at 0
+//   values            the number of its hyper values
+//   value_per_seed    whether one more hyper value for each direction follows
+//   accumulate        adds direction k, whose noise is z, to the sums
 //   apply             returns the new theta and replaces the states
-// A further rule is a functor here, a line of ZK_RULES, and its row in zokernels/_ops.py.
+// A further rule is a functor here, a line of ZK_RULES, and a row of RULES in zokernels/ops/update.py.
 #pragma once
 
 #include "rounding.h"

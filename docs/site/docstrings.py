@@ -31,6 +31,12 @@ def for_markdown(text: str) -> str:
 class ForMarkdown(griffe.Extension):
     """Applied to every object as it is read."""
 
+    def on_function(self, *, func: griffe.Function, **kwargs: Any) -> None:
+        """An operation that gets its arguments from the function behind it (zokernels/ops/arguments.py) shows them."""
+        if any(str(d.value) in ("in_place(_call)", "out_of_place(_call)") for d in func.decorators):
+            own = [p for p in func.parameters if p.kind is griffe.ParameterKind.positional_or_keyword]
+            func.parameters = griffe.Parameters(*own, *list(func.parent["_call"].parameters)[2:])
+
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring:
             obj.docstring.value = for_markdown(obj.docstring.value)

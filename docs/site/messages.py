@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-#: Links of the source tree into the package: programs, with messages of their own.
-_PROGRAMS = ("bench", "examples")
 
 
 @dataclass(frozen=True)
@@ -116,8 +114,7 @@ def _native(path: pathlib.Path) -> Iterator[Message]:
 
 
 def python_files() -> list[pathlib.Path]:
-    package = ROOT / "zokernels"
-    return [p for p in sorted(package.rglob("*.py")) if p.relative_to(package).parts[0] not in _PROGRAMS]
+    return sorted((ROOT / "zokernels").rglob("*.py"))
 
 
 def native_files() -> list[pathlib.Path]:

@@ -91,6 +91,7 @@ int main() {
   std::vector<const char*> sets = {"portable"};
   if (has_avx2()) sets.push_back("avx2");
   if (has_avx512()) sets.push_back("avx512");
+  if (has_neon()) sets.push_back("neon");
   const Kernel portable = ZK_KERNEL_OF(combine, "portable");
   for (const char* isa : sets) {
     const Kernel kernel = ZK_KERNEL_OF(combine, isa);

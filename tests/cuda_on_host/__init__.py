@@ -23,8 +23,18 @@ TORCH = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY", "-I
 TORCH += ["-isystem", str(pathlib.Path(torch.__file__).parent / "include")]
 
 
+#: The library that this process has loaded.
+_loaded: pathlib.Path | None = None
+
+
 def build(folder: pathlib.Path, *flags: str) -> pathlib.Path:
-    """Compiles csrc/cuda as torch.ops.zokernels_cuda_on_host and loads it; ``flags``: for the compiler."""
+    """Compiles csrc/cuda as torch.ops.zokernels_cuda_on_host and loads it; ``flags``: for the compiler.
+
+    A process can define its operations only once: a second test file that asks gets the library of the first.
+    """
+    global _loaded
+    if _loaded is not None:
+        return _loaded
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler")
@@ -38,6 +48,7 @@ def build(folder: pathlib.Path, *flags: str) -> pathlib.Path:
     source = ROOT / "tests/cuda_on_host/library.cpp"
     subprocess.run([*command, "-I", str(folder), str(source), "-o", str(target), *libraries], check=True)
     torch.ops.load_library(target)
+    _loaded = target
     return target
 
 

@@ -110,10 +110,10 @@ def _prmt(a: Array, b: Array, selector: Array) -> Array:
 
 
 def _bfi(a: Array, b: Array, position: Array, length: Array) -> Array:
-    """The low ``length`` bits of a put into b at ``position``; both are constants of the code, below 32."""
+    """The low ``length`` bits of a put into b at ``position``; both are constants of the code, below its width."""
     mask = ((np.uint64(1) << length.astype(np.uint64)) - np.uint64(1)) << position.astype(np.uint64)
     put = a.astype(np.uint64) << position.astype(np.uint64)
-    return (put & mask | b.astype(np.uint64) & ~mask).astype(np.uint32)
+    return (put & mask | b.astype(np.uint64) & ~mask).astype(a.dtype)
 
 
 def _bfe(a: Array, position: Array, length: Array) -> Array:
@@ -146,6 +146,21 @@ _FLOAT_ONLY = {  # true where one is NaN; neither; either
     "nan": lambda a, b: np.isnan(a) | np.isnan(b),
 }
 _FLOAT_NE = lambda a, b: (a != b) & ~np.isnan(a) & ~np.isnan(b)
+
+
+def _in_pairs(function: Callable[..., Array]) -> Callable[..., Array]:
+    """A function of fp32 on the two halves of 64 bits."""
+
+    def both(*operands: Array) -> Array:
+        halves = [np.ascontiguousarray(np.atleast_1d(a)).view(np.float32) for a in operands]
+        return function(*halves).view(np.uint64)
+
+    return both
+
+
+def _dp2a_low(a: Array, b: Array, c: Array) -> Array:
+    """c + the two halves of a, times the two lowest bytes of b."""
+    return c + (a & 0xFFFF) * (b & 0xFF) + (a >> 16) * (b >> 8 & 0xFF)
 
 
 def _rules() -> dict[str, Rule]:
@@ -192,7 +207,9 @@ def _rules() -> dict[str, Rule]:
         rule(f"{name}.pred", "pred", "pred pred", function)
     rule("not.pred", "pred", "pred", np.logical_not)
     rule("prmt.b32", "b32", "b32 b32 b32", _prmt)
-    rule("bfi.b32", "b32", "b32 b32 u32 u32", _bfi)
+    rule("dp2a.lo.u32.u32", "u32", "u32 u32 u32", _dp2a_low)
+    for b in ("b32", "b64"):
+        rule(f"bfi.{b}", b, f"{b} {b} u32 u32", _bfi)
     for t in ("u32", "s32", "u64", "s64"):
         rule(f"bfe.{t}", t, f"{t} u32 u32", _bfe)
     wrap = lambda low, high, n: (
@@ -212,6 +229,8 @@ def _rules() -> dict[str, Rule]:
         for name, function in {**_COMPARE, **_FLOAT_ONLY, "ne": _FLOAT_NE}.items():
             rule(f"setp.{name}.{t}", "pred", f"{t} {t}", function)
     rule("fma.rn.f32", "f32", "f32 f32 f32", fma32)
+    rule("fma.rn.f32x2", "b64", "b64 b64 b64", _in_pairs(fma32))
+    rule("mul.rn.f32x2", "b64", "b64 b64", _in_pairs(np.multiply))
     rule("div.rn.f32", "f32", "f32 f32", np.divide)
     rule("sqrt.rn.f32", "f32", "f32", np.sqrt)
     rule("min.f32", "f32", "f32 f32", _least)

@@ -9,6 +9,7 @@ SIZES = {"pred": 0, **{f"{kind}{bits}": bits // 8 for kind in "bsuf" for bits in
 
 _ENTRY = re.compile(r"\.entry\s+(\w+)\s*\((.*?)\)\s*((?:\.\w+\s+[\d, ]+\s*)*)\{", re.DOTALL)
 _PARAMETER = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+((?:\.\w+\s+|\d+\s+)*)(\w+)(?:\[(\d+)\])?\s*$")
+_SHARED = re.compile(r"\.extern\s+\.shared\s+\.align\s+\d+\s+\.b8\s+(\w+)\[\]\s*;")
 _REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*)$")
 _STATEMENT = re.compile(r"(?:@(!?)([%\w]+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.DOTALL)
 _OPERAND = re.compile(r"\s*(\[[^\]]*\]|\{[^}]*\}|[^,\s][^,]*)\s*(?:,|$)")
@@ -38,6 +39,7 @@ class Kernel:
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)  #: name -> number of the instruction that follows
     registers: dict[str, str] = field(default_factory=dict)  #: name -> type
+    shared: str | None = None  #: the name of shared memory whose size the launch says
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -127,23 +129,23 @@ def _add(kernel: Kernel, statement: str, scopes: list[dict[str, str]], opened: i
     kernel.instructions.append(Instruction(guard, match[1] == "!", match[3], operands))
 
 
-def entries(text: str) -> list[str]:
-    """The (mangled) names of a module's kernels."""
-    return [match[1] for match in _ENTRY.finditer(text)]
+def entries(text: str) -> dict[str, str]:
+    """The text of each of a module's kernels, by their (mangled) names."""
+    found = list(_ENTRY.finditer(text))
+    ends = [match.start() for match in found[1:]] + [len(text)]
+    return {match[1]: text[match.start() : end] for match, end in zip(found, ends, strict=True)}
 
 
-def parse(text: str, name: str | None = None) -> dict[str, Kernel]:
-    """The kernels of a module by (mangled) name; with ``name`` that one alone."""
-    if name is not None:  # of a large module little is read
-        found = next((m for m in _ENTRY.finditer(text) if m[1] == name), None)
-        text = "" if found is None else text[found.start() : _block(text, found.end())[1]]
+def parse(text: str) -> dict[str, Kernel]:
+    """The kernels of a module by (mangled) name."""
+    shared = _SHARED.search(text)
     text = re.sub(r"//[^\n]*", "", text)
     kernels, at = {}, 0
     while match := _ENTRY.search(text, at):
         threads = re.search(r"\.(?:maxntid|reqntid)\s+(\d+)", match[3])
         if threads is None:
             raise PtxError(f"{match[1]}: expected .maxntid or .reqntid")
-        kernel = Kernel(match[1], _parameters(match[2]), int(threads[1]))
+        kernel = Kernel(match[1], _parameters(match[2]), int(threads[1]), shared=shared and shared[1])
         body, at = _block(text, match.end())
         _fill(kernel, body)
         kernels[kernel.name] = kernel

@@ -45,11 +45,6 @@ class Terms(NamedTuple):
         return self.offsets[i] + row * self.lengths[i] + column
 
     @property
-    def is_plain(self) -> bool:
-        """One coefficient a direction, no mask, no curvature."""
-        return self.coeffs.dim() == 1 and not self.masks and self.mask_seed is None and not self.curvature
-
-    @property
     def packed(self) -> tuple[Any, ...]:
         """The fields as the compiled libraries take them (csrc/op_args.h)."""
         noise = self.seeds, self.coeffs, self.streams, self.offsets, DISTS[self.dist], self.decay, self.rounding_seed

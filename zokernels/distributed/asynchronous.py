@@ -5,14 +5,19 @@ Each publishes (seed, g) of its own steps, and applies the steps of all in one o
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import pathlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ..checks import fail, is_integer
+from ..files.atomic import replacing
+from ..step.deferred import DeferredNoise
 from ..step.directions.direction import Direction
 from ..step.groups import label_of, own_rates
 from ..step.guards import uninterrupted
@@ -24,7 +29,7 @@ from ..step.step import StepOptimizer
 from ..step.types import Estimate
 from ..trajectory.format import canonical, encode
 from ..trajectory.recorder import pending
-from ..trajectory.replay import repeat_all
+from ..trajectory.replay import check_records, put_off
 from ..trajectory.settings import header_of
 from .agreement import RanksDiffer, fingerprint
 
@@ -71,12 +76,13 @@ class AsyncExchange:
         header = {**header_of(optimizer), "start": 0, "asynchronous": True}
         self._head, self._layout = encode(header)
         self._gated = header["gated"]
-        self._agree("header", json.loads(canonical(header)))
+        self._agree("header", {**json.loads(canonical(header)), "steps": steps})
         #: The number of applied records, and of own steps that were dropped.
         self.count = self.dropped = 0
         #: The staleness of the last own record.
         self.last_staleness: int | None = None
         self._next: list[bytes] = []  # records that are published, but not yet applied here
+        self._owed: DeferredNoise | None = None  # passes over the weights of records that count as applied
         self.catch_up()
 
     def _check(self, optimizer: StepOptimizer, steps: int, staleness: int | None) -> None:
@@ -140,24 +146,47 @@ class AsyncExchange:
         self._apply()
         return self.count - before
 
+    def _settle(self) -> None:
+        """Runs the passes that are owed, or what an exception has left of them."""
+        if self._owed is not None:
+            with torch.no_grad():
+                self._owed.apply(lambda elements: None)
+            self._owed = None
+
     def _apply(self) -> None:
+        """Applies ``_next``.  Each record is applied once, whatever interrupts this.
+
+        At first only what the rule keeps changes, and an exception takes that back.  From then on the records
+        count as applied and their passes are owed; what an exception leaves of them, the next call runs.
+        """
+        self._settle()
         if not self._next:
             return
-        optimizer = self.optimizer
+        optimizer, state = self.optimizer, self._state
         records = [self._layout.unpack(self._data(self.count + i, found), 0) for i, found in enumerate(self._next)]
+        check_records(optimizer, records)
         with uninterrupted():
-            with own_rates(optimizer.param_groups):
-                repeat_all(optimizer, self._gated, records)
-            self.count += len(records)
-            self._next = []
-            self._state.step = self.count
+            before = optimizer.rule.state_dict(), state.seed, self.count, int(state.skipped)
+            try:
+                with own_rates(optimizer.param_groups):
+                    owed = put_off(optimizer, self._gated, records)
+            except BaseException:
+                optimizer.rule.load_state_dict(optimizer, before[0])
+                state.load(*before[1:])
+                raise
+            count = self.count + len(records)
+            self._owed, self.count, self._next, state.step = owed, count, [], count
+            self._settle()
         if self.done:
             named = [(label_of(g, i), p) for g in optimizer.param_groups for i, p in enumerate(g["params"])]
             prints = {f"{label} ({i})": int(fingerprint(p)) for i, (label, p) in enumerate(named)}
             self._agree("weights", prints)
 
     def _data(self, n: int, found: bytes) -> bytes:
-        data = bytes.fromhex(found.decode().partition(" ")[2])
+        try:
+            data = bytes.fromhex(found.decode().partition(" ")[2])
+        except ValueError:
+            fail("AsyncExchange", f"record {n}", "one of this run", repr(found[:100]), RuntimeError)
         if (fault := self._layout.fault(data, 0)) is not None:
             fail("AsyncExchange", f"record {n}", "one of this run", fault, RuntimeError)
         return data
@@ -168,12 +197,13 @@ class AsyncExchange:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the records that are applied here as a log, for ``replay_`` and ``zokernels replay``."""
-        with open(path, "xb") as file:
+        target = pathlib.Path(path)
+        if target.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(path))
+        with replacing(target) as file:  # whole, or not there
             file.write(self._head)
             for n in range(self.count):
                 file.write(self._data(n, self.store.get(str(n))))
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,11 +12,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..checks import fail
 from ..step.estimators import ForwardMode
+from ..step.groups import devices_of
 from ..step.roles import OptimizerView, Team
 from ..step.step import StepOptimizer
 from ..step.types import Bucket
-from .agreement import Agreement
+from .agreement import Agreement, RanksDiffer
 from .ranks import PERTURBATION, PIPELINE, Ranks
+from .signs import Signs
 
 
 def mean_of(losses: Tensor | Sequence[Tensor | float]) -> Tensor:
@@ -47,9 +50,9 @@ class Exchange(Ranks, Team):
     * any other: the ranks hold one model between them (tensor parallel), or copies of it, and the loss of the
       first of them is everyone's.
 
-    A step takes one all-gather of float64: 8 ceil(n / P) bytes a rank, which is 16 for plain data parallel
-    with two sides.  All ranks then compute the same coefficients from the same numbers, so weights need no
-    exchange.
+    A step takes one all-gather of float64: 8 ceil(n / P) bytes a rank for the losses, and 48 for
+    :class:`Signs`, by which ranks that come apart are noticed; 64 in all for plain data parallel with two sides.
+    All ranks then compute the same coefficients from the same numbers, so weights need no exchange.
 
     Args:
         mesh: a DeviceMesh with named dimensions; its ranks are those that call ``step``.
@@ -64,14 +67,19 @@ class Exchange(Ranks, Team):
         self._leaders = self.leaders()
         self._index: dict[tuple[Any, ...], Tensor] = {}
         self.agreement = Agreement(self, check_every)
+        self._signs = Signs(self.members, self.stage_of)
+        self._optimizer: OptimizerView | None = None
+        self._left = 0  #: the gathers of the step that are still to come
 
     def join(self, optimizer: OptimizerView) -> None:
         self.agreement.start(optimizer)
 
     def begin(self, optimizer: OptimizerView, buckets: Sequence[Bucket]) -> None:
         """Called before a step: checks that all ranks agree."""
-        self.bytes_sent = 0
+        self.bytes_sent, self._left = 0, 0
         self.agreement.begin(optimizer)
+        self._optimizer, self._left = optimizer, 2 if optimizer.rule.trials else 1
+        self._signs.begin(optimizer)
 
     def changed(self) -> None:
         self.agreement.expire()
@@ -100,10 +108,45 @@ class Exchange(Ranks, Team):
         mine = torch.full((most, *shape), float("nan"), dtype=torch.float64, device=device)
         if own is not None:
             mine[: len(own)] = own.to(device, torch.float64)
-        everyone = self.all_gather(mine)
+        dtype = own.dtype if own is not None and self.data == self.stages == 1 else None
+        everyone = self._exchange(mine, dtype)
         index = self._index_of(count, most, device)
         losses = mean_of(everyone.flatten(0, 1)[index])
-        return losses.to(own.dtype) if own is not None and self.data == self.stages == 1 else losses
+        return losses if dtype is None else losses.to(dtype)
+
+    def _exchange(self, mine: Tensor, dtype: torch.dtype | None, failed: bool = False) -> Tensor:
+        """``mine`` of all ranks, [ranks, ...].  Raises, on all of them, where their signs differ."""
+        assert self._optimizer is not None  # a step has begun
+        self._left -= 1
+        signs = self._signs.of(dtype, failed, mine.device)
+        everyone = self.all_gather(torch.cat((mine.flatten(), signs.view(torch.float64))))
+        values, theirs = everyone[:, : mine.numel()], everyone[:, mine.numel() :].contiguous().view(torch.int64)
+        try:
+            return self._signs.check(self._optimizer, values.reshape(len(everyone), *mine.shape), theirs)
+        except RanksDiffer:
+            self._left = 0  # on all ranks alike
+            self.agreement.expire()
+            raise
+
+    def failed(self, optimizer: OptimizerView, error: BaseException) -> None:
+        """Lets the others, who wait for this rank's losses, know that there are none.
+
+        Until the weights have been compared again no step is taken: with restore="inplace" those of this rank
+        have made fewer moves back and forth, each with its rounding.
+        """
+        if self._left and optimizer is self._optimizer:
+            self.agreement.expire()
+            rule, estimator = self._optimizer.rule, self._optimizer.estimator
+            trials = rule.trials and self._left == 1
+            count = len(rule.trials) if trials else len(estimator.points())
+            shape = (2,) if isinstance(estimator, ForwardMode) and not trials else ()
+            device = devices_of(optimizer.param_groups)[0]
+            mine = torch.full(
+                (-(-count // self.perturbation), *shape), float("nan"), dtype=torch.float64, device=device
+            )
+            with suppress(RanksDiffer):  # of which this rank is the reason
+                self._exchange(mine, None, failed=True)
+            self._left = 0
 
     def _index_of(self, count: int, most: int, device: torch.device) -> Tensor:
         """[D, count]: the places of each data rank's losses in the gathered ones, of which every rank sent

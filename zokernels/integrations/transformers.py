@@ -9,7 +9,10 @@ what each argument means.
 from __future__ import annotations
 
 import copy
+import json
 import os
+import pathlib
+import shutil
 import time
 import warnings
 from collections.abc import Iterator
@@ -22,6 +25,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..checks import fail
 from ..distributed import Exchange
@@ -214,18 +218,29 @@ class ZOTrainerMixin(_Behind):
         """What the loop calls for ``training_step``: keeps the micro-batch for the optimizer's step, which runs it."""
         if self._eval_mode and "train" not in vars(model):
             model.train = lambda mode=True: _train_without_parts(model, mode)  # type: ignore[method-assign]
-        self._micro_batches.append((model, self._prepare_inputs(inputs), args, kwargs))
+        count = getattr(self, "_step", None)  # TRL's number of this micro-batch, by which it picks completions
+        self._micro_batches.append((model, self._prepare_inputs(inputs), args, kwargs, count))
+        if count is not None:
+            self._step = count + 1
         return torch.zeros((), device=self.args.device)
 
     def _accumulated_loss(self) -> Tensor:
         """The closure: the loss of all micro-batches of the step, in fp32 (or float64)."""
         losses: list[Tensor] = []
-        token = _LOSSES.set(losses)
+        token, following = _LOSSES.set(losses), getattr(self, "_step", None)
+        # Inputs are prepared when they come (values are scaled, completions generated), and not at each forward:
+        # there they only go to the device, as far as a training_step of the user's has added to them.
+        self._prepare_inputs = self._prepare_input  # type: ignore[method-assign, assignment]
         try:
-            for model, inputs, args, kwargs in self._micro_batches:
+            for model, inputs, args, kwargs, count in self._micro_batches:
+                if count is not None:
+                    self._step = count
                 type(self).training_step(self, model, copy.copy(inputs), *args, **kwargs)
         finally:
             _LOSSES.reset(token)
+            vars(self).pop("_prepare_inputs", None)
+            if following is not None:
+                self._step = following
         if not losses:
             expected = "micro-batches whose loss training_step hands to accelerator.backward"
             fail(self._op, "training_step", expected, f"{len(self._micro_batches)} without", RuntimeError)
@@ -271,7 +286,7 @@ class ZOTrainerMixin(_Behind):
         if self._trajectory is not None and optimizer.trajectory is None:
             record(optimizer, self._trajectory, rewind=True)
         if self._means is None and len(self._micro_batches) > 1:
-            model, inputs, rest, named = self._micro_batches[0]
+            model, inputs, rest, named, _ = self._micro_batches[0]
             self._means = self._are_means(model, inputs, *rest, **named)
         if kwargs.get("closure") is None and (len(args) < 2 or args[1] is None):
             return (optimizer, self._accumulated_loss), {}
@@ -337,6 +352,7 @@ class ZOTrainerMixin(_Behind):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._since = None
+        args, kwargs = self._from_last_whole(*args, **kwargs)
         # Of the instance: so it stands before that of any class of the user's.
         self.training_step = self._keep  # type: ignore[method-assign]
         self.accelerator.backward = self._collect
@@ -350,6 +366,24 @@ class ZOTrainerMixin(_Behind):
             if self._hooked is not None and (log := self._hooked.trajectory) is not None:
                 log.flush()
 
+    def _from_last_whole(self, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of :meth:`train`, where True stands for the last checkpoint that was written to its end.
+
+        A process that is killed while it writes one leaves a folder in which the Trainer would find its last file
+        missing.
+        """
+        given = args[0] if args else kwargs.get("resume_from_checkpoint")
+        if given is not True:
+            return args, kwargs
+        root = pathlib.Path(self.args.output_dir or ".")
+        found = {int(p.name[len(PREFIX_CHECKPOINT_DIR) + 1 :]): p for p in root.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+                 if p.name[len(PREFIX_CHECKPOINT_DIR) + 1 :].isdecimal()}  # fmt: skip
+        for _, path in sorted(found.items(), reverse=True):
+            if _is_whole(path):
+                return (str(path), *args[1:]), {k: v for k, v in kwargs.items() if k != "resume_from_checkpoint"}
+            self._tell(f"{path} is only a part of a checkpoint, and is passed over")
+        return args, kwargs  # the Trainer says that there is none
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._stream()
         return super().evaluation_loop(*args, **kwargs)
@@ -358,9 +392,16 @@ class ZOTrainerMixin(_Behind):
         with self._clock_stopped():
             return super().evaluate(*args, **kwargs)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with self._clock_stopped():
-            super()._save_checkpoint(*args, **kwargs)
+    def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
+        folder = pathlib.Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with self._clock_stopped(), _whole_or_as_before(folder, self.args.should_save, self.args.world_size > 1):
+            super()._save_checkpoint(model, trial, *args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and not os.path.isfile(os.path.join(checkpoint, "optimizer.pt")):
+            expected = f"optimizer.pt in {checkpoint}: it has the seed and the step of the run"
+            fail(self._op, "resume_from_checkpoint", expected, "none (save_only_model, or a part of a checkpoint)")
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     @contextmanager
     def _clock_stopped(self) -> Iterator[None]:
@@ -389,6 +430,39 @@ class ZOTrainerMixin(_Behind):
         self._since, self._logged_step = now, step
         metrics["skipped_steps"] = int(optimizer.skipped_steps)
         return metrics
+
+
+def _is_whole(checkpoint: pathlib.Path) -> bool:
+    """Whether the last file of a checkpoint is there, and can be read."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+@contextmanager
+def _whole_or_as_before(folder: pathlib.Path, writes: bool, several: bool) -> Iterator[None]:
+    """Around the writing of a checkpoint: if it fails, ``folder`` is as it was before, or is not there.
+
+    Of several processes only the first one, which ``writes``, does this, and only where the folder is new: the others
+    write their own files there.
+    """
+    before = folder.with_name(f".{folder.name}.before")
+    if kept := folder.exists() and writes and not several:
+        shutil.rmtree(before, ignore_errors=True)
+        os.replace(folder, before)
+    new = not folder.exists()
+    try:
+        yield
+    except BaseException:
+        if writes and new:
+            shutil.rmtree(folder, ignore_errors=True)
+        if kept:
+            os.replace(before, folder)
+        raise
+    if kept:
+        shutil.rmtree(before, ignore_errors=True)
 
 
 def _train_without_parts(model: nn.Module, mode: bool) -> nn.Module:

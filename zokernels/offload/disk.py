@@ -8,12 +8,15 @@ import mmap
 import os
 import pathlib
 import threading
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, wait
+from typing import Any
 
 from torch import Tensor
 
 from ..checks import fail
+from ..files.appending import no_room
 from ..files.atomic import sync_folder
 from ..files.safetensors import NAMES, Entry, File, encode_header
 from .blocks import PAGE, Block, round_up
@@ -32,6 +35,8 @@ class Direct:
 
     def __init__(self, path: str | os.PathLike[str], write: bool = False) -> None:
         self.path = os.fspath(path)
+        #: What the CRC32 of each :data:`CHUNK` of a block must be, until it has been read once.
+        self.unchecked: str | None = None
         flags = (os.O_RDWR | os.O_CREAT | os.O_EXCL) if write else os.O_RDONLY
         try:
             self.fd = os.open(self.path, flags | _DIRECT, 0o666)
@@ -57,7 +62,19 @@ class Direct:
     def write(self, data: memoryview, at: int) -> None:
         while data:
             count = os.pwritev(self.fd, [data], at)
+            count -= count % PAGE if self.direct else 0  # a full disk takes a part of a page; the rest is an error
+            if not count:
+                raise no_room(self.path)
             at, data = at + count, data[count:]
+
+    def check_in_place(self) -> None:
+        """Raises OSError where the path is another file by now, or none."""
+        try:
+            if os.path.samestat(os.fstat(self.fd), os.stat(self.path)):
+                return
+        except FileNotFoundError:
+            pass
+        raise OSError(f"stream: {self.path}: expected the file that this run wrote, got none, or another in its place")
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -108,6 +125,7 @@ class Reader:
             first = len(header(block, 0))
             if (found := os.fstat(own.fd).st_size) < first + block.nbytes:
                 raise OSError(f"stream: {own.path}: expected {first + block.nbytes} bytes, got {found}")
+            own.check_in_place()
             transfers.append((own.read, memory[: block.nbytes], first))
         else:
             for path, at, begin, size in block.extents:
@@ -118,22 +136,55 @@ class Reader:
                     raise OSError(f"stream: {path}: expected at least {at + size} bytes, got {found}")
                 transfers.append((file.read, memory[first:last], at - at % PAGE))
         transfer(transfers, self._pool)
+        if own is not None and own.unchecked is not None:
+            sums: dict[int, int] = {}
+            transfer([(_summing(sums), memory[: block.nbytes], 0)], self._pool)
+            if _hex(sums) != own.unchecked:
+                raise OSError(f"stream: {own.path}: expected the bytes of its checksums (CRC32), got others")
+            own.unchecked = None
 
     def close(self) -> None:
         for file in (*self._files.values(), *self.own.values()):
             file.close()
 
 
+def _summing(sums: dict[int, int], then: Callable[[memoryview, int], None] | None = None) -> Any:
+    """A transfer that writes down the CRC32 of each piece, by where it begins."""
+
+    def run(data: memoryview, at: int) -> None:
+        sums[at] = zlib.crc32(data)
+        if then is not None:
+            then(data, at)
+
+    return run
+
+
+def checksums(block: Block, values: Sequence[Tensor]) -> str:
+    """One CRC32 of the parameters of ``block``, one after the other, in as many digits as those of its bytes."""
+    total = 0
+    for value in values:
+        total = zlib.crc32(memory_of(value), total)
+    return f"{total:0{8 * -(-block.nbytes // CHUNK)}x}"
+
+
+def _hex(sums: dict[int, int]) -> str:
+    return "".join(f"{sums[at]:08x}" for at in sorted(sums))
+
+
 class Folder:
     """A folder of ``block-00012.safetensors`` and the like, and ``resident.safetensors`` for the rest.
 
-    A file holds all updates up to the number in its metadata.  A new file is written beside the old one,
-    synced, and renamed over it, so that at any moment one whole file is there.  Tensors lie as they do in
-    memory, in whole pages behind the header; the gaps are entries of their own.
+    A file holds all updates up to the number in its metadata, which also has checksums of its bytes, and the
+    :meth:`~zokernels.trajectory.Recorder.mark` of the log at that time, so that no other run takes it for its
+    own.  A new file is written beside the old one, synced, and renamed over it, so that at any moment one whole
+    file is there.  Tensors lie as they do in memory, in whole pages behind the header; the gaps are entries of
+    their own.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = pathlib.Path(path)
+        #: The metadata of the files that were opened, by name.
+        self.marks: dict[str, dict[str, str]] = {}
 
     def file_of(self, block: Block) -> pathlib.Path:
         return self.path / f"block-{block.index:05d}.safetensors"
@@ -151,26 +202,29 @@ class Folder:
             name = next(n for n in (*ours, *theirs) if ours.get(n) != theirs.get(n))
             fail(op, f"{path.name}: {name}", f"{ours.get(name)} (the model's)", theirs.get(name))
         block.stored = version_of(op, found)
-        return Direct(path)
+        file = Direct(path)
+        file.unchecked = found.metadata.get("crc32", "")
+        self.marks[path.name] = found.metadata
+        return file
 
-    def write(self, block: Block, data: Tensor, version: int, pool: Executor, before: Callable[[], None]) -> Direct:
+    def write(self, block: Block, data: Tensor, version: int, pool: Executor, mark: Mark) -> Direct:
         """Replaces the file of ``block``.
 
-        ``before`` is called between the sync of the new file and the renaming.
+        ``mark``: called before anything is written; brings the log to the disk, and gives its mark.
         """
         path = self.file_of(block)
         temporary = path.with_suffix(".part")
         temporary.unlink(missing_ok=True)
         file = Direct(temporary, write=True)
         try:
-            head = header(block, version)
-            os.posix_fallocate(file.fd, 0, len(head) + block.nbytes)
-            pages = mmap.mmap(-1, len(head))  # direct writes begin at a page in memory, too
-            pages[:] = head
+            first, logged = len(header(block, version)), mark()
+            os.posix_fallocate(file.fd, 0, first + block.nbytes)
+            sums: dict[int, int] = {}
+            transfer([(_summing(sums, file.write), memory_of(data)[: block.nbytes], first)], pool)
+            pages = mmap.mmap(-1, first)  # direct writes begin at a page in memory, too
+            pages[:] = header(block, version, logged, _hex(sums))
             file.write(memoryview(pages), 0)
-            transfer([(file.write, memory_of(data)[: block.nbytes], len(head))], pool)
             os.fdatasync(file.fd)
-            before()
             os.replace(temporary, path)
         except BaseException:
             file.close()
@@ -190,8 +244,20 @@ def version_of(op: str, file: File) -> int:
     return int(version)
 
 
-def header(block: Block, version: int) -> bytes:
-    """The header of a block's file, in whole pages; it has the same size for every ``version``.
+def mark_of(op: str, name: str, metadata: dict[str, str]) -> tuple[int, str]:
+    """The step and the SHA-256 of the log with which a file was written; step 0 where there was no log yet."""
+    step, sha256 = metadata.get("log_step", ""), metadata.get("log_sha256", "")
+    if not (step.isascii() and step.isdecimal() and len(step) <= 20):
+        fail(op, name, "metadata 'log_step', a number", repr(step))
+    return int(step), sha256
+
+
+#: Gives :meth:`~zokernels.trajectory.Recorder.mark` of the run's log.
+Mark = Callable[[], dict[str, Any] | None]
+
+
+def header(block: Block, version: int, mark: dict[str, Any] | None = None, sums: str = "") -> bytes:
+    """The header of a block's file, in whole pages; it has the same size whatever its metadata are.
 
     safetensors allows no gap between tensors and wants them in the header's order, so gaps are tensors, too.
     """
@@ -207,7 +273,14 @@ def header(block: Block, version: int) -> bytes:
         entries.append((e.name, Entry(NAMES[e.param.dtype], tuple(e.param.shape), e.begin, e.param.nbytes)))
         at = e.begin + e.param.nbytes
     gap(block.nbytes)
-    return encode_header(entries, {"zokernels_updates": f"{version:020d}", "block": block.name}, PAGE)
+    metadata = {
+        "zokernels_updates": f"{version:020d}",
+        "block": block.name,
+        "crc32": sums or "0" * 8 * -(-block.nbytes // CHUNK),
+        "log_step": f"{mark['step'] if mark else 0:020d}",
+        "log_sha256": mark["sha256"] if mark else "0" * 64,
+    }
+    return encode_header(entries, metadata, PAGE)
 
 
 def check_room(op: str, folder: Folder, blocks: Sequence[Block], needed: int) -> None:

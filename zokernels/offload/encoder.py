@@ -16,7 +16,7 @@ from __future__ import annotations
 import queue
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any, NamedTuple
 
 import torch
@@ -67,7 +67,6 @@ class Encoder(Threaded):
             for i in range(slots + 2):
                 self._free.put(data[i * size : (i + 1) * size])
         self._coming: dict[int, Future[Any]] = {}  #: by slot
-        self._writing: dict[int, Future[None]] = {}  #: by block
         self._keeping: list[Future[Any]] = []
         self._broken: BaseException | None = None  #: why a master in memory has only a part of an update
         if self._cuda:
@@ -112,8 +111,11 @@ class Encoder(Threaded):
         return found
 
     def _begin(self, block: Block, version: int, write: bool, then: Callable[[Tensor], Any]) -> Future[Any]:
-        errors = (f.exception() for f in self._writing.values() if f.done())  # of earlier writes
-        if (error := self._broken or next(filter(None, errors), None)) is not None:
+        try:
+            if self._broken is not None:
+                raise self._broken
+            self._raise_failed([index for index, future in self._writing.items() if future.done()])
+        except BaseException as error:
             failed: Future[Any] = Future()
             failed.set_exception(error)
             return failed
@@ -147,9 +149,11 @@ class Encoder(Threaded):
             event.record(torch.cuda.current_stream(self._device))
 
     def drain(self) -> None:
-        for future in [*self._coming.values(), *self._keeping, *self._writing.values()]:
+        keeping, self._keeping = self._keeping, []
+        wait([*self._coming.values(), *keeping, *self._writing.values()])
+        self._raise_failed(list(self._writing))
+        for future in keeping:
             future.result()
-        self._keeping = []
         if self._cuda:
             self._in.synchronize()
 
@@ -194,8 +198,7 @@ class Encoder(Threaded):
         assert job.written is not None
         try:
             with self.timeline.span("write", job.block):
-                self.source.write(job.block, master, job.version)
-            job.block.stored = job.version
+                self._store(job.block, master, job.version)
             self._give_back(master)
             job.written.set_result(None)
         except BaseException as error:
@@ -209,6 +212,7 @@ class Encoder(Threaded):
     def _fail(self, job: _Job, master: Tensor | None, error: BaseException) -> None:
         self._give_back(master)
         if job.written is not None:
+            job.block.scheduled = job.block.stored
             job.written.set_exception(error)
         job.done.set_exception(error)
 

@@ -164,7 +164,7 @@ class Engine(BlockCache, Home):
             if b not in resident:
                 b.noise = self.noise
         self.history.begin()
-        exact = optimizer.exact_probe(resident, seeds) if resident else None
+        exact = optimizer.exact_probe(resident, seeds, shared=True) if resident else None
         stepped = lambda: self.committed() if optimizer.step_count > before else None
         return StreamedProbe(buckets, seeds, exact, self.forwards, stepped)
 

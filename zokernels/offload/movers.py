@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .blocks import Block
-from .disk import Folder, Reader
+from .disk import Folder, Mark, Reader
 from .layout import WireLayout
 from .memory import mapping
 from .timeline import Timeline
@@ -147,16 +147,16 @@ class HostMemory:
 class FileStore:
     """A checkpoint that is only read, and, where there is one, a folder that takes what is stored."""
 
-    def __init__(self, folder: Folder | None, durable: Callable[[], None], threads: int) -> None:
+    def __init__(self, folder: Folder | None, mark: Mark, threads: int) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="zokernels-io")
-        self.reader, self._folder, self._durable = Reader(self._pool), folder, durable
+        self.reader, self._folder, self._mark = Reader(self._pool), folder, mark
 
     def read(self, block: Block, data: Tensor) -> None:
         self.reader.read(block, data)
 
     def write(self, block: Block, data: Tensor, updates: int) -> None:
         assert self._folder is not None
-        file = self._folder.write(block, data, updates, self._pool, self._durable)
+        file = self._folder.write(block, data, updates, self._pool, self._mark)
         old, self.reader.own[block.index] = self.reader.own.get(block.index), file
         if old is not None:
             old.close()
@@ -173,8 +173,34 @@ class Threaded(Mover):
         self.source, self.timeline = source, timeline
         self._threads = {work: ThreadPoolExecutor(1, thread_name_prefix=f"zokernels-{work}") for work in works}
 
+        self._writing: dict[int, Future[Any]] = {}  #: by block
+
     def _submit(self, work: str, function: Callable[..., Any], *args: Any) -> Future[Any]:
         return self._threads[work].submit(function, *args)
+
+    def _store(self, block: Block, data: Tensor, updates: int) -> None:
+        """Writes a block.  If that fails, its old bytes are still there: it is due again, and lacks nothing."""
+        try:
+            self.source.write(block, data, updates)
+        except BaseException:
+            block.scheduled = block.stored
+            raise
+        block.stored = updates
+        block.scheduled = max(block.scheduled, updates)
+
+    def _raise_earlier(self, block: Block) -> None:
+        """Raises what an earlier write ran into; then ``block``, which was to be stored, is due again, too."""
+        try:
+            self._raise_failed([index for index, future in self._writing.items() if future.done()])
+        except BaseException:
+            block.scheduled = block.stored
+            raise
+
+    def _raise_failed(self, writing: Sequence[int]) -> None:
+        """Raises, once, what a write of the blocks of these numbers ran into."""
+        failed = [e for index in writing if (e := self._writing.pop(index).exception()) is not None]
+        if failed:
+            raise failed[0]
 
     def close(self) -> None:
         """Ends the threads in their order: what has been read is still passed on."""
@@ -193,15 +219,13 @@ class ByThreads(Threaded):
         super().__init__(source, timeline, "read", "write")
         self._coming: dict[int, Future[Any]] = {}  #: by slot
         self._leaving: dict[int, Future[Any]] = {}  #: by slot
-        self._writing: dict[int, Future[Any]] = {}  #: by block
 
     def fetch(self, block: Block, slot: Slot) -> None:
         before = [f for f in (self._leaving.get(slot.index), self._writing.get(block.index)) if f is not None]
         self._coming[slot.index] = self._submit("read", self._read, block, slot.data, before)
 
     def _read(self, block: Block, data: Tensor, before: list[Future[Any]]) -> None:
-        for future in before:
-            future.result()
+        wait(before)  # whether they succeeded or not: ``block.stored`` says what is there
         with self.timeline.span("copy-in", block):
             self.source.read(block, data)
 
@@ -212,28 +236,21 @@ class ByThreads(Threaded):
 
     def settle(self, slot: Slot) -> None:
         if (leaving := self._leaving.get(slot.index)) is not None:
-            leaving.result()
+            wait([leaving])
 
     def store(self, block: Block, slot: Slot) -> None:
-        self._check()
+        self._raise_earlier(block)
         future = self._submit("write", self._write, block, slot.data, slot.updates)
         self._leaving[slot.index] = self._writing[block.index] = future
 
     def _write(self, block: Block, data: Tensor, updates: int) -> None:
         with self.timeline.span("copy-out", block):
-            self.source.write(block, data, updates)
-        block.stored = updates
-
-    def _check(self) -> None:
-        """Raises, at the next store, what an earlier one ran into."""
-        for future in self._writing.values():
-            if future.done():
-                future.result()
+            self._store(block, data, updates)
 
     def drain(self) -> None:
-        for future in [*self._coming.values(), *self._writing.values()]:
-            future.result()
-        self._leaving, self._writing = {}, {}
+        wait([*self._coming.values(), *self._writing.values()])  # whoever waits for a block hears why it did not come
+        self._leaving = {}
+        self._raise_failed(list(self._writing))
 
 
 class ByStreams(Mover):
@@ -303,21 +320,20 @@ class Staged(Threaded):
         self._coming = [data[i * nbytes : (i + 1) * nbytes] for i in range(slots)]
         self._going = [data[i * nbytes : (i + 1) * nbytes] for i in range(slots, 2 * slots)]
         self._issued: dict[int, Future[Any]] = {}
-        self._written: dict[int, Future[Any]] = {}  #: by block
         self._emptied: dict[int, Future[Any]] = {}  #: by slot: its buffer on the way out is free
         self._free: dict[int, torch.cuda.Event] = {}
         self._left: dict[int, torch.cuda.Event] = {}
 
     def fetch(self, block: Block, slot: Slot) -> None:
         events = [e[slot.index] for e in (self._free, self._left) if slot.index in e]
-        before = self._written.get(block.index)
+        before = self._writing.get(block.index)
         self._issued[slot.index] = self._submit("read", self._read, block, slot, events, before)
 
     def _read(
         self, block: Block, slot: Slot, events: list[torch.cuda.Event], before: Future[Any] | None
     ) -> torch.cuda.Event:
         if before is not None:
-            before.result()
+            wait([before])
         self._in.synchronize()  # the last copy from this buffer
         with self.timeline.span("read", block):
             self.source.read(block, self._coming[slot.index])
@@ -338,8 +354,9 @@ class Staged(Threaded):
             torch.cuda.current_stream(self._device).wait_event(self._left[slot.index])
 
     def store(self, block: Block, slot: Slot) -> None:
+        self._raise_earlier(block)
         if (before := self._emptied.get(slot.index)) is not None:
-            before.result()
+            wait([before])
         buffer = self._going[slot.index]
         self._out.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._out), self.timeline.device_span("copy-out", block, self._out):
@@ -347,19 +364,18 @@ class Staged(Threaded):
         event = self._left[slot.index] = torch.cuda.Event()
         event.record(self._out)
         future = self._submit("write", self._write, block, buffer, slot.updates, event)
-        self._written[block.index] = self._emptied[slot.index] = future
+        self._writing[block.index] = self._emptied[slot.index] = future
 
     def _write(self, block: Block, buffer: Tensor, updates: int, event: torch.cuda.Event) -> None:
         event.synchronize()
         with self.timeline.span("write", block):
-            self.source.write(block, buffer, updates)
-        block.stored = updates
+            self._store(block, buffer, updates)
 
     def released(self, slot: Slot) -> None:
         event = self._free[slot.index] = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
 
     def drain(self) -> None:
-        for future in [*self._issued.values(), *self._written.values()]:
-            future.result()
+        wait([*self._issued.values(), *self._writing.values()])
         self._in.synchronize()
+        self._raise_failed(list(self._writing))

@@ -14,7 +14,7 @@ from .visit import SidePoints
 
 
 class StreamedProbe(Probe):
-    """Forwards in lockstep, each under the function mode of the exact probe.
+    """Forwards in lockstep, each as a forward of the exact probe.
 
     Args:
         exact: of the resident parameters; None where there are none.

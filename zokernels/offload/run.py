@@ -16,17 +16,18 @@ import torch
 from torch import Tensor
 
 from ..checks import fail
+from ..files.appending import sha256_of
 from ..files.atomic import replacing
-from ..files.safetensors import File
+from ..files.safetensors import NAMES, File
 from ..step.groups import label_of
 from ..step.roles import home_of
 from ..step.step import StepOptimizer
-from ..trajectory.format import scan
+from ..trajectory.format import Log, scan
 from ..trajectory.recorder import Recorder
-from ..trajectory.replay import repeat_streamed, retaking
+from ..trajectory.replay import check_records, repeat_streamed, retaking
 from ..trajectory.settings import check_same_run, digest
 from .blocks import Block
-from .disk import Direct, Folder, header, memory_of, version_of
+from .disk import Direct, Folder, checksums, header, mark_of, memory_of, version_of
 from .history import History
 
 LOG = "run.zk"
@@ -42,11 +43,23 @@ class Run:
         self.path = pathlib.Path(path)
         self.log = self.path / LOG
         self.path.mkdir(parents=True, exist_ok=True)
-        if not resume and (found := sorted(p.name for p in self.path.iterdir() if p.suffix in (".safetensors", ".zk"))):
-            fail(self.op, "path", "a folder without a run, or resume=True", f"{found[0]!r} in {self.path}")
-        self.resumes = self.log.exists() and self.log.stat().st_size > 0
         if not os.access(self.path, os.W_OK):
             fail(self.op, "path", "a folder that can be written to", f"{self.path}, which cannot", PermissionError)
+        self._attached = False
+        # The lock of the log is that of the folder: without it nothing is read, removed or written.
+        self._recorder = Recorder(self.log, sync=10.0)
+        try:
+            self._open(blocks, resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, blocks: Sequence[Block], resume: bool) -> None:
+        self.resumes = not self._recorder.is_empty
+        there = [p for p in self.path.iterdir() if p.suffix == ".safetensors" or (p == self.log and self.resumes)]
+        if there and not resume:
+            expected = "a folder without a run, or resume=True"
+            fail(self.op, "path", expected, f"{min(p.name for p in there)!r} in {self.path}")
         self.folder = Folder(self.path)
         self.files: dict[int, Direct] = {}
         for block in blocks if self.resumes else ():
@@ -55,18 +68,22 @@ class Run:
                 block.scheduled = block.stored
         for part in self.path.glob("*.part"):  # of a process that was killed
             part.unlink()
-        self._recorder: Recorder | None = None
 
     def attach(self, optimizer: StepOptimizer, blocks: Sequence[Block], history: History) -> None:
         """Records ``optimizer`` here, after it has taken the steps that are in the log."""
-        recorder = self._recorder = Recorder(self.log, sync=10.0)
+        recorder = self._recorder
+        if self._attached and not recorder.closed:
+            fail(self.op, "path", "one optimizer for a run", f"a second one for {self.path}", RuntimeError)
+        if recorder.closed:
+            recorder = self._recorder = Recorder(self.log, sync=10.0)
         try:
-            if self.log.stat().st_size:
+            if not recorder.is_empty:
                 self._resume(optimizer, blocks, history, recorder)
         except BaseException:
             recorder.close()
             raise
         optimizer.log = recorder
+        self._attached = True
 
     def _resume(self, optimizer: StepOptimizer, blocks: Sequence[Block], history: History, recorder: Recorder) -> None:
         log = scan(recorder.path)
@@ -76,27 +93,58 @@ class Run:
         if log.broken and not log.cut_off:
             fail(self.op, recorder.path, "a whole log", log.broken)
         check_same_run(optimizer, log.header)
-        since = self._load_resident(optimizer, log.header)
+        self._check_marks(log)
+        self._check_base(optimizer, log.header, blocks)
+        since, resident = self._read_resident(optimizer)
         stored = [b.stored for b in blocks]
         if max(stored) > log.steps:
             fail(self.op, recorder.path, f"the records of the {max(stored)} updates in the blocks", log.steps)
         if min(stored) < since:  # they are written before the resident ones
             fail(self.op, str(self.path), f"blocks with the {since} updates of the resident parameters", min(stored))
+        check_records(optimizer, log.records())
+        with torch.no_grad():  # from here on, nothing more can be wrong
+            for p, value in resident:
+                p.copy_(value)
         history.restart(since)
         with retaking(optimizer, log.start + since):
             repeat_streamed(optimizer, log, since)
         recorder.go_on(log, optimizer)
 
-    def durable(self) -> None:
-        """Brings all steps so far to the disk."""
-        if self._recorder is not None:
-            self._recorder.flush()
+    def mark(self) -> dict[str, Any] | None:
+        """Brings all steps so far to the disk; what tells the log as it is then from others."""
+        mark = self._recorder.mark()
+        self._recorder.flush()
+        return mark
 
     def close(self) -> None:
-        if self._recorder is not None:
+        if not self._recorder.closed:
+            unused = self._recorder.is_empty and not any(self.path.glob("*.safetensors"))
             self._recorder.close()
+            if unused:
+                self.log.unlink(missing_ok=True)
+
+    def _check_marks(self, log: Log) -> None:
+        """Raises where a file of the folder was written by another run, or with records that are gone."""
+        files = dict(self.folder.marks)
+        if self._resident_file.exists():
+            files[self._resident_file.name] = File(self._resident_file).metadata
+        marks = {name: mark_of(self.op, name, metadata) for name, metadata in files.items()}
+        marks = {name: (step, sha256) for name, (step, sha256) in marks.items() if step}
+        for name, (step, _) in marks.items():
+            if not log.start <= step <= log.start + log.steps:
+                got = f"{name}, which was written after step {step}"
+                fail(self.op, log.path, f"steps {log.start} to {log.start + log.steps} (exclusive)", got)
+        place = {name: log.begin + (step - log.start) * log.layout.size for name, (step, _) in marks.items()}
+        found = sha256_of(log.path, place.values())
+        for name, (step, sha256) in marks.items():
+            if found[place[name]] != sha256:
+                fail(self.op, str(self.path / name), f"a file of the run in {LOG}", f"another run's, of step {step}")
 
     # Resident parameters ------------------------------------------------------------------------------------
+
+    @property
+    def _resident_file(self) -> pathlib.Path:
+        return self.path / f"{_RESIDENT}.safetensors"
 
     def _resident(self, optimizer: StepOptimizer) -> tuple[Block, list[Tensor]]:
         block, params = Block(-1, _RESIDENT, torch.nn.Identity()), []
@@ -110,35 +158,39 @@ class Run:
     def keep_resident(self, optimizer: StepOptimizer, updates: int) -> None:
         """Replaces the file of the resident parameters, whose values have ``updates`` updates."""
         block, params = self._resident(optimizer)
-        head = header(block, updates)
-        with replacing(self.path / f"{_RESIDENT}.safetensors") as file:
+        values = [p.detach().cpu().contiguous() for p in params]
+        sums = checksums(block, values)
+        head = header(block, updates, self.mark(), sums)
+        with replacing(self._resident_file) as file:
             os.posix_fallocate(file.fileno(), 0, len(head) + block.nbytes)
             file.write(head)
-            for e, p in zip(block.entries, params, strict=True):
+            for e, value in zip(block.entries, values, strict=True):
                 file.seek(len(head) + e.begin)
-                value = p.detach().cpu().contiguous()
                 file.write(memory_of(value))
-            file.flush()
-            self.durable()
 
-    def _load_resident(self, optimizer: StepOptimizer, header: dict[str, Any]) -> int:
-        """Loads the resident parameters, and returns the number of their updates."""
-        path = self.path / f"{_RESIDENT}.safetensors"
+    def _read_resident(self, optimizer: StepOptimizer) -> tuple[int, list[tuple[Tensor, Tensor]]]:
+        """The number of updates of the resident parameters, and each with its value; as they are, if no file is."""
+        path = self._resident_file
         block, params = self._resident(optimizer)
         if not path.exists():
-            self._check_base(optimizer, header)
-            return 0
+            return 0, []
         file = File(path)
-        with torch.no_grad():
-            for e, p in zip(block.entries, params, strict=True):
-                if e.name not in file.entries or file.entries[e.name].shape != tuple(p.shape):
-                    fail(self.op, str(path), f"{e.name} of shape {tuple(p.shape)}", "none")
-                p.copy_(file.tensor(e.name))
-        return version_of(self.op, file)
+        for e, p in zip(block.entries, params, strict=True):
+            kind = NAMES[p.dtype], tuple(p.shape)
+            found = file.entries.get(e.name)
+            if found is None or (found.dtype, found.shape) != kind:
+                fail(self.op, str(path), f"{e.name}: {kind}", found and (found.dtype, found.shape))
+        values = [file.tensor(e.name) for e in block.entries]
+        if checksums(block, values) != file.metadata.get("crc32"):
+            fail(self.op, str(path), "the bytes of its checksums (CRC32)", "others")
+        return version_of(self.op, file), list(zip(params, values, strict=True))
 
-    def _check_base(self, optimizer: StepOptimizer, header: dict[str, Any]) -> None:
-        """Raises where the resident parameters do not hold what the run began with."""
+    def _check_base(self, optimizer: StepOptimizer, header: dict[str, Any], blocks: Sequence[Block]) -> None:
+        """Raises where what has no update yet is not what the run began with."""
+        missing = {id(e.param) for b in blocks if not b.stored for e in b.entries}
+        resident = not self._resident_file.exists()
         for ours, theirs in zip(optimizer.param_groups, header["groups"], strict=True):
             for p, entry in zip(ours["params"], theirs["params"], strict=True):
-                if home_of(p).in_memory and entry["sha256"] is not None and digest(p) != entry["sha256"]:
+                bare = resident if home_of(p).in_memory else id(p) in missing
+                if bare and entry["sha256"] is not None and digest(p) != entry["sha256"]:
                     fail(self.op, str(entry["name"]), "the base weights of the run (SHA-256)", "other values")

@@ -95,7 +95,7 @@ class DiskStorage:
 
     def mover(self, packed: Packed, run: Run | None) -> Mover:
         carrier = self.carrier
-        source = FileStore(run.folder if run else None, run.durable if run else lambda: None, self.threads)
+        source = FileStore(run.folder if run else None, run.mark if run else lambda: None, self.threads)
         if run:
             source.reader.own.update(run.files)
             self._fill(source, run, packed)

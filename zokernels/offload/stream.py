@@ -126,13 +126,18 @@ def stream(
         store = DiskStorage(carrier, threads, checkpoint is not None)
     copies = [torch.empty(max(b.scratch for b in made), dtype=torch.uint8, device=target) for _ in range(scratch)]
     run = None if path is None else Run(path, made, resume)
-    # From here on the model changes.
-    loaded = {} if checkpoint is None else checkpoint.tensors()
-    _load_resident(model, made, loaded, fill)
-    mover = store.mover(lambda block: _packed(block, loaded, fill), run)
-    _move_the_rest(model, made, target)
-    link = mover if isinstance(mover, Encoder) else None
-    return Engine(model, made, store.slots, copies, mover, target, carrier.timeline, writes, run, link)
+    try:
+        # From here on the model changes.
+        loaded = {} if checkpoint is None else checkpoint.tensors()
+        _load_resident(model, made, loaded, fill)
+        mover = store.mover(lambda block: _packed(block, loaded, fill), run)
+        _move_the_rest(model, made, target)
+        link = mover if isinstance(mover, Encoder) else None
+        return Engine(model, made, store.slots, copies, mover, target, carrier.timeline, writes, run, link)
+    except BaseException:
+        if run is not None:
+            run.close()  # whose lock would keep others out
+        raise
 
 
 def _load_resident(model: nn.Module, blocks: Sequence[Block], loaded: dict[str, Tensor], fill: Fill | None) -> None:

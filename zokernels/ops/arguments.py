@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Concatenate, Literal, ParamSpec
 
 import torch
 from torch import Tensor
@@ -17,6 +18,10 @@ Dist = Literal["normal", "rademacher"]
 Rounding = Literal["nearest", "stochastic"]
 Tensors = Tensor | Sequence[Tensor]
 Rows = Sequence[tuple[int, int] | None] | None
+P = ParamSpec("P")
+#: The function behind an operation in place and its form out of place, so that their arguments are written down once.
+#: It gets the name of the one that was called, ``out`` (None in place), and the arguments that both have.
+Pair = Callable[Concatenate[str, list[Tensor] | None, P], None]
 
 
 def device_values(op: str, argument: str, value: object, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -34,6 +39,14 @@ def device_values(op: str, argument: str, value: object, dtype: torch.dtype, dev
     if len(numbers) == 1:  # a fill kernel: no copy from pageable memory
         return torch.full((1,), numbers[0], dtype=dtype, device=device)
     return to_device(torch.tensor(numbers, dtype=dtype), device)
+
+
+def seeds_of(op: str, argument: str, seeds: object, device: torch.device | str | None) -> Tensor:
+    """``seeds`` as a tensor; numbers go to ``device``, by default to torch's default device."""
+    if isinstance(seeds, Tensor):
+        return seeds
+    target = torch.get_default_device() if device is None else torch.device(device)
+    return device_values(op, argument, seeds, torch.int64, target)
 
 
 def as_list(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -103,3 +116,20 @@ def row_args(
         pairs.append((0, 0) if whole else (width, length))
     widths, lengths = ([pair[i] for pair in pairs] for i in (0, 1))
     return (widths, lengths) if any(widths) else (None, None)
+
+
+def _take(function: Any, pair: Callable[..., None]) -> Any:
+    own = [p for p in inspect.signature(function).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    found = inspect.signature(pair)
+    function.__signature__ = found.replace(parameters=[*own, *list(found.parameters.values())[2:]])
+    return function
+
+
+def in_place(pair: Pair[P]) -> Callable[[Callable[..., None]], Callable[P, None]]:
+    """Gives a function the arguments of ``pair``, as help(), editors and type checkers show them."""
+    return lambda function: _take(function, pair)
+
+
+def out_of_place(pair: Pair[P]) -> Callable[[Callable[..., None]], Callable[Concatenate[Tensors, P], None]]:
+    """The same behind a first argument ``out``."""
+    return lambda function: _take(function, pair)

@@ -2,56 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends import select
 from ..backends.terms import Terms, mask_bytes, row_blocks
-from ..checks import check_overlap, check_tensors, check_terms
-from .arguments import Dist, Rounding, as_list, mask_args, noise_args, row_args
-from .define import TERMS, checked, define, read_by, written
+from ..checks import check_tensors, check_terms
+from .arguments import Dist, Rounding, as_list, in_place, mask_args, noise_args, out_of_place, row_args
+from .define import TERMS, define_pair, read_by
 from .plan import Columns, Plan, members
 
 
-def _check_combine_(params: list[Tensor], *fields: Any) -> Terms:
+def _check_combine(op: str, groups: Mapping[str, list[Tensor]], *fields: Any) -> tuple[Any, ...]:
     terms = Terms(*fields)
-    if params:
-        check_tensors("combine_", {"params": params})
-    check_terms("combine_", "params", params, terms)
-    return terms
+    if any(groups.values()):
+        check_tensors(op, groups)
+    check_terms(op, "params", groups["params"], terms)
+    return read_by(terms), (terms,)
 
 
-@define(f"combine_(Tensor(a!)[] params, {TERMS}) -> ()", checked(_check_combine_))
-def _combine_(params: list[Tensor], *fields: Any) -> None:
-    terms = _check_combine_(params, *fields)
-    check_overlap("combine_", {"params": params}, read_by(terms))
-    if params:
-        select(params[0].device).combine(params, params, terms)
-        written(params)
+_combine_, _combine = define_pair("combine", TERMS, _check_combine)
 
 
-def _check_combine(out: list[Tensor], params: list[Tensor], *fields: Any) -> Terms:
-    terms = Terms(*fields)
-    if params or out:
-        check_tensors("combine", {"params": params, "out": out} if params else {"out": out, "params": params})
-    check_terms("combine", "params", params, terms)
-    return terms
-
-
-@define(f"combine(Tensor(a!)[] out, Tensor[] params, {TERMS}) -> ()", checked(_check_combine))
-def _combine(out: list[Tensor], params: list[Tensor], *fields: Any) -> None:
-    terms = _check_combine(out, params, *fields)
-    check_overlap("combine", {"out": out}, {"params": params, **read_by(terms)})
-    if params:
-        select(params[0].device).combine(out, params, terms)
-        written(out)
-
-
-@torch.no_grad()
-def combine_(
+def _call(
+    op: str,
+    out: list[Tensor] | None,
     params: Tensor | Sequence[Tensor] | Plan,
     seeds: int | Sequence[int] | Tensor,
     coeffs: float | Sequence[float] | Tensor,
@@ -68,6 +45,27 @@ def combine_(
     curvature: Tensor | Sequence[Tensor] | None = None,
     rows: Sequence[tuple[int, int] | None] | None = None,
 ) -> None:
+    plan, tensors, streams, offsets, rows = members(op, params, streams, offsets, rows)
+    operation, lists = (_combine_, (tensors,)) if out is None else (_combine, (out, tensors))
+    args = (
+        *noise_args(op, tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed),
+        *mask_args(op, tensors, masks, mask_seed, density),
+        None if curvature is None else as_list(curvature),
+        *row_args(op, tensors, rows),
+    )
+    if plan is None:
+        operation(*lists, *args)
+        return
+    terms = Terms(*args)
+    plan.run(
+        op, operation, (*lists, *args), "combine",
+        Columns(tensors, out, masks=terms.masks, curvature=terms.curvature), terms,
+        direct=lambda kernel: kernel(lists[0], tensors, terms), changed=[lists[0]],
+    )  # fmt: skip
+
+
+@in_place(_call)
+def combine_(*args: Any, **options: Any) -> None:
     """In place, theta = round(decay * theta + sum_k coeffs[k] * z_k), for every tensor of ``params`` in one pass.
 
     The sum is a chain of fp32 fmas in the order of k, from fp32(theta) (times ``decay``), rounded once, at the end.
@@ -99,65 +97,19 @@ def combine_(
     Source: contract zk1, docs/contract.md.  MeZO (Malladi et al., 2023) perturbs with coeffs = +-eps and updates with
     coeffs = -lr * projected gradient.
     """
-    plan, tensors, streams, offsets, rows = members("combine_", params, streams, offsets, rows)
-    args = (
-        *noise_args("combine_", tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed),
-        *mask_args("combine_", tensors, masks, mask_seed, density),
-        None if curvature is None else as_list(curvature),
-        *row_args("combine_", tensors, rows),
-    )
-    if plan is None:
-        _combine_(tensors, *args)
-        return
-    terms = Terms(*args)
-    plan.run(
-        "combine_", _combine_, (tensors, *args), "combine",
-        Columns(tensors, masks=terms.masks, curvature=terms.curvature), terms,
-        direct=lambda kernel: kernel(tensors, tensors, terms), changed=[tensors],
-    )  # fmt: skip
+    with torch.no_grad():
+        _call("combine_", None, *args, **options)
 
 
-@torch.no_grad()
-def combine(
-    out: Tensor | Sequence[Tensor],
-    params: Tensor | Sequence[Tensor] | Plan,
-    seeds: int | Sequence[int] | Tensor,
-    coeffs: float | Sequence[float] | Tensor,
-    *,
-    streams: int | Sequence[int] | None = None,
-    offsets: int | Sequence[int] | None = None,
-    dist: Dist = "normal",
-    decay: float | Tensor | None = None,
-    rounding: Rounding = "nearest",
-    rounding_seed: int | Tensor | None = None,
-    masks: Tensor | Sequence[Tensor] | None = None,
-    mask_seed: int | Tensor | None = None,
-    density: float | None = None,
-    curvature: Tensor | Sequence[Tensor] | None = None,
-    rows: Sequence[tuple[int, int] | None] | None = None,
-) -> None:
+@out_of_place(_call)
+def combine(out: Tensor | Sequence[Tensor], *args: Any, **options: Any) -> None:
     """out = round(decay * theta + sum_k coeffs[k] * z_k): :func:`combine_` out of place; theta is only read.
 
     ``out`` has the shapes, dtype and device of ``params`` and shares no memory with them.  Perturbing into a scratch
     this way makes restoring exact and free.
     """
-    plan, tensors, streams, offsets, rows = members("combine", params, streams, offsets, rows)
-    into = as_list(out)
-    args = (
-        *noise_args("combine", tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed),
-        *mask_args("combine", tensors, masks, mask_seed, density),
-        None if curvature is None else as_list(curvature),
-        *row_args("combine", tensors, rows),
-    )
-    if plan is None:
-        _combine(into, tensors, *args)
-        return
-    terms = Terms(*args)
-    plan.run(
-        "combine", _combine, (into, tensors, *args), "combine",
-        Columns(tensors, into, masks=terms.masks, curvature=terms.curvature), terms,
-        direct=lambda kernel: kernel(into, tensors, terms), changed=[into],
-    )  # fmt: skip
+    with torch.no_grad():
+        _call("combine", as_list(out), *args, **options)
 
 
 def pack_mask(keep: Tensor, offset: int = 0, row: tuple[int, int] | None = None) -> Tensor:

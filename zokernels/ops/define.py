@@ -9,13 +9,15 @@ own, which cost more than ours and the launch together (docs/design.md).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..backends import select
 from ..backends.terms import Terms
+from ..checks import check_overlap
 
 _LIBRARY = torch.library.Library("zokernels", "DEF")
 
@@ -55,6 +57,45 @@ def checked(check: Callable[..., Any]) -> Callable[..., None]:
         check(*args)
 
     return fake
+
+
+#: The check of a pair of operations.  It gets the name of the operation, its lists of tensors by argument, and the
+#: other arguments.  It returns the other lists that the kernel reads, by argument, and all that the kernel takes after
+#: ``out`` and ``params``.
+Check = Callable[..., tuple[Mapping[str, Sequence[Tensor]], tuple[Any, ...]]]
+
+
+def define_pair(kernel: str, schema: str, check: Check) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Defines ``<kernel>_``, which writes to ``params``, and ``<kernel>``, which reads them and writes to ``out``.
+
+    ``schema`` lists the arguments that follow these lists of tensors.
+    """
+    in_place = f"{kernel}_"
+
+    def lists(out: list[Tensor], params: list[Tensor]) -> dict[str, list[Tensor]]:
+        return {"params": params, "out": out} if params else {"out": out, "params": params}
+
+    def on_params(params: list[Tensor], *rest: Any) -> None:
+        read, extras = check(in_place, {"params": params}, *rest)
+        check_overlap(in_place, {"params": params}, read)
+        if params:
+            getattr(select(params[0].device), kernel)(params, params, *extras)
+            written(params)
+
+    def into_out(out: list[Tensor], params: list[Tensor], *rest: Any) -> None:
+        read, extras = check(kernel, lists(out, params), *rest)
+        check_overlap(kernel, {"out": out}, {"params": params, **read})
+        if params:
+            getattr(select(params[0].device), kernel)(out, params, *extras)
+            written(out)
+
+    on_params.__module__ = into_out.__module__ = check.__module__
+    fake_on_params = checked(lambda params, *rest: check(in_place, {"params": params}, *rest))
+    fake_into_out = checked(lambda out, params, *rest: check(kernel, lists(out, params), *rest))
+    return (
+        define(f"{in_place}(Tensor(a!)[] params, {schema}) -> ()", fake_on_params)(on_params),
+        define(f"{kernel}(Tensor(a!)[] out, Tensor[] params, {schema}) -> ()", fake_into_out)(into_out),
+    )
 
 
 def written(*tensors: Sequence[Tensor]) -> None:

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import select
 from ..backends.terms import Terms
-from ..checks import check_overlap, check_tensors, check_terms, fail
-from .arguments import Rounding, as_list, noise_args
-from .define import checked, define, written
+from ..checks import check_tensors, check_terms, fail
+from .arguments import Rounding, as_list, in_place, noise_args, out_of_place
+from .define import define_pair
 
 _FACTORS = (
     "Tensor[] left, Tensor[] right, Tensor coeffs, int[] streams, int[] offsets, Tensor? decay, Tensor? rounding_seed"
@@ -21,7 +20,7 @@ _FACTORS = (
 
 def _check_low_rank(
     op: str, groups: Mapping[str, list[Tensor]], left: list[Tensor], right: list[Tensor], coeffs: Tensor, *places: Any
-) -> Terms:
+) -> tuple[Any, ...]:
     params = groups["params"]
     # The directions are the factors': no seed is drawn from, and K is the factors' first dimension.
     none = torch.empty(coeffs.shape[-1] if coeffs.dim() else 0, dtype=torch.int64, device=coeffs.device)
@@ -45,52 +44,15 @@ def _check_low_rank(
             rank = left[i].shape[-1]
             if tuple(factor.shape) != (count, rows, rank) or not factor.is_contiguous():
                 fail(op, name, f"a contiguous tensor of shape {(count, rows, rank)}", tuple(factor.shape))
-    return terms
+    return {"left": left, "right": right}, (left, right, terms)
 
 
-@define(
-    f"low_rank_(Tensor(a!)[] params, {_FACTORS}) -> ()",
-    checked(lambda params, *rest: _check_low_rank("low_rank_", {"params": params}, *rest)),
-)
-def _low_rank_(params: list[Tensor], left: list[Tensor], right: list[Tensor], *fields: Any) -> None:
-    terms = _check_low_rank("low_rank_", {"params": params}, left, right, *fields)
-    check_overlap("low_rank_", {"params": params}, {"left": left, "right": right})
-    if params:
-        select(params[0].device).low_rank(params, params, left, right, terms)
-        written(params)
+_low_rank_, _low_rank = define_pair("low_rank", _FACTORS, _check_low_rank)
 
 
-@define(
-    f"low_rank(Tensor(a!)[] out, Tensor[] params, {_FACTORS}) -> ()",
-    checked(lambda out, params, *rest: _check_low_rank("low_rank", {"params": params, "out": out}, *rest)),
-)
-def _low_rank(out: list[Tensor], params: list[Tensor], left: list[Tensor], right: list[Tensor], *fields: Any) -> None:
-    terms = _check_low_rank("low_rank", {"params": params, "out": out}, left, right, *fields)
-    check_overlap("low_rank", {"out": out}, {"params": params, "left": left, "right": right})
-    if params:
-        select(params[0].device).low_rank(out, params, left, right, terms)
-        written(out)
-
-
-def _low_rank_args(
+def _call(
     op: str,
-    tensors: list[Tensor],
-    left: Tensor | Sequence[Tensor],
-    right: Tensor | Sequence[Tensor],
-    coeffs: object,
-    streams: int | Sequence[int],
-    offsets: int | Sequence[int] | None,
-    decay: object,
-    rounding: str,
-    rounding_seed: object,
-) -> tuple[Any, ...]:
-    noise = noise_args(op, tensors, (), coeffs, streams, offsets, "normal", decay, rounding, rounding_seed)
-    _, coeffs, streams, offsets, _, decay, rounding_seed = noise
-    return as_list(left), as_list(right), coeffs, streams, offsets, decay, rounding_seed
-
-
-@torch.no_grad()
-def low_rank_(
+    out: list[Tensor] | None,
     params: Tensor | Sequence[Tensor],
     left: Tensor | Sequence[Tensor],
     right: Tensor | Sequence[Tensor],
@@ -102,6 +64,15 @@ def low_rank_(
     rounding: Rounding = "nearest",
     rounding_seed: int | Tensor | None = None,
 ) -> None:
+    tensors = as_list(params)
+    noise = noise_args(op, tensors, (), coeffs, streams, offsets, "normal", decay, rounding, rounding_seed)
+    _, coeffs, stream_list, offset_list, _, *rounded = noise
+    args = tensors, as_list(left), as_list(right), coeffs, stream_list, offset_list, *rounded
+    _low_rank_(*args) if out is None else _low_rank(out, *args)
+
+
+@in_place(_call)
+def low_rank_(*args: Any, **options: Any) -> None:
     """theta = round(decay * theta + sum_k coeffs[k] * L_k R_k^T) for matrices; the dense products are never stored.
 
     An element's inner product is a chain of fp32 fmas in the order of the rank, from 0; the sum one in the order of k.
@@ -117,31 +88,12 @@ def low_rank_(
     Sources: LOZO, Chen et al. 2024 (arXiv 2410.07698); SubZero, Yu et al. 2024 (2410.08989); TeZO, Sun et al. 2025
     (2501.19057); EGGROLL, Sarkar et al. 2025 (2511.16652).
     """
-    tensors = as_list(params)
-    _low_rank_(
-        tensors,
-        *_low_rank_args("low_rank_", tensors, left, right, coeffs, streams, offsets, decay, rounding, rounding_seed),
-    )
+    with torch.no_grad():
+        _call("low_rank_", None, *args, **options)
 
 
-@torch.no_grad()
-def low_rank(
-    out: Tensor | Sequence[Tensor],
-    params: Tensor | Sequence[Tensor],
-    left: Tensor | Sequence[Tensor],
-    right: Tensor | Sequence[Tensor],
-    coeffs: float | Sequence[float] | Tensor,
-    *,
-    streams: int | Sequence[int],
-    offsets: int | Sequence[int] | None = None,
-    decay: float | Tensor | None = None,
-    rounding: Rounding = "nearest",
-    rounding_seed: int | Tensor | None = None,
-) -> None:
+@out_of_place(_call)
+def low_rank(out: Tensor | Sequence[Tensor], *args: Any, **options: Any) -> None:
     """:func:`low_rank_` out of place; theta is only read."""
-    tensors = as_list(params)
-    _low_rank(
-        as_list(out),
-        tensors,
-        *_low_rank_args("low_rank", tensors, left, right, coeffs, streams, offsets, decay, rounding, rounding_seed),
-    )
+    with torch.no_grad():
+        _call("low_rank", as_list(out), *args, **options)

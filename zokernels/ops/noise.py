@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends import select
 from ..backends.terms import Terms
 from ..checks import check_dist, check_offset, check_stream, fail
-from .arguments import Dist, device_values
+from .arguments import Dist, seeds_of
 from .define import define
 
 
@@ -58,10 +58,7 @@ def noise(
     "normal" is standard normal (|z| <= 6.556), "rademacher" is +1 or -1.  For tests, baselines and a look: training
     never materialises z.  ``device`` defaults to the seed's where it is a tensor, else to torch's default device.
     """
-    if isinstance(seed, Tensor):
-        seed_tensor = seed if device is None else seed.to(device)
-    else:
-        target = torch.get_default_device() if device is None else torch.device(device)
-        seed_tensor = device_values("noise", "seed", seed, torch.int64, target)
-    z: Tensor = _noise((shape,) if isinstance(shape, int) else tuple(shape), seed_tensor, stream, offset, dist)
+    seeds = seeds_of("noise", "seed", seed, device)
+    seeds = seeds if device is None else seeds.to(device)
+    z: Tensor = _noise((shape,) if isinstance(shape, int) else tuple(shape), seeds, stream, offset, dist)
     return z

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends import select
 from ..checks import check_noise_of
 from ..contract import SQUARE_SCALE
-from .arguments import Dist, device_values, places
+from .arguments import Dist, places, seeds_of
 from .define import define
 
 
@@ -40,9 +40,6 @@ def squared_norm(
     Every square (fp32) is rounded to a multiple of 2^-20 and summed as an integer, so no order of summation, shard or
     device changes a bit; the sum fits for 2^42 elements.  Rounding costs about sqrt(n) * 2^-22 in n elements.
     """
-    if not isinstance(seeds, Tensor):
-        target = torch.get_default_device() if device is None else torch.device(device)
-        seeds = device_values("squares", "seeds", seeds, torch.int64, target)
-    at = places(streams, offsets, len(sizes))
-    sums: Tensor = _squares(seeds.reshape(-1), list(sizes), *at, dist)
+    values = seeds_of("squares", "seeds", seeds, device).reshape(-1)
+    sums: Tensor = _squares(values, list(sizes), *places(streams, offsets, len(sizes)), dist)
     return sums.double() / SQUARE_SCALE

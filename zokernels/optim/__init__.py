@@ -8,21 +8,37 @@ from ..step.directions.direction import Direction
 from ..step.directions.low_rank import FreshFactors, KeptRight, Subspace, TemporalFactor
 from ..step.directions.masks import GivenMask, MagnitudeMask, RandomMask
 from ..step.directions.scaling import Sphere, TensorScale
-from ..step.estimators import ForwardMode, OneSided, Ranking, StdNormalized, ThreePoint, TwoSided
+from ..step.estimators import (
+    Bayesian,
+    ForwardMode,
+    Guided,
+    OneSided,
+    Population,
+    Ranking,
+    ScaledPopulation,
+    SignOfDifference,
+    StdNormalized,
+    ThreePoint,
+    TwoSided,
+)
+from ..step.rules.factors import FactorMomentum
 from ..step.rules.rule import Rule
-from ..step.rules.sgd import SGD, Conservative
-from ..step.rules.stateful import Adam, Curvature, Momentum, Sign
+from ..step.rules.sgd import SGD, Conservative, Floored
+from ..step.rules.stateful import Adam, AMSGrad, Curvature, Momentum, Sign
 from ..step.rules.window import AdamWindow, MomentumWindow
 from ..step.subset import Blocks, LayerSkip
 from .adaptive import HiZOO, ZOAdam, ZOAdamW, ZOSignSGD
 from .cge import ZOCGE
 from .methods import (
     EGGROLL,
+    ES,
     FZOO,
     LOZO,
+    QZO,
     ZOBCD,
     ForwardGradient,
     LeZO,
+    MeZOGV,
     SparseMeZO,
     SubZero,
     TeZO,
@@ -30,14 +46,17 @@ from .methods import (
     ZORankSGD,
 )
 from .optimizer import ZerothOrder
+from .param_groups import decay_groups
 from .quzo import QuZO
 from .zosgd import ZOSGD
 
 __all__ = [
-    "EGGROLL", "FZOO", "LOZO", "SGD", "ZOBCD", "ZOCGE", "ZOSGD", "Adam", "AdamWindow", "Blocks",
-    "Conservative", "Curvature", "Direction", "ForwardGradient", "ForwardMode", "FreshFactors",
-    "GivenMask", "HiZOO", "KeptRight", "LayerSkip", "LeZO", "MagnitudeMask", "Momentum", "MomentumWindow",
-    "OneSided", "QuZO", "RandomMask", "Ranking", "Rule", "Sign", "SparseMeZO", "Sphere", "StdNormalized",
-    "SubZero", "Subspace", "TeZO", "TemporalFactor", "TensorScale", "ThreePoint", "TwoSided", "ZOAdam",
-    "ZOAdamW", "ZOConservative", "ZORankSGD", "ZOSignSGD", "ZerothOrder",
+    "EGGROLL", "ES", "FZOO", "LOZO", "QZO", "SGD", "ZOBCD", "ZOCGE", "ZOSGD", "AMSGrad", "Adam",
+    "AdamWindow", "Bayesian", "Blocks", "Conservative", "Curvature", "Direction", "FactorMomentum",
+    "Floored", "ForwardGradient", "ForwardMode", "FreshFactors", "GivenMask", "Guided", "HiZOO",
+    "KeptRight", "LayerSkip", "LeZO", "MagnitudeMask", "MeZOGV", "Momentum", "MomentumWindow", "OneSided",
+    "Population", "QuZO", "RandomMask", "Ranking", "Rule", "ScaledPopulation", "Sign", "SignOfDifference",
+    "SparseMeZO", "Sphere", "StdNormalized", "SubZero", "Subspace", "TeZO", "TemporalFactor", "TensorScale",
+    "ThreePoint", "TwoSided", "ZOAdam", "ZOAdamW", "ZOConservative", "ZORankSGD", "ZOSignSGD",
+    "ZerothOrder", "decay_groups",
 ]  # fmt: skip

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ..checks import check_choice, fail
 from ..step.directions.scaling import CurvedDirection
-from ..step.estimators import ThreePoint
+from ..step.estimators import SignOfDifference, ThreePoint
 from ..step.rules.rule import Rule
-from ..step.rules.stateful import Adam, Curvature, Sign
+from ..step.rules.sgd import SGD
+from ..step.rules.stateful import Adam, AMSGrad, Curvature, Sign
 from ..step.rules.window import AdamWindow
 from .optimizer import ZerothOrder
 from .zosgd import Differences
@@ -34,6 +36,8 @@ class ZOAdam(Differences):
             weight_decay only in :class:`ZOAdamW`.
         state_dtype: of m and v (``state[p]["exp_avg"]``, ``["exp_avg_sq"]``): fp32 or bf16, which is rounded
             as ``rounding`` says; to nearest, a bf16 v stands still where 1 - b2 is below its precision.
+        amsgrad: the largest v so far takes the place of v (``state[p]["max_exp_avg_sq"]``), as in the paper
+            below and in torch.optim.Adam; no window then.  (The paper has no bias corrections.)
         params, lr, ...: as for :class:`ZOSGD`.  betas, adam_eps and weight_decay may differ between groups.
 
     Source: Kingma and Ba, 2015; on differences of losses, Chen et al., 2019 (ZO-AdaMM, arXiv 1910.06513).
@@ -50,12 +54,16 @@ class ZOAdam(Differences):
         adam_eps: float = 1e-8,
         window: int | None = None,
         state_dtype: torch.dtype = torch.float32,
+        amsgrad: bool = False,
         **options: Any,
     ) -> None:
         rule: Rule
         if window is None:
-            rule = Adam(betas, adam_eps, self._decoupled, state_dtype)
+            kind = AMSGrad if amsgrad else Adam
+            rule = kind(betas, adam_eps, self._decoupled, state_dtype)
         else:
+            if amsgrad:
+                fail(self.op, "amsgrad", "False with a window, which keeps no largest v", True)
             rule = AdamWindow(window, betas, adam_eps, self._decoupled)
         super().__init__(params, lr, *args, rule=rule, **options)
 
@@ -78,13 +86,28 @@ class ZOSignSGD(Differences):
 
     Args:
         l2: coupled weight decay, inside the sign.
+        of: "sum" as above; "difference": theta <- (1 - lr weight_decay) theta - lr / q sum_k sign(g_k) z_k,
+            which has no l2 (:class:`SignOfDifference`).  ``zo_sign_opt`` of ZO-Bench (arXiv 2402.11592) is
+            that.
         params, lr, ...: as for :class:`ZOSGD`.
 
     Source: ZO-signSGD, Liu et al., 2019.
     """
 
-    def __init__(self, params: ParamsT, lr: float | Tensor, *args: Any, l2: float = 0.0, **options: Any) -> None:
-        super().__init__(params, lr, *args, rule=Sign(l2), **options)
+    def __init__(
+        self, params: ParamsT, lr: float | Tensor, *args: Any, l2: float = 0.0, of: str = "sum", **options: Any
+    ) -> None:
+        check_choice(self.op, "of", of, ("sum", "difference"))
+        if of == "sum":
+            super().__init__(params, lr, *args, rule=Sign(l2), **options)
+            return
+        if l2:
+            fail(self.op, "l2", "0 with of='difference' (weight_decay is the same there)", l2)
+        if options.get("estimator", "two-sided") != "two-sided":
+            fail(self.op, "estimator", "'two-sided' with of='difference'", repr(options["estimator"]))
+        options.pop("estimator", None)
+        estimator = SignOfDifference(options.pop("directions", 1))
+        super(Differences, self).__init__(params, lr, *args, estimator=estimator, rule=SGD(), **options)
 
 
 class HiZOO(ZerothOrder):
@@ -98,7 +121,8 @@ class HiZOO(ZerothOrder):
     L+, L-.
 
     Args:
-        alpha: in [0, 1).
+        alpha: in [0, 1).  1e-6 is the paper's; the authors' scripts run with schedules of it that begin at 0,
+            which set ``param_groups[0]["alpha"]`` between steps here.
         state_dtype: of h (``state[p]["curvature"]``): fp32 or bf16, which is rounded as ``rounding`` says; to
             nearest, a bf16 h stands still where alpha is below its precision.
         params, lr, ...: as for :class:`ZerothOrder`; no ``direction``.  alpha may differ between groups.

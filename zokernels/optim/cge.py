@@ -11,15 +11,27 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..checks import check_choice, fail, is_integer
+from ..checks import check_choice, check_integer, check_number, fail, is_integer
 from ..contract import derive_seed_int, derive_stream_seed
 from ..difference import stepped
 from ..functional import low_rank_
 from ..step.directions.masks import KeptMask
 from ..step.guards import uninterrupted
+from ..step.noise import DENSE
 from ..step.probes.probe import Probe
+from ..step.rules.rule import check_fraction
 from ..step.rules.sgd import SGD
-from ..step.scalars import NO, decay_of, descent, gate, gated_decay, is_zero, projected_gradient
+from ..step.scalars import (
+    NO,
+    decay_of,
+    descent,
+    gate,
+    gated_decay,
+    is_zero,
+    learning_rate,
+    projected_gradient,
+    scalars,
+)
 from ..step.subset import Subset
 from ..step.types import Bucket, Estimate, LossesAt, Seeds
 from ..transfer import to_device
@@ -48,9 +60,11 @@ class Entries(NamedTuple):
     def updated(self, change: Tensor, seed: Tensor, decay: Tensor | None, rounding: Any) -> Tensor:
         """[n]: round(decay * theta_i + change_i), each with the rounding bits of its place in the parameter.
 
-        A kernel does it: each run of neighbours is a matrix of one column, and its change a product of rank
-        1.  That product is a sum from 0, which cannot be -0.0.  It is therefore that of -change, with the
-        coefficient -1: a change of 0 then adds -0.0, which leaves every weight its bits.
+        ``low_rank_`` computes it: each run of neighbouring weights is a matrix with one column, and its
+        change is a product of rank 1.  The kernel sums a product from 0, so a change of 0.0 and one of -0.0
+        look the same to it.  It takes -change with the coefficient -1, which treats both as -0.0 and leaves
+        the weight its bits.  That is wrong for a change of 0.0 to -0.0, which is 0.0 (as in combine), so
+        these weights are set afterwards.
         """
         bounds = [i for i, place in enumerate(self.positions) if not i or place != self.positions[i - 1] + 1]
         sizes = [end - begin for begin, end in itertools.pairwise([*bounds, len(self.positions)])]
@@ -66,7 +80,8 @@ class Entries(NamedTuple):
             rounding=rounding,
             rounding_seed=seed,
         )
-        return new
+        acc = self.own.float() if decay is None else decay * self.own.float()
+        return new.masked_fill_((acc == 0) & (change == 0) & ~change.signbit(), 0.0)
 
 
 #: A weight (flat tensor, position), the value that it is moved to and its own; None: theta itself.
@@ -113,7 +128,15 @@ class ZOCGE(ZerothOrder):
         per_step: how many of those are drawn from the seed for each step.  This is a number, of all
             parameters together; or shares in (0, 1] by parameter name, as layer-wise pruning ratios leave
             them (1 for a name that is not there).  Default: all, in every step.
+        interval: how many steps move the drawn coordinates before others are drawn.  (DeepZero's code draws
+            them every five epochs.)
         clip: bound on each \|g_i\|.
+        momentum, l2: with either, all weights take part in the update, those that no step moves included:
+
+                m <- momentum m + (g + l2 theta);   theta <- (1 - lr weight_decay) theta - lr m
+
+            with g = 0 where no difference was measured, and m (``state[p]["momentum_buffer"]``, fp32) 0 at
+            first.  This is torch.optim.SGD, and DeepZero's training with momentum=0.9 and l2=5e-4.
         params, lr, weight_decay, seed, rounding, subset: as :class:`ZerothOrder`.  Any model: weights move in
             place.
 
@@ -138,7 +161,10 @@ class ZOCGE(ZerothOrder):
         estimator: str = "one-sided",
         mask: KeptMask | None = None,
         per_step: int | Mapping[str, float] | None = None,
+        interval: int = 1,
         clip: float | None = None,
+        momentum: float = 0.0,
+        l2: float = 0.0,
         subset: Subset | None = None,
     ) -> None:
         check_choice(self.op, "estimator", estimator, tuple(ESTIMATORS))
@@ -150,7 +176,10 @@ class ZOCGE(ZerothOrder):
                     fail(self.op, f"per_step[{name!r}]", "a share in (0, 1]", share)
         elif per_step is not None and not is_integer(per_step, 1):
             fail(self.op, "per_step", "an integer >= 1, or shares by parameter name", repr(per_step))
-        self._per_step = per_step
+        check_integer(self.op, "interval", interval)
+        check_fraction(self.op, "momentum", momentum)
+        check_number(self.op, "l2", l2)
+        self._per_step, self._interval, self._momentum, self._l2 = per_step, interval, momentum, l2
         super().__init__(
             *(params, lr, eps, weight_decay, seed),
             rounding=rounding,
@@ -195,6 +224,35 @@ class ZOCGE(ZerothOrder):
         ]
 
     def update(self, probe: Probe, estimate: Estimate) -> None:
+        (self._update_all if self._momentum or self._l2 else self._update_moved)(probe, estimate)
+        torch.clear_autocast_cache()
+        self.run_state.advance(estimate.finite)
+
+    def _update_all(self, probe: Probe, estimate: Estimate) -> None:
+        """With a momentum or l2: one pass over each parameter and its m, after plain fp32 operations on m."""
+        measured = {e.weights.data_ptr(): (e, g) for e, g in zip(self._entries, estimate.gradients, strict=True)}
+        for bucket in probe.buckets:
+            finite = to_device(estimate.finite, bucket.device)
+            states = []
+            for p in bucket.params:
+                m = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p, dtype=torch.float32))
+                new = self._momentum * m + self._l2 * p.detach().float()
+                if p.data_ptr() in measured:
+                    e, g = measured[p.data_ptr()]
+                    new.view(-1).index_add_(0, e.places, to_device(g, bucket.device))
+                states.append(m.copy_(torch.where(finite, new, m)))
+            group, seeds = bucket.group, probe.seeds[bucket.device]
+            like = estimate.losses
+            lr = scalars((learning_rate(group, like),), like.device)
+            lr = torch.where(estimate.finite, lr, torch.zeros_like(lr))
+            hyper = to_device(torch.cat((scalars((0.0, 1.0, 0.0), like.device), lr)).float(), bucket.device)
+            decays = group["weight_decay"] > 0
+            decay = gated_decay(decay_of(group, like), estimate.finite, bucket.device) if decays else None
+            none = torch.empty(0, dtype=torch.float32, device=bucket.device)
+            rounding = {"decay": decay, "rounding": group["rounding"], "rounding_seed": seeds[:1]}
+            DENSE.step(bucket.members, "momentum", hyper, seeds[:0], none, first=states, **rounding)
+
+    def _update_moved(self, probe: Probe, estimate: Estimate) -> None:
         for e, g in zip(self._entries, estimate.gradients, strict=True):
             group, device = e.bucket.group, e.weights.device
             if is_zero(group["lr"]):
@@ -202,8 +260,6 @@ class ZOCGE(ZerothOrder):
             decay = gated_decay(decay_of(group, g), estimate.finite, device) if group["weight_decay"] else None
             change = to_device(descent(group, g), device)  # -0.0 unless finite: the weights keep their bits
             e.weights[e.places] = e.updated(change, probe.seeds[device][:1], decay, group["rounding"])
-        torch.clear_autocast_cache()
-        self.run_state.advance(estimate.finite)
 
     def publish(self, estimate: Estimate) -> None:
         g = torch.cat(self._gradients(estimate.losses))
@@ -221,7 +277,7 @@ class ZOCGE(ZerothOrder):
             (b, p, stream, self._allowed(p)) for b in buckets for p, stream in zip(b.params, b.streams, strict=True)
         ]
         counts = [p.numel() if index is None else index.numel() for _, p, _, index in allowed]
-        seed = derive_seed_int(self.seed, self.step_count, _CHOICE_K)
+        seed = derive_seed_int(self.seed, self.step_count // self._interval, _CHOICE_K)
         if self._per_step is None:
             chosen: list[Sequence[int]] = [range(n) for n in counts]
         elif isinstance(self._per_step, int):
@@ -259,7 +315,8 @@ class ZOCGE(ZerothOrder):
         return bits.flatten()[: param.numel()].nonzero().squeeze(1)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_per_step": self._per_step}
+        own = ("_per_step", "_interval", "_momentum", "_l2")
+        return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}}
 
 
 def sample(seed: int, stream: int, count: int, total: int) -> list[int]:

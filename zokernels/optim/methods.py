@@ -8,19 +8,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..checks import fail
+from ..checks import check_integer, fail
 from ..step.directions.low_rank import FreshFactors, KeptRight, Subspace, TemporalFactor
 from ..step.directions.masks import MagnitudeMask
-from ..step.estimators import ForwardMode, Ranking, StdNormalized, TwoSided
+from ..step.estimators import (
+    Estimator,
+    ForwardMode,
+    Guided,
+    Population,
+    Ranking,
+    ScaledPopulation,
+    StdNormalized,
+    TwoSided,
+)
 from ..step.loss import DerivativeReader, RankReader
 from ..step.probes.exact import TangentProbe
-from ..step.rules.sgd import SGD, Conservative
+from ..step.rules.factors import FactorMomentum
+from ..step.rules.rule import Rule
+from ..step.rules.sgd import SGD, Conservative, Floored
 from ..step.shard import any_sharded
 from ..step.subset import LAYERS, Blocks, LayerSkip
-from ..step.types import Bucket, Seeds
+from ..step.types import Bucket, Estimate, LossesAt, Seeds
 from .optimizer import ZerothOrder
 from .zosgd import ZOSGD
 
@@ -28,12 +40,14 @@ from .zosgd import ZOSGD
 class FZOO(ZerothOrder):
     """theta <- theta - lr * sum_k (L_k - L_0) / (q sigma) * z_k,   k = 0 .. q - 1.
 
-    L_k = L(theta + eps z_k), L_0 = L(theta), and sigma is the sample standard deviation of the L_k.  A step
-    takes q + 1 forwards along Rademacher directions, and is normalized by the losses' own spread.  ``step``
-    returns L_0.
+    L_k = L(theta + eps z_k), L_0 = L(theta), and sigma is the standard deviation of the L_k.  A step takes
+    q + 1 forwards along Rademacher directions, and is normalized by the losses' own spread.  ``step``
+    returns L_0.  The paper's update has eps q sigma in the place of q sigma: its lr is ours times eps.
 
     Args:
         directions: q >= 2.
+        sigma: "sample" (divided by q - 1, the paper's) or "population" (divided by q, the authors' code's).
+            With lr times sqrt(q / (q - 1)), "sample" takes the steps of "population".
         std_eps: in units of the loss.  Where sigma <= std_eps, g is 0 instead of a division by next to
             nothing.
 
@@ -48,12 +62,41 @@ class FZOO(ZerothOrder):
         *,
         directions: int = 8,
         std_eps: float = 1e-8,
+        sigma: str = "sample",
         dist: str = "rademacher",
         **options: Any,
     ) -> None:
-        super().__init__(
-            params, lr, eps, dist=dist, estimator=StdNormalized(directions, std_eps), rule=SGD(), **options
-        )
+        estimator = StdNormalized(directions, std_eps, sigma)
+        super().__init__(params, lr, eps, dist=dist, estimator=estimator, rule=SGD(), **options)
+
+
+class QZO(ZerothOrder):
+    r"""s <- max(s - lr sum_k g_k z_k, minimum):   the scales s of integer weights, which stay as they are.
+
+    g_k as for :class:`ZOSGD`, clipped: \|g_k\| <= clip.
+
+    Args:
+        params: ``zokernels.quantize.named_scales(model)``, or any positive weights.
+        clip: of the directional derivatives, in units of the loss per unit of s.
+        minimum: no scale falls below it, because a negative one would turn the signs of its weights.
+        directions, ...: as for :class:`ZOSGD`.
+
+    Source: QZO, Shang et al., 2025, arXiv 2505.13430; clip and minimum are those of its code.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        eps: float = 1e-3,
+        *,
+        directions: int = 1,
+        clip: float | None = 100.0,
+        minimum: float = 1e-7,
+        **options: Any,
+    ) -> None:
+        estimator, rule = TwoSided(directions), Floored(minimum)
+        super().__init__(params, lr, eps, clip=clip, estimator=estimator, rule=rule, **options)
 
 
 class ZORankSGD(ZerothOrder):
@@ -112,6 +155,53 @@ class ZORankSGD(ZerothOrder):
         return results.best
 
 
+class MeZOGV(ZerothOrder):
+    """theta <- theta - lr g v along a guiding vector v = sum_k w_k z_k (:class:`Guided`): candidates + 2 forwards.
+
+    The losses of some candidates theta + eps z_k are measured first.  v is the mean z of the ``top`` lowest
+    less the mean z of the others (MeZO-GV); or, with ``best``, the z of the lowest alone (MeZO-Greedy).  Then
+    g = (L(theta + eps v) - L(theta - eps v)) / (2 eps).
+
+    It is a combine with the coefficients w_k, so v is never stored.  ``last_losses`` are those of the
+    candidates and the two along v, whose mean a step returns.  ``last_projected_gradient`` are the g w_k.
+
+    Args:
+        candidates: q >= 2.
+        top: how many are the low ones, below q.
+        best: MeZO-Greedy.
+        restore: "exact" alone: a log has no place for the points along v, between which weights would move.
+
+    Source: Jin, Cen and Tan, 2026, arXiv 2601.04710.  The authors' code has one candidate a step, beside the
+    best one of the steps before.  That MeZO-Greedy measures g by two forwards along the best is read from the
+    abstract ("keeps the single best perturbation"); its code is not public.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        eps: float = 1e-3,
+        *,
+        candidates: int = 4,
+        top: int = 2,
+        best: bool = False,
+        **options: Any,
+    ) -> None:
+        if options.get("restore", "exact") != "exact":
+            fail(self.op, "restore", "'exact': its points depend on the losses before them", repr(options["restore"]))
+        super().__init__(params, lr, eps, estimator=Guided(candidates, top, best), rule=SGD(), **options)
+
+    def estimate(self, buckets: list[Bucket], losses_at: LossesAt) -> Estimate:
+        assert isinstance(self.estimator, Guided)  # the constructor's
+        count = self.estimator.directions
+        pool = losses_at([[b.point(k, 1) for b in buckets] for k in range(count)], count)
+        w = self.estimator.guide(pool)
+        along = lambda b, sign: {k: (sign * b.eps * c).float() for k, c in enumerate(w.unbind())}
+        pair = losses_at([[along(b, sign) for b in buckets] for sign in (1, -1)], 2)
+        losses = torch.cat((pool, pair.to(pool.dtype)))
+        return super().estimate(buckets, lambda points, number: losses)
+
+
 class ZOConservative(ZerothOrder):
     """:class:`ZOSGD` that keeps the best of theta, theta - lr g z and theta + lr g z.
 
@@ -124,14 +214,23 @@ class ZOConservative(ZerothOrder):
 
     Args:
         directions: q.
+        ties: of equal losses, "first": the weights stay; "last": they move, as in the authors' code
+            (:class:`Conservative`).
 
     Source: ZO-SGD-Cons of Zhang et al., 2024, arXiv 2402.11592.
     """
 
     def __init__(
-        self, params: ParamsT, lr: float | Tensor, eps: float = 1e-3, *, directions: int = 1, **options: Any
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        eps: float = 1e-3,
+        *,
+        directions: int = 1,
+        ties: str = "first",
+        **options: Any,
     ) -> None:
-        super().__init__(params, lr, eps, estimator=TwoSided(directions), rule=Conservative(), **options)
+        super().__init__(params, lr, eps, estimator=TwoSided(directions), rule=Conservative(ties), **options)
 
 
 class ForwardGradient(ZerothOrder):
@@ -172,21 +271,34 @@ class ForwardGradient(ZerothOrder):
     def own_probe(self, buckets: list[Bucket], seeds: Seeds) -> TangentProbe:
         if any_sharded(p for b in buckets for p in b.params):
             fail(self.op, "params", "plain tensors: a tangent is handed to each function", "a DTensor", TypeError)
-        return TangentProbe(self.op, buckets, seeds, self.scratch, self.warned)
+        return TangentProbe(self.op, buckets, seeds, self.scratch, self.blocks, self.warned)
 
 
 class SparseMeZO(ZOSGD):
-    """:class:`ZOSGD` on the ``density`` smallest weights of each tensor; the others never move.
+    """:class:`ZOSGD` on the smallest weights of each tensor, about the share ``density``.
 
-    It needs one bit a weight of extra memory (:class:`MagnitudeMask`).
+    The threshold between small and large is each tensor's ``density`` quantile at the first step.  As in the
+    paper every step compares the weights, as they are then, with that threshold, so a weight that has grown
+    beyond it stands still from there on (a dynamic mask).  With ``dynamic=False`` the first step's mask stays
+    as it is (a constant mask).  Either needs one bit a weight of extra memory (:class:`MagnitudeMask`).
 
-    Source: Liu et al., 2024, arXiv 2402.15751 (density = 1 - its sparsity).
+    Args:
+        density: 1 - the paper's sparsity.
+        refresh: measure the thresholds again every so many steps (None: never).
+
+    Source: Liu et al., 2024, arXiv 2402.15751.
     """
 
     def __init__(
-        self, params: ParamsT, *args: Any, density: float = 0.25, refresh: int | None = None, **options: Any
+        self,
+        params: ParamsT,
+        *args: Any,
+        density: float = 0.25,
+        refresh: int | None = None,
+        dynamic: bool = True,
+        **options: Any,
     ) -> None:
-        super().__init__(params, *args, direction=MagnitudeMask(density, refresh), **options)
+        super().__init__(params, *args, direction=MagnitudeMask(density, refresh, dynamic), **options)
 
 
 class LeZO(ZOSGD):
@@ -223,44 +335,158 @@ class ZOBCD(ZOSGD):
 class LOZO(ZOSGD):
     """:class:`ZOSGD` along U V^T / sqrt(rank), V kept for ``interval`` steps (:class:`KeptRight`).
 
-    The paper perturbs by its eps times U V^T and updates by U V^T / r, which is this class with eps times
-    sqrt(r).
+    ``scaled=False`` is the authors' code: U V^T for matrices, dense noise for vectors, with one eps and one
+    lr.  With ``scaled`` that is sqrt(rank) times their eps and rank times their lr in a group of the
+    matrices, and their eps and lr in a group of the vectors.  (The paper divides its update by the rank; its
+    code does not.)
+
+    ``momentum``: LOZO-M, whose state of an [m, n] matrix is [m, rank] (:class:`FactorMomentum`; 0.7 in the
+    authors' code).
 
     Source: Chen et al., 2024, arXiv 2410.07698.
     """
 
-    def __init__(self, params: ParamsT, *args: Any, rank: int = 4, interval: int | None = 50, **options: Any) -> None:
-        super().__init__(params, *args, direction=KeptRight(rank, interval), **options)
+    def __init__(
+        self,
+        params: ParamsT,
+        *args: Any,
+        rank: int = 4,
+        interval: int | None = 50,
+        scaled: bool = True,
+        momentum: float = 0.0,
+        **options: Any,
+    ) -> None:
+        options["direction"] = KeptRight(rank, interval, scaled)
+        if momentum and options.get("window") is None:
+            super(ZOSGD, self).__init__(params, *args, rule=FactorMomentum(momentum), **options)
+        else:
+            super().__init__(params, *args, momentum=momentum, **options)
 
 
 class SubZero(ZOSGD):
     """:class:`ZOSGD` in a random subspace of each layer, kept for ``interval`` steps (:class:`Subspace`).
 
+    ``near_square`` takes thin matrices (LoRA, prefixes) as near squares, as the authors do there.  Their code
+    has rank 8 and interval 2000 by default, their README 24 and 1000.
+
     Source: Yu et al., 2024, arXiv 2410.08989.
     """
 
-    def __init__(self, params: ParamsT, *args: Any, rank: int = 16, interval: int | None = 500, **options: Any) -> None:
-        super().__init__(params, *args, direction=Subspace(rank, interval), **options)
+    def __init__(
+        self,
+        params: ParamsT,
+        *args: Any,
+        rank: int = 8,
+        interval: int | None = 2000,
+        near_square: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, *args, direction=Subspace(rank, interval, near_square), **options)
 
 
 class TeZO(ZOSGD):
     """:class:`ZOSGD` along a sum of kept outer products with fresh weights (:class:`TemporalFactor`).
 
+    ``scaled=False`` leaves out the factor 1 / sqrt(rank), as the paper does.  With ``scaled`` the same steps
+    are those of sqrt(rank) times the eps and rank times the lr, for matrices.
+
+    ``momentum``: TeZO-m, whose state of a matrix are rank numbers (:class:`FactorMomentum`).  TeZO-Adam's
+    factored second moment is not here; ``ZOAdam(..., direction=TemporalFactor(rank))`` has whole moments.
+
     Source: Sun et al., 2025, arXiv 2501.19057.
     """
 
-    def __init__(self, params: ParamsT, *args: Any, rank: int = 16, **options: Any) -> None:
-        super().__init__(params, *args, direction=TemporalFactor(rank), **options)
+    def __init__(
+        self,
+        params: ParamsT,
+        *args: Any,
+        rank: int = 16,
+        scaled: bool = True,
+        momentum: float = 0.0,
+        **options: Any,
+    ) -> None:
+        options["direction"] = TemporalFactor(rank, None, scaled)
+        if momentum and options.get("window") is None:
+            super(ZOSGD, self).__init__(params, *args, rule=FactorMomentum(momentum), **options)
+        else:
+            super().__init__(params, *args, momentum=momentum, **options)
 
 
-class EGGROLL(ZOSGD):
-    """:class:`ZOSGD` along A B^T / sqrt(rank), fresh in each direction (:class:`FreshFactors`).
+class EGGROLL(ZerothOrder):
+    """theta <- theta - lr eps / sqrt(N) * sum_k (f(L_k+) - f(L_k-)) z_k,   z_k = A_k B_k^T / sqrt(rank).
 
-    These are evolution strategies at large populations.  ``directions`` is half the population, each member
-    of which has a mirror image.
+    These are evolution strategies at large populations: L_k+- = L(theta +- eps z_k) are the losses of N = 2 q
+    members, and f(L) = (L - mean) / sqrt(variance + 1e-5) over all of them.  The factors A and B are fresh
+    in each direction (:class:`FreshFactors`).
+
+    Args:
+        rank: of the factors.
+        directions: q, half the population, each member of which has a mirror image.
+        shaping: f: "variance" as above, which is the authors' default; another of :class:`Population`; or
+            None, which is no shaping but plain differences, g_k = (L_k+ - L_k-) / (2 eps q).  The authors'
+            raw scores are those with lr times eps^2 sqrt(N).
+        maximize: the closure returns rewards, of which more is better.
+
+    Of the authors' code the groups of members, the noise used again over several steps, the updates by signs,
+    the subtracted baseline and the sparse noise are not here.
 
     Source: Sarkar et al., 2025, arXiv 2511.16652.
     """
 
-    def __init__(self, params: ParamsT, *args: Any, rank: int = 1, directions: int = 8, **options: Any) -> None:
-        super().__init__(params, *args, directions=directions, direction=FreshFactors(rank), **options)
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        *args: Any,
+        rank: int = 1,
+        directions: int = 8,
+        shaping: str | None = "variance",
+        maximize: bool = False,
+        rule: Rule | None = None,
+        **options: Any,
+    ) -> None:
+        estimator: Estimator = TwoSided(directions)
+        if shaping is not None:
+            estimator = ScaledPopulation(directions, shaping, maximize=maximize)
+        elif maximize:
+            fail(self.op, "maximize", "False without shaping (let the closure return -reward)", True)
+        direction, rule = FreshFactors(rank), SGD() if rule is None else rule
+        super().__init__(params, lr, *args, estimator=estimator, direction=direction, rule=rule, **options)
+
+
+class ES(ZerothOrder):
+    """theta <- theta + lr / N * sum_n zscore(R_n) z_n: evolution strategies on rewards.
+
+    R_n is what the closure returns at theta + eps z_n, for each of the N members of a population, and
+    zscore(R) = (R - mean) / (std + 1e-8) over the population, with its own standard deviation (divided by
+    N).  A step takes N forwards, whatever they are (generated answers and a program that scores them, for
+    example), and one pass over the weights.  It returns the mean reward.
+
+    Args:
+        lr: the authors' alpha.  As in their code the update is not divided by eps.
+        eps: the authors' sigma.
+        population: N >= 2; with ``mirrored`` an even number, of which each half mirrors the other.
+        shaping: "z-score", or another of :class:`Population`.
+        mirrored: members in pairs theta + eps z and theta - eps z.
+        maximize: the closure returns rewards.  With False it returns losses.
+
+    Source: ES at scale, Qiu et al., 2025, arXiv 2509.24372, whose code has these defaults.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 5e-4,
+        eps: float = 1e-3,
+        *,
+        population: int = 30,
+        shaping: str = "z-score",
+        mirrored: bool = False,
+        maximize: bool = True,
+        **options: Any,
+    ) -> None:
+        check_integer(self.op, "population", population, 2)
+        if mirrored and population % 2:
+            fail(self.op, "population", "an even number with mirrored=True", population)
+        estimator = Population(population // 2 if mirrored else population, shaping, mirrored, maximize)
+        super().__init__(params, lr, eps, estimator=estimator, rule=SGD(), **options)

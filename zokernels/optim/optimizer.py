@@ -38,10 +38,10 @@ class ZerothOrder(StepOptimizer):
         dist: "normal" or "rademacher".
         rounding: how the update rounds.  With "stochastic" bf16 and fp16 weights keep small updates on
             average; fp32 is not changed by it.  The other choice is "nearest".
-        restore: "exact": the weights do not move during the forwards.  Each torch function gets perturbed
-            copies, and scratch is the size of the call with the most weights.  "inplace": the weights move
-            from point to point, and the update brings them back.  This needs no scratch and takes any kind of
-            model, but half-precision weights drift.
+        restore: "exact": the weights do not move during the forwards.  Torch functions get perturbed copies,
+            which are made for a block of parameters at a time.  "inplace": the weights move from point to
+            point, and the update brings them back.  This needs no scratch and takes any kind of model, but
+            half-precision weights drift.
         clip: bound on each \|g_k\|, in units of g: min(max(g, -clip), clip).  A g that is not finite still
             skips the step.
         capturable: keep the step counter and the seeds on the device, so that no step needs the host.  One
@@ -49,6 +49,9 @@ class ZerothOrder(StepOptimizer):
         direction: what z is, by default dense noise: a mask, factors of low rank, a scale
             (:class:`Direction`).
         subset: which parameters take part in a step, by default all: blocks in turn, or layers at random.
+        scratch: with "exact", the bytes up to which parameters are perturbed together; by default 4 MiB on the
+            CPU and 64 MiB on a GPU.  No bit depends on it.  The parameters of one torch function take what
+            they take.
         trajectory: path of a file that gets a record of every step (:func:`zokernels.trajectory.record`).
         resume: continue the run in ``trajectory``, where that file exists.  The parameters must hold the
             run's base weights; they and this optimizer take the recorded steps before the constructor
@@ -82,6 +85,7 @@ class ZerothOrder(StepOptimizer):
         capturable: bool = False,
         direction: Direction | None = None,
         subset: Subset | None = None,
+        scratch: int | None = None,
         trajectory: str | os.PathLike[str] | None = None,
         resume: bool = False,
         mesh: DeviceMesh | Exchange | None = None,
@@ -90,7 +94,7 @@ class ZerothOrder(StepOptimizer):
     ) -> None:
         parts: dict[str, Any] = {"direction": direction, "subset": subset, "estimator": estimator, "rule": rule}
         options = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "dist": dist, "rounding": rounding, "clip": clip}
-        super().__init__(params, options, seed=seed, restore=restore, capturable=capturable, **parts)
+        super().__init__(params, options, seed=seed, restore=restore, capturable=capturable, scratch=scratch, **parts)
         if mesh is not None:
             self.team = exchange_of(self, mesh)
         self.home.attach(self, trajectory)
@@ -98,6 +102,13 @@ class ZerothOrder(StepOptimizer):
             record(self, trajectory, resume=resume)
         else:
             self.team.join(self)
+
+    def run_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        try:
+            return super().run_step(*args, **kwargs)
+        except Exception as error:
+            self.team.failed(self, error)
+            raise
 
     @property
     def trajectory(self) -> Follower | None:

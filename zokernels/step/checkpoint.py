@@ -16,7 +16,9 @@ def own_state(optimizer: OptimizerView) -> dict[str, Any]:
     """The entry "zo": plain numbers and lists."""
     state = optimizer.run_state
     counters = {"seed": state.seed, "step": state.step, "skipped_steps": int(state.skipped)}
-    return {"contract": CONTRACT, **counters, "rule": optimizer.rule.state_dict()}
+    own = {"contract": CONTRACT, **counters, "rule": optimizer.rule.state_dict()}
+    mark = optimizer.log.mark()
+    return own if mark is None else {**own, "log": mark}
 
 
 def check_state_dict(optimizer: OptimizerView, state_dict: dict[str, Any]) -> None:
@@ -52,6 +54,7 @@ class Held:
             if self.capturable and isinstance(lr, Tensor):
                 group["lr"] = lr.fill_(group["lr"])
         self.optimizer.run_state.load(zo["seed"], zo["step"], zo["skipped_steps"])
+        self.optimizer.log.expected = zo.get("log")
 
     def _load_states(self, state_dict: dict[str, Any]) -> None:
         """Loads the states with their own bits and dtypes; torch has cast them to their parameters' dtype."""

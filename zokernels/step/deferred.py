@@ -58,15 +58,26 @@ class Pass(NamedTuple):
             update_(params, self.rule, self.hyper, self.seeds, self.coeffs, **states, **options)
 
 
+class _Work:
+    """Passes that all packs of some parameters take, and how many of them each pack has had."""
+
+    def __init__(self, passes: Sequence[Pass], params: Sequence[tuple[Tensor, int]]) -> None:
+        self.passes, self.device = passes, params[0][0].device
+        self.packs = list(packs(params))
+        self.done = [0] * len(self.packs)
+
+
 class DeferredNoise(Noise):
     """Dense noise whose moves and updates wait for :meth:`apply`.
 
     The bits are those of the passes one by one: every element takes the same operations in the same order.
+    An :meth:`apply` that is interrupted between two calls of a kernel is gone on with by the next one.
     """
 
     def __init__(self) -> None:
         self._passes: dict[int, list[Pass]] = {}
         self._params: dict[int, tuple[Tensor, int]] = {}
+        self._work: list[_Work] = []
 
     def put(self, params: Sequence[Tensor], streams: Sequence[int], one: Pass) -> None:
         """Lets ``params`` wait for a pass."""
@@ -108,24 +119,31 @@ class DeferredNoise(Noise):
             fold: multiply the coefficients by the decays of later passes, so that there is one sum
                 (:func:`folded`).  It has fewer roundings, and so not the bits of the passes one by one.
         """
-        for params, passes in self.drain():
-            first, _ = params[0]
-            fused = list(fuse(folded(passes) if fold else passes, first.dtype))
-            for elements in _each(functools.partial(_run, fused), packs(params), first.device):
+        self._work += [
+            _Work(list(fuse(folded(passes) if fold else passes, params[0][0].dtype)), params)
+            for params, passes in self.drain()
+        ]
+        while self._work:
+            work = self._work[0]
+            left = [i for i, count in enumerate(work.done) if count < len(work.passes)]
+            for elements in _each(functools.partial(_run, work), left, work.device):
                 done(elements)
+            del self._work[0]
 
 
-def _run(passes: Sequence[Pass], pieces: Pack) -> int:
-    """Runs ``passes`` on the pieces of a pack; returns the number of elements."""
+def _run(work: _Work, index: int) -> int:
+    """Runs the passes that the pack of that number has not had; returns the number of elements."""
+    pieces = work.packs[index]
     flat = [p.detach().view(-1)[begin:end] for p, _, begin, end in pieces]
     pick = lambda states: [states[id(p)].view(-1)[begin:end] for p, _, begin, end in pieces] if states else ()
-    for one in passes:
+    for one in work.passes[work.done[index] :]:
         one.run(flat, [stream for _, stream, _, _ in pieces], [begin for _, _, begin, _ in pieces], pick)
+        work.done[index] += 1
     return sum(t.numel() for t in flat)
 
 
-def _each(work: Callable[[Pack], int], items: Iterable[Pack], device: torch.device) -> Iterator[int]:
-    """The result of ``work`` for each pack.
+def _each(work: Callable[[int], int], items: Iterable[int], device: torch.device) -> Iterator[int]:
+    """The result of ``work`` for each of ``items``, the numbers of packs.
 
     With the CPU library each thread takes whole packs.  Threads that shared each call would wait for one
     another at its end, and a step of 22 M weights is 22 calls.

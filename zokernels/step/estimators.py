@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import check_integer, fail
+from ..checks import check_choice, check_integer, check_number, fail
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,21 @@ class TwoSided(Estimator):
     def coefficients(self, losses: Tensor, eps: float) -> Tensor:
         plus, minus = losses.view(-1, 2).unbind(1)
         return (plus - minus) / (2 * eps * self.directions)
+
+
+@dataclass(frozen=True)
+class SignOfDifference(TwoSided):
+    """g_k = sign(L(theta + eps z_k) - L(theta - eps z_k)) / q; sign(0) = 0: 2 q forwards.
+
+    Only which side is better counts, so a step moves the weights by lr z whatever the loss's scale.  The
+    rule :class:`Sign` is another method: there it is the sign of each weight's own sum_k g_k z_k.
+
+    Source: ``zo_sign_opt`` of ZO-Bench (Zhang et al., 2024, arXiv 2402.11592).
+    """
+
+    def coefficients(self, losses: Tensor, eps: float) -> Tensor:
+        difference = super().coefficients(losses, eps)
+        return torch.where(difference.isfinite(), difference.sign(), difference) / self.directions
 
 
 @dataclass(frozen=True)
@@ -105,18 +120,23 @@ class StdNormalized(OneSided):
     takes the place of eps, so steps are normalized.  Where sigma <= std_eps (in units of the loss) g is 0:
     losses that are all equal to their rounding say nothing, and would be divided by nothing.
 
+    ``sigma``: "sample" divides by q - 1, as above and in the paper; "population" divides by q, as the
+    authors' code does.  The same lr then makes steps sqrt(q / (q - 1)) times as long.
+
     Source: FZOO (Dang et al., 2025, arXiv 2506.09034).
     """
 
     std_eps: float = 1e-8
+    sigma: str = "sample"
 
     def __post_init__(self) -> None:
         check_integer(type(self).__name__, "directions", self.directions, 2)
+        check_choice(type(self).__name__, "sigma", self.sigma, ("sample", "population"))
         if not self.std_eps >= 0:
             fail(type(self).__name__, "std_eps", "a number >= 0", repr(self.std_eps))
 
     def coefficients(self, losses: Tensor, eps: float) -> Tensor:
-        difference, sigma = losses[1:] - losses[0], losses[1:].std()
+        difference, sigma = losses[1:] - losses[0], losses[1:].std(correction=int(self.sigma == "sample"))
         g = difference / (self.directions * sigma)
         return torch.where(sigma <= self.std_eps, torch.zeros_like(g), g)
 
@@ -155,6 +175,173 @@ class Ranking(Estimator):
 
     def loss(self, losses: Tensor) -> Tensor:
         return losses.min()
+
+
+#: From the values of a population (float64 [N]) to numbers of mean 0, by the name of the shaping.
+_SHAPINGS = {
+    "z-score": lambda x: (x - x.mean()) / (x.std(correction=0) + 1e-8),
+    "variance": lambda x: (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt(),
+    "ranks": lambda x: x.argsort(stable=True).argsort().double() / (len(x) - 1) - 0.5,
+    "mean": lambda x: x - x.mean(),
+}
+
+
+@dataclass(frozen=True)
+class Population(Estimator):
+    """Evolution strategies: g_k = s(L_k) / N over the N members theta + eps z_k of a population.
+
+    s shapes the values of the whole population, so that neither their scale nor their offset counts:
+
+    ============  ==========================================================================================
+    "z-score"     (x - mean) / (std + 1e-8), std of the population (divided by N)
+    "variance"    (x - mean) / sqrt(var + 1e-5), var of the population: what EGGROLL's code does
+    "ranks"       rank / (N - 1) - 1/2, the lowest has rank 0 (centred ranks); of equals the first is lower
+    "mean"        x - mean
+    ============  ==========================================================================================
+
+    With ``mirrored`` each direction has two members, theta + eps z_k and theta - eps z_k, so N = 2 q and
+    g_k = (s(L_k+) - s(L_k-)) / N.  With ``maximize`` the closure returns rewards, of which more is better,
+    and g_k changes its sign.  There is no division by eps, since eps is no step towards a limit here but the
+    width of the search.  The coefficient of a step is lr / N, whatever eps is.
+
+    N >= 2.  A value that is not finite skips the step.
+
+    Sources: ES at scale (Qiu et al., 2025, arXiv 2509.24372: z-scores); OpenAI's evolution strategies
+    (Salimans et al., 2017, arXiv 1703.03864: mirrored, centred ranks).
+    """
+
+    shaping: str = "z-score"
+    mirrored: bool = False
+    maximize: bool = False
+
+    def __post_init__(self) -> None:
+        check_integer(type(self).__name__, "directions", self.directions, 1 if self.mirrored else 2)
+        check_choice(type(self).__name__, "shaping", self.shaping, tuple(_SHAPINGS))
+
+    def points(self) -> list[tuple[int, int]]:
+        return [(k, sign) for k in range(self.directions) for sign in ((1, -1) if self.mirrored else (1,))]
+
+    def coefficients(self, losses: Tensor, eps: float) -> Tensor:
+        shaped: Tensor = _SHAPINGS[self.shaping](-losses if self.maximize else losses)
+        shaped = torch.where(losses.isfinite().all(), shaped, torch.full_like(shaped, float("nan")))
+        if self.mirrored:
+            plus, minus = shaped.view(-1, 2).unbind(1)
+            shaped = plus - minus
+        return shaped / len(losses)
+
+
+@dataclass(frozen=True)
+class ScaledPopulation(Population):
+    """:class:`Population`, with the coefficients times eps sqrt(N): EGGROLL's code.
+
+    There an update is the mean over the members of fitness times perturbation (eps z), times sqrt(N).
+
+    Source: Sarkar et al., 2025, arXiv 2511.16652.
+    """
+
+    directions: int = 8
+    shaping: str = "variance"
+    mirrored: bool = True
+
+    def coefficients(self, losses: Tensor, eps: float) -> Tensor:
+        scaled: Tensor = super().coefficients(losses, eps) * (eps * len(losses) ** 0.5)
+        return scaled
+
+
+@dataclass(frozen=True)
+class Bayesian(OneSided):
+    """g is the mean of a posterior over the q directional derivatives: q + 1 forwards.
+
+    y_k = (L(theta + eps z_k) - L(theta)) / eps are noisy observations of g_k, whose prior is N(0, prior^2).
+    A Kalman filter takes them one after the other.  With the variance v_k of g_k, prior^2 at first, and the
+    variance s^2 of the noise:
+
+        K = v_k / (v_k + s^2),   g_k <- g_k + K (y_k - g_k),   v_k <- v_k - K v_k
+
+    ``samples`` > q: what comes after the q-th repeats the observation whose variance is the largest, without
+    a forward.  ``ema`` > 0: s^2 follows the squared residuals, s^2 <- (1 - ema) s^2 + ema (y_k - g_k)^2
+    before each K, from ``noise``^2 on, and s is at least ``noise`` / 10.  The posterior shrinks g towards 0,
+    the more the noisier the losses are.
+
+    The authors set prior = noise = sqrt(n / 10^6) for n weights.  They carry s from step to step; here it
+    begins anew, so that a step depends on its own losses alone.
+
+    Source: BSZO (arXiv 2601.01452) and its code, version 3.
+    """
+
+    directions: int = 2
+    samples: int = 3
+    prior: float = 1.0
+    noise: float = 1.0
+    ema: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_integer("Bayesian", "directions", self.directions, 1)
+        check_integer("Bayesian", "samples", self.samples, self.directions)
+        check_number("Bayesian", "prior", self.prior, positive=True)
+        check_number("Bayesian", "noise", self.noise, positive=True)
+        check_number("Bayesian", "ema", self.ema)
+
+    def coefficients(self, losses: Tensor, eps: float) -> Tensor:
+        y = (losses[1:] - losses[0]) / eps
+        mean, variance = torch.zeros_like(y), torch.full_like(y, self.prior**2)
+        noise = torch.full_like(y[0], self.noise**2)
+        axes = torch.arange(self.directions, device=y.device)
+        for sample in range(self.samples):
+            # Of equal variances the last, as an eigensolver orders the axes.
+            last = self.directions - 1 - variance.flip(0).argmax()
+            here = axes == (last if sample >= self.directions else sample)
+            residual = y - mean
+            if self.ema:
+                squared = torch.where(here, residual.square(), torch.zeros_like(y)).sum()
+                noise = (1 - self.ema) * noise + self.ema * squared
+            gain = variance / (variance + noise.clamp(min=(self.noise / 10) ** 2))
+            mean = torch.where(here, mean + gain * residual, mean)
+            # The authors' code keeps the covariance away from singular.
+            variance = torch.where(here, variance - gain * variance, variance) + 1e-10
+        return torch.where(y.isfinite().all(), mean, torch.full_like(mean, float("nan")))
+
+
+@dataclass(frozen=True)
+class Guided(Estimator):
+    """g along one guiding vector v = sum_k w_k z_k, chosen by the losses of q candidates: q + 2 forwards.
+
+        w_k = 1 / top for the ``top`` candidates theta + eps z_k of lowest loss, else -1 / (q - top)
+        g = (L(theta + eps v) - L(theta - eps v)) / (2 eps);   the gradient estimate is g v
+
+    With ``best`` v is the one candidate of lowest loss alone: w is 1 there, else 0.  The two last points
+    depend on the losses before them; :class:`MeZOGV` runs them.
+
+    Source: MeZO-GV and MeZO-Greedy (Jin, Cen and Tan, 2026, arXiv 2601.04710).
+    """
+
+    directions: int = 4
+    top: int = 2
+    best: bool = False
+
+    def __post_init__(self) -> None:
+        check_integer("Guided", "directions", self.directions, 2)
+        check_integer("Guided", "top", self.top, 1, self.directions - 1)
+
+    def points(self) -> list[tuple[int, int]]:
+        """The candidates; then theta +- eps v, for which two places are kept."""
+        return [*((k, 1) for k in range(self.directions)), (0, 1), (0, -1)]
+
+    def guide(self, losses: Tensor) -> Tensor:
+        """w (float64 [q]) from the losses of the candidates; 0 unless all are finite."""
+        q, pool = self.directions, losses[: self.directions].double()
+        place = pool.argsort(stable=True).argsort()
+        top, low, high = (1, 1.0, 0.0) if self.best else (self.top, 1 / self.top, -1 / (q - self.top))
+        w = torch.where(place < top, torch.full_like(pool, low), torch.full_like(pool, high))
+        return torch.where(pool.isfinite().all(), w, torch.zeros_like(w))
+
+    def coefficients(self, losses: Tensor, eps: float) -> Tensor:
+        g = (losses[-2] - losses[-1]) / (2 * eps)
+        finite = losses.isfinite().all()
+        return torch.where(finite, g, torch.full_like(g, float("nan"))) * self.guide(losses)
+
+    def loss(self, losses: Tensor) -> Tensor:
+        return losses[-2:].mean()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable
 from numbers import Real
@@ -27,13 +28,27 @@ def as_loss(op: str, value: object, device: torch.device, capturing: bool = Fals
     if isinstance(value, Tensor):
         if is_sharded(value):
             value = value.full_tensor()
+        if value.layout is not torch.strided:
+            fail(op, "closure", "a dense tensor with a value", f"one in the layout {value.layout}")
+        if value.device.type == "meta":
+            try:
+                value.cpu()
+            except NotImplementedError:
+                fail(op, "closure", "a dense tensor with a value", "one on meta, which has none")
         if value.numel() != 1 or value.is_complex():
             fail(op, "closure", "a real scalar loss", f"{value.dtype} of shape {tuple(value.shape)}")
         narrow = value.dtype in (torch.float32, torch.bfloat16, torch.float16)
         return value.detach().reshape(()).to(torch.float32 if narrow else torch.float64, copy=True)
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):  # an array of numpy without dimensions
+        value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
         fail(op, "closure", "a scalar loss (a tensor or a number)", repr(value), TypeError)
-    return torch.full((), float(value), dtype=torch.float64, device=device)
+    try:
+        number = float(value)
+    except OverflowError:
+        bits = operator.index(math.trunc(value)).bit_length()
+        fail(op, "closure", "a loss in the range of float64", f"a number of {bits} bits")
+    return torch.full((), number, dtype=torch.float64, device=device)
 
 
 class LossReader:

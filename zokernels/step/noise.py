@@ -60,11 +60,12 @@ class Noise:
     def perturb(self, out: Tensors, members: Members, seeds: Tensor, coeffs: Tensor, **options: Any) -> None:
         """out = round(decay * theta + sum_k c_k z_k), rounded to nearest.
 
-        ``options``: theta, the weights that are read (by default the parameters), and decay (by default 1).
+        ``options``: theta, the weights that are read (by default the parameters; or a plan of them), and decay
+        (by default 1).
         """
         theta, places = members.target
-        if "theta" in options:
-            theta, places = locals_of(options.pop("theta")), members.places
+        if (read := options.pop("theta", None)) is not None:
+            theta, places = (read, {}) if isinstance(read, Plan) else (locals_of(read), members.places)
         combine(locals_of(out), theta, **self.kernel_args(members, seeds, coeffs), **places, **options)
 
     def move(self, members: Members, seeds: Tensor, coeffs: Tensor) -> None:

@@ -55,6 +55,9 @@ class Team:
         """The part of a closure's result that counts as this process's loss."""
         return result
 
+    def failed(self, optimizer: OptimizerView, error: BaseException) -> None:
+        """Called when a step has raised: the other processes may wait for this one's losses."""
+
     def share(self, count: int) -> range:
         """Which of ``count`` points this process evaluates."""
         return range(count)
@@ -85,6 +88,12 @@ class Log:
 
     recording = False
     closed = True
+    #: :meth:`mark` of the log with which the ``state_dict`` was written that was loaded last.
+    expected: dict[str, Any] | None = None
+
+    def mark(self) -> dict[str, Any] | None:
+        """What tells this log from others, for a checkpoint; None where there is none."""
+        return None
 
     def begin(self, optimizer: OptimizerView) -> None:
         """Called before the forwards of a step, which a log may refuse."""
@@ -151,6 +160,8 @@ def common_home(op: str, groups: list[Group]) -> Home:
 
 class OptimizerView(Protocol):
     """What roles, directions, subsets and rules may read of the optimizer whose step they serve."""
+
+    log: Log
 
     param_groups: list[Group]
     #: What rules and directions keep of each parameter, saved by ``state_dict``.

@@ -1,16 +1,19 @@
-"""Memory for perturbed copies: a flat arena for each call, used again when nothing else refers to it."""
+"""Memory for perturbed copies: arenas that hold one block at a time, with the views of each block kept."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from sys import getrefcount
 
 import torch
 from torch import Tensor
 
+from .guards import is_capturing
+
 #: Bytes between the starts of two tensors of an arena: a cache line pair, and the alignment of cudaMalloc.
 ALIGN = 256
 
-_use_count = getattr(torch._C, "_storage_Use_Count", None)
+_use_count: Callable[[int], int] = torch._C._storage_Use_Count
 
 
 def arena_numel(tensors: Sequence[Tensor]) -> int:
@@ -19,58 +22,134 @@ def arena_numel(tensors: Sequence[Tensor]) -> int:
     return sum(-(-t.numel() // unit) * unit for t in tensors)
 
 
-class _Arena:
-    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
+def alias(tensor: Tensor, requires_grad: bool) -> Tensor:
+    """A leaf over the same memory, with the same counter of versions.
+
+    ``detach().requires_grad_()`` is the same, but is refused inside the transforms of torch.func.
+    """
+    made: Tensor = Tensor._make_subclass(Tensor, tensor, requires_grad)
+    return made
+
+
+class Views:
+    """Tensors of an arena, one for each of ``tensors``."""
+
+    __slots__ = ("_copies", "_grad", "out", "pointers")
+
+    def __init__(self, data: Tensor, tensors: Sequence[Tensor]) -> None:
+        self.out: list[Tensor] = []
+        unit, at = ALIGN // tensors[0].element_size(), 0
+        for t in tensors:
+            self.out.append(data.as_strided(t.shape, t.stride(), at))
+            at += -(-t.numel() // unit) * unit
+        self.pointers = [c.data_ptr() for c in self.out]
+        self._grad = [t.requires_grad for t in tensors]
+        self._copies: list[Tensor] = []
+
+    @property
+    def copies(self) -> list[Tensor]:
+        """What functions are given in the place of parameters.
+
+        They require grad where the parameters do, because matmul picks its kernel by that.
+        """
+        if not self._copies:
+            self._copies = [alias(c, grad) for c, grad in zip(self.out, self._grad, strict=True)]
+        return self._copies
+
+    def idle(self) -> tuple[bool, int]:
+        """Whether nobody else has the copies, and how many tensors there are."""
+        if not self._copies:
+            return True, len(self.out)
+        return set(map(getrefcount, self._copies)) == {_ALONE}, len(self.out) + len(self._copies)
+
+
+class Arena:
+    """Memory of one dtype on one device.
+
+    ``data`` and all views share one version counter, by which writes of others are noticed.
+    """
+
+    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device, stream: int | None) -> None:
         with torch.inference_mode(False):  # an inference tensor could not be written in later, ordinary steps
             self.data = torch.empty(numel, dtype=dtype, device=device)
-        self.storage = self.data.untyped_storage()
-        self._idle_count = self._count()
+        self.stream = stream
+        self._storage = self.data.untyped_storage()
+        self._views: dict[Hashable, Views] = {}
+        self._empty_count = _use_count(self._storage._cdata)
 
-    def _count(self) -> int:
-        return _use_count(self.storage._cdata) if _use_count else -1
+    @property
+    def nbytes(self) -> int:
+        return self._storage.nbytes()
 
-    def idle(self) -> bool:
-        """Whether no view holds the memory, not even a numpy array, a DLPack capsule or an autograd graph."""
-        return _use_count is not None and self._count() == self._idle_count
+    def views(self, key: Hashable, tensors: Sequence[Tensor]) -> Views:
+        """Uninitialised tensors like ``tensors``, which share the arena's dtype and device.
+
+        They begin at the beginning of the arena.  Those of a ``key`` are made once.
+        """
+        found = self._views.get(key)
+        if found is None:
+            if sum(len(views.out) for views in self._views.values()) + len(tensors) > _MOST_VIEWS:
+                self._views.clear()  # of blocks that there are no more, or of other subsets of them
+            with torch.no_grad(), torch.inference_mode(False):
+                found = self._views[key] = Views(self.data, tensors)
+        return found
+
+    def idle(self, opened: int = 0) -> bool:
+        """Whether nothing else refers to the memory: no view, numpy array, DLPack capsule or autograd graph.
+
+        ``opened``: the number of parameters that have it.
+        """
+        states = [views.idle() for views in self._views.values()]
+        expected = self._empty_count + opened + sum(count for _, count in states)
+        return all(free for free, _ in states) and _use_count(self._storage._cdata) == expected
+
+
+#: Tensors that an arena keeps; one of its blocks may have more.
+_MOST_VIEWS = 4096
+#: What getrefcount says in :meth:`Views.idle` of an object that one list holds.
+_ALONE = next(map(getrefcount, [object()]))
 
 
 class ScratchPool:
-    """Arenas by device and dtype.
+    """Arenas that nobody uses.
 
-    An arena with live views is never handed out: it leaves the pool, and dies with its last view.  On CUDA
-    every call asks torch's caching allocator instead, which already recycles memory by CUDA stream.  On the
-    CPU such an allocation would fault in every page of every large weight again at each step.
+    An arena that something still refers to never comes back: it dies with its last view.  On CUDA an arena
+    serves the stream that it was made for alone, as torch's caching allocator does it, and what is captured in
+    a CUDA graph gets memory of the graph's pool, which stays there.
     """
 
     def __init__(self) -> None:
-        self._arenas: dict[tuple[torch.device, torch.dtype], list[_Arena]] = {}
+        self._free: list[Arena] = []
+        self._taken: set[Arena] = set()
 
-    def like(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Uninitialised tensors of the shapes of ``tensors``, which share device and dtype."""
-        device, dtype, numel = tensors[0].device, tensors[0].dtype, arena_numel(tensors)
-        arena = self._arena_for(numel, dtype, device)
-        unit, at, out = ALIGN // tensors[0].element_size(), 0, []
-        for t in tensors:
-            out.append(arena.data.as_strided(t.shape, t.stride(), at))
-            at += -(-t.numel() // unit) * unit
-        return out
+    def take(self, numel: int, like: Tensor, last: Arena | None = None) -> Arena:
+        """An arena of ``numel`` elements or more, for tensors of the dtype and device of ``like``.
 
-    def _arena_for(self, numel: int, dtype: torch.dtype, device: torch.device) -> _Arena:
-        if device.type != "cpu":
-            return _Arena(numel, dtype, device)
-        arenas = self._arenas.setdefault((device, dtype), [])
-        if len(arenas) == 1 and arenas[0].data.numel() >= numel and arenas[0].idle():
-            return arenas[0]  # the usual case
-        busy = [a for a in arenas if not a.idle()]
-        idle = [a for a in arenas if a.idle()]
-        fit = min((a for a in idle if a.data.numel() >= numel), key=lambda a: a.data.numel(), default=None)
-        arenas.clear()
-        del idle  # too small or surplus: freed before a larger one is allocated
-        if fit is None:
-            fit = _Arena(numel, dtype, device)
-        arenas.extend((*busy, fit))
-        return fit
+        ``last``: the one that is taken if it is here: its views are made, and its addresses known.
+        """
+        dtype, device, stream = like.dtype, like.device, None
+        if device.type == "cuda":
+            if is_capturing([device]):
+                return Arena(numel, dtype, device, None)  # it is never among the taken, and does not come back
+            stream = torch.cuda.current_stream(device).cuda_stream
+        alike = [a for a in self._free if a.data.dtype is dtype and a.data.device == device and a.stream == stream]
+        fit = [a for a in alike if a.data.numel() >= numel]
+        if not fit:
+            self._free = [a for a in self._free if a not in alike]
+            del alike  # too small: freed before a larger one is allocated
+            arena = Arena(numel, dtype, device, stream)
+        else:
+            arena = last if last in fit else min(fit, key=lambda a: a.data.numel())
+            self._free = [a for a in self._free if a is not arena]
+        self._taken.add(arena)
+        return arena
+
+    def give_back(self, arena: Arena) -> None:
+        if arena in self._taken:
+            self._taken.remove(arena)
+            if arena.idle():
+                self._free.append(arena)
 
     def nbytes(self) -> int:
-        """Bytes held for later calls, views alive included."""
-        return sum(a.storage.nbytes() for arenas in self._arenas.values() for a in arenas)
+        """Bytes that are held or in use."""
+        return sum(a.nbytes for a in (*self._taken, *self._free))

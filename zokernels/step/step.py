@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from ..checks import check_choice, fail
+from ..checks import check_choice, check_integer, fail
 from ..transfer import known_on_host
 from . import groups
 from .checkpoint import Held, check_state_dict, own_state
@@ -21,6 +21,7 @@ from .estimators import Estimator, TwoSided
 from .graphs import GraphRng, check_capturable, check_capture
 from .guards import RngState, is_capturing, uninterrupted
 from .loss import LossReader
+from .probes.blocks import Blocks
 from .probes.exact import ExactProbe
 from .probes.inplace import InplaceProbe
 from .probes.probe import Probe
@@ -64,6 +65,7 @@ class StepOptimizer(torch.optim.Optimizer):
         capturable: bool = False,
         direction: Direction | None = None,
         subset: Subset | None = None,
+        scratch: int | None = None,
         estimator: Estimator,
         rule: Rule,
     ) -> None:
@@ -77,6 +79,9 @@ class StepOptimizer(torch.optim.Optimizer):
             fail(self.op, "capturable", "False with a schedule that the host keeps (refresh, subset)", True)
         self.run_state = (DeviceState if capturable else HostState)(check_seed(self.op, seed))
         self.warned: set[str] = set()
+        if scratch is not None:
+            check_integer(self.op, "scratch", scratch, 0)
+        self.block_bytes = scratch
         self._begin_alone()
         #: g of the last step, with the eps and clip of the first group: fp32, on the device, 0-dim for one
         #: direction, else [q].
@@ -94,6 +99,7 @@ class StepOptimizer(torch.optim.Optimizer):
         """Sets what neither a copy nor a pickle takes along: the surroundings, scratch and graphs."""
         self.team, self.log, self.passes = Team(), Log(), ThreePass()
         self.scratch, self.planner = ScratchPool(), groups.Planner()
+        self.blocks = Blocks(self.block_bytes)
         self.cache: dict[Any, Any] = {}
         self.graph_rng: GraphRng | None = None
         self.carried = False
@@ -242,8 +248,8 @@ class StepOptimizer(torch.optim.Optimizer):
             return CopiedShardProbe(buckets, seeds, self.scratch) if exact else MovedShardProbe(buckets, seeds)
         return self.exact_probe(buckets, seeds) if exact else InplaceProbe(buckets, seeds)
 
-    def exact_probe(self, buckets: list[Bucket], seeds: Seeds) -> ExactProbe:
-        return ExactProbe(self.op, buckets, seeds, self.scratch, self.warned)
+    def exact_probe(self, buckets: list[Bucket], seeds: Seeds, shared: bool = False) -> ExactProbe:
+        return ExactProbe(self.op, buckets, seeds, self.scratch, self.blocks, self.warned, shared)
 
     def estimate(self, buckets: list[Bucket], losses_at: LossesAt) -> Estimate:
         """g of every bucket from the losses at the estimator's points; then the rule's choice of a trial."""
@@ -397,7 +403,7 @@ class StepOptimizer(torch.optim.Optimizer):
             fail(self.op, "mesh", "no copy: processes are not copied", "an optimizer on a mesh", RuntimeError)
         if self.passes.pending:
             fail(self.op, "two_pass", "flush() before a copy", "weights that hold a perturbation", RuntimeError)
-        keys = ("estimator", "rule", "direction", "subset", "restore", "run_state", "warned")
+        keys = ("estimator", "rule", "direction", "subset", "restore", "run_state", "warned", "block_bytes")
         last = ("last_projected_gradient", "last_loss", "last_losses")
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in (*keys, *last)}}
 

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import tempfile
 import threading
 import time
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..checks import fail
+from ..files.appending import AppendedFile, sha256_of
 from ..step import roles
 from ..step.roles import OptimizerView
 from ..step.scalars import learning_rate
@@ -25,7 +26,7 @@ from ..step.step import StepOptimizer
 from ..step.types import Bucket, Estimate
 from ..transfer import known_on_host
 from .format import Layout, Log, Record, encode, read, scan
-from .replay import repeat_all, retaking
+from .replay import check_records, repeat_all, retaking
 from .settings import check_base, check_same_run, own_part, settings, whole_header
 
 #: How many steps' numbers may be on their way from a GPU.  When there are more, the oldest is waited for.
@@ -134,19 +135,20 @@ class Recorder(Follower):
     A record is written after its step's update, by one system call.  So a killed process loses no completed
     step, but for those whose numbers a GPU had not yet sent.  Every ``sync`` seconds, and at :meth:`flush`,
     the file is synced, so that a machine that dies loses no more than the steps since then.
+
+    Where a record cannot be written (a full disk), the file stays as it was, and the record waits in memory.
+    :meth:`begin`, before the next step, and :meth:`flush`, with which ``state_dict`` begins, try again, and
+    raise OSError where it cannot be written yet.  So a step that raises has not happened, and when there is
+    room the run goes on with a log that lacks nothing.
     """
 
     def __init__(self, path: str | os.PathLike[str], sync: float) -> None:
         super().__init__(path)
         self._sync = sync
-        self._file: BinaryIO = open(self.path, "ab", buffering=0)  # noqa: SIM115
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            fail("trajectory", self.path, "a file that no one else writes", "one that is locked", RuntimeError)
+        self._file = AppendedFile("trajectory", self.path)
         self._queue = _Queue(self._file)
         self._synced = time.monotonic()
+        self._mark: dict[str, Any] | None = None
         # What is on its way reaches the file when the recorder dies, and when the interpreter ends.
         self._finish = weakref.finalize(self, self._queue.finish)
 
@@ -158,27 +160,45 @@ class Recorder(Follower):
     def closed(self, value: bool) -> None:
         pass  # the file knows
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is recorded yet."""
+        return not self._file.end
+
     def go_on(self, log: Log, optimizer: OptimizerView) -> None:
-        self._file.truncate(log.end)
+        self._file.cut(log.end)
         super().go_on(log, optimizer)
 
     def _start(self, layout: Layout, step: int, optimizer: OptimizerView) -> None:
         super()._start(layout, step, optimizer)
-        self._queue.layout = layout
+        self._queue.start(layout, step)
 
     def clear(self) -> None:
         """Empties the file, which ends inside its header, so that no step was recorded."""
-        self._file.truncate(0)
+        self._file.cut(0)
 
     def _write_header(self, head: bytes) -> None:
-        self._queue.write(head)
+        self._file.write(head, 0)
+
+    def begin(self, optimizer: OptimizerView) -> None:
+        if not self.closed:
+            self._file.check_untouched()
+            self._queue.write_arrived()
+            if self._file.unsure:
+                self._fsync()
+        super().begin(optimizer)
 
     def append(self, optimizer: OptimizerView, buckets: list[Bucket], estimate: Estimate) -> None:
         """Called after the update of a step."""
         self._queue.add(pending(optimizer, self._next, buckets, estimate))
         self._next += 1
-        if time.monotonic() - self._synced >= self._sync:
-            self._fsync()
+        try:
+            self._queue.write_arrived()
+            if time.monotonic() - self._synced >= self._sync:
+                self._fsync()
+        except OSError as error:  # the step has happened: its record waits
+            text = f"{error}: a record waits in memory, and no step begins before it can be written"
+            warnings.warn(f"{optimizer.op}: {text}", stacklevel=2)
 
     def flush(self) -> None:
         """Brings all steps taken so far into the file, and the file to the disk."""
@@ -186,29 +206,52 @@ class Recorder(Follower):
             self._queue.drain()
             self._fsync()
 
+    def mark(self) -> dict[str, Any] | None:
+        """The number of the next step, and the SHA-256 of the log before it: what tells this log from others.
+
+        All steps are in the file then; it is :meth:`flush` that brings the file to the disk.
+        """
+        if not self.closed:
+            self._mark = None if self.is_empty else self._queue.mark()
+        return self._mark
+
     def _fsync(self) -> None:
-        os.fsync(self._file.fileno())
+        self._file.sync()
         self._synced = time.monotonic()
 
     def close(self) -> None:
-        """Flushes and closes the log.  The optimizer can take no further step."""
-        self._finish()
+        """Flushes and closes the log.  The optimizer can take no further step.
+
+        Raises OSError, and leaves the log open, where something cannot be written.
+        """
+        self.flush()
+        self.mark()  # for a checkpoint that is written later
+        self._finish.detach()
+        self._file.close()
 
 
 class _Queue:
     """Steps on their way into the file.  It outlives the recorder."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: AppendedFile) -> None:
         self.file = file
         self.layout: Layout | None = None
+        self.written = 0  #: the number of the first step that is not in the file
+        self._origin = 0, 0  # a step, and its byte in the file
         self._steps: deque[_Pending] = deque()
-        self._lock = threading.Lock()  # a streamed run drains it from the thread that writes blocks
+        self._lock = threading.RLock()  # a streamed run drains it from the thread that writes blocks
+
+    def start(self, layout: Layout, step: int) -> None:
+        self.layout, self.written, self._origin = layout, step, (step, self.file.end)
 
     def add(self, step: _Pending) -> None:
-        """Adds a step, and writes those whose numbers are here."""
-        steps = self._steps
         with self._lock:
-            steps.append(step)
+            self._steps.append(step)
+
+    def write_arrived(self) -> None:
+        """Writes the steps whose numbers are here."""
+        with self._lock:
+            steps = self._steps
             while steps and (len(steps) > _IN_FLIGHT or steps[0].arrived is None or steps[0].arrived.query()):
                 self._write_first()
 
@@ -217,20 +260,27 @@ class _Queue:
             while self._steps:
                 self._write_first()
 
+    def mark(self) -> dict[str, Any]:
+        with self._lock:
+            self.drain()
+            return {"step": self.written, "sha256": self.file.sha256()}
+
     def finish(self) -> None:
+        if self.file.closed:  # in a forked child
+            return
         try:
             self.drain()
-            os.fsync(self.file.fileno())
+            self.file.sync()
         finally:
             self.file.close()
 
-    def write(self, data: bytes) -> None:
-        if (written := self.file.write(data)) != len(data):
-            fail("trajectory", str(self.file.name), f"room for {len(data)} bytes", f"{written} written", OSError)
-
     def _write_first(self) -> None:
+        """Writes the first step at its own place, so that one whose writing was interrupted is not there twice."""
         assert self.layout is not None  # steps come behind the header
-        self.write(self.layout.pack(self._steps[0].record(self.layout)))
+        first, begin = self._origin
+        step = self._steps[0]
+        self.file.write(self.layout.pack(step.record(self.layout)), begin + (step.step - first) * self.layout.size)
+        self.written = step.step + 1
         self._steps.popleft()
 
 
@@ -254,8 +304,8 @@ def record(
             with; they and the optimizer first take its steps.  A record that a kill cut off is removed.
         recover: also remove what follows a damaged record.
         rewind: go on with the log in the file, if there is one, from step n, where the optimizer and the
-            weights come from a checkpoint at step n.  The log's steps from n on are removed.  Only at the
-            log's first step can the weights be compared with it.
+            weights come from a checkpoint at step n.  The log's steps from n on are removed.  Those before
+            must be the ones with which the checkpoint was written: its ``state_dict`` has their SHA-256.
         sync: seconds between two syncs of the file to the disk; 0: after every step.
 
     On a mesh all ranks call this.  The first one has the file, and the others get the log from it.
@@ -322,7 +372,7 @@ def _log_to_resume(
     optimizer: StepOptimizer, recorder: Recorder, resume: bool, recover: bool, rewind: bool
 ) -> Log | None:
     """The log in the recorder's file, if any; with ``rewind``, only its steps before the optimizer's."""
-    if not os.path.getsize(recorder.path):
+    if recorder.is_empty:
         return None
     if not (resume or rewind):
         fail("trajectory", recorder.path, "a new file, or resume=True", "a file with a log")
@@ -335,7 +385,10 @@ def _log_to_resume(
         if not log.start <= step <= end:
             expected = f"a log with the steps before {step}, the checkpoint's"
             fail("trajectory", f"{recorder.path}: rewind", expected, f"steps {log.start} to {end} (exclusive)")
-        return replace(log, steps=step - log.start)
+        log = replace(log, steps=step - log.start)
+        if log.steps:
+            _check_mark(log, optimizer.log.expected, step)
+        return log
     if log.broken and not log.cut_off and not recover:
         read(recorder.path)  # raises
     if optimizer.state or optimizer.step_count:
@@ -343,11 +396,23 @@ def _log_to_resume(
     return log
 
 
+def _check_mark(log: Log, mark: dict[str, Any] | None, step: int) -> None:
+    """Raises where the log before ``step`` is not the one with which the checkpoint of ``mark`` was written."""
+    where = f"{log.path}: rewind"
+    if mark is None:
+        fail("trajectory", where, "a state_dict of an optimizer with this log", "one of an optimizer without a log")
+    if mark["step"] != step:
+        fail("trajectory", where, f"a state_dict of step {mark['step']}, as its log's", f"step {step}")
+    if sha256_of(log.path, [log.end])[log.end] != mark["sha256"]:
+        fail("trajectory", where, f"the log with which the checkpoint was written, up to step {step}", "another run's")
+
+
 def _resume(optimizer: StepOptimizer, recorder: Follower, log: Log, rewind: bool) -> None:
     check_same_run(optimizer, log.header)
     if not (rewind and log.steps):  # else the weights are those of a checkpoint
         check_base(own_part(optimizer, log.header), [group["params"] for group in optimizer.param_groups])
     if not rewind:
+        check_records(optimizer, log.records())
         with retaking(optimizer, log.start):
             repeat_all(optimizer, log.header["gated"], log.records())
     recorder.go_on(log, optimizer)

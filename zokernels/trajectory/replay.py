@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,8 +15,10 @@ from torch import Tensor
 from ..checks import check_choice, fail
 from ..step.deferred import DeferredNoise
 from ..step.directions.direction import Direction
+from ..step.estimators import TwoSided
 from ..step.groups import own_rates, takes_part
 from ..step.roles import OptimizerView
+from ..step.rules.sgd import SGD
 from ..step.shard import any_sharded
 from ..step.state import HostState
 from ..step.step import StepOptimizer
@@ -24,6 +27,9 @@ from ..step.two_pass import ThreePass, TwoPass
 from ..step.types import Bucket, Estimate, Seeds
 from .format import Log, Record, read
 from .settings import check_base, is_sgd, match, optimizer_of
+
+#: Of fp32.
+_LARGEST = torch.finfo(torch.float32).max
 
 #: How many steps' passes wait at a time.
 _BATCH = 4096
@@ -69,6 +75,34 @@ def _repeat(optimizer: StepOptimizer, record: Record, gated: bool) -> None:
         optimizer.update(probe, estimate)
 
 
+def check_records(optimizer: StepOptimizer, records: Iterable[Record]) -> None:
+    """Raises where a record holds what no step of ``optimizer`` could have recorded.
+
+    A record whose checksum is right may still be crafted.  This runs before the first of them is taken, so that
+    no weight changes ahead of the error.
+    """
+    rule, estimator, carried = optimizer.rule, optimizer.estimator, False
+    allows_two_pass = optimizer.restore == "inplace" and type(rule) is SGD and estimator == TwoSided(1)
+    allows_two_pass &= type(optimizer.direction) is Direction and optimizer.subset is None
+    losses = len(estimator.points()) if rule.reads_losses else 0
+    for record in records:
+        where = f"step {record.step}"
+        if len(record.losses) != losses:
+            fail("replay_", f"{where}: losses", f"{losses}, as rule and estimator have them", len(record.losses))
+        for group, lr, g in zip(optimizer.param_groups, record.rates, record.gradients, strict=True):
+            if not isinstance(group["lr"], Tensor) and not (math.isfinite(lr) and lr >= 0):
+                fail("replay_", f"{where}: lr", "a finite number >= 0", lr)
+            if record.finite and not all(math.isfinite(v) and abs(lr * v) <= _LARGEST for v in g):
+                fail("replay_", f"{where}: g", "finite numbers, and lr g in the range of fp32", g[:4])
+        if record.finite and not all(map(math.isfinite, record.losses)):
+            fail("replay_", f"{where}: losses", "finite numbers", record.losses[:4])
+        if rule.trials and record.multiple not in rule.trials:
+            fail("replay_", f"{where}: multiple", f"one of {rule.trials}", record.multiple)
+        if (record.two_pass and not allows_two_pass) or record.carried > (carried and record.two_pass):
+            fail("replay_", f"{where}: flags", "a two-pass step only where the optimizer has them", "one")
+        carried = record.two_pass
+
+
 @contextmanager
 def retaking(optimizer: StepOptimizer, first: int) -> Iterator[None]:
     """Around the steps of a log, from step ``first`` on, which an optimizer takes to go on with the run."""
@@ -96,7 +130,7 @@ def repeat_all(
     records, direction, deferred = iter(records), optimizer.direction, DeferredNoise()
     numel = sum(p.numel() for g in optimizer.param_groups for p in g["params"] if takes_part(g, p))
     sharded = any_sharded(p for g in optimizer.param_groups for p in g["params"])
-    if puts_off := type(direction) is Direction and not sharded:
+    if puts_off := type(direction) is Direction and optimizer.rule.through_noise and not sharded:
         optimizer.direction = _Deferred(deferred)
     try:
         while batch := list(itertools.islice(records, _BATCH)):
@@ -110,6 +144,22 @@ def repeat_all(
         deferred.apply(lambda elements: None)
     finally:
         optimizer.passes, optimizer.direction = ThreePass(), direction
+
+
+@torch.no_grad()
+def put_off(optimizer: StepOptimizer, gated: bool, records: Iterable[Record]) -> DeferredNoise:
+    """The passes over the weights of the steps of ``records``, which are taken but for these passes.
+
+    The optimizer's direction must be dense noise.
+    """
+    direction, deferred = optimizer.direction, DeferredNoise()
+    optimizer.direction = _Deferred(deferred)
+    try:
+        for record in records:
+            _repeat(optimizer, record, gated)
+    finally:
+        optimizer.passes, optimizer.direction = ThreePass(), direction
+    return deferred
 
 
 @torch.no_grad()
@@ -169,10 +219,12 @@ def replay_(
         header, tensors, header["restore"] if exact else "exact", direction=direction, subset=subset
     )
     records, steps = log.records(upto), log.check_upto(upto) - log.start
+    if steps:
+        optimizer.plan()  # whatever a step would refuse
+        check_records(optimizer, log.records(upto))
     if check:
         check_base(header, tensors)
     if steps:
-        optimizer.plan()  # whatever a step would refuse
         if not exact:
             records = (r._replace(two_pass=False, carried=False) for r in records)
         repeat_all(optimizer, header["gated"], records, progress, fold=not exact)

@@ -19,7 +19,7 @@ from ..step.directions.direction import Direction
 from ..step.estimators import Estimator
 from ..step.groups import takes_part
 from ..step.roles import OptimizerView, home_of
-from ..step.rules import sgd, stateful, window
+from ..step.rules import factors, sgd, stateful, window
 from ..step.rules.rule import Rule
 from ..step.shard import whole_of
 from ..step.step import StepOptimizer
@@ -32,7 +32,7 @@ _PIECE = 1 << 24
 
 #: Where the classes are defined that a log may name.  They are imported here because a process that only replays
 #: (``zokernels replay``) imports no optimizer, and a class is found among the subclasses that exist (:func:`_kinds`).
-PART_MODULES = (integers, low_rank, masks, scaling, sgd, stateful, window)
+PART_MODULES = (integers, low_rank, masks, scaling, factors, sgd, stateful, window)
 
 _PARTS = {"estimator": Estimator, "rule": Rule, "direction": Direction, "subset": Subset}
 
@@ -66,12 +66,13 @@ def _plain(value: object) -> Any:
     """``value`` as JSON can hold it.  What it cannot hold is there by its digest."""
     if isinstance(value, torch.dtype):
         return dtype_name(value)
-    if isinstance(value, Mapping):  # a mask of the caller's own for each parameter
+    if isinstance(value, Mapping):  # a mask or a size of the caller's own for each parameter
         state = hashlib.sha256()
         for key in sorted(value, key=str):
             if not isinstance(key, str):
                 fail("trajectory", "direction", "masks by parameter name", f"a key of {type(key).__name__}")
-            state.update(f"{key} {value[key].dtype} {tuple(value[key].shape)} {digest(value[key])}\n".encode())
+            own = torch.as_tensor(value[key])
+            state.update(f"{key} {own.dtype} {tuple(own.shape)} {digest(own)}\n".encode())
         return state.hexdigest()
     return list(value) if isinstance(value, tuple) else value
 
@@ -101,8 +102,28 @@ def _kinds(base: type[Any]) -> Iterator[type[Any]]:
         yield from _kinds(kind)
 
 
+def _known(argument: str) -> dict[str, type[Any]]:
+    """The kinds of a part that a log may name, by the name that it has there."""
+    return {_label(kind): kind for kind in _kinds(_PARTS[argument]) if not kind.__name__.startswith("_")}
+
+
+def _completed(argument: str, described: dict[str, Any] | None) -> dict[str, Any] | None:
+    """``described`` with the arguments that its class has got since the log was written, at their defaults.
+
+    A part's defaults are what it did before it had the argument, so an old log keeps its meaning.
+    """
+    kind = _known(argument).get(described["class"]) if described else None
+    if described is None or kind is None:
+        return described
+    defaults = {name: p.default for name, p in inspect.signature(kind).parameters.items()}
+    missing = [name for name in _arguments(kind) if name not in described]
+    given = {name: _plain(defaults[name]) for name in missing if defaults[name] is not inspect.Parameter.empty}
+    return {**described, **given}
+
+
 def _rebuild(argument: str, described: dict[str, Any] | None, given: object) -> Any:
     """The part that :func:`describe` saw; or ``given``, where the caller has it."""
+    described = _completed(argument, described)
     if given is not None:
         if describe(given) != described:
             fail("replay_", argument, f"the one of the log, {described}", describe(given))
@@ -111,11 +132,12 @@ def _rebuild(argument: str, described: dict[str, Any] | None, given: object) -> 
         return None
     arguments = dict(described)
     name = arguments.pop("class")
-    kinds = {_label(kind): kind for kind in _kinds(_PARTS[argument]) if not kind.__name__.startswith("_")}
+    kinds = _known(argument)
     if name not in kinds or sorted(_arguments(kinds[name])) != sorted(arguments):
         fail("replay_", argument, f"a known kind of {argument} with its arguments", str(described)[:200])
-    if "masks" in arguments or arguments.get("layers", LAYERS) != LAYERS:
-        # Masks are not in the log, and a regular expression from elsewhere could run for ever.
+    own = "masks" in arguments or arguments.get("sizes") is not None
+    if own or arguments.get("layers", LAYERS) != LAYERS:
+        # Masks and sizes are not in the log, and a regular expression from elsewhere could run for ever.
         fail("replay_", argument, f"{argument}=... as in the run (the log has not all of it)", str(described)[:200])
     values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in arguments.items()}
     if "state_dtype" in values:
@@ -139,7 +161,7 @@ def _parameter(group: dict[str, Any], index: int) -> dict[str, Any]:
     }
 
 
-def _options(optimizer: OptimizerView, group: dict[str, Any]) -> list[str]:
+def option_keys(optimizer: OptimizerView, group: dict[str, Any]) -> list[str]:
     """The keys of a group's own settings, without those that torch or a scheduler adds."""
     return [key for key in (*optimizer.defaults, "bits") if key in group and key not in ("lr", "differentiable")]
 
@@ -148,7 +170,7 @@ def settings(optimizer: OptimizerView) -> tuple[Any, ...]:
     """What must stay as it is while a log is written.  It is quick to make and to compare."""
     return tuple(
         (
-            tuple(group[key] for key in _options(optimizer, group)),
+            tuple(group[key] for key in option_keys(optimizer, group)),
             isinstance(group["lr"], Tensor),
             tuple(group["streams"]),
             tuple(takes_part(group, p) for p in group["params"]),
@@ -164,7 +186,7 @@ def header_of(optimizer: OptimizerView, base: bool = True) -> dict[str, Any]:
         params = [_parameter(group, i) for i in range(len(group["params"]))]
         for entry, p in zip(params, group["params"], strict=True):
             entry["sha256"] = digest(p) if base and takes_part(group, p) else None
-        options = {key: _plain(group[key]) for key in _options(optimizer, group)}
+        options = {key: _plain(group[key]) for key in option_keys(optimizer, group)}
         groups.append({"options": options, "lr_is_tensor": isinstance(group["lr"], Tensor), "params": params})
     rule, estimator = optimizer.rule, optimizer.estimator
     devices = {p.device.type for g in optimizer.param_groups for p in g["params"] if takes_part(g, p)}
@@ -213,7 +235,8 @@ def own_part(optimizer: OptimizerView, header: dict[str, Any]) -> dict[str, Any]
 def check_same_run(optimizer: OptimizerView, header: dict[str, Any]) -> None:
     """Raises where ``optimizer`` differs from the log's in more than step, learning rates and weights."""
     ours = json.loads(canonical(whole_header(optimizer, base=False)))
-    theirs = {**header, "groups": [dict(g, params=[dict(p) for p in g["params"]]) for g in header["groups"]]}
+    parts = {argument: _completed(argument, header[argument]) for argument in _PARTS}
+    theirs = {**header, **parts, "groups": [dict(g, params=[dict(p) for p in g["params"]]) for g in header["groups"]]}
     for group in theirs["groups"]:
         for p in group["params"]:
             p["sha256"] = None
@@ -317,7 +340,7 @@ def optimizer_of(
     except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
         fail("replay_", "log", "valid settings", str(error)[:200])
     for i, (group, made) in enumerate(zip(header["groups"], optimizer.param_groups, strict=True)):
-        if (expected := sorted(_options(optimizer, made))) != sorted(group["options"]):
+        if (expected := sorted(option_keys(optimizer, made))) != sorted(group["options"]):
             fail("replay_", f"log: groups[{i}]", f"the settings {expected}", str(sorted(group["options"]))[:200])
     optimizer.run_state.load(header["seed"], header["start"], 0)
     return optimizer

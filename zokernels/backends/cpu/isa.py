@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-#: auto, portable, avx2 or avx512.
+#: auto, portable, avx2, avx512 or neon.
 isa = os.environ.get("ZOKERNELS_CPU_ISA", "auto")
 
 

@@ -89,11 +89,4 @@ def uniform16(seed: Tensor, stream: int, domain: int, start: int, n: int) -> Ten
     return fields[start & 7 : (start & 7) + n]
 
 
-def uniform16_at(seed: Tensor, stream: int, domain: int, index: Tensor) -> Tensor:
-    """The fields of :func:`uniform16` at the places ``index`` (int64 [n])."""
-    words = philox_blocks(seed, stream, domain, index >> 3)
-    word = words.gather(1, (index & 7)[:, None] >> 1).squeeze(1)
-    return (word >> 16 * (index & 1)) & 0xFFFF
-
-
 NOISE = {"normal": normal, "rademacher": rademacher}

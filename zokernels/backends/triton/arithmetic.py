@@ -1,13 +1,18 @@
 """The few operations that Triton's language lacks or rounds differently in its interpreter.  Each is exact IEEE fp32.
 
-Compiled, an operation is the one instruction (or the inline PTX) named beside it.  In the interpreter kernels run in
-NumPy, which has no fma, so it is computed from exact float64 pieces; tests there then hold for the compiled code too.
+Compiled for NVIDIA, an operation is the one instruction (or the inline PTX) named beside it; for AMD it is what Triton
+and LLVM make of the plain operation.  In the interpreter kernels run in NumPy, which has no fma, so it is computed from
+exact float64 pieces; tests there then hold for the compiled code too.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+
+#: Whether operations may be inline PTX: a process of torch for ROCm compiles for AMD, every other one for NVIDIA.
+PTX = tl.constexpr(torch.version.hip is None)
 
 #: Fixed when the kernels are decorated, as in Triton itself: TRITON_INTERPRET must be set before the import.
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -55,7 +60,7 @@ def sqrt(s):
     The fast path of sqrt.rn.f32, whose range check and slow path cost 2.5 instructions more per normal.  A normal s
     does not notice the .ftz of rsqrt, which saves the rescaling of subnormal ones.
     """
-    if INTERPRET:
+    if INTERPRET or not PTX:
         return tl.sqrt_rn(s)
     else:
         return tl.inline_asm_elementwise(
@@ -80,7 +85,7 @@ def floor(x):
 
     Triton's own floor flushes subnormals: of -1e-40 it makes 0, not -1.  It is two instructions with the conversion.
     """
-    if INTERPRET:
+    if INTERPRET or not PTX:
         return tl.floor(x).to(tl.int32)
     else:
         return tl.inline_asm_elementwise("cvt.rmi.s32.f32 $0, $1;", "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1)
@@ -93,7 +98,7 @@ def mul_wide(a, b):
     LLVM takes a third of the equivalent uint64 products apart into a low and a high multiplication: 0.75 instructions
     more per normal.
     """
-    if INTERPRET:
+    if INTERPRET or not PTX:
         product = a.to(tl.uint64) * b
         return product.to(tl.uint32), (product >> 32).to(tl.uint32)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from ...contract import DISTS
 from ..terms import Terms
 from .device import on_device
 from .table import Row, table_of
-from .tile import NUM_WARPS, PROGRAM
+from .tile import PROGRAM, THREADS
 
 _DTYPES = {
     torch.float32: tl.float32,
@@ -26,8 +27,21 @@ _DTYPES = {
 #: Directions up to which a kernel is compiled for their number, which then stands unrolled; more run in a loop.
 UNROLLED = 2
 
-#: enable_fp_fusion=False: a product and a sum of the contract must stay two roundings.
-OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
+
+def compile_options(warp_size: int = 32) -> dict[str, Any]:
+    """For devices whose warps have ``warp_size`` threads: 64 on AMD's CDNA, else 32.  A program always has THREADS.
+
+    enable_fp_fusion=False: a product and a sum of the contract must stay two roundings.
+    """
+    return {"num_warps": THREADS.value // warp_size, "enable_fp_fusion": False}
+
+
+@functools.cache
+def options(device: torch.device) -> dict[str, Any]:
+    """``compile_options`` of a device."""
+    rocm = torch.version.hip is not None and device.type == "cuda"
+    return compile_options(torch.cuda.get_device_properties(device).warp_size if rocm else 32)
+
 
 Group = Sequence[Tensor] | None
 
@@ -81,12 +95,12 @@ def launch(device: torch.device, kernels: tuple[Any, Any], jobs: list[Job], args
             table = table_of(device, tuple(job.row for job in group)) if len(group) > 1 else None
             if table is not None:
                 count, width = table.owner.numel(), table.rows.shape[1]
-                kernels[1][(count,)](table.rows, table.owner, WIDTH=width, **own, **table_args, **OPTIONS)
+                kernels[1][(count,)](table.rows, table.owner, WIDTH=width, **own, **table_args, **options(device))
                 continue
             for job in group:
                 if each:
                     own["coeffs"] = coeffs[job.row[1]]
-                kernels[0][(job.row[0],)](*job.args, **own, **OPTIONS)
+                kernels[0][(job.row[0],)](*job.args, **own, **options(device))
 
 
 def elementwise(kernels: tuple[Any, Any], groups: Sequence[Group], terms: Terms, **args: object) -> None:

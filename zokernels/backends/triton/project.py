@@ -16,7 +16,7 @@ from ..registry import implements
 from ..sums import TILE, tiles
 from .arithmetic import fma
 from .device import on_device
-from .launch import OPTIONS, dtypes
+from .launch import dtypes, options
 from .noise import normal8
 from .table import pointer, table_of
 from .tile import THREADS, Span, draw, draw_rademacher, load, mantissa
@@ -159,5 +159,6 @@ def project(
                 table = table_of(partial.device, tuple(rows))
                 project_table_kernel[(table.owner.numel() * seeds.numel(),)](
                     partial, partial.shape[1], table.rows, table.owner, seeds, seeds.numel(),
-                    DOMAIN=DISTS[dist], DTYPE=dtypes([tensors])[0], ALIGNED=aligned, WIDTH=len(rows[0]), **OPTIONS,
+                    DOMAIN=DISTS[dist], DTYPE=dtypes([tensors])[0], ALIGNED=aligned, WIDTH=len(rows[0]),
+                    **options(partial.device),
                 )  # fmt: skip

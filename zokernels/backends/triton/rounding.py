@@ -43,10 +43,13 @@ def round_stochastic(x, u16, dtype: tl.constexpr):
     Below 2^-14 an fp16 drops more bits than 13: there |x| is first added to 2^-14, which puts the last kept bit of a
     subnormal in the place of the last kept bit of a normal.  Infinities stay: their mantissa of 0 carries nothing over.
     """
-    bits = x.to(tl.uint32, bitcast=True)
     if dtype == tl.bfloat16:
-        return _high_half(tl.where(x == x, bits + u16, 0x7FC00000))
+        # A NaN that NVIDIA's arithmetic makes has all bits but the sign set, to which nothing may be added.  As
+        # integers all numbers and infinities are smaller, negative ones too, and other NaNs here end in zeros.
+        bits = tl.minimum(x.to(tl.int32, bitcast=True), 0x7FFF0000).to(tl.uint32, bitcast=True)
+        return _high_half(bits + u16)
     else:
+        bits = x.to(tl.uint32, bitcast=True)
         magnitude = tl.abs(x)
         subnormal = magnitude < _TINY_HALF
         shifted = tl.where(subnormal, magnitude + _TINY_HALF, magnitude).to(tl.uint32, bitcast=True)

@@ -19,7 +19,7 @@ from ...contract import DISTS
 from ..terms import Terms, row_blocks
 from .arithmetic import int64
 from .device import on_device
-from .launch import OPTIONS, UNROLLED, Group
+from .launch import UNROLLED, Group, options
 from .tile import PROGRAM, THREADS, Span, moved
 
 #: Of a program, as many as in one piece.
@@ -132,7 +132,9 @@ def masked_rows(kernel: Any, groups: Sequence[Group], terms: Terms, **args: obje
                 fail("combine, update", f"rows[{i}]", "rows of fewer than 2^34 elements", (width, length))
             noise["coeffs"] = terms.coeffs[i] if terms.coeffs.dim() == 2 else terms.coeffs
             places = (offset, terms.streams[i], width, length, *divisor_of(blocks), rows)
-            kernel[(-(-rows * blocks // ROW_BLOCKS),)](*tensors, *places, **noise, ALIGNED=aligned, **OPTIONS)
+            kernel[(-(-rows * blocks // ROW_BLOCKS),)](
+                *tensors, *places, **noise, ALIGNED=aligned, **options(leader.device)
+            )
 
 
 def pieces(groups: Sequence[Group], terms: Terms) -> tuple[list[Group], Terms] | None:

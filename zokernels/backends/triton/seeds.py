@@ -10,7 +10,7 @@ from torch import Tensor
 from ...contract import DOMAIN_SEED
 from ..registry import implements
 from .device import on_device
-from .launch import OPTIONS
+from .launch import options
 from .philox import philox, words
 
 _DOMAIN = tl.constexpr(DOMAIN_SEED)
@@ -35,5 +35,7 @@ def derive_seed(run_seed: Tensor, step: Tensor, k: Tensor) -> Tensor:
     if (numel := out.numel()) == 0:
         return out
     with on_device(out.device):
-        derive_seed_kernel[(triton.cdiv(numel, _BLOCK),)](out, run_seed, step, k, numel, BLOCK=_BLOCK, **OPTIONS)
+        derive_seed_kernel[(triton.cdiv(numel, _BLOCK),)](
+            out, run_seed, step, k, numel, BLOCK=_BLOCK, **options(out.device)
+        )
     return out

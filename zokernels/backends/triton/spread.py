@@ -11,7 +11,7 @@ from ..registry import implements
 from ..terms import Terms
 from .arithmetic import fma
 from .device import on_device
-from .launch import OPTIONS, jobs
+from .launch import jobs, options
 from .tile import each_tile, load, noise, noise_of, rounded, span_of, store
 
 #: Programs that keep the largest devices busy: where x has fewer, each takes only a part of the directions.
@@ -48,5 +48,12 @@ def spread(out: Tensor, x: Tensor, terms: Terms) -> None:
     aligned = job.aligned and (numel % 8 == 0 or num_k == 1)
     with on_device(x.device):
         spread_kernel[(programs, triton.cdiv(num_k, each))](
-            *job.args, terms.seeds, terms.coeffs, num_k, each, DOMAIN=DISTS[terms.dist], ALIGNED=aligned, **OPTIONS
+            *job.args,
+            terms.seeds,
+            terms.coeffs,
+            num_k,
+            each,
+            DOMAIN=DISTS[terms.dist],
+            ALIGNED=aligned,
+            **options(x.device),
         )

@@ -15,7 +15,7 @@ from ..registry import implements
 from ..terms import Terms
 from .arithmetic import fma
 from .device import on_device
-from .launch import OPTIONS, elementwise
+from .launch import elementwise, options
 from .rounding import round_nearest, to_float
 from .table import pointer, row_of
 from .tile import accumulate, decayed, each_tile, load, noise, noise_of, rounded, span_of, store, tabled_span
@@ -185,7 +185,7 @@ def encode(out: list[Tensor], params: list[Tensor], wire: str, offsets: list[int
             if n := param.numel():
                 blocks = scale_count(n, offset)
                 encode_kernel[(triton.cdiv(blocks, _BLOCKS),)](
-                    data, param, n, offset, blocks, EMAX=FORMATS[wire].emax, BLOCKS=_BLOCKS, **OPTIONS
+                    data, param, n, offset, blocks, EMAX=FORMATS[wire].emax, BLOCKS=_BLOCKS, **options(param.device)
                 )
 
 

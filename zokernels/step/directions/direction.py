@@ -21,6 +21,11 @@ class Direction:
     #: True if z of one parameter depends on no other parameter.
     separate = True
 
+    @property
+    def changes(self) -> bool:
+        """Whether what z is follows the weights from step to step, so that no later step can draw it again."""
+        return False
+
     def prepare(self, optimizer: OptimizerView, buckets: list[Bucket], seeds: Seeds) -> None:
         """Sets ``bucket.noise``.  The weights are unperturbed."""
         for bucket in buckets:

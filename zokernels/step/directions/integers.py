@@ -27,7 +27,8 @@ class _IntegerNoise(Noise):
         The rounding seed is derived from the direction's, so that no update draws the same bits.
         """
         args = self.kernel_args(members, seeds, coeffs) | members.places | self._range
-        requantize(out, members.params, **args, **options, rounding_seed=derive_seed(seeds[:1], 0))
+        theta = options.pop("theta", members.params)
+        requantize(out, theta, **args, **options, rounding_seed=derive_seed(seeds[:1], 0))
 
     def update(self, members: Members, seeds: Tensor, coeffs: Tensor, **rounding: Any) -> None:
         args = self.kernel_args(members, seeds, coeffs) | members.places | self._range

@@ -2,7 +2,9 @@
 
 The factors are drawn when they are needed, and the product is never stored.  A tensor of more dimensions is
 taken as the [m, n] matrix of its first dimension and the rest; vectors get dense noise.  Every element of z
-has variance 1, so eps and lr mean what they mean for dense noise.
+has variance 1, so eps and lr mean what they mean for dense noise, unless ``scaled`` is False.
+
+A rule with state (momentum, Adam, sign) takes sum_k g_k z_k of one matrix after the other, made dense in fp32.
 
 The drawn factors are scratch of (m + n) r numbers for the parameters of one call.  What is kept between steps
 is drawn again from its seed.
@@ -10,18 +12,21 @@ is drawn again from its seed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...checks import check_integer, fail
-from ...functional import combine_, low_rank, low_rank_
+from ...functional import Rule as KernelRule
+from ...functional import combine_, low_rank, low_rank_, update_
 from ..noise import DENSE, Members, Noise, Tensors
 from ..roles import OptimizerView
-from ..shard import is_sharded, local_of, locals_of, shard_of
+from ..scalars import scalars
+from ..shard import is_sharded, local_of, locals_of, placed, shard_of
 from ..types import Bucket, Seeds
 from .direction import Direction, check_refresh, derived_seed
 
@@ -40,6 +45,12 @@ def _draw(shapes: Shapes, seed: Tensor, streams: list[int], offsets: list[int], 
     out = [torch.full(shape, -0.0, dtype=torch.float32, device=seed.device) for shape in shapes]
     combine_(out, seed, c, streams=streams, offsets=offsets)
     return out
+
+
+def near_square(count: int) -> tuple[int, int]:
+    """(m, n), m <= n, with m n = ``count`` and n - m as small as it can be."""
+    m = next(m for m in range(math.isqrt(count), 0, -1) if count % m == 0)
+    return m, count // m
 
 
 def _orthonormal(x: Tensor) -> Tensor:
@@ -73,7 +84,7 @@ def _parts(
     return left, right, offsets
 
 
-class _Factored(Noise):
+class Factored(Noise):
     """Noise of ``kind`` in matrices, and dense noise in the rest."""
 
     def __init__(self, kind: LowRank, kept_seed: Tensor, cache: dict[tuple[Any, ...], Any]) -> None:
@@ -91,9 +102,10 @@ class _Factored(Noise):
         """Adds the noise to ``theta``, into ``out``, or in place where that is None."""
         theta = locals_of(members.params) if theta is None else theta
         pick = lambda values, at: [values[i] for i in at]
-        of = lambda at: Members(pick(members.params, at), pick(members.streams, at), members.dist)
-        wide = [i for i, p in enumerate(members.params) if p.dim() >= 2]
-        if flat := [i for i, p in enumerate(members.params) if p.dim() < 2]:
+        of = lambda at: _picked(members, at)
+        shapes = [self._kind.matrix(p) for p in members.params]
+        wide = [i for i, shape in enumerate(shapes) if shape is not None]
+        if flat := [i for i, shape in enumerate(shapes) if shape is None]:
             if out is None:
                 vectors = of(flat)
                 args = self.kernel_args(vectors, seeds, coeffs) | vectors.places
@@ -105,16 +117,18 @@ class _Factored(Noise):
             left, right = self.factors(matrices.params, matrices.streams, seeds)
             left, right, offsets = _parts(type(self._kind).__name__, matrices.params, left, right, rounding)
             where: dict[str, Any] = {"streams": matrices.streams, "offsets": offsets}
+            shaped = lambda tensors: [self._kind.shaped(t, shapes[i]) for t, i in zip(tensors, wide, strict=True)]
             if out is None:
-                low_rank_(pick(theta, wide), left, right, coeffs, **where, **rounding)
+                low_rank_(shaped(pick(theta, wide)), left, right, coeffs, **where, **rounding)
             else:
-                low_rank(locals_of(pick(out, wide)), pick(theta, wide), left, right, coeffs, **where, **rounding)
+                into = shaped(locals_of(pick(out, wide)))
+                low_rank(into, shaped(pick(theta, wide)), left, right, coeffs, **where, **rounding)
 
     def factors(
         self, params: Sequence[Tensor], streams: Sequence[int], seeds: Tensor
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The left [K, m, r] and right [K, n, r] factors of each parameter, for K seeds."""
-        shapes = [(p.shape[0], p.numel() // p.shape[0]) for p in params]
+        shapes = [shape for p in params if (shape := self._kind.matrix(p)) is not None]
         kept = self._kind.kept(shapes, list(streams), self._kept_seed, self._cache)
         pairs = [self._kind.drawn(shapes, list(streams), seeds[k : k + 1], kept) for k in range(len(seeds))]
         if not pairs:
@@ -133,8 +147,123 @@ class _Factored(Noise):
     def update(self, members: Members, seeds: Tensor, coeffs: Tensor, **rounding: Any) -> None:
         self._apply(None, members, seeds, coeffs, **rounding)
 
-    def step(self, members: Members, rule: str, *args: Any, **options: Any) -> NoReturn:
-        fail(type(self._kind).__name__, "rule", "SGD: a rule with state needs every element of z", repr(rule))
+    def step(
+        self, members: Members, rule: KernelRule, hyper: Tensor, seeds: Tensor, coeffs: Tensor, **options: Any
+    ) -> None:
+        """A rule with state: G of one matrix after the other is made dense, in fp32, and is gone after it.
+
+        The states take G in plain fp32 operations, none of them fused, which have the same bits on every
+        device.  Then the rule's kernel moves theta by them, with no direction and with hyper-parameters that
+        leave the states as they are.
+        """
+        name = type(self._kind).__name__
+        if rule not in _DENSE_RULES:
+            fail(name, "rule", f"SGD or a rule of {sorted(_DENSE_RULES)}, which need no z apart", repr(rule))
+        states: dict[str, Any] = {key: options.pop(key) for key in ("first", "second") if key in options}
+        if any(t.dtype is not torch.float32 for tensors in states.values() for t in tensors):
+            fail(name, "state_dtype", "torch.float32 in matrices of low rank", "torch.bfloat16")
+        flat = [i for i, p in enumerate(members.params) if self._kind.matrix(p) is None]
+        if flat:
+            of_flat = {key: [tensors[i] for i in flat] for key, tensors in states.items()}
+            DENSE.step(_picked(members, flat), rule, hyper, seeds, coeffs, **of_flat, **options)
+        for i in sorted({*range(len(members.params))} - {*flat}):
+            one = _picked(members, [i])
+            (theta,) = locals_of(one.params)
+            g = torch.full(theta.shape, -0.0, dtype=torch.float32, device=theta.device)
+            left, right = self.factors(one.params, one.streams, seeds)
+            left, right, offsets = _parts(name, one.params, left, right, {})
+            into = self._kind.shaped(g, self._kind.matrix(one.params[0]))
+            low_rank_([into], left, right, coeffs, streams=one.streams, offsets=offsets)
+            then, still = _DENSE_RULES[rule](g, theta.float(), hyper, *(tensors[i] for tensors in states.values()))
+            own: dict[str, Any] = {key: [tensor] for key, tensor in zip(("first", "second"), then, strict=False)}
+            kernel: KernelRule = "momentum" if rule == "sign" else rule
+            args = self.kernel_args(one, seeds[:0], coeffs[:0]) | _places(one)
+            update_([theta], kernel, still, **args, **own, **options)
+
+    def fresh_shapes(self, members: Members) -> list[tuple[int, ...]]:
+        """The shape of each parameter's fresh factor; of one with dense noise, the shape of its local part."""
+        shapes = [self._kind.matrix(p) for p in members.params]
+        dense = [tuple(t.shape) for t in locals_of(members.params)]
+        return [d if shape is None else self._kind.fresh_shape(shape) for shape, d in zip(shapes, dense, strict=True)]
+
+    def carry_over(self, members: Members, states: Tensors, optimizer: OptimizerView) -> None:
+        """Momenta of fresh factors, from the kept factors of the window before to those of this one."""
+        for p, stream, state in zip(members.params, members.streams, states, strict=True):
+            if (shape := self._kind.matrix(p)) is not None:
+                before = derived_seed(optimizer, self._kind.window(optimizer) - 1, _FACTOR_K, p.device)
+                self._kind.carry_over(shape, stream, state, before, self._kept_seed)
+
+    def descend(
+        self,
+        members: Members,
+        states: Tensors,
+        seeds: Tensor,
+        coeffs: Tensor,
+        keep: Tensor,
+        lr: Tensor,
+        **rounding: Any,
+    ) -> None:
+        """state <- keep state + sum_k c_k F_k, F_k the fresh factor; then theta moves by -lr times its product."""
+        for i, state in enumerate(states):
+            one = _picked(members, [i])
+            (param,), (theta,) = one.params, locals_of(one.params)
+            if (shape := self._kind.matrix(param)) is None:
+                args = self.kernel_args(one, seeds, coeffs) | _places(one)
+                combine_([state], **args, decay=keep)
+                hyper = _constants((0.0, 1.0, 0.0, lr), lr)
+                none = self.kernel_args(one, seeds[:0], coeffs[:0]) | _places(one)
+                update_([theta], "momentum", hyper, **none, first=[state], **rounding)
+                continue
+            combine_([state], seeds, coeffs * self._kind.scale, streams=one.streams, decay=keep)
+            kept = self._kind.kept([shape], list(one.streams), self._kept_seed, self._cache)
+            left, right = self._kind.product(state, kept)
+            lefts, rights, offsets = _parts(
+                type(self._kind).__name__, one.params, [left[None]], [right[None]], rounding
+            )
+            low_rank_([theta], lefts, rights, -lr, streams=one.streams, offsets=offsets, **rounding)
+
+
+def _picked(members: Members, at: list[int]) -> Members:
+    return Members([members.params[i] for i in at], [members.streams[i] for i in at], members.dist)
+
+
+def _places(members: Members) -> dict[str, Any]:
+    """The arguments of an operation that say where in the noise ``members`` are."""
+    return {"streams": members.streams} | placed(members.params)
+
+
+def _constants(values: Sequence[float | Tensor], like: Tensor) -> Tensor:
+    """Numbers and 0-dim tensors as one fp32 tensor, by fills, which do not wait for the host."""
+    return scalars(values, like.device).float()
+
+
+def _momentum(g: Tensor, theta: Tensor, hyper: Tensor, m: Tensor) -> tuple[list[Tensor], Tensor]:
+    l2, beta, gain, lr = hyper.unbind()
+    m.copy_(beta * m + gain * (l2 * theta + g))
+    return [m], _constants((0.0, 1.0, 0.0, lr), hyper)
+
+
+def _adam(g: Tensor, theta: Tensor, hyper: Tensor, m: Tensor, v: Tensor) -> tuple[list[Tensor], Tensor]:
+    l2, beta1, gain1, beta2, gain2, *rest = hyper.unbind()
+    g = l2 * theta + g
+    m.copy_(beta1 * m + gain1 * g)
+    v.copy_(beta2 * v + gain2 * g * g)
+    return [m, v], _constants((0.0, 1.0, 0.0, 1.0, 0.0, *rest), hyper)
+
+
+def _sign(g: Tensor, theta: Tensor, hyper: Tensor) -> tuple[list[Tensor], Tensor]:
+    l2, lr = hyper.unbind()
+    return [(l2 * theta + g).sign()], _constants((0.0, 1.0, 0.0, lr), hyper)
+
+
+#: What the kernels of :func:`zokernels.update_` do with G before they move theta: G, theta, hyper and the states, which
+#: are written, give the states by which theta moves, and the hyper-parameters for that.  The sign is one of them: theta
+#: moves by it as by a momentum.
+_DENSE_RULES: dict[str, Callable[..., tuple[list[Tensor], Tensor]]] = {
+    "momentum": _momentum,
+    "adam": _adam,
+    "sign": _sign,
+}
 
 
 @dataclass(frozen=True)
@@ -151,11 +280,19 @@ class LowRank(Direction):
         check_integer(type(self).__name__, "rank", self.rank)
         check_refresh(type(self).__name__, self.refresh)
 
+    def matrix(self, param: Tensor) -> tuple[int, int] | None:
+        """(m, n) of the matrix as which ``param`` is taken; None: its noise is dense."""
+        return (param.shape[0], param.numel() // param.shape[0]) if param.dim() >= 2 else None
+
+    def shaped(self, tensor: Tensor, shape: tuple[int, int] | None) -> Tensor:
+        """``tensor``, the local part of a parameter of ``shape``, as the kernels take it."""
+        return tensor
+
     def prepare(self, optimizer: OptimizerView, buckets: list[Bucket], seeds: Seeds) -> None:
         window = self.window(optimizer)
         for bucket in buckets:
             seed = derived_seed(optimizer, window, _FACTOR_K, bucket.device)
-            bucket.noise = _Factored(self, seed, self._cache(optimizer, window))
+            bucket.noise = Factored(self, seed, self._cache(optimizer, window))
 
     def _cache(self, optimizer: OptimizerView, window: int) -> dict[tuple[Any, ...], Any]:
         """Holds what would be too slow to draw again in every call.  It lasts as long as the window."""
@@ -169,6 +306,22 @@ class LowRank(Direction):
         """The left [m, r] and right [n, r] factors of one direction."""
         raise NotImplementedError
 
+    @property
+    def scale(self) -> float:
+        """The factor of the fresh numbers in z, where a momentum of them is kept (:class:`FactorMomentum`)."""
+        return 1.0
+
+    def fresh_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """The shape of what is drawn for each direction of an [m, n] matrix, from the first element on."""
+        raise NotImplementedError
+
+    def product(self, fresh: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
+        """The left [m, r] and right [n, r] factors of a matrix whose fresh numbers are ``fresh``."""
+        raise NotImplementedError
+
+    def carry_over(self, shape: tuple[int, int], stream: int, state: Tensor, before: Tensor, now: Tensor) -> None:
+        """``state``, a sum of fresh numbers, in place from the kept factors of seed ``before`` to those of ``now``."""
+
     def _left(self, shapes: Shapes, streams: list[int], seed: Tensor, c: float) -> list[Tensor]:
         return _draw([(m, self.rank) for m, _ in shapes], seed, streams, [0] * len(shapes), c)
 
@@ -179,15 +332,38 @@ class LowRank(Direction):
 
 @dataclass(frozen=True)
 class KeptRight(LowRank):
-    """z = U V^T / sqrt(r): U fresh in every direction, V kept (LOZO)."""
+    """z = U V^T / sqrt(r): U fresh in every direction, V kept (LOZO).
+
+    ``scaled=False``: z = U V^T for matrices, whose elements have variance r, as the authors' code has it.
+    This is the scaled z with sqrt(r) times its eps and r times its lr, for matrices alone: vectors have the
+    same dense noise in both.
+    """
 
     refresh: int | None = 50
+    scaled: bool = True
 
     def kept(self, shapes: Shapes, streams: list[int], seed: Tensor, cache: dict[tuple[Any, ...], Any]) -> Any:
         return self._right(shapes, streams, seed)
 
     def drawn(self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any) -> tuple[list[Tensor], list[Tensor]]:
-        return self._left(shapes, streams, seed, self.rank**-0.5), kept
+        return self._left(shapes, streams, seed, self.scale), kept
+
+    @property
+    def scale(self) -> float:
+        return self.rank**-0.5 if self.scaled else 1.0
+
+    def fresh_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        return shape[0], self.rank
+
+    def product(self, fresh: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
+        return fresh, kept[0]
+
+    def carry_over(self, shape: tuple[int, int], stream: int, state: Tensor, before: Tensor, now: Tensor) -> None:
+        (old,), (new,) = self._right([shape], [stream], before), self._right([shape], [stream], now)
+        between = (old.double().t() @ new.double() / shape[1]).float()
+        out = torch.full_like(state, -0.0)
+        low_rank_([out], [state[None]], [between.t().contiguous()[None]], 1.0, streams=[stream])
+        state.copy_(out)
 
 
 @dataclass(frozen=True)
@@ -200,15 +376,29 @@ class FreshFactors(LowRank):
 
 @dataclass(frozen=True)
 class TemporalFactor(LowRank):
-    """z = sum_s tau_s u_s v_s^T / sqrt(r): u and v kept, tau [r] fresh in every direction (TeZO)."""
+    """z = sum_s tau_s u_s v_s^T / sqrt(r): u and v kept, tau [r] fresh in every direction (TeZO).
+
+    ``scaled=False``: without the factor 1 / sqrt(r) for matrices, as the paper has it.  This is the scaled z
+    with sqrt(r) times its eps and r times its lr, for matrices alone.
+    """
+
+    scaled: bool = True
 
     def kept(self, shapes: Shapes, streams: list[int], seed: Tensor, cache: dict[tuple[Any, ...], Any]) -> Any:
-        return self._left(shapes, streams, seed, self.rank**-0.5), self._right(shapes, streams, seed)
+        c = self.rank**-0.5 if self.scaled else 1.0
+        return self._left(shapes, streams, seed, c), self._right(shapes, streams, seed)
 
     def drawn(self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any) -> tuple[list[Tensor], list[Tensor]]:
         tau = _draw([(1, self.rank)] * len(shapes), seed, streams, [0] * len(shapes), 1.0)
         left, right = kept
         return [u * t for u, t in zip(left, tau, strict=True)], right
+
+    def fresh_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        return 1, self.rank
+
+    def product(self, fresh: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
+        (left,), (right,) = kept
+        return (left * fresh).contiguous(), right
 
 
 @dataclass(frozen=True)
@@ -217,16 +407,38 @@ class Subspace(LowRank):
 
     The columns of U and V are orthonormal.  They come from a QR factorisation in float64, whose last bits may
     depend on the machine and the device.  Alone among the directions, this one has the same bits only where
-    LAPACK is the same.
+    LAPACK is the same.  The factor sqrt(m n) / r, which makes the variance 1, is the authors'.
+
+    ``near_square``: each matrix is taken as one of m' rows and n' columns, m' n' = m n, as near to a square as
+    its number of elements allows (8 x 4096 as 128 x 256).  The authors do so where LoRA, prefixes or prompts
+    are trained, whose matrices are too thin for the rank.  A matrix with a side of 1 has dense noise, as
+    theirs.  (Their code has dense noise for tensors of three dimensions and more, too; here those are
+    matrices as everywhere.)
     """
 
     refresh: int | None = 500
+    near_square: bool = False
+
+    def matrix(self, param: Tensor) -> tuple[int, int] | None:
+        shape = super().matrix(param)
+        if shape is None or min(shape) == 1:
+            return None
+        return near_square(param.numel()) if self.near_square else shape
+
+    def shaped(self, tensor: Tensor, shape: tuple[int, int] | None) -> Tensor:
+        return tensor.view(shape) if self.near_square and shape is not None else tensor
 
     def prepare(self, optimizer: OptimizerView, buckets: list[Bucket], seeds: Seeds) -> None:
         for bucket in buckets:
             for p in bucket.params:
-                if p.dim() >= 2 and min(p.shape[0], p.numel() // p.shape[0]) < self.rank:
-                    fail("Subspace", "rank", f"at most the size of every matrix, {tuple(p.shape)}", self.rank)
+                if (shape := self.matrix(p)) is None:
+                    continue
+                if min(shape) < self.rank:
+                    other = "" if self.near_square else " (or near_square=True)"
+                    expected = f"at most the smaller side of every matrix, {tuple(p.shape)} taken as {shape}{other}"
+                    fail("Subspace", "rank", expected, self.rank)
+                if self.near_square and is_sharded(p):
+                    fail("Subspace", "near_square", "False for sharded parameters, whose rows it would mix", True)
         super().prepare(optimizer, buckets, seeds)
 
     def _cache(self, optimizer: OptimizerView, window: int) -> dict[tuple[Any, ...], Any]:

@@ -53,7 +53,7 @@ def _check_density(name: str, density: float) -> None:
 class KeptMask(Direction):
     """Packed masks in ``optimizer.state[p]["mask"]``.
 
-    They are saved with it, and stay until the next refresh.
+    They are saved with it, and stay until the next refresh, or the next step where the mask :attr:`changes`.
     """
 
     def prepare(self, optimizer: OptimizerView, buckets: list[Bucket], seeds: Seeds) -> None:
@@ -61,16 +61,25 @@ class KeptMask(Direction):
         for bucket in buckets:
             masks = {}
             for p in bucket.params:
-                state = optimizer.state[p]
-                if fresh or "mask" not in state:
-                    place = placed([p]) or {"offsets": [0], "rows": [None]}
-                    keep = part_of(self.keep(optimizer, p), p)
-                    state["mask"] = pack_mask(keep, place["offsets"][0], place["rows"][0])
-                masks[id(p)] = state["mask"]
+                if fresh or "mask" not in optimizer.state[p] or self.changes:
+                    self._pack(optimizer, p, fresh)
+                masks[id(p)] = optimizer.state[p]["mask"]
             bucket.noise = _PackedMask(masks)
 
-    def keep(self, optimizer: OptimizerView, param: Tensor) -> Tensor:
-        """The mask: bool, of the parameter's logical shape.  ``param`` holds the unperturbed weights."""
+    def _pack(self, optimizer: OptimizerView, param: Tensor, fresh: bool) -> None:
+        state, place = optimizer.state[param], placed([param]) or {"offsets": [0], "rows": [None]}
+        keep = part_of(self.keep(optimizer, param, fresh), param)
+        mask = pack_mask(keep, place["offsets"][0], place["rows"][0])
+        if "mask" in state and state["mask"].shape == mask.shape:
+            state["mask"].copy_(mask)  # a CUDA graph holds its address
+        else:
+            state["mask"] = mask
+
+    def keep(self, optimizer: OptimizerView, param: Tensor, fresh: bool) -> Tensor:
+        """The mask: bool, of the parameter's logical shape.  ``param`` holds the unperturbed weights.
+
+        ``fresh``: a window begins.
+        """
         raise NotImplementedError
 
 
@@ -81,20 +90,39 @@ class MagnitudeMask(KeptMask):
     The mask is measured before anything moves, so that no perturbed weight changes it.  It is kept as bits
     until the next ``refresh`` (a number of steps; None: for the whole run).
 
-    Source: Sparse-MeZO, Liu et al. 2024 (arXiv 2402.15751).
+    ``dynamic``: the quantile alone is kept until the next refresh (``optimizer.state[p]["threshold"]``), and
+    every step compares the weights with it.  A weight that grows beyond the threshold then stands still, and
+    with ``weight_decay`` one may come back below it.  The comparison reads the weights once more a step.
+
+    Source: Sparse-MeZO, Liu et al. 2024 (arXiv 2402.15751), whose mask is dynamic.
     """
 
     density: float = 0.25
     refresh: int | None = None
+    dynamic: bool = False
+
+    @property
+    def changes(self) -> bool:
+        return self.dynamic
 
     def __post_init__(self) -> None:
         _check_density("MagnitudeMask", self.density)
         check_refresh("MagnitudeMask", self.refresh)
 
-    def keep(self, optimizer: OptimizerView, param: Tensor) -> Tensor:
-        size = whole_of(param).detach().abs()
+    def keep(self, optimizer: OptimizerView, param: Tensor, fresh: bool) -> Tensor:
+        size, state = whole_of(param).detach().abs(), optimizer.state[param]
+        if not self.dynamic:
+            return size <= self._quantile(size)
+        if fresh or "threshold" not in state:
+            state["threshold"] = self._quantile(size)
+        keep: Tensor = size <= state["threshold"]
+        return keep
+
+    def _quantile(self, size: Tensor) -> Tensor:
+        """The largest of the ``density`` smallest of ``size``: fp32, 0-dim."""
         rank = max(1, round(self.density * size.numel()))
-        return size <= size.view(-1).float().kthvalue(rank).values
+        found: Tensor = size.view(-1).float().kthvalue(rank).values
+        return found
 
 
 @dataclass(frozen=True)
@@ -136,7 +164,7 @@ class GivenMask(KeptMask):
             fail("GivenMask", "masks", "names or parameters of the optimizer", repr(name))
         super().prepare(optimizer, buckets, seeds)
 
-    def keep(self, optimizer: OptimizerView, param: Tensor) -> Tensor:
+    def keep(self, optimizer: OptimizerView, param: Tensor, fresh: bool) -> Tensor:
         mask = self.masks.get(param)
         for group in optimizer.param_groups:
             for name, other in zip(group.get("param_names", ()), group["params"], strict=False):

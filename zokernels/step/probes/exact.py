@@ -2,103 +2,128 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
-from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..scratch import ScratchPool
 from ..types import Bucket, Point, Seeds
+from .blocks import Blocks
+from .functions import USE_INPLACE, HiddenParameters
+from .guard import guarded, release
+from .hidden import hidden_uses
+from .made import Made, Opened, Owners, untouched
 from .probe import Probe
-from .substitute import USE_INPLACE, HiddenParameters, Substitution, Tangents
+from .substitute import Substitution, Tangents
 
 
 class ExactProbe(Probe):
-    """Forwards run under a :class:`Substitution`, and nothing is ever written to a weight.
+    """Parameters are guarded while forwards run, each of them under a :class:`Substitution`.
 
-    The probe looks for what the substitution cannot see.  torch.compile is told to run eagerly, TorchScript
-    is refused, and a warning names parameters that no function took.  ``warned``: the warnings already given.
+    Nothing is ever written to a weight.  TorchScript is refused, and a warning names parameters that no
+    function took.
+
+    Args:
+        pool, blocks: of the optimizer, which keeps them from step to step.
+        warned: the warnings already given.
+        shared: whether forwards run in several threads in turn, so that no block can be open.
     """
 
-    def __init__(self, op: str, buckets: list[Bucket], seeds: Seeds, pool: ScratchPool, warned: set[str]) -> None:
+    kind: type[Substitution] = Substitution
+
+    def __init__(
+        self,
+        op: str,
+        buckets: list[Bucket],
+        seeds: Seeds,
+        pool: ScratchPool,
+        blocks: Blocks,
+        warned: set[str],
+        shared: bool = False,
+    ) -> None:
         super().__init__(buckets, seeds)
-        self.op, self.pool, self.warned = op, pool, warned
-        self._addresses = {p.data_ptr() for b in buckets for p in b.params}
+        self.op, self.pool, self.blocks, self.warned = op, pool, blocks, warned
+        self._owners = blocks.owners = Owners.renewed(blocks.owners, buckets)
+        self._opened = Opened(op, pool)
+        #: Whether the next forward looks at every function; always, where threads share the parameters.
+        self._looks, self._shared = blocks.begin() or shared, shared
+
+    def forwards(
+        self, points: Iterable[Any], share: range, same_rng: Iterator[AbstractContextManager[None]], run: Any
+    ) -> list[Any]:
+        with self.watching():
+            return super().forwards(points, share, same_rng, run)
 
     @contextmanager
     def at(self, points: list[Point]) -> Iterator[None]:
-        with self.watching(), self.point(points):
+        with self.point(points):
             yield
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Around forwards, for the whole process.
-
-        A graph of torch.compile takes parameters as hidden inputs.  Run eagerly, it calls functions that we
-        see.
-        """
-        hook = register_module_forward_pre_hook(self._check_module)
-        try:
-            with torch.compiler.set_stance("force_eager"):
+        """Around forwards, in whichever thread they run."""
+        owners, opens = self._owners, self.kind.opens and not self._looks and not self._shared
+        whole = self.blocks.whole(owners.params) if opens else []
+        compiled = self.blocks.compiled
+        compiled.renew(owners.params)
+        eager: AbstractContextManager[object] = nullcontext()
+        if compiled.regions and not self.kind.opens:
+            eager = torch.compiler.set_stance("force_eager")
+            self._warn_once("compiled", f"{self.kind.__name__.lower()} run torch.compile'd functions uncompiled")
+        with eager, hidden_uses(self.op, owners.params), guarded(self.op, owners.params, not whole), compiled.watched():
+            error = True
+            try:
+                # A small model is open from the beginning.
+                with untouched():
+                    for block in whole:
+                        self._opened.blocks.append(Made(block, owners, self.pool))
+                        self._opened.blocks[-1].open()
                 yield
-        finally:
-            hook.remove()
+                error = False
+            finally:
+                kept = len(self._opened.blocks) == len(whole)
+                self._opened.leave(guarded=not whole, error=error)
+                if whole and not kept:  # a forward could not go on with the scratch of the one before
+                    release(owners.params.values())
 
     @contextmanager
     def point(self, points: list[Point]) -> Iterator[None]:
         """Around one forward, inside :meth:`watching`, for its thread alone."""
-        mode, cached = self._mode(points), torch.is_autocast_cache_enabled()
+        opened = Opened(self.op, self.pool) if self._shared else self._opened
+        options = (self.blocks, self.seeds, self.pool, points, self._looks, opened)
+        forward = self.kind(self.op, self._owners, *options)
+        forward.opens = forward.opens and not self._shared
+        self._looks = self._looks and self._shared
+        cached = torch.is_autocast_cache_enabled()
         try:
             torch.set_autocast_cache_enabled(False)  # it would keep a cast of every copy, which is a second model
-            with mode:
+            with forward:
                 yield
         finally:
             torch.set_autocast_cache_enabled(cached)
-        self._check_seen(mode.seen)
+        if len(forward.seen) < len(self._owners.params):
+            self._tell_unseen(forward.seen)
 
-    def _mode(self, points: list[Point]) -> Substitution:
-        return Substitution(self.op, self.buckets, self.seeds, self.pool, points)
-
-    def _check_seen(self, seen: set[int]) -> None:
+    def _tell_unseen(self, seen: dict[int, None]) -> None:
         if not seen:
             raise HiddenParameters(
                 f"{self.op}: closure: expected torch functions that take the parameters, got none (another model, or a "
                 f"graph that holds them: TorchScript, CUDA graph, C++ extension); {USE_INPLACE}"
             )
         unseen = [name for b in self.buckets for p, name in zip(b.params, b.names, strict=True) if id(p) not in seen]
-        if unseen:
-            total = sum(len(b.params) for b in self.buckets)
-            few = ", ".join(unseen[:5]) + (", ..." if len(unseen) > 5 else "")
-            self._warn_once(
-                "unseen",
-                f"{len(unseen)} of {total} parameters were taken by no torch function of the "
-                f"closure ({few}): either the forward does not use them, or something that hides them does "
-                f"(TorchScript function, C++ extension); then {USE_INPLACE}",
-            )
-
-    def _check_module(self, module: nn.Module, inputs: object) -> None:
-        """A global forward pre-hook, which is called for every module of the forward."""
-        if isinstance(module, torch.jit.ScriptModule):
-            with torch._C.DisableTorchFunction():
-                hidden = any(p.data_ptr() in self._addresses for p in module.parameters())
-            if hidden:
-                raise HiddenParameters(
-                    f"{self.op}: closure: expected modules whose functions take the parameters, got the TorchScript "
-                    f"module {module.original_name!r}; {USE_INPLACE}"
-                )
-        eval_frame = sys.modules.get("torch._dynamo.eval_frame")
-        if module._compiled_call_impl is not None or (eval_frame and isinstance(module, eval_frame.OptimizedModule)):
-            self._warn_once(
-                "compiled",
-                "restore='exact' runs torch.compile'd modules uncompiled, because a graph would hide their parameters; "
-                "restore='inplace' keeps them compiled",
-            )
+        total = sum(len(b.params) for b in self.buckets)
+        few = ", ".join(unseen[:5]) + (", ..." if len(unseen) > 5 else "")
+        self._warn_once(
+            "unseen",
+            f"{len(unseen)} of {total} parameters were taken by no torch function of the "
+            f"closure ({few}): either the forward does not use them, or something that hides them does "
+            f"(TorchScript function, C++ extension); then {USE_INPLACE}",
+        )
 
     def _warn_once(self, key: str, message: str) -> None:
         if key not in self.warned:
@@ -109,12 +134,11 @@ class ExactProbe(Probe):
 class TangentProbe(ExactProbe):
     """Forwards at theta itself, of dual tensors whose tangents are the points' directions, at length 1."""
 
+    kind = Tangents
+
     @contextmanager
     def point(self, points: list[Point]) -> Iterator[None]:
         unit: list[Point] = [dict.fromkeys(point, 1.0) for point in points]
         # Fused attention has no forward-mode derivative.
         with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), super().point(unit):
             yield
-
-    def _mode(self, points: list[Point]) -> Substitution:
-        return Tangents(self.op, self.buckets, self.seeds, self.pool, points)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..guards import uninterrupted
-from ..scratch import ScratchPool
+from ..scratch import Arena, ScratchPool, arena_numel
 from ..shard import locals_of
 from ..types import Bucket, Point, Seeds, terms
 from .inplace import InplaceProbe
@@ -70,6 +70,7 @@ class CopiedShardProbe(Probe):
         super().__init__(buckets, seeds)
         self._pool = pool
         self._copies: list[list[Tensor]] | None = None
+        self._arenas: list[Arena] = []
 
     @contextmanager
     def at(self, points: list[Point]) -> Iterator[None]:
@@ -83,7 +84,9 @@ class CopiedShardProbe(Probe):
             yield
 
     def _copy(self, weights: list[Tensor]) -> list[Tensor]:
-        copies = self._pool.like(weights)
+        arena = self._pool.take(arena_numel(weights), weights[0])
+        self._arenas.append(arena)
+        copies = arena.views("shards", weights).out
         torch._foreach_copy_(copies, weights)
         return copies
 
@@ -94,3 +97,5 @@ class CopiedShardProbe(Probe):
                     torch._foreach_copy_([w.detach() for w in locals_of(b.params)], theta)
                 torch.clear_autocast_cache()
             self._copies = None
+        while self._arenas:
+            self._pool.give_back(self._arenas.pop())

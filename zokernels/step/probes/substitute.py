@@ -1,211 +1,308 @@
-"""A torch function mode that hands every function perturbed copies in place of the parameters it is given."""
+"""One forward of an exact step: every torch function gets perturbed copies in the place of parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Sequence
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.autograd import forward_ad
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode, resolve_name
 
-from ..noise import Members
-from ..scratch import ScratchPool
-from ..types import Bucket, Point, Seeds, terms
-
-_GETTERS = """shape dtype device layout requires_grad is_leaf grad grad_fn ndim itemsize nbytes name output_nr
-    retains_grad is_cuda is_cpu is_sparse is_sparse_csr is_quantized is_meta is_mps is_xpu is_nested is_mkldnn is_mtia
-    is_xla is_vulkan is_ipu is_maia names _version _backward_hooks _grad""".split()  # noqa: SIM905
-_METHODS = """size dim ndimension numel nelement stride storage_offset is_contiguous is_floating_point is_complex
-    is_signed is_inference is_conj is_neg is_pinned is_shared is_coalesced is_same_size element_size get_device
-    requires_grad_ register_hook register_post_accumulate_grad_hook retain_grad _is_view has_names
-    __len__ __hash__""".split()  # noqa: SIM905
-
-
-def _setter(name: str) -> Any:
-    return getattr(Tensor, name).__set__  # a descriptor, which torch's stubs call by the type of its value
-
-
-def _metadata() -> frozenset[Any]:
-    """Functions that read no element.  They see the parameter itself, and no copy is made for them."""
-    functions: list[Any] = [getattr(Tensor, n).__get__ for n in _GETTERS if hasattr(Tensor, n)]
-    functions += [getattr(Tensor, n) for n in _METHODS if hasattr(Tensor, n)]
-    functions += [_setter("requires_grad"), _setter("grad"), torch.numel, torch.is_floating_point]
-    functions += [torch.is_complex, torch.is_signed, torch.is_inference, torch.is_same_size, torch.result_type]
-    functions += [torch.empty_like, torch.zeros_like, torch.ones_like]
-    functions += [torch.rand_like, torch.randn_like, torch.full_like]
-    functions += [Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_tensor]
-    return frozenset(functions)
+from ..noise import Noise
+from ..scratch import ScratchPool, Views, alias
+from ..types import Point, Seeds, terms
+from .blocks import Block, Blocks
+from .compiled import check_freezing
+from .functions import (
+    GIVES_ADDRESS,
+    GIVES_DATA,
+    METADATA,
+    SETS_DATA,
+    SPECIAL,
+    USE_INPLACE,
+    HiddenParameters,
+    find,
+    refuse_write,
+    swap,
+)
+from .guard import Guard, is_held, plainly, release, running
+from .made import Made, Opened, Owners, Part, close, untouched
 
 
-_METADATA = _metadata()
-#: Functions that give out an address without a reference to its memory.  The copy then lives to the end of
-#: the forward.
-_ADDRESS = frozenset((Tensor.data_ptr, Tensor.__cuda_array_interface__.__get__))
-_SET_DATA = _setter("data")
-#: Writes whose name does not end in a single underscore.
-_OPERATORS = "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor setitem".split()  # noqa: SIM905
-_WRITES = frozenset(f"__{name}__" for name in _OPERATORS)
+class Substitution:
+    """Inside, and in this thread, functions see the point theta + sum_k c_k z_k in place of a parameter theta.
 
-USE_INPLACE = "use restore='inplace', which perturbs the parameters themselves"
+    When a function takes a guarded parameter, the copies of its block are written into scratch, and stay there
+    until another block needs it.  Meanwhile the block is open: its parameters have the memory of the copies,
+    and no guard, so that nothing more is paid for their uses.
 
+    Some functions get copies in the place of guarded parameters instead: those of a forward that ``looks``, of
+    parameters that are in no block yet, and of a forward for a backward.  A function that is written in
+    Python, such as ``F.multi_head_attention_forward``, then gets copies once and runs on them.
 
-class HiddenParameters(RuntimeError):
-    """The closure reads parameters where the exact probe cannot perturb them; they have not changed."""
+    Args:
+        looks: whether the forward notes every function that takes a parameter.  Otherwise it knows the first
+            one in a block alone.
 
+        opened: the blocks that are open already, where no other forward needs their scratch.
 
-def _members(value: Any) -> Iterable[Any] | None:
-    if isinstance(value, (list, tuple)):
-        return value
-    return value.values() if isinstance(value, dict) else None
-
-
-def _find(values: Iterable[Any], wanted: dict[int, Any], found: dict[int, Any]) -> None:
-    """Puts the entries of ``wanted`` (by id) into ``found`` that occur in ``values``, or in containers."""
-    for value in values:
-        if (entry := wanted.get(id(value))) is not None:
-            found[id(value)] = entry
-        elif (inner := _members(value)) is not None:
-            _find(inner, wanted, found)
-
-
-def _swap(value: Any, copies: dict[int, Tensor]) -> Any:
-    """``value`` with a copy in the place of each parameter.  Containers without one are left as they are."""
-    if (copy := copies.get(id(value))) is not None:
-        return copy
-    if isinstance(value, dict):
-        swapped = {k: _swap(v, copies) for k, v in value.items()}
-        return swapped if any(swapped[k] is not value[k] for k in value) else value
-    if isinstance(value, (list, tuple)):
-        items = [_swap(v, copies) for v in value]
-        if all(a is b for a, b in zip(items, value, strict=True)):
-            return value
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
-
-
-def _storage(tensor: Tensor) -> int | None:
-    """The identity of a tensor's storage, for comparison only; None for tensors that have none."""
-    try:
-        identity: int = tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):
-        return None
-    return identity
-
-
-class Substitution(TorchFunctionMode):
-    """While active, every torch function sees the point theta + sum_k c_k z_k in place of a parameter theta.
-
-    One combine per bucket writes the copies for a call into scratch.  The next call uses it again, so the
-    extra memory is that of the call with the most weights.  torch turns the mode off inside
-    ``__torch_function__``, so a function written in Python, such as ``F.multi_head_attention_forward``, gets
-    copies once and runs on them.
+    ``seen``: parameters that functions have taken, by id.
     """
 
-    def __init__(self, op: str, buckets: list[Bucket], seeds: Seeds, pool: ScratchPool, points: list[Point]) -> None:
-        super().__init__()
-        self.op, self.pool = op, pool
-        self.entries = {id(p): (p, s, b) for b in buckets for p, s in zip(b.params, b.streams, strict=True)}
-        self.seen: set[int] = set()
-        self._terms = {id(b): terms(point, seeds[b.device]) for b, point in zip(buckets, points, strict=True)}
-        self._held: list[Tensor] = []
-        self._views: dict[int, StorageWeakRef] = {}
+    #: Whether blocks may be opened.
+    opens = True
+    #: How many tensors of its size take the place of a parameter.
+    copies = 1
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def __init__(
+        self,
+        op: str,
+        owners: Owners,
+        blocks: Blocks,
+        seeds: Seeds,
+        pool: ScratchPool,
+        points: list[Point],
+        looks: bool,
+        opened: Opened,
+    ) -> None:
+        self.op, self.pool, self.owners, self.blocks, self.looks = op, pool, owners, blocks, looks
+        self.seen: dict[int, None] = {}
+        self._terms = [terms(point, seeds[b.device]) for b, point in zip(owners.buckets, points, strict=True)]
+        self._copies: dict[int, Tensor] = {}
+        self._made: dict[Block, Made] = {made.block: made for made in opened.blocks}
+        self._opened = opened
+        self._new: dict[int, Block] = {}  # blocks of this forward alone, by id of the parameter
+        self._past: dict[Block, None] = {}  # blocks that others have taken the place of
+        self._outer: Any = None  # the forward inside whose closure a step runs
+
+    def __enter__(self) -> Substitution:
+        self._outer = running.get(get_ident())
+        running[get_ident()] = self
+        try:
+            if self._made:
+                with untouched():
+                    for made in list(self._made.values()):
+                        if made.is_idle():
+                            self._write(made)
+                        else:
+                            self._drop([made])
+        except BaseException as error:
+            self.__exit__(type(error))
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        made = list(self._made.values())
+        left: list[Made] = []
+        try:
+            if self._outer is None:
+                running.pop(get_ident(), None)
+            else:
+                running[get_ident()] = self._outer
+            if kind is None:
+                self._learn(made)
+                if not self._past:  # there was scratch for all of them
+                    left = [m for m in made if m.is_open and self.blocks.of.get(m.parts[0].ids[0]) is m.block]
+        finally:
+            self._opened.blocks = left
+            self._drop([m for m in made if m not in left], kind is not None)
+        if any(m.are_copies_written() for m in self._opened.blocks):
+            refuse_write(self.op)
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of ``func``, where some of the arguments are guarded parameters."""
+        special = SPECIAL.get(func)
+        if special is METADATA:
+            return plainly(func, args, kwargs)
         if isinstance(func, HigherOrderOperator):
             name = getattr(func, "__name__", func)
             raise HiddenParameters(
                 f"{self.op}: closure: expected plain torch functions, got the higher-order operator {name!r}, whose "
                 f"inner functions can hold parameters; {USE_INPLACE}"
             )
-        found: dict[int, tuple[Any, ...]] = {}
-        _find(args, self.entries, found)
+        found: list[Tensor] = []
+        find(args, self.owners.params, found)
         if kwargs:
-            _find(kwargs.values(), self.entries, found)
-        if not found:
-            if self._views:
-                self._check_view_write(func, args, kwargs)
-            return func(*args, **kwargs)
-        if func in _METADATA:
-            return func(*args, **kwargs)
-        if func == _SET_DATA and id(args[0]) in found:  # method wrappers are made anew at each look-up
-            self._refuse_write(func)
-        copies, arenas = self._perturb(found)
-        versions = [a._version for a in arenas]
-        out = func(*_swap(args, copies), **_swap(kwargs, copies))
-        if [a._version for a in arenas] != versions:
-            self._refuse_write(func)
-        self.seen.update(found)
-        if func in _ADDRESS:
-            self._held.extend(arenas)
-        self._note_views(out, arenas)
+            find(kwargs.values(), self.owners.params, found)
+        mine = [p for p in found if id(p) in self.owners.params]
+        if not mine:
+            return self._call_others(func, args, kwargs, found)
+        if special is SETS_DATA and args[0] is mine[0]:
+            refuse_write(self.op, func)
+        if any(id(p) not in self._copies for p in mine):  # guarded, so none of them is open
+            self._make(mine)
+        for p in mine:
+            self.seen[id(p)] = None
+        if special is GIVES_ADDRESS:  # without a reference to its memory, which stays to the end of the forward
+            for made in self._made.values():
+                made.stays = True
+        elif special is GIVES_DATA:
+            func = Tensor.detach
+        targets = [self._copies[id(p)] if isinstance(p, Guard) else p for p in mine]
+        versions = [t._version for t in targets]
+        if copies := {id(p): self._copies[id(p)] for p in mine if isinstance(p, Guard)}:
+            if torch.is_grad_enabled():
+                # A graph saves a leaf itself, so it gets one of its own: then it holds the memory, and is noticed.
+                with untouched():
+                    copies = {i: alias(c, c.requires_grad) for i, c in copies.items()}
+            args, kwargs = swap(args, copies), swap(kwargs, copies)
+        if len(mine) < len(found):
+            out = self._call_others(func, args, kwargs, [p for p in found if id(p) not in self.owners.params])
+        else:
+            out = func(*args, **kwargs)
+        if versions != [t._version for t in targets]:
+            refuse_write(self.op, func)
         return out
 
-    def _perturb(self, found: dict[int, tuple[Any, ...]]) -> tuple[dict[int, Tensor], list[Tensor]]:
-        """The copies, by id of the parameter, and one tensor of each arena that they lie in."""
-        by_bucket: dict[int, list[Any]] = {}
-        for param, stream, bucket in found.values():
-            by_bucket.setdefault(id(bucket), []).append((param, stream, bucket))
-        copies: dict[int, Tensor] = {}
-        arenas = []
-        for members in by_bucket.values():
-            params, streams, (bucket, *_) = zip(*members, strict=True)
-            made, arena = self._copy(bucket, params, streams)
-            copies.update(zip(map(id, params), made, strict=True))
-            arenas.append(arena)
-        return copies, arenas
+    def enter_compiled(self, params: list[Tensor]) -> Callable[[], None]:
+        """Called before a compiled function that may take ``params``; what is returned, after it.
 
-    def _copy(self, bucket: Bucket, params: tuple[Tensor], streams: tuple[int]) -> tuple[list[Tensor], Tensor]:
-        """Copies of some parameters of a bucket, and one tensor of the arena that they lie in."""
-        out = self.pool.like(params)
-        bucket.noise.perturb(out, Members(params, streams, bucket.dist), *self._terms[id(bucket)])
-        # They require grad where the parameters do, because matmul picks its kernel by that.
-        return [c.detach().requires_grad_(p.requires_grad) for c, p in zip(out, params, strict=True)], out[0]
+        Meanwhile their blocks are open.
+        """
+        check_freezing(self.op, HiddenParameters, USE_INPLACE)
+        if not self.opens:
+            return lambda: None
+        blocks = self._make(params, for_graph=True)
+        self.seen.update(dict.fromkeys(map(id, params)))
+        for made in blocks:
+            made.users += 1
 
-    def _note_views(self, out: Any, arenas: list[Tensor]) -> None:
-        """Remembers scratch that ``out`` still refers to: writing to that would be writing to a weight."""
-        if isinstance(out, Tensor):
-            for arena in arenas:
-                storage = arena.untyped_storage()
-                if _storage(out) == storage._cdata:
-                    self._views[storage._cdata] = StorageWeakRef(storage)
-        elif isinstance(out, (list, tuple)):
-            for item in out:
-                self._note_views(item, arenas)
+        def leave() -> None:
+            for made in blocks:
+                made.users -= 1
 
-    def _check_view_write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        name = getattr(func, "__name__", "")
-        if (name.endswith("_") and not name.endswith("__")) or name in _WRITES:
-            target = args[0] if args else None
+        return leave
+
+    def uncover(self, param: Tensor) -> None:
+        """Opens the block of a parameter, which something is about to hold as it is."""
+        if id(param) in self.owners.params:
+            if not self.opens:
+                raise HiddenParameters(
+                    f"{self.op}: closure: expected torch functions that take the parameters, got a "
+                    "transform of torch.func by them; transform a function of other tensors"
+                )
+            self._make([param], for_graph=True)
+            self.seen[id(param)] = None
+        elif self._outer is not None:
+            self._outer.uncover(param)
+
+    def _call_others(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], params: list[Tensor]) -> Any:
+        """``func`` for parameters of another step, in whose closure this one runs, or of none."""
+        release(p for p in params if not is_held(p))
+        if not any(isinstance(p, Guard) for p in params):
+            return func(*args, **kwargs)
+        return plainly(func, args, kwargs) if self._outer is None else self._outer.call(func, args, kwargs)
+
+    # Copies -------------------------------------------------------------------------------------------------
+
+    def _make(self, params: Sequence[Tensor], for_graph: bool = False) -> list[Made]:
+        """Brings the blocks of ``params`` into scratch, in the place of others.
+
+        ``for_graph``: opens them all.
+        """
+        known, new = self.blocks.of, self._new
+        if unknown := [p for p in dict.fromkeys(params) if id(p) not in known and id(p) not in new]:
+            new.update(dict.fromkeys(map(id, unknown), Block(unknown)))
+        wanted = dict.fromkeys(new.get(id(p)) or known[id(p)] for p in params)
+        opens = self.opens and not self.looks and not torch.is_grad_enabled()
+        with untouched():
+            for block in wanted:
+                if (made := self._made.get(block)) is None:
+                    if block in self._past:
+                        self.blocks.keep(block)
+                    self._make_room(block, wanted)
+                    self._fill(block, for_graph or (opens and id(block.params[0]) not in new))
+                elif for_graph and not made.is_open:
+                    self._forget(made)
+                    made.open()
+        return [self._made[block] for block in wanted]
+
+    def _make_room(self, block: Block, wanted: Collection[Block]) -> None:
+        """Drops the oldest copies, until those that are not kept and ``block`` have the size of one block."""
+        loose = [made for made in self._made.values() if not made.stays and not made.users]
+        size = 0 if block.kept else block.nbytes + sum(made.block.nbytes for made in loose)
+        for made in loose:
+            if size <= self.blocks.limit_for(block):
+                return
+            if made.block not in wanted:
+                if made.check()[1]:
+                    made.stays = True  # for a backward inside the forward
+                    continue
+                size -= made.block.nbytes
+                self._past[made.block] = None
+                self._drop([made])
+
+    def _fill(self, block: Block, opens: bool) -> None:
+        """Writes the copies of a block into scratch."""
+        made = self._made[block] = Made(block, self.owners, self.pool, self.copies)
+        self._write(made)
+        if opens:
+            made.open()
         else:
-            target = kwargs.get("out")
-        if isinstance(target, Tensor) and _storage(target) in self._views:
-            self._refuse_write(func)
+            for part, views in zip(made.parts, made.views, strict=True):
+                self._copies.update(zip(part.ids, self._given(part, views), strict=True))
 
-    def _refuse_write(self, func: Any) -> None:
-        raise RuntimeError(
-            f"{self.op}: closure: expected a forward that does not write to its parameters, got "
-            f"{resolve_name(func) or func}, whose effect would be lost with the perturbed copy; do it outside step()"
-        )
+    def _write(self, made: Made) -> None:
+        """Writes the values of this forward's point."""
+        for part, views in zip(made.parts, made.views, strict=True):
+            self._perturb(part, views)
+        made.written()
+
+    def _perturb(self, part: Part, views: Views) -> None:
+        noise = self.owners.buckets[part.bucket].noise
+        # A noise with a perturb of its own may know no plans.
+        theta = part.plan if type(noise).perturb is Noise.perturb else part.thetas
+        noise.perturb(views.out, part.members, *self._terms[part.bucket], theta=theta)
+
+    def _given(self, part: Part, views: Views) -> list[Tensor]:
+        """What functions get in the place of guarded parameters."""
+        return views.copies
+
+    def _drop(self, blocks: Sequence[Made], error: bool = False) -> None:
+        for made in blocks:
+            self._made.pop(made.block, None)
+            self._forget(made)
+        close(self.op, blocks, self.pool, True, error)
+
+    def _forget(self, made: Made) -> None:
+        for part in made.parts if self._copies else ():
+            for i in part.ids:
+                self._copies.pop(i, None)
+
+    def _learn(self, made: Sequence[Made]) -> None:
+        """Lets the blocks of later forwards be what this one took."""
+        new = dict.fromkeys(self._new.values())
+        if self.looks:
+            for block in dict.fromkeys((*self._past, *(m.block for m in made))):
+                if block not in new:
+                    ours = (p for p in block.params if id(p) in self.owners.params)
+                    self.blocks.looked(block, [p for p in ours if id(p) not in self.seen])
+        else:
+            for block in (*self._past, *(m.block for m in made)):
+                self.seen.update(dict.fromkeys(map(id, block.params)))
+        if new:
+            self.blocks.join(new)
 
 
 class Tangents(Substitution):
     """Every torch function sees a dual tensor in place of each parameter.
 
-    It is a copy of theta, with the point's sum_k c_k z_k as its tangent; both are scratch of the one call.
-    The tangent has the parameter's dtype, to which z, which is fp32, is rounded to nearest.
+    It is a copy of theta, with the point's sum_k c_k z_k as its tangent; both are scratch.  The tangent has
+    the parameter's dtype, to which z, which is fp32, is rounded to nearest.
     """
 
-    def _copy(self, bucket: Bucket, params: tuple[Tensor], streams: tuple[int]) -> tuple[list[Tensor], Tensor]:
-        (seeds, coeffs), members = self._terms[id(bucket)], Members(params, streams, bucket.dist)
-        scratch, count = self.pool.like((*params, *params)), len(params)
-        out, tangents = scratch[:count], scratch[count:]
-        bucket.noise.perturb(out, members, seeds[:0], coeffs[:0])
-        bucket.noise.perturb(tangents, members, seeds, coeffs, decay=0.0)
-        return [forward_ad.make_dual(copy, t) for copy, t in zip(out, tangents, strict=True)], out[0]
+    opens = False  # what functions get is not the memory alone
+    copies = 2
+
+    def _perturb(self, part: Part, views: Views) -> None:
+        count, (seeds, coeffs) = len(part.ids), self._terms[part.bucket]
+        noise, options = self.owners.buckets[part.bucket].noise, {"theta": part.thetas}
+        noise.perturb(views.out[:count], part.members, seeds[:0], coeffs[:0], **options)
+        noise.perturb(views.out[count:], part.members, seeds, coeffs, decay=0.0, **options)
+
+    def _given(self, part: Part, views: Views) -> list[Tensor]:
+        count = len(part.ids)
+        return [forward_ad.make_dual(c, t) for c, t in zip(views.out[:count], views.out[count:], strict=True)]

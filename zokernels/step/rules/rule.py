@@ -62,6 +62,9 @@ class Rule:
     #: Multiples of the update sum_k -lr * g_k z_k.  Before :meth:`update` the closure runs once at each of
     #: them, and the update then gets the g_k times the multiple whose loss is lowest.
     trials: tuple[int, ...] = ()
+    #: True if an update touches weights and states through the bucket's noise alone, so that a replay may put
+    #: it off.
+    through_noise = True
     #: True if the rule reads the losses themselves.  A log of the run must then hold them.
     reads_losses = False
 
@@ -69,7 +72,9 @@ class Rule:
         if state_dtype not in (torch.float32, torch.bfloat16):
             fail(type(self).__name__, "state_dtype", "torch.float32 or torch.bfloat16", state_dtype)
         self.state_dtype, self.defaults = state_dtype, defaults
-        self._kept: dict[int, dict[str, Tensor]] = {}
+        #: What is kept of each group.  It belongs to the group itself, whatever its place among the others becomes.
+        self._kept: list[tuple[Group, dict[str, Tensor]]] = []
+        self._groups: list[Group] = []  #: the optimizer's own list, which says the groups' places
 
     def check(self, op: str, group: Group) -> None:
         """Raises where a group lacks one of the rule's own keys; a subclass checks their values, too."""
@@ -85,13 +90,27 @@ class Rule:
 
     def kept(self, optimizer: OptimizerView, group: Group, device: torch.device) -> dict[str, Tensor]:
         """What is kept of ``group``, on ``device``."""
-        index = next(i for i, g in enumerate(optimizer.param_groups) if g is group)
-        kept = self._kept.get(index) or self.initial(optimizer)
-        if index not in self._kept or any(t.device != device for t in kept.values()):
-            self._check_capture(optimizer, device, f"none with group {index}")
+        self._groups = optimizer.param_groups
+        found = next((kept for g, kept in self._kept if g is group), None)
+        kept = found or self.initial(optimizer)
+        if found is None or any(t.device != device for t in kept.values()):
+            self._check_capture(optimizer, device, "none with this group")
             with torch.inference_mode(False):  # later, ordinary steps could not write to an inference tensor
-                self._kept[index] = kept = {name: t.to(device, copy=True) for name, t in kept.items()}
+                kept = {name: t.to(device, copy=True) for name, t in kept.items()}
+            self._keep(group, kept)
         return kept
+
+    def _keep(self, group: Group, kept: dict[str, Tensor]) -> None:
+        """Keeps ``kept`` of ``group``, and nothing any more of groups that the optimizer no longer has."""
+        here = {id(g) for g in self._groups}
+        self._kept = [(g, k) for g, k in self._kept if g is not group and id(g) in here]
+        self._kept.append((group, kept))
+
+    def _by_place(self) -> dict[int, dict[str, Tensor]]:
+        """What is kept, by the place of the group."""
+        places = {id(g): i for i, g in enumerate(self._groups)}
+        found = ((places[id(g)], kept) for g, kept in self._kept if id(g) in places)
+        return dict(sorted(found, key=lambda item: item[0]))
 
     def _check_capture(self, optimizer: OptimizerView, device: torch.device, got: str) -> None:
         if is_capturing([device]):  # what a capture creates, every replay resets
@@ -126,7 +145,7 @@ class Rule:
 
     def state_dict(self) -> dict[str, Any]:
         """What is kept of the groups, as plain numbers and lists."""
-        groups = {i: {name: t.tolist() for name, t in kept.items()} for i, kept in self._kept.items()}
+        groups = {i: {name: t.tolist() for name, t in kept.items()} for i, kept in self._by_place().items()}
         return {"name": type(self).__name__, "groups": groups}
 
     def check_state_dict(self, optimizer: OptimizerView, state: dict[str, Any]) -> None:
@@ -134,20 +153,25 @@ class Rule:
         if state["name"] != name:
             fail(op, "state_dict", f"of the rule {name}", state["name"])
         shapes = {key: list(t.shape) for key, t in self.initial(optimizer).items()}
-        for kept in state["groups"].values():
+        for place, kept in state["groups"].items():
+            if not str(place).isdecimal() or int(place) >= (count := len(optimizer.param_groups)):
+                fail(op, "state_dict", f"groups by numbers below {count}", repr(place))
             if (got := {key: list(torch.tensor(values).shape) for key, values in kept.items()}) != shapes:
                 fail(op, "state_dict", f"what {name} keeps of a group, of shapes {shapes}", got)
 
     def load_state_dict(self, optimizer: OptimizerView, state: dict[str, Any]) -> None:
-        initial = self.initial(optimizer)
-        for index in {*self._kept, *state["groups"]}:
-            saved, kept = state["groups"].get(index, {}), self._kept.setdefault(index, {})
+        initial, before = self.initial(optimizer), self._by_place()
+        groups = {int(place): saved for place, saved in state["groups"].items()}  # JSON makes texts of numbers
+        self._groups, self._kept = optimizer.param_groups, []  # torch puts other groups in their places
+        for place in sorted({*before, *groups}):
+            saved, kept = groups.get(place, {}), before.get(place, {})
             for name, value in initial.items():
                 loaded = torch.tensor(saved[name], dtype=value.dtype) if name in saved else value
                 if name in kept:
                     kept[name].copy_(loaded)
                 else:
                     kept[name] = loaded
+            self._keep(self._groups[place], kept)
 
     def choose(self, losses: Tensor) -> Tensor:
         """The multiple (0-dim) whose trial has the lowest of ``losses`` (float64).

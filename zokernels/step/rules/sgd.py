@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from ...checks import check_choice, check_number
 from ...transfer import to_device
 from ..roles import OptimizerView
 from ..scalars import decay_of, is_zero, learning_rate, where
+from ..shard import locals_of
 from ..types import Bucket
 from .rule import Rule
 
@@ -48,7 +52,48 @@ class Conservative(SGD):
     This takes three forwards more.  They see the update without weight decay, rounded to nearest; weight
     decay is applied whichever is kept.
 
+    ``ties``: which of equal losses wins, where the order is theta, theta - lr sum_k g_k z_k, theta + lr
+    sum_k g_k z_k.  "first": equal losses say nothing, so the weights stay.  "last": as in the authors' code.
+
     Source: ZO-SGD-Cons of Zhang et al., 2024 (arXiv 2402.11592).
     """
 
     trials = (0, 1, -1)
+
+    def __init__(self, ties: str = "first") -> None:
+        super().__init__()
+        check_choice("Conservative", "ties", ties, ("first", "last"))
+        self.ties = ties
+
+    def choose(self, losses: Tensor) -> Tensor:
+        if self.ties == "first":
+            return super().choose(losses)
+        best, chosen = losses[0], torch.full_like(losses[0], self.trials[0])
+        for loss, multiple in zip(losses[1:], self.trials[1:], strict=True):
+            as_good = loss <= best
+            best = torch.where(as_good, loss, best)
+            chosen = torch.where(as_good, torch.full_like(chosen, multiple), chosen)
+        return chosen
+
+
+class Floored(Rule):
+    """:class:`SGD`, after which no weight is below ``minimum``: theta <- max(theta, minimum).
+
+    It is for weights that must not change their sign or vanish, such as the scales of quantised layers.  The
+    minimum is rounded to the weights' dtype.  A step that is skipped changes nothing.
+    """
+
+    folds_restore = True
+    through_noise = False
+
+    def __init__(self, minimum: float = 1e-7) -> None:
+        super().__init__()
+        self._descent = SGD()
+        check_number("Floored", "minimum", minimum, positive=True)
+        self.minimum = minimum
+
+    def update(self, optimizer: OptimizerView, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor) -> None:
+        self._descent.update(optimizer, bucket, seeds, g, finite)
+        floor = torch.where(finite, self.minimum, -math.inf)
+        for p in locals_of(bucket.params):
+            p.clamp_(min=to_device(floor, p.device, p.dtype))

@@ -142,6 +142,35 @@ class Adam(Stateful):
         return l2, b1, 1 - b1, b2, 1 - b2, learning_rate(group, like) / left1, 1 / left2.sqrt(), group["adam_eps"]
 
 
+class AMSGrad(Adam):
+    """:class:`Adam` with the largest v so far in the place of v in v'.
+
+    It keeps one state more, of the same dtype, and costs a second pass over the weights.
+    """
+
+    states: ClassVar = {**Adam.states, "max_exp_avg_sq": 0.0}
+    through_noise = False
+
+    def update(self, optimizer: OptimizerView, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor) -> None:
+        """Two kernels: one renews m and v with lr = 0; the other moves theta by m and the largest v.
+
+        The second has no direction, and hyper-parameters that leave both states as they are.
+        """
+        values, still = scalars(self.hyper(optimizer, bucket, g), g.device), scalars(self.identity, g.device)
+        renew, move = torch.cat((values[:5], still[5:6], values[6:])), torch.cat((still[:5], values[5:]))
+        largest = self.state(optimizer, bucket, "max_exp_avg_sq")
+        both = {
+            key: self.state(optimizer, bucket, name) for key, name in (("first", "exp_avg"), ("second", "exp_avg_sq"))
+        }
+        rounding = self.rounding(bucket, seeds, g, finite)
+        hyper = lambda v: to_device(torch.where(finite, v, still).float(), bucket.device)
+        coeffs = to_device(g, bucket.device)
+        bucket.noise.step(bucket.members, "adam", hyper(renew), seeds, coeffs, **both, **rounding | {"decay": None})
+        torch._foreach_maximum_(largest, both["second"])
+        both["second"] = largest
+        bucket.noise.step(bucket.members, "adam", hyper(move), seeds[:0], coeffs[:0], **both, **rounding)
+
+
 class Curvature(Stateful):
     """h <- (1 - alpha) h + alpha |L+ + L- - 2 L0| / (2 eps^2) h z^2;  theta <- decay theta - lr g z /
     sqrt(h).

@@ -39,8 +39,9 @@ class Window(Rule):
         self.window = window
 
     def check_parts(self, optimizer: OptimizerView) -> None:
-        if optimizer.direction.refresh is not None or optimizer.subset is not None:
-            got = (optimizer.direction, optimizer.subset)
+        direction = optimizer.direction
+        if direction.refresh is not None or direction.changes or optimizer.subset is not None:
+            got = (direction, optimizer.subset)
             fail(optimizer.op, "window", "a direction that is not refreshed and no subset", got)
 
     def initial(self, optimizer: OptimizerView) -> dict[str, Tensor]:

@@ -1,0 +1,163 @@
+"""A CMake toolchain whose libraries run on every Linux with glibc 2.28, made from the compiler that is there.
+
+    python packaging/manylinux.py --arch aarch64 --out build/manylinux_2_28_aarch64
+
+A library asks at run time for the versions of glibc's and libstdc++'s functions that it was linked with.
+These are the newest that the building machine has, so the libraries of a new machine do not load on an old
+one, although the old versions of the functions, which the new libraries still contain, would do. Here the
+linker gets *stubs* instead: libraries that have the names and versions of the real ones, but nothing newer
+than the policy ``manylinux_2_28`` allows (glibc 2.28, GLIBCXX 3.4.24, CXXABI 1.3.11, GCC 7), and no code.
+What a compiler newer than that needs beyond these is linked from its static libstdc++, hidden inside the
+library, as Red Hat's own compilers for old systems do it (``libstdc++_nonshared.a``). Exceptions are thrown
+by the system's libstdc++ all the same, so torch catches ours.
+
+Needs the compiler and the binutils of the architecture: ``g++``, or Debian's package ``g++-aarch64-linux-
+gnu``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import platform
+import re
+import shutil
+import subprocess
+import sys
+
+#: The newest version of each family of symbols that manylinux_2_28 allows (auditwheel's policies).
+NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
+LOADER = {"x86_64": "ld-linux-x86-64.so.2", "aarch64": "ld-linux-aarch64.so.1"}
+#: Variables of glibc newer than 2.28 that inline functions of libstdc++ read.  False: count references atomically.
+COMPATIBLE = 'char __libc_single_threaded __attribute__((visibility("hidden"))) = 0;\n'
+TOOLCHAIN = """\
+# Written by packaging/manylinux.py: libraries for every Linux with glibc 2.28.
+{cross}set(CMAKE_CXX_COMPILER {compiler})
+set(CMAKE_SHARED_LINKER_FLAGS_INIT "-L{stubs} -Wl,-z,defs -Wl,--exclude-libs,libstdc++_nonshared.a")
+set(CMAKE_MODULE_LINKER_FLAGS_INIT "-L{stubs} -Wl,--exclude-libs,libstdc++_nonshared.a")
+"""
+
+
+class Tools:
+    """The compiler and the binutils for one architecture."""
+
+    def __init__(self, arch: str) -> None:
+        if arch not in LOADER:
+            sys.exit(f"manylinux: arch: expected one of {', '.join(LOADER)}, got {arch}")
+        self.arch, self.native = arch, arch == platform.machine()
+        prefix = "" if self.native else f"{arch}-linux-gnu-"
+        found = {tool: shutil.which(prefix + tool) for tool in ("g++", "ar", "readelf")}
+        if missing := [prefix + tool for tool, path in found.items() if path is None]:
+            package = "g++" if self.native else f"g++-{arch.replace('_', '-')}-linux-gnu"
+            sys.exit(
+                f"manylinux: {', '.join(missing)}: not found; install a compiler, in Debian: apt install {package}"
+            )
+        self.compiler, self.ar, self.readelf = (str(path) for path in found.values())
+
+    def library(self, name: str) -> pathlib.Path:
+        """Where the compiler finds a library.  It answers with the bare name where it finds none."""
+        path = pathlib.Path(run(self.compiler, f"-print-file-name={name}").strip())
+        if not path.is_absolute():
+            sys.exit(f"manylinux: {name}: expected with {self.compiler}, got none")
+        return path.resolve()
+
+    def symbols(self, library: pathlib.Path) -> list[tuple[str, str, str]]:
+        """What a library defines for others: (name, version or "", type) of every symbol and version."""
+        found = []
+        for line in run(self.readelf, "-W", "--dyn-syms", library).splitlines():
+            row = line.split()
+            if len(row) >= 8 and row[0].endswith(":") and row[6] != "UND" and row[4] in ("GLOBAL", "WEAK", "UNIQUE"):
+                name, _, version = row[7].partition("@")
+                found.append((name, version.lstrip("@"), row[3]))
+        return found
+
+
+def run(*command: object) -> str:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    if done.returncode != 0:
+        sys.exit(f"manylinux: {' '.join(map(str, command))}\n{done.stderr}")
+    return done.stdout
+
+
+def number(version: str) -> tuple[str, tuple[int, ...]] | None:
+    """Family and number of a version: "GLIBC_2.28" -> ("GLIBC", (2, 28)); None for those that are no release."""
+    found = re.fullmatch(r"([A-Z]+)_([\d.]+)", version)
+    return (found[1], tuple(map(int, found[2].split(".")))) if found else None
+
+
+def allowed(version: str) -> bool:
+    parsed = number(version)
+    return parsed is not None and parsed[0] in NEWEST and parsed[1] <= NEWEST[parsed[0]]
+
+
+def chosen(symbols: list[tuple[str, str, str]]) -> dict[str, tuple[str, str]]:
+    """The newest allowed version, and the type, of every symbol that has one."""
+    newest: dict[str, tuple[str, str]] = {}
+    for name, version, kind in symbols:
+        if allowed(version) and (name not in newest or number(version) > number(newest[name][0])):  # type: ignore[operator]
+            newest[name] = version, kind
+    return newest
+
+
+def write_stub(tools: Tools, soname: str, symbols: dict[str, tuple[str, str]], folder: pathlib.Path) -> None:
+    """A library ``folder/soname`` with these symbols and no code.  A version of "" means none."""
+    lines = []
+    for i, (name, (version, kind)) in enumerate(sorted(symbols.items())):
+        local = f"zk_stub_{i}" if version else name
+        section, mark = {"OBJECT": (".data", "object"), "TLS": (".section .tdata,\"awT\"", "tls_object")}.get(
+            kind, (".text", "function")
+        )  # fmt: skip
+        lines += [section, f".globl {local}", f".type {local}, %{mark}", f"{local}: .byte 0", f".size {local}, 1"]
+        if version:
+            lines.append(f".symver {local}, {name}@@@{version}")
+    source, script = folder / f"{soname}.s", folder / f"{soname}.map"
+    source.write_text("\n".join(lines) + "\n")
+    versions = sorted({version for version, _ in symbols.values() if version})
+    script.write_text("".join(f"{version} {{}};\n" for version in versions))
+    options = [f"-Wl,--version-script={script}"] if versions else []
+    run(tools.compiler, "-shared", "-nostdlib", f"-Wl,-soname,{soname}", *options, source, "-o", folder / soname)
+
+
+def make(arch: str, folder: pathlib.Path, torch: pathlib.Path | None = None) -> pathlib.Path:
+    """Writes the stubs and the toolchain for an architecture; returns the toolchain's path, ``folder``'s name + .cmake.
+
+    ``torch``: a folder with libtorch_cpu.so of the building machine's architecture.  For another architecture its C
+    functions are what the stubs of libtorch have, because they are the same there.
+    """
+    tools = Tools(arch)
+    stubs = folder / "stubs"
+    shutil.rmtree(stubs, ignore_errors=True)
+    stubs.mkdir(parents=True)
+    for soname in ("libc.so.6", "libm.so.6", LOADER[arch], "libstdc++.so.6", "libgcc_s.so.1"):
+        write_stub(tools, soname, chosen(tools.symbols(tools.library(soname))), stubs)
+    if torch is not None and not tools.native:
+        names = {n: ("", "FUNC") for n, _, kind in Tools(platform.machine()).symbols(torch / "libtorch_cpu.so")
+                 if kind == "FUNC" and re.match(r"(aoti_)?torch_\w+$", n)}  # fmt: skip
+        write_stub(tools, "libtorch_cpu.so", names, stubs)
+        write_stub(tools, "libtorch.so", {}, stubs)
+    (stubs / "compatible.c").write_text(COMPATIBLE)
+    run(tools.compiler, "-x", "c", "-O2", "-fPIC", "-c", stubs / "compatible.c", "-o", stubs / "compatible.o")
+    shutil.copy(tools.library("libstdc++.a"), stubs / "libstdc++_nonshared.a")
+    run(tools.ar, "rD", stubs / "libstdc++_nonshared.a", stubs / "compatible.o")
+    static = tools.library("libc_nonshared.a")
+    scripts = {
+        "libstdc++.so": f"INPUT ( {stubs}/libstdc++.so.6 {stubs}/libstdc++_nonshared.a )",
+        "libgcc_s.so": f"GROUP ( {stubs}/libgcc_s.so.1 -lgcc )",
+        "libm.so": f"INPUT ( {stubs}/libm.so.6 )",
+        "libc.so": f"GROUP ( {stubs}/libc.so.6 {static} AS_NEEDED ( {stubs}/{LOADER[arch]} ) )",
+    }
+    for name, text in scripts.items():
+        (stubs / name).write_text(text + "\n")
+    cross = "" if tools.native else f"set(CMAKE_SYSTEM_NAME Linux)\nset(CMAKE_SYSTEM_PROCESSOR {arch})\n"
+    toolchain = folder / f"{folder.name}.cmake"
+    toolchain.write_text(TOOLCHAIN.format(cross=cross, compiler=tools.compiler, stubs=stubs))
+    return toolchain
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", required=True, choices=LOADER)
+    parser.add_argument("--out", required=True, type=pathlib.Path)
+    parser.add_argument("--torch", type=pathlib.Path, help="the folder lib/ of an installed torch")
+    arguments = parser.parse_args()
+    print(make(arguments.arch, arguments.out.resolve(), arguments.torch))

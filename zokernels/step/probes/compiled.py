@@ -1,0 +1,146 @@
+"""Functions of torch.compile, whose graphs take parameters by themselves: the blocks of these are open for them."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from threading import get_ident
+from typing import Any
+
+from torch import Tensor, nn
+
+from .guard import running
+
+#: How far :func:`_held_by` follows references: enough for a compiled method of an object that has the model.
+_DEPTH = 5
+
+
+class Compiled:
+    """The compiled functions that can take parameters of a step, as far as they exist."""
+
+    def __init__(self) -> None:
+        self._params: dict[int, Tensor] | None = None
+        self._compiled = -1
+        #: A context of torch.compile, with the parameters that its functions refer to.
+        self.regions: list[tuple[Any, list[Tensor]]] = []
+
+    def renew(self, params: dict[int, Tensor]) -> None:
+        """Looks for compiled functions, if torch has compiled something since the last time.
+
+        ``params``: by id; the same object means the same parameters.
+        """
+        frames = sys.modules.get("torch._dynamo.convert_frame")
+        if frames is None:
+            return
+        if self._params is not params or self._compiled != frames.FRAME_COUNTER:
+            self._params, self._compiled = params, frames.FRAME_COUNTER
+            found: dict[int, tuple[Any, dict[int, Tensor]]] = {}
+            for context, function in _functions():
+                taken = {i: params[i] for i in _held_by(function) if i in params}
+                if taken:
+                    found.setdefault(id(context), (context, {}))[1].update(taken)
+            self.regions = [(context, list(taken.values())) for context, taken in found.values()]
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside, the forward of a thread is told when it enters a compiled function."""
+        hooks = [(context.enter_exit_hooks, _hook(params)) for context, params in self.regions]
+        try:
+            if "torch._dynamo.trace_rules" in sys.modules:
+                _skip_ours()
+            for installed, hook in hooks:
+                installed.append(hook)
+            yield
+        finally:
+            for installed, hook in hooks:
+                if hook in installed:
+                    installed.remove(hook)
+
+
+def _hook(params: list[Tensor]) -> Callable[[], Callable[[], object]]:
+    def enter() -> Callable[[], object]:
+        forward = running.get(get_ident())
+        return (lambda: None) if forward is None else forward.enter_compiled(params)
+
+    return enter
+
+
+@functools.cache
+def _skip_ours() -> None:
+    """Lets torch.compile break a graph at a function that takes a guarded parameter, as it must not trace guards."""
+    from torch._dynamo import trace_rules
+
+    trace_rules.add(__package__ or "")
+
+
+def _functions() -> Iterator[tuple[Any, Any]]:
+    """All functions that torch.compile has made, each with its context, and what it is made of as second."""
+    source = sys.modules["torch._dynamo.eval_frame"].__file__
+    for wrapper in gc.get_objects():
+        if type(wrapper) is types.FunctionType and wrapper.__code__.co_filename == source:
+            made_of = getattr(wrapper, "_torchdynamo_orig_callable", None)
+            names = wrapper.__code__.co_freevars
+            if made_of is not None and "self" in names and wrapper.__closure__:
+                context = wrapper.__closure__[names.index("self")].cell_contents
+                if getattr(context, "enter_exit_hooks", None) is not None and callable(context.callback):
+                    yield context, made_of
+
+
+def _held_by(value: Any) -> set[int]:
+    """The ids of all tensors that a function refers to: by its object, closure, defaults and globals."""
+    found: set[int] = set()
+    seen: set[int] = set()
+    level: list[Any] = [value]
+    for _ in range(_DEPTH):
+        following: list[Any] = []
+        for one in level:
+            if id(one) in seen:
+                continue
+            seen.add(id(one))
+            if isinstance(one, Tensor):
+                found.add(id(one))
+            elif isinstance(one, nn.Module):
+                found.update(map(id, one.parameters()))
+            else:
+                following += _references(one)
+        level = following
+    return found
+
+
+def _references(value: Any) -> Iterable[Any]:
+    if isinstance(value, types.MethodType):
+        return value.__self__, value.__func__
+    if isinstance(value, types.FunctionType):
+        cells = [c.cell_contents for c in value.__closure__ or () if _is_filled(c)]
+        names = [value.__globals__[n] for n in value.__code__.co_names if n in value.__globals__]
+        defaults = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        return [x for x in (*cells, *names, *defaults) if not isinstance(x, types.ModuleType)]
+    if isinstance(value, functools.partial):
+        return value.func, *value.args, *value.keywords.values()
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return value
+    if isinstance(value, dict):
+        return value.values()
+    return () if isinstance(value, type) else getattr(value, "__dict__", {}).values()
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
+
+
+def check_freezing(op: str, error: type[Exception], way_out: str) -> None:
+    """Raises where inductor makes constants of parameters."""
+    config = sys.modules.get("torch._inductor.config")
+    if getattr(config, "freezing", False):
+        raise error(
+            f"{op}: closure: expected graphs that take the parameters, got torch._inductor.config.freezing, which "
+            f"makes constants of them; {way_out}"
+        )

@@ -1,0 +1,141 @@
+"""Guarded parameters: parameters whose class tells the running forward of every torch function that takes them.
+
+While the forwards of an exact step run, each of its parameters has a class that differs from its own in
+``__torch_function__`` alone.  torch calls that for functions with such an argument, and for no others, so the
+rest of a forward costs nothing.  The object, its memory and its metadata stay what they are.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from threading import Lock, get_ident
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from ...checks import fail
+from ..guards import uninterrupted
+
+#: Types whose members may be parameters.
+CONTAINERS = (list, tuple, dict)
+
+
+class Listener(Protocol):
+    """What is told of the functions that take guarded parameters, in one thread."""
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of ``func`` for arguments some of which are guarded parameters."""
+
+    def uncover(self, param: Tensor) -> None:
+        """Called before something takes a parameter as it is."""
+
+    def enter_compiled(self, params: list[Tensor]) -> Callable[[], object]:
+        """Called before a compiled function that may take ``params``; what is returned, after it."""
+
+
+#: By thread: the forward that runs in it.
+running: dict[int, Listener] = {}
+
+
+def plainly(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of ``func`` on the parameters themselves."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+class Guard:
+    """The part of a guarded parameter's class that its own class does not have."""
+
+    __slots__ = ()
+    #: The class of the parameter when it is not guarded.
+    kind: ClassVar[type[Tensor]]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        forward = running.get(get_ident())
+        if forward is None:  # a thread that is none of the closure's
+            return plainly(func, args, kwargs or {})
+        return forward.call(func, args, kwargs or {})
+
+    # torch.compile breaks a graph at a function that takes a guarded parameter, and does not trace the guard.
+    __torch_function__.__func__._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of what the forward sees; it is an ordinary parameter."""
+        result = super().__deepcopy__(memo)  # type: ignore[misc]
+        release([result])
+        return result
+
+
+#: The class of guarded parameters of a class.
+_guarded: dict[type, type[Tensor]] = {}
+
+
+def guarded_kind(kind: type) -> type[Tensor]:
+    if kind not in _guarded:
+        names = {"kind": kind, "__slots__": (), "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        _guarded[kind] = types.new_class(kind.__name__, (Guard, kind), exec_body=lambda body: body.update(names))
+    return _guarded[kind]
+
+
+def own_kind(param: Any) -> type[Tensor]:
+    """The class of a parameter, guarded or not, when it is not guarded."""
+    kind = type(param)
+    return kind.kind if issubclass(kind, Guard) else kind
+
+
+def guard(params: Iterable[Any]) -> None:
+    """Guards parameters."""
+    for p in params:
+        kind = type(p)
+        if not issubclass(kind, Guard):
+            p.__class__ = guarded_kind(kind)
+
+
+def release(params: Iterable[Any]) -> None:
+    """Gives guarded parameters their own class back."""
+    for p in params:
+        kind = type(p)
+        if issubclass(kind, Guard):
+            p.__class__ = kind.kind
+
+
+#: The parameters, by id, of all steps whose forwards run now.
+_held: list[dict[int, Any]] = []
+_lock = Lock()
+
+
+def is_held(param: Any) -> bool:
+    """Whether a running step guards ``param``.  A copy that was made of its class is nobody's."""
+    return any(id(param) in entries for entries in _held)
+
+
+@contextmanager
+def guarded(op: str, params: dict[int, Tensor], at_once: bool = True) -> Iterator[None]:
+    """Inside, ``params`` (by id) are guarded, for one step.
+
+    Args:
+        at_once: False where the caller guards them, and releases what it has guarded.
+
+    Raises: RuntimeError where another step, in whose closure or beside which this one runs, has one of them.
+    """
+    with _lock:
+        if not all(params.keys().isdisjoint(other) for other in _held):
+            got = "one inside the closure of another step, or in another thread, with the same parameters"
+            fail(op, "step", "one step at a time for a parameter", got, RuntimeError)
+        _held.append(params)
+    try:
+        if at_once:
+            guard(params.values())
+        yield
+    finally:
+        if at_once:
+            with uninterrupted():
+                release(params.values())
+        with _lock:
+            _held[:] = [other for other in _held if other is not params]

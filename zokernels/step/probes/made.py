@@ -1,0 +1,244 @@
+"""Blocks whose copies are in scratch, and parameters that are open: they have the memory of a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ops.plan import Plan, fingerprint, matches
+from ..guards import uninterrupted
+from ..noise import Members
+from ..scratch import Arena, ScratchPool, Views, arena_numel
+from ..types import Bucket
+from .blocks import Block
+from .functions import refuse_write
+from .guard import guarded_kind, own_kind
+
+_use_count: Callable[[Tensor], int] = Tensor._use_count  # type: ignore[attr-defined]
+
+
+class untouched:
+    """Inside, torch runs as it does without what a closure may be in: modes, transforms, guards, a graph."""
+
+    __slots__ = ("_contexts",)
+
+    def __enter__(self) -> None:
+        self._contexts: list[Any] = [torch._C.DisableTorchFunction(), torch._C._DisableFuncTorch()]
+        if torch.is_grad_enabled():
+            self._contexts.append(torch.no_grad())
+        if torch.is_inference_mode_enabled():
+            self._contexts.append(torch.inference_mode(False))
+        for context in self._contexts:
+            context.__enter__()
+
+    def __exit__(self, *exception: object) -> None:
+        for context in reversed(self._contexts):
+            context.__exit__(None, None, None)
+
+
+class Part:
+    """The parameters of a block that are in one bucket.
+
+    ``thetas`` are their own values, as other tensors over the same memory: with them a parameter gets its
+    memory back that has had a copy's.
+    """
+
+    __slots__ = (
+        *(
+            "_found",
+            "_prints",
+            "_step",
+            "bucket",
+            "guards",
+            "ids",
+            "key",
+            "kinds",
+            "members",
+            "numel",
+            "plan",
+            "thetas",
+        ),
+    )
+
+    def __init__(self, bucket: int, members: Members) -> None:
+        self.bucket, self.members, self.ids = bucket, members, tuple(map(id, members.params))
+        self.thetas: list[Tensor] = []
+        self.kinds: list[type[Tensor]] = []
+        self.guards: list[type[Tensor]] = []
+        self.key: Any = self.ids  #: of the views of an arena
+        self.numel = 0
+        self.plan: Plan | None = None  #: of ``thetas``
+        self._found: Any = None
+        self._prints: bytes | None = None
+        self._step = -1
+
+    def renew(self, step: int) -> None:
+        """Looks, once a step, whether the parameters have other memory than before."""
+        if self._step == step:
+            return
+        self._step, params = step, self.members.params
+        if self._prints is not None and matches(self._prints, (params,)):
+            return
+        found = [p.data_ptr() for p in params], [p.shape for p in params]
+        if found != self._found:
+            self.key = (self.ids, tuple(found[1]))
+            self.thetas, self._found, self.numel = [p.detach() for p in params], found, arena_numel(params)
+            self.kinds = [own_kind(p) for p in params]
+            self.guards = list(map(guarded_kind, self.kinds))
+            self.plan = Plan(self.thetas, self.members.streams)
+        self._prints = fingerprint((params,))  # None where they are guarded
+
+
+class Owners:
+    """Which bucket each parameter of a step is in, and so which calls make the copies of a block.
+
+    It is kept from step to step, and made anew for other buckets.
+    """
+
+    def __init__(self, buckets: list[Bucket]) -> None:
+        self.of, self.buckets, self.step = self._known(buckets), buckets, 0
+        self.params = {id(p): p for b in buckets for p in b.params}
+        self._places = {id(p): (i, s) for i, b in enumerate(buckets) for p, s in zip(b.params, b.streams, strict=True)}
+        self._parts: dict[Block, list[Part]] = {}
+
+    @staticmethod
+    def _known(buckets: list[Bucket]) -> list[Any]:
+        return [(b.device, b.dtype, b.dist, b.streams, list(map(id, b.params))) for b in buckets]
+
+    @classmethod
+    def renewed(cls, last: Owners | None, buckets: list[Bucket]) -> Owners:
+        """``last``, if it is of buckets like these."""
+        if last is None or last.of != cls._known(buckets):
+            return cls(buckets)
+        last.buckets = buckets
+        last.step += 1
+        return last
+
+    def parts(self, block: Block) -> list[Part]:
+        if block not in self._parts:
+            by_bucket: dict[int, tuple[list[Tensor], list[int]]] = {}
+            for p in block.params:
+                if (place := self._places.get(id(p))) is not None:  # a subset of the parameters may take part
+                    at, stream = place
+                    params, streams = by_bucket.setdefault(at, ([], []))
+                    params.append(p)
+                    streams.append(stream)
+            made = [Part(at, Members(*found, self.buckets[at].dist)) for at, found in by_bucket.items()]
+            if len(self._parts) >= 4096:  # of blocks of one forward each
+                self._parts.clear()
+            self._parts[block] = made
+        return self._parts[block]
+
+
+class Made:
+    """A block whose copies are in scratch.
+
+    If it is open, the memory of its parameters is that of the copies, and they are not guarded.
+    """
+
+    __slots__ = ("_params", "_versions", "arenas", "block", "is_open", "parts", "stays", "users", "views")
+
+    def __init__(self, block: Block, owners: Owners, pool: ScratchPool, copies: int = 1) -> None:
+        """``copies``: of each parameter, one behind the other."""
+        self.block, self.parts, self.stays, self.is_open = block, owners.parts(block), block.kept, False
+        self.users = 0  #: compiled functions that run now
+        self.arenas: list[Arena] = []
+        self.views: list[Views] = []
+        self._versions: list[int] = []
+        self._params: list[tuple[list[int], list[int]]] = []
+        try:
+            for i, part in enumerate(self.parts):
+                part.renew(owners.step)
+                params = part.members.params
+                last = block.arenas[i] if i < len(block.arenas) else None
+                self.arenas.append(pool.take(copies * part.numel, params[0], last))
+                self.views.append(self.arenas[-1].views((part.key, copies), [*params] * copies))
+        except BaseException:
+            for arena in self.arenas:
+                pool.give_back(arena)
+            raise
+        block.arenas = list(self.arenas)
+
+    def written(self) -> None:
+        """Called when the copies have their values."""
+        self._versions = [a.data._version for a in self.arenas]
+
+    def open(self) -> None:
+        """Gives the parameters the memory of the copies, and no guard."""
+        # What should not change, besides the memory: versions, and references from outside of Python.
+        all_params = [part.members.params for part in self.parts]
+        self._params = [([p._version for p in params], list(map(_use_count, params))) for params in all_params]
+        self.is_open = True
+        for part, params, views in zip(self.parts, all_params, self.views, strict=True):
+            for p, kind, view in zip(params, part.kinds, views.out, strict=True):
+                p.__class__ = kind
+                p.data = view
+
+    def close(self, guarded: bool) -> None:
+        """Gives the parameters their own memory back, and perhaps their guard."""
+        if self.is_open:
+            for part in self.parts:
+                kinds = part.guards if guarded else part.kinds
+                for p, kind, theta in zip(part.members.params, kinds, part.thetas, strict=True):
+                    p.data = theta
+                    p.__class__ = kind
+            self.is_open = False
+
+    def are_copies_written(self) -> bool:
+        return self._versions != [a.data._version for a in self.arenas]
+
+    def check(self) -> tuple[bool, bool]:
+        """Whether the forward has written to the parameters, and whether an autograd graph refers to them.
+
+        A write may also be other memory in the place of the copies.
+        """
+        written, graph = self.are_copies_written(), False
+        if self.is_open:
+            for part, views, (versions, counts) in zip(self.parts, self.views, self._params, strict=True):
+                params = part.members.params
+                written |= versions != [p._version for p in params]
+                written |= views.pointers != [p.data_ptr() for p in params]
+                graph |= counts != list(map(_use_count, params))
+        return written, graph
+
+    def is_idle(self) -> bool:
+        """Whether nothing else refers to the copies, so that there can be others in their place."""
+        opened = [len(part.ids) if self.is_open else 0 for part in self.parts]
+        return all(a.idle(n) for a, n in zip(self.arenas, opened, strict=True))
+
+
+class Opened:
+    """The open blocks that one forward of a step leaves to the next one, so that they are opened once."""
+
+    def __init__(self, op: str, pool: ScratchPool) -> None:
+        self.op, self.pool = op, pool
+        self.blocks: list[Made] = []
+
+    def leave(self, guarded: bool, error: bool) -> None:
+        """Closes the blocks.  ``error``: whether there is one already."""
+        blocks, self.blocks = self.blocks, []
+        close(self.op, blocks, self.pool, guarded, error)
+
+
+def close(op: str, blocks: Sequence[Made], pool: ScratchPool, guarded: bool, error: bool = False) -> None:
+    """Gives the parameters of blocks their own memory back, and refuses what has been done to the copies.
+
+    ``error``: whether there is one already, so that none is raised here.
+    """
+    written = False
+    if not blocks:
+        return
+    with uninterrupted(), untouched():
+        for made in blocks:
+            of_this, graph = made.check()
+            written |= of_this
+            made.close(guarded)
+            if graph:  # a backward from here on, which would see theta, is an error
+                torch.autograd.graph.increment_version([p for part in made.parts for p in part.members.params])
+            for arena in made.arenas:
+                pool.give_back(arena)
+    if written and not error:
+        refuse_write(op)

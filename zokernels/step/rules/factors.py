@@ -1,0 +1,90 @@
+"""Momentum of the fresh factor alone, for directions of low rank whose other factors are kept."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...checks import fail
+from ...transfer import to_device
+from ..directions.low_rank import Factored, KeptRight, TemporalFactor
+from ..probes.probe import Probe
+from ..roles import OptimizerView
+from ..scalars import learning_rate, scalars
+from ..types import Bucket, Estimate, Group
+from .rule import Rule, check_fraction, groups_of
+
+
+class FactorMomentum(Rule):
+    """M <- momentum M + (1 - momentum) sum_k g_k U_k;   theta <- decay theta - lr M V^T.
+
+    U_k is the fresh factor of the direction and V the kept one (:class:`KeptRight`), so the state of an
+    [m, n] matrix is [m, r].  It is ``optimizer.state[p]["factor"]``, fp32.  Where V is drawn anew, M V_old^T
+    is projected on the new one: M <- M V_old^T V / n.  With :class:`TemporalFactor`, whose fresh factor are
+    r weights tau, the state is [1, r], and theta moves by -lr sum_s M_s u_s v_s^T.  A vector has a momentum
+    of its size.
+
+    The first update has no factor 1 - momentum, as in the authors' code.  The projection is summed in
+    float64; its last bits may depend on the machine.
+
+    Sources: LOZO-M (Chen et al., 2024, arXiv 2410.07698), TeZO-m (Sun et al., 2025, arXiv 2501.19057).
+    """
+
+    through_noise = False
+
+    def __init__(self, momentum: float = 0.7) -> None:
+        super().__init__(momentum=momentum)
+
+    def check(self, op: str, group: Group) -> None:
+        super().check(op, group)
+        check_fraction(op, "momentum", group["momentum"])
+
+    def check_parts(self, optimizer: OptimizerView) -> None:
+        direction = optimizer.direction
+        if not isinstance(direction, (KeptRight, TemporalFactor)) or optimizer.subset is not None:
+            got = (direction, optimizer.subset)
+            fail(optimizer.op, "direction, subset", "KeptRight or TemporalFactor, and no subset", got)
+
+    def initial(self, optimizer: OptimizerView) -> dict[str, Tensor]:
+        return {"updates": torch.zeros(1, dtype=torch.int64)}
+
+    def begin(self, optimizer: OptimizerView, probe: Probe, estimate: Estimate) -> None:
+        """Counts the update, and brings the states to the factors of a window that begins.
+
+        The latter is done in a skipped step, too: the next one has the new factors.
+        """
+        self._gains = {}
+        for group in groups_of(probe.buckets):
+            updates = self.kept(optimizer, group, estimate.finite.device)["updates"]
+            rest = torch.full_like(updates, 1 - group["momentum"], dtype=torch.float64)
+            self._gains[id(group)] = torch.where(updates == 0, torch.ones_like(rest), rest)
+            updates += estimate.finite
+        if optimizer.step_count and optimizer.direction.begins_window(optimizer):
+            for bucket in probe.buckets:
+                self._noise(bucket).carry_over(bucket.members, self._states(optimizer, bucket), optimizer)
+
+    def update(self, optimizer: OptimizerView, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor) -> None:
+        group, one = bucket.group, torch.ones(1, dtype=torch.float64, device=g.device)
+        keep = torch.where(finite, group["momentum"] * one, one)
+        coeffs = self._gains[id(group)] * g.double()
+        lr = torch.where(finite, scalars((learning_rate(group, g),), g.device), torch.zeros_like(one))
+        here = lambda t: to_device(t.float(), bucket.device)
+        states, rounding = self._states(optimizer, bucket), self.rounding(bucket, seeds, g, finite)
+        noise = self._noise(bucket)
+        noise.descend(bucket.members, states, seeds, here(coeffs), here(keep), here(lr), **rounding)
+
+    def _noise(self, bucket: Bucket) -> Factored:
+        assert isinstance(bucket.noise, Factored)  # check_parts
+        return bucket.noise
+
+    def _states(self, optimizer: OptimizerView, bucket: Bucket) -> list[Tensor]:
+        """The state of each parameter, 0 at first."""
+        states = []
+        for p, shape in zip(bucket.params, self._noise(bucket).fresh_shapes(bucket.members), strict=True):
+            state = optimizer.state[p]
+            if "factor" not in state:
+                self._check_capture(optimizer, p.device, "none")
+                with torch.inference_mode(False):
+                    state["factor"] = torch.zeros(shape, dtype=torch.float32, device=p.device)
+            states.append(state["factor"])
+        return states
