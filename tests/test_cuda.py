@@ -213,8 +213,13 @@ def test_derive_seed_on_host_equals_reference(on_host, rng):
 #: Tensors of one launch: their table is a kernel argument of at most 4 KiB, or of 32,764 bytes where there is a second
 #: number and the device takes it.
 CAPACITY = {
-    **{"plain": (67, 544), "combine": (52, 430), "update adam": (52, 430)},
-    **{"encode": (91,), "decode": (67,), "squares": (143,), "project": (91,)},
+    "plain": (67, 544),
+    "combine": (52, 430),
+    "update adam": (52, 430),
+    "encode": (91,),
+    "decode": (67,),
+    "squares": (143,),
+    "project": (91,),
 }
 
 

@@ -17,7 +17,7 @@ import test_low_rank
 import test_rows
 import test_spread
 import torch
-from helpers import DISTS, DTYPES, check_backend, random_values
+from helpers import DISTS, DTYPES, check_backend, random_call, random_values
 from ptx import mutants
 from ptx.arithmetic import RULES, fma32, rsqrt
 from ptx.device import Device
