@@ -210,13 +210,31 @@ def test_derive_seed_on_host_equals_reference(on_host, rng):
     assert torch.equal(zokernels.derive_seed(run_seed, step, k), want)
 
 
-#: Tensors of one launch: their table is a kernel argument of at most 4 KiB.
-CAPACITY = {"plain": 67, "encode": 91, "decode": 67, "combine": 52, "update adam": 52, "squares": 143, "project": 91}
+#: Tensors of one launch: their table is a kernel argument of at most 4 KiB, or of 32,764 bytes where there is a second
+#: number and the device takes it.
+CAPACITY = {
+    "plain": (67, 544),
+    "combine": (52, 430),
+    "update adam": (52, 430),
+    "encode": (91,),
+    "decode": (67,),
+    "squares": (143,),
+    "project": (91,),
+}
 
 
-@pytest.mark.parametrize(("case", "capacity"), CAPACITY.items())
-def test_many_tensors_take_few_launches(on_host, rng, case, capacity):
-    for n in (1, capacity, capacity + 1, 250):
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize(("case", "capacities"), CAPACITY.items())
+def test_many_tensors_take_few_launches(on_host, library_on_host, rng, case, capacities, large):
+    library_on_host.take_large_arguments(large)
+    try:
+        check_launches(on_host, rng, case, capacities[0], capacities[-1] if large else capacities[0])
+    finally:
+        library_on_host.take_large_arguments(True)
+
+
+def check_launches(on_host, rng, case, small, capacity):
+    for n in (1, small, small + 1, 250, capacity + capacity // 5 + 2):
         sizes = [rng.randrange(0, 40) if i % 7 else 0 for i in range(n - 1)] + [17000]
         if case == "plain":
             buffers, parts, kwargs = random_call(rng, sizes=sizes, count=1, dtype=torch.bfloat16)
@@ -287,7 +305,7 @@ def sm90(tmp_path_factory):
 
 
 def kernel(functions, dist, dtype, count=1, decay=0, stochastic=0) -> disassembly.Function:
-    name = rf"combine_{dist}_kernelILNS0_5DTypeE{DTYPES.index(dtype)}ELi{count}ELb{decay}ELb{stochastic}ELb0E"
+    name = rf"combine_{dist}_kernelILNS0_5DTypeE{DTYPES.index(dtype)}ELi{count}ELb{decay}ELb{stochastic}ELi4096ELb0E"
     return disassembly.select(functions, name)
 
 

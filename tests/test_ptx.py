@@ -17,7 +17,7 @@ import test_low_rank
 import test_rows
 import test_spread
 import torch
-from helpers import DISTS, DTYPES, check_backend, random_values
+from helpers import DISTS, DTYPES, check_backend, random_call, random_values
 from ptx import mutants
 from ptx.arithmetic import RULES, fma32, rsqrt
 from ptx.device import Device
@@ -337,6 +337,11 @@ def check(operation: str, rng, dist: str, **fixed: object) -> None:
     check_backend(run, arguments(make, rng, dist, **fixed))
 
 
+def sizes_of_many(rng) -> list[int]:
+    """Sizes of more tensors than a small kernel argument holds; all but one are empty."""
+    return [1 + rng.randrange(700), *[0] * 68]
+
+
 EACH_KERNEL = pytest.mark.parametrize(("dtype", "dist"), [(t, d) for t in DTYPES for d in DISTS], ids=str)
 
 
@@ -344,7 +349,10 @@ EACH_KERNEL = pytest.mark.parametrize(("dtype", "dist"), [(t, d) for t in DTYPES
 def test_combine_equals_reference(on_ptx, kernels, rng, dtype, dist):
     for rounding in roundings(dtype):
         for count, decay in ((1, None), (1, 0.97), (2, None), (3, 0.97)):
-            check("combine", rng, dist, dtype=dtype, count=count, decay=decay, rounding=rounding)
+            fixed = {"dtype": dtype, "count": count, "decay": decay, "rounding": rounding}
+            check("combine", rng, dist, **fixed)
+            buffers, parts, kwargs = random_call(rng, sizes=sizes_of_many(rng), dist=dist, **fixed)
+            check_backend(test_combine.run, {"buffers": buffers, "parts": parts, **kwargs})
     assert on_ptx.launches.keys() == matching(kernels, combine_kernels(dist, dtype, fan_out=False))
 
 
@@ -352,8 +360,10 @@ def test_combine_equals_reference(on_ptx, kernels, rng, dtype, dist):
 def test_fan_out_equals_reference(on_ptx, kernels, rng, dtype, dist):
     for rounding in roundings(dtype):
         for count, decay in ((1, None), (2, 0.97)):
-            args = arguments(random_combine, rng, dist, dtype=dtype, count=count, decay=decay, rounding=rounding)
+            fixed = {"dtype": dtype, "count": count, "decay": decay, "rounding": rounding}
+            args = arguments(random_combine, rng, dist, **fixed)
             test_fan_out.check(args.pop("buffers"), args.pop("parts"), args, rng)
+            test_fan_out.check(*random_call(rng, sizes=sizes_of_many(rng), dist=dist, **fixed), rng)
     assert on_ptx.launches.keys() == matching(kernels, combine_kernels(dist, dtype, fan_out=True))
 
 
@@ -365,6 +375,14 @@ def test_update_equals_reference(on_ptx, kernels, rng, dtype, dist):
     check("combine", rng, dist, **some, count=1, extras=("masks", "curvature"))
     for rule in UPDATES:
         check(f"update {rule}", rng, dist, **some, count=2, extras=rng.choice([("masks",), ("each", "density"), ()]))
+    many = {**some, "dist": dist, "count": 1}
+    for operation, extras in (
+        ("combine", ("masks",)),
+        ("combine", ("curvature",)),
+        *((f"update {r}", ()) for r in UPDATES),
+    ):
+        run_it, make = OPERATIONS[operation]
+        check_backend(run_it, make(rng, sizes=sizes_of_many(rng), extras=extras, **many))
     assert on_ptx.launches.keys() == matching(kernels, update_kernels(dist, dtype, "UpdateEntry"))
 
 

@@ -5,19 +5,19 @@
 namespace zk::cuda {
 namespace {
 
-template <DType D, Domain Dist, int K, bool Decay, bool Stochastic, bool FanOut>
-int launch_kernel(const CombineLaunch& p, uint32_t chunks, void* stream) {
+template <DType D, Domain Dist, int K, bool Decay, bool Stochastic, bool FanOut, int Bytes>
+int launch_kernel(const CombineLaunch<Bytes>& p, uint32_t chunks, void* stream) {
   if constexpr (Dist == kNormal) {
-    return launch(combine_normal_kernel<D, K, Decay, Stochastic, FanOut>, chunks, stream, p);
+    return launch(combine_normal_kernel<D, K, Decay, Stochastic, Bytes, FanOut>, chunks, stream, p);
   } else {
-    return launch(combine_rademacher_kernel<D, K, Decay, Stochastic, FanOut>, chunks, stream, p);
+    return launch(combine_rademacher_kernel<D, K, Decay, Stochastic, Bytes, FanOut>, chunks, stream, p);
   }
 }
 
 // One direction (perturb, update), one with weight decay, and two (update and next perturbation) are compiled for; any
 // other number reads keys and coefficients in a loop. A fan-out has one pending update, or any.
-template <DType D, Domain Dist, bool Stochastic>
-int launch_count(const CombineLaunch& p, uint32_t chunks, void* stream) {
+template <DType D, Domain Dist, bool Stochastic, int Bytes>
+int launch_count(const CombineLaunch<Bytes>& p, uint32_t chunks, void* stream) {
   const bool decay = p.decay != nullptr, fan_out = p.probe_seed != nullptr;
   if (fan_out && p.count == 1 && !decay) return launch_kernel<D, Dist, 1, false, Stochastic, true>(p, chunks, stream);
   if (fan_out) return launch_kernel<D, Dist, 0, true, Stochastic, true>(p, chunks, stream);
@@ -27,15 +27,16 @@ int launch_count(const CombineLaunch& p, uint32_t chunks, void* stream) {
   return launch_kernel<D, Dist, 0, true, Stochastic, false>(p, chunks, stream);
 }
 
-template <DType D, Domain Dist>
-int launch_rounding(const CombineLaunch& p, uint32_t chunks, void* stream) {
+template <DType D, Domain Dist, int Bytes>
+int launch_rounding(const CombineLaunch<Bytes>& p, uint32_t chunks, void* stream) {
   if constexpr (D != DType::f32) {
     if (p.rounding_seed != nullptr) return launch_count<D, Dist, true>(p, chunks, stream);
   }
   return launch_count<D, Dist, false>(p, chunks, stream);
 }
 
-int launch_combine(const CombineLaunch& p, uint32_t chunks, DType dtype, Domain dist, void* stream) {
+template <int Bytes>
+int launch_combine(const CombineLaunch<Bytes>& p, uint32_t chunks, DType dtype, Domain dist, void* stream) {
   return with_dtype(dtype, [&]<DType D>() {
     return dist == kNormal ? launch_rounding<D, kNormal>(p, chunks, stream)
                            : launch_rounding<D, kRademacher>(p, chunks, stream);
@@ -44,7 +45,7 @@ int launch_combine(const CombineLaunch& p, uint32_t chunks, DType dtype, Domain 
 
 }  // namespace
 
-void run_plain(const char* op, CombineLaunch shared, const Rows& rows, const TermArgs& terms, const Tensor& on) {
+void run_plain(const char* op, CombineShared shared, const Rows& rows, const TermArgs& terms, const Tensor& on) {
   const OnDevice device(on);
   shared.seeds = pointer<int64_t>(terms.seeds);
   shared.coeffs = pointer<float>(terms.coeffs);
@@ -59,9 +60,13 @@ void run_plain(const char* op, CombineLaunch shared, const Rows& rows, const Ter
     const CombineEntry entry{row.in, row.out, row.more[0], row.more[1], row.numel, static_cast<uint64_t>(row.offset)};
     tensors.push_back(packed(entry, row, chunks_of(entry.offset, entry.numel, terms.domain())));
   }
-  pack_launches(shared, tensors, [&](const CombineLaunch& launch, uint32_t chunks) {
-    const auto dtype = static_cast<DType>(rows.first().dtype);
-    check_launch(op, launch_combine(launch, chunks, dtype, terms.domain(), device.stream));
+  const auto dtype = static_cast<DType>(rows.first().dtype);
+  with_argument<CombineEntry>(tensors.size(), takes_large_arguments(), [&]<int Bytes>() {
+    CombineLaunch<Bytes> launch;
+    static_cast<CombineShared&>(launch) = shared;
+    pack_launches(launch, tensors, [&](const CombineLaunch<Bytes>& packed, uint32_t chunks) {
+      check_launch(op, launch_combine(packed, chunks, dtype, terms.domain(), device.stream));
+    });
   });
 }
 
@@ -69,7 +74,7 @@ namespace {
 
 void run(const Rows& rows, const TermArgs& terms, const Tensor& on) {
   const bool plain = is_plain(rows, terms), scaled = rows.first().state[0] >= 0;
-  if (plain) run_plain("combine", CombineLaunch{}, rows, terms, on);
+  if (plain) run_plain("combine", CombineShared{}, rows, terms, on);
   run_update("combine", nullptr, rows, scaled ? Action::scaled_combine : Action::combine, terms, on, !plain);
 }
 

@@ -14,7 +14,7 @@ struct CombineEntry {
   uint64_t offset;  // logical index of element 0
 };
 
-struct CombineLaunch {
+struct CombineShared {
   const int64_t* seeds;
   const float* coeffs;
   const float* decay;            // null: none
@@ -22,14 +22,19 @@ struct CombineLaunch {
   const int64_t* probe_seed;     // null: combine; else fan-out, from the rounded theta, along this direction
   const float* probe_coeff;
   int32_t count;  // K
-  Table<CombineEntry> table;
+};
+
+template <int Bytes>
+struct CombineLaunch : CombineShared {
+  Table<CombineEntry, Bytes> table;
   // A constant that the compiler must not know: see noise/normal.h. Here and not beside count, with which it would be loaded
   // as one pair of registers: fan-outs then spill.
   uint32_t mantissa = 0x007fffffu;
 };
-static_assert(sizeof(CombineLaunch) <= kMaxArgument);
+static_assert(sizeof(CombineLaunch<kMaxArgument>) <= kMaxArgument);
+static_assert(sizeof(CombineLaunch<kLargeArgument>) <= kLargeArgument);
 
 // Launches plain combine, or fan-out where a probe seed is given (combine.cu). `on`: a tensor of their device.
-void run_plain(const char* op, CombineLaunch shared, const Rows& rows, const TermArgs& terms, const Tensor& on);
+void run_plain(const char* op, CombineShared shared, const Rows& rows, const TermArgs& terms, const Tensor& on);
 
 }  // namespace zk::cuda

@@ -9,7 +9,7 @@ namespace zk::cuda {
 // What follows the sum: round once, store, and fan out from the rounded value.
 // probe(sign, from, to): to = from + sign * c * z of the probe's direction.
 template <DType D, bool Round, bool FanOut, class Access, class Probe>
-ZK_DEVICE void finish(const CombineLaunch& p, const CombineEntry& t, const Access& at, float acc[kVector],
+ZK_DEVICE void finish(const CombineShared& p, const CombineEntry& t, const Access& at, float acc[kVector],
                       const Words<uint32_t>& random, const Probe& probe) {
   using S = Storage<D>;
   const auto raw = S::template pack<Round>(acc, random);
@@ -35,7 +35,7 @@ ZK_DEVICE bool allows_vectors(const CombineEntry& t) {
 }
 
 template <bool Decay>
-ZK_DEVICE void apply_decay(const CombineLaunch& p, float decay, float acc[kVector]) {
+ZK_DEVICE void apply_decay(const CombineShared& p, float decay, float acc[kVector]) {
   if constexpr (Decay) {
     if (p.decay != nullptr) {
       ZK_UNROLL
@@ -44,8 +44,8 @@ ZK_DEVICE void apply_decay(const CombineLaunch& p, float decay, float acc[kVecto
   }
 }
 
-template <DType D, int K, bool Decay, bool Stochastic, bool FanOut>
-ZK_GLOBAL combine_normal_kernel(ZK_GRID_CONSTANT CombineLaunch p) {
+template <DType D, int K, bool Decay, bool Stochastic, int Bytes, bool FanOut>
+ZK_GLOBAL combine_normal_kernel(ZK_GRID_CONSTANT CombineLaunch<Bytes> p) {
   using S = Storage<D>;
   constexpr bool kRound = Stochastic && D != DType::f32;
   const int i = tensor_of(p.table, blockIdx.x);
@@ -133,8 +133,8 @@ ZK_GLOBAL combine_normal_kernel(ZK_GRID_CONSTANT CombineLaunch p) {
   }
 }
 
-template <DType D, int K, bool Decay, bool Stochastic, bool FanOut>
-ZK_GLOBAL combine_rademacher_kernel(ZK_GRID_CONSTANT CombineLaunch p) {
+template <DType D, int K, bool Decay, bool Stochastic, int Bytes, bool FanOut>
+ZK_GLOBAL combine_rademacher_kernel(ZK_GRID_CONSTANT CombineLaunch<Bytes> p) {
   using S = Storage<D>;
   constexpr bool kRound = Stochastic && D != DType::f32;
   constexpr int kBytes = kRademacherTile / kVector / kRademacherBlocks;  // vecs of a lane: 16

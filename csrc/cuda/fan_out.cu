@@ -5,7 +5,7 @@ namespace zk::cuda {
 namespace {
 
 void run(const Rows& rows, const Tensor& seed, const Tensor& coeff, const TermArgs& terms) {
-  CombineLaunch shared{};
+  CombineShared shared{};
   shared.probe_seed = pointer<int64_t>(seed);
   shared.probe_coeff = pointer<float>(coeff);
   run_plain("fan_out", shared, rows, terms, seed);

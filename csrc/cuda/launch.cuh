@@ -19,6 +19,17 @@ int launch(void (*kernel)(Parameters...), uint32_t blocks, void* stream,
   return cudaGetLastError();
 }
 
+// Whether the current device takes arguments of kLargeArgument bytes, and the driver passes them on.
+inline bool takes_large_arguments() {
+  static const bool passes_on = [] {
+    int driver = 0;
+    return cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12010;
+  }();
+  int device = 0, major = 0;
+  return passes_on && cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 7;
+}
+
 inline const char* launch_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
 }  // namespace zk::cuda

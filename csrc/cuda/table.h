@@ -47,16 +47,23 @@ struct Divisor {
   }
 };
 
-// Tensors of one launch travel as a kernel argument (4 KiB at most on every architecture), so a launch needs no copy to the
-// device, no allocation and no cache, and a CUDA graph captures it whole.
+// Tensors of one launch travel as a kernel argument, so a launch needs no copy to the device, no allocation and no cache, and
+// a CUDA graph captures it whole. An argument has at most 4 KiB on every architecture, and 32,764 bytes from compute
+// capability 7.0 and CUDA 12.1 on (CUDA C++ Programming Guide, "Function Parameters"; launch.cuh asks the device). Kernels of
+// calls with many tensors are compiled for both: a large argument is copied whole at each launch.
 constexpr int kMaxArgument = 4096;
+#if defined(ZK_SMALL_ARGUMENTS) || (defined(__CUDACC__) && __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ < 1201)
+constexpr int kLargeArgument = kMaxArgument;
+#else
+constexpr int kLargeArgument = 32764;
+#endif
 constexpr int kMaxShared = 72;              // bytes of a launch's argument beside the arrays of its table
 constexpr int64_t kMaxChunks = 0x7fffffff;  // gridDim.x
 
-template <class EntryType>
+template <class EntryType, int Bytes = kMaxArgument>
 struct Table {
   using Entry = EntryType;
-  static constexpr int kMax = (kMaxArgument - kMaxShared) / (sizeof(Stream) + sizeof(uint32_t) + sizeof(Entry));
+  static constexpr int kMax = (Bytes - kMaxShared) / (sizeof(Stream) + sizeof(uint32_t) + sizeof(Entry));
   Stream stream[kMax];
   Entry tensor[kMax];
   uint32_t first_chunk[kMax];
@@ -92,6 +99,15 @@ void pack_launches(Launch p, const Tensors& tensors, const Run& launch) {
     chunks += tensor.chunks;
   }
   flush();
+}
+
+// f<Bytes>() with the size of argument for a call of so many entries; `large`: whether the device takes large ones.
+template <class Entry, class F>
+auto with_argument(size_t tensors, bool large, const F& f) {
+  if constexpr (kLargeArgument > kMaxArgument) {
+    if (large && tensors > Table<Entry>::kMax) return f.template operator()<kLargeArgument>();
+  }
+  return f.template operator()<kMaxArgument>();
 }
 
 // f<D>() for a floating dtype; every kernel but requantize's takes those alone.

@@ -7,19 +7,26 @@ namespace zk::cuda {
 void run_update(const char* op, const float* hyper, const Rows& rows, Action action, const TermArgs& terms,
                 const Tensor& on, bool all) {
   const auto dtype = static_cast<DType>(rows.first().dtype);
-  RowsLaunch split{};
-  UpdateLaunch whole{};
-  split.hyper = whole.hyper = hyper;
   if (rows.have_width()) {
+    RowsLaunch split{};
+    split.hyper = hyper;
     run_entries(op, split, rows, terms, on, [&](const RowsLaunch& launch, uint32_t chunks, void* stream) {
       return launch_rows(launch, chunks, dtype, terms.domain(), action, stream);
     });
   }
-  if (all) {
-    run_entries(op, whole, rows, terms, on, [&](const UpdateLaunch& launch, uint32_t chunks, void* stream) {
+  if (!all) return;
+  const bool large = [&] {
+    const OnDevice device(on);
+    return takes_large_arguments();
+  }();
+  with_argument<UpdateEntry>(rows.count, large, [&]<int Bytes>() {
+    using Launch = UpdateLaunchOf<UpdateEntry, Bytes>;
+    Launch whole{};
+    whole.hyper = hyper;
+    run_entries(op, whole, rows, terms, on, [&](const Launch& launch, uint32_t chunks, void* stream) {
       return launch_action(launch, chunks, dtype, terms.domain(), action, stream);
     });
-  }
+  });
 }
 
 namespace {

@@ -35,7 +35,7 @@ struct RowsEntry : UpdateEntry {
 constexpr int kRowVecs = 16;
 constexpr int64_t kRowChunk = int64_t{kThreads} * kRowVecs;
 
-template <class Entry>
+template <class Entry, int Bytes = kMaxArgument>
 struct UpdateLaunchOf {
   const int64_t* seeds;
   const float* hyper;
@@ -47,10 +47,11 @@ struct UpdateLaunchOf {
   bool state_is_bf16[2];            // else fp32
   float low, high;                  // int8 only
   uint32_t mantissa = 0x007fffffu;  // a constant that the compiler must not know: see noise/normal.h
-  Table<Entry> table;
+  Table<Entry, Bytes> table;
 };
 using UpdateLaunch = UpdateLaunchOf<UpdateEntry>;
 using RowsLaunch = UpdateLaunchOf<RowsEntry>;
 static_assert(sizeof(UpdateLaunch) <= kMaxArgument && sizeof(RowsLaunch) <= kMaxArgument);
+static_assert(sizeof(UpdateLaunchOf<UpdateEntry, kLargeArgument>) <= kLargeArgument);
 
 }  // namespace zk::cuda

@@ -49,6 +49,9 @@ int launch(void (*kernel)(Parameters...), uint32_t blocks, void*,
   return 0;
 }
 
+bool large_arguments = true;
+inline bool takes_large_arguments() { return large_arguments; }
+
 inline const char* launch_error(int) { return "expected a device guard around the launch"; }
 
 }  // namespace zk::cuda
@@ -73,4 +76,7 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** str
 }
 
 extern "C" __attribute__((visibility("default"))) int64_t launches_on_host() { return launches; }
+extern "C" __attribute__((visibility("default"))) void take_large_arguments(bool take) {
+  zk::cuda::large_arguments = take;
+}
 extern "C" __attribute__((visibility("default"))) void set_launcher(Launcher wanted) { launcher = wanted; }
