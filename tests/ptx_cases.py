@@ -59,7 +59,8 @@ def arguments(
     where |= {name: [where[name][i] for i in tensors] for name in ("sizes", "offsets")}
     args = make(rng, **where, **fixed)
     if "parts" in args and 2 in tensors:
-        i, begin = list(tensors).index(2), 1 + rng.randrange(7)
+        # Not four: that many elements of fp32 are 16 bytes.
+        i, begin = list(tensors).index(2), rng.choice((1, 2, 3, 5, 6, 7))
         args["parts"][i] = slice(begin, begin + where["sizes"][i])
     return args
 
