@@ -8,8 +8,8 @@ export TORCH_CUDA_ARCH_LIST ?= 9.0
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CPP    := $(shell find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-# The demos need no CUDA code where no device is, and nvcc takes minutes.  ZOKERNELS_CUDA=1 asks for it all the same; a
-# tree that was built with it keeps it.
+# The demos need no CUDA code where no device is, and nvcc takes minutes.  ZOKERNELS_CUDA=1 asks for it all
+# the same; a tree that was built with it keeps it.
 GPU    := $(wildcard /dev/nvidia0 /dev/nvidiactl /dev/dxg)
 BUILT  := $(VENV)/built$(if $(GPU)$(filter 1,$(ZOKERNELS_CUDA))$(wildcard $(VENV)/built),,-for-cpu)
 
@@ -29,7 +29,8 @@ BUDGET ?= 120
 fuzz: $(VENV)/tested
 	$(BIN)/python -m pytest -q --fuzz $(BUDGET) $(ARGS)
 
-# The readers of files from outside, searched by coverage for SECONDS in all.  A failure leaves its input in build/fuzz/.
+# The readers of files from outside, searched by coverage for SECONDS in all.  A failure leaves its input in
+# build/fuzz/.
 SECONDS ?= 60
 fuzz-readers: $(VENV)/fuzzed
 	$(BIN)/python tests/fuzz_readers.py --seconds $(SECONDS)
@@ -46,12 +47,14 @@ bench: $(VENV)/built
 docs: $(VENV)/tested
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q --strict
 
-# For a machine with an NVIDIA GPU and nvcc; uses the Python and torch that are there, installs nothing, needs no network.
+# For a machine with an NVIDIA GPU and nvcc; uses the Python and torch that are there, installs nothing, needs
+# no network.
 gpu-check:
 	$(PYTHON) -m bench gpu-check $(ARGS)
 
 # What gpu-check would compile there, compiled here into the folder prebuilt/: carry it with the tree, and run
-# `make gpu-check ARGS="--prebuilt prebuilt"` on the machine with the GPU. TORCH_CUDA_ARCH_LIST names the architectures.
+# `make gpu-check ARGS="--prebuilt prebuilt"` on the machine with the GPU. TORCH_CUDA_ARCH_LIST names the
+# architectures.
 gpu-prebuilt: $(VENV)/environment
 	$(BIN)/python -m bench gpu-prebuilt $(ARGS)
 
@@ -64,7 +67,8 @@ wheel: $(VENV)/environment
 wheels: $(VENV)/shipped
 	SOURCE_DATE_EPOCH=$$(git log -1 --pretty=%ct) $(BIN)/python packaging/wheels.py $(ARGS)
 
-# The layout that Hugging Face's kernel builder reads, and what its library `kernels` loads: build/hub/zokernels.
+# The layout that Hugging Face's kernel builder reads, and what its library `kernels` loads:
+# build/hub/zokernels.
 hub: $(VENV)/environment
 	$(BIN)/python packaging/hub.py $(ARGS)
 
@@ -115,14 +119,16 @@ $(VENV)/tritons: triton-versions.txt $(VENV)/environment
 	done
 	touch $@
 
-# torch first and pinned: an unpinned torch, also in an isolated build environment, would fetch gigabytes of CUDA packages.
+# torch first and pinned: an unpinned torch, also in an isolated build environment, would fetch gigabytes of
+# CUDA packages.
 $(VENV)/environment: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) setuptools cmake ninja pybind11 numpy
 	touch $@
 
-# setup.py first, because it shows what the compilers do, where pip is silent; pip then finds everything built.
+# setup.py first, because it shows what the compilers do, where pip is silent; pip then finds everything
+# built.
 define BUILD
 	$(BIN)/python setup.py -q build_ext --inplace
 	$(PIP) --no-build-isolation --no-deps -e .

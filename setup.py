@@ -1,8 +1,8 @@
 """Builds the native libraries with CMake; everything else about the package stands in pyproject.toml.
 
 ZOKERNELS_CUDA=auto|0|1   build the CUDA library where nvcc is found (auto), never, or fail without it
-TORCH_CUDA_ARCH_LIST      architectures, as torch's own extensions take them (default: "8.0;9.0;10.0;12.0+PTX")
-ZOKERNELS_PYTHONS         more interpreters for the host module, separated by ":" (default: the one that builds)
+TORCH_CUDA_ARCH_LIST      architectures, as torch's extensions take them (default: "8.0;9.0;10.0;12.0+PTX")
+ZOKERNELS_PYTHONS         more interpreters for the host module, separated by ":" (default: the building one)
 CMAKE_TOOLCHAIN_FILE      CMake's own: another compiler or architecture, built in a folder of its own
 SOURCE_DATE_EPOCH         time stamps in wheel and sdist: the same bytes from the same sources
 """
@@ -42,7 +42,10 @@ def pybind11_folder() -> str:
     try:
         import pybind11
     except ImportError:
-        print("zokernels: host module: skipped, no pybind11 (the tensor libraries do not need it)", file=sys.stderr)
+        print(
+            "zokernels: host module: skipped, no pybind11 (the tensor libraries do not need it)",
+            file=sys.stderr,
+        )
         return ""
     return pybind11.get_include()
 
@@ -64,7 +67,9 @@ def cuda_architectures() -> str | None:
 
 
 class CMakeBuild(build_ext):
-    """One CMake run builds and installs everything: into the source tree for an editable install, else to be packed."""
+    """One CMake run builds and installs everything: into the source tree for an editable install, else to
+    be packed.
+    """
 
     def run(self) -> None:
         to_source = bool(self.inplace) or self.editable_mode
@@ -90,7 +95,8 @@ class CMakeBuild(build_ext):
         if architectures := cuda_architectures():
             settings["ZOKERNELS_CUDA_ARCHS"] = architectures
         defines = [f"-D{name}={value}" for name, value in settings.items()]
-        # This Python's cmake and ninja first: its scripts are not on PATH where the environment is not activated.
+        # This Python's cmake and ninja first: its scripts are not on PATH where the environment is not
+        # activated.
         scripts = sysconfig.get_path("scripts")
         environment = {**os.environ, "PATH": os.pathsep.join([scripts, os.environ.get("PATH", "")])}
         cmake, ninja = (shutil.which(tool, path=environment["PATH"]) for tool in ("cmake", "ninja"))
@@ -98,7 +104,11 @@ class CMakeBuild(build_ext):
             sys.exit("zokernels: cmake and ninja are needed to build: pip install cmake ninja")
         # Said each time: an isolated build leaves in the cache a path of an environment that is gone.
         defines.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
-        for step in (["-G", "Ninja", "-S", ROOT, "-B", folder, *defines], ["--build", folder], ["--install", folder]):
+        for step in (
+            ["-G", "Ninja", "-S", ROOT, "-B", folder, *defines],
+            ["--build", folder],
+            ["--install", folder],
+        ):
             subprocess.run([cmake, *step], check=True, env=environment)
 
 
@@ -108,10 +118,13 @@ class NativeDistribution(Distribution):
 
 
 class PlatformWheel(bdist_wheel):
-    """py3-none-<platform>: the tensor libraries call torch's C shim alone, host modules are named by Python."""
+    """py3-none-<platform>: the tensor libraries call torch's C shim alone, host modules are named by
+    Python.
+    """
 
     def run(self) -> None:
-        # What an earlier build left there would be packed too: a module that is gone, a CUDA library not wanted now.
+        # What an earlier build left there would be packed too: a module that is gone, a CUDA library not
+        # wanted now.
         shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
         super().run()
 
@@ -146,7 +159,10 @@ class ReproducibleSdist(sdist):
 
 
 def packages() -> list[str]:
-    """The packages of the wheel.  ``package-dir`` in pyproject.toml says in which folders those of the programs lie."""
+    """The packages of the wheel.
+
+    ``package-dir`` in pyproject.toml says in which folders those of the programs lie.
+    """
     programs = [f"zokernels.{name}" for name in find_packages(include=["bench*", "examples*"])]
     return sorted({*find_packages(include=["zokernels*"]), *programs})
 

@@ -59,7 +59,9 @@ def _default_numel(device: str) -> int:
 def _settings(args: argparse.Namespace) -> Settings:
     cpu = args.device == "cpu"
     if args.tiny:
-        sizes = dict(numel=args.numel or 1 << 14, baseline_numel=1 << 14, seconds=0.0, min_rounds=3, tiny=True)
+        sizes = dict(
+            numel=args.numel or 1 << 14, baseline_numel=1 << 14, seconds=0.0, min_rounds=3, tiny=True
+        )
     else:
         numel = args.numel or _default_numel(args.device)
         # Eager passes cost about ten times as much as ours, so on the CPU they get a quarter of the elements.
@@ -137,33 +139,57 @@ def make_parser(program: str) -> argparse.ArgumentParser:
     sub = commands.add_parser("run", help="measure and print a table")
     sub.add_argument("--op", choices=sorted(ops()), help="default: all")
     sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    sub.add_argument("--backend", nargs="+", choices=NAMES, help="default: all compiled ones that load for the device")
+    sub.add_argument(
+        "--backend", nargs="+", choices=NAMES, help="default: all compiled ones that load for the device"
+    )
     sub.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: those of the op")
     sub.add_argument("--dist", nargs="+", choices=DISTS, help="default: those of the op")
     sub.add_argument("--threads", default="1,all", help="thread counts, e.g. 1,2,all (CPU; default 1,all)")
     sub.add_argument("--numel", type=int, help="elements of one tensor (default 2^24, on a GPU 2^29)")
-    sub.add_argument("--workload", nargs="+", choices=sorted(WORKLOADS), default=["opt-1.3b"], help="for op step")
-    sub.add_argument("--scale", type=float, help="layers and widths of the workload (default 1, on the CPU 0.3)")
+    sub.add_argument(
+        "--workload", nargs="+", choices=sorted(WORKLOADS), default=["opt-1.3b"], help="for op step"
+    )
+    sub.add_argument(
+        "--scale", type=float, help="layers and widths of the workload (default 1, on the CPU 0.3)"
+    )
     sub.add_argument("--seconds", type=float, default=2.0, help="time for each dtype, dist and thread count")
     sub.add_argument("--tiny", action="store_true", help="small and short: whether it runs, not how fast")
     sub.add_argument("--json", type=pathlib.Path, help="write everything to this file")
     sub.set_defaults(call=run)
-    sub = commands.add_parser("compare", help="this tree against another commit, in turns; 1 where a row is slower")
+    sub = commands.add_parser(
+        "compare", help="this tree against another commit, in turns; 1 where a row is slower"
+    )
     compare.add_arguments(sub, sorted(ops()))
-    sub = commands.add_parser("methods", help="every method against its eager form, and its loss after equal forwards")
+    sub = commands.add_parser(
+        "methods", help="every method against its eager form, and its loss after equal forwards"
+    )
     methods.add_arguments(sub)
-    sub = commands.add_parser("offload", help="a streamed step against its transfers and its computation, each alone")
+    sub = commands.add_parser(
+        "offload", help="a streamed step against its transfers and its computation, each alone"
+    )
     offload.add_arguments(sub)
-    sub = commands.add_parser("host", help="whole steps of small models against their forwards: the host's share")
+    sub = commands.add_parser(
+        "host", help="whole steps of small models against their forwards: the host's share"
+    )
     whole_steps.add_arguments(sub)
-    sub = commands.add_parser("trajectory", help="replaying and recording a run, project and gram, on 22 M weights")
+    sub = commands.add_parser(
+        "trajectory", help="replaying and recording a run, project and gram, on 22 M weights"
+    )
     trajectory.add_arguments(sub)
-    sub = commands.add_parser("scaling", help="on paper: a step of 175 G and 1,000 G weights on 8 to 1,024 GPUs")
+    sub = commands.add_parser(
+        "scaling", help="on paper: a step of 175 G and 1,000 G weights on 8 to 1,024 GPUs"
+    )
     scaling.add_arguments(sub)
-    sub = commands.add_parser("report", help="JSON files into one HTML page, or into docs/performance.md and a PNG")
-    sub.add_argument("files", nargs="*", type=pathlib.Path, help="of run, methods, gpu-check (default: the committed)")
+    sub = commands.add_parser(
+        "report", help="JSON files into one HTML page, or into docs/performance.md and a PNG"
+    )
+    sub.add_argument(
+        "files", nargs="*", type=pathlib.Path, help="of run, methods, gpu-check (default: the committed)"
+    )
     default = pathlib.Path("zokernels-bench.html")
-    sub.add_argument("-o", "--output", type=pathlib.Path, default=default, help=f"FILE.html or FILE.md ({default})")
+    sub.add_argument(
+        "-o", "--output", type=pathlib.Path, default=default, help=f"FILE.html or FILE.md ({default})"
+    )
     sub.set_defaults(call=draw)
     sub = commands.add_parser("gpu-check", help="what holds on the GPU at hand, in seven minutes; offline")
     check.add_arguments(sub)

@@ -25,7 +25,9 @@ def draw(like: Tensor, dist: str) -> Tensor:
     return torch.randint(0, 2, size=like.size(), device=like.device, dtype=like.dtype) * 2 - 1
 
 
-def mezo_perturb(params: Sequence[Tensor], scaling: float, eps: float, seed: int, dist: str = "normal") -> None:
+def mezo_perturb(
+    params: Sequence[Tensor], scaling: float, eps: float, seed: int, dist: str = "normal"
+) -> None:
     """theta + scaling * eps * z, one tensor after the other.
 
     Each tensor takes three passes of arithmetic, and memory for z and two temporaries.
@@ -66,14 +68,18 @@ def mezo_step(
     mezo_update(params, lr, projected_grad, seed, dist=dist)
 
 
-def foreach_perturb(params: Sequence[Tensor], scaling: float, eps: float, seed: int, dist: str = "normal") -> None:
+def foreach_perturb(
+    params: Sequence[Tensor], scaling: float, eps: float, seed: int, dist: str = "normal"
+) -> None:
     """The same sum with one multi-tensor add, for which all z exist at once."""
     torch.manual_seed(seed)
     tensors = [p.data for p in params]
     torch._foreach_add_(tensors, [draw(t, dist) for t in tensors], alpha=scaling * eps)
 
 
-def inplace_perturb(params: Sequence[Tensor], scaling: float, eps: float, seed: int, dist: str = "normal") -> None:
+def inplace_perturb(
+    params: Sequence[Tensor], scaling: float, eps: float, seed: int, dist: str = "normal"
+) -> None:
     """The same sum with ``add_`` in place: only one z exists at a time, and there is no other temporary."""
     torch.manual_seed(seed)
     for param in params:
@@ -97,27 +103,35 @@ def _compiled(dist: str) -> Callable[[Tensor, float], None]:
     return torch.compile(normal if dist == "normal" else rademacher, dynamic=True)
 
 
-def compile_perturb(params: Sequence[Tensor], scaling: float, eps: float, seed: int, dist: str = "normal") -> None:
+def compile_perturb(
+    params: Sequence[Tensor], scaling: float, eps: float, seed: int, dist: str = "normal"
+) -> None:
     torch.manual_seed(seed)
     for param in params:
         _compiled(dist)(param.data.view(-1), scaling * eps)
 
 
-def triton_perturb(params: Sequence[Tensor], scaling: float, eps: float, seed: int, dist: str = "normal") -> None:
+def triton_perturb(
+    params: Sequence[Tensor], scaling: float, eps: float, seed: int, dist: str = "normal"
+) -> None:
     from .triton_randn import perturb_
 
     for i, param in enumerate(params):
         perturb_(param.data, scaling * eps, seed + i)
 
 
-def triton4x_perturb(params: Sequence[Tensor], scaling: float, eps: float, seed: int, dist: str = "normal") -> None:
+def triton4x_perturb(
+    params: Sequence[Tensor], scaling: float, eps: float, seed: int, dist: str = "normal"
+) -> None:
     from .triton_randn import perturb_, randn4x_kernel
 
     for i, param in enumerate(params):
         perturb_(param.data, scaling * eps, seed + i, randn4x_kernel)
 
 
-def curand_perturb(params: Sequence[Tensor], scaling: float, eps: float, seed: int, dist: str = "normal") -> None:
+def curand_perturb(
+    params: Sequence[Tensor], scaling: float, eps: float, seed: int, dist: str = "normal"
+) -> None:
     from .curand.call import perturb_
 
     for i, param in enumerate(params):
@@ -165,7 +179,8 @@ def usable(device: str, dtype: torch.dtype, dist: str, tiny: bool) -> dict[str, 
                 found[name] = perturb
                 continue
             except Exception as error:  # whatever a compiler raises: the comparison is lost, the run is not
-                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
+                first = str(error).strip().splitlines()[0][:200] if str(error) else ""
+                reason = f"{type(error).__name__}: {first}"
         skip(f"baseline {name}, {dist}", reason)
     return found
 

@@ -34,7 +34,9 @@ def matplotlib() -> ModuleType:
     try:
         import matplotlib.figure
     except ImportError as error:
-        raise SystemExit("bench: expected matplotlib for the pictures, got none; pip install matplotlib") from error
+        raise SystemExit(
+            "bench: expected matplotlib for the pictures, got none; pip install matplotlib"
+        ) from error
     return matplotlib
 
 
@@ -57,7 +59,9 @@ def style() -> Iterator[None]:
 
 
 def figure(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, Any]:
-    """A figure of ``width`` x ``height`` inches, and its [rows, columns] axes; ``options`` of ``subplots``."""
+    """A figure of ``width`` x ``height`` inches, and its [rows, columns] axes; ``options`` of
+    ``subplots``.
+    """
     drawn = matplotlib().figure.Figure(figsize=(width, height), layout="constrained")
     return drawn, drawn.subplots(rows, columns, squeeze=False, **options)
 
@@ -121,7 +125,9 @@ def dots(series: Sequence[Dots], labels: Sequence[str], unit: str) -> Figure:
 
 
 @style()
-def curves(rows: Sequence[tuple[str, Sequence[tuple[float, float]]]], top: float, unit: str, title: str = "") -> Figure:
+def curves(
+    rows: Sequence[tuple[str, Sequence[tuple[float, float]]]], top: float, unit: str, title: str = ""
+) -> Figure:
     """Small multiples of (x, y) with y up to ``top``: each row has a field, and the first stands behind it in
     grey.
     """

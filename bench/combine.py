@@ -130,13 +130,19 @@ def run(settings: Settings) -> Iterator[Row]:
             torch.set_num_threads(threads)
             buffers = Buffers(settings, DTYPES[dtype])
             for dist in settings.dists or ("normal", "rademacher"):
-                kernels = {(f, b): kernel(f, b, dist, buffers, settings.device) for f in forms(dtype) for b in backends}
+                kernels = {
+                    (f, b): kernel(f, b, dist, buffers, settings.device)
+                    for f in forms(dtype)
+                    for b in backends
+                }
                 loops = usable(settings.device, DTYPES[dtype], dist, settings.tiny)
                 candidates: dict = {name: eager(fn, dist, buffers, small) for name, fn in loops.items()}
                 candidates["copy_inplace"] = lambda b=buffers: copy_in_place(b.next())
                 candidates["copy"] = lambda b=buffers: b.out.copy_(b.next())
                 with forked_rng(settings.device), torch.no_grad():
-                    times = measure(candidates | kernels, settings.device, settings.seconds, settings.min_rounds)
+                    times = measure(
+                        candidates | kernels, settings.device, settings.seconds, settings.min_rounds
+                    )
                 where = {"device": settings.device, "dtype": dtype, "dist": dist, "threads": threads}
                 compared = Compared({n: (small, times[n]) for n in loops}, settings.numel, times)
                 for form, backend in kernels:
@@ -161,7 +167,13 @@ class Compared:
 
 
 def row(
-    what: Row, mine: Times, numel: int, inplace: bool, compared: Compared, accesses: int = 2, passes: int | None = None
+    what: Row,
+    mine: Times,
+    numel: int,
+    inplace: bool,
+    compared: Compared,
+    accesses: int = 2,
+    passes: int | None = None,
 ) -> Row:
     """One result.
 

@@ -90,7 +90,9 @@ class Verdict:
     @classmethod
     def of(cls, this: Sequence[float], other: Sequence[float]) -> Verdict:
         ratios = [a / b for a, b in zip(this, other, strict=True)]
-        return cls(statistics.median(ratios), *interval(ratios), statistics.median(this), statistics.median(other))
+        return cls(
+            statistics.median(ratios), *interval(ratios), statistics.median(this), statistics.median(other)
+        )
 
     def is_slower(self, percent: float) -> bool:
         return self.low > 1 + percent / 100
@@ -119,7 +121,11 @@ def judge(pairs: Sequence[tuple[Figures, Figures]]) -> dict[str, Verdict]:
 
 
 def run_twice(
-    ops: Sequence[str], turns: int, percent: float, turn: Callable[[str, str], Figures], say: Callable[[str], None]
+    ops: Sequence[str],
+    turns: int,
+    percent: float,
+    turn: Callable[[str, str], Figures],
+    say: Callable[[str], None],
 ) -> list[str]:
     """The rows that are slower in two runs; ``turn(side, op)`` measures an op of "this" or of the "other"
     tree.
@@ -181,15 +187,21 @@ def export(commit: str, folder: pathlib.Path, device: str) -> pathlib.Path:
     if archived.returncode:
         raise SystemExit(f"bench compare: git archive: {archived.stderr.decode().strip()}")
     with tarfile.open(fileobj=io.BytesIO(archived.stdout)) as archive:
-        archive.extractall(folder, filter="tar") if hasattr(tarfile, "tar_filter") else archive.extractall(folder)
+        archive.extractall(folder, filter="tar") if hasattr(tarfile, "tar_filter") else archive.extractall(
+            folder
+        )
     package = folder / "zokernels"
     if native_differs(commit):
         print("building its libraries, whose sources differ", flush=True)
         environment = os.environ | ({"ZOKERNELS_CUDA": "0"} if device == "cpu" else {})
         command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-        built = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        built = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
         if built.returncode:
-            raise SystemExit(f"bench compare: the other tree cannot be built:\n{(built.stdout + built.stderr)[-3000:]}")
+            raise SystemExit(
+                f"bench compare: the other tree cannot be built:\n{(built.stdout + built.stderr)[-3000:]}"
+            )
     else:
         if (libraries := ROOT / "zokernels" / "lib").exists():
             shutil.copytree(libraries, package / "lib")
@@ -228,11 +240,19 @@ def measure_turn(folder: pathlib.Path, op: str, options: Sequence[str]) -> Figur
 
 def add_arguments(parser: argparse.ArgumentParser, ops: Sequence[str]) -> None:
     parser.add_argument("revision", help="the commit to compare with, as git names it")
-    parser.add_argument("--op", nargs="+", choices=ops, default=["combine", "step", "host"], help="combine step host")
-    parser.add_argument("--threshold", type=float, default=2.0, help="percent from which a row is slower (default 2)")
-    parser.add_argument("--turns", type=int, default=10, help="pairs of turns in a run (default 10, at least 6)")
+    parser.add_argument(
+        "--op", nargs="+", choices=ops, default=["combine", "step", "host"], help="combine step host"
+    )
+    parser.add_argument(
+        "--threshold", type=float, default=2.0, help="percent from which a row is slower (default 2)"
+    )
+    parser.add_argument(
+        "--turns", type=int, default=10, help="pairs of turns in a run (default 10, at least 6)"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--seconds", type=float, default=0.5, help="of a turn, as bench run takes them (default 0.5)")
+    parser.add_argument(
+        "--seconds", type=float, default=0.5, help="of a turn, as bench run takes them (default 0.5)"
+    )
     parser.add_argument("--threads", default="1", help="as bench run takes them (default 1)")
     parser.add_argument("--backend", nargs="+", help="as bench run takes them")
     parser.add_argument("--tiny", action="store_true", help="two turns, small: whether it runs, not how fast")
@@ -256,7 +276,10 @@ def compare(args: argparse.Namespace) -> int:
         raise SystemExit(f"bench compare: --threshold: expected percent of at least 0, got {args.threshold}")
     commit = resolve(args.revision)
     options = options_of(args)
-    print(f"{machine.cpu_model()}, {machine.cores()} cores: this tree ({machine.commit()}) / {commit[:12]}, in turns")
+    print(
+        f"{machine.cpu_model()}, {machine.cores()} cores: this tree ({machine.commit()}) / "
+        f"{commit[:12]}, in turns"
+    )
     with sides(commit, args.device) as folders:
         print(f"{'ratio':>6} {'95 % interval':16} {'this us':>11} {'other us':>11}  row")
         turn = lambda side, op: measure_turn(folders[side], op, options)

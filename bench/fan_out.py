@@ -42,7 +42,9 @@ def _calls(backend: str, dist: str, buffers: Buffers, minus: Tensor) -> dict[str
     return {"fused": fused, "composed": composed}
 
 
-@register("fan_out", "theta + pending update, and both perturbed sides, in one read: fused against three passes")
+@register(
+    "fan_out", "theta + pending update, and both perturbed sides, in one read: fused against three passes"
+)
 def run(settings: Settings) -> Iterator[Row]:
     backends = usable_backends(settings.device, settings.backends)
     small = min(settings.numel, settings.baseline_numel)
@@ -57,11 +59,19 @@ def run(settings: Settings) -> Iterator[Row]:
                 candidates: dict = {name: eager(fn, dist, buffers, small) for name, fn in PERTURB.items()}
                 candidates["copy"] = lambda b=buffers: b.out.copy_(b.next())
                 with forked_rng(settings.device), torch.no_grad():
-                    times = measure(candidates | kernels, settings.device, settings.seconds, settings.min_rounds)
+                    times = measure(
+                        candidates | kernels, settings.device, settings.seconds, settings.min_rounds
+                    )
                 compared = Compared({n: (small, times[n]) for n in PERTURB}, settings.numel, times)
                 where = {"device": settings.device, "dtype": dtype, "dist": dist, "rounding": "nearest"}
                 for form, backend in kernels:
-                    what = {"op": "fan_out_", "form": form, "backend": backend, "k": 2, "threads": threads} | where
+                    what = {
+                        "op": "fan_out_",
+                        "form": form,
+                        "backend": backend,
+                        "k": 2,
+                        "threads": threads,
+                    } | where
                     mine, other = times[form, backend], times["composed", backend]
                     found = row(what, mine, settings.numel, False, compared, ACCESSES[form], passes=3)
                     found["baselines"]["composed"] = {"numel": settings.numel, "passes": 1, **asdict(other)}

@@ -76,6 +76,13 @@ def run(settings: Settings) -> Iterator[Row]:
             for (form, backend), of_sample in times.items():
                 figures = {name: value and value / CALLS[form] for name, value in asdict(of_sample).items()}
                 where = {"device": settings.device, "dtype": "fp32", "dist": "normal", "threads": threads}
-                yield {"op": "host", "form": form, "backend": backend, **where, **figures, "rounds": of_sample.rounds}
+                yield {
+                    "op": "host",
+                    "form": form,
+                    "backend": backend,
+                    **where,
+                    **figures,
+                    "rounds": of_sample.rounds,
+                }
     finally:
         torch.set_num_threads(threads_before)

@@ -25,7 +25,9 @@ def cores() -> int:
 
 def _run(*command: str) -> str | None:
     try:
-        return subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return subprocess.run(
+            command, cwd=_ROOT, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -44,7 +46,11 @@ def find_tool(name: str) -> str | None:
     It is looked for on PATH, beside nvcc, and in the folders where CUDA is usually installed.
     """
     beside = pathlib.Path(shutil.which("nvcc") or "nvcc").resolve().parent
-    folders = [str(beside), "/usr/local/cuda/bin", *sorted(map(str, pathlib.Path("/opt/nvidia").glob("nsight-*/*")))]
+    folders = [
+        str(beside),
+        "/usr/local/cuda/bin",
+        *sorted(map(str, pathlib.Path("/opt/nvidia").glob("nsight-*/*"))),
+    ]
     return shutil.which(name) or shutil.which(name, path=os.pathsep.join(reversed(folders)))
 
 
@@ -141,7 +147,9 @@ def describe(device: str) -> dict[str, Any]:
             "capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda,
             "peak_bandwidth": peak_bandwidth(),
-            "driver": (_run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "").split("\n")[0],
+            "driver": (_run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "").split(
+                "\n"
+            )[0],
         }
     return header
 

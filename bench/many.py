@@ -40,7 +40,9 @@ def run(settings: Settings) -> Iterator[Row]:
                 candidates: dict = {f"loop {n}": eager(fn, dist, buffers, small) for n, fn in PERTURB.items()}
                 candidates["copy_inplace"] = lambda b=buffers: copy_in_place(b.next())
                 with forked_rng(settings.device), torch.no_grad():
-                    times = measure(candidates | kernels, settings.device, settings.seconds, settings.min_rounds)
+                    times = measure(
+                        candidates | kernels, settings.device, settings.seconds, settings.min_rounds
+                    )
                 compared = Compared({n: (small, times[f"loop {n}"]) for n in PERTURB}, numel, times)
                 where = {"device": settings.device, "dtype": dtype, "dist": dist, "threads": threads}
                 for backend in kernels:

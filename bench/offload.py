@@ -48,13 +48,19 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return x + self.out(
+            F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        )
 
 
 class FeedForward(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm, self.up, self.down = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 4 * width),
+            nn.Linear(4 * width, width),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(self.up(self.norm(x)).relu_())
@@ -202,7 +208,9 @@ def _plain_copy(nbytes: int, device: torch.device) -> float:
     return min(times[1:]) * nbytes / size
 
 
-def _measure(storage: str, base: pathlib.Path, folder: pathlib.Path, args: argparse.Namespace, compute: float) -> Row:
+def _measure(
+    storage: str, base: pathlib.Path, folder: pathlib.Path, args: argparse.Namespace, compute: float
+) -> Row:
     dtype, device = DTYPES[args.dtype], torch.device(args.device)
     disk, written = storage.startswith("disk"), storage == "disk, written"
     model = build(args.shape, dtype, args.layers)
@@ -233,7 +241,9 @@ def _measure(storage: str, base: pathlib.Path, folder: pathlib.Path, args: argpa
         row["of_plain_copy"] = row["plain_copy"] / row["read"]
     # The link of a GPU carries data in both directions at once.  A disk and the memory of this machine do
     # not.
-    transfer = max(row["read"], row["write"]) if device.type == "cuda" and not disk else row["read"] + row["write"]
+    transfer = (
+        max(row["read"], row["write"]) if device.type == "cuda" and not disk else row["read"] + row["write"]
+    )
     row["bound"] = max(transfer, compute)  # compute is 0 where the model does not fit the device
     row["ratio"] = step / row["bound"]
     row["tokens_per_second"] = args.batch * args.length / step
@@ -282,7 +292,8 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "device GB": lambda r: _number(r, "device_memory", ".2f", 1e-9),
 }
 LEGEND = (
-    "ratio: step over bound, the longer of transfers and computation, each alone; of copy: rate of the read against "
+    "ratio: step over bound, the longer of transfers and computation, each alone; of copy: rate of "
+    "the read against "
     "plain copies of the same bytes; of memory: tokens a second against the same model in memory."
 )
 
@@ -351,9 +362,13 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--slots", type=int, default=3)
     sub.add_argument("--scratch", type=int, choices=(1, 2), default=2)
     sub.add_argument("--halves", action="store_true", help="blocks are the halves of layers: smaller slots")
-    sub.add_argument("--layers", type=int, help="at most (default: all; on a GPU those that fit into host memory)")
+    sub.add_argument(
+        "--layers", type=int, help="at most (default: all; on a GPU those that fit into host memory)"
+    )
     sub.add_argument("--steps", type=int, default=5)
-    sub.add_argument("--folder", type=pathlib.Path, help="of the files (default: the system's for temporary ones)")
+    sub.add_argument(
+        "--folder", type=pathlib.Path, help="of the files (default: the system's for temporary ones)"
+    )
     sub.add_argument("--tiny", action="store_true", help="small and short: whether it runs, not how fast")
     sub.add_argument("--json", type=pathlib.Path, help="write everything to this file")
     sub.set_defaults(call=run)

@@ -36,7 +36,8 @@ def kind_of(result: Result) -> str:
     """Which command wrote the file: run, methods, trajectory, offload or gpu-check."""
     if result.get("schema") != 1 or "machine" not in result or "rows" not in result:
         raise SystemExit(
-            "bench report: expected a file that `bench run`, `methods`, `trajectory`, `offload` or `gpu-check` wrote, "
+            "bench report: expected a file that `bench run`, `methods`, `trajectory`, `offload` or "
+            "`gpu-check` wrote, "
             "got another"
         )
     if any("what" in row for row in result["rows"]):
@@ -75,26 +76,36 @@ def _chips(header: dict[str, Any]) -> str:
     host = header.get("host_library") or {}
     pairs = [("GPU", header.get("gpu")), ("CPU", header["cpu"]), ("cores", header["cores"])]
     pairs += [("torch", header["torch"]), ("CUDA", header.get("cuda")), ("driver", header.get("driver"))]
-    pairs += [("zokernels", header["zokernels"]), ("commit", header.get("commit")), ("Python", header["python"])]
+    pairs += [
+        ("zokernels", header["zokernels"]),
+        ("commit", header.get("commit")),
+        ("Python", header["python"]),
+    ]
     pairs += [("instructions", ", ".join(host.get("instruction_sets", []))), ("date", header["date"][:10])]
     items = (f"<li><span>{name}</span>{escape(str(value))}</li>" for name, value in pairs if value)
     return f'<ul class="chips">{"".join(items)}</ul>'
 
 
 def _tiles(pairs: Sequence[tuple[str, str]]) -> str:
-    cells = (f'<div class="tile"><b>{escape(figure)}</b><span>{escape(words)}</span></div>' for figure, words in pairs)
+    cells = (
+        f'<div class="tile"><b>{escape(figure)}</b><span>{escape(words)}</span></div>'
+        for figure, words in pairs
+    )
     return f'<div class="tiles">{"".join(cells)}</div>'
 
 
 def _key(*names: tuple[str, str]) -> str:
-    return f'<div class="key">{"".join(f"<span><i class={k!r}></i>{escape(t)}</span>" for k, t in names)}</div>'
+    return (
+        f'<div class="key">{"".join(f"<span><i class={k!r}></i>{escape(t)}</span>" for k, t in names)}</div>'
+    )
 
 
 _DISTS = (("normal", "normal"), ("rademacher", "Rademacher"))
 
 
 def _card(heading: str, picture: Figure) -> str:
-    return f'<div class="card"><h3>{escape(heading)}</h3><div class="scroll">{charts.svg(picture, heading)}</div></div>'
+    drawn = f'<div class="scroll">{charts.svg(picture, heading)}</div>'
+    return f'<div class="card"><h3>{escape(heading)}</h3>{drawn}</div>'
 
 
 def _passes(rows: Sequence[Row]) -> list[str]:
@@ -103,15 +114,23 @@ def _passes(rows: Sequence[Row]) -> list[str]:
     if not ours:
         return []
     out = [_key(*_DISTS), '<div class="cards">']
-    out += [_card(panel.title.capitalize(), charts.bars([replace(panel, title="")])) for panel in report.panels(rows)]
+    out += [
+        _card(panel.title.capitalize(), charts.bars([replace(panel, title="")]))
+        for panel in report.panels(rows)
+    ]
     points: dict[tuple[str, str, str], list[tuple[str, float]]] = {}
     for row in [r for r in rows if r["op"] == "perturb_"] + ours:
         mine = row["op"] == "combine_"
         series = (f"zokernels {row['dist']}", row["dist"], "o") if mine else (row["backend"], "other", "")
         points.setdefault(series, []).append((f"{row['dtype']} {row['dist']}", row["ns_per_element"]))
     markers = itertools.cycle("svD^x+*")
-    series = [charts.Dots(name, at, colour, marker or next(markers)) for (name, colour, marker), at in points.items()]
-    labels = sorted({label for at in points.values() for label, _ in at}, key=lambda label: label.split()[::-1])
+    series = [
+        charts.Dots(name, at, colour, marker or next(markers))
+        for (name, colour, marker), at in points.items()
+    ]
+    labels = sorted(
+        {label for at in points.values() for label, _ in at}, key=lambda label: label.split()[::-1]
+    )
     return [*out, "</div>", _card("Time an element", charts.dots(series, labels, "ns an element"))]
 
 
@@ -129,7 +148,9 @@ def _details(summary: str, body: str) -> str:
 
 
 def _skipped(result: Result) -> str:
-    lines = "".join(f"<li>{escape(what)}: {escape(why)}</li>" for what, why in (result.get("skipped") or {}).items())
+    lines = "".join(
+        f"<li>{escape(what)}: {escape(why)}</li>" for what, why in (result.get("skipped") or {}).items()
+    )
     return _details("What was left out, and why", f"<ul>{lines}</ul>") if lines else ""
 
 
@@ -137,7 +158,11 @@ def _skipped(result: Result) -> str:
 
 
 def _run(result: Result) -> list[str]:
-    out = ["<h2>One pass</h2>", "<p>θ ← round(θ + c z), in place, noise included.</p>", *_passes(result["rows"])]
+    out = [
+        "<h2>One pass</h2>",
+        "<p>θ ← round(θ + c z), in place, noise included.</p>",
+        *_passes(result["rows"]),
+    ]
     if not _nearest(result["rows"]):
         out = ["<h2>Measured</h2>"]
     return [*out, _details(f"All {len(result['rows'])} rows", _rows_table(result["rows"])), _skipped(result)]
@@ -161,14 +186,22 @@ def _methods(result: Result) -> list[str]:
     heads = [("method", False), ("loss, equal forwards", True), ("ms", True), ("eager ms", True)]
     heads += [("forwards a step", True), ("B a weight", True), ("state B", True), ("use", False)]
     words = (
-        f"A whole step without its forwards, {result['weights']:,} weights of {result['dtype']}, against the published "
+        f"A whole step without its forwards, {result['weights']:,} weights of {result['dtype']}, "
+        "against the published "
         f"form in eager PyTorch; losses over {result['budget']:,} forwards."
     )
     pictures = [
         _card("Times faster than the published eager form (dashed: equal)", charts.bars([ratios], width=10)),
-        _card(f"Loss after equal forwards (grey: {rows[0]['method']})", charts.curves(curves, top, "forwards")),
+        _card(
+            f"Loss after equal forwards (grey: {rows[0]['method']})", charts.curves(curves, top, "forwards")
+        ),
     ]
-    return ["<h2>Methods</h2>", f"<p>{words}</p>", *pictures, f'<div class="card">{_table(heads, lines)}</div>']
+    return [
+        "<h2>Methods</h2>",
+        f"<p>{words}</p>",
+        *pictures,
+        f'<div class="card">{_table(heads, lines)}</div>',
+    ]
 
 
 def _check(result: Result) -> list[str]:
@@ -176,7 +209,9 @@ def _check(result: Result) -> list[str]:
     for g in result["goals"]:
         measured = "-" if g["measured"] is None else f"{g['measured']:.3g}{g['unit']}"
         goals.append((escape(g["what"]), f"{g['asked']:g}{g['unit']}", measured, escape(g["verdict"])))
-    stages = [(escape(s["name"]), s["status"], f"{s['seconds']:.0f}", escape(s["note"])) for s in result["stages"]]
+    stages = [
+        (escape(s["name"]), s["status"], f"{s['seconds']:.0f}", escape(s["note"])) for s in result["stages"]
+    ]
     heads = [("goal", False), ("asked", True), ("measured", True), ("", False)]
     out = [f"<h2>GPU check: {'passed' if result['passed'] else 'not passed'}</h2>"]
     if result["rehearsal"]:
@@ -192,19 +227,24 @@ def _check(result: Result) -> list[str]:
 
 def _trajectory(result: Result) -> list[str]:
     lines = "".join(f"<li>{escape(trajectory.line(row))}</li>" for row in result["rows"])
-    words = f"{result['threads']} threads; a run replayed from its log, recorded, and projected on directions."
+    words = (
+        f"{result['threads']} threads; a run replayed from its log, recorded, and projected on directions."
+    )
     return ["<h2>The run as a log</h2>", f"<p>{words}</p>", f'<div class="card"><ul>{lines}</ul></div>']
 
 
 def _offload_table(rows: Sequence[Row]) -> str:
     heads = [("model", False), *((head, head != "storage") for head in offload.COLUMNS)]
-    lines = [[escape(offload.heading(r)), *(escape(show(r)) for show in offload.COLUMNS.values())] for r in rows]
+    lines = [
+        [escape(offload.heading(r)), *(escape(show(r)) for show in offload.COLUMNS.values())] for r in rows
+    ]
     return f'<p class="note">{escape(offload.LEGEND)}</p><div class="card">{_table(heads, lines)}</div>'
 
 
 def _offload(result: Result) -> list[str]:
     settings = result["settings"]
-    words = f"Blocks come once a step; {settings['batch']} x {settings['length']} tokens, {settings['slots']} slots."
+    tokens = f"{settings['batch']} x {settings['length']} tokens"
+    words = f"Blocks come once a step; {tokens}, {settings['slots']} slots."
     return ["<h2>Streamed models</h2>", f"<p>{words}</p>", _offload_table(result["rows"])]
 
 
@@ -220,7 +260,9 @@ _SECTIONS: dict[str, Callable[[Result], list[str]]] = {
 def headlines(results: Sequence[Result]) -> list[tuple[str, str]]:
     """The figures at the top of the page as (figure, what it is), each of the first result that has it."""
     found = []
-    rows = [r for result in results if kind_of(result) in ("run", "gpu-check") for r in _nearest(result["rows"])]
+    rows = [
+        r for result in results if kind_of(result) in ("run", "gpu-check") for r in _nearest(result["rows"])
+    ]
     for dist, name in _DISTS:
         mine = [r for r in rows if r["dist"] == dist and r["dtype"] == "bf16" and "mezo" in r["ratio"]]
         if mine:
@@ -232,7 +274,8 @@ def headlines(results: Sequence[Result]) -> list[tuple[str, str]]:
     for result in results:
         if kind_of(result) == "methods":
             ratios = sorted(r["ratio"] for r in result["rows"])
-            words = f"median over {len(ratios)} methods, against their eager form; {ratios[0]:.1f} to {ratios[-1]:.1f}"
+            span = f"{ratios[0]:.1f} to {ratios[-1]:.1f}"
+            words = f"median over {len(ratios)} methods, against their eager form; {span}"
             found.append((f"{ratios[len(ratios) // 2]:.1f}x", words))
     return found
 
@@ -240,7 +283,9 @@ def headlines(results: Sequence[Result]) -> list[tuple[str, str]]:
 def html(results: Sequence[Result]) -> str:
     """The whole page.  Consecutive results of one machine stand under one description of it."""
     body = ['<header><h1>zokernels, measured</h1><button type="button">light / dark</button></header>']
-    body.append('<p class="lead">Kernels for zeroth-order training: noise from a seed, applied in one pass.</p>')
+    body.append(
+        '<p class="lead">Kernels for zeroth-order training: noise from a seed, applied in one pass.</p>'
+    )
     if found := headlines(results):
         body.append(_tiles(found))
     before = None
@@ -252,8 +297,13 @@ def html(results: Sequence[Result]) -> str:
             before = machine
         body += _SECTIONS[kind_of(result)](result)
         if result.get("command"):
-            body.append(f'<p class="note">Measured by <code>{escape(result["command"])}</code>, {header["date"]}.</p>')
-    body.append("<footer>Every figure comes from the results named above; ratios are of times taken in turns.</footer>")
+            body.append(
+                f'<p class="note">Measured by <code>{escape(result["command"])}</code>, {header["date"]}.</p>'
+            )
+    body.append(
+        "<footer>Every figure comes from the results named above; ratios are of times taken in "
+        "turns.</footer>"
+    )
     style = (HERE / "page.css").read_text()
     head = f"{_META}<title>zokernels, measured</title><style>\n{style}</style>"
     text = "\n".join([*body, f"<script>{_SCRIPT}</script>"])

@@ -68,7 +68,9 @@ def write(files: Sequence[pathlib.Path], output: pathlib.Path) -> list[pathlib.P
     output.parent.mkdir(parents=True, exist_ok=True)
     found = panels([row for result in results for row in result["rows"]])
     if found:
-        machines = dict.fromkeys(result["machine"].get("gpu") or result["machine"]["cpu"] for result in results)
+        machines = dict.fromkeys(
+            result["machine"].get("gpu") or result["machine"]["cpu"] for result in results
+        )
         charts.png(picture, charts.bars(found, f"combine_, one tensor, in place:  {', '.join(machines)}"))
     image = [f"![Bars of the tables below]({picture.name})"] if found else []
     body = [BEGIN, *image, LEGEND.replace("\n", " ")]

@@ -193,7 +193,8 @@ def tables(m: Machine = Machine()) -> Iterator[str]:
     """The lines of the tables, in Markdown."""
     for name, w in MODELS.items():
         held = _smallest(m, w, GPUS[-1])
-        yield f"**{name}**: {w.weights / 1e9:,.0f} G weights, {2 * w.weights / 1e9:,.0f} GB in bf16, on {held} GPUs"
+        gigabytes = 2 * w.weights / 1e9
+        yield f"**{name}**: {w.weights / 1e9:,.0f} G weights, {gigabytes:,.0f} GB in bf16, on {held} GPUs"
         yield "at least where they are resident. Seconds a step, and what takes the longest:"
         yield ""
         yield "| | " + " | ".join(f"{n:,} GPUs" for n in GPUS) + " |"
@@ -223,7 +224,9 @@ def draw(path: pathlib.Path, m: Machine = Machine()) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--write", type=pathlib.Path, help="a page whose table, and the plot beside it, are made anew")
+    parser.add_argument(
+        "--write", type=pathlib.Path, help="a page whose table, and the plot beside it, are made anew"
+    )
     parser.set_defaults(call=run)
 
 

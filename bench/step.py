@@ -126,7 +126,9 @@ def _four_passes(perturb: Callable[..., None], tensors: list[Tensor], dist: str)
     return call
 
 
-def _loops(views: dict[str, Tensor], settings: Settings, dtype: torch.dtype, dist: str, what: str) -> dict[str, Call]:
+def _loops(
+    views: dict[str, Tensor], settings: Settings, dtype: torch.dtype, dist: str, what: str
+) -> dict[str, Call]:
     """The eager steps that fit the memory.  MeZO's loop moves each parameter to memory of its own: a second
     model.
     """

@@ -30,7 +30,11 @@ def _text(head: str, key: str, width: int) -> Column:
 
 
 _K = Column("K", lambda r: str(r["k"]), 2)
-_DTYPE, _DIST, _BACKEND = _text("dtype", "dtype", 5), _text("dist", "dist", 10), _text("backend", "backend", 10)
+_DTYPE, _DIST, _BACKEND = (
+    _text("dtype", "dtype", 5),
+    _text("dist", "dist", 10),
+    _text("backend", "backend", 10),
+)
 _ROUNDING = _text("rounding", "rounding", 10)
 _THREADS = Column("thr", lambda r: str(r["threads"]), 3)
 _P20, _P50, _P80 = (Column(f"{p} ms", lambda r, p=p: short(r[p] * 1e3), 6) for p in ("p20", "p50", "p80"))
@@ -100,8 +104,10 @@ def columns_of(row: Row) -> list[Column]:
 LEGEND = (
     "perturb_: one pass of an eager loop or of a kernel on another generator, named in the column backend.\n"
     "of copy: share of the bandwidth of a plain pass over the same bytes (in place for combine_).\n"
-    "of peak: share of what the memory can move by its clock and width; theirs: of the card named, by its data sheet.\n"
-    "x MeZO, x foreach, x add_: times faster, per element, than MeZO's loop, torch._foreach_add_ and a draw + add_.\n"
+    "of peak: share of what the memory can move by its clock and width; theirs: of the card named, "
+    "by its data sheet.\n"
+    "x MeZO, x foreach, x add_: times faster, per element, than MeZO's loop, torch._foreach_add_ and "
+    "a draw + add_.\n"
     "All of these were timed in turns with the row, in the same run."
 )
 

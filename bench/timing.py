@@ -72,7 +72,9 @@ def _time_cuda(call: Callable[[], None], spin: float) -> float:
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
     """The 20th, 50th and 80th percentile: always one of ``values``."""
     ordered = sorted(values)
-    low, middle, high = (ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))] for q in (0.2, 0.5, 0.8))
+    low, middle, high = (
+        ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))] for q in (0.2, 0.5, 0.8)
+    )
     return low, middle, high
 
 
@@ -86,9 +88,8 @@ def sample(
 ) -> dict[str, list[float]]:
     """Seconds of each call of each candidate, round by round: until ``seconds`` have passed.
 
-    ``spin``: on a GPU, the seconds for which the device waits before each candidate.  Without it each candidate runs
-    twice before the clock is looked at, to warm up.
-    """
+    ``spin``: on a GPU, the seconds for which the device waits before each candidate.  Without it each
+    candidate runs twice before the clock is looked at, to warm up."""
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     if spin is None:
         for call in (*candidates.values(), *candidates.values()):
@@ -97,13 +98,19 @@ def sample(
     rounds = 0
     while rounds < min_rounds or (rounds < max_rounds and time.perf_counter() < stop):
         for name, call in candidates.items():
-            samples[name].append(_time_cuda(call, (spin or {})[name]) if device == "cuda" else _time_cpu(call))
+            samples[name].append(
+                _time_cuda(call, (spin or {})[name]) if device == "cuda" else _time_cpu(call)
+            )
         rounds += 1
     return samples
 
 
 def measure(
-    candidates: dict[str, Callable[[], None]], device: str, seconds: float, min_rounds: int = 5, max_rounds: int = 200
+    candidates: dict[str, Callable[[], None]],
+    device: str,
+    seconds: float,
+    min_rounds: int = 5,
+    max_rounds: int = 200,
 ) -> dict[str, Times]:
     """Times of each candidate by name.  One round warms up; then rounds until ``seconds`` have passed."""
     for call in candidates.values():

@@ -64,7 +64,9 @@ def weights(dtype: torch.dtype, scale: float) -> dict[str, torch.nn.Parameter]:
     return {name: torch.nn.Parameter(draw(shape)) for name, shape in shapes(scale).items()}
 
 
-def write_log(path: pathlib.Path, base: dict[str, torch.nn.Parameter], dist: str, decay: float, steps: int) -> None:
+def write_log(
+    path: pathlib.Path, base: dict[str, torch.nn.Parameter], dist: str, decay: float, steps: int
+) -> None:
     """Writes the log of a run of MeZO from ``base``, with projected gradients of the usual size."""
     optimizer = ZOSGD(base.items(), lr=LR, dist=dist, weight_decay=decay, seed=0)
     head, layout = encode(header_of(optimizer))
@@ -220,7 +222,8 @@ def line(row: Row) -> str:
     if row["what"] == "replay":
         decay = f", decay {row['weight_decay']}" if row["weight_decay"] else ""
         return (
-            f"{name}{decay}: {row['steps']} steps of {row['weights'] / 1e6:.1f} M weights in {row['seconds']:.1f} s "
+            f"{name}{decay}: {row['steps']} steps of {row['weights'] / 1e6:.1f} M weights in "
+            f"{row['seconds']:.1f} s "
             f"({row['cpu_seconds']:.1f} s of the cores); "
             f"combine_ K={row['directions']} {row['combine_seconds']:.1f} s "
             f"(x{row['seconds'] / row['combine_seconds']:.2f}); eager updates {row['eager_seconds']:.0f} s "
@@ -230,13 +233,17 @@ def line(row: Row) -> str:
         share = 100 * row["recorder_seconds"] / row["seconds"]
         forwards = f"with two forwards of {row['tokens']} tokens" if row["tokens"] else "without forwards"
         return (
-            f"{name}: {1e6 * row['recorder_seconds']:.0f} us of a step of {1e3 * row['seconds']:.1f} ms {forwards}: "
+            f"{name}: {1e6 * row['recorder_seconds']:.0f} us of a step of {1e3 * row['seconds']:.1f} "
+            f"ms {forwards}: "
             f"{share:.2f} %"
         )
     if row["what"] == "gram":
-        return f"{name} K={row['directions']}: {row['seconds']:.1f} s for {row['weights'] / 1e6:.1f} M weights"
+        return (
+            f"{name} K={row['directions']}: {row['seconds']:.1f} s for {row['weights'] / 1e6:.1f} M weights"
+        )
     return (
-        f"{name} K={row['directions']}: {1e3 * row['seconds']:.1f} ms, combine_ {1e3 * row['combine_seconds']:.1f} ms "
+        f"{name} K={row['directions']}: {1e3 * row['seconds']:.1f} ms, combine_ "
+        f"{1e3 * row['combine_seconds']:.1f} ms "
         f"(x{row['seconds'] / row['combine_seconds']:.2f})"
     )
 

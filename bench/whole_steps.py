@@ -1,16 +1,17 @@
-"""``python -m bench host``: whole steps in units of their own forwards, of models so small that the host is the limit.
+"""``python -m bench host``: whole steps in units of their own forwards, of models so small that the host is
+the limit.
 
-The least that a step can cost is its forwards.  What it takes beyond them is the passes over the weights, which are
-short here, and work of the host: Python, checks, launches.  Each group of rows has one model and one yardstick, in most
-cases two plain forwards.  The yardstick and the forms run in turns, one call each a round, and a row states the ratios
-of the rounds: their median, and the 20th and 80th percentile.
+The least that a step can cost is its forwards.  What it takes beyond them is the passes over the weights,
+which are short here, and work of the host: Python, checks, launches.  Each group of rows has one model and
+one yardstick, in most cases two plain forwards.  The yardstick and the forms run in turns, one call each a
+round, and a row states the ratios of the rounds: their median, and the 20th and 80th percentile.
 
 * ``opt-host``: an OPT of 24 layers and 388 tensors, of width 16, on one sequence of 8 tokens.
 * ``calls``: ``combine_`` of 388 tensors of one element each, in microseconds.
-* ``mlp``, ``cnn``, ``gpt2``: the first models that a user tries (64-64-10; a network for the digits; GPT-2 of 0.11 M),
-  beside MeZO's eager loop, and once more as torch.compile makes them, against compiled forwards.
-* ``smollm2-fp32``, ``smollm2-bf16``: shapes of SmolLM2-135M, 4 x 64 tokens, where the weights' passes count; only
-  where asked for.
+* ``mlp``, ``cnn``, ``gpt2``: the first models that a user tries (64-64-10; a network for the digits; GPT-2 of
+  0.11 M), beside MeZO's eager loop, and once more as torch.compile makes them, against compiled forwards.
+* ``smollm2-fp32``, ``smollm2-bf16``: shapes of SmolLM2-135M, 4 x 64 tokens, where the weights' passes count;
+  only where asked for.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Case:
     summary: str = ""
 
 
-# --- models -----------------------------------------------------------------------------------------------------------
+# --- models -----------------------------------------------------------------------------------------------
 
 
 def _tokens(vocabulary: int, rows: int, length: int) -> Tensor:
@@ -75,7 +76,9 @@ def _language_model(model: nn.Module, vocabulary: int, rows: int, length: int) -
 def opt_host() -> tuple[nn.Module, Closure]:
     from transformers import OPTConfig, OPTForCausalLM
 
-    sizes = dict(hidden_size=16, ffn_dim=64, num_hidden_layers=24, num_attention_heads=2, word_embed_proj_dim=16)
+    sizes = dict(
+        hidden_size=16, ffn_dim=64, num_hidden_layers=24, num_attention_heads=2, word_embed_proj_dim=16
+    )
     config = OPTConfig(vocab_size=128, max_position_embeddings=64, dropout=0.0, **sizes)
     return _language_model(OPTForCausalLM(config), 128, 1, 8)
 
@@ -106,11 +109,17 @@ def mlp() -> tuple[nn.Module, Closure]:
 
 
 def cnn() -> tuple[nn.Module, Closure]:
-    layers = nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU()
+    layers = (
+        nn.Conv2d(1, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.ReLU(),
+    )
     return _classifier(nn.Sequential(*layers, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(256, 10)), 64, 1, 8, 8)
 
 
-# --- forms of a step --------------------------------------------------------------------------------------------------
+# --- forms of a step --------------------------------------------------------------------------------------
 
 
 def _step(model: nn.Module, closure: Closure, **options: Any) -> Call:
@@ -148,7 +157,9 @@ _REAL = ("exact", "inplace", "LOZO", "MeZO")
 _COMPILED = ("exact", "inplace")
 
 CASES: dict[str, Case] = {
-    "opt-host": Case(opt_host, ("exact", "inplace", "device"), {"exact": 1.2, "inplace": 1.1, "device": 1.25}),
+    "opt-host": Case(
+        opt_host, ("exact", "inplace", "device"), {"exact": 1.2, "inplace": 1.1, "device": 1.25}
+    ),
     "opt-host-q8": Case(opt_host, ("exact q=8", "inplace q=8"), {"exact q=8": 1.1}, forwards=16),
     "mlp": Case(mlp, _SMALL),
     "cnn": Case(cnn, _SMALL, {"exact": 1.3}),
@@ -167,7 +178,7 @@ TINY = ("opt-host", "mlp", "cnn", "gpt2", "mlp-compiled")
 CALL_GOAL = 60.0
 
 
-# --- measuring --------------------------------------------------------------------------------------------------------
+# --- measuring --------------------------------------------------------------------------------------------
 
 
 def _forwards(closure: Closure, count: int) -> Call:
@@ -196,7 +207,9 @@ def candidates(case: Case, tiny: bool = False) -> dict[str, Call]:
     return found
 
 
-def rows_of(name: str, case: Case, seconds: float, least: int, tiny: bool = False) -> Iterator[dict[str, Any]]:
+def rows_of(
+    name: str, case: Case, seconds: float, least: int, tiny: bool = False
+) -> Iterator[dict[str, Any]]:
     torch.set_num_threads(case.threads)
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a compiled model that runs uncompiled says so once
@@ -205,7 +218,8 @@ def rows_of(name: str, case: Case, seconds: float, least: int, tiny: bool = Fals
     for form, times in samples.items():
         low, ratio, high = quantiles([t / b for t, b in zip(times, base, strict=True)])
         yield {
-            "model": name, "form": form, "threads": case.threads, "forwards": case.forwards, "ratio": ratio, "low": low,
+            "model": name, "form": form, "threads": case.threads, "forwards": case.forwards, "ratio": ratio,
+            "low": low,
             "high": high, "goal": case.goals.get(form), "rounds": len(base),
             "seconds": quantiles(times)[1], "forwards_seconds": quantiles(base)[1],
         }  # fmt: skip
@@ -250,7 +264,10 @@ HEAD = f"{'model':14} {'form':12} {'ratio':>7}    {'20 to 80 %':16} {'goal':>7}"
 
 
 def run(args: argparse.Namespace) -> int:
-    names = args.model or ("calls", *(TINY if args.tiny else [name for name, c in CASES.items() if not c.asked]))
+    names = args.model or (
+        "calls",
+        *(TINY if args.tiny else [name for name, c in CASES.items() if not c.asked]),
+    )
     seconds, least = (0.0, 2) if args.tiny else (args.seconds, 7)
     print(f"{machine.title(machine.describe('cpu'))}\n\n{HEAD}\n{'-' * len(HEAD)}", flush=True)
     threads, rows = torch.get_num_threads(), []

@@ -110,7 +110,9 @@ class Published:
 
     @property
     def of_peak(self) -> float:
-        """The share of the card's bandwidth that one read and one write of two bytes for each element take."""
+        """The share of the card's bandwidth that one read and one write of two bytes for each element
+        take.
+        """
         return 4 * self.numel / self.seconds / self.peak
 
 

@@ -1,5 +1,5 @@
-// What the entries of the two tensor libraries share: the terms of an operation as arguments, and the checks that keep a
-// direct call in bounds.
+// What the entries of the two tensor libraries share: the terms of an operation as arguments, and the checks
+// that keep a direct call in bounds.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -16,35 +16,36 @@
 #include "noise/rules.h"
 #include "noise/wire.h"
 
-// The terms of an operation (zokernels/backends/terms.py) in a schema, as parameters of its entry, and packed.
-// low_rank has neither masks nor curvature, and of its seeds only the number counts.
+// The terms of an operation (zokernels/backends/terms.py) in a schema, as parameters of its entry, and
+// packed. low_rank has neither masks nor curvature, and of its seeds only the number counts.
 #define ZK_TERMS_SCHEMA                                                                                         \
   "Tensor seeds, Tensor coeffs, int[] streams, int[] offsets, int dist, Tensor? decay, Tensor? rounding_seed, " \
   "Tensor[] masks, Tensor? mask_seed, int mask_keep, Tensor[] curvature, int[] widths, int[] lengths"
-#define ZK_TERMS_PARAMS                                                                                                \
-  torch::stable::Tensor seeds, torch::stable::Tensor coeffs, std::vector<int64_t> streams,                             \
-      std::vector<int64_t> offsets, int64_t dist, std::optional<torch::stable::Tensor> decay,                          \
-      std::optional<torch::stable::Tensor> rounding_seed, std::vector<torch::stable::Tensor> masks,                    \
-      std::optional<torch::stable::Tensor> mask_seed, int64_t mask_keep, std::vector<torch::stable::Tensor> curvature, \
-      std::vector<int64_t> widths, std::vector<int64_t> lengths
-#define ZK_TERMS                                                                                                 \
-  zk::TermArgs {                                                                                                 \
-    seeds, coeffs, streams, offsets, dist, decay, rounding_seed, masks, mask_seed, mask_keep, curvature, widths, \
-        lengths                                                                                                  \
+#define ZK_TERMS_PARAMS                                                                             \
+  torch::stable::Tensor seeds, torch::stable::Tensor coeffs, std::vector<int64_t> streams,          \
+      std::vector<int64_t> offsets, int64_t dist, std::optional<torch::stable::Tensor> decay,       \
+      std::optional<torch::stable::Tensor> rounding_seed, std::vector<torch::stable::Tensor> masks, \
+      std::optional<torch::stable::Tensor> mask_seed, int64_t mask_keep,                            \
+      std::vector<torch::stable::Tensor> curvature, std::vector<int64_t> widths,                    \
+      std::vector<int64_t> lengths
+#define ZK_TERMS                                                                                         \
+  zk::TermArgs {                                                                                         \
+    seeds, coeffs, streams, offsets, dist, decay, rounding_seed, masks, mask_seed, mask_keep, curvature, \
+        widths, lengths                                                                                  \
   }
 
-// The same where a plan keeps what depends on the tensors alone (zokernels/ops/plan.py): its table, and the terms that each
-// call brings.
+// The same where a plan keeps what depends on the tensors alone (zokernels/ops/plan.py): its table, and the
+// terms that each call brings.
 #define ZK_PLANNED_SCHEMA \
   "Tensor seeds, Tensor coeffs, int dist, Tensor? decay, Tensor? rounding_seed, Tensor? mask_seed, int mask_keep"
-#define ZK_PLANNED_PARAMS                                                                                              \
-  torch::stable::Tensor seeds, torch::stable::Tensor coeffs, int64_t dist, std::optional<torch::stable::Tensor> decay, \
-      std::optional<torch::stable::Tensor> rounding_seed, std::optional<torch::stable::Tensor> mask_seed,              \
-      int64_t mask_keep
-#define ZK_PLANNED_TERMS                                                                                             \
-  zk::TermArgs {                                                                                                     \
-    seeds, coeffs, zk::kNoNumbers, zk::kNoNumbers, dist, decay, rounding_seed, zk::kNoTensors, mask_seed, mask_keep, \
-        zk::kNoTensors, zk::kNoNumbers, zk::kNoNumbers                                                               \
+#define ZK_PLANNED_PARAMS                                                                             \
+  torch::stable::Tensor seeds, torch::stable::Tensor coeffs, int64_t dist,                            \
+      std::optional<torch::stable::Tensor> decay, std::optional<torch::stable::Tensor> rounding_seed, \
+      std::optional<torch::stable::Tensor> mask_seed, int64_t mask_keep
+#define ZK_PLANNED_TERMS                                                                                  \
+  zk::TermArgs {                                                                                          \
+    seeds, coeffs, zk::kNoNumbers, zk::kNoNumbers, dist, decay, rounding_seed, zk::kNoTensors, mask_seed, \
+        mask_keep, zk::kNoTensors, zk::kNoNumbers, zk::kNoNumbers                                         \
   }
 
 namespace zk {
@@ -82,7 +83,8 @@ struct TermArgs {
   Domain domain() const { return static_cast<Domain>(dist); }
 };
 
-// One tensor of a call as plain data: what is left of it when it has been checked. A plan's table is an array of these.
+// One tensor of a call as plain data: what is left of it when it has been checked. A plan's table is an array
+// of these.
 struct Row {
   const void* in;
   void* out;
@@ -95,8 +97,8 @@ struct Row {
   int64_t state[2];       // dtypes of the states, or of the curvature in state[0]; -1: none
 };
 
-// The tensors of a call. A plan's table is int64 [tensors, sizeof(Row) / 8] on the CPU; Python made it of checked tensors, and
-// here its shape is checked.
+// The tensors of a call. A plan's table is int64 [tensors, sizeof(Row) / 8] on the CPU; Python made it of
+// checked tensors, and here its shape is checked.
 struct Rows {
   const Row* rows;
   int64_t count;
@@ -123,14 +125,16 @@ struct Rows {
 
 // The same of tensors that are checked; more: the lists of Row::more, of which some may be empty.
 inline std::vector<Row> rows_of(const TensorList& out, const TensorList& params,
-                                std::initializer_list<const TensorList*> more, const TermArgs& terms, int64_t dtype) {
+                                std::initializer_list<const TensorList*> more, const TermArgs& terms,
+                                int64_t dtype) {
   std::vector<Row> rows(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
     Row& row = rows[i];
     row.in = params[i].const_data_ptr();
     row.out = out[i].mutable_data_ptr();
     size_t count = 0;
-    for (const TensorList* list : more) row.more[count++] = list->empty() ? nullptr : (*list)[i].mutable_data_ptr();
+    for (const TensorList* list : more)
+      row.more[count++] = list->empty() ? nullptr : (*list)[i].mutable_data_ptr();
     if (!terms.masks.empty()) row.mask = terms.masks[i].const_data_ptr();
     if (!terms.curvature.empty()) row.curvature = terms.curvature[i].const_data_ptr();
     row.numel = params[i].numel();
@@ -146,15 +150,16 @@ inline std::vector<Row> rows_of(const TensorList& out, const TensorList& params,
 
 // What keeps a direct call's scalars in bounds; the tensors' addresses are the plan's to answer for.
 inline void check_planned(const char* op, const Rows& rows, const TermArgs& terms) {
-  STD_TORCH_CHECK(terms.coeffs.numel() == (terms.coeffs.dim() == 2 ? rows.count : 1) * terms.seeds.numel(), op,
-                  ": coeffs: expected one for each seed, or one for each tensor and seed");
-  STD_TORCH_CHECK(terms.dist == 1 || terms.dist == 2, op, ": dist: expected 1 (normal) or 2 (rademacher), got ",
-                  terms.dist);
+  STD_TORCH_CHECK(terms.coeffs.numel() == (terms.coeffs.dim() == 2 ? rows.count : 1) * terms.seeds.numel(),
+                  op, ": coeffs: expected one for each seed, or one for each tensor and seed");
+  STD_TORCH_CHECK(terms.dist == 1 || terms.dist == 2, op,
+                  ": dist: expected 1 (normal) or 2 (rademacher), got ", terms.dist);
 }
 
 // Tensors of one call lie on one device; the index of the CPU is -1.
 inline void check_device(const char* op, const torch::stable::Tensor& t, const torch::stable::Tensor& first) {
-  STD_TORCH_CHECK(t.get_device_index() == first.get_device_index(), op, ": expected all tensors on one device");
+  STD_TORCH_CHECK(t.get_device_index() == first.get_device_index(), op,
+                  ": expected all tensors on one device");
 }
 
 inline void check_device(const char* op, const std::optional<torch::stable::Tensor>& t,
@@ -163,7 +168,8 @@ inline void check_device(const char* op, const std::optional<torch::stable::Tens
 }
 
 // Tensors that go with params element by element: of one dtype, params' own or (another == true) a state's.
-inline void check_beside(const char* op, const TensorList& tensors, const TensorList& params, bool another = false) {
+inline void check_beside(const char* op, const TensorList& tensors, const TensorList& params,
+                         bool another = false) {
   using torch::headeronly::ScalarType;
   STD_TORCH_CHECK(tensors.size() == params.size(), op, ": expected as many tensors beside params as params");
   for (size_t i = 0; i < params.size(); ++i) {
@@ -185,25 +191,30 @@ inline void check_terms(const char* op, const TensorList& params, const TermArgs
   const size_t n = params.size();
   STD_TORCH_CHECK(terms.streams.size() == n && terms.offsets.size() == n, op,
                   ": params, streams, offsets: expected equal lengths");
-  STD_TORCH_CHECK(terms.coeffs.numel() == (terms.coeffs.dim() == 2 ? static_cast<int64_t>(n) : 1) * terms.seeds.numel(),
+  STD_TORCH_CHECK(terms.coeffs.numel() ==
+                      (terms.coeffs.dim() == 2 ? static_cast<int64_t>(n) : 1) * terms.seeds.numel(),
                   op, ": coeffs: expected one for each seed, or one for each tensor and seed");
   check_dist(op, terms.dist);
   check_beside(op, params, params);
   if (n > 0) {
     for (const auto* t : {&terms.seeds, &terms.coeffs}) check_device(op, *t, params[0]);
-    for (const auto* t : {&terms.decay, &terms.rounding_seed, &terms.mask_seed}) check_device(op, *t, params[0]);
+    for (const auto* t : {&terms.decay, &terms.rounding_seed, &terms.mask_seed})
+      check_device(op, *t, params[0]);
   }
-  STD_TORCH_CHECK(terms.widths.size() == terms.lengths.size() && (terms.widths.empty() || terms.widths.size() == n), op,
-                  ": widths, lengths: expected one for each of params, or none");
+  STD_TORCH_CHECK(terms.widths.size() == terms.lengths.size() &&
+                      (terms.widths.empty() || terms.widths.size() == n),
+                  op, ": widths, lengths: expected one for each of params, or none");
   for (size_t i = 0; i < terms.widths.size(); ++i) {
     const int64_t width = terms.widths[i];
-    STD_TORCH_CHECK(width == 0 || (width > 0 && width <= terms.lengths[i] && params[i].numel() % width == 0), op,
-                    ": widths, lengths: expected rows that make up the tensor; not so at ", i);
+    STD_TORCH_CHECK(width == 0 || (width > 0 && width <= terms.lengths[i] && params[i].numel() % width == 0),
+                    op, ": widths, lengths: expected rows that make up the tensor; not so at ", i);
   }
-  STD_TORCH_CHECK(terms.masks.empty() || terms.masks.size() == n, op, ": masks: expected one for each of params");
+  STD_TORCH_CHECK(terms.masks.empty() || terms.masks.size() == n, op,
+                  ": masks: expected one for each of params");
   for (size_t i = 0; i < terms.masks.size(); ++i) {
     const int64_t numel = params[i].numel(), width = terms.width(i);
-    const int64_t bytes = width > 0 ? numel / width * terms.row_blocks(i) : (terms.offsets[i] % 8 + numel + 7) / 8;
+    const int64_t bytes = width > 0 ? numel / width * terms.row_blocks(i)
+                                    : (terms.offsets[i] % 8 + numel + 7) / 8;
     STD_TORCH_CHECK(terms.masks[i].is_contiguous() && (numel == 0 || terms.masks[i].numel() == bytes), op,
                     ": masks: expected a byte for each block of eight; not so at ", i);
     check_device(op, terms.masks[i], params[0]);
@@ -227,9 +238,11 @@ inline void check_project(const torch::stable::Tensor& partial, int64_t columns,
   for (const auto& t : tensors) check_device("project", t, seeds);
   check_device("project", partial, seeds);
   int64_t tiles = 0;
-  for (size_t i = 0; i < tensors.size(); ++i) tiles += sum_tiles(static_cast<uint64_t>(offsets[i]), tensors[i].numel());
+  for (size_t i = 0; i < tensors.size(); ++i)
+    tiles += sum_tiles(static_cast<uint64_t>(offsets[i]), tensors[i].numel());
   STD_TORCH_CHECK(partial.scalar_type() == torch::headeronly::ScalarType::Double && partial.is_contiguous() &&
-                      partial.dim() == 2 && partial.size(0) == seeds.numel() && partial.size(1) == tiles * columns,
+                      partial.dim() == 2 && partial.size(0) == seeds.numel() &&
+                      partial.size(1) == tiles * columns,
                   "project: partial: expected contiguous float64 [seeds, ", tiles * columns, "]");
 }
 
@@ -239,7 +252,8 @@ inline void check_one_direction(const torch::stable::Tensor& seed, const torch::
   for (const auto* t : {&seed, &coeff}) check_device("fan_out", *t, first);
 }
 
-inline void check_spread(const torch::stable::Tensor& out, const torch::stable::Tensor& x, const TermArgs& terms) {
+inline void check_spread(const torch::stable::Tensor& out, const torch::stable::Tensor& x,
+                         const TermArgs& terms) {
   STD_TORCH_CHECK(out.is_contiguous() && out.scalar_type() == x.scalar_type() &&
                       out.numel() == terms.seeds.numel() * x.numel(),
                   "spread: out: expected a contiguous tensor like x for each seed");
@@ -263,10 +277,11 @@ inline void check_wires(const char* op, const TensorList& wires, int64_t wire, c
     const int64_t numel = params[i].numel();
     int64_t bytes = 2 * numel;
     if (wire > 1) {
-      bytes = numel == 0 ? 0 : wire_scale_begin(numel) + wire_blocks(numel, static_cast<uint64_t>(offsets[i]));
+      bytes = numel == 0 ? 0
+                         : wire_scale_begin(numel) + wire_blocks(numel, static_cast<uint64_t>(offsets[i]));
     }
-    STD_TORCH_CHECK(wires[i].scalar_type() == torch::headeronly::ScalarType::Byte && wires[i].is_contiguous() &&
-                        wires[i].numel() == bytes,
+    STD_TORCH_CHECK(wires[i].scalar_type() == torch::headeronly::ScalarType::Byte &&
+                        wires[i].is_contiguous() && wires[i].numel() == bytes,
                     op, ": wires: expected contiguous uint8 [", bytes, "]; not so at ", i);
     check_device(op, wires[i], params[i]);
   }
@@ -298,7 +313,8 @@ inline int check_hyper(Rule rule, const torch::stable::Tensor& hyper, const Term
 
 // The states of a rule: first and second as far as it has them.
 inline void check_update(const TensorList& first, const TensorList& second, Rule rule,
-                         const torch::stable::Tensor& hyper, const TensorList& params, const TermArgs& terms) {
+                         const torch::stable::Tensor& hyper, const TensorList& params,
+                         const TermArgs& terms) {
   const int states = check_hyper(rule, hyper, terms);
   if (states > 0) check_beside("update", first, params, true);
   if (states > 1) check_beside("update", second, params, true);

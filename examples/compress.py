@@ -20,7 +20,9 @@ from zokernels import Span
 from zokernels.examples import digits
 
 
-def delta_of(model: nn.Module, data: digits.Data, steps: int, lr: float, generator: torch.Generator) -> list[Tensor]:
+def delta_of(
+    model: nn.Module, data: digits.Data, steps: int, lr: float, generator: torch.Generator
+) -> list[Tensor]:
     """The change of each weight that ``steps`` steps of Adam make."""
     trained = copy.deepcopy(model)
     optimizer = torch.optim.Adam(trained.parameters(), lr)

@@ -22,7 +22,9 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
     return out
 
 
-def draw(path: pathlib.Path, losses: Sequence[float], points: Sequence[tuple[int, float, float]], title: str) -> None:
+def draw(
+    path: pathlib.Path, losses: Sequence[float], points: Sequence[tuple[int, float, float]], title: str
+) -> None:
     """Draws the losses of the steps, and ``points`` of the validation sentences to ``path``.
 
     A point is (steps taken, loss, accuracy in [0, 1]).
@@ -30,7 +32,9 @@ def draw(path: pathlib.Path, losses: Sequence[float], points: Sequence[tuple[int
     window = max(1, len(losses) // 20)
     steps = range(1, len(losses) + 1)
     at, val_loss, accuracy = zip(*points, strict=True)
-    with plt.rc_context({"font.size": 10, "axes.edgecolor": "#999999", "axes.labelcolor": _INK, "text.color": _INK}):
+    with plt.rc_context(
+        {"font.size": 10, "axes.edgecolor": "#999999", "axes.labelcolor": _INK, "text.color": _INK}
+    ):
         figure, (top, bottom) = plt.subplots(
             2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 2), constrained_layout=True
         )

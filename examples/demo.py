@@ -76,7 +76,10 @@ def optimizer_for(model: Classifier, args: argparse.Namespace) -> ZOSGD:
     this short the encoder's part of it is mostly noise of the batch.  docs/demo.md has the figures."""
     head = [(n, p) for n, p in model.named_parameters() if n.startswith("head.")]
     encoder = [(n, p) for n, p in model.named_parameters() if not n.startswith("head.")]
-    groups = [{"params": encoder, "lr": args.lr, "eps": 1e-3}, {"params": head, "lr": args.head_lr, "eps": 0.3}]
+    groups = [
+        {"params": encoder, "lr": args.lr, "eps": 1e-3},
+        {"params": head, "lr": args.head_lr, "eps": 0.3},
+    ]
     log = args.output / LOG
     log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
@@ -147,7 +150,8 @@ def main(argv: list[str] | None = None) -> int:
     log = args.output / LOG
     same, replay_seconds = replayed(model, base, log)
     print(
-        f"replayed  {args.steps} steps of {log.name} ({log.stat().st_size:,} bytes) in {replay_seconds:.1f} s: {same}"
+        f"replayed  {args.steps} steps of {log.name} ({log.stat().st_size:,} bytes) in "
+        f"{replay_seconds:.1f} s: {same}"
     )
     check = lambda dtype: hotpath.restored_exactly(model, lambda m: loss_of(m, validation[0]), dtype)
     restored = {name: check(DTYPES[name]) for name in ("fp32", "bf16")}
@@ -175,7 +179,8 @@ def main(argv: list[str] | None = None) -> int:
         "log_bytes": log.stat().st_size,
         "restored_exactly": all(restored.values()),
         "restored_exactly_by_dtype": restored,
-        "loss_definition": "cross entropy on the validation sentences, before the first and after the last step",
+        "loss_definition": "cross entropy on the validation sentences, before the first and after "
+        "the last step",
         "train_loss_first_tenth": sum(losses[:tenth]) / tenth,
         "train_loss_last_tenth": sum(losses[-tenth:]) / tenth,
         "validation": [dict(zip(("step", "loss", "accuracy"), point, strict=True)) for point in points],
@@ -203,13 +208,19 @@ def write_weights(model: nn.Module, path: pathlib.Path) -> None:
     save_file({n: t.detach().cpu().contiguous() for n, t in model.state_dict().items()}, path)
 
 
-def save(folder: pathlib.Path, model: nn.Module, losses: list[float], points: list, report: dict, begin: float) -> None:
+def save(
+    folder: pathlib.Path, model: nn.Module, losses: list[float], points: list, report: dict, begin: float
+) -> None:
     write_weights(model, folder / "model.safetensors")
-    title = f"Every weight of MiniLM-L6 ({report['weights'] / 1e6:.1f} M) trained on movie reviews without gradients"
+    weights = f"{report['weights'] / 1e6:.1f} M"
+    title = f"Every weight of MiniLM-L6 ({weights}) trained on movie reviews without gradients"
     curve.draw(folder / "loss.png", losses, points, title)
     report["wall_seconds"] = time.perf_counter() - begin
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(f"wrote     {folder}/report.json, loss.png, model.safetensors, {LOG}; {report['wall_seconds']:.0f} s in all")
+    print(
+        f"wrote     {folder}/report.json, loss.png, model.safetensors, {LOG}; "
+        f"{report['wall_seconds']:.0f} s in all"
+    )
 
 
 def verdict(report: dict) -> int:

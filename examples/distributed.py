@@ -58,8 +58,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--mesh", help="one of the meshes alone")
     parser.add_argument("--log", type=pathlib.Path, help="a trajectory, to go on with")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--alone", action="store_true", help="the run of --mesh in one process, for its digest")
-    parser.add_argument("--kill", metavar="RANK:STEP", help="that rank dies there, once (a file beside --log says so)")
+    parser.add_argument(
+        "--alone", action="store_true", help="the run of --mesh in one process, for its digest"
+    )
+    parser.add_argument(
+        "--kill", metavar="RANK:STEP", help="that rank dies there, once (a file beside --log says so)"
+    )
     return parser.parse_args()
 
 
@@ -74,7 +78,9 @@ class Batches:
         chosen = torch.randperm(len(self._sentences), generator=torch.Generator().manual_seed(step))
         mine = [self._sentences[i] for i in chosen[shard * self._size : (shard + 1) * self._size]]
         tokens = self._tokenizer([r.text for r in mine], padding=True, truncation=True, return_tensors="pt")
-        return reviews.Batch(tokens["input_ids"], tokens["attention_mask"], torch.tensor([r.label for r in mine]))
+        return reviews.Batch(
+            tokens["input_ids"], tokens["attention_mask"], torch.tensor([r.label for r in mine])
+        )
 
 
 def loss_of(model: nn.Module, batch: reviews.Batch) -> Tensor:
@@ -121,7 +127,9 @@ def leave_stage(model: Classifier, mesh: DeviceMesh) -> None:
 
 def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The parameters of the model, without those that another stage has."""
-    return [(n, p) for n, p in model.named_parameters() if not n.startswith(getattr(model, "not_here", "nothing"))]
+    return [
+        (n, p) for n, p in model.named_parameters() if not n.startswith(getattr(model, "not_here", "nothing"))
+    ]
 
 
 def digest_of(model: nn.Module, mesh: DeviceMesh | None = None) -> str:
@@ -143,7 +151,9 @@ def fresh(args: argparse.Namespace) -> Classifier:
 
 
 def alone(args: argparse.Namespace, shards: int, log: pathlib.Path | None = None) -> tuple[str, float]:
-    """The digest and the last loss of one process, which takes the mean over the batches of all data ranks."""
+    """The digest and the last loss of one process, which takes the mean over the batches of all data
+    ranks.
+    """
     model, loss = fresh(args), 0.0
     batches = Batches(model.tokenizer, args)
     optimizer = optimizer_for(model, args, trajectory=log)
@@ -204,7 +214,8 @@ def asynchronous(args: argparse.Namespace) -> bool:
         found, stale = digest_of(model), max(exchange.stalenesses())
         same = found == digest_of(alone)
         print(
-            f"{'asynchronous':<24} {ranks} ranks, {exchange.steps} records, stale by {stale} at most, digest {found} "
+            f"{'asynchronous':<24} {ranks} ranks, {exchange.steps} records, stale by {stale} at "
+            f"most, digest {found} "
             f"({'equal to' if same else 'NOT'} its log's, replayed)",
             flush=True,
         )
@@ -244,7 +255,8 @@ def main() -> int:
             same = found == expected[shards]
             good = good and same
             print(
-                f"{name:<24} {ranks} ranks, {sent:>2} bytes a step and rank, {1000 * seconds:5.0f} ms a step, "
+                f"{name:<24} {ranks} ranks, {sent:>2} bytes a step and rank, {1000 * seconds:5.0f} "
+                "ms a step, "
                 f"loss {loss:.6f}, digest {found} ({'equal to' if same else 'NOT'} one process's)",
                 flush=True,
             )

@@ -55,7 +55,9 @@ class Classifier(nn.Module):
         super().__init__()
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder(), local_files_only=True)
         # Without the pooler, 0.15 M weights on which no loss depends.
-        self.encoder = transformers.AutoModel.from_pretrained(folder(), local_files_only=True, add_pooling_layer=False)
+        self.encoder = transformers.AutoModel.from_pretrained(
+            folder(), local_files_only=True, add_pooling_layer=False
+        )
         self.head = nn.Linear(self.encoder.config.hidden_size, len(PROMPTS), bias=False)
         self.register_buffer("centre", torch.zeros(self.encoder.config.hidden_size))
         self.eval()  # without dropout, whose noise would add to that of the loss difference

@@ -42,7 +42,9 @@ def local_steps(
 
 
 @torch.no_grad()
-def train(*, pool: int = 4096, rounds: int = 20, steps: int = 100, participants: int = 5, lr: float = 1.2e-2) -> dict:
+def train(
+    *, pool: int = 4096, rounds: int = 20, steps: int = 100, participants: int = 5, lr: float = 1.2e-2
+) -> dict:
     training, validation = digits.load()
     model, shares = digits.network(), digits.clients(training, 10)
     base = [p.clone() for p in model.parameters()]
@@ -55,7 +57,10 @@ def train(*, pool: int = 4096, rounds: int = 20, steps: int = 100, participants:
         span.add_(list(model.parameters()), coeffs)
 
     coeffs = torch.zeros(pool)  # the server holds these, and sends them
-    result = {"accuracy_first": digits.accuracy(model, validation), "loss_first": digits.loss(model, validation)}
+    result = {
+        "accuracy_first": digits.accuracy(model, validation),
+        "loss_first": digits.loss(model, validation),
+    }
     for _ in range(rounds):
         total = torch.zeros(pool)
         for share in torch.randperm(len(shares), generator=generator)[:participants]:
@@ -65,7 +70,10 @@ def train(*, pool: int = 4096, rounds: int = 20, steps: int = 100, participants:
         coeffs += total / participants
     set_model(coeffs)
     down, up = coeffs.nbytes, numbers.nbytes + values.nbytes
-    result |= {"accuracy_last": digits.accuracy(model, validation), "loss_last": digits.loss(model, validation)}
+    result |= {
+        "accuracy_last": digits.accuracy(model, validation),
+        "loss_last": digits.loss(model, validation),
+    }
     return result | {
         "bytes_down": down,
         "bytes_up": up,
@@ -82,10 +90,13 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     result = train(pool=args.pool, rounds=args.rounds, steps=args.steps)
     print(
-        f"a client's round: {result['bytes_down']:,} bytes down, {result['bytes_up']:,} up, whatever the model's size"
+        f"a client's round: {result['bytes_down']:,} bytes down, {result['bytes_up']:,} up, whatever "
+        "the model's size"
     )
     for when in ("first", "last"):
-        print(f"{when:5} loss {result[f'loss_{when}']:.3f}, accuracy {100 * result[f'accuracy_{when}']:.1f} %")
+        print(
+            f"{when:5} loss {result[f'loss_{when}']:.3f}, accuracy {100 * result[f'accuracy_{when}']:.1f} %"
+        )
     return result
 
 

@@ -2,7 +2,8 @@
 
 A Gaussian process over the points already queried has a mean whose gradient costs no query:
 
-    grad mu(x) = sum_i w_i k(x, x_i) (x_i - x) / l^2,    w = (K + s I)^-1 (f - mean),    k = exp(-|x - x'|^2 / 2 l^2).
+    grad mu(x) = sum_i w_i k(x, x_i) (x_i - x) / l^2,    w = (K + s I)^-1 (f - mean),
+    k(x, x') = exp(-|x - x'|^2 / 2 l^2).
 
 It needs only distances and differences of points, and it lies in their span.  So a point x = theta_0 + sum_k
 a_k z_k is stored as its a, and distances come from the Gram matrix of the seeds.  A history of hundreds of
@@ -72,7 +73,9 @@ def descend(a: Tensor, gradient: Tensor, span: Span, step: float) -> Tensor:
 
 
 def surrogate_round(box: BlackBox, surrogate: Surrogate, a: Tensor, args: argparse.Namespace) -> Tensor:
-    """Makes ``args.queries`` queries around a, then ``args.walk`` steps along the surrogate, which cost none."""
+    """Makes ``args.queries`` queries around a, then ``args.walk`` steps along the surrogate, which cost
+    none.
+    """
     surrogate.add(a, box(a))
     for _ in range(args.queries - 1):
         direction = torch.randn(len(box.span), generator=args.generator, dtype=torch.float64)
@@ -134,7 +137,9 @@ def main(argv: list[str] | None = None) -> dict:
         (_, first), (queries, last) = result["curve"][0], result["curve"][-1]
         print(f"{name:12} loss {first:.3f} to {last:.3f} in {queries} queries")
     result = results["surrogates"]
-    print(f"history: {result['history_bytes']:,} bytes as coefficients, {result['vector_bytes']:,} as vectors")
+    print(
+        f"history: {result['history_bytes']:,} bytes as coefficients, {result['vector_bytes']:,} as vectors"
+    )
     return results
 
 

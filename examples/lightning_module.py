@@ -33,21 +33,29 @@ class Module(lightning.LightningModule):
         self.log("loss", optimizer.optimizer.last_loss, prog_bar=True)
 
     def configure_optimizers(self):
-        part = lambda head: [(n, p) for n, p in self.model.named_parameters() if n.startswith("head.") == head]
+        part = lambda head: [
+            (n, p) for n, p in self.model.named_parameters() if n.startswith("head.") == head
+        ]
         groups = [{"params": part(False), "lr": self.hparams.lr}]
-        return ZOSGD([*groups, {"params": part(True), "lr": self.hparams.head_lr, "eps": 0.3}], lr=0.0, seed=0)
+        return ZOSGD(
+            [*groups, {"params": part(True), "lr": self.hparams.head_lr, "eps": 0.3}], lr=0.0, seed=0
+        )
 
 
 def loader(tokenizer, batch):
     encode = lambda text: tokenizer(text, truncation=True, max_length=64, return_token_type_ids=False)
     data = [{**encode(r.text), "label": r.label} for r in split(load(), 100)[0]]
     generator = torch.Generator().manual_seed(0)
-    return DataLoader(data, batch, shuffle=True, generator=generator, collate_fn=DataCollatorWithPadding(tokenizer))
+    return DataLoader(
+        data, batch, shuffle=True, generator=generator, collate_fn=DataCollatorWithPadding(tokenizer)
+    )
 
 
 if __name__ == "__main__":
     folder, steps = sys.argv[1], int((*sys.argv, 300)[2])
     module = Module()
-    trainer = lightning.Trainer(max_steps=steps, default_root_dir=folder, log_every_n_steps=10, accelerator="cpu")
+    trainer = lightning.Trainer(
+        max_steps=steps, default_root_dir=folder, log_every_n_steps=10, accelerator="cpu"
+    )
     trainer.fit(module, loader(module.model.tokenizer, min(24, steps)))
     trainer.save_checkpoint(folder + "/last.ckpt")

@@ -36,15 +36,23 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="offload-demo", description=__doc__.split("\n\n")[0])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=12, help="sentences a step")
-    parser.add_argument("--width", type=int, default=24576, help="neurons of a feed-forward layer (MiniLM has 1,536)")
-    parser.add_argument("--limit", type=int, default=0, help="MiB of private memory (default: what is measured to do)")
+    parser.add_argument(
+        "--width", type=int, default=24576, help="neurons of a feed-forward layer (MiniLM has 1,536)"
+    )
+    parser.add_argument(
+        "--limit", type=int, default=0, help="MiB of private memory (default: what is measured to do)"
+    )
     parser.add_argument("--slots", type=int, default=2)
     parser.add_argument("--lr", type=float, default=1e-6, help="of the encoder")
     parser.add_argument("--head-lr", type=float, default=0.1, help="of the head")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=pathlib.Path, default=reviews.WORK / "offload-demo")
-    parser.add_argument("--tiny", action="store_true", help="a few steps of a narrower model: whether it runs")
-    parser.add_argument("--role", choices=("parent", "memory", "streamed"), default="parent", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--tiny", action="store_true", help="a few steps of a narrower model: whether it runs"
+    )
+    parser.add_argument(
+        "--role", choices=("parent", "memory", "streamed"), default="parent", help=argparse.SUPPRESS
+    )
     args = parser.parse_args(argv)
     if args.tiny:
         args.steps, args.batch, args.width, args.slots = min(args.steps, 3), 4, min(args.width, 16384), 1
@@ -60,7 +68,9 @@ def data_for(model: WideClassifier, args: argparse.Namespace) -> tuple:
     training, held_out = reviews.split(sentences, VALIDATION)
     if args.tiny:
         training, held_out = training[:64], held_out[:8]
-    batcher = lambda rows: reviews.Batcher(rows, model.tokenizer, args.batch, torch.device("cpu"), max_length=LENGTH)
+    batcher = lambda rows: reviews.Batcher(
+        rows, model.tokenizer, args.batch, torch.device("cpu"), max_length=LENGTH
+    )
     return batcher(training), batcher(held_out).ordered()
 
 
@@ -152,7 +162,10 @@ def streamed(args: argparse.Namespace) -> dict:
     data, validation = data_for(model, args)
     options = {"weights": base_of(args), "path": args.output / "run", "slots": args.slots, "scratch": 1}
     # A block can be any module.  Here these are the word embeddings, and the three parts of each layer.
-    blocks = [model.encoder.embeddings, *(part for layer in model.encoder.encoder.layer for part in layer.children())]
+    blocks = [
+        model.encoder.embeddings,
+        *(part for layer in model.encoder.encoder.layer for part in layer.children()),
+    ]
     with offload.stream(model, blocks, "disk", **options) as engine:
         before = evaluate(model, validation)
         print(f"before    validation loss {before[0]:.4f}, accuracy {100 * before[1]:.1f} %", flush=True)
@@ -270,7 +283,8 @@ def main(argv: list[str] | None = None) -> int:
     }
     (args.output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     print(
-        f"wrote     {args.output}/report.json, timeline.png, model.safetensors; {report['wall_seconds']:.0f} s in all"
+        f"wrote     {args.output}/report.json, timeline.png, model.safetensors; "
+        f"{report['wall_seconds']:.0f} s in all"
     )
     checks = {
         "training in memory kept the limit": "error" in refused,

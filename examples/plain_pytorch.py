@@ -23,5 +23,7 @@ groups = [{"params": part(False), "lr": 3e-6}, {"params": part(True), "lr": 0.15
 optimizer = ZOSGD(groups, lr=0.0, seed=0, trajectory=folder / "run.zk", resume=True)
 for batch in itertools.islice(batches, optimizer.step_count, steps):
     loss = optimizer.step(lambda: F.cross_entropy(model(batch.ids, batch.mask), batch.labels))  # noqa: B023
-    print(f"step {optimizer.step_count}  loss {loss:.4f}  g {optimizer.last_projected_gradient:.3f}", flush=True)
+    print(
+        f"step {optimizer.step_count}  loss {loss:.4f}  g {optimizer.last_projected_gradient:.3f}", flush=True
+    )
 torch.save(model.state_dict(), folder / "model.pt")

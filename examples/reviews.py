@@ -51,11 +51,22 @@ def fetch() -> pathlib.Path:
     """The path of the archive, which pip downloads on first use."""
     path = FOLDER / ARCHIVE
     if not path.exists():
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "vaderSentiment"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--no-binary",
+            "vaderSentiment",
+        ]
         command += ["--disable-pip-version-check", "--dest", str(FOLDER), "--requirement", str(REQUIREMENT)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode or not path.exists():
-            raise SystemExit(f"could not download the reviews with\n  {' '.join(command)}\n{done.stderr.strip()}")
+            raise SystemExit(
+                f"could not download the reviews with\n  {' '.join(command)}\n{done.stderr.strip()}"
+            )
     return path
 
 
@@ -93,7 +104,9 @@ class Batcher:
     In others a third of the work would be padding.
     """
 
-    def __init__(self, reviews: Sequence[Review], tokenizer, size: int, device: torch.device, max_length: int = 64):
+    def __init__(
+        self, reviews: Sequence[Review], tokenizer, size: int, device: torch.device, max_length: int = 64
+    ):
         ids = tokenizer([r.text for r in reviews], truncation=True, max_length=max_length)["input_ids"]
         self.items = [(i, r.label) for i, r in zip(ids, reviews, strict=True)]
         self.pad, self.size, self.device = tokenizer.pad_token_id, size, device

@@ -63,7 +63,9 @@ class Token:
         self.history: list[Tensor] = []
 
     def noise(self, k: int) -> Tensor:
-        return zokernels.noise(self.vector.shape, seed=self.span.seeds[k : k + 1], stream=self.span.streams[0])
+        return zokernels.noise(
+            self.vector.shape, seed=self.span.seeds[k : k + 1], stream=self.span.streams[0]
+        )
 
     def move(self, change: Tensor) -> None:
         self.coeffs = self.coeffs + change
@@ -72,7 +74,13 @@ class Token:
 
 
 def train(
-    losses: Callable[[Tensor], Tensor], start: Tensor, *, steps: int, window: int, share: float | None, lr: float
+    losses: Callable[[Tensor], Tensor],
+    start: Tensor,
+    *,
+    steps: int,
+    window: int,
+    share: float | None,
+    lr: float,
 ) -> dict:
     """Trains a token.
 
@@ -85,7 +93,9 @@ def train(
         g = (plus - minus) / (2 * EPS)
         if step % window == 0 and step and share is not None:
             explored = (step // window) % 2 == 1
-            components = Components(token.span, torch.stack(token.history[-window:]), share) if explored else None
+            components = (
+                Components(token.span, torch.stack(token.history[-window:]), share) if explored else None
+            )
         if components is None:
             change = token.span.zeros()
             change[step] = -lr * g
@@ -142,7 +152,10 @@ def main(argv: list[str] | None = None) -> dict:
     for name, share in (("projected", 0.95), ("plain", None)):
         result = train(losses, start, steps=args.steps, window=args.window, share=share, lr=args.lr)
         results[name] = result
-        print(f"{name:9} loss {result['loss_first']:.4f} to {result['loss_last']:.4f} in {2 * args.steps} forwards")
+        print(
+            f"{name:9} loss {result['loss_first']:.4f} to {result['loss_last']:.4f} in "
+            f"{2 * args.steps} forwards"
+        )
     return results
 
 

@@ -1,16 +1,18 @@
-"""``make hub``: this package in the layout that Hugging Face's kernel builder reads and its library ``kernels`` loads.
+"""``make hub``: this package in the layout that Hugging Face's kernel builder reads and its library
+``kernels`` loads.
 
     python packaging/hub.py [--out build/hub] [--repo-id ORGANISATION/zokernels]
 
-Writes the project ``build.toml``, ``CARD.md``, ``flake.nix`` and ``torch-ext/zokernels/``, and beside them what the
-builder makes of it: ``build/torch-<backend>/``, which ``kernels.get_local_kernel`` loads. It is a project of pure
-Python and Triton ("torch-noarch"): the backends ``reference`` and ``triton``, with the bits of the compiled ones.
+Writes the project ``build.toml``, ``CARD.md``, ``flake.nix`` and ``torch-ext/zokernels/``, and beside them
+what the builder makes of it: ``build/torch-<backend>/``, which ``kernels.get_local_kernel`` loads. It is a
+project of pure Python and Triton ("torch-noarch"): the backends ``reference`` and ``triton``, with the bits
+of the compiled ones.
 
 The Hub asks three things of a package that this tree does not do, and here they are done to the copy:
 
 * Its modules import each other relatively, wherever the package lies. They do so already.
-* Several versions live in one process, so operations are registered as ``torch.ops.<id>`` with an id made from the
-  sources, where an installed package has ``torch.ops.zokernels``.
+* Several versions live in one process, so operations are registered as ``torch.ops.<id>`` with an id made
+  from the sources, where an installed package has ``torch.ops.zokernels``.
 * Nothing but torch is imported. The command line, the programs and the bridges to other libraries stay out.
 """
 
@@ -31,7 +33,11 @@ LEFT_OUT = {"bench", "examples", "integrations", "lib", "cli.py", "commands.py",
 NAMESPACE = "from .._ops import add_op_namespace_prefix\n"
 #: What the copy has instead: (file, before, after), each exactly once.
 CHANGED = [
-    ("ops/define.py", "from ..backends.terms import Terms\n", f"{NAMESPACE}from ..backends.terms import Terms\n"),
+    (
+        "ops/define.py",
+        "from ..backends.terms import Terms\n",
+        f"{NAMESPACE}from ..backends.terms import Terms\n",
+    ),
     ("ops/define.py", 'Library("zokernels", "DEF")', 'Library(add_op_namespace_prefix("")[:-2], "DEF")'),
     ("ops/define.py", 'f"zokernels::{name}"', "add_op_namespace_prefix(name)"),
     ("ops/define.py", "getattr(torch.ops.zokernels, name)", "getattr(getattr(torch.ops, _LIBRARY.ns), name)"),
@@ -81,9 +87,9 @@ library_name: kernels
 license: apache-2.0
 ---
 
-Fused kernels for zeroth-order training: noise regenerated from a seed and applied to the weights in one pass, with the
-same bits on every backend and device. This is the part in pure Python and Triton; the package `zokernels` adds CUDA C++
-and CPU kernels with the same bits.
+Fused kernels for zeroth-order training: noise regenerated from a seed and applied to the weights in one pass,
+with the same bits on every backend and device. This is the part in pure Python and Triton; the package
+`zokernels` adds CUDA C++ and CPU kernels with the same bits.
 
 ## How to use
 
@@ -145,7 +151,9 @@ def make(out: pathlib.Path, repo: str) -> pathlib.Path:
     modules = sources()
     unique = hashlib.sha256(json.dumps(modules, sort_keys=True).encode()).hexdigest()[:7]
     backends = ", ".join(f'"{backend}"' for backend in BACKENDS)
-    listed = "\n".join(f"- `{name}`" for name in functions(modules["__init__.py"]) if not name.startswith("_"))
+    listed = "\n".join(
+        f"- `{name}`" for name in functions(modules["__init__.py"]) if not name.startswith("_")
+    )
     files = {"build.toml": BUILD.format(backends=backends, repo=repo), "flake.nix": FLAKE}
     files["CARD.md"] = CARD.format(repo=repo, functions=listed)
     write(project, files)
@@ -155,10 +163,18 @@ def make(out: pathlib.Path, repo: str) -> pathlib.Path:
         variant = project / "build" / f"torch-{backend}"
         write(variant, {**modules, "_ops.py": OPS.format(name=name)})
         digests = {
-            path.relative_to(variant).as_posix(): base64.b64encode(hashlib.sha256(path.read_bytes()).digest()).decode()
+            path.relative_to(variant).as_posix(): base64.b64encode(
+                hashlib.sha256(path.read_bytes()).digest()
+            ).decode()
             for path in sorted(variant.rglob("*.py"))
         }
-        metadata = {"id": name, "name": "zokernels", "version": 0, "license": "Apache-2.0", "python-depends": []}
+        metadata = {
+            "id": name,
+            "name": "zokernels",
+            "version": 0,
+            "license": "Apache-2.0",
+            "python-depends": [],
+        }
         metadata |= {"backend": {"type": backend}, "digest": {"algorithm": "sha256", "files": digests}}
         (variant / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
     return project

@@ -28,7 +28,8 @@ import sys
 #: The newest version of each family of symbols that manylinux_2_28 allows (auditwheel's policies).
 NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
 LOADER = {"x86_64": "ld-linux-x86-64.so.2", "aarch64": "ld-linux-aarch64.so.1"}
-#: Variables of glibc newer than 2.28 that inline functions of libstdc++ read.  False: count references atomically.
+#: Variables of glibc newer than 2.28 that inline functions of libstdc++ read.  False: count references
+#: atomically.
 COMPATIBLE = 'char __libc_single_threaded __attribute__((visibility("hidden"))) = 0;\n'
 TOOLCHAIN = """\
 # Written by packaging/manylinux.py: libraries for every Linux with glibc 2.28.
@@ -50,7 +51,8 @@ class Tools:
         if missing := [prefix + tool for tool, path in found.items() if path is None]:
             package = "g++" if self.native else f"g++-{arch.replace('_', '-')}-linux-gnu"
             sys.exit(
-                f"manylinux: {', '.join(missing)}: not found; install a compiler, in Debian: apt install {package}"
+                f"manylinux: {', '.join(missing)}: not found; install a compiler, in Debian: apt "
+                f"install {package}"
             )
         self.compiler, self.ar, self.readelf = (str(path) for path in found.values())
 
@@ -66,7 +68,12 @@ class Tools:
         found = []
         for line in run(self.readelf, "-W", "--dyn-syms", library).splitlines():
             row = line.split()
-            if len(row) >= 8 and row[0].endswith(":") and row[6] != "UND" and row[4] in ("GLOBAL", "WEAK", "UNIQUE"):
+            if (
+                len(row) >= 8
+                and row[0].endswith(":")
+                and row[6] != "UND"
+                and row[4] in ("GLOBAL", "WEAK", "UNIQUE")
+            ):
                 name, _, version = row[7].partition("@")
                 found.append((name, version.lstrip("@"), row[3]))
         return found
@@ -80,7 +87,9 @@ def run(*command: object) -> str:
 
 
 def number(version: str) -> tuple[str, tuple[int, ...]] | None:
-    """Family and number of a version: "GLIBC_2.28" -> ("GLIBC", (2, 28)); None for those that are no release."""
+    """Family and number of a version: "GLIBC_2.28" -> ("GLIBC", (2, 28)); None for those that are no
+    release.
+    """
     found = re.fullmatch(r"([A-Z]+)_([\d.]+)", version)
     return (found[1], tuple(map(int, found[2].split(".")))) if found else None
 
@@ -107,7 +116,13 @@ def write_stub(tools: Tools, soname: str, symbols: dict[str, tuple[str, str]], f
         section, mark = {"OBJECT": (".data", "object"), "TLS": (".section .tdata,\"awT\"", "tls_object")}.get(
             kind, (".text", "function")
         )  # fmt: skip
-        lines += [section, f".globl {local}", f".type {local}, %{mark}", f"{local}: .byte 0", f".size {local}, 1"]
+        lines += [
+            section,
+            f".globl {local}",
+            f".type {local}, %{mark}",
+            f"{local}: .byte 0",
+            f".size {local}, 1",
+        ]
         if version:
             lines.append(f".symver {local}, {name}@@@{version}")
     source, script = folder / f"{soname}.s", folder / f"{soname}.map"
@@ -115,15 +130,24 @@ def write_stub(tools: Tools, soname: str, symbols: dict[str, tuple[str, str]], f
     versions = sorted({version for version, _ in symbols.values() if version})
     script.write_text("".join(f"{version} {{}};\n" for version in versions))
     options = [f"-Wl,--version-script={script}"] if versions else []
-    run(tools.compiler, "-shared", "-nostdlib", f"-Wl,-soname,{soname}", *options, source, "-o", folder / soname)
+    run(
+        tools.compiler,
+        "-shared",
+        "-nostdlib",
+        f"-Wl,-soname,{soname}",
+        *options,
+        source,
+        "-o",
+        folder / soname,
+    )
 
 
 def make(arch: str, folder: pathlib.Path, torch: pathlib.Path | None = None) -> pathlib.Path:
-    """Writes the stubs and the toolchain for an architecture; returns the toolchain's path, ``folder``'s name + .cmake.
+    """Writes the stubs and the toolchain for an architecture; returns the toolchain's path, ``folder``'s name
+    + .cmake.
 
-    ``torch``: a folder with libtorch_cpu.so of the building machine's architecture.  For another architecture its C
-    functions are what the stubs of libtorch have, because they are the same there.
-    """
+    ``torch``: a folder with libtorch_cpu.so of the building machine's architecture.  For another architecture
+    its C functions are what the stubs of libtorch have, because they are the same there."""
     tools = Tools(arch)
     stubs = folder / "stubs"
     shutil.rmtree(stubs, ignore_errors=True)
@@ -131,7 +155,8 @@ def make(arch: str, folder: pathlib.Path, torch: pathlib.Path | None = None) -> 
     for soname in ("libc.so.6", "libm.so.6", LOADER[arch], "libstdc++.so.6", "libgcc_s.so.1"):
         write_stub(tools, soname, chosen(tools.symbols(tools.library(soname))), stubs)
     if torch is not None and not tools.native:
-        names = {n: ("", "FUNC") for n, _, kind in Tools(platform.machine()).symbols(torch / "libtorch_cpu.so")
+        names = {n: ("", "FUNC") for n, _,
+            kind in Tools(platform.machine()).symbols(torch / "libtorch_cpu.so")
                  if kind == "FUNC" and re.match(r"(aoti_)?torch_\w+$", n)}  # fmt: skip
         write_stub(tools, "libtorch_cpu.so", names, stubs)
         write_stub(tools, "libtorch.so", {}, stubs)

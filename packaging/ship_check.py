@@ -25,9 +25,11 @@ import tempfile
 import manylinux
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-#: Where torch and what it needs lie: the fresh environment gets this folder by a .pth file instead of a download.
+#: Where torch and what it needs lie: the fresh environment gets this folder by a .pth file instead of a
+#: download.
 SITE = sysconfig.get_path("purelib")
-#: At most so many instructions of NEON an element, in place with one direction.  gcc 12 makes 14.5, 3.2, 14.7 and 3.6.
+#: At most so many instructions of NEON an element, in place with one direction.  gcc 12 makes 14.5, 3.2, 14.7
+#: and 3.6.
 INSTRUCTIONS = {
     ("fp32", "normal"): 15.5,
     ("fp32", "rademacher"): 3.6,
@@ -50,7 +52,9 @@ def wheels(out: pathlib.Path) -> None:
 
 
 def emulated() -> None:
-    """In the folder in which the wheel for aarch64 was compiled, so that only the tests themselves are new."""
+    """In the folder in which the wheel for aarch64 was compiled, so that only the tests themselves are
+    new.
+    """
     emulator = shutil.which("qemu-aarch64")
     if emulator is None:
         sys.exit("ship-check: qemu-aarch64: not found; install it, in Debian: apt install qemu-user")
@@ -82,7 +86,9 @@ def counted() -> None:
     short, long = 8192, 3 * 8192
     for (dtype, dist), ceiling in INSTRUCTIONS.items():
         codes = ("fp32", "bf16", "fp16").index(dtype), {"normal": 1, "rademacher": 2}[dist]
-        per = (executed(*program, "neon", *codes, long) - executed(*program, "neon", *codes, short)) / (long - short)
+        per = (executed(*program, "neon", *codes, long) - executed(*program, "neon", *codes, short)) / (
+            long - short
+        )
         print(f"neon {dtype} {dist}: {per:.2f} instructions an element, ceiling {ceiling}", flush=True)
         if per > ceiling:
             sys.exit("ship-check: too many instructions")
@@ -95,7 +101,14 @@ def installed(wheel: pathlib.Path) -> None:
         fresh = pathlib.Path(name)
         call(sys.executable, "-m", "venv", "--without-pip", fresh)
         (next(fresh.glob("lib/python*/site-packages")) / "torch_from_elsewhere.pth").write_text(f"{SITE}\n")
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", fresh / "bin" / "python"]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "--disable-pip-version-check",
+            "--python",
+            fresh / "bin" / "python",
+        ]
         call(*pip, "install", "-q", "--no-deps", "--no-index", wheel)
         environment = {"PATH": str(fresh / "bin"), "HOME": str(fresh)}
         for tool in ("gcc", "cc", "g++", "c++", "nvcc", "cmake", "ld"):

@@ -30,7 +30,17 @@ from manylinux import run
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 VERSIONS = ["2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1"]
 #: What torch imports besides itself; all of it is Python.
-PURE = ["filelock", "typing_extensions", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec", "setuptools"]
+PURE = [
+    "filelock",
+    "typing_extensions",
+    "sympy",
+    "mpmath",
+    "networkx",
+    "jinja2",
+    "markupsafe",
+    "fsspec",
+    "setuptools",
+]
 #: return 100: cudaErrorNoDevice, and no success of any other of NVIDIA's libraries.
 BODY = {"x86_64": "mov $100, %eax; ret", "aarch64": "mov x0, #100; ret"}
 
@@ -40,7 +50,9 @@ def needed(tools: manylinux.Tools, library: pathlib.Path) -> list[str]:
 
 
 def wanted(tools: manylinux.Tools, library: pathlib.Path) -> tuple[dict[str, set[str]], set[tuple[str, str]]]:
-    """What a library asks of others: {soname: versions}, and its undefined functions, each with its version."""
+    """What a library asks of others: {soname: versions}, and its undefined functions, each with its
+    version.
+    """
     versions: dict[str, set[str]] = {}
     soname = ""
     for line in run(tools.readelf, "-W", "--version-info", library).splitlines():
@@ -70,7 +82,11 @@ def write_stubs(torch: pathlib.Path, folder: pathlib.Path, arch: str = platform.
     for soname in missing:
         # A function without a version may be from any library, so each has them all.
         own = versions.get(soname, set())
-        mine = {f for f in functions if f[1] in own or (not f[1] and re.match(r"_{0,2}(cu|nv|nccl)[a-zA-Z]", f[0]))}
+        mine = {
+            f
+            for f in functions
+            if f[1] in own or (not f[1] and re.match(r"_{0,2}(cu|nv|nccl)[a-zA-Z]", f[0]))
+        }
         source, script = folder / f"{soname}.s", folder / f"{soname}.map"
         lines = [".text"]
         for i, (name, version) in enumerate(sorted(mine)):
@@ -80,7 +96,16 @@ def write_stubs(torch: pathlib.Path, folder: pathlib.Path, arch: str = platform.
         source.write_text("\n".join(lines) + "\n")
         script.write_text("".join(f'"{version}" {{}};\n' for version in sorted(own)))
         options = [f"-Wl,--version-script={script}"] if own else []
-        run(tools.compiler, "-shared", "-nostdlib", f"-Wl,-soname,{soname}", *options, source, "-o", folder / soname)
+        run(
+            tools.compiler,
+            "-shared",
+            "-nostdlib",
+            f"-Wl,-soname,{soname}",
+            *options,
+            source,
+            "-o",
+            folder / soname,
+        )
         source.unlink()
         script.unlink()
     return missing
@@ -102,7 +127,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--wheel", type=pathlib.Path, required=True)
     parser.add_argument("--torch", nargs="+", default=VERSIONS)
-    parser.add_argument("--python", nargs="+", default=[sys.executable], help="interpreters, each with each torch")
+    parser.add_argument(
+        "--python", nargs="+", default=[sys.executable], help="interpreters, each with each torch"
+    )
     arguments = parser.parse_args()
     failed = 0
     print("| torch | Python | download | result |\n|---|---|---|---|")
@@ -122,7 +149,10 @@ def main() -> None:
                 result = check(python, [folder / "ours", folder / "site"], folder / "stubs", stubs)
                 failed += result.startswith("FAILED")
                 which = run(python, "-c", "import platform; print(platform.python_version())").strip()
-                print(f"| {torch.name.split('-')[1]} | {which} | {size}, {len(stubs)} stubs | {result} |", flush=True)
+                print(
+                    f"| {torch.name.split('-')[1]} | {which} | {size}, {len(stubs)} stubs | {result} |",
+                    flush=True,
+                )
     sys.exit(1 if failed else 0)
 
 

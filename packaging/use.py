@@ -22,7 +22,9 @@ GOLDEN = json.loads((ROOT / "tests" / "golden.json").read_text())
 
 
 def instruction_sets() -> list[str]:
-    """Those of the host module; without one (another Python's), what this machine's kernel is called by "auto"."""
+    """Those of the host module; without one (another Python's), what this machine's kernel is called by
+    "auto".
+    """
     try:
         from zokernels import _host
     except ImportError:

@@ -44,10 +44,20 @@ def build(arch: str, out: pathlib.Path, environment: dict[str, str]) -> None:
         environment["ZOKERNELS_CUDA"] = "0"  # nvcc's libraries here are those for this machine
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-v", "--no-build-isolation"]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "--disable-pip-version-check",
+            "wheel",
+            "-v",
+            "--no-build-isolation",
+        ]
         call(*pip, "--no-deps", "-w", folder / "built", ROOT, environment=environment)
         (wheel,) = (folder / "built").glob("*.whl")
-        theirs = [option for library in ("libtorch.so", "libtorch_cpu.so") for option in ("--exclude", library)]
+        theirs = [
+            option for library in ("libtorch.so", "libtorch_cpu.so") for option in ("--exclude", library)
+        ]
         audit = [sys.executable, "-m", "auditwheel", "repair", "--plat", "auto", "--only-plat", *theirs]
         call(*audit, "-w", folder / "audited", wheel, environment=environment)
         (audited,) = (folder / "audited").glob("*.whl")

@@ -1,8 +1,7 @@
 """AMD's assembly as Triton's compiler writes it: directives, basic blocks, loops, and counts of operations.
 
-Operations, not lines: gfx11 issues two as one instruction (``v_dual_a ... :: v_dual_b ...``), and a packed one
-(``v_pk_``) does two at once.
-"""
+Operations, not lines: gfx11 issues two as one instruction (``v_dual_a ... :: v_dual_b ...``), and a packed
+one (``v_pk_``) does two at once."""
 
 from __future__ import annotations
 
@@ -62,4 +61,6 @@ class Kernel(Code):
     def hot_loop(self) -> Code:
         """The smallest loop with the most 16-byte stores: whole tiles of an element-wise kernel."""
         most = max(loop.count(WIDE_STORE) for loop in self.loops)
-        return min((loop for loop in self.loops if loop.count(WIDE_STORE) == most), key=lambda loop: len(loop.lines))
+        return min(
+            (loop for loop in self.loops if loop.count(WIDE_STORE) == most), key=lambda loop: len(loop.lines)
+        )

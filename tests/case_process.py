@@ -24,9 +24,8 @@ def environment(**variables: str) -> dict[str, str]:
 class CaseProcess:
     """``script``, which answers each line of JSON on its standard input with one on its standard output.
 
-    It starts with the first question.  A process that ends, or gives no answer for ``limit`` seconds, is the failure of
-    that one case; the next question starts another.
-    """
+    It starts with the first question.  A process that ends, or gives no answer for ``limit`` seconds, is the
+    failure of that one case; the next question starts another."""
 
     def __init__(self, script: str, *arguments: object, limit: float, **variables: str) -> None:
         self.command = [sys.executable, str(TESTS / script), *map(str, arguments)]
@@ -38,7 +37,9 @@ class CaseProcess:
         if self.process is None:
             self.errors.truncate(0)
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
-            self.process = subprocess.Popen(self.command, env=environment(**self.variables), text=True, **pipes)
+            self.process = subprocess.Popen(
+                self.command, env=environment(**self.variables), text=True, **pipes
+            )
         answer, end = "", "ended"
         try:
             print(json.dumps(question), file=self.process.stdin, flush=True)

@@ -1,9 +1,9 @@
 """Seeds, devices and backends for every test; what a machine lacks is skipped visibly.
 
-A randomised test is one that takes the fixture ``rng``.  It draws from a seed of its own, made of the run's seed
-and the test's id, so that what it draws depends neither on the tests that run before it nor on which are selected.
-The run's seed is 0 unless ``--seed`` gives another.  All other tests draw the same values in every run.
-"""
+A randomised test is one that takes the fixture ``rng``.  It draws from a seed of its own, made of the run's
+seed and the test's id, so that what it draws depends neither on the tests that run before it nor on which are
+selected. The run's seed is 0 unless ``--seed`` gives another.  All other tests draw the same values in every
+run."""
 
 from __future__ import annotations
 
@@ -25,8 +25,25 @@ pytest_plugins = ["pytester"]  # for test_seeds.py
 
 #: The files that take longest, the longest first, so that no process is left with one at the end.
 LONGEST = [
-    *("triton_versions", "writes", "triton_amd", "triton_compile", "cuda", "triton", "distributed", "offload_disk"),
-    *("packaging", "examples", "bench_gpu_check", "ptx", "ptx_triton", "trajectory_file", "transformers_runs"),
+    *(
+        "triton_versions",
+        "writes",
+        "triton_amd",
+        "triton_compile",
+        "cuda",
+        "triton",
+        "distributed",
+        "offload_disk",
+    ),
+    *(
+        "packaging",
+        "examples",
+        "bench_gpu_check",
+        "ptx",
+        "ptx_triton",
+        "trajectory_file",
+        "transformers_runs",
+    ),
     *("trajectory", "demo", "docs", "transformers_processes", "bench_methods"),
 ]
 
@@ -37,7 +54,9 @@ def _seed(text: str) -> int:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--large", action="store_true", help="also run tests that need more than 8 GiB of memory")
+    parser.addoption(
+        "--large", action="store_true", help="also run tests that need more than 8 GiB of memory"
+    )
     parser.addoption(
         "--seed",
         type=_seed,
@@ -48,7 +67,8 @@ def pytest_addoption(parser):
         "--fuzz",
         type=float,
         metavar="SECONDS",
-        help="run the randomised tests (those with the fixture rng) in a random order, from a fresh seed unless "
+        help="run the randomised tests (those with the fixture rng) in a random order, from a fresh "
+        "seed unless "
         "--seed gives one, and again from the next seed, until so many seconds have passed",
     )
 
@@ -63,15 +83,16 @@ def pytest_cmdline_main(config):
     if one or hasattr(config, "workerinput") or getattr(option, "numprocesses", 0) is not None:
         return  # that is: also without pytest-xdist, in one of its processes, and where -n says how many
     option.numprocesses, option.dist, option.loadscopereorder = min(4, cores), "loadfile", False
-    # A process that dies takes the tests that it still had with it, and with another in its place the run would wait
-    # for them for ever.
+    # A process that dies takes the tests that it still had with it, and with another in its place the run
+    # would wait for them for ever.
     option.maxworkerrestart = "0"
 
 
 def pytest_configure(config):
     if config.option.seed is None:
         config.option.seed = 0 if config.option.fuzz is None else _seed("random")
-    # Most tensors of tests are so small that threads would only wait for each other.  Tests of threads ask for some.
+    # Most tensors of tests are so small that threads would only wait for each other.  Tests of threads ask
+    # for some.
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a script's background jobs have it
@@ -83,7 +104,8 @@ def pytest_collection_modifyitems(config, items):
         place = {f"test_{name}": i for i, name in enumerate(LONGEST)}
         items.sort(key=lambda item: place.get(item.path.stem, len(place)))
     for item in items:
-        # Markers, not item.keywords: these hold the names of folders too, and a clone in a folder "gpu" ran no test.
+        # Markers, not item.keywords: these hold the names of folders too, and a clone in a folder "gpu" ran
+        # no test.
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
         if item.get_closest_marker("large") and not config.getoption("--large"):
@@ -134,7 +156,9 @@ def _seeded(request) -> int:
 
 @pytest.fixture(autouse=True)
 def _poisoned(request):
-    """Fresh memory is poisoned, in tests on a GPU where kernels are compared with the reference (check_backend)."""
+    """Fresh memory is poisoned, in tests on a GPU where kernels are compared with the reference
+    (check_backend).
+    """
     with contextlib.nullcontext() if request.node.get_closest_marker("gpu") else poisoned():
         yield
 

@@ -1,16 +1,17 @@
 """SASS of a cubin, and the instructions per element of its hot path.
 
-    figure = (instructions on the path + (trips - 1) * instructions of the path's loop) / elements a thread handles
+    figure = (instructions on the path + (trips - 1) * instructions of the path's loop) / elements a thread
+    handles
 
-The path is what one thread executes where nothing is masked: it starts at the entry, so the whole prologue counts, runs
-through the basic block with the most 16-byte global stores, and ends at EXIT.  Where branches leave a choice it is the
-longest such path, so the figure is an upper bound.  The loop (backward branch) around the stores runs ``trips`` times.
-Predicated instructions count whether or not they take effect; a called subroutine counts as the one CALL.  NOPs and
-code that no path reaches (the padding behind EXIT) do not count.  Every instruction counts once, also those that a pipe
-issues at half rate.
+The path is what one thread executes where nothing is masked: it starts at the entry, so the whole prologue
+counts, runs through the basic block with the most 16-byte global stores, and ends at EXIT.  Where branches
+leave a choice it is the longest such path, so the figure is an upper bound.  The loop (backward branch)
+around the stores runs ``trips`` times. Predicated instructions count whether or not they take effect; a
+called subroutine counts as the one CALL.  NOPs and code that no path reaches (the padding behind EXIT) do not
+count.  Every instruction counts once, also those that a pipe issues at half rate.
 
-Works on Triton's and nvcc's cubins alike.  nvdisasm is looked for in Triton's package, on PATH and in /usr/local/cuda.
-"""
+Works on Triton's and nvcc's cubins alike.  nvdisasm is looked for in Triton's package, on PATH and in
+/usr/local/cuda."""
 
 from __future__ import annotations
 
@@ -53,7 +54,10 @@ class Instruction:
 
     @property
     def target(self) -> str | None:
-        """Label that a branch may go to.  On sm_80 a CALL.REL to a label of the function serves as a far branch."""
+        """Label that a branch may go to.
+
+        On sm_80 a CALL.REL to a label of the function serves as a far branch.
+        """
         found = _TARGET.search(self.operands)
         return found[1] if found and self.opcode.split(".")[0] in ("BRA", "JMP", "CALL") else None
 
@@ -111,7 +115,12 @@ class Function:
     @cached_property
     def loops(self) -> list[tuple[int, int]]:
         """(first, last) block of each loop that is not padding: the spans of the backward branches."""
-        return [(s, i) for i, b in enumerate(self.blocks) for s in b.successors if s <= i and (s < i or len(b) > 1)]
+        return [
+            (s, i)
+            for i, b in enumerate(self.blocks)
+            for s in b.successors
+            if s <= i and (s < i or len(b) > 1)
+        ]
 
     def _longest(self, start: int, goal: int | None) -> list[int] | None:
         """Longest path of forward branches from block ``start`` to block ``goal``, or to an EXIT."""
@@ -129,7 +138,9 @@ class Function:
     def _through(self, start: int, hot: int, goal: int | None) -> list[int]:
         head, tail = self._longest(start, hot), self._longest(hot, goal)
         if head is None or tail is None:
-            raise ValueError(f"{self.name}: no path of forward branches from block {start} through block {hot}")
+            raise ValueError(
+                f"{self.name}: no path of forward branches from block {start} through block {hot}"
+            )
         return head + tail[1:]
 
     def _hot(self, store: str) -> int:
@@ -143,7 +154,9 @@ class Function:
         return self._through(0, self._hot(store), None)
 
     def times(self, trips: int = 1, store: str = WIDE_STORE) -> Counter[int]:
-        """How often one thread runs each block on the hot path, with ``trips`` iterations of the loop around it."""
+        """How often one thread runs each block on the hot path, with ``trips`` iterations of the loop
+        around it.
+        """
         hot = self._hot(store)
         around = [span for span in self.loops if span[0] <= hot <= span[1]]
         if trips > 1 and not around:
@@ -155,7 +168,9 @@ class Function:
         return found
 
     def executed(self, trips: int = 1, store: str = WIDE_STORE) -> int:
-        """Instructions that one thread executes on the hot path, with ``trips`` iterations of the loop around it."""
+        """Instructions that one thread executes on the hot path, with ``trips`` iterations of the loop
+        around it.
+        """
         return sum(n * len(self.blocks[i]) for i, n in self.times(trips, store).items())
 
     def opcodes(self, trips: int = 1, store: str = WIDE_STORE) -> Counter[str]:
@@ -167,7 +182,9 @@ class Function:
         return found
 
     def loads_in_flight(self, load: str = WIDE_LOAD, store: str = WIDE_STORE) -> int:
-        """The most ``load`` on the hot path that wait at one time: issued, and no register of theirs read yet."""
+        """The most ``load`` on the hot path that wait at one time: issued, and no register of theirs read
+        yet.
+        """
         waiting: set[int] = set()  # the first register of each
         most = 0
         for i in self.hot_path(store):
@@ -182,7 +199,9 @@ class Function:
         return most
 
     def loop_size(self, store: str = WIDE_STORE) -> int:
-        """Instructions of the longest innermost loop on the hot path: one direction where K is known at run time."""
+        """Instructions of the longest innermost loop on the hot path: one direction where K is known at
+        run time.
+        """
         path = self.hot_path(store)
         return max((len(self.blocks[i]) for a, i in self.loops if a == i and i in path), default=0)
 
@@ -233,5 +252,7 @@ def select(functions: dict[str, Function], pattern: str) -> Function:
     """The one function whose name matches ``pattern`` (a regular expression)."""
     found = [f for name, f in functions.items() if re.search(pattern, name)]
     if len(found) != 1:
-        raise ValueError(f"{pattern!r}: expected one function, got {[f.name for f in found] or list(functions)}")
+        raise ValueError(
+            f"{pattern!r}: expected one function, got {[f.name for f in found] or list(functions)}"
+        )
     return found[0]

@@ -1,4 +1,7 @@
-"""What the ranks of test_distributed.py do.  A case is a function of a :class:`World`; all ranks run it together."""
+"""What the ranks of test_distributed.py do.
+
+A case is a function of a :class:`World`; all ranks run it together.
+"""
 
 from __future__ import annotations
 
@@ -54,13 +57,18 @@ class World:
         folder.mkdir(exist_ok=True)
 
     def mesh(self, **sizes: int) -> DeviceMesh:
-        """A mesh of dimensions by name.  If there are more ranks than it has, they form further meshes like it."""
+        """A mesh of dimensions by name.
+
+        If there are more ranks than it has, they form further meshes like it.
+        """
         total = 1
         for size in sizes.values():
             total *= size
         if total == self.ranks:
             return init_device_mesh(DEVICE, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-        whole = init_device_mesh(DEVICE, (self.ranks // total, *sizes.values()), mesh_dim_names=("copy", *sizes))
+        whole = init_device_mesh(
+            DEVICE, (self.ranks // total, *sizes.values()), mesh_dim_names=("copy", *sizes)
+        )
         return whole[tuple(sizes)]
 
 
@@ -104,7 +112,9 @@ def loss_of(model: Model, step: int, shard: int) -> torch.Tensor:
 
 def whole_loss(model: Model, step: int, shards: int) -> torch.Tensor:
     """The loss that one process computes in the place of ``shards`` data ranks."""
-    return loss_of(model, step, 0) if shards == 1 else mean_of([loss_of(model, step, s) for s in range(shards)])
+    return (
+        loss_of(model, step, 0) if shards == 1 else mean_of([loss_of(model, step, s) for s in range(shards)])
+    )
 
 
 def take(optimizer: ZerothOrder, loss: Callable[[int], object], steps: int) -> list[float]:
@@ -129,7 +139,8 @@ def compare(
     steps: int,
     change: Callable[[Model], None] = lambda model: None,
 ) -> None:
-    """Compares a run on ``mesh`` with one of this process alone: weights, returned losses and log, bit for bit.
+    """Compares a run on ``mesh`` with one of this process alone: weights, returned losses and log, bit for
+    bit.
 
     ``change`` changes the model of the mesh.
     """
@@ -192,7 +203,13 @@ def optimizers(world: World, name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of layers that do not take part
         run = lambda p, **more: make(p, lr=0.05, **{**options, **more})
-        compare(world, world.mesh(data=2, perturbation=2), run, world.rng.choice((torch.float32, torch.bfloat16)), 5)
+        compare(
+            world,
+            world.mesh(data=2, perturbation=2),
+            run,
+            world.rng.choice((torch.float32, torch.bfloat16)),
+            5,
+        )
 
 
 for _name, (_make, _options) in OPTIMIZERS.items():
@@ -265,7 +282,11 @@ def resume(world: World) -> None:
                 file.write(b"\0" * 7)
     if world.rank == 0:
         alone = Model(torch.bfloat16, random.Random(3))
-        take(ZOSGD(alone.named_parameters(), 0.05, momentum=0.9, seed=seed), lambda s: whole_loss(alone, s, 2), 9)
+        take(
+            ZOSGD(alone.named_parameters(), 0.05, momentum=0.9, seed=seed),
+            lambda s: whole_loss(alone, s, 2),
+            9,
+        )
         assert_same(base_of(model), base_of(alone))
         assert read(log).steps == 9
 
@@ -313,7 +334,10 @@ def start(world: World) -> None:
         (r"\['eps'\]: " + both("0.001", "0.01"), {"eps": 0.01}),
         ("restore: " + both("exact", "inplace"), {"restore": "inplace"}),
         ("'directions': 1.* on rank 0 and .*'directions': 2.* on rank", {"directions": 2}),
-        (f"'head': .*float32 of shape .* on rank 0 and bfloat16 of .* on rank {rank}", {"dtype": torch.bfloat16}),
+        (
+            f"'head': .*float32 of shape .* on rank 0 and bfloat16 of .* on rank {rank}",
+            {"dtype": torch.bfloat16},
+        ),
         (f"'layers.2.w': .* on rank 0 and none on rank {rank}", {"last": False}),
         (f"'head': .* on rank 0 and none on rank {rank}", {"change": rename}),
         (f"'head': .* on rank 0 and .*, frozen on rank {rank}", {"freeze": True}),
@@ -332,7 +356,9 @@ def start(world: World) -> None:
 
 @case(4)
 def weights_checked(world: World) -> None:
-    """A weight that changes on one rank alone is found within check_every steps, and parameter and rank are named."""
+    """A weight that changes on one rank alone is found within check_every steps, and parameter and rank
+    are named.
+    """
     model, rank = Model(torch.bfloat16, random.Random(2)), world.rng.randrange(1, 4)
     optimizer = ZOSGD(model.named_parameters(), lr=0.1, mesh=Exchange(world.mesh(data=4), check_every=3))
     take(optimizer, lambda step: loss_of(model, step, 0), 3)
@@ -369,7 +395,9 @@ def _seed(optimizer: ZerothOrder, model: Model) -> None:
 @case(2, "one rank freezes a parameter", change=_freeze, named="trainable parameters")
 @case(2, "the seed changes on one rank", change=_seed, named="step")
 def changes_on_one_rank(world: World, change: Callable, named: str) -> None:
-    """A setting that one rank changes after the start: an error in that step, on all ranks, with base weights."""
+    """A setting that one rank changes after the start: an error in that step, on all ranks, with base
+    weights.
+    """
     for restore in ("exact", "inplace"):
         model = Model(torch.float32, random.Random(2))
         optimizer = ZOSGD(model.named_parameters(), lr=0.1, restore=restore, mesh=world.mesh(data=2))
@@ -384,7 +412,9 @@ def changes_on_one_rank(world: World, change: Callable, named: str) -> None:
 
 @case(2)
 def dtypes_of_losses(world: World) -> None:
-    """Losses of float64 on one rank and fp32 on another: an error where it would make other numbers, else the same."""
+    """Losses of float64 on one rank and fp32 on another: an error where it would make other numbers, else
+    the same.
+    """
     own = lambda loss: loss.double().sqrt() if world.rank else loss.double().sqrt().float()
     model = Model(torch.float32, random.Random(2))
     optimizer = ZOSGD(model.named_parameters(), lr=0.1, mesh=world.mesh(perturbation=2))
@@ -400,7 +430,8 @@ def dtypes_of_losses(world: World) -> None:
 @case(2, "one rank raises, exact", restore="exact")
 @case(2, "one rank raises, in place", restore="inplace")
 def raises_on_one_rank(world: World, restore: str) -> None:
-    """An exception in one rank's closure, which its caller catches, in either forward: the others hear of it at once.
+    """An exception in one rank's closure, which its caller catches, in either forward: the others hear of it
+    at once.
 
     Then no step is taken before the weights have been compared: they are the same with "exact".
     """
@@ -423,7 +454,9 @@ def raises_on_one_rank(world: World, restore: str) -> None:
         if world.rank:
             assert isinstance(told.value, KeyError)
         else:
-            assert "step 2: expected a step without an exception on all ranks, got one on rank 1" in str(told.value)
+            assert "step 2: expected a step without an exception on all ranks, got one on rank 1" in str(
+                told.value
+            )
         assert optimizer.step_count == 2
         try:
             take(optimizer, lambda step: loss_of(model, step, shard), 2)  # noqa: B023
@@ -451,7 +484,9 @@ def a_log_that_cannot_be_written(world: World) -> None:
         return write(fd, data, at)
 
     model = Model(torch.float32, random.Random(2))
-    optimizer = ZOSGD(model.named_parameters(), lr=0.1, mesh=world.mesh(data=2), trajectory=world.folder / "run.zk")
+    optimizer = ZOSGD(
+        model.named_parameters(), lr=0.1, mesh=world.mesh(data=2), trajectory=world.folder / "run.zk"
+    )
     os.pwrite = pwrite
     try:
         take(optimizer, lambda step: loss_of(model, step, world.rank), 2)
@@ -480,17 +515,25 @@ def wrong(world: World) -> None:
     params = lambda: Model(torch.float32, random.Random(2)).named_parameters()
     mesh = world.mesh(perturbation=4)
     refused(
-        world, "mesh: expected at most 2 ranks along 'perturbation'.*got 4", lambda: ZOSGD(params(), 1.0, mesh=mesh)
+        world,
+        "mesh: expected at most 2 ranks along 'perturbation'.*got 4",
+        lambda: ZOSGD(params(), 1.0, mesh=mesh),
     )
-    refused(world, "capturable: expected False with a mesh", lambda: FZOO(params(), 1.0, mesh=mesh, capturable=True))
+    refused(
+        world,
+        "capturable: expected False with a mesh",
+        lambda: FZOO(params(), 1.0, mesh=mesh, capturable=True),
+    )
     nameless = DeviceMesh(DEVICE, list(range(4)))
     refused(world, "mesh: expected named dimensions", lambda: ZOSGD(params(), 1.0, mesh=nameless))
     ranked = ZORankSGD(params(), 1.0, mesh=mesh, candidates=4)
     assert ranked.estimator == Ranking(4)
-    refused(world, "rank: expected losses with a mesh", lambda: ranked.step(lambda: 1.0, rank=lambda results: [0]))
+    refused(
+        world, "rank: expected losses with a mesh", lambda: ranked.step(lambda: 1.0, rank=lambda results: [0])
+    )
 
 
-# Pipeline -------------------------------------------------------------------------------------------------------------
+# Pipeline -------------------------------------------------------------------------------------------------
 
 
 class Stages(torch.nn.Module):
@@ -565,7 +608,9 @@ def pipeline(
     reference.trajectory.close()
     assert int(reference.skipped_steps) == 0
     weights = base_of(alone)
-    assert_same(base_of(model), {name: weights[name] for name in names if name in base_of(model)}, world.folder.name)
+    assert_same(
+        base_of(model), {name: weights[name] for name in names if name in base_of(model)}, world.folder.name
+    )
     assert log.read_bytes() == single.read_bytes()
 
 
@@ -577,7 +622,9 @@ case(4, "pipeline and perturbation", steps=20, pipeline=2, perturbation=2)(pipel
 
 @case(2)
 def stages_of_optimizers(world: World) -> None:
-    """The optimizers whose rules or directions keep a state, without those that look at all parameters at once."""
+    """The optimizers whose rules or directions keep a state, without those that look at all parameters at
+    once.
+    """
     for name in ("momentum", "ZOAdamW", "sparse", "kept", "fzoo", "ZOConservative", "inplace", "window"):
         kind, options = OPTIMIZERS.get(name, (ZOSGD, {"restore": "inplace", "directions": 2}))
         folder = world.folder / name
@@ -625,14 +672,18 @@ def stages_that_do_not_fit(world: World) -> None:
         refused(world, pattern, lambda: make(**(options if world.rank == victim else {})))  # noqa: B023
     unnamed = lambda model: list(model.parameters())
     refused(world, "expected named parameters where stages", lambda: make(groups=unnamed), alike=False)
-    streams = lambda model: [{"params": list(model.named_parameters()), "streams": list(range(3 if stage else 2))}]
+    streams = lambda model: [
+        {"params": list(model.named_parameters()), "streams": list(range(3 if stage else 2))}
+    ]
     refused(
-        world, "streams: expected one stream for each parameter, got 1 for both 'layers_", lambda: make(groups=streams)
+        world,
+        "streams: expected one stream for each parameter, got 1 for both 'layers_",
+        lambda: make(groups=streams),
     )
     refused(world, "mesh: expected no subset", lambda: make(kind=LeZO))
 
 
-# Asynchronous ---------------------------------------------------------------------------------------------------------
+# Asynchronous ---------------------------------------------------------------------------------------------
 
 
 def store_of(world: World, kind: str) -> dist.Store:
@@ -660,7 +711,9 @@ def own_steps(exchange: AsyncExchange, model: Model, rank: int, rng: random.Rand
 
 
 def ended_alike(world: World, exchange: AsyncExchange, model: Model, base: Model) -> None:
-    """On all ranks the weights are those of the merged log, replayed by one process and by :func:`combine_` itself."""
+    """On all ranks the weights are those of the merged log, replayed by one process and by
+    :func:`combine_` itself.
+    """
     assert exchange.done
     log = world.folder / f"{world.rank}.zk"
     exchange.save(log)
@@ -684,7 +737,9 @@ def ended_alike(world: World, exchange: AsyncExchange, model: Model, base: Model
         assert_same(base_of(by_hand), weights)
 
 
-def asynchronous(world: World, store: str, dtype: torch.dtype, staleness: int | None = None, **options) -> None:
+def asynchronous(
+    world: World, store: str, dtype: torch.dtype, staleness: int | None = None, **options
+) -> None:
     """Ranks with different delays write one log, whose replay gives the weights of each of them."""
     seed = world.rng.getrandbits(63)
     model, base = Model(dtype, random.Random(seed)), Model(dtype, random.Random(seed))
@@ -702,7 +757,9 @@ def asynchronous(world: World, store: str, dtype: torch.dtype, staleness: int | 
 
 case(2, "asynchronous, two", store="tcp", dtype=torch.bfloat16)(asynchronous)
 case(4, "asynchronous, four", store="file", dtype=torch.float32)(asynchronous)
-case(4, "asynchronous, momentum", store="tcp", dtype=torch.bfloat16, momentum=0.9, weight_decay=0.1)(asynchronous)
+case(4, "asynchronous, momentum", store="tcp", dtype=torch.bfloat16, momentum=0.9, weight_decay=0.1)(
+    asynchronous
+)
 case(4, "asynchronous, a bound", store="tcp", dtype=torch.float16, staleness=2)(asynchronous)
 case(2, "asynchronous, never stale", store="tcp", dtype=torch.bfloat16, staleness=0)(asynchronous)
 
@@ -743,13 +800,17 @@ def asynchronous_death(world: World) -> None:
 
 @case(2)
 def asynchronous_errors(world: World) -> None:
-    def make(store: str, change: Callable = lambda model: None, kind=ZOSGD, steps=5, staleness=None, **options):
+    def make(
+        store: str, change: Callable = lambda model: None, kind=ZOSGD, steps=5, staleness=None, **options
+    ):
         model = Model(torch.bfloat16, random.Random(2))
         change(model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             optimizer = kind(model.named_parameters(), **{"lr": 0.1, "seed": 7, **options})
-        return model, AsyncExchange(optimizer, dist.FileStore(str(world.folder / store), -1), steps, staleness)
+        return model, AsyncExchange(
+            optimizer, dist.FileStore(str(world.folder / store), -1), steps, staleness
+        )
 
     def halve(model):
         with torch.no_grad():
@@ -795,11 +856,13 @@ def asynchronous_errors(world: World) -> None:
     if world.rank == 0:
         exchange.save(world.folder / "a.zk")
         late = ZOSGD(Model(torch.bfloat16, random.Random(2)).named_parameters(), lr=0.1, seed=7)
-        with pytest.raises(ValueError, match="resume: asynchronous: expected that of the log, True, got None"):
+        with pytest.raises(
+            ValueError, match="resume: asynchronous: expected that of the log, True, got None"
+        ):
             record(late, world.folder / "a.zk", resume=True)
 
 
-# Streamed -------------------------------------------------------------------------------------------------------------
+# Streamed -------------------------------------------------------------------------------------------------
 
 
 def streamed(world: World, slots: int, dtype: torch.dtype, directions: int = 1, **sizes: int) -> None:
@@ -810,13 +873,17 @@ def streamed(world: World, slots: int, dtype: torch.dtype, directions: int = 1, 
     make = lambda: offload_cases.tower(dtype, seed=5, layers=4, dropout=0.0).to(DEVICE)
     model, mesh, folder = make(), world.mesh(**sizes), world.folder
     line = init_device_mesh(DEVICE, (world.ranks,), mesh_dim_names=("slices",))
-    engine = offload.stream(model, storage="host", slots=slots, write_every=world.rng.choice((1, 3)), mesh=line)
+    engine = offload.stream(
+        model, storage="host", slots=slots, write_every=world.rng.choice((1, 3)), mesh=line
+    )
     memory = engine.mover.source
     assert memory.data.numel() * world.ranks == sum(b.nbytes for b in engine.blocks)
     shard = mesh.get_local_rank("data") if "data" in sizes else 0
     options = {"lr": 0.02, "seed": 3, "weight_decay": 0.1, "directions": directions}
     with_log = lambda name: {"trajectory": folder / f"{world.rank}-{name}.zk", **options}
-    loss = lambda model, step, s: offload_cases.loss_of(model, offload_cases.batch_of(10 * step + s).to(DEVICE))
+    loss = lambda model, step, s: offload_cases.loss_of(
+        model, offload_cases.batch_of(10 * step + s).to(DEVICE)
+    )
     optimizer = ZOSGD(model.named_parameters(), mesh=Exchange(mesh), **with_log("mesh"))
     returned = take(optimizer, lambda step: loss(model, step, shard), 20)
     optimizer.trajectory.close()
@@ -826,7 +893,8 @@ def streamed(world: World, slots: int, dtype: torch.dtype, directions: int = 1, 
     engine.close()
     alone = make()
     reference = ZOSGD(alone.named_parameters(), **with_log("alone"))
-    whole = lambda step: mean_of([loss(alone, step, s) for s in range(sizes["data"])]) if "data" in sizes else (
+    whole = lambda step: mean_of([loss(alone, step,
+        s) for s in range(sizes["data"])]) if "data" in sizes else (
         loss(alone, step, 0)
     )  # fmt: skip
     assert returned == take(reference, whole, 20)
@@ -844,7 +912,9 @@ def streamed(world: World, slots: int, dtype: torch.dtype, directions: int = 1, 
 
 case(2, "streamed in slices", slots=3, dtype=torch.bfloat16, data=2)(streamed)
 case(2, "streamed in slices, shared points", slots=1, dtype=torch.float32, perturbation=2)(streamed)
-case(4, "streamed in slices, both", slots=2, dtype=torch.bfloat16, directions=3, data=2, perturbation=2)(streamed)
+case(4, "streamed in slices, both", slots=2, dtype=torch.bfloat16, directions=3, data=2, perturbation=2)(
+    streamed
+)
 case(4, "streamed in slices, uneven", slots=2, dtype=torch.float16, directions=3, perturbation=4)(streamed)
 
 
@@ -857,11 +927,13 @@ def streamed_wrong(world: World) -> None:
     refused(world, "wire: expected None with a mesh, got 'int8'", lambda: make(line, wire="int8"))
 
 
-# Sharded weights ------------------------------------------------------------------------------------------------------
+# Sharded weights ------------------------------------------------------------------------------------------
 
 
 def split(model: Model, mesh: DeviceMesh, rng: random.Random) -> None:
-    """Every parameter as a DTensor, replicated or split along any dimension, by each dimension of ``mesh``."""
+    """Every parameter as a DTensor, replicated or split along any dimension, by each dimension of
+    ``mesh``.
+    """
     for name, p in list(model.named_parameters()):
         while True:
             places = [rng.choice([Replicate(), *map(Shard, range(p.dim()))]) for _ in range(mesh.ndim)]
@@ -936,7 +1008,10 @@ class Net(torch.nn.Module):
 
 
 def fsdp(world: World, restore: str, dtype: torch.dtype, **sizes: int) -> None:
-    """Twenty steps with fully_shard along "data".  The forward gathers the weights, also those that the root keeps."""
+    """Twenty steps with fully_shard along "data".
+
+    The forward gathers the weights, also those that the root keeps.
+    """
     mesh = world.mesh(**sizes)
     seed = world.rng.getrandbits(63)
     options = {"lr": 0.05, "weight_decay": 0.1, "momentum": 0.9, "seed": seed, "restore": restore}
@@ -949,7 +1024,10 @@ def fsdp(world: World, restore: str, dtype: torch.dtype, **sizes: int) -> None:
         after = float(net.loss(20, 0))  # with the weights of the last update
     net.reshard()
     assert all(isinstance(p, DTensor) for p in net.parameters())
-    weights, state = whole(net), {n: whole_of(optimizer.state[p]["momentum_buffer"]) for n, p in net.named_parameters()}
+    weights, state = (
+        whole(net),
+        {n: whole_of(optimizer.state[p]["momentum_buffer"]) for n, p in net.named_parameters()},
+    )
     alone = Net(dtype)
     reference = ZOSGD(alone.named_parameters(), **options)
     shards = mesh["data"].size()
@@ -968,16 +1046,18 @@ case(4, "fsdp and perturbation", restore="exact", dtype=torch.float32, perturbat
 def tensor_parallel(world: World, whole_model: bool) -> None:
     """Layers that are split by columns and by rows, and FSDP over them.
 
-    A sum over ranks has other last bits than the product of one process, so the run of the mesh is the reference.  All
-    ranks take the same steps, and the log, replayed on whole and on split weights, gives the same bits.
-    """
+    A sum over ranks has other last bits than the product of one process, so the run of the mesh is the
+    reference.  All ranks take the same steps, and the log, replayed on whole and on split weights, gives the
+    same bits."""
     mesh = world.mesh(data=2, model=2)
     log = world.folder / "run.zk"
 
     def build() -> Net:
         net = Net(torch.bfloat16)
         plan = {"first": ColwiseParallel(use_local_output=False), "block.0": RowwiseParallel()}
-        parallelize_module(net, mesh["model"], {**plan, "block.2": ColwiseParallel(output_layouts=Replicate())})
+        parallelize_module(
+            net, mesh["model"], {**plan, "block.2": ColwiseParallel(output_layouts=Replicate())}
+        )
         if whole_model:
             fully_shard(net, mesh=mesh["data"])
         return net
@@ -1008,7 +1088,9 @@ case(4, "tensor parallel and fsdp", whole_model=True)(tensor_parallel)
 @case(4)
 def wrong_splits(world: World) -> None:
     mesh = world.mesh(a=2, b=2)
-    param = lambda shape, mesh, *places: [torch.nn.Parameter(distribute_tensor(torch.ones(shape), mesh, places))]
+    param = lambda shape, mesh, *places: [
+        torch.nn.Parameter(distribute_tensor(torch.ones(shape), mesh, places))
+    ]
     cube = param((4, 4, 4), mesh, Shard(1), Shard(2))
     refused(world, "expected a shard that is rows of one matrix", lambda: ZOSGD(cube, 1.0, mesh=mesh))
     rows = param((8,), mesh["a"], Shard(0))
@@ -1020,11 +1102,20 @@ def wrong_splits(world: World) -> None:
         lambda: ZOSGD(param((8,), points["perturbation"], Shard(0)), 1.0, mesh=points),
         alike=False,
     )
-    refused(world, r"is split .*got ranks \[., .\],", lambda: ZOSGD(rows, 1.0, mesh=Exchange(mesh["b"])), alike=False)
+    refused(
+        world,
+        r"is split .*got ranks \[., .\],",
+        lambda: ZOSGD(rows, 1.0, mesh=Exchange(mesh["b"])),
+        alike=False,
+    )
     from zokernels.optim import LOZO, ForwardGradient
 
     columns = param((8, 8), mesh["a"], Shard(1))[0].data.bfloat16().requires_grad_()
     lozo = LOZO([torch.nn.Parameter(columns)], 1.0, rank=2, mesh=mesh)
-    refused(world, "rounding: expected 'nearest' for matrices of half", lambda: lozo.step(lambda: world.rng.random()))
+    refused(
+        world,
+        "rounding: expected 'nearest' for matrices of half",
+        lambda: lozo.step(lambda: world.rng.random()),
+    )
     forward = ForwardGradient(rows, 1.0, mesh=mesh)
     refused(world, "expected plain tensors", lambda: forward.step(lambda: rows[0].sum()))

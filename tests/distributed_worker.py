@@ -1,14 +1,14 @@
 """Runs the cases of distributed_cases.py on several processes, one case after the other.
 
-``distributed_worker.py FOLDER RANKS`` reads questions from standard input, each a line of JSON with the arguments of
-:meth:`Ranks.run`, and answers with a line of JSON: for each rank "ok" or what went wrong there.
-``distributed_worker.py FOLDER RANKS SEED [cuda]`` runs every case, or those with ``ZOKERNELS_CASES`` in their name.
-``FOLDER/<rank>.json`` then has what came of each case on that rank.  Exit: 0 if all is "ok".
+``distributed_worker.py FOLDER RANKS`` reads questions from standard input, each a line of JSON with the
+arguments of :meth:`Ranks.run`, and answers with a line of JSON: for each rank "ok" or what went wrong there.
+``distributed_worker.py FOLDER RANKS SEED [cuda]`` runs every case, or those with ``ZOKERNELS_CASES`` in their
+name. ``FOLDER/<rank>.json`` then has what came of each case on that rank.  Exit: 0 if all is "ok".
 
-Torch is imported once; each rank is a fork.  The ranks stay for the next case, unless a case fails or does not end on
-one of them: the others may then wait for it, so all are killed, and the next case gets new ones.  Every case has a
-process group of its own, which ends with it: the meshes of a case leave threads that ask for work 100 times a second.
-"""
+Torch is imported once; each rank is a fork.  The ranks stay for the next case, unless a case fails or does
+not end on one of them: the others may then wait for it, so all are killed, and the next case gets new ones.
+Every case has a process group of its own, which ends with it: the meshes of a case leave threads that ask for
+work 100 times a second."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ import torch
 import torch.distributed as dist
 from helpers import poisoned
 
-#: Seconds for a case, also on a busy machine, and for the other ranks after one has failed: they may fail themselves.
+#: Seconds for a case, also on a busy machine, and for the other ranks after one has failed: they may fail
+#: themselves.
 LIMIT, GRACE = 600, 5
 
 
@@ -139,7 +140,8 @@ def run_all(ranks: Ranks, seed: int, only: str) -> int:
 def main(folder: str, count: str, seed: str | None = None, device: str = "cpu") -> int:
     distributed_cases.DEVICE = device
     torch.set_num_threads(1)  # a thread pool does not survive a fork
-    gc.freeze()  # what is imported is left out when the ranks collect garbage, which would take longer than a case
+    # what is imported is left out when the ranks collect garbage, which would take longer than a case
+    gc.freeze()
     ranks = Ranks(pathlib.Path(folder), int(count))
     try:
         if seed is None:

@@ -1,4 +1,5 @@
-"""A rank of a run that torchrun restarts (test_distributed.py): ``elastic_worker.py FOLDER STEPS RANK:STEP ...``.
+"""A rank of a run that torchrun restarts (test_distributed.py): ``elastic_worker.py FOLDER STEPS RANK:STEP
+...``.
 
 Each of the ranks named kills itself with SIGKILL at its step, once: a file in FOLDER says that it did.
 """
@@ -29,7 +30,13 @@ def main(folder: str, steps: str, *kills: str) -> None:
     model = Model(torch.bfloat16, random.Random(5))
     fully_shard(model, mesh=mesh)
     optimizer = ZOSGD(
-        model.named_parameters(), lr=0.05, momentum=0.9, seed=6, mesh=mesh, trajectory=place / "run.zk", resume=True
+        model.named_parameters(),
+        lr=0.05,
+        momentum=0.9,
+        seed=6,
+        mesh=mesh,
+        trajectory=place / "run.zk",
+        resume=True,
     )
     if dist.get_rank() == 0:
         print(f"begins at step {optimizer.step_count}", flush=True)

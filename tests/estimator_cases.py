@@ -87,7 +87,8 @@ class Weights:
     def __init__(self, theta, seeds, dist, restore):
         self.theta, self.values, self.at, self.restore = theta, dict(theta), {}, restore
         self.z = {
-            n: [zk.noise(p.shape, seed=s, stream=zk.stream_of(n), dist=dist) for s in seeds] for n, p in theta.items()
+            n: [zk.noise(p.shape, seed=s, stream=zk.stream_of(n), dist=dist) for s in seeds]
+            for n, p in theta.items()
         }
 
     def to(self, point):
@@ -96,7 +97,10 @@ class Weights:
         way = {k: point.get(k, 0.0) - start.get(k, 0.0) for k in {**start, **point}}
         way = {k: c for k, c in way.items() if c}
         if way:
-            values = {n: combined(p, tuple(self.z[n][k] for k in way), tuple(way.values())) for n, p in values.items()}
+            values = {
+                n: combined(p, tuple(self.z[n][k] for k in way), tuple(way.values()))
+                for n, p in values.items()
+            }
         if self.restore == "inplace":
             self.at, self.values = point, values
         return values

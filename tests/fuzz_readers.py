@@ -16,7 +16,8 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-#: torch and its libraries take about 500 MiB; a reader that needs more than that again for 8 KiB of input is at fault.
+#: torch and its libraries take about 500 MiB; a reader that needs more than that again for 8 KiB of input is
+#: at fault.
 LIMITS = ("-rss_limit_mb=1536", "-timeout=60", "-max_len=8192")
 
 
@@ -31,21 +32,32 @@ def fuzz(reader: str, seconds: int, faults: pathlib.Path) -> None:
         accepts(reader, data)
 
     def mutated(data: bytes, max_size: int, seed: int) -> bytes:
-        """Half of the inputs change in their JSON, as a change of bytes hardly ever leaves JSON; half in some bytes."""
+        """Half of the inputs change in their JSON, as a change of bytes hardly ever leaves JSON; half in
+        some bytes.
+        """
         rng = random.Random(seed)
         changed = edited(reader, data, rng) if rng.random() < 0.5 else atheris.Mutate(data, max_size)
         return changed if len(changed) <= max_size else data
 
     with tempfile.TemporaryDirectory() as found:
-        options = (*LIMITS, f"-max_total_time={seconds}", f"-artifact_prefix={faults / reader}-", "-verbosity=0")
+        options = (
+            *LIMITS,
+            f"-max_total_time={seconds}",
+            f"-artifact_prefix={faults / reader}-",
+            "-verbosity=0",
+        )
         atheris.Setup(
-            [sys.argv[0], *options, "-print_final_stats=1", found, str(corpus_of(reader))], one, custom_mutator=mutated
+            [sys.argv[0], *options, "-print_final_stats=1", found, str(corpus_of(reader))],
+            one,
+            custom_mutator=mutated,
         )
         atheris.Fuzz()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=int, default=60, help="for all readers together (default 60)")
     parser.add_argument("--reader", nargs="+", help="default: all")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)  # the process of one reader
@@ -65,7 +77,11 @@ def main() -> int:
         command = [sys.executable, __file__, "--inside", "--reader", reader, "--seconds", str(seconds)]
         if subprocess.run(command, cwd=ROOT, check=False).returncode:
             failed.append(reader)
-    print(f"fuzz-readers: {', '.join(failed)} failed: inputs in {faults}" if failed else "fuzz-readers: no fault")
+    print(
+        f"fuzz-readers: {', '.join(failed)} failed: inputs in {faults}"
+        if failed
+        else "fuzz-readers: no fault"
+    )
     return bool(failed)
 
 

@@ -1,26 +1,30 @@
-"""What each kernel costs an NVIDIA GPU on each of its pipes, from its machine code: a bound, and not a measurement.
+"""What each kernel costs an NVIDIA GPU on each of its pipes, from its machine code: a bound, and not a
+measurement.
 
     python tests/gpu_pipes.py            prints the table of docs/performance.md
     python tests/gpu_pipes.py --write    puts it there
 
-A multiprocessor is four sub-partitions.  Each issues one instruction of a warp (32 threads) in a cycle, and has
-pipes of its own that take an instruction for several cycles: ``ALU`` 2, ``FMA`` 2 (from sm_90 on it is two pipes, a
-heavy and a lite one; integer products are the heavy one's alone, an ``IMAD.WIDE`` 4 cycles of it), ``XU`` 8.  Cycles
-an element are those of a sub-partition for 32 elements, which a warp's threads handle side by side; so they compare
-with instructions an element, which are the cycles of the issue slot.  The largest of a kernel's figures is its bound:
+A multiprocessor is four sub-partitions.  Each issues one instruction of a warp (32 threads) in a cycle, and
+has pipes of its own that take an instruction for several cycles: ``ALU`` 2, ``FMA`` 2 (from sm_90 on it is
+two pipes, a heavy and a lite one; integer products are the heavy one's alone, an ``IMAD.WIDE`` 4 cycles of
+it), ``XU`` 8.  Cycles an element are those of a sub-partition for 32 elements, which a warp's threads handle
+side by side; so they compare with instructions an element, which are the cycles of the issue slot.  The
+largest of a kernel's figures is its bound:
 
     elements a second = multiprocessors x 4 x 32 x clock / cycles
 
-No kernel reaches its bound: instructions wait for operands, for registers' ports and for each other.  Latency, the
-caches and the order of instructions are not part of this.
+No kernel reaches its bound: instructions wait for operands, for registers' ports and for each other.
+Latency, the caches and the order of instructions are not part of this.
 
 Where the figures come from:
 
-* results a clock and multiprocessor of each kind of instruction: CUDA C++ Programming Guide, "Throughput of Native
-  Arithmetic Instructions" (fp32 64 on 8.0 and 128 on 9.0 and 10.0; integer, logic, comparison, shift 64; special
-  functions 16).  A warp's 32 results at 64 a clock and multiprocessor are 2 cycles of a sub-partition.
+* results a clock and multiprocessor of each kind of instruction: CUDA C++ Programming Guide, "Throughput of
+  Native Arithmetic Instructions" (fp32 64 on 8.0 and 128 on 9.0 and 10.0; integer, logic, comparison, shift
+  64; special functions 16).  A warp's 32 results at 64 a clock and multiprocessor are 2 cycles of a
+  sub-partition.
 * which pipe takes which instruction: Nsight Compute's documentation ("Pipelines") names the kinds; for single
-  opcodes the counters of Nsight Compute, read by others: for 8.0 and 9.0 github.com/cicuvc/nvidia-sass-document (A100
+  opcodes the counters of Nsight Compute, read by others: for 8.0 and 9.0
+      github.com/cicuvc/nvidia-sass-document (A100
   and H100: IMAD.WIDE 4 cycles, IDP 2 of the pipe that multiplies, F2FP and VIMNMX of the ALU), for 10.x
   github.com/ademeure/QuickRunCUDA (B300: FFMA2 takes heavy and lite together for 2 cycles, I2FP the ALU), and
   NVIDIA's answer at forums.developer.nvidia.com/t/302018/7 (heavy: IMAD, IDP and fp32; lite: fp32).
@@ -43,20 +47,26 @@ import disassembly
 ROOT = Path(__file__).parent.parent
 ARCHITECTURES = (80, 90, 100)
 
-#: Pipe of an opcode by its part before the first dot.  "fp32": heavy or lite, whichever is free; "both": the two
-#: together.
+#: Pipe of an opcode by its part before the first dot.  "fp32": heavy or lite, whichever is free; "both": the
+#: two together.
 _OPCODES = {
-    "alu": """BMSK CSEL F2FP F2IP FMNMX FMNMX3 FSEL FSET FSETP I2FP I2IP IABS IADD IADD3 IMNMX ISETP LEA LOP3 MOV P2R
-        PLOP3 PRMT R2P SEL SGXT SHF VABSDIFF VIADD VIADDMNMX VIMNMX VIMNMX3 VOTE""",
+    "alu": """
+        BMSK CSEL F2FP F2IP FMNMX FMNMX3 FSEL FSET FSETP I2FP I2IP IABS IADD IADD3 IMNMX ISETP LEA LOP3 MOV
+        P2R PLOP3 PRMT R2P SEL SGXT SHF VABSDIFF VIADD VIADDMNMX VIMNMX VIMNMX3 VOTE
+    """,
     "fp32": "FADD FFMA FMUL",
     "heavy": "HADD2 IDP IMAD IMUL",
     "both": "FADD2 FFMA2 FMUL2 HFMA2 HMUL2",
     "xu": "BREV F2F F2I FLO I2F MUFU POPC",
     "fp64": "DADD DFMA DMUL DSETP",
-    "memory": """ATOM ATOMG CCTL CS2R CS2UR LD LDC LDCU LDG LDL LDS LDSM RED REDG REDUX S2R S2UR SHFL ST STG STL STS
-        STSM""",
-    "control": """ACQBULK BAR BMOV BRA BREAK BRX BSSY BSYNC CALL DEPBAR ERRBAR EXIT JMP LEPC MEMBAR NANOSLEEP NOP
-        PREEXIT RET WARPSYNC YIELD""",
+    "memory": """
+        ATOM ATOMG CCTL CS2R CS2UR LD LDC LDCU LDG LDL LDS LDSM RED REDG REDUX S2R S2UR SHFL ST STG STL STS
+        STSM
+    """,
+    "control": """
+        ACQBULK BAR BMOV BRA BREAK BRX BSSY BSYNC CALL DEPBAR ERRBAR EXIT JMP LEPC MEMBAR NANOSLEEP NOP
+        PREEXIT RET WARPSYNC YIELD
+    """,
 }
 PIPE_OF = {name: pipe for pipe, names in _OPCODES.items() for name in names.split()}
 
@@ -110,7 +120,7 @@ def cycles(opcodes: Counter[str], architecture: int, elements: float) -> Cycles:
     return Cycles(*(figure / elements for figure in figures))
 
 
-# --- residence -------------------------------------------------------------------------------------------------------
+# --- residence --------------------------------------------------------------------------------------------
 
 #: Registers and warps of a multiprocessor; registers are given to a warp by 256, that is eight a thread.
 REGISTERS, WARPS = 65536, 64
@@ -134,7 +144,7 @@ def registers_of(cubin: bytes) -> dict[str, int]:
     return {name: int(n) for name, n in re.findall(r"Function (\S+):\s+REG:(\d+)", done.stdout)}
 
 
-# --- kernels ---------------------------------------------------------------------------------------------------------
+# --- kernels ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -142,8 +152,8 @@ class Kernel:
     """A kernel of the table, and what one of its threads does where nothing is masked."""
 
     name: str
-    #: An instantiation of a template of csrc/cuda, in namespace zk::cuda, with the type of its argument; or a function
-    #: that compiles a kernel of Triton's for an architecture.
+    #: An instantiation of a template of csrc/cuda, in namespace zk::cuda, with the type of its argument; or a
+    #: function that compiles a kernel of Triton's for an architecture.
     source: tuple[str, str] | Callable[[int], bytes]
     elements: int
     stores: int  # of 16 bytes
@@ -159,7 +169,9 @@ class Kernel:
 _DTYPES = {"fp32": ("f32", 2), "bf16": ("bf16", 1), "fp16": ("f16", 1)}
 
 
-def _combine(dist: str, dtype: str, count: int = 1, *, decay: bool = False, stochastic: bool = False) -> Kernel:
+def _combine(
+    dist: str, dtype: str, count: int = 1, *, decay: bool = False, stochastic: bool = False
+) -> Kernel:
     cpp, accesses = _DTYPES[dtype]
     arguments = f"DType::{cpp}, {count}, {decay:d}, {stochastic:d}, false"
     name = f"combine, {dtype}, {dist}" + f", K = {count}" * (count > 1) + ", stochastic" * stochastic
@@ -171,7 +183,9 @@ def _fan_out(dist: str, dtype: str, count: int) -> Kernel:
     """One pending update, or (0) any number of them."""
     cpp, accesses = _DTYPES[dtype]
     source = (f"combine_{dist}_kernel<DType::{cpp}, {count}, {count == 0:d}, false, true>", "CombineLaunch")
-    name = f"fan_out, {dtype}, {dist}, {'one pending' if count else 'any number pending, one direction of them'}"
+    name = (
+        f"fan_out, {dtype}, {dist}, {'one pending' if count else 'any number pending, one direction of them'}"
+    )
     return Kernel(name, source, 128, 3 * 16 * accesses, 8 * accesses)
 
 
@@ -179,7 +193,9 @@ def _triton(dist: str, dtype: str, count: int = 1, *, stochastic: bool = False) 
     def compile_for(architecture: int) -> bytes:
         import triton_kernels
 
-        return triton_kernels.combine_kernel(architecture, dtype, dist, count, rounding=stochastic).asm["cubin"]
+        return triton_kernels.combine_kernel(architecture, dtype, dist, count, rounding=stochastic).asm[
+            "cubin"
+        ]
 
     name = f"combine, {dtype}, {dist}" + f", K = {count}" * (count > 1) + ", stochastic" * stochastic
     return Kernel(name, compile_for, 128, 16 * _DTYPES[dtype][1], 4 * _DTYPES[dtype][1], warps=4)
@@ -216,7 +232,9 @@ def compile_cuda(kernels: Iterable[Kernel], architecture: int) -> bytes:
     if nvcc is None:
         raise FileNotFoundError("nvcc: expected on PATH or in /usr/local/cuda/bin")
     lines = ['#include "csrc/cuda/combine_kernel.cuh"', "namespace zk::cuda {"]
-    lines += [f"template __global__ void {k.source[0]}(const __grid_constant__ {k.source[1]});" for k in kernels]
+    lines += [
+        f"template __global__ void {k.source[0]}(const __grid_constant__ {k.source[1]});" for k in kernels
+    ]
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder, "kernels.cu"), Path(folder, "kernels.cubin")
         source.write_text("\n".join([*lines, "}", ""]))
@@ -280,12 +298,15 @@ def rows(kernels: Iterable[Kernel], architecture: int) -> list[Row]:
     return [found[kernel] for kernel in kernels]
 
 
-# --- cards -----------------------------------------------------------------------------------------------------------
+# --- cards ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Card:
-    """Assumed, not measured, but for the H200's copy: 4.3 of its data sheet's 4.8 TB/s.  The others take that share."""
+    """Assumed, not measured, but for the H200's copy: 4.3 of its data sheet's 4.8 TB/s.
+
+    The others take that share.
+    """
 
     name: str
     architecture: int
@@ -320,9 +341,12 @@ PAGE = ROOT / "docs/performance.md"
 
 
 def table(found: Iterable[Row]) -> str:
-    """Markdown: a line for each kernel and architecture, with the bound and the share of a copy on its cards."""
+    """Markdown: a line for each kernel and architecture, with the bound and the share of a copy on its
+    cards.
+    """
     lines = [
-        "| kernel | | registers | warps | KB in flight | issue | ALU | FMA | XU | predicted: bound, share of copy |",
+        "| kernel | | registers | warps | KB in flight | issue | ALU | FMA | XU | predicted: bound, "
+        "share of copy |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
     for row in found:
@@ -332,7 +356,9 @@ def table(found: Iterable[Row]) -> str:
         cards = [card for card in CARDS if card.architecture == row.architecture]
         shares = "; ".join(f"{card.name} {card.bound(row):.1f} TB/s, {card.share(row):.2f}" for card in cards)
         kernel = row.kernel.name + ", Triton" * (row.kernel.backend == "Triton")
-        where = f"| {kernel} | sm_{row.architecture} | {row.registers} | {row.warps} | {row.in_flight >> 10} |"
+        where = (
+            f"| {kernel} | sm_{row.architecture} | {row.registers} | {row.warps} | {row.in_flight >> 10} |"
+        )
         lines.append(f"{where} {' | '.join(figures)} | {shares} |")
     return "\n".join(lines)
 

@@ -23,11 +23,15 @@ GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden.json").read_text())
 
 @contextlib.contextmanager
 def poisoned():
-    """``torch.empty`` and its relatives, in C++ too, give NaN or the largest integer: what nobody wrote shows.
+    """``torch.empty`` and its relatives, in C++ too, give NaN or the largest integer: what nobody wrote
+    shows.
 
     By torch's own switch for it, which is part of its deterministic algorithms.
     """
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -37,11 +41,12 @@ def poisoned():
 
 @contextlib.contextmanager
 def watched(operation: str, before: Callable[..., object]):
-    """Calls ``before`` with the arguments of ``torch.ops.zokernels.<operation>`` ahead of each call, in any thread.
+    """Calls ``before`` with the arguments of ``torch.ops.zokernels.<operation>`` ahead of each call, in any
+    thread.
 
-    What ``before`` raises, the operation raises.  It does not matter where in the package the operation is called:
-    torch's dispatcher asks the kernel for autograd first, and this is one.  Inference mode leaves it out.
-    """
+    What ``before`` raises, the operation raises.  It does not matter where in the package the operation is
+    called: torch's dispatcher asks the kernel for autograd first, and this is one.  Inference mode leaves it
+    out."""
     real = getattr(torch.ops.zokernels, operation).default
 
     def entry(*args: object) -> object:
@@ -72,12 +77,12 @@ def assert_same_bits(got: Tensor, want: Tensor, note: str = "") -> None:
 
 
 def rounding_bound(want: Tensor, dtype: torch.dtype, magnitude: Tensor, roundings: int) -> Tensor:
-    """The most by which a sum computed in fp32 and then rounded to ``dtype`` may differ from ``want``, elementwise.
+    """The most by which a sum computed in fp32 and then rounded to ``dtype`` may differ from ``want``,
+    elementwise.
 
-    ``want``: the sum in float64.  ``magnitude``: the sum of the absolute values of its terms, which no intermediate
-    result exceeds.  ``roundings``: how often an intermediate result is rounded to fp32, each time by at most
-    2^-24 of its value.
-    """
+    ``want``: the sum in float64.  ``magnitude``: the sum of the absolute values of its terms, which no
+    intermediate result exceeds.  ``roundings``: how often an intermediate result is rounded to fp32, each
+    time by at most 2^-24 of its value."""
     last = torch.finfo(dtype).eps / 2 * (want.abs() + 2.0**-22 * magnitude)
     subnormal = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2
     return roundings * 2.0**-24 * magnitude * (1 + 2.0**-20) + last + subnormal
@@ -102,15 +107,21 @@ def random_values(n: int, dtype: torch.dtype, rng: random.Random) -> Tensor:
         mantissa = words.new_tensor(torch.iinfo(words.dtype).max).item() - infinity
         for _ in range(3):
             payload = rng.choice([mantissa, 1, rng.randrange(1, mantissa + 1)])
-            words[rng.randrange(n)] = infinity + payload - rng.choice([0, 1]) * (torch.iinfo(words.dtype).max + 1)
+            words[rng.randrange(n)] = (
+                infinity + payload - rng.choice([0, 1]) * (torch.iinfo(words.dtype).max + 1)
+            )
     return x
 
 
 SENTINELS = 8
 
 
-def random_call(rng: random.Random, *, max_size: int = 4100, **fixed) -> tuple[list[Tensor], list[slice], dict]:
-    """Buffers, the part of each that is the parameter (at any alignment), and the other arguments of combine_."""
+def random_call(
+    rng: random.Random, *, max_size: int = 4100, **fixed
+) -> tuple[list[Tensor], list[slice], dict]:
+    """Buffers, the part of each that is the parameter (at any alignment), and the other arguments of
+    combine_.
+    """
     dtype = fixed.pop("dtype", None) or rng.choice(DTYPES)
     count = fixed.pop("count", None)
     count = rng.choice([0, 1, 2, 7]) if count is None else count
@@ -168,12 +179,18 @@ def add_extras(
         kwargs["coeffs"] = scales * torch.randn(len(sizes), kwargs["seeds"].numel(), generator=generator)
     if wanted("masks"):
         keep = [torch.rand(n, generator=generator) < rng.choice([0.1, 0.5, 0.9]) for n in sizes]
-        kwargs["masks"] = [zokernels.pack_mask(k, offset) for k, offset in zip(keep, kwargs["offsets"], strict=True)]
+        kwargs["masks"] = [
+            zokernels.pack_mask(k, offset) for k, offset in zip(keep, kwargs["offsets"], strict=True)
+        ]
     if wanted("density"):
-        kwargs |= {"mask_seed": rng.getrandbits(64), "density": rng.choice([0.0, 0.01, 0.5, rng.random(), 1.0])}
+        kwargs |= {
+            "mask_seed": rng.getrandbits(64),
+            "density": rng.choice([0.0, 0.01, 0.5, rng.random(), 1.0]),
+        }
     if curvature and wanted("curvature"):
         dtype = rng.choice(STATE_DTYPES)
-        kwargs["curvature"] = [random_values(n, dtype, rng) for n in sizes]  # negative ones too: the root is NaN
+        # negative ones too: the root is NaN
+        kwargs["curvature"] = [random_values(n, dtype, rng) for n in sizes]
     return kwargs
 
 

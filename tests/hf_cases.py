@@ -30,7 +30,8 @@ def opt(dropout: float = 0.0) -> nn.Module:
 def llama() -> nn.Module:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=True,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)
@@ -39,7 +40,8 @@ def llama() -> nn.Module:
 def bert(dropout: float = 0.1) -> nn.Module:
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2,
         max_position_embeddings=32, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
         num_labels=3,
     )  # fmt: skip
@@ -57,7 +59,13 @@ def rows(count: int, classes: bool = False) -> list[dict]:
 
 
 def arguments(folder, **options) -> transformers.TrainingArguments:
-    defaults = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
+    defaults = {
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+    }
     defaults |= {"per_device_train_batch_size": 2, "max_steps": 4, "learning_rate": 1e-2, "seed": 7}
     return transformers.TrainingArguments(str(folder), **defaults | options)
 

@@ -42,7 +42,9 @@ def main(folder: str) -> None:
     batches = [kept for _, kept, _ in everyone]
     ids = [{tuple(row) for inputs, *_ in kept for row in inputs["input_ids"].tolist()} for kept in batches]
     assert not ids[0] & ids[1]  # each has its own
-    again = trainer(place / f"again{rank}", opt(), rows(48), own={"optimizer_cls_and_kwargs": kind}, **options)
+    again = trainer(
+        place / f"again{rank}", opt(), rows(48), own={"optimizer_cls_and_kwargs": kind}, **options
+    )
     again.train(resume_from_checkpoint=str(place / "out/checkpoint-3"))
     assert same(weights(again.model), weights(whole.model))
     mesh = dist.device_mesh.init_device_mesh("cpu", (world,), mesh_dim_names=("perturbation",))

@@ -1,8 +1,9 @@
-"""A training run that is killed again and again (test_trajectory_file.py): ``kill_worker.py FOLDER KILLS SEED``.
+"""A training run that is killed again and again (test_trajectory_file.py): ``kill_worker.py FOLDER KILLS
+SEED``.
 
-One process forks a child for each attempt, kills it with SIGKILL once the log has grown by a random number of bytes
-and a random time has passed, and lets the last one finish.  After one that came to the end the log begins anew.
-"""
+One process forks a child for each attempt, kills it with SIGKILL once the log has grown by a random number of
+bytes and a random time has passed, and lets the last one finish.  After one that came to the end the log
+begins anew."""
 
 from __future__ import annotations
 

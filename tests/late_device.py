@@ -1,13 +1,13 @@
 """A device of a machine without one, whose copies to the host arrive late.
 
-Within ``with LateDevice():`` the device ``DEVICE`` can be computed on: each of its tensors stands for one of the
-CPU, on which every operation runs.  A copy to the host that is asked not to wait (``non_blocking=True``) returns
-memory that holds something else, NaN for floating point numbers, and is filled when something waits for the device:
-a copy that does wait, ``item()``, or ``LateDevice.synchronize()``.  Code that computes on such a copy before it waits
-computes on wrong numbers, as it would on a busy GPU.
+Within ``with LateDevice():`` the device ``DEVICE`` can be computed on: each of its tensors stands for one of
+the CPU, on which every operation runs.  A copy to the host that is asked not to wait (``non_blocking=True``)
+returns memory that holds something else, NaN for floating point numbers, and is filled when something waits
+for the device: a copy that does wait, ``item()``, or ``LateDevice.synchronize()``.  Code that computes on
+such a copy before it waits computes on wrong numbers, as it would on a busy GPU.
 
-As torch does, the stand-in refuses operations on tensors of two devices, but for numbers (0-dim tensors) of the CPU.
-"""
+As torch does, the stand-in refuses operations on tensors of two devices, but for numbers (0-dim tensors) of
+the CPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ _aten = torch.ops.aten
 class LateDevice(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        #: The memory of DEVICE: by its address, each storage there with the one of the CPU that has its values.
+        #: The memory of DEVICE: by its address, each storage there with the one of the CPU that has its
+        #: values.
         self._memory: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
         self._names: dict[int, torch.UntypedStorage] = {}  #: the other way round, by the CPU's
         self._coming: list[tuple[Tensor, Tensor]] = []
@@ -54,9 +55,13 @@ class LateDevice(TorchDispatchMode):
         mine = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.device == DEVICE]
         if not mine and torch.device(kwargs.get("device") or _CPU) != DEVICE:
             return func(*args, **kwargs)
-        strangers = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.device == _CPU and x.dim()]
+        strangers = [
+            x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.device == _CPU and x.dim()
+        ]
         if mine and strangers:
-            raise RuntimeError(f"{func}: expected all tensors on one device, got some on {DEVICE} and some on cpu")
+            raise RuntimeError(
+                f"{func}: expected all tensors on one device, got some on {DEVICE} and some on cpu"
+            )
         if func is _aten._local_scalar_dense.default:
             self.synchronize()
         if "device" in kwargs:
@@ -70,7 +75,9 @@ class LateDevice(TorchDispatchMode):
     def _values(self, name: Tensor) -> Tensor:
         """The tensor of the CPU that has the values of one on DEVICE, whatever memory that has been given."""
         values = self._memory[name.untyped_storage()._cdata][1]
-        return torch.empty(0, dtype=name.dtype).set_(values, name.storage_offset(), name.size(), name.stride())
+        return torch.empty(0, dtype=name.dtype).set_(
+            values, name.storage_offset(), name.size(), name.stride()
+        )
 
     def _named(self, values: Tensor) -> Tensor:
         memory = values.untyped_storage()
@@ -82,7 +89,10 @@ class LateDevice(TorchDispatchMode):
         return name.set_(self._names[memory._cdata], values.storage_offset(), values.size(), values.stride())
 
     def _convert(self, source: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        device, waits = torch.device(kwargs.pop("device", None) or source.device), not kwargs.pop("non_blocking", False)
+        device, waits = (
+            torch.device(kwargs.pop("device", None) or source.device),
+            not kwargs.pop("non_blocking", False),
+        )
         inner = self._values(source) if source.device == DEVICE else source
         copy = _aten._to_copy.default(inner, **kwargs)
         if device == DEVICE:

@@ -1,9 +1,8 @@
 """A streamed run on disk that is killed again and again (test_offload_disk.py): ``FOLDER KILLS SEED WIRE``.
 
-One process forks a child for each attempt, kills it with SIGKILL after a random time, and lets the last one finish.
-Prints the number of children that were killed: as many as were asked for, and more until they have left enough
-different states.
-"""
+One process forks a child for each attempt, kills it with SIGKILL after a random time, and lets the last one
+finish. Prints the number of children that were killed: as many as were asked for, and more until they have
+left enough different states."""
 
 from __future__ import annotations
 
@@ -26,7 +25,9 @@ STEPS = 60
 def run(folder: pathlib.Path, base: pathlib.Path, steps: int, wire: str | None = None) -> None:
     with offload.empty_weights():
         model = tower_on_meta()
-    with offload.stream(model, "layers", "disk", weights=base, path=folder, resume=True, slots=2, wire=wire) as engine:
+    with offload.stream(
+        model, "layers", "disk", weights=base, path=folder, resume=True, slots=2, wire=wire
+    ) as engine:
         train(model, steps)
         engine.save(folder / "saved")
 
@@ -57,7 +58,10 @@ def attempt(folder: pathlib.Path, base: pathlib.Path, wire: str | None, wait: fl
             os._exit(code)
     if wait is not None:
         end = time.monotonic() + wait
-        while time.monotonic() < end and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        while (
+            time.monotonic() < end
+            and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        ):
             time.sleep(1e-3)
         os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
@@ -70,7 +74,11 @@ def main(place: str, kills: str, seed: str, format: str) -> None:
     from safetensors.torch import load_file, save_model
 
     torch.set_num_threads(1)  # a thread pool does not survive a fork
-    rng, folder, wire = random.Random(int(seed)), pathlib.Path(place) / "run", None if format == "none" else format
+    rng, folder, wire = (
+        random.Random(int(seed)),
+        pathlib.Path(place) / "run",
+        None if format == "none" else format,
+    )
     base = pathlib.Path(place) / "base.safetensors"
     model = tower(torch.bfloat16)
     save_model(model, base)
@@ -86,7 +94,8 @@ def main(place: str, kills: str, seed: str, format: str) -> None:
     torch.save(whole, pathlib.Path(place) / "whole.pt")
     killed, longest, states = 0, once, set()
     while killed < int(kills) or len(states) <= int(kills) // 6:
-        # Most attempts get some steps further, however fast the machine is; after one that got to the end, anew.
+        # Most attempts get some steps further, however fast the machine is; after one that got to the end,
+        # anew.
         before = state_of(folder)
         if attempt(folder, base, wire, rng.random() * longest):
             killed += 1
@@ -105,7 +114,10 @@ def check(folder: pathlib.Path, place: str) -> None:
     """The weights of a finished run are those of the whole one."""
     from safetensors.torch import load_file
 
-    saved, whole = load_file(folder / "saved"), torch.load(pathlib.Path(place) / "whole.pt", weights_only=True)
+    saved, whole = (
+        load_file(folder / "saved"),
+        torch.load(pathlib.Path(place) / "whole.pt", weights_only=True),
+    )
     for name, value in saved.items():
         if not torch.equal(value.view(torch.int16), whole[name].view(torch.int16)):
             raise SystemExit(f"{name} differs")

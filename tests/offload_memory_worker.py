@@ -1,4 +1,5 @@
-"""A streamed run of a checkpoint in a process of its own (test_offload_disk.py): ``FOLDER LAYERS WIDTH SLOTS STEPS``.
+"""A streamed run of a checkpoint in a process of its own (test_offload_disk.py): ``FOLDER LAYERS WIDTH SLOTS
+STEPS``.
 
 Prints the losses, and the most memory that was resident, in bytes.
 """
@@ -32,7 +33,11 @@ def write(path: pathlib.Path, layers: int, width: int) -> int:
     size, torch_rng = 4 * width * width, torch.Generator().manual_seed(0)
     numbers = (torch.randn(width * width, generator=torch_rng) * width**-0.5).numpy().tobytes()
     entries = {
-        f"layers.{i}.weight": {"dtype": "F32", "shape": [width, width], "data_offsets": [i * size, (i + 1) * size]}
+        f"layers.{i}.weight": {
+            "dtype": "F32",
+            "shape": [width, width],
+            "data_offsets": [i * size, (i + 1) * size],
+        }
         for i in range(layers)
     }
     header = json.dumps(entries).encode()

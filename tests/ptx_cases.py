@@ -30,12 +30,12 @@ def chunk_of(dist: str) -> int:
 
 
 def places(rng: random.Random, dist: str) -> dict:
-    """Sizes and offsets of four tensors: one with edges before and after whole chunks, of which one is crossed by
-    8 * 2^32, where the counter's lower word wraps; one that is a chunk, no element more; a small one; and one element.
+    """Sizes and offsets of four tensors: one with edges before and after whole chunks, of which one is
+    crossed by 8 * 2^32, where the counter's lower word wraps; one that is a chunk, no element more; a small
+    one; and one element.
 
-    A program of Triton's takes 1024 elements of an edge at a time, an eighth of them by each access: the edges have
-    more, and each eighth is once outside of the tensor.
-    """
+    A program of Triton's takes 1024 elements of an edge at a time, an eighth of them by each access: the
+    edges have more, and each eighth is once outside of the tensor."""
     chunk = chunk_of(dist)
     before, after = 1024 + 8 * rng.randrange(1, 32), 1024 + rng.randrange(1, 128)
     return {
@@ -52,9 +52,15 @@ def places(rng: random.Random, dist: str) -> dict:
 
 
 def arguments(
-    make: Callable[..., dict], rng: random.Random, dist: str, tensors: Sequence[int] = range(4), **fixed: object
+    make: Callable[..., dict],
+    rng: random.Random,
+    dist: str,
+    tensors: Sequence[int] = range(4),
+    **fixed: object,
 ) -> dict:
-    """``make(rng, ...)`` at those of ``places``, the third of which and what belongs to it lie off 16 bytes."""
+    """``make(rng, ...)`` at those of ``places``, the third of which and what belongs to it lie off 16
+    bytes.
+    """
     where = places(rng, dist)
     where |= {name: [where[name][i] for i in tensors] for name in ("sizes", "offsets")}
     args = make(rng, **where, **fixed)
@@ -73,7 +79,9 @@ def random_combine(rng: random.Random, *, extras: object = (), **fixed: object) 
 def derive_seeds(rng: int) -> list[Tensor]:
     """Of more seeds than a block has threads."""
     draw = random.Random(rng)
-    run_seed, step = (torch.tensor([seed_to_int64(draw.getrandbits(64)) for _ in range(300)]) for _ in range(2))
+    run_seed, step = (
+        torch.tensor([seed_to_int64(draw.getrandbits(64)) for _ in range(300)]) for _ in range(2)
+    )
     return [zokernels.derive_seed(run_seed, step, torch.tensor([draw.getrandbits(32) for _ in range(300)]))]
 
 
@@ -84,11 +92,15 @@ OPERATIONS: dict[str, tuple[Callable, Callable]] = {
     "project": (test_project.run, test_project.random_project),
     "squares": (test_squares.run, test_squares.random_squares),
     **test_wire.CASES,
-    **{f"update {rule}": (test_update.run, functools.partial(test_update.random_update, rule=rule)) for rule in RULES},
+    **{
+        f"update {rule}": (test_update.run, functools.partial(test_update.random_update, rule=rule))
+        for rule in RULES
+    },
 }
 
 _PLAIN = {"count": 1, "rounding": "nearest"}
-#: What combine is given where a fault is put into its PTX: by name the distribution and options, and kinds of faults.
+#: What combine is given where a fault is put into its PTX: by name the distribution and options, and kinds of
+#: faults.
 FAULTY: dict[str, tuple[str, dict, tuple[str, ...]]] = {
     "a product and a sum": (
         "rademacher",

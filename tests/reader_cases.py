@@ -1,9 +1,10 @@
-"""The readers of files from outside, each as a function of bytes: for coverage-guided fuzzing and for its corpus.
+"""The readers of files from outside, each as a function of bytes: for coverage-guided fuzzing and for its
+corpus.
 
-A reader may refuse a file by ValueError or OSError, as documented, and ``accepts`` is then False.  Whatever else is
-raised is a fault of the reader and passes through.  ``python tests/reader_cases.py`` writes the corpus's files that
-are made from real ones, in ``tests/corpus/READER/``: "good-..." must be accepted and "bad-..." refused.
-"""
+A reader may refuse a file by ValueError or OSError, as documented, and ``accepts`` is then False.  Whatever
+else is raised is a fault of the reader and passes through.  ``python tests/reader_cases.py`` writes the
+corpus's files that are made from real ones, in ``tests/corpus/READER/``: "good-..." must be accepted and
+"bad-..." refused."""
 
 from __future__ import annotations
 
@@ -35,7 +36,10 @@ INDEX = "model.safetensors.index.json"
 
 def weights() -> dict[str, Tensor]:
     """The weights from which the runs began whose logs are in the corpus."""
-    return {"layers.0.w": torch.linspace(-1, 1, 6).view(3, 2), "layers.1.b": torch.linspace(0.5, 2, 4).bfloat16()}
+    return {
+        "layers.0.w": torch.linspace(-1, 1, 6).view(3, 2),
+        "layers.1.b": torch.linspace(0.5, 2, 4).bfloat16(),
+    }
 
 
 def block() -> Block:
@@ -58,11 +62,13 @@ def _file(name: str, data: bytes) -> pathlib.Path:
     return path
 
 
-# --- readers: each raises ValueError or OSError where it refuses the file ---------------------------------------------
+# --- readers: each raises ValueError or OSError where it refuses the file ---------------------------------
 
 
 def read_log(data: bytes) -> None:
-    """All that ``zokernels log --json`` and ``replay_`` do with a log, its last part given up if it is damaged."""
+    """All that ``zokernels log --json`` and ``replay_`` do with a log, its last part given up if it is
+    damaged.
+    """
     log = read(_file("run.zk", data), recover=True)
     json.dumps(summary(log), allow_nan=False)
     replay_(weights(), log, check=False)
@@ -70,7 +76,8 @@ def read_log(data: bytes) -> None:
 
 
 def mended(data: bytes) -> bytes:
-    """A log of the same header and records with right checksums and steps, so that what lies behind them is read.
+    """A log of the same header and records with right checksums and steps, so that what lies behind them is
+    read.
 
     Without it a fuzzer sees nothing but refused checksums.
     """
@@ -98,7 +105,9 @@ def read_mended_log(data: bytes) -> None:
 
 
 def read_safetensors(data: bytes) -> None:
-    """All that a checkpoint's file goes through: its tensors, their bytes, and the header of a replayed copy."""
+    """All that a checkpoint's file goes through: its tensors, their bytes, and the header of a replayed
+    copy.
+    """
     checkpoint = Checkpoint(_file("model.safetensors", data))
     for tensor in checkpoint.tensors().values():
         assert tensor.contiguous().view(-1).view(torch.uint8).sum() >= 0  # reads every byte
@@ -139,12 +148,47 @@ READERS: dict[str, Callable[[bytes], None]] = {
 }
 
 
-# --- edits of the JSON that every one of these files has --------------------------------------------------------------
+# --- edits of the JSON that every one of these files has --------------------------------------------------
 
 #: The values that replace a number, a text or a list.
 ODD: tuple[object, ...] = (
-    *(None, True, False, 0, 1, -1, 2, 255, 256, 2**31, 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 2**64, 2**70, -(2**70)),
-    *(0.0, -0.0, 0.5, 1e-320, 1e300, float("inf"), float("-inf"), float("nan"), "", "w", "0", "-1", "U8", "F4", "C64"),
+    *(
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        2,
+        255,
+        256,
+        2**31,
+        2**32,
+        2**53,
+        2**62,
+        2**63 - 1,
+        2**63,
+        2**64,
+        2**70,
+        -(2**70),
+    ),
+    *(
+        0.0,
+        -0.0,
+        0.5,
+        1e-320,
+        1e300,
+        float("inf"),
+        float("-inf"),
+        float("nan"),
+        "",
+        "w",
+        "0",
+        "-1",
+        "U8",
+        "F4",
+        "C64",
+    ),
     *("\ud800", "x" * 5000, [], {}, [0], [[]], [0, 2**70], [2**40, 2**40], {"class": "SGD"}, ["w"] * 70),
 )
 
@@ -159,10 +203,11 @@ def _split(reader: str, data: bytes) -> tuple[int, int]:
 
 
 def edited(reader: str, data: bytes, rng: random.Random) -> bytes:
-    """``data`` with a value of its JSON replaced, removed or doubled, one to three times, and the lengths with it.
+    """``data`` with a value of its JSON replaced, removed or doubled, one to three times, and the lengths
+    with it.
 
-    Where there is no JSON, or one nested so deeply that only the reader should meet it, it is returned as it is.
-    """
+    Where there is no JSON, or one nested so deeply that only the reader should meet it, it is returned as it
+    is."""
     begin, end = _split(reader, data)
     try:
         found = json.loads(data[begin:end])
@@ -179,7 +224,9 @@ def edited(reader: str, data: bytes, rng: random.Random) -> bytes:
         if action == 0:
             del parent[key]
         elif action == 1 and isinstance(parent, dict):
-            parent[rng.choice(("__metadata__", "class", f"{key}x", "zokernels_updates"))] = copy.deepcopy(parent[key])
+            parent[rng.choice(("__metadata__", "class", f"{key}x", "zokernels_updates"))] = copy.deepcopy(
+                parent[key]
+            )
         elif action == 1:
             parent.append(copy.deepcopy(parent[key]))
         elif action == 2:
@@ -225,7 +272,7 @@ def accepts(reader: str, data: bytes) -> bool:
     return True
 
 
-# --- the files of the corpus that are made from real ones -------------------------------------------------------------
+# --- the files of the corpus that are made from real ones -------------------------------------------------
 
 
 def _safetensors(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
@@ -291,10 +338,13 @@ def write_corpus() -> None:
     _write("safetensors", "good-two", both)
     _write("safetensors", "bad-cut", both[:-1])
     _write("safetensors", "bad-header-longer-than-the-file", b"\xff" * 8 + both[8:])
-    _write("safetensors", "bad-dtype-of-another-size", both.replace(b"BF16", b"U8", 1).replace(b"[4]", b"  [4]"))
+    _write(
+        "safetensors", "bad-dtype-of-another-size", both.replace(b"BF16", b"U8", 1).replace(b"[4]", b"  [4]")
+    )
     _write("safetensors", "bad-metadata-is-a-number", _of_json({"__metadata__": 3}))
     _write("safetensors", "bad-metadata-holds-a-number", _of_json({"__metadata__": {"format": 1}}))
-    empty = {"dtype": "F32", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}  # torch has no strides for it
+    # torch has no strides for it
+    empty = {"dtype": "F32", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}
     _write("safetensors", "bad-empty-with-a-huge-shape", _of_json({"w": empty}))
     _write("safetensors", "bad-shape-of-truth-values", _of_json({"w": {**empty, "shape": [False]}}))
     _write("block", "bad-metadata-is-a-number", _of_json({"__metadata__": 0}))

@@ -1,9 +1,9 @@
-"""Every operation on one small input, as a function of the stream, for streams that differ in their upper bits.
+"""Every operation on one small input, as a function of the stream, for streams that differ in their upper
+bits.
 
-``RUNS`` maps a name to a function of a stream that gives what the operation wrote.  Whatever the operation draws
-(noise, masks, rounding of weights and of states) is drawn in some run from the stream alone, so that a kernel that
-cuts a stream to 32 bits gives two of these streams the same result.
-"""
+``RUNS`` maps a name to a function of a stream that gives what the operation wrote.  Whatever the operation
+draws (noise, masks, rounding of weights and of states) is drawn in some run from the stream alone, so that a
+kernel that cuts a stream to 32 bits gives two of these streams the same result."""
 
 from __future__ import annotations
 
@@ -101,7 +101,9 @@ def _combine_runs() -> None:
     @_run("rounding alone, rows")
     def _(stream: int) -> list[Tensor]:
         theta = _values(40 * 128, torch.bfloat16)
-        zokernels.combine_(theta, [], [], decay=0.97, streams=stream, offsets=64, rows=[(128, 256)], **stochastic)
+        zokernels.combine_(
+            theta, [], [], decay=0.97, streams=stream, offsets=64, rows=[(128, 256)], **stochastic
+        )
         return [theta]
 
     @_run("rounding alone, int8")
@@ -115,7 +117,9 @@ def _combine_runs() -> None:
         # The coefficient of a constant direction: a state's momentum, which a mask drops or keeps.
         theta, state = _values(), torch.ones(NUMEL)
         hyper = [0.1, 0.9, 0.7, 0.01]
-        zokernels.update_(theta, "momentum", hyper, [], [], first=state, mask_seed=4, density=0.5, **_place(stream))
+        zokernels.update_(
+            theta, "momentum", hyper, [], [], first=state, mask_seed=4, density=0.5, **_place(stream)
+        )
         return [theta]
 
 
@@ -127,7 +131,9 @@ def _other_runs() -> None:
         # fp32 weights are not rounded and no noise is drawn: only the states can differ.
         theta, first, second = _values(), _values(dtype=torch.bfloat16), _values(dtype=torch.bfloat16).abs()
         hyper = [0.1, 0.9, 0.1, 0.99, 0.01, 0.02, 1.3, 1e-3]
-        zokernels.update_(theta, "adam", hyper, [], [], first=first, second=second, **_place(stream), **stochastic)
+        zokernels.update_(
+            theta, "adam", hyper, [], [], first=first, second=second, **_place(stream), **stochastic
+        )
         return [first, second]
 
     @_run("update adam, noise")

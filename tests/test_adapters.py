@@ -1,4 +1,6 @@
-"""Models as users bring them: LoRA adapters of peft on a transformer, compiled models, every kind of method."""
+"""Models as users bring them: LoRA adapters of peft on a transformer, compiled models, every kind of
+method.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,14 @@ def lora():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.OPTConfig(
-        vocab_size=64, hidden_size=16, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=4, num_attention_heads=2,
+        vocab_size=64, hidden_size=16, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=4,
+        num_attention_heads=2,
         max_position_embeddings=32, dropout=0.0,
     )  # fmt: skip
     model = transformers.OPTForCausalLM(config)
-    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    return peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    )
 
 
 METHODS = {

@@ -1,4 +1,6 @@
-"""AsyncExchange in one process: each record is applied once, whatever interrupts it, and crafted ones are refused."""
+"""AsyncExchange in one process: each record is applied once, whatever interrupts it, and crafted ones are
+refused.
+"""
 
 from __future__ import annotations
 

@@ -24,7 +24,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 def result(tmp_path_factory) -> dict:
     path = tmp_path_factory.mktemp("bench") / "result.json"
     # The reference backend runs on every machine, whether anything is built or not.
-    done = run("run", "--op", "combine", "--tiny", "--backend", "reference", "--threads", "1,2", "--json", str(path))
+    done = run(
+        "run", "--op", "combine", "--tiny", "--backend", "reference", "--threads", "1,2", "--json", str(path)
+    )
     assert done.returncode == 0, done.stderr
     assert all(len(line) <= 120 for line in done.stdout.split("\n\n")[1].splitlines())
     return {"path": path, "stdout": done.stdout, **json.loads(path.read_text())}
@@ -60,7 +62,10 @@ def test_rows_name_what_they_are_compared_with(result):
 
 
 def test_figures_by_hand():
-    """A million elements take 2 ms, 2 ns each.  The copy takes 1 ns an element, two passes of the loop 5 ns each."""
+    """A million elements take 2 ms, 2 ns each.
+
+    The copy takes 1 ns an element, two passes of the loop 5 ns each.
+    """
     times = lambda p50: timing.Times(0.9 * p50, p50, 1.1 * p50, 5)
     copies = {"copy": times(4e-3), "copy_inplace": times(8e-3)}
     compared = combine.Compared({"mezo": (2_000_000, times(10e-3))}, 4_000_000, copies)
@@ -71,18 +76,25 @@ def test_figures_by_hand():
     assert found["ns_per_element"] == pytest.approx(2)
     assert found["copy_fraction"] == pytest.approx(0.5)
     assert found["ratio"] == {"mezo": pytest.approx(5)}
-    # In place the copy takes 2 ns an element; three accesses are one and a half copies, four bytes each in fp32.
-    found = combine.row({**what, "dtype": "fp32"}, times(2e-3), 1_000_000, True, compared, accesses=3, passes=4)
+    # In place the copy takes 2 ns an element; three accesses are one and a half copies, four bytes each in
+    # fp32.
+    found = combine.row(
+        {**what, "dtype": "fp32"}, times(2e-3), 1_000_000, True, compared, accesses=3, passes=4
+    )
     assert found["bytes"] == 12_000_000
     assert found["copy_fraction"] == pytest.approx(1.5)
     assert found["ratio"] == {"mezo": pytest.approx(10)}
 
 
 def test_rows_of_one_group_share_their_baselines(result):
-    """The rows of one dtype, dist and thread count are compared with the same times, so ratios are of one run."""
+    """The rows of one dtype, dist and thread count are compared with the same times, so ratios are of one
+    run.
+    """
     groups: dict = {}
     for row in result["rows"]:
-        groups.setdefault((row["threads"], row["dtype"], row["dist"]), set()).add(row["baselines"]["mezo"]["p50"])
+        groups.setdefault((row["threads"], row["dtype"], row["dist"]), set()).add(
+            row["baselines"]["mezo"]["p50"]
+        )
     assert all(len(times) == 1 for times in groups.values())
 
 
@@ -120,7 +132,9 @@ def test_mezo_perturb_is_the_published_loop(dtype, dist):
 
 
 def test_mezo_step_moves_by_the_update_alone():
-    """+eps, -2 eps and +eps return to theta up to fp32 rounding, so only the update remains, along the same z."""
+    """+eps, -2 eps and +eps return to theta up to fp32 rounding, so only the update remains, along the
+    same z.
+    """
     torch.manual_seed(0)
     theta = torch.randn(5000)
     param = torch.nn.Parameter(theta.clone())

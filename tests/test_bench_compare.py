@@ -43,7 +43,9 @@ def test_few_turns_say_nothing(count):
 
 
 def test_the_threshold_is_compared_with_the_lower_end():
-    """Six pairs: the interval is from the least to the greatest ratio, here 1.03 to 1.08; the median 1.055."""
+    """Six pairs: the interval is from the least to the greatest ratio, here 1.03 to 1.08; the median
+    1.055.
+    """
     other = [1.0, 2.0, 4.0, 1.0, 2.0, 4.0]
     ratios = [1.08, 1.03, 1.04, 1.05, 1.06, 1.07]
     verdict = compare.Verdict.of([r * t for r, t in zip(ratios, other, strict=True)], other)
@@ -58,7 +60,15 @@ def test_baselines_are_no_rows_of_ours():
     rows = [
         {"op": "combine_", "k": 1, "dtype": "bf16", "backend": "cpu", "threads": 1, "p50": 3.0, "p20": 9.0},
         {"op": "perturb_", "k": 1, "dtype": "bf16", "backend": "mezo", "threads": 1, "p50": 4.0},
-        {"op": "step", "form": "exact", "launch": "eager", "backend": "cuda", "threads": 1, "p50": 5.0, "host": 6.0},
+        {
+            "op": "step",
+            "form": "exact",
+            "launch": "eager",
+            "backend": "cuda",
+            "threads": 1,
+            "p50": 5.0,
+            "host": 6.0,
+        },
         {"op": "step", "form": "eager", "launch": "eager", "backend": "mezo", "threads": 1, "p50": 7.0},
     ]
     assert compare.figures(rows) == {
@@ -69,7 +79,9 @@ def test_baselines_are_no_rows_of_ours():
 
 
 class Machine:
-    """Times of two rows of an op in each turn: ``factor(run, row)`` times slower in this tree, and noise of 1 %."""
+    """Times of two rows of an op in each turn: ``factor(run, row)`` times slower in this tree, and noise
+    of 1 %.
+    """
 
     def __init__(self, factor, turns):
         self.factor, self.turns, self.calls = factor, turns, []
@@ -137,10 +149,14 @@ def test_errors_name_what_was_expected():
 def test_an_export_has_the_commit_s_package_and_this_tree_s_libraries(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "NATIVE", ("LICENSE",))  # unchanged, whatever is being worked on
     package = compare.export(compare.resolve("HEAD"), tmp_path, "cpu")
-    shown = subprocess.run(["git", "show", "HEAD:zokernels/version.py"], cwd=ROOT, capture_output=True, check=True)
+    shown = subprocess.run(
+        ["git", "show", "HEAD:zokernels/version.py"], cwd=ROOT, capture_output=True, check=True
+    )
     assert (package / "version.py").read_bytes() == shown.stdout
     for pattern in ("lib/*", "_host*.so"):
-        here, there = ({p.name: p.read_bytes() for p in f.glob(pattern)} for f in (ROOT / "zokernels", package))
+        here, there = (
+            {p.name: p.read_bytes() for p in f.glob(pattern)} for f in (ROOT / "zokernels", package)
+        )
         assert here == there
 
 

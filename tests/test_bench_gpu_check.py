@@ -194,7 +194,9 @@ def test_a_row_by_hand():
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_accesses_of_a_step_are_those_of_its_calls(monkeypatch, rounding):
-    """The accesses that a form states are those of its calls: one read, and a write of each list that it writes."""
+    """The accesses that a form states are those of its calls: one read, and a write of each list that it
+    writes.
+    """
     shapes = workloads.shapes("qwen3-1.7b", 0.02)
     _, views = step.arena(shapes, torch.float32, "cpu")
     moved = []
@@ -372,7 +374,10 @@ def it(name="it", kind="required", seconds=1, limit=600, **options) -> Stage:
 
 
 def running(**codes: str):
-    """The commands of stages by name.  They are Python code in which ``end(status, note)`` writes the outcome."""
+    """The commands of stages by name.
+
+    They are Python code in which ``end(status, note)`` writes the outcome.
+    """
     head = (
         "import json, os, pathlib, signal, sys, time\n"
         "def end(status, note):\n"
@@ -634,7 +639,9 @@ def processes(mark: str) -> list[int]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_check_that_is_cut_off_says_what_it_knows(tmp_path, number):
-    """A check that is killed in its second stage has the end of the first on disk, and leaves nothing running."""
+    """A check that is killed in its second stage has the end of the first on disk, and leaves nothing
+    running.
+    """
     process = subprocess.Popen(
         command(tmp_path, "--only", "math", "agreement-cuda", "cpu-tests"), cwd=ROOT,
         stdout=subprocess.PIPE, text=True,

@@ -13,7 +13,11 @@ from bench.__main__ import main
 
 def test_ratios_are_of_one_round(monkeypatch):
     """A round that was disturbed as a whole moves no ratio."""
-    found = {"forwards": [1.0, 2.0, 40.0, 4.0, 5.0], "exact": [2.0, 4.0, 80.0, 8.0, 20.0], "inplace": [1.0] * 5}
+    found = {
+        "forwards": [1.0, 2.0, 40.0, 4.0, 5.0],
+        "exact": [2.0, 4.0, 80.0, 8.0, 20.0],
+        "inplace": [1.0] * 5,
+    }
     asked = []
 
     def sample(candidates, device, seconds, least):
@@ -47,7 +51,8 @@ def test_the_yardstick_is_the_closure():
     assert seen == [False] * 16
 
 
-@pytest.mark.parametrize("form", sorted(whole_steps.FORMS.keys() - {"device"}))  # which needs a list of blocks
+# which needs a list of blocks
+@pytest.mark.parametrize("form", sorted(whole_steps.FORMS.keys() - {"device"}))
 def test_each_form_is_a_step(form):
     """It runs as many forwards as the method takes, and leaves finite weights."""
     torch.manual_seed(0)

@@ -48,7 +48,9 @@ def result(tmp_path_factory):
     document = folder / "methods.md"
     document.write_text(f"before\n{run.BEGIN}\nold\n{run.END}\nafter\n")
     command = [sys.executable, "-m", "bench", "methods", "--tiny", "--json", str(folder / "m.json")]
-    done = subprocess.run([*command, "--write", str(document)], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [*command, "--write", str(document)], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     return {"stdout": done.stdout, "document": document, **json.loads((folder / "m.json").read_text())}
 

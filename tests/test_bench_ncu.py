@@ -55,7 +55,10 @@ class Library:
         self._evaluator = self._call(f"{evaluator}_Initialize", *memory, *where, *counters).evaluator
 
     def _call(self, name: str, *fields, check: bool = True):
-        """Calls a function of the library.  Its argument is a structure: its size, a null pointer, then ``fields``."""
+        """Calls a function of the library.
+
+        Its argument is a structure: its size, a null pointer, then ``fields``.
+        """
         layout = [
             ("struct_size", ctypes.c_size_t),
             ("private", ctypes.c_void_p),
@@ -90,7 +93,8 @@ def test_every_metric_exists(chip):
     if not library or not library.exists():
         pytest.skip("no libnvperf_host.so: pip install triton")
     known = Library(str(library), chip)
-    names = [name for name in ncu.METRICS.values() if not name.startswith("launch__")]  # ncu itself provides these
+    # ncu itself provides these
+    names = [name for name in ncu.METRICS.values() if not name.startswith("launch__")]
     assert [name for name in names if not known.knows(name)] == []
     assert not known.knows("sm__inst_executed_pipe_aluminium.avg.pct_of_peak_sustained_active")
 

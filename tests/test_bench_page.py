@@ -105,7 +105,11 @@ def test_headlines_and_header_are_the_results(made):
             assert str(result["machine"][key]) in words
         assert result["command"] in words
     run = next(r for r in results if page.kind_of(r) == "run")
-    row = next(r for r in run["rows"] if (r["op"], r["dtype"], r["dist"], r["k"]) == ("combine_", "bf16", "normal", 1))
+    row = next(
+        r
+        for r in run["rows"]
+        if (r["op"], r["dtype"], r["dist"], r["k"]) == ("combine_", "bf16", "normal", 1)
+    )
     assert (f"{row['ratio']['mezo']:.1f}x") in [figure for figure, _ in page.headlines(results)]
     for what in run["skipped"]:
         assert what in words
@@ -142,11 +146,20 @@ def test_dots_lie_on_a_logarithmic_axis_in_the_colours_of_the_page():
 
 def test_without_matplotlib_one_message(tmp_path):
     """In a process of its own: other tests have imported it."""
-    blocked = "import sys; sys.modules['matplotlib'] = None; from bench.__main__ import main; main(sys.argv[1:])"
-    for command in (["report", "-o", tmp_path / "x.html"], ["methods", "--tiny", "--write", tmp_path / "x.md"]):
-        done = subprocess.run([sys.executable, "-c", blocked, *command], cwd=ROOT, capture_output=True, text=True)
+    blocked = (
+        "import sys; sys.modules['matplotlib'] = None; from bench.__main__ import main; main(sys.argv[1:])"
+    )
+    for command in (
+        ["report", "-o", tmp_path / "x.html"],
+        ["methods", "--tiny", "--write", tmp_path / "x.md"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", blocked, *command], cwd=ROOT, capture_output=True, text=True
+        )
         assert done.returncode == 1
-        assert done.stderr == "bench: expected matplotlib for the pictures, got none; pip install matplotlib\n"
+        assert (
+            done.stderr == "bench: expected matplotlib for the pictures, got none; pip install matplotlib\n"
+        )
         assert list(tmp_path.iterdir()) == []
 
 
@@ -166,7 +179,11 @@ def test_a_browser_shows_it(made, tmp_path):
     image = pytest.importorskip("PIL.Image")
     (tmp_path / "page.html").write_text(made[0])
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
-    command += ["--window-size=1200,1600", f"--screenshot={tmp_path}/page.png", (tmp_path / "page.html").as_uri()]
+    command += [
+        "--window-size=1200,1600",
+        f"--screenshot={tmp_path}/page.png",
+        (tmp_path / "page.html").as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-1000:]
     with image.open(tmp_path / "page.png") as picture:

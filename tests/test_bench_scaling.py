@@ -1,4 +1,6 @@
-"""The page on scaling has the tables that the script prints, and the script the quotients that the page says."""
+"""The page on scaling has the tables that the script prints, and the script the quotients that the page
+says.
+"""
 
 from __future__ import annotations
 

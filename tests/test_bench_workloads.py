@@ -1,4 +1,6 @@
-"""The parameter lists are those of the published models, and every form of a step over them is the same step."""
+"""The parameter lists are those of the published models, and every form of a step over them is the same
+step.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def test_totals_are_the_published_ones(name):
 
 @pytest.mark.parametrize("name", workloads.WORKLOADS)
 def test_lists_are_those_of_transformers(name):
-    """Names, shapes and order of the model that transformers builds, without memory, from the same numbers."""
+    """Names, shapes and order of the model that transformers builds, without memory, from the same
+    numbers.
+    """
     transformers = pytest.importorskip("transformers")
     config = workloads.WORKLOADS[name]
     common = {"hidden_size": config.hidden, "num_hidden_layers": config.layers, "vocab_size": config.vocab}
@@ -38,7 +42,11 @@ def test_lists_are_those_of_transformers(name):
                 transformers.OPTConfig(**common, **widths, max_position_embeddings=config.positions)
             )
         else:
-            widths = {"intermediate_size": config.ffn, "num_key_value_heads": config.kv_heads, "head_dim": config.head}
+            widths = {
+                "intermediate_size": config.ffn,
+                "num_key_value_heads": config.kv_heads,
+                "head_dim": config.head,
+            }
             model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**common, **widths))
         theirs = [(n, tuple(p.shape)) for n, p in model.named_parameters()]
     assert list(workloads.shapes(name).items()) == theirs
@@ -70,7 +78,9 @@ def test_arena_holds_every_parameter_aligned():
 
 
 def test_every_form_is_the_same_step():
-    """From one theta, each form ends at theta - lr g z plus what it documents: two-pass ends one perturbation on."""
+    """From one theta, each form ends at theta - lr g z plus what it documents: two-pass ends one
+    perturbation on.
+    """
     shapes = workloads.shapes("qwen3-1.7b", 0.02)
     ends = {}
     for form in ("exact", "inplace", "two-pass", "fan-out"):

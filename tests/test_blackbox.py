@@ -34,7 +34,9 @@ def outputs(weight, vector):
 @SIDES
 @pytest.mark.parametrize("vector", [False, True])
 @pytest.mark.parametrize("dist", ["normal", "rademacher"])
-@pytest.mark.parametrize(("dtype", "max_batch"), [(torch.float32, 1000), (torch.float32, 4), (torch.bfloat16, 17)])
+@pytest.mark.parametrize(
+    ("dtype", "max_batch"), [(torch.float32, 1000), (torch.float32, 4), (torch.bfloat16, 17)]
+)
 def test_random_directions_are_the_formula(two_sided, vector, dist, dtype, max_batch, rng):
     g, seed, q, mu = generator(rng), rng.getrandbits(64), 7, 0.125
     x = torch.randn(5, 3, 4, generator=g).to(dtype).requires_grad_()
@@ -52,7 +54,9 @@ def test_random_directions_are_the_formula(two_sided, vector, dist, dtype, max_b
             directional = (weight * change).reshape(5, -1).sum(1) / mu
             want += directional[:, None, None] * z.double() / q
         assert grad.dtype is dtype
-        torch.testing.assert_close(grad.double(), want, rtol=2**-7 if dtype is torch.bfloat16 else 1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            grad.double(), want, rtol=2**-7 if dtype is torch.bfloat16 else 1e-5, atol=1e-5
+        )
     assert box.calls == 2
 
 
@@ -63,7 +67,14 @@ def test_unit_sphere_is_the_authors_formula(two_sided, dist, max_batch, rng):
     g, seed, q, mu, d = generator(rng), rng.getrandbits(64), 7, 0.125, 12
     x = torch.randn(5, 3, 4, generator=g).requires_grad_()
     f = outputs(torch.randn(12, 5, generator=g).double(), vector=True)
-    options = {"queries": q, "mu": mu, "two_sided": two_sided, "dist": dist, "seed": seed, "max_batch": max_batch}
+    options = {
+        "queries": q,
+        "mu": mu,
+        "two_sided": two_sided,
+        "dist": dist,
+        "seed": seed,
+        "max_batch": max_batch,
+    }
     weight = torch.randn(5, 5, generator=g).double()
     (grad,) = torch.autograd.grad(BlackBox(f, sphere=True, **options)(x), x, weight)
     (other,) = torch.autograd.grad(BlackBox(f, **options)(x), x, weight)
@@ -91,7 +102,9 @@ def test_coordinates_of_a_linear_function_are_its_gradient(two_sided, dtype, max
     g = generator(rng)
     x = (3 * torch.randn(4, 11, generator=g)).to(dtype).requires_grad_()
     matrix = torch.randint(-99, 100, (11, 3), generator=g).double()
-    box = BlackBox(lambda x: x.double() @ matrix, estimator="cge", mu=1e-3, two_sided=two_sided, max_batch=max_batch)
+    box = BlackBox(
+        lambda x: x.double() @ matrix, estimator="cge", mu=1e-3, two_sided=two_sided, max_batch=max_batch
+    )
     weight = torch.randint(-99, 100, (4, 3), generator=g).double()
     (grad,) = torch.autograd.grad(box(x), x, weight)
     assert_same_bits(grad, (weight @ matrix.T).to(dtype))
@@ -100,7 +113,9 @@ def test_coordinates_of_a_linear_function_are_its_gradient(two_sided, dtype, max
 def test_random_directions_converge(rng):
     g = generator(rng)
     x, a = torch.randn(1, 6, generator=g).requires_grad_(), torch.randn(6, generator=g)
-    box = BlackBox(lambda x: x.double() @ a.double(), queries=20000, mu=0.1, seed=rng.getrandbits(64), max_batch=4000)
+    box = BlackBox(
+        lambda x: x.double() @ a.double(), queries=20000, mu=0.1, seed=rng.getrandbits(64), max_batch=4000
+    )
     (grad,) = torch.autograd.grad(box(x).sum(), x)
     # The variance of a coordinate is |a|^2 + a_i^2 over q: 6 standard deviations.
     assert (grad[0] - a).abs().max() < 6 * (2 * a.square().sum() / 20000).sqrt()
@@ -171,7 +186,9 @@ def test_no_step_is_lost(dtype, step, rng):
     x = x[x.isfinite() & (x.abs() < torch.finfo(dtype).max / 2)]
     x = torch.cat((x, torch.tensor([0.0, -0.0, 1.0, -1.0, 0.5, abs(step)]).to(dtype)))
     way = (stepped(x, step).double() - x.double()) * (1 if step > 0 else -1)
-    unit = torch.finfo(dtype).eps * (x.double().abs() + abs(step)).clamp(min=torch.finfo(dtype).smallest_normal)
+    unit = torch.finfo(dtype).eps * (x.double().abs() + abs(step)).clamp(
+        min=torch.finfo(dtype).smallest_normal
+    )
     assert (way >= abs(step)).all()
     assert (way <= abs(step) + 2 * unit).all()
 
@@ -190,7 +207,8 @@ def test_training_around_a_classifier(estimator, rng):
     encoder, decoder = nn.Linear(64, 8), nn.Linear(8, 64)
     f = lambda x: classifier.predict_log_proba(x.numpy())
     box = BlackBox(lambda z: f(decoder(z)), estimator=estimator, queries=8, mu=1e-2, seed=rng.getrandbits(64))
-    through = BlackBox(f, estimator="rge", queries=16, mu=1e-2, seed=1)  # the decoder too is trained, from its output
+    # the decoder too is trained, from its output
+    through = BlackBox(f, estimator="rge", queries=16, mu=1e-2, seed=1)
     opt = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=0.02)
     losses = []
     for _ in range(40):
@@ -223,7 +241,11 @@ def test_arguments(options, message):
 def test_inputs_and_results():
     x = torch.randn(3, 4)
     for f, args, message in (
-        (lambda x: x.sum(1), (x.double(),), "x: expected dtype float32, bfloat16 or float16, got torch.float64"),
+        (
+            lambda x: x.sum(1),
+            (x.double(),),
+            "x: expected dtype float32, bfloat16 or float16, got torch.float64",
+        ),
         (lambda x: x.sum(1), (x[:0],), r"x: expected a batch \[B, ...\] with an element, got shape \(0, 4\)"),
         (lambda x: x.sum(1), (x, x[:2]), r"extras\[0\]: expected a tensor with 3 rows, as x, got \(2, 4\)"),
         (lambda x: x.sum(), (x,), r"function: expected 3 rows, as it was given, got shape \(\)"),

@@ -56,7 +56,9 @@ def test_the_gradient_of_an_mlp(rng):
 def test_a_step_is_one_rounding_of_the_log(estimator, dtype, rounding, weight_decay, rng):
     """The weights follow from g as combine computes them with z = 1, with the same rounding bits."""
     model, (x, y), lr, seed = mlp(dtype), batch(), 0.3, rng.getrandbits(63)
-    opt = ZOCGE(model.named_parameters(), lr, 0.05, weight_decay, seed, rounding, estimator=estimator, clip=0.02)
+    opt = ZOCGE(
+        model.named_parameters(), lr, 0.05, weight_decay, seed, rounding, estimator=estimator, clip=0.02
+    )
     for step in range(2):
         theta = weights(model)
         opt.step(lambda: loss_of(model, x, y))
@@ -67,7 +69,8 @@ def test_a_step_is_one_rounding_of_the_log(estimator, dtype, rounding, weight_de
         parts = g.split([p.numel() for p in theta])
         for (name, p), old, part in zip(model.named_parameters(), theta, parts, strict=True):
             c = -(lr * part.double()).float().view_as(p)
-            want = combined(old, c, 1.0, decay=1 - lr * weight_decay if weight_decay else None, stochastic_seed=own,
+            want = combined(old, c, 1.0, decay=1 - lr * weight_decay if weight_decay else None,
+                stochastic_seed=own,
                             stream=zk.stream_of(name))  # fmt: skip
             assert same_bits([p.detach()], [want])
             assert not torch.equal(p, old)
@@ -99,7 +102,11 @@ def test_rounding_bits_are_those_of_the_place(rng):
     """The step equals combine over the whole tensor with a change of 0 for all other entries."""
     g = torch.Generator().manual_seed(rng.getrandbits(60))
     p, a = nn.Parameter(torch.randn(500, generator=g).bfloat16()), torch.randn(500, generator=g).double()
-    before, index, seed = p.detach().clone(), torch.tensor(sorted(rng.sample(range(500), 60))), rng.getrandbits(64)
+    before, index, seed = (
+        p.detach().clone(),
+        torch.tensor(sorted(rng.sample(range(500), 60))),
+        rng.getrandbits(64),
+    )
     opt = ZOCGE([("p", p)], lr=1e-2, seed=seed, mask=GivenMask({"p": index}))
     opt.step(lambda: (a * p.double()).sum())
     change = torch.zeros(500).index_put((index,), -(1e-2 * opt.last_projected_gradient.double()).float())
@@ -122,7 +129,9 @@ def test_one_weight_moves_at_a_time_and_comes_back(estimator, dtype, rng):
         now = weights(model)
         differs = [(n, i.item()) for n, (p, q) in enumerate(zip(now, theta, strict=True))
                    for i in (p != q).flatten().nonzero()]  # fmt: skip
-        assert all(abs(now[n].view(-1)[i].double() - theta[n].view(-1)[i].double()) >= eps for n, i in differs)
+        assert all(
+            abs(now[n].view(-1)[i].double() - theta[n].view(-1)[i].double()) >= eps for n, i in differs
+        )
         moved.append(differs)
         return loss_of(model, x, y)
 
@@ -152,7 +161,10 @@ def test_an_exception_brings_the_weight_back(at, rng):
 
 
 def changed(model, before):
-    return {n: (p.detach() != before[n]).flatten().nonzero().flatten().tolist() for n, p in model.named_parameters()}
+    return {
+        n: (p.detach() != before[n]).flatten().nonzero().flatten().tolist()
+        for n, p in model.named_parameters()
+    }
 
 
 def test_masks_and_indices(rng):
@@ -162,7 +174,11 @@ def test_masks_and_indices(rng):
     keep = torch.tensor([rng.random() < 0.3 for _ in range(n)])
     keep[rng.randrange(n)] = True
     index = torch.tensor(rng.sample(range(m), 3))
-    masks = {a: keep.view_as(model[0].weight), b: index, c: torch.zeros_like(model[3].weight, dtype=torch.bool)}
+    masks = {
+        a: keep.view_as(model[0].weight),
+        b: index,
+        c: torch.zeros_like(model[3].weight, dtype=torch.bool),
+    }
     before = {k: v.clone() for k, v in model.state_dict().items()}
     opt = ZOCGE(model.named_parameters(), lr=0.5, weight_decay=0.1, mask=GivenMask(masks))
     opt.step(lambda: loss_of(model, x, y))
@@ -182,7 +198,9 @@ def test_small_weights(rng):
         opt.step(lambda: loss_of(model, x, y))
     for name, places in changed(model, before).items():
         size = before[name].flatten().abs()
-        assert places == (size <= size.kthvalue(round(0.25 * size.numel())).values).nonzero().flatten().tolist()
+        assert (
+            places == (size <= size.kthvalue(round(0.25 * size.numel())).values).nonzero().flatten().tolist()
+        )
 
 
 def sloping(model):
@@ -204,7 +222,9 @@ def test_random_coordinates(rng):
     other = again.param_groups[0]["params"]
     theta = weights(nn.ParameterList(other))
     again.step(lambda: sloping(nn.ParameterList(other)))
-    assert [len((p != q).nonzero()) for p, q in zip(other, theta, strict=True)] == [*map(len, sets[0].values())]
+    assert [len((p != q).nonzero()) for p, q in zip(other, theta, strict=True)] == [
+        *map(len, sets[0].values())
+    ]
 
 
 def test_shares_of_layers(rng):
@@ -216,7 +236,12 @@ def test_shares_of_layers(rng):
         before = {k: v.clone() for k, v in model.state_dict().items()}
         opt.step(lambda: sloping(model))
         sets.append(changed(model, before))
-        assert {n: len(i) for n, i in sets[-1].items()} == {"0.weight": 14, "0.bias": 0, "3.weight": 14, "3.bias": 3}
+        assert {n: len(i) for n, i in sets[-1].items()} == {
+            "0.weight": 14,
+            "0.bias": 0,
+            "3.weight": 14,
+            "3.bias": 3,
+        }
     assert sets[0]["0.weight"] != sets[1]["0.weight"]
 
 
@@ -240,7 +265,9 @@ def test_groups_dtypes_and_subsets(rng):
     a, b = nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(3, 2).bfloat16())
     frozen = nn.Parameter(torch.randn(2), requires_grad=False)
     before = [p.detach().clone() for p in (a, b, frozen)]
-    opt = ZOCGE([{"params": [("layers.0.a", a), ("f", frozen)]}, {"params": [("layers.1.b", b)], "lr": 0.5}], lr=0.0)
+    opt = ZOCGE(
+        [{"params": [("layers.0.a", a), ("f", frozen)]}, {"params": [("layers.1.b", b)], "lr": 0.5}], lr=0.0
+    )
     opt.step(lambda: a.sum() + b.float().square().sum())
     assert same_bits([a.detach(), frozen.detach()], [before[0], before[2]])
     assert not torch.equal(b, before[1])
@@ -325,7 +352,10 @@ def test_training_on_digits(estimator, rng):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"estimator": "three-sided"}, "ZOCGE: estimator: expected 'two-sided' or 'one-sided', got 'three-sided'"),
+        (
+            {"estimator": "three-sided"},
+            "ZOCGE: estimator: expected 'two-sided' or 'one-sided', got 'three-sided'",
+        ),
         ({"mask": RandomMask()}, "ZOCGE: mask: expected a GivenMask or a MagnitudeMask"),
         ({"per_step": 0}, "ZOCGE: per_step: expected an integer >= 1, or shares by parameter name, got 0"),
         ({"per_step": {"p": 0.0}}, r"ZOCGE: per_step\['p'\]: expected a share in \(0, 1\], got 0.0"),
@@ -348,8 +378,14 @@ def test_sets_without_coordinates():
     p = nn.Parameter(torch.ones(3))
     for options, message in (
         ({"per_step": 4}, "ZOCGE: per_step: expected at most 3 coordinates, got 4"),
-        ({"per_step": {"p": 0.01}}, "ZOCGE: mask, per_step: expected at least one coordinate in a step, got none"),
-        ({"mask": GivenMask({"p": torch.zeros(3, dtype=torch.bool)})}, "ZOCGE: mask, per_step: expected at least one"),
+        (
+            {"per_step": {"p": 0.01}},
+            "ZOCGE: mask, per_step: expected at least one coordinate in a step, got none",
+        ),
+        (
+            {"mask": GivenMask({"p": torch.zeros(3, dtype=torch.bool)})},
+            "ZOCGE: mask, per_step: expected at least one",
+        ),
     ):
         opt = ZOCGE([("p", p)], lr=0.1, **options)
         with pytest.raises(ValueError, match=message):
@@ -378,7 +414,9 @@ def test_momentum_and_coupled_decay_are_torchs_sgd_on_all_weights(estimator, dty
         torchs.step()
     where = [[g.nonzero().tolist() for g in of_step] for of_step in moved]
     assert where[0] == where[1] != where[2] == where[3]
-    still = [all(not g.flatten()[i] for of_step in moved for g in of_step[:1]) for i in range(theirs[0].numel())]
+    still = [
+        all(not g.flatten()[i] for of_step in moved for g in of_step[:1]) for i in range(theirs[0].numel())
+    ]
     assert any(still)  # a weight that no step measured, and yet decays
     rounding = 1e-6 if dtype is torch.float32 else 2.0**-8
     for p, want in zip(model.parameters(), theirs, strict=True):
@@ -415,7 +453,9 @@ def test_momentum_resumes(rng):
         for _ in range(steps):
             opt.step(lambda: loss_of(model, x, y))
 
-    make = lambda model: ZOCGE(model.named_parameters(), 0.1, per_step=9, interval=3, momentum=0.9, l2=0.01, seed=5)
+    make = lambda model: ZOCGE(
+        model.named_parameters(), 0.1, per_step=9, interval=3, momentum=0.9, l2=0.01, seed=5
+    )
     whole = mlp(torch.bfloat16)
     run(whole, make(whole), 5)
     half = mlp(torch.bfloat16)

@@ -46,7 +46,13 @@ def test_help_lists_every_command(capsys):
 def test_version_and_wrong_arguments(capsys):
     assert exit_of("--version") == 0
     assert capsys.readouterr().out == f"zokernels {zokernels.__version__}\n"
-    for arguments in (("tune",), ("replay", "base.safetensors"), ("log",), ("info", "--yaml"), ("bench", "fly")):
+    for arguments in (
+        ("tune",),
+        ("replay", "base.safetensors"),
+        ("log",),
+        ("info", "--yaml"),
+        ("bench", "fly"),
+    ):
         assert exit_of(*arguments) == 2, arguments
 
 
@@ -109,7 +115,12 @@ def test_recorded_run_as_json(rng, tmp_path, capsys):
     assert (found["records"], found["base"], found["final"]) == (steps, True, True)
     assert found["tensors"] > 0
     assert main(["verify", at("run.zk"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"records": steps, "base": None, "final": None, "tensors": None}
+    assert json.loads(capsys.readouterr().out) == {
+        "records": steps,
+        "base": None,
+        "final": None,
+        "tensors": None,
+    }
 
     assert main(["verify", at("run.zk"), at("base.safetensors"), at("base.safetensors"), "--json"]) == 1
     said = capsys.readouterr()

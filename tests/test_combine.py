@@ -28,7 +28,8 @@ from zokernels.contract import philox4x32
 def test_reference_fma_rounds_once(rng):
     """The reference's fma equals exact rational arithmetic, also where float64 alone would round twice."""
     a, b, c = (random_values(3000, torch.float32, rng) for _ in range(3))
-    # Halfway cases: c decides on which side of a rounding boundary the sum lies, far below float64's last bit.
+    # Halfway cases: c decides on which side of a rounding boundary the sum lies, far below float64's last
+    # bit.
     a[:1000], b[:1000] = 1.0 + 2.0**-23 * torch.randint(0, 2**23, (1000,)), 1.0 + 2.0**-23
     c[:1000] = a[:1000] * 2.0**-40 * torch.randn(1000)
     got = fma(a, b, c)
@@ -137,7 +138,9 @@ def test_reference_follows_the_formula_with_extras(dtype, rng):
         bounds.append(rounding_bound(want[i], dtype, sum(term.abs() for term in terms), 5))
     masks = [zokernels.pack_mask(k, o) for k, o in zip(keep, offsets, strict=True)]
     with zokernels.backend("reference"):
-        zokernels.combine_(theta, seeds, coeffs, streams=[0, 1], offsets=offsets, decay=0.5, masks=masks, curvature=h)
+        zokernels.combine_(
+            theta, seeds, coeffs, streams=[0, 1], offsets=offsets, decay=0.5, masks=masks, curvature=h
+        )
     for got, expected, bound in zip(theta, want, bounds, strict=True):
         assert ((got.double() - expected).abs() <= bound).all()
 
@@ -146,7 +149,9 @@ def test_reference_mask_seed_keeps_the_fields_below(rng):
     """Domain 3: 16 bits an element; two masks keep what both keep."""
     n, offset, seed = 1000, rng.randrange(2**40), rng.getrandbits(63)
     blocks = range(offset >> 3, (offset + n + 7) >> 3)
-    words = [w for b in blocks for w in philox4x32((b & 2**32 - 1, b >> 32, 7, 3), (seed & 2**32 - 1, seed >> 32))]
+    words = [
+        w for b in blocks for w in philox4x32((b & 2**32 - 1, b >> 32, 7, 3), (seed & 2**32 - 1, seed >> 32))
+    ]
     fields = torch.tensor([f for w in words for f in (w & 0xFFFF, w >> 16)])[offset & 7 :][:n]
     other = torch.rand(n) < 0.5
     for density in (0.0, 0.25, 0.7, 1.0):
@@ -177,7 +182,11 @@ def test_extras_at_every_alignment_and_small_size(cpu_kernel, dtype, dist, rng):
         begin, offset = rng.randrange(9), rng.choice([rng.randrange(140), 8 * 2**32 - n // 2, 2**63 - 1 - n])
         buffers, _, kwargs = random_call(rng, sizes=[n], dtype=dtype, dist=dist, count=2, offsets=[offset])
         parts = [slice(begin, begin + n)]
-        kwargs |= {"masks": [zokernels.pack_mask(torch.rand(n) < 0.5, offset)], "mask_seed": 3, "density": 0.8}
+        kwargs |= {
+            "masks": [zokernels.pack_mask(torch.rand(n) < 0.5, offset)],
+            "mask_seed": 3,
+            "density": 0.8,
+        }
         check_backend(run, {"buffers": buffers, "parts": parts, **add_extras(rng, parts, kwargs)})
 
 
@@ -196,7 +205,9 @@ def test_a_nan_of_curvature_gives_nan_whatever_its_payload(dtype, cpu_backend):
     payloads = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000], dtype=torch.int32).view(torch.float32)
     for rounding in ("nearest", "stochastic"):
         theta = torch.ones(200, dtype=dtype)
-        zokernels.combine_(theta, 1, 0.1, streams=0, curvature=payloads.repeat(50), rounding=rounding, rounding_seed=5)
+        zokernels.combine_(
+            theta, 1, 0.1, streams=0, curvature=payloads.repeat(50), rounding=rounding, rounding_seed=5
+        )
         assert theta.isnan().all()
 
 
@@ -314,7 +325,9 @@ def test_gpu_equals_reference(backend, rng, repeat):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gpu_large(backend, dtype, dist, rng):
     sizes = [rng.randrange(1, 3000) for _ in range(120)] + [3_000_001]
-    buffers, parts, kwargs = random_call(rng, sizes=sizes, dtype=dtype, dist=dist, count=rng.choice([1, 2, 7]))
+    buffers, parts, kwargs = random_call(
+        rng, sizes=sizes, dtype=dtype, dist=dist, count=rng.choice([1, 2, 7])
+    )
     with zokernels.backend("cpu"):
         want = [b.clone() for b in buffers]
         zokernels.combine_([b[p] for b, p in zip(want, parts, strict=True)], **kwargs)

@@ -54,7 +54,9 @@ def test_derive_seed_golden(case, cpu_backend):
     run_seed, step, k, want = int(case["run_seed"], 16), case["step"], case["k"], int(case["seed"], 16)
     assert zokernels.derive_seed(run_seed, step, k) == want
     assert _host.derive_seed(run_seed, step, k) == want
-    seeds = zokernels.derive_seed(torch.tensor(contract.seed_to_int64(run_seed)), torch.tensor([step, step + 1]), k)
+    seeds = zokernels.derive_seed(
+        torch.tensor(contract.seed_to_int64(run_seed)), torch.tensor([step, step + 1]), k
+    )
     want_next = zokernels.derive_seed(run_seed, step + 1, k)
     assert seeds.tolist() == [contract.seed_to_int64(want), contract.seed_to_int64(want_next)]
 
@@ -65,16 +67,22 @@ def test_stream_golden():
             assert zokernels.stream_of(prefix + case["name"]) == case["stream"]
     for wrapper in ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module."):
         for name in ("{}layers.0.weight", "layers.{}0.{}weight", "module.{}layers.0.weight"):
-            assert zokernels.stream_of(name.format(wrapper, wrapper)) == zokernels.stream_of("layers.0.weight")
+            assert zokernels.stream_of(name.format(wrapper, wrapper)) == zokernels.stream_of(
+                "layers.0.weight"
+            )
         assert zokernels.stream_of(f"a{wrapper}weight") != zokernels.stream_of("aweight")
     assert zokernels.stream_of("head.module.weight") != zokernels.stream_of("head.weight")
 
 
 def test_colliding_streams_are_named():
-    """Names that are one without their wrappers are the collision at hand: another takes some 2^28 names to find."""
+    """Names that are one without their wrappers are the collision at hand: another takes some 2^28 names
+    to find.
+    """
     names = ["a.weight", "b.weight", "_orig_mod.a.weight"]
     stream = zokernels.stream_of("a.weight")
-    with pytest.raises(ValueError, match=rf"'a.weight' and '_orig_mod.a.weight' share stream {stream}; give explicit"):
+    with pytest.raises(
+        ValueError, match=rf"'a.weight' and '_orig_mod.a.weight' share stream {stream}; give explicit"
+    ):
         zokernels.streams_of(names)
 
 
@@ -94,7 +102,9 @@ def test_noise_does_not_depend_on_where_a_shard_begins(cpu_backend, rng):
         for _ in range(8):
             a = rng.randrange(n)
             b = rng.randrange(a, n)
-            assert torch.equal(zokernels.noise(b - a, seed=seed, stream=stream, offset=a, dist=dist), whole[a:b])
+            assert torch.equal(
+                zokernels.noise(b - a, seed=seed, stream=stream, offset=a, dist=dist), whole[a:b]
+            )
 
 
 def test_streams_and_seeds_are_unrelated(rng):

@@ -1,4 +1,7 @@
-"""The CUDA library: its kernels' code run on the CPU, its machine code read, its symbols checked. No GPU needed."""
+"""The CUDA library: its kernels' code run on the CPU, its machine code read, its symbols checked.
+
+No GPU needed.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +39,14 @@ needs_library = pytest.mark.skipif(
     not library.path_of("cuda").exists(), reason="the CUDA library is not built (no nvcc)"
 )
 
-# --- the kernels on the host ------------------------------------------------------------------------------------------
+# --- the kernels on the host ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
 def library_on_host(tmp_path_factory):
-    """csrc/cuda, compiled for the host as torch.ops.zokernels_cuda_on_host, which runs one thread after the other."""
+    """csrc/cuda, compiled for the host as torch.ops.zokernels_cuda_on_host, which runs one thread after
+    the other.
+    """
     folder = tmp_path_factory.mktemp("cuda_on_host")
     return ctypes.CDLL(str(cuda_on_host.build(folder, "-O1", "-Wall", "-Wextra", "-Werror")))
 
@@ -65,7 +70,10 @@ CASES = {
     "project": (test_project.run, test_project.random_project),
     "squares": (test_squares.run, test_squares.random_squares),
     **test_wire.CASES,
-    **{f"update {rule}": (test_update.run, functools.partial(test_update.random_update, rule=rule)) for rule in RULES},
+    **{
+        f"update {rule}": (test_update.run, functools.partial(test_update.random_update, rule=rule))
+        for rule in RULES
+    },
 }
 
 
@@ -142,7 +150,9 @@ def test_fan_out_on_host_equals_reference(on_host, rng, dtype, dist, count):
     chunk = chunk_of(dist)
     sizes = [chunk + rng.randrange(chunk), rng.randrange(4100)]
     offsets = [8 * rng.randrange(2**40), rng.randrange(2**40)]
-    buffers, parts, kwargs = random_call(rng, sizes=sizes, dtype=dtype, dist=dist, count=count, offsets=offsets)
+    buffers, parts, kwargs = random_call(
+        rng, sizes=sizes, dtype=dtype, dist=dist, count=count, offsets=offsets
+    )
     parts[0] = slice(0, sizes[0])
     test_fan_out.check(buffers, parts, kwargs, rng)
 
@@ -183,7 +193,10 @@ def test_spread_on_host_equals_reference(on_host, rng, dtype, dist):
 #: The tests of plans, each with the arguments that pytest gives it.
 PLANS = {
     **{f"in place {i}": lambda rng, i=i: test_plan.test_combine_in_place("cuda", i, rng) for i in range(6)},
-    **{f"out of place {i}": lambda rng, i=i: test_plan.test_combine_out_of_place("cuda", i, rng) for i in range(3)},
+    **{
+        f"out of place {i}": lambda rng, i=i: test_plan.test_combine_out_of_place("cuda", i, rng)
+        for i in range(3)
+    },
     "fan-out": lambda rng: test_plan.test_fan_out("cuda", False, rng),
     "fan-out with an update": lambda rng: test_plan.test_fan_out("cuda", True, rng),
     **{f"update {rule}": lambda rng, rule=rule: test_plan.test_update("cuda", rule, rng) for rule in RULES},
@@ -203,15 +216,17 @@ def test_plans_take_tables(on_host):
 
 
 def test_derive_seed_on_host_equals_reference(on_host, rng):
-    run_seed, step = (torch.tensor([seed_to_int64(rng.getrandbits(64)) for _ in range(700)]) for _ in range(2))
+    run_seed, step = (
+        torch.tensor([seed_to_int64(rng.getrandbits(64)) for _ in range(700)]) for _ in range(2)
+    )
     k = torch.tensor([rng.getrandbits(32) for _ in range(700)])
     with zokernels.backend("reference"):
         want = zokernels.derive_seed(run_seed, step, k)
     assert torch.equal(zokernels.derive_seed(run_seed, step, k), want)
 
 
-#: Tensors of one launch: their table is a kernel argument of at most 4 KiB, or of 32,764 bytes where there is a second
-#: number and the device takes it.
+#: Tensors of one launch: their table is a kernel argument of at most 4 KiB, or of 32,764 bytes where there is
+#: a second number and the device takes it.
 CAPACITY = {
     "plain": (67, 544),
     "combine": (52, 430),
@@ -251,9 +266,8 @@ def check_launches(on_host, rng, case, small, capacity):
 def test_square_root_without_range_check_is_exact():
     """From 1 / sqrt(s) rounded to nearest, the two corrections give IEEE's root for every radius tried.
 
-    The device starts from rsqrt.approx instead; that the instructions are the compiler's own is tested below, and that
-    the device's noise equals the reference's, on a GPU.
-    """
+    The device starts from rsqrt.approx instead; that the instructions are the compiler's own is tested below,
+    and that the device's noise equals the reference's, on a GPU."""
     found = _host.check_sqrt(stride=101)
     assert found["tried"] > 2e7
     assert found["wrong"] == 0
@@ -261,7 +275,7 @@ def test_square_root_without_range_check_is_exact():
     assert found["largest"] < 43
 
 
-# --- the library ------------------------------------------------------------------------------------------------------
+# --- the library ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=needs_library)])
@@ -295,7 +309,9 @@ def sm90(tmp_path_factory):
     if tool is None:
         pytest.skip("no cuobjdump")
     folder = tmp_path_factory.mktemp("cubins")
-    subprocess.run([tool, "-xelf", "sm_90", library.path_of("cuda")], cwd=folder, check=True, capture_output=True)
+    subprocess.run(
+        [tool, "-xelf", "sm_90", library.path_of("cuda")], cwd=folder, check=True, capture_output=True
+    )
     functions = {}
     for cubin in folder.glob("*.cubin"):
         functions.update(disassembly.disassemble(cubin.read_bytes()))
@@ -305,8 +321,8 @@ def sm90(tmp_path_factory):
 
 
 def kernel(functions, dist, dtype, count=1, decay=0, stochastic=0) -> disassembly.Function:
-    name = rf"combine_{dist}_kernelILNS0_5DTypeE{DTYPES.index(dtype)}ELi{count}ELb{decay}ELb{stochastic}ELi4096ELb0E"
-    return disassembly.select(functions, name)
+    options = rf"{DTYPES.index(dtype)}ELi{count}ELb{decay}ELb{stochastic}ELi4096ELb0E"
+    return disassembly.select(functions, rf"combine_{dist}_kernelILNS0_5DTypeE{options}")
 
 
 # Measured on nvcc 13.0: what each may cost, prologue and table look-up included.
@@ -360,7 +376,9 @@ def test_instructions_per_element_of_rows(sm90, dist, dtype, stochastic, ceiling
     print(f"rows: {dist} {dtype} stochastic={stochastic}: {figure:.2f} instructions per element")
     assert ceiling * 0.85 < figure <= ceiling, function.mix().most_common(12)
     width = 1 if dtype is not torch.float32 else 2
-    assert function.hot_count(disassembly.WIDE_LOAD) == function.hot_count(disassembly.WIDE_STORE) == 8 * width
+    assert (
+        function.hot_count(disassembly.WIDE_LOAD) == function.hot_count(disassembly.WIDE_STORE) == 8 * width
+    )
 
 
 @needs_library
@@ -376,7 +394,12 @@ def test_instructions_of_rademacher_rows_in_whole_tiles(sm90):
 
 
 #: Wire formats by their dtype's number, and what a fan-out of bf16 from each may cost, normal and Rademacher.
-WIRE_CEILINGS = {"bf16": (1, 28.0, 11.5), "fp16": (2, 28.0, 11.5), "fp8": (4, 31.5, 15.0), "int8": (3, 31.5, 15.5)}
+WIRE_CEILINGS = {
+    "bf16": (1, 28.0, 11.5),
+    "fp16": (2, 28.0, 11.5),
+    "fp8": (4, 31.5, 15.0),
+    "int8": (3, 31.5, 15.5),
+}
 
 
 @needs_library

@@ -1,4 +1,6 @@
-"""Which drivers and devices the CUDA library runs on: the answers of a driver are given, so no GPU is needed."""
+"""Which drivers and devices the CUDA library runs on: the answers of a driver are given, so no GPU is
+needed.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,12 @@ RTX_50, SPARK, LATER = (12, 0), (12, 1), (13, 0)
         (build("87-real"), 13000, ORIN, None),
         (build("87-real"), 13000, L4, None),
         (build("89-real"), 13000, A100, "is built for 8.9, got a device of compute capability 8.0"),
-        (build("90-real"), 13000, A100, "is built for 9.0, got .* 8.0; rebuild it: TORCH_CUDA_ARCH_LIST=8.0 ZOKER"),
+        (
+            build("90-real"),
+            13000,
+            A100,
+            "is built for 9.0, got .* 8.0; rebuild it: TORCH_CUDA_ARCH_LIST=8.0 ZOKER",
+        ),
         (build("90-real"), 13000, B200, "got a device of compute capability 10.0"),
         # Of one device, or of its family.
         (build("90a-real"), 13000, H100, None),
@@ -73,7 +80,12 @@ RTX_50, SPARK, LATER = (12, 0), (12, 1), (13, 0)
             "has PTX of 8.0 for .* 8.0, .* CUDA 13.1 or later, got .* 13.0",
         ),
         (build("80", compiler=13010), 13000, A100, None),
-        (build("80", compiler=13010), 13000, THOR, "has PTX of 8.0 for compute capability 11.0, which needs a driver"),
+        (
+            build("80", compiler=13010),
+            13000,
+            THOR,
+            "has PTX of 8.0 for compute capability 11.0, which needs a driver",
+        ),
         (build("80-real,90-virtual"), 13000, A100, None),
         (build("90-virtual"), 13000, A100, "is built for 9.0 as PTX, got a device of compute capability 8.0"),
     ],
@@ -104,7 +116,9 @@ def test_drivers(machine, problem):
 
 
 def test_a_driver_of_the_same_major_version_runs_machine_code():
-    """Any driver of the same major version runs the machine code, but none of the major version before does."""
+    """Any driver of the same major version runs the machine code, but none of the major version before
+    does.
+    """
     twelve = build("90-real", runtime=12080, compiler=12080)
     assert machine_problem(twelve, Machine("12.8", 12000, (H100,))) is None
     assert machine_problem(twelve, Machine("12.8", 11080, (H100,))) is not None
@@ -118,7 +132,9 @@ def load(*arguments) -> registry.Backend:
 def test_load_decides_for_each_device():
     backend = load(build("90-real"), Machine("13.0", 13000, (A100, H100)))
     assert list(backend.refused) == [torch.device("cuda", 0)]
-    with pytest.raises(BackendUnavailable, match=r"backend 'cuda' is built for 9.0, got a device .* 8.0; rebuild"):
+    with pytest.raises(
+        BackendUnavailable, match=r"backend 'cuda' is built for 9.0, got a device .* 8.0; rebuild"
+    ):
         load(build("90-real"), Machine("13.0", 13000, (A100, A100)))
     with pytest.raises(BackendUnavailable, match=r"needs a driver for CUDA 13.0 or later, got one for 12.8"):
         load(DEFAULT, Machine("12.8", 12080, (H100,)))
@@ -142,7 +158,9 @@ def test_another_backend_serves_the_devices_that_are_refused(two_gpus):
     assert registry.select(torch.device("cuda", 0)).name == "triton"
     with zokernels.backend("cuda"):
         assert registry.select("cuda:1").name == "cuda"
-        with pytest.raises(BackendUnavailable, match=r"backend 'cuda' is built for 9.0, got a device of .* 8.0"):
+        with pytest.raises(
+            BackendUnavailable, match=r"backend 'cuda' is built for 9.0, got a device of .* 8.0"
+        ):
             registry.select("cuda:0")
 
 
@@ -171,7 +189,10 @@ def test_the_library_says_what_it_was_built_for():
     if tool := find_tool("cuobjdump"):
         list_of = lambda kind: (
             subprocess.run(
-                [tool, f"--list-{kind}", str(library.path_of("cuda"))], capture_output=True, text=True, check=True
+                [tool, f"--list-{kind}", str(library.path_of("cuda"))],
+                capture_output=True,
+                text=True,
+                check=True,
             ).stdout
         )
         named = lambda kind: {int(number) for number in re.findall(r"\.sm_(\d+)[af]?\.", list_of(kind))}
@@ -189,7 +210,9 @@ def test_a_library_of_other_sources_is_named(monkeypatch, tmp_path):
     """One without the functions, as earlier releases have it: the CPU library has none of them either."""
     (tmp_path / "libzokernels_cuda.so").symlink_to(library.path_of("cpu"))
     monkeypatch.setattr(library, "FOLDER", tmp_path)
-    with pytest.raises(BackendUnavailable, match="backend 'cuda' is built from other sources; rebuild it with: ZOKER"):
+    with pytest.raises(
+        BackendUnavailable, match="backend 'cuda' is built from other sources; rebuild it with: ZOKER"
+    ):
         load()
 
 

@@ -79,8 +79,12 @@ def test_batches():
 
 
 def test_hot_path_is_what_the_optimizer_calls():
-    """The timed calls are those of a real ZOSGD step: the same sizes in the same order, in place and out of place."""
-    model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2, bias=False))
+    """The timed calls are those of a real ZOSGD step: the same sizes in the same order, in place and out
+    of place.
+    """
+    model = torch.nn.Sequential(
+        torch.nn.Linear(5, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2, bias=False)
+    )
     x, calls = torch.randn(3, 5), []
 
     def seen(name):
@@ -167,11 +171,14 @@ def test_tiny_run_writes_a_report(sentences, tmp_path):
 
     # The command makes the saved weights of the base and the log.
     at = {
-        name: str(tmp_path / name) for name in ("base.safetensors", "run.zk", "again.safetensors", "model.safetensors")
+        name: str(tmp_path / name)
+        for name in ("base.safetensors", "run.zk", "again.safetensors", "model.safetensors")
     }
     assert main(["replay", at["base.safetensors"], at["run.zk"], "-o", at["again.safetensors"]]) == 0
     again = load_file(at["again.safetensors"])
     assert again.keys() == weights.keys()
-    assert all(torch.equal(again[name].view(torch.int32), weights[name].view(torch.int32)) for name in weights)
+    assert all(
+        torch.equal(again[name].view(torch.int32), weights[name].view(torch.int32)) for name in weights
+    )
     assert any(not torch.equal(t, weights[name]) for name, t in load_file(at["base.safetensors"]).items())
     assert main(["verify", at["run.zk"], at["base.safetensors"], at["model.safetensors"]]) == 0

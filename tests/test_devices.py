@@ -1,8 +1,7 @@
 """Parameters, losses and learning rates on different devices: the bits of a run that has all of them on one.
 
-Without a GPU the other device is the stand-in of ``late_device``, whose copies to the host arrive late unless something
-waits for them; so a step that computes with such a copy before it has arrived fails here.
-"""
+Without a GPU the other device is the stand-in of ``late_device``, whose copies to the host arrive late unless
+something waits for them; so a step that computes with such a copy before it has arrived fails here."""
 
 from __future__ import annotations
 
@@ -46,7 +45,9 @@ METHODS = {
 
 
 class Places(NamedTuple):
-    """Whether the parameters, the loss and the learning rate are on the device (True) or on the host (False)."""
+    """Whether the parameters, the loss and the learning rate are on the device (True) or on the host
+    (False).
+    """
 
     first: bool
     second: bool | None  # None: there is none
@@ -76,7 +77,8 @@ def run(
     parameter: Callable[[Tensor, torch.device], nn.Parameter],
     occupy: Callable[[], object] = lambda: None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights and losses of three steps.  ``parameter`` makes one of a tensor on a device; ``occupy``: before a loss.
+    """Weights and losses of three steps.  ``parameter`` makes one of a tensor on a device; ``occupy``: before
+    a loss.
 
     The loss is a sum of integers below 2^24: exact, so that every device has its bits.
     """
@@ -91,7 +93,8 @@ def run(
 
     def closure() -> Tensor:
         occupy()
-        parts = [(p * 256).round().abs().sum().to(where(places.loss)) for p in params.values()]  # copies that wait
+        # copies that wait
+        parts = [(p * 256).round().abs().sum().to(where(places.loss)) for p in params.values()]
         return torch.stack(parts).sum() / 256
 
     losses = [optimizer.step(closure).to(CPU).double() for _ in range(3)]
@@ -130,7 +133,9 @@ def test_a_busy_gpu(method, places):
 
 
 def test_the_stand_in_is_late():
-    """The tests above rest on this: a copy that did not wait is wrong until something waits for the device."""
+    """The tests above rest on this: a copy that did not wait is wrong until something waits for the
+    device.
+    """
     x = torch.arange(5.0)
     with LateDevice() as late:
         there = x.to(DEVICE) * 2
@@ -166,7 +171,9 @@ def test_to_device():
 def test_who_copies_without_waiting():
     """All others ask ``to_device``: these record an event behind the copy, and wait for it."""
     package = pathlib.Path(zokernels.__file__).parent
-    found = {str(path.relative_to(package)) for path in package.rglob("*.py") if "non_blocking" in path.read_text()}
+    found = {
+        str(path.relative_to(package)) for path in package.rglob("*.py") if "non_blocking" in path.read_text()
+    }
     events = {
         "offload/movers.py",
         "offload/gathered.py",

@@ -1,4 +1,6 @@
-"""Every kind of direction against a materialised z: the points that the closure sees, the update, and what stays."""
+"""Every kind of direction against a materialised z: the points that the closure sees, the update, and
+what stays.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,13 @@ from zokernels.optim import (
 )
 
 EPS, LR, SEED = 1e-3, 1e-2, 77
-SHAPES = {"embed.w": (6, 10), "layers.0.w": (5, 3, 2), "layers.0.b": (7,), "layers.1.w": (4, 9), "layers.2.w": (3, 3)}
+SHAPES = {
+    "embed.w": (6, 10),
+    "layers.0.w": (5, 3, 2),
+    "layers.0.b": (7,),
+    "layers.1.w": (4, 9),
+    "layers.2.w": (3, 3),
+}
 
 
 def model(dtype=torch.float32) -> dict[str, nn.Parameter]:
@@ -113,7 +121,10 @@ def z_subspace(name, theta, seed, step):
     if theta.dim() < 2:
         return noise(name, theta.shape, seed), 1.0
     m, n, r, kept = theta.shape[0], theta.numel() // theta.shape[0], 2, kept_seed(step, 2)
-    u, v = (torch.linalg.qr(factor(name, rows, r, kept, at).double()).Q.float() for rows, at in ((m, 0), (n, m * r)))
+    u, v = (
+        torch.linalg.qr(factor(name, rows, r, kept, at).double()).Q.float()
+        for rows, at in ((m, 0), (n, m * r))
+    )
     left = torch.tensor(math.sqrt(m * n) / r) * product(u, noise(name, (r, r), seed), (m, r))
     return product(left, v, theta.shape), 1.0
 
@@ -150,11 +161,15 @@ class Recorder:
 @ALL
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_points_and_update_have_one_z(kind, restore, dtype):
-    """The same z in both perturbations and in the update, three steps on; what z leaves alone keeps its bits."""
+    """The same z in both perturbations and in the update, three steps on; what z leaves alone keeps its
+    bits.
+    """
     make, z_of = KINDS[kind]
     params = model(dtype)
     start = {name: p.detach().clone() for name, p in params.items()}
-    opt = ZOSGD(params.items(), lr=LR, eps=EPS, seed=SEED, restore=restore, rounding="nearest", direction=make())
+    opt = ZOSGD(
+        params.items(), lr=LR, eps=EPS, seed=SEED, restore=restore, rounding="nearest", direction=make()
+    )
     for step in range(3):
         theta = {name: p.detach().clone() for name, p in params.items()}
         record = Recorder(params, [1.3, 1.0])
@@ -168,7 +183,10 @@ def test_points_and_update_have_one_z(kind, restore, dtype):
             f = lambda c, factor=factor: (torch.tensor(c).float() * torch.tensor(factor).float()).item()
             up = combined(theta[name], z, f(EPS))
             if restore == "exact":
-                down, last = combined(theta[name], z, f(-EPS)), combined(theta[name], z, f(-(LR * g.double().item())))
+                down, last = (
+                    combined(theta[name], z, f(-EPS)),
+                    combined(theta[name], z, f(-(LR * g.double().item()))),
+                )
             else:
                 down = combined(up, z, f(-2 * EPS))
                 last = combined(down, z, f(EPS - LR * g.double().item()))
@@ -204,7 +222,14 @@ def test_modified_spsa(kind, restore):
 def test_sphere(dist, restore):
     params = model()
     opt = ZOSGD(
-        params.items(), lr=0.0, eps=EPS, seed=SEED, dist=dist, restore=restore, direction=Sphere(), directions=2
+        params.items(),
+        lr=0.0,
+        eps=EPS,
+        seed=SEED,
+        dist=dist,
+        restore=restore,
+        direction=Sphere(),
+        directions=2,
     )
     record = Recorder(params, [1.0] * 4)
     theta = {name: p.detach().clone() for name, p in params.items()}
@@ -233,7 +258,9 @@ def test_magnitude_mask_is_of_unperturbed_weights_and_refreshes():
     assert not same(1, 2)
 
 
-@pytest.mark.parametrize("make", [LeZO, ZOBCD, lambda p, **o: ZOBCD(p, order="random", period=2, size=2, **o)])
+@pytest.mark.parametrize(
+    "make", [LeZO, ZOBCD, lambda p, **o: ZOBCD(p, order="random", period=2, size=2, **o)]
+)
 @BOTH
 def test_subsets_touch_only_their_layers(make, restore):
     params, seen = model(), []
@@ -320,10 +347,16 @@ BAD = {
         lambda p: ZOSGD(p, lr=1.0, direction=MagnitudeMask(0.0)),
         r"MagnitudeMask: density: expected .*, got 0",
     ),
-    "refresh": (lambda p: ZOSGD(p, lr=1.0, direction=RandomMask(0.5, 0)), "RandomMask: refresh: expected None or"),
+    "refresh": (
+        lambda p: ZOSGD(p, lr=1.0, direction=RandomMask(0.5, 0)),
+        "RandomMask: refresh: expected None or",
+    ),
     "rank": (lambda p: LOZO(p, lr=1.0, rank=0), "KeptRight: rank: expected an integer >= 1, got 0"),
     "kind": (lambda p: ZOSGD(p, lr=1.0, direction=TensorScale("x")), "TensorScale: kind: expected"),
-    "capturable": (lambda p: LOZO(p, lr=1.0, capturable=True), "LOZO: capturable: expected False with a schedule"),
+    "capturable": (
+        lambda p: LOZO(p, lr=1.0, capturable=True),
+        "LOZO: capturable: expected False with a schedule",
+    ),
     "order": (lambda p: ZOBCD(p, lr=1.0, order="up"), "Blocks: order: expected 'cyclic' or 'random'"),
 }
 
@@ -342,9 +375,19 @@ BAD_STEPS = {
         ValueError,
         r"Subspace: rank: .* every matrix, \(4, 9\) taken as \(4, 9\) \(or near_square=True\)",
     ),
-    "name": (ZOSGD, {"direction": GivenMask({"no": torch.ones(1)})}, ValueError, "GivenMask: masks: .* got 'no'"),
+    "name": (
+        ZOSGD,
+        {"direction": GivenMask({"no": torch.ones(1)})},
+        ValueError,
+        "GivenMask: masks: .* got 'no'",
+    ),
     "dtype": (ZOSGD, {"direction": GivenMask({"layers.0.b": torch.ones(7)})}, TypeError, "float32 of shape"),
-    "index": (ZOSGD, {"direction": GivenMask({"layers.0.b": torch.tensor([7])})}, ValueError, r"indices in \[0, 7\)"),
+    "index": (
+        ZOSGD,
+        {"direction": GivenMask({"layers.0.b": torch.tensor([7])})},
+        ValueError,
+        r"indices in \[0, 7\)",
+    ),
 }
 
 

@@ -98,7 +98,8 @@ def hosts():
     if shutil.which("ip") is None:
         pytest.skip("needs ip (iproute2)")
     ip = lambda *words: subprocess.run(["ip", *words], capture_output=True, text=True)
-    # Names end with this process's number, addresses are of the block for documentation, and both only live inside.
+    # Names end with this process's number, addresses are of the block for documentation, and both only live
+    # inside.
     names, links = ([f"{kind}{os.getpid()}{side}" for side in "ab"] for kind in ("zkns", "zk"))
     found = []
     try:
@@ -106,7 +107,9 @@ def hosts():
             if (made := ip("netns", "add", name)).returncode:
                 pytest.skip(f"ip netns add: {made.stderr.strip()}")
         inside = ("netns", names[0])
-        steps = [["link", "add", links[0], *inside, "type", "veth", "peer", "name", links[1], "netns", names[1]]]
+        steps = [
+            ["link", "add", links[0], *inside, "type", "veth", "peer", "name", links[1], "netns", names[1]]
+        ]
         for i, (name, link) in enumerate(zip(names, links, strict=True)):
             address = f"192.0.2.{i + 1}"
             steps += [["-n", name, "addr", "add", f"{address}/24", "dev", link]]
@@ -122,14 +125,27 @@ def hosts():
 
 
 def test_two_hosts(hosts, tmp_path):
-    """torchrun on each of two hosts that reach each other by their cable alone: weights sharded between them."""
+    """torchrun on each of two hosts that reach each other by their cable alone: weights sharded between
+    them.
+    """
     master, nodes = hosts[0][1], []
     for node, (inside, _, link) in enumerate(hosts):
-        command = [*inside, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+        command = [
+            *inside,
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes",
+            "2",
+            "--nproc-per-node",
+            "1",
+        ]
         command += ["--node-rank", str(node), "--master-addr", master, "--master-port", "29511"]
         command += [str(TESTS / "elastic_worker.py"), str(tmp_path), "6"]
         env = environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME=link)
-        nodes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env))
+        nodes.append(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+        )
     try:
         ends = [node.communicate(timeout=120) for node in nodes]
     finally:

@@ -1,4 +1,6 @@
-"""The documentation: every Python block runs, every command parses, every message is listed, and the site builds."""
+"""The documentation: every Python block runs, every command parses, every message is listed, and the site
+builds.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from zokernels import cli
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-FENCE = re.compile(r"^(?:<!-- not run: (?P<why>[^>]+) -->\n)?```(?P<kind>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
+FENCE = re.compile(
+    r"^(?:<!-- not run: (?P<why>[^>]+) -->\n)?```(?P<kind>\w*)\n(?P<code>.*?)^```$", re.M | re.S
+)
 
 
 def blocks() -> list:
@@ -83,7 +87,7 @@ def test_there_are_blocks():
     assert len([b for b in blocks() if b.marks]) < len(blocks()) / 4
 
 
-# --- commands ---------------------------------------------------------------------------------------------------------
+# --- commands ---------------------------------------------------------------------------------------------
 
 
 def commands() -> list[tuple[str, str]]:
@@ -92,7 +96,9 @@ def commands() -> list[tuple[str, str]]:
     for page in PAGES:
         text = page.read_text()
         indented = re.findall(r"^ {4}(\S.*)$", text, re.M)
-        fenced = [line for m in FENCE.finditer(text) if m["kind"] != "python" for line in m["code"].splitlines()]
+        fenced = [
+            line for m in FENCE.finditer(text) if m["kind"] != "python" for line in m["code"].splitlines()
+        ]
         spans = re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
         found += [(page.name, line.strip()) for line in (*indented, *fenced, *spans)]
     return found
@@ -124,7 +130,9 @@ def test_commands_parse(capsys):
         if words[1:2] == ["bench"]:
             found = _refuses(make_parser("zokernels bench").parse_args, words[2:]) if words[2:] else None
         elif words[1:2] == ["demo"]:
-            found = None if all(w.startswith("-") or w.isdigit() for w in words[2:]) else "arguments of the demo"
+            found = (
+                None if all(w.startswith("-") or w.isdigit() for w in words[2:]) else "arguments of the demo"
+            )
         else:
             found = _refuses(cli._parser().parse_args, words[1:])
         assert found is None, (page, line, capsys.readouterr().err)
@@ -147,7 +155,7 @@ def test_files_that_are_named_exist():
                 assert (page.parent / link).exists(), (page.name, link)
 
 
-# --- messages ---------------------------------------------------------------------------------------------------------
+# --- messages ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -195,17 +203,21 @@ def test_a_real_error_is_listed(messages):
         lambda: zokernels.noise(3, seed=2**65),
         lambda: zokernels.optim.ZOSGD(torch.nn.Linear(2, 2).parameters(), lr=1.0, directions=0),
         lambda: zokernels.optim.ZOSGD(torch.nn.Linear(2, 2).parameters(), lr=1.0).step(lambda: None),
-        lambda: zokernels.optim.ZOSGD(torch.nn.Linear(2, 2).parameters(), lr=1.0).step(lambda: torch.zeros(2)),
+        lambda: zokernels.optim.ZOSGD(torch.nn.Linear(2, 2).parameters(), lr=1.0).step(
+            lambda: torch.zeros(2)
+        ),
     ]
     as_pattern = lambda text: re.compile(re.sub(r"<[^>]*>", ".*", re.escape(text)), re.S)
-    patterns = [as_pattern(m.text) for m in messages.messages() if re.sub(r"<[^>]*>|[:, ]|expected|got", "", m.text)]
+    patterns = [
+        as_pattern(m.text) for m in messages.messages() if re.sub(r"<[^>]*>|[:, ]|expected|got", "", m.text)
+    ]
     for case in cases:
         with pytest.raises((TypeError, ValueError)) as caught:
             case()
         assert any(p.fullmatch(str(caught.value)) for p in patterns), str(caught.value)
 
 
-# --- the site ---------------------------------------------------------------------------------------------------------
+# --- the site ---------------------------------------------------------------------------------------------
 
 
 def test_site_builds_without_a_warning(tmp_path, messages):

@@ -31,7 +31,14 @@ def trained(model):
 def compare(method, model, plain, loss, steps, seed, **options):
     """Takes some steps of ``method`` with ``model`` and compares them with plain PyTorch on ``plain``."""
     case = METHODS[method]
-    values = {"lr": 0.05, "eps": 2.0**-5, "weight_decay": 0.0, "dist": case.dist, "rounding": "stochastic", **options}
+    values = {
+        "lr": 0.05,
+        "eps": 2.0**-5,
+        "weight_decay": 0.0,
+        "dist": case.dist,
+        "rounding": "stochastic",
+        **options,
+    }
     opt = build(method, [*model.named_parameters()], seed=seed, **options)
     theta = trained(plain)
     for step in range(steps):
@@ -42,7 +49,9 @@ def compare(method, model, plain, loss, steps, seed, **options):
             losses, g, theta = plain_step(case, theta, of_weights, step, log, seed=seed, **values)
         assert torch.equal(torch.stack(opt.last_losses), torch.stack(losses))
         assert len({*map(float, losses)}) > 1
-        torch.testing.assert_close(torch.tensor(log), torch.tensor(g, dtype=torch.float32), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(
+            torch.tensor(log), torch.tensor(g, dtype=torch.float32), rtol=1e-6, atol=1e-9
+        )
         expected = {"one-sided": losses[0], "fzoo": losses[0], "ranking": min(losses)}
         mean = torch.stack(losses[: len(case.points)]).mean()
         assert torch.equal(result, expected.get(method, mean))
@@ -89,7 +98,10 @@ def test_tied_and_frozen_parameters(method, restore, rng):
 
 @CASES
 def test_groups_are_one_step(method, restore, rng):
-    """The weights of each group, whatever its dtype, follow from the log of g.  One of the groups is empty."""
+    """The weights of each group, whatever its dtype, follow from the log of g.
+
+    One of the groups is empty.
+    """
     a, b = nn.Parameter(torch.randn(11)), nn.Parameter(torch.randn(3, 5).bfloat16())
     before, seed = weights(nn.ParameterList([a, b])), rng.getrandbits(64)
     groups = [
@@ -101,9 +113,13 @@ def test_groups_are_one_step(method, restore, rng):
     opt.step(lambda: (a * 3).square().sum() + b.float().square().sum())
     g = opt.last_projected_gradient.tolist()
     if restore == "exact":
-        for name, p, theta, lr, dist in (("a", a, before[0], 0.05, "normal"), ("b", b, before[1], 0.2, "rademacher")):
+        for name, p, theta, lr, dist in (
+            ("a", a, before[0], 0.05, "normal"),
+            ("b", b, before[1], 0.2, "rademacher"),
+        ):
             z = tuple(
-                zk.noise(p.shape, seed=s, stream=zk.stream_of(name), dist=dist) for s in seeds_of(seed, 0, len(g))
+                zk.noise(p.shape, seed=s, stream=zk.stream_of(name), dist=dist)
+                for s in seeds_of(seed, 0, len(g))
             )
             assert same_bits([p.detach()], [combined(theta, z, tuple(-lr * value for value in g))])
     assert not torch.equal(a, before[0]) or method == "conservative"
@@ -133,7 +149,9 @@ def test_perturbation_and_update_have_one_z(method, restore, rng):
     z = {k: values for (k, sign), values in zip(points, seen, strict=False) if sign == 1}
     assert all(v.std() > 0.5 for v in z.values())
     g = opt.last_projected_gradient.tolist()
-    assert torch.equal(p, combined(torch.zeros(37), tuple(z[k] for k in range(case.q)), tuple(-0.5 * v for v in g)))
+    assert torch.equal(
+        p, combined(torch.zeros(37), tuple(z[k] for k in range(case.q)), tuple(-0.5 * v for v in g))
+    )
     if restore == "inplace":
         torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-4)
 
@@ -158,7 +176,9 @@ def test_ranking_is_the_sum_over_edges(rng):
             got = Ranking(q, top).coefficients(torch.tensor(losses, dtype=torch.float64), 0.1)
             torch.testing.assert_close(got, torch.tensor(ranked(losses, 0, q, top), dtype=torch.float64))
             assert abs(got.sum()) < 1e-12
-    full, almost = (Ranking(4, top).coefficients(torch.tensor([3.0, 1.0, 2.0, 9.0]).double(), 1) for top in (None, 3))
+    full, almost = (
+        Ranking(4, top).coefficients(torch.tensor([3.0, 1.0, 2.0, 9.0]).double(), 1) for top in (None, 3)
+    )
     assert torch.equal(full, almost)  # the last place is known from the others
 
 
@@ -270,7 +290,8 @@ def test_capturable_equals_the_ordinary_step(method, restore, dtype):
     data, results = batch(), []
     for capturable in (False, True):
         model = mlp(dtype, dropout=0.2)
-        opt = build(method, model.named_parameters(), lr=torch.tensor(0.05), restore=restore, weight_decay=0.1,
+        opt = build(method, model.named_parameters(), lr=torch.tensor(0.05), restore=restore,
+            weight_decay=0.1,
                     seed=2**63 + 9, capturable=capturable)  # fmt: skip
         results.append((run(model, opt, 3, data), weights(model), opt.last_projected_gradient))
     (l1, w1, g1), (l2, w2, g2) = results
@@ -300,7 +321,9 @@ def test_replays_equal_eager_steps(method, restore):
     for captured in (False, True):
         model = mlp(torch.bfloat16, dropout=0.25).cuda()
         lr = torch.tensor(0.05, device="cuda")
-        opt = build(method, model.named_parameters(), lr=lr, restore=restore, seed=3, capturable=True, clip=3.0)
+        opt = build(
+            method, model.named_parameters(), lr=lr, restore=restore, seed=3, capturable=True, clip=3.0
+        )
         closure = lambda: loss_of(model, *data)
         torch.manual_seed(7)
         for _ in range(2):
@@ -364,7 +387,8 @@ def test_passes_in_place(method, sizes):
 
 @BOTH
 @pytest.mark.parametrize(("trials", "kept"), [((0, 1, 2), 0), ((1, 0, 2), 1), ((2, 1, 0), -1), ((1, 1, 1), 0),
-                                              ((1, float("nan"), 0), -1), ((float("nan"), 0, 0), 0)])  # fmt: skip
+                                              ((1, float("nan"), 0), -1), ((float("nan"), 0, 0),
+                                              0)])  # fmt: skip
 def test_conservative_keeps_the_best(trials, kept, restore):
     theta = torch.linspace(-2, 2, 40)
     p, answers = nn.Parameter(theta.clone()), iter((3.0, 1.0, *map(float, trials)))
@@ -449,7 +473,9 @@ def test_forward_gradient_is_the_derivative_along_z(dtype, rng):
     assert result.item() == pytest.approx(loss.item(), rel=tolerance)
     s = seeds_of(seed, 0, 2)[0]
     for n, p in model.named_parameters():
-        expected = combined(theta[n], z[n], tuple(-0.1 * v for v in g), stochastic_seed=s, stream=zk.stream_of(n))
+        expected = combined(
+            theta[n], z[n], tuple(-0.1 * v for v in g), stochastic_seed=s, stream=zk.stream_of(n)
+        )
         assert same_bits([p.detach()], [expected])
 
 
@@ -462,7 +488,10 @@ def test_forward_gradient_trains_attention_and_embeddings():
     opt = ForwardGradient(model.named_parameters(), lr=0.01, directions=4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # no parameter goes unseen
-        losses = [opt.step(lambda: F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())) for _ in range(40)]
+        losses = [
+            opt.step(lambda: F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()))
+            for _ in range(40)
+        ]
     assert losses[-1] < 0.8 * losses[0]
 
 
@@ -479,7 +508,9 @@ def test_forward_gradient_refuses():
     p = nn.Parameter(torch.ones(3))
     opt = ForwardGradient([p], lr=0.1)
     for loss in (lambda: 1.0, lambda: p.data.sum(), lambda: (p.sum(), torch.ones(()))[1]):
-        with pytest.raises(TypeError, match="ForwardGradient: closure: expected a loss with a forward-mode derivative"):
+        with pytest.raises(
+            TypeError, match="ForwardGradient: closure: expected a loss with a forward-mode derivative"
+        ):
             opt.step(loss)
     with pytest.raises(RuntimeError, match="does not write to its parameters"):
         opt.step(lambda: p.mul_(2).sum())
@@ -520,7 +551,9 @@ def test_two_pass_is_for_one_direction_two_sided():
     model = mlp()
     for method in METHODS:
         opt = build(method, model.named_parameters(), restore="inplace")
-        with pytest.raises(ValueError, match="two_pass: expected the two-sided estimator with one direction and SGD"):
+        with pytest.raises(
+            ValueError, match="two_pass: expected the two-sided estimator with one direction and SGD"
+        ):
             opt.two_pass(model).__enter__()
 
 
@@ -551,7 +584,8 @@ class Momentum(Rule):
 def test_a_rule_may_keep_state(restore, rng):
     """It gets restored weights, seeds and g; its state is saved, and not touched by a skipped step."""
     data, seed = batch(), rng.getrandbits(64)
-    make = lambda m: ZerothOrder(m.named_parameters(), 0.05, seed=seed, restore=restore, estimator=TwoSided(2),
+    make = lambda m: ZerothOrder(m.named_parameters(), 0.05, seed=seed, restore=restore,
+        estimator=TwoSided(2),
                                  rule=Momentum())  # fmt: skip
     model, plain = mlp(), mlp()
     opt, sgd = make(model), ZOSGD(plain.named_parameters(), 0.05, seed=seed, restore=restore, directions=2)

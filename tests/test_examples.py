@@ -1,4 +1,7 @@
-"""The examples, each as a script; one of them stopped half-way and started again. The Trainer's: test_packaging.py."""
+"""The examples, each as a script; one of them stopped half-way and started again.
+
+The Trainer's: test_packaging.py.
+"""
 
 from __future__ import annotations
 

@@ -30,7 +30,9 @@ def test_fedkseed_client_sends_what_it_has_done():
     model, again = digits.network(), digits.network()
     span = Span(list(model.named_parameters()), range(64), "rademacher")
     with torch.no_grad():
-        numbers, values = fedkseed.local_steps(model, span, training, 30, 1e-2, torch.Generator().manual_seed(1))
+        numbers, values = fedkseed.local_steps(
+            model, span, training, 30, 1e-2, torch.Generator().manual_seed(1)
+        )
     coeffs = torch.zeros(64).index_add_(0, numbers.long(), values)
     span.add_(list(again.parameters()), coeffs)
     for p, q in zip(model.parameters(), again.parameters(), strict=True):

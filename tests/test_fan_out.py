@@ -34,7 +34,9 @@ def check(buffers, parts, kwargs, rng, device="cpu"):
     outputs, shift = [], rng.choice([0, 0, 3])
     for _ in range(2):
         outputs.append([torch.full((p.numel() + 16,), 55.0, dtype=p.dtype, device=device) for p in params])
-    plus, minus = ([o[shift : shift + p.numel()] for o, p in zip(out, params, strict=True)] for out in outputs)
+    plus, minus = (
+        [o[shift : shift + p.numel()] for o, p in zip(out, params, strict=True)] for out in outputs
+    )
     zokernels.fan_out_(theta, plus, minus, seed, coeff, **on_device)
     for name, got, expected in zip(("theta", "plus", "minus"), (theta, plus, minus), want, strict=True):
         for a, b in zip(got, expected, strict=True):
@@ -68,12 +70,22 @@ def test_theta_is_only_read_where_nothing_is_pending(cpu_backend):
     zokernels.fan_out_(theta, plus, minus, 5, 0.1, streams=2)
     assert theta._version == version
     assert torch.equal(theta, before)
-    torch.testing.assert_close(plus - minus, 0.2 * zokernels.noise(100, seed=5, stream=2), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        plus - minus, 0.2 * zokernels.noise(100, seed=5, stream=2), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_opcheck(cpu_backend):
     args = ([torch.randn(9)], [torch.empty(9)], [torch.empty(9)], torch.tensor([1]), torch.tensor([0.5]))
-    pending = (torch.tensor([2]), torch.tensor([0.1]), [3], [8], "normal", torch.tensor([0.9]), torch.tensor([4]))
+    pending = (
+        torch.tensor([2]),
+        torch.tensor([0.1]),
+        [3],
+        [8],
+        "normal",
+        torch.tensor([0.9]),
+        torch.tensor([4]),
+    )
     torch.library.opcheck(torch.ops.zokernels.fan_out_, (*args, *pending))
 
 

@@ -1,4 +1,7 @@
-"""Ceilings on the pipe that decides, of each kernel and architecture in docs/performance.md's table.  No GPU needed."""
+"""Ceilings on the pipe that decides, of each kernel and architecture in docs/performance.md's table.
+
+No GPU needed.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,16 @@ import gpu_pipes
 import pytest
 from gpu_pipes import CARDS, CUDA, TRITON, Kernel, Row, cycles, pipe_of, warps_resident
 
-# --- the table's own arithmetic ---------------------------------------------------------------------------------------
+# --- the table's own arithmetic ---------------------------------------------------------------------------
 
 
 def test_cycles_by_hand():
-    """64 single fmas and 8 wide products: 64 x 2 and 8 x 4 cycles, of two pipes that share the fmas or of one."""
-    opcodes = Counter({"FFMA": 64, "IMAD.WIDE.U32": 8, "LOP3.LUT": 10, "MUFU.RSQ": 4, "LDG.E.128": 1, "UIADD3": 5})
+    """64 single fmas and 8 wide products: 64 x 2 and 8 x 4 cycles, of two pipes that share the fmas or of
+    one.
+    """
+    opcodes = Counter(
+        {"FFMA": 64, "IMAD.WIDE.U32": 8, "LOP3.LUT": 10, "MUFU.RSQ": 4, "LDG.E.128": 1, "UIADD3": 5}
+    )
     hopper, ampere = cycles(opcodes, 90, 8), cycles(opcodes, 80, 8)
     assert (hopper.issue, hopper.alu, hopper.fma, hopper.xu) == (92 / 8, 20 / 8, (128 + 32) / 2 / 8, 32 / 8)
     assert (ampere.issue, ampere.alu, ampere.fma, ampere.xu) == (92 / 8, 20 / 8, (128 + 32) / 8, 32 / 8)
@@ -66,7 +73,7 @@ def test_share_of_a_copy():
     assert h200.copy == pytest.approx(4.3)
 
 
-# --- the kernels ------------------------------------------------------------------------------------------------------
+# --- the kernels ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -78,8 +85,8 @@ def found() -> dict[tuple[Kernel, int], Row]:
     return {(row.kernel, row.architecture): row for row in gpu_pipes.everything()}
 
 
-#: Cycles an element on the pipe that decides, with nvcc 13.0 or Triton 3.7.1: sm_80, sm_90, sm_100.  nvcc's vary by 0.5
-#: with what else is compiled in the same file.
+#: Cycles an element on the pipe that decides, with nvcc 13.0 or Triton 3.7.1: sm_80, sm_90, sm_100.  nvcc's
+#: vary by 0.5 with what else is compiled in the same file.
 CEILINGS = {
     "combine, bf16, normal": (31.5, 23.4, 20.6),
     "combine, fp32, normal": (31.5, 22.2, 19.5),
@@ -133,7 +140,9 @@ def test_the_page_has_this_table(found):
     """``python tests/gpu_pipes.py --write`` puts it there."""
     import triton
 
-    nvcc = subprocess.run([disassembly.find_tool("nvcc"), "--version"], capture_output=True, text=True, check=True)
+    nvcc = subprocess.run(
+        [disassembly.find_tool("nvcc"), "--version"], capture_output=True, text=True, check=True
+    )
     if "release 13.0" not in nvcc.stdout or triton.__version__ != "3.7.1":
         pytest.skip("the page is of nvcc 13.0 and Triton 3.7.1")
     begin, end = gpu_pipes.MARKS

@@ -123,7 +123,9 @@ def test_what_is_in_the_span_is_found(layer, rng):
     tensors = [torch.zeros_like(p) for p in layer.parameters()]
     span.add_(tensors, coeffs)
     torch.testing.assert_close(span.fit(tensors), coeffs, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match=r"Span: tensors: expected tensors of \[1200, 30\] elements, got \[30\]"):
+    with pytest.raises(
+        ValueError, match=r"Span: tensors: expected tensors of \[1200, 30\] elements, got \[30\]"
+    ):
         span.project(tensors[1:])
     with pytest.raises(ValueError, match="Span: tensors: expected at least one, got none"):
         Span([], [1])

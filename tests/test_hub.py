@@ -1,4 +1,6 @@
-"""The layout of the Hugging Face Hub: read by the builder's own reader, loaded by ``kernels``, without a network."""
+"""The layout of the Hugging Face Hub: read by the builder's own reader, loaded by ``kernels``, without a
+network.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +28,13 @@ from kernels import get_local_kernel, get_loaded_kernels
 hub = get_local_kernel(pathlib.Path(sys.argv[1]), backend="cpu")
 (loaded,) = get_loaded_kernels()
 print(hub.__name__, loaded.metadata.id)
-assert not [name for name in sys.modules if name.split(".")[0] == "zokernels"], "the installed package was used"
+installed = [name for name in sys.modules if name.split(".")[0] == "zokernels"]
+assert not installed, "the installed package was used"
 theta = torch.full((4,), -0.0)
 hub.combine_(theta, 0, 1.0, streams=0)
 print(" ".join(f"{b & 0xFFFFFFFF:08x}" for b in theta.view(torch.int32).tolist()))
-print(getattr(torch.ops, loaded.metadata.id).combine_.default._schema.name, hasattr(torch.ops.zokernels, "combine_"))
+ops = getattr(torch.ops, loaded.metadata.id)
+print(ops.combine_.default._schema.name, hasattr(torch.ops.zokernels, "combine_"))
 weights = torch.randn(50, generator=torch.Generator().manual_seed(1)).bfloat16()
 import zokernels
 ours = weights.clone()
@@ -86,7 +90,11 @@ def test_metadata_describes_the_files(project, backend):
 def test_it_loads_without_a_network_and_has_the_bits(project, tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-B", "-c", LOAD, project], capture_output=True, text=True, env=environment, cwd=tmp_path
+        [sys.executable, "-B", "-c", LOAD, project],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     module, golden, operation, same = done.stdout.splitlines()
@@ -101,7 +109,9 @@ def test_another_source_is_another_id(hub, project, tmp_path, monkeypatch):
     real = hub.sources()
     monkeypatch.setattr(hub, "sources", lambda: {**real, "wire.py": real["wire.py"] + "#\n"})
     other = hub.make(tmp_path, "someone/zokernels")
-    ids = [json.loads((p / "build" / "torch-cpu" / "metadata.json").read_text())["id"] for p in (project, other)]
+    ids = [
+        json.loads((p / "build" / "torch-cpu" / "metadata.json").read_text())["id"] for p in (project, other)
+    ]
     assert ids[0] != ids[1]
     assert all(name.startswith("_zokernels_cpu_") and name.isidentifier() for name in ids)
 

@@ -1,7 +1,8 @@
-"""Signals whose handlers raise, at any instruction of a step: weights, counter and log agree with one step count.
+"""Signals whose handlers raise, at any instruction of a step: weights, counter and log agree with one step
+count.
 
-``python tests/test_interrupts.py [MODE ...]``: at every instruction of a step in the package (minutes a mode).
-"""
+``python tests/test_interrupts.py [MODE ...]``: at every instruction of a step in the package (minutes a
+mode)."""
 
 from __future__ import annotations
 
@@ -35,7 +36,9 @@ def _raise(number, frame):
 
 @contextlib.contextmanager
 def signal_at(instruction):
-    """SIGUSR1 before the instruction of that number that the package's own code runs; yields the count so far."""
+    """SIGUSR1 before the instruction of that number that the package's own code runs; yields the count so
+    far.
+    """
     count = [0]
 
     def each(frame, event, argument):
@@ -92,7 +95,9 @@ MODES = ("exact", "inplace", "momentum")
 
 
 def check(mode, folder, places):
-    """Interrupts the second step of a run at each of ``places``, fractions of its instructions; returns how many."""
+    """Interrupts the second step of a run at each of ``places``, fractions of its instructions; returns
+    how many.
+    """
     whole, history = Run(mode), []
     for step in range(4):
         whole.take(step)
@@ -148,7 +153,9 @@ def test_all_signals_are_held_back_and_all_handlers_run():
 
 @pytest.mark.parametrize("moment", ["a block comes", "a side runs"])
 def test_a_signal_in_a_streamed_step_ends_it(moment, rng):
-    """A handler that raises while another side runs, or brings a block in: the step ends, and the run goes on."""
+    """A handler that raises while another side runs, or brings a block in: the step ends, and the run
+    goes on.
+    """
     torch.manual_seed(0)
     net = torch.nn.Sequential(*(torch.nn.Linear(6, 6) for _ in range(4)))
     whole = [p.detach().clone() for p in net.parameters()]
@@ -179,7 +186,9 @@ def test_a_signal_in_a_streamed_step_ends_it(moment, rng):
             with pytest.raises(Preempted):
                 optimizer.step(lambda: net(x).square().mean())
             assert optimizer.step_count == 0
-            assert all(torch.equal(a, b) for a, b in zip(engine.model.state_dict().values(), whole, strict=True))
+            assert all(
+                torch.equal(a, b) for a, b in zip(engine.model.state_dict().values(), whole, strict=True)
+            )
             optimizer.step(lambda: net(x).square().mean())
             assert optimizer.step_count == 1
             assert signal.getsignal(signal.SIGUSR1) is _raise
@@ -194,4 +203,6 @@ if __name__ == "__main__":
             run.take(2)
         with tempfile.TemporaryDirectory() as place:
             total = count[0]
-            print(mode, total, check(mode, pathlib.Path(place), [i / total for i in range(total)]), flush=True)
+            print(
+                mode, total, check(mode, pathlib.Path(place), [i / total for i in range(total)]), flush=True
+            )

@@ -25,7 +25,8 @@ PLACES = (
     *("zokernels/ops/{}.py", "zokernels/backends/reference/{}.py", "zokernels/backends/triton/{}.py"),
     *("csrc/cpu/{}.cpp", "csrc/cuda/{}.cu"),
 )
-#: What an operation is called in the public list of names, which is counted apart, as tests and documentation are.
+#: What an operation is called in the public list of names, which is counted apart, as tests and documentation
+#: are.
 PUBLIC = "zokernels/functional.py"
 #: Files that serve all operations: whoever adds one edits none of them.
 GENERAL = (
@@ -48,7 +49,11 @@ KERNELS = sorted({name.removesuffix("_") for name in OPERATIONS} - {"noise"})
 def python_words(text: str) -> set[str]:
     docstrings = set()
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        if (
+            isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ):
             docstrings.add(node.value.lineno)
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
     return {
@@ -163,7 +168,9 @@ def table() -> list[str]:
     lines = []
     for stem in sorted(STEMS):
         kernels = kernels_in(stem) if stem in WITH_KERNELS else ("combine",) * 3
-        lines.append(f"| {', '.join(f'`{name}`' for name in STEMS[stem])} | `{stem}` | {' | '.join(kernels)} |")
+        lines.append(
+            f"| {', '.join(f'`{name}`' for name in STEMS[stem])} | `{stem}` | {' | '.join(kernels)} |"
+        )
     return lines
 
 

@@ -13,7 +13,12 @@ from zokernels.optim import ZOSGD
 @pytest.mark.parametrize("restore", ["exact", "inplace"])
 def test_numbers_of_other_libraries_are_taken(restore):
     numpy = pytest.importorskip("numpy")
-    kinds = [float, numpy.float64, lambda x: numpy.array(x), lambda x: numpy.array(x, dtype=numpy.float64).reshape(())]
+    kinds = [
+        float,
+        numpy.float64,
+        lambda x: numpy.array(x),
+        lambda x: numpy.array(x, dtype=numpy.float64).reshape(()),
+    ]
     results = []
     for kind in (lambda x: torch.tensor(x, dtype=torch.float64), *kinds):
         p = torch.nn.Parameter(torch.linspace(-1, 1, 5).double().float())
@@ -27,7 +32,10 @@ def test_numbers_of_other_libraries_are_taken(restore):
 
 
 REFUSED = {
-    "meta": (lambda: torch.zeros((), device="meta"), "closure: expected a dense tensor with a value, got one on meta"),
+    "meta": (
+        lambda: torch.zeros((), device="meta"),
+        "closure: expected a dense tensor with a value, got one on meta",
+    ),
     "sparse": (
         lambda: torch.zeros(1, 1).to_sparse(),
         "a dense tensor with a value, got one in the layout torch.sparse",
@@ -47,7 +55,8 @@ def test_what_is_no_loss_is_refused_in_one_sentence(case, restore):
     value, message = REFUSED[case]
     p = torch.nn.Parameter(torch.linspace(-1, 1, 5))
     before = p.detach().clone()
-    optimizer = ZOSGD([("w", p)], lr=0.1, eps=0.25, dist="rademacher", restore=restore)  # moves that round nothing
+    # moves that round nothing
+    optimizer = ZOSGD([("w", p)], lr=0.1, eps=0.25, dist="rademacher", restore=restore)
     with pytest.raises((TypeError, ValueError), match=message) as told:
         optimizer.step(value)
     assert "\n" not in str(told.value)

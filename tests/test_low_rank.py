@@ -1,4 +1,6 @@
-"""low_rank: the reference against matrix products in float64, and every kernel against the reference, bit for bit."""
+"""low_rank: the reference against matrix products in float64, and every kernel against the reference, bit
+for bit.
+"""
 
 from __future__ import annotations
 
@@ -61,10 +63,13 @@ def test_reference_follows_the_formula(dtype, rng):
     coeffs = torch.randn(2, 2)
     want, bounds = [], []
     for i, p in enumerate(params):
-        added = lambda c, x, y, p=p: (c.double()[:, None, None] * (x.double() @ y.double().mT)).sum(0).view_as(p)
+        added = lambda c, x, y, p=p: (
+            (c.double()[:, None, None] * (x.double() @ y.double().mT)).sum(0).view_as(p)
+        )
         want.append(0.5 * p.double() + added(coeffs[i], left[i], right[i]))
         magnitude = 0.5 * p.double().abs() + added(coeffs[i].abs(), left[i].abs(), right[i].abs())
-        # In fp32: for each column of the factors an fma; then a product, and an fma for each of two directions.
+        # In fp32: for each column of the factors an fma; then a product, and an fma for each of two
+        # directions.
         bounds.append(rounding_bound(want[i], dtype, magnitude, 3 + ranks[i]))
     with zokernels.backend("reference"):
         zokernels.low_rank_(params, left, right, coeffs, streams=[1, 2], decay=0.5)

@@ -1,9 +1,8 @@
 """Methods against their authors' formulas, written out in float64 with every z materialised.
 
-Each oracle restates a paper or its authors' code, with the package's noise in the place of their draws.  A run and
-its oracle move alike: the largest difference is at most 2e-5 of the largest movement.  Every option has a case in
-which it differs from its default by far more than that.
-"""
+Each oracle restates a paper or its authors' code, with the package's noise in the place of their draws.  A
+run and its oracle move alike: the largest difference is at most 2e-5 of the largest movement.  Every option
+has a case in which it differs from its default by far more than that."""
 
 from __future__ import annotations
 
@@ -109,7 +108,9 @@ def ratio(params, theta, start):
 
 
 def compare(make, oracle, rng, *, steps=STEPS, tolerance=2e-5, closure=loss_of, **options):
-    """Runs ``make`` and ``oracle(theta, seed, step)``, which returns the new weights; their ratio is small."""
+    """Runs ``make`` and ``oracle(theta, seed, step)``, which returns the new weights; their ratio is
+    small.
+    """
     seed, params = rng.getrandbits(62), model()
     opt = make(list(params.items()), eps=EPS, seed=seed, **options)
     start = theta = double(params)
@@ -164,7 +165,9 @@ def test_es_in_mirrored_pairs_with_centred_ranks(rng):
         members = [(z, sign) for z in zs for sign in (1, -1)]
         rewards = [-loss_of(at(theta, z, sign * EPS)).item() for z, sign in members]
         ranks = [sum(other < r for other in rewards) / (2 * n - 1) - 0.5 for r in rewards]
-        g = {m: sum(rank * sign * z[m] for rank, (z, sign) in zip(ranks, members, strict=True)) for m in SHAPES}
+        g = {
+            m: sum(rank * sign * z[m] for rank, (z, sign) in zip(ranks, members, strict=True)) for m in SHAPES
+        }
         return minus(theta, -alpha / (2 * n), g)
 
     make = lambda p, **o: ES(p, alpha, population=2 * n, shaping="ranks", **o)
@@ -193,7 +196,9 @@ def rank_one(name, shape, seed, step):
 
 
 def test_eggroll(rng):
-    """HyperscaleES: fitness (s - mean) / sqrt(var + 1e-5); update sqrt(N) times the mean of fitness * sigma * E."""
+    """HyperscaleES: fitness (s - mean) / sqrt(var + 1e-5); update sqrt(N) times the mean of fitness *
+    sigma * E.
+    """
     q, lr, n = 3, 2.0, 6
     small = lambda theta: loss_of(theta) / 128  # so that the 1e-5 counts
 
@@ -202,7 +207,8 @@ def test_eggroll(rng):
         scores = torch.stack([-small(at(theta, z, sign * EPS)) for z, sign in members])
         fitness = (scores - scores.mean()) / (((scores - scores.mean()) ** 2).mean() + 1e-5).sqrt()
         mean = {
-            m: sum(f * sign * EPS * z[m] for f, (z, sign) in zip(fitness, members, strict=True)) / n for m in SHAPES
+            m: sum(f * sign * EPS * z[m] for f, (z, sign) in zip(fitness, members, strict=True)) / n
+            for m in SHAPES
         }
         return minus(theta, -lr * n**0.5, mean)
 
@@ -215,7 +221,10 @@ def test_eggroll(rng):
     def raw(theta, seed, step):
         members = [(z, sign) for z in directions(seed, step, q, rank_one) for sign in (1, -1)]
         scores = [-small(at(theta, z, sign * EPS)) for z, sign in members]
-        mean = {m: sum(s * sign * EPS * z[m] for s, (z, sign) in zip(scores, members, strict=True)) / n for m in SHAPES}
+        mean = {
+            m: sum(s * sign * EPS * z[m] for s, (z, sign) in zip(scores, members, strict=True)) / n
+            for m in SHAPES
+        }
         return minus(theta, -100 * lr * n**0.5, mean)
 
     compare(make, raw, rng, closure=small, shaping=None, lr=100 * lr * EPS**2 * n**0.5)
@@ -284,10 +293,14 @@ def test_conservative_on_ties():
 
 @BOTH
 def test_dynamic_mask_of_sparse_mezo(restore, rng):
-    """The paper: thresholds before training, every step perturbs and updates the weights that lie below them."""
+    """The paper: thresholds before training, every step perturbs and updates the weights that lie below
+    them.
+    """
     lr, density = 0.02, 0.5
     start = double(model())
-    thresholds = {n: t.abs().flatten().sort().values[max(1, round(density * t.numel())) - 1] for n, t in start.items()}
+    thresholds = {
+        n: t.abs().flatten().sort().values[max(1, round(density * t.numel())) - 1] for n, t in start.items()
+    }
 
     def oracle(theta, seed, step):
         z = {n: v * (theta[n].abs() <= thresholds[n]) for n, v in directions(seed, step, 1)[0].items()}
@@ -298,7 +311,8 @@ def test_dynamic_mask_of_sparse_mezo(restore, rng):
     tolerance = 2e-5 if restore == "exact" else 1e-3
     opt = compare(make, oracle, rng, steps=6, tolerance=tolerance)
     assert any(
-        int(zk.pack_mask(start[n].abs() <= thresholds[n]).ne(opt.state[p]["mask"]).sum()) for n, p in params_of(opt)
+        int(zk.pack_mask(start[n].abs() <= thresholds[n]).ne(opt.state[p]["mask"]).sum())
+        for n, p in params_of(opt)
     )
     differs(make, oracle, rng, steps=6, dynamic=False)
     differs(make, oracle, rng, steps=6, refresh=1, dynamic=False)
@@ -449,7 +463,9 @@ def test_lozo_with_momentum(restore, scaled, rng):
             moved[n] = averages[n] @ v.t()
         return {n: t - lr * (moved[n] + wd * t) for n, t in theta.items()}
 
-    make = lambda p, **o: LOZO(p, lr, rank=r, interval=interval, scaled=scaled, weight_decay=wd, restore=restore, **o)
+    make = lambda p, **o: LOZO(
+        p, lr, rank=r, interval=interval, scaled=scaled, weight_decay=wd, restore=restore, **o
+    )
     tolerance = 2e-5 if restore == "exact" else 1e-3
     opt = compare(make, oracle, rng, steps=6, tolerance=tolerance, momentum=beta)
     assert {n: tuple(opt.state[p]["factor"].shape) for n, p in params_of(opt)} == {
@@ -537,7 +553,9 @@ def test_subzero_takes_thin_matrices_as_squares(rng):
 
     make = lambda p, **o: SubZero(p, lr, rank=r, interval=2, **o)
     compare(make, oracle, rng, near_square=True)
-    with pytest.raises(ValueError, match=r"rank: .* \(4, 9\) taken as \(4, 9\) \(or near_square=True\), got 5"):
+    with pytest.raises(
+        ValueError, match=r"rank: .* \(4, 9\) taken as \(4, 9\) \(or near_square=True\), got 5"
+    ):
         compare(make, oracle, rng)
 
 
@@ -588,8 +606,14 @@ BETAS = (0.8, 0.6)
 SOLVERS = {
     "momentum": (Momentum(0.8, l2=0.1), lambda p: torch.optim.SGD(p, 0.01, momentum=0.8, weight_decay=0.1)),
     "adam": (Adam(BETAS), lambda p: torch.optim.Adam(p, 0.01, betas=BETAS, weight_decay=0.1)),
-    "adamw": (Adam(BETAS, decoupled=True), lambda p: torch.optim.AdamW(p, 0.01, betas=BETAS, weight_decay=0.1)),
-    "amsgrad": (AMSGrad(BETAS), lambda p: torch.optim.Adam(p, 0.01, betas=BETAS, weight_decay=0.1, amsgrad=True)),
+    "adamw": (
+        Adam(BETAS, decoupled=True),
+        lambda p: torch.optim.AdamW(p, 0.01, betas=BETAS, weight_decay=0.1),
+    ),
+    "amsgrad": (
+        AMSGrad(BETAS),
+        lambda p: torch.optim.Adam(p, 0.01, betas=BETAS, weight_decay=0.1, amsgrad=True),
+    ),
 }
 
 
@@ -714,7 +738,10 @@ def test_log_replays_and_resumes(method, dtype, tmp_path, rng):
 
 BAD = {
     "population": (lambda p: ES(p, 1.0, population=1), "ES: population: expected an integer >= 2, got 1"),
-    "pairs": (lambda p: ES(p, 1.0, population=5, mirrored=True), "ES: population: expected an even number .*, got 5"),
+    "pairs": (
+        lambda p: ES(p, 1.0, population=5, mirrored=True),
+        "ES: population: expected an even number .*, got 5",
+    ),
     "shaping": (lambda p: EGGROLL(p, 1.0, shaping="x"), "ScaledPopulation: shaping: expected 'z-score' or"),
     "maximize": (lambda p: EGGROLL(p, 1.0, shaping=None, maximize=True), "EGGROLL: maximize: expected False"),
     "sigma": (lambda p: FZOO(p, 1.0, sigma="x"), "StdNormalized: sigma: expected 'sample' or 'population'"),
@@ -722,12 +749,18 @@ BAD = {
     "l2": (lambda p: ZOSignSGD(p, 1.0, of="difference", l2=0.1), "ZOSignSGD: l2: expected 0"),
     "ties": (lambda p: ZOConservative(p, 1.0, ties="x"), "Conservative: ties: expected 'first' or 'last'"),
     "minimum": (lambda p: QZO(p, 1.0, minimum=0.0), "Floored: minimum: expected a finite number > 0"),
-    "norm": (lambda p: ZOSGD(p, 1.0, direction=TensorScale(norm="x")), "TensorScale: norm: expected 'rms' or 'l2'"),
+    "norm": (
+        lambda p: ZOSGD(p, 1.0, direction=TensorScale(norm="x")),
+        "TensorScale: norm: expected 'rms' or 'l2'",
+    ),
     "sizes": (
         lambda p: ZOSGD(p, 1.0, direction=TensorScale(refresh=2, sizes={})),
         "TensorScale: refresh: expected None",
     ),
-    "amsgrad": (lambda p: ZOAdamW(p, 1.0, amsgrad=True, window=2), "ZOAdamW: amsgrad: expected False with a window"),
+    "amsgrad": (
+        lambda p: ZOAdamW(p, 1.0, amsgrad=True, window=2),
+        "ZOAdamW: amsgrad: expected False with a window",
+    ),
     "window": (
         lambda p: ZOSGD(p, 1.0, momentum=0.5, window=2, direction=SparseMeZO(p, 1.0).direction),
         "ZOSGD: window: expected a direction that is not refreshed",

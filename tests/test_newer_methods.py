@@ -53,7 +53,9 @@ def test_bayesian_mean(q, samples, ema, rng):
     for _ in range(5):
         losses = torch.tensor([rng.gauss(1, 1) for _ in range(q + 1)], dtype=torch.float64)
         want = kalman(((losses[1:] - losses[0]) / 0.25).numpy(), samples, 1.5, 0.7, ema)
-        torch.testing.assert_close(one.coefficients(losses, 0.25), torch.from_numpy(want), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            one.coefficients(losses, 0.25), torch.from_numpy(want), rtol=1e-9, atol=1e-12
+        )
     assert one.coefficients(torch.tensor([1.0, float("inf")] + [1.0] * (q - 1)).double(), 1.0).isnan().all()
 
 
@@ -180,7 +182,10 @@ def test_log_replays_and_resumes(method, dtype, tmp_path, rng):
 BAD = {
     "samples": (lambda p: Bayesian(3, 2), "Bayesian: samples: expected an integer >= 3, got 2"),
     "prior": (lambda p: Bayesian(prior=0.0), "Bayesian: prior: expected a finite number > 0"),
-    "top": (lambda p: MeZOGV(p, 1.0, candidates=3, top=3), r"Guided: top: expected an integer in \[1, 2\], got 3"),
+    "top": (
+        lambda p: MeZOGV(p, 1.0, candidates=3, top=3),
+        r"Guided: top: expected an integer in \[1, 2\], got 3",
+    ),
     "restore": (
         lambda p: MeZOGV(p, 1.0, restore="inplace", trajectory="run.zk"),
         "MeZOGV: restore: expected 'exact' with a trajectory",

@@ -135,9 +135,8 @@ def test_gradient_accumulation_and_blocks_that_are_called_twice(rng, tmp_path):
 class Skipping(nn.Module):
     """Takes other blocks at perturbed weights than at others: sides that do not meet.
 
-    The hyperbolic tangents keep the loss in [0, 1].  A loss that jumps between the sides has a large projected
-    gradient: unbounded, it made some of the models diverge.
-    """
+    The hyperbolic tangents keep the loss in [0, 1].  A loss that jumps between the sides has a large
+    projected gradient: unbounded, it made some of the models diverge."""
 
     def __init__(self):
         super().__init__()

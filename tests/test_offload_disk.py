@@ -1,4 +1,6 @@
-"""Weights on disk: checkpoints that are read, folders that are written, kills, faults, and the memory that it takes."""
+"""Weights on disk: checkpoints that are read, folders that are written, kills, faults, and the memory
+that it takes.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ from zokernels.optim import ZOSGD
 def checkpoint(model, path, shards=1):
     """``model`` as a file, or as a folder of shards with an index."""
     state = {
-        k: v for k, v in model.state_dict().items() if k != "head.weight" or "embed.weight" not in model.state_dict()
+        k: v
+        for k, v in model.state_dict().items()
+        if k != "head.weight" or "embed.weight" not in model.state_dict()
     }
     if shards == 1:
         save_file(state, path)
@@ -81,7 +85,9 @@ def test_resuming(from_file, rng, tmp_path):
     at = 0
     for until in (3, 4, 12):
         ours = empty() if from_file else copy.deepcopy(start)
-        engine = offload.stream(ours, "layers", "disk", weights=base, path=tmp_path / "run", resume=True, slots=2)
+        engine = offload.stream(
+            ours, "layers", "disk", weights=base, path=tmp_path / "run", resume=True, slots=2
+        )
         losses, optimizer = train(ours, until)
         assert same_bits(losses, expected[at:until])
         at = until
@@ -220,7 +226,10 @@ def test_other_base_weights_are_refused(tmp_path):
 
 
 def test_a_full_disk(rng, tmp_path, monkeypatch):
-    """The run stops with the error of the system.  What is on the disk is whole, and the run goes on from it."""
+    """The run stops with the error of the system.
+
+    What is on the disk is whole, and the run goes on from it.
+    """
     model = tower(torch.bfloat16, seed=rng.getrandbits(30))
     base = checkpoint(model, tmp_path / "base.safetensors")
     expected, _ = train(model, 8)
@@ -280,6 +289,8 @@ def test_without_direct_access(rng, tmp_path, monkeypatch):
 def test_empty_weights_build_the_same_model():
     model, real = empty(torch.float32), tower()
     assert all(p.is_meta for p in model.parameters())
-    assert [(n, p.shape) for n, p in model.named_parameters()] == [(n, p.shape) for n, p in real.named_parameters()]
+    assert [(n, p.shape) for n, p in model.named_parameters()] == [
+        (n, p.shape) for n, p in real.named_parameters()
+    ]
     assert not torch.nn.Linear(2, 2).weight.is_meta
     assert not same_bits(loss_of(real, batch_of(0)), torch.zeros(()))

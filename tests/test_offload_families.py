@@ -1,4 +1,6 @@
-"""Streamed models of transformers against their runs in memory; generation; what a stream takes of the device."""
+"""Streamed models of transformers against their runs in memory; generation; what a stream takes of the
+device.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,19 @@ SIZES = {"vocab_size": VOCABULARY, "hidden_size": 24, "num_hidden_layers": 3, "n
 WIDE = {**SIZES, "intermediate_size": 40, "max_position_embeddings": 32}
 #: (configuration, model, container of blocks, arguments)
 FAMILIES = {
-    "OPT": ("OPTConfig", "OPTForCausalLM", "model.decoder.layers", {**SIZES, "word_embed_proj_dim": 24, "ffn_dim": 40}),
+    "OPT": (
+        "OPTConfig",
+        "OPTForCausalLM",
+        "model.decoder.layers",
+        {**SIZES, "word_embed_proj_dim": 24, "ffn_dim": 40},
+    ),
     "LLaMA": ("LlamaConfig", "LlamaForCausalLM", "model.layers", {**WIDE, "num_key_value_heads": 1}),
-    "Qwen": ("Qwen3Config", "Qwen3ForCausalLM", "model.layers", {**WIDE, "num_key_value_heads": 1, "head_dim": 8}),
+    "Qwen": (
+        "Qwen3Config",
+        "Qwen3ForCausalLM",
+        "model.layers",
+        {**WIDE, "num_key_value_heads": 1, "head_dim": 8},
+    ),
     "GPT-2": (
         "GPT2Config",
         "GPT2LMHeadModel",
@@ -54,10 +66,16 @@ def loss_of(model, ids):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family, tied, rng, tmp_path):
-    """Trains from a random storage with a random number of slots, with dropout if the model has it, then generates."""
+    """Trains from a random storage with a random number of slots, with dropout if the model has it, then
+    generates.
+    """
     steps = 20 if family in ("OPT", "LLaMA", "BERT") else 4
     model, blocks = build(family, tied, rng)
-    ours, storage, slots = copy.deepcopy(model), rng.choice(("device", "host", "disk")), rng.choice((1, 2, 3, 4))
+    ours, storage, slots = (
+        copy.deepcopy(model),
+        rng.choice(("device", "host", "disk")),
+        rng.choice((1, 2, 3, 4)),
+    )
     print(storage, slots)
     run = {"losses": loss_of, "batch": batch_of}
     expected, _ = train(model, steps, **run)
@@ -73,7 +91,9 @@ def test_families(family, tied, rng, tmp_path):
             for m in (ours, model):
                 torch.manual_seed(7)  # sampled: greedy, a model of random weights may repeat one token
                 written.append(
-                    m.generate(batch_of(0), max_new_tokens=6, min_new_tokens=6, do_sample=True, pad_token_id=0)
+                    m.generate(
+                        batch_of(0), max_new_tokens=6, min_new_tokens=6, do_sample=True, pad_token_id=0
+                    )
                 )
             assert written[0].shape == (2, 15)
             assert torch.equal(*written)
@@ -110,7 +130,9 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        known = {
+            t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
+        }
         for t in tree_leaves(out):
             if isinstance(t, torch.Tensor) and t.is_meta:
                 storage = t.untyped_storage()
@@ -128,9 +150,11 @@ class Live(TorchDispatchMode):
 
 @pytest.mark.parametrize(("shape", "limit"), [("opt-13b", 3.5e9), ("opt-30b", 5e9)])
 def test_memory_of_large_models(shape, limit, monkeypatch):
-    """In bf16, 2,048 tokens, with the options of gpu-check: what the engine takes, the activations of one side (without
-    scores, as fused attention has none), and what the other side keeps between two blocks."""
-    monkeypatch.setattr(bench_offload.F, "scaled_dot_product_attention", lambda q, k, v, **_: torch.empty_like(q))
+    """In bf16, 2,048 tokens, with the options of gpu-check: what the engine takes, the activations of one
+    side (without scores, as fused attention has none), and what the other side keeps between two blocks."""
+    monkeypatch.setattr(
+        bench_offload.F, "scaled_dot_product_attention", lambda q, k, v, **_: torch.empty_like(q)
+    )
     model = bench_offload.build(shape, torch.bfloat16, layers=2)
     planned = offload.footprint(model, model.blocks(True), slots=2, scratch=1)
     width = model.embed.weight.shape[1]

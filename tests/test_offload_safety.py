@@ -1,4 +1,6 @@
-"""What could lose weights of a streamed run: reads that fail, writes that are slow, memory that is not to be had."""
+"""What could lose weights of a streamed run: reads that fail, writes that are slow, memory that is not to
+be had.
+"""
 
 from __future__ import annotations
 
@@ -66,11 +68,13 @@ def test_each_block_is_read_once_a_step(slots, tmp_path):
 
 @pytest.mark.parametrize("storage", ["host", "disk"])
 def test_what_is_being_written_stays_as_it_is(storage, rng, tmp_path, monkeypatch):
-    """A block that stays in its slot takes the next update only when the last one has been written: else its file would
-    have a part of it."""
+    """A block that stays in its slot takes the next update only when the last one has been written: else its
+    file would have a part of it."""
     model = tower(torch.bfloat16, seed=rng.getrandbits(30))
     expected, _ = train(copy.deepcopy(model), 4)
-    engine = offload.stream(model, "layers", storage, path=tmp_path / "run" if storage == "disk" else None, slots=5)
+    engine = offload.stream(
+        model, "layers", storage, path=tmp_path / "run" if storage == "disk" else None, slots=5
+    )
     write, changed = engine.mover.source.write, []
 
     def slowly(block, data, updates):
@@ -139,10 +143,13 @@ def test_memory_that_cannot_be_had(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("error", "hint"), [(2, "free memory"), (801, "ulimit -l")])
 def test_memory_that_cannot_be_pinned(error, hint, monkeypatch):
-    runtime = type("Runtime", (), {"cudaHostRegister": lambda *args: error, "cudaHostUnregister": lambda *args: 0})
+    runtime = type(
+        "Runtime", (), {"cudaHostRegister": lambda *args: error, "cudaHostUnregister": lambda *args: 0}
+    )
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime())
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: object())  # no PCI numbers: any CPU
+    # no PCI numbers: any CPU
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: object())
     with pytest.raises(MemoryError, match=rf"8192 bytes.*pinned \({hint}\).*error {error}"):
         zokernels.offload.memory.mapping(8192, torch.device("cuda", 0))
 

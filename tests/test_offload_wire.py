@@ -94,7 +94,9 @@ def test_lossy_has_the_bits_of_the_loop(wire, dtype, rng, tmp_path):
     storage = rng.choice(("host", "disk"))
     path = tmp_path / "run" if storage == "disk" else None
     slots, write_every = rng.choice((1, 2, 3, 8)), rng.choice((1, 3))
-    with offload.stream(ours, "layers", storage, path=path, wire=wire, slots=slots, write_every=write_every) as engine:
+    with offload.stream(
+        ours, "layers", storage, path=path, wire=wire, slots=slots, write_every=write_every
+    ) as engine:
         assert not engine.is_lossless
         losses, _ = train(ours, 8)
         assert same_bits(losses, expected)
@@ -109,7 +111,9 @@ def test_lossy_has_the_bits_of_the_loop(wire, dtype, rng, tmp_path):
 @pytest.mark.parametrize("wire", ["bf16", "fp8"])
 @pytest.mark.parametrize("method", METHODS)
 def test_methods(method, wire, rng, tmp_path):
-    """The result is the same for any slots and storage, and with a lossless wire it is that of a run in memory."""
+    """The result is the same for any slots and storage, and with a lossless wire it is that of a run in
+    memory.
+    """
     model = tower(torch.bfloat16, seed=rng.getrandbits(30))
     runs = []
     for options in (
@@ -180,7 +184,9 @@ def test_read_only_storage(wire, rng, tmp_path):
 
 @pytest.mark.parametrize("wire", ["bf16", "fp8", "int8"])
 def test_resuming(wire, rng, tmp_path):
-    """After a clean end and after one where nothing is flushed; with other slots and write_every each time."""
+    """After a clean end and after one where nothing is flushed; with other slots and write_every each
+    time.
+    """
     model = tower(torch.bfloat16, seed=rng.getrandbits(30))
     base = checkpoint(model, tmp_path / "base.safetensors")
     expected, at = written_out(model, 10, wire), 0
@@ -201,7 +207,8 @@ def test_resuming(wire, rng, tmp_path):
     saved = empty()
     with offload.stream(saved, "layers", "disk", weights=base, path=tmp_path / "run", resume=True) as engine:
         train(saved, 10)
-        assert not same_state(saved.state_dict(), model.state_dict())  # read without a wire: the masters are exact
+        # read without a wire: the masters are exact
+        assert not same_state(saved.state_dict(), model.state_dict())
 
 
 def test_mixed_dtypes_and_integers_in_a_block(rng):
@@ -212,7 +219,9 @@ def test_mixed_dtypes_and_integers_in_a_block(rng):
             self.shift = torch.nn.Parameter(torch.randint(-3, 4, (33,)).to(torch.int8), requires_grad=False)
 
         def forward(self, x):
-            return torch.tanh(torch.nn.functional.linear(x, self.weight, self.bias.float()) + self.shift.float())
+            return torch.tanh(
+                torch.nn.functional.linear(x, self.weight, self.bias.float()) + self.shift.float()
+            )
 
     torch.manual_seed(rng.getrandbits(30))
     model = torch.nn.Sequential(*(Mixed() for _ in range(3)))

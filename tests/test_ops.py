@@ -38,7 +38,8 @@ def test_opcheck_combine(dtype, dist, cpu_backend):
     torch.library.opcheck(ops.combine_, tuple(combine_args(dtype, decay=None, rounding_seed=None).values()))
 
 
-# One good call of every operation over parameters: what its arguments are called, in order.  Errors below change them.
+# One good call of every operation over parameters: what its arguments are called, in order.  Errors below
+# change them.
 
 
 def noise_args():
@@ -82,12 +83,26 @@ def update_args(rule):
         noise |= {"seeds": torch.tensor([1]), "coeffs": torch.tensor([0.5])}
     first, second = tensors() if states else [], tensors(torch.bfloat16) if states > 1 else []
     hyper = torch.rand(values + (2 if rule == "adam_window" else 0))
-    return {"params": tensors(), "first": first, "second": second, "rule": rule, "hyper": hyper, **noise, **mask_args()}
+    return {
+        "params": tensors(),
+        "first": first,
+        "second": second,
+        "rule": rule,
+        "hyper": hyper,
+        **noise,
+        **mask_args(),
+    }
 
 
 CALLS = {
     "combine_": lambda: {"params": tensors(), **noise_args(), **mask_args(), "curvature": tensors()},
-    "combine": lambda: {"out": tensors(), "params": tensors(), **noise_args(), **mask_args(), "curvature": tensors()},
+    "combine": lambda: {
+        "out": tensors(),
+        "params": tensors(),
+        **noise_args(),
+        **mask_args(),
+        "curvature": tensors(),
+    },
     "fan_out_": lambda: {
         "params": tensors(),
         "plus": tensors(),
@@ -156,8 +171,10 @@ def test_opcheck_noise_and_derive_seed(cpu_backend):
 
 def test_schemas_exist_without_a_library():
     assert str(ops.combine_.default._schema) == (
-        "zokernels::combine_(Tensor(a!)[] params, Tensor seeds, Tensor coeffs, int[] streams, int[] offsets, str dist, "
-        "Tensor? decay, Tensor? rounding_seed, Tensor[]? masks=None, Tensor? mask_seed=None, int mask_keep=65536, "
+        "zokernels::combine_(Tensor(a!)[] params, Tensor seeds, Tensor coeffs, int[] streams, int[] "
+        "offsets, str dist, "
+        "Tensor? decay, Tensor? rounding_seed, Tensor[]? masks=None, Tensor? mask_seed=None, int "
+        "mask_keep=65536, "
         "Tensor[]? curvature=None, int[]? widths=None, int[]? lengths=None) -> ()"
     )
 
@@ -178,20 +195,32 @@ def test_compiled_function_gives_the_same_bits():
 BASE = torch.linspace(-1, 1, 64)
 
 BAD_COMBINE = {
-    "integer dtype": (dict(params=[torch.arange(9)], streams=[1], offsets=[0]), TypeError, r"params\[0\]: .*int64"),
+    "integer dtype": (
+        dict(params=[torch.arange(9)], streams=[1], offsets=[0]),
+        TypeError,
+        r"params\[0\]: .*int64",
+    ),
     "complex dtype": (
         dict(params=[torch.zeros(9, dtype=torch.complex64)], streams=[1], offsets=[0]),
         TypeError,
         r"params\[0\]: .*complex64",
     ),
-    "float64": (dict(params=[torch.zeros(9).double()], streams=[1], offsets=[0]), TypeError, r"params\[0\]: .*float64"),
+    "float64": (
+        dict(params=[torch.zeros(9).double()], streams=[1], offsets=[0]),
+        TypeError,
+        r"params\[0\]: .*float64",
+    ),
     "non-contiguous": (
         dict(params=[torch.zeros(4, 6).t()], streams=[1], offsets=[0]),
         ValueError,
         r"params\[0\]: expected a contiguous tensor, got shape \(6, 4\), strides \(1, 6\)",
     ),
     "expanded": (dict(params=[torch.zeros(1).expand(6)], streams=[1], offsets=[0]), ValueError, "contiguous"),
-    "mixed dtypes": (dict(params=[torch.zeros(4), torch.zeros(4).half()]), TypeError, r"params\[1\]: expected dtype"),
+    "mixed dtypes": (
+        dict(params=[torch.zeros(4), torch.zeros(4).half()]),
+        TypeError,
+        r"params\[1\]: expected dtype",
+    ),
     "mixed devices": (
         dict(params=[torch.zeros(4), torch.zeros(4, device="meta")]),
         ValueError,
@@ -204,12 +233,28 @@ BAD_COMBINE = {
     "offsets too long": (dict(offsets=[1, 2, 3]), ValueError, r"offsets: expected 2 integers.*got 3"),
     "negative offset": (dict(offsets=[0, -8]), ValueError, r"offsets\[1\]: .*got -8"),
     "offset too large": (dict(offsets=[2**63 - 1, 0]), ValueError, r"offsets\[0\]: .*< 2\^63"),
-    "stream too large": (dict(streams=[2**56, 0]), ValueError, r"streams\[0\]: expected an integer in \[0, 2\^56\)"),
+    "stream too large": (
+        dict(streams=[2**56, 0]),
+        ValueError,
+        r"streams\[0\]: expected an integer in \[0, 2\^56\)",
+    ),
     "coeffs too short": (dict(coeffs=torch.tensor([0.5])), ValueError, r"coeffs: expected 2 values.*got 1"),
-    "coeffs dtype": (dict(coeffs=torch.tensor([0.5, 1]).double()), TypeError, r"coeffs: expected dtype torch.float32"),
+    "coeffs dtype": (
+        dict(coeffs=torch.tensor([0.5, 1]).double()),
+        TypeError,
+        r"coeffs: expected dtype torch.float32",
+    ),
     "seeds dtype": (dict(seeds=torch.tensor([1, 2]).int()), TypeError, r"seeds: expected dtype torch.int64"),
-    "seeds shape": (dict(seeds=torch.tensor([[1, 2]])), ValueError, r"seeds: expected a contiguous 1-D tensor"),
-    "unknown dist": (dict(dist="cauchy"), ValueError, r"dist: expected 'normal' or 'rademacher', got 'cauchy'"),
+    "seeds shape": (
+        dict(seeds=torch.tensor([[1, 2]])),
+        ValueError,
+        r"seeds: expected a contiguous 1-D tensor",
+    ),
+    "unknown dist": (
+        dict(dist="cauchy"),
+        ValueError,
+        r"dist: expected 'normal' or 'rademacher', got 'cauchy'",
+    ),
     "two decays": (dict(decay=torch.tensor([1.0, 2.0])), ValueError, r"decay: expected one value, got 2"),
 }
 
@@ -231,26 +276,33 @@ LEFT, RIGHT = torch.rand(2, 5, 4), torch.rand(2, 4, 1)
 
 #: (operation, argument changed, its bad value, error, message)
 BAD = [
-    ("combine_", "coeffs", torch.rand(2, 3), V, r"coeffs: expected \[2\] or a contiguous \[2, 2\] .*shape \(2, 3\)"),
+    ("combine_", "coeffs", torch.rand(2, 3), V, r"coeffs: expected \[2\] or a contiguous \[2, 2\] "
+                                                r".*shape \(2, 3\)"),
     ("combine_", "coeffs", torch.rand(2, 2).t(), V, r"coeffs: .*strides \(1, 2\)"),
     ("combine_", "coeffs", torch.rand(2, 2).double(), T, r"coeffs: expected dtype torch.float32"),
     ("combine_", "coeffs", torch.rand(2, 2, device="meta"), V, "coeffs: expected the parameters' device cpu"),
     ("combine_", "masks", [ONE_MASK], V, "masks: expected 2 tensors, as in params, got 1"),
-    ("combine_", "masks", [ONE_MASK, ONE_MASK], V, r"masks\[1\]: expected 2 bytes for 9 elements from index 13"),
-    ("combine_", "masks", [ONE_MASK.bool(), ONE_MASK], T, r"masks\[0\]: expected dtype torch.uint8.*got torch.bool"),
+    ("combine_", "masks", [ONE_MASK, ONE_MASK], V, r"masks\[1\]: expected 2 bytes for 9 elements "
+                                                   r"from index 13"),
+    ("combine_", "masks", [ONE_MASK.bool(), ONE_MASK], T, r"masks\[0\]: expected dtype "
+                                                          r"torch.uint8.*got torch.bool"),
     ("combine_", "masks", [ONE_MASK.to("meta"), ONE_MASK], V, r"masks\[0\]: expected device cpu.*got meta"),
-    ("combine_", "masks", [torch.zeros(10, dtype=torch.uint8)[::2], ONE_MASK], V, r"masks\[0\]: expected a contiguous"),
+    ("combine_", "masks", [torch.zeros(10, dtype=torch.uint8)[::2], ONE_MASK], V, r"masks\[0\]: "
+                                                                                  r"expected a contiguous"),
     ("combine_", "mask_seed", torch.tensor([1, 2]), V, "mask_seed: expected one value, got 2"),
     ("combine_", "mask_seed", torch.tensor([1.0]), T, "mask_seed: expected dtype torch.int64"),
     ("combine_", "mask_keep", 65537, V, r"mask_keep: expected an integer in \[0, 65536\], got 65537"),
     ("combine_", "mask_keep", -1, V, "mask_keep: .*got -1"),
     ("combine_", "curvature", [torch.rand(5, 7)], V, "curvature: expected 2 tensors, as in params, got 1"),
-    ("combine_", "curvature", tensors(torch.float16), T, r"curvature\[0\]: expected one dtype of .*got torch.float16"),
+    ("combine_", "curvature", tensors(torch.float16), T, r"curvature\[0\]: expected one dtype of "
+                                                         r".*got torch.float16"),
     ("combine_", "curvature", [torch.rand(5, 7), torch.rand(8)], V, r"curvature\[1\]: expected shape \(9,\)"),
-    ("combine_", "curvature", [torch.rand(7, 5).t(), torch.rand(9)], V, r"curvature\[0\]: expected a contiguous"),
+    ("combine_", "curvature", [torch.rand(7, 5).t(), torch.rand(9)], V, r"curvature\[0\]: expected a "
+                                                                        r"contiguous"),
     ("combine", "out", tensors(torch.bfloat16), T, r"out\[0\]: expected dtype torch.float32, as params\[0\]"),
     ("fan_out_", "coeff", torch.tensor([0.1, 0.2]), V, "coeff: expected one value, got 2"),
-    ("fan_out_", "coeffs", torch.rand(2, 2), V, r"coeffs: expected a contiguous 1-D tensor, got shape \(2, 2\)"),
+    ("fan_out_", "coeffs", torch.rand(2, 2), V, r"coeffs: expected a contiguous 1-D tensor, got "
+                                                r"shape \(2, 2\)"),
     ("fan_out_", "minus", tensors()[:1], V, "minus: expected 2 tensors, as in params, got 1"),
     ("spread", "out", torch.rand(3, 5, 7), V, r"out: expected a contiguous tensor of shape \(2, 5, 7\), got"),
     ("spread", "out", torch.rand(2, 5, 7).bfloat16(), T, "out: expected torch.float32 on cpu, as x"),
@@ -259,33 +311,44 @@ BAD = [
     ("spread", "stream", 2**56, V, r"streams\[0\]: expected an integer in \[0, 2\^56\)"),
     ("spread", "offset", -1, V, r"offsets\[0\]: .*got -1"),
     ("spread", "coeffs", torch.rand(1), V, "coeffs: expected 2 values, one for each seed, got 1"),
-    ("spread", "coeffs", torch.rand(1, 2), V, r"coeffs: expected a contiguous 1-D tensor, got shape \(1, 2\)"),
+    ("spread", "coeffs", torch.rand(1, 2), V, r"coeffs: expected a contiguous 1-D tensor, got shape "
+                                              r"\(1, 2\)"),
     ("spread", "dist", "cauchy", V, "dist: expected 'normal' or 'rademacher', got 'cauchy'"),
     ("update_ adam", "rule", "lion", V, "rule: expected 'momentum' or .*got 'lion'"),
     ("update_ adam", "first", [], V, "first: expected 2 tensors, as in params, got 0"),
     ("update_ adam", "second", [], V, "second: expected 2 tensors, as in params, got 0"),
-    ("update_ momentum", "second", tensors(), V, "second: expected no state for rule 'momentum', got 2 tensors"),
+    ("update_ momentum", "second", tensors(), V, "second: expected no state for rule 'momentum', got "
+                                                 "2 tensors"),
     ("update_ sign", "first", tensors(), V, "first: expected no state for rule 'sign', got 2 tensors"),
-    ("update_ adam", "first", tensors(torch.float16), T, r"first\[0\]: expected one dtype of .*got torch.float16"),
-    ("update_ adam", "first", [torch.rand(5, 7), torch.rand(9).bfloat16()], T, r"first\[1\]: .*got torch.bfloat16"),
+    ("update_ adam", "first", tensors(torch.float16), T, r"first\[0\]: expected one dtype of .*got "
+                                                         r"torch.float16"),
+    ("update_ adam", "first", [torch.rand(5, 7), torch.rand(9).bfloat16()], T, r"first\[1\]: .*got "
+                                                                               r"torch.bfloat16"),
     ("update_ adam", "first", [torch.rand(7, 5), torch.rand(9)], V, r"first\[0\]: expected shape \(5, 7\)"),
     ("update_ adam", "hyper", torch.rand(7), V, "hyper: expected 8 values for rule 'adam', got 7"),
     ("update_ adam", "hyper", torch.rand(8).double(), T, "hyper: expected dtype torch.float32"),
-    ("update_ adam_window", "hyper", torch.rand(2), V, "hyper: expected 4 values for rule 'adam_window', got 2"),
+    ("update_ adam_window", "hyper", torch.rand(2), V, "hyper: expected 4 values for rule "
+                                                       "'adam_window', got 2"),
     ("update_ adam", "masks", [ONE_MASK], V, "masks: expected 2 tensors"),
     ("low_rank_", "left", [LEFT], V, "left: expected 2 tensors, as in params, got 1"),
-    ("low_rank_", "left", [LEFT, torch.rand(2, 4, 1)], V, r"left\[1\]: expected .*\(2, 3, 1\), got \(2, 4, 1\)"),
-    ("low_rank_", "right", [torch.rand(2, 7, 3), RIGHT], V, r"right\[0\]: expected .*\(2, 7, 4\), got \(2, 7, 3\)"),
-    ("low_rank_", "right", [torch.rand(2, 7, 4).half(), RIGHT], T, r"right\[0\]: expected torch.float32 on cpu"),
+    ("low_rank_", "left", [LEFT, torch.rand(2, 4, 1)], V, r"left\[1\]: expected .*\(2, 3, 1\), got "
+                                                          r"\(2, 4, 1\)"),
+    ("low_rank_", "right", [torch.rand(2, 7, 3), RIGHT], V, r"right\[0\]: expected .*\(2, 7, 4\), "
+                                                            r"got \(2, 7, 3\)"),
+    ("low_rank_", "right", [torch.rand(2, 7, 4).half(), RIGHT], T, r"right\[0\]: expected "
+                                                                   r"torch.float32 on cpu"),
     ("low_rank_", "params", tensors(), V, r"params\[1\]: expected a matrix"),
-    ("low_rank_", "coeffs", torch.rand(3), V, r"left\[0\]: expected a contiguous tensor of shape \(3, 5, 4\)"),
+    ("low_rank_", "coeffs", torch.rand(3), V, r"left\[0\]: expected a contiguous tensor of shape "
+                                              r"\(3, 5, 4\)"),
     ("low_rank", "out", matrices()[:1], V, "out: expected 2 tensors, as in params, got 1"),
     ("requantize_", "params", tensors(), T, r"params\[0\]: expected dtype int8, got torch.float32"),
     ("requantize_", "low", 127, V, r"low, high: expected -128 <= low < high <= 127, got \(127, 127\)"),
     ("requantize_", "high", 128, V, r"low, high: .*got \(-127, 128\)"),
     ("requantize", "out", tensors(), T, r"out\[0\]: expected dtype int8, got torch.float32"),
-    ("project", "tensors", [torch.arange(35), torch.rand(9)], T, r"tensors\[0\]: expected dtype .*got torch.int64"),
-    ("project", "tensors", [torch.rand(7, 5).t(), torch.rand(9)], V, r"tensors\[0\]: expected a contiguous tensor"),
+    ("project", "tensors", [torch.arange(35), torch.rand(9)], T, r"tensors\[0\]: expected dtype "
+                                                                 r".*got torch.int64"),
+    ("project", "tensors", [torch.rand(7, 5).t(), torch.rand(9)], V, r"tensors\[0\]: expected a "
+                                                                     r"contiguous tensor"),
     ("project", "streams", [3], V, "streams: expected 2 integers, one for each tensor of tensors, got 1"),
     ("project", "offsets", [0, -13], V, r"offsets\[1\]: .*got -13"),
     ("project", "seeds", torch.tensor([1.0]), T, "seeds: expected dtype torch.int64"),
@@ -338,7 +401,9 @@ def test_written_tensors_share_no_memory(op, written, other):
         first = value if isinstance(value, torch.Tensor) else value[0]
         view = memory.view(first.dtype)[: first.numel()].view(first.shape)
         args[name] = view if isinstance(value, torch.Tensor) else [view, *value[1:]]
-    with pytest.raises(ValueError, match=f"^{op.split()[0]}: .*share no memory within one call, got overlap with"):
+    with pytest.raises(
+        ValueError, match=f"^{op.split()[0]}: .*share no memory within one call, got overlap with"
+    ):
         call(op, args)
 
 
@@ -421,7 +486,9 @@ def test_derive_seed_errors():
 
 @pytest.mark.parametrize("name", ["combine", "requantize", "low_rank"])
 def test_out_without_params(name):
-    """As many tensors are read as are written: an empty list is an error like any other of the wrong length."""
+    """As many tensors are read as are written: an empty list is an error like any other of the wrong
+    length.
+    """
     out, factors = [torch.zeros(2, 2, dtype=torch.int8 if name == "requantize" else torch.float32)], ([], [])
     fields = factors if name == "low_rank" else ([1],)
     with pytest.raises(ValueError, match=f"^{name}: params: expected 1 tensors, as in out, got 0$"):

@@ -37,7 +37,9 @@ def test_import_probes_nothing_and_says_nothing():
 
 
 def test_import_loads_nothing_but_the_package_itself():
-    """Not one module of others that ``import torch`` has not loaded already: importing them would take time."""
+    """Not one module of others that ``import torch`` has not loaded already: importing them would take
+    time.
+    """
     done = run_python("""
         import sys, torch
         before = set(sys.modules)
@@ -51,7 +53,14 @@ def test_import_loads_nothing_but_the_package_itself():
 
 def test_report(capsys):
     done = subprocess.run([sys.executable, "-m", "zokernels"], capture_output=True, text=True, check=True)
-    for expected in ("zokernels", zokernels.__version__, "torch", "instruction sets", "backend cpu", "chosen for cpu"):
+    for expected in (
+        "zokernels",
+        zokernels.__version__,
+        "torch",
+        "instruction sets",
+        "backend cpu",
+        "chosen for cpu",
+    ):
         assert expected in done.stdout
     assert all(len(line) < 200 for line in done.stdout.splitlines())
 
@@ -75,7 +84,10 @@ def test_environment_variable():
     failed = run_python(code, ZOKERNELS_BACKEND="metal")
     assert "ZOKERNELS_BACKEND: expected one of reference, cpu, triton, cuda, got 'metal'" in failed.stderr
     isa = "import torch, zokernels; zokernels.noise(3, seed=1)"
-    assert "ZOKERNELS_CPU_ISA: expected auto or an instruction set" in run_python(isa, ZOKERNELS_CPU_ISA="sse9").stderr
+    assert (
+        "ZOKERNELS_CPU_ISA: expected auto or an instruction set"
+        in run_python(isa, ZOKERNELS_CPU_ISA="sse9").stderr
+    )
 
 
 def test_unknown_backend():
@@ -85,7 +97,11 @@ def test_unknown_backend():
 
 
 def test_fresh_memory_is_poisoned_in_tests():
-    made = [torch.empty(3), torch.empty_like(torch.ones(2).half()), torch.ones(1).new_empty(2, dtype=torch.bfloat16)]
+    made = [
+        torch.empty(3),
+        torch.empty_like(torch.ones(2).half()),
+        torch.ones(1).new_empty(2, dtype=torch.bfloat16),
+    ]
     assert all(t.isnan().all() for t in made)
     assert (torch.empty(2, dtype=torch.int8) == 127).all()
     assert (torch.empty(2, dtype=torch.uint8) == 255).all()
@@ -93,7 +109,9 @@ def test_fresh_memory_is_poisoned_in_tests():
 
 def test_backend_on_the_wrong_device(monkeypatch):
     monkeypatch.setenv("ZOKERNELS_BACKEND", "cpu")
-    with pytest.raises(zokernels.BackendUnavailable, match="backend 'cpu': expected tensors on cpu, got cuda"):
+    with pytest.raises(
+        zokernels.BackendUnavailable, match="backend 'cpu': expected tensors on cpu, got cuda"
+    ):
         registry.select("cuda")
 
 

@@ -22,12 +22,14 @@ from zokernels.trajectory import read
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
-#: Where torch and what it needs lie: an empty environment gets this folder by a .pth file instead of a download.
+#: Where torch and what it needs lie: an empty environment gets this folder by a .pth file instead of a
+#: download.
 SITE = pathlib.Path(importlib.util.find_spec("torch").origin).parent.parent
 
 SCRIPTS = pathlib.Path(sysconfig.get_path("scripts"))
 
-#: What an installed package must do: kernels with the contract's bits, from the folder that it was installed to.
+#: What an installed package must do: kernels with the contract's bits, from the folder that it was installed
+#: to.
 USE = """
 import pathlib, sys, torch, zokernels
 assert pathlib.Path(zokernels.__file__).is_relative_to(sys.argv[1]), zokernels.__file__
@@ -52,7 +54,9 @@ GOLDEN = "3fab67a2 bf030c3e 3fe72676 bf395d96"  # the first normals of tests/gol
 def run(*command: object, **options) -> str:
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     environment |= {"SOURCE_DATE_EPOCH": "1700000000", **options.pop("env", {})}
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=environment, **options)
+    done = subprocess.run(
+        [str(c) for c in command], capture_output=True, text=True, env=environment, **options
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 
@@ -124,7 +128,10 @@ def test_the_same_sources_give_the_same_wheel(built, wheel, tmp_path):
     """Also after an isolated build, whose ninja lay in an environment that is gone."""
     cache = built / "CMakeCache.txt"
     gone = re.sub(
-        r"^CMAKE_MAKE_PROGRAM:\w+=.*$", "CMAKE_MAKE_PROGRAM:FILEPATH=/gone/ninja", cache.read_text(), flags=re.M
+        r"^CMAKE_MAKE_PROGRAM:\w+=.*$",
+        "CMAKE_MAKE_PROGRAM:FILEPATH=/gone/ninja",
+        cache.read_text(),
+        flags=re.M,
     )
     assert "/gone/ninja" in gone
     cache.write_text(gone)
@@ -173,11 +180,14 @@ def test_a_script_killed_half_way_ends_with_the_same_bits(environment, weights_a
 
     def start(name: str) -> subprocess.Popen:
         command = [environment / "bin" / "python", script, name, "4"]
-        return subprocess.Popen(command, cwd=folder, env=variables, stdout=outputs[name], stderr=outputs[name])
+        return subprocess.Popen(
+            command, cwd=folder, env=variables, stdout=outputs[name], stderr=outputs[name]
+        )
 
     whole, part = start("whole"), start("part")
     checkpoint = folder / "part" / "checkpoint-2" / "trainer_state.json"
-    while part.poll() is None and not checkpoint.exists():  # its last file; the next checkpoint is two steps away
+    # its last file; the next checkpoint is two steps away
+    while part.poll() is None and not checkpoint.exists():
         time.sleep(2e-3)
     part.kill()
     assert part.wait() == -9, (folder / "part.txt").read_text()
@@ -208,7 +218,8 @@ def test_other_torch_versions(environment):
     others = [p for p in os.environ.get("ZOKERNELS_OTHER_TORCH", "").split(os.pathsep) if p]
     if not others:
         pytest.skip(
-            "ZOKERNELS_OTHER_TORCH names no interpreter with another torch (docs/packaging.md has what was run)"
+            "ZOKERNELS_OTHER_TORCH names no interpreter with another torch (docs/packaging.md has "
+            "what was run)"
         )
     site = next(environment.glob("lib/python*/site-packages"))
     for python in others:
@@ -232,10 +243,14 @@ def test_sdist_is_whole_and_reproducible(built, tmp_path):
     made = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        made.append(tmp_path / name / run(sys.executable, "-c", code, tmp_path / name, cwd=ROOT).splitlines()[-1])
+        made.append(
+            tmp_path / name / run(sys.executable, "-c", code, tmp_path / name, cwd=ROOT).splitlines()[-1]
+        )
     assert made[0].read_bytes() == made[1].read_bytes()
     with tarfile.open(made[0]) as archive:
-        archive.extractall(tmp_path, filter="data") if hasattr(tarfile, "data_filter") else archive.extractall(tmp_path)
+        archive.extractall(tmp_path, filter="data") if hasattr(
+            tarfile, "data_filter"
+        ) else archive.extractall(tmp_path)
     tree = tmp_path / f"zokernels-{zokernels.__version__}"
     assert not [p for p in tree.rglob("*") if p.suffix in (".so", ".pyc") or p.is_symlink()]
     tracked = ("csrc", "zokernels", "tests", "bench", "examples", "docs")
@@ -260,7 +275,9 @@ def test_sdist_is_whole_and_reproducible(built, tmp_path):
 
 @pytest.mark.parametrize("cuda", ["auto", "0"])
 def test_every_command_of_the_build_can_be_run(cuda, tmp_path):
-    """With the default architectures, of which there are several, and with and without CUDA: as a shell reads them."""
+    """With the default architectures, of which there are several, and with and without CUDA: as a shell
+    reads them.
+    """
     import pybind11
 
     torch, environment = SITE / "torch", {"PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"}
@@ -268,7 +285,15 @@ def test_every_command_of_the_build_can_be_run(cuda, tmp_path):
     defines |= {"PYBIND11_INCLUDE": pybind11.get_include(), "ZOKERNELS_PYTHONS": sys.executable}
     cmake, ninja = (shutil.which(tool, path=environment["PATH"]) for tool in ("cmake", "ninja"))
     told = run(
-        cmake, "-G", "Ninja", "-S", ROOT, "-B", tmp_path, *(f"-D{k}={v}" for k, v in defines.items()), env=environment
+        cmake,
+        "-G",
+        "Ninja",
+        "-S",
+        ROOT,
+        "-B",
+        tmp_path,
+        *(f"-D{k}={v}" for k, v in defines.items()),
+        env=environment,
     )
     commands = run(ninja, "-C", tmp_path, "-t", "commands", env=environment)
     assert "csrc/host/module.cpp" in commands
@@ -288,7 +313,9 @@ def test_cpp(built):
 
 def test_the_version_stands_in_one_place():
     pattern = re.compile(rf"(?<![\d.]){re.escape(zokernels.__version__)}(?![\d.])")
-    texts = [ROOT / name for name in ("pyproject.toml", "setup.py", "CMakeLists.txt", "README.md", "Makefile")]
+    texts = [
+        ROOT / name for name in ("pyproject.toml", "setup.py", "CMakeLists.txt", "README.md", "Makefile")
+    ]
     texts += [p for p in (ROOT / "zokernels").rglob("*.py") if p.name != "version.py"]
     assert not [str(p) for p in texts if pattern.search(p.read_text())]
     first = re.search(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
@@ -303,7 +330,9 @@ def test_native_libraries_call_only_the_stable_interface(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         libraries = [archive.extract(n, tmp_path) for n in archive.namelist() if n.endswith(".so")]
     for library in libraries:
-        symbols = [line.split(maxsplit=1)[-1] for line in run(nm, "-DC", "--undefined-only", library).splitlines()]
+        symbols = [
+            line.split(maxsplit=1)[-1] for line in run(nm, "-DC", "--undefined-only", library).splitlines()
+        ]
         assert symbols
         bad = [s for s in symbols if re.search(r"\b(at|c10|torch|caffe2)::", s)]
         assert not bad, (library, bad[:5])

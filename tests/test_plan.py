@@ -1,4 +1,6 @@
-"""Plans: the same bits and the same errors as the calls that they stand for, whatever happens between two calls."""
+"""Plans: the same bits and the same errors as the calls that they stand for, whatever happens between two
+calls.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import DTYPES, STATE_DTYPES, add_extras, assert_same_bits, placed, random_call, random_values, watched
+from helpers import (
+    DTYPES,
+    STATE_DTYPES,
+    add_extras,
+    assert_same_bits,
+    placed,
+    random_call,
+    random_values,
+    watched,
+)
 from torch import Tensor, nn
 
 import zokernels
@@ -49,7 +60,7 @@ def copies(tensors: list[Tensor]) -> list[Tensor]:
 SEEDS, COEFFS = torch.tensor([3, -4]), torch.tensor([1e-2, -3e-3])
 
 
-# --- bits -------------------------------------------------------------------------------------------------------------
+# --- bits -------------------------------------------------------------------------------------------------
 
 
 def both(
@@ -87,7 +98,9 @@ def test_combine_out_of_place(backend, case, rng):
     tensors = placed(buffers, parts)
     kept = zokernels.plan(tensors, **places)
     planned = lambda: zokernels.combine(placed(ours, parts), kept, **kwargs)
-    both(planned, lambda: zokernels.combine(placed(theirs, parts), tensors, **places, **kwargs), [ours, theirs])
+    both(
+        planned, lambda: zokernels.combine(placed(theirs, parts), tensors, **places, **kwargs), [ours, theirs]
+    )
 
 
 @pytest.mark.parametrize("pending", [False, True])
@@ -105,7 +118,9 @@ def test_fan_out(backend, pending, rng):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_update(backend, rule, rng):
-    buffers, parts, kwargs = random_call(rng, max_size=700, count=1 if rule == "hizoo" else rng.choice([1, 3]))
+    buffers, parts, kwargs = random_call(
+        rng, max_size=700, count=1 if rule == "hizoo" else rng.choice([1, 3])
+    )
     kwargs = add_extras(rng, parts, kwargs, curvature=False)
     places = {"streams": kwargs.pop("streams"), "offsets": kwargs.pop("offsets")}
     states, values = RULES[rule]
@@ -128,7 +143,11 @@ def test_rows(backend, masked, rng):
     shapes, widths = [(40, 24), (7, 130)], [8, 65]
     parts = [torch.randn(m, w) for (m, _), w in zip(shapes, widths, strict=True)]
     theirs = copies(parts)
-    places = {"streams": [4, 9], "offsets": [8, 13], "rows": [(w, n) for (_, n), w in zip(shapes, widths, strict=True)]}
+    places = {
+        "streams": [4, 9],
+        "offsets": [8, 13],
+        "rows": [(w, n) for (_, n), w in zip(shapes, widths, strict=True)],
+    }
     options = {}
     if masked:
         keep = [torch.rand_like(p) < 0.5 for p in parts]
@@ -168,7 +187,7 @@ def test_no_tensors(backend):
         zokernels.combine_(zokernels.plan([], []), SEEDS, COEFFS)
 
 
-# --- one kernel, and when ---------------------------------------------------------------------------------------------
+# --- one kernel, and when ---------------------------------------------------------------------------------
 
 
 @needs_reader
@@ -186,7 +205,9 @@ def check_tables_are_taken(library: str) -> None:
         "combine_planned": lambda: zokernels.combine_(kept, SEEDS, COEFFS),
         "combine_planned ": lambda: zokernels.combine(scratch, kept, SEEDS, COEFFS),
         "fan_out_planned": lambda: zokernels.fan_out_(kept, plus, minus, 1, 1e-3),
-        "update_planned": lambda: zokernels.update_(kept, "momentum", [0, 0.9, 1, 1e-3], 1, 1.0, first=states),
+        "update_planned": lambda: zokernels.update_(
+            kept, "momentum", [0, 0.9, 1, 1e-3], 1, 1.0, first=states
+        ),
     }
     for name, call in calls.items():
         assert kernels_called(library, call) == [name.strip().removesuffix("_planned")]
@@ -246,7 +267,7 @@ def test_without_the_host_module(monkeypatch):
     )
 
 
-# --- what changes between calls ---------------------------------------------------------------------------------------
+# --- what changes between calls ---------------------------------------------------------------------------
 
 
 def other_memory(params: list[nn.Parameter]) -> None:
@@ -376,7 +397,9 @@ def test_faults_of_what_comes_with_a_call(backend):
         lambda p, **w: zokernels.combine(params, p, **good, **w),  # out is theta
         lambda p, **w: zokernels.fan_out_(p, scratch, scratch, 1, 1e-3, **w),
         lambda p, **w: zokernels.fan_out_(p, scratch, other, torch.tensor([1, 2]), 1e-3, **w),
-        lambda p, **w: zokernels.fan_out_(p, scratch, other, 1, torch.tensor([1.0], dtype=torch.float64), **w),
+        lambda p, **w: zokernels.fan_out_(
+            p, scratch, other, 1, torch.tensor([1.0], dtype=torch.float64), **w
+        ),
         lambda p, **w: zokernels.update_(p, "sign", [0.0], **good, **w),
         lambda p, **w: zokernels.update_(p, "signs", [0.0, 0.1], **good, **w),
         lambda p, **w: zokernels.update_(p, "sign", [0.0, 0.1], **good, first=scratch, **w),
@@ -403,12 +426,16 @@ def test_streams_are_the_plans():
 def test_a_table_of_another_shape_is_refused():
     get("cpu")
     run = torch.ops.zokernels_cpu.combine_planned.default
-    for table in (torch.zeros(3, 13, dtype=torch.int64), torch.zeros(0, 14, dtype=torch.int64), torch.zeros(3, 14)):
+    for table in (
+        torch.zeros(3, 13, dtype=torch.int64),
+        torch.zeros(0, 14, dtype=torch.int64),
+        torch.zeros(3, 14),
+    ):
         with pytest.raises(RuntimeError, match="expected a plan's"):
             run(table, SEEDS, COEFFS, 1, None, None, None, 65536, "auto")
 
 
-# --- who else looks at calls ------------------------------------------------------------------------------------------
+# --- who else looks at calls ------------------------------------------------------------------------------
 
 
 def test_kernels_for_autograd_see_each_call():
@@ -456,7 +483,9 @@ def test_a_default_device_is_no_watcher():
     kept = zokernels.plan(weights(), range(5))
     zokernels.combine_(kept, SEEDS, COEFFS)
     with torch.device("cpu"):
-        assert kernels_called("zokernels_cpu", lambda: zokernels.combine_(kept, SEEDS, COEFFS)) == ["combine_planned"]
+        assert kernels_called("zokernels_cpu", lambda: zokernels.combine_(kept, SEEDS, COEFFS)) == [
+            "combine_planned"
+        ]
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated:DeprecationWarning")
@@ -547,7 +576,9 @@ def test_many_random_histories(rng):
         elif deed == "resize":
             ours[rng.randrange(4)].data.resize_(rng.randrange(1, 40)).fill_(rng.random())
         elif deed == "out":
-            if rng.random() < 0.5 or any(s.shape != p.shape or s.dtype is not p.dtype for s, p in zip(scratch, ours)):  # noqa: B905
+            if rng.random() < 0.5 or any(
+                s.shape != p.shape or s.dtype is not p.dtype for s, p in zip(scratch, ours, strict=False)
+            ):
                 scratch = copies(ours)
             theirs = copies(ours)
             zokernels.combine(scratch, kept, SEEDS, COEFFS)

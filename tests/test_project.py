@@ -18,7 +18,11 @@ def run(buffers, parts, **kwargs):
 
 def random_project(rng, **fixed):
     buffers, parts, kwargs = random_call(rng, **fixed)
-    return {"buffers": buffers, "parts": parts, **{k: kwargs[k] for k in ("seeds", "streams", "offsets", "dist")}}
+    return {
+        "buffers": buffers,
+        "parts": parts,
+        **{k: kwargs[k] for k in ("seeds", "streams", "offsets", "dist")},
+    }
 
 
 def noise_of(seed, numel, stream, offset, dist):
@@ -54,7 +58,8 @@ def golden():
         i = offset + at
         tile = tiles.setdefault(i // 4096, {})
         key = (i // 128 % 32, i // 2 % 16)
-        # Products of fp32 are exact in float64, and of these values the sum's second rounding changes nothing.
+        # Products of fp32 are exact in float64, and of these values the sum's second rounding changes
+        # nothing.
         tile[key] = fp32(tile.get(key, 0.0) + a * b)
     totals = []
     for tile in tiles.values():
@@ -116,7 +121,9 @@ def test_neighbours_in_the_tree_add_up_to_the_bit(dist, cpu_backend, rng):
     """
     x, args = torch.randn(8 * 4096), {"streams": 7, "dist": dist}
     whole = zokernels.project(x, [3, 4], **args)
-    parts = [zokernels.project(part, [3, 4], offsets=4 * 4096 * i, **args) for i, part in enumerate(x.view(2, -1))]
+    parts = [
+        zokernels.project(part, [3, 4], offsets=4 * 4096 * i, **args) for i, part in enumerate(x.view(2, -1))
+    ]
     assert torch.equal(parts[0] + parts[1], whole)
     cut = rng.randrange(1, x.numel())
     parts = [zokernels.project(x[a:b], [3, 4], offsets=a, **args) for a, b in ((0, cut), (cut, x.numel()))]

@@ -1,4 +1,7 @@
-"""The PTX that nvcc makes of csrc/cuda, executed: its bits, and what it moves.  And the interpreter for it."""
+"""The PTX that nvcc makes of csrc/cuda, executed: its bits, and what it moves.
+
+And the interpreter for it.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ from zokernels.backends.reference.combine import fma
 from zokernels.ops.update import RULES as UPDATES
 from zokernels.wire import FORMATS
 
-# --- the interpreter --------------------------------------------------------------------------------------------------
+# --- the interpreter --------------------------------------------------------------------------------------
 
 _MODULE = """
 .extern .shared .align 16 .b8 smem[];
@@ -53,8 +56,12 @@ _MODULE = """
 """
 
 
-def run(body: str, *, written: bool = True, writable: bool = True) -> tuple[torch.Tensor, torch.Tensor, Memory]:
-    """64 threads over an int32 tensor, 0 to 63, at %rd4 and another at %rd5, each thread at its own element."""
+def run(
+    body: str, *, written: bool = True, writable: bool = True
+) -> tuple[torch.Tensor, torch.Tensor, Memory]:
+    """64 threads over an int32 tensor, 0 to 63, at %rd4 and another at %rd5, each thread at its own
+    element.
+    """
     kernel = parse(_MODULE.format(body=body))["sample"]
     memory = Memory(4096, 2)
     source = memory.place(torch.arange(64, dtype=torch.int32), written=written, writable=False)
@@ -65,7 +72,9 @@ def run(body: str, *, written: bool = True, writable: bool = True) -> tuple[torc
 
 
 def test_a_kernel_runs():
-    source, target, memory = run("ld.global.u32 %r2, [%rd4]; add.s32 %r3, %r2, -5; st.global.u32 [%rd5], %r3;")
+    source, target, memory = run(
+        "ld.global.u32 %r2, [%rd4]; add.s32 %r3, %r2, -5; st.global.u32 [%rd5], %r3;"
+    )
     assert torch.equal(target, source - 5)
     for kind in ("ld", "st"):  # two warps, 128 bytes each
         assert vars(memory.traffic[kind]) == {"requests": 2, "sectors": 8, "bytes": 256, "distinct": 256}
@@ -146,7 +155,9 @@ _OWN_PLACE = "mov.b32 %r2, smem; shl.b32 %r3, %r1, 2; add.s32 %r2, %r2, %r3; st.
 
 def test_threads_exchange_through_shared_memory():
     """Thread i reads what thread 63 - i wrote, behind a barrier."""
-    other = "mov.b32 %r4, smem; sub.s32 %r4, %r4, %r3; ld.shared.b32 %r5, [%r4+252]; st.global.u32 [%rd5], %r5;"
+    other = (
+        "mov.b32 %r4, smem; sub.s32 %r4, %r4, %r3; ld.shared.b32 %r5, [%r4+252]; st.global.u32 [%rd5], %r5;"
+    )
     _, target, _ = run(f"{_OWN_PLACE} bar.sync 0; {other}")
     assert torch.equal(target, torch.arange(64, dtype=torch.int32).flip(0))
     with pytest.raises(PtxError, match=r"race: ld\.shared"):
@@ -164,7 +175,9 @@ def test_threads_exchange_through_shared_memory():
     ],
 )
 def test_races_are_found(body):
-    """Two threads at one place, of which one writes: at once, one after the other, and beside an atomic access."""
+    """Two threads at one place, of which one writes: at once, one after the other, and beside an atomic
+    access.
+    """
     with pytest.raises(PtxError, match="race"):
         run(body)
 
@@ -178,7 +191,8 @@ def test_exchanges_within_a_warp():
     assert torch.equal(run(f"redux.sync.max.s32 %r2, %r1, -1; {put}")[1], i | 31)
 
 
-#: Each thread's row of a matrix: sixteen bytes, of which word j is 4 times its number and j.  Their address is in %r2.
+#: Each thread's row of a matrix: sixteen bytes, of which word j is 4 times its number and j.  Their address
+#: is in %r2.
 _ROWS = """
     mov.b32 %r2, smem; shl.b32 %r3, %r1, 4; add.s32 %r2, %r2, %r3; shl.b32 %r4, %r1, 2;
     add.s32 %r5, %r4, 1; add.s32 %r6, %r4, 2; add.s32 %r7, %r4, 3;
@@ -188,7 +202,10 @@ _ROWS = """
 
 @pytest.mark.parametrize("j", range(4))
 def test_matrices_in_shared_memory(j):
-    """Thread t has of matrix j row t / 4, columns 2 (t % 4) and the next: a word.  Row r of it is thread 8 j + r's."""
+    """Thread t has of matrix j row t / 4, columns 2 (t % 4) and the next: a word.
+
+    Row r of it is thread 8 j + r's.
+    """
     registers = "{%r4, %r5, %r6, %r7}"
     put = f"st.global.u32 [%rd5], %r{4 + j};"
     load = f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {registers}, [%r2];"
@@ -197,7 +214,9 @@ def test_matrices_in_shared_memory(j):
     assert torch.equal(run(f"{_ROWS} {load} {put}")[1], 4 * row + t % 4)
     # What is stored as it was loaded stands there as it stood.
     store = f"stmatrix.sync.aligned.m8n8.x4.shared.b16 [%r2+1024], {registers}; bar.sync 0;"
-    assert torch.equal(run(f"{_ROWS} {load} {store} ld.shared.v4.b32 {registers}, [%r2+1024]; {put}")[1], 4 * t + j)
+    assert torch.equal(
+        run(f"{_ROWS} {load} {store} ld.shared.v4.b32 {registers}, [%r2+1024]; {put}")[1], 4 * t + j
+    )
     # Transposed: the low halves of two neighbouring rows' words; the high ones are zero.
     column, words = t % 32 // 4, 4 * (t // 32 * 32 + 8 * j + 2 * (t % 4))
     want = torch.where(column % 2 == 0, words + column // 2 + (words + 4 + column // 2 << 16), 0)
@@ -249,10 +268,21 @@ def test_selected_instructions_by_hand():
     assert rsqrt(np.array([0.25], np.float32), 1) == np.nextafter(np.float32(2), np.float32(3))
 
 
-# --- the kernels ------------------------------------------------------------------------------------------------------
+# --- the kernels ------------------------------------------------------------------------------------------
 
 #: Files of csrc/cuda that hold kernels, the slowest to compile first.
-MODULES = ["rows", "update", "wire", "combine", "project", "requantize", "spread", "low_rank", "squares", "seeds"]
+MODULES = [
+    "rows",
+    "update",
+    "wire",
+    "combine",
+    "project",
+    "requantize",
+    "spread",
+    "low_rank",
+    "squares",
+    "seeds",
+]
 
 
 @pytest.fixture(scope="session")
@@ -374,7 +404,14 @@ def test_update_equals_reference(on_ptx, kernels, rng, dtype, dist):
     check("combine", rng, dist, **some, count=2, extras=("each", "masks", "density"))
     check("combine", rng, dist, **some, count=1, extras=("masks", "curvature"))
     for rule in UPDATES:
-        check(f"update {rule}", rng, dist, **some, count=2, extras=rng.choice([("masks",), ("each", "density"), ()]))
+        check(
+            f"update {rule}",
+            rng,
+            dist,
+            **some,
+            count=2,
+            extras=rng.choice([("masks",), ("each", "density"), ()]),
+        )
     many = {**some, "dist": dist, "count": 1}
     for operation, extras in (
         ("combine", ("masks",)),
@@ -388,7 +425,9 @@ def test_update_equals_reference(on_ptx, kernels, rng, dtype, dist):
 
 @EACH_KERNEL
 def test_rows_equal_reference(on_ptx, kernels, rng, dtype, dist):
-    """Whole chunks of rows, of which one begins at each place of a chunk, and edges; and rows that nothing aligns."""
+    """Whole chunks of rows, of which one begins at each place of a chunk, and edges; and rows that
+    nothing aligns.
+    """
     fixed = {"chunk": 32768, "dtype": dtype, "dist": dist}
     for rounding in roundings(dtype):
         for count, decay in ((1, None), (1, 0.97), (2, None)):
@@ -396,13 +435,17 @@ def test_rows_equal_reference(on_ptx, kernels, rng, dtype, dist):
             check_backend(test_rows.run, test_rows.large_rows(rng, 4096, **own))
     check_backend(test_rows.run, test_rows.random_rows(rng, dtype=dtype, dist=dist, count=2, plain=True))
     fixed |= {"plain": True, "count": 2, "rounding": roundings(dtype)[-1]}
-    check_backend(test_rows.run, test_rows.large_rows(rng, 1376, **fixed, mask_seed=rng.getrandbits(64), density=0.5))
+    check_backend(
+        test_rows.run, test_rows.large_rows(rng, 1376, **fixed, mask_seed=rng.getrandbits(64), density=0.5)
+    )
     args = test_rows.large_rows(rng, 4099, **fixed)
     args["curvature"] = [random_values(p.stop - p.start, torch.bfloat16, rng) for p in args["parts"]]
     check_backend(test_rows.run, args)
     for rule in UPDATES:
         check_backend(test_rows.run, test_rows.large_rows(rng, 4096, rule=rule, **fixed))
-    assert {name for name in on_ptx.launches if "Rows" in name} == matching(kernels, rows_kernels(dist, dtype))
+    assert {name for name in on_ptx.launches if "Rows" in name} == matching(
+        kernels, rows_kernels(dist, dtype)
+    )
 
 
 @pytest.mark.parametrize("dist", DISTS)
@@ -416,7 +459,9 @@ def test_requantize_equals_reference(on_ptx, kernels, rng, dist):
 def test_project_equals_reference(on_ptx, kernels, rng, dtype, dist):
     """Five directions: four at a time and one alone."""
     check("project", rng, dist, dtype=dtype, count=5)
-    assert on_ptx.launches.keys() == matching(kernels, rf"project_kernelILNS0_{number(dtype)}LNS_{domain(dist)}")
+    assert on_ptx.launches.keys() == matching(
+        kernels, rf"project_kernelILNS0_{number(dtype)}LNS_{domain(dist)}"
+    )
 
 
 def test_squares_equal_reference(on_ptx, rng):
@@ -448,7 +493,9 @@ def test_spread_equals_reference(on_ptx, kernels, rng, dtype, dist):
     args = test_spread.random_spread(rng, sizes=[n], aligned=True, dtype=dtype, dist=dist, count=3)
     args["offset"] = 8 * 2**32 - chunk_of(dist)
     check_backend(test_spread.run, args)
-    assert on_ptx.launches.keys() == matching(kernels, rf"spread_kernelILNS0_{number(dtype)}LNS_{domain(dist)}")
+    assert on_ptx.launches.keys() == matching(
+        kernels, rf"spread_kernelILNS0_{number(dtype)}LNS_{domain(dist)}"
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -467,7 +514,14 @@ def test_low_rank_equals_reference(on_ptx, kernels, rng, dtype):
 
 def test_every_kernel_is_run(kernels):
     """By the tests above, which hold their launches against these patterns."""
-    run = [REQUANTIZE, "low_rank_kernel", "spread_kernel", "project_kernel", "squares_kernel", "derive_seed_kernel"]
+    run = [
+        REQUANTIZE,
+        "low_rank_kernel",
+        "spread_kernel",
+        "project_kernel",
+        "squares_kernel",
+        "derive_seed_kernel",
+    ]
     for dtype in DTYPES:
         run += [wire_kernels(wire, dtype) for wire in FORMATS]
         for dist in DISTS:
@@ -521,7 +575,9 @@ SMALL = 8 + 4
 
 @EACH_KERNEL
 def test_combine_moves_what_a_copy_does(on_ptx, dtype, dist):
-    """In place, over whole chunks: each element is read once and written once, by accesses of 16 bytes a thread."""
+    """In place, over whole chunks: each element is read once and written once, by accesses of 16 bytes a
+    thread.
+    """
     chunks = 3
     theta = torch.zeros(chunks * chunk_of(dist), dtype=dtype)
     zokernels.combine_(theta, 5, 1.0, streams=2, dist=dist)
@@ -531,12 +587,14 @@ def test_combine_moves_what_a_copy_does(on_ptx, dtype, dist):
     assert stores.bytes == stores.distinct == size
     assert loads.bytes == size + threads * SMALL
     assert loads.distinct == size + 2 * 32  # a sector for the seed and one for the coefficient
-    # A warp's access is 512 bytes: 16 sectors, or where a thread's eight elements are two accesses, half of each of 32.
+    # A warp's access is 512 bytes: 16 sectors, or where a thread's eight elements are two accesses, half of
+    # each of 32.
     sectors = 16 if dtype.itemsize == 2 else 32
     warps = threads // 32
     small = 2 * warps  # the seed and the coefficient, one sector each
     assert loads.requests - small == size // 512
     assert loads.sectors - small == size // 512 * sectors
-    # nvcc may cut the store of a thread's first vector into four; ptxas joins them again, as test_cuda.py counts.
+    # nvcc may cut the store of a thread's first vector into four; ptxas joins them again, as test_cuda.py
+    # counts.
     assert size // 512 <= stores.requests <= size // 512 + 3 * warps
     assert stores.sectors == stores.requests * sectors

@@ -17,7 +17,8 @@ from zokernels.backends.reference.noise import normal_from_words
 SOURCE = """
 #include "csrc/cuda/pair.cuh"
 
-extern "C" __global__ void __launch_bounds__(256) normals(const uint32_t* words, float* z, uint32_t mantissa) {
+extern "C" __global__ void __launch_bounds__(256)
+    normals(const uint32_t* words, float* z, uint32_t mantissa) {
   const uint32_t block = blockIdx.x * 256 + threadIdx.x;
   zk::Words<uint32_t> own;
   for (int p = 0; p < 4; ++p) own.w[p] = words[4 * block + p];
@@ -38,14 +39,19 @@ def ptx(tmp_path_factory):
     (folder / "normals.cu").write_text(SOURCE)
     command = [nvcc, "-ptx", "-std=c++20", *cuda_on_host.TORCH, folder / "normals.cu"]
     for architecture in (90, 100):
-        subprocess.run([*command, f"-arch=sm_{architecture}", "-o", folder / f"{architecture}.ptx"], check=True)
+        subprocess.run(
+            [*command, f"-arch=sm_{architecture}", "-o", folder / f"{architecture}.ptx"], check=True
+        )
     return {architecture: (folder / f"{architecture}.ptx").read_text() for architecture in (90, 100)}
 
 
 @pytest.mark.parametrize("ulps", [-1, 0, 1])
 @pytest.mark.parametrize("architecture", [90, 100])
 def test_normals_equal_the_references(ptx, rng, architecture, ulps):
-    """Also where rsqrt.approx errs by one unit.  Words of zeros and ones give the largest and the smallest radius."""
+    """Also where rsqrt.approx errs by one unit.
+
+    Words of zeros and ones give the largest and the smallest radius.
+    """
     generator = torch.Generator().manual_seed(rng.getrandbits(60))
     words = torch.randint(-(2**31), 2**31, (2048, 4), generator=generator)
     words[:4] = torch.tensor([0, -1, 2**31 - 1, -(2**31)])[:, None]
@@ -58,6 +64,9 @@ def test_normals_equal_the_references(ptx, rng, architecture, ulps):
 
 
 def test_only_sm_100_has_pairs(ptx):
-    """For two radii: the square of the angle, three fmas a polynomial, three products.  A block has four radii."""
+    """For two radii: the square of the angle, three fmas a polynomial, three products.
+
+    A block has four radii.
+    """
     packed = {architecture: text.count(".rn.f32x2") for architecture, text in ptx.items()}
     assert packed == {90: 0, 100: 2 * 10}

@@ -51,7 +51,9 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CASES: dict[str, tuple[set[str], Callable]] = {}
 
 
-def add(name: str, kernels: set[str], operation: str, dist: str, tensors: tuple[int, ...], **fixed: object) -> None:
+def add(
+    name: str, kernels: set[str], operation: str, dist: str, tensors: tuple[int, ...], **fixed: object
+) -> None:
     run, make = OPERATIONS[operation]
     CASES[name] = (
         kernels,
@@ -76,7 +78,14 @@ for dtype, dist in ((FP32, "normal"), (BF16, "rademacher"), (FP16, "normal")):
         dtype=dtype, count=2, decay=0.97, rounding=rounding_of(dtype),
     )  # fmt: skip
 for dist in DISTS:
-    add(f"combine K = 3 {dist}", {"combine_kernel"}, "combine", dist, ONES, **{**PLAIN, "dtype": BF16, "count": 3})
+    add(
+        f"combine K = 3 {dist}",
+        {"combine_kernel"},
+        "combine",
+        dist,
+        ONES,
+        **{**PLAIN, "dtype": BF16, "count": 3},
+    )
 add(
     "combine, masks and curvature", {"combine_table_kernel"}, "combine", "rademacher", TABLES,
     dtype=BF16, count=2, decay=0.97, rounding="nearest", extras=("each", "masks", "curvature"),
@@ -108,7 +117,15 @@ for i, wire in enumerate(FORMATS):
     fixed = {"wire": wire, "dtype": dtype, "rounding": rounding_of(dtype), "decay": 0.97}
     add(f"decode {wire}", {"decode_table_kernel"}, "decode", dist, TABLES, count=1, **fixed)
     fixed |= {"dtype": DTYPES[(i + 1) % 3], "rounding": "nearest", "decay": None}
-    add(f"decode_fan_out {wire}", {"decode_kernel"}, "decode_fan_out", DISTS[1 - i % 2], ONES, count=0, **fixed)
+    add(
+        f"decode_fan_out {wire}",
+        {"decode_kernel"},
+        "decode_fan_out",
+        DISTS[1 - i % 2],
+        ONES,
+        count=0,
+        **fixed,
+    )
     add(f"encode {wire}", {"encode_kernel"}, "encode", "normal", TABLES, wire=wire, dtype=DTYPES[(i + 2) % 3])
 
 for dist in DISTS:
@@ -240,7 +257,9 @@ SMALL = 8 + 4
 @pytest.mark.parametrize("dist", DISTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_combine_moves_what_a_copy_does(on_ptx, dtype, dist):
-    """In place, over whole programs: each element is read once and written once, by accesses of 16 bytes a thread."""
+    """In place, over whole programs: each element is read once and written once, by accesses of 16 bytes
+    a thread.
+    """
     programs = 3
     theta = torch.zeros(programs * PROGRAM, dtype=dtype)
     zokernels.combine_(theta, 5, 1e-3, streams=2, dist=dist)
@@ -250,7 +269,8 @@ def test_combine_moves_what_a_copy_does(on_ptx, dtype, dist):
     assert stores.bytes == stores.distinct == size
     assert loads.bytes == size + threads * SMALL
     assert loads.distinct == size + 2 * 32  # a sector for the seed and one for the coefficient
-    # A warp's access is 512 bytes: 16 sectors, or where a thread's eight elements are two accesses, half of each of 32.
+    # A warp's access is 512 bytes: 16 sectors, or where a thread's eight elements are two accesses, half of
+    # each of 32.
     sectors = 16 if dtype.itemsize == 2 else 32
     small = 2 * threads // 32  # the seed and the coefficient, one sector each
     assert loads.requests - small == stores.requests == size // 512

@@ -1,4 +1,5 @@
-"""The public names with their signatures stand in public_names.txt, so that a review sees every change of them.
+"""The public names with their signatures stand in public_names.txt, so that a review sees every change of
+them.
 
 ``python tests/test_public_names.py`` writes the file anew.
 """
@@ -35,11 +36,19 @@ def signature(value: object, before: str = "") -> str:
             out.append("*")
         star = star or p.kind is p.KEYWORD_ONLY
         mark = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
-        kind = "" if p.annotation is none else f": {p.annotation if isinstance(p.annotation, str) else kind_name(p)}"
+        kind = (
+            ""
+            if p.annotation is none
+            else f": {p.annotation if isinstance(p.annotation, str) else kind_name(p)}"
+        )
         default = "" if p.default is none else f" = {re.sub(r' at 0x[0-9a-f]+', '', repr(p.default))}"
         out.append(f"{mark}{p.name}{kind}{default}")
     back = found.return_annotation
-    back = "" if back is none or inspect.isclass(value) else f" -> {back if isinstance(back, str) else back.__name__}"
+    back = (
+        ""
+        if back is none or inspect.isclass(value)
+        else f" -> {back if isinstance(back, str) else back.__name__}"
+    )
     line = f"{before}({', '.join(out)}){back}"
     indent = " " * (len(before) - len(before.lstrip()))
     within = "".join(f"{indent}    {o},\n" for o in out)
@@ -51,7 +60,9 @@ def kind_name(parameter: inspect.Parameter) -> str:
 
 
 def hidden_bases(kind: type, public: set[type]) -> list[type]:
-    """The bases of a class that are the package's and no public class has: their members are its own to a user."""
+    """The bases of a class that are the package's and no public class has: their members are its own to a
+    user.
+    """
     bases = kind.__mro__[1:]
     shown = {base for other in bases if other in public for base in other.__mro__}
     return [base for base in bases if base.__module__.startswith("zokernels.") and base not in shown]
@@ -62,7 +73,8 @@ def members(kind: type, public: set[type]) -> Iterator[str]:
     own = {}
     for base in (*reversed(hidden_bases(kind, public)), kind):
         for name, value in vars(base).items():
-            # torch wraps the step of an optimizer's class when the first one is made, and the class then has it.
+            # torch wraps the step of an optimizer's class when the first one is made, and the class then has
+            # it.
             if getattr(value, "__qualname__", base.__qualname__).startswith(base.__qualname__):
                 own[name] = value
     for name, value in sorted(own.items()):
@@ -85,7 +97,8 @@ def of_module(module: str) -> list[str]:
         value = getattr(found, name)
         if inspect.isclass(value):
             lines.append(
-                f"{signature(value, f'class {name}')}  # {', '.join(base.__name__ for base in value.__bases__)}"
+                f"{signature(value, f'class {name}')}  # "
+                f"{', '.join(base.__name__ for base in value.__bases__)}"
             )
             lines += members(value, public)
         elif callable(value):

@@ -66,7 +66,8 @@ def test_weights_are_rounded_to_the_nearest_step(bits, dtype, inputs, group_size
     assert layer.integers.abs().max() == limit
     step = layer.scale.double().repeat_interleave(size, 1)
     error = (linear.weight.double() - layer.integers.double() * step).abs()
-    # Half a step.  And the step itself is rounded, by up to half the distance to the next number: limit times that.
+    # Half a step.  And the step itself is rounded, by up to half the distance to the next number: limit times
+    # that.
     above = torch.nextafter(layer.scale, torch.full_like(layer.scale, float("inf"))).double()
     spacing = above.repeat_interleave(size, 1) - step
     assert (error <= (step / 2 + limit * spacing / 2) * (1 + 1e-5)).all()
@@ -96,7 +97,9 @@ class Shared(nn.Module):
 def test_which_layers_are_replaced():
     model = Shared()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="quantize_: skip: expected 'head', whose weight 'embedding' holds as well"):
+    with pytest.raises(
+        ValueError, match="quantize_: skip: expected 'head', whose weight 'embedding' holds as well"
+    ):
         quantize_(model)
     assert type(model.a) is nn.Linear
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -117,7 +120,9 @@ def test_state_dict(bits, rng):
     assert not torch.equal(a(x), b(x))
     b.load_state_dict(a.state_dict())
     assert torch.equal(a(x), b(x))
-    assert sorted(a.state_dict()) == sorted(f"{i}.{name}" for i in (0, 2) for name in ("weight", "scale", "bias"))
+    assert sorted(a.state_dict()) == sorted(
+        f"{i}.{name}" for i in (0, 2) for name in ("weight", "scale", "bias")
+    )
 
 
 # --- QZO ---
@@ -144,7 +149,9 @@ def test_qzo_is_zosgd_over_the_scales(bits, dtype, rng):
         g = float(((plus.double() - minus.double()) / (2 * eps)).float().clamp(-clip, clip))
         assert g != 0
         assert float(opt.last_projected_gradient) == g
-        want = [combined(p, z[n], -lr * g, stochastic_seed=own, stream=zk.stream_of(n)) for n, p in theta.items()]
+        want = [
+            combined(p, z[n], -lr * g, stochastic_seed=own, stream=zk.stream_of(n)) for n, p in theta.items()
+        ]
         assert same_bits([p.detach() for _, p in named_scales(m)], want)
         assert not same_bits([*theta.values()], want) or dtype is torch.bfloat16
     assert all(torch.equal(m.state_dict()[k], v) for k, v in others.items())
@@ -175,7 +182,9 @@ def test_quzo_steps_equal_plain_pytorch(bits, dist, weight_decay, rng):
         own = seed_to_int64(zk.derive_seed(seed, step))
         side = seed_to_int64(zk.derive_seed(own, 0))
         z = {n: zk.noise(w.shape, seed=own, stream=zk.stream_of(n), dist=dist) for n, w in q.items()}
-        copies = lambda c, of: {n: requantized(w, z[n], c, of, zk.stream_of(n), limit_of(bits)) for n, w in q.items()}
+        copies = lambda c, of: {
+            n: requantized(w, z[n], c, of, zk.stream_of(n), limit_of(bits)) for n, w in q.items()
+        }
         with torch.no_grad():
             plus, minus = (call(copies(s * eps, side)) for s in (1, -1))
         opt.step(lambda: F.cross_entropy(m(x), y))
@@ -326,7 +335,10 @@ def test_training_on_digits(bits, method, options, digits, rng):
             lambda: QuantizedLinear(8, 8, group_size=3),
             "QuantizedLinear: group_size: expected a divisor of 8 inputs, got 3",
         ),
-        (lambda: QuantizedLinear(8, 8, packed=True), "QuantizedLinear: packed: expected False with 8 bits, got True"),
+        (
+            lambda: QuantizedLinear(8, 8, packed=True),
+            "QuantizedLinear: packed: expected False with 8 bits, got True",
+        ),
         (lambda: QuantizedLinear(8, 8, dtype=torch.float64), "QuantizedLinear: dtype: expected float32"),
         (lambda: quantize_(nn.Linear(2, 2)), "quantize_: module: expected a module that holds layers"),
         (
@@ -339,7 +351,10 @@ def test_training_on_digits(bits, method, options, digits, rng):
             lambda: QuZO([torch.zeros(3, dtype=torch.int8)], 1.0, bits=9),
             r"QuZO: bits: expected an integer in \[2, 8\], got 9",
         ),
-        (lambda: QuZO([torch.zeros(3, dtype=torch.int8)], 1.0, restore="inplace"), "QuZO: restore: expected 'exact'"),
+        (
+            lambda: QuZO([torch.zeros(3, dtype=torch.int8)], 1.0, restore="inplace"),
+            "QuZO: restore: expected 'exact'",
+        ),
     ],
 )
 def test_arguments(call, message):

@@ -1,4 +1,6 @@
-"""The readers of files on the corpus of their fuzzing: real files, cut and edited ones, and what was once a fault."""
+"""The readers of files on the corpus of their fuzzing: real files, cut and edited ones, and what was once
+a fault.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,10 @@ FILES = [(reader, path) for reader in READERS for path in sorted(corpus_of(reade
 
 @pytest.mark.parametrize(("reader", "path"), FILES, ids=[f"{reader}-{path.name}" for reader, path in FILES])
 def test_a_file_is_read_or_refused(reader, path):
-    """Another error than ValueError and OSError fails here.  Mended, a damaged log is one with other contents."""
+    """Another error than ValueError and OSError fails here.
+
+    Mended, a damaged log is one with other contents.
+    """
     assert path.name.startswith(("good-", "bad-"))
     found = accepts(reader, path.read_bytes())
     if reader != "mended_log":
@@ -24,7 +29,9 @@ def test_a_file_is_read_or_refused(reader, path):
 @pytest.mark.parametrize("reader", READERS)
 def test_edited_files_are_read_or_refused(reader, rng):
     """What the fuzzer does, without its search: 200 files of the corpus with odd values in their JSON."""
-    files = [path.read_bytes() for path in sorted(corpus_of(reader).iterdir()) if path.name.startswith("good-")]
+    files = [
+        path.read_bytes() for path in sorted(corpus_of(reader).iterdir()) if path.name.startswith("good-")
+    ]
     refused = 0
     for _ in range(200):
         data = edited(reader, rng.choice(files), rng)

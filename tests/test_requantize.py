@@ -28,10 +28,19 @@ def random_requantize(rng, **fixed):
     kwargs = add_extras(rng, parts, kwargs, curvature=False, extras=extras)
     coeffs = torch.randn(kwargs["coeffs"].shape) * rng.choice([0.1, 3.0, 100.0])
     if coeffs.numel() and rng.random() < 0.3:
-        coeffs.view(-1)[rng.randrange(coeffs.numel())] = rng.choice([float("inf"), -float("inf"), float("nan"), 1e30])
+        coeffs.view(-1)[rng.randrange(coeffs.numel())] = rng.choice(
+            [float("inf"), -float("inf"), float("nan"), 1e30]
+        )
     buffers = [torch.randint(-128, 128, b.shape).to(torch.int8) for b in buffers]
     out = rng.choice([None, [torch.full_like(b, 55) for b in buffers]])
-    return {**kwargs, "buffers": buffers, "parts": parts, "bounds": rng.choice(BOUNDS), "out": out, "coeffs": coeffs}
+    return {
+        **kwargs,
+        "buffers": buffers,
+        "parts": parts,
+        "bounds": rng.choice(BOUNDS),
+        "out": out,
+        "coeffs": coeffs,
+    }
 
 
 @pytest.mark.parametrize("dist", DISTS)
@@ -44,12 +53,14 @@ def test_reference_follows_the_formula(dist, rounding, rng):
     exact = 0.5 * q.double() + 2.5 * z[0] - 0.7 * z[1]
     with zokernels.backend("reference"):
         zokernels.requantize_(
-            q, seeds, coeffs, low=-60, high=50, streams=5, offsets=offset, dist=dist, decay=0.5, rounding=rounding,
+            q, seeds, coeffs, low=-60, high=50, streams=5, offsets=offset, dist=dist, decay=0.5,
+            rounding=rounding,
             rounding_seed=seed,
         )  # fmt: skip
     u = uniform16(torch.tensor(seed), 5, 4, offset, n).double() / 65536 if rounding == "stochastic" else 0.5
     want = (exact + u).floor().clamp(-60, 50)
-    edge = ((exact + u) - (exact + u).round()).abs() < 1e-4  # fp32 sums may lie on the other side of an integer
+    # fp32 sums may lie on the other side of an integer
+    edge = ((exact + u) - (exact + u).round()).abs() < 1e-4
     assert torch.equal(q.double()[~edge], want[~edge])
     assert edge.float().mean() < 0.02 or dist == "rademacher"
     assert q.min() >= -60
@@ -73,15 +84,21 @@ def test_integers_never_move(cpu_backend, rng):
 def test_nan_becomes_low(cpu_backend):
     for rounding in ("nearest", "stochastic"):
         q = torch.ones(300, dtype=torch.int8)
-        zokernels.requantize_(q, 1, float("nan"), low=-5, high=7, streams=0, rounding=rounding, rounding_seed=2)
+        zokernels.requantize_(
+            q, 1, float("nan"), low=-5, high=7, streams=0, rounding=rounding, rounding_seed=2
+        )
         assert (q == -5).all()
 
 
 def check_subnormal_sums(device: str) -> None:
-    """theta + c z = +-1e-40 and the field is 0: the integer below -1e-40 is -1, where no subnormal is flushed to 0."""
+    """theta + c z = +-1e-40 and the field is 0: the integer below -1e-40 is -1, where no subnormal is
+    flushed to 0.
+    """
     n, seed = 1 << 20, 77
     q = torch.zeros(n, dtype=torch.int8, device=device)
-    zokernels.requantize_(q, 3, 1e-40, streams=5, dist="rademacher", rounding="stochastic", rounding_seed=seed)
+    zokernels.requantize_(
+        q, 3, 1e-40, streams=5, dist="rademacher", rounding="stochastic", rounding_seed=seed
+    )
     z = zokernels.noise(n, seed=3, stream=5, dist="rademacher")
     down = (uniform16(torch.tensor(seed), 5, DOMAIN_ROUNDING, 0, n) == 0) & (z < 0)
     assert down.sum() > 3

@@ -1,4 +1,6 @@
-"""Files of another run, files that somebody else touches, and two writers: refused before anything changes."""
+"""Files of another run, files that somebody else touches, and two writers: refused before anything
+changes.
+"""
 
 from __future__ import annotations
 
@@ -144,7 +146,9 @@ def test_a_checkpoint_goes_on_with_its_own_log_alone(tmp_path):
 
     for name in ("other base", "other data"):
         before = logs[name].read_bytes()
-        with pytest.raises(ValueError, match=r"the log with which the checkpoint was written|that of the log"):
+        with pytest.raises(
+            ValueError, match=r"the log with which the checkpoint was written|that of the log"
+        ):
             resumed(logs[name], state)
         assert logs[name].read_bytes() == before
     for wrong in ({**state["zo"], "step": 1}, {k: v for k, v in state["zo"].items() if k != "log"}):
@@ -232,7 +236,9 @@ def test_a_block_of_another_run_is_refused(tmp_path):
             shutil.copytree(tmp_path / "ours", tmp_path / "mixed", dirs_exist_ok=True)
             shutil.copy(tmp_path / name / file, tmp_path / "mixed" / file)
             refuses(
-                tmp_path / "mixed", contents(tmp_path / "mixed"), "a file of the run in run.zk|that of the log|base"
+                tmp_path / "mixed",
+                contents(tmp_path / "mixed"),
+                "a file of the run in run.zk|that of the log|base",
             )
     # Records that are gone, with blocks that have their updates.
     log = read(tmp_path / "ours" / "run.zk")
@@ -244,7 +250,8 @@ def test_blocks_without_updates_are_compared_with_the_base(tmp_path):
     for name, seed in (("ours", 0), ("other", 1)):
         engine, optimizer = run_in(tmp_path / name, 2, seed, write_every=9)
         optimizer.trajectory.flush()
-        optimizer.trajectory._file.close()  # as a process that is killed: no block has been written since the start
+        # as a process that is killed: no block has been written since the start
+        optimizer.trajectory._file.close()
         engine.mover.drain()
     shutil.copy(tmp_path / "other" / "block-00002.safetensors", tmp_path / "ours")
     refuses(tmp_path / "ours", contents(tmp_path / "ours"), r"layers\.2.*base weights of the run \(SHA-256\)")
@@ -255,7 +262,9 @@ def test_a_flipped_bit_is_noticed(rng, tmp_path):
     for file in ("block-00000.safetensors", "block-00002.safetensors", "resident.safetensors"):
         shutil.copytree(tmp_path / "whole", tmp_path / "run", dirs_exist_ok=True)
         data = bytearray((tmp_path / "run" / file).read_bytes())
-        entries = [e for name, e in File(tmp_path / "run" / file).entries.items() if not name.startswith("_gap")]
+        entries = [
+            e for name, e in File(tmp_path / "run" / file).entries.items() if not name.startswith("_gap")
+        ]
         entry = rng.choice(entries)
         at = entry.begin + rng.randrange(entry.size)
         data[at] ^= 1 << rng.randrange(8)

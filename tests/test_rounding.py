@@ -58,13 +58,21 @@ def test_representable_values_never_move(dtype, cpu_backend, rng):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_frequencies_lie_within_exact_bounds(dtype, cpu_kernel, rng):
-    """A tensor of one value, moved by less than its last bit: a binomial count, bounded at 1e-12 by Hoeffding."""
+    """A tensor of one value, moved by less than its last bit: a binomial count, bounded at 1e-12 by
+    Hoeffding.
+    """
     n = 1 << 18
     theta = torch.full((n,), 1.0, dtype=dtype)
     fraction = rng.choice([1 / 8, 1 / 3, 7 / 10])
     step = torch.finfo(dtype).eps
     zokernels.combine_(
-        theta, [], [], streams=2, decay=1.0 + fraction * step, rounding="stochastic", rounding_seed=rng.getrandbits(64)
+        theta,
+        [],
+        [],
+        streams=2,
+        decay=1.0 + fraction * step,
+        rounding="stochastic",
+        rounding_seed=rng.getrandbits(64),
     )
     moved = theta > 1
     assert set(theta.tolist()) == {1.0, 1.0 + step}
@@ -79,17 +87,18 @@ def test_frequencies_lie_within_exact_bounds(dtype, cpu_kernel, rng):
 def test_small_updates_are_not_lost(cpu_kernel, rng):
     """A thousand bf16 updates of relative size 1e-5: nearest loses them all, stochastic keeps their sum.
 
-    The mean over the elements, divided by the growth that the steps so far should give, is a martingale.  A step
-    moves an element by a unit in the last place or not at all: a variance of at most that unit times the update.
-    Freedman's inequality then bounds the mean, with a probability of 1e-12 to be outside.
-    """
+    The mean over the elements, divided by the growth that the steps so far should give, is a martingale.  A
+    step moves an element by a unit in the last place or not at all: a variance of at most that unit times the
+    update. Freedman's inequality then bounds the mean, with a probability of 1e-12 to be outside."""
     n = 4096
     decay = torch.tensor(1 + 1e-5).item()  # as fp32 holds it
     nearest, stochastic = torch.ones(n, dtype=torch.bfloat16), torch.ones(n, dtype=torch.bfloat16)
     for step in range(1000):
         zokernels.combine_(nearest, [], [], streams=0, decay=decay)
         seed = zokernels.derive_seed(rng.getrandbits(64), step)
-        zokernels.combine_(stochastic, [], [], streams=0, decay=decay, rounding="stochastic", rounding_seed=seed)
+        zokernels.combine_(
+            stochastic, [], [], streams=0, decay=decay, rounding="stochastic", rounding_seed=seed
+        )
     assert torch.equal(nearest, torch.ones(n, dtype=torch.bfloat16))
     grown = stochastic.double().mean().item()
     unit, expected = torch.finfo(torch.bfloat16).eps, decay**1000

@@ -1,10 +1,21 @@
-"""rows of combine and update_: a shard of a matrix's columns has the bits of the whole matrix, on every backend."""
+"""rows of combine and update_: a shard of a matrix's columns has the bits of the whole matrix, on every
+backend.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from helpers import DISTS, DTYPES, SENTINELS, STATE_DTYPES, assert_same_bits, check_backend, placed, random_values
+from helpers import (
+    DISTS,
+    DTYPES,
+    SENTINELS,
+    STATE_DTYPES,
+    assert_same_bits,
+    check_backend,
+    placed,
+    random_values,
+)
 from test_update import random_hyper
 
 import zokernels
@@ -15,9 +26,8 @@ from zokernels.ops.update import RULES
 def random_rows(rng, rule=None, *, aligned=None, **fixed):
     """Arguments of :func:`run`: rows of matrices, at any place or ``aligned`` to eight, and whole tensors.
 
-    ``shapes``: (height, width, length) of each; ``first``: the row of its matrix with which each begins; ``plain``: one
-    coefficient a direction, neither masks nor curvature.
-    """
+    ``shapes``: (height, width, length) of each; ``first``: the row of its matrix with which each begins;
+    ``plain``: one coefficient a direction, neither masks nor curvature."""
     shapes, first_row, plain = (fixed.pop(name, None) for name in ("shapes", "first", "plain"))
     dtype = fixed.pop("dtype", None) or rng.choice(DTYPES)
     count = fixed.pop("count", None)
@@ -68,12 +78,14 @@ def random_rows(rng, rule=None, *, aligned=None, **fixed):
 
 
 def large_rows(rng, width, chunk, rule=None, **fixed):
-    """Arguments of :func:`run` on rows of two or three chunks and a few more; aligned to eight where ``width`` is.
+    """Arguments of :func:`run` on rows of two or three chunks and a few more; aligned to eight where
+    ``width`` is.
 
     The lower counter word wraps inside the first tensor or on its way from one row to the next.
     """
     unit = 1 if width % 8 else 8
-    length = width + unit * rng.choice([1, 32, rng.randrange(1, 5000)])  # of the width's length it would be one piece
+    # of the width's length it would be one piece
+    length = width + unit * rng.choice([1, 32, rng.randrange(1, 5000)])
     height = -(-9 * chunk // (4 * width))
     first = 8 * 2**32 // length - rng.randrange(height)
     shapes = [(height, width, length), (1 + 1000 // width, width, length)]
@@ -88,7 +100,10 @@ def run(buffers, parts, rule, first=(), second=(), hyper=None, **kwargs):
     if rule is None:
         zokernels.combine_(placed(buffers, parts), **kwargs)
     else:
-        states = {"first": placed(first, parts) if first else (), "second": placed(second, parts) if second else ()}
+        states = {
+            "first": placed(first, parts) if first else (),
+            "second": placed(second, parts) if second else (),
+        }
         zokernels.update_(placed(buffers, parts), rule, hyper, **states, **kwargs)
     return [*buffers, *first, *second]
 
@@ -106,8 +121,15 @@ def test_a_part_of_a_matrix_has_the_bits_of_the_whole(cpu_backend, rng, dtype, d
     for _ in range(6):
         shape = rng.randrange(1, 9), rng.choice([8 * rng.randrange(1, 40), rng.randrange(1, 300)])
         top, left = rng.randrange(shape[0]), rng.randrange(shape[1])
-        box = slice(top, rng.randrange(top + 1, shape[0] + 1)), slice(left, rng.randrange(left + 1, shape[1] + 1))
-        whole, keep, h = random_values(shape[0] * shape[1], dtype, rng).view(shape), torch.rand(shape) < 0.5, None
+        box = (
+            slice(top, rng.randrange(top + 1, shape[0] + 1)),
+            slice(left, rng.randrange(left + 1, shape[1] + 1)),
+        )
+        whole, keep, h = (
+            random_values(shape[0] * shape[1], dtype, rng).view(shape),
+            torch.rand(shape) < 0.5,
+            None,
+        )
         options = {"seeds": [1, 2], "coeffs": [0.1, -0.03], "streams": [rng.getrandbits(56)], "dist": dist}
         options |= {"decay": 0.9, "rounding": "stochastic", "rounding_seed": 5}
         h = torch.rand(shape) + 0.1
@@ -126,9 +148,15 @@ BAD = {
     "wide": ({"rows": [(8, 4)]}, r"rows\[0\]: expected \(width, length\), width <= length"),
     "divisor": ({"rows": [(5, 8)]}, r"a divisor of 16, got \(5, 8\)"),
     "negative": ({"rows": [(-4, 8)]}, r"rows\[0\]"),
-    "outside": ({"rows": [(4, 8)], "offsets": [5]}, r"offsets\[0\]: expected a row of 4 inside one of 8, got 5"),
+    "outside": (
+        {"rows": [(4, 8)], "offsets": [5]},
+        r"offsets\[0\]: expected a row of 4 inside one of 8, got 5",
+    ),
     "far": ({"rows": [(4, 2**62)], "offsets": [0]}, r"offsets\[0\]: .*2\^63"),
-    "mask": ({"rows": [(4, 9)], "masks": [torch.zeros(2, dtype=torch.uint8)]}, r"masks\[0\]: expected 8 bytes for 16"),
+    "mask": (
+        {"rows": [(4, 9)], "masks": [torch.zeros(2, dtype=torch.uint8)]},
+        r"masks\[0\]: expected 8 bytes for 16",
+    ),
 }
 
 

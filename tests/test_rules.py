@@ -1,5 +1,7 @@
 # ruff: noqa: B023  closures of a loop run inside it
-"""Every update rule: its formula with materialised z, torch's own optimizers, skipped steps, checkpoints, graphs."""
+"""Every update rule: its formula with materialised z, torch's own optimizers, skipped steps, checkpoints,
+graphs.
+"""
 
 import copy
 import io
@@ -153,7 +155,9 @@ class Plain:
         """Of the last three updates, each with its own (g, z, weights), the newest first."""
         ops, n, adam = self.ops, self.ops.number, self.rule == "adam-window"
         b1, b2 = self.case.options["betas"] if adam else (0.75, 0.0)
-        older = [([b1 * a for a in first], [b2 * b for b in second], noise) for first, second, noise in self.past]
+        older = [
+            ([b1 * a for a in first], [b2 * b for b in second], noise) for first, second, noise in self.past
+        ]
         gain = 1 - b1 if adam else 0.75
         self.past = [([gain * c for c in g], [(1 - b2) * (c * c) for c in g], z), *older][:3]
         self.t = min(self.t + 1, 3)
@@ -194,11 +198,15 @@ def log_of(opt):
     ],
 )
 def test_steps_equal_the_formula_bit_for_bit(rule, dtype, state_dtype, rounding, restore, rng):
-    """Five steps, the third of them skipped, from the log of g; in place from the weights as they were restored."""
+    """Five steps, the third of them skipped, from the log of g; in place from the weights as they were
+    restored.
+    """
     case, seed, decay = RULES[rule], rng.getrandbits(64), 0.0 if rule == "adam-window" else 0.25
     model, data = mlp(dtype), batch()
     kind = {"state_dtype": state_dtype} if case.states else {}
-    opt = case(model.named_parameters(), seed=seed, rounding=rounding, restore=restore, weight_decay=decay, **kind)
+    opt = case(
+        model.named_parameters(), seed=seed, rounding=rounding, restore=restore, weight_decay=decay, **kind
+    )
     make = lambda theta, stream: Plain(
         Exact, rule, theta, stream, seed=seed, rounding=rounding, state_dtype=state_dtype, weight_decay=decay
     )
@@ -261,7 +269,8 @@ def test_equals_torch(name, q, decay, rng):
     model, plain, data = mlp(), mlp(), batch()
     named = model.named_parameters
     beta, gain, beta2 = (0.9, 1.0, 0.0) if name == "sgd" else (0.8, 0.2, 0.99)
-    first, second = ({n: torch.zeros_like(p) for n, p in named()} for _ in range(2))  # the states of |gradients|
+    # the states of |gradients|
+    first, second = ({n: torch.zeros_like(p) for n, p in named()} for _ in range(2))
     if name == "sgd":
         opt = ZOSGD(named(), lr, momentum=0.9, l2=decay, directions=q, seed=seed)
         other = torch.optim.SGD(plain.parameters(), lr, momentum=0.9, weight_decay=decay)
@@ -279,7 +288,10 @@ def test_equals_torch(name, q, decay, rng):
             p.grad = combined(torch.zeros(p.shape), z, tuple(log_of(opt)))  # as ours rounds: the same sign
             terms = [decay * p.detach(), *(c * noise for c, noise in zip(log_of(opt), z, strict=True))]
             size = sum(term.abs() for term in terms)
-            first[n], second[n] = beta * first[n] + gain * size, beta2 * second[n] + (1 - beta2) * size.square()
+            first[n], second[n] = (
+                beta * first[n] + gain * size,
+                beta2 * second[n] + (1 - beta2) * size.square(),
+            )
         other.step()
     for (n, p), w in zip(named(), plain.parameters(), strict=True):
         torch.testing.assert_close(p, w, rtol=1e-5, atol=1e-6)
@@ -298,12 +310,16 @@ def test_a_window_as_long_as_the_run_is_the_state(q, rng):
     if q == 1:
         pairs.append((ZOAdamW, {"betas": (0.8, 0.9), "adam_eps": 1e-4}))
     seed, (x, _) = rng.getrandbits(64), batch()
-    losses = [float("nan") if step == 1 else rng.uniform(-1e-3, 1e-3) for step in range(6) for _ in range(2 * q)]
+    losses = [
+        float("nan") if step == 1 else rng.uniform(-1e-3, 1e-3) for step in range(6) for _ in range(2 * q)
+    ]
     for kind, options in pairs:
         ends = []
         for window in ({}, {"window": 6}):
             model, answers = mlp(), iter(losses)
-            opt = kind(model.named_parameters(), 0.01, seed=seed, directions=q, weight_decay=0.1, **options, **window)
+            opt = kind(
+                model.named_parameters(), 0.01, seed=seed, directions=q, weight_decay=0.1, **options, **window
+            )
             for _ in range(6):
                 opt.step(lambda: (model(x), next(answers))[1])
             assert bool(opt.state) is not bool(window)
@@ -349,8 +365,10 @@ def test_a_loss_that_is_not_finite_leaves_everything(rule, capturable, first, rn
     case, data = RULES[rule], batch()
     model = mlp(torch.bfloat16)
     extra = {"adam_eps": 0.0} if rule.startswith("adam") else {}
-    opt = case(model.named_parameters(), weight_decay=0.25, capturable=capturable, seed=rng.getrandbits(64), **extra)\
-        if rule != "adam-window" else case(model.named_parameters(), capturable=capturable, **extra)  # fmt: skip
+    opt = case(model.named_parameters(), weight_decay=0.25, capturable=capturable, seed=rng.getrandbits(64),
+        **extra)\
+        if rule != "adam-window" else case(model.named_parameters(), capturable=capturable,
+        **extra)  # fmt: skip
     if not first:
         run(model, opt, 2, data)
     before, (states, kept) = weights(model), snapshot(opt)
@@ -378,7 +396,8 @@ def test_capturable_equals_the_ordinary_step(rule, restore, dtype):
     for capturable in (False, True):
         model = mlp(dtype, dropout=0.2)
         lr = torch.tensor(0.05)
-        opt = RULES[rule](model.named_parameters(), lr=lr, restore=restore, weight_decay=0.0 if rule == "adam" else 0.1,
+        opt = RULES[rule](model.named_parameters(), lr=lr, restore=restore,
+            weight_decay=0.0 if rule == "adam" else 0.1,
                           seed=2**63 + 9, capturable=capturable)  # fmt: skip
         schedule = torch.optim.lr_scheduler.ExponentialLR(opt, 0.8)
         losses = []
@@ -408,12 +427,17 @@ def test_nothing_is_read_back(rule, restore):
 
 def addresses(opt):
     tensors = [t for s in opt.state.values() for t in s.values()]
-    return [t.data_ptr() for t in (*tensors, *(t for kept in opt.rule._by_place().values() for t in kept.values()))]
+    return [
+        t.data_ptr()
+        for t in (*tensors, *(t for kept in opt.rule._by_place().values() for t in kept.values()))
+    ]
 
 
 @EACH
 def test_a_graph_may_hold_the_addresses(rule):
-    """States and what groups keep are written in place: by steps, and by load_state_dict, of a fresh run too."""
+    """States and what groups keep are written in place: by steps, and by load_state_dict, of a fresh run
+    too.
+    """
     model, data = mlp(), batch()
     opt = RULES[rule](model.named_parameters(), capturable=True)
     fresh, start = copy.deepcopy(opt.state_dict()), weights(model)
@@ -511,11 +535,19 @@ def test_perturbation_and_update_have_one_z(rule, rng):
 
 
 def test_groups_have_their_own_hyper_parameters(rng):
-    """Each group is as if it were alone, where g is one and the same; empty groups and other dtypes among them."""
+    """Each group is as if it were alone, where g is one and the same; empty groups and other dtypes among
+    them.
+    """
     seed = rng.getrandbits(64)
     theta = [torch.randn(17), torch.randn(3, 5).bfloat16()]
     kinds = [
-        (ZOAdamW, [{"betas": (0.5, 0.75), "adam_eps": 1e-2}, {"betas": (0.9, 0.99), "lr": 0.1, "weight_decay": 0.2}]),
+        (
+            ZOAdamW,
+            [
+                {"betas": (0.5, 0.75), "adam_eps": 1e-2},
+                {"betas": (0.9, 0.99), "lr": 0.1, "weight_decay": 0.2},
+            ],
+        ),
         (ZOSGD, [{"momentum": 0.5}, {"momentum": 0.9, "dampening": 0.5, "l2": 0.25}]),
         (ZOSGD, [{"momentum": 0.5, "window": 2}, {"momentum": 0.25, "lr": 0.1}]),
     ]
@@ -527,7 +559,8 @@ def test_groups_have_their_own_hyper_parameters(rng):
         alone = [nn.Parameter(t.clone()) for t in theta]
         base = {"momentum": 0.1} if kind is ZOSGD else {}
         one, *many = (
-            kind([{"params": [(str(i), p)], **options[i]} for i, p in group] + [{"params": [], "param_names": []}],
+            kind([{"params": [(str(i), p)], **options[i]} for i, p in group] + [{"params": [],
+            "param_names": []}],
                  **{"lr": 0.05, "seed": seed, **base, **shared})
             for group in ([*enumerate(together)], [(0, alone[0])], [(1, alone[1])])
         )  # fmt: skip
@@ -607,20 +640,38 @@ def test_several_rules_share_nothing():
         (lambda p: ZOSGD(p, 0.1, momentum=1.0), r"ZOSGD: momentum: expected a number in \[0, 1\), got 1.0"),
         (lambda p: ZOSGD(p, 0.1, momentum=0.9, dampening=-1), "dampening: expected a finite number >= 0"),
         (lambda p: ZOSGD(p, 0.1, l2=0.1), "l2: expected 0 without momentum"),
-        (lambda p: ZOSGD(p, 0.1, momentum=0.9, l2=0.1, window=2), "l2: expected 0 without momentum .* with a window"),
+        (
+            lambda p: ZOSGD(p, 0.1, momentum=0.9, l2=0.1, window=2),
+            "l2: expected 0 without momentum .* with a window",
+        ),
         (lambda p: ZOSGD(p, 0.1, window=2), "dampening, window: expected momentum > 0"),
         (lambda p: ZOSGD(p, 0.1, momentum=0.9, window=0), "window: expected an integer >= 1"),
-        (lambda p: ZOSGD(p, 0.1, momentum=0.9, state_dtype=torch.float16), "state_dtype: expected torch.float32 or"),
-        (lambda p: ZOSGD(p, 0.1, momentum=0.9, window=2, subset=Blocks()), "window: expected a direction that is not"),
-        (lambda p: ZOAdam(p, 0.1, window=2, direction=RandomMask(0.5, 3)), "window: expected a direction that is not"),
+        (
+            lambda p: ZOSGD(p, 0.1, momentum=0.9, state_dtype=torch.float16),
+            "state_dtype: expected torch.float32 or",
+        ),
+        (
+            lambda p: ZOSGD(p, 0.1, momentum=0.9, window=2, subset=Blocks()),
+            "window: expected a direction that is not",
+        ),
+        (
+            lambda p: ZOAdam(p, 0.1, window=2, direction=RandomMask(0.5, 3)),
+            "window: expected a direction that is not",
+        ),
         (lambda p: ZOAdam(p, 0.1, weight_decay=0.1, window=2), "weight_decay: expected 0 with a window"),
         (lambda p: ZOAdam(p, 0.1, betas=(0.9, 1.0)), r"betas\[1\]: expected a number in \[0, 1\)"),
         (lambda p: ZOAdam(p, 0.1, betas=0.9), "betas: expected two numbers"),
         (lambda p: ZOAdam(p, 0.1, adam_eps=-1.0), "adam_eps: expected a finite number >= 0"),
-        (lambda p: ZOAdam([{"params": p, "betas": (2, 0)}], 0.1), r"betas\[0\]: expected a number in \[0, 1\)"),
+        (
+            lambda p: ZOAdam([{"params": p, "betas": (2, 0)}], 0.1),
+            r"betas\[0\]: expected a number in \[0, 1\)",
+        ),
         (lambda p: ZOSignSGD(p, 0.1, l2=float("nan")), "l2: expected a finite number >= 0"),
         (lambda p: HiZOO(p, 0.1, alpha=1.0), r"alpha: expected a number in \[0, 1\)"),
-        (lambda p: ZerothOrder(p, 0.1, estimator=TwoSided(), rule=Curvature()), "estimator, direction: expected Three"),
+        (
+            lambda p: ZerothOrder(p, 0.1, estimator=TwoSided(), rule=Curvature()),
+            "estimator, direction: expected Three",
+        ),
     ],
 )
 def test_bad_arguments(make, message):

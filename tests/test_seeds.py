@@ -42,7 +42,9 @@ def run(pytester, monkeypatch):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that goes on by a millisecond whenever it is read, so that a busy machine runs as many tests."""
+    """A clock that goes on by a millisecond whenever it is read, so that a busy machine runs as many
+    tests.
+    """
     ticks = itertools.count()
     monkeypatch.setattr(time, "monotonic", lambda: next(ticks) / 1000)
 
@@ -79,7 +81,10 @@ def test_fuzz_finds_a_seed_and_says_how_to_run_it_again(run, clock):
 
 
 def test_fuzz_from_a_seed_runs_the_same_tests(run, clock):
-    told = [re.findall(r"^drawn .*", run("--fuzz", "0.2", "--seed", "3", "-s").stdout.str(), re.M) for _ in range(2)]
+    told = [
+        re.findall(r"^drawn .*", run("--fuzz", "0.2", "--seed", "3", "-s").stdout.str(), re.M)
+        for _ in range(2)
+    ]
     count = min(map(len, told))
     assert count > 3
     assert told[0][:count] == told[1][:count]

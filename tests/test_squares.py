@@ -61,7 +61,9 @@ def test_split_anywhere_equals_whole(cpu_backend, rng):
 
 
 def test_many_tensors_and_threads(cpu_kernel, rng):
-    args = random_squares(rng, sizes=[rng.randrange(1, 2000) for _ in range(20)] + [70_001], dist="normal", count=2)
+    args = random_squares(
+        rng, sizes=[rng.randrange(1, 2000) for _ in range(20)] + [70_001], dist="normal", count=2
+    )
     check_backend(run, args, threads=(1, 3))
 
 

@@ -1,4 +1,6 @@
-"""Streams of 56 bits: their upper bits reach every draw on every backend; names, derived seeds, and logs of old."""
+"""Streams of 56 bits: their upper bits reach every draw on every backend; names, derived seeds, and logs
+of old.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,8 @@ def test_coordinates_of_streams_that_differ_above_32_bits():
 
 
 def test_a_million_names_have_streams_of_their_own():
-    names = (f"model.layers.{i}.mlp.experts.{j}.{k}_proj.weight" for i, j in itertools.product(range(64), range(2605))
+    names = (f"model.layers.{i}.mlp.experts.{j}.{k}_proj.weight" for i, j in itertools.product(range(64),
+        range(2605))
              for k in ("gate", "up", "down", "a", "b", "c"))  # fmt: skip
     streams = zokernels.streams_of(names)
     assert len(set(streams)) == len(streams) > 10**6
@@ -70,8 +73,11 @@ def test_a_million_names_have_streams_of_their_own():
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in OLD_LOGS.glob("*.zk")))
 def test_logs_written_before_replay_to_their_bits(cpu_backend, name):
-    """Runs whose streams were four bytes of the names' hashes: a log holds its streams, so nothing has changed."""
-    part = lambda file: {key.removeprefix(f"{name}/"): value for key, value in load_file(OLD_LOGS / file).items()
+    """Runs whose streams were four bytes of the names' hashes: a log holds its streams, so nothing has
+    changed.
+    """
+    part = lambda file: {key.removeprefix(f"{name}/"): value for key,
+        value in load_file(OLD_LOGS / file).items()
                          if key.startswith(f"{name}/")}  # fmt: skip
     weights, log = part("base.safetensors"), read(OLD_LOGS / f"{name}.zk")
     for group in log.header["groups"]:
@@ -82,7 +88,8 @@ def test_logs_written_before_replay_to_their_bits(cpu_backend, name):
 
 def test_resuming_a_log_of_other_streams(tmp_path):
     """It is refused with the way out; with the log's streams, the run goes on to its bits."""
-    part = lambda file: {key.removeprefix("directions/"): value for key, value in load_file(OLD_LOGS / file).items()
+    part = lambda file: {key.removeprefix("directions/"): value for key,
+        value in load_file(OLD_LOGS / file).items()
                          if key.startswith("directions/")}  # fmt: skip
     path = tmp_path / "run.zk"
     path.write_bytes((OLD_LOGS / "directions.zk").read_bytes())
@@ -91,7 +98,9 @@ def test_resuming_a_log_of_other_streams(tmp_path):
     for name, value in part("base.safetensors").items():
         model.get_parameter(name).data = value
     options = {"lr": 0.05, "directions": 3, "seed": log.header["seed"], "trajectory": path, "resume": True}
-    with pytest.raises(ValueError, match=r"resume: streams: expected those of the log .*'streams'.*got others"):
+    with pytest.raises(
+        ValueError, match=r"resume: streams: expected those of the log .*'streams'.*got others"
+    ):
         ZOSGD(model.named_parameters(), **options)
     assert path.read_bytes() == (OLD_LOGS / "directions.zk").read_bytes()
     streams = [p["stream"] for p in log.header["groups"][0]["params"]]

@@ -1,4 +1,6 @@
-"""Logs: what is recorded replays to the bits of the run, whatever the optimizer, in pieces, on another backend."""
+"""Logs: what is recorded replays to the bits of the run, whatever the optimizer, in pieces, on another
+backend.
+"""
 
 from __future__ import annotations
 
@@ -40,13 +42,17 @@ def test_replay_gives_the_bits_of_the_run(name, restore, half, rng, tmp_path):
 @pytest.mark.filterwarnings("ignore:.*were taken by no torch function")  # the losses need no forward
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_pieces_and_fused_steps_change_no_bit(dtype, rng, tmp_path):
-    """Weights in pieces of 2^20 elements, and more directions than are fused, with one thread and with two."""
+    """Weights in pieces of 2^20 elements, and more directions than are fused, with one thread and with
+    two.
+    """
     sizes = [301, 2**21 + rng.randrange(2**19), *(rng.randrange(1, 2**19) for _ in range(3)), 2**20]
     params = {f"w{i}": nn.Parameter((torch.randn(n) * 0.1).to(dtype)) for i, n in enumerate(sizes)}
     base = {name: p.detach().clone() for name, p in params.items()}
     options = {"dist": rng.choice(DISTS), "weight_decay": rng.choice([0.0, 0.1]), "directions": 23}
     with zokernels.backend("cpu"):
-        optimizer = ZOSGD(params.items(), lr=1e-2, seed=rng.getrandbits(60), trajectory=tmp_path / "run", **options)
+        optimizer = ZOSGD(
+            params.items(), lr=1e-2, seed=rng.getrandbits(60), trajectory=tmp_path / "run", **options
+        )
         for _ in range(3):
             optimizer.step(lambda: params["w0"].sum())
     optimizer.trajectory.close()
@@ -150,7 +156,9 @@ def test_fp32_is_one_sum_of_all_steps(name, rng, tmp_path):
                 for k in reversed(range(q)):
                     seed = zokernels.derive_seed(optimizer.seed, record_.step, k)
                     dist = optimizer.param_groups[0]["dist"]
-                    z.append(zokernels.noise(theta.shape, seed=seed, stream=zokernels.stream_of(key), dist=dist))
+                    z.append(
+                        zokernels.noise(theta.shape, seed=seed, stream=zokernels.stream_of(key), dist=dist)
+                    )
                     g = record_.gradients[0][k] * (record_.multiple if name == "ZOConservative" else 1)
                     c.append(fp32(factor * fp32(-record_.rates[0] * g)))
                 factor *= fp32(decay)
@@ -171,7 +179,9 @@ def block_of(seed, step):
 
 def test_fp32_refuses_what_is_no_sum(rng, tmp_path):
     base, _, _ = record_with_cpu(tmp_path / "run", "kept", torch.float32, rng, steps=1)
-    with pytest.raises(ValueError, match="mode: expected 'exact' for all but SGD on dense noise, got SGD on KeptRight"):
+    with pytest.raises(
+        ValueError, match="mode: expected 'exact' for all but SGD on dense noise, got SGD on KeptRight"
+    ):
         replay_(base, tmp_path / "run", mode="fp32")
 
 
@@ -330,7 +340,9 @@ def test_lr_as_a_tensor(rng, tmp_path):
     optimizer.trajectory.close()
     replay_(base, tmp_path / "run")
     assert_same(base, base_of(model))
-    assert [r.rates[0] for r in read(tmp_path / "run").records()] == [torch.tensor(v).item() for v in (0.3, 0.0, 0.1)]
+    assert [r.rates[0] for r in read(tmp_path / "run").records()] == [
+        torch.tensor(v).item() for v in (0.3, 0.0, 0.1)
+    ]
 
 
 def test_capturable_is_refused(rng, tmp_path):
@@ -346,7 +358,9 @@ def test_on_a_gpu_nothing_waits_and_the_cpu_replays(dtype, restore, rng, tmp_pat
     model = Model(dtype, rng)
     base = base_of(model)
     model.cuda()
-    optimizer = ZOSGD(model.named_parameters(), lr=0.05, restore=restore, trajectory=tmp_path / "run", weight_decay=0.1)
+    optimizer = ZOSGD(
+        model.named_parameters(), lr=0.05, restore=restore, trajectory=tmp_path / "run", weight_decay=0.1
+    )
     run(optimizer, model, 1)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

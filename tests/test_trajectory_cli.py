@@ -23,7 +23,9 @@ safetensors = pytest.importorskip("safetensors.torch")
 
 @pytest.fixture
 def files(rng, tmp_path):
-    """(folder with base, log and final weights; base; final) of a bf16 run with buffers beside the weights."""
+    """(folder with base, log and final weights; base; final) of a bf16 run with buffers beside the
+    weights.
+    """
     base, history, _ = record_with_cpu(tmp_path / "run.zk", "ZOSGD", torch.bfloat16, rng, weight_decay=0.1)
     others = {"steps": torch.tensor(7), "odd": torch.arange(3, dtype=torch.uint8), "empty": torch.zeros(0, 4)}
     safetensors.save_file({**base, **others}, tmp_path / "base.safetensors", {"format": "pt"})
@@ -32,7 +34,9 @@ def files(rng, tmp_path):
 
 
 def weights_only(tensors):
-    return {name: t for name, t in tensors.items() if t.dtype in (torch.bfloat16, torch.float32) and t.numel()}
+    return {
+        name: t for name, t in tensors.items() if t.dtype in (torch.bfloat16, torch.float32) and t.numel()
+    }
 
 
 def command(folder: pathlib.Path, *arguments: str) -> int:
@@ -50,7 +54,10 @@ def test_replay_writes_the_final_weights(files):
     with safetensors.safe_open(folder / "out.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
     assert (folder / "out.safetensors").stat().st_mode & 0o777 == (folder / "run.zk").stat().st_mode & 0o777
-    assert {p.name for p in folder.iterdir()} == {"run.zk", *(f"{n}.safetensors" for n in ("base", "final", "out"))}
+    assert {p.name for p in folder.iterdir()} == {
+        "run.zk",
+        *(f"{n}.safetensors" for n in ("base", "final", "out")),
+    }
 
 
 def test_replay_in_fp32_and_up_to_a_step(files):
@@ -58,7 +65,8 @@ def test_replay_in_fp32_and_up_to_a_step(files):
     log = read(folder / "run.zk")
     for mode, upto in (("fp32", 5), ("fp32", 2), ("exact", 2), ("exact", 0)):
         assert command(
-            folder, "replay", "base.safetensors", "run.zk", "-o", "out.safetensors", "--mode", mode, "--upto", str(upto)
+            folder, "replay", "base.safetensors", "run.zk", "-o", "out.safetensors", "--mode", mode,
+            "--upto", str(upto)
         ) == 0  # fmt: skip
         want = {n: t.float() if mode == "fp32" else t.clone() for n, t in weights_only(base).items()}
         replay_(want, log, upto, mode=mode)
@@ -75,7 +83,9 @@ def test_a_folder_of_shards(files, index):
         safetensors.save_file({f"module.{n}": base[n] for n in names[i::3]}, shards / file)
         where |= {f"module.{n}": file for n in names[i::3]}
     if index:
-        (shards / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+        (shards / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": where})
+        )
     assert main(["replay", str(shards), str(folder / "run.zk"), "-o", str(folder / "out.safetensors")]) == 0
     out = {n.removeprefix("module."): t for n, t in safetensors.load_file(folder / "out.safetensors").items()}
     assert_same(weights_only(out), weights_only(final))
@@ -114,7 +124,9 @@ def test_a_failure_leaves_no_file(files, capsys):
     assert replay("run.zk") == 1
     assert replay("base.safetensors", "base.safetensors") == 1
     assert "out: expected another file than the base and the log" in capsys.readouterr().err
-    assert command(folder, "replay", "base.safetensors", "run.zk", "-o", "out.safetensors", "--upto", "9") == 1
+    assert (
+        command(folder, "replay", "base.safetensors", "run.zk", "-o", "out.safetensors", "--upto", "9") == 1
+    )
 
     def interrupted(*args):
         raise KeyboardInterrupt
@@ -213,7 +225,9 @@ def test_as_a_program_without_optional_packages(files):
     ]
     code = blocked + f"from zokernels.cli import main; raise SystemExit(main({words!r}))"
     environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert_same(weights_only(safetensors.load_file(folder / "out.safetensors")), weights_only(final))
 
@@ -239,12 +253,16 @@ zokernels.combine_(torch.zeros(1 << 19), 1, 1.0, streams=0)
 torch.zeros(0).sin()
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()
-assert main(["replay", "{tmp_path}/base.safetensors", "{tmp_path}/run.zk", "-o", "{tmp_path}/out.safetensors"]) == 0
+replay = ["{tmp_path}/base.safetensors", "{tmp_path}/run.zk", "-o", "{tmp_path}/out.safetensors"]
+assert main(["replay", *replay]) == 0
 print(peak() - before)
-assert main(["verify", "{tmp_path}/run.zk", "{tmp_path}/base.safetensors", "{tmp_path}/final.safetensors"]) == 0
+verify = ["{tmp_path}/run.zk", "{tmp_path}/base.safetensors", "{tmp_path}/final.safetensors"]
+assert main(["verify", *verify]) == 0
 """
     environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     grown = int(done.stdout.splitlines()[1])
     assert grown < 96 * 1024 / 4, f"{grown} KiB"

@@ -98,7 +98,12 @@ def test_cut_anywhere_it_resumes_to_the_same_bits(short, rng, tmp_path):
             assert_same(weights, history[whole - 1] if whole else base)
         model.load_state_dict(base)
         optimizer = ZOSGD(
-            model.named_parameters(), lr=9.0, directions=3, seed=header.header["seed"], trajectory=cut, resume=True
+            model.named_parameters(),
+            lr=9.0,
+            directions=3,
+            seed=header.header["seed"],
+            trajectory=cut,
+            resume=True,
         )
         assert (optimizer.step_count, optimizer.param_groups[0]["lr"]) == (whole, 9.0)
         if size % 10 == 0:
@@ -120,7 +125,12 @@ def test_every_optimizer_resumes(name, rng, tmp_path):
     model = Model(torch.bfloat16, rng)
     model.load_state_dict(base)
     optimizer = make(
-        model.named_parameters(), lr=0.05, seed=first.seed, trajectory=tmp_path / "run", resume=True, **options
+        model.named_parameters(),
+        lr=0.05,
+        seed=first.seed,
+        trajectory=tmp_path / "run",
+        resume=True,
+        **options,
     )
     assert_same(base_of(model), history[2])
     run(optimizer, model, 2)
@@ -134,7 +144,8 @@ def test_resume_refuses_another_run(short, rng):
     model.load_state_dict(base)
     seed = read(path).header["seed"]
     build = lambda kind=ZOSGD, **o: kind(
-        model.named_parameters(), **{"lr": 1.0, "seed": seed, "directions": 3, "trajectory": path, "resume": True, **o}
+        model.named_parameters(),
+        **{"lr": 1.0, "seed": seed, "directions": 3, "trajectory": path, "resume": True, **o},
     )
     for message, change in {
         "resume: seed": {"seed": seed + 1},
@@ -263,7 +274,9 @@ def test_a_hostile_header_is_refused(case, short):
 
 
 def test_random_bytes_and_mutated_logs_never_do_harm(short, rng):
-    """Only ValueError, no weight changed, little memory and time; some mutations of a number are still good logs."""
+    """Only ValueError, no weight changed, little memory and time; some mutations of a number are still
+    good logs.
+    """
     import resource
 
     path, base, _ = short
@@ -304,7 +317,10 @@ def test_one_writer_at_a_time(rng, tmp_path):
         record(optimizer, tmp_path / "other")
     run(optimizer, model, 1)
     code = f"import fcntl; fcntl.flock(open({str(tmp_path / 'run')!r}), fcntl.LOCK_EX | fcntl.LOCK_NB)"
-    assert b"BlockingIOError" in subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).stderr
+    assert (
+        b"BlockingIOError"
+        in subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).stderr
+    )
     optimizer.trajectory.close()
     record(optimizer, tmp_path / "other").close()
 

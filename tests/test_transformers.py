@@ -9,7 +9,17 @@ import torch
 from torch import nn
 
 import zokernels
-from zokernels.optim import FZOO, LOZO, ZOCGE, ZOSGD, ForwardGradient, HiZOO, SparseMeZO, ZOAdamW, ZOConservative
+from zokernels.optim import (
+    FZOO,
+    LOZO,
+    ZOCGE,
+    ZOSGD,
+    ForwardGradient,
+    HiZOO,
+    SparseMeZO,
+    ZOAdamW,
+    ZOConservative,
+)
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -85,7 +95,9 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_is_mezo_by_hand(case, tmp_path):
-    """The same losses and weights, bit for bit; batches of two, four and, at the end of an epoch, one of them."""
+    """The same losses and weights, bit for bit; batches of two, four and, at the end of an epoch, one of
+    them.
+    """
     build, classes, options = CASES[case]
     data, model, twin, taken = rows(18, classes), build(), build(), Batches()
     watch = Watch(model)
@@ -95,7 +107,8 @@ def test_is_mezo_by_hand(case, tmp_path):
     )  # fmt: skip
     seen = []
     ours.add_callback(type("Losses", (transformers.TrainerCallback,), {
-        "on_optimizer_step": lambda self, *a, **k: seen.append(torch.stack(ours.zo_optimizer.last_losses).double())
+        "on_optimizer_step": lambda self, *a,
+        **k: seen.append(torch.stack(ours.zo_optimizer.last_losses).double())
     }))  # fmt: skip
     ours.train()
     assert len(taken) == 18
@@ -164,14 +177,18 @@ def test_weight_decay_leaves_out_what_the_trainer_does(tmp_path):
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
     assert all(("bias" in n) or ("norm" in n) for n in kept["param_names"])
     assert not any(("bias" in n) or ("norm" in n) for n in decayed["param_names"])
-    assert sorted(decayed["param_names"] + kept["param_names"]) == sorted(n for n, _ in model.named_parameters())
+    assert sorted(decayed["param_names"] + kept["param_names"]) == sorted(
+        n for n, _ in model.named_parameters()
+    )
     assert len(trainer(tmp_path, opt(), rows(4)).create_optimizer().param_groups) == 1
 
 
 def test_callbacks_see_the_step_where_they_expect_it(tmp_path):
     model = opt()
     watch = Watch(model)
-    trainer(tmp_path, model, rows(8), own={"callbacks": [watch]}, gradient_accumulation_steps=2, max_steps=2).train()
+    trainer(
+        tmp_path, model, rows(8), own={"callbacks": [watch]}, gradient_accumulation_steps=2, max_steps=2
+    ).train()
     assert [event for event, _ in watch.events] == ["begin", "substep", "before", "after"] * 2
     states = [state for _, state in watch.events]
     assert all(same(states[i], states[0]) for i in range(3))
@@ -205,7 +222,12 @@ def test_losses_of_the_users_own(tmp_path):
     cases = [
         (first_losses(tmp_path, opt(), data, kind=Custom, per_device_train_batch_size=4), custom),
         (first_losses(tmp_path, opt(), data, kind=Step, per_device_train_batch_size=4), custom),
-        (first_losses(tmp_path, opt(), data, own={"compute_loss_func": func}, per_device_train_batch_size=4), custom),
+        (
+            first_losses(
+                tmp_path, opt(), data, own={"compute_loss_func": func}, per_device_train_batch_size=4
+            ),
+            custom,
+        ),
         (
             first_losses(tmp_path, opt(), data, label_smoothing_factor=0.1, per_device_train_batch_size=4),
             lambda logits, labels: nn.functional.cross_entropy(
@@ -227,7 +249,9 @@ def test_eval_mode_has_no_dropout(tmp_path):
     for eval_mode, dropout in ((True, 0.5), (False, 0.5)):
         model = opt(dropout)
         model.model.decoder.layers[0].register_forward_pre_hook(hook)
-        _, losses = first_losses(tmp_path, model, data, own={"eval_mode": eval_mode}, per_device_train_batch_size=4)
+        _, losses = first_losses(
+            tmp_path, model, data, own={"eval_mode": eval_mode}, per_device_train_batch_size=4
+        )
         _, without = first_losses(tmp_path, opt(0.0), data, per_device_train_batch_size=4)
         assert torch.equal(torch.stack(losses), torch.stack(without)) is eval_mode
     assert modes == [False, False, True, True]
@@ -237,7 +261,9 @@ def test_eval_mode_has_no_dropout(tmp_path):
 
 def test_logs(tmp_path):
     data = rows(8)
-    ours = trainer(tmp_path, opt(), data, logging_steps=2, own={"eval_dataset": data[:2]}, eval_strategy="steps")
+    ours = trainer(
+        tmp_path, opt(), data, logging_steps=2, own={"eval_dataset": data[:2]}, eval_strategy="steps"
+    )
     ours.train()
     steps = [entry for entry in ours.state.log_history if "loss" in entry]
     assert [entry["step"] for entry in steps] == [2, 4]
@@ -280,7 +306,9 @@ def test_what_cannot_work_says_so(tmp_path):
     adam = lambda params, lr, seed: torch.optim.AdamW(params, lr)
     with pytest.raises(TypeError, match=r"ZOTrainer: optimizer: expected one of zokernels\.optim, got AdamW"):
         trainer(tmp_path, opt(), data, own={"optimizer_cls_and_kwargs": (adam, {})}).train()
-    with pytest.raises(ValueError, match="torch_compile: expected restore='inplace' in optimizer_cls_and_kwargs"):
+    with pytest.raises(
+        ValueError, match="torch_compile: expected restore='inplace' in optimizer_cls_and_kwargs"
+    ):
         trainer(tmp_path, opt(), data, torch_compile=True).train()
     with pytest.warns(UserWarning, match="max_grad_norm=0.5 has no effect"):
         trainer(tmp_path, opt(), data, max_grad_norm=0.5)
@@ -305,4 +333,5 @@ def test_arguments_that_mean_nothing_are_let_be(tmp_path, recwarn):
     ours = trainer(tmp_path, opt(), rows(4), activation_checkpointing=True, max_steps=1)
     ours.train()
     assert not ours.model.is_activation_checkpointing
-    assert not [w for w in recwarn if "ZOTrainer" in str(w.message)]  # of the default max_grad_norm, for example
+    # of the default max_grad_norm, for example
+    assert not [w for w in recwarn if "ZOTrainer" in str(w.message)]

@@ -25,7 +25,9 @@ pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_avai
 def test_two_processes(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(TESTS / "hf_worker.py"), str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(OMP_NUM_THREADS="1"))
+    run = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=environment(OMP_NUM_THREADS="1")
+    )
     assert run.returncode == 0, run.stderr[-4000:]
     found, batches = torch.load(tmp_path / "run.pt", weights_only=False)
 

@@ -33,14 +33,21 @@ def run(folder, optimizer, **options):
     """18 sentences in batches of 4, 4 and 1: three steps an epoch."""
     own = {"optimizer_cls_and_kwargs": OPTIMIZERS[optimizer], "trajectory": folder / "run.zk"}
     own["eval_dataset"] = rows(4)
-    defaults = {"max_steps": STEPS, "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    defaults = {
+        "max_steps": STEPS,
+        "gradient_accumulation_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
     defaults |= {"eval_strategy": "steps", "eval_steps": 2, "warmup_steps": 2, "weight_decay": 0.1}
     return trainer(folder, opt(0.1).bfloat16(), rows(11), own=own, **defaults | options)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_resumed_runs_end_with_the_same_bits(optimizer, tmp_path):
-    """Stopped in the middle of an epoch and at the end of one; the log is of the steps that led to the weights."""
+    """Stopped in the middle of an epoch and at the end of one; the log is of the steps that led to the
+    weights.
+    """
     base, whole = opt(0.1).bfloat16(), run(tmp_path / "whole", optimizer)
     whole.train()
     log, final = (tmp_path / "whole" / "run.zk").read_bytes(), weights(whole.model)
@@ -79,7 +86,10 @@ def test_a_run_that_begins_again_begins_its_log_again(tmp_path):
     other.zo_optimizer.log = Log()
     (tmp_path / "run.zk").write_bytes(log)
     late = ZOSGD(opt().named_parameters(), 1e-2)
-    for message, options in (("one of them, got both", {"resume": True}), ("resume: estimator: expected that of", {})):
+    for message, options in (
+        ("one of them, got both", {"resume": True}),
+        ("resume: estimator: expected that of", {}),
+    ):
         with pytest.raises(ValueError, match=message):
             record(late, tmp_path / "run.zk", rewind=True, **options)
 
@@ -108,7 +118,9 @@ def test_rewind_needs_the_steps_before(tmp_path):
 
 
 def test_first_order_checkpoints_are_refused(tmp_path):
-    plain = trainer(tmp_path, opt(), rows(4), transformers.Trainer, save_strategy="steps", save_steps=1, max_steps=1)
+    plain = trainer(
+        tmp_path, opt(), rows(4), transformers.Trainer, save_strategy="steps", save_steps=1, max_steps=1
+    )
     plain.train()
     with pytest.raises(ValueError, match="state_dict: expected an entry 'zo'"):
         trainer(tmp_path, opt(), rows(4), max_steps=2).train(resume_from_checkpoint=True)
@@ -134,7 +146,8 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path):
     scores = iter([1, 3, 2])
     model, states = llama(), []
     ours = trainer(
-        tmp_path, model, rows(8), own={"eval_dataset": rows(4), "compute_metrics": lambda _: {"score": next(scores)}},
+        tmp_path, model, rows(8), own={"eval_dataset": rows(4),
+        "compute_metrics": lambda _: {"score": next(scores)}},
         eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, max_steps=3,
         load_best_model_at_end=True, metric_for_best_model="score",
     )  # fmt: skip
@@ -206,7 +219,8 @@ def test_generation_and_prediction(tmp_path):
     ours = trainer(tmp_path, opt(), rows(8), max_steps=2)
     texts = []
     ours.add_callback(type("Generate", (transformers.TrainerCallback,), {
-        "on_step_end": lambda self, *a, model, **k: texts.append(model.generate(torch.ones(1, 3).long(), max_length=6))
+        "on_step_end": lambda self, *a, model, **k: texts.append(model.generate(torch.ones(1, 3).long(),
+        max_length=6))
     }))  # fmt: skip
     ours.train()
     assert [t.shape for t in texts] == [(1, 6)] * 2
@@ -240,7 +254,8 @@ def test_sft_trainer_of_trl(tmp_path, monkeypatch):
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words(), pad_token="w0", eos_token="w1")
     options = {key: getattr(arguments(tmp_path), key) for key in ("report_to", "disable_tqdm", "seed")}
     args = trl.SFTConfig(
-        str(tmp_path), use_cpu=True, bf16=False, max_steps=2, per_device_train_batch_size=4, learning_rate=1e-2,
+        str(tmp_path), use_cpu=True, bf16=False, max_steps=2, per_device_train_batch_size=4,
+        learning_rate=1e-2,
         lr_scheduler_type="constant", logging_steps=1, save_strategy="no", **options,
     )  # fmt: skip
     ours = ZOSFTTrainer(
@@ -275,12 +290,15 @@ def streamed(folder, model, *, offload, own=None, **options):
 
 @pytest.mark.parametrize("eval_mode", [False, True])
 def test_a_streamed_model_has_the_same_run(eval_mode, tmp_path):
-    """Blocks in host memory; the losses, evaluations, weights and the log of the run in memory; and resumed."""
+    """Blocks in host memory; the losses, evaluations, weights and the log of the run in memory; and
+    resumed.
+    """
     own = {"eval_mode": eval_mode, "optimizer_cls_and_kwargs": (ZOSGD, {"directions": 2})}
     runs = {}
     for name, offload in (("memory", None), ("host", {"storage": "host", "slots": 2})):
         runs[name] = streamed(
-            tmp_path / name, opt(0.1).bfloat16(), offload=offload, own={**own, "trajectory": tmp_path / f"{name}.zk"},
+            tmp_path / name, opt(0.1).bfloat16(), offload=offload, own={**own,
+            "trajectory": tmp_path / f"{name}.zk"},
             save_strategy="steps", save_steps=1,
         )  # fmt: skip
         runs[name].train()
@@ -302,7 +320,9 @@ def test_a_streamed_model_has_the_same_run(eval_mode, tmp_path):
 
 
 def test_a_model_that_is_never_in_memory(tmp_path):
-    """Read from a checkpoint on disk, a block at a time; what a checkpoint of the Trainer holds is read next."""
+    """Read from a checkpoint on disk, a block at a time; what a checkpoint of the Trainer holds is read
+    next.
+    """
     base = llama()
     base.save_pretrained(tmp_path / "base")
     options = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2}
@@ -338,7 +358,9 @@ def test_a_checkpoint_that_cannot_be_written_leaves_what_was_there(tmp_path, mon
     assert {"model.safetensors", "optimizer.pt", "trainer_state.json"} <= set(files)
 
     def contents():
-        return {p: p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file() and "checkpoint" in str(p)}
+        return {
+            p: p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file() and "checkpoint" in str(p)
+        }
 
     for there in (True, False):  # a folder that is written once more, and a new one
         if not there:

@@ -1,4 +1,6 @@
-"""The triton backend equals the reference bit for bit in Triton's interpreter (see triton_cases); its sqrt is exact."""
+"""The triton backend equals the reference bit for bit in Triton's interpreter (see triton_cases); its
+sqrt is exact.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def version(module) -> tuple[int, ...]:
 def interpreted():
     """A process with the interpreter, which runs one case after the other."""
     if version(triton) < (3, 7) and version(np) >= (2, 4):
-        pytest.skip("the interpreter of Triton 3.6 cannot read scalars with NumPy 2.4; pip install 'numpy<2.4'")
+        pytest.skip(
+            "the interpreter of Triton 3.6 cannot read scalars with NumPy 2.4; pip install 'numpy<2.4'"
+        )
     process = CaseProcess("triton_cases.py", limit=300, TRITON_INTERPRET="1")
     yield process
     process.stop()
@@ -40,7 +44,9 @@ def test_interpreter(interpreted, name, rng):
 
 
 def test_a_case_can_fail():
-    """A difference reaches the report: here the worker compares against a reference with doubled coefficients."""
+    """A difference reaches the report: here the worker compares against a reference with doubled
+    coefficients.
+    """
     code = (
         "import triton_cases as t, dataclasses, json\n"
         "from zokernels.backends import registry\n"
@@ -52,7 +58,9 @@ def test_a_case_can_fail():
         "print(json.dumps([t.run(f'directions: normal K={k}', 0) for k in (1, 0)]))\n"
     )
     environment = case_process.environment(TRITON_INTERPRET="1")
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
     wrong, right = json.loads(done.stdout)
     assert "of 130 elements of tensor 0" in wrong
     assert right == ""
@@ -72,7 +80,9 @@ def test_missing_triton_names_the_command():
         "except Exception as e: print(type(e).__name__, e)\n"
     )
     environment = case_process.environment()
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
     assert done.stdout.startswith(BackendUnavailable.__name__)
     assert "pip install triton" in done.stdout
 
@@ -106,8 +116,8 @@ def _radius_squared(n: np.ndarray) -> np.ndarray:
 def test_sqrt_fast_path_is_exact(rng):
     """The hand-written sqrt equals IEEE for every rsqrt that the hardware may return, on the s that occur.
 
-    rsqrt.approx.ftz.f32 is within 2^-22.9 relative (PTX ISA): every fp32 value that near must lead to the same root.
-    """
+    rsqrt.approx.ftz.f32 is within 2^-22.9 relative (PTX ISA): every fp32 value that near must lead to the
+    same root."""
     draw = np.random.default_rng(rng.getrandbits(32))
     top = np.arange(2**24 - 2**19, 2**24, dtype=np.float64) * 2**7  # the largest |n|: the smallest s
     wide = draw.integers(0, 2**32, 2**19, dtype=np.uint32) >> draw.integers(1, 32, 2**19, dtype=np.uint32) | 1

@@ -1,8 +1,7 @@
 """The Triton kernels compile for AMD's GPUs without one: CDNA3 (gfx942, MI300) and RDNA3 (gfx1100, RX 7900).
 
-Nothing has run there.  What can be read in the assembly: no subnormal is flushed, no product and sum are contracted,
-nothing is spilled, and how many instructions an element takes.
-"""
+Nothing has run there.  What can be read in the assembly: no subnormal is flushed, no product and sum are
+contracted, nothing is spilled, and how many instructions an element takes."""
 
 from __future__ import annotations
 
@@ -30,7 +29,9 @@ WORKER = Path(__file__).parent / "triton_amd_worker.py"
 def folders(tmp_path_factory) -> dict[str, Path]:
     """Of each target the folder with the assembly of every kernel, by processes at one time."""
     found = {target: tmp_path_factory.mktemp(target) for target in TARGETS}
-    path = os.pathsep.join(filter(None, (str(WORKER.parent), str(WORKER.parents[1]), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(
+        filter(None, (str(WORKER.parent), str(WORKER.parents[1]), os.environ.get("PYTHONPATH")))
+    )
     environment = {**os.environ, "PYTHONPATH": path}
     running = {
         target: subprocess.Popen([sys.executable, WORKER, target, folder], env=environment)
@@ -60,7 +61,9 @@ def test_every_kernel_and_dtype_has_a_target():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("target", "name", "dtypes"), [(t, *kernel) for t in TARGETS for kernel in kernels_of(t)])
+@pytest.mark.parametrize(
+    ("target", "name", "dtypes"), [(t, *kernel) for t in TARGETS for kernel in kernels_of(t)]
+)
 def test_every_kernel_compiles(kernel, target, name, dtypes):
     found = kernel(target, name, dtypes)
     assert len(found.lines) > 20
@@ -74,7 +77,8 @@ def test_every_kernel_compiles(kernel, target, name, dtypes):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_no_product_and_sum_are_contracted(kernel, target):
-    """The fmas of the contract, 12 a pair and one an element in a loop of 32 elements; and two of each square root.
+    """The fmas of the contract, 12 a pair and one an element in a loop of 32 elements; and two of each square
+    root.
 
     Rademacher noise has sums alone in whole programs; the eight fmas are those of the edges.
     """
@@ -87,7 +91,8 @@ def test_no_product_and_sum_are_contracted(kernel, target):
     assert rademacher.count(r"v_(dual_|pk_)?add_f32|v_(dual_)?sub_f32") >= 128
 
 
-#: Instructions an element in whole tiles: kernel, dtypes, elements of a loop, and the ceilings for the two targets.
+#: Instructions an element in whole tiles: kernel, dtypes, elements of a loop, and the ceilings for the two
+#: targets.
 CEILINGS = [
     ("combine_kernel", "fp32", 32, (30, 28.5)),
     ("combine_kernel", "bf16", 32, (39.5, 36.3)),
@@ -143,5 +148,7 @@ def test_the_backend_says_that_nothing_has_run():
         "from zokernels.backends import registry; print(registry.get('triton').note)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(WORKER.parents[1])}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "on AMD GPUs: compiled, never run"

@@ -1,7 +1,8 @@
-"""The Triton kernels compile for sm_80, sm_90 and sm_100 without a GPU, and their SASS stays under the ceilings.
+"""The Triton kernels compile for sm_80, sm_90 and sm_100 without a GPU, and their SASS stays under the
+ceilings.
 
-Ceilings are instructions per element as disassembly.py defines them; ``ZOKERNELS_SHOW_SASS=1 pytest -s`` prints each.
-"""
+Ceilings are instructions per element as disassembly.py defines them; ``ZOKERNELS_SHOW_SASS=1 pytest -s``
+prints each."""
 
 from __future__ import annotations
 
@@ -43,8 +44,9 @@ from triton_kernels import (  # noqa: E402
 from zokernels.backends.terms import Terms  # noqa: E402
 from zokernels.backends.triton import combine, fan_out, low_rank, requantize, spread, squares, update  # noqa: E402
 
-#: Loads and stores of spilled registers: none.  But with Triton 3.6 the assembler puts one value of a whole tile aside,
-#: once for all directions, in two kernels: ``combine`` of K directions on sm_100, ``spread`` on sm_80.
+#: Loads and stores of spilled registers: none.  But with Triton 3.6 the assembler puts one value of a whole
+#: tile aside, once for all directions, in two kernels: ``combine`` of K directions on sm_100, ``spread`` on
+#: sm_80.
 SPILLED = 2 if triton.__version__.startswith("3.6.") else 0
 
 
@@ -54,7 +56,11 @@ def sass(kernel) -> disassembly.Function:
 
 def ftz_of(kernel) -> list[str]:
     """Lines that flush subnormals, but for the square root's."""
-    return [line for line in kernel.asm["ptx"].splitlines() if ".ftz" in line and "rsqrt.approx.ftz.f32" not in line]
+    return [
+        line
+        for line in kernel.asm["ptx"].splitlines()
+        if ".ftz" in line and "rsqrt.approx.ftz.f32" not in line
+    ]
 
 
 def fusible(kernel) -> list[str]:
@@ -64,7 +70,9 @@ def fusible(kernel) -> list[str]:
 
 def test_a_product_without_rounding_is_found():
     class Kernel:
-        asm: ClassVar = {"ptx": "mul.f32 %r1, %r2, %r3;\nadd.rn.f32 %r1, %r1, %r4;\n{ add.f64 %d1, %d2, %d3; }"}
+        asm: ClassVar = {
+            "ptx": "mul.f32 %r1, %r2, %r3;\nadd.rn.f32 %r1, %r1, %r4;\n{ add.f64 %d1, %d2, %d3; }"
+        }
 
     assert fusible(Kernel) == ["mul.f32 %r1, %r2, %r3;", "add.f64 %d1, %d2, %d3; }"]
 
@@ -90,7 +98,9 @@ def test_every_kernel_is_listed():
 
 @pytest.mark.parametrize(("name", "dtypes"), [(name, dtypes) for name in EVERY for dtypes in EVERY[name]])
 def test_every_kernel_compiles(name, dtypes):
-    """For sm_90, with each dtype: no spills, nothing flushed to zero, and no product that may be fused with a sum."""
+    """For sm_90, with each dtype: no spills, nothing flushed to zero, and no product that may be fused
+    with a sum.
+    """
     kernel = EVERY[name][dtypes](90)
     function = sass(kernel)
     assert function.name == name
@@ -194,7 +204,9 @@ def test_instructions_per_element(dtype, dist, k, extra, ceiling):
 
 @pytest.mark.parametrize("dist", ["normal", "rademacher"])
 def test_no_product_and_sum_are_contracted(dist):
-    """The fmas of the contract and no others: 14 a pair and one an element, 32 elements a loop; Rademacher has none."""
+    """The fmas of the contract and no others: 14 a pair and one an element, 32 elements a loop;
+    Rademacher has none.
+    """
     function = sass(combine_kernel(90, "fp32", dist, 1, decay=True))
     assert function.hot_count("FFMA") == (32 * 7 + 32 if dist == "normal" else 0)
     assert function.hot_count("FADD") == (0 if dist == "normal" else ELEMENTS)
@@ -210,9 +222,11 @@ def test_derive_seed_compiles(arch):
 
 
 WIDE, HALF, ATOMIC = disassembly.WIDE_STORE, r"STG\.E\.64", r"RED|ATOM"
-#: Of kernels of normal noise, bf16 unless said otherwise: the kernel, its passes over a whole program, ceiling, store.
+#: Of kernels of normal noise, bf16 unless said otherwise: the kernel, its passes over a whole program,
+#: ceiling, store.
 WHOLE = {
-    "combine, masks, table": (lambda: combine_kernel(90, "bf16", "normal", 1, mask="u8", table=True), 4, 25.5, WIDE),
+    "combine, masks, table": (lambda: combine_kernel(90, "bf16", "normal", 1, mask="u8", table=True), 4,
+    25.5, WIDE),
     "combine, density": (lambda: combine_kernel(90, "bf16", "normal", 1, random=True), 4, 31.5, WIDE),
     "combine, own coefficients": (
         lambda: combine_kernel(90, "bf16", "normal", 1, each=True, table=True), 4, 24.5, WIDE,
@@ -221,7 +235,8 @@ WHOLE = {
     "requantize, stochastic": (
         lambda: combine_kernel(90, "i8", "normal", 1, bounds=(-127, 127), rounding=True), 4, 42.0, HALF,
     ),
-    "momentum, fp32 state": (lambda: update_kernel(90, "momentum", ("bf16", "fp32", None, None)), 16, 31.5, WIDE),
+    "momentum, fp32 state": (lambda: update_kernel(90, "momentum", ("bf16", "fp32", None, None)), 16, 31.5,
+    WIDE),
     "momentum, K at run time": (
         lambda: update_kernel(90, "momentum", ("bf16", "fp32", None, None), k=None), 16, 37.0, WIDE,
     ),
@@ -273,12 +288,17 @@ def test_instructions_of_rows(name):
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_kernels_of_rows_compile(arch):
-    for kernel in (rows_kernel(arch), rows_kernel(arch, "rademacher", aligned=False), update_rows_kernel(arch)):
+    for kernel in (
+        rows_kernel(arch),
+        rows_kernel(arch, "rademacher", aligned=False),
+        update_rows_kernel(arch),
+    ):
         assert sass(kernel).count(disassembly.LOCAL) == 0
         assert ftz_of(kernel) == []
 
 
-#: Kernels whose inner loop counts: the kernel, its store, elements that a pass of the loop adds to, floor and ceiling.
+#: Kernels whose inner loop counts: the kernel, its store, elements that a pass of the loop adds to, floor and
+#: ceiling.
 LOOPS = {
     "spread: a direction": (lambda: spread_kernel(90), WIDE, 32, 18, 23.0),
     "spread: a Rademacher direction": (lambda: spread_kernel(90, "rademacher"), WIDE, 32, 5, 10.0),
@@ -341,7 +361,9 @@ PROJECT = [
 
 @pytest.mark.parametrize(("arch", "dist", "dtype", "ceiling"), PROJECT)
 def test_project_reads_a_whole_tile_in_one_loop(arch, dist, dtype, ceiling):
-    """Of four blocks, 32 elements: 16-byte loads, the fmas of the contract and no others, nothing but registers."""
+    """Of four blocks, 32 elements: 16-byte loads, the fmas of the contract and no others, nothing but
+    registers.
+    """
     function = sass(kernel := project_kernel(arch, dist, dtype))
     loops = [function.blocks[a] for a, b in function.loops if a == b]
     loop = next(block for block in loops if block.count(disassembly.WIDE_LOAD))
@@ -357,7 +379,9 @@ def test_project_reads_a_whole_tile_in_one_loop(arch, dist, dtype, ceiling):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """(kernel, grid, hash of what was compiled) of every launch, which takes place no further than the compiler."""
+    """(kernel, grid, hash of what was compiled) of every launch, which takes place no further than the
+    compiler.
+    """
     driver = triton.runtime.driver
     monkeypatch.setattr(type(driver), "active", property(lambda self: FakeDriver()))
     asked, run = [], triton.JITFunction.run
@@ -377,9 +401,16 @@ def coeffs(k):
 
 
 def test_launch_binds_and_values_do_not_recompile(asked):
-    """The launcher's own calls compile, and numel, offset, stream and K > UNROLLED are not specialised by value."""
+    """The launcher's own calls compile, and numel, offset, stream and K > UNROLLED are not specialised by
+    value.
+    """
     theta = torch.zeros(70000, dtype=torch.bfloat16)
-    for numel, offset, stream, k in ((70000, 0, 1, 3), (1, 8, 2**56 - 1, 5), (16, 2**40, 0, 16), (17, 2**33, 16, 4)):
+    for numel, offset, stream, k in (
+        (70000, 0, 1, 3),
+        (1, 8, 2**56 - 1, 5),
+        (16, 2**40, 0, 16),
+        (17, 2**33, 16, 4),
+    ):
         piece = [theta[:numel]]
         combine.combine(piece, piece, Terms(*coeffs(k), [stream], [offset], "rademacher", None, None))
     assert len(asked) == 4
@@ -388,15 +419,22 @@ def test_launch_binds_and_values_do_not_recompile(asked):
     asked.clear()
     pieces = [theta[:5], theta[8:70], theta[80:80], theta[81:90]]
     combine.combine(
-        pieces, pieces, Terms(*coeffs(1), [0] * 4, [0] * 4, "rademacher", torch.ones(1), torch.zeros(1).long())
+        pieces,
+        pieces,
+        Terms(*coeffs(1), [0] * 4, [0] * 4, "rademacher", torch.ones(1), torch.zeros(1).long()),
     )
-    assert [(name, grid) for name, grid, _ in asked] == [("combine_table_kernel", (2,)), ("combine_kernel", (1,))]
+    assert [(name, grid) for name, grid, _ in asked] == [
+        ("combine_table_kernel", (2,)),
+        ("combine_kernel", (1,)),
+    ]
 
 
 def test_launches_of_rows_bind_and_values_do_not_recompile(asked):
     theta = torch.zeros(96 * 1024, dtype=torch.bfloat16)
     for width, length, offset in ((8, 8, 0), (512, 4096, 2**36), (1536, 2**33, 16), (2**15, 2**20, 8)):
-        terms = Terms(*coeffs(1), [2**56 - 1], [offset], "normal", None, None, widths=[width], lengths=[length])
+        terms = Terms(
+            *coeffs(1), [2**56 - 1], [offset], "normal", None, None, widths=[width], lengths=[length]
+        )
         combine.combine([theta], [theta], terms)
         update.update([theta], [theta.float()], [], "momentum", torch.zeros(4), terms)
     names = "combine_rows_kernel", "update_rows_kernel"
@@ -405,7 +443,9 @@ def test_launches_of_rows_bind_and_values_do_not_recompile(asked):
 
 
 def test_every_launcher_binds(asked):
-    """One tensor, then two in a table, with every optional argument; a row of coefficients does not recompile."""
+    """One tensor, then two in a table, with every optional argument; a row of coefficients does not
+    recompile.
+    """
     bf16 = lambda: torch.zeros(16, 8, dtype=torch.bfloat16)
     state = lambda: torch.zeros(16, 8)
     for count in (1, 2):
@@ -419,7 +459,9 @@ def test_every_launcher_binds(asked):
         requantize.requantize([t.char() for t in params], [t.char() for t in params], -8, 7, terms)
         update.update(params, first, second, "adam", torch.zeros(8), terms)
         fan_out.fan_out(params, [bf16() for _ in params], [bf16() for _ in params], seeds, one, side)
-        low_rank.low_rank(params, params, [torch.zeros(1, 16, 2)] * count, [torch.zeros(1, 8, 2)] * count, terms)
+        low_rank.low_rank(
+            params, params, [torch.zeros(1, 16, 2)] * count, [torch.zeros(1, 8, 2)] * count, terms
+        )
         squares.squares(seeds, [128] * count, [3] * count, [8] * count, "normal")
     assert [name for name, _, _ in asked] == [
         f"{stem}_{kind}"
@@ -433,5 +475,7 @@ def test_every_launcher_binds(asked):
     assert len({key for _, _, key in asked}) == 1, asked
     asked.clear()
     params = [bf16(), torch.zeros(20, dtype=torch.bfloat16)[4:]]  # on 16 bytes, and off: no table
-    combine.combine(params, params, Terms(coeffs(3)[0], torch.zeros(2, 3), [0, 1], [0, 0], "normal", None, None))
+    combine.combine(
+        params, params, Terms(coeffs(3)[0], torch.zeros(2, 3), [0, 1], [0, 0], "normal", None, None)
+    )
     assert [name for name, _, _ in asked] == ["combine_kernel"] * 2

@@ -1,8 +1,8 @@
 """The oldest and the newest supported Triton: every kernel compiles with both, and within the same ceilings.
 
-Beside the environment's own Triton each has a folder with nothing else in it (triton-versions.txt), which a process of
-its own puts before the environment's packages.  These processes run the tests of the kernels once more, at one time.
-"""
+Beside the environment's own Triton each has a folder with nothing else in it (triton-versions.txt), which a
+process of its own puts before the environment's packages.  These processes run the tests of the kernels once
+more, at one time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ from zokernels.backends import BackendUnavailable, triton
 ROOT = pathlib.Path(__file__).parent.parent
 #: Where the folders are; ``make test`` has them in the environment.
 FOLDERS = pathlib.Path(os.environ.get("ZOKERNELS_TRITONS") or sys.prefix)
-LINES = [line.split() for line in (ROOT / "triton-versions.txt").read_text().splitlines() if not line.startswith("#")]
+LINES = [
+    line.split()
+    for line in (ROOT / "triton-versions.txt").read_text().splitlines()
+    if not line.startswith("#")
+]
 #: Version by folder.
 VERSIONS = {folder: Requirement(first).specifier for folder, first, *_ in LINES}
 
@@ -30,7 +34,8 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET"):
     pytest.skip("TRITON_INTERPRET is set: there is no compiler in this process", allow_module_level=True)
 
-#: Each a process: a folder, and a file of tests.  With the oldest the interpreter too, which has changed most since.
+#: Each a process: a folder, and a file of tests.  With the oldest the interpreter too, which has changed most
+#: since.
 RUNS = [*((folder, "test_triton_compile.py") for folder in VERSIONS), (LINES[0][0], "test_triton.py")]
 
 _MAIN = """
@@ -52,7 +57,9 @@ def runs():
         environment = {**os.environ, "PYTHONPATH": path}
         output = tempfile.TemporaryFile()  # noqa: SIM115  read by the test, closed below
         command = [sys.executable, "-c", _MAIN, str(VERSIONS[folder]), str(ROOT / "tests" / tests)]
-        process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, env=environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT
+        )
         found[folder, tests] = process, output
     yield found
     for process, output in found.values():
@@ -112,5 +119,7 @@ def test_the_report_has_the_note(monkeypatch):
     from zokernels import report
     from zokernels.backends import registry
 
-    monkeypatch.setattr(registry, "get", lambda name: triton.load("3.10.0") if name == "triton" else backends.get(name))
+    monkeypatch.setattr(
+        registry, "get", lambda name: triton.load("3.10.0") if name == "triton" else backends.get(name)
+    )
     assert "newer than 3.9, the newest that is tested" in report.text(report.facts())

@@ -23,7 +23,10 @@ from zokernels.ops.update import RULES
 
 
 def run(buffers, parts, first, second, rule, hyper, **kwargs):
-    states = {"first": placed(first, parts) if first else (), "second": placed(second, parts) if second else ()}
+    states = {
+        "first": placed(first, parts) if first else (),
+        "second": placed(second, parts) if second else (),
+    }
     zokernels.update_(placed(buffers, parts), rule, hyper, **states, **kwargs)
     return [*buffers, *first, *second]
 
@@ -41,7 +44,9 @@ def random_update(rng, rule, **fixed):
     buffers, parts, kwargs = random_call(rng, **fixed)
     kwargs = add_extras(rng, parts, kwargs, curvature=False, extras=extras)
     dtypes = [rng.choice(STATE_DTYPES) for _ in range(RULES[rule][0])] + [None, None]
-    first, second = ([] if d is None else [random_values(b.numel(), d, rng) for b in buffers] for d in dtypes[:2])
+    first, second = (
+        [] if d is None else [random_values(b.numel(), d, rng) for b in buffers] for d in dtypes[:2]
+    )
     hyper = random_hyper(rule, kwargs["seeds"].numel(), rng)
     return {
         "buffers": buffers,
@@ -109,7 +114,8 @@ def test_reference_follows_the_formula(rule, dist, rng):
     want, new = FORMULAS[rule](theta.double(), decayed, z, coeffs.double(), wide, hyper.double().unbind())
     with zokernels.backend("reference"):
         zokernels.update_(
-            theta, rule, hyper, seeds, coeffs, first=states[:1], second=states[1:], streams=5, offsets=11, dist=dist,
+            theta, rule, hyper, seeds, coeffs, first=states[:1], second=states[1:], streams=5, offsets=11,
+            dist=dist,
             decay=decay, masks=zokernels.pack_mask(keep, 11),
         )  # fmt: skip
     if rule == "sign":  # whose argument may lie nearer to 0 than its rounding in fp32
@@ -117,7 +123,9 @@ def test_reference_follows_the_formula(rule, dist, rng):
         want = torch.where(argument.abs() < 1e-6, theta.double(), want)
     torch.testing.assert_close(theta.double(), torch.where(keep, want, decayed), rtol=1e-5, atol=1e-6)
     for got, expected, old in zip(states, new, before, strict=True):
-        torch.testing.assert_close(got.double(), torch.where(keep, expected, old.double()), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            got.double(), torch.where(keep, expected, old.double()), rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("rule", ["momentum", "adam", "hizoo"])
@@ -127,7 +135,14 @@ def test_reference_rounds_states_with_bits_of_their_own(rule, rng):
     theta, states = torch.randn(n), [(torch.rand(n) + 0.1).bfloat16() for _ in range(RULES[rule][0])]
     half, wide = theta.bfloat16(), [s.float() for s in states]
     theta = half.float()
-    args = {"rule": rule, "hyper": HYPER[rule], "seeds": [1], "coeffs": [0.1], "streams": 3, "offsets": offset}
+    args = {
+        "rule": rule,
+        "hyper": HYPER[rule],
+        "seeds": [1],
+        "coeffs": [0.1],
+        "streams": 3,
+        "offsets": offset,
+    }
     with zokernels.backend("reference"):
         zokernels.update_(theta, first=wide[:1], second=wide[1:], **args)
         stochastic = {"rounding": "stochastic", "rounding_seed": seed}
@@ -164,7 +179,8 @@ def test_what_the_states_hold_reaches_theta_as_nan(cpu_backend):
         for rounding in ("nearest", "stochastic"):
             theta = torch.ones(210, dtype=dtype)
             zokernels.update_(
-                theta, "momentum", HYPER["momentum"], 1, 0.1, first=payloads.clone(), streams=0, rounding=rounding,
+                theta, "momentum", HYPER["momentum"], 1, 0.1, first=payloads.clone(), streams=0,
+                rounding=rounding,
                 rounding_seed=5,
             )  # fmt: skip
             assert theta.isnan().all()

@@ -1,4 +1,6 @@
-"""Wire formats: the definitions of the MX specification, and every backend against the reference, bit for bit."""
+"""Wire formats: the definitions of the MX specification, and every backend against the reference, bit for
+bit.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,7 @@ def nearest(value, wire):
     return VALUE[wire](best)
 
 
-# --- the definitions --------------------------------------------------------------------------------------------------
+# --- the definitions --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("wire", SCALED)
@@ -96,14 +98,18 @@ def test_scale_and_rounding_follow_the_specification(wire, cpu_backend, rng):
     """s = floor(log2 max) - emax, then the nearest code with ties to even, in exact arithmetic."""
     generator = torch.Generator().manual_seed(rng.getrandbits(60))
     for exponent in (-126, -100, -3, 0, 5, 100, 127):
-        x = torch.randn(32, generator=generator) * torch.exp2(torch.randint(-12, 1, (32,), generator=generator))
+        x = torch.randn(32, generator=generator) * torch.exp2(
+            torch.randint(-12, 1, (32,), generator=generator)
+        )
         x = (x / x.abs().max() * rng.uniform(1, 1.99)).double() * 2.0**exponent
         x = x.float()
         e = math.frexp(float(x.abs().max()))[1] - 1 - EMAX[wire]
         data = encoded(x, wire)
         assert int(data[scale_begin(32)]) == max(e, -127) + 127
         factor = 2.0 ** max(e, -127)
-        want = torch.tensor([nearest(float(v) / factor, wire) * factor for v in x], dtype=torch.float64).float()
+        want = torch.tensor(
+            [nearest(float(v) / factor, wire) * factor for v in x], dtype=torch.float64
+        ).float()
         assert torch.equal(decoded(data, wire, 32), want)
 
 
@@ -126,7 +132,8 @@ KNOWN = {
     "int8": [
         ([0.0, -0.0], 0, [0.0, 0.0]),
         ([1.0, -1.0 / 64], 127, [1.0, -1.0 / 64]),
-        ([1.0, 0.5 / 64, 1.5 / 64, 2.5 / 64, -1.5 / 64], 127, [1.0, 0.0, 2 / 64, 2 / 64, -2 / 64]),  # ties to even
+        # ties to even
+        ([1.0, 0.5 / 64, 1.5 / 64, 2.5 / 64, -1.5 / 64], 127, [1.0, 0.0, 2 / 64, 2 / 64, -2 / 64]),
         ([1.999, -1.999, 1.99], 127, [127 / 64, -127 / 64, 127 / 64]),  # saturates, alike on both sides
         ([-2.0, 1.0], 128, [-2.0, 1.0]),
         ([2.0**-127, 2.0**-133, 2.0**-134, 3 * 2.0**-134], 0, [2.0**-127, 2.0**-133, 0.0, 2.0**-132]),
@@ -163,7 +170,11 @@ def test_sixteen_bits_are_conversions(cpu_backend, rng):
     want[x.isfinite() & want.isinf()] = 65504.0
     want *= torch.where(want.abs() == 65504, x.sign(), torch.ones(())).half()
     assert_same_bits(encoded(x, "fp16").view(torch.half), want)
-    assert encoded(x, "fp16").view(torch.half)[:6].tolist() == [65504.0] * 3 + [-65504.0, float("inf"), -float("inf")]
+    assert encoded(x, "fp16").view(torch.half)[:6].tolist() == [65504.0] * 3 + [
+        -65504.0,
+        float("inf"),
+        -float("inf"),
+    ]
 
 
 @pytest.mark.parametrize("wire", [None, *WIRES])
@@ -202,11 +213,12 @@ def test_what_is_lost(wire, rng):
     x = torch.randn(20000, generator=torch.Generator().manual_seed(rng.getrandbits(60)))
     error = (decoded(encoded(x, wire), wire, 20000) - x).abs().view(-1, 32).amax(1)
     largest = x.abs().view(-1, 32).amax(1)
-    assert (error <= largest * (1 / 8 if wire == "fp8" else 1 / 64)).all()  # saturation: 511 to 448, 1.999 to 127 / 64
+    # saturation: 511 to 448, 1.999 to 127 / 64
+    assert (error <= largest * (1 / 8 if wire == "fp8" else 1 / 64)).all()
     assert (error > 0).all()
 
 
-# --- backends against the reference -----------------------------------------------------------------------------------
+# --- backends against the reference -----------------------------------------------------------------------
 
 
 def run_encode(params, parts, out, places, wire, offsets):
@@ -215,7 +227,8 @@ def run_encode(params, parts, out, places, wire, offsets):
     if wire in SCALED:
         return [*out, *params]
     return [*(o[s].view(FORMATS[wire].dtype) for o, s in zip(out, places, strict=True)),
-            *(t for o, s in zip(out, places, strict=True) for t in (o[: s.start], o[s.stop :])), *params]  # fmt: skip
+            *(t for o, s in zip(out, places, strict=True) for t in (o[: s.start], o[s.stop :])),
+            *params]  # fmt: skip
 
 
 def random_encode(rng, **fixed):
@@ -226,7 +239,14 @@ def random_encode(rng, **fixed):
             b.copy_(torch.where(b.isfinite(), b, torch.ones((), dtype=b.dtype)))
     params = [b[p] for b, p in zip(buffers, parts, strict=True)]
     out, places = buffers_for(params, wire, kwargs["offsets"])
-    return {"params": buffers, "parts": parts, "out": out, "places": places, "wire": wire, "offsets": kwargs["offsets"]}
+    return {
+        "params": buffers,
+        "parts": parts,
+        "out": out,
+        "places": places,
+        "wire": wire,
+        "offsets": kwargs["offsets"],
+    }
 
 
 def run_decode(out, parts, wires, wire, **kwargs):
@@ -236,7 +256,12 @@ def run_decode(out, parts, wires, wire, **kwargs):
 
 def run_fan_out(plus, minus, parts, wires, wire, seed, coeff, **kwargs):
     zokernels.decode_fan_out(
-        *([o[p] for o, p in zip(out, parts, strict=True)] for out in (plus, minus)), wires, wire, seed, coeff, **kwargs
+        *([o[p] for o, p in zip(out, parts, strict=True)] for out in (plus, minus)),
+        wires,
+        wire,
+        seed,
+        coeff,
+        **kwargs,
     )
     return [*plus, *minus, *wires]
 
@@ -263,7 +288,13 @@ def random_decode(rng, fan_out=False, **fixed):
     if not fan_out:
         return {**args, "out": fresh()}
     seed = torch.tensor([rng.getrandbits(62)])
-    return {**args, "plus": fresh(), "minus": fresh(), "seed": seed, "coeff": torch.tensor([rng.choice([1e-3, -0.25])])}
+    return {
+        **args,
+        "plus": fresh(),
+        "minus": fresh(),
+        "seed": seed,
+        "coeff": torch.tensor([rng.choice([1e-3, -0.25])]),
+    }
 
 
 #: What runs, its random arguments.
@@ -325,7 +356,9 @@ def test_fan_out_is_decode_and_two_combines(cpu_backend, rng):
 
 
 def test_decode_is_combine_of_the_decoded_values(cpu_backend, rng):
-    """For fp32, whose values are the accumulator: decode and combine in one are the two one after the other."""
+    """For fp32, whose values are the accumulator: decode and combine in one are the two one after the
+    other.
+    """
     for wire in WIRES:
         args = random_decode(rng, dtype=torch.float32, wire=wire)
         got = run_decode(**args)
@@ -342,7 +375,15 @@ def test_decode_is_combine_of_the_decoded_values(cpu_backend, rng):
 def test_opcheck(cpu_backend):
     params, data = [torch.randn(40)], torch.zeros(zokernels.wire_bytes(40, "fp8"), dtype=torch.uint8)
     torch.library.opcheck(torch.ops.zokernels.encode, ([data], params, "fp8", [0]))
-    noise = (torch.tensor([2]), torch.tensor([0.1]), [3], [0], "normal", torch.tensor([0.9]), torch.tensor([4]))
+    noise = (
+        torch.tensor([2]),
+        torch.tensor([0.1]),
+        [3],
+        [0],
+        "normal",
+        torch.tensor([0.9]),
+        torch.tensor([4]),
+    )
     torch.library.opcheck(torch.ops.zokernels.decode, ([torch.empty(40)], [data], "fp8", *noise))
     sides = [torch.empty(40)], [torch.empty(40)], [data], "fp8", torch.tensor([1]), torch.tensor([0.5])
     torch.library.opcheck(torch.ops.zokernels.decode_fan_out, (*sides, *noise))
@@ -365,12 +406,28 @@ def test_errors():
             r"out\[0\]: expected contiguous uint8 \[259\]",
         ),
         (lambda: zokernels.encode([], x, "fp8"), ValueError, "encode: out: expected 1 tensors"),
-        (lambda: zokernels.encode(good, x.double(), "fp8"), TypeError, r"encode: params\[0\]: expected dtype"),
-        (lambda: zokernels.decode(x, good.char(), "fp8"), ValueError, r"decode: wires\[0\]: expected contiguous uint8"),
-        (lambda: zokernels.decode(x[::2], good, "fp8"), ValueError, r"decode: out\[0\]: expected a contiguous"),
+        (
+            lambda: zokernels.encode(good, x.double(), "fp8"),
+            TypeError,
+            r"encode: params\[0\]: expected dtype",
+        ),
+        (
+            lambda: zokernels.decode(x, good.char(), "fp8"),
+            ValueError,
+            r"decode: wires\[0\]: expected contiguous uint8",
+        ),
+        (
+            lambda: zokernels.decode(x[::2], good, "fp8"),
+            ValueError,
+            r"decode: out\[0\]: expected a contiguous",
+        ),
         (lambda: zokernels.decode(x, x.view(torch.uint8), "bf16"), ValueError, r"decode: wires\[0\]"),
         (lambda: zokernels.decode(x, x.view(torch.uint8)[:80], "bf16"), ValueError, "share no memory"),
-        (lambda: zokernels.decode_fan_out(x, x, good, "fp8", 1, 0.1, streams=0), ValueError, "share no memory"),
+        (
+            lambda: zokernels.decode_fan_out(x, x, good, "fp8", 1, 0.1, streams=0),
+            ValueError,
+            "share no memory",
+        ),
         (
             lambda: zokernels.decode_fan_out(x, x[:8], good, "fp8", 1, 0.1, streams=0),
             ValueError,

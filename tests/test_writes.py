@@ -1,7 +1,7 @@
 """Disks that are full, or fail, at any byte: what was there stays, and the run goes on when there is room.
 
-Log and blocks are written by ``os.pwrite`` and ``os.pwritev``, for which :class:`Disk` stands in.  Other files are
-limited by the system itself: beyond RLIMIT_FSIZE a write takes what fits, and the next one fails.
+Log and blocks are written by ``os.pwrite`` and ``os.pwritev``, for which :class:`Disk` stands in.  Other
+files are limited by the system itself: beyond RLIMIT_FSIZE a write takes what fits, and the next one fails.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def step(optimizer, p):
 
 @pytest.fixture
 def whole(tmp_path):
-    """The bytes of the log of a run on a disk with room, and the weights before each step and after the last."""
+    """The bytes of the log of a run on a disk with room, and the weights before each step and after the
+    last.
+    """
     p = one_weight()
     optimizer, history = optimizer_of(p, tmp_path / "whole.zk"), [p.detach().clone()]
     for _ in range(STEPS):
@@ -83,7 +85,9 @@ def whole(tmp_path):
 
 @pytest.mark.parametrize("then", ["room", "end"])
 def test_a_log_on_a_disk_that_is_full_at_any_byte(then, whole, tmp_path, monkeypatch):
-    """``then``: there is room again, and the run goes on; or the process ends, and another one resumes the run."""
+    """``then``: there is room again, and the run goes on; or the process ends, and another one resumes
+    the run.
+    """
     data, history = whole
     disk, path = Disk(monkeypatch), tmp_path / "run.zk"
     begin = read(tmp_path / "whole.zk").begin
@@ -194,7 +198,9 @@ def test_a_sync_that_failed_writes_again(tmp_path, monkeypatch):
     """After a failed sync the system takes the pages for written: only new writes reach the disk."""
     file = AppendedFile("test", tmp_path / "file")
     written, write, sync = [], os.pwrite, os.fsync
-    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: (written.append(bytes(data)), write(fd, data, at))[1])
+    monkeypatch.setattr(
+        os, "pwrite", lambda fd, data, at: (written.append(bytes(data)), write(fd, data, at))[1]
+    )
     file.write(b"one", 0)
     file.sync()
     file.write(b"two", 3)
@@ -214,7 +220,9 @@ def test_a_sync_that_failed_writes_again(tmp_path, monkeypatch):
 
 
 def test_a_file_is_replaced_or_left(tmp_path):
-    """``replacing``, by which checkpoints, resident weights and replayed models are written, at every byte."""
+    """``replacing``, by which checkpoints, resident weights and replayed models are written, at every
+    byte.
+    """
     path, data = tmp_path / "file", os.urandom(300)
     path.write_bytes(b"before")
     for size in range(len(data)):
@@ -293,7 +301,8 @@ def test_a_streamed_run_on_a_disk_that_is_full(then, wire, write_every, rng, tmp
             net = Net()
             engine = offload.stream(net, "layers", "disk", path=path, resume=True, **options)
             optimizer = ZOSGD(net.named_parameters(), lr=1e-2)
-        for _ in range(4):  # what failed while there was no room, a write or a block that was to come, is told once
+        # what failed while there was no room, a write or a block that was to come, is told once
+        for _ in range(4):
             with contextlib.suppress(OSError):
                 train(net, optimizer, steps)
         assert optimizer.step_count == steps

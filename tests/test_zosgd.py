@@ -1,5 +1,7 @@
 # ruff: noqa: B023  closures of a loop run inside it
-"""ZOSGD: the step against a plain PyTorch one that materialises z; groups, names, streams, tied parameters."""
+"""ZOSGD: the step against a plain PyTorch one that materialises z; groups, names, streams, tied
+parameters.
+"""
 
 import pytest
 import torch
@@ -77,12 +79,15 @@ def test_training_lowers_the_loss(restore):
 
 
 def test_small_bf16_updates_survive_stochastic_rounding():
-    """An update of a thousandth of a ulp is lost by rounding to nearest, and kept on average by stochastic rounding."""
+    """An update of a thousandth of a ulp is lost by rounding to nearest, and kept on average by
+    stochastic rounding.
+    """
     moved = {}
     for rounding in ("nearest", "stochastic"):
         p = nn.Parameter(torch.ones(1 << 14, dtype=torch.bfloat16))
         opt = ZOSGD([p], lr=1e-5, eps=1e-2, dist="rademacher", rounding=rounding)
-        answers = iter((0.01, 0.0))  # g = 0.5, so that the update is 5e-6 z; a ulp of 1.0 is 2^-7 above and 2^-8 below
+        # g = 0.5, so that the update is 5e-6 z; a ulp of 1.0 is 2^-7 above and 2^-8 below
+        answers = iter((0.01, 0.0))
         opt.step(lambda: p.float().sum() * 0 + next(answers))
         z = zk.noise(p.shape, seed=zk.derive_seed(0, 0, 0), stream=0, dist="rademacher")
         moved[rounding] = (p.detach().double() - 1) @ z.double() / p.numel() / -5e-6
@@ -92,7 +97,10 @@ def test_small_bf16_updates_survive_stochastic_rounding():
 
 
 def test_gradient_of_a_quadratic_is_exact():
-    """For L = a . theta g must be a . z, whatever eps is.  A loss that is a Python number is taken in float64."""
+    """For L = a .
+
+    theta g must be a . z, whatever eps is.  A loss that is a Python number is taken in float64.
+    """
     p = nn.Parameter(torch.zeros(50))
     a = torch.linspace(-1, 1, 50)
     z = zk.noise(50, seed=zk.derive_seed(3, 0, 0), stream=0)
@@ -156,7 +164,9 @@ def test_names_give_streams_across_groups_and_wrappers():
     model = mlp()
     named = list(model.named_parameters())
     whole = ZOSGD(named, lr=0.1)
-    split = ZOSGD([{"params": named[:1]}, {"params": [("module._orig_mod." + n, p) for n, p in named[1:]]}], lr=0.1)
+    split = ZOSGD(
+        [{"params": named[:1]}, {"params": [("module._orig_mod." + n, p) for n, p in named[1:]]}], lr=0.1
+    )
     streams = [zk.stream_of(n) for n, _ in named]
     assert whole.param_groups[0]["streams"] == streams
     assert [s for g in split.param_groups for s in g["streams"]] == streams
@@ -256,7 +266,9 @@ def test_frozen_parameters_are_left_alone():
 @BOTH
 def test_mixed_dtypes_and_scalars(restore):
     kinds = [((3, 2), torch.float32), ((5,), torch.bfloat16), ((), torch.float16), ((0, 4), torch.float32)]
-    params = [nn.Parameter(torch.ones(shape, dtype=dtype)) for shape, dtype in [*kinds, ((4,), torch.float32)]]
+    params = [
+        nn.Parameter(torch.ones(shape, dtype=dtype)) for shape, dtype in [*kinds, ((4,), torch.float32)]
+    ]
     opt = ZOSGD(params, lr=0.1, restore=restore)
     opt.step(lambda: sum(p.float().sum() for p in params))
     seed = zk.derive_seed(0, 0, 0)

@@ -1,8 +1,7 @@
 """restore="exact": every use of a weight sees the point, in every step, whatever block the weight is in.
 
-The oracle is a model of its own, with theta + c z in its weights: z is that of ``zokernels.noise``, and the sum is made
-by the formula.  It runs as any model does.
-"""
+The oracle is a model of its own, with theta + c z in its weights: z is that of ``zokernels.noise``, and the
+sum is made by the formula.  It runs as any model does."""
 
 import copy
 import gc
@@ -42,7 +41,9 @@ def at_point(model, step, sign, seed=0):
 
 
 def check_steps(model, loss, oracle=None, *, steps=STEPS, lr=1e-3, exact=True, before=None, **options):
-    """Takes steps on ``loss(model, t)``; each loss is that of ``oracle`` on copies at the points, bit for bit."""
+    """Takes steps on ``loss(model, t)``; each loss is that of ``oracle`` on copies at the points, bit for
+    bit.
+    """
     oracle = oracle or loss
     opt = ZOSGD(model.named_parameters(), lr=lr, eps=EPS, **options)
     same = torch.equal if exact else lambda a, b: torch.allclose(a, b, rtol=1e-5, atol=1e-6)
@@ -153,14 +154,17 @@ def test_a_captured_weight_in_a_function(scratch):
     check_steps(
         model,
         lambda m, t: language_loss(m) + late(t, 0.0, F.linear(x, weight, bias).square().mean()),
-        lambda m, t: language_loss(m) + late(t, 0.0, F.linear(x, m.twice.weight, m.twice.bias).square().mean()),
+        lambda m, t: (
+            language_loss(m) + late(t, 0.0, F.linear(x, m.twice.weight, m.twice.bias).square().mean())
+        ),
         scratch=scratch,
     )
 
 
 USES = {
     "parameters_to_vector": lambda m: torch.nn.utils.parameters_to_vector(m.parameters()).square().mean(),
-    "functional_call": lambda m: functional_call(m, m.state_dict(), (tokens(),), tie_weights=False).square().mean(),
+    "functional_call": lambda m: functional_call(m, m.state_dict(), (tokens(),),
+    tie_weights=False).square().mean(),
     "named parameters": lambda m: functional_call(m, dict(m.named_parameters()), (tokens(),)).square().mean(),
     "deepcopy": lambda m: copy.deepcopy(m)(tokens()).square().mean(),
     "vmap": lambda m: vmap(m)(tokens()).square().mean(),
@@ -169,13 +173,15 @@ USES = {
     "jacrev": lambda m: jacrev(m.wide)(torch.ones(8)).square().mean(),
     "grad of parameters": lambda m: sum(
         g.square().sum()
-        for g in grad(lambda p: functional_call(m, p, (tokens(),)).square().mean())(dict(m.named_parameters())).values()
+        for g in grad(lambda p: functional_call(m, p, (tokens(),
+        )).square().mean())(dict(m.named_parameters())).values()
     ),
     "checkpoint": lambda m: checkpoint(m, tokens(), use_reentrant=False).square().mean(),
     "item": lambda m: torch.tensor(sum(p.sum().item() for p in m.parameters())),
     "numpy": lambda m: torch.as_tensor(sum(p.detach().numpy().sum() for p in m.parameters())),
     "slices": lambda m: sum(p[..., 1:].sum() + p.data[..., 0].sum() for p in m.parameters()),
-    "views that are kept": lambda m: sum(v.sum() * i for i, v in enumerate([p.view(-1)[1:] for p in m.parameters()])),
+    "views that are kept": lambda m: sum(v.sum() * i for i,
+    v in enumerate([p.view(-1)[1:] for p in m.parameters()])),
     "foreach": lambda m: sum(n * (i + 1) for i, n in enumerate(torch._foreach_norm(list(m.parameters())))),
     "pickle": lambda m: sum(t.sum() for t in saved(m).values()),
 }  # fmt: skip
@@ -291,7 +297,9 @@ def test_kinds_of_modules(kind, scratch):
     elif kind == "lstm":
         model, run = nn.LSTM(8, 8, num_layers=2, batch_first=True), lambda m: m(x)[0]
     elif kind == "parametrized":
-        model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), nn.Tanh(), nn.Linear(8, 2))
+        model = nn.Sequential(
+            nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), nn.Tanh(), nn.Linear(8, 2)
+        )
         run = lambda m: m(x)
     else:
         peft = pytest.importorskip("peft")
@@ -365,7 +373,9 @@ def test_one_call_perturbs_a_block():
 
 @SCRATCH
 def test_a_weight_that_is_used_often_is_perturbed_once(scratch):
-    """A recurrent cell over 20 steps, a tied head, experts of one tensor: each weight once for each forward."""
+    """A recurrent cell over 20 steps, a tied head, experts of one tensor: each weight once for each
+    forward.
+    """
     torch.manual_seed(0)
     cell, embedding = nn.LSTMCell(8, 8), nn.Embedding(30, 8)
     stacked = nn.Parameter(torch.randn(5, 8, 8))
@@ -501,7 +511,9 @@ def test_another_step_in_the_closure():
         first.step(closure)
         assert torch.equal(torch.stack(first.last_losses), torch.stack(expected))
     with pytest.raises(RuntimeError, match="one step at a time for a parameter"):
-        first.step(lambda: second.step(lambda: ZOSGD(outer.parameters(), lr=0.1).step(lambda: outer(x).sum())))
+        first.step(
+            lambda: second.step(lambda: ZOSGD(outer.parameters(), lr=0.1).step(lambda: outer(x).sum()))
+        )
 
 
 def take_steps(model):

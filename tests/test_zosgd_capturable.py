@@ -1,4 +1,6 @@
-"""capturable=True: the device-side step on the CPU, bit for bit the ordinary one, and reading nothing back."""
+"""capturable=True: the device-side step on the CPU, bit for bit the ordinary one, and reading nothing
+back.
+"""
 
 import copy
 import io
@@ -101,7 +103,9 @@ class NoReads(TorchDispatchMode):
     """Raises for what would wait for a GPU or depend on its answer."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.is_nonzero), func
+        assert func.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.is_nonzero), (
+            func
+        )
         return func(*args, **(kwargs or {}))
 
 
@@ -156,9 +160,13 @@ def test_errors_of_a_capture(monkeypatch):
     with pytest.raises(RuntimeError, match="step: expected one step before the capture"):
         fresh.step(lambda: p.sum())
     for loss in (lambda: p.sum(), lambda: 1.0):
-        with pytest.raises(ValueError, match="closure: expected a loss on the GPU where a CUDA graph is captured"):
+        with pytest.raises(
+            ValueError, match="closure: expected a loss on the GPU where a CUDA graph is captured"
+        ):
             opt.step(loss)
-    with pytest.raises(ValueError, match=r"lr: expected a number or a tensor on cpu where .*, got a CPU tensor"):
+    with pytest.raises(
+        ValueError, match=r"lr: expected a number or a tensor on cpu where .*, got a CPU tensor"
+    ):
         cpu_lr.step(lambda: p.sum())
     assert torch.equal(p, torch.ones(4))
 
@@ -217,11 +225,15 @@ def test_register_graph_needs_capturable():
 @BOTH
 @pytest.mark.parametrize("capturable", [False, True])
 def test_clip_bounds_g(capturable, restore):
-    """g = 6 - as the loss is 3 |theta| - becomes 2; a smaller one stays; the update and the log use the clipped g."""
+    """g = 6 - as the loss is 3 |theta| - becomes 2; a smaller one stays; the update and the log use the
+    clipped g.
+    """
     moved = {}
     for clip in (None, 2.0, 100.0):
         p = nn.Parameter(torch.zeros(1))
-        opt = ZOSGD([p], lr=0.5, eps=0.25, dist="rademacher", clip=clip, restore=restore, capturable=capturable)
+        opt = ZOSGD(
+            [p], lr=0.5, eps=0.25, dist="rademacher", clip=clip, restore=restore, capturable=capturable
+        )
         opt.step(lambda p=p: 6 * p.sum())
         moved[clip] = (p.item(), opt.last_projected_gradient.item())
     assert moved[100.0] == moved[None]

@@ -1,4 +1,6 @@
-"""restore="exact" with torch.compile: what is compiled stays compiled, is compiled once, and sees the points."""
+"""restore="exact" with torch.compile: what is compiled stays compiled, is compiled once, and sees the
+points.
+"""
 
 import copy
 import warnings
@@ -90,7 +92,9 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("way", WAYS)
 def test_compiled_once_and_right(way, case):
-    """With a backend that runs the graphs as they are, the losses are those of the plain model, bit for bit."""
+    """With a backend that runs the graphs as they are, the losses are those of the plain model, bit for
+    bit.
+    """
     case, model, plain, counter = CASES[case], layers(), layers(), CompileCounter()
     run = WAYS[way](model, backend=counter, fullgraph=case["fullgraph"])
     if case["before"]:

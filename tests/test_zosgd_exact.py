@@ -1,4 +1,6 @@
-"""The exact probe: every forward sees theta +- eps z, no weight moves, scratch stays small, hidden weights are told."""
+"""The exact probe: every forward sees theta +- eps z, no weight moves, scratch stays small, hidden
+weights are told.
+"""
 
 import copy
 import warnings
@@ -18,7 +20,9 @@ EPS = 0.02
 
 
 class Language(nn.Module):
-    """Tied embedding used functionally, attention, norm, dropout, weights as slices, chunks, transposes and views."""
+    """Tied embedding used functionally, attention, norm, dropout, weights as slices, chunks, transposes
+    and views.
+    """
 
     def __init__(self):
         super().__init__()
@@ -73,7 +77,8 @@ def tokens():
 MODELS = {
     "language": (Language, tokens),
     "odd": (Odd, lambda: torch.linspace(-1, 1, 24).view(4, 6)),
-    "transformer": (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), lambda: torch.ones(2, 3, 8)),
+    "transformer": (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), lambda: torch.ones(2, 3,
+    8)),
     "lstm": (lambda: nn.LSTM(5, 4, num_layers=2), lambda: torch.linspace(-1, 1, 30).view(3, 2, 5)),
     "conv": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.PReLU()),
              lambda: torch.linspace(-1, 1, 150).view(2, 3, 5, 5)),
@@ -184,7 +189,9 @@ def test_update_uses_the_noise_of_the_forward():
 
 def test_scratch_is_that_of_the_largest_call():
     """With scratch=0 nothing is joined to blocks."""
-    model = nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 128), nn.Tanh(), nn.Linear(128, 4), nn.LayerNorm(4))
+    model = nn.Sequential(
+        nn.Embedding(50, 16), nn.Linear(16, 128), nn.Tanh(), nn.Linear(128, 4), nn.LayerNorm(4)
+    )
     opt, sizes = ZOSGD(model.named_parameters(), lr=0.1, scratch=0), []
     with watched("combine", lambda *args: sizes.append(opt.scratch.nbytes())):
         opt.step(lambda: model(torch.arange(6)).square().mean())
@@ -211,7 +218,8 @@ def test_scratch_with_live_views_is_not_reused():
     opt.step(closure)
     assert all(x != y for x, y in addresses)
     opt.step(lambda: a.sum() + b.sum())
-    # All the views are gone.  One arena stays, and that of ``a``, which is kept because it came again after ``b``.
+    # All the views are gone.  One arena stays, and that of ``a``, which is kept because it came again after
+    # ``b``.
     assert opt.scratch.nbytes() == 2 * 256
 
 
@@ -220,8 +228,19 @@ def test_metadata_materialises_nothing():
 
     def closure():
         assert (p.shape, p.size(0), p.dim(), p.ndim, len(p), p.numel()) == ((4, 6), 4, 2, 2, 4, 24)
-        assert (p.dtype, p.device.type, p.requires_grad, p.is_leaf, p.grad) == (torch.float32, "cpu", True, True, None)
-        assert (p.is_cuda, p.is_floating_point(), p.stride(), p.is_contiguous()) == (False, True, (6, 1), True)
+        assert (p.dtype, p.device.type, p.requires_grad, p.is_leaf, p.grad) == (
+            torch.float32,
+            "cpu",
+            True,
+            True,
+            None,
+        )
+        assert (p.is_cuda, p.is_floating_point(), p.stride(), p.is_contiguous()) == (
+            False,
+            True,
+            (6, 1),
+            True,
+        )
         assert torch.empty_like(p).shape == p.shape
         assert isinstance(p, nn.Parameter)
         assert not calls

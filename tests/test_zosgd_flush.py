@@ -19,11 +19,15 @@ from zokernels.optim import ZOSGD
 
 def build(dtype=torch.float32, dropout=0.0, **options):
     model = mlp(dtype, dropout)
-    return model, ZOSGD(model.named_parameters(), **{"lr": 0.05, "eps": 2.0**-6, "restore": "inplace", **options})
+    return model, ZOSGD(
+        model.named_parameters(), **{"lr": 0.05, "eps": 2.0**-6, "restore": "inplace", **options}
+    )
 
 
 def stepped(dtype=torch.bfloat16):
-    """A model inside the context after a step, its optimizer, the context, and the weights a flush must leave."""
+    """A model inside the context after a step, its optimizer, the context, and the weights a flush must
+    leave.
+    """
     model, opt = build(dtype)
     context = opt.two_pass(model)
     context.__enter__()
@@ -72,7 +76,9 @@ def test_a_forward_sees_clean_weights():
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_torchscript_forward_flushes():
     with torch.no_grad():
-        traced = torch.jit.trace(mlp(torch.bfloat16), torch.zeros(1, 6, dtype=torch.bfloat16), check_trace=False)
+        traced = torch.jit.trace(
+            mlp(torch.bfloat16), torch.zeros(1, 6, dtype=torch.bfloat16), check_trace=False
+        )
     opt = ZOSGD(traced.named_parameters(), lr=0.05, eps=2.0**-6, restore="inplace")
     x = torch.zeros(2, 6, dtype=torch.bfloat16)
     with opt.two_pass(nn.ParameterList([p for g in opt.param_groups for p in g["params"]])):
@@ -82,7 +88,9 @@ def test_torchscript_forward_flushes():
         assert not same_bits(weights(traced), held)
 
 
-@pytest.mark.filterwarnings("ignore:Using `torch.compile:UserWarning", "ignore:Dynamo does not know:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:Using `torch.compile:UserWarning", "ignore:Dynamo does not know:UserWarning"
+)
 @pytest.mark.parametrize("way", ["wrapped", "in place"])
 def test_compiled_forward_flushes(way):
     model, opt = build()
@@ -211,7 +219,8 @@ def test_kernel_that_fails_in_the_update_leaves_nothing_pending():
 
     with opt.two_pass(nn.ParameterList([a, b])):
         opt.step(lambda: a.sum() + b.float().sum())
-        # Of each bucket, a move to the other side and then the update: the fourth is the update of the second.
+        # Of each bucket, a move to the other side and then the update: the fourth is the update of the
+        # second.
         with watched("combine_", failing), pytest.raises(MemoryError):
             opt.step(lambda: a.sum() + b.float().sum())
         assert (a - 1).abs().max() < 1e-5

@@ -89,7 +89,9 @@ def test_replays_equal_eager_steps(dtype, dropout, restore):
         torch.cuda.synchronize()
         assert opt.step_count == WARM + REPLAYS
         assert int(opt.skipped_steps) == 0
-        results.append((weights(model), torch.stack(losses), opt.last_projected_gradient.clone(), opt.state_dict()))
+        results.append(
+            (weights(model), torch.stack(losses), opt.last_projected_gradient.clone(), opt.state_dict())
+        )
     (w1, l1, g1, s1), (w2, l2, g2, s2) = results
     assert torch.equal(l1, l2)
     assert torch.equal(g1, g2)
@@ -118,7 +120,9 @@ def test_no_step_waits_for_the_device(capturable, restore):
     xs, ys, x, y = inputs(1)
     x.copy_(xs[0])
     y.copy_(ys[0])
-    model, opt = build(torch.bfloat16, 0.25, restore=restore, weight_decay=0.1, clip=3.0, capturable=capturable)
+    model, opt = build(
+        torch.bfloat16, 0.25, restore=restore, weight_decay=0.1, clip=3.0, capturable=capturable
+    )
     closure = lambda: loss_of(model, x, y)
     with side_stream():
         for _ in range(WARM):
@@ -217,7 +221,9 @@ def masks_of(opt, p, register):
 
 @pytest.mark.parametrize("register", [True, False])
 def test_both_forwards_of_a_replay_draw_the_same_masks(register):
-    """Without register_graph either an error (torch that wants generators registered) or equal masks as well."""
+    """Without register_graph either an error (torch that wants generators registered) or equal masks as
+    well.
+    """
     p = nn.Parameter(torch.ones(8, device="cuda"))
     opt = ZOSGD([p], lr=0.0, capturable=True)
     seen = masks_of(opt, p, register)

@@ -1,4 +1,6 @@
-"""restore="exact": what a forward must not do, weights that torch functions do not see, hooks and contexts."""
+"""restore="exact": what a forward must not do, weights that torch functions do not see, hooks and
+contexts.
+"""
 
 import copy
 import threading
@@ -33,10 +35,13 @@ def _through_embedding(p):
 
 
 WRITES = {
-    "add_": lambda p: p.add_(1), "copy_": lambda p: p.copy_(torch.zeros(4)), "out": lambda p: torch.add(p, 1, out=p),
-    "data": _data, "setitem": _item, "iadd": _operator, "view": lambda p: p.view(2, 2).mul_(2), "init": nn.init.zeros_,
+    "add_": lambda p: p.add_(1), "copy_": lambda p: p.copy_(torch.zeros(4)), "out": lambda p: torch.add(p, 1,
+    out=p),
+    "data": _data, "setitem": _item, "iadd": _operator, "view": lambda p: p.view(2, 2).mul_(2),
+    "init": nn.init.zeros_,
     "data.view": lambda p: p.data.mul_(2), "slice": lambda p: p[1:].zero_(),
-    "foreach": lambda p: torch._foreach_add_([p], 1), "out of a view": lambda p: torch.add(p[:2], 1, out=p[2:]),
+    "foreach": lambda p: torch._foreach_add_([p], 1), "out of a view": lambda p: torch.add(p[:2], 1,
+    out=p[2:]),
 }  # fmt: skip
 
 
@@ -120,7 +125,9 @@ def test_higher_order_operators_with_parameters_as_operands_are_refused():
     p = nn.Parameter(torch.ones(3))
     operator = torch.ops.higher_order.cond
     with pytest.raises(HiddenParameters, match="higher-order operator 'cond'"):
-        ZOSGD([p], lr=0.1).step(lambda: operator(True, lambda x: x + 1, lambda x: x - 1, (p,)).sum() + p.sum())
+        ZOSGD([p], lr=0.1).step(
+            lambda: operator(True, lambda x: x + 1, lambda x: x - 1, (p,)).sum() + p.sum()
+        )
 
 
 @pytest.mark.parametrize("how", ["module", "in place", "function", "fullgraph"])
@@ -180,7 +187,9 @@ def test_no_hook_or_mode_is_left_behind():
 @pytest.mark.parametrize("context", [torch.inference_mode, torch.enable_grad, lambda: torch.device("cpu")])
 @pytest.mark.parametrize("outside", [True, False])
 def test_other_contexts_compose(context, outside):
-    """Inference mode, grad mode and torch.device, around the step or within the closure; then a plain step again."""
+    """Inference mode, grad mode and torch.device, around the step or within the closure; then a plain
+    step again.
+    """
     model, plain = nn.Linear(4, 2), nn.Linear(4, 2)
     plain.load_state_dict(model.state_dict())
     opt, reference = (ZOSGD(m.named_parameters(), lr=0.1, dist="rademacher") for m in (model, plain))

@@ -1,4 +1,6 @@
-"""capturable=True with models as users have them: an OPT and a Llama of transformers, whole steps in a CUDA graph."""
+"""capturable=True with models as users have them: an OPT and a Llama of transformers, whole steps in a
+CUDA graph.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ VOCABULARY, ROWS, LENGTH = 96, 2, 12
 
 
 def opt(dtype: torch.dtype) -> nn.Module:
-    sizes = dict(hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32)
+    sizes = dict(
+        hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
+    )
     config = transformers.OPTConfig(vocab_size=VOCABULARY, max_position_embeddings=64, dropout=0.1, **sizes)
     return transformers.OPTForCausalLM(config).to(dtype)
 
@@ -25,7 +29,11 @@ def opt(dtype: torch.dtype) -> nn.Module:
 def llama(dtype: torch.dtype) -> nn.Module:
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=64, **sizes
+        vocab_size=VOCABULARY,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=64,
+        **sizes,
     )
     return transformers.LlamaForCausalLM(config).to(dtype)
 
@@ -46,9 +54,8 @@ def built(make, dtype, restore: str, device: str = "cpu", **options):
 def static_inputs(device: str) -> dict:
     """A whole mask and positions.
 
-    Without them the models make their own, and read whether they need one; while a graph is captured they do not
-    read, take one, and so run other kernels than in the steps before.
-    """
+    Without them the models make their own, and read whether they need one; while a graph is captured they do
+    not read, take one, and so run other kernels than in the steps before."""
     mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool, device=device).tril().expand(ROWS, 1, LENGTH, LENGTH)
     positions = torch.arange(LENGTH, device=device).expand(ROWS, LENGTH)
     return {"attention_mask": mask, "position_ids": positions, "use_cache": False}
@@ -71,7 +78,9 @@ def test_nothing_is_read_back(make, restore):
 @BOTH
 @MODELS
 def test_a_capture_changes_no_forward(make, restore, monkeypatch):
-    """transformers asks torch whether a graph is captured, and then avoids reads; with a whole mask nothing changes."""
+    """transformers asks torch whether a graph is captured, and then avoids reads; with a whole mask
+    nothing changes.
+    """
     found = []
     for capturing in (False, True):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
@@ -103,7 +112,9 @@ def test_replays_equal_eager_steps(make, restore):
     found = []
     for captured in (False, True):
         lr = torch.tensor(1e-2, device="cuda")
-        model, optimizer, tokens, closure = built(make, torch.bfloat16, restore, "cuda", lr=lr, capturable=True)
+        model, optimizer, tokens, closure = built(
+            make, torch.bfloat16, restore, "cuda", lr=lr, capturable=True
+        )
         generator, losses, graph = torch.Generator().manual_seed(9), [], None
         torch.manual_seed(7)
         for step in range(6):

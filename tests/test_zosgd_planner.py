@@ -1,4 +1,6 @@
-"""Buckets are kept from step to step: whatever changes between two steps, the next one is that of a fresh plan."""
+"""Buckets are kept from step to step: whatever changes between two steps, the next one is that of a fresh
+plan.
+"""
 
 from __future__ import annotations
 
@@ -124,7 +126,16 @@ def test_two_pass():
     ours, theirs = params(), params()
     kept, fresh = (zo.ZOSGD(groups(ps), lr=0.1, restore="inplace") for ps in (ours, theirs))
     with kept.two_pass(nn.ParameterList(ours)), fresh.two_pass(nn.ParameterList(theirs)):
-        for change in (nothing, nothing, other_memory, nothing, freeze, nothing, other_hyperparameters, nothing):
+        for change in (
+            nothing,
+            nothing,
+            other_memory,
+            nothing,
+            freeze,
+            nothing,
+            other_hyperparameters,
+            nothing,
+        ):
             kept.flush()
             fresh.flush()
             change(kept, ours)

@@ -1,4 +1,6 @@
-"""What must hold around a step in both modes: exceptions, interrupts, RNG, autocast, drift of the in-place mode."""
+"""What must hold around a step in both modes: exceptions, interrupts, RNG, autocast, drift of the
+in-place mode.
+"""
 
 import os
 import signal
@@ -69,7 +71,9 @@ def test_kernel_that_fails_in_the_second_bucket():
 
 @BOTH
 def test_interrupt_in_the_update_waits_for_its_end(restore):
-    """After Ctrl-C between two buckets of the update both are updated and the step counts; then it is raised."""
+    """After Ctrl-C between two buckets of the update both are updated and the step counts; then it is
+    raised.
+    """
     a, b = nn.Parameter(torch.ones(50)), nn.Parameter(torch.ones(50, dtype=torch.bfloat16))
     opt, calls = ZOSGD([a, b], lr=0.1, restore=restore), []
     last_but_one = {"exact": 1, "inplace": 5}[restore]  # in place, two buckets move twice before the update
@@ -134,7 +138,9 @@ def test_both_forwards_draw_the_same_masks(restore):
 def test_rng_state_of_cuda_devices_is_kept(monkeypatch):
     """No GPU needed: the generator of each CUDA device of the parameters is read once and set once."""
     log = []
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: log.append(("get", device)) or f"state {device}")
+    monkeypatch.setattr(
+        torch.cuda, "get_rng_state", lambda device: log.append(("get", device)) or f"state {device}"
+    )
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: log.append(("set", state, device)))
     one = torch.device("cuda:1")
     RngState([torch.device("cpu"), one]).restore()

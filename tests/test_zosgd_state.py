@@ -21,7 +21,9 @@ CPU = torch.device("cpu")
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_resume_is_bit_exact(dtype, restore):
-    """Six steps with a schedule and dropout equal three, a checkpoint read with weights_only, and three more."""
+    """Six steps with a schedule and dropout equal three, a checkpoint read with weights_only, and three
+    more.
+    """
 
     def build(seed):
         model = mlp(dtype, dropout=0.2)
@@ -103,7 +105,9 @@ def test_load_refuses_what_does_not_fit():
 
 @BOTH
 @pytest.mark.parametrize("capturable", [False, True], ids=["host", "device"])
-@pytest.mark.parametrize("losses", [(float("nan"), 1.0), (1.0, float("inf")), (float("inf"),) * 2, (1e30, -1e38)])
+@pytest.mark.parametrize(
+    "losses", [(float("nan"), 1.0), (1.0, float("inf")), (float("inf"),) * 2, (1e30, -1e38)]
+)
 def test_non_finite_loss_skips_the_update(losses, capturable, restore):
     """A capturable step takes the path of a GPU: the choice by torch.where, the warning on reading."""
     weight = torch.tensor([0.5, -1.25, 3.0, 2.0**-10], dtype=torch.bfloat16)
@@ -167,8 +171,14 @@ def test_bad_arguments(options, message):
 @pytest.mark.parametrize(
     ("param", "message"),
     [
-        (nn.Parameter(torch.zeros(4, 3).t()), "'w': expected a contiguous tensor, got shape (3, 4), strides (1, 3)"),
-        (nn.Parameter(torch.zeros(2, dtype=torch.float64)), "'w': expected dtype float32, bfloat16 or float16"),
+        (
+            nn.Parameter(torch.zeros(4, 3).t()),
+            "'w': expected a contiguous tensor, got shape (3, 4), strides (1, 3)",
+        ),
+        (
+            nn.Parameter(torch.zeros(2, dtype=torch.float64)),
+            "'w': expected dtype float32, bfloat16 or float16",
+        ),
         (nn.LazyLinear(3).weight, "'w': expected an initialized parameter"),
     ],
 )
@@ -246,7 +256,10 @@ def test_a_group_that_is_not_there_is_refused(place):
     saved = optimizer.state_dict()
     before = str(saved)
     kept = saved["zo"]["rule"]["groups"]
-    wrong = {**saved, "zo": {**saved["zo"], "rule": {**saved["zo"]["rule"], "groups": {**kept, place: kept[0]}}}}
+    wrong = {
+        **saved,
+        "zo": {**saved["zo"], "rule": {**saved["zo"]["rule"], "groups": {**kept, place: kept[0]}}},
+    }
     with pytest.raises(ValueError, match="state_dict: expected groups by numbers below 3"):
         optimizer.load_state_dict(wrong)
     assert str(optimizer.state_dict()) == before
@@ -255,11 +268,14 @@ def test_a_group_that_is_not_there_is_refused(place):
 @pytest.mark.parametrize("kind", ["window", "Adam"])
 @pytest.mark.parametrize("edit", ["pop", "delete", "reverse", "insert"])
 def test_what_is_kept_belongs_to_the_group_and_not_to_its_place(kind, edit):
-    """Groups removed, reordered and put in by hand: each goes on with its own history, as an optimizer of it alone."""
+    """Groups removed, reordered and put in by hand: each goes on with its own history, as an optimizer of
+    it alone.
+    """
     params, optimizer = two_groups(kind)
     steps_of(params, optimizer, 3)
     kept = {
-        id(g): {k: t.clone() for k, t in optimizer.rule.kept(optimizer, g, CPU).items()} for g in optimizer.param_groups
+        id(g): {k: t.clone() for k, t in optimizer.rule.kept(optimizer, g, CPU).items()}
+        for g in optimizer.param_groups
     }
     groups = optimizer.param_groups
     if edit == "pop":

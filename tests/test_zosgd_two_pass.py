@@ -15,7 +15,9 @@ from zokernels.optim import ZOSGD
 
 def build(dtype=torch.float32, dropout=0.0, **options):
     model = mlp(dtype, dropout)
-    return model, ZOSGD(model.named_parameters(), **{"lr": 0.05, "eps": 2.0**-6, "restore": "inplace", **options})
+    return model, ZOSGD(
+        model.named_parameters(), **{"lr": 0.05, "eps": 2.0**-6, "restore": "inplace", **options}
+    )
 
 
 class Reference:
@@ -75,7 +77,9 @@ def test_equals_the_materialised_form(dtype, dist, rounding, weight_decay):
             loss = lambda m, bad=step == 1: loss_of(m, *data) * (float("nan") if bad else 1)
             lr = opt.param_groups[0]["lr"]
             opt.step(lambda loss=loss: loss(model))
-            assert torch.equal(torch.stack(opt.last_losses), torch.stack(reference.take(loss, lr))) or step == 1
+            assert (
+                torch.equal(torch.stack(opt.last_losses), torch.stack(reference.take(loss, lr))) or step == 1
+            )
             assert same_bits(weights(model), weights(plain))
             schedule.step()
     assert int(opt.skipped_steps) == 1
@@ -132,7 +136,9 @@ def test_what_a_perturbation_depends_on_may_change(change):
 
 
 def test_resume_is_bit_exact():
-    """state_dict flushes, so a run that goes on and one that is loaded continue alike; dropout masks included."""
+    """state_dict flushes, so a run that goes on and one that is loaded continue alike; dropout masks
+    included.
+    """
 
     def run(model, opt, steps):
         for _ in range(steps):

@@ -34,8 +34,8 @@ SHAPES = {
     "head": (301,),
 }
 
-#: Optimizers by name: class and arguments.  Every class of zokernels.optim that keeps a log is here, at least with its
-#: defaults; QuZO, whose weights are integers, has a test of its own.
+#: Optimizers by name: class and arguments.  Every class of zokernels.optim that keeps a log is here, at least
+#: with its defaults; QuZO, whose weights are integers, has a test of its own.
 CASES: dict[str, tuple[type, dict]] = {
     "directions": (ZOSGD, {"directions": 3}),
     "momentum": (ZOSGD, {"momentum": 0.9}),
@@ -84,7 +84,9 @@ def base_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def run(optimizer: ZerothOrder, model: Model, steps: int, losses: dict[int, float] | None = None) -> list[dict]:
+def run(
+    optimizer: ZerothOrder, model: Model, steps: int, losses: dict[int, float] | None = None
+) -> list[dict]:
     """Takes steps with a schedule of lr, and returns the weights after each.
 
     ``losses`` take the place of those of the model.

@@ -1,8 +1,7 @@
 """Compiles Triton kernels for an AMD architecture: ``python triton_amd_worker.py gfx942 FOLDER``.
 
-Leaves in FOLDER the assembly of each, or the error.  torch is told that it is one for ROCm before the kernels are
-imported: so a process can compile for AMD or for NVIDIA, never for both.
-"""
+Leaves in FOLDER the assembly of each, or the error.  torch is told that it is one for ROCm before the kernels
+are imported: so a process can compile for AMD or for NVIDIA, never for both."""
 
 import pathlib
 import sys
@@ -21,7 +20,9 @@ COUNTED = [("combine_kernel", "fp32"), ("combine_kernel", "bf16"), ("combine_tab
 
 
 def kernels_of(target: str) -> list[tuple[str, str]]:
-    """Name and dtypes: every other one of all, so that the targets have each kernel and dtype once between them."""
+    """Name and dtypes: every other one of all, so that the targets have each kernel and dtype once
+    between them.
+    """
     every = [(name, dtypes) for name in EVERY for dtypes in EVERY[name]]
     own = [kernel for kernel in every[TARGETS.index(target) :: len(TARGETS)] if kernel not in COUNTED]
     return COUNTED + own

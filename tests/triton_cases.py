@@ -1,9 +1,8 @@
 """Cases for the triton backend in Triton's interpreter, run by test_triton.py in one process of their own.
 
-The interpreter must be asked for before Triton is imported, and the compile tests need the compiler, so both cannot
-live in one process.  ``python triton_cases.py`` reads questions from standard input, each a line of JSON with the
-arguments of :func:`run`, and answers each with a line of JSON.
-"""
+The interpreter must be asked for before Triton is imported, and the compile tests need the compiler, so both
+cannot live in one process.  ``python triton_cases.py`` reads questions from standard input, each a line of
+JSON with the arguments of :func:`run`, and answers each with a line of JSON."""
 
 from __future__ import annotations
 
@@ -47,7 +46,8 @@ def random_seeds(k):
 
 
 def slid(values, slides, dtype):
-    """Puts ``values`` into buffers of a sentinel value; returns the buffers and the views that hold the values.
+    """Puts ``values`` into buffers of a sentinel value; returns the buffers and the views that hold the
+    values.
 
     A kernel must leave the neighbours of its tensors alone.
     """
@@ -77,7 +77,9 @@ def assert_same(ours, theirs, note):
         assert torch.equal(as_bits(a), as_bits(b))
 
 
-def random_terms(sizes, offsets, dist, *, k=1, decay=None, rounding=None, masks=None, density=None, each=False):
+def random_terms(
+    sizes, offsets, dist, *, k=1, decay=None, rounding=None, masks=None, density=None, each=False
+):
     """Random terms without curvature.  ``masks`` is the share of elements that packed masks keep."""
     import torch
 
@@ -113,9 +115,11 @@ def positive(shape, dtype):
 
 
 def check(
-    dtype, dist, sizes, offsets, *, slides=(0,), fill=None, in_place=True, curvature=None, bounds=None, **options
+    dtype, dist, sizes, offsets, *, slides=(0,), fill=None, in_place=True, curvature=None, bounds=None,
+    **options
 ):  # fmt: skip
-    """Checks that Triton equals the reference on tensors at all alignments, and leaves their neighbours alone.
+    """Checks that Triton equals the reference on tensors at all alignments, and leaves their neighbours
+    alone.
 
     With ``bounds`` the operation is requantize instead of combine.
     """
@@ -142,7 +146,9 @@ def check(
         if not in_place:
             assert_same(theta, values, lambda i: f"theta {i}")
         results.append(buffers)
-    assert_same(*results, lambda i: f"{sizes[i]} elements of tensor {i} (offset {offsets[i]}, slide {slides[i]})")
+    assert_same(
+        *results, lambda i: f"{sizes[i]} elements of tensor {i} (offset {offsets[i]}, slide {slides[i]})"
+    )
 
 
 #: The number of state tensors and the hyper values of each rule.
@@ -177,7 +183,9 @@ def check_update(rule, dtype, state, sizes, offsets, dist="normal", *, slides=(0
         buffers, views = zip(*(slid(*group) for group in (
             (theta, slides, dtype), (first, slides, state), (second, slides, state),
         )), strict=True)  # fmt: skip
-        get(name).update(views[0], views[1] if states else [], views[2] if states > 1 else [], rule, hyper, terms)
+        get(name).update(
+            views[0], views[1] if states else [], views[2] if states > 1 else [], rule, hyper, terms
+        )
         results.append([buffer for group in buffers for buffer in group])
     groups = ("theta", "first", "second")
     assert_same(*results, lambda i: f"{rule}: {groups[i // len(sizes)]} of tensor {i % len(sizes)}")
@@ -221,7 +229,11 @@ def _(dist):
     for vector in GOLDEN[dist]:
         with zokernels.backend("triton"):
             z = zokernels.noise(
-                vector["n"], seed=int(vector["seed"], 16), stream=vector["stream"], offset=vector["offset"], dist=dist
+                vector["n"],
+                seed=int(vector["seed"], 16),
+                stream=vector["stream"],
+                offset=vector["offset"],
+                dist=dist,
             )
         if dist == "normal":
             got = [f"{b & 0xFFFFFFFF:08x}" for b in z.view(torch.int32).tolist()]
@@ -253,7 +265,9 @@ def _():
     torch.manual_seed(SEED)
     run_seed, step = (torch.randint(-(2**63), 2**63 - 1, (3, 50)) for _ in range(2))
     k = torch.randint(0, 2**32, (3, 50))
-    assert torch.equal(get("triton").derive_seed(run_seed, step, k), get("reference").derive_seed(run_seed, step, k))
+    assert torch.equal(
+        get("triton").derive_seed(run_seed, step, k), get("reference").derive_seed(run_seed, step, k)
+    )
     empty = torch.empty(0, dtype=torch.int64)
     assert get("triton").derive_seed(empty, empty, empty).shape == (0,)
 
@@ -304,7 +318,8 @@ def _():
     check("float32", "normal", sizes, [0] * len(sizes))
 
 
-# A whole program takes the path without masks: PROGRAM elements from a multiple of PROGRAM, with an edge on both sides.
+# A whole program takes the path without masks: PROGRAM elements from a multiple of PROGRAM, with an edge on
+# both sides.
 for _dtype in DTYPES:
 
     @case(f"whole program: normal {_dtype}", _dtype)
@@ -386,7 +401,10 @@ for _dist in ("normal", "rademacher"):
         from zokernels.backends.triton import spread
 
         torch.manual_seed(SEED)
-        for dtype, n, offset, k in (("bfloat16", 41, 2**33 + 4, 3), ("float32", PROGRAM + 16, PROGRAM - 8, 2)):
+        for dtype, n, offset, k in (
+            ("bfloat16", 41, 2**33 + 4, 3),
+            ("float32", PROGRAM + 16, PROGRAM - 8, 2),
+        ):
             terms = random_terms([n], [offset], dist, k=k)
             x = torch.randn(n).to(getattr(torch, dtype))
             results = []
@@ -460,7 +478,9 @@ def check_low_rank(dtype, shapes, ranks, offsets, *, slides=(0,), **options):
 
 @case("low rank")
 def _():
-    check_low_rank("bfloat16", [(3, 5), (70, 72), (0, 8), (9, 8)], [2, 3, 1, 4], [5, 0, 0, 2**33 + 8], k=2, decay=0.9)
+    check_low_rank(
+        "bfloat16", [(3, 5), (70, 72), (0, 8), (9, 8)], [2, 3, 1, 4], [5, 0, 0, 2**33 + 8], k=2, decay=0.9
+    )
     check_low_rank("float32", [(65, 130)], [5], [0], rounding=3)
     check_low_rank("float16", [(7, 24), (5, 8)], [0, 1], [0, 0], each=True, k=3)
 
@@ -597,7 +617,9 @@ def _():
         terms = random_terms([120], [0], "normal", k=0)
         for name in ("triton", "reference"):
             out = [torch.full_like(theta, 7.0) for _ in range(2)]
-            get(name).fan_out([theta.clone()], [out[0]], [out[1]], torch.tensor([5]), torch.tensor([c]), terms)
+            get(name).fan_out(
+                [theta.clone()], [out[0]], [out[1]], torch.tensor([5]), torch.tensor([c]), terms
+            )
             results.append(out)
         assert_same(*results, lambda i: f"{('plus', 'minus')[i]} of c = {c}")  # noqa: B023
 
@@ -693,8 +715,14 @@ for _op in ("encode", "decode", "decode_fan_out"):
             with zokernels.backend("triton"):
                 for dtype in (torch.float32, torch.bfloat16, torch.float16):
                     sizes = [0, 33, rng.randrange(300)]
-                    check_backend(run, arguments(rng, wire=wire, dtype=dtype, sizes=sizes, count=rng.choice((0, 1))))
-                whole = {"sizes": [PROGRAM], "offsets": [PROGRAM * rng.randrange(100)], "count": rng.choice((0, 1))}
+                    check_backend(
+                        run, arguments(rng, wire=wire, dtype=dtype, sizes=sizes, count=rng.choice((0, 1)))
+                    )
+                whole = {
+                    "sizes": [PROGRAM],
+                    "offsets": [PROGRAM * rng.randrange(100)],
+                    "count": rng.choice((0, 1)),
+                }
                 check_backend(run, arguments(rng, wire=wire, aligned=True, **whole))
 
 
@@ -716,7 +744,11 @@ def _():
             base = base_of(model)
             with zokernels.backend("reference"):
                 optimizer = ZOSGD(
-                    model.named_parameters(), lr=0.1, weight_decay=0.1, directions=2, trajectory=f"{folder}/{dtype}"
+                    model.named_parameters(),
+                    lr=0.1,
+                    weight_decay=0.1,
+                    directions=2,
+                    trajectory=f"{folder}/{dtype}",
                 )
                 run(optimizer, model, 3)
                 optimizer.trajectory.close()
@@ -743,9 +775,8 @@ def run(name: str, seed: int) -> str:
 def hasten_interpreter() -> None:
     """Leaves out what Triton's interpreter does in vain: a third of its time.
 
-    At each call of a device function it looks through its language for what is not patched yet.  The first call in a
-    launch patches it.
-    """
+    At each call of a device function it looks through its language for what is not patched yet.  The first
+    call in a launch patches it."""
     from triton.runtime import interpreter
 
     patched: set[Callable] = set()

@@ -90,7 +90,13 @@ def rows_kernel(target, dist="normal", dtype="bf16", *, aligned=True, present=()
 def update_kernel(target, rule, states, *, k=1, present=(), table=False):
     """``states``: the types of theta, the first and second state, and the mask."""
     tensors = dict(zip(("theta", "first", "second", "mask"), states, strict=True))
-    constants = {"RULE": rule, "VALUES": update.VALUES[rule], "DOMAIN": DISTS["normal"], "K": k, "ALIGNED": True}
+    constants = {
+        "RULE": rule,
+        "VALUES": update.VALUES[rule],
+        "DOMAIN": DISTS["normal"],
+        "K": k,
+        "ALIGNED": True,
+    }
     if table:
         return build_table(update.update_table_kernel, target, tensors, present, EACH=False, **constants)
     return build(update.update_kernel, target, tensors, present, **constants)
@@ -98,7 +104,13 @@ def update_kernel(target, rule, states, *, k=1, present=(), table=False):
 
 def update_rows_kernel(target, dtype="bf16"):
     tensors = {"theta": dtype, "first": "fp32", "second": "fp32", "mask": None}
-    constants = {"RULE": "adam", "VALUES": update.VALUES["adam"], "DOMAIN": DISTS["normal"], "K": 1, "ALIGNED": True}
+    constants = {
+        "RULE": "adam",
+        "VALUES": update.VALUES["adam"],
+        "DOMAIN": DISTS["normal"],
+        "K": 1,
+        "ALIGNED": True,
+    }
     return build(update.update_rows_kernel, target, tensors, **constants)
 
 

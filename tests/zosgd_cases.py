@@ -35,7 +35,8 @@ def weights(model):
 def same_bits(a, b):
     as_ints = {2: torch.int16, 4: torch.int32}
     return len(a) == len(b) and all(
-        torch.equal(p.view(as_ints[p.itemsize]), q.view(as_ints[q.itemsize])) for p, q in zip(a, b, strict=True)
+        torch.equal(p.view(as_ints[p.itemsize]), q.view(as_ints[q.itemsize]))
+        for p, q in zip(a, b, strict=True)
     )
 
 

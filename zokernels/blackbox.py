@@ -27,26 +27,29 @@ class BlackBox(nn.Module):
     "cge"   (phi_b(x_b + h e_i) - phi_b(x_b)) / h  for each coordinate i          d B rows, d = x[0].numel()
     ======  ====================================================================  ==========================
 
-    ``two_sided`` takes (phi(x + ..) - phi(x - ..)) / (2 mu), with twice the rows.  z is the noise of contract ``zk1``
-    with seed ``derive_seed(seed, call, k)``: each direction is regenerated where it is needed and never stored.  "rge"
-    is unbiased for the gradient of f smoothed over mu z; "cge" has no variance.  h is mu as it becomes in x's dtype,
-    never less.
+    ``two_sided`` takes (phi(x + ..) - phi(x - ..)) / (2 mu), with twice the rows.  z is the noise of contract
+    ``zk1`` with seed ``derive_seed(seed, call, k)``: each direction is regenerated where it is needed and
+    never stored.  "rge" is unbiased for the gradient of f smoothed over mu z; "cge" has no variance.  h is mu
+    as it becomes in x's dtype, never less.
 
     Memory, beyond x, y and the gradient: perturbed inputs of max(B, ``max_batch``) rows at most (twice B if
     ``two_sided``), and f's outputs for them.
 
     Args:
-        function: f(x [N, ...], \*extras) -> [N] or [N, ...], a tensor or whatever ``torch.as_tensor`` takes, with
-            floating-point values.  Row n depends on row n of the inputs alone.  Called without gradients.
+        function: f(x [N, ...], \*extras) -> [N] or [N, ...], a tensor or whatever ``torch.as_tensor`` takes,
+            with floating-point values.  Row n depends on row n of the inputs alone.  Called without
+            gradients.
         estimator: "rge" (random gradient estimation) or "cge" (coordinate-wise).
         queries: q, directions of "rge".
         mu: size of a step, in units of x.
         two_sided: central instead of forward differences.
         dist: of z, "normal" or "rademacher".
-        sphere: "rge" along unit vectors u = z / \|z\|, of each sample: d/q sum_k (phi_b(x_b + mu u_kb) - phi_b(x_b)) /
-            mu * u_kb.  mu is then the length of a step, as in the authors' code; without it, a step is mu \|z\| long,
-            about mu sqrt(d).  The last bits of \|z\| depend on the device's order of summation.
-        seed: run seed; the module counts the calls that may need a gradient.  Both are in its ``state_dict()``.
+        sphere: "rge" along unit vectors u = z / \|z\|, of each sample: d/q sum_k (phi_b(x_b + mu u_kb) -
+            phi_b(x_b)) / mu * u_kb.  mu is then the length of a step, as in the authors' code; without it, a
+            step is mu \|z\| long, about mu sqrt(d).  The last bits of \|z\| depend on the device's order of
+            summation.
+        seed: run seed; the module counts the calls that may need a gradient.  Both are in its
+            ``state_dict()``.
         max_batch: the most rows in one call of f.  It does not change which directions are drawn.
 
     Raises: TypeError, ValueError: naming argument, what was expected and what came.
@@ -56,9 +59,8 @@ class BlackBox(nn.Module):
         classify = BlackBox(lambda x, y: loss_of_remote_model(x.numpy(), y.numpy()), queries=32)
         classify(denoiser(images), labels).mean().backward()   # gradients for the denoiser
 
-    Source: ZO-AE-DS, Zhang et al. 2022 (arXiv 2203.14195), whose code is ``sphere=True`` with one side for "rge", and
-    ``two_sided=True`` for "cge".
-    """
+    Source: ZO-AE-DS, Zhang et al. 2022 (arXiv 2203.14195), whose code is ``sphere=True`` with one side for
+    "rge", and ``two_sided=True`` for "cge"."""
 
     function: Callable[..., Any]
     estimator: str
@@ -96,7 +98,13 @@ class BlackBox(nn.Module):
             fail("BlackBox", "sphere", "False but for 'rge', whose directions are random", True)
         seed_to_int64(seed)  # raises outside its range
         self.function, self.estimator, self.queries, self.mu = function, estimator, queries, mu
-        self.two_sided, self.dist, self.sphere, self.seed, self.max_batch = two_sided, dist, sphere, seed, max_batch
+        self.two_sided, self.dist, self.sphere, self.seed, self.max_batch = (
+            two_sided,
+            dist,
+            sphere,
+            seed,
+            max_batch,
+        )
         self.calls = 0
 
     def forward(self, x: Tensor, *extras: Tensor) -> Tensor:
@@ -104,8 +112,8 @@ class BlackBox(nn.Module):
 
         Args:
             x: [B, ...] fp32, bf16 or fp16.
-            extras: tensors [B, ...] that f takes beside x, such as labels: they get no gradient, and each query of a
-                sample gets that sample's.
+            extras: tensors [B, ...] that f takes beside x, such as labels: they get no gradient, and each
+                query of a sample gets that sample's.
         """
         if x.dtype not in DTYPES:
             fail("BlackBox", "x", "dtype float32, bfloat16 or float16", x.dtype, TypeError)
@@ -131,7 +139,9 @@ class BlackBox(nn.Module):
         return f"estimator={self.estimator!r}{queries}, mu={self.mu}, two_sided={self.two_sided}"
 
     def _values(self, rows: Tensor, extras: tuple[Tensor, ...]) -> Tensor:
-        """f of ``rows`` [n * B, ...], of which each B are a batch with ``extras``; in calls of ``max_batch`` rows."""
+        """f of ``rows`` [n * B, ...], of which each B are a batch with ``extras``; in calls of
+        ``max_batch`` rows.
+        """
         values = []
         for at in range(0, len(rows), self.max_batch):
             part = rows[at : at + self.max_batch]
@@ -146,7 +156,9 @@ class BlackBox(nn.Module):
         return torch.cat(values)
 
     def _chunks(self, total: int, batch: int) -> Iterator[tuple[int, int]]:
-        """Ranges of directions, of which each costs ``batch`` rows and side: as many as ``max_batch`` rows hold."""
+        """Ranges of directions, of which each costs ``batch`` rows and side: as many as ``max_batch``
+        rows hold.
+        """
         count = max(1, self.max_batch // (batch * (1 + self.two_sided)))
         for first in range(0, total, count):
             yield first, min(count, total - first)
@@ -160,7 +172,9 @@ class BlackBox(nn.Module):
         other = values[1] if self.two_sided else y.reshape(1, len(y), -1).double()
         return torch.einsum("nbo,bo->nb", values[0] - other, grad_out.reshape(len(y), -1).double())
 
-    def _random(self, call: int, x: Tensor, y: Tensor, grad_out: Tensor, extras: tuple[Tensor, ...]) -> Tensor:
+    def _random(
+        self, call: int, x: Tensor, y: Tensor, grad_out: Tensor, extras: tuple[Tensor, ...]
+    ) -> Tensor:
         seeds = derive_seed(self.seed, call, torch.arange(self.queries, device=x.device))
         sides, weights = 1 + self.two_sided, []
         for first, n in self._chunks(self.queries, len(x)):
@@ -180,7 +194,9 @@ class BlackBox(nn.Module):
         return grad
 
     def _along(self, x: Tensor, seeds: Tensor) -> tuple[Tensor, float]:
-        """x + mu z of each seed, then x - mu z where two-sided: [sides * n, B, ...]; and a factor of differences."""
+        """x + mu z of each seed, then x - mu z where two-sided: [sides * n, B, ...]; and a factor of
+        differences.
+        """
         mu = torch.full((len(seeds) * (1 + self.two_sided),), self.mu, device=x.device, dtype=torch.float32)
         mu[len(seeds) :].neg_()
         rows = x.new_empty(len(mu), *x.shape)
@@ -190,13 +206,21 @@ class BlackBox(nn.Module):
     def _on_sphere(self, x: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
         """The same along z / |z| of each sample; the factor, float64 [n, B], is d / |z|."""
         z = torch.empty(len(seeds), *x.shape, device=x.device, dtype=torch.float32)
-        spread(z, torch.full_like(x, -0.0, dtype=torch.float32), seeds, torch.ones_like(seeds).float(), dist=self.dist)
+        spread(
+            z,
+            torch.full_like(x, -0.0, dtype=torch.float32),
+            seeds,
+            torch.ones_like(seeds).float(),
+            dist=self.dist,
+        )
         inverse = 1 / z.reshape(len(seeds), len(x), -1).double().norm(dim=2)
         z *= (self.mu * inverse).float().view(len(seeds), len(x), *(1 for _ in x.shape[1:]))
         sides = [x.float() + z, x.float() - z][: 1 + self.two_sided]
         return torch.cat(sides).to(x.dtype), x[0].numel() * inverse
 
-    def _coordinates(self, call: int, x: Tensor, y: Tensor, grad_out: Tensor, extras: tuple[Tensor, ...]) -> Tensor:
+    def _coordinates(
+        self, call: int, x: Tensor, y: Tensor, grad_out: Tensor, extras: tuple[Tensor, ...]
+    ) -> Tensor:
         flat = x.reshape(len(x), -1)
         grad, sides = torch.empty_like(flat), 1 + self.two_sided
         for first, n in self._chunks(flat.shape[1], len(x)):

@@ -107,13 +107,18 @@ def _check_beside(op: str, name: str, tensor: Tensor, device: torch.device, lead
         fail(op, name, "a contiguous tensor", f"shape {tuple(tensor.shape)}, strides {tensor.stride()}")
 
 
-def check_tensors(op: str, groups: Mapping[str, Sequence[Tensor]], dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
-    """Tensor lists by argument name: one dtype of ``dtypes`` and one device, contiguous, element by element alike."""
+def check_tensors(
+    op: str, groups: Mapping[str, Sequence[Tensor]], dtypes: tuple[torch.dtype, ...] = DTYPES
+) -> None:
+    """Tensor lists by argument name: one dtype of ``dtypes`` and one device, contiguous, element by
+    element alike.
+    """
     (_, params), *others = groups.items()
     device, dtype = params[0].device, params[0].dtype
     good = dtype in dtypes and all(len(tensors) == len(params) for tensors in groups.values())
     for tensors in groups.values():
-        # One test a tensor where all is well: a list of 400 costs a quarter of what looking for the fault would.
+        # One test a tensor where all is well: a list of 400 costs a quarter of what looking for the fault
+        # would.
         good = good and all(t.dtype is dtype and t.device == device and _is_flat(t) for t in tensors)
     for _, tensors in others:
         good = good and all(t.shape == p.shape for t, p in zip(tensors, params, strict=True))
@@ -129,13 +134,17 @@ def check_states(
         fail(op, argument, f"{len(params)} tensors, as in params", len(states))
     for i, (state, param) in enumerate(zip(states, params, strict=True)):
         if state.dtype not in dtypes or state.dtype is not states[0].dtype:
-            fail(op, f"{argument}[{i}]", f"one dtype of {', '.join(map(str, dtypes))}", state.dtype, TypeError)
+            fail(
+                op, f"{argument}[{i}]", f"one dtype of {', '.join(map(str, dtypes))}", state.dtype, TypeError
+            )
         _check_beside(op, f"{argument}[{i}]", state, params[0].device, "params")
         if state.shape != param.shape:
             fail(op, f"{argument}[{i}]", f"shape {tuple(param.shape)}, as params[{i}]", tuple(state.shape))
 
 
-def check_places(op: str, sizes: Sequence[int], streams: Sequence[int], offsets: Sequence[int], leader: str) -> None:
+def check_places(
+    op: str, sizes: Sequence[int], streams: Sequence[int], offsets: Sequence[int], leader: str
+) -> None:
     for argument, values in (("streams", streams), ("offsets", offsets)):
         if len(values) != len(sizes):
             fail(op, argument, f"{len(sizes)} integers, one for each tensor of {leader}", len(values))
@@ -148,7 +157,9 @@ def check_places(op: str, sizes: Sequence[int], streams: Sequence[int], offsets:
 
 
 def check_terms(op: str, leader: str, params: Sequence[Tensor], terms: Terms) -> None:
-    """Everything about ``terms`` that needs no data pointer; ``leader``: the argument whose tensors ``params`` are."""
+    """Everything about ``terms`` that needs no data pointer; ``leader``: the argument whose tensors
+    ``params`` are.
+    """
     check_dist(op, terms.dist)
     if not params:
         return
@@ -163,7 +174,9 @@ def check_terms(op: str, leader: str, params: Sequence[Tensor], terms: Terms) ->
 
 
 def check_values(op: str, params: Sequence[Tensor], terms: Terms) -> None:
-    """What of ``terms`` may differ between two calls with the same tensors: a plan checks this in each call."""
+    """What of ``terms`` may differ between two calls with the same tensors: a plan checks this in each
+    call.
+    """
     check_dist(op, terms.dist)
     device = params[0].device
     check_scalars(op, "seeds", terms.seeds, torch.int64, device)
@@ -216,10 +229,17 @@ def _check_masks(op: str, leader: str, params: Sequence[Tensor], terms: Terms) -
             fail(op, name, "dtype torch.uint8, eight elements a byte", mask.dtype, TypeError)
         _check_beside(op, name, mask, params[0].device, leader)
         if mask.numel() != size:
-            fail(op, name, f"{size} bytes for {param.numel()} elements from index {terms.offsets[i]}", mask.numel())
+            fail(
+                op,
+                name,
+                f"{size} bytes for {param.numel()} elements from index {terms.offsets[i]}",
+                mask.numel(),
+            )
 
 
-def check_overlap(op: str, written: Mapping[str, Sequence[Tensor]], read: Mapping[str, Sequence[Tensor]]) -> None:
+def check_overlap(
+    op: str, written: Mapping[str, Sequence[Tensor]], read: Mapping[str, Sequence[Tensor]]
+) -> None:
     """No written tensor shares memory with another tensor of the call (two read ones may)."""
     spans = []
     for writes, groups in ((True, written), (False, read)):
@@ -229,8 +249,8 @@ def check_overlap(op: str, written: Mapping[str, Sequence[Tensor]], read: Mappin
                     begin = t.data_ptr()
                     spans.append((begin, begin + n, argument, i, writes))
     spans.sort()
-    # Sorted by begin, a span overlaps an earlier one iff it begins before the furthest end so far: of all spans where
-    # it is written itself, of the written ones where it is only read.
+    # Sorted by begin, a span overlaps an earlier one iff it begins before the furthest end so far: of all
+    # spans where it is written itself, of the written ones where it is only read.
     furthest = furthest_written = (0, 0, "", 0, False)
     for span in spans:
         begin, end, argument, i, writes = span
@@ -244,7 +264,9 @@ def check_overlap(op: str, written: Mapping[str, Sequence[Tensor]], read: Mappin
             furthest_written = span
 
 
-def check_noise_of(op: str, seeds: Tensor, sizes: list[int], streams: list[int], offsets: list[int], dist: str) -> None:
+def check_noise_of(
+    op: str, seeds: Tensor, sizes: list[int], streams: list[int], offsets: list[int], dist: str
+) -> None:
     """Arguments of what is computed of noise alone."""
     check_dist(op, dist)
     check_scalars(op, "seeds", seeds, torch.int64, seeds.device)

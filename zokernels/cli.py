@@ -1,4 +1,5 @@
-"""The command ``zokernels``: a report, the tools of a recorded run (docs/trajectory.md), the demo, and measurements.
+"""The command ``zokernels``: a report, the tools of a recorded run (docs/trajectory.md), the demo, and
+measurements.
 
 Exit status: 0 where all is well, 1 where something failed or does not match, 2 where the arguments are wrong.
 """
@@ -48,14 +49,18 @@ def _parser() -> argparse.ArgumentParser:
 
     info = command("info", "what is built and present, for a bug report", "zokernels info --json")
     command("demo", "fine-tune a sentence encoder with forward passes only", "zokernels demo --steps 400")
-    command("bench", "measure this machine, and draw what was measured", "zokernels bench run --op combine --tiny")
+    command(
+        "bench", "measure this machine, and draw what was measured", "zokernels bench run --op combine --tiny"
+    )
 
     example = "zokernels replay base.safetensors run.zk -o final.safetensors"
     replay = command("replay", "make the weights of a run from its base and its log", example)
     replay.add_argument("base", help=base)
     replay.add_argument("log", help="the run's log")
     replay.add_argument("-o", "--output", required=True, help="the .safetensors file to write")
-    replay.add_argument("--mode", choices=("exact", "fp32"), default="exact", help="the run's bits, or an fp32 sum")
+    replay.add_argument(
+        "--mode", choices=("exact", "fp32"), default="exact", help="the run's bits, or an fp32 sum"
+    )
 
     example = "zokernels verify run.zk base.safetensors final.safetensors"
     verify = command("verify", "check a log, its base weights and its final weights", example)
@@ -70,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     for sub in (info, replay, verify, log):
         sub.add_argument("--json", action="store_true", help="print JSON")
     for sub in (replay, verify, log):
-        sub.add_argument("--recover", action="store_true", help="use a damaged log up to its last good record")
+        sub.add_argument(
+            "--recover", action="store_true", help="use a damaged log up to its last good record"
+        )
     for sub in (replay, verify):
         sub.add_argument("--upto", type=int, metavar="STEP", help="the first step that is not taken")
     return parser
@@ -114,7 +121,9 @@ def _replay(args: argparse.Namespace) -> None:
 
     log = _read(args)
     with _progress(log, "replay") as progress:
-        steps = replay_file(Checkpoint(args.base), log, args.output, args.upto, mode=args.mode, progress=progress)
+        steps = replay_file(
+            Checkpoint(args.base), log, args.output, args.upto, mode=args.mode, progress=progress
+        )
     found = {"output": args.output, "base": args.base, "log": args.log, "steps": steps, "mode": args.mode}
     _say(args, found, [f"{args.output}: {steps} steps on {args.base}"])
 
@@ -184,11 +193,15 @@ def summary(log: Log) -> dict[str, Any]:
 
 
 def _plot(log: Log, path: str) -> None:
-    """The loss, with its mean over the last twentieth of the steps, and the projected gradient of each group."""
+    """The loss, with its mean over the last twentieth of the steps, and the projected gradient of each
+    group.
+    """
     try:
         import matplotlib.figure
     except ImportError as error:
-        raise RuntimeError("log: --plot: expected matplotlib, got none; pip install zokernels[cli]") from error
+        raise RuntimeError(
+            "log: --plot: expected matplotlib, got none; pip install zokernels[cli]"
+        ) from error
     figure = matplotlib.figure.Figure(figsize=(9, 3 + 1.8 * log.layout.groups), layout="constrained")
     records = [record for record in log.records() if record.finite]
     steps, losses, groups = [r.step for r in records], [r.loss for r in records], log.layout.groups
@@ -206,7 +219,9 @@ def _plot(log: Log, path: str) -> None:
         of = [r.gradients[i] for r in records]
         axes.plot(steps, [g[0] if one else math.hypot(*g) for g in of], linewidth=0.6, color="#4f46e5")
         axes.set_ylabel(("g" if one else "|g|") + (f", group {i}" if groups > 1 else ""))
-    rows[-1].set_xlabel("step" + ("; g: projected gradient" if one else "; |g|: norm of the projected gradients"))
+    rows[-1].set_xlabel(
+        "step" + ("; g: projected gradient" if one else "; |g|: norm of the projected gradients")
+    )
     for axes in (top, *rows):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e2e8f0", linewidth=0.6)

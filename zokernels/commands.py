@@ -31,7 +31,9 @@ def demo(argv: Sequence[str]) -> int:
     except ModuleNotFoundError as error:
         folder = pathlib.Path(examples.__path__[0])
         needed = " and ".join(f"pip install {flag}-r {folder / name}" for flag, name in _NEEDED)
-        raise RuntimeError(f"expected the demo's packages, got no {error.name}; install them: {needed}") from error
+        raise RuntimeError(
+            f"expected the demo's packages, got no {error.name}; install them: {needed}"
+        ) from error
     status: int = program.main(list(argv))
     return status
 

@@ -46,7 +46,9 @@ _MASK64 = 0xFFFFFFFFFFFFFFFF
 
 
 def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
-    """One Philox4x32-10 block (Salmon et al., SC'11): four 32-bit words from a 128-bit counter and a 64-bit key."""
+    """One Philox4x32-10 block (Salmon et al., SC'11): four 32-bit words from a 128-bit counter and a
+    64-bit key.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(PHILOX_ROUNDS):
@@ -73,7 +75,8 @@ def seed_to_int64(seed: int) -> int:
 
 
 def derive_seed_int(run_seed: int, step: int, k: int) -> int:
-    """Seed of direction ``k`` at ``step``: Philox(key = run_seed, counter = (step_lo, step_hi, k, 0)), in [0, 2^64).
+    """Seed of direction ``k`` at ``step``: Philox(key = run_seed, counter = (step_lo, step_hi, k, 0)), in [0,
+    2^64).
 
     Raises ``ValueError`` when ``step`` is not in [0, 2^64) or ``k`` not in [0, 2^32).
     """
@@ -87,14 +90,15 @@ def derive_seed_int(run_seed: int, step: int, k: int) -> int:
 def derive_stream_seed(run_seed: int, step: int, stream: int) -> int:
     """A parameter's own seed: as :func:`derive_seed_int`, with the parameter's ``stream`` in the place of k.
 
-    Philox(key = run_seed, counter = (step_lo, step_hi, stream mod 2^32, 256 * (stream div 2^32))), in [0, 2^64).  A
-    stream of more than 32 bits is no k, so it is spread over two counter words as it is for noise.
-    Raises ``ValueError`` when ``step`` is not in [0, 2^64) or ``stream`` not in [0, 2^56).
-    """
+    Philox(key = run_seed, counter = (step_lo, step_hi, stream mod 2^32, 256 * (stream div 2^32))), in [0,
+    2^64).  A stream of more than 32 bits is no k, so it is spread over two counter words as it is for noise.
+    Raises ``ValueError`` when ``step`` is not in [0, 2^64) or ``stream`` not in [0, 2^56)."""
     if not 0 <= step < 2**64:
         raise ValueError(f"derive_stream_seed: step: expected an integer in [0, 2^64), got {step}")
     if not 0 <= stream < 2**STREAM_BITS:
-        raise ValueError(f"derive_stream_seed: stream: expected an integer in [0, 2^{STREAM_BITS}), got {stream}")
+        raise ValueError(
+            f"derive_stream_seed: stream: expected an integer in [0, 2^{STREAM_BITS}), got {stream}"
+        )
     return _seed_at(run_seed, step, stream)
 
 
@@ -109,12 +113,13 @@ _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_f
 
 
 def canonical_name(name: str) -> str:
-    """``name`` without the components that wrappers add, so that every wrapper and stage of a model agrees on it.
+    """``name`` without the components that wrappers add, so that every wrapper and stage of a model agrees on
+    it.
 
     ``_orig_mod.`` (torch.compile), ``_checkpoint_wrapped_module.`` (activation checkpointing) and
     ``_fsdp_wrapped_module.`` (fully sharded data parallel) can stand at any depth and are removed everywhere.
-    ``module.`` (data parallel) is removed only in front, because a model may own a submodule that is called ``module``.
-    """
+    ``module.`` (data parallel) is removed only in front, because a model may own a submodule that is called
+    ``module``."""
     name = _WRAPPERS.sub("", name)
     while name.startswith("module."):
         name = name[len("module.") :]
@@ -122,7 +127,9 @@ def canonical_name(name: str) -> str:
 
 
 def stream_of(name: str) -> int:
-    """The stream of a named parameter, in [0, 2^56): BLAKE2b(canonical name, digest_size=7), read little-endian."""
+    """The stream of a named parameter, in [0, 2^56): BLAKE2b(canonical name, digest_size=7), read
+    little-endian.
+    """
     name = canonical_name(name)
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=STREAM_BITS // 8).digest(), "little")
 

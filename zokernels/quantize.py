@@ -1,4 +1,6 @@
-"""Linear layers with integer weights, and what of them can be trained: the scales (QZO), the integers (QuZO)."""
+"""Linear layers with integer weights, and what of them can be trained: the scales (QZO), the integers
+(QuZO).
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,17 @@ from .checks import DTYPES, fail
 
 
 def limit_of(bits: int) -> int:
-    """Integers of ``bits`` bits lie in [-limit, limit]: 127 or 7.  The range is symmetric, -128 and -8 are not used."""
+    """Integers of ``bits`` bits lie in [-limit, limit]: 127 or 7.
+
+    The range is symmetric, -128 and -8 are not used.
+    """
     return (1 << bits - 1) - 1
 
 
 def pack_int4(integers: Tensor) -> Tensor:
-    """int8 [..., n] with values in [-8, 7] as uint8 [..., (n + 1) / 2], two a byte, the first in the low half."""
+    """int8 [..., n] with values in [-8, 7] as uint8 [..., (n + 1) / 2], two a byte, the first in the low
+    half.
+    """
     even, odd = integers[..., ::2] & 15, F.pad(integers, (0, integers.shape[-1] & 1))[..., 1::2] & 15
     return even.view(torch.uint8) | odd.view(torch.uint8) << 4
 
@@ -32,15 +39,16 @@ def unpack_int4(packed: Tensor, n: int) -> Tensor:
 class QuantizedLinear(nn.Module):
     """y = x W^T + b,   W[o, i] = scale[o, i // group_size] * weight[o, i].
 
-    ``weight`` is a buffer of integers in [-127, 127] (8 bits) or [-7, 7] (4 bits): int8 [out, in], or, ``packed``,
-    uint8 [out, (in + 1) / 2] (:func:`pack_int4`).  ``scale`` is a parameter [out, in / group_size] of fp32, bf16 or
-    fp16; so is ``bias`` [out].  The forward multiplies out W in the scale's dtype, rounds it to x's and calls
-    ``F.linear``: beside the integers, memory for one layer's W at a time.
+    ``weight`` is a buffer of integers in [-127, 127] (8 bits) or [-7, 7] (4 bits): int8 [out, in], or,
+    ``packed``, uint8 [out, (in + 1) / 2] (:func:`pack_int4`).  ``scale`` is a parameter [out, in /
+    group_size] of fp32, bf16 or fp16; so is ``bias`` [out].  The forward multiplies out W in the scale's
+    dtype, rounds it to x's and calls ``F.linear``: beside the integers, memory for one layer's W at a time.
 
     Args:
         bits: 8 or 4.
         group_size: inputs that share a scale, a divisor of ``in_features``; None: one scale for each output.
-        packed: two integers a byte; default: where ``bits`` is 4.  :class:`~zokernels.optim.QuZO` trains unpacked ones.
+        packed: two integers a byte; default: where ``bits`` is 4.  :class:`~zokernels.optim.QuZO` trains
+            unpacked ones.
         dtype: of scale and bias.
 
     A layer made so has zeros for weights: it is for loading a ``state_dict``; see :meth:`from_linear`.
@@ -74,10 +82,17 @@ class QuantizedLinear(nn.Module):
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if dtype not in DTYPES:
             fail("QuantizedLinear", "dtype", "float32, bfloat16 or float16", dtype, TypeError)
-        self.in_features, self.out_features, self.bits, self.group_size = in_features, out_features, bits, group_size
+        self.in_features, self.out_features, self.bits, self.group_size = (
+            in_features,
+            out_features,
+            bits,
+            group_size,
+        )
         weight = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
         self.register_buffer("weight", pack_int4(weight) if packed else weight)
-        self.scale = nn.Parameter(torch.ones(out_features, in_features // group_size, dtype=dtype, device=device))
+        self.scale = nn.Parameter(
+            torch.ones(out_features, in_features // group_size, dtype=dtype, device=device)
+        )
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
 
     @property
@@ -100,10 +115,11 @@ class QuantizedLinear(nn.Module):
         packed: bool | None = None,
         scale_dtype: torch.dtype | None = None,
     ) -> QuantizedLinear:
-        """``linear`` rounded: scale = max \\|W\\| / limit of each group, to nearest; weight = W / scale, ties to even.
+        """``linear`` rounded: scale = max \\|W\\| / limit of each group, to nearest; weight = W / scale, ties
+        to even.
 
-        A group of zeros has scale 1.  ``scale_dtype``: default that of ``linear``.  The bias is taken over as it is.
-        """
+        A group of zeros has scale 1.  ``scale_dtype``: default that of ``linear``.  The bias is taken over as
+        it is."""
         weight = linear.weight.detach()
         dtype = weight.dtype if scale_dtype is None else scale_dtype
         out, inputs = weight.shape
@@ -118,7 +134,9 @@ class QuantizedLinear(nn.Module):
         limit, groups = limit_of(bits), weight.float().view(out, -1, layer.group_size)
         scale = (groups.abs().amax(-1) / limit).to(dtype)
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        integers = (groups / scale.float()[..., None]).round().clamp(-limit, limit).to(torch.int8).view(out, inputs)
+        integers = (
+            (groups / scale.float()[..., None]).round().clamp(-limit, limit).to(torch.int8).view(out, inputs)
+        )
         layer.weight.copy_(pack_int4(integers) if layer.packed else integers)
         layer.scale.copy_(scale)
         layer.bias = linear.bias
@@ -130,7 +148,9 @@ class QuantizedLinear(nn.Module):
         return F.linear(x, weight.to(x.dtype), self.bias)
 
     def extra_repr(self) -> str:
-        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        sizes = (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )
         return f"{sizes}, bits={self.bits}, group_size={self.group_size}, packed={self.packed}"
 
 
@@ -143,21 +163,28 @@ def quantize_(
     packed: bool | None = None,
     scale_dtype: torch.dtype | None = None,
 ) -> list[str]:
-    """Replace each ``nn.Linear`` inside ``module`` by a :class:`QuantizedLinear`, in place; returns their names.
+    """Replace each ``nn.Linear`` inside ``module`` by a :class:`QuantizedLinear`, in place; returns their
+    names.
 
     Subclasses of ``nn.Linear`` stay: who owns them reads their weight (attention's output projection).
 
     Args:
-        skip: names of modules that stay as they are, with all that is in them ("lm_head", "encoder.layers.0").
+        skip: names of modules that stay as they are, with all that is in them ("lm_head",
+            "encoder.layers.0").
         bits, group_size, packed, scale_dtype: as :meth:`QuantizedLinear.from_linear`.
 
-    Raises: ValueError, before anything is replaced, where another module holds a layer's weight (a tied head), where
-        ``module`` itself is the layer, or where ``skip`` names nothing.
+    Raises: ValueError, before anything is replaced, where another module holds a layer's weight (a tied
+        head), where ``module`` itself is the layer, or where ``skip`` names nothing.
     """
     modules = dict(module.named_modules())
     skipped = lambda name: any(name == s or name.startswith(f"{s}.") for s in skip)
     if type(module) is nn.Linear:
-        fail("quantize_", "module", "a module that holds layers", "an nn.Linear: use QuantizedLinear.from_linear")
+        fail(
+            "quantize_",
+            "module",
+            "a module that holds layers",
+            "an nn.Linear: use QuantizedLinear.from_linear",
+        )
     for name in skip:
         if name not in modules:
             fail("quantize_", "skip", "names of modules", repr(name))
@@ -187,8 +214,8 @@ def named_scales(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def named_integers(module: nn.Module) -> list[dict[str, Any]]:
-    """The integers of the :class:`QuantizedLinear` layers, as parameter groups of :class:`~zokernels.optim.QuZO`: one
-    for each number of bits.
+    """The integers of the :class:`QuantizedLinear` layers, as parameter groups of
+    :class:`~zokernels.optim.QuZO`: one for each number of bits.
 
     Raises: ValueError where they are packed.
     """

@@ -17,7 +17,13 @@ from .version import __version__
 
 #: What changes how the package, its build or torch behaves.
 _VARIABLES = (
-    *("ZOKERNELS_BACKEND", "ZOKERNELS_CPU_ISA", "ZOKERNELS_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_VISIBLE_DEVICES"),
+    *(
+        "ZOKERNELS_BACKEND",
+        "ZOKERNELS_CPU_ISA",
+        "ZOKERNELS_CUDA",
+        "TORCH_CUDA_ARCH_LIST",
+        "CUDA_VISIBLE_DEVICES",
+    ),
     *("TRITON_INTERPRET", "OMP_NUM_THREADS"),
 )
 _PACKAGES = ("triton", "numpy", "safetensors", "transformers", "peft", "accelerate")
@@ -122,9 +128,14 @@ def text(found: dict[str, Any]) -> str:
         rows.append(("instruction sets", ", ".join(host["instruction_sets"])))
     rows.append(("CUDA library", found["cuda_library"] or "not built"))
     for name, backend in found["backends"].items():
-        ready = f"ready for {' and '.join(backend['devices'])} tensors" if backend["ready"] else backend["why"]
+        ready = (
+            f"ready for {' and '.join(backend['devices'])} tensors" if backend["ready"] else backend["why"]
+        )
         rows.append((f"backend {name}", f"{ready} ({backend['note']})" if "note" in backend else ready))
-        rows += [(f"backend {name}", f"not for {device}: {why}") for device, why in backend.get("refused", {}).items()]
+        rows += [
+            (f"backend {name}", f"not for {device}: {why}")
+            for device, why in backend.get("refused", {}).items()
+        ]
     rows += [(f"chosen for {device}", name) for device, name in found["chosen"].items()]
     rows += found["environment"].items()
     width = max(len(name) for name, _ in rows)

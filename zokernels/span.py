@@ -1,9 +1,9 @@
-"""Linear algebra in the span of K noise directions: a vector is K coefficients, whatever the size of the model.
+"""Linear algebra in the span of K noise directions: a vector is K coefficients, whatever the size of the
+model.
 
-v = sum_k a_k z_k over a list of tensors.  The inner product of two such vectors is a^T G b with the Gram matrix G of
-the directions, so points, distances and projections need no vector of the model's size: ``combine_`` makes one of
-coefficients, ``project`` and a solve make coefficients of one.
-"""
+v = sum_k a_k z_k over a list of tensors.  The inner product of two such vectors is a^T G b with the Gram
+matrix G of the directions, so points, distances and projections need no vector of the model's size:
+``combine_`` makes one of coefficients, ``project`` and a solve make coefficients of one."""
 
 from __future__ import annotations
 
@@ -18,14 +18,18 @@ from .contract import seed_to_int64, streams_of
 from .functional import Dist, combine_, project, spread
 from .ops.arguments import places, seeds_of
 
-#: z in units of 2^-17.  |z| <= 6.556, so the products of 8192 elements sum up to less than 2^53: exact in float64.
+#: z in units of 2^-17.  |z| <= 6.556, so the products of 8192 elements sum up to less than 2^53: exact in
+#: float64.
 _SCALE, _CHUNK = 2.0**17, 8192
 #: Elements of noise at a time, 4 MiB of fp32.
 _SCRATCH = 1 << 20
 
 
 def _add_products(total: Tensor, z: Tensor, dist: str) -> None:
-    """Adds z z^T of z [K, n] to total, int64 [2, K, K]: what is above 2^20 units, and below.  Exact in any order."""
+    """Adds z z^T of z [K, n] to total, int64 [2, K, K]: what is above 2^20 units, and below.
+
+    Exact in any order.
+    """
     if dist == "rademacher":  # sums of +-1: exact in fp32 up to 2^24
         total[1] += (z @ z.T).long()
         return
@@ -47,10 +51,10 @@ def gram(
 ) -> Tensor:
     """G_jk = <z_j, z_k> of the seeds' noise over tensors of ``sizes`` elements, float64 [K, K].
 
-    The noise passes through a few MiB of scratch.  Normal noise is rounded to multiples of 2^-17 and its products are
-    summed as integers, so no order of summation, shard or device changes a bit; that costs about 3e-6 sqrt(n) in n
-    elements, whose products themselves spread by sqrt(n).  Of Rademacher noise the products are exact and the diagonal
-    is n.  The sums fit for 2^43 elements.
+    The noise passes through a few MiB of scratch.  Normal noise is rounded to multiples of 2^-17 and its
+    products are summed as integers, so no order of summation, shard or device changes a bit; that costs about
+    3e-6 sqrt(n) in n elements, whose products themselves spread by sqrt(n).  Of Rademacher noise the products
+    are exact and the diagonal is n.  The sums fit for 2^43 elements.
 
     Args: as for :func:`squared_norm`.  Time: K n numbers and K^2 n multiplications.
     """
@@ -137,15 +141,17 @@ class Span:
         return project(list(tensors), self.seeds, streams=self.streams, dist=self.dist)
 
     def solve(self, products: Tensor) -> Tensor:
-        """The coefficients of the vector in the span whose inner products with the directions are ``products``.
+        """The coefficients of the vector in the span whose inner products with the directions are
+        ``products``.
 
-        G's Cholesky factor is kept.  Its last bits depend on LAPACK: write coefficients down, not products, where two
-        machines must agree.
-        """
+        G's Cholesky factor is kept.  Its last bits depend on LAPACK: write coefficients down, not products,
+        where two machines must agree."""
         return torch.cholesky_solve(products[..., None], self._factor)[..., 0]
 
     def fit(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The coefficients whose vector is nearest to ``tensors``: G^-1 p, least squares in one read of them."""
+        """The coefficients whose vector is nearest to ``tensors``: G^-1 p, least squares in one read of
+        them.
+        """
         return self.solve(self.project(tensors))
 
     @torch.no_grad()

@@ -9,10 +9,10 @@ from torch import Tensor
 def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """``tensor`` on ``device``, in ``dtype`` where one is given; itself where nothing changes.
 
-    A copy that ends on a device is not waited for: everything that reads it there comes later on the same stream.  A
-    copy that ends in host memory is: the host reads it at once, and would find what lay there before.  So what must
-    not wait goes from the host to a device, never the other way.
-    """
+    A copy that ends on a device is not waited for: everything that reads it there comes later on the same
+        stream.  A
+    copy that ends in host memory is: the host reads it at once, and would find what lay there before.  So
+    what must not wait goes from the host to a device, never the other way."""
     if tensor.device.type == "cpu" and device.type != "cpu" and tensor.is_pinned():
         tensor = tensor.clone()  # its owner may write to pinned memory before the copy has read it
     return tensor.to(device, dtype or tensor.dtype, non_blocking=device.type != "cpu")

@@ -48,7 +48,9 @@ def _function():
 def perturb_(theta: Tensor, c: float, seed: int) -> None:
     """theta += c z, where theta is contiguous, aligned to 16 bytes, and has a multiple of 8 elements."""
     if theta.data_ptr() % 16 or theta.numel() % 8 or not theta.is_contiguous():
-        raise ValueError("curand.perturb_: expected a contiguous tensor on 16 bytes with a multiple of 8 elements")
+        raise ValueError(
+            "curand.perturb_: expected a contiguous tensor on 16 bytes with a multiple of 8 elements"
+        )
     stream = torch.cuda.current_stream(theta.device).cuda_stream
     error = _function()(theta.data_ptr(), theta.numel(), _DTYPES[theta.dtype], c, seed, stream)
     if error:

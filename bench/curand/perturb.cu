@@ -1,6 +1,7 @@
-// theta += c * z with z drawn as cuRAND's curand_normal4 draws it on Philox4x32-10: four uniforms from the four words of a
-// block, and the textbook Box-Muller transform on the device's logarithm, square root and sine. One pass, in place, with
-// 16-byte accesses: what someone would write who fuses cuRAND's device functions by hand. A baseline, not a contract.
+// theta += c * z with z drawn as cuRAND's curand_normal4 draws it on Philox4x32-10: four uniforms from the
+// four words of a block, and the textbook Box-Muller transform on the device's logarithm, square root and
+// sine. One pass, in place, with 16-byte accesses: what someone would write who fuses cuRAND's device
+// functions by hand. A baseline, not a contract.
 //
 // cuRAND's state (a struct of 64 bytes and a skip-ahead for each thread) is left out, which is in its favour.
 #include <cuda_bf16.h>
@@ -45,8 +46,8 @@ __global__ void __launch_bounds__(256) perturb_kernel(T* theta, int64_t vectors,
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
       const uint64_t block = static_cast<uint64_t>(i) * kBlocks + b;
-      const auto x = zk::philox<zk::Scalar>(static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), 0, 0,
-                                            key);
+      const auto x = zk::philox<zk::Scalar>(static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32),
+                                            0, 0, key);
       float z[4];
       box_muller(x.w[0], x.w[1], z[0], z[1]);
       box_muller(x.w[2], x.w[3], z[2], z[3]);
@@ -60,14 +61,16 @@ __global__ void __launch_bounds__(256) perturb_kernel(T* theta, int64_t vectors,
 template <class T>
 void launch(void* theta, int64_t numel, float c, uint64_t seed, cudaStream_t stream) {
   const int64_t vectors = numel / Vector<T>::kElements, wanted = (vectors + 255) / 256;
-  // A grid that covers the tensor, as the fastest plain copies have; cuRAND's own examples loop over a smaller one.
+  // A grid that covers the tensor, as the fastest plain copies have; cuRAND's own examples loop over a
+  // smaller one.
   const auto blocks = static_cast<unsigned>(wanted < 0x7fffffff ? wanted : 0x7fffffff);
   perturb_kernel<T><<<blocks, 256, 0, stream>>>(static_cast<T*>(theta), vectors, c, zk::philox_key(seed));
 }
 
 }  // namespace
 
-// dtype: 0 fp32, 1 bf16, 2 fp16. theta is aligned to 16 bytes and numel a multiple of 8. Returns a cudaError_t.
+// dtype: 0 fp32, 1 bf16, 2 fp16. theta is aligned to 16 bytes and numel a multiple of 8. Returns a
+// cudaError_t.
 extern "C" int curand_perturb(void* theta, int64_t numel, int dtype, float c, uint64_t seed, void* stream) {
   if (numel == 0) return 0;
   const auto s = static_cast<cudaStream_t>(stream);

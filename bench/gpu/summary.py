@@ -187,7 +187,9 @@ def shares(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def terminal(result: dict[str, Any]) -> list[str]:
-    """What a person reads first: what went wrong, the figures that decide, and the goals that were measured."""
+    """What a person reads first: what went wrong, the figures that decide, and the goals that were
+    measured.
+    """
     lines: list[str] = []
     for stage in result["stages"]:
         if "tail" in stage:

@@ -69,11 +69,13 @@ METHODS = [
     ),
     Method(
         "with weight decay", "[2305.17333](https://arxiv.org/abs/2305.17333)",
-        "theta = (1 - lr wd) theta - lr g z", "ZOSGD(named, lr, weight_decay=0.1)", 2, 6, "0", (eager.Decay, {}), 0.005,
+        "theta = (1 - lr wd) theta - lr g z", "ZOSGD(named, lr, weight_decay=0.1)", 2, 6, "0", (eager.Decay,
+        {}), 0.005,
     ),
     Method(
         "one-sided", "[1312.2139](https://arxiv.org/abs/1312.2139)",
-        "g = (L+ - L0) / eps", "ZOSGD(named, lr, estimator='one-sided')", 2, 4, "0", (eager.OneSided, {}), 0.005,
+        "g = (L+ - L0) / eps", "ZOSGD(named, lr, estimator='one-sided')", 2, 4, "0", (eager.OneSided, {}),
+        0.005,
     ),
     Method(
         "n-SPSA, q = 4", "[2305.17333](https://arxiv.org/abs/2305.17333)",
@@ -92,7 +94,8 @@ METHODS = [
     ),
     Method(
         "conservative", "[2402.11592](https://arxiv.org/abs/2402.11592)",
-        "best of theta, theta -+ lr g z", "ZOConservative(named, lr)", 5, 10, "0", (eager.Conservative, {}), 0.02,
+        "best of theta, theta -+ lr g z", "ZOConservative(named, lr)", 5, 10, "0", (eager.Conservative, {}),
+        0.02,
     ),
     Method(
         "ZO-signSGD", "[ICLR 2019](https://openreview.net/forum?id=BJe-DsC5Fm)",
@@ -114,7 +117,8 @@ METHODS = [
     ),
     Method(
         "ZO-AdamW, bf16 state", "[2402.11592](https://arxiv.org/abs/2402.11592)",
-        "AdamW, m and v in bf16, rounded stochastically", "ZOAdamW(named, lr, state_dtype=bfloat16)", 2, 6, "4 (m, v)",
+        "AdamW, m and v in bf16, rounded stochastically", "ZOAdamW(named, lr, "
+                                                          "state_dtype=bfloat16)", 2, 6, "4 (m, v)",
         (eager.Adam, {}), 0.001, state_bytes=8,
     ),
     Method(
@@ -167,7 +171,8 @@ METHODS = [
     ),
     Method(
         "TeZO, r = 8", "[2501.19057](https://arxiv.org/abs/2501.19057)",
-        "z = sum tau_s u_s v_s^T, u and v kept", "TeZO(named, lr, rank=8)", 2, 6, "0", (eager.TeZO, {"rank": 8}), 0.005,
+        "z = sum tau_s u_s v_s^T, u and v kept", "TeZO(named, lr, rank=8)", 2, 6, "0", (eager.TeZO,
+        {"rank": 8}), 0.005,
     ),
     Method(
         "ES at scale, N = 8", "[2509.24372](https://arxiv.org/abs/2509.24372)",
@@ -197,12 +202,14 @@ METHODS = [
     ),
     Method(
         "variance-modified SPSA", "[2305.17333](https://arxiv.org/abs/2305.17333)",
-        "perturb by z / d_t, update by d_t z", "ZOSGD(named, lr, direction=TensorScale('variance'))", 2, 6, "0",
+        "perturb by z / d_t, update by d_t z", "ZOSGD(named, lr, "
+                                               "direction=TensorScale('variance'))", 2, 6, "0",
         (eager.TensorScaled, {}), 0.002,
     ),
     Method(
         "expectation-modified SPSA", "[2305.17333](https://arxiv.org/abs/2305.17333)",
-        "perturb by z / d_t, update by z", "ZOSGD(named, lr, direction=TensorScale('expectation'))", 2, 6, "0",
+        "perturb by z / d_t, update by z", "ZOSGD(named, lr, "
+                                           "direction=TensorScale('expectation'))", 2, 6, "0",
         (eager.TensorScaled, {}), 0.0002,
     ),
     Method(
@@ -227,12 +234,14 @@ METHODS = [
     ),
     Method(
         "QuZO, int8", "[2502.12346](https://arxiv.org/abs/2502.12346)",
-        "q -= lr g z, rounded stochastically to integers", "QuZO(named, lr)", 2, 3, "0", (eager.QuZO, {}), 100.0,
+        "q -= lr g z, rounded stochastically to integers", "QuZO(named, lr)", 2, 3, "0", (eager.QuZO, {}),
+        100.0,
         task="integers",
     ),
     Method(
         "ZO-AE-DS, random, q = 16", "[2203.14195](https://arxiv.org/abs/2203.14195)",
-        "grad_x = sum_k (f(x + mu z_k) - f(x)) z_k / (mu q)", "BlackBox(f, estimator='rge', queries=16)", 17, 0, "0",
+        "grad_x = sum_k (f(x + mu z_k) - f(x)) z_k / (mu q)", "BlackBox(f, estimator='rge', "
+                                                              "queries=16)", 17, 0, "0",
         None, 1e-3, task="black box",
     ),
     Method(

@@ -188,7 +188,10 @@ class Sign(Eager):
 
 class Momentum(Eager):
     def setup(self, momentum: float = 0.9) -> None:
-        self.momentum, self.buffers = momentum, [torch.zeros_like(p, dtype=torch.float32) for p in self.params]
+        self.momentum, self.buffers = (
+            momentum,
+            [torch.zeros_like(p, dtype=torch.float32) for p in self.params],
+        )
 
     def apply(self, seed: int, g: float) -> None:
         for (p, z), m in zip(self.noises(seed), self.buffers, strict=True):
@@ -272,7 +275,9 @@ class HiZOO(Eager):
 
 
 class Masked(Eager):
-    """Sparse-MeZO: thresholds of the model at the start, and at each step a bool mask of the weights below them."""
+    """Sparse-MeZO: thresholds of the model at the start, and at each step a bool mask of the weights
+    below them.
+    """
 
     def setup(self, sparsity: float = 0.75) -> None:
         self.thresholds = [p.abs().float().quantile(1 - sparsity) if p.numel() < 2**24 else torch.tensor(1e-2)
@@ -455,7 +460,9 @@ class QuZO(Eager):
             p.data = self.moved(q, -self.lr * g * z)
 
 
-def forward_gradient(model: Callable[..., Tensor], params: dict[str, Tensor], lr: float) -> Callable[[int], None]:
+def forward_gradient(
+    model: Callable[..., Tensor], params: dict[str, Tensor], lr: float
+) -> Callable[[int], None]:
     """theta -= lr (jvp along z) z with z of the whole model in memory; ``model``: loss of a dict of
     parameters.
     """
@@ -505,6 +512,8 @@ class EGGROLLPairs(EGGROLL, ManyDirections):
                 losses.append(float(closure()))
             self.perturb(seed, 1)
         found = torch.tensor(losses)
-        fitness = (found - found.mean()) / (found.var(correction=0) + 1e-5).sqrt() * self.eps / len(losses) ** 0.5
+        fitness = (
+            (found - found.mean()) / (found.var(correction=0) + 1e-5).sqrt() * self.eps / len(losses) ** 0.5
+        )
         for k, (plus, minus) in enumerate(fitness.view(-1, 2).tolist()):
             self.apply(self.seed(k), plus - minus)

@@ -30,7 +30,9 @@ def parameters(dtype: torch.dtype, device: str, scale: float) -> list[tuple[str,
 
 def losses() -> Callable[[], float]:
     """A closure that costs nothing.  It returns numbers near 1 that differ, so that no step has a g of 0."""
-    numbers = itertools.cycle(1 + 1e-4 * torch.randn(1009, generator=torch.Generator().manual_seed(0)).double().numpy())
+    numbers = itertools.cycle(
+        1 + 1e-4 * torch.randn(1009, generator=torch.Generator().manual_seed(0)).double().numpy()
+    )
     return lambda: float(next(numbers))
 
 

@@ -51,8 +51,10 @@ def row_of(method: Method, args: argparse.Namespace) -> Row:
 
 def line(row: Row) -> str:
     return (
-        f"{row['method']:32} {row['forwards']:8} {row['bytes']:8.3g} {row['memory']:>11} {row['seconds'] * 1e3:9.2f} "
-        f"{row['eager_seconds'] * 1e3:9.2f} {row['ratio']:6.1f} {row['loss_first']:7.3f} {row['loss_last']:7.3f}"
+        f"{row['method']:32} {row['forwards']:8} {row['bytes']:8.3g} {row['memory']:>11} "
+        f"{row['seconds'] * 1e3:9.2f} "
+        f"{row['eager_seconds'] * 1e3:9.2f} {row['ratio']:6.1f} {row['loss_first']:7.3f} "
+        f"{row['loss_last']:7.3f}"
     )
 
 
@@ -65,14 +67,19 @@ HEAD = (
 def run(args: argparse.Namespace) -> int:
     if args.tiny:
         args.scale, args.seconds, args.budget = 0.05, 0.0, 150
-    methods = [m for m in METHODS if not args.only or any(part.lower() in m.name.lower() for part in args.only)]
+    methods = [
+        m for m in METHODS if not args.only or any(part.lower() in m.name.lower() for part in args.only)
+    ]
     if not methods:
         raise SystemExit(f"--only: expected part of a method's name, got {' '.join(args.only)}")
     if args.write:
         charts.matplotlib()  # ends the program before anything is measured if the picture cannot be drawn
     torch.set_num_threads(args.threads)
     header, rows, start = machine.describe(args.device), [], time.perf_counter()
-    print(f"{machine.title(header)}\n{args.dtype}, {hotpath.weights(args.scale):,} weights, {args.threads} thread(s)\n")
+    print(
+        f"{machine.title(header)}\n{args.dtype}, {hotpath.weights(args.scale):,} weights, "
+        f"{args.threads} thread(s)\n"
+    )
     print(HEAD)
     for method in methods:
         rows.append(row_of(method, args))
@@ -80,7 +87,12 @@ def run(args: argparse.Namespace) -> int:
     slower = [row["method"] for row in rows if row["ratio"] < 1]
     print(f"\n{LEGEND}\n{len(rows)} methods in {time.perf_counter() - start:.0f} s")
     result = {"schema": SCHEMA, "command": args.command_line, "machine": header}
-    result |= {"dtype": args.dtype, "weights": hotpath.weights(args.scale), "budget": args.budget, "rows": rows}
+    result |= {
+        "dtype": args.dtype,
+        "weights": hotpath.weights(args.scale),
+        "budget": args.budget,
+        "rows": rows,
+    }
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1) + "\n")
@@ -95,14 +107,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 LEGEND = (
-    "ms, eager ms: a step without its forwards, ours and the published form in eager torch, in turns, p20; times: the "
-    "ratio.\nloss 0, loss: on scikit-learn's digits before the first and after the last of an equal number of forwards."
+    "ms, eager ms: a step without its forwards, ours and the published form in eager torch, in "
+    "turns, p20; times: the "
+    "ratio.\nloss 0, loss: on scikit-learn's digits before the first and after the last of an equal "
+    "number of forwards."
 )
 
 
 def markdown(rows: list[Row]) -> str:
     out = [
-        "| method | formula | use | forwards a step | B a weight and step | extra B a weight | ms | eager ms | times "
+        "| method | formula | use | forwards a step | B a weight and step | extra B a weight | ms | "
+        "eager ms | times "
         "faster | loss |",
         "|---|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
@@ -140,7 +155,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="of the timed steps")
     parser.add_argument("--only", nargs="+", help="methods whose name has one of these parts")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--scale", type=float, default=1.0, help="width of the timed model, 1 is 28 M weights")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="width of the timed model, 1 is 28 M weights"
+    )
     parser.add_argument("--seconds", type=float, default=4.0, help="time for each method")
     parser.add_argument("--budget", type=int, default=6000, help="forwards of training for each method")
     parser.add_argument("--tiny", action="store_true", help="small and short: whether it runs, not how fast")

@@ -166,7 +166,9 @@ def _integer_steps(method: Method) -> tuple[Callable[[], object], Callable[[], o
     ours, theirs, number = make(), make(), losses()
     optimizer = method.make(ours, 1e-3, eps=1.0)
     loop = eager.QuZO(theirs, lr=1e-3, eps=1.0)
-    return (lambda: optimizer.step(lambda: ours[0][1][:1].sum() * 0.0 + number())), (lambda: loop.step(number))
+    return (lambda: optimizer.step(lambda: ours[0][1][:1].sum() * 0.0 + number())), (
+        lambda: loop.step(number)
+    )
 
 
 TASKS = {

@@ -1,4 +1,6 @@
-"""Loss after equal forwards: every method trains the same small network on scikit-learn's handwritten digits."""
+"""Loss after equal forwards: every method trains the same small network on scikit-learn's handwritten
+digits.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ def batches(seed: int) -> Callable[[], tuple[Tensor, Tensor]]:
 Curve = list[tuple[int, float]]
 
 
-def curve_of(step: Callable[[], None], loss: Callable[[], float], forwards: int, budget: int, points: int) -> Curve:
+def curve_of(
+    step: Callable[[], None], loss: Callable[[], float], forwards: int, budget: int, points: int
+) -> Curve:
     """(forwards, loss on all data), from before the first step to the last that ends within ``budget``
     forwards.
     """

@@ -31,8 +31,9 @@ void run(const Combine& op, const Span& span, void* scratch) {
 template <class L, DType D, Domain Dist, bool Stochastic>
 void run_plain(const Combine& op, const Span& span, void* scratch) {
   if (op.from_wire) return run<L, D, Dist, Kind::wire, Stochastic>(op, span, scratch);
-  op.count == 1 && !op.has_decay && op.form == Form::one ? run<L, D, Dist, Kind::single, Stochastic>(op, span, scratch)
-                                                         : run<L, D, Dist, Kind::plain, Stochastic>(op, span, scratch);
+  op.count == 1 && !op.has_decay && op.form == Form::one
+      ? run<L, D, Dist, Kind::single, Stochastic>(op, span, scratch)
+      : run<L, D, Dist, Kind::plain, Stochastic>(op, span, scratch);
 }
 
 template <class L, DType D, Domain Dist>
@@ -43,13 +44,15 @@ void run_dist(const Combine& op, const Span& span, void* scratch) {
   }
   if constexpr (D != DType::i8) {
     if (op.form == Form::spread) return run<L, D, Dist, Kind::spread, false>(op, span, scratch);
-    op.stochastic ? run_plain<L, D, Dist, rounds>(op, span, scratch) : run_plain<L, D, Dist, false>(op, span, scratch);
+    op.stochastic ? run_plain<L, D, Dist, rounds>(op, span, scratch)
+                  : run_plain<L, D, Dist, false>(op, span, scratch);
   }
 }
 
 template <class L, DType D>
 void run_dtype(const Combine& op, const Span& span, void* scratch) {
-  op.dist == kNormal ? run_dist<L, D, kNormal>(op, span, scratch) : run_dist<L, D, kRademacher>(op, span, scratch);
+  op.dist == kNormal ? run_dist<L, D, kNormal>(op, span, scratch)
+                     : run_dist<L, D, kRademacher>(op, span, scratch);
 }
 
 }  // namespace

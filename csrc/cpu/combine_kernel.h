@@ -17,7 +17,8 @@ ZK_HD void load_decayed(const Combine& op, const Span& span, const Tile& tile, t
 template <class L, DType D, bool Stochastic, class Tile>
 ZK_HD void store_rounded(const Combine& op, const Span& span, const Tile& tile, typename L::F acc[8]) {
   Words<typename L::U> random{};
-  if constexpr (Stochastic && D != DType::f32) random = draw<L>(op.rounding, tile.block, span.stream, kRounding);
+  if constexpr (Stochastic && D != DType::f32)
+    random = draw<L>(op.rounding, tile.block, span.stream, kRounding);
   if constexpr (D == DType::i8) {
     using F = typename L::F;
     for (int e = 0; e < 8; ++e) acc[e] = clamp(acc[e], Splat<F>::of(op.low), Splat<F>::of(op.high));
@@ -157,7 +158,8 @@ ZK_HD void full_tile(const Combine& op, const Span& span, const Tile& tile, Nois
   if (typename L::U kept[8]; draw_mask<L>(op, span, tile, kept)) {
     for (int e = 0; e < 8; ++e) total[e] = select_top(kept[e], total[e], acc[e]);
   }
-  op.stochastic ? store_rounded<L, D, true>(op, span, tile, total) : store_rounded<L, D, false>(op, span, tile, total);
+  op.stochastic ? store_rounded<L, D, true>(op, span, tile, total)
+                : store_rounded<L, D, false>(op, span, tile, total);
 }
 
 // for_tiles with a prefetch of the arrays, whose dtype is D.

@@ -7,8 +7,8 @@
 namespace zk::cpu {
 namespace {
 
-void fan_out_cpu(TensorList params, TensorList plus, TensorList minus, Tensor seed, Tensor coeff, ZK_TERMS_PARAMS,
-                 std::string isa) {
+void fan_out_cpu(TensorList params, TensorList plus, TensorList minus, Tensor seed, Tensor coeff,
+                 ZK_TERMS_PARAMS, std::string isa) {
   if (params.empty()) return;
   const TermArgs args = ZK_TERMS;
   check_one_piece("fan_out", args);
@@ -44,12 +44,11 @@ void fan_out_planned_cpu(Tensor table, Tensor seed, Tensor coeff, ZK_PLANNED_PAR
 
 }  // namespace
 
-ZK_REGISTER(
-    fan_out,
-    "fan_out(Tensor(a!)[] params, Tensor(b!)[] plus, Tensor(c!)[] minus, Tensor seed, Tensor coeff, " ZK_TERMS_SCHEMA
-    ", str isa) -> ()")
-ZK_REGISTER_PLANNED(fan_out,
-                    "fan_out_planned(Tensor table, Tensor seed, Tensor coeff, " ZK_PLANNED_SCHEMA ", str isa) -> ()")
+ZK_REGISTER(fan_out,
+            "fan_out(Tensor(a!)[] params, Tensor(b!)[] plus, Tensor(c!)[] minus, "
+            "Tensor seed, Tensor coeff, " ZK_TERMS_SCHEMA ", str isa) -> ()")
+ZK_REGISTER_PLANNED(fan_out, "fan_out_planned(Tensor table, Tensor seed, Tensor coeff, " ZK_PLANNED_SCHEMA
+                             ", str isa) -> ()")
 
 }  // namespace zk::cpu
 

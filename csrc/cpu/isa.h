@@ -49,8 +49,8 @@ Kernel* kernel_of(const std::string& name, Kernel* portable, std::type_identity_
   if (isa == "neon" && has_neon()) return neon;
   if (isa == "portable") return portable;
   throw std::runtime_error(
-      "ZOKERNELS_CPU_ISA: expected auto or an instruction set that this build and machine have (best: " + best_isa() +
-      "), got " + name);
+      "ZOKERNELS_CPU_ISA: expected auto or an instruction set that this build and machine have (best: " +
+      best_isa() + "), got " + name);
 }
 
 #if defined(ZK_BUILD_AVX2)
@@ -69,7 +69,8 @@ Kernel* kernel_of(const std::string& name, Kernel* portable, std::type_identity_
 #define ZK_NEON_KERNEL(name) nullptr
 #endif
 // The kernel that ZK_KERNEL declared, for the instruction set `isa`: auto, portable, avx2, avx512 or neon.
-#define ZK_KERNEL_OF(name, isa) \
-  ::zk::cpu::kernel_of(isa, portable::name, ZK_AVX2_KERNEL(name), ZK_AVX512_KERNEL(name), ZK_NEON_KERNEL(name))
+#define ZK_KERNEL_OF(name, isa)                                                           \
+  ::zk::cpu::kernel_of(isa, portable::name, ZK_AVX2_KERNEL(name), ZK_AVX512_KERNEL(name), \
+                       ZK_NEON_KERNEL(name))
 
 }  // namespace zk::cpu

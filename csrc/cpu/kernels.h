@@ -42,8 +42,8 @@ struct Span {
   // one byte for each block of eight elements, the first for the block that holds element 0
   const uint8_t* mask;
   const void* curvature;
-  // Of low_rank, for a matrix of m rows, n columns and factors of this rank. left is [K, m, rank], and right is
-  // [K, panels_of(n), rank, kPanel], filled with zeros from column n on.
+  // Of low_rank, for a matrix of m rows, n columns and factors of this rank. left is [K, m, rank], and right
+  // is [K, panels_of(n), rank, kPanel], filled with zeros from column n on.
   const float *left, *right;
   int64_t rows, columns, rank;
   int64_t numel;

@@ -46,9 +46,12 @@ ZK_HD F8 sqrt(F8 a) { return {_mm256_sqrt_ps(a.v)}; }
 ZK_HD U8 bits(F8 a) { return {_mm256_castps_si256(a.v)}; }
 ZK_HD F8 from_bits(U8 a) { return {_mm256_castsi256_ps(a.v)}; }
 ZK_HD F8 signed_to_float(U8 a) { return {_mm256_cvtepi32_ps(a.v)}; }
-ZK_HD F8 low_half_to_float(U8 a) { return {_mm256_cvtepi32_ps(_mm256_madd_epi16(a.v, _mm256_set1_epi32(1)))}; }
+ZK_HD F8 low_half_to_float(U8 a) {
+  return {_mm256_cvtepi32_ps(_mm256_madd_epi16(a.v, _mm256_set1_epi32(1)))};
+}
 ZK_HD U8 select_ge(U8 a, uint32_t threshold, U8 yes, U8 no) {
-  return {_mm256_blendv_epi8(no.v, yes.v, _mm256_cmpgt_epi32(a.v, _mm256_set1_epi32(static_cast<int>(threshold) - 1)))};
+  return {_mm256_blendv_epi8(no.v, yes.v,
+                             _mm256_cmpgt_epi32(a.v, _mm256_set1_epi32(static_cast<int>(threshold) - 1)))};
 }
 ZK_HD void mul_wide(C8 c, uint32_t m, C8& hi, C8& lo) {
   const __m256i factor = _mm256_set1_epi32(static_cast<int>(m));
@@ -137,11 +140,13 @@ struct Avx2 {
   // Adds the float of each lane to one of eight consecutive doubles, which are aligned to 32 bytes.
   static ZK_HD void add_row(double* p, F x) {
     _mm256_store_pd(p, _mm256_add_pd(_mm256_load_pd(p), _mm256_cvtps_pd(_mm256_castps256_ps128(x.v))));
-    _mm256_store_pd(p + 4, _mm256_add_pd(_mm256_load_pd(p + 4), _mm256_cvtps_pd(_mm256_extractf128_ps(x.v, 1))));
+    _mm256_store_pd(p + 4,
+                    _mm256_add_pd(_mm256_load_pd(p + 4), _mm256_cvtps_pd(_mm256_extractf128_ps(x.v, 1))));
   }
 
   static ZK_HD void load_floats(const float* p, F x[8]) {
-    for (int i = 0; i < 8; i += 2) unzip(_mm256_loadu_ps(p + 8 * i), _mm256_loadu_ps(p + 8 * i + 8), x[i], x[i + 1]);
+    for (int i = 0; i < 8; i += 2)
+      unzip(_mm256_loadu_ps(p + 8 * i), _mm256_loadu_ps(p + 8 * i + 8), x[i], x[i + 1]);
   }
   static ZK_HD void store_floats(float* p, const F x[8]) {
     for (int i = 0; i < 8; i += 2) {
@@ -155,7 +160,8 @@ struct Avx2 {
   static ZK_HD void load_halves(const uint16_t* p, F x[8]) {
     const auto* row = reinterpret_cast<const __m128i*>(p);
     for (int i = 0; i < 8; i += 2) {
-      unzip(_mm256_cvtph_ps(_mm_loadu_si128(row + i)), _mm256_cvtph_ps(_mm_loadu_si128(row + i + 1)), x[i], x[i + 1]);
+      unzip(_mm256_cvtph_ps(_mm_loadu_si128(row + i)), _mm256_cvtph_ps(_mm_loadu_si128(row + i + 1)), x[i],
+            x[i + 1]);
     }
   }
   static ZK_HD void store_halves(uint16_t* p, const F x[8]) {
@@ -176,7 +182,8 @@ struct Avx2 {
   static ZK_HD void store_byte_pairs(uint8_t* p, const U w[4]) {
     const __m256i low = _mm256_set1_epi32(0xffff);
     for (int i = 0; i < 4; i += 2) {
-      const __m256i both = _mm256_packus_epi32(_mm256_and_si256(w[i].v, low), _mm256_and_si256(w[i + 1].v, low));
+      const __m256i both = _mm256_packus_epi32(_mm256_and_si256(w[i].v, low),
+                                               _mm256_and_si256(w[i + 1].v, low));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 16 * i), _mm256_permute4x64_epi64(both, 0xd8));
     }
   }

@@ -1,11 +1,12 @@
 // Four lanes: NEON (Advanced SIMD), which every 64-bit ARM machine has.
 //
 // Lane l of a register computes block first + l. Afterwards join() brings the words into the order of memory:
-// register i is block i, and its lane l is word l, which stands for a pair of elements. So the eight elements of
-// register i are those of one block, as lanes_avx2.h describes it for two blocks.
+// register i is block i, and its lane l is word l, which stands for a pair of elements. So the eight elements
+// of register i are those of one block, as lanes_avx2.h describes it for two blocks.
 //
-// Where this file and lanes_avx2.h choose different instructions, NEON has one that is shorter: comparing with a
-// constant and selecting, loads that separate even from odd elements (ld2), and interleaving of 16-bit halves (trn).
+// Where this file and lanes_avx2.h choose different instructions, NEON has one that is shorter: comparing
+// with a constant and selecting, loads that separate even from odd elements (ld2), and interleaving of 16-bit
+// halves (trn).
 #pragma once
 
 #include <arm_neon.h>
@@ -49,7 +50,9 @@ ZK_HD U4 bits(F4 a) { return {vreinterpretq_u32_f32(a.v)}; }
 ZK_HD F4 from_bits(U4 a) { return {vreinterpretq_f32_u32(a.v)}; }
 ZK_HD F4 signed_to_float(U4 a) { return {vcvtq_f32_s32(vreinterpretq_s32_u32(a.v))}; }
 // The low half in the high place is the integer times 2^16, which the conversion divides out again.
-ZK_HD F4 low_half_to_float(U4 a) { return {vcvtq_n_f32_s32(vreinterpretq_s32_u32(vshlq_n_u32(a.v, 16)), 16)}; }
+ZK_HD F4 low_half_to_float(U4 a) {
+  return {vcvtq_n_f32_s32(vreinterpretq_s32_u32(vshlq_n_u32(a.v, 16)), 16)};
+}
 ZK_HD U4 select_ge(U4 a, uint32_t threshold, U4 yes, U4 no) {
   return {vbslq_u32(vcgeq_u32(a.v, vdupq_n_u32(threshold)), yes.v, no.v)};
 }
@@ -76,9 +79,12 @@ ZK_HD U4 next_word(const U4 w[4], int i) { return {vextq_u32(w[i].v, w[i].v, 1)}
 
 ZK_HD F4 sqrt_full(F4 a) { return sqrt(a); }
 ZK_HD F4 div(F4 a, F4 b) { return {vdivq_f32(a.v, b.v)}; }
-ZK_HD F4 select_top(U4 a, F4 yes, F4 no) { return {vbslq_f32(vcltzq_s32(vreinterpretq_s32_u32(a.v)), yes.v, no.v)}; }
+ZK_HD F4 select_top(U4 a, F4 yes, F4 no) {
+  return {vbslq_f32(vcltzq_s32(vreinterpretq_s32_u32(a.v)), yes.v, no.v)};
+}
 ZK_HD F4 clamp(F4 x, F4 low, F4 high) {
-  const float32x4_t above = vbslq_f32(vcgtq_f32(x.v, low.v), x.v, low.v);  // low for NaN, which fmax would keep
+  // low for NaN, which fmax would keep
+  const float32x4_t above = vbslq_f32(vcgtq_f32(x.v, low.v), x.v, low.v);
   return {vbslq_f32(vcltq_f32(above, high.v), above, high.v)};
 }
 ZK_HD U4 nearest_int(F4 x) { return {vreinterpretq_u32_s32(vcvtnq_s32_f32(x.v))}; }
@@ -110,9 +116,12 @@ struct Neon {
   static constexpr int width = 4;
 
   // Four constants as a vector.
-  static ZK_HD uint32x4_t lanes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) { return uint32x4_t{a, b, c, d}; }
+  static ZK_HD uint32x4_t lanes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    return uint32x4_t{a, b, c, d};
+  }
 
-  // The block indices first .. first + 3. `first` is a multiple of 4, so no addition carries into the next word.
+  // The block indices first .. first + 3. `first` is a multiple of 4, so no addition carries into the next
+  // word.
   static ZK_HD C counter(uint32_t first) { return {vaddq_u32(vdupq_n_u32(first), lanes(0, 1, 2, 3))}; }
 
   static ZK_HD void load_words(const uint32_t* p, U w[4]) {
@@ -142,7 +151,8 @@ struct Neon {
     for (int i = 0; i < 4; ++i) vst2q_f32(p + 8 * i, {{x[2 * i].v, x[2 * i + 1].v}});
   }
 
-  // Two registers of pairs at once: the even elements of both in one register of 16-bit numbers, the odd in another.
+  // Two registers of pairs at once: the even elements of both in one register of 16-bit numbers, the odd in
+  // another.
   static ZK_HD void load_halves(const uint16_t* p, F x[8]) {
     for (int i = 0; i < 4; i += 2) {
       const uint16x8x2_t pairs = vld2q_u16(p + 8 * i);
@@ -157,7 +167,8 @@ struct Neon {
     for (int i = 0; i < 4; i += 2) {
       uint16x8x2_t pairs;
       for (int odd = 0; odd < 2; ++odd) {
-        pairs.val[odd] = vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(x[2 * i + odd].v), x[2 * i + 2 + odd].v));
+        pairs.val[odd] = vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(x[2 * i + odd].v),
+                                                                 x[2 * i + 2 + odd].v));
       }
       vst2q_u16(p + 8 * i, pairs);
     }
@@ -171,19 +182,20 @@ struct Neon {
     for (int i = 0; i < 4; ++i) vst1_u8(p + 8 * i, vreinterpret_u8_u16(vmovn_u32(w[i].v)));
   }
 
-  // Bits 30 and 31 of each lane become the mask bits of its two elements. A register has 8 elements, one mask byte.
+  // Bits 30 and 31 of each lane become the mask bits of its two elements. A register has 8 elements, one mask
+  // byte.
   static ZK_HD U mask_bits(const uint8_t* bytes, int i) {
     const int32x4_t shift = vreinterpretq_s32_u32(lanes(30, 28, 26, 24));
     return {vshlq_u32(vdupq_n_u32(bytes[i]), shift)};
   }
 
-  // ARM cores notice by themselves that whole cache lines are written one after the other, and then do not read them
-  // first; there is nothing to ask for.
+  // ARM cores notice by themselves that whole cache lines are written one after the other, and then do not
+  // read them first; there is nothing to ask for.
   static ZK_HD void stream(void* to, const void* from, int64_t bytes) { std::memcpy(to, from, bytes); }
   static ZK_HD void stream_end() {}
 
-  // bf16_nearest (noise/rounding.h) of two elements at once, in 16-bit halves of a word, as lanes_avx2.h explains it:
-  // here six instructions.
+  // bf16_nearest (noise/rounding.h) of two elements at once, in 16-bit halves of a word, as lanes_avx2.h
+  // explains it: here six instructions.
   static ZK_HD U pack_bf16(U b0, U b1) {
     const uint16x8_t first = vreinterpretq_u16_u32(b0.v), second = vreinterpretq_u16_u32(b1.v);
     const uint16x8_t high = vtrn2q_u16(first, second), low = vtrn1q_u16(first, second);
@@ -191,10 +203,11 @@ struct Neon {
     return {vreinterpretq_u32_u16(vsraq_n_u16(high, vrhaddq_u16(low, half), 15))};
   }
 
-  // +c or -c for the pairs of register i: where an element's sign bit is set, -c. The word at `signs` has the sign
-  // bytes of the tile's four vecs, and byte i of it is the signs of the eight elements of register i.
+  // +c or -c for the pairs of register i: where an element's sign bit is set, -c. The word at `signs` has the
+  // sign bytes of the tile's four vecs, and byte i of it is the signs of the eight elements of register i.
   static ZK_HD void plus_minus(const uint32_t* signs, int, int i, F c, F& c0, F& c1) {
-    const uint32x4_t word = vdupq_n_u32(*signs), bit = lanes(1u << 8 * i, 4u << 8 * i, 16u << 8 * i, 64u << 8 * i);
+    const uint32x4_t word = vdupq_n_u32(*signs),
+                     bit = lanes(1u << 8 * i, 4u << 8 * i, 16u << 8 * i, 64u << 8 * i);
     const float32x4_t minus = vnegq_f32(c.v);
     c0 = {vbslq_f32(vtstq_u32(word, bit), minus, c.v)};
     c1 = {vbslq_f32(vtstq_u32(word, vaddq_u32(bit, bit)), minus, c.v)};

@@ -57,8 +57,8 @@ ZK_HD void multiply(const float* left, const float* panel, int64_t rank, float* 
 // Computes the products of `rows` rows from `row` on and `columns` columns from `column` on, stored row by
 // row.
 template <class L>
-__attribute__((noinline)) void multiply_block(const Span& span, int64_t k, int64_t row, int64_t rows, int64_t column,
-                                              int64_t columns, float* to) {
+__attribute__((noinline)) void multiply_block(const Span& span, int64_t k, int64_t row, int64_t rows,
+                                              int64_t column, int64_t columns, float* to) {
   const int64_t panels = panels_of(span.columns), rank = span.rank;
   const float* left = span.left + (k * span.rows + row) * rank;
   for (int64_t p = (column + columns - 1) / kPanel; p >= column / kPanel; --p) {
@@ -102,7 +102,8 @@ void run(const Combine& op, const Span& span, float* scratch) {
     if (piece.begin >= piece.end) return;
     const auto begin = [&](uint64_t) ZK_INLINE { return Products<L, D>(products, origin); };
     combine_tiles<L, D>(piece, begin, [op, piece](const auto& tile, auto& noise) ZK_INLINE {
-      op.stochastic ? plain_tile<L, D, true>(op, piece, tile, noise) : plain_tile<L, D, false>(op, piece, tile, noise);
+      op.stochastic ? plain_tile<L, D, true>(op, piece, tile, noise)
+                    : plain_tile<L, D, false>(op, piece, tile, noise);
     });
   };
   const int64_t stop = (span.end + n - 1) / n;
@@ -182,8 +183,9 @@ void low_rank_cpu(TensorList out, TensorList params, TensorList left, TensorList
 
 }  // namespace
 
-ZK_REGISTER(low_rank, "low_rank(Tensor(a!)[] out, Tensor[] params, Tensor[] left, Tensor[] right, " ZK_TERMS_SCHEMA
-                      ", str isa) -> ()")
+ZK_REGISTER(low_rank,
+            "low_rank(Tensor(a!)[] out, Tensor[] params, Tensor[] left, Tensor[] right, " ZK_TERMS_SCHEMA
+            ", str isa) -> ()")
 
 }  // namespace zk::cpu
 

@@ -33,9 +33,11 @@
   STABLE_TORCH_LIBRARY_FRAGMENT(zokernels_cpu, m) { m.def(schema); } \
   STABLE_TORCH_LIBRARY_IMPL(zokernels_cpu, CPU, m) { m.impl(#op "_planned", TORCH_BOX(&op##_planned_cpu)); }
 // The same for a function that takes no tensor: there is no tensor whose device could select the function.
-#define ZK_REGISTER_CONSTANT(op, schema)                             \
-  STABLE_TORCH_LIBRARY_FRAGMENT(zokernels_cpu, m) { m.def(schema); } \
-  STABLE_TORCH_LIBRARY_IMPL(zokernels_cpu, CompositeExplicitAutograd, m) { m.impl(#op, TORCH_BOX(&op##_cpu)); }
+#define ZK_REGISTER_CONSTANT(op, schema)                                   \
+  STABLE_TORCH_LIBRARY_FRAGMENT(zokernels_cpu, m) { m.def(schema); }       \
+  STABLE_TORCH_LIBRARY_IMPL(zokernels_cpu, CompositeExplicitAutograd, m) { \
+    m.impl(#op, TORCH_BOX(&op##_cpu));                                     \
+  }
 
 namespace zk::cpu {
 
@@ -97,7 +99,9 @@ void parallel(const std::vector<Span>& spans, int64_t scratch_size, const Body& 
 
 inline int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::i8 ? 1 : 2; }
 
-inline void* ahead(void* p, int64_t bytes) { return p == nullptr ? nullptr : static_cast<std::byte*>(p) + bytes; }
+inline void* ahead(void* p, int64_t bytes) {
+  return p == nullptr ? nullptr : static_cast<std::byte*>(p) + bytes;
+}
 inline const void* ahead(const void* p, int64_t bytes) {
   return p == nullptr ? nullptr : static_cast<const std::byte*>(p) + bytes;
 }
@@ -221,8 +225,8 @@ inline void check_one_piece(const char* op, const TermArgs& args) {
   STD_TORCH_CHECK(args.widths.empty(), op, ": widths: expected none");
 }
 
-inline void check_params(const char* op, const TensorList& written, const TensorList& params, const TermArgs& args,
-                         bool quantized = false) {
+inline void check_params(const char* op, const TensorList& written, const TensorList& params,
+                         const TermArgs& args, bool quantized = false) {
   check_terms(op, params, args);
   check_beside(op, written, params);
   STD_TORCH_CHECK((dtype_of(params[0]) == DType::i8) == quantized, op, ": params: unexpected dtype");

@@ -33,8 +33,8 @@ struct Loaded {
 // Sums the segments [first, stop) of the tile that begins at `block`. `array` points to the elements of
 // segment `first` and is read by S::load.
 template <class L, class S, Domain Dist>
-__attribute__((noinline)) double sum_of(const PhiloxKey& key, Stream stream, uint64_t block, const void* array,
-                                        int first, int stop, bool ahead, void* scratch) {
+__attribute__((noinline)) double sum_of(const PhiloxKey& key, Stream stream, uint64_t block,
+                                        const void* array, int first, int stop, bool ahead, void* scratch) {
   using F = typename L::F;
   constexpr int registers = kColumns / L::width, tiles = kSegment / (8 * L::width), step = 8 * L::width;
   const auto* x = static_cast<const typename S::T*>(array);
@@ -98,7 +98,8 @@ void run(const Terms& op, const Span& span, void* scratch, double* out, int64_t 
     for (int e = 0; e < 8; ++e) L::store_row(loaded + at + e * L::width, v[e]);
   }
   for (int64_t k = 0; k < op.count; ++k) {
-    out[k * stride] = sum_of<L, Loaded<L>, Dist>(op.keys[k], span.stream, block, loaded, first, stop, false, scratch);
+    out[k * stride] = sum_of<L, Loaded<L>, Dist>(op.keys[k], span.stream, block, loaded, first, stop, false,
+                                                 scratch);
   }
 }
 
@@ -169,7 +170,8 @@ void project_cpu(Tensor partial, TensorList tensors, Tensor seeds, std::vector<i
     for (int64_t tile = begin; tile < end; ++tile) {
       while (i + 1 < static_cast<int64_t>(starts.size()) && starts[i + 1] <= tile) ++i;
       Span piece = spans[i];
-      const int64_t lead = static_cast<int64_t>(piece.offset % kSumTile), first = (tile - starts[i]) * kSumTile - lead;
+      const int64_t lead = static_cast<int64_t>(piece.offset % kSumTile),
+                    first = (tile - starts[i]) * kSumTile - lead;
       piece.begin = std::max<int64_t>(first, 0);
       piece.end = std::min(first + kSumTile, piece.numel);
       kernel(terms, piece, scratch, sums + tile, tiles);
@@ -180,9 +182,9 @@ void project_cpu(Tensor partial, TensorList tensors, Tensor seeds, std::vector<i
 }  // namespace
 
 ZK_REGISTER_CONSTANT(project_columns, "project_columns() -> int")
-ZK_REGISTER(
-    project,
-    "project(Tensor(a!) partial, Tensor[] tensors, Tensor seeds, int[] streams, int[] offsets, int dist, str isa) -> ()")
+ZK_REGISTER(project,
+            "project(Tensor(a!) partial, Tensor[] tensors, Tensor seeds, "
+            "int[] streams, int[] offsets, int dist, str isa) -> ()")
 
 }  // namespace zk::cpu
 

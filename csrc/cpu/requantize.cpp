@@ -7,7 +7,8 @@
 namespace zk::cpu {
 namespace {
 
-void requantize_cpu(TensorList out, TensorList params, int64_t low, int64_t high, ZK_TERMS_PARAMS, std::string isa) {
+void requantize_cpu(TensorList out, TensorList params, int64_t low, int64_t high, ZK_TERMS_PARAMS,
+                    std::string isa) {
   if (params.empty()) return;
   const TermArgs args = ZK_TERMS;
   check_one_piece("requantize", args);
@@ -20,8 +21,8 @@ void requantize_cpu(TensorList out, TensorList params, int64_t low, int64_t high
 
 }  // namespace
 
-ZK_REGISTER(requantize,
-            "requantize(Tensor(a!)[] out, Tensor[] params, int low, int high, " ZK_TERMS_SCHEMA ", str isa) -> ()")
+ZK_REGISTER(requantize, "requantize(Tensor(a!)[] out, Tensor[] params, int low, int high, " ZK_TERMS_SCHEMA
+                        ", str isa) -> ()")
 
 }  // namespace zk::cpu
 

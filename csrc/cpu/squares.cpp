@@ -22,8 +22,9 @@ void run(const Terms& op, const Span& span, uint64_t* sums) {
   constexpr int64_t size = Tile<L, true>::size;
   using F = typename L::F;
   using U = typename L::U;
-  const auto begin = [&](uint64_t block)
-                         ZK_INLINE { return Noise<L, kNormal>(op.keys, op.count, span.stream, block, nullptr); };
+  const auto begin = [&](uint64_t block) ZK_INLINE {
+    return Noise<L, kNormal>(op.keys, op.count, span.stream, block, nullptr);
+  };
   for_tiles<L>(span, begin, [op, sums](const auto& tile, auto& noise) ZK_INLINE {
     for (int64_t k = 0; k < op.count; ++k) {
       F z[8];
@@ -58,8 +59,8 @@ void ZK_ISA::squares(const Terms& op, const Span& span, uint64_t* sums) { run<ZK
 namespace zk::cpu {
 namespace {
 
-Tensor squares_cpu(Tensor seeds, std::vector<int64_t> sizes, std::vector<int64_t> streams, std::vector<int64_t> offsets,
-                   int64_t dist, std::string isa) {
+Tensor squares_cpu(Tensor seeds, std::vector<int64_t> sizes, std::vector<int64_t> streams,
+                   std::vector<int64_t> offsets, int64_t dist, std::string isa) {
   STD_TORCH_CHECK(streams.size() == sizes.size() && offsets.size() == sizes.size(),
                   "squares: sizes, streams, offsets: expected equal lengths");
   check_dist("squares", dist);
@@ -90,14 +91,16 @@ Tensor squares_cpu(Tensor seeds, std::vector<int64_t> sizes, std::vector<int64_t
   parallel(spans, 0, [&](const Span& piece, void*) {
     std::vector<uint64_t> part(count);
     kernel(terms, piece, part.data());
-    for (int64_t k = 0; k < count; ++k) std::atomic_ref(sums[k]).fetch_add(part[k], std::memory_order_relaxed);
+    for (int64_t k = 0; k < count; ++k)
+      std::atomic_ref(sums[k]).fetch_add(part[k], std::memory_order_relaxed);
   });
   return result;
 }
 
 }  // namespace
 
-ZK_REGISTER(squares, "squares(Tensor seeds, int[] sizes, int[] streams, int[] offsets, int dist, str isa) -> Tensor")
+ZK_REGISTER(squares,
+            "squares(Tensor seeds, int[] sizes, int[] streams, int[] offsets, int dist, str isa) -> Tensor")
 
 }  // namespace zk::cpu
 

@@ -124,8 +124,8 @@ struct Storage<L, DType::e4m3> {
 
 template <class L>
 ZK_HD PhiloxState<L> begin_draw(const PhiloxKey& key, uint64_t block, Stream stream, Domain domain) {
-  return {L::counter(static_cast<uint32_t>(block)), static_cast<uint32_t>(block >> 32), stream.low, stream.with(domain),
-          key};
+  return {L::counter(static_cast<uint32_t>(block)), static_cast<uint32_t>(block >> 32), stream.low,
+          stream.with(domain), key};
 }
 
 template <class L>
@@ -285,7 +285,8 @@ __attribute__((noinline)) void whole_tiles(uint64_t block, uint64_t stop, int64_
   auto noise = begin(block);
   const int64_t run = static_cast<int64_t>(stop - block) * 8;
   while (block < stop) {
-    for (const uint64_t pause = noise.enter(block, stop); block < pause; block += L::width, first += 8 * L::width) {
+    for (const uint64_t pause = noise.enter(block, stop); block < pause;
+         block += L::width, first += 8 * L::width) {
       body(Tile<L, true>{block, first, 0, 8 * L::width, run}, noise);
     }
   }

@@ -32,8 +32,8 @@ ZK_HD void load_param(DType dtype, const void* array, const Tile& tile, typename
 
 // Stores values, rounded with the random fields of `domain` if the operation rounds stochastically.
 template <class L, class Tile>
-ZK_HD void store_rounded(const Terms& op, DType dtype, uint32_t domain, Stream stream, void* array, const Tile& tile,
-                         const typename L::F x[8]) {
+ZK_HD void store_rounded(const Terms& op, DType dtype, uint32_t domain, Stream stream, void* array,
+                         const Tile& tile, const typename L::F x[8]) {
   if (dtype == DType::f32) return store<L, DType::f32, false>(array, tile, x, {});
   if (!op.stochastic) {
     return dtype == DType::bf16 ? store<L, DType::bf16, false>(array, tile, x, {})
@@ -91,8 +91,9 @@ template <class L, class R, Domain Dist>
 void run(const Update& op, const Span& span, void* scratch) {
   const auto begin = [&](uint64_t block)
                          ZK_INLINE { return Noise<L, Dist>(op.keys, op.count, span.stream, block, scratch); };
-  for_tiles<L>(span, begin,
-               [op, span](const auto& tile, auto& noise) ZK_INLINE { update_tile<L, R>(op, span, tile, noise); });
+  for_tiles<L>(span, begin, [op, span](const auto& tile, auto& noise) ZK_INLINE {
+    update_tile<L, R>(op, span, tile, noise);
+  });
 }
 
 template <class L, class R>
@@ -121,8 +122,8 @@ void ZK_ISA::update(const Update& op, const Span& span, void* scratch) {
 namespace zk::cpu {
 namespace {
 
-void update_cpu(TensorList params, TensorList first, TensorList second, std::string rule, Tensor hyper, ZK_TERMS_PARAMS,
-                std::string isa) {
+void update_cpu(TensorList params, TensorList first, TensorList second, std::string rule, Tensor hyper,
+                ZK_TERMS_PARAMS, std::string isa) {
   if (params.empty()) return;
   const TermArgs args = ZK_TERMS;
   check_params("update", params, params, args);
@@ -131,7 +132,8 @@ void update_cpu(TensorList params, TensorList first, TensorList second, std::str
   const TensorList* states[2] = {&first, &second};
   call.add_spans(params, [&](Span& span, size_t i) {
     span.out = params[i].mutable_data_ptr();
-    for (int s = 0; s < 2; ++s) span.more[s] = states[s]->empty() ? nullptr : (*states[s])[i].mutable_data_ptr();
+    for (int s = 0; s < 2; ++s)
+      span.more[s] = states[s]->empty() ? nullptr : (*states[s])[i].mutable_data_ptr();
   });
   const std::vector<float> values = without_payloads(hyper);
   Update op{{call.terms}, rule_of(rule), values.data(), {}};
@@ -158,12 +160,11 @@ void update_planned_cpu(Tensor table, std::string rule, Tensor hyper, ZK_PLANNED
 
 }  // namespace
 
-ZK_REGISTER(
-    update,
-    "update(Tensor(a!)[] params, Tensor(b!)[] first, Tensor(c!)[] second, str rule, Tensor hyper, " ZK_TERMS_SCHEMA
-    ", str isa) -> ()")
-ZK_REGISTER_PLANNED(update,
-                    "update_planned(Tensor table, str rule, Tensor hyper, " ZK_PLANNED_SCHEMA ", str isa) -> ()")
+ZK_REGISTER(update,
+            "update(Tensor(a!)[] params, Tensor(b!)[] first, Tensor(c!)[] second, "
+            "str rule, Tensor hyper, " ZK_TERMS_SCHEMA ", str isa) -> ()")
+ZK_REGISTER_PLANNED(update, "update_planned(Tensor table, str rule, Tensor hyper, " ZK_PLANNED_SCHEMA
+                            ", str isa) -> ()")
 
 }  // namespace zk::cpu
 

@@ -40,7 +40,8 @@ ZK_HD float to_float(Element<D> x) {
 
 template <DType W>
 ZK_HD Element<W> to_sixteen(float x) {
-  if constexpr (W == DType::bf16) return static_cast<uint16_t>(bf16_nearest(zk::bits(without_payload(x))) >> 16);
+  if constexpr (W == DType::bf16)
+    return static_cast<uint16_t>(bf16_nearest(zk::bits(without_payload(x))) >> 16);
   return static_cast<uint16_t>(Portable::to_half(zk::from_bits(saturated_half(zk::bits(x)))));
 }
 
@@ -140,7 +141,8 @@ void ZK_ISA::encode(const Encode& op, int64_t begin, int64_t end) {
 namespace zk::cpu {
 namespace {
 
-void encode_cpu(TensorList out, TensorList params, int64_t wire, std::vector<int64_t> offsets, std::string isa) {
+void encode_cpu(TensorList out, TensorList params, int64_t wire, std::vector<int64_t> offsets,
+                std::string isa) {
   if (params.empty()) return;
   check_beside("encode", params, params);
   check_wires("encode", out, wire, params, offsets);
@@ -151,8 +153,8 @@ void encode_cpu(TensorList out, TensorList params, int64_t wire, std::vector<int
     const int64_t numel = params[i].numel();
     if (numel == 0) continue;
     const auto offset = static_cast<uint64_t>(offsets[i]);
-    ops.push_back({params[i].const_data_ptr(), static_cast<uint8_t*>(out[i].mutable_data_ptr()), numel, offset,
-                   dtype_of(params[i]), wire_of<DType>(wire)});
+    ops.push_back({params[i].const_data_ptr(), static_cast<uint8_t*>(out[i].mutable_data_ptr()), numel,
+                   offset, dtype_of(params[i]), wire_of<DType>(wire)});
     starts.push_back(total);
     total += wire_blocks(numel, offset);
   }
@@ -178,11 +180,12 @@ void decode_cpu(TensorList out, TensorList wires, int64_t wire, ZK_TERMS_PARAMS,
     span.in = wires[i].const_data_ptr();
     span.out = out[i].mutable_data_ptr();
   });
-  call.run(Combine{{call.terms}, Form::one, 0.0f, 0.0f, true, wire_of<DType>(wire)}, ZK_KERNEL_OF(combine, isa));
+  call.run(Combine{{call.terms}, Form::one, 0.0f, 0.0f, true, wire_of<DType>(wire)},
+           ZK_KERNEL_OF(combine, isa));
 }
 
-void decode_fan_out_cpu(TensorList plus, TensorList minus, TensorList wires, int64_t wire, Tensor seed, Tensor coeff,
-                        ZK_TERMS_PARAMS, std::string isa) {
+void decode_fan_out_cpu(TensorList plus, TensorList minus, TensorList wires, int64_t wire, Tensor seed,
+                        Tensor coeff, ZK_TERMS_PARAMS, std::string isa) {
   if (plus.empty()) return;
   const TermArgs args = ZK_TERMS;
   check_one_piece("decode_fan_out", args);
@@ -197,17 +200,17 @@ void decode_fan_out_cpu(TensorList plus, TensorList minus, TensorList wires, int
     span.more[0] = plus[i].mutable_data_ptr();
     span.more[1] = minus[i].mutable_data_ptr();
   });
-  call.run(Combine{{call.terms}, Form::fan_out, 0.0f, 0.0f, true, wire_of<DType>(wire)}, ZK_KERNEL_OF(combine, isa));
+  call.run(Combine{{call.terms}, Form::fan_out, 0.0f, 0.0f, true, wire_of<DType>(wire)},
+           ZK_KERNEL_OF(combine, isa));
 }
 
 }  // namespace
 
 ZK_REGISTER(encode, "encode(Tensor(a!)[] out, Tensor[] params, int wire, int[] offsets, str isa) -> ()")
 ZK_REGISTER(decode, "decode(Tensor(a!)[] out, Tensor[] wires, int wire, " ZK_TERMS_SCHEMA ", str isa) -> ()")
-ZK_REGISTER(
-    decode_fan_out,
-    "decode_fan_out(Tensor(a!)[] plus, Tensor(b!)[] minus, Tensor[] wires, int wire, Tensor seed, Tensor coeff, " ZK_TERMS_SCHEMA
-    ", str isa) -> ()")
+ZK_REGISTER(decode_fan_out,
+            "decode_fan_out(Tensor(a!)[] plus, Tensor(b!)[] minus, Tensor[] wires, int wire, "
+            "Tensor seed, Tensor coeff, " ZK_TERMS_SCHEMA ", str isa) -> ()")
 
 }  // namespace zk::cpu
 

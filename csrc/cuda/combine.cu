@@ -14,12 +14,13 @@ int launch_kernel(const CombineLaunch<Bytes>& p, uint32_t chunks, void* stream) 
   }
 }
 
-// One direction (perturb, update), one with weight decay, and two (update and next perturbation) are compiled for; any
-// other number reads keys and coefficients in a loop. A fan-out has one pending update, or any.
+// One direction (perturb, update), one with weight decay, and two (update and next perturbation) are compiled
+// for; any other number reads keys and coefficients in a loop. A fan-out has one pending update, or any.
 template <DType D, Domain Dist, bool Stochastic, int Bytes>
 int launch_count(const CombineLaunch<Bytes>& p, uint32_t chunks, void* stream) {
   const bool decay = p.decay != nullptr, fan_out = p.probe_seed != nullptr;
-  if (fan_out && p.count == 1 && !decay) return launch_kernel<D, Dist, 1, false, Stochastic, true>(p, chunks, stream);
+  if (fan_out && p.count == 1 && !decay)
+    return launch_kernel<D, Dist, 1, false, Stochastic, true>(p, chunks, stream);
   if (fan_out) return launch_kernel<D, Dist, 0, true, Stochastic, true>(p, chunks, stream);
   if (p.count == 1 && !decay) return launch_kernel<D, Dist, 1, false, Stochastic, false>(p, chunks, stream);
   if (p.count == 1) return launch_kernel<D, Dist, 1, true, Stochastic, false>(p, chunks, stream);
@@ -45,7 +46,8 @@ int launch_combine(const CombineLaunch<Bytes>& p, uint32_t chunks, DType dtype, 
 
 }  // namespace
 
-void run_plain(const char* op, CombineShared shared, const Rows& rows, const TermArgs& terms, const Tensor& on) {
+void run_plain(const char* op, CombineShared shared, const Rows& rows, const TermArgs& terms,
+               const Tensor& on) {
   const OnDevice device(on);
   shared.seeds = pointer<int64_t>(terms.seeds);
   shared.coeffs = pointer<float>(terms.coeffs);
@@ -57,7 +59,8 @@ void run_plain(const char* op, CombineShared shared, const Rows& rows, const Ter
   tensors.reserve(rows.count);
   for (const Row& row : rows) {
     if (row.width > 0) continue;
-    const CombineEntry entry{row.in, row.out, row.more[0], row.more[1], row.numel, static_cast<uint64_t>(row.offset)};
+    const CombineEntry entry{row.in,      row.out,   row.more[0],
+                             row.more[1], row.numel, static_cast<uint64_t>(row.offset)};
     tensors.push_back(packed(entry, row, chunks_of(entry.offset, entry.numel, terms.domain())));
   }
   const auto dtype = static_cast<DType>(rows.first().dtype);

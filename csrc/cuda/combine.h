@@ -27,14 +27,16 @@ struct CombineShared {
 template <int Bytes>
 struct CombineLaunch : CombineShared {
   Table<CombineEntry, Bytes> table;
-  // A constant that the compiler must not know: see noise/normal.h. Here and not beside count, with which it would be loaded
-  // as one pair of registers: fan-outs then spill.
+  // A constant that the compiler must not know: see noise/normal.h. Here and not beside count, with which it
+  // would be loaded as one pair of registers: fan-outs then spill.
   uint32_t mantissa = 0x007fffffu;
 };
 static_assert(sizeof(CombineLaunch<kMaxArgument>) <= kMaxArgument);
 static_assert(sizeof(CombineLaunch<kLargeArgument>) <= kLargeArgument);
 
-// Launches plain combine, or fan-out where a probe seed is given (combine.cu). `on`: a tensor of their device.
-void run_plain(const char* op, CombineShared shared, const Rows& rows, const TermArgs& terms, const Tensor& on);
+// Launches plain combine, or fan-out where a probe seed is given (combine.cu). `on`: a tensor of their
+// device.
+void run_plain(const char* op, CombineShared shared, const Rows& rows, const TermArgs& terms,
+               const Tensor& on);
 
 }  // namespace zk::cuda

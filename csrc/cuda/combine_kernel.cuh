@@ -94,7 +94,8 @@ ZK_GLOBAL combine_normal_kernel(ZK_GRID_CONSTANT CombineLaunch<Bytes> p) {
     if constexpr (kRound) random = draw(rounding, b, stream, kRounding);
     float z[kVector];
     if constexpr (FanOut) normals(draw(probe_key, b, stream, kNormal), z, p.mantissa);
-    finish<D, kRound, FanOut>(p, t, at, acc, random, [&](float sign, const float from[kVector], float to[kVector]) {
+    finish<D, kRound, FanOut>(p, t, at, acc, random,
+                              [&](float sign, const float from[kVector], float to[kVector]) {
       const float c = mul(sign, *p.probe_coeff);
       ZK_UNROLL
       for (int e = 0; e < kVector; ++e) to[e] = fma(c, z[e], from[e]);
@@ -102,7 +103,8 @@ ZK_GLOBAL combine_normal_kernel(ZK_GRID_CONSTANT CombineLaunch<Bytes> p) {
   };
 
   const bool inside = position >= 0 && position + kNormalChunk <= t.numel;
-  // Where the low counter word wraps inside the chunk, the upper word differs between threads: left to the slow path.
+  // Where the low counter word wraps inside the chunk, the upper word differs between threads: left to the
+  // slow path.
   const bool wraps = static_cast<uint32_t>(block) > 0xffffffffu - kThreads * kSteps;
   if (inside && allows_vectors<D, FanOut>(t) && !wraps) {
     const auto access = [&](int s) {
@@ -180,12 +182,13 @@ ZK_GLOBAL combine_rademacher_kernel(ZK_GRID_CONSTANT CombineLaunch<Bytes> p) {
   const auto vec_end = [&](int byte, const auto& at, float acc[kVector]) {
     Words<uint32_t> random{};
     if constexpr (kRound) random = draw(rounding, start / kVector + 32 * byte + lane, stream, kRounding);
-    finish<D, kRound, FanOut>(p, t, at, acc, random, [&](float sign, const float from[kVector], float to[kVector]) {
+    finish<D, kRound, FanOut>(p, t, at, acc, random,
+                              [&](float sign, const float from[kVector], float to[kVector]) {
       direction(probe_signs, mul(sign, *p.probe_coeff), byte, from, to);
     });
   };
-  // A group of vecs at a time: with any number of directions, a block is drawn anew for every four vecs of its sixteen
-  // (37 instructions over 32 elements), so that no more than four vecs of sums are held.
+  // A group of vecs at a time: with any number of directions, a block is drawn anew for every four vecs of
+  // its sixteen (37 instructions over 32 elements), so that no more than four vecs of sums are held.
   constexpr int kGroup = 4;
   const auto accumulate = [&](int group, float acc[kGroup][kVector]) {
     ZK_UNROLL

@@ -1,10 +1,11 @@
 // What the kernels share: the drawing of noise, the search of the table, and the access to eight elements.
 //
-// A thread owns whole Philox blocks: eight elements, one 16-byte access in half precision, no output thrown away. Chunks
-// that lie inside their tensor and are aligned take the fast path; the rest (first and last chunk of a tensor, shards that
-// start inside a block) goes element by element through the same arithmetic.
+// A thread owns whole Philox blocks: eight elements, one 16-byte access in half precision, no output thrown
+// away. Chunks that lie inside their tensor and are aligned take the fast path; the rest (first and last
+// chunk of a tensor, shards that start inside a block) goes element by element through the same arithmetic.
 //
-// Threads neither communicate nor synchronise, so tests/cuda_on_host runs the kernels on the CPU, thread by thread.
+// Threads neither communicate nor synchronise, so tests/cuda_on_host runs the kernels on the CPU, thread by
+// thread.
 #pragma once
 
 #include "../noise/rademacher.h"
@@ -41,7 +42,8 @@ ZK_DEVICE uint32_t word_of(const Words<uint32_t>& x, int byte) {
   return byte & 8 ? high : low;
 }
 
-// The tensor whose chunks include `chunk`. The index is the same in all threads, so the table is read as constants.
+// The tensor whose chunks include `chunk`. The index is the same in all threads, so the table is read as
+// constants.
 template <class Table>
 ZK_DEVICE int tensor_of(const Table& table, uint32_t chunk) {
   int low = 0, high = table.tensors;
@@ -66,7 +68,8 @@ struct EdgeAccess {
     using T = typename Storage<D>::T;
     Buffer<D> buffer;
     ZK_UNROLL
-    for (int e = 0; e < kVector; ++e) buffer.element[e] = inside(e) ? static_cast<const T*>(p)[first + e] : T{};
+    for (int e = 0; e < kVector; ++e)
+      buffer.element[e] = inside(e) ? static_cast<const T*>(p)[first + e] : T{};
     return buffer.raw;
   }
   template <DType D>
@@ -87,8 +90,9 @@ struct EdgeAccess {
   };
 };
 
-// Eight elements inside the tensor, at an aligned address: vector `step` from element `base`. Apart, so that one address
-// serves all steps and the steps become immediates (0.9 instructions a Rademacher element less than with their sum).
+// Eight elements inside the tensor, at an aligned address: vector `step` from element `base`. Apart, so that
+// one address serves all steps and the steps become immediates (0.9 instructions a Rademacher element less
+// than with their sum).
 struct VectorAccess {
   int64_t base;
   int step;
@@ -121,8 +125,9 @@ ZK_DEVICE bool is_aligned(uint64_t addresses, uint64_t offset) {
   return (addresses % alignof(typename Storage<D>::Raw) | offset % kVector) == 0;
 }
 
-// A warp's part of a chunk: vecs of eight elements from logical index `start`, vec 32 * step + lane being a lane's own. One
-// order for both distributions; with Rademacher noise a lane's vecs then have their signs in one block.
+// A warp's part of a chunk: vecs of eight elements from logical index `start`, vec 32 * step + lane being a
+// lane's own. One order for both distributions; with Rademacher noise a lane's vecs then have their signs in
+// one block.
 template <Domain Dist>
 struct Tile {
   static constexpr int64_t kChunk = chunk_of(Dist), kAligned = tile_of(Dist);
@@ -153,7 +158,9 @@ struct Tile {
   ZK_DEVICE EdgeAccess edge(int step, int64_t numel) const {
     return {position + (32 * step + static_cast<int64_t>(lane)) * kVector, numel};
   }
-  ZK_DEVICE VectorAccess vector(int step) const { return {position + static_cast<int64_t>(lane) * kVector, 32 * step}; }
+  ZK_DEVICE VectorAccess vector(int step) const {
+    return {position + static_cast<int64_t>(lane) * kVector, 32 * step};
+  }
   ZK_DEVICE bool is_outside(int64_t numel) const { return position >= numel; }
   ZK_DEVICE bool exists(int step, int64_t numel) const {
     const EdgeAccess at = edge(step, numel);
@@ -179,9 +186,9 @@ struct RowAccess {
   }
 };
 
-// Rows of a tensor, cut into vecs that are Philox blocks: `blocks` of each row. As in a Tile a warp's vecs follow each other
-// and a lane's are 32 apart. Where all is aligned to eight they are the vecs of the memory, so that accesses are those of one
-// piece; the row of a vec is a product and a shift.
+// Rows of a tensor, cut into vecs that are Philox blocks: `blocks` of each row. As in a Tile a warp's vecs
+// follow each other and a lane's are 32 apart. Where all is aligned to eight they are the vecs of the memory,
+// so that accesses are those of one piece; the row of a vec is a product and a shift.
 template <Domain Dist>
 struct RowTile {
   static constexpr int kVecs = kRowVecs;
@@ -203,7 +210,9 @@ struct RowTile {
   }
   ZK_DEVICE uint32_t ahead(int step) const { return column + own + 32 * step; }
   ZK_DEVICE uint64_t row_of(int step) const { return row + t.blocks.quotient(ahead(step)); }
-  ZK_DEVICE uint64_t row_start(int step) const { return t.offset + row_of(step) * static_cast<uint64_t>(t.length); }
+  ZK_DEVICE uint64_t row_start(int step) const {
+    return t.offset + row_of(step) * static_cast<uint64_t>(t.length);
+  }
   // From the last block of a row to the next row's first, where all is aligned.
   ZK_DEVICE uint64_t skipped() const { return static_cast<uint64_t>(t.length) / kVector - t.blocks.divisor; }
   template <bool Whole>
@@ -230,7 +239,9 @@ struct RowTile {
     const int64_t first = static_cast<int64_t>(block<false>(step) * kVector - row_start(step));
     return {static_cast<int64_t>(row_of(step)) * t.width, {first, t.width}};
   }
-  ZK_DEVICE VectorAccess vector(int step) const { return {static_cast<int64_t>(vec + own) * kVector, 32 * step}; }
+  ZK_DEVICE VectorAccess vector(int step) const {
+    return {static_cast<int64_t>(vec + own) * kVector, 32 * step};
+  }
 };
 
 // z of one direction over a tile.
@@ -253,8 +264,8 @@ struct Noise<Tile<kRademacher>> {
   Words<uint32_t> signs;
 
   ZK_DEVICE Noise(uint64_t seed, const Tile<kRademacher>& tile)
-      : signs(draw(philox_key(seed), tile.start / kRademacherTile * kRademacherBlocks + tile.lane, tile.stream,
-                   kRademacher)) {}
+      : signs(draw(philox_key(seed), tile.start / kRademacherTile * kRademacherBlocks + tile.lane,
+                   tile.stream, kRademacher)) {}
   template <bool Whole>
   ZK_DEVICE void vec(const Tile<kRademacher>&, int step, float z[kVector]) const {
     const uint32_t word = word_of(signs, step) >> (8 * (step % 4));
@@ -281,7 +292,8 @@ struct Noise<RowTile<kRademacher>> {
   Words<uint32_t> signs{};
 
   ZK_DEVICE Noise(uint64_t seed, const RowTile<kRademacher>&) : key(philox_key(seed)) {}
-  // Vecs 32 apart have their signs in one block while they stay in a row and a tile: it is drawn once for them.
+  // Vecs 32 apart have their signs in one block while they stay in a row and a tile: it is drawn once for
+  // them.
   template <bool Whole>
   ZK_DEVICE void vec(const RowTile<kRademacher>& tile, int step, float z[kVector]) {
     constexpr uint64_t kTileVecs = kRademacherTile / kVector;
@@ -295,8 +307,9 @@ struct Noise<RowTile<kRademacher>> {
   }
 };
 
-// A tile in groups of N vecs where it is whole and `aligned`, so that N loads are in flight and what a direction costs is
-// shared; vec by vec at the edges. pass.template operator()<N, Whole>(first step, access of a step).
+// A tile in groups of N vecs where it is whole and `aligned`, so that N loads are in flight and what a
+// direction costs is shared; vec by vec at the edges. pass.template operator()<N, Whole>(first step, access
+// of a step).
 template <int N, class Tile, class Pass>
 ZK_DEVICE void for_groups(const Tile& tile, int64_t numel, bool aligned, const Pass& pass) {
   if (aligned && tile.is_whole(numel)) {

@@ -11,7 +11,8 @@ void run(const Rows& rows, const Tensor& seed, const Tensor& coeff, const TermAr
   run_plain("fan_out", shared, rows, terms, seed);
 }
 
-void fan_out_cuda(TensorList params, TensorList plus, TensorList minus, Tensor seed, Tensor coeff, ZK_TERMS_PARAMS) {
+void fan_out_cuda(TensorList params, TensorList plus, TensorList minus, Tensor seed, Tensor coeff,
+                  ZK_TERMS_PARAMS) {
   const TermArgs terms = ZK_TERMS;
   if (params.empty()) return;
   check_one_piece("fan_out", terms);
@@ -33,10 +34,10 @@ void fan_out_planned_cuda(Tensor table, Tensor seed, Tensor coeff, ZK_PLANNED_PA
 
 }  // namespace
 
-ZK_REGISTER(
-    fan_out,
-    "fan_out(Tensor(a!)[] params, Tensor(b!)[] plus, Tensor(c!)[] minus, Tensor seed, Tensor coeff, " ZK_TERMS_SCHEMA
-    ") -> ()")
-ZK_REGISTER_PLANNED(fan_out, "fan_out_planned(Tensor table, Tensor seed, Tensor coeff, " ZK_PLANNED_SCHEMA ") -> ()")
+ZK_REGISTER(fan_out,
+            "fan_out(Tensor(a!)[] params, Tensor(b!)[] plus, Tensor(c!)[] minus, "
+            "Tensor seed, Tensor coeff, " ZK_TERMS_SCHEMA ") -> ()")
+ZK_REGISTER_PLANNED(fan_out,
+                    "fan_out_planned(Tensor table, Tensor seed, Tensor coeff, " ZK_PLANNED_SCHEMA ") -> ()")
 
 }  // namespace zk::cuda

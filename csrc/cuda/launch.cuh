@@ -1,5 +1,5 @@
-// Launches a kernel of kThreads threads a block on a cudaStream_t. tests/cuda_on_host compiles this folder for the host and
-// has its own.
+// Launches a kernel of kThreads threads a block on a cudaStream_t. tests/cuda_on_host compiles this folder
+// for the host and has its own.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -27,7 +27,8 @@ inline bool takes_large_arguments() {
   }();
   int device = 0, major = 0;
   return passes_on && cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 7;
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         major >= 7;
 }
 
 inline const char* launch_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

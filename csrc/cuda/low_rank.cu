@@ -41,10 +41,11 @@ constexpr int64_t low_rank_chunks(const LowRankEntry& t) {
   return (t.rows + kChunkRows - 1) / kChunkRows * ((t.columns + kChunkColumns - 1) / kChunkColumns);
 }
 
-// --- the kernel ----------------------------------------------------------------------------------------------
+// --- the kernel ------------------------------------------------------------------------------------------
 
-// low_rank on the device. A thread owns eight columns in several rows, so that what it reads of R serves all of them:
-// for one row R is 4 * rank bytes an element from the first-level cache, beside 4 bytes of bf16 theta from memory.
+// low_rank on the device. A thread owns eight columns in several rows, so that what it reads of R serves all
+// of them: for one row R is 4 * rank bytes an element from the first-level cache, beside 4 bytes of bf16
+// theta from memory.
 
 // R consecutive values of a factor: one or, at an aligned address, four.
 template <int R>
@@ -60,7 +61,8 @@ ZK_DEVICE void load_factor(const float* p, float x[R]) {
 
 // acc + sum_k c_k L_k R_k^T for N rows from `row` and eight columns from `column`, the rank in steps of R.
 template <int N, int R>
-ZK_DEVICE void add_products(const LowRankEntry& t, int count, int64_t row, int64_t column, float acc[N][kVector]) {
+ZK_DEVICE void add_products(const LowRankEntry& t, int count, int64_t row, int64_t column,
+                            float acc[N][kVector]) {
   ZK_NO_UNROLL
   for (int k = 0; k < count; ++k) {
     const float* left = t.left + (k * t.rows + row) * t.rank;
@@ -174,7 +176,7 @@ ZK_GLOBAL low_rank_kernel(ZK_GRID_CONSTANT LowRankLaunch p) {
   }
 }
 
-// --- the entry -----------------------------------------------------------------------------------------------
+// --- the entry -------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -220,6 +222,7 @@ void low_rank_cuda(TensorList out, TensorList params, TensorList left, TensorLis
 }  // namespace
 
 ZK_REGISTER(low_rank,
-            "low_rank(Tensor(a!)[] out, Tensor[] params, Tensor[] left, Tensor[] right, " ZK_TERMS_SCHEMA ") -> ()")
+            "low_rank(Tensor(a!)[] out, Tensor[] params, Tensor[] left, Tensor[] right, " ZK_TERMS_SCHEMA
+            ") -> ()")
 
 }  // namespace zk::cuda

@@ -1,6 +1,6 @@
-// What the entries of all operations share: they unpack tensors (stable ABI only), launch on the current stream of their
-// device and register themselves as torch.ops.zokernels_cuda.*. Arguments were checked in Python (zokernels/checks.py);
-// the checks here guard memory against a direct call.
+// What the entries of all operations share: they unpack tensors (stable ABI only), launch on the current
+// stream of their device and register themselves as torch.ops.zokernels_cuda.*. Arguments were checked in
+// Python (zokernels/checks.py); the checks here guard memory against a direct call.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -25,11 +25,15 @@
 // The function <op>_planned_cuda, which takes a plan's table in the place of tensors.
 #define ZK_REGISTER_PLANNED(op, schema)                               \
   STABLE_TORCH_LIBRARY_FRAGMENT(zokernels_cuda, m) { m.def(schema); } \
-  STABLE_TORCH_LIBRARY_IMPL(zokernels_cuda, CUDA, m) { m.impl(#op "_planned", TORCH_BOX(&op##_planned_cuda)); }
+  STABLE_TORCH_LIBRARY_IMPL(zokernels_cuda, CUDA, m) {                \
+    m.impl(#op "_planned", TORCH_BOX(&op##_planned_cuda));            \
+  }
 // The same of a function without tensors, which has no dispatch key to go by.
-#define ZK_REGISTER_CONSTANT(op, schema)                              \
-  STABLE_TORCH_LIBRARY_FRAGMENT(zokernels_cuda, m) { m.def(schema); } \
-  STABLE_TORCH_LIBRARY_IMPL(zokernels_cuda, CompositeExplicitAutograd, m) { m.impl(#op, TORCH_BOX(&op##_cuda)); }
+#define ZK_REGISTER_CONSTANT(op, schema)                                    \
+  STABLE_TORCH_LIBRARY_FRAGMENT(zokernels_cuda, m) { m.def(schema); }       \
+  STABLE_TORCH_LIBRARY_IMPL(zokernels_cuda, CompositeExplicitAutograd, m) { \
+    m.impl(#op, TORCH_BOX(&op##_cuda));                                     \
+  }
 
 // In libtorch_cuda, which a CPU build of torch lacks: weak, so that the library loads there too.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
@@ -44,7 +48,8 @@ inline DType dtype_of(const char* op, const Tensor& t) {
     case torch::headeronly::ScalarType::Float: return DType::f32;
     case torch::headeronly::ScalarType::BFloat16: return DType::bf16;
     case torch::headeronly::ScalarType::Half: return DType::f16;
-    default: STD_TORCH_CHECK(false, "zokernels_cuda::", op, ": expected float32, bfloat16 or float16 tensors");
+    default:
+      STD_TORCH_CHECK(false, "zokernels_cuda::", op, ": expected float32, bfloat16 or float16 tensors");
   }
 }
 
@@ -60,8 +65,8 @@ const T* pointer(const std::optional<Tensor>& t) {
   return t ? pointer<T>(*t) : nullptr;
 }
 
-// Makes the device of a tensor the current one, and has its current stream: what a launch needs, so that none can have
-// the stream without the device.
+// Makes the device of a tensor the current one, and has its current stream: what a launch needs, so that none
+// can have the stream without the device.
 struct OnDevice {
   explicit OnDevice(const Tensor& t) : guard(t.get_device_index()) {
     STD_TORCH_CHECK(&aoti_torch_get_current_cuda_stream != nullptr, "zokernels_cuda: this torch has no CUDA");

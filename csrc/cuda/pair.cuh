@@ -1,7 +1,8 @@
-// The normals of a block on the device. From sm_100 on one instruction multiplies, or multiplies and adds, two fp32 numbers in
-// neighbouring registers, each rounded as it would be alone, and takes one issue slot instead of two. Issue slots are what the
-// kernels wait for there. Both halves of the fp32 pipe are taken, of which one multiplies integers, too: so the radii, which
-// follow Philox, stay single, and what turns them into normals is done for two at a time.
+// The normals of a block on the device. From sm_100 on one instruction multiplies, or multiplies and adds,
+// two fp32 numbers in neighbouring registers, each rounded as it would be alone, and takes one issue slot
+// instead of two. Issue slots are what the kernels wait for there. Both halves of the fp32 pipe are taken, of
+// which one multiplies integers, too: so the radii, which follow Philox, stay single, and what turns them
+// into normals is done for two at a time.
 #pragma once
 
 #include "../noise/normal.h"

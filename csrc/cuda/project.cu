@@ -10,7 +10,8 @@ constexpr int kSumThreads = 8;
 constexpr int64_t kProjectChunk = kSumTile * kThreads / kSumThreads;
 
 constexpr int64_t project_chunks(uint64_t offset, int64_t numel) {
-  return numel == 0 ? 0 : (static_cast<int64_t>(offset % kSumTile) + numel + kProjectChunk - 1) / kProjectChunk;
+  return numel == 0 ? 0
+                    : (static_cast<int64_t>(offset % kSumTile) + numel + kProjectChunk - 1) / kProjectChunk;
 }
 
 struct ProjectEntry {
@@ -27,18 +28,20 @@ struct ProjectLaunch {
   const int64_t* seeds;
   double* partial;  // [K, columns]
   int64_t columns;
-  int32_t count;    // K
-  uint32_t groups;  // of directions; blocks of one chunk are neighbours, so that the others find x in the cache
+  int32_t count;  // K
+  // of directions; blocks of one chunk are neighbours, so that the others find x in the cache
+  uint32_t groups;
   uint32_t mantissa = 0x007fffffu;  // a constant that the compiler must not know: see noise/normal.h
   Table<ProjectEntry> table;
 };
 static_assert(sizeof(ProjectLaunch) <= kMaxArgument);
 
-// --- the kernel ----------------------------------------------------------------------------------------------
+// --- the kernel ------------------------------------------------------------------------------------------
 
-// project on the device. A tile of 4096 is 32 segments of 16 vecs; of each a thread has vecs c, c + 4, c + 8 and c + 12, that is
-// one chain of fmas down each of four columns, and of the segments the even or the odd ones. So the chains of the contract stay
-// in one thread, and so do the signs of 512 elements in four Philox blocks.
+// project on the device. A tile of 4096 is 32 segments of 16 vecs; of each a thread has vecs c, c + 4, c + 8
+// and c + 12, that is one chain of fmas down each of four columns, and of the segments the even or the odd
+// ones. So the chains of the contract stay in one thread, and so do the signs of 512 elements in four Philox
+// blocks.
 
 // A thread's part of a tile.
 struct SumTile {
@@ -48,7 +51,9 @@ struct SumTile {
   uint32_t column, parity, mantissa;
 
   static constexpr int kRows = 4, kSegments = 16;
-  ZK_DEVICE uint32_t vec(int segment, int row) const { return 16 * (2 * segment + parity) + 4 * row + column; }
+  ZK_DEVICE uint32_t vec(int segment, int row) const {
+    return 16 * (2 * segment + parity) + 4 * row + column;
+  }
   ZK_DEVICE bool is_whole(int64_t numel) const { return position >= 0 && position + kSumTile <= numel; }
 };
 
@@ -92,7 +97,8 @@ struct Array {
 
 // N directions from `first` on.
 template <int N, DType D, Domain Dist, class Launch>
-ZK_DEVICE void project_group(const Launch& p, const ProjectEntry& t, const SumTile& tile, int first, double* out) {
+ZK_DEVICE void project_group(const Launch& p, const ProjectEntry& t, const SumTile& tile, int first,
+                             double* out) {
   using S = Storage<D>;
   const auto noises = [&]<int... I>(std::integer_sequence<int, I...>) {
     return Array<SumNoise<Dist>, N>{{SumNoise<Dist>(seed_at(p.seeds, first + I), tile)...}};
@@ -123,7 +129,8 @@ ZK_DEVICE void project_group(const Launch& p, const ProjectEntry& t, const SumTi
     }
   }
   ZK_UNROLL
-  for (int k = 0; k < N; ++k) out[(first + k) * p.columns] = (sums[k][0] + sums[k][1]) + (sums[k][2] + sums[k][3]);
+  for (int k = 0; k < N; ++k)
+    out[(first + k) * p.columns] = (sums[k][0] + sums[k][1]) + (sums[k][2] + sums[k][3]);
 }
 
 template <DType D, Domain Dist>
@@ -151,13 +158,14 @@ ZK_GLOBAL project_kernel(ZK_GRID_CONSTANT ProjectLaunch p) {
   for (; k < p.count; ++k) project_group<1, D, Dist>(p, t, tile, k, out);
 }
 
-// --- the entry -----------------------------------------------------------------------------------------------
+// --- the entry -------------------------------------------------------------------------------------------
 
 namespace {
 
 int launch_project(const ProjectLaunch& p, uint32_t blocks, DType dtype, Domain dist, void* stream) {
   return with_dtype(dtype, [&]<DType D>() {
-    return launch(dist == kNormal ? project_kernel<D, kNormal> : project_kernel<D, kRademacher>, blocks, stream, p);
+    return launch(dist == kNormal ? project_kernel<D, kNormal> : project_kernel<D, kRademacher>, blocks,
+                  stream, p);
   });
 }
 
@@ -179,10 +187,11 @@ void project_cuda(Tensor partial, TensorList tensors, Tensor seeds, std::vector<
   std::vector<Packed<ProjectEntry>> entries;
   int64_t column = 0;
   for (size_t i = 0; i < tensors.size(); ++i) {
-    const ProjectEntry entry{tensors[i].const_data_ptr(), tensors[i].numel(), static_cast<uint64_t>(offsets[i]),
-                             column};
+    const ProjectEntry entry{tensors[i].const_data_ptr(), tensors[i].numel(),
+                             static_cast<uint64_t>(offsets[i]), column};
     column += sum_tiles(entry.offset, entry.numel) * kSumThreads;
-    entries.push_back({entry, Stream(static_cast<uint64_t>(streams[i])), project_chunks(entry.offset, entry.numel)});
+    entries.push_back({entry, Stream(static_cast<uint64_t>(streams[i])),
+                       project_chunks(entry.offset, entry.numel)});
   }
   pack_launches(shared, entries, [&](const ProjectLaunch& launch, uint32_t chunks) {
     STD_TORCH_CHECK(int64_t{chunks} * launch.groups <= kMaxChunks,
@@ -196,6 +205,7 @@ void project_cuda(Tensor partial, TensorList tensors, Tensor seeds, std::vector<
 
 ZK_REGISTER_CONSTANT(project_columns, "project_columns() -> int")
 ZK_REGISTER(project,
-            "project(Tensor(a!) partial, Tensor[] tensors, Tensor seeds, int[] streams, int[] offsets, int dist) -> ()")
+            "project(Tensor(a!) partial, Tensor[] tensors, Tensor seeds, "
+            "int[] streams, int[] offsets, int dist) -> ()")
 
 }  // namespace zk::cuda

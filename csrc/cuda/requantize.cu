@@ -11,7 +11,8 @@ void requantize_cuda(TensorList out, TensorList params, int64_t low, int64_t hig
   check_one_piece("requantize", terms);
   check_terms("requantize", params, terms);
   check_beside("requantize", out, params);
-  STD_TORCH_CHECK(params[0].scalar_type() == torch::headeronly::ScalarType::Char, "requantize: expected int8 tensors");
+  STD_TORCH_CHECK(params[0].scalar_type() == torch::headeronly::ScalarType::Char,
+                  "requantize: expected int8 tensors");
   UpdateLaunch shared{};
   shared.low = static_cast<float>(low);
   shared.high = static_cast<float>(high);
@@ -24,6 +25,7 @@ void requantize_cuda(TensorList out, TensorList params, int64_t low, int64_t hig
 
 }  // namespace
 
-ZK_REGISTER(requantize, "requantize(Tensor(a!)[] out, Tensor[] params, int low, int high, " ZK_TERMS_SCHEMA ") -> ()")
+ZK_REGISTER(requantize,
+            "requantize(Tensor(a!)[] out, Tensor[] params, int low, int high, " ZK_TERMS_SCHEMA ") -> ()")
 
 }  // namespace zk::cuda

@@ -10,7 +10,8 @@ constexpr bool is_exact(uint32_t d) {
   const Divisor divisor(d);
   const uint32_t most = 0x7fffffffu / d;
   for (uint32_t q : {0u, 1u, most / 2, most - 1, most}) {
-    if (q <= most && (divisor.quotient(q * d) != q || (q > 0 && divisor.quotient(q * d - 1) != q - 1))) return false;
+    if (q <= most && (divisor.quotient(q * d) != q || (q > 0 && divisor.quotient(q * d - 1) != q - 1)))
+      return false;
   }
   return divisor.quotient(0x7fffffffu) == most;
 }

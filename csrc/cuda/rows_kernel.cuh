@@ -1,4 +1,5 @@
-// Plain combine of tensors that are rows: neither masks nor curvature. What else rows have: update_kernel.cuh.
+// Plain combine of tensors that are rows: neither masks nor curvature. What else rows have:
+// update_kernel.cuh.
 #pragma once
 
 #include "device.cuh"
@@ -47,7 +48,8 @@ ZK_GLOBAL combine_rows_kernel(ZK_GRID_CONSTANT RowsLaunch p) {
           }
         }
         Words<uint32_t> random{};
-        if constexpr (kRound) random = draw(rounding, tile.template block<Whole>(first + v), tile.stream, kRounding);
+        if constexpr (kRound)
+          random = draw(rounding, tile.template block<Whole>(first + v), tile.stream, kRounding);
         access(first + v).template store<D>(t.out, S::template pack<kRound>(acc, random));
       }
     };

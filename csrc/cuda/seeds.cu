@@ -4,11 +4,12 @@
 
 namespace zk::cuda {
 
-ZK_GLOBAL derive_seed_kernel(const int64_t* run_seed, const int64_t* step, const int64_t* k, int64_t* out, int64_t n) {
+ZK_GLOBAL derive_seed_kernel(const int64_t* run_seed, const int64_t* step, const int64_t* k, int64_t* out,
+                             int64_t n) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i < n) {
-    out[i] = static_cast<int64_t>(derive_seed(static_cast<uint64_t>(run_seed[i]), static_cast<uint64_t>(step[i]),
-                                              static_cast<uint32_t>(k[i])));
+    out[i] = static_cast<int64_t>(derive_seed(static_cast<uint64_t>(run_seed[i]),
+                                              static_cast<uint64_t>(step[i]), static_cast<uint32_t>(k[i])));
   }
 }
 
@@ -20,9 +21,10 @@ Tensor derive_seed_cuda(Tensor run_seed, Tensor step, Tensor k) {
   if (run_seed.numel() == 0) return seeds;
   const OnDevice on(run_seed);
   const int64_t n = run_seed.numel();
-  check_launch("derive_seed", launch(derive_seed_kernel, static_cast<uint32_t>((n + kThreads - 1) / kThreads),
-                                     on.stream, pointer<int64_t>(run_seed), pointer<int64_t>(step), pointer<int64_t>(k),
-                                     static_cast<int64_t*>(seeds.mutable_data_ptr()), n));
+  check_launch("derive_seed",
+               launch(derive_seed_kernel, static_cast<uint32_t>((n + kThreads - 1) / kThreads), on.stream,
+                      pointer<int64_t>(run_seed), pointer<int64_t>(step), pointer<int64_t>(k),
+                      static_cast<int64_t*>(seeds.mutable_data_ptr()), n));
   return seeds;
 }
 

@@ -16,7 +16,7 @@ struct SpreadLaunch {
   uint32_t mantissa = 0x007fffffu;  // a constant that the compiler must not know: see noise/normal.h
 };
 
-// --- the kernel ----------------------------------------------------------------------------------------------
+// --- the kernel ------------------------------------------------------------------------------------------
 
 // spread on the device: x stays in registers while the directions pass.
 
@@ -51,13 +51,14 @@ ZK_GLOBAL spread_kernel(ZK_GRID_CONSTANT SpreadLaunch p) {
   for_groups<4>(tile, p.numel, aligned, pass);
 }
 
-// --- the entry -----------------------------------------------------------------------------------------------
+// --- the entry -------------------------------------------------------------------------------------------
 
 namespace {
 
 int launch_spread(const SpreadLaunch& p, uint32_t chunks, DType dtype, Domain dist, void* stream) {
   return with_dtype(dtype, [&]<DType D>() {
-    return launch(dist == kNormal ? spread_kernel<D, kNormal> : spread_kernel<D, kRademacher>, chunks, stream, p);
+    return launch(dist == kNormal ? spread_kernel<D, kNormal> : spread_kernel<D, kRademacher>, chunks, stream,
+                  p);
   });
 }
 
@@ -79,8 +80,8 @@ void spread_cuda(Tensor out, Tensor x, ZK_TERMS_PARAMS) {
   p.offset = static_cast<uint64_t>(offsets[0]);
   p.stream = Stream(static_cast<uint64_t>(streams[0]));
   p.count = static_cast<int32_t>(seeds.numel());
-  check_launch("spread",
-               launch_spread(p, static_cast<uint32_t>(chunks), dtype_of("spread", x), terms.domain(), on.stream));
+  check_launch("spread", launch_spread(p, static_cast<uint32_t>(chunks), dtype_of("spread", x),
+                                       terms.domain(), on.stream));
 }
 
 }  // namespace

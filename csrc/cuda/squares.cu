@@ -12,7 +12,8 @@ struct SquaresEntry {
 
 struct SquaresLaunch {
   const int64_t* seeds;
-  unsigned long long* partial;  // [K, columns]: threads take columns in turn, so that they do not meet at one address
+  // [K, columns]: threads take columns in turn, so that they do not meet at one address
+  unsigned long long* partial;
   uint32_t columns;
   int32_t count;                    // K
   uint32_t mantissa = 0x007fffffu;  // a constant that the compiler must not know: see noise/normal.h
@@ -20,7 +21,7 @@ struct SquaresLaunch {
 };
 static_assert(sizeof(SquaresLaunch) <= kMaxArgument);
 
-// --- the kernel ----------------------------------------------------------------------------------------------
+// --- the kernel ------------------------------------------------------------------------------------------
 
 // squares on the device: sums of integers, so that no order of threads changes a bit.
 
@@ -56,7 +57,7 @@ ZK_GLOBAL squares_kernel(ZK_GRID_CONSTANT SquaresLaunch p) {
   }
 }
 
-// --- the entry -----------------------------------------------------------------------------------------------
+// --- the entry -------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -64,7 +65,8 @@ int launch_squares(const SquaresLaunch& p, uint32_t chunks, void* stream) {
   return launch(squares_kernel, chunks, stream, p);
 }
 
-// Partial sums of a direction. Each thread adds once, for 64 elements: with one sum they would queue at one address.
+// Partial sums of a direction. Each thread adds once, for 64 elements: with one sum they would queue at one
+// address.
 constexpr int64_t kSquaresColumns = 8192;
 
 Tensor squares_cuda(Tensor seeds, std::vector<int64_t> sizes, std::vector<int64_t> streams,

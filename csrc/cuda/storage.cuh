@@ -1,5 +1,5 @@
-// Eight parameters at a time between memory and fp32 registers. The device converts by instruction; the host branch is for
-// tests/cuda_on_host, which runs the kernels' code on the CPU.
+// Eight parameters at a time between memory and fp32 registers. The device converts by instruction; the host
+// branch is for tests/cuda_on_host, which runs the kernels' code on the CPU.
 #pragma once
 
 #include "../cpu/lanes_portable.h"
@@ -14,9 +14,9 @@ struct alignas(16) Vec16 {
   uint32_t w[4];
 };
 
-// NVIDIA's arithmetic makes the NaN 0x7fffffff and no other, to which nothing may be added: here its low half becomes zeros.
-// All else stays: infinities and numbers are below, and what has the sign bit is a negative integer.  A host's arithmetic
-// passes the NaNs of its operands on, of either sign.
+// NVIDIA's arithmetic makes the NaN 0x7fffffff and no other, to which nothing may be added: here its low half
+// becomes zeros. All else stays: infinities and numbers are below, and what has the sign bit is a negative
+// integer.  A host's arithmetic passes the NaNs of its operands on, of either sign.
 ZK_HD uint32_t tame_nan(uint32_t b) {
 #if defined(__CUDA_ARCH__)
   return static_cast<uint32_t>(static_cast<int32_t>(b) < 0x7fff0000 ? static_cast<int32_t>(b) : 0x7fff0000);
@@ -25,8 +25,8 @@ ZK_HD uint32_t tame_nan(uint32_t b) {
 #endif
 }
 
-// sum + (w & 0xffff) in one instruction of the pipe that multiplies; before sm_86 that pipe is the busiest. Nothing like it is
-// needed for w >> 16, which an addition takes along.
+// sum + (w & 0xffff) in one instruction of the pipe that multiplies; before sm_86 that pipe is the busiest.
+// Nothing like it is needed for w >> 16, which an addition takes along.
 ZK_HD uint32_t add_low_half(uint32_t sum, uint32_t w) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 860
   asm("dp2a.lo.u32.u32 %0, %1, 1, %0;" : "+r"(sum) : "r"(w));

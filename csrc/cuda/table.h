@@ -1,5 +1,5 @@
-// Plain data that every kernel shares: dtypes, the cutting of tensors into chunks, and the packing of many tensors into
-// launches. No torch and no CUDA header: the host tests compile it too.
+// Plain data that every kernel shares: dtypes, the cutting of tensors into chunks, and the packing of many
+// tensors into launches. No torch and no CUDA header: the host tests compile it too.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,8 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kVector = 8;  // elements of a Philox block, and of a thread's access
 
-// Elements of a thread block's chunk. Normal: kSteps blocks of eight a thread. Rademacher: a tile of 4096 a warp.
+// Elements of a thread block's chunk. Normal: kSteps blocks of eight a thread. Rademacher: a tile of 4096 a
+// warp.
 constexpr int kSteps = 16;
 constexpr int64_t kNormalChunk = int64_t{kThreads} * kVector * kSteps;
 constexpr int64_t kRademacherChunk = int64_t{kWarps} * 4096;
@@ -29,8 +30,9 @@ constexpr int64_t chunks_of(uint64_t offset, int64_t numel, Domain dist) {
   return (lead + numel + chunk_of(dist) - 1) / chunk_of(dist);
 }
 
-// n / divisor for n < 2^31 as a product and a shift: floor(n ceil(2^(31 + l) / divisor) / 2^(31 + l)), l = ceil(log2 divisor).
-// Exact: rounding up adds n e / (divisor 2^(31 + l)) < 1 / divisor, as e < divisor <= 2^l (Granlund and Montgomery, 1994).
+// n / divisor for n < 2^31 as a product and a shift: floor(n ceil(2^(31 + l) / divisor) / 2^(31 + l)), l =
+// ceil(log2 divisor). Exact: rounding up adds n e / (divisor 2^(31 + l)) < 1 / divisor, as e < divisor <= 2^l
+// (Granlund and Montgomery, 1994).
 struct Divisor {
   uint32_t divisor, magic, shift;
 
@@ -47,12 +49,14 @@ struct Divisor {
   }
 };
 
-// Tensors of one launch travel as a kernel argument, so a launch needs no copy to the device, no allocation and no cache, and
-// a CUDA graph captures it whole. An argument has at most 4 KiB on every architecture, and 32,764 bytes from compute
-// capability 7.0 and CUDA 12.1 on (CUDA C++ Programming Guide, "Function Parameters"; launch.cuh asks the device). Kernels of
-// calls with many tensors are compiled for both: a large argument is copied whole at each launch.
+// Tensors of one launch travel as a kernel argument, so a launch needs no copy to the device, no allocation
+// and no cache, and a CUDA graph captures it whole. An argument has at most 4 KiB on every architecture, and
+// 32,764 bytes from compute capability 7.0 and CUDA 12.1 on (CUDA C++ Programming Guide, "Function
+// Parameters"; launch.cuh asks the device). Kernels of calls with many tensors are compiled for both: a large
+// argument is copied whole at each launch.
 constexpr int kMaxArgument = 4096;
-#if defined(ZK_SMALL_ARGUMENTS) || (defined(__CUDACC__) && __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ < 1201)
+#if defined(ZK_SMALL_ARGUMENTS) || \
+    (defined(__CUDACC__) && __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ < 1201)
 constexpr int kLargeArgument = kMaxArgument;
 #else
 constexpr int kLargeArgument = 32764;
@@ -101,7 +105,8 @@ void pack_launches(Launch p, const Tensors& tensors, const Run& launch) {
   flush();
 }
 
-// f<Bytes>() with the size of argument for a call of so many entries; `large`: whether the device takes large ones.
+// f<Bytes>() with the size of argument for a call of so many entries; `large`: whether the device takes large
+// ones.
 template <class Entry, class F>
 auto with_argument(size_t tensors, bool large, const F& f) {
   if constexpr (kLargeArgument > kMaxArgument) {

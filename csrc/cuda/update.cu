@@ -55,10 +55,10 @@ void update_planned_cuda(Tensor table, std::string rule, Tensor hyper, ZK_PLANNE
 
 }  // namespace
 
-ZK_REGISTER(
-    update,
-    "update(Tensor(a!)[] params, Tensor(b!)[] first, Tensor(c!)[] second, str rule, Tensor hyper, " ZK_TERMS_SCHEMA
-    ") -> ()")
-ZK_REGISTER_PLANNED(update, "update_planned(Tensor table, str rule, Tensor hyper, " ZK_PLANNED_SCHEMA ") -> ()")
+ZK_REGISTER(update,
+            "update(Tensor(a!)[] params, Tensor(b!)[] first, Tensor(c!)[] second, "
+            "str rule, Tensor hyper, " ZK_TERMS_SCHEMA ") -> ()")
+ZK_REGISTER_PLANNED(update,
+                    "update_planned(Tensor table, str rule, Tensor hyper, " ZK_PLANNED_SCHEMA ") -> ()")
 
 }  // namespace zk::cuda

@@ -25,7 +25,8 @@ struct UpdateEntry {
   uint64_t offset;  // logical index of element 0
 };
 
-// A tensor that is rows of `width` elements, `length` logical indices apart; its chunks are of vecs, `blocks` of a row.
+// A tensor that is rows of `width` elements, `length` logical indices apart; its chunks are of vecs, `blocks`
+// of a row.
 struct RowsEntry : UpdateEntry {
   int64_t width, length;
   Divisor blocks;

@@ -21,8 +21,8 @@ inline int64_t chunks_of_entry(RowsEntry& entry, const Row& row, Domain) {
   return (entry.numel / entry.width * blocks + kRowChunk - 1) / kRowChunk;
 }
 
-// update, and combine that is not plain, of the tensors that are rows or of those that are not. A curvature is state 0.
-// run(launch, chunks, stream) launches a kernel; `on`: a tensor of their device.
+// update, and combine that is not plain, of the tensors that are rows or of those that are not. A curvature
+// is state 0. run(launch, chunks, stream) launches a kernel; `on`: a tensor of their device.
 template <class Launch, class Run>
 void run_entries(const char* op, Launch shared, const Rows& rows, const TermArgs& terms, const Tensor& on,
                  const Run& run) {
@@ -33,7 +33,8 @@ void run_entries(const char* op, Launch shared, const Rows& rows, const TermArgs
   shared.mask_seed = pointer<int64_t>(terms.mask_seed);
   shared.mask_keep = static_cast<uint32_t>(terms.mask_keep);
   shared.count = static_cast<int32_t>(terms.seeds.numel());
-  for (int s = 0; s < 2; ++s) shared.state_is_bf16[s] = rows.first().state[s] == static_cast<int64_t>(DType::bf16);
+  for (int s = 0; s < 2; ++s)
+    shared.state_is_bf16[s] = rows.first().state[s] == static_cast<int64_t>(DType::bf16);
 
   using Entry = typename decltype(shared.table)::Entry;
   std::vector<Packed<Entry>> tensors;
@@ -53,8 +54,9 @@ void run_entries(const char* op, Launch shared, const Rows& rows, const TermArgs
     const int64_t chunks = chunks_of_entry(entry, row, terms.domain());
     tensors.push_back(packed(entry, row, chunks));
   }
-  pack_launches(shared, tensors,
-                [&](const Launch& launch, uint32_t chunks) { check_launch(op, run(launch, chunks, device.stream)); });
+  pack_launches(shared, tensors, [&](const Launch& launch, uint32_t chunks) {
+    check_launch(op, run(launch, chunks, device.stream));
+  });
 }
 
 // The tensors that are rows, and with `all` the others too (update.cu).

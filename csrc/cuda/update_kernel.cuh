@@ -1,7 +1,8 @@
-// update on the device, and combine with whatever a plain call lacks: one kernel, in which combine is a rule without state.
+// update on the device, and combine with whatever a plain call lacks: one kernel, in which combine is a rule
+// without state.
 //
-// Masks, decay, rounding and the states' dtypes are asked for at run time: the answers are the same in all threads, and
-// with a template of each there would be hundreds of kernels.
+// Masks, decay, rounding and the states' dtypes are asked for at run time: the answers are the same in all
+// threads, and with a template of each there would be hundreds of kernels.
 #pragma once
 
 #include <type_traits>
@@ -15,7 +16,9 @@ namespace zk::cuda {
 // The sum starts from the decayed theta instead of 0.
 struct Combine : rules::Gradient {
   static constexpr int states = 0, values = 0;
-  static ZK_DEVICE float apply(const float*, const float*, const float sum[], float, float, float[]) { return sum[0]; }
+  static ZK_DEVICE float apply(const float*, const float*, const float sum[], float, float, float[]) {
+    return sum[0];
+  }
 };
 
 // Every z is divided by the square root of the curvature.
@@ -39,7 +42,8 @@ struct StateVec {
 };
 
 template <DType D, bool Stochastic, class Launch>
-ZK_DEVICE typename Storage<D>::Raw pack(const Launch& p, const float x[kVector], const Words<uint32_t>& random) {
+ZK_DEVICE typename Storage<D>::Raw pack(const Launch& p, const float x[kVector],
+                                        const Words<uint32_t>& random) {
   if constexpr (D == DType::i8) {
     return Storage<D>::template pack<Stochastic>(x, random, p.low, p.high);
   } else {
@@ -138,7 +142,8 @@ ZK_GLOBAL update_kernel(ZK_GRID_CONSTANT Launch p) {
         for (int e = 0; e < kVector; ++e) {
           next[v][e] = select_top(kept(e), next[v][e], decayed[e]);
           ZK_UNROLL
-          for (int s = 0; s < Rule::states; ++s) state[v][s][e] = select_top(kept(e), state[v][s][e], old[s][e]);
+          for (int s = 0; s < Rule::states; ++s)
+            state[v][s][e] = select_top(kept(e), state[v][s][e], old[s][e]);
         }
       };
       const uint64_t block = tile.template block<Whole>(first + v);
@@ -157,7 +162,8 @@ ZK_GLOBAL update_kernel(ZK_GRID_CONSTANT Launch p) {
       for (int v = 0; v < N; ++v) {
         const auto at = access(first + v);
         const auto random = [&](uint32_t domain) {
-          return Stochastic ? draw(key, tile.template block<Whole>(first + v), tile.stream, static_cast<Domain>(domain))
+          return Stochastic ? draw(key, tile.template block<Whole>(first + v), tile.stream,
+                                   static_cast<Domain>(domain))
                             : Words<uint32_t>{};
         };
         at.template store<D>(t.out, pack<D, Stochastic>(p, next[v], random(kRounding)));
@@ -165,7 +171,8 @@ ZK_GLOBAL update_kernel(ZK_GRID_CONSTANT Launch p) {
         for (int s = 0; s < Rule::states; ++s) {
           if (p.state_is_bf16[s]) {
             using State = Storage<DType::bf16>;
-            at.template store<DType::bf16>(t.state[s], State::pack<Stochastic>(state[v][s], random(kState + s)));
+            at.template store<DType::bf16>(t.state[s],
+                                           State::pack<Stochastic>(state[v][s], random(kState + s)));
           } else {
             using State = Storage<DType::f32>;
             at.template store<DType::f32>(t.state[s], State::pack<false>(state[v][s], {}));
@@ -183,7 +190,8 @@ ZK_GLOBAL update_kernel(ZK_GRID_CONSTANT Launch p) {
   uint64_t all = address(t.in) | address(t.out);
   bool aligned = is_aligned<D>(all, tile.alignment());
   ZK_UNROLL
-  for (int s = 0; s < kRead; ++s) aligned = aligned && is_aligned<DType::f32>(address(t.state[s]), tile.alignment());
+  for (int s = 0; s < kRead; ++s)
+    aligned = aligned && is_aligned<DType::f32>(address(t.state[s]), tile.alignment());
   constexpr bool kRows = std::is_same_v<Launch, RowsLaunch>;
   // More would hold too many registers.
   constexpr int kGroup = kRows && kScaled ? 1 : kRead > 0 || Rule::sums > 1 ? 2 : 4;

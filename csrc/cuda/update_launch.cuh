@@ -8,7 +8,8 @@ namespace zk::cuda {
 
 template <DType D, class Rule, class Launch>
 int launch_rule(const Launch& p, uint32_t chunks, Domain dist, void* stream) {
-  return launch(dist == kNormal ? update_kernel<D, kNormal, Rule, Launch> : update_kernel<D, kRademacher, Rule, Launch>,
+  return launch(dist == kNormal ? update_kernel<D, kNormal, Rule, Launch>
+                                : update_kernel<D, kRademacher, Rule, Launch>,
                 chunks, stream, p);
 }
 
@@ -17,10 +18,11 @@ int launch_action(const Launch& p, uint32_t chunks, DType dtype, Domain dist, Ac
   return with_dtype(dtype, [&]<DType D>() {
     switch (action) {
       case Action::combine: break;
-      case Action::scaled_combine: return launch_rule<D, ScaledCombine>(p, chunks, dist, stream);
+      case Action::scaled_combine:
+        return launch_rule<D, ScaledCombine>(p, chunks, dist, stream);
 #define ZK_CASE(rule) \
   case Action::rule: return launch_rule<D, rules::rule>(p, chunks, dist, stream);
-          ZK_RULES(ZK_CASE)
+        ZK_RULES(ZK_CASE)
 #undef ZK_CASE
     }
     return launch_rule<D, Combine>(p, chunks, dist, stream);

@@ -44,7 +44,7 @@ constexpr int64_t encode_chunks(uint64_t offset, int64_t numel) {
   return (wire_blocks(numel, offset) + kThreads - 1) / kThreads;
 }
 
-// --- the kernel ----------------------------------------------------------------------------------------------
+// --- the kernel ------------------------------------------------------------------------------------------
 
 // encode and decode on the device.
 
@@ -112,8 +112,8 @@ ZK_GLOBAL encode_kernel(ZK_GRID_CONSTANT EncodeLaunch p) {
   }
 }
 
-// Update: there are directions, a decay or stochastic rounding; what is lossy has none. Apart, because a fan-out alone costs
-// half.
+// Update: there are directions, a decay or stochastic rounding; what is lossy has none. Apart, because a
+// fan-out alone costs half.
 template <DType D, DType W, Domain Dist, bool FanOut, bool Update>
 ZK_GLOBAL decode_kernel(ZK_GRID_CONSTANT DecodeLaunch p) {
   using S = Storage<D>;
@@ -133,7 +133,8 @@ ZK_GLOBAL decode_kernel(ZK_GRID_CONSTANT DecodeLaunch p) {
       raw[v] = access(first + v).template load<W>(t.in);
       // A vec of eight lies in one block of 32, and exists only where an element of that block does.
       if constexpr (kHasScales<W>) {
-        scale[v] = t.scales[tile.template block<Whole>(first + v) / (kWireBlock / kVector) - t.offset / kWireBlock];
+        scale[v] =
+            t.scales[tile.template block<Whole>(first + v) / (kWireBlock / kVector) - t.offset / kWireBlock];
       }
     }
     float acc[N][kVector];
@@ -199,7 +200,7 @@ ZK_GLOBAL decode_kernel(ZK_GRID_CONSTANT DecodeLaunch p) {
   for_groups<kGroup>(tile, t.numel, aligned, pass);
 }
 
-// --- the entry -----------------------------------------------------------------------------------------------
+// --- the entry -------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -216,8 +217,8 @@ auto with_wire(DType wire, const F& f) {
 template <DType D, DType W, Domain Dist, bool FanOut>
 int launch_form(const DecodeLaunch& p, uint32_t chunks, void* stream) {
   const bool update = p.count > 0 || p.decay != nullptr || p.rounding_seed != nullptr;
-  return launch(update ? decode_kernel<D, W, Dist, FanOut, true> : decode_kernel<D, W, Dist, FanOut, false>, chunks,
-                stream, p);
+  return launch(update ? decode_kernel<D, W, Dist, FanOut, true> : decode_kernel<D, W, Dist, FanOut, false>,
+                chunks, stream, p);
 }
 
 template <DType D, DType W, Domain Dist>
@@ -232,7 +233,8 @@ int launch_encode(const EncodeLaunch& p, uint32_t chunks, DType dtype, DType wir
   });
 }
 
-int launch_decode(const DecodeLaunch& p, uint32_t chunks, DType dtype, DType wire, Domain dist, void* stream) {
+int launch_decode(const DecodeLaunch& p, uint32_t chunks, DType dtype, DType wire, Domain dist,
+                  void* stream) {
   return with_dtype(dtype, [&]<DType D>() {
     return with_wire(wire, [&]<DType W>() {
       return dist == kNormal ? launch_dist<D, W, kNormal>(p, chunks, stream)
@@ -294,8 +296,8 @@ void decode_cuda(TensorList out, TensorList wires, int64_t wire, ZK_TERMS_PARAMS
   if (!out.empty()) run_decode("decode", DecodeLaunch{}, out, {}, wires, wire, terms);
 }
 
-void decode_fan_out_cuda(TensorList plus, TensorList minus, TensorList wires, int64_t wire, Tensor seed, Tensor coeff,
-                         ZK_TERMS_PARAMS) {
+void decode_fan_out_cuda(TensorList plus, TensorList minus, TensorList wires, int64_t wire, Tensor seed,
+                         Tensor coeff, ZK_TERMS_PARAMS) {
   const TermArgs terms = ZK_TERMS;
   if (plus.empty()) return;
   check_beside("decode_fan_out", minus, plus);
@@ -310,9 +312,8 @@ void decode_fan_out_cuda(TensorList plus, TensorList minus, TensorList wires, in
 
 ZK_REGISTER(encode, "encode(Tensor(a!)[] out, Tensor[] params, int wire, int[] offsets) -> ()")
 ZK_REGISTER(decode, "decode(Tensor(a!)[] out, Tensor[] wires, int wire, " ZK_TERMS_SCHEMA ") -> ()")
-ZK_REGISTER(
-    decode_fan_out,
-    "decode_fan_out(Tensor(a!)[] plus, Tensor(b!)[] minus, Tensor[] wires, int wire, Tensor seed, Tensor coeff, " ZK_TERMS_SCHEMA
-    ") -> ()")
+ZK_REGISTER(decode_fan_out,
+            "decode_fan_out(Tensor(a!)[] plus, Tensor(b!)[] minus, Tensor[] wires, int wire, "
+            "Tensor seed, Tensor coeff, " ZK_TERMS_SCHEMA ") -> ()")
 
 }  // namespace zk::cuda

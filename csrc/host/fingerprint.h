@@ -1,5 +1,6 @@
-// What of a list of tensors an operation depends on, as bytes that can be compared: read through torch's DLPack exchange
-// API, a table of C functions (DLPack 1.3), so that no torch header is needed and no reference is kept.
+// What of a list of tensors an operation depends on, as bytes that can be compared: read through torch's
+// DLPack exchange API, a table of C functions (DLPack 1.3), so that no torch header is needed and no
+// reference is kept.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -39,17 +40,19 @@ struct DLPackExchangeAPI {
 
 class Fingerprints {
  public:
-  // capsule: torch.Tensor.__dlpack_c_exchange_api__; types: the classes of ordinary tensors, compared by identity.
+  // capsule: torch.Tensor.__dlpack_c_exchange_api__; types: the classes of ordinary tensors, compared by
+  // identity.
   Fingerprints(const py::capsule& capsule, const py::tuple& types) : owner_(capsule), types_(types) {
     const auto* api = capsule.get_pointer<DLPackExchangeAPI>();
-    if (api->major != 1 || api->tensor_from_object == nullptr) throw py::value_error("DLPack: expected version 1");
+    if (api->major != 1 || api->tensor_from_object == nullptr)
+      throw py::value_error("DLPack: expected version 1");
     read_ = api->tensor_from_object;
     for (const py::handle type : types_) plain_.push_back(type.ptr());
   }
 
-  // Of lists of tensors: how many each has, and of each tensor address, dtype, device, shape and strides; with `objects` also
-  // which object it is. None where one is not of the ordinary classes, or has no memory to read. An entry that is None counts
-  // as an empty list.
+  // Of lists of tensors: how many each has, and of each tensor address, dtype, device, shape and strides;
+  // with `objects` also which object it is. None where one is not of the ordinary classes, or has no memory
+  // to read. An entry that is None counts as an empty list.
   py::object of(const py::tuple& groups, bool objects) const {
     std::vector<int64_t> found;
     const auto add = [&](const int64_t* words, int64_t count) {
@@ -112,12 +115,14 @@ class Fingerprints {
     int64_t dtype = 0, device = 0;
     std::memcpy(&dtype, &t.dtype, sizeof(t.dtype));
     std::memcpy(&device, &t.device, sizeof(t.device));
-    const int64_t words[] = {number(t.data) + static_cast<int64_t>(t.byte_offset), dtype | int64_t{t.ndim} << 32,
-                             device, objects ? number(object) : 0};
+    const int64_t words[] = {number(t.data) + static_cast<int64_t>(t.byte_offset),
+                             dtype | int64_t{t.ndim} << 32, device, objects ? number(object) : 0};
     return take(words, 4) && take(t.shape, t.ndim) && take(t.strides, t.ndim);
   }
 
-  static int64_t number(const void* address) { return static_cast<int64_t>(reinterpret_cast<intptr_t>(address)); }
+  static int64_t number(const void* address) {
+    return static_cast<int64_t>(reinterpret_cast<intptr_t>(address));
+  }
 
   py::capsule owner_;
   py::tuple types_;

@@ -1,6 +1,6 @@
-// zokernels._host: what is not a tensor operation. Instruction sets, build information, the fingerprints of a plan's tensors,
-// and the scalar form of the shared headers for the tests. pybind11; per Python version and optional: the tensor libraries do
-// not need it.
+// zokernels._host: what is not a tensor operation. Instruction sets, build information, the fingerprints of a
+// plan's tensors, and the scalar form of the shared headers for the tests. pybind11; per Python version and
+// optional: the tensor libraries do not need it.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -35,8 +35,8 @@ std::array<uint32_t, 8> normal_bits(const Block& words) {
   return result;
 }
 
-// The square root as the device computes it, from 1 / sqrt(s) rounded to nearest and moved by `ulps`, over every
-// `stride`-th radius that the transform can produce.
+// The square root as the device computes it, from 1 / sqrt(s) rounded to nearest and moved by `ulps`, over
+// every `stride`-th radius that the transform can produce.
 py::dict check_sqrt(uint32_t stride, int ulps) {
   uint64_t tried = 0, wrong = 0;
   float smallest = 1e30f, largest = 0.0f;
@@ -76,15 +76,19 @@ std::vector<std::string> instruction_sets() {
 
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Host-side facts about this build of zokernels, and the scalar generator for tests.";
-  m.def("instruction_sets", &instruction_sets, "Kernels that this build has and this machine can run, slowest first.");
+  m.def("instruction_sets", &instruction_sets,
+        "Kernels that this build has and this machine can run, slowest first.");
   m.def("build_info", &build_info);
   m.def("philox", &philox_block, py::arg("counter"), py::arg("seed"), "One Philox4x32-10 block.");
   m.def("normal_bits", &normal_bits, py::arg("words"), "The eight normals of a block, as fp32 bits.");
   m.def("derive_seed", &zk::derive_seed, py::arg("run_seed"), py::arg("step"), py::arg("k"));
-  m.def("to_half", [](float x) { return zk::cpu::Portable::to_half(x); }, "fp16 bits of a fp32, to nearest even.");
-  py::class_<zk::host::Fingerprints>(m, "Fingerprints", "What of lists of tensors operations depend on, as bytes.")
+  m.def("to_half", [](float x) { return zk::cpu::Portable::to_half(x); },
+        "fp16 bits of a fp32, to nearest even.");
+  py::class_<zk::host::Fingerprints>(m, "Fingerprints",
+                                     "What of lists of tensors operations depend on, as bytes.")
       .def(py::init<py::capsule, py::tuple>(), py::arg("capsule"), py::arg("types"))
       .def("of", &zk::host::Fingerprints::of, py::arg("groups"), py::arg("objects"))
-      .def("matches", &zk::host::Fingerprints::matches, py::arg("kept"), py::arg("groups"), py::arg("objects"));
+      .def("matches", &zk::host::Fingerprints::matches, py::arg("kept"), py::arg("groups"),
+           py::arg("objects"));
   m.def("check_sqrt", &check_sqrt, py::arg("stride"), py::arg("ulps") = 0);
 }

@@ -1,7 +1,7 @@
 // The vocabulary in which contract zk1 is written: operations on lanes of 32 bits.
 //
-// Here for one lane (float, uint32_t), on the host and on the device. csrc/cpu/lanes_*.h has the same functions for SIMD
-// registers, so that philox.h, normal.h and rounding.h exist once.
+// Here for one lane (float, uint32_t), on the host and on the device. csrc/cpu/lanes_*.h has the same
+// functions for SIMD registers, so that philox.h, normal.h and rounding.h exist once.
 #pragma once
 
 #include <cstdint>
@@ -55,8 +55,8 @@ ZK_HD float from_bits(uint32_t u) {
 #endif
 }
 
-// IEEE fp32 operations that no compiler may fuse, reorder or flush: on the device by intrinsic, on the host by
-// -ffp-contract=off.
+// IEEE fp32 operations that no compiler may fuse, reorder or flush: on the device by intrinsic, on the host
+// by -ffp-contract=off.
 ZK_HD float add(float a, float b) {
 #if defined(__CUDA_ARCH__)
   return __fadd_rn(a, b);
@@ -81,9 +81,10 @@ ZK_HD float fma(float a, float b, float c) {
 #endif
 }
 
-// sqrt(s) from y, an approximation of 1 / sqrt(s). These are the instructions of the compiler's own sqrt.rn.f32 without its
-// range check and slow path. With rsqrt.approx as y they are correctly rounded for s >= 2^-100; the normal transform gives
-// s in [4.5e-7, 43] (tests/test_cuda.py; on a device, tests/gpu/check_math.cu).
+// sqrt(s) from y, an approximation of 1 / sqrt(s). These are the instructions of the compiler's own
+// sqrt.rn.f32 without its range check and slow path. With rsqrt.approx as y they are correctly rounded for s
+// >= 2^-100; the normal transform gives s in [4.5e-7, 43] (tests/test_cuda.py; on a device,
+// tests/gpu/check_math.cu).
 ZK_HD float sqrt_from_rsqrt(float s, float y) {
   const float g = mul(s, y);
   const float h = mul(0.5f, y);
@@ -118,7 +119,8 @@ ZK_HD void mul_wide(uint32_t c, uint32_t m, uint32_t& hi, uint32_t& lo) {
   lo = static_cast<uint32_t>(p);
 }
 
-// The four counter words after the last round as words of noise, in memory order where there are more lanes than one.
+// The four counter words after the last round as words of noise, in memory order where there are more lanes
+// than one.
 ZK_HD void join(const uint32_t x[4], uint32_t w[4]) {
   for (int i = 0; i < 4; ++i) w[i] = x[i];
 }

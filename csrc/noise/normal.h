@@ -59,7 +59,8 @@ struct Nothing {
 
 // The eight normals of a block. meanwhile(p) is independent work of the caller that is done beside pair p.
 template <class F, class U, class Other = Nothing>
-ZK_HD void normal8(const Words<U>& words, F z[8], U mantissa = Splat<U>::of(kMantissa), Other meanwhile = {}) {
+ZK_HD void normal8(const Words<U>& words, F z[8], U mantissa = Splat<U>::of(kMantissa),
+                   Other meanwhile = {}) {
   U v[4];
   for (int p = 0; p < 4; ++p) v[p] = words.w[p] | Splat<U>::of(1u);
   for (int p = 0; p < 4; ++p) {

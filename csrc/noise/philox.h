@@ -26,8 +26,8 @@ ZK_HD PhiloxKey philox_key(uint64_t seed) {
   return key;
 }
 
-// A stream has 56 bits: the low 32 are counter word 2, and the upper 24 stand above the domain in word 3. Both words are made
-// once for a tensor, so that a draw costs what it would with 32 bits.
+// A stream has 56 bits: the low 32 are counter word 2, and the upper 24 stand above the domain in word 3.
+// Both words are made once for a tensor, so that a draw costs what it would with 32 bits.
 struct Stream {
   uint32_t low, high;  // high: shifted to its place
 
@@ -42,17 +42,18 @@ struct Words {
   U w[4];
 };
 
-// The generator's state between rounds. Constructed with the first two done; philox() does the others. A round is a chain of
-// dependent instructions, so a SIMD kernel that has other work at hand does it in between.
+// The generator's state between rounds. Constructed with the first two done; philox() does the others. A
+// round is a chain of dependent instructions, so a SIMD kernel that has other work at hand does it in
+// between.
 template <class L>
 struct PhiloxState {
   using C = typename L::C;
   static constexpr uint32_t m0 = 0xD2511F53u, m1 = 0xCD9E8D57u;
   C x[4];
 
-  // The lanes differ in c0 alone: the upper counter words are one value for all, so half of round 1 and of round 2 is
-  // scalar work that a compiler hoists (37 instead of 40 multiply-and-xor instructions a block). Word 3 after round 2 is
-  // one value too: it takes the key of round 3 here, which round() then leaves out.
+  // The lanes differ in c0 alone: the upper counter words are one value for all, so half of round 1 and of
+  // round 2 is scalar work that a compiler hoists (37 instead of 40 multiply-and-xor instructions a block).
+  // Word 3 after round 2 is one value too: it takes the key of round 3 here, which round() then leaves out.
   ZK_HD PhiloxState(C c0, uint32_t c1, uint32_t c2, uint32_t c3, const PhiloxKey& key) {
     uint32_t u_hi, u_lo, u0_hi, u0_lo;
     C hi0, lo0, hi1, lo1;
@@ -84,7 +85,8 @@ struct PhiloxState {
 };
 
 template <class L>
-ZK_HD Words<typename L::U> philox(typename L::C c0, uint32_t c1, uint32_t c2, uint32_t c3, const PhiloxKey& key) {
+ZK_HD Words<typename L::U> philox(typename L::C c0, uint32_t c1, uint32_t c2, uint32_t c3,
+                                  const PhiloxKey& key) {
   PhiloxState<L> state(c0, c1, c2, c3, key);
 #if defined(__CUDACC__)
 #pragma unroll
@@ -97,8 +99,8 @@ ZK_HD Words<typename L::U> philox(typename L::C c0, uint32_t c1, uint32_t c2, ui
 
 // Seed of direction k at a step of a run.
 ZK_HD uint64_t derive_seed(uint64_t run_seed, uint64_t step, uint32_t k) {
-  const Words<uint32_t> x = philox<Scalar>(static_cast<uint32_t>(step), static_cast<uint32_t>(step >> 32), k, kSeed,
-                                           philox_key(run_seed));
+  const Words<uint32_t> x = philox<Scalar>(static_cast<uint32_t>(step), static_cast<uint32_t>(step >> 32), k,
+                                           kSeed, philox_key(run_seed));
   return x.w[0] | static_cast<uint64_t>(x.w[1]) << 32;
 }
 

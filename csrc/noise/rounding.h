@@ -14,9 +14,10 @@ ZK_HD U magnitude(U b) {
   return b & Splat<U>::of(0x7fffffffu);
 }
 
-// None of these looks for NaN and infinities. An infinity has no bits below the kept ones, so nothing can carry into it; nor
-// has any NaN here: those from parameters of the dtype that is written end in zeros, the host's own is 0x7fc00000 or
-// 0xffc00000, and all others (coefficients, states, weights beside states of bf16) are made so (canonical_nan). Only NVIDIA's arithmetic makes NaNs with all bits set: pass_special.
+// None of these looks for NaN and infinities. An infinity has no bits below the kept ones, so nothing can
+// carry into it; nor has any NaN here: those from parameters of the dtype that is written end in zeros, the
+// host's own is 0x7fc00000 or 0xffc00000, and all others (coefficients, states, weights beside states of
+// bf16) are made so (canonical_nan). Only NVIDIA's arithmetic makes NaNs with all bits set: pass_special.
 ZK_HD float canonical_nan(float x) { return x != x ? from_bits(0x7fc00000u) : x; }
 
 template <class F>

@@ -11,7 +11,9 @@ constexpr int kWireBlock = 32;       // so many elements share a scale
 constexpr int64_t kWireAlign = 256;  // the scales of a buffer begin at a multiple of this many bytes
 constexpr uint32_t kFp8Emax = 8, kInt8Emax = 0;
 
-ZK_HD constexpr int64_t wire_scale_begin(int64_t numel) { return (numel + kWireAlign - 1) / kWireAlign * kWireAlign; }
+ZK_HD constexpr int64_t wire_scale_begin(int64_t numel) {
+  return (numel + kWireAlign - 1) / kWireAlign * kWireAlign;
+}
 ZK_HD constexpr int64_t wire_blocks(int64_t numel, uint64_t offset) {
   return numel == 0 ? 0 : static_cast<int64_t>((offset + numel - 1) / kWireBlock - offset / kWireBlock) + 1;
 }
@@ -34,7 +36,9 @@ ZK_HD auto e4m3_value(U rest, U sign) {
   const U b = select_ge(rest, 0x07f00000u, Splat<U>::of(0x7fc00000u), rest | sign);
   return mul(from_bits(b), Splat<decltype(from_bits(b))>::of(0x1p120f));
 }
-ZK_HD float e4m3_value(uint32_t code) { return e4m3_value((code << 20) & 0x07f00000u, (code << 24) & 0x80000000u); }
+ZK_HD float e4m3_value(uint32_t code) {
+  return e4m3_value((code << 20) & 0x07f00000u, (code << 24) & 0x80000000u);
+}
 
 // fp32 to the nearest E4M3 code, ties to even. Values beyond the largest number, 448, become that number.
 ZK_HD uint32_t e4m3_code(float x) {

@@ -19,7 +19,8 @@ def _block(match: re.Match[str]) -> str:
 
 
 def for_markdown(text: str) -> str:
-    # A table's inner rule would end the match: two runs of the pattern meet where one ends and the next begins.
+    # A table's inner rule would end the match: two runs of the pattern meet where one ends and the next
+    # begins.
     while (found := _TABLE.search(text)) is not None:
         rest = text[found.end() :]
         body = re.match(r"\n(?:(?!^\n).*\n)*? *=+(?: +=+)+ *$", rest, re.M)
@@ -32,7 +33,9 @@ class ForMarkdown(griffe.Extension):
     """Applied to every object as it is read."""
 
     def on_function(self, *, func: griffe.Function, **kwargs: Any) -> None:
-        """An operation that gets its arguments from the function behind it (zokernels/ops/arguments.py) shows them."""
+        """An operation that gets its arguments from the function behind it (zokernels/ops/arguments.py)
+        shows them.
+        """
         if any(str(d.value) in ("in_place(_call)", "out_of_place(_call)") for d in func.decorators):
             own = [p for p in func.parameters if p.kind is griffe.ParameterKind.positional_or_keyword]
             func.parameters = griffe.Parameters(*own, *list(func.parent["_call"].parameters)[2:])

@@ -1,4 +1,6 @@
-"""Pages that are made and not written: the README as the first one, changes, the API, and every error message."""
+"""Pages that are made and not written: the README as the first one, changes, the API, and every error
+message.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,11 @@ NAV = [
 ]
 
 _API = {
-    "api.md": ("Operations", "zokernels", "Typed wrappers over `torch.ops.zokernels`, for plain numbers or tensors."),
+    "api.md": (
+        "Operations",
+        "zokernels",
+        "Typed wrappers over `torch.ops.zokernels`, for plain numbers or tensors.",
+    ),
     "api-optim.md": ("Optimizers and their parts", "zokernels.optim", "Named classes are choices of parts."),
 }
 #: Further public modules: those of them that this tree has.
@@ -42,7 +48,9 @@ _MORE = ("trajectory", "quantize", "distributed", "offload", "integrations.trans
 
 
 def public_names(module: str) -> list[str]:
-    """``__all__`` of a module, read and not imported; without one, its classes and functions without an underscore."""
+    """``__all__`` of a module, read and not imported; without one, its classes and functions without an
+    underscore.
+    """
     import ast
 
     base = ROOT.joinpath(*module.split("."))
@@ -66,7 +74,10 @@ def _api(title: str, modules: list[str], words: str) -> str:
     for module in modules:
         if len(modules) > 1:
             out.append(f"# {module}")
-        out += [f"::: {module}.{name}" + _WITH_INHERITED * (name == "ZerothOrder") for name in public_names(module)]
+        out += [
+            f"::: {module}.{name}" + _WITH_INHERITED * (name == "ZerothOrder")
+            for name in public_names(module)
+        ]
     return "\n\n".join(out) + "\n"
 
 
@@ -94,7 +105,9 @@ def on_config(config: Any) -> Any:
     """The navigation, with what was written since under its own heading."""
     made = {"index.md", "contributing.md", "changelog.md", *_API, "api-more.md"}
     written = {p.name for p in (ROOT / "docs").glob("*.md")} | made
-    nav = [{title: [page for page in pages if page in written]} for part in NAV for title, pages in part.items()]
+    nav = [
+        {title: [page for page in pages if page in written]} for part in NAV for title, pages in part.items()
+    ]
     known = {page for part in NAV for pages in part.values() for page in pages}
     if more := sorted(written - known):
         nav.insert(2, {"More": more})

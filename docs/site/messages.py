@@ -1,4 +1,6 @@
-"""Every error message of the package, read from its sources: nothing is imported, so nothing can be forgotten."""
+"""Every error message of the package, read from its sources: nothing is imported, so nothing can be
+forgotten.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ def _raised(node: ast.Raise, scope: dict[str, ast.expr]) -> tuple[str, str] | No
 def _python(path: pathlib.Path) -> Iterator[Message]:
     tree, file = ast.parse(path.read_text()), str(path.relative_to(ROOT))
     whole = {k: v for k, v in _in_function(tree).items() if k.isupper()}
-    scopes = [(f, _in_function(f)) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    scopes = [
+        (f, _in_function(f)) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
 
     def scope_of(node: ast.AST) -> dict[str, ast.expr]:
         inside = [s for f, s in scopes if f.lineno <= node.lineno <= (f.end_lineno or f.lineno)]
@@ -91,12 +95,15 @@ def _python(path: pathlib.Path) -> Iterator[Message]:
         elif isinstance(node, ast.Raise) and (found := _raised(node, scope_of(node))):
             yield Message(file, node.lineno, *found)
     for function, scope in scopes:
-        if function.name.endswith("_problem"):  # says what is wrong with a backend: the rest of a message about it
+        # says what is wrong with a backend: the rest of a message about it
+        if function.name.endswith("_problem"):
             for node in ast.walk(function):
                 if isinstance(node, ast.Return) and isinstance(node.value, _TEXTS):
                     text = _show(node.value, scope)
                     if text != "None":
-                        yield Message(file, node.lineno, f"backend {path.parent.name!r} {text}", "BackendUnavailable")
+                        yield Message(
+                            file, node.lineno, f"backend {path.parent.name!r} {text}", "BackendUnavailable"
+                        )
 
 
 _CHECK = re.compile(r"STD_TORCH_CHECK\(\s*.*?,\s*((?:\"(?:[^\"\\]|\\.)*\"[\s,]*)+)", re.S)
@@ -110,7 +117,9 @@ def _native(path: pathlib.Path) -> Iterator[Message]:
         for match in pattern.finditer(text):
             words = "".join(_QUOTED.findall(match.group(1)))
             words = f"<op>{words}" if words.startswith(":") else words
-            yield Message(str(path.relative_to(ROOT)), text.count("\n", 0, match.start()) + 1, words, "RuntimeError")
+            yield Message(
+                str(path.relative_to(ROOT)), text.count("\n", 0, match.start()) + 1, words, "RuntimeError"
+            )
 
 
 def python_files() -> list[pathlib.Path]:

@@ -15,7 +15,8 @@ inline void that(bool ok, const char* what, unsigned long long got = 0, unsigned
 
 template <class A, class B>
 void equal(A got, B want, const char* what) {
-  that(got == static_cast<A>(want), what, static_cast<unsigned long long>(got), static_cast<unsigned long long>(want));
+  that(got == static_cast<A>(want), what, static_cast<unsigned long long>(got),
+       static_cast<unsigned long long>(want));
 }
 
 // Of a test that checked nothing: a failure.

@@ -16,12 +16,15 @@ Words<uint32_t> block(uint64_t seed, uint64_t index, uint64_t id, Domain domain)
                         stream.with(domain), philox_key(seed));
 }
 
-uint32_t field(const Words<uint32_t>& words, uint64_t i) { return words.w[(i & 7) >> 1] >> (16 * (i & 1)) & 0xffffu; }
+uint32_t field(const Words<uint32_t>& words, uint64_t i) {
+  return words.w[(i & 7) >> 1] >> (16 * (i & 1)) & 0xffffu;
+}
 
 void fields(const std::vector<golden::Words>& cases, Domain domain, const char* what) {
   for (const auto& c : cases)
     for (uint64_t n = 0; n < c.values.size(); ++n)
-      check::equal(field(block(c.seed, (c.offset + n) >> 3, c.stream, domain), c.offset + n), c.values[n], what);
+      check::equal(field(block(c.seed, (c.offset + n) >> 3, c.stream, domain), c.offset + n), c.values[n],
+                   what);
 }
 
 }  // namespace
@@ -41,16 +44,19 @@ int main() {
   for (const auto& c : golden::rademacher)
     for (uint64_t n = 0; n < c.values.size(); ++n) {
       const uint64_t i = c.offset + n, e = i % kRademacherTile, vec = e >> 3;
-      const auto words = block(c.seed, kRademacherBlocks * (i / kRademacherTile) + (vec & 31), c.stream, kRademacher);
+      const auto words = block(c.seed, kRademacherBlocks * (i / kRademacherTile) + (vec & 31), c.stream,
+                               kRademacher);
       const uint32_t byte = words.w[vec >> 5 >> 2] >> 8 * (vec >> 5 & 3);
       const float z = signed_coefficient(byte, static_cast<int>(e & 7), 1.0f);
       check::that(z == (c.values[n] == '+' ? 1.0f : -1.0f), "rademacher");
     }
   fields(golden::mask_fields, kMask, "mask field");
   fields(golden::rounding_fields, kRounding, "rounding field");
-  for (const auto& c : golden::derived_seeds) check::equal(derive_seed(c.run_seed, c.step, c.k), c.seed, "derive_seed");
+  for (const auto& c : golden::derived_seeds)
+    check::equal(derive_seed(c.run_seed, c.step, c.k), c.seed, "derive_seed");
 
-  // The square root from a reciprocal one (CUDA's), for every 4001st radius and all roundings of the reciprocal nearby.
+  // The square root from a reciprocal one (CUDA's), for every 4001st radius and all roundings of the
+  // reciprocal nearby.
   for (uint64_t v = 1; v < uint64_t{1} << 32; v += 2 * 4001) {
     const float s = radius_squared<float>(static_cast<uint32_t>(v), kMantissa);
     check::that(s > 4.5e-7f && s < 42.99f, "radius");

@@ -1,5 +1,5 @@
-// combine of every instruction set that this machine has: the golden values, and the same bits as the portable lanes for
-// every dtype, kind of noise, rounding, offset and length.
+// combine of every instruction set that this machine has: the golden values, and the same bits as the
+// portable lanes for every dtype, kind of noise, rounding, offset and length.
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -67,7 +67,8 @@ void golden_values(Kernel kernel) {
     std::vector<float> z(c.values.size(), -0.0f);
     combine(kernel, {DType::f32, kRademacher, false, false, 1, c.offset}, {c.seed}, c.stream, z.data(),
             static_cast<int64_t>(z.size()));
-    for (size_t i = 0; i < z.size(); ++i) check::that(z[i] == (c.values[i] == '+' ? 1.0f : -1.0f), "rademacher");
+    for (size_t i = 0; i < z.size(); ++i)
+      check::that(z[i] == (c.values[i] == '+' ? 1.0f : -1.0f), "rademacher");
   }
 }
 
@@ -75,8 +76,8 @@ std::vector<uint16_t> values(const Case& c, int64_t numel) {
   std::vector<uint16_t> data(numel * width(c.dtype) / 2 + 8, 0xABCD);  // eight more: a sentinel
   for (int64_t i = 0; i < numel; ++i) {
     float z[8];
-    z[0] = static_cast<float>(
-               static_cast<int32_t>(philox<Scalar>(static_cast<uint32_t>(i), 0, 0, kSeed, philox_key(7)).w[0])) *
+    z[0] = static_cast<float>(static_cast<int32_t>(
+               philox<Scalar>(static_cast<uint32_t>(i), 0, 0, kSeed, philox_key(7)).w[0])) *
            0x1p-31f;
     if (c.dtype == DType::f32) std::memcpy(&data[2 * i], z, 4);
     if (c.dtype == DType::bf16) data[i] = static_cast<uint16_t>(bits(z[0]) >> 16);

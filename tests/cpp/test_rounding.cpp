@@ -66,12 +66,14 @@ int main() {
       check::equal(cpu::Portable::to_half(x), want, "fp16, nearest");
     }
   }
-  const float nan = std::numeric_limits<float>::quiet_NaN(), infinity = std::numeric_limits<float>::infinity();
+  const float nan = std::numeric_limits<float>::quiet_NaN(),
+              infinity = std::numeric_limits<float>::infinity();
   check::that(std::isnan(of_half(cpu::Portable::to_half(nan))), "fp16, NaN");
   check::that(std::isnan(of_bf16(bf16_nearest(bits(canonical_nan(nan))) >> 16)), "bf16, NaN");
   check::that(of_half(cpu::Portable::to_half(-infinity)) == -infinity, "fp16, infinity");
 
-  // Away from zero in exactly the dropped fraction of all fields: to 2^-16 of bf16, to 2^-13 of fp16, subnormals included.
+  // Away from zero in exactly the dropped fraction of all fields: to 2^-16 of bf16, to 2^-13 of fp16,
+  // subnormals included.
   for (int i = 0; i < 40; ++i) {
     const float x = std::ldexp(1.0f + (random() >> 8) * 0x1p-24f, static_cast<int>(random() % 30) - 27);
     const uint32_t b = toward_zero(x, 0x7f80, of_bf16), h = toward_zero(x, 0x7c00, of_half);
@@ -84,8 +86,10 @@ int main() {
       up_brain += brain != b;
       up_half += half != of_half(h);
     }
-    const double brain = (static_cast<double>(x) - of_bf16(b)) / (static_cast<double>(of_bf16(b + 1)) - of_bf16(b));
-    const double half = (static_cast<double>(x) - of_half(h)) / (static_cast<double>(of_half(h + 1)) - of_half(h));
+    const double brain = (static_cast<double>(x) - of_bf16(b)) /
+                         (static_cast<double>(of_bf16(b + 1)) - of_bf16(b));
+    const double half = (static_cast<double>(x) - of_half(h)) /
+                        (static_cast<double>(of_half(h + 1)) - of_half(h));
     check::that(up_brain == brain * 65536, "bf16, probability", up_brain);
     check::that(std::fabs(up_half / 65536.0 - half) <= 0x1p-13, "fp16, probability", up_half);
   }

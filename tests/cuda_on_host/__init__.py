@@ -1,4 +1,6 @@
-"""The CUDA library's host code for CPU tensors: built by the host compiler, and put in the place of the real one."""
+"""The CUDA library's host code for CPU tensors: built by the host compiler, and put in the place of the
+real one.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,16 @@ def build(folder: pathlib.Path, *flags: str) -> pathlib.Path:
     target = folder / "libcuda_on_host.so"
     sources = sorted(path.relative_to(ROOT) for path in (ROOT / "csrc/cuda").glob("*.cu"))
     (folder / "all.h").write_text("".join(f'#include "{source}"\n' for source in sources))
-    command = [compiler, "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", *TORCH, *flags]
+    command = [
+        compiler,
+        "-std=c++20",
+        "-fPIC",
+        "-shared",
+        "-fvisibility=hidden",
+        "-ffp-contract=off",
+        *TORCH,
+        *flags,
+    ]
     if "avx2" in _host.instruction_sets():
         command.append("-mfma")
     libraries = ["-L", str(pathlib.Path(torch.__file__).parent / "lib"), "-ltorch", "-ltorch_cpu"]
@@ -53,11 +64,15 @@ def build(folder: pathlib.Path, *flags: str) -> pathlib.Path:
 
 
 def use(operations: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Operations on CPU tensors go through the CUDA backend, and ``operations`` are torch.ops.zokernels_cuda to it."""
+    """Operations on CPU tensors go through the CUDA backend, and ``operations`` are
+    torch.ops.zokernels_cuda to it.
+    """
     monkeypatch.setattr(library, "load", lambda name: None)
     monkeypatch.setattr(torch.ops, "zokernels_cuda", operations)
     host_build = Build(13000, 13000, (Target.parse("90-real"),))
-    backend = importlib.import_module("zokernels.backends.cuda").load(host_build, Machine("13.0", 13000, ((9, 0),)))
+    backend = importlib.import_module("zokernels.backends.cuda").load(
+        host_build, Machine("13.0", 13000, ((9, 0),))
+    )
     backend, load = dataclasses.replace(backend, devices=frozenset(("cpu",))), registry._load
     monkeypatch.setitem(registry.PREFERENCE, "cpu", ("cuda",))
     monkeypatch.setattr(registry, "_load", lambda name: backend if name == "cuda" else load(name))

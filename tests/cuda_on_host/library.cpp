@@ -1,6 +1,7 @@
-// The CUDA library for CPU tensors: csrc/cuda whole, launches included, its kernels run one thread after the other. They
-// neither communicate nor synchronise, so this executes exactly the packing, the indexing and the arithmetic that a GPU
-// would, but for the conversion and square-root instructions, whose host equivalents the storage and lanes headers choose.
+// The CUDA library for CPU tensors: csrc/cuda whole, launches included, its kernels run one thread after the
+// other. They neither communicate nor synchronise, so this executes exactly the packing, the indexing and the
+// arithmetic that a GPU would, but for the conversion and square-root instructions, whose host equivalents
+// the storage and lanes headers choose.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -19,10 +20,10 @@ struct Index {
 thread_local Index blockIdx, threadIdx;
 int64_t launches = 0, guards = 0;
 
-// What tests/ptx puts in the place of the loops below: called with the kernel's address, its blocks, and the addresses and
-// bytes of its arguments.
-using Launcher = int32_t (*)(const void* kernel, uint32_t blocks, const void* const* arguments, const int64_t* sizes,
-                             int32_t count);
+// What tests/ptx puts in the place of the loops below: called with the kernel's address, its blocks, and the
+// addresses and bytes of its arguments.
+using Launcher = int32_t (*)(const void* kernel, uint32_t blocks, const void* const* arguments,
+                             const int64_t* sizes, int32_t count);
 Launcher launcher = nullptr;
 
 }  // namespace

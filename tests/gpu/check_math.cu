@@ -1,12 +1,12 @@
 // The noise arithmetic on the device against IEEE and against the host, on all the inputs there are.
 //
-// 1. Radii: for each of the 2^31 odd words v, the square root of csrc/noise/lanes.h (rsqrt.approx and two corrections)
-//    against __fsqrt_rn, bit for bit.
+// 1. Radii: for each of the 2^31 odd words v, the square root of csrc/noise/lanes.h (rsqrt.approx and two
+//    corrections) against __fsqrt_rn, bit for bit.
 // 2. Every fp32 number between the smallest and the largest of those radii.
 // 3. Philox and the eight normals of a few million words, device against host, bit for bit.
 //
-// nvcc -std=c++20 -O3 -I <repository> -arch=sm_90 -Xcompiler -ffp-contract=off tests/gpu/check_math.cu -o check_math
-// Prints one line of JSON. Exit: 0 all equal, 1 a difference, 2 no usable GPU.
+// nvcc -std=c++20 -O3 -I <repository> -arch=sm_90 -Xcompiler -ffp-contract=off tests/gpu/check_math.cu -o
+// check_math Prints one line of JSON. Exit: 0 all equal, 1 a difference, 2 no usable GPU.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -52,7 +52,8 @@ __device__ void merge(const Found& mine, Found* total) {
 __global__ void all_words(uint32_t mantissa, Found* total) {
   Found mine{0, 0, 0xffffffffu, 0, 0};
   const uint64_t stride = static_cast<uint64_t>(gridDim.x) * blockDim.x;
-  for (uint64_t i = static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < uint64_t{1} << 31; i += stride) {
+  for (uint64_t i = static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < uint64_t{1} << 31;
+       i += stride) {
     const uint32_t v = static_cast<uint32_t>(2 * i + 1);
     compare(zk::radius_squared<float>(v, mantissa), v, mine);
   }
@@ -63,7 +64,8 @@ __global__ void all_floats(uint32_t first, uint32_t last, Found* total) {
   Found mine{0, 0, 0xffffffffu, 0, 0};
   const uint64_t stride = static_cast<uint64_t>(gridDim.x) * blockDim.x;
   uint64_t b = first + static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  for (; b <= last; b += stride) compare(zk::from_bits(static_cast<uint32_t>(b)), static_cast<uint32_t>(b), mine);
+  for (; b <= last; b += stride)
+    compare(zk::from_bits(static_cast<uint32_t>(b)), static_cast<uint32_t>(b), mine);
   merge(mine, total);
 }
 
@@ -93,9 +95,10 @@ Found run(const char* what, const auto& launch) {
 }
 
 void print(const char* name, const Found& f) {
-  std::printf("\"%s\": {\"tried\": %llu, \"wrong\": %llu, \"smallest\": %.9g, \"largest\": %.9g, \"example\": %u}, ",
-              name, f.tried, f.wrong, static_cast<double>(zk::from_bits(f.smallest)),
-              static_cast<double>(zk::from_bits(f.largest)), f.example);
+  std::printf(
+      "\"%s\": {\"tried\": %llu, \"wrong\": %llu, \"smallest\": %.9g, \"largest\": %.9g, \"example\": %u}, ",
+      name, f.tried, f.wrong, static_cast<double>(zk::from_bits(f.smallest)),
+      static_cast<double>(zk::from_bits(f.largest)), f.example);
 }
 
 }  // namespace
@@ -111,8 +114,9 @@ int main() {
   const Found floats = run("all_floats",
                            [&](Found* t) { all_floats<<<grid, 256>>>(words.smallest, words.largest, t); });
 
-  constexpr uint32_t kBlocks = 1u << 20;                                                 // of four words
-  const uint64_t seed = 0x243f6a8885a308d3u, first = (uint64_t{1} << 32) - kBlocks / 2;  // the low counter word wraps
+  constexpr uint32_t kBlocks = 1u << 20;  // of four words
+  // the low counter word wraps
+  const uint64_t seed = 0x243f6a8885a308d3u, first = (uint64_t{1} << 32) - kBlocks / 2;
   float* device_z = nullptr;
   check(cudaMalloc(&device_z, size_t{kBlocks} * 8 * sizeof(float)), "cudaMalloc");
   normals<<<(kBlocks + 255) / 256, 256>>>(seed, first, kBlocks, zk::kMantissa, device_z);
@@ -131,7 +135,8 @@ int main() {
   std::printf("{\"gpu\": \"%s\", ", device.name);
   print("radii", words);
   print("every_float_between", floats);
-  std::printf("\"normals\": {\"tried\": %zu, \"wrong\": %llu}}\n", z.size(), static_cast<unsigned long long>(wrong));
+  std::printf("\"normals\": {\"tried\": %zu, \"wrong\": %llu}}\n", z.size(),
+              static_cast<unsigned long long>(wrong));
   const bool complete = words.tried == uint64_t{1} << 31 &&
                         floats.tried == uint64_t{words.largest} - words.smallest + 1;
   return complete && words.wrong + floats.wrong + wrong == 0 ? 0 : 1;

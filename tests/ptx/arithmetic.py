@@ -31,8 +31,9 @@ class Rule(NamedTuple):
 
 
 def fma32(a: Array, b: Array, c: Array) -> Array:
-    """a b + c rounded once.  The product is exact in float64, and the sum is rounded to odd there, so that the last bit
-    says that something was lost: rounding it again, to 24 bits, then gives what rounding the exact sum would."""
+    """a b + c rounded once.  The product is exact in float64, and the sum is rounded to odd there, so that
+    the last bit says that something was lost: rounding it again, to 24 bits, then gives what rounding the
+    exact sum would."""
     product, addend = a.astype(np.float64) * b.astype(np.float64), np.asarray(c, np.float64)
     total = np.asarray(product + addend)
     back = total - product
@@ -62,7 +63,9 @@ def _pair(low: Array, high: Array) -> Array:
 def _e4m3_value(code: Array) -> Array:
     """As f16 bits: 4 bits of exponent, 3 of mantissa, one NaN of either sign, no infinity."""
     sign, exponent, mantissa = code >> 7 & 1, code >> 3 & 15, code & 7
-    value = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent.astype(np.float64) - 10))
+    value = np.where(
+        exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent.astype(np.float64) - 10)
+    )
     value = np.where((exponent == 15) & (mantissa == 7), np.nan, value)
     return f16_of(np.where(sign == 1, -value, value).astype(np.float32))
 
@@ -110,14 +113,18 @@ def _prmt(a: Array, b: Array, selector: Array) -> Array:
 
 
 def _bfi(a: Array, b: Array, position: Array, length: Array) -> Array:
-    """The low ``length`` bits of a put into b at ``position``; both are constants of the code, below its width."""
+    """The low ``length`` bits of a put into b at ``position``; both are constants of the code, below its
+    width.
+    """
     mask = ((np.uint64(1) << length.astype(np.uint64)) - np.uint64(1)) << position.astype(np.uint64)
     put = a.astype(np.uint64) << position.astype(np.uint64)
     return (put & mask | b.astype(np.uint64) & ~mask).astype(a.dtype)
 
 
 def _bfe(a: Array, position: Array, length: Array) -> Array:
-    """Bits of a, extended by zeros or by the sign; position + length must lie inside (else the PTX rules differ)."""
+    """Bits of a, extended by zeros or by the sign; position + length must lie inside (else the PTX rules
+    differ).
+    """
     bits = a.dtype.itemsize * 8
     if np.any(position + length > bits) or np.any(length == 0):
         raise NotImplementedError("bfe beyond the register")
@@ -281,7 +288,9 @@ RULES = _rules()
 
 
 def rsqrt(x: Array, ulps: int) -> Array:
-    """1 / sqrt(x) to nearest, then ``ulps`` units in the last place away: the instruction is within two of them."""
+    """1 / sqrt(x) to nearest, then ``ulps`` units in the last place away: the instruction is within two
+    of them.
+    """
     exact = (1 / np.sqrt(x.astype(np.float64))).astype(np.float32)
     moved = (np.asarray(exact).view(np.int32) + np.int32(ulps)).view(np.float32)
     return np.where(np.isfinite(exact) & (exact > 0), moved, exact)

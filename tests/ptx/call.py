@@ -26,7 +26,9 @@ class Argument(NamedTuple):
 
 
 class _Placing(TorchDispatchMode):
-    """Every tensor that torch makes is in ``memory``; what ``torch.empty`` and its like give there is unwritten."""
+    """Every tensor that torch makes is in ``memory``; what ``torch.empty`` and its like give there is
+    unwritten.
+    """
 
     def __init__(self, memory: Memory) -> None:
         super().__init__()

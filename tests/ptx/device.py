@@ -1,8 +1,7 @@
 """The CUDA library's host code with its launches executed as PTX.
 
-``tests/cuda_on_host`` is that host code for CPU tensors.  What an operation launches there, table and number of blocks
-included, goes to the kernel of the same mangled name in the PTX.
-"""
+``tests/cuda_on_host`` is that host code for CPU tensors.  What an operation launches there, table and number
+of blocks included, goes to the kernel of the same mangled name in the PTX."""
 
 from __future__ import annotations
 
@@ -50,8 +49,8 @@ class _Operation:
 class Device(Executor):
     """Stands for ``torch.ops.zokernels_cuda``.
 
-    ``path``: of the library that ``cuda_on_host`` built; ``kernels``: a kernel of the PTX by its mangled name.
-    """
+    ``path``: of the library that ``cuda_on_host`` built; ``kernels``: a kernel of the PTX by its mangled
+    name."""
 
     def __init__(self, path: Path, kernels: Callable[[str], Kernel]) -> None:
         super().__init__()
@@ -88,8 +87,8 @@ class Device(Executor):
         self._error = None
         self._library.set_launcher(self._launcher)
         try:
-            # Not through the dispatcher's first keys, where the mode of ``call`` would see this operation alone and not
-            # what it calls.
+            # Not through the dispatcher's first keys, where the mode of ``call`` would see this operation
+            # alone and not what it calls.
             return self.call(functools.partial(operation.redispatch, _CPU), arguments)
         except RuntimeError:
             if self._error is not None:

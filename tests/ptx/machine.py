@@ -1,10 +1,9 @@
 """Runs a kernel: the threads of many blocks at once, those at the lowest instruction first.
 
-Each thread has a place in the code.  Threads at the same place run together, and where branches part them those that
-are behind go first, so that they meet again where the branches do.  A barrier holds threads until all that have not
-returned are held.  Threads therefore run in one order of many; that another order gives the same is what the checks of
-memory are for (``memory._Users``).
-"""
+Each thread has a place in the code.  Threads at the same place run together, and where branches part them
+those that are behind go first, so that they meet again where the branches do.  A barrier holds threads until
+all that have not returned are held.  Threads therefore run in one order of many; that another order gives the
+same is what the checks of memory are for (``memory._Users``)."""
 
 from __future__ import annotations
 
@@ -46,14 +45,15 @@ def _parts(operand: str) -> list[str]:
 class Machine:
     """A kernel with its instructions decoded.
 
-    ``rsqrt_ulps``: by how much ``rsqrt.approx`` errs; ``shared``: bytes of shared memory that a block is launched with.
-    """
+    ``rsqrt_ulps``: by how much ``rsqrt.approx`` errs; ``shared``: bytes of shared memory that a block is
+    launched with."""
 
     def __init__(self, kernel: Kernel, *, rsqrt_ulps: int = 0, shared: int = 0) -> None:
         self.kernel = kernel
         self.rsqrt_ulps, self.shared = rsqrt_ulps, shared
         self._steps: list[Step | None] = [None] * len(kernel.instructions)
-        seen: set[tuple[str, int]] = set()  # of every opcode one instruction is decoded now, so that none is unknown
+        # of every opcode one instruction is decoded now, so that none is unknown
+        seen: set[tuple[str, int]] = set()
         for at, instruction in enumerate(kernel.instructions):
             kind = instruction.opcode, len(instruction.operands)
             if instruction.opcode.startswith("bra") and instruction.operands[0] not in kernel.labels:
@@ -70,7 +70,9 @@ class Machine:
         return found
 
     def run(self, grid: int | tuple[int, int], arguments: Sequence[bytes], memory: Memory) -> None:
-        """``grid``: blocks in x, or in x and y; ``arguments``: the bytes of the kernel's parameters, in order."""
+        """``grid``: blocks in x, or in x and y; ``arguments``: the bytes of the kernel's parameters, in
+        order.
+        """
         parameters = self._space(arguments)
         memory.launch()
         across, down = grid if isinstance(grid, tuple) else (grid, 1)
@@ -82,20 +84,27 @@ class Machine:
 
     def _space(self, arguments: Sequence[bytes]) -> np.ndarray:
         places = self.kernel.parameters.values()
-        if len(places) != len(arguments) or any(len(a) != size for a, (_, size) in zip(arguments, places, strict=True)):
+        if len(places) != len(arguments) or any(
+            len(a) != size for a, (_, size) in zip(arguments, places, strict=True)
+        ):
             sizes = [len(a) for a in arguments]
-            raise PtxError(f"{self.kernel.name}: expected arguments of {[s for _, s in places]} bytes, got {sizes}")
+            raise PtxError(
+                f"{self.kernel.name}: expected arguments of {[s for _, s in places]} bytes, got {sizes}"
+            )
         space = np.zeros(max((begin + size for begin, size in places), default=0), np.uint8)
         for argument, (begin, size) in zip(arguments, places, strict=True):
             space[begin : begin + size] = np.frombuffer(argument, np.uint8)
         return space
 
-    # --- operands -----------------------------------------------------------------------------------------------------
+    # --- operands -----------------------------------------------------------------------------------------
 
     def _reader(
         self, operand: str, kind: str, *, undefined: bool = False
     ) -> Callable[[_Batch, Lanes | slice], np.ndarray]:
-        """Of the operand as ``kind``: of a wider register the low bits.  ``undefined``: nobody need have written it."""
+        """Of the operand as ``kind``: of a wider register the low bits.
+
+        ``undefined``: nobody need have written it.
+        """
         dtype = DTYPES[kind]
         if operand in self.kernel.registers:
             own = self.kernel.registers[operand]
@@ -150,7 +159,7 @@ class Machine:
 
         return write
 
-    # --- instructions -------------------------------------------------------------------------------------------------
+    # --- instructions -------------------------------------------------------------------------------------
 
     def _decode(self, instruction: Instruction) -> Step:
         opcode, operands = instruction.opcode, instruction.operands
@@ -184,7 +193,9 @@ class Machine:
         return lambda batch, lanes: write(
             batch,
             lanes,
-            function(one(batch, lanes), two(batch, lanes), three(batch, lanes), *(f(batch, lanes) for f in four)),
+            function(
+                one(batch, lanes), two(batch, lanes), three(batch, lanes), *(f(batch, lanes) for f in four)
+            ),
         )
 
     def _move(self, kind: str, to: str, source: str) -> Step:
@@ -249,9 +260,8 @@ class Machine:
     def _matrix(self, instruction: Instruction, name: str, count: int, transposed: bool) -> Step:
         """``count`` matrices of 8 x 8 16-bit numbers between shared memory and the registers of whole warps.
 
-        Thread 8 j + i has the address of row i of matrix j, and in its register j thread t has row t / 4 of it, the
-        columns 2 (t % 4) and the next; of a transposed matrix its columns for its rows.
-        """
+        Thread 8 j + i has the address of row i of matrix j, and in its register j thread t has row t / 4 of
+        it, the columns 2 (t % 4) and the next; of a transposed matrix its columns for its rows."""
         pointer, values = instruction.operands if name == "st" else instruction.operands[::-1]
         address, parts = self._address(pointer, "shared"), _parts(values)
         if len(parts) != count:
@@ -266,7 +276,8 @@ class Machine:
         def load(batch: _Batch, lanes: Lanes | slice) -> None:
             warps = batch.warps(lanes, instruction)
             at, numbers = rows(batch, warps), np.broadcast_to(warps[:, None, ::4], (len(warps), count, 8))
-            # Each row is read by the four threads that get it; two of them are enough to tell it from one thread's own.
+            # Each row is read by the four threads that get it; two of them are enough to tell it from one
+            # thread's own.
             for other in (0, 1):
                 found = batch.load("shared", instruction, at.ravel(), 16, numbers.ravel() + other)
             found = found.view(np.uint16).reshape(-1, count, 8, 8)
@@ -309,7 +320,9 @@ class Machine:
             if reduction is None:
                 got = values[:, partner]
             else:
-                got = np.broadcast_to(combine.reduce(values, axis=1, dtype=values.dtype)[:, None], warps.shape)
+                got = np.broadcast_to(
+                    combine.reduce(values, axis=1, dtype=values.dtype)[:, None], warps.shape
+                )
             write(batch, lanes, np.ascontiguousarray(got).reshape(-1))
 
         return exchange
@@ -318,7 +331,8 @@ class Machine:
         """Whether all that is ever put into ``register`` is ``value``."""
         puts = [i for i in self.kernel.instructions if i.operands and register in _parts(i.operands[0])]
         return bool(puts) and all(
-            i.opcode in ("mov.b32", "mov.u32") and i.operands[1] in (str(value), hex(value & 0xFFFFFFFF)) for i in puts
+            i.opcode in ("mov.b32", "mov.u32") and i.operands[1] in (str(value), hex(value & 0xFFFFFFFF))
+            for i in puts
         )
 
     def _atomic(self, instruction: Instruction, kind: str) -> Step:
@@ -326,7 +340,9 @@ class Machine:
         *unused, pointer, value = instruction.operands
         for other in self.kernel.instructions:
             begin = 0 if other.opcode.startswith(("st", "red")) else 1
-            if other is not instruction and set(unused) & set(re.findall(r"[%\w]+", " ".join(other.operands[begin:]))):
+            if other is not instruction and set(unused) & set(
+                re.findall(r"[%\w]+", " ".join(other.operands[begin:]))
+            ):
                 raise PtxError(f"{self.kernel.name}: the result of {instruction} is used")
         address, read = self._address(pointer, "global"), self._reader(value, kind)
 
@@ -380,7 +396,9 @@ class _Batch:
         return self._all if isinstance(lanes, slice) else lanes
 
     def threads(self, numbers: Lanes) -> Threads:
-        return Threads(numbers + self._first, self.kernel.threads, self._barriers[numbers // self.kernel.threads])
+        return Threads(
+            numbers + self._first, self.kernel.threads, self._barriers[numbers // self.kernel.threads]
+        )
 
     def warps(self, lanes: Lanes | slice, what: object) -> Lanes:
         """[warps, 32] of threads that must be whole warps, which have not parted."""
@@ -394,13 +412,17 @@ class _Batch:
         if space == "global":
             return self.memory.load(what, addresses, size, self.threads(numbers))
         if space == "shared":
-            return self._shared.load(what, addresses, size, numbers // self.kernel.threads, self.threads(numbers))
+            return self._shared.load(
+                what, addresses, size, numbers // self.kernel.threads, self.threads(numbers)
+            )
         at = addresses.astype(np.int64)
         if (at % size).any() or at.min() < 0 or at.max() + size > len(self._parameters):
             raise PtxError(f"{self.kernel.name}: parameter access out of bounds or misaligned: {what}")
         return self._parameters[at[:, None] + np.arange(size)]
 
-    def store(self, space: str, what: object, addresses: np.ndarray, values: np.ndarray, numbers: Lanes) -> None:
+    def store(
+        self, space: str, what: object, addresses: np.ndarray, values: np.ndarray, numbers: Lanes
+    ) -> None:
         if space == "global":
             self.memory.store(what, addresses, values, self.threads(numbers))
         else:
@@ -418,7 +440,9 @@ class _Batch:
                 held = {}
             at = min(waiting)
             lanes = waiting.pop(at)
-            for place, those in self._advance(at, lanes, min(waiting, default=len(self.kernel.instructions)), held):
+            for place, those in self._advance(
+                at, lanes, min(waiting, default=len(self.kernel.instructions)), held
+            ):
                 if len(those):
                     waiting[place] = np.union1d(waiting[place], those) if place in waiting else those
 

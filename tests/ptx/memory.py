@@ -1,4 +1,6 @@
-"""Memory in which every access is checked: bounds, alignment, what was written, what may be written, and by whom."""
+"""Memory in which every access is checked: bounds, alignment, what was written, what may be written, and
+by whom.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ class Traffic:
     requests: int = 0
     sectors: int = 0
     bytes: int = 0
-    distinct: int = 0  #: bytes of the sectors that were touched at all: what a cache that loses nothing passes on
+    #: bytes of the sectors that were touched at all: what a cache that loses nothing passes on
+    distinct: int = 0
 
 
 class Threads:
@@ -41,7 +44,8 @@ _BLOCKS, _ATOMIC = -1, -2  # several blocks; any threads, by atomic additions
 
 
 class _Users:
-    """Who has used each byte: what one thread writes no other may read or write, unless a barrier lies between.
+    """Who has used each byte: what one thread writes no other may read or write, unless a barrier lies
+    between.
 
     A barrier is one of a block: it orders what the block's threads do, not what other blocks do.
     """
@@ -156,7 +160,10 @@ class Memory:
     def _count(self, kind: str, addresses: np.ndarray, size: int, threads: Threads) -> None:
         traffic, touched = self._traffic[kind], self._touched[kind]
         # An access is aligned to its size, so that it lies in one sector.
-        warps, sectors = threads.numbers // 32, ((addresses - np.uint64(self.base)) >> np.uint64(5)).astype(np.int64)
+        warps, sectors = (
+            threads.numbers // 32,
+            ((addresses - np.uint64(self.base)) >> np.uint64(5)).astype(np.int64),
+        )
         traffic.requests += 1 + np.count_nonzero(np.diff(warps))
         traffic.sectors += len(np.unique(warps * len(touched) + sectors))
         traffic.bytes += size * len(addresses)
@@ -174,7 +181,9 @@ class Memory:
         places = self._places(what, addresses, size)
         unwritten = (self._state.reshape(-1, size)[places] & _WRITTEN == 0).any(1)
         if unwritten.any():
-            raise PtxError(f"read of memory that nobody wrote: {what}, {int(addresses[unwritten.argmax()]):#x}")
+            raise PtxError(
+                f"read of memory that nobody wrote: {what}, {int(addresses[unwritten.argmax()]):#x}"
+            )
         self._users.read(what, places, size, threads)
         self._count("ld", addresses, size, threads)
         return self.bytes.reshape(-1, size)[places]
@@ -219,10 +228,14 @@ class Shared:
             raise PtxError(f"misaligned access: {what}, {int(addresses[(at % size != 0).argmax()]):#x}")
         outside = (at < 0) | (at + size > self._size)
         if outside.any():
-            raise PtxError(f"access out of bounds: {what}, {size} bytes at {int(addresses[outside.argmax()]):#x}")
+            raise PtxError(
+                f"access out of bounds: {what}, {size} bytes at {int(addresses[outside.argmax()]):#x}"
+            )
         return (blocks * self._row + at) // size
 
-    def load(self, what: object, addresses: np.ndarray, size: int, blocks: np.ndarray, threads: Threads) -> np.ndarray:
+    def load(
+        self, what: object, addresses: np.ndarray, size: int, blocks: np.ndarray, threads: Threads
+    ) -> np.ndarray:
         """uint8 [accesses, size]; ``blocks``: which of these each access is of."""
         places = self._places(what, addresses, size, blocks)
         if not self._written.reshape(-1, size)[places].all():
@@ -233,7 +246,10 @@ class Shared:
     def store(
         self, what: object, addresses: np.ndarray, values: np.ndarray, blocks: np.ndarray, threads: Threads
     ) -> None:
-        """Of ``values`` uint8 [accesses, size].  Threads that hold the same number may write it to one place."""
+        """Of ``values`` uint8 [accesses, size].
+
+        Threads that hold the same number may write it to one place.
+        """
         size = values.shape[1]
         places = self._places(what, addresses, size, blocks)
         self._written.reshape(-1, size)[places] = True

@@ -61,8 +61,8 @@ ENOUGH = {
 
 
 def some(text: str, kind: str) -> dict[str, str]:
-    """Four faults of one kind, evenly over the text: what is changed, and the text.  Of bounds the first six, among
-    which is that of whole chunks."""
+    """Four faults of one kind, evenly over the text: what is changed, and the text.  Of bounds the first six,
+    among which is that of whole chunks."""
     found = [(line, mutant) for its, line, mutant in mutants(text) if its == kind]
     return dict(found[:6] if kind == "bound" else [found[i * len(found) // 4] for i in range(4) if found])
 

@@ -1,4 +1,7 @@
-"""PTX text as kernels of instructions: entries, parameters, registers, labels.  Debug directives are dropped."""
+"""PTX text as kernels of instructions: entries, parameters, registers, labels.
+
+Debug directives are dropped.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,9 @@ from dataclasses import dataclass, field
 SIZES = {"pred": 0, **{f"{kind}{bits}": bits // 8 for kind in "bsuf" for bits in (8, 16, 32, 64)}}
 
 _ENTRY = re.compile(r"\.entry\s+(\w+)\s*\((.*?)\)\s*((?:\.\w+\s+[\d, ]+\s*)*)\{", re.DOTALL)
-_PARAMETER = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+((?:\.\w+\s+|\d+\s+)*)(\w+)(?:\[(\d+)\])?\s*$")
+_PARAMETER = re.compile(
+    r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+((?:\.\w+\s+|\d+\s+)*)(\w+)(?:\[(\d+)\])?\s*$"
+)
 _SHARED = re.compile(r"\.extern\s+\.shared\s+\.align\s+\d+\s+\.b8\s+(\w+)\[\]\s*;")
 _REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*)$")
 _STATEMENT = re.compile(r"(?:@(!?)([%\w]+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.DOTALL)
@@ -87,7 +92,9 @@ _TOKEN = re.compile(
 
 
 def _fill(kernel: Kernel, text: str) -> None:
-    """Statements end at semicolons; braces around them open a scope, whose registers get names of their own."""
+    """Statements end at semicolons; braces around them open a scope, whose registers get names of their
+    own.
+    """
     scopes: list[dict[str, str]] = []
     opened = at = 0
     text = text.rstrip()

@@ -45,7 +45,9 @@ def _argument(value: Any, kind: str) -> bytes:
 
 
 class TritonDevice(Executor):
-    """The kernels of the backend, for CPU tensors while ``use`` is in force; ``edit``: what their PTX becomes first."""
+    """The kernels of the backend, for CPU tensors while ``use`` is in force; ``edit``: what their PTX
+    becomes first.
+    """
 
     def __init__(self, edit: Callable[[str], str] = str) -> None:
         super().__init__()
@@ -93,7 +95,9 @@ class TritonDevice(Executor):
                 written = _WRITTEN | ({"params"} if name in _IN_PLACE else set())
                 try:
                     table._tables.clear()  # which hold addresses of other calls
-                    return self.call(function, [Argument(n, a, n in written) for n, a in zip(names, args, strict=True)])
+                    return self.call(
+                        function, [Argument(n, a, n in written) for n, a in zip(names, args, strict=True)]
+                    )
                 finally:
                     table._tables.clear()
 

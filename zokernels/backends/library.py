@@ -1,7 +1,7 @@
 """The compiled libraries: finding, loading, and calling what they register.
 
-A library registers its kernels as ``torch.ops.zokernels_<name>.*``, each with a schema.  The schema says what becomes
-of the arguments that a kernel gets (``registry.Kernel``), so nothing in Python names a single kernel:
+A library registers its kernels as ``torch.ops.zokernels_<name>.*``, each with a schema.  The schema says what
+becomes of the arguments that a kernel gets (``registry.Kernel``), so nothing in Python names a single kernel:
 
 * where the schema ends with the fields of ``Terms``, the last argument is a ``Terms``, which is taken apart;
 * where it has ``dist`` or ``wire``, which are names in Python, the name becomes its number;
@@ -43,7 +43,8 @@ def load(name: str) -> None:
         torch.ops.load_library(path)
     except OSError as error:
         raise BackendUnavailable(
-            f"backend {name!r} does not load with torch {torch.__version__} ({error}); rebuild it with: {BUILD[name]}"
+            f"backend {name!r} does not load with torch {torch.__version__} ({error}); rebuild it "
+            f"with: {BUILD[name]}"
         ) from error
 
 

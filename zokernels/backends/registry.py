@@ -29,8 +29,8 @@ class BackendUnavailable(RuntimeError):
     """A backend that cannot be used here; the message says why and what mends it."""
 
 
-#: A backend's part of an operation.  Arguments arrive checked; ``out`` may equal ``params``.  What it computes is what
-#: the function of the same name in ``reference`` says.
+#: A backend's part of an operation.  Arguments arrive checked; ``out`` may equal ``params``.  What it
+#: computes is what the function of the same name in ``reference`` says.
 Kernel = Callable[..., Any]
 _AnyKernel = TypeVar("_AnyKernel", bound=Kernel)
 
@@ -59,13 +59,17 @@ class Backend:
     devices: frozenset[str]
     #: The kernel of a name; None where there is none.
     find: Callable[[str], Kernel | None]
-    #: Devices of those types that it cannot run on, each with the reason: the rest of a sentence about the backend.
+    #: Devices of those types that it cannot run on, each with the reason: the rest of a sentence about the
+    #: backend.
     refused: Mapping[torch.device, str] = field(default_factory=dict)
     #: What a user should know of it besides; empty where all is ordinary.
     note: str = ""
 
     def __getattr__(self, name: str) -> Kernel:
-        """A kernel as an attribute.  It is found once and then stands in the instance, where nothing is called."""
+        """A kernel as an attribute.
+
+        It is found once and then stands in the instance, where nothing is called.
+        """
         kernel = None if name.startswith("_") else self.find(name)
         if kernel is None:
             raise AttributeError(f"backend {self.name!r} has no kernel {name!r}", name=name, obj=self)
@@ -91,7 +95,9 @@ def _unknown(name: str, where: str) -> NoReturn:
 
 
 def get(name: str) -> Backend:
-    """The backend ``name``; raises :class:`BackendUnavailable` with the reason and the command that mends it."""
+    """The backend ``name``; raises :class:`BackendUnavailable` with the reason and the command that mends
+    it.
+    """
     if name not in NAMES:
         _unknown(name, "backend")
     loaded = _load(name)
@@ -111,15 +117,22 @@ def forced() -> str | None:
 
 
 def select(device: torch.device | str) -> Backend:
-    """The backend for tensors on ``device``: the forced one, else the first of ``PREFERENCE`` that runs there."""
+    """The backend for tensors on ``device``: the forced one, else the first of ``PREFERENCE`` that runs
+    there.
+    """
     device = torch.device(device) if isinstance(device, str) else device
     name = forced()
     if name is not None:
         chosen = get(name)
         if device.type not in chosen.devices:
             raise BackendUnavailable(
-                f"backend {name!r}: expected tensors on {' or '.join(sorted(chosen.devices))}, got {device.type}"
-                + ("; set TRITON_INTERPRET=1 before Python starts to run Triton on CPU" if name == "triton" else "")
+                f"backend {name!r}: expected tensors on {' or '.join(sorted(chosen.devices))}, got "
+                f"{device.type}"
+                + (
+                    "; set TRITON_INTERPRET=1 before Python starts to run Triton on CPU"
+                    if name == "triton"
+                    else ""
+                )
             )
         if device in chosen.refused:
             raise BackendUnavailable(f"backend {name!r} {chosen.refused[device]}")
@@ -133,7 +146,8 @@ def select(device: torch.device | str) -> Backend:
 
 @contextmanager
 def backend(name: str | None) -> Iterator[None]:
-    """Within the block, run every operation on backend ``name`` (``None`` or ``"auto"``: choose automatically).
+    """Within the block, run every operation on backend ``name`` (``None`` or ``"auto"``: choose
+    automatically).
 
     Raises :class:`BackendUnavailable` at once where that backend cannot be used.
     """

@@ -1,7 +1,7 @@
 """Inner products with noise in one order of summation on every backend: ``project`` (docs/contract.md).
 
-A kernel gives partial sums, float64, in the order of elements; :func:`fold` adds neighbours until one is left.
-"""
+A kernel gives partial sums, float64, in the order of elements; :func:`fold` adds neighbours until one is
+left."""
 
 from __future__ import annotations
 

@@ -32,8 +32,8 @@ class Terms(NamedTuple):
     mask_seed: Tensor | None = None  # int64 [1]: keeps where the 16-bit field of domain 3 is below mask_keep
     mask_keep: int = KEEP_ALL
     curvature: Sequence[Tensor] | None = None  # fp32 or bf16, like the parameters, > 0
-    #: Of a shard that is rows of a matrix's columns: elements of a row, and logical indices from a row's first to the
-    #: next one's; 0 for a tensor that lies in one piece.  None: all do.
+    #: Of a shard that is rows of a matrix's columns: elements of a row, and logical indices from a row's
+    #: first to the next one's; 0 for a tensor that lies in one piece.  None: all do.
     widths: list[int] | None = None
     lengths: list[int] | None = None
 
@@ -47,7 +47,15 @@ class Terms(NamedTuple):
     @property
     def packed(self) -> tuple[Any, ...]:
         """The fields as the compiled libraries take them (csrc/op_args.h)."""
-        noise = self.seeds, self.coeffs, self.streams, self.offsets, DISTS[self.dist], self.decay, self.rounding_seed
+        noise = (
+            self.seeds,
+            self.coeffs,
+            self.streams,
+            self.offsets,
+            DISTS[self.dist],
+            self.decay,
+            self.rounding_seed,
+        )
         masks = self.masks or [], self.mask_seed, self.mask_keep
         return *noise, *masks, self.curvature or [], self.widths or [], self.lengths or []
 
@@ -64,8 +72,11 @@ def row_blocks(offset: int, width: int, length: int) -> int:
     return width // 8 if (offset | width | length) % 8 == 0 else width + 14 >> 3
 
 
-def by_rows(operation: Callable[[list[list[Tensor]], Terms], None], groups: list[list[Tensor]], terms: Terms) -> None:
-    """``operation`` with every row as a tensor of its own: for a backend, or an operation, that knows no rows.
+def by_rows(
+    operation: Callable[[list[list[Tensor]], Terms], None], groups: list[list[Tensor]], terms: Terms
+) -> None:
+    """``operation`` with every row as a tensor of its own: for a backend, or an operation, that knows no
+    rows.
 
     ``groups``: lists of tensors that go with the terms', which may be empty.
     """

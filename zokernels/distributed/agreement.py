@@ -102,7 +102,12 @@ class Agreement:
                 fail(op, f"param_groups[{i}]", "named parameters where stages have their own", "unnamed ones")
         for label, stream in (item for of_rank in streams for item in of_rank.items()):
             if owner.setdefault(stream, label) != label:
-                fail(op, "streams", "one stream for each parameter", f"{stream} for both {owner[stream]} and {label}")
+                fail(
+                    op,
+                    "streams",
+                    "one stream for each parameter",
+                    f"{stream} for both {owner[stream]} and {label}",
+                )
 
     def foreign(self, optimizer: OptimizerView, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The groups that take part only on other stages of a pipeline, where ``groups`` do here."""
@@ -115,12 +120,14 @@ class Agreement:
         for group in optimizer.param_groups:
             for i, p in enumerate(group["params"]):
                 if is_sharded(p) and (not (peers := peers_of(p)) <= ranks or peers & others):
-                    expected = f"the ranks between which {label_of(group, i)} is split ({sorted(peers)}), at one point"
+                    split = f"the ranks between which {label_of(group, i)} is split ({sorted(peers)})"
                     got = f"ranks {sorted(ranks)}, of which {sorted(others)} are at other points than rank "
-                    fail(optimizer.op, "mesh", expected, got + str(self._ranks.rank))
+                    fail(optimizer.op, "mesh", f"{split}, at one point", got + str(self._ranks.rank))
 
     def check_weights(self, optimizer: OptimizerView) -> None:
-        named = [(label_of(group, i), p) for group in optimizer.param_groups for i, p in enumerate(group["params"])]
+        named = [
+            (label_of(group, i), p) for group in optimizer.param_groups for i, p in enumerate(group["params"])
+        ]
         home = next(local_of(p).device for _, p in named)
         mine = torch.zeros(max(map(len, self._held)), dtype=torch.int64, device=home)
         mine[: len(named)] = torch.stack([fingerprint(local_of(p)).to(home) for _, p in named])
@@ -135,7 +142,9 @@ class Agreement:
                     _differ(optimizer, where, first, side(expected), rank, side(value))
 
 
-def _compare(optimizer: OptimizerView, first: int, ours: dict[str, str], rank: int, theirs: dict[str, str]) -> None:
+def _compare(
+    optimizer: OptimizerView, first: int, ours: dict[str, str], rank: int, theirs: dict[str, str]
+) -> None:
     for key in (*ours, *(k for k in theirs if k not in ours)):
         if (one := ours.get(key, "none")) != (other := theirs.get(key, "none")):
             _differ(optimizer, key, first, one, rank, other)

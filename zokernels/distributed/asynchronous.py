@@ -68,7 +68,9 @@ class AsyncExchange:
     at the end, where weights are not.
     """
 
-    def __init__(self, optimizer: StepOptimizer, store: Store, steps: int, staleness: int | None = None) -> None:
+    def __init__(
+        self, optimizer: StepOptimizer, store: Store, steps: int, staleness: int | None = None
+    ) -> None:
         self._check(optimizer, steps, staleness)
         self.optimizer, self.store, self.steps, self.staleness = optimizer, store, steps, staleness
         assert isinstance(optimizer.run_state, HostState)  # not capturable
@@ -86,7 +88,10 @@ class AsyncExchange:
         self.catch_up()
 
     def _check(self, optimizer: StepOptimizer, steps: int, staleness: int | None) -> None:
-        for name, value, low in (("steps", steps, 1), ("staleness", 0 if staleness is None else staleness, 0)):
+        for name, value, low in (
+            ("steps", steps, 1),
+            ("staleness", 0 if staleness is None else staleness, 0),
+        ):
             if not is_integer(value, low, 2**32 - 1):
                 fail("AsyncExchange", name, f"an integer in [{low}, 2^32)", repr(value))
         o = optimizer
@@ -94,7 +99,9 @@ class AsyncExchange:
         alone = o.team.alone and o.home.in_memory and not (o.log.recording or o.run_state.capturable)
         params = [p for group in o.param_groups for p in group["params"]]
         if not (plain and alone) or any_sharded(params):
-            expected = "restore='exact', dense noise, no subset, mesh, trajectory, shards, streaming or capturable"
+            expected = (
+                "restore='exact', dense noise, no subset, mesh, trajectory, shards, streaming or capturable"
+            )
             fail("AsyncExchange", "optimizer", expected, o.op)
         if o.state or o.step_count:
             fail("AsyncExchange", "optimizer", "a fresh one", f"step {o.step_count}")
@@ -131,7 +138,9 @@ class AsyncExchange:
     def _publish(self, draw: int, base: int, probe: Probe, estimate: Estimate) -> None:
         record = pending(self.optimizer, draw, probe.buckets, estimate).record(self._layout)
         mine = f"{base} {self._layout.pack(record).hex()}"
-        while (n := base + len(self._next)) < self.steps and (self.staleness is None or n - base <= self.staleness):
+        while (n := base + len(self._next)) < self.steps and (
+            self.staleness is None or n - base <= self.staleness
+        ):
             self._next.append(found := self.store.compare_set(str(n), "", mine))
             if found.decode() == mine:
                 self.last_staleness = n - base
@@ -163,7 +172,9 @@ class AsyncExchange:
         if not self._next:
             return
         optimizer, state = self.optimizer, self._state
-        records = [self._layout.unpack(self._data(self.count + i, found), 0) for i, found in enumerate(self._next)]
+        records = [
+            self._layout.unpack(self._data(self.count + i, found), 0) for i, found in enumerate(self._next)
+        ]
         check_records(optimizer, records)
         with uninterrupted():
             before = optimizer.rule.state_dict(), state.seed, self.count, int(state.skipped)

@@ -51,8 +51,8 @@ class Exchange(Ranks, Team):
       first of them is everyone's.
 
     A step takes one all-gather of float64: 8 ceil(n / P) bytes a rank for the losses, and 48 for
-    :class:`Signs`, by which ranks that come apart are noticed; 64 in all for plain data parallel with two sides.
-    All ranks then compute the same coefficients from the same numbers, so weights need no exchange.
+    :class:`Signs`, by which ranks that come apart are noticed; 64 in all for plain data parallel with two
+    sides. All ranks then compute the same coefficients from the same numbers, so weights need no exchange.
 
     Args:
         mesh: a DeviceMesh with named dimensions; its ranks are those that call ``step``.
@@ -120,7 +120,10 @@ class Exchange(Ranks, Team):
         self._left -= 1
         signs = self._signs.of(dtype, failed, mine.device)
         everyone = self.all_gather(torch.cat((mine.flatten(), signs.view(torch.float64))))
-        values, theirs = everyone[:, : mine.numel()], everyone[:, mine.numel() :].contiguous().view(torch.int64)
+        values, theirs = (
+            everyone[:, : mine.numel()],
+            everyone[:, mine.numel() :].contiguous().view(torch.int64),
+        )
         try:
             return self._signs.check(self._optimizer, values.reshape(len(everyone), *mine.shape), theirs)
         except RanksDiffer:
@@ -182,11 +185,15 @@ def exchange_of(optimizer: StepOptimizer, mesh: DeviceMesh | Exchange) -> Exchan
     if not isinstance(mesh, Exchange):
         fail(op, "mesh", "a DeviceMesh or an Exchange", type(mesh).__name__, TypeError)
     if mesh.perturbation > (count := len(optimizer.estimator.points())):
-        fail(op, "mesh", f"at most {count} ranks along {PERTURBATION!r}, one for each point", mesh.perturbation)
+        fail(
+            op, "mesh", f"at most {count} ranks along {PERTURBATION!r}, one for each point", mesh.perturbation
+        )
     if mesh.stages > 1:  # stages know no parameters but their own
         if optimizer.subset is not None or not optimizer.direction.separate:
             got = f"{type(optimizer.direction).__name__}, {type(optimizer.subset).__name__}"
-            fail(op, "mesh", f"no subset, and a direction of each parameter by itself, with {PIPELINE!r}", got)
+            fail(
+                op, "mesh", f"no subset, and a direction of each parameter by itself, with {PIPELINE!r}", got
+            )
         if isinstance(optimizer.estimator, ForwardMode):
             fail(op, "mesh", f"no {PIPELINE!r} with forward-mode derivatives", f"{mesh.stages} stages")
     return mesh

@@ -12,7 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..checks import fail
 
-all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name until 2.13
+# its name until 2.13
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 #: What the dimensions of a mesh mean; ranks along any other hold parts of one model, or copies of it.
 DATA, PERTURBATION, PIPELINE = "data", "perturbation", "pipeline"
@@ -53,7 +54,11 @@ class Ranks:
         return places.reshape(self.data, self.perturbation, self.stages, -1)[:, :, -1, 0].tolist()
 
     def _stage(self, rank: int) -> int:
-        return int((self.mesh.mesh == rank).nonzero()[0, self.names.index(PIPELINE)]) if PIPELINE in self.names else 0
+        return (
+            int((self.mesh.mesh == rank).nonzero()[0, self.names.index(PIPELINE)])
+            if PIPELINE in self.names
+            else 0
+        )
 
     @property
     def rank(self) -> int:

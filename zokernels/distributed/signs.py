@@ -42,7 +42,8 @@ class Signs:
     """64 bits for each of :data:`MEANINGS`; all ranks must send the same ones.
 
     On the CPU a difference is an error at once.  On a GPU nothing waits for it: the device itself turns the
-    losses into NaN, so that all ranks skip the update, and the error comes when the signs have reached the host.
+    losses into NaN, so that all ranks skip the update, and the error comes when the signs have reached the
+    host.
 
     Args:
         members: the ranks, in the order in which their signs are gathered.
@@ -62,7 +63,10 @@ class Signs:
         self._sent: deque[_Sent] = deque()
 
     def begin(self, optimizer: OptimizerView) -> None:
-        """Reads the settings of the step that begins.  Raises where those of an earlier step were different."""
+        """Reads the settings of the step that begins.
+
+        Raises where those of an earlier step were different.
+        """
         while self._sent and self._sent[0].arrived.query():
             sent = self._sent.popleft()
             self._compare(optimizer, sent.step, sent.signs.tolist())
@@ -124,5 +128,6 @@ class Signs:
                 like = self._like[i] if place == _TRAINABLE else 0
                 if own[place] != signs[like][place]:
                     differ(
-                        f"the same {meaning}", f"another on rank {self._members[i]} than on rank {self._members[like]}"
+                        f"the same {meaning}",
+                        f"another on rank {self._members[i]} than on rank {self._members[like]}",
                     )

@@ -23,9 +23,9 @@ _open: weakref.WeakSet[AppendedFile] = weakref.WeakSet()
 class AppendedFile:
     """A file that this process alone writes, from the end of its last whole piece on.
 
-    The lock (``flock``) is taken before anything is read or written, so of two processes the second one gets an
-    error and has changed nothing.  The system drops it with the process, however that ends.  A forked child
-    closes its copy: it can neither write nor keep the lock when its parent is gone.
+    The lock (``flock``) is taken before anything is read or written, so of two processes the second one gets
+    an error and has changed nothing.  The system drops it with the process, however that ends.  A forked
+    child closes its copy: it can neither write nor keep the lock when its parent is gone.
 
     Raises: ValueError where ``path`` is no ordinary file; RuntimeError where another process writes it.
     """
@@ -71,9 +71,13 @@ class AppendedFile:
     def check_untouched(self) -> None:
         """Raises RuntimeError where another process has removed, replaced, cut or extended the file."""
         if not self._is_at_path(self.fd):
-            fail(self.op, self.path, "the file that was opened", "none, or another in its place", RuntimeError)
+            fail(
+                self.op, self.path, "the file that was opened", "none, or another in its place", RuntimeError
+            )
         if (found := os.fstat(self.fd).st_size) < self.end:
-            fail(self.op, self.path, f"{self.end} bytes", f"{found}: another process has cut it", RuntimeError)
+            fail(
+                self.op, self.path, f"{self.end} bytes", f"{found}: another process has cut it", RuntimeError
+            )
         if found > self.end:  # a part of a piece, which could not be removed when its write failed
             os.ftruncate(self.fd, self.end)
 
@@ -113,14 +117,21 @@ class AppendedFile:
             while at < self.end:
                 data = os.pread(self.fd, min(_PIECE, self.end - at), at)
                 if not data:
-                    fail(self.op, self.path, f"{self.end} bytes", f"{at}: another process has cut it", RuntimeError)
+                    fail(
+                        self.op,
+                        self.path,
+                        f"{self.end} bytes",
+                        f"{at}: another process has cut it",
+                        RuntimeError,
+                    )
                 state.update(data)
                 at += len(data)
             self._hashed = state, at
             return state.hexdigest()
 
     def sync(self) -> None:
-        """Brings the file to the disk.  What a sync that failed had to bring is written again by the next one.
+        """Brings the file to the disk.  What a sync that failed had to bring is written again by the next
+        one.
 
         The system itself would not try again: to it those pages are clean (fsyncgate, 2018).
         """
@@ -129,7 +140,8 @@ class AppendedFile:
             if self.unsure and begin < end:
                 self.write(os.pread(self.fd, end - begin, begin), begin)
         try:
-            os.fsync(self.fd)  # without the lock: it may take long, and what comes meanwhile is of the next sync
+            # without the lock: it may take long, and what comes meanwhile is of the next sync
+            os.fsync(self.fd)
         except OSError:
             self.unsure = True
             raise

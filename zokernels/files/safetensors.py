@@ -25,7 +25,8 @@ _MAX_HEADER = 100_000_000
 _INDEX = "model.safetensors.index.json"
 #: torch's dtypes by their names in a header.
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "U16": torch.uint16, "U32": torch.uint32,
     "U64": torch.uint64, "C64": torch.complex64,
@@ -71,7 +72,12 @@ class File:
             total = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if total < 8 or length > min(total - 8, _MAX_HEADER):
-                fail("safetensors", str(path), "a safetensors file", f"{total} bytes, {length} of them a header")
+                fail(
+                    "safetensors",
+                    str(path),
+                    "a safetensors file",
+                    f"{total} bytes, {length} of them a header",
+                )
             header = _json(file.read(length), str(path))
             # Shared and read-only: a private writable map of the whole file would count as data (ulimit -d).
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -94,7 +100,12 @@ class File:
             if good and dtype in DTYPES:
                 good = end - begin == math.prod(shape) * DTYPES[dtype].itemsize
         if not good:
-            fail("safetensors", f"{self.path}: {name[:200]!r}", "a dtype, a shape and their bytes", str(found)[:200])
+            fail(
+                "safetensors",
+                f"{self.path}: {name[:200]!r}",
+                "a dtype, a shape and their bytes",
+                str(found)[:200],
+            )
         return Entry(dtype, tuple(shape), data + begin, end - begin)
 
     def tensor(self, name: str) -> Tensor:

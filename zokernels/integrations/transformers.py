@@ -1,10 +1,10 @@
 """``ZOTrainer``: the Trainer of Hugging Face, with forward passes only.
 
-    g_k = (L(theta + eps z_k) - L(theta - eps z_k)) / (2 eps q),   theta <- (1 - lr * wd) theta - lr * sum_k g_k z_k
+    g_k = (L(theta + eps z_k) - L(theta - eps z_k)) / (2 eps q)
+    theta <- (1 - lr * wd) theta - lr * sum_k g_k z_k
 
-L is the loss that the Trainer would have called backward on, of all micro-batches of a step.  docs/transformers.md says
-what each argument means.
-"""
+L is the loss that the Trainer would have called backward on, of all micro-batches of a step.
+docs/transformers.md says what each argument means."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ logger = transformers.utils.logging.get_logger(__name__)
 _OLDEST = "5.3"
 if tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, _OLDEST.split("."))):
     raise ImportError(
-        f"zokernels.integrations.transformers: expected transformers >= {_OLDEST}, got {transformers.__version__}"
+        f"zokernels.integrations.transformers: expected transformers >= {_OLDEST}, got "
+        f"{transformers.__version__}"
     )
 
 #: What reaches ``accelerator.backward``, of each forward: streamed forwards (offload) take turns in threads.
@@ -62,25 +63,28 @@ else:
 class ZOTrainerMixin(_Behind):
     """Makes a zeroth-order trainer of a ``transformers.Trainer``, in front of it in the list of bases.
 
-    A step of the optimizer runs the Trainer's own ``training_step`` for every micro-batch, once for each point of the
-    estimator, without gradients; the loss is what reaches ``accelerator.backward``, which is never run.  So
-    accumulation, autocast, label smoothing, and a ``compute_loss`` or ``training_step`` of the user's act as they do
-    with backward.  All forwards of a step see one RNG state, hence the same dropout masks.
+    A step of the optimizer runs the Trainer's own ``training_step`` for every micro-batch, once for each
+    point of the estimator, without gradients; the loss is what reaches ``accelerator.backward``, which is
+    never run.  So accumulation, autocast, label smoothing, and a ``compute_loss`` or ``training_step`` of the
+    user's act as they do with backward.  All forwards of a step see one RNG state, hence the same dropout
+    masks.
 
     Args:
-        optimizer_cls_and_kwargs: (class, arguments) as for the Trainer: a class of ``zokernels.optim`` or any function
-            that makes one of its optimizers of parameter groups.  Default: ``(ZOSGD, {})``, which is MeZO.  lr is
-            ``args.learning_rate`` and seed ``args.seed``, unless given here.
+        optimizer_cls_and_kwargs: (class, arguments) as for the Trainer: a class of ``zokernels.optim`` or any
+            function that makes one of its optimizers of parameter groups.  Default: ``(ZOSGD, {})``, which is
+            MeZO.  lr is ``args.learning_rate`` and seed ``args.seed``, unless given here.
         optimizers: (optimizer, scheduler) as for the Trainer, with an optimizer of ``zokernels.optim``.
-        trajectory: path of a log that replays the run (:mod:`zokernels.trajectory`).  A run that is resumed from a
-            checkpoint goes on with its log.
+        trajectory: path of a log that replays the run (:mod:`zokernels.trajectory`).  A run that is resumed
+            from a checkpoint goes on with its log.
         eval_mode: run the forwards of the training as in evaluation, without dropout.
-        mesh: in several processes (torchrun): a ``DeviceMesh`` with the dimension "data" of all of them, or an
-            :class:`zokernels.distributed.Exchange` of one; default: made here.  Each process has batches of its own,
-            as the Trainer shares them out, all take the same steps, and the first one writes log and checkpoints.
-        offload: arguments of :func:`zokernels.offload.stream`, ``{"storage": "host"}`` for example: the model's blocks
-            live there and come to the device one after another, in training and in evaluation.  The model is streamed
-            (``trainer.engine``) when its first forward is due, after ``resume_from_checkpoint`` has been read.
+        mesh: in several processes (torchrun): a ``DeviceMesh`` with the dimension "data" of all of them, or
+            an :class:`zokernels.distributed.Exchange` of one; default: made here.  Each process has batches
+            of its own, as the Trainer shares them out, all take the same steps, and the first one writes log
+            and checkpoints.
+        offload: arguments of :func:`zokernels.offload.stream`, ``{"storage": "host"}`` for example: the
+            model's blocks live there and come to the device one after another, in training and in evaluation.
+            The model is streamed (``trainer.engine``) when its first forward is due, after
+            ``resume_from_checkpoint`` has been read.
 
     Example::
 
@@ -103,7 +107,8 @@ class ZOTrainerMixin(_Behind):
         self.engine: Engine | None = None
         self._micro_batches: list[tuple[Any, ...]] = []
         self._hooked: ZerothOrder | None = None
-        self._means: bool | None = None  # whether losses are means of micro-batches that nobody divides by their number
+        # whether losses are means of micro-batches that nobody divides by their number
+        self._means: bool | None = None
         self._told: set[str] = set()
         self._since: float | None = None
         self._logged_step = 0
@@ -114,17 +119,32 @@ class ZOTrainerMixin(_Behind):
     def _op(self) -> str:
         return type(self).__name__
 
-    # Arguments --------------------------------------------------------------------------------------------------------
+    # Arguments --------------------------------------------------------------------------------------------
 
     def _check_arguments(self) -> None:
         args = self.args
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.is_fsdp_xla_enabled:
-            fail(self._op, "deepspeed, fsdp", "neither: they shard gradients and states that do not exist", "one")
+            fail(
+                self._op,
+                "deepspeed, fsdp",
+                "neither: they shard gradients and states that do not exist",
+                "one",
+            )
         if args.n_gpu > 1:
-            fail(self._op, "n_gpu", "1 (CUDA_VISIBLE_DEVICES=0): nn.DataParallel copies the weights", args.n_gpu)
+            fail(
+                self._op,
+                "n_gpu",
+                "1 (CUDA_VISIBLE_DEVICES=0): nn.DataParallel copies the weights",
+                args.n_gpu,
+            )
         self._check_processes()
         if self._offload is not None and args.load_best_model_at_end:
-            fail(self._op, "load_best_model_at_end", "False with offload: a streamed model loads no state_dict", True)
+            fail(
+                self._op,
+                "load_best_model_at_end",
+                "False with offload: a streamed model loads no state_dict",
+                True,
+            )
         if self._offload is not None and self.optimizer is not None:
             expected = "optimizer_cls_and_kwargs with offload: an optimizer comes after the stream"
             fail(self._op, "optimizers", expected, type(self.optimizer).__name__)
@@ -146,7 +166,9 @@ class ZOTrainerMixin(_Behind):
             if not isinstance(self._mesh, Exchange):
                 self._mesh = Exchange(self._mesh)
             if self._mesh.names != ("data",) or len(self._mesh.ranks) != processes:
-                expected = f"the dimension 'data' of {processes} processes: the Trainer gives each its own batches"
+                expected = (
+                    f"the dimension 'data' of {processes} processes: the Trainer gives each its own batches"
+                )
                 fail(self._op, "mesh", expected, f"{self._mesh.names} of {len(self._mesh.ranks)}")
         ours = self.zo_optimizer
         if processes > 1 and ours is not None and ours.team.alone:
@@ -163,7 +185,7 @@ class ZOTrainerMixin(_Behind):
             self._told.add(message)
             warnings.warn(f"{self._op}: {message}", stacklevel=3)
 
-    # Optimizer --------------------------------------------------------------------------------------------------------
+    # Optimizer --------------------------------------------------------------------------------------------
 
     @property
     def zo_optimizer(self) -> ZerothOrder | None:
@@ -186,7 +208,9 @@ class ZOTrainerMixin(_Behind):
         if not isinstance(ours, ZerothOrder):
             fail(self._op, "optimizer", "one of zokernels.optim", type(ours).__name__, TypeError)
         if self.args.torch_compile and ours.restore == "exact" and not isinstance(ours, ZOCGE):
-            expected = "restore='inplace' in optimizer_cls_and_kwargs: 'exact' cannot see the weights in a graph"
+            expected = (
+                "restore='inplace' in optimizer_cls_and_kwargs: 'exact' cannot see the weights in a graph"
+            )
             fail(self._op, "torch_compile", expected, "restore='exact'")
         if self._hooked is not ours:
             ours.register_step_pre_hook(self._before_step)
@@ -195,7 +219,9 @@ class ZOTrainerMixin(_Behind):
         return self.optimizer
 
     def _groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """The trainable parameters by name; those that the Trainer does not decay apart, where anything decays."""
+        """The trainable parameters by name; those that the Trainer does not decay apart, where anything
+        decays.
+        """
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if not self.args.weight_decay:
             return [{"params": named}]
@@ -206,7 +232,7 @@ class ZOTrainerMixin(_Behind):
         ]
         return [group for group in groups if group["params"]]
 
-    # Step -------------------------------------------------------------------------------------------------------------
+    # Step -------------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         self._micro_batches = []  # of the step that begins
@@ -215,10 +241,13 @@ class ZOTrainerMixin(_Behind):
         return super().get_batch_samples(*args, **kwargs)
 
     def _keep(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """What the loop calls for ``training_step``: keeps the micro-batch for the optimizer's step, which runs it."""
+        """What the loop calls for ``training_step``: keeps the micro-batch for the optimizer's step,
+        which runs it.
+        """
         if self._eval_mode and "train" not in vars(model):
             model.train = lambda mode=True: _train_without_parts(model, mode)  # type: ignore[method-assign]
-        count = getattr(self, "_step", None)  # TRL's number of this micro-batch, by which it picks completions
+        # TRL's number of this micro-batch, by which it picks completions
+        count = getattr(self, "_step", None)
         self._micro_batches.append((model, self._prepare_inputs(inputs), args, kwargs, count))
         if count is not None:
             self._step = count + 1
@@ -228,8 +257,9 @@ class ZOTrainerMixin(_Behind):
         """The closure: the loss of all micro-batches of the step, in fp32 (or float64)."""
         losses: list[Tensor] = []
         token, following = _LOSSES.set(losses), getattr(self, "_step", None)
-        # Inputs are prepared when they come (values are scaled, completions generated), and not at each forward:
-        # there they only go to the device, as far as a training_step of the user's has added to them.
+        # Inputs are prepared when they come (values are scaled, completions generated), and not at each
+        # forward: there they only go to the device, as far as a training_step of the user's has added to
+        # them.
         self._prepare_inputs = self._prepare_input  # type: ignore[method-assign, assignment]
         try:
             for model, inputs, args, kwargs, count in self._micro_batches:
@@ -246,7 +276,8 @@ class ZOTrainerMixin(_Behind):
             fail(self._op, "training_step", expected, f"{len(self._micro_batches)} without", RuntimeError)
         if losses[0].dtype in (torch.bfloat16, torch.float16):
             self._tell(
-                f"the loss is in {losses[0].dtype}, whose steps are coarser than the differences to be measured: "
+                f"the loss is in {losses[0].dtype}, whose steps are coarser than the differences to "
+                "be measured: "
                 "compute it in fp32 (compute_loss_func), or keep fp32 weights with bf16=True"
             )
         share = len(self._micro_batches) if self._means else 1
@@ -259,22 +290,28 @@ class ZOTrainerMixin(_Behind):
             fail(self._op, "accelerator.backward", "a call from training_step", "another", RuntimeError)
         losses.append(loss)
 
-    def _are_means(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> bool | None:
+    def _are_means(
+        self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None
+    ) -> bool | None:
         """Whether the loss of a micro-batch ignores the count that it is to be divided by.
 
-        The Trainer believes of a model that takes any keyword that its loss is a sum over ``num_items_in_batch``, which
-        is not so for most classifiers: their losses would add up to a multiple of the mean.  Twice the count tells;
-        None: not yet known.
-        """
+        The Trainer believes of a model that takes any keyword that its loss is a sum over
+        ``num_items_in_batch``, which is not so for most classifiers: their losses would add up to a multiple
+        of the mean.  Twice the count tells; None: not yet known."""
         asked = self.model_accepts_loss_kwargs and self.compute_loss_func is None
-        if num_items_in_batch is None or not asked or getattr(self, "loss_is_scaled_for_ga", None) is not None:
+        if (
+            num_items_in_batch is None
+            or not asked
+            or getattr(self, "loss_is_scaled_for_ga", None) is not None
+        ):
             return False
         rng = RngState([self.args.device])
         losses: list[Tensor] = []
         for factor in (1, 2):
             with torch.no_grad(), self.compute_loss_context_manager(), rng.forward(factor):
                 count = factor * num_items_in_batch
-                loss: Any = self.compute_loss(model, copy.copy(inputs), num_items_in_batch=count)  # no return_outputs
+                # no return_outputs
+                loss: Any = self.compute_loss(model, copy.copy(inputs), num_items_in_batch=count)
                 losses.append(loss.detach())
         rng.restore()
         decided = bool(losses[0].isfinite() & (losses[0] != 0))
@@ -317,7 +354,7 @@ class ZOTrainerMixin(_Behind):
         assert optimizer is not None  # a training has one
         return len(optimizer.estimator.points()) + len(optimizer.rule.trials)
 
-    # Streaming --------------------------------------------------------------------------------------------------------
+    # Streaming --------------------------------------------------------------------------------------------
 
     def _stream(self) -> None:
         if self._offload is None or (self.engine is not None and self.engine.model is self.model):
@@ -333,14 +370,23 @@ class ZOTrainerMixin(_Behind):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._offload is not None and self.engine is not None:
-            fail(self._op, "resume_from_checkpoint", "a model that no forward has streamed yet", "one that is streamed")
+            fail(
+                self._op,
+                "resume_from_checkpoint",
+                "a model that no forward has streamed yet",
+                "one that is streamed",
+            )
         if self._offload is not None and "weights" in self._offload:
             self._offload = {**self._offload, "weights": resume_from_checkpoint}
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if self.engine is None or state_dict is not None or not isinstance(self.model, transformers.PreTrainedModel):
+        if (
+            self.engine is None
+            or state_dict is not None
+            or not isinstance(self.model, transformers.PreTrainedModel)
+        ):
             super()._save(output_dir, state_dict)
             return
         super()._save(output_dir, {})  # all but the weights, which never are in memory together
@@ -348,7 +394,7 @@ class ZOTrainerMixin(_Behind):
         assert folder is not None  # the arguments have a default
         self.engine.save(os.path.join(folder, "model.safetensors"))
 
-    # Loop -------------------------------------------------------------------------------------------------------------
+    # Loop -------------------------------------------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._since = None
@@ -367,20 +413,23 @@ class ZOTrainerMixin(_Behind):
                 log.flush()
 
     def _from_last_whole(self, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of :meth:`train`, where True stands for the last checkpoint that was written to its end.
+        """The arguments of :meth:`train`, where True stands for the last checkpoint that was written to its
+        end.
 
-        A process that is killed while it writes one leaves a folder in which the Trainer would find its last file
-        missing.
-        """
+        A process that is killed while it writes one leaves a folder in which the Trainer would find its last
+        file missing."""
         given = args[0] if args else kwargs.get("resume_from_checkpoint")
         if given is not True:
             return args, kwargs
         root = pathlib.Path(self.args.output_dir or ".")
-        found = {int(p.name[len(PREFIX_CHECKPOINT_DIR) + 1 :]): p for p in root.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-                 if p.name[len(PREFIX_CHECKPOINT_DIR) + 1 :].isdecimal()}  # fmt: skip
+        number = lambda path: path.name[len(PREFIX_CHECKPOINT_DIR) + 1 :]
+        numbered = [p for p in root.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if number(p).isdecimal()]
+        found = {int(number(p)): p for p in numbered}
         for _, path in sorted(found.items(), reverse=True):
             if _is_whole(path):
-                return (str(path), *args[1:]), {k: v for k, v in kwargs.items() if k != "resume_from_checkpoint"}
+                return (str(path), *args[1:]), {
+                    k: v for k, v in kwargs.items() if k != "resume_from_checkpoint"
+                }
             self._tell(f"{path} is only a part of a checkpoint, and is passed over")
         return args, kwargs  # the Trainer says that there is none
 
@@ -393,14 +442,25 @@ class ZOTrainerMixin(_Behind):
             return super().evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
-        folder = pathlib.Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with self._clock_stopped(), _whole_or_as_before(folder, self.args.should_save, self.args.world_size > 1):
+        folder = (
+            pathlib.Path(self._get_output_dir(trial=trial))
+            / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        )
+        with (
+            self._clock_stopped(),
+            _whole_or_as_before(folder, self.args.should_save, self.args.world_size > 1),
+        ):
             super()._save_checkpoint(model, trial, *args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and not os.path.isfile(os.path.join(checkpoint, "optimizer.pt")):
             expected = f"optimizer.pt in {checkpoint}: it has the seed and the step of the run"
-            fail(self._op, "resume_from_checkpoint", expected, "none (save_only_model, or a part of a checkpoint)")
+            fail(
+                self._op,
+                "resume_from_checkpoint",
+                expected,
+                "none (save_only_model, or a part of a checkpoint)",
+            )
         super()._load_optimizer_and_scheduler(checkpoint)
 
     @contextmanager
@@ -418,8 +478,9 @@ class ZOTrainerMixin(_Behind):
         super().log(logs, *args, **kwargs)
 
     def _step_metrics(self, optimizer: ZerothOrder) -> dict[str, float]:
-        """Of the last step: g (of several directions the root of their mean square) and the first one's losses; steps a
-        second since the last log, without evaluations and checkpoints; skipped steps of the run."""
+        """Of the last step: g (of several directions the root of their mean square) and the first one's
+        losses; steps a second since the last log, without evaluations and checkpoints; skipped steps of the
+        run."""
         g = optimizer.last_projected_gradient
         assert g is not None  # a step was taken
         metrics = {"projected_gradient": float(g if g.dim() == 0 else g.double().square().mean().sqrt())}
@@ -445,9 +506,8 @@ def _is_whole(checkpoint: pathlib.Path) -> bool:
 def _whole_or_as_before(folder: pathlib.Path, writes: bool, several: bool) -> Iterator[None]:
     """Around the writing of a checkpoint: if it fails, ``folder`` is as it was before, or is not there.
 
-    Of several processes only the first one, which ``writes``, does this, and only where the folder is new: the others
-    write their own files there.
-    """
+    Of several processes only the first one, which ``writes``, does this, and only where the folder is new:
+    the others write their own files there."""
     before = folder.with_name(f".{folder.name}.before")
     if kept := folder.exists() and writes and not several:
         shutil.rmtree(before, ignore_errors=True)
@@ -482,7 +542,8 @@ def _first_losses(estimator: Estimator, losses: Any) -> dict[str, float]:
 
 
 class ZOTrainer(ZOTrainerMixin, transformers.Trainer):
-    """``transformers.Trainer`` with forward passes only: :class:`ZOTrainerMixin` has the additional arguments.
+    """``transformers.Trainer`` with forward passes only: :class:`ZOTrainerMixin` has the additional
+    arguments.
 
     Example::
 

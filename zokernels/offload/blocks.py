@@ -80,7 +80,9 @@ class Block:
         return views
 
 
-def find_blocks(op: str, model: nn.Module, blocks: str | Sequence[nn.Module] | None) -> list[tuple[str, nn.Module]]:
+def find_blocks(
+    op: str, model: nn.Module, blocks: str | Sequence[nn.Module] | None
+) -> list[tuple[str, nn.Module]]:
     """Names and modules of the blocks.
 
     They are the modules that were given, or those of the container of that name, or, by default, those of the
@@ -93,7 +95,9 @@ def find_blocks(op: str, model: nn.Module, blocks: str | Sequence[nn.Module] | N
         try:
             container = model.get_submodule(blocks)
         except AttributeError:
-            containers = [n for n, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
+            containers = [
+                n for n, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential))
+            ]
             fail(op, "blocks", f"the name of a container of modules, such as {containers[:4]}", repr(blocks))
         found = list(container.children())
     else:
@@ -117,7 +121,12 @@ def _largest_container(op: str, model: nn.Module) -> list[nn.Module]:
     containers = [m for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
     best = max(containers, key=weight, default=None)
     if best is None or not weight(best):
-        fail(op, "blocks", "a list of the model's repeated modules", "a model without a container of equal ones")
+        fail(
+            op,
+            "blocks",
+            "a list of the model's repeated modules",
+            "a model without a container of equal ones",
+        )
     return list(best.children())
 
 
@@ -206,7 +215,11 @@ def materialise(model: nn.Module, streamed: set[int]) -> list[tuple[str, nn.Para
         if not p.is_meta:
             continue
         if id(p) not in made:
-            data = placeholder(p, torch.device("cpu")) if id(p) in streamed else torch.empty(p.shape, dtype=p.dtype)
+            data = (
+                placeholder(p, torch.device("cpu"))
+                if id(p) in streamed
+                else torch.empty(p.shape, dtype=p.dtype)
+            )
             made[id(p)] = nn.Parameter(data, requires_grad=p.requires_grad)
             if id(p) in streamed:
                 streamed.add(id(made[id(p)]))

@@ -59,7 +59,11 @@ class BlockCache:
 
     def _stale(self, slot: Slot) -> bool:
         """Whether the wire bytes in ``slot`` lack more updates than the device may add."""
-        return self.wire is not None and slot.block is not None and self.history.end - slot.updates > self.wire.lag
+        return (
+            self.wire is not None
+            and slot.block is not None
+            and self.history.end - slot.updates > self.wire.lag
+        )
 
     def _comes_too_early(self, block: Block) -> bool:
         """Whether ``block`` is wanted only for the next step, whose update has to be in its wire bytes."""

@@ -62,7 +62,8 @@ class Direct:
     def write(self, data: memoryview, at: int) -> None:
         while data:
             count = os.pwritev(self.fd, [data], at)
-            count -= count % PAGE if self.direct else 0  # a full disk takes a part of a page; the rest is an error
+            # a full disk takes a part of a page; the rest is an error
+            count -= count % PAGE if self.direct else 0
             if not count:
                 raise no_room(self.path)
             at, data = at + count, data[count:]
@@ -74,7 +75,9 @@ class Direct:
                 return
         except FileNotFoundError:
             pass
-        raise OSError(f"stream: {self.path}: expected the file that this run wrote, got none, or another in its place")
+        raise OSError(
+            f"stream: {self.path}: expected the file that this run wrote, got none, or another in its place"
+        )
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -97,7 +100,9 @@ Transfer = tuple[Callable[[memoryview, int], None], memoryview, int]
 def transfer(transfers: Sequence[Transfer], pool: Executor) -> None:
     """Runs all ``transfers``, in pieces and at once, and returns when all have ended."""
     futures = [
-        pool.submit(run, data[i : i + CHUNK], at + i) for run, data, at in transfers for i in range(0, len(data), CHUNK)
+        pool.submit(run, data[i : i + CHUNK], at + i)
+        for run, data, at in transfers
+        for i in range(0, len(data), CHUNK)
     ]
     wait(futures)  # whatever fails: no thread may go on with memory that has another use by then
     for future in futures:
@@ -160,7 +165,9 @@ def _summing(sums: dict[int, int], then: Callable[[memoryview, int], None] | Non
 
 
 def checksums(block: Block, values: Sequence[Tensor]) -> str:
-    """One CRC32 of the parameters of ``block``, one after the other, in as many digits as those of its bytes."""
+    """One CRC32 of the parameters of ``block``, one after the other, in as many digits as those of its
+    bytes.
+    """
     total = 0
     for value in values:
         total = zlib.crc32(memory_of(value), total)
@@ -176,10 +183,9 @@ class Folder:
 
     A file holds all updates up to the number in its metadata, which also has checksums of its bytes, and the
     :meth:`~zokernels.trajectory.Recorder.mark` of the log at that time, so that no other run takes it for its
-    own.  A new file is written beside the old one, synced, and renamed over it, so that at any moment one whole
-    file is there.  Tensors lie as they do in memory, in whole pages behind the header; the gaps are entries of
-    their own.
-    """
+    own.  A new file is written beside the old one, synced, and renamed over it, so that at any moment one
+    whole file is there.  Tensors lie as they do in memory, in whole pages behind the header; the gaps are
+    entries of their own."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = pathlib.Path(path)
@@ -197,7 +203,9 @@ class Folder:
         found = File(path)
         first = len(header(block, 0))
         ours = {e.name: (NAMES[e.param.dtype], tuple(e.param.shape), first + e.begin) for e in block.entries}
-        theirs = {n: (e.dtype, e.shape, e.begin) for n, e in found.entries.items() if not n.startswith("_gap")}
+        theirs = {
+            n: (e.dtype, e.shape, e.begin) for n, e in found.entries.items() if not n.startswith("_gap")
+        }
         if ours != theirs:
             name = next(n for n in (*ours, *theirs) if ours.get(n) != theirs.get(n))
             fail(op, f"{path.name}: {name}", f"{ours.get(name)} (the model's)", theirs.get(name))
@@ -245,7 +253,9 @@ def version_of(op: str, file: File) -> int:
 
 
 def mark_of(op: str, name: str, metadata: dict[str, str]) -> tuple[int, str]:
-    """The step and the SHA-256 of the log with which a file was written; step 0 where there was no log yet."""
+    """The step and the SHA-256 of the log with which a file was written; step 0 where there was no log
+    yet.
+    """
     step, sha256 = metadata.get("log_step", ""), metadata.get("log_sha256", "")
     if not (step.isascii() and step.isdecimal() and len(step) <= 20):
         fail(op, name, "metadata 'log_step', a number", repr(step))

@@ -50,7 +50,9 @@ class Encoder(Threaded):
 
     history: History  #: the engine sets it
 
-    def __init__(self, source: HostMemory | FileStore, carrier: Carrier, slots: int, staging: Tensor | None) -> None:
+    def __init__(
+        self, source: HostMemory | FileStore, carrier: Carrier, slots: int, staging: Tensor | None
+    ) -> None:
         """``staging``: for a GPU, pinned memory for the wire bytes of one block for each of ``slots``."""
         assert carrier.layout is not None  # what crosses the link are wire bytes
         blocks, device = carrier.blocks, carrier.device
@@ -95,13 +97,17 @@ class Encoder(Threaded):
         # Where files are only read, the device adds all updates if it can.
         slot.updates = block.scheduled if self.lag > 1 else max(self.history.end, block.scheduled)
         every, released = self._write_every, self._released.get(slot.index)
-        write = isinstance(self.source, HostMemory) or (every is not None and slot.updates - block.scheduled >= every)
+        write = isinstance(self.source, HostMemory) or (
+            every is not None and slot.updates - block.scheduled >= every
+        )
         send = lambda master: self._send(block, slot, master, released)
         self._coming[slot.index] = self._begin(block, slot.updates, write, send)
 
     def keep(self, block: Block) -> None:
         """Brings all updates of ``block`` into the storage."""
-        self._keeping.append(self._begin(block, max(self.history.end, block.scheduled), True, lambda master: None))
+        self._keeping.append(
+            self._begin(block, max(self.history.end, block.scheduled), True, lambda master: None)
+        )
 
     def master(self, block: Block) -> Tensor:
         """The master of ``block`` with all updates, on the host.  It is valid until the next step."""
@@ -242,10 +248,17 @@ class Encoder(Threaded):
             return one
         if id(one) not in self._on_host:
             assert ready is not None
-            fields = {"seeds": one.seeds, "coeffs": one.coeffs, "decay": one.decay, "rounding_seed": one.rounding_seed}
+            fields = {
+                "seeds": one.seeds,
+                "coeffs": one.coeffs,
+                "decay": one.decay,
+                "rounding_seed": one.rounding_seed,
+            }
             with torch.cuda.stream(self._side):
                 self._side.wait_event(ready)
-                moved: dict[str, Any] = {key: None if value is None else value.cpu() for key, value in fields.items()}
+                moved: dict[str, Any] = {
+                    key: None if value is None else value.cpu() for key, value in fields.items()
+                }
             self._on_host[id(one)] = one, one._replace(**moved)
             if len(self._on_host) > 4096:
                 self._on_host.popitem(last=False)

@@ -80,7 +80,9 @@ class Engine(BlockCache, Home):
         module, expected = block.module, "weights that are given when the stream is made"
         module.register_forward_pre_hook(lambda module, args: self._enter(block))
         module.register_forward_hook(lambda module, args, out: self._leave(block), always_call=True)
-        module.register_state_dict_post_hook(lambda module, state, prefix, _: self._fill(block, state, prefix))
+        module.register_state_dict_post_hook(
+            lambda module, state, prefix, _: self._fill(block, state, prefix)
+        )
         module.register_load_state_dict_pre_hook(
             lambda *args: fail(self.op, block.name, expected, "load_state_dict", RuntimeError)
         )
@@ -142,7 +144,11 @@ class Engine(BlockCache, Home):
         A run that has a folder is recorded there, and continued where there is a log.
         """
         op, kind = optimizer.op, type(optimizer)
-        if self.optimizer is not None and self.optimizer is not optimizer and self.history.end > self.history.start:
+        if (
+            self.optimizer is not None
+            and self.optimizer is not optimizer
+            and self.history.end > self.history.start
+        ):
             self.flush()
         if not isinstance(optimizer.rule, SGD) or type(optimizer.direction) is not Direction:
             got = f"{type(optimizer.rule).__name__} on {type(optimizer.direction).__name__}"
@@ -150,7 +156,12 @@ class Engine(BlockCache, Home):
         if kind.own_probe is not StepOptimizer.own_probe or kind.update is not StepOptimizer.update:
             fail(op, "params", "losses at perturbed weights where parameters are streamed", op)
         if optimizer.restore != "exact" or optimizer.run_state.capturable:
-            fail(op, "restore, capturable", "'exact' and False where parameters are streamed", optimizer.restore)
+            fail(
+                op,
+                "restore, capturable",
+                "'exact' and False where parameters are streamed",
+                optimizer.restore,
+            )
         if self.run is not None:
             if trajectory is not None:
                 fail(op, "trajectory", f"None (the log of this run is {self.run.log})", repr(trajectory))

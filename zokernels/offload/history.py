@@ -15,7 +15,9 @@ from .blocks import Block
 
 
 class Batch(NamedTuple):
-    """Parameters of a block that one call takes: of one dtype, in one bucket, and with the same updates to take."""
+    """Parameters of a block that one call takes: of one dtype, in one bucket, and with the same updates
+    to take.
+    """
 
     entries: list[int]  #: their numbers in the block
     streams: list[int]
@@ -24,7 +26,8 @@ class Batch(NamedTuple):
     place: int  #: of the bucket among the points of a side
 
 
-#: By id of a perturbed parameter: its bucket, the bucket's place among the points of a side, its noise stream.
+#: By id of a perturbed parameter: its bucket, the bucket's place among the points of a side, its noise
+#: stream.
 Perturbed = Mapping[int, tuple[Bucket, int, int]]
 
 
@@ -40,7 +43,8 @@ class History:
         self.start = 0  #: the number of the first update that is not dropped
         self._steps: list[list[tuple[dict[int, int], Pass]]] = []
         self._open: list[tuple[dict[int, int], Pass]] = []
-        self._members: dict[tuple[int, ...], dict[int, int]] = {}  # most steps have the same, which are stored once
+        # most steps have the same, which are stored once
+        self._members: dict[tuple[int, ...], dict[int, int]] = {}
 
     @property
     def end(self) -> int:
@@ -82,10 +86,11 @@ class History:
                     found.append(one)
         return stream, tuple(found)
 
-    def batches(self, block: Block, since: int, perturbed: Perturbed, everything: bool = False) -> list[Batch]:
-        """The parameters of ``block`` that need a call: those that lack updates from number ``since`` on, those
-        of ``perturbed``, or ``everything``.
-        """
+    def batches(
+        self, block: Block, since: int, perturbed: Perturbed, everything: bool = False
+    ) -> list[Batch]:
+        """The parameters of ``block`` that need a call: those that lack updates from number ``since`` on,
+        those of ``perturbed``, or ``everything``."""
         found: dict[tuple[Any, ...], Batch] = {}
         for i, e in enumerate(block.entries):
             stream, passes = self.pending(e.param, since)
@@ -112,7 +117,10 @@ class HistoryNoise(Noise):
 
 
 def apply_passes(
-    params: Sequence[Tensor], streams: Sequence[int], passes: Sequence[Pass], done: Callable[..., Any] = lambda n: 0
+    params: Sequence[Tensor],
+    streams: Sequence[int],
+    passes: Sequence[Pass],
+    done: Callable[..., Any] = lambda n: 0,
 ) -> None:
     """Runs the passes in place, one by one, each with its own rounding; several of them piece by piece."""
     if len(passes) == 1:

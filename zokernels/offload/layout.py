@@ -24,7 +24,9 @@ class WireLayout:
         self.wire = wire
         self.places: list[list[tuple[int, int]]] = []  #: (begin, size) by block
         for block in blocks:
-            sizes = [wire_bytes(p.numel(), wire) if p.dtype in DTYPES else p.nbytes for _, p, _ in block.entries]
+            sizes = [
+                wire_bytes(p.numel(), wire) if p.dtype in DTYPES else p.nbytes for _, p, _ in block.entries
+            ]
             begins = itertools.accumulate((round_up(n, ALIGN) for n in sizes), initial=0)
             self.places.append(list(zip(begins, sizes)))  # noqa: B905
         self.nbytes = [max(1, *(begin + size for begin, size in places)) for places in self.places]

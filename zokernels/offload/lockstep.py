@@ -100,7 +100,8 @@ class Lockstep:
 
     def _in_thread(self, setting: _ThreadSetting, function: Callable[[int], Any], side: _Side) -> None:
         side.baton.wait()
-        with ExitStack() as stack:  # until the baton is handed on: the next block may be brought in by this thread
+        # until the baton is handed on: the next block may be brought in by this thread
+        with ExitStack() as stack:
 
             def begin(index: int) -> Any:
                 stack.enter_context(setting)
@@ -124,9 +125,8 @@ class Lockstep:
     def _hand_over(self, side: _Side) -> None:
         """Lets the next side run; returns when it is this one's turn again, or when it is done.
 
-        Signals are held back meanwhile, while the others run to their next block, too: their handlers then raise
-        here, in the side that is to run.
-        """
+        Signals are held back meanwhile, while the others run to their next block, too: their handlers then
+        raise here, in the side that is to run."""
         with uninterrupted():
             self._pass_on(side)
 

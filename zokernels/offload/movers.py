@@ -167,11 +167,15 @@ class FileStore:
 
 
 class Threaded(Mover):
-    """A mover with a thread for each of its works, such as "read" and "write"; each does one thing at a time."""
+    """A mover with a thread for each of its works, such as "read" and "write"; each does one thing at a
+    time.
+    """
 
     def __init__(self, source: HostMemory | FileStore, timeline: Timeline, *works: str) -> None:
         self.source, self.timeline = source, timeline
-        self._threads = {work: ThreadPoolExecutor(1, thread_name_prefix=f"zokernels-{work}") for work in works}
+        self._threads = {
+            work: ThreadPoolExecutor(1, thread_name_prefix=f"zokernels-{work}") for work in works
+        }
 
         self._writing: dict[int, Future[Any]] = {}  #: by block
 
@@ -179,7 +183,10 @@ class Threaded(Mover):
         return self._threads[work].submit(function, *args)
 
     def _store(self, block: Block, data: Tensor, updates: int) -> None:
-        """Writes a block.  If that fails, its old bytes are still there: it is due again, and lacks nothing."""
+        """Writes a block.
+
+        If that fails, its old bytes are still there: it is due again, and lacks nothing.
+        """
         try:
             self.source.write(block, data, updates)
         except BaseException:
@@ -189,7 +196,9 @@ class Threaded(Mover):
         block.scheduled = max(block.scheduled, updates)
 
     def _raise_earlier(self, block: Block) -> None:
-        """Raises what an earlier write ran into; then ``block``, which was to be stored, is due again, too."""
+        """Raises what an earlier write ran into; then ``block``, which was to be stored, is due again,
+        too.
+        """
         try:
             self._raise_failed([index for index, future in self._writing.items() if future.done()])
         except BaseException:
@@ -248,7 +257,8 @@ class ByThreads(Threaded):
             self._store(block, data, updates)
 
     def drain(self) -> None:
-        wait([*self._coming.values(), *self._writing.values()])  # whoever waits for a block hears why it did not come
+        # whoever waits for a block hears why it did not come
+        wait([*self._coming.values(), *self._writing.values()])
         self._leaving = {}
         self._raise_failed(list(self._writing))
 
@@ -313,7 +323,9 @@ class Staged(Threaded):
     the file.
     """
 
-    def __init__(self, source: FileStore, data: Tensor, slots: int, device: torch.device, timeline: Timeline) -> None:
+    def __init__(
+        self, source: FileStore, data: Tensor, slots: int, device: torch.device, timeline: Timeline
+    ) -> None:
         super().__init__(source, timeline, "read", "write")
         self._device, self._in, self._out = device, torch.cuda.Stream(device), torch.cuda.Stream(device)
         nbytes = len(data) // (2 * slots)

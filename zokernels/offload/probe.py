@@ -51,12 +51,16 @@ class StreamedProbe(Probe):
         }
         watched = nullcontext() if self._exact is None else self._exact.watching()
         with next(same_rng), watched:
-            return self._run_sides(SidePoints(of, mine, self.seeds), lambda side: self._forward(mine[side], run))
+            return self._run_sides(
+                SidePoints(of, mine, self.seeds), lambda side: self._forward(mine[side], run)
+            )
 
     def _forward(self, point: list[Point], run: Callable[[], Any]) -> Any:
         if self._exact is None:
             return run()
-        with self._exact.point([p for p, streamed in zip(point, self._streamed, strict=True) if not streamed]):
+        with self._exact.point(
+            [p for p, streamed in zip(point, self._streamed, strict=True) if not streamed]
+        ):
             return run()
 
     def __exit__(self, *exception: object) -> None:

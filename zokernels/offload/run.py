@@ -44,7 +44,13 @@ class Run:
         self.log = self.path / LOG
         self.path.mkdir(parents=True, exist_ok=True)
         if not os.access(self.path, os.W_OK):
-            fail(self.op, "path", "a folder that can be written to", f"{self.path}, which cannot", PermissionError)
+            fail(
+                self.op,
+                "path",
+                "a folder that can be written to",
+                f"{self.path}, which cannot",
+                PermissionError,
+            )
         self._attached = False
         # The lock of the log is that of the folder: without it nothing is read, removed or written.
         self._recorder = Recorder(self.log, sync=10.0)
@@ -56,7 +62,9 @@ class Run:
 
     def _open(self, blocks: Sequence[Block], resume: bool) -> None:
         self.resumes = not self._recorder.is_empty
-        there = [p for p in self.path.iterdir() if p.suffix == ".safetensors" or (p == self.log and self.resumes)]
+        there = [
+            p for p in self.path.iterdir() if p.suffix == ".safetensors" or (p == self.log and self.resumes)
+        ]
         if there and not resume:
             expected = "a folder without a run, or resume=True"
             fail(self.op, "path", expected, f"{min(p.name for p in there)!r} in {self.path}")
@@ -85,7 +93,9 @@ class Run:
         optimizer.log = recorder
         self._attached = True
 
-    def _resume(self, optimizer: StepOptimizer, blocks: Sequence[Block], history: History, recorder: Recorder) -> None:
+    def _resume(
+        self, optimizer: StepOptimizer, blocks: Sequence[Block], history: History, recorder: Recorder
+    ) -> None:
         log = scan(recorder.path)
         if log is None:  # killed inside the header
             recorder.clear()
@@ -100,7 +110,12 @@ class Run:
         if max(stored) > log.steps:
             fail(self.op, recorder.path, f"the records of the {max(stored)} updates in the blocks", log.steps)
         if min(stored) < since:  # they are written before the resident ones
-            fail(self.op, str(self.path), f"blocks with the {since} updates of the resident parameters", min(stored))
+            fail(
+                self.op,
+                str(self.path),
+                f"blocks with the {since} updates of the resident parameters",
+                min(stored),
+            )
         check_records(optimizer, log.records())
         with torch.no_grad():  # from here on, nothing more can be wrong
             for p, value in resident:
@@ -138,7 +153,12 @@ class Run:
         found = sha256_of(log.path, place.values())
         for name, (step, sha256) in marks.items():
             if found[place[name]] != sha256:
-                fail(self.op, str(self.path / name), f"a file of the run in {LOG}", f"another run's, of step {step}")
+                fail(
+                    self.op,
+                    str(self.path / name),
+                    f"a file of the run in {LOG}",
+                    f"another run's, of step {step}",
+                )
 
     # Resident parameters ------------------------------------------------------------------------------------
 
@@ -169,7 +189,9 @@ class Run:
                 file.write(memory_of(value))
 
     def _read_resident(self, optimizer: StepOptimizer) -> tuple[int, list[tuple[Tensor, Tensor]]]:
-        """The number of updates of the resident parameters, and each with its value; as they are, if no file is."""
+        """The number of updates of the resident parameters, and each with its value; as they are, if no
+        file is.
+        """
         path = self._resident_file
         block, params = self._resident(optimizer)
         if not path.exists():

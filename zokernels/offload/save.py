@@ -33,7 +33,8 @@ def save(
         tensors.setdefault(id(buffer), (name, buffer))
     sizes = {name: t.nbytes for name, t in tensors.values()}
     header, entries = lay_out(
-        {name: Entry(NAMES[t.dtype], tuple(t.shape), 0, sizes[name]) for name, t in tensors.values()}, {"format": "pt"}
+        {name: Entry(NAMES[t.dtype], tuple(t.shape), 0, sizes[name]) for name, t in tensors.values()},
+        {"format": "pt"},
     )
     with replacing(pathlib.Path(path).resolve()) as file:
         total = len(header) + sum(sizes.values())

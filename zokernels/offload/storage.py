@@ -31,7 +31,9 @@ class DeviceStorage:
     def __init__(self, carrier: Carrier) -> None:
         blocks, device = carrier.blocks, carrier.device
         self.blocks = blocks
-        self.slots = [Slot(i, torch.empty(b.nbytes, dtype=torch.uint8, device=device)) for i, b in enumerate(blocks)]
+        self.slots = [
+            Slot(i, torch.empty(b.nbytes, dtype=torch.uint8, device=device)) for i, b in enumerate(blocks)
+        ]
         for slot, b in zip(self.slots, blocks, strict=True):
             slot.block = b
 
@@ -48,7 +50,9 @@ def _buffers(carrier: Carrier) -> list[Slot]:
     count, size = min(carrier.slots, len(blocks)), round_up(size, PAGE)
     # Files are read into slots on the CPU directly: those begin at a page.
     whole = (
-        torch.empty(count * size, dtype=torch.uint8, device=device) if carrier.to_gpu else mapping(count * size, device)
+        torch.empty(count * size, dtype=torch.uint8, device=device)
+        if carrier.to_gpu
+        else mapping(count * size, device)
     )
     return [Slot(i, whole[i * size : (i + 1) * size]) for i in range(count)]
 
@@ -61,7 +65,9 @@ class HostStorage:
         # With wire bytes the copies to the device come from buffers of their own.
         pinned_for = carrier.device if carrier.layout is None else torch.device("cpu")
         # Slices make blocks longer, so they come before the slots.
-        self.memory = Slices(carrier.blocks, carrier.device, mesh) if mesh else HostMemory(carrier.blocks, pinned_for)
+        self.memory = (
+            Slices(carrier.blocks, carrier.device, mesh) if mesh else HostMemory(carrier.blocks, pinned_for)
+        )
         self.slots = _buffers(carrier)
         self._staging = None
         if carrier.to_gpu and carrier.layout:
@@ -112,6 +118,8 @@ class DiskStorage:
         if run.resumes and not self.has_checkpoint and missing:
             fail(op, "weights", "the checkpoint that the run began with", None)
         begins = not self.has_checkpoint and not run.resumes
-        check_room(op, run.folder, blocks, self.largest + sum(b.nbytes for b in (blocks if begins else missing)))
+        check_room(
+            op, run.folder, blocks, self.largest + sum(b.nbytes for b in (blocks if begins else missing))
+        )
         for b in blocks if begins else ():
             source.write(b, packed(b), 0)

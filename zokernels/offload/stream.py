@@ -124,7 +124,9 @@ def stream(
         store = HostStorage(carrier, mesh)
     else:
         store = DiskStorage(carrier, threads, checkpoint is not None)
-    copies = [torch.empty(max(b.scratch for b in made), dtype=torch.uint8, device=target) for _ in range(scratch)]
+    copies = [
+        torch.empty(max(b.scratch for b in made), dtype=torch.uint8, device=target) for _ in range(scratch)
+    ]
     run = None if path is None else Run(path, made, resume)
     try:
         # From here on the model changes.
@@ -140,7 +142,9 @@ def stream(
         raise
 
 
-def _load_resident(model: nn.Module, blocks: Sequence[Block], loaded: dict[str, Tensor], fill: Fill | None) -> None:
+def _load_resident(
+    model: nn.Module, blocks: Sequence[Block], loaded: dict[str, Tensor], fill: Fill | None
+) -> None:
     """Makes real parameters of those on "meta", and loads the values of those in no block, and of buffers."""
     resident = materialise(model, {id(e.param) for b in blocks for e in b.entries})
     fresh = {name: p for name, _, _, p in aliases(model)}
@@ -194,7 +198,12 @@ def _check(
         fail(op, "write_every", "an integer >= 1, or None for storage that is only read", repr(write_every))
     if storage == "disk":
         if (weights is None or callable(weights)) and path is None:
-            fail(op, "weights, path", "a checkpoint to read, a folder to write, or both, where storage is 'disk'", None)
+            fail(
+                op,
+                "weights, path",
+                "a checkpoint to read, a folder to write, or both, where storage is 'disk'",
+                None,
+            )
         if path is not None and write_every is None:
             fail(op, "write_every", "an integer >= 1 with path=", None)
     elif path is not None:
@@ -251,7 +260,12 @@ def _load_buffers(model: nn.Module, loaded: dict[str, Tensor]) -> None:
         found = loaded.get(canonical_name(name))
         if found is not None:
             if found.shape != buffer.shape:
-                fail("stream", f"weights: {name}", f"shape {tuple(buffer.shape)}, as in the model", tuple(found.shape))
+                fail(
+                    "stream",
+                    f"weights: {name}",
+                    f"shape {tuple(buffer.shape)}, as in the model",
+                    tuple(found.shape),
+                )
             buffer.detach().copy_(found)
 
 

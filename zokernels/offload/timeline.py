@@ -82,7 +82,8 @@ class Timeline:
         self._events.append((lane, block.name, begin, end))
 
 
-LANES = {"read": "#0f766e", "encode": "#65a30d", "copy-in": "#0891b2", "update": "#ea580c", "compute": "#4f46e5",
+LANES = {"read": "#0f766e", "encode": "#65a30d", "copy-in": "#0891b2", "update": "#ea580c",
+    "compute": "#4f46e5",
          "copy-out": "#be123c", "write": "#881337"}  # fmt: skip
 
 
@@ -108,7 +109,9 @@ def plot(spans: Sequence[Span], path: str | os.PathLike[str], title: str = "") -
         for s in mine:
             label = _short(s.block)
             if s.end - s.begin > (0.01 + 0.006 * len(label)) * total:
-                axes.text((s.begin + s.end) / 2, row, label, ha="center", va="center", color="white", fontsize=7)
+                axes.text(
+                    (s.begin + s.end) / 2, row, label, ha="center", va="center", color="white", fontsize=7
+                )
     axes.set_yticks(range(len(lanes)), lanes)
     axes.invert_yaxis()
     axes.set_xlabel("seconds")

@@ -111,7 +111,10 @@ class Visit:
         assert a.bucket is not None
         if not a.passes or a.passes[-1].dist != a.bucket.dist:
             return {}
-        return {key: getattr(a.passes[-1], key) for key in ("seeds", "coeffs", "decay", "rounding", "rounding_seed")}
+        return {
+            key: getattr(a.passes[-1], key)
+            for key in ("seeds", "coeffs", "decay", "rounding", "rounding_seed")
+        }
 
     def _pair_noise(self, a: Batch) -> tuple[Tensor, float, dict[str, Any]]:
         """The seed and the coefficient of the pair of sides, and the noise's other arguments."""

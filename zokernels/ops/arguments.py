@@ -19,13 +19,16 @@ Rounding = Literal["nearest", "stochastic"]
 Tensors = Tensor | Sequence[Tensor]
 Rows = Sequence[tuple[int, int] | None] | None
 P = ParamSpec("P")
-#: The function behind an operation in place and its form out of place, so that their arguments are written down once.
-#: It gets the name of the one that was called, ``out`` (None in place), and the arguments that both have.
+#: The function behind an operation in place and its form out of place, so that their arguments are written
+#: down once. It gets the name of the one that was called, ``out`` (None in place), and the arguments that
+#: both have.
 Pair = Callable[Concatenate[str, list[Tensor] | None, P], None]
 
 
 def device_values(op: str, argument: str, value: object, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``value`` (a tensor, number or sequence of numbers) as a 1-D tensor on ``device``, without waiting for it."""
+    """``value`` (a tensor, number or sequence of numbers) as a 1-D tensor on ``device``, without waiting
+    for it.
+    """
     if isinstance(value, Tensor):
         return value.reshape(1) if value.dim() == 0 else value
     numbers: list[Any] = list(value) if isinstance(value, (list, tuple, range)) else [value]
@@ -56,7 +59,9 @@ def as_list(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
 def places(
     streams: int | Sequence[int], offsets: int | Sequence[int] | None, count: int
 ) -> tuple[list[int], list[int]]:
-    as_given = lambda value: [value] if isinstance(value, int) else value if isinstance(value, list) else list(value)
+    as_given = lambda value: (
+        [value] if isinstance(value, int) else value if isinstance(value, list) else list(value)
+    )
     return as_given(streams), as_given([0] * count if offsets is None else offsets)
 
 
@@ -83,12 +88,18 @@ def noise_args(
         *places(streams, offsets, len(params)),
         dist,
         None if decay is None else device_values(op, "decay", decay, torch.float32, device),
-        None if rounding == "nearest" else device_values(op, "rounding_seed", rounding_seed, torch.int64, device),
+        None
+        if rounding == "nearest"
+        else device_values(op, "rounding_seed", rounding_seed, torch.int64, device),
     )
 
 
 def mask_args(
-    op: str, params: list[Tensor], masks: Tensor | Sequence[Tensor] | None, mask_seed: object, density: float | None
+    op: str,
+    params: list[Tensor],
+    masks: Tensor | Sequence[Tensor] | None,
+    mask_seed: object,
+    density: float | None,
 ) -> tuple[Any, ...]:
     if (mask_seed is None) != (density is None):
         fail(op, "mask_seed, density", "both or none", (mask_seed, density))

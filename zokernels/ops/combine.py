@@ -66,37 +66,43 @@ def _call(
 
 @in_place(_call)
 def combine_(*args: Any, **options: Any) -> None:
-    """In place, theta = round(decay * theta + sum_k coeffs[k] * z_k), for every tensor of ``params`` in one pass.
+    """In place, theta = round(decay * theta + sum_k coeffs[k] * z_k), for every tensor of ``params`` in one
+    pass.
 
-    The sum is a chain of fp32 fmas in the order of k, from fp32(theta) (times ``decay``), rounded once, at the end.
+    The sum is a chain of fp32 fmas in the order of k, from fp32(theta) (times ``decay``), rounded once, at
+    the end.
 
     Args:
-        params: tensors of any shape, one dtype (fp32, bf16, fp16) and one device, contiguous and sharing no memory; or
-            one tensor; or the :func:`plan` of some, which then has ``streams``, ``offsets`` and ``rows``.
+        params: tensors of any shape, one dtype (fp32, bf16, fp16) and one device, contiguous and sharing no
+            memory; or one tensor; or the :func:`plan` of some, which then has ``streams``, ``offsets`` and
+            ``rows``.
         seeds: int64 [K]; z_k is the noise of seeds[k].  K = 0 is allowed.
-        coeffs: fp32 [K], or [tensors, K] for coefficients of each tensor's own.  Tensors lie on the parameters' device,
-            so that nothing waits for the host; Python numbers are moved there.
+        coeffs: fp32 [K], or [tensors, K] for coefficients of each tensor's own.  Tensors lie on the
+            parameters' device, so that nothing waits for the host; Python numbers are moved there.
         streams: the stream of each tensor, in [0, 2^56) (``zokernels.stream_of(name)``).
         offsets: logical flat index of each tensor's first element in the unsharded parameter (default 0).
         dist: "normal" or "rademacher".
         decay: factor of theta before the noise is added (default none).
         rounding: "nearest" (ties to even) or "stochastic" (unbiased; fp32 is not changed by it).
         rounding_seed: seed of the rounding bits, needed for "stochastic"; it may equal a noise seed.
-        masks: uint8, a bit for each element of each tensor (:func:`pack_mask`).  Where it is 0 no noise is added.
+        masks: uint8, a bit for each element of each tensor (:func:`pack_mask`).  Where it is 0 no noise is
+            added.
         mask_seed, density: a random mask in the kernel: elements whose 16-bit field of domain 3 is below
             round(65536 * density) are kept, the same ones wherever ``mask_seed`` is the same.
-        curvature: positive fp32 or bf16 tensors h of the parameters' shapes: z_k becomes z_k / sqrt(h) (HiZOO).
-        rows: of each tensor (width, length), or None for one that lies in one piece: element i has the logical index
-            offset + (i // width) * length + i % width.  So [m, n] columns c .. c + w of a matrix are (w, n) from offset
-            c; and the same of any tensor, with the dimensions before and from the split on taken together.
+        curvature: positive fp32 or bf16 tensors h of the parameters' shapes: z_k becomes z_k / sqrt(h)
+            (HiZOO).
+        rows: of each tensor (width, length), or None for one that lies in one piece: element i has the
+            logical index offset + (i // width) * length + i % width.  So [m, n] columns c .. c + w of a
+            matrix are (w, n) from offset c; and the same of any tensor, with the dimensions before and from
+            the split on taken together.
 
     Raises:
-        TypeError, ValueError: naming op, argument, what was expected and what came, before anything is written.
+        TypeError, ValueError: naming op, argument, what was expected and what came, before anything is
+            written.
         BackendUnavailable: a backend was asked for that cannot be used here.
 
-    Source: contract zk1, docs/contract.md.  MeZO (Malladi et al., 2023) perturbs with coeffs = +-eps and updates with
-    coeffs = -lr * projected gradient.
-    """
+    Source: contract zk1, docs/contract.md.  MeZO (Malladi et al., 2023) perturbs with coeffs = +-eps and
+    updates with coeffs = -lr * projected gradient."""
     with torch.no_grad():
         _call("combine_", None, *args, **options)
 
@@ -105,9 +111,8 @@ def combine_(*args: Any, **options: Any) -> None:
 def combine(out: Tensor | Sequence[Tensor], *args: Any, **options: Any) -> None:
     """out = round(decay * theta + sum_k coeffs[k] * z_k): :func:`combine_` out of place; theta is only read.
 
-    ``out`` has the shapes, dtype and device of ``params`` and shares no memory with them.  Perturbing into a scratch
-    this way makes restoring exact and free.
-    """
+    ``out`` has the shapes, dtype and device of ``params`` and shares no memory with them.  Perturbing into a
+    scratch this way makes restoring exact and free."""
     with torch.no_grad():
         _call("combine", as_list(out), *args, **options)
 
@@ -115,9 +120,9 @@ def combine(out: Tensor | Sequence[Tensor], *args: Any, **options: Any) -> None:
 def pack_mask(keep: Tensor, offset: int = 0, row: tuple[int, int] | None = None) -> Tensor:
     """``keep`` (bool, any shape) as the packed mask of :func:`combine_`: uint8, eight elements a byte.
 
-    Bit (i & 7) of byte (i >> 3) - (offset >> 3) is the element with logical index i; its first element is ``offset``.
-    With ``row``, an entry of ``rows``, each row has as many bytes, and its byte 0 is that of its own first element.
-    """
+    Bit (i & 7) of byte (i >> 3) - (offset >> 3) is the element with logical index i; its first element is
+    ``offset``. With ``row``, an entry of ``rows``, each row has as many bytes, and its byte 0 is that of its
+    own first element."""
     widths, lengths = row_args("pack_mask", [keep], [row])
     width, length = (widths[0], lengths[0]) if widths and lengths else (keep.numel(), 0)
     places = (width, length) if widths else ()

@@ -1,11 +1,10 @@
 """How an operation becomes ``torch.ops.zokernels.*``: its schema, its fake and its entry.
 
-The schemas exist without any compiled library.  An entry checks its arguments and hands them to the selected backend;
-the typed wrapper beside it is what users call.
+The schemas exist without any compiled library.  An entry checks its arguments and hands them to the selected
+backend; the typed wrapper beside it is what users call.
 
-Entries are registered through ``Library.impl``: ``torch.library.custom_op`` wraps each call in aliasing checks of its
-own, which cost more than ours and the launch together (docs/design.md).
-"""
+Entries are registered through ``Library.impl``: ``torch.library.custom_op`` wraps each call in aliasing
+checks of its own, which cost more than ours and the launch together (docs/design.md)."""
 
 from __future__ import annotations
 
@@ -25,14 +24,18 @@ _LIBRARY = torch.library.Library("zokernels", "DEF")
 OPERATIONS: dict[str, str] = {}
 
 # The fields of Terms in a schema, in its order; torch leaves out arguments that equal their defaults.
-NOISE = "Tensor seeds, Tensor coeffs, int[] streams, int[] offsets, str dist, Tensor? decay, Tensor? rounding_seed"
+NOISE = (
+    "Tensor seeds, Tensor coeffs, int[] streams, int[] offsets, str dist, "
+    "Tensor? decay, Tensor? rounding_seed"
+)
 MASK = "Tensor[]? masks=None, Tensor? mask_seed=None, int mask_keep=65536"
 ROWS = "int[]? widths=None, int[]? lengths=None"
 TERMS = f"{NOISE}, {MASK}, Tensor[]? curvature=None, {ROWS}"
 
 
 def define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Makes the function below it the entry of an operation; its name then calls it through torch's dispatcher.
+    """Makes the function below it the entry of an operation; its name then calls it through torch's
+    dispatcher.
 
     ``fake``: what the entry does for tensors without data; it checks the same arguments.
     """
@@ -59,14 +62,15 @@ def checked(check: Callable[..., Any]) -> Callable[..., None]:
     return fake
 
 
-#: The check of a pair of operations.  It gets the name of the operation, its lists of tensors by argument, and the
-#: other arguments.  It returns the other lists that the kernel reads, by argument, and all that the kernel takes after
-#: ``out`` and ``params``.
+#: The check of a pair of operations.  It gets the name of the operation, its lists of tensors by argument,
+#: and the other arguments.  It returns the other lists that the kernel reads, by argument, and all that the
+#: kernel takes after ``out`` and ``params``.
 Check = Callable[..., tuple[Mapping[str, Sequence[Tensor]], tuple[Any, ...]]]
 
 
 def define_pair(kernel: str, schema: str, check: Check) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Defines ``<kernel>_``, which writes to ``params``, and ``<kernel>``, which reads them and writes to ``out``.
+    """Defines ``<kernel>_``, which writes to ``params``, and ``<kernel>``, which reads them and writes to
+    ``out``.
 
     ``schema`` lists the arguments that follow these lists of tensors.
     """

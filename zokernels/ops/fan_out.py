@@ -34,13 +34,16 @@ def _check_direction(seed: Tensor, coeff: Tensor, terms: Terms, device: torch.de
     check_one("fan_out_", "coeff", coeff, torch.float32, device)
 
 
-def _changed(terms: Terms, params: list[Tensor], plus: list[Tensor], minus: list[Tensor]) -> list[list[Tensor]]:
+def _changed(
+    terms: Terms, params: list[Tensor], plus: list[Tensor], minus: list[Tensor]
+) -> list[list[Tensor]]:
     """The lists that a call writes to: theta only where an update is pending."""
     return [params if terms.seeds.numel() or terms.decay is not None else [], plus, minus]
 
 
 @define(
-    f"fan_out_(Tensor(a!)[] params, Tensor(b!)[] plus, Tensor(c!)[] minus, Tensor seed, Tensor coeff, {NOISE}) -> ()",
+    "fan_out_(Tensor(a!)[] params, Tensor(b!)[] plus, Tensor(c!)[] minus, Tensor seed, Tensor "
+    f"coeff, {NOISE}) -> ()",
     checked(_check_fan_out_),
 )
 def _fan_out_(
@@ -70,17 +73,22 @@ def fan_out_(
     rounding: Rounding = "nearest",
     rounding_seed: int | Tensor | None = None,
 ) -> None:
-    """plus = round(theta + coeff * z), minus = round(theta - coeff * z), in one read of theta; z is ``seed``'s noise.
+    """plus = round(theta + coeff * z), minus = round(theta - coeff * z), in one read of theta; z is
+    ``seed``'s noise.
 
-    With ``seeds`` and ``coeffs`` (or ``decay``) theta first takes a pending update, as by :func:`combine_`, and is
-    written back: plus and minus start from the updated, rounded theta.  Without, theta is only read.  The bits are
-    those of ``combine_`` followed by two calls of :func:`combine`, with four accesses of memory for each element
-    instead of six: for weights that visit the device once a step, or whose perturbed copies are both needed.
+    With ``seeds`` and ``coeffs`` (or ``decay``) theta first takes a pending update, as by :func:`combine_`,
+    and is written back: plus and minus start from the updated, rounded theta.  Without, theta is only read.
+    The bits are those of ``combine_`` followed by two calls of :func:`combine`, with four accesses of memory
+    for each element instead of six: for weights that visit the device once a step, or whose perturbed copies
+    are both needed.
 
     Args:
-        params, plus, minus: as ``params`` of :func:`combine_`, of the same shapes; none shares memory with another.
-        seed, coeff: the direction of the two sides (int64, fp32; one element) and the size of the perturbation.
-        seeds, coeffs, decay, rounding, rounding_seed: the pending update; its rounding.  The sides round to nearest.
+        params, plus, minus: as ``params`` of :func:`combine_`, of the same shapes; none shares memory with
+            another.
+        seed, coeff: the direction of the two sides (int64, fp32; one element) and the size of the
+            perturbation.
+        seeds, coeffs, decay, rounding, rounding_seed: the pending update; its rounding.  The sides round to
+            nearest.
         streams, offsets, dist: as for :func:`combine_`.
 
     Raises: as :func:`combine_`.
@@ -92,7 +100,9 @@ def fan_out_(
         device_values("fan_out_", "seed", seed, torch.int64, device),
         device_values("fan_out_", "coeff", coeff, torch.float32, device),
     )
-    args = noise_args("fan_out_", tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed)
+    args = noise_args(
+        "fan_out_", tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed
+    )
     if plan is None or plan.rows is not None:
         _fan_out_(*lists, *direction, *args)
         return

@@ -14,12 +14,18 @@ from .arguments import Rounding, as_list, in_place, noise_args, out_of_place
 from .define import define_pair
 
 _FACTORS = (
-    "Tensor[] left, Tensor[] right, Tensor coeffs, int[] streams, int[] offsets, Tensor? decay, Tensor? rounding_seed"
+    "Tensor[] left, Tensor[] right, Tensor coeffs, int[] streams, int[] offsets, "
+    "Tensor? decay, Tensor? rounding_seed"
 )
 
 
 def _check_low_rank(
-    op: str, groups: Mapping[str, list[Tensor]], left: list[Tensor], right: list[Tensor], coeffs: Tensor, *places: Any
+    op: str,
+    groups: Mapping[str, list[Tensor]],
+    left: list[Tensor],
+    right: list[Tensor],
+    coeffs: Tensor,
+    *places: Any,
 ) -> tuple[Any, ...]:
     params = groups["params"]
     # The directions are the factors': no seed is drawn from, and K is the factors' first dimension.
@@ -73,21 +79,22 @@ def _call(
 
 @in_place(_call)
 def low_rank_(*args: Any, **options: Any) -> None:
-    """theta = round(decay * theta + sum_k coeffs[k] * L_k R_k^T) for matrices; the dense products are never stored.
+    """theta = round(decay * theta + sum_k coeffs[k] * L_k R_k^T) for matrices; the dense products are never
+    stored.
 
-    An element's inner product is a chain of fp32 fmas in the order of the rank, from 0; the sum one in the order of k.
+    An element's inner product is a chain of fp32 fmas in the order of the rank, from 0; the sum one in the
+    order of k.
 
     Args:
         params: [m, ...] tensors, taken as [m, n] matrices.
         left, right: fp32 [K, m, r] and [K, n, r] for each; r may differ from tensor to tensor.
-        coeffs, streams, offsets, decay, rounding, rounding_seed: as for :func:`combine_` (streams and offsets place the
-            bits of stochastic rounding).
+        coeffs, streams, offsets, decay, rounding, rounding_seed: as for :func:`combine_` (streams and offsets
+            place the bits of stochastic rounding).
 
     Raises: as :func:`combine_`.
 
-    Sources: LOZO, Chen et al. 2024 (arXiv 2410.07698); SubZero, Yu et al. 2024 (2410.08989); TeZO, Sun et al. 2025
-    (2501.19057); EGGROLL, Sarkar et al. 2025 (2511.16652).
-    """
+    Sources: LOZO, Chen et al. 2024 (arXiv 2410.07698); SubZero, Yu et al. 2024 (2410.08989); TeZO, Sun et al.
+    2025 (2501.19057); EGGROLL, Sarkar et al. 2025 (2511.16652)."""
     with torch.no_grad():
         _call("low_rank_", None, *args, **options)
 

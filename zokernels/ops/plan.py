@@ -38,7 +38,9 @@ Group = Sequence[Tensor] | None
 
 
 class Columns(NamedTuple):
-    """The tensors of a call, as the rows of a table have them (``Row`` in csrc/op_args.h); None: there are none."""
+    """The tensors of a call, as the rows of a table have them (``Row`` in csrc/op_args.h); None: there
+    are none.
+    """
 
     read: Sequence[Tensor]
     out: Group = None  #: None: the call writes where it reads
@@ -50,7 +52,9 @@ class Columns(NamedTuple):
 
 @functools.cache
 def _reader() -> Any:
-    """The compiled reader of fingerprints; None where the host module is not built, or torch has no DLPack table."""
+    """The compiled reader of fingerprints; None where the host module is not built, or torch has no
+    DLPack table.
+    """
     try:
         host = importlib.import_module("zokernels._host")
         return host.Fingerprints(Tensor.__dlpack_c_exchange_api__, (Tensor, nn.Parameter))
@@ -61,8 +65,8 @@ def _reader() -> Any:
 def fingerprint(groups: tuple[Group, ...], objects: bool = False) -> bytes | None:
     """Everything that a call depends on of the tensors of ``groups``, in about 40 ns a tensor.
 
-    None where a plan cannot serve them: where one is of a class with rules of its own, or has no memory that an
-    address tells of, and where nothing compiled can read them.
+    None where a plan cannot serve them: where one is of a class with rules of its own, or has no memory that
+    an address tells of, and where nothing compiled can read them.
 
     ``objects``: and which tensors they are, which tells while they are alive.
     """
@@ -78,11 +82,11 @@ def matches(kept: bytes, groups: tuple[Group, ...], objects: bool = False) -> bo
 
 
 def is_watched(operation: Any, device: torch.device) -> bool:
-    """Whether something between the caller and the kernels wants to see the calls of ``operation`` on ``device``.
+    """Whether something between the caller and the kernels wants to see the calls of ``operation`` on
+    ``device``.
 
-    That is a compiler, a tracer or another mode of torch (fake tensors, vmap), or a kernel for autograd, which users
-    may register.  All of them see tensors, and a table has none.
-    """
+    That is a compiler, a tracer or another mode of torch (fake tensors, vmap), or a kernel for autograd,
+    which users may register.  All of them see tensors, and a table has none."""
     key = torch._C.DispatchKey.AutogradCPU if device.type == "cpu" else torch._C.DispatchKey.AutogradCUDA
     return (
         torch.compiler.is_compiling()
@@ -95,7 +99,9 @@ def is_watched(operation: Any, device: torch.device) -> bool:
 
 
 def _modes_watch() -> bool:
-    """Whether a function mode is on besides that of ``torch.set_default_device``, which changes no call of ours."""
+    """Whether a function mode is on besides that of ``torch.set_default_device``, which changes no call
+    of ours.
+    """
     from torch.utils._device import DeviceContext  # torch itself loads it when such a mode is made
 
     return any(type(mode) is not DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
@@ -147,7 +153,8 @@ class Plan:
 
         Args:
             op: its name in errors.
-            kernel: of the backends.  Compiled ones have ``<kernel>_planned``, of (table, *extras, the call's terms).
+            kernel: of the backends.  Compiled ones have ``<kernel>_planned``, of (table, *extras, the call's
+                terms).
             columns: every list of the call that is as long as the parameters.
             extras: what the call has besides tensors and terms.
             direct: calls the backend's kernel with tensors, for a backend that takes no table.
@@ -204,10 +211,18 @@ def members(
     """The plan, if ``params`` is one, and the tensors of a call with their places."""
     if isinstance(params, Plan):
         if streams is not None or offsets is not None or rows is not None:
-            fail(op, "streams, offsets, rows", "None with a plan, which has its own", (streams, offsets, rows))
+            fail(
+                op, "streams, offsets, rows", "None with a plan, which has its own", (streams, offsets, rows)
+            )
         return params, params.params, params.streams, params.offsets, params.rows
     if streams is None:
-        fail(op, "streams", "an integer for each tensor, or a plan in the place of the tensors", None, TypeError)
+        fail(
+            op,
+            "streams",
+            "an integer for each tensor, or a plan in the place of the tensors",
+            None,
+            TypeError,
+        )
     return None, as_list(params), streams, offsets, rows
 
 
@@ -248,12 +263,13 @@ def plan(
     offsets: int | Sequence[int] | None = None,
     rows: Rows = None,
 ) -> Plan:
-    """Tensors that many calls take, to be given in the place of ``params``: ``combine_(plan, seeds, coeffs)``.
+    """Tensors that many calls take, to be given in the place of ``params``: ``combine_(plan, seeds,
+    coeffs)``.
 
-    An operation that gets a plan checks the tensors in its first call.  Each later call compares what they are
-    now with what they were then, in a few microseconds for all of them together, and makes one call into C++.
-    Nothing else differs.  The tensors may be others between calls (``p.data = ...``, ``resize_``, ``set_``):
-    then they are checked again, and raise what they always raised.
+    An operation that gets a plan checks the tensors in its first call.  Each later call compares what they
+    are now with what they were then, in a few microseconds for all of them together, and makes one call into
+    C++. Nothing else differs.  The tensors may be others between calls (``p.data = ...``, ``resize_``,
+    ``set_``): then they are checked again, and raise what they always raised.
 
     Args:
         params: as for :func:`combine_`.  The list is copied; its tensors are kept alive.

@@ -26,7 +26,9 @@ def _check_requantize(
     return read_by(terms), (low, high, terms)
 
 
-_requantize_, _requantize = define_pair("requantize", f"int low, int high, {NOISE}, {MASK}", _check_requantize)
+_requantize_, _requantize = define_pair(
+    "requantize", f"int low, int high, {NOISE}, {MASK}", _check_requantize
+)
 
 
 def _call(
@@ -58,9 +60,9 @@ def _call(
 def requantize_(*args: Any, **options: Any) -> None:
     """:func:`combine_` over int8: q = clamp(round(decay * q + sum_k coeffs[k] * z_k), low, high).
 
-    Coefficients are in quantisation steps; a row for each tensor (fp32 [tensors, K]) gives each its own scale.
-    "stochastic" is floor(acc + u / 65536) with the 16-bit field u of domain 4, so that q moves by the coefficients on
-    average; "nearest" has ties to even.  NaN becomes ``low``.
+    Coefficients are in quantisation steps; a row for each tensor (fp32 [tensors, K]) gives each its own
+    scale. "stochastic" is floor(acc + u / 65536) with the 16-bit field u of domain 4, so that q moves by the
+    coefficients on average; "nearest" has ties to even.  NaN becomes ``low``.
 
     Source: QuZO, Zhou et al. 2025 (arXiv 2502.12346).
     """

@@ -53,17 +53,19 @@ def derive_seed(run_seed: int, step: int, k: Tensor) -> Tensor: ...
 
 
 def derive_seed(run_seed: int | Tensor, step: int | Tensor, k: int | Tensor = 0) -> int | Tensor:
-    """Seed of direction ``k`` at ``step`` of a run: Philox(key = run_seed, counter = (step_lo, step_hi, k, 0)).
+    """Seed of direction ``k`` at ``step`` of a run: Philox(key = run_seed, counter = (step_lo, step_hi, k,
+    0)).
 
-    Python integers give an integer in [0, 2^64).  Where any argument is an int64 tensor, the arguments broadcast and
-    the result is an int64 tensor with the same bits, computed on the device.
-    """
+    Python integers give an integer in [0, 2^64).  Where any argument is an int64 tensor, the arguments
+    broadcast and the result is an int64 tensor with the same bits, computed on the device."""
     if not (isinstance(run_seed, Tensor) or isinstance(step, Tensor) or isinstance(k, Tensor)):
         return derive_seed_int(run_seed, step, k)
     device = next(v.device for v in (run_seed, step, k) if isinstance(v, Tensor))
 
     def as_tensor(v: int | Tensor) -> Tensor:
-        return v if isinstance(v, Tensor) else torch.full((), seed_to_int64(v), dtype=torch.int64, device=device)
+        return (
+            v if isinstance(v, Tensor) else torch.full((), seed_to_int64(v), dtype=torch.int64, device=device)
+        )
 
     seeds: Tensor = _derive_seed(as_tensor(run_seed), as_tensor(step), as_tensor(k))
     return seeds

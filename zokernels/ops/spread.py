@@ -14,7 +14,9 @@ from .arguments import Dist, device_values
 from .define import checked, define, written
 
 
-def _check_spread(out: Tensor, x: Tensor, seeds: Tensor, coeffs: Tensor, stream: int, offset: int, dist: str) -> Terms:
+def _check_spread(
+    out: Tensor, x: Tensor, seeds: Tensor, coeffs: Tensor, stream: int, offset: int, dist: str
+) -> Terms:
     terms = Terms(seeds, coeffs, [stream], [offset], dist, None, None)
     check_tensors("spread", {"x": [x]})
     check_terms("spread", "x", [x], terms)
@@ -23,7 +25,12 @@ def _check_spread(out: Tensor, x: Tensor, seeds: Tensor, coeffs: Tensor, stream:
         fail("spread", "out", f"{x.dtype} on {x.device}, as x", f"{out.dtype} on {out.device}", TypeError)
     shape = (seeds.numel(), *x.shape)
     if tuple(out.shape) != shape or not out.is_contiguous():
-        fail("spread", "out", f"a contiguous tensor of shape {shape}", f"{tuple(out.shape)}, strides {out.stride()}")
+        fail(
+            "spread",
+            "out",
+            f"a contiguous tensor of shape {shape}",
+            f"{tuple(out.shape)}, strides {out.stride()}",
+        )
     return terms
 
 
@@ -31,7 +38,9 @@ def _check_spread(out: Tensor, x: Tensor, seeds: Tensor, coeffs: Tensor, stream:
     "spread(Tensor(a!) out, Tensor x, Tensor seeds, Tensor coeffs, int stream, int offset, str dist) -> ()",
     checked(_check_spread),
 )
-def _spread(out: Tensor, x: Tensor, seeds: Tensor, coeffs: Tensor, stream: int, offset: int, dist: str) -> None:
+def _spread(
+    out: Tensor, x: Tensor, seeds: Tensor, coeffs: Tensor, stream: int, offset: int, dist: str
+) -> None:
     terms = _check_spread(out, x, seeds, coeffs, stream, offset, dist)
     check_overlap("spread", {"out": [out]}, {"x": [x]})
     if out.numel():
@@ -50,9 +59,11 @@ def spread(
     offset: int = 0,
     dist: Dist = "normal",
 ) -> None:
-    """out[k] = round(x + coeffs[k] * z_k) for every k, in one read of x: queries of a black box, or candidates.
+    """out[k] = round(x + coeffs[k] * z_k) for every k, in one read of x: queries of a black box, or
+    candidates.
 
-    ``out`` is a contiguous tensor of shape [K, *x.shape], of x's dtype and device; seeds and coeffs have K values.
+    ``out`` is a contiguous tensor of shape [K, *x.shape], of x's dtype and device; seeds and coeffs have K
+    values.
 
     Raises: as :func:`combine_`.  Source: ZO-AE-DS, Zhang et al. 2022 (arXiv 2203.14195).
     """

@@ -14,7 +14,9 @@ from .arguments import Dist, places, seeds_of
 from .define import define
 
 
-def _fake_squares(seeds: Tensor, sizes: list[int], streams: list[int], offsets: list[int], dist: str) -> Tensor:
+def _fake_squares(
+    seeds: Tensor, sizes: list[int], streams: list[int], offsets: list[int], dist: str
+) -> Tensor:
     check_noise_of("squares", seeds, sizes, streams, offsets, dist)
     return torch.empty_like(seeds)
 
@@ -37,9 +39,9 @@ def squared_norm(
 ) -> Tensor:
     """|z_k|^2 of each seed over tensors of ``sizes`` elements, float64 [K], for directions on a sphere.
 
-    Every square (fp32) is rounded to a multiple of 2^-20 and summed as an integer, so no order of summation, shard or
-    device changes a bit; the sum fits for 2^42 elements.  Rounding costs about sqrt(n) * 2^-22 in n elements.
-    """
+    Every square (fp32) is rounded to a multiple of 2^-20 and summed as an integer, so no order of summation,
+    shard or device changes a bit; the sum fits for 2^42 elements.  Rounding costs about sqrt(n) * 2^-22 in n
+    elements."""
     values = seeds_of("squares", "seeds", seeds, device).reshape(-1)
     sums: Tensor = _squares(values, list(sizes), *places(streams, offsets, len(sizes)), dist)
     return sums.double() / SQUARE_SCALE

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from ..backends import select
 from ..backends.terms import Terms
-from ..checks import STATE_DTYPES, check_overlap, check_scalars, check_states, check_tensors, check_terms, fail
+from ..checks import (
+    STATE_DTYPES,
+    check_overlap,
+    check_scalars,
+    check_states,
+    check_tensors,
+    check_terms,
+    fail,
+)
 from .arguments import Dist, Rounding, as_list, device_values, mask_args, noise_args, row_args
 from .define import MASK, NOISE, ROWS, checked, define, read_by, written
 from .plan import Columns, Plan, members
@@ -18,7 +26,8 @@ from .plan import Columns, Plan, members
 Rule = Literal["momentum", "adam", "adam_window", "sign", "hizoo"]
 
 
-#: Rules of ``update_``: state tensors, values in hyper (of adam_window: those before one value for each seed).
+#: Rules of ``update_``: state tensors, values in hyper (of adam_window: those before one value for each
+#: seed).
 RULES = {"momentum": (1, 4), "adam": (2, 8), "adam_window": (0, 2), "sign": (0, 2), "hizoo": (1, 2)}
 
 
@@ -93,13 +102,14 @@ def update_(
     density: float | None = None,
     rows: Sequence[tuple[int, int] | None] | None = None,
 ) -> None:
-    r"""One pass of an update rule over theta and its state, from G = sum_k coeffs[k] * z_k, which is never stored.
+    r"""One pass of an update rule over theta and its state, from G = sum_k coeffs[k] * z_k, which is never
+    stored.
 
     In fp32, with theta' = decay * theta, every fma rounded once, square roots and quotients to nearest:
 
-    ===========  =================================  ===============================================================
+    ===========  =================================  ==========================================================
     rule         hyper                              formula
-    ===========  =================================  ===============================================================
+    ===========  =================================  ==========================================================
     momentum     l2, beta, gain, lr                 g = fma(l2, theta, G);  m = fma(beta, m, gain g);
                                                     theta = fma(-lr, m, theta')
     adam         l2, beta1, gain1, beta2, gain2,    g as above;  m = fma(beta1, m, gain1 g);
@@ -110,10 +120,10 @@ def update_(
     sign         l2, lr                             theta = fma(-lr, sign(fma(l2, theta, G)), theta')
     hizoo        keep, gain                         one seed;  h = fma(gain, h (z z), keep h);
                                                     theta = fma(coeffs[0], z / sqrt(h), theta')
-    ===========  =================================  ===============================================================
+    ===========  =================================  ==========================================================
 
-    theta is rounded once, and so is each state; in ``theta`` the state acts as it was before that rounding.  An element
-    that a mask drops gets theta' and keeps its state.
+    theta is rounded once, and so is each state; in ``theta`` the state acts as it was before that rounding.
+    An element that a mask drops gets theta' and keeps its state.
 
     Args:
         hyper: fp32, on the parameters' device, so that a schedule never waits for the host.
@@ -123,15 +133,16 @@ def update_(
 
     Raises: as :func:`combine_`.
 
-    Sources: Adam, Kingma and Ba 2015 (scale = 1 / sqrt(1 - beta2^t), lr over 1 - beta1^t); ZO-signSGD, Liu et al. 2019;
-    HiZOO, Zhao et al. 2024 (arXiv 2402.15173).
-    """
+    Sources: Adam, Kingma and Ba 2015 (scale = 1 / sqrt(1 - beta2^t), lr over 1 - beta1^t); ZO-signSGD, Liu et
+    al. 2019; HiZOO, Zhao et al. 2024 (arXiv 2402.15173)."""
     plan, tensors, streams, offsets, rows = members("update_", params, streams, offsets, rows)
     device = tensors[0].device if tensors else torch.device("cpu")
     lists = tensors, as_list(first), as_list(second)
     extras = rule, device_values("update_", "hyper", hyper, torch.float32, device)
     args = (
-        *noise_args("update_", tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed),
+        *noise_args(
+            "update_", tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed
+        ),
         *mask_args("update_", tensors, masks, mask_seed, density),
         *row_args("update_", tensors, rows),
     )

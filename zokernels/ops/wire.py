@@ -70,7 +70,13 @@ def _decode(out: list[Tensor], wires: list[Tensor], wire: str, *fields: Any) -> 
 
 
 def _check_decode_fan_out(
-    plus: list[Tensor], minus: list[Tensor], wires: list[Tensor], wire: str, seed: Tensor, coeff: Tensor, *fields: Any
+    plus: list[Tensor],
+    minus: list[Tensor],
+    wires: list[Tensor],
+    wire: str,
+    seed: Tensor,
+    coeff: Tensor,
+    *fields: Any,
 ) -> Terms:
     op, terms = "decode_fan_out", Terms(*fields)
     format_of(op, wire)
@@ -86,12 +92,19 @@ def _check_decode_fan_out(
 
 
 @define(
-    "decode_fan_out(Tensor(a!)[] plus, Tensor(b!)[] minus, Tensor[] wires, str wire, Tensor seed, Tensor coeff, "
+    "decode_fan_out(Tensor(a!)[] plus, Tensor(b!)[] minus, Tensor[] wires, str wire, Tensor seed, "
+    "Tensor coeff, "
     f"{NOISE}) -> ()",
     checked(_check_decode_fan_out),
 )
 def _decode_fan_out(
-    plus: list[Tensor], minus: list[Tensor], wires: list[Tensor], wire: str, seed: Tensor, coeff: Tensor, *fields: Any
+    plus: list[Tensor],
+    minus: list[Tensor],
+    wires: list[Tensor],
+    wire: str,
+    seed: Tensor,
+    coeff: Tensor,
+    *fields: Any,
 ) -> None:
     terms = _check_decode_fan_out(plus, minus, wires, wire, seed, coeff, *fields)
     check_overlap("decode_fan_out", {"plus": plus, "minus": minus}, {"wires": wires})
@@ -114,7 +127,8 @@ def encode(
         out: uint8, for each tensor of ``params`` a buffer of ``wire_bytes(numel, wire, offset)`` elements.
         params: as for :func:`combine_`; only read.
         wire: "bf16", "fp16", "fp8" (MXFP8 E4M3) or "int8" (MXINT8).
-        offsets: logical flat index of each tensor's first element (default 0), which says where blocks of 32 begin.
+        offsets: logical flat index of each tensor's first element (default 0), which says where blocks of 32
+            begin.
 
     Raises: as :func:`combine_`.  Source: OCP Microscaling Formats (MX) Specification v1.0, 2023.
     """
@@ -142,7 +156,8 @@ def decode(
     Args:
         out: tensors of fp32, bf16 or fp16; their dtype need not be the one that was encoded.
         wires: the buffers of :func:`encode`, for tensors of ``out``'s shapes and the same ``offsets``.
-        seeds, coeffs, ...: as for :func:`combine_`; without them the values alone, rounded to ``out``'s dtype.
+        seeds, coeffs, ...: as for :func:`combine_`; without them the values alone, rounded to ``out``'s
+            dtype.
 
     Raises: as :func:`combine_`.
     """
@@ -174,10 +189,11 @@ def decode_fan_out(
     rounding: Rounding = "nearest",
     rounding_seed: int | Tensor | None = None,
 ) -> None:
-    """plus, minus = round(theta +- coeff * z) with theta = :func:`decode` of ``wires``, not stored, in one pass.
+    """plus, minus = round(theta +- coeff * z) with theta = :func:`decode` of ``wires``, not stored, in one
+    pass.
 
-    The bits are those of :func:`decode`, with the pending update of ``seeds``, ``coeffs`` and ``decay``, followed by
-    two calls of :func:`combine`.  Arguments as for :func:`decode` and :func:`fan_out_`.
+    The bits are those of :func:`decode`, with the pending update of ``seeds``, ``coeffs`` and ``decay``,
+    followed by two calls of :func:`combine`.  Arguments as for :func:`decode` and :func:`fan_out_`.
 
     Raises: as :func:`combine_`.
     """

@@ -95,7 +95,13 @@ class ZOSignSGD(Differences):
     """
 
     def __init__(
-        self, params: ParamsT, lr: float | Tensor, *args: Any, l2: float = 0.0, of: str = "sum", **options: Any
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        *args: Any,
+        l2: float = 0.0,
+        of: str = "sum",
+        **options: Any,
     ) -> None:
         check_choice(self.op, "of", of, ("sum", "difference"))
         if of == "sum":
@@ -140,4 +146,6 @@ class HiZOO(ZerothOrder):
         **options: Any,
     ) -> None:
         rule = Curvature(alpha, state_dtype)
-        super().__init__(params, lr, *args, estimator=ThreePoint(), direction=CurvedDirection(), rule=rule, **options)
+        super().__init__(
+            params, lr, *args, estimator=ThreePoint(), direction=CurvedDirection(), rule=rule, **options
+        )

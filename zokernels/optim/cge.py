@@ -230,7 +230,9 @@ class ZOCGE(ZerothOrder):
 
     def _update_all(self, probe: Probe, estimate: Estimate) -> None:
         """With a momentum or l2: one pass over each parameter and its m, after plain fp32 operations on m."""
-        measured = {e.weights.data_ptr(): (e, g) for e, g in zip(self._entries, estimate.gradients, strict=True)}
+        measured = {
+            e.weights.data_ptr(): (e, g) for e, g in zip(self._entries, estimate.gradients, strict=True)
+        }
         for bucket in probe.buckets:
             finite = to_device(estimate.finite, bucket.device)
             states = []
@@ -257,7 +259,9 @@ class ZOCGE(ZerothOrder):
             group, device = e.bucket.group, e.weights.device
             if is_zero(group["lr"]):
                 continue  # 0 * g would turn a weight of -0.0 into 0.0
-            decay = gated_decay(decay_of(group, g), estimate.finite, device) if group["weight_decay"] else None
+            decay = (
+                gated_decay(decay_of(group, g), estimate.finite, device) if group["weight_decay"] else None
+            )
             change = to_device(descent(group, g), device)  # -0.0 unless finite: the weights keep their bits
             e.weights[e.places] = e.updated(change, probe.seeds[device][:1], decay, group["rounding"])
 
@@ -274,7 +278,9 @@ class ZOCGE(ZerothOrder):
     def _choose(self, buckets: list[Bucket]) -> list[tuple[Bucket, Tensor, int, Tensor]]:
         """The step's coordinates (int64, ascending) of each parameter that has any."""
         allowed = [
-            (b, p, stream, self._allowed(p)) for b in buckets for p, stream in zip(b.params, b.streams, strict=True)
+            (b, p, stream, self._allowed(p))
+            for b in buckets
+            for p, stream in zip(b.params, b.streams, strict=True)
         ]
         counts = [p.numel() if index is None else index.numel() for _, p, _, index in allowed]
         seed = derive_seed_int(self.seed, self.step_count // self._interval, _CHOICE_K)
@@ -285,7 +291,10 @@ class ZOCGE(ZerothOrder):
             if self._per_step > total:
                 fail(self.op, "per_step", f"at most {total} coordinates", self._per_step)
             drawn = sample(seed, 0, self._per_step, total)
-            chosen = [[i - end + n for i in drawn if end - n <= i < end] for n, end in zip(counts, ends, strict=True)]
+            chosen = [
+                [i - end + n for i in drawn if end - n <= i < end]
+                for n, end in zip(counts, ends, strict=True)
+            ]
         else:
             names = {
                 id(p): name

@@ -132,7 +132,9 @@ class ZORankSGD(ZerothOrder):
         super().__init__(params, lr, eps, estimator=Ranking(candidates, top), rule=SGD(), **options)
 
     def step(
-        self, closure: Callable[[], Any] | None = None, rank: Callable[[list[Any]], Iterable[int]] | None = None
+        self,
+        closure: Callable[[], Any] | None = None,
+        rank: Callable[[list[Any]], Iterable[int]] | None = None,
     ) -> Any:
         """One step, as :meth:`ZerothOrder.step`.
 
@@ -156,7 +158,8 @@ class ZORankSGD(ZerothOrder):
 
 
 class MeZOGV(ZerothOrder):
-    """theta <- theta - lr g v along a guiding vector v = sum_k w_k z_k (:class:`Guided`): candidates + 2 forwards.
+    """theta <- theta - lr g v along a guiding vector v = sum_k w_k z_k (:class:`Guided`): candidates + 2
+    forwards.
 
     The losses of some candidates theta + eps z_k are measured first.  v is the mean z of the ``top`` lowest
     less the mean z of the others (MeZO-GV); or, with ``best``, the z of the lowest alone (MeZO-Greedy).  Then
@@ -169,7 +172,8 @@ class MeZOGV(ZerothOrder):
         candidates: q >= 2.
         top: how many are the low ones, below q.
         best: MeZO-Greedy.
-        restore: with "inplace" there is no log, which has no place for the points along v that weights moved to.
+        restore: with "inplace" there is no log, which has no place for the points along v that weights moved
+            to.
 
     Source: Jin, Cen and Tan, 2026, arXiv 2601.04710.  The authors' code has one candidate a step, beside the
     best one of the steps before.  That MeZO-Greedy measures g by two forwards along the best is read from the
@@ -256,7 +260,13 @@ class ForwardGradient(ZerothOrder):
     """
 
     def __init__(
-        self, params: ParamsT, lr: float | Tensor, *, directions: int = 1, restore: str = "exact", **options: Any
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        *,
+        directions: int = 1,
+        restore: str = "exact",
+        **options: Any,
     ) -> None:
         if restore != "exact":
             fail(self.op, "restore", "'exact': the weights are never perturbed", repr(restore))
@@ -272,7 +282,13 @@ class ForwardGradient(ZerothOrder):
 
     def own_probe(self, buckets: list[Bucket], seeds: Seeds) -> TangentProbe:
         if any_sharded(p for b in buckets for p in b.params):
-            fail(self.op, "params", "plain tensors: a tangent is handed to each function", "a DTensor", TypeError)
+            fail(
+                self.op,
+                "params",
+                "plain tensors: a tangent is handed to each function",
+                "a DTensor",
+                TypeError,
+            )
         return TangentProbe(self.op, buckets, seeds, self.scratch, self.blocks, self.warned)
 
 

@@ -49,9 +49,9 @@ class ZerothOrder(StepOptimizer):
         direction: what z is, by default dense noise: a mask, factors of low rank, a scale
             (:class:`Direction`).
         subset: which parameters take part in a step, by default all: blocks in turn, or layers at random.
-        scratch: with "exact", the bytes up to which parameters are perturbed together; by default 4 MiB on the
-            CPU and 64 MiB on a GPU.  No bit depends on it.  The parameters of one torch function take what
-            they take.
+        scratch: with "exact", the bytes up to which parameters are perturbed together; by default 4 MiB on
+            the CPU and 64 MiB on a GPU.  No bit depends on it.  The parameters of one torch function take
+            what they take.
         trajectory: path of a file that gets a record of every step (:func:`zokernels.trajectory.record`).
         resume: continue the run in ``trajectory``, where that file exists.  The parameters must hold the
             run's base weights; they and this optimizer take the recorded steps before the constructor
@@ -92,9 +92,23 @@ class ZerothOrder(StepOptimizer):
         estimator: Estimator,
         rule: Rule,
     ) -> None:
-        parts: dict[str, Any] = {"direction": direction, "subset": subset, "estimator": estimator, "rule": rule}
-        options = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "dist": dist, "rounding": rounding, "clip": clip}
-        super().__init__(params, options, seed=seed, restore=restore, capturable=capturable, scratch=scratch, **parts)
+        parts: dict[str, Any] = {
+            "direction": direction,
+            "subset": subset,
+            "estimator": estimator,
+            "rule": rule,
+        }
+        options = {
+            "lr": lr,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "dist": dist,
+            "rounding": rounding,
+            "clip": clip,
+        }
+        super().__init__(
+            params, options, seed=seed, restore=restore, capturable=capturable, scratch=scratch, **parts
+        )
         if mesh is not None:
             self.team = exchange_of(self, mesh)
         self.home.attach(self, trajectory)

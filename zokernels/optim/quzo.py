@@ -51,9 +51,20 @@ class QuZO(ZerothOrder):
         **options: Any,
     ) -> None:
         if options.get("restore", "exact") != "exact":
-            fail(self.op, "restore", "'exact': integers that were rounded do not come back", repr(options["restore"]))
+            fail(
+                self.op,
+                "restore",
+                "'exact': integers that were rounded do not come back",
+                repr(options["restore"]),
+            )
         super().__init__(
-            params, lr, eps, direction=IntegerSteps(bits), estimator=TwoSided(directions), rule=SGD(), **options
+            params,
+            lr,
+            eps,
+            direction=IntegerSteps(bits),
+            estimator=TwoSided(directions),
+            rule=SGD(),
+            **options,
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -24,8 +24,8 @@ def own_state(optimizer: OptimizerView) -> dict[str, Any]:
 def with_own_state(state_dict: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """``state_dict`` with the entry "zo", and the same in each group.
 
-    ``torch.distributed.checkpoint`` passes on torch's own two entries alone, and the groups' entries with them.
-    """
+    ``torch.distributed.checkpoint`` passes on torch's own two entries alone, and the groups' entries with
+    them."""
     groups = [{**group, "zo": own} for group in state_dict["param_groups"]]
     return {**state_dict, "param_groups": groups, "zo": own}
 
@@ -42,7 +42,12 @@ def check_state_dict(optimizer: OptimizerView, state_dict: dict[str, Any]) -> No
     """Raises where ``state_dict`` is of another optimizer, contract or list of parameters."""
     zo, groups = state_dict.get("zo"), state_dict["param_groups"]
     if zo is None:
-        fail(optimizer.op, "state_dict", "an entry 'zo' (as zokernels.optim writes)", f"entries {sorted(state_dict)}")
+        fail(
+            optimizer.op,
+            "state_dict",
+            "an entry 'zo' (as zokernels.optim writes)",
+            f"entries {sorted(state_dict)}",
+        )
     if zo["contract"] != CONTRACT:
         fail(optimizer.op, "state_dict", f"noise contract {CONTRACT!r}", repr(zo["contract"]))
     check_groups(optimizer.op, optimizer.param_groups, groups)
@@ -60,7 +65,9 @@ class Held:
     def __init__(self, optimizer: OptimizerView) -> None:
         self.optimizer, self.capturable = optimizer, optimizer.run_state.capturable
         self.rates = [group["lr"] for group in optimizer.param_groups]
-        self.states = {p: dict(of_param) for p, of_param in optimizer.state.items()} if self.capturable else {}
+        self.states = (
+            {p: dict(of_param) for p, of_param in optimizer.state.items()} if self.capturable else {}
+        )
 
     def load(self, state_dict: dict[str, Any]) -> None:
         """Loads what torch has not loaded, or not as it was saved."""

@@ -46,7 +46,9 @@ class Pass(NamedTuple):
     first: dict[int, Tensor] | None = None  #: states by id of the parameter
     second: dict[int, Tensor] | None = None
 
-    def run(self, params: list[Tensor], streams: list[int], offsets: list[int], pick: Callable[..., Any]) -> None:
+    def run(
+        self, params: list[Tensor], streams: list[int], offsets: list[int], pick: Callable[..., Any]
+    ) -> None:
         """``pick``: finds the pieces of states that belong to ``params``."""
         keys = ("dist", "decay", "rounding", "rounding_seed")
         options: dict[str, Any] = {key: getattr(self, key) for key in keys}

@@ -54,7 +54,8 @@ class GraphRng:
         except RuntimeError as error:
             if "generator" in str(error) and "captur" in str(error):
                 raise RuntimeError(
-                    f"{self._op}: closure: expected no random numbers in a captured step, or register_graph(graph) "
+                    f"{self._op}: closure: expected no random numbers in a captured step, or "
+                    "register_graph(graph) "
                     "before the capture, got a draw (dropout?) that the forwards could not share"
                 ) from error
             raise
@@ -82,5 +83,7 @@ def check_capture(
     for b in buckets:
         lr = b.group["lr"]
         if isinstance(lr, Tensor) and lr.device.type == "cpu":
-            fail(op, "lr", f"a number or a tensor on {b.device} where a CUDA graph is captured", "a CPU tensor")
+            fail(
+                op, "lr", f"a number or a tensor on {b.device} where a CUDA graph is captured", "a CPU tensor"
+            )
     return rng

@@ -49,7 +49,9 @@ def takes_part(group: Group, param: Tensor) -> bool:
 
 def devices_of(groups: list[Group]) -> list[torch.device]:
     """The devices of the trained parameters, each once, in the order of the parameters."""
-    return list(dict.fromkeys(p.device for g in groups for p in g["params"] if takes_part(g, p) and p.numel()))
+    return list(
+        dict.fromkeys(p.device for g in groups for p in g["params"] if takes_part(g, p) and p.numel())
+    )
 
 
 def label_of(group: Group, index: int) -> str:
@@ -140,11 +142,21 @@ def check_streams(op: str, groups: list[Group]) -> None:
     owner: dict[int, str] = {}
     for at, group in enumerate(groups):
         if len(group["streams"]) != len(group["params"]):
-            fail(op, f"param_groups[{at}]['streams']", f"{len(group['params'])} integers", len(group["streams"]))
+            fail(
+                op,
+                f"param_groups[{at}]['streams']",
+                f"{len(group['params'])} integers",
+                len(group["streams"]),
+            )
         for i, stream in enumerate(group["streams"]):
             label = f"{label_of(group, i)} of group {at}"
             if stream in owner:
-                fail(op, "streams", "one stream for each parameter", f"{stream} for both {owner[stream]} and {label}")
+                fail(
+                    op,
+                    "streams",
+                    "one stream for each parameter",
+                    f"{stream} for both {owner[stream]} and {label}",
+                )
             owner[stream] = label
 
 
@@ -206,9 +218,8 @@ def _numbered(op: str, groups: list[Group]) -> list[tuple[int, Bucket]]:
 class Planner:
     """:func:`plan` for one step after the other: buckets are kept while nothing that they depend on changes.
 
-    dtype, device, memory and requires_grad of a parameter may change between steps, and the groups, too.  All of
-    that is compared at each step, for all parameters together in about a tenth of a microsecond each.
-    """
+    dtype, device, memory and requires_grad of a parameter may change between steps, and the groups, too.  All
+    of that is compared at each step, for all parameters together in about a tenth of a microsecond each."""
 
     def __init__(self) -> None:
         self._prints: bytes | None = None
@@ -217,7 +228,11 @@ class Planner:
 
     def plan(self, op: str, groups: list[Group]) -> list[Bucket]:
         params = tuple(group["params"] for group in groups)
-        if self._prints is not None and matches(self._prints, params, objects=True) and self._facts == _facts(groups):
+        if (
+            self._prints is not None
+            and matches(self._prints, params, objects=True)
+            and self._facts == _facts(groups)
+        ):
             for group in groups:
                 check_hyperparameters(op, group)
         else:
@@ -233,13 +248,16 @@ class Planner:
         *facts, lists = _facts(groups)
         copied = [[None if one is None else list(one) for one in of_group] for of_group in lists]
         self._prints, self._facts = prints, (*facts, copied)
-        self._alive = [p for group in groups for p in group["params"]]  # no other object takes the place of one
+        # no other object takes the place of one
+        self._alive = [p for group in groups for p in group["params"]]
         for _, bucket in self._kept:
             bucket.plan = Plan(bucket.params, bucket.streams)
 
 
 def _facts(groups: list[Group]) -> tuple[Any, ...]:
-    """What buckets depend on besides the tensors; streams and names are not copied, which would read each of them."""
+    """What buckets depend on besides the tensors; streams and names are not copied, which would read each
+    of them.
+    """
     trained = [[p.requires_grad for p in group["params"]] for group in groups]
     integers = ["bits" in group for group in groups]
     return last_move(), trained, integers, [[group["streams"], group.get("param_names")] for group in groups]

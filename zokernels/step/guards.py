@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-#: What signal's functions call: they also make an enum of each number and handler, which takes longer than the rest.
+#: What signal's functions call: they also make an enum of each number and handler, which takes longer than
+#: the rest.
 _signal: Any = importlib.import_module("_signal")
 _NUMBERS = tuple(sorted(map(int, signal.valid_signals())))
 
@@ -46,9 +47,9 @@ class RngState:
 class uninterrupted:
     """Holds back every signal that has a handler in Python, until the block ends.
 
-    So none of them, whether Ctrl-C, a SIGTERM whose handler calls sys.exit() or an alarm whose handler raises, can
-    fall between a weight write and its record.  Only the main thread runs handlers; in any other this does nothing.
-    """
+    So none of them, whether Ctrl-C, a SIGTERM whose handler calls sys.exit() or an alarm whose handler
+    raises, can fall between a weight write and its record.  Only the main thread runs handlers; in any other
+    this does nothing."""
 
     def __enter__(self) -> uninterrupted:
         self._held: list[tuple[int, Any]] = []
@@ -78,7 +79,9 @@ class uninterrupted:
         self._pending.append(number)
 
     def __exit__(self, *exception: object) -> None:
-        """Puts all handlers back, and then lets them run; of several that raise, the first one's error is raised."""
+        """Puts all handlers back, and then lets them run; of several that raise, the first one's error is
+        raised.
+        """
         error: BaseException | None = None
         while self._held or self._pending:
             try:

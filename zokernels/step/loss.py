@@ -66,7 +66,11 @@ class DerivativeReader(LossReader):
     def read(self, op: str, result: Any, device: torch.device, capturing: bool) -> Tensor:
         primal, tangent = forward_ad.unpack_dual(result) if isinstance(result, Tensor) else (result, None)
         if tangent is None:
-            got = f"a tensor of shape {tuple(result.shape)} without one" if isinstance(result, Tensor) else repr(result)
+            got = (
+                f"a tensor of shape {tuple(result.shape)} without one"
+                if isinstance(result, Tensor)
+                else repr(result)
+            )
             fail(op, "closure", "a loss with a forward-mode derivative along the parameters", got, TypeError)
         return torch.stack([as_loss(op, value, device, capturing) for value in (primal, tangent)])
 

@@ -60,9 +60,8 @@ class Noise:
     def perturb(self, out: Tensors, members: Members, seeds: Tensor, coeffs: Tensor, **options: Any) -> None:
         """out = round(decay * theta + sum_k c_k z_k), rounded to nearest.
 
-        ``options``: theta, the weights that are read (by default the parameters; or a plan of them), and decay
-        (by default 1).
-        """
+        ``options``: theta, the weights that are read (by default the parameters; or a plan of them), and
+        decay (by default 1)."""
         theta, places = members.target
         if (read := options.pop("theta", None)) is not None:
             theta, places = (read, {}) if isinstance(read, Plan) else (locals_of(read), members.places)

@@ -99,7 +99,10 @@ class Log:
         """Called before the forwards of a step, which a log may refuse."""
 
     def append(self, optimizer: OptimizerView, buckets: list[Bucket], estimate: Estimate) -> None:
-        """Called before the update of a step, with interrupts held back.  If it raises, there is no update."""
+        """Called before the update of a step, with interrupts held back.
+
+        If it raises, there is no update.
+        """
 
     def retract(self, optimizer: OptimizerView) -> None:
         """Called when the update of the step that was appended last has raised."""
@@ -149,7 +152,9 @@ def move_home(param: Tensor, home: Home) -> None:
 
 
 def last_move() -> int:
-    """The number of the last :func:`move_home` in this process: while it stays, so do the homes of all parameters."""
+    """The number of the last :func:`move_home` in this process: while it stays, so do the homes of all
+    parameters.
+    """
     return _last_move
 
 

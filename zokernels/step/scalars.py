@@ -59,9 +59,8 @@ def where(finite: Tensor, value: Callable[[], Tensor], other: Callable[[], Tenso
 def gate(groups: list[Group], gradients: list[Tensor], *, reads: bool) -> tuple[list[Tensor], Tensor]:
     """``gradients`` (fp32 [q] of each group), set to 0 unless all of them are finite; and whether they are.
 
-    Each lr * g must be finite in fp32, too.  The second result is bool, 0-dim; :data:`YES` or :data:`NO` where the
-    losses are on the CPU and ``reads`` allows to look at them.
-    """
+    Each lr * g must be finite in fp32, too.  The second result is bool, 0-dim; :data:`YES` or :data:`NO`
+    where the losses are on the CPU and ``reads`` allows to look at them."""
     if reads and all(known_on_host(g) for g in gradients):
         finite = YES if all(map(_all_finite, groups, gradients)) else NO
     else:
@@ -88,7 +87,9 @@ def scalars(values: Sequence[float | Tensor], device: torch.device) -> Tensor:
 
     Numbers come by fills.  A list of them would be copied from the host, and waited for.
     """
-    fill = lambda v: v.reshape(1) if isinstance(v, Tensor) else torch.full((1,), v, dtype=torch.float64, device=device)
+    fill = lambda v: (
+        v.reshape(1) if isinstance(v, Tensor) else torch.full((1,), v, dtype=torch.float64, device=device)
+    )
     return torch.cat([fill(v) for v in values])
 
 

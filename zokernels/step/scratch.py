@@ -114,9 +114,8 @@ class ScratchPool:
     """Arenas that nobody uses.
 
     An arena that something still refers to never comes back: it dies with its last view.  On CUDA an arena
-    serves the stream that it was made for alone, as torch's caching allocator does it, and what is captured in
-    a CUDA graph gets memory of the graph's pool, which stays there.
-    """
+    serves the stream that it was made for alone, as torch's caching allocator does it, and what is captured
+    in a CUDA graph gets memory of the graph's pool, which stays there."""
 
     def __init__(self) -> None:
         self._free: list[Arena] = []
@@ -130,9 +129,12 @@ class ScratchPool:
         dtype, device, stream = like.dtype, like.device, None
         if device.type == "cuda":
             if is_capturing([device]):
-                return Arena(numel, dtype, device, None)  # it is never among the taken, and does not come back
+                # it is never among the taken, and does not come back
+                return Arena(numel, dtype, device, None)
             stream = torch.cuda.current_stream(device).cuda_stream
-        alike = [a for a in self._free if a.data.dtype is dtype and a.data.device == device and a.stream == stream]
+        alike = [
+            a for a in self._free if a.data.dtype is dtype and a.data.device == device and a.stream == stream
+        ]
         fit = [a for a in alike if a.data.numel() >= numel]
         if not fit:
             self._free = [a for a in self._free if a not in alike]

@@ -76,7 +76,9 @@ def full_like(tensor: Tensor, value: float, dtype: torch.dtype) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     mesh, placements = tensor.device_mesh, tensor.placements
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
+    return DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
 
 
 def placed(params: Sequence[Tensor]) -> dict[str, Any]:

@@ -81,7 +81,9 @@ class DeviceState(_State):
         return self._steps.keys() == set(devices)
 
     def place(self, devices: Iterable[torch.device]) -> None:
-        """Brings the counters to ``devices`` before a capture, because every replay resets what it creates."""
+        """Brings the counters to ``devices`` before a capture, because every replay resets what it
+        creates.
+        """
         devices = list(devices)
         if devices and not self.is_placed(devices):
             step, skipped = self.step, int(self.skipped)
@@ -91,7 +93,10 @@ class DeviceState(_State):
                 self.skipped = _filled(skipped, devices[0]).reshape(())
 
     def seeds(self, devices: Iterable[torch.device], count: int, ahead: int = 0) -> Seeds:
-        return {d: derive_seed(self._seeds[d], self._steps[d] + ahead, torch.arange(count, device=d)) for d in devices}
+        return {
+            d: derive_seed(self._seeds[d], self._steps[d] + ahead, torch.arange(count, device=d))
+            for d in devices
+        }
 
     def advance(self, finite: Tensor) -> None:
         self.skipped.add_(to_device(~finite, self.skipped.device))

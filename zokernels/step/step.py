@@ -151,7 +151,9 @@ class StepOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         groups.name_empty_groups(self.param_groups, param_group)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "optimizer contains a parameter group with duplicate", UserWarning)
+            warnings.filterwarnings(
+                "ignore", "optimizer contains a parameter group with duplicate", UserWarning
+            )
             super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
@@ -176,9 +178,8 @@ class StepOptimizer(torch.optim.Optimizer):
         step waits for a GPU.  If the closure raises, the weights are back at theta and the step does not
         count.  A loss that is not finite skips the update.
 
-        Without a closure and with every lr 0, as ``torch.distributed.checkpoint`` calls it so that an optimizer
-        makes its state, nothing happens.
-        """
+        Without a closure and with every lr 0, as ``torch.distributed.checkpoint`` calls it so that an
+        optimizer makes its state, nothing happens."""
         if closure is None and not any(isinstance(g["lr"], Tensor) or g["lr"] for g in self.param_groups):
             return torch.zeros(())
         return self.run_step(closure, LossReader())
@@ -196,7 +197,13 @@ class StepOptimizer(torch.optim.Optimizer):
         it.
         """
         if not callable(closure):
-            fail(self.op, "closure", "a function that runs the forward and returns the loss", repr(closure), TypeError)
+            fail(
+                self.op,
+                "closure",
+                "a function that runs the forward and returns the loss",
+                repr(closure),
+                TypeError,
+            )
         with uninterrupted() as hold:  # signals are delivered inside the closure, and when the step is over
             loss = self._run_held(lambda: hold.call(closure), reader, consume or self._finish)
         if not self.run_state.capturable and known_on_host(self.run_state.skipped):
@@ -230,7 +237,8 @@ class StepOptimizer(torch.optim.Optimizer):
         return self.last_loss
 
     def _finish(self, probe: Probe, estimate: Estimate) -> None:
-        self.log.append(self, probe.buckets, estimate)  # first: a step that cannot be recorded does not happen
+        # first: a step that cannot be recorded does not happen
+        self.log.append(self, probe.buckets, estimate)
         try:
             self.update(probe, estimate)
         except BaseException:
@@ -260,7 +268,9 @@ class StepOptimizer(torch.optim.Optimizer):
             return probe
         exact = self.restore == "exact"
         if any(b.is_sharded for b in buckets):
-            return CopiedShardProbe(buckets, seeds, self.scratch) if exact else MovedShardProbe(buckets, seeds)
+            return (
+                CopiedShardProbe(buckets, seeds, self.scratch) if exact else MovedShardProbe(buckets, seeds)
+            )
         return self.exact_probe(buckets, seeds) if exact else InplaceProbe(buckets, seeds)
 
     def exact_probe(self, buckets: list[Bucket], seeds: Seeds, shared: bool = False) -> ExactProbe:
@@ -272,13 +282,17 @@ class StepOptimizer(torch.optim.Optimizer):
         losses = losses_at(points, len(points))
         here = [b.group for b in buckets]
         foreign = self.team.foreign(self, here)
-        scales = [(b.eps, b.group["clip"]) for b in buckets] + [(group["eps"], group["clip"]) for group in foreign]
+        scales = [(b.eps, b.group["clip"]) for b in buckets] + [
+            (group["eps"], group["clip"]) for group in foreign
+        ]
         raw = {scale: self._gradient(losses, *scale) for scale in dict.fromkeys(scales)}
         reads = not self.run_state.capturable
         gradients, finite = gate([*here, *foreign], [raw[scale] for scale in scales], reads=reads)
         elsewhere = list(zip(foreign, gradients[len(here) :], strict=True))
         gradients = gradients[: len(here)]
-        estimate = Estimate(losses, gradients, finite, finite is NO, losses.unbind(), elsewhere=elsewhere, raw=raw)
+        estimate = Estimate(
+            losses, gradients, finite, finite is NO, losses.unbind(), elsewhere=elsewhere, raw=raw
+        )
         if not self.rule.trials:
             return estimate
         points = self.trial_points(buckets, estimate.gradients)
@@ -346,7 +360,9 @@ class StepOptimizer(torch.optim.Optimizer):
         parts = (type(self.rule), type(self.direction), type(self.subset))
         if self.estimator != TwoSided(1) or parts != (SGD, Direction, type(None)):
             got = f"{self.estimator} with {', '.join(p.__name__ for p in parts)}"
-            fail(self.op, "two_pass", "the two-sided estimator with one direction and SGD on dense noise", got)
+            fail(
+                self.op, "two_pass", "the two-sided estimator with one direction and SGD on dense noise", got
+            )
         check_two_pass(self, modules)
         with TwoPass(modules) as self.passes:
             try:
@@ -378,7 +394,9 @@ class StepOptimizer(torch.optim.Optimizer):
     def _new_graph_rng(self, devices: list[torch.device]) -> GraphRng:
         return GraphRng(self.op, devices, len(self.estimator.points()) + len(self.rule.trials))
 
-    def _rng(self, buckets: list[Bucket], devices: list[torch.device], capturing: bool) -> RngState | GraphRng:
+    def _rng(
+        self, buckets: list[Bucket], devices: list[torch.device], capturing: bool
+    ) -> RngState | GraphRng:
         """What gives all forwards of a step the same random numbers."""
         if capturing:
             return check_capture(self.op, self.run_state, self.graph_rng, buckets, devices)
@@ -418,7 +436,9 @@ class StepOptimizer(torch.optim.Optimizer):
         if not self.team.alone:
             fail(self.op, "mesh", "no copy: processes are not copied", "an optimizer on a mesh", RuntimeError)
         if self.passes.pending:
-            fail(self.op, "two_pass", "flush() before a copy", "weights that hold a perturbation", RuntimeError)
+            fail(
+                self.op, "two_pass", "flush() before a copy", "weights that hold a perturbation", RuntimeError
+            )
         keys = ("estimator", "rule", "direction", "subset", "restore", "run_state", "warned", "block_bytes")
         last = ("last_projected_gradient", "last_loss", "last_losses")
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in (*keys, *last)}}

@@ -81,7 +81,9 @@ class Blocks(Subset):
         check_choice("Blocks", "order", self.order, ("cyclic", "random"))
 
     def _chosen(self, optimizer: OptimizerView, layers: list[int]) -> set[int | None]:
-        blocks: list[set[int | None]] = [set(layers[i : i + self.size]) for i in range(0, len(layers), self.size)]
+        blocks: list[set[int | None]] = [
+            set(layers[i : i + self.size]) for i in range(0, len(layers), self.size)
+        ]
         if any(layer is None for layer in self._layers(optimizer).values()):
             blocks.append({None})
         turn = optimizer.step_count // self.period

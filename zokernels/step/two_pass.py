@@ -31,7 +31,9 @@ class ThreePass:
     #: The probe that has moved the weights to the next step's point; None where they are at theta.
     pending: InplaceProbe | None = None
 
-    def probe(self, state: HostState | DeviceState, buckets: list[Bucket], seeds: Seeds) -> InplaceProbe | None:
+    def probe(
+        self, state: HostState | DeviceState, buckets: list[Bucket], seeds: Seeds
+    ) -> InplaceProbe | None:
         """The probe of a step; None where it is the optimizer's own."""
         return None
 
@@ -80,7 +82,11 @@ class TwoPass(ThreePass):
     def probe(self, state: HostState | DeviceState, buckets: list[Bucket], seeds: Seeds) -> InplaceProbe:
         """The pending probe, if it is of this seed, this step and just these ``buckets``; else a new one."""
         key, probe = (state.seed, state.step), self.pending
-        if probe is None or probe.key != key or [b.layout() for b in probe.buckets] != [b.layout() for b in buckets]:
+        if (
+            probe is None
+            or probe.key != key
+            or [b.layout() for b in probe.buckets] != [b.layout() for b in buckets]
+        ):
             self.flush()
             return InplaceProbe(buckets, seeds, key)
         for ours, planned in zip(probe.buckets, buckets, strict=True):
@@ -99,7 +105,10 @@ class TwoPass(ThreePass):
 
         Afterwards that step's probe is pending.
         """
-        seeds, key = state.seeds({b.device: None for b in probe.buckets}, 1, ahead=1), (state.seed, state.step + 1)
+        seeds, key = (
+            state.seeds({b.device: None for b in probe.buckets}, 1, ahead=1),
+            (state.seed, state.step + 1),
+        )
         following = InplaceProbe([b.following() for b in probe.buckets], seeds, key)
         for b in probe.buckets:
             b.ahead = terms(b.point(0, 1), seeds[b.device])
@@ -125,7 +134,8 @@ class TwoPass(ThreePass):
         if self.pending is None:
             return
         params = [p for b in self.pending.buckets for p in b.params]
-        if isinstance(module, torch.jit.ScriptModule):  # its parameters are other objects over the same memory
+        # its parameters are other objects over the same memory
+        if isinstance(module, torch.jit.ScriptModule):
             held = not {p.data_ptr() for p in params}.isdisjoint(p.data_ptr() for p in module.parameters())
         else:
             held = not {id(p) for p in params}.isdisjoint(map(id, module.parameters()))
@@ -146,7 +156,8 @@ class _FlushHook:
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         if (two_pass := self._two_pass()) and two_pass.pending:
             raise RuntimeError(
-                "ZOSGD: two_pass: expected flush() before a model is copied or pickled, got weights that hold the next "
+                "ZOSGD: two_pass: expected flush() before a model is copied or pickled, got weights "
+                "that hold the next "
                 "step's perturbation"
             )
         return _FlushHook, (None,)
@@ -161,12 +172,16 @@ def check_two_pass(optimizer: OptimizerView, modules: tuple[nn.Module, ...]) -> 
     if optimizer.restore != "inplace":
         fail(op, "two_pass", "restore='inplace'", repr(optimizer.restore))
     if optimizer.run_state.capturable:
-        fail(op, "two_pass", "capturable=False: a graph would replay on weights that hold a perturbation", True)
+        fail(
+            op, "two_pass", "capturable=False: a graph would replay on weights that hold a perturbation", True
+        )
     if optimizer.in_two_pass:
         fail(op, "two_pass", "one at a time", "a second one inside it", RuntimeError)
     held = {id(p) for m in modules for p in m.parameters()}
     for at, group in enumerate(optimizer.param_groups):
         for i, param in enumerate(group["params"]):
             if param.requires_grad and id(param) not in held:
-                expected = "the modules that own all trained parameters (torch.nn.ParameterList for bare ones)"
+                expected = (
+                    "the modules that own all trained parameters (torch.nn.ParameterList for bare ones)"
+                )
                 fail(op, "two_pass", expected, f"none with {label_of(group, i)} of group {at}")

@@ -93,7 +93,14 @@ class Bucket:
     def of(self, group: Group) -> Bucket:
         """A bucket of the same parameters for a step with ``group``, whose hyper-parameters may be others."""
         bucket = Bucket(
-            group, self.device, self.dtype, self.params, self.streams, self.names, eps=group["eps"], dist=group["dist"]
+            group,
+            self.device,
+            self.dtype,
+            self.params,
+            self.streams,
+            self.names,
+            eps=group["eps"],
+            dist=group["dist"],
         )
         bucket.plan = self.plan
         return bucket

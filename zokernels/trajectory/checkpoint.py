@@ -68,7 +68,9 @@ def replay_file(
         fail("replay", "out", "another file than the base and the log", str(out))
     log.check_upto(upto)
     tensors = checked(base, log)
-    trained = {p["name"] for group in log.header["groups"] for p in group["params"] if p["sha256"] is not None}
+    trained = {
+        p["name"] for group in log.header["groups"] for p in group["params"] if p["sha256"] is not None
+    }
     widened = {name for name in base.where if mode == "fp32" and canonical_name(name) in trained}
     entries = {name: file.entries[name] for name, file in base.where.items()}
     for name in widened:

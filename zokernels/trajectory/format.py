@@ -63,7 +63,9 @@ class Layout:
         asynchronous: the order of the records is not that of their steps, which are below 2^32.
     """
 
-    def __init__(self, groups: int, directions: int, losses: int, crc: int, asynchronous: bool = False) -> None:
+    def __init__(
+        self, groups: int, directions: int, losses: int, crc: int, asynchronous: bool = False
+    ) -> None:
         self.groups, self.directions, self.losses, self.crc = groups, directions, losses, crc
         self.asynchronous = asynchronous
         self.size = _HEAD.size + 4 * groups * directions + 8 * (groups + losses) + _CRC.size
@@ -96,7 +98,9 @@ class Layout:
         g, q = numbers[self.groups + self.losses :], self.directions
         gradients = tuple(g[i * q : (i + 1) * q] for i in range(self.groups))
         flag = lambda bit: bool(flags & bit)
-        return Record(step, flag(FINITE), flag(TWO_PASS), flag(CARRIED), multiple, loss, rates, gradients, losses)
+        return Record(
+            step, flag(FINITE), flag(TWO_PASS), flag(CARRIED), multiple, loss, rates, gradients, losses
+        )
 
 
 # Header -----------------------------------------------------------------------------------------------------
@@ -130,7 +134,11 @@ def _is_option(value: object) -> bool:
 
 
 def _is_part(value: object) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("class"), str) and all(map(_is_option, value.values()))
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("class"), str)
+        and all(map(_is_option, value.values()))
+    )
 
 
 def _is_text(value: object, length: int) -> bool:
@@ -186,7 +194,9 @@ def check_header(header: Any) -> None:
         for j, param in enumerate(group["params"]):
             _check_entries(f"header.groups[{i}].params[{j}]", param, _PARAM)
             if param["sha256"] is not None and param["dtype"] not in DTYPES:
-                fail("trajectory", f"header.groups[{i}].params[{j}].dtype", " or ".join(DTYPES), param["dtype"])
+                fail(
+                    "trajectory", f"header.groups[{i}].params[{j}].dtype", " or ".join(DTYPES), param["dtype"]
+                )
     if (window := header["rule"].get("window")) is not None:
         kept = window * header["estimator"]["directions"] * len(header["groups"])
         if kept > MAX_WINDOW:
@@ -298,7 +308,12 @@ def read(path: str | os.PathLike[str], recover: bool = False) -> Log:
     """
     log = scan(path)
     if log is None:
-        fail("trajectory", os.fspath(path), "a whole header", "a file that ends inside it: no step was recorded")
+        fail(
+            "trajectory",
+            os.fspath(path),
+            "a whole header",
+            "a file that ends inside it: no step was recorded",
+        )
     if log.broken and not recover:
         fail("trajectory", log.path, f"whole records (recover=True uses the {log.steps} before)", log.broken)
     return log

@@ -64,7 +64,10 @@ def pending(optimizer: OptimizerView, step: int, buckets: list[Bucket], estimate
     fill = lambda v: torch.full((1,), v, dtype=torch.float64, device=like.device)
     number = lambda v: v.double().reshape(-1) if isinstance(v, Tensor) else fill(v)
     numbers = [estimate.finite, 1.0 if estimate.multiple is None else estimate.multiple]
-    numbers += [optimizer.estimator.loss(estimate.losses).float(), *(learning_rate(group, like) for group in groups)]
+    numbers += [
+        optimizer.estimator.loss(estimate.losses).float(),
+        *(learning_rate(group, like) for group in groups),
+    ]
     numbers += [estimate.losses] if optimizer.rule.reads_losses else []
     numbers += [*estimate.gradients, *(g for _, g in elsewhere)]
     values, arrived = torch.cat([number(v) for v in numbers]), None
@@ -115,7 +118,9 @@ class Follower(roles.Log):
             self.flush()
         if settings(optimizer) != self._settings:
             expected = "the settings of the log (only lr may change): record to another file from here"
-            fail("trajectory", "param_groups", expected, "other hyper-parameters, streams or frozen parameters")
+            fail(
+                "trajectory", "param_groups", expected, "other hyper-parameters, streams or frozen parameters"
+            )
         if optimizer.step_count != self._next:
             fail("trajectory", self.path, f"step {self._next}, the next of the log", optimizer.step_count)
 
@@ -140,10 +145,9 @@ class Recorder(Follower):
     the file is synced, so that a machine that dies loses no more than the steps since then.
 
     Where a record cannot be written (a full disk), the file stays as it was, the step raises OSError, and has
-    not happened.  Records of earlier steps whose numbers a GPU sends late wait in memory then, and so does the
-    step's own on a mesh, whose other ranks take the step: no step begins, and no ``state_dict`` is made, before
-    they are written.  When there is room the run goes on with a log that lacks nothing.
-    """
+    not happened.  Records of earlier steps whose numbers a GPU sends late wait in memory then, and so does
+    the step's own on a mesh, whose other ranks take the step: no step begins, and no ``state_dict`` is made,
+    before they are written.  When there is room the run goes on with a log that lacks nothing."""
 
     def __init__(self, path: str | os.PathLike[str], sync: float) -> None:
         super().__init__(path)
@@ -301,7 +305,9 @@ class _Queue:
             self.file.close()
 
     def _write_first(self) -> None:
-        """Writes the first step at its own place, so that one whose writing was interrupted is not there twice."""
+        """Writes the first step at its own place, so that one whose writing was interrupted is not there
+        twice.
+        """
         assert self.layout is not None  # steps come behind the header
         step = self._steps[0]
         self.file.write(self.layout.pack(step.record(self.layout)), self._place(step.step))
@@ -409,7 +415,9 @@ def _log_to_resume(
         step, end = optimizer.step_count, log.start + log.steps
         if not log.start <= step <= end:
             expected = f"a log with the steps before {step}, the checkpoint's"
-            fail("trajectory", f"{recorder.path}: rewind", expected, f"steps {log.start} to {end} (exclusive)")
+            fail(
+                "trajectory", f"{recorder.path}: rewind", expected, f"steps {log.start} to {end} (exclusive)"
+            )
         log = replace(log, steps=step - log.start)
         if log.steps:
             _check_mark(log, optimizer.log.expected, step)
@@ -417,19 +425,36 @@ def _log_to_resume(
     if log.broken and not log.cut_off and not recover:
         read(recorder.path)  # raises
     if optimizer.state or optimizer.step_count:
-        fail("trajectory", "optimizer", "a fresh one, which takes the recorded steps", f"step {optimizer.step_count}")
+        fail(
+            "trajectory",
+            "optimizer",
+            "a fresh one, which takes the recorded steps",
+            f"step {optimizer.step_count}",
+        )
     return log
 
 
 def _check_mark(log: Log, mark: dict[str, Any] | None, step: int) -> None:
-    """Raises where the log before ``step`` is not the one with which the checkpoint of ``mark`` was written."""
+    """Raises where the log before ``step`` is not the one with which the checkpoint of ``mark`` was
+    written.
+    """
     where = f"{log.path}: rewind"
     if mark is None:
-        fail("trajectory", where, "a state_dict of an optimizer with this log", "one of an optimizer without a log")
+        fail(
+            "trajectory",
+            where,
+            "a state_dict of an optimizer with this log",
+            "one of an optimizer without a log",
+        )
     if mark["step"] != step:
         fail("trajectory", where, f"a state_dict of step {mark['step']}, as its log's", f"step {step}")
     if sha256_of(log.path, [log.end])[log.end] != mark["sha256"]:
-        fail("trajectory", where, f"the log with which the checkpoint was written, up to step {step}", "another run's")
+        fail(
+            "trajectory",
+            where,
+            f"the log with which the checkpoint was written, up to step {step}",
+            "another run's",
+        )
 
 
 def _resume(optimizer: StepOptimizer, recorder: Follower, log: Log, rewind: bool) -> None:

@@ -78,9 +78,8 @@ def _repeat(optimizer: StepOptimizer, record: Record, gated: bool) -> None:
 def check_records(optimizer: StepOptimizer, records: Iterable[Record]) -> None:
     """Raises where a record holds what no step of ``optimizer`` could have recorded.
 
-    A record whose checksum is right may still be crafted.  This runs before the first of them is taken, so that
-    no weight changes ahead of the error.
-    """
+    A record whose checksum is right may still be crafted.  This runs before the first of them is taken, so
+    that no weight changes ahead of the error."""
     rule, estimator, carried = optimizer.rule, optimizer.estimator, False
     allows_two_pass = optimizer.restore == "inplace" and type(rule) is SGD and estimator == TwoSided(1)
     allows_two_pass &= type(optimizer.direction) is Direction and optimizer.subset is None
@@ -88,7 +87,12 @@ def check_records(optimizer: StepOptimizer, records: Iterable[Record]) -> None:
     for record in records:
         where = f"step {record.step}"
         if len(record.losses) != losses:
-            fail("replay_", f"{where}: losses", f"{losses}, as rule and estimator have them", len(record.losses))
+            fail(
+                "replay_",
+                f"{where}: losses",
+                f"{losses}, as rule and estimator have them",
+                len(record.losses),
+            )
         for group, lr, g in zip(optimizer.param_groups, record.rates, record.gradients, strict=True):
             if not isinstance(group["lr"], Tensor) and not (math.isfinite(lr) and lr >= 0):
                 fail("replay_", f"{where}: lr", "a finite number >= 0", lr)

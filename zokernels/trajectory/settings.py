@@ -30,8 +30,9 @@ from .format import canonical
 #: How many bytes are hashed at a time.
 _PIECE = 1 << 24
 
-#: Where the classes are defined that a log may name.  They are imported here because a process that only replays
-#: (``zokernels replay``) imports no optimizer, and a class is found among the subclasses that exist (:func:`_kinds`).
+#: Where the classes are defined that a log may name.  They are imported here because a process that only
+#: replays (``zokernels replay``) imports no optimizer, and a class is found among the subclasses that exist
+#: (:func:`_kinds`).
 PART_MODULES = (integers, low_rank, masks, scaling, factors, sgd, stateful, window)
 
 _PARTS = {"estimator": Estimator, "rule": Rule, "direction": Direction, "subset": Subset}
@@ -117,7 +118,9 @@ def _completed(argument: str, described: dict[str, Any] | None) -> dict[str, Any
         return described
     defaults = {name: p.default for name, p in inspect.signature(kind).parameters.items()}
     missing = [name for name in _arguments(kind) if name not in described]
-    given = {name: _plain(defaults[name]) for name in missing if defaults[name] is not inspect.Parameter.empty}
+    given = {
+        name: _plain(defaults[name]) for name in missing if defaults[name] is not inspect.Parameter.empty
+    }
     return {**described, **given}
 
 
@@ -138,10 +141,17 @@ def _rebuild(argument: str, described: dict[str, Any] | None, given: object) -> 
     own = "masks" in arguments or arguments.get("sizes") is not None
     if own or arguments.get("layers", LAYERS) != LAYERS:
         # Masks and sizes are not in the log, and a regular expression from elsewhere could run for ever.
-        fail("replay_", argument, f"{argument}=... as in the run (the log has not all of it)", str(described)[:200])
+        fail(
+            "replay_",
+            argument,
+            f"{argument}=... as in the run (the log has not all of it)",
+            str(described)[:200],
+        )
     values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in arguments.items()}
     if "state_dtype" in values:
-        values["state_dtype"] = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(values["state_dtype"])
+        values["state_dtype"] = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
+            values["state_dtype"]
+        )
     try:
         return kinds[name](**values)
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
@@ -163,7 +173,9 @@ def _parameter(group: dict[str, Any], index: int) -> dict[str, Any]:
 
 def option_keys(optimizer: OptimizerView, group: dict[str, Any]) -> list[str]:
     """The keys of a group's own settings, without those that torch or a scheduler adds."""
-    return [key for key in (*optimizer.defaults, "bits") if key in group and key not in ("lr", "differentiable")]
+    return [
+        key for key in (*optimizer.defaults, "bits") if key in group and key not in ("lr", "differentiable")
+    ]
 
 
 def settings(optimizer: OptimizerView) -> tuple[Any, ...]:
@@ -228,7 +240,9 @@ def own_part(optimizer: OptimizerView, header: dict[str, Any]) -> dict[str, Any]
     groups = []
     for group, ours in zip(header["groups"], optimizer.param_groups, strict=True):
         params = {p["name"]: p for p in group["params"]}
-        groups.append({**group, "params": [params[canonical_name(name)] for name in ours.get("param_names", ())]})
+        groups.append(
+            {**group, "params": [params[canonical_name(name)] for name in ours.get("param_names", ())]}
+        )
     return {**header, "groups": groups}
 
 
@@ -236,7 +250,11 @@ def check_same_run(optimizer: OptimizerView, header: dict[str, Any]) -> None:
     """Raises where ``optimizer`` differs from the log's in more than step, learning rates and weights."""
     ours = json.loads(canonical(whole_header(optimizer, base=False)))
     parts = {argument: _completed(argument, header[argument]) for argument in _PARTS}
-    theirs = {**header, **parts, "groups": [dict(g, params=[dict(p) for p in g["params"]]) for g in header["groups"]]}
+    theirs = {
+        **header,
+        **parts,
+        "groups": [dict(g, params=[dict(p) for p in g["params"]]) for g in header["groups"]],
+    }
     for group in theirs["groups"]:
         for p in group["params"]:
             p["sha256"] = None
@@ -246,7 +264,12 @@ def check_same_run(optimizer: OptimizerView, header: dict[str, Any]) -> None:
         fail("trajectory", "resume: streams", f"those of the log ({where})", "others, which draw other noise")
     for key in theirs:
         if key not in ("created_by", "start", "gated") and ours.get(key) != theirs[key]:
-            fail("trajectory", f"resume: {key}", f"that of the log, {str(theirs[key])[:200]}", str(ours.get(key))[:200])
+            fail(
+                "trajectory",
+                f"resume: {key}",
+                f"that of the log, {str(theirs[key])[:200]}",
+                str(ours.get(key))[:200],
+            )
     trains = [[p["sha256"] is not None for p in g["params"]] for g in own_part(optimizer, header)["groups"]]
     if trains != [[takes_part(g, p) for p in g["params"]] for g in optimizer.param_groups]:
         fail("trajectory", "resume: params", "the log's trainable parameters", "others")
@@ -271,12 +294,16 @@ def _labels(header: dict[str, Any]) -> list[list[str | int]]:
     """The names of the parameters of each group, or their numbers where the run had no names."""
     count, labels = 0, []
     for group in header["groups"]:
-        labels.append([p["name"] if p["name"] is not None else count + i for i, p in enumerate(group["params"])])
+        labels.append(
+            [p["name"] if p["name"] is not None else count + i for i, p in enumerate(group["params"])]
+        )
         count += len(group["params"])
     return labels
 
 
-def match(header: dict[str, Any], weights: object, dtype: torch.dtype | None = None) -> list[list[Tensor | None]]:
+def match(
+    header: dict[str, Any], weights: object, dtype: torch.dtype | None = None
+) -> list[list[Tensor | None]]:
     """The tensors of ``weights`` that belong to each group of a log; None for an untrained parameter.
 
     ``weights`` are a module, a mapping or pairs by name, or tensors in the optimizer's order.  They must have
@@ -306,7 +333,12 @@ def match(header: dict[str, Any], weights: object, dtype: torch.dtype | None = N
         groups.append(tensors)
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        fail("replay_", "weights", f"every trained parameter of the log, {', '.join(missing[:5])}{more}", "none")
+        fail(
+            "replay_",
+            "weights",
+            f"every trained parameter of the log, {', '.join(missing[:5])}{more}",
+            "none",
+        )
     return groups
 
 
@@ -341,7 +373,12 @@ def optimizer_of(
         fail("replay_", "log", "valid settings", str(error)[:200])
     for i, (group, made) in enumerate(zip(header["groups"], optimizer.param_groups, strict=True)):
         if (expected := sorted(option_keys(optimizer, made))) != sorted(group["options"]):
-            fail("replay_", f"log: groups[{i}]", f"the settings {expected}", str(sorted(group["options"]))[:200])
+            fail(
+                "replay_",
+                f"log: groups[{i}]",
+                f"the settings {expected}",
+                str(sorted(group["options"]))[:200],
+            )
     optimizer.run_state.load(header["seed"], header["start"], 0)
     return optimizer
 

@@ -12,9 +12,8 @@ from .support import Build, Machine, device_problem, machine_problem
 def load(build: Build | None = None, machine: Machine | None = None) -> Backend:
     """The backend, for the devices of this machine that the library's code runs on.
 
-    Raises :class:`BackendUnavailable` where there is none.  ``build``, ``machine``: instead of what the library, and
-    the driver and torch, say.
-    """
+    Raises :class:`BackendUnavailable` where there is none.  ``build``, ``machine``: instead of what the
+    library, and the driver and torch, say."""
     library.load("cuda")
     build, machine = build or Build.read(), machine or Machine.here()
     problems = [device_problem(build, machine.driver, capability) for capability in machine.capabilities]

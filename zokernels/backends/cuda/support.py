@@ -1,12 +1,13 @@
 """Whether ``libzokernels_cuda.so`` can run here: what it was built for, against the driver and each device.
 
-The rules are NVIDIA's (CUDA C++ Programming Guide, "Binary Compatibility" and "PTX Compatibility"; CUDA Compatibility,
-"Minor Version Compatibility"):
+The rules are NVIDIA's (CUDA C++ Programming Guide, "Binary Compatibility" and "PTX Compatibility"; CUDA
+Compatibility, "Minor Version Compatibility"):
 
-* The runtime, which is inside the library, needs a driver for its CUDA version or a later one; for one of the same
-  major version the machine code runs too.
+* The runtime, which is inside the library, needs a driver for its CUDA version or a later one; for one of the
+  same major version the machine code runs too.
 * Machine code for X.y runs on devices X.z with z >= y, on systems on a chip on X.y alone.
-* PTX for X.y is compiled by the driver for any device from X.y on; for that the driver must be as new as the compiler.
+* PTX for X.y is compiled by the driver for any device from X.y on; for that the driver must be as new as the
+  compiler.
 * With the suffix "a" both are for X.y alone, with "f" PTX too is for X.z alone.
 """
 
@@ -37,8 +38,8 @@ class Target(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Target:
-        """CMake's form: "90-real" is machine code, "90-virtual" PTX and "90" both; the last digit is the minor version,
-        and may have a suffix."""
+        """CMake's form: "90-real" is machine code, "90-virtual" PTX and "90" both; the last digit is the
+        minor version, and may have a suffix."""
         number, _, kind = text.partition("-")
         digits = number.rstrip("af")
         suffix = number[len(digits) :]
@@ -97,7 +98,9 @@ class Machine(NamedTuple):
         function.restype = ctypes.c_int
         driver = int(function())
         count = torch.cuda.device_count() if driver and torch.version.cuda else 0
-        return cls(torch.version.cuda, driver, tuple(torch.cuda.get_device_capability(i) for i in range(count)))
+        return cls(
+            torch.version.cuda, driver, tuple(torch.cuda.get_device_capability(i) for i in range(count))
+        )
 
 
 def _library() -> ctypes.CDLL:
@@ -124,7 +127,8 @@ def machine_problem(build: Build, machine: Machine) -> str | None:
     if driver // 1000 < build.runtime // 1000:
         major = build.runtime // 1000
         return (
-            f"is built with CUDA {cuda_text(build.runtime)}, which needs a driver for CUDA {major}.0 or later, got one "
+            f"is built with CUDA {cuda_text(build.runtime)}, which needs a driver for CUDA {major}.0 "
+            "or later, got one "
             f"for {cuda_text(driver)}; update the driver, or rebuild with its toolkit: {BUILD['cuda']}"
         )
     return None
@@ -140,11 +144,14 @@ def device_problem(build: Build, driver: int, capability: Capability) -> str | N
             too_old = target
     if too_old is not None:
         return (
-            f"has PTX of {version_text(*too_old.capability)} for compute capability {version_text(*capability)}, "
-            f"which needs a driver for CUDA {cuda_text(build.compiler)} or later, got one for {cuda_text(driver)}; "
+            f"has PTX of {version_text(*too_old.capability)} for compute capability "
+            f"{version_text(*capability)}, "
+            f"which needs a driver for CUDA {cuda_text(build.compiler)} or later, got one for "
+            f"{cuda_text(driver)}; "
             f"update the driver, or rebuild: TORCH_CUDA_ARCH_LIST={version_text(*capability)} {BUILD['cuda']}"
         )
     return (
         f"is built for {', '.join(map(str, build.targets))}, got a device of compute capability "
-        f"{version_text(*capability)}; rebuild it: TORCH_CUDA_ARCH_LIST={version_text(*capability)} {BUILD['cuda']}"
+        f"{version_text(*capability)}; rebuild it: TORCH_CUDA_ARCH_LIST={version_text(*capability)} "
+        f"{BUILD['cuda']}"
     )

@@ -20,9 +20,8 @@ CHUNK = 1 << 20
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """fp32 fma with one rounding.
 
-    float64 holds a * b exactly but not a * b + c: the sum is rounded to odd (Boldo and Melquiond, 2008), from which
-    rounding to fp32 gives the correctly rounded result.
-    """
+    float64 holds a * b exactly but not a * b + c: the sum is rounded to odd (Boldo and Melquiond, 2008), from
+    which rounding to fp32 gives the correctly rounded result."""
     p, c = a.double() * b.double(), c.double()
     s = p + c
     t = s - p
@@ -96,7 +95,10 @@ def accumulate(chunk: Chunk, acc: Tensor) -> Tensor:
 
 
 def combine_by(
-    out: list[Tensor], params: list[Tensor], terms: Terms, rounded: Callable[[Chunk, Tensor, torch.dtype], Tensor]
+    out: list[Tensor],
+    params: list[Tensor],
+    terms: Terms,
+    rounded: Callable[[Chunk, Tensor, torch.dtype], Tensor],
 ) -> None:
     for chunk in chunks(params, terms):
         theta = params[chunk.index]

@@ -11,7 +11,9 @@ from .combine import chunks, fma
 
 
 @implements
-def low_rank(out: list[Tensor], params: list[Tensor], left: list[Tensor], right: list[Tensor], terms: Terms) -> None:
+def low_rank(
+    out: list[Tensor], params: list[Tensor], left: list[Tensor], right: list[Tensor], terms: Terms
+) -> None:
     for chunk in chunks(params, terms):
         theta, lefts, rights = params[chunk.index], left[chunk.index], right[chunk.index]
         index = torch.arange(chunk.at, chunk.at + chunk.n, device=theta.device)

@@ -19,7 +19,9 @@ from .philox import philox_blocks
 
 
 def _f32(bits: int) -> float:
-    return torch.tensor(bits - (1 << 32) if bits >> 31 else bits, dtype=torch.int32).view(torch.float32).item()
+    return (
+        torch.tensor(bits - (1 << 32) if bits >> 31 else bits, dtype=torch.int32).view(torch.float32).item()
+    )
 
 
 _NC2, _LK = _f32(NORMAL_NC2), _f32(NORMAL_LK)
@@ -27,7 +29,10 @@ _R, _COS, _SIN = ([_f32(b) for b in bits] for bits in (NORMAL_R, NORMAL_COS, NOR
 
 
 def _fma(a: Tensor, b: Tensor, c: Tensor | float) -> Tensor:
-    """fp32 fma through float64.  Inside the normal transform the double rounding never bites (checked exhaustively)."""
+    """fp32 fma through float64.
+
+    Inside the normal transform the double rounding never bites (checked exhaustively).
+    """
     c = c.double() if isinstance(c, Tensor) else c
     return (a.double() * b.double() + c).float()
 

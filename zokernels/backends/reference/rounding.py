@@ -9,12 +9,13 @@ _TINY_HALF = 2.0**-14  # the smallest normal fp16
 
 
 def round_stochastic(x: Tensor, u16: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounds fp32 ``x`` away from zero with probability equal to the dropped fraction; ``u16``: int64 in [0, 65536).
+    """Rounds fp32 ``x`` away from zero with probability equal to the dropped fraction; ``u16``: int64 in [0,
+    65536).
 
-    bf16 adds the field to the 16 dropped bits and truncates; fp16 adds the top 13 bits of it to the 13 dropped ones.
-    Below 2^-14 an fp16 drops more bits than 13: there |x| is first added to 2^-14, which puts the last kept bit of a
-    subnormal (2^-24) in the place of the last kept bit of a normal.  NaN and infinities pass; fp32 never moves.
-    """
+    bf16 adds the field to the 16 dropped bits and truncates; fp16 adds the top 13 bits of it to the 13
+    dropped ones. Below 2^-14 an fp16 drops more bits than 13: there |x| is first added to 2^-14, which puts
+    the last kept bit of a subnormal (2^-24) in the place of the last kept bit of a normal.  NaN and
+    infinities pass; fp32 never moves."""
     if dtype is torch.float32:
         return x
     if dtype is torch.bfloat16:

@@ -1,4 +1,7 @@
-"""update: theta and the state of a rule from G = sum_k c_k z_k, in pure PyTorch.  Formulas: ``functional.update_``."""
+"""update: theta and the state of a rule from G = sum_k c_k z_k, in pure PyTorch.
+
+Formulas: ``functional.update_``.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,18 @@ def _gradient(chunk: Chunk) -> Tensor:
     return accumulate(chunk, torch.zeros(chunk.n, device=chunk.coeffs.device))
 
 
-def _momentum(chunk: Chunk, theta: Tensor, decayed: Tensor, states: States, hyper: States) -> tuple[Tensor, States]:
+def _momentum(
+    chunk: Chunk, theta: Tensor, decayed: Tensor, states: States, hyper: States
+) -> tuple[Tensor, States]:
     l2, beta, gain, lr = hyper
     g = fma(l2, theta, _gradient(chunk))
     m = fma(beta, states[0], gain * g)
     return fma(-lr, m, decayed), (m,)
 
 
-def _adam(chunk: Chunk, theta: Tensor, decayed: Tensor, states: States, hyper: States) -> tuple[Tensor, States]:
+def _adam(
+    chunk: Chunk, theta: Tensor, decayed: Tensor, states: States, hyper: States
+) -> tuple[Tensor, States]:
     l2, beta1, gain1, beta2, gain2, lr, root_scale, eps = hyper
     g = fma(l2, theta, _gradient(chunk))
     m = fma(beta1, states[0], gain1 * g)
@@ -34,7 +41,9 @@ def _adam(chunk: Chunk, theta: Tensor, decayed: Tensor, states: States, hyper: S
     return fma(-lr, divide(m, fma(sqrt(v), root_scale, eps)), decayed), (m, v)
 
 
-def _adam_window(chunk: Chunk, theta: Tensor, decayed: Tensor, states: States, hyper: States) -> tuple[Tensor, States]:
+def _adam_window(
+    chunk: Chunk, theta: Tensor, decayed: Tensor, states: States, hyper: States
+) -> tuple[Tensor, States]:
     lr, eps, *square_coeffs = hyper
     m = v = torch.zeros(chunk.n, device=chunk.coeffs.device)
     for k, square in enumerate(square_coeffs):
@@ -43,13 +52,17 @@ def _adam_window(chunk: Chunk, theta: Tensor, decayed: Tensor, states: States, h
     return fma(-lr, divide(m, sqrt(v) + eps), decayed), ()
 
 
-def _sign(chunk: Chunk, theta: Tensor, decayed: Tensor, states: States, hyper: States) -> tuple[Tensor, States]:
+def _sign(
+    chunk: Chunk, theta: Tensor, decayed: Tensor, states: States, hyper: States
+) -> tuple[Tensor, States]:
     l2, lr = hyper
     g = fma(l2, theta, _gradient(chunk))
     return fma(-lr, (g > 0).float() - (g < 0).float(), decayed), ()
 
 
-def _hizoo(chunk: Chunk, theta: Tensor, decayed: Tensor, states: States, hyper: States) -> tuple[Tensor, States]:
+def _hizoo(
+    chunk: Chunk, theta: Tensor, decayed: Tensor, states: States, hyper: States
+) -> tuple[Tensor, States]:
     keep, gain = hyper
     z = chunk.noise(0)
     h = fma(gain, states[0] * (z * z), keep * states[0])
@@ -70,7 +83,9 @@ def update(
     params: list[Tensor], first: list[Tensor], second: list[Tensor], rule: str, hyper: Tensor, terms: Terms
 ) -> None:
     by_rows(
-        lambda groups, flat: _update(groups[0], groups[1], groups[2], rule, hyper, flat), [params, first, second], terms
+        lambda groups, flat: _update(groups[0], groups[1], groups[2], rule, hyper, flat),
+        [params, first, second],
+        terms,
     )
 
 

@@ -33,7 +33,8 @@ def encode_blocks(x: Tensor, wire: str, offset: int) -> tuple[Tensor, Tensor]:
     blocks, inside = _blocks(x, offset)
     top = blocks.abs().amax(1)
     special = ~top.isfinite()  # NaN, too
-    exponent = torch.frexp(torch.where(special, 1.0, top)).exponent - 1  # floor(log2), of 0: -1, replaced below
+    # floor(log2), of 0: -1, replaced below
+    exponent = torch.frexp(torch.where(special, 1.0, top)).exponent - 1
     exponent = torch.where(top == 0, -127, exponent - emax).clamp(-127, 127)
     scaled = blocks * _power(-exponent)[:, None]  # exact
     if wire == "fp8":
@@ -88,7 +89,13 @@ def decode(out: list[Tensor], wires: list[Tensor], wire: str, terms: Terms) -> N
 
 @implements
 def decode_fan_out(
-    plus: list[Tensor], minus: list[Tensor], wires: list[Tensor], wire: str, seed: Tensor, coeff: Tensor, terms: Terms
+    plus: list[Tensor],
+    minus: list[Tensor],
+    wires: list[Tensor],
+    wire: str,
+    seed: Tensor,
+    coeff: Tensor,
+    terms: Terms,
 ) -> None:
     theta = [torch.empty_like(p) for p in plus]
     decode(theta, wires, wire, terms)

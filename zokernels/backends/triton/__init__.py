@@ -1,4 +1,6 @@
-"""Triton kernels: contract ``zk1`` on NVIDIA GPUs without a CUDA toolkit, on AMD GPUs, and in an interpreter on CPU."""
+"""Triton kernels: contract ``zk1`` on NVIDIA GPUs without a CUDA toolkit, on AMD GPUs, and in an
+interpreter on CPU.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +17,22 @@ OLDEST, NEWEST = (3, 6), (3, 9)
 def load(version: str | None = None) -> Backend:
     """The backend; ``version``: instead of what Triton itself says.
 
-    Raises :class:`BackendUnavailable` without Triton or with one older than ``OLDEST``.  One newer than ``NEWEST`` is
-    used, and the backend's note says so.
-    """
+    Raises :class:`BackendUnavailable` without Triton or with one older than ``OLDEST``.  One newer than
+    ``NEWEST`` is used, and the backend's note says so."""
     try:
         import triton
     except ImportError as error:
-        raise BackendUnavailable(f"triton: cannot import triton ({error}); `pip install triton` installs it") from error
+        raise BackendUnavailable(
+            f"triton: cannot import triton ({error}); `pip install triton` installs it"
+        ) from error
     version = version or str(getattr(triton, "__version__", "unknown"))
     number = re.match(r"(\d+)\.(\d+)", version)
     found = (int(number[1]), int(number[2])) if number else (0, 0)
     oldest, newest = (".".join(map(str, v)) for v in (OLDEST, NEWEST))
     if found < OLDEST:
         raise BackendUnavailable(
-            f"triton: expected version {oldest} or later, got {version}; `pip install 'triton>={oldest}'` installs one "
+            f"triton: expected version {oldest} or later, got {version}; `pip install "
+            f"'triton>={oldest}'` installs one "
             f"({oldest} to {newest} are tested)"
         )
     from .device import DEVICES

@@ -1,9 +1,9 @@
-"""The few operations that Triton's language lacks or rounds differently in its interpreter.  Each is exact IEEE fp32.
+"""The few operations that Triton's language lacks or rounds differently in its interpreter.  Each is exact
+IEEE fp32.
 
-Compiled for NVIDIA, an operation is the one instruction (or the inline PTX) named beside it; for AMD it is what Triton
-and LLVM make of the plain operation.  In the interpreter kernels run in NumPy, which has no fma, so it is computed from
-exact float64 pieces; tests there then hold for the compiled code too.
-"""
+Compiled for NVIDIA, an operation is the one instruction (or the inline PTX) named beside it; for AMD it is
+what Triton and LLVM make of the plain operation.  In the interpreter kernels run in NumPy, which has no fma,
+so it is computed from exact float64 pieces; tests there then hold for the compiled code too."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-#: Whether operations may be inline PTX: a process of torch for ROCm compiles for AMD, every other one for NVIDIA.
+#: Whether operations may be inline PTX: a process of torch for ROCm compiles for AMD, every other one for
+#: NVIDIA.
 PTX = tl.constexpr(torch.version.hip is None)
 
 #: Fixed when the kernels are decorated, as in Triton itself: TRITON_INTERPRET must be set before the import.
@@ -24,9 +25,8 @@ _INF = tl.constexpr(float("inf"))
 def int64(x):
     """``x``, an int64 argument of a kernel, as what it says it is.
 
-    Triton's interpreter keeps a number in [2^31, 2^32) as uint32, whatever the kernel's annotation is, and then a shift
-    by 32 has no meaning.  A sum with an int64 makes it one; the compiler removes the sum.
-    """
+    Triton's interpreter keeps a number in [2^31, 2^32) as uint32, whatever the kernel's annotation is, and
+    then a shift by 32 has no meaning.  A sum with an int64 makes it one; the compiler removes the sum."""
     return x + tl.zeros((), tl.int64)
 
 
@@ -34,7 +34,8 @@ def int64(x):
 def fma(a, b, c):
     """a * b + c, rounded once.  fma.rn.f32"""
     if INTERPRET:
-        # a * b is exact in float64.  The sum is rounded to odd (Boldo and Melquiond, 2008): then fp32 rounds right.
+        # a * b is exact in float64.  The sum is rounded to odd (Boldo and Melquiond, 2008): then fp32 rounds
+        # right.
         p, d = tl.cast(a, tl.float64) * tl.cast(b, tl.float64), tl.cast(c, tl.float64)
         s = p + d
         t = s - p
@@ -57,9 +58,8 @@ def negated(x):
 def sqrt(s):
     """sqrt(s) to nearest even, for 2^-100 < s < 2^100.
 
-    The fast path of sqrt.rn.f32, whose range check and slow path cost 2.5 instructions more per normal.  A normal s
-    does not notice the .ftz of rsqrt, which saves the rescaling of subnormal ones.
-    """
+    The fast path of sqrt.rn.f32, whose range check and slow path cost 2.5 instructions more per normal.  A
+    normal s does not notice the .ftz of rsqrt, which saves the rescaling of subnormal ones."""
     if INTERPRET or not PTX:
         return tl.sqrt_rn(s)
     else:
@@ -83,21 +83,22 @@ def sqrt(s):
 def floor(x):
     """The largest integer <= x as an int32, for |x| < 2^31.  cvt.rmi.s32.f32
 
-    Triton's own floor flushes subnormals: of -1e-40 it makes 0, not -1.  It is two instructions with the conversion.
-    """
+    Triton's own floor flushes subnormals: of -1e-40 it makes 0, not -1.  It is two instructions with the
+    conversion."""
     if INTERPRET or not PTX:
         return tl.floor(x).to(tl.int32)
     else:
-        return tl.inline_asm_elementwise("cvt.rmi.s32.f32 $0, $1;", "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(
+            "cvt.rmi.s32.f32 $0, $1;", "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
 def mul_wide(a, b):
     """(low, high) words of the product of two uint32.  mul.wide.u32, one IMAD.WIDE
 
-    LLVM takes a third of the equivalent uint64 products apart into a low and a high multiplication: 0.75 instructions
-    more per normal.
-    """
+    LLVM takes a third of the equivalent uint64 products apart into a low and a high multiplication: 0.75
+    instructions more per normal."""
     if INTERPRET or not PTX:
         product = a.to(tl.uint64) * b
         return product.to(tl.uint32), (product >> 32).to(tl.uint32)

@@ -68,7 +68,8 @@ def _unit(root):
 
 @triton.jit
 def _add_rademacher4(t0, t1, t2, t3, u0, u1, u2, u3, seed, c, span, WORD: tl.constexpr):
-    # Where K is static, the compiler makes one of the four calls with the same block: 128 elements a Philox block.
+    # Where K is static, the compiler makes one of the four calls with the same block: 128 elements a Philox
+    # block.
     word = draw_rademacher(seed, tl.arange(0, THREADS), span)[WORD]
     t0 = add_rademacher(t0, c, u0, word, 0)
     t1 = add_rademacher(t1, c, u1, word, 1)
@@ -115,12 +116,14 @@ def _program(span, numel, terms, out, theta, curvature, ALIGNED: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["numel", "offset", "stream", "num_k", "mask_keep"], do_not_specialize_on_alignment=["coeffs"]
+    do_not_specialize=["numel", "offset", "stream", "num_k", "mask_keep"],
+    do_not_specialize_on_alignment=["coeffs"],
 )
 def combine_kernel(
     out, theta, mask, curvature, numel: tl.int64, offset: tl.int64, stream: tl.int64,
     seeds, coeffs, num_k: tl.int32, decay, rounding_seed, mask_seed, mask_keep: tl.int32,
-    DOMAIN: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr, LOW: tl.constexpr = None, HIGH: tl.constexpr = None,
+    DOMAIN: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr, LOW: tl.constexpr = None,
+    HIGH: tl.constexpr = None,
 ):  # fmt: skip
     """One tensor."""
     span = span_of(offset, stream, mask, tl.program_id(0).to(tl.int64))
@@ -146,7 +149,18 @@ def combine_table_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["offset", "stream", "width", "length", "blocks", "magic", "shift", "rows", "num_k", "mask_keep"],
+    do_not_specialize=[
+        "offset",
+        "stream",
+        "width",
+        "length",
+        "blocks",
+        "magic",
+        "shift",
+        "rows",
+        "num_k",
+        "mask_keep",
+    ],
     do_not_specialize_on_alignment=["coeffs"],
 )
 def combine_rows_kernel(

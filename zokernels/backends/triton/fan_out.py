@@ -1,4 +1,6 @@
-"""fan_out: a pending combine of theta, then plus = round(theta + c z) and minus = round(theta - c z), in Triton."""
+"""fan_out: a pending combine of theta, then plus = round(theta + c z) and minus = round(theta - c z), in
+Triton.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def _tile(row, inside, span, terms, theta, plus, minus, seed, c, PENDING: tl.con
 
 
 @triton.jit
-def _program(span, numel, terms, theta, plus, minus, seed, coeff, PENDING: tl.constexpr, ALIGNED: tl.constexpr):
+def _program(
+    span, numel, terms, theta, plus, minus, seed, coeff, PENDING: tl.constexpr, ALIGNED: tl.constexpr
+):
     seed, c = tl.load(seed), tl.load(coeff)
     each_tile(_tile, span, numel, ALIGNED, 4, (terms, theta, plus, minus, seed, c, PENDING))
 

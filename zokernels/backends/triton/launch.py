@@ -24,12 +24,14 @@ _DTYPES = {
     torch.uint8: tl.uint8,
 }
 
-#: Directions up to which a kernel is compiled for their number, which then stands unrolled; more run in a loop.
+#: Directions up to which a kernel is compiled for their number, which then stands unrolled; more run in a
+#: loop.
 UNROLLED = 2
 
 
 def compile_options(warp_size: int = 32) -> dict[str, Any]:
-    """For devices whose warps have ``warp_size`` threads: 64 on AMD's CDNA, else 32.  A program always has THREADS.
+    """For devices whose warps have ``warp_size`` threads: 64 on AMD's CDNA, else 32.  A program always has
+    THREADS.
 
     enable_fp_fusion=False: a product and a sum of the contract must stay two roundings.
     """
@@ -51,7 +53,8 @@ class Job(NamedTuple):
 
     row: Row  # for the table kernel
     args: tuple  # for the kernel of one tensor, in its order
-    #: Every block of eight lies on 16 bytes, so that whole programs move 16 bytes at a time; None: nothing is moved.
+    #: Every block of eight lies on 16 bytes, so that whole programs move 16 bytes at a time; None: nothing is
+    #: moved.
     aligned: bool | None
 
 
@@ -65,7 +68,10 @@ def programs(numel: int, offset: int) -> int:
 
 
 def jobs(groups: Sequence[Group], sizes: Sequence[int], terms: Terms) -> list[Job]:
-    """The jobs of element-wise kernels; every group has a tensor for each size.  Masks are read by the byte."""
+    """The jobs of element-wise kernels; every group has a tensor for each size.
+
+    Masks are read by the byte.
+    """
     found = []
     columns = [group or [None] * len(sizes) for group in groups]
     wide = [bool(group) and group[0].dtype is not torch.uint8 for group in groups]
@@ -79,8 +85,11 @@ def jobs(groups: Sequence[Group], sizes: Sequence[int], terms: Terms) -> list[Jo
     return found
 
 
-def launch(device: torch.device, kernels: tuple[Any, Any], jobs: list[Job], args: dict, **table_args: object) -> None:
-    """One launch of the second kernel, over a table, for all jobs of one alignment; of the first for a single job.
+def launch(
+    device: torch.device, kernels: tuple[Any, Any], jobs: list[Job], args: dict, **table_args: object
+) -> None:
+    """One launch of the second kernel, over a table, for all jobs of one alignment; of the first for a single
+    job.
 
     ``args``: what both kernels take besides; of coefficients [tensors, K] each job gets its row.
     """
@@ -95,7 +104,9 @@ def launch(device: torch.device, kernels: tuple[Any, Any], jobs: list[Job], args
             table = table_of(device, tuple(job.row for job in group)) if len(group) > 1 else None
             if table is not None:
                 count, width = table.owner.numel(), table.rows.shape[1]
-                kernels[1][(count,)](table.rows, table.owner, WIDTH=width, **own, **table_args, **options(device))
+                kernels[1][(count,)](
+                    table.rows, table.owner, WIDTH=width, **own, **table_args, **options(device)
+                )
                 continue
             for job in group:
                 if each:

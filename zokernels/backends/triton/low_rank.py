@@ -1,8 +1,8 @@
 """low_rank: theta = round(decay * theta + sum_k c_k L_k R_k^T), one pass, in Triton.
 
-A program owns ROWS x COLUMNS of one matrix; a thread has eight neighbouring columns of several rows, so that a value of
-a factor serves several elements.  The order of the sums is part of the contract: fmas, no matrix instructions.
-"""
+A program owns ROWS x COLUMNS of one matrix; a thread has eight neighbouring columns of several rows, so that
+a value of a factor serves several elements.  The order of the sums is part of the contract: fmas, no matrix
+instructions."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from .rounding import round_nearest, round_stochastic, to_float
 from .table import pointer, row_of
 from .tile import coeffs_of, zeros_like
 
-#: Fewer than the threads of a program: then Triton loads a factor's values where they are used, and not through shared
-#: memory.
+#: Fewer than the threads of a program: then Triton loads a factor's values where they are used, and not
+#: through shared memory.
 ROWS, COLUMNS = 64, 64
 
 _ROWS, _COLUMNS = tl.constexpr(ROWS), tl.constexpr(COLUMNS)
@@ -32,7 +32,9 @@ _ROUNDING = tl.constexpr(DOMAIN_ROUNDING)
 
 @triton.jit
 def _fields(seed, index, n, stream, ALIGNED: tl.constexpr):
-    """16 bits for each element, uint32 [ROWS, COLUMNS]; ``index``: the logical index of the first, row length ``n``."""
+    """16 bits for each element, uint32 [ROWS, COLUMNS]; ``index``: the logical index of the first, row
+    length ``n``.
+    """
     low, domain = stream_words(stream, _ROUNDING)
     if ALIGNED:  # eight columns are one block
         group = tl.arange(0, _ROWS * _COLUMNS // 8)
@@ -49,7 +51,21 @@ def _fields(seed, index, n, stream, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _program(
-    out, theta, left, right, m, n, rank, offset, stream, pid, coeffs, num_k, decay, rounding_seed, ALIGNED: tl.constexpr
+    out,
+    theta,
+    left,
+    right,
+    m,
+    n,
+    rank,
+    offset,
+    stream,
+    pid,
+    coeffs,
+    num_k,
+    decay,
+    rounding_seed,
+    ALIGNED: tl.constexpr,
 ):
     offset, stream = int64(offset), int64(stream)
     if ALIGNED:
@@ -86,7 +102,8 @@ def _program(
 
 
 @triton.jit(
-    do_not_specialize=["m", "n", "rank", "offset", "stream", "num_k"], do_not_specialize_on_alignment=["coeffs"]
+    do_not_specialize=["m", "n", "rank", "offset", "stream", "num_k"],
+    do_not_specialize_on_alignment=["coeffs"],
 )
 def low_rank_kernel(
     out, theta, left, right, m: tl.int64, n: tl.int64, rank: tl.int64, offset: tl.int64, stream: tl.int64,
@@ -122,7 +139,9 @@ def low_rank_table_kernel(
 
 
 @implements
-def low_rank(out: list[Tensor], params: list[Tensor], left: list[Tensor], right: list[Tensor], terms: Terms) -> None:
+def low_rank(
+    out: list[Tensor], params: list[Tensor], left: list[Tensor], right: list[Tensor], terms: Terms
+) -> None:
     jobs = []
     places = zip(out, params, left, right, terms.offsets, terms.streams, strict=True)
     for index, (*tensors, offset, stream) in enumerate(places):

@@ -75,8 +75,8 @@ def normal(w0, w1, w2, w3, mantissa):
 
 @triton.jit
 def add_rademacher(acc, c, unit, word, byte: tl.constexpr):
-    """acc + c w for acc [B, 8] and the bits of one byte of ``word`` [B]; w = z * unit, or z where ``unit``, an option
-    (``tile``), is absent.
+    """acc + c w for acc [B, 8] and the bits of one byte of ``word`` [B]; w = z * unit, or z where ``unit``,
+    an option (``tile``), is absent.
 
     c * (+-1) is exact, so the fma of the contract is an addition of c with its sign bit flipped.
     """
@@ -90,7 +90,9 @@ def add_rademacher(acc, c, unit, word, byte: tl.constexpr):
 
 @triton.jit
 def rademacher(block, byte):
-    """z fp32 [B, 8] from one ``byte`` [B] of each row's Philox block: what add_rademacher adds, for masked edges."""
+    """z fp32 [B, 8] from one ``byte`` [B] of each row's Philox block: what add_rademacher adds, for
+    masked edges.
+    """
     word = tl.where(byte < 8, tl.where(byte < 4, block[0], block[1]), tl.where(byte < 12, block[2], block[3]))
     bit = (8 * (byte & 3))[:, None] + tl.arange(0, 8)[None, :]
     return 1.0 - 2.0 * ((word[:, None] >> bit.to(tl.uint32)) & 1).to(tl.float32)

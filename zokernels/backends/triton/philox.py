@@ -30,8 +30,8 @@ def stream_words(stream, DOMAIN: tl.constexpr):
 def philox(c0, c1, c2, c3, seed):
     """Four uint32 words a block.  The counter is uint32, the seed int64; each may be a scalar or a tensor.
 
-    What is scalar stays scalar until it meets a tensor.  With scalar seed, block_hi, stream and domain the key schedule
-    and three products of the first two rounds are computed once per thread, not once per block.
+    What is scalar stays scalar until it meets a tensor.  With scalar seed, block_hi, stream and domain the
+    key schedule and three products of the first two rounds are computed once per thread, not once per block.
     """
     k0, k1 = words(seed)
     for _ in tl.static_range(_ROUNDS):

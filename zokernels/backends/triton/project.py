@@ -1,9 +1,8 @@
 """project: inner products of tensors with noise, in the order of docs/contract.md, in Triton.
 
-A tile of 4096 is 32 segments of 16 blocks of eight.  Of each segment a thread has blocks c, c + 4, c + 8 and c + 12:
-one chain of fmas down each of four columns; and of the segments it has the even or the odd ones.  So chains stay inside
-threads, and a sum of each thread goes to memory.
-"""
+A tile of 4096 is 32 segments of 16 blocks of eight.  Of each segment a thread has blocks c, c + 4, c + 8 and
+c + 12: one chain of fmas down each of four columns; and of the segments it has the even or the odd ones.  So
+chains stay inside threads, and a sum of each thread goes to memory."""
 
 from __future__ import annotations
 
@@ -114,7 +113,9 @@ def project_table_kernel(
     partial, columns: tl.int64, table, owner, seeds, num_k: tl.int32,
     DOMAIN: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Direction program_id % num_k: programs of one part of x are neighbours, and all but one find it in the cache."""
+    """Direction program_id % num_k: programs of one part of x are neighbours, and all but one find it in
+    the cache.
+    """
     k = tl.program_id(0) % num_k
     pid = tl.program_id(0) // num_k
     row = table + tl.load(owner + pid).to(tl.int64) * WIDTH

@@ -1,4 +1,6 @@
-"""A tensor's dtype to fp32 and back, to nearest even or stochastically with given 16-bit fields, in Triton."""
+"""A tensor's dtype to fp32 and back, to nearest even or stochastically with given 16-bit fields, in
+Triton.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,10 @@ _WHOLE = tl.constexpr(2.0**23)  # from here on fp32 are integers
 
 @triton.jit
 def to_float(x):
-    """Exact.  A bf16 is the high half of its fp32: as integers the unpacking is one instruction, cvt would take 1.5."""
+    """Exact.
+
+    A bf16 is the high half of its fp32: as integers the unpacking is one instruction, cvt would take 1.5.
+    """
     if x.dtype == tl.bfloat16:
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -39,14 +44,15 @@ def round_nearest(x, dtype: tl.constexpr):
 def round_stochastic(x, u16, dtype: tl.constexpr):
     """Away from zero with probability equal to the dropped fraction; ``u16``: uint32 in [0, 65536).
 
-    bf16 adds the field to the 16 dropped bits and truncates; fp16 adds the top 13 bits of it to the 13 dropped ones.
-    Below 2^-14 an fp16 drops more bits than 13: there |x| is first added to 2^-14, which puts the last kept bit of a
-    subnormal in the place of the last kept bit of a normal.  Infinities stay: their mantissa of 0 carries nothing over.
-    """
+    bf16 adds the field to the 16 dropped bits and truncates; fp16 adds the top 13 bits of it to the 13
+    dropped ones. Below 2^-14 an fp16 drops more bits than 13: there |x| is first added to 2^-14, which puts
+    the last kept bit of a subnormal in the place of the last kept bit of a normal.  Infinities stay: their
+    mantissa of 0 carries nothing over."""
     if dtype == tl.bfloat16:
         if PTX and not INTERPRET:
-            # A NaN that NVIDIA's arithmetic makes has all bits but the sign set, to which nothing may be added.  As
-            # integers all numbers and infinities are smaller, negative ones too, and other NaNs here end in zeros.
+            # A NaN that NVIDIA's arithmetic makes has all bits but the sign set, to which nothing may be
+            # added.  As integers all numbers and infinities are smaller, negative ones too, and other NaNs
+            # here end in zeros.
             bits = tl.minimum(x.to(tl.int32, bitcast=True), 0x7FFF0000).to(tl.uint32, bitcast=True)
         else:  # other arithmetic passes the NaNs of its operands on, of either sign and with any bits
             bits = tl.where(x == x, x.to(tl.uint32, bitcast=True), 0x7FC00000)
@@ -76,6 +82,7 @@ def round_integer(x, u16, low, high):
     # The bounds are integers, so clamping first changes nothing, and makes the cast safe.
     x = tl.where(x >= low, tl.where(x <= high, x, high), low)
     if u16 is None:
-        return (x + 1.5 * _WHOLE).to(tl.int32, bitcast=True).to(tl.int8)  # the sum's last bits are the integer's
+        # the sum's last bits are the integer's
+        return (x + 1.5 * _WHOLE).to(tl.int32, bitcast=True).to(tl.int8)
     else:
         return floor(x).to(tl.int8)

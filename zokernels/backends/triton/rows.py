@@ -1,9 +1,9 @@
-"""Tensors that are rows of matrices (``Terms.widths``): the element-wise kernels with another map of their blocks.
+"""Tensors that are rows of matrices (``Terms.widths``): the element-wise kernels with another map of their
+blocks.
 
-A program owns ROW_BLOCKS Philox blocks of rows, ``blocks`` of each row.  Where everything is aligned to eight they are
-the blocks of the memory, and a load is one of 16 bytes; the row of a block is a product and a shift.  A block of
-Rademacher signs is drawn for each eight elements, not shared among 128.
-"""
+A program owns ROW_BLOCKS Philox blocks of rows, ``blocks`` of each row.  Where everything is aligned to eight
+they are the blocks of the memory, and a load is one of 16 bytes; the row of a block is a product and a shift.
+A block of Rademacher signs is drawn for each eight elements, not shared among 128."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def _quotient(n, blocks):
 
 
 @triton.jit
-def _whole_rows(TILE: tl.constexpr, base, column, begin, skipped, stream, mask, blocks, BLOCKS: tl.constexpr, args):
+def _whole_rows(
+    TILE: tl.constexpr, base, column, begin, skipped, stream, mask, blocks, BLOCKS: tl.constexpr, args
+):
     # All blocks have the upper counter word of the first.
     for first in range(0, _ROW_BLOCKS, BLOCKS * THREADS):
         row = first + tl.arange(0, BLOCKS * THREADS)
@@ -59,7 +61,8 @@ def _whole_rows(TILE: tl.constexpr, base, column, begin, skipped, stream, mask, 
 
 @triton.jit
 def _edge_rows(
-    TILE: tl.constexpr, base, column, line, offset, width, length, stream, mask, blocks, rows, ALIGNED: tl.constexpr,
+    TILE: tl.constexpr, base, column, line, offset, width, length, stream, mask, blocks, rows,
+    ALIGNED: tl.constexpr,
     args,
 ):  # fmt: skip
     element = tl.arange(0, 8)[None, :]

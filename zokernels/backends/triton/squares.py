@@ -1,4 +1,6 @@
-"""squares: sum of rint(z^2 * 2^20) over the elements of several tensors, in Triton: integers, in any order."""
+"""squares: sum of rint(z^2 * 2^20) over the elements of several tensors, in Triton: integers, in any
+order.
+"""
 
 from __future__ import annotations
 

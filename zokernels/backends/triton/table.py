@@ -14,11 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Of one tensor: its number of programs, its number in the call, and then what the kernel reads, addresses last.
+#: Of one tensor: its number of programs, its number in the call, and then what the kernel reads, addresses
+#: last.
 Row = tuple[int, ...]
 
-#: Tables kept: more than the modules of OPT-13B (330), which exact restoring perturbs one by one.  One takes 4 bytes
-#: for 16384 elements and about 60 for a tensor: a table of each module together 0.02% of bf16 parameters.
+#: Tables kept: more than the modules of OPT-13B (330), which exact restoring perturbs one by one.  One takes
+#: 4 bytes for 16384 elements and about 60 for a tensor: a table of each module together 0.02% of bf16
+#: parameters.
 KEPT = 512
 
 
@@ -38,8 +40,8 @@ def row_of(table, owner, WIDTH: tl.constexpr):
 
 @triton.jit
 def pointer(row, COLUMN: tl.constexpr, DTYPE: tl.constexpr):
-    """The address in a row's column; None where DTYPE is: assign it to a name of its own, since Triton 3.6 has no
-    tuples with None."""
+    """The address in a row's column; None where DTYPE is: assign it to a name of its own, since Triton 3.6
+    has no tuples with None."""
     if DTYPE is None:
         return  # of `return None` Triton 3.6 would try to make a tensor
     else:
@@ -47,7 +49,9 @@ def pointer(row, COLUMN: tl.constexpr, DTYPE: tl.constexpr):
 
 
 def build(device: torch.device, rows: tuple[Row, ...]) -> Table:
-    """The copy waits for its end, so that any stream may read the table; it is paid once for new addresses."""
+    """The copy waits for its end, so that any stream may read the table; it is paid once for new
+    addresses.
+    """
     table = torch.tensor(rows, dtype=torch.int64)
     counts = table[:, 0].clone()
     table[:, 0] = counts.cumsum(0) - counts
@@ -67,8 +71,8 @@ _lock = threading.Lock()
 def table_of(device: torch.device, rows: tuple[Row, ...]) -> Table | None:
     """The table of ``rows``, or None where it would have to be built while a CUDA graph is captured.
 
-    The key is everything that a table holds, so none is ever stale.  What a graph has captured is kept for good.
-    """
+    The key is everything that a table holds, so none is ever stale.  What a graph has captured is kept for
+    good."""
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     with _lock:
         table = _tables.get((device, rows))

@@ -1,16 +1,19 @@
-"""What the element-wise kernels share: which elements a program owns, and their loads, noise, masks and rounding.
+"""What the element-wise kernels share: which elements a program owns, and their loads, noise, masks and
+rounding.
 
-A program owns PROGRAM consecutive logical indices that begin at a multiple of PROGRAM, whatever the offset: so blocks
-of eight normals and Rademacher tiles lie whole in one program, and the high word of its block index is one scalar.  A
-thread owns whole blocks of eight elements, and a block is one 16-byte access (two in fp32).
+A program owns PROGRAM consecutive logical indices that begin at a multiple of PROGRAM, whatever the offset:
+so blocks of eight normals and Rademacher tiles lie whole in one program, and the high word of its block index
+is one scalar.  A thread owns whole blocks of eight elements, and a block is one 16-byte access (two in fp32).
 
-A tile is a number of such blocks: ``row`` int32 [B] are their numbers in the program, a value of every element is
-[B, 8], and ``inside`` bool [B, 8] says which elements exist; None: all, and the pointers lie on 16 bytes.
+A tile is a number of such blocks: ``row`` int32 [B] are their numbers in the program, a value of every
+element is [B, 8], and ``inside`` bool [B, 8] says which elements exist; None: all, and the pointers lie on 16
+bytes.
 
-An option is a value that a kernel may be compiled without: the tuple ``(value,)`` where there is one, else ``()``.  It
-is what None is for the arguments of a kernel.  Functions cannot return None within a tuple: Triton 3.6 tries to make a
-tensor of it.  ``len(option)`` is known to the compiler, so a branch on it is taken when the kernel is compiled.
-"""
+An option is a value that a kernel may be compiled without: the tuple ``(value,)`` where there is one, else
+    ``()``.  It
+is what None is for the arguments of a kernel.  Functions cannot return None within a tuple: Triton 3.6 tries
+to make a tensor of it.  ``len(option)`` is known to the compiler, so a branch on it is taken when the kernel
+is compiled."""
 
 from __future__ import annotations
 
@@ -39,10 +42,12 @@ class Span(NamedTuple):
     """The elements of one program."""
 
     index: Any  # int64: the first logical index, a multiple of PROGRAM
-    start: Any  # int64: that element's place in the tensor, negative where the tensor begins inside the program
+    # int64: that element's place in the tensor, negative where the tensor begins inside the program
+    start: Any
     stream: Any  # int64, of 56 bits
     mask: Any  # a uint8 pointer to the packed mask of the first block, as an option
-    #: Philox blocks from index / 8 to those of a tile, in the order of its ``row``, as an option; absent: ``row``.
+    #: Philox blocks from index / 8 to those of a tile, in the order of its ``row``, as an option; absent:
+    #: ``row``.
     block: Any
 
 
@@ -102,8 +107,9 @@ def _scalar(ptr):
 
 @triton.jit
 def mantissa(num_k):
-    """0x007fffff in a register.  LOP3 takes one immediate, so two constants in (n & a) | b would cost a second LOP3 for
-    each radius, 0.5 instructions per normal; ptxas does not know that num_k is not negative."""
+    """0x007fffff in a register.  LOP3 takes one immediate, so two constants in (n & a) | b would cost a
+    second LOP3 for each radius, 0.5 instructions per normal; ptxas does not know that num_k is not
+    negative."""
     return 0x007FFFFF | (num_k >> 31).to(tl.uint32)
 
 
@@ -137,7 +143,9 @@ def is_whole(span, numel, ALIGNED: tl.constexpr):
 
 @triton.jit
 def each_tile(TILE: tl.constexpr, span, numel, ALIGNED: tl.constexpr, BLOCKS: tl.constexpr, args):
-    """TILE(row, inside, span, *args) for every tile of the program; BLOCKS: blocks of a thread in a whole one."""
+    """TILE(row, inside, span, *args) for every tile of the program; BLOCKS: blocks of a thread in a whole
+    one.
+    """
     if is_whole(span, numel, ALIGNED):
         for first in range(0, _PROGRAM // 8, BLOCKS * THREADS):
             TILE(first + tl.arange(0, BLOCKS * THREADS), None, span, *args)
@@ -237,9 +245,8 @@ def noise(seed, row, span, terms):
 def zeros_like(x, count):
     """Zeros to sum up ``count`` terms on, an option; absent: the loop stands unrolled.
 
-    Constants would get another layout than the terms of a loop, each of which would then pass through shared memory:
-    46 instructions an element instead of 35 in momentum with one direction.
-    """
+    Constants would get another layout than the terms of a loop, each of which would then pass through shared
+    memory: 46 instructions an element instead of 35 in momentum with one direction."""
     if len(count) == 0:
         return tl.zeros_like(x)
     else:  # the compiler does not know that a count is not negative
@@ -277,7 +284,8 @@ def decayed(x, terms):
 
 @triton.jit
 def _packed(row, inside, span):
-    # Without the hint a thread would load the bytes of neighbouring blocks, and pass them on through shared memory.
+    # Without the hint a thread would load the bytes of neighbouring blocks, and pass them on through shared
+    # memory.
     row = tl.max_contiguous(row, 1)
     if inside is None:
         byte = tl.load(span.mask[0] + row)

@@ -1,4 +1,7 @@
-"""update: theta and a rule's state from G = sum_k c_k z_k, one pass, in Triton.  Formulas: ``functional.update_``."""
+"""update: theta and a rule's state from G = sum_k c_k z_k, one pass, in Triton.
+
+Formulas: ``functional.update_``.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +39,8 @@ _FIRST, _SECOND = tl.constexpr(DOMAIN_STATE), tl.constexpr(DOMAIN_STATE + 1)
 #: Values of hyper, but for those of each seed.
 VALUES = {"momentum": 4, "adam": 8, "adam_window": 2, "sign": 2, "hizoo": 2}
 
-# A rule: (the new theta, the new first and second state as options), from theta, decayed theta ``base``, the old
-# states and hyper as a tuple.
+# A rule: (the new theta, the new first and second state as options), from theta, decayed theta ``base``, the
+# old states and hyper as a tuple.
 
 
 @triton.jit
@@ -133,7 +136,16 @@ def _tile(row, inside, span, terms, theta, first, second, square_coeffs, hyper, 
 
 @triton.jit
 def _program(
-    span, numel, terms, theta, first, second, hyper, RULE: tl.constexpr, VALUES: tl.constexpr, ALIGNED: tl.constexpr
+    span,
+    numel,
+    terms,
+    theta,
+    first,
+    second,
+    hyper,
+    RULE: tl.constexpr,
+    VALUES: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     values = ()
     for i in tl.static_range(VALUES):
@@ -142,7 +154,8 @@ def _program(
 
 
 @triton.jit(
-    do_not_specialize=["numel", "offset", "stream", "num_k", "mask_keep"], do_not_specialize_on_alignment=["coeffs"]
+    do_not_specialize=["numel", "offset", "stream", "num_k", "mask_keep"],
+    do_not_specialize_on_alignment=["coeffs"],
 )
 def update_kernel(
     theta, first, second, mask, numel: tl.int64, offset: tl.int64, stream: tl.int64,
@@ -173,7 +186,18 @@ def update_table_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["offset", "stream", "width", "length", "blocks", "magic", "shift", "rows", "num_k", "mask_keep"],
+    do_not_specialize=[
+        "offset",
+        "stream",
+        "width",
+        "length",
+        "blocks",
+        "magic",
+        "shift",
+        "rows",
+        "num_k",
+        "mask_keep",
+    ],
     do_not_specialize_on_alignment=["coeffs"],
 )
 def update_rows_kernel(
@@ -198,7 +222,8 @@ def update_rows_kernel(
 def update(
     params: list[Tensor], first: list[Tensor], second: list[Tensor], rule: str, hyper: Tensor, terms: Terms
 ) -> None:
-    # A window has many seeds, and a second coefficient of each, for its square: the loop reads them as it goes.
+    # A window has many seeds, and a second coefficient of each, for its square: the loop reads them as it
+    # goes.
     own = {"K": None} if rule == "adam_window" else {}
     own |= {"hyper": hyper, "RULE": rule, "VALUES": VALUES[rule]}
     if terms.widths:

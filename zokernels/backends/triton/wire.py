@@ -1,7 +1,7 @@
 """encode, decode and decode_fan_out (formats: ``zokernels.wire``) in Triton.
 
-Codes of 16 bits are tensors of their dtype, of 8 bits int8 ones with scale bytes behind, at the next multiple of 256.
-"""
+Codes of 16 bits are tensors of their dtype, of 8 bits int8 ones with scale bytes behind, at the next multiple
+of 256."""
 
 from __future__ import annotations
 
@@ -185,7 +185,14 @@ def encode(out: list[Tensor], params: list[Tensor], wire: str, offsets: list[int
             if n := param.numel():
                 blocks = scale_count(n, offset)
                 encode_kernel[(triton.cdiv(blocks, _BLOCKS),)](
-                    data, param, n, offset, blocks, EMAX=FORMATS[wire].emax, BLOCKS=_BLOCKS, **options(param.device)
+                    data,
+                    param,
+                    n,
+                    offset,
+                    blocks,
+                    EMAX=FORMATS[wire].emax,
+                    BLOCKS=_BLOCKS,
+                    **options(param.device),
                 )
 
 
@@ -196,7 +203,13 @@ def decode(out: list[Tensor], wires: list[Tensor], wire: str, terms: Terms) -> N
 
 @implements
 def decode_fan_out(
-    plus: list[Tensor], minus: list[Tensor], wires: list[Tensor], wire: str, seed: Tensor, coeff: Tensor, terms: Terms
+    plus: list[Tensor],
+    minus: list[Tensor],
+    wires: list[Tensor],
+    wire: str,
+    seed: Tensor,
+    coeff: Tensor,
+    terms: Terms,
 ) -> None:
     _decode((plus, minus, _as_codes(wires, wire)), wire, seed, coeff, terms)
 

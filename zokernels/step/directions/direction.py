@@ -23,7 +23,9 @@ class Direction:
 
     @property
     def changes(self) -> bool:
-        """Whether what z is follows the weights from step to step, so that no later step can draw it again."""
+        """Whether what z is follows the weights from step to step, so that no later step can draw it
+        again.
+        """
         return False
 
     def prepare(self, optimizer: OptimizerView, buckets: list[Bucket], seeds: Seeds) -> None:

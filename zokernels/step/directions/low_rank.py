@@ -4,7 +4,8 @@ The factors are drawn when they are needed, and the product is never stored.  A 
 taken as the [m, n] matrix of its first dimension and the rest; vectors get dense noise.  Every element of z
 has variance 1, so eps and lr mean what they mean for dense noise, unless ``scaled`` is False.
 
-A rule with state (momentum, Adam, sign) takes sum_k g_k z_k of one matrix after the other, made dense in fp32.
+A rule with state (momentum, Adam, sign) takes sum_k g_k z_k of one matrix after the other, made dense in
+fp32.
 
 The drawn factors are scratch of (m + n) r numbers for the parameters of one call.  What is kept between steps
 is drawn again from its seed.
@@ -73,7 +74,12 @@ def _parts(
         shard = shard_of(p)
         if shard.width != shard.length and shard.width != local_of(p).numel():
             if rounding.get("rounding") == "stochastic" and p.dtype is not torch.float32:
-                fail(name, "rounding", "'nearest' for matrices of half precision split by columns", "'stochastic'")
+                fail(
+                    name,
+                    "rounding",
+                    "'nearest' for matrices of half precision split by columns",
+                    "'stochastic'",
+                )
         else:
             offsets[i] = shard.offset
         columns = torch.arange(right[i].shape[1], device=left[i].device).view(p.shape[1:])
@@ -117,7 +123,9 @@ class Factored(Noise):
             left, right = self.factors(matrices.params, matrices.streams, seeds)
             left, right, offsets = _parts(type(self._kind).__name__, matrices.params, left, right, rounding)
             where: dict[str, Any] = {"streams": matrices.streams, "offsets": offsets}
-            shaped = lambda tensors: [self._kind.shaped(t, shapes[i]) for t, i in zip(tensors, wide, strict=True)]
+            shaped = lambda tensors: [
+                self._kind.shaped(t, shapes[i]) for t, i in zip(tensors, wide, strict=True)
+            ]
             if out is None:
                 low_rank_(shaped(pick(theta, wide)), left, right, coeffs, **where, **rounding)
             else:
@@ -174,17 +182,26 @@ class Factored(Noise):
             left, right, offsets = _parts(name, one.params, left, right, {})
             into = self._kind.shaped(g, self._kind.matrix(one.params[0]))
             low_rank_([into], left, right, coeffs, streams=one.streams, offsets=offsets)
-            then, still = _DENSE_RULES[rule](g, theta.float(), hyper, *(tensors[i] for tensors in states.values()))
-            own: dict[str, Any] = {key: [tensor] for key, tensor in zip(("first", "second"), then, strict=False)}
+            then, still = _DENSE_RULES[rule](
+                g, theta.float(), hyper, *(tensors[i] for tensors in states.values())
+            )
+            own: dict[str, Any] = {
+                key: [tensor] for key, tensor in zip(("first", "second"), then, strict=False)
+            }
             kernel: KernelRule = "momentum" if rule == "sign" else rule
             args = self.kernel_args(one, seeds[:0], coeffs[:0]) | _places(one)
             update_([theta], kernel, still, **args, **own, **options)
 
     def fresh_shapes(self, members: Members) -> list[tuple[int, ...]]:
-        """The shape of each parameter's fresh factor; of one with dense noise, the shape of its local part."""
+        """The shape of each parameter's fresh factor; of one with dense noise, the shape of its local
+        part.
+        """
         shapes = [self._kind.matrix(p) for p in members.params]
         dense = [tuple(t.shape) for t in locals_of(members.params)]
-        return [d if shape is None else self._kind.fresh_shape(shape) for shape, d in zip(shapes, dense, strict=True)]
+        return [
+            d if shape is None else self._kind.fresh_shape(shape)
+            for shape, d in zip(shapes, dense, strict=True)
+        ]
 
     def carry_over(self, members: Members, states: Tensors, optimizer: OptimizerView) -> None:
         """Momenta of fresh factors, from the kept factors of the window before to those of this one."""
@@ -203,7 +220,9 @@ class Factored(Noise):
         lr: Tensor,
         **rounding: Any,
     ) -> None:
-        """state <- keep state + sum_k c_k F_k, F_k the fresh factor; then theta moves by -lr times its product."""
+        """state <- keep state + sum_k c_k F_k, F_k the fresh factor; then theta moves by -lr times its
+        product.
+        """
         for i, state in enumerate(states):
             one = _picked(members, [i])
             (param,), (theta,) = one.params, locals_of(one.params)
@@ -222,8 +241,12 @@ class Factored(Noise):
             )
             low_rank_([theta], lefts, rights, -lr, streams=one.streams, offsets=offsets, **rounding)
 
-    def orthogonal(self, members: Members, seeds: Tensor, coeffs: Tensor, lr: Tensor, **rounding: Any) -> None:
-        """theta <- decay theta - lr P msign(sum_k c_k U_k)^T for matrices, - lr sum_k c_k z_k for the rest."""
+    def orthogonal(
+        self, members: Members, seeds: Tensor, coeffs: Tensor, lr: Tensor, **rounding: Any
+    ) -> None:
+        """theta <- decay theta - lr P msign(sum_k c_k U_k)^T for matrices, - lr sum_k c_k z_k for the
+        rest.
+        """
         name = type(self._kind).__name__
         for i in range(len(members.params)):
             one = _picked(members, [i])
@@ -283,9 +306,9 @@ def _sign(g: Tensor, theta: Tensor, hyper: Tensor) -> tuple[list[Tensor], Tensor
     return [(l2 * theta + g).sign()], _constants((0.0, 1.0, 0.0, lr), hyper)
 
 
-#: What the kernels of :func:`zokernels.update_` do with G before they move theta: G, theta, hyper and the states, which
-#: are written, give the states by which theta moves, and the hyper-parameters for that.  The sign is one of them: theta
-#: moves by it as by a momentum.
+#: What the kernels of :func:`zokernels.update_` do with G before they move theta: G, theta, hyper and the
+#: states, which are written, give the states by which theta moves, and the hyper-parameters for that.  The
+#: sign is one of them: theta moves by it as by a momentum.
 _DENSE_RULES: dict[str, Callable[..., tuple[list[Tensor], Tensor]]] = {
     "momentum": _momentum,
     "adam": _adam,
@@ -325,17 +348,23 @@ class LowRank(Direction):
         """Holds what would be too slow to draw again in every call.  It lasts as long as the window."""
         return {}
 
-    def kept(self, shapes: Shapes, streams: list[int], seed: Tensor, cache: dict[tuple[Any, ...], Any]) -> Any:
+    def kept(
+        self, shapes: Shapes, streams: list[int], seed: Tensor, cache: dict[tuple[Any, ...], Any]
+    ) -> Any:
         """What stays for a window, for the matrices of one call."""
         return None
 
-    def drawn(self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any) -> tuple[list[Tensor], list[Tensor]]:
+    def drawn(
+        self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """The left [m, r] and right [n, r] factors of one direction."""
         raise NotImplementedError
 
     @property
     def scale(self) -> float:
-        """The factor of the fresh numbers in z, where a momentum of them is kept (:class:`FactorMomentum`)."""
+        """The factor of the fresh numbers in z, where a momentum of them is kept
+        (:class:`FactorMomentum`).
+        """
         return 1.0
 
     def fresh_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
@@ -346,15 +375,21 @@ class LowRank(Direction):
         """The left [m, r] and right [n, r] factors of a matrix whose fresh numbers are ``fresh``."""
         raise NotImplementedError
 
-    def carry_over(self, shape: tuple[int, int], stream: int, state: Tensor, before: Tensor, now: Tensor) -> None:
-        """``state``, a sum of fresh numbers, in place from the kept factors of seed ``before`` to those of ``now``."""
+    def carry_over(
+        self, shape: tuple[int, int], stream: int, state: Tensor, before: Tensor, now: Tensor
+    ) -> None:
+        """``state``, a sum of fresh numbers, in place from the kept factors of seed ``before`` to those
+        of ``now``.
+        """
 
     def _left(self, shapes: Shapes, streams: list[int], seed: Tensor, c: float) -> list[Tensor]:
         return _draw([(m, self.rank) for m, _ in shapes], seed, streams, [0] * len(shapes), c)
 
     def _right(self, shapes: Shapes, streams: list[int], seed: Tensor) -> list[Tensor]:
         """They have the seed and stream of the left factors, and the elements behind theirs."""
-        return _draw([(n, self.rank) for _, n in shapes], seed, streams, [m * self.rank for m, _ in shapes], 1.0)
+        return _draw(
+            [(n, self.rank) for _, n in shapes], seed, streams, [m * self.rank for m, _ in shapes], 1.0
+        )
 
 
 @dataclass(frozen=True)
@@ -369,10 +404,14 @@ class KeptRight(LowRank):
     refresh: int | None = 50
     scaled: bool = True
 
-    def kept(self, shapes: Shapes, streams: list[int], seed: Tensor, cache: dict[tuple[Any, ...], Any]) -> Any:
+    def kept(
+        self, shapes: Shapes, streams: list[int], seed: Tensor, cache: dict[tuple[Any, ...], Any]
+    ) -> Any:
         return self._right(shapes, streams, seed)
 
-    def drawn(self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any) -> tuple[list[Tensor], list[Tensor]]:
+    def drawn(
+        self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any
+    ) -> tuple[list[Tensor], list[Tensor]]:
         return self._left(shapes, streams, seed, self.scale), kept
 
     @property
@@ -385,7 +424,9 @@ class KeptRight(LowRank):
     def product(self, fresh: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
         return fresh, kept[0]
 
-    def carry_over(self, shape: tuple[int, int], stream: int, state: Tensor, before: Tensor, now: Tensor) -> None:
+    def carry_over(
+        self, shape: tuple[int, int], stream: int, state: Tensor, before: Tensor, now: Tensor
+    ) -> None:
         (old,), (new,) = self._right([shape], [stream], before), self._right([shape], [stream], now)
         between = (old.double().t() @ new.double() / shape[1]).float()
         out = torch.full_like(state, -0.0)
@@ -410,10 +451,14 @@ class KeptLeft(LowRank):
                 fail("KeptLeft", "rank", f"at most the rows of every matrix, {tuple(p.shape)}", self.rank)
         super().prepare(optimizer, buckets, seeds)
 
-    def kept(self, shapes: Shapes, streams: list[int], seed: Tensor, cache: dict[tuple[Any, ...], Any]) -> Any:
+    def kept(
+        self, shapes: Shapes, streams: list[int], seed: Tensor, cache: dict[tuple[Any, ...], Any]
+    ) -> Any:
         return [_orthonormal(left) for left in self._left(shapes, streams, seed, 1.0)]
 
-    def drawn(self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any) -> tuple[list[Tensor], list[Tensor]]:
+    def drawn(
+        self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any
+    ) -> tuple[list[Tensor], list[Tensor]]:
         fresh = _draw([(n, self.rank) for _, n in shapes], seed, streams, [0] * len(shapes), 1.0)
         by = lambda m: (m / self.rank) ** 0.5 if self.scaled else 1.0
         return [p * by(m) for p, (m, _) in zip(kept, shapes, strict=True)], fresh
@@ -429,7 +474,9 @@ class KeptLeft(LowRank):
 class FreshFactors(LowRank):
     """z = A B^T / sqrt(r), both fresh in every direction (EGGROLL)."""
 
-    def drawn(self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any) -> tuple[list[Tensor], list[Tensor]]:
+    def drawn(
+        self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any
+    ) -> tuple[list[Tensor], list[Tensor]]:
         return self._left(shapes, streams, seed, self.rank**-0.5), self._right(shapes, streams, seed)
 
 
@@ -443,11 +490,15 @@ class TemporalFactor(LowRank):
 
     scaled: bool = True
 
-    def kept(self, shapes: Shapes, streams: list[int], seed: Tensor, cache: dict[tuple[Any, ...], Any]) -> Any:
+    def kept(
+        self, shapes: Shapes, streams: list[int], seed: Tensor, cache: dict[tuple[Any, ...], Any]
+    ) -> Any:
         c = self.rank**-0.5 if self.scaled else 1.0
         return self._left(shapes, streams, seed, c), self._right(shapes, streams, seed)
 
-    def drawn(self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any) -> tuple[list[Tensor], list[Tensor]]:
+    def drawn(
+        self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any
+    ) -> tuple[list[Tensor], list[Tensor]]:
         tau = _draw([(1, self.rank)] * len(shapes), seed, streams, [0] * len(shapes), 1.0)
         left, right = kept
         return [u * t for u, t in zip(left, tau, strict=True)], right
@@ -468,12 +519,11 @@ class Subspace(LowRank):
     depend on the machine and the device.  Alone among the directions, this one has the same bits only where
     LAPACK is the same.  The factor sqrt(m n) / r, which makes the variance 1, is the authors'.
 
-    ``near_square``: each matrix is taken as one of m' rows and n' columns, m' n' = m n, as near to a square as
-    its number of elements allows (8 x 4096 as 128 x 256).  The authors do so where LoRA, prefixes or prompts
-    are trained, whose matrices are too thin for the rank.  A matrix with a side of 1 has dense noise, as
-    theirs.  (Their code has dense noise for tensors of three dimensions and more, too; here those are
-    matrices as everywhere.)
-    """
+    ``near_square``: each matrix is taken as one of m' rows and n' columns, m' n' = m n, as near to a square
+    as its number of elements allows (8 x 4096 as 128 x 256).  The authors do so where LoRA, prefixes or
+    prompts are trained, whose matrices are too thin for the rank.  A matrix with a side of 1 has dense noise,
+    as theirs.  (Their code has dense noise for tensors of three dimensions and more, too; here those are
+    matrices as everywhere.)"""
 
     refresh: int | None = 500
     near_square: bool = False
@@ -494,10 +544,17 @@ class Subspace(LowRank):
                     continue
                 if min(shape) < self.rank:
                     other = "" if self.near_square else " (or near_square=True)"
-                    expected = f"at most the smaller side of every matrix, {tuple(p.shape)} taken as {shape}{other}"
+                    expected = (
+                        f"at most the smaller side of every matrix, {tuple(p.shape)} taken as {shape}{other}"
+                    )
                     fail("Subspace", "rank", expected, self.rank)
                 if self.near_square and is_sharded(p):
-                    fail("Subspace", "near_square", "False for sharded parameters, whose rows it would mix", True)
+                    fail(
+                        "Subspace",
+                        "near_square",
+                        "False for sharded parameters, whose rows it would mix",
+                        True,
+                    )
         super().prepare(optimizer, buckets, seeds)
 
     def _cache(self, optimizer: OptimizerView, window: int) -> dict[tuple[Any, ...], Any]:
@@ -508,19 +565,28 @@ class Subspace(LowRank):
         factors: dict[tuple[Any, ...], Any] = optimizer.cache[key]
         return factors
 
-    def kept(self, shapes: Shapes, streams: list[int], seed: Tensor, cache: dict[tuple[Any, ...], Any]) -> Any:
+    def kept(
+        self, shapes: Shapes, streams: list[int], seed: Tensor, cache: dict[tuple[Any, ...], Any]
+    ) -> Any:
         found = []
         for shape, stream in zip(shapes, streams, strict=True):
             key = (shape, stream, seed.device)
             if key not in cache:
-                (left,), (right,) = self._left([shape], [stream], seed, 1.0), self._right([shape], [stream], seed)
+                (left,), (right,) = (
+                    self._left([shape], [stream], seed, 1.0),
+                    self._right([shape], [stream], seed),
+                )
                 cache[key] = _orthonormal(left), _orthonormal(right)
             found.append(cache[key])
         return found
 
-    def drawn(self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any) -> tuple[list[Tensor], list[Tensor]]:
+    def drawn(
+        self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any
+    ) -> tuple[list[Tensor], list[Tensor]]:
         mixed = _draw([(self.rank, self.rank)] * len(shapes), seed, streams, [0] * len(shapes), 1.0)
         left = [torch.full((m, self.rank), -0.0, device=seed.device) for m, _ in shapes]
-        scales = torch.cat([torch.full((1, 1), (m * n) ** 0.5 / self.rank, device=seed.device) for m, n in shapes])
+        scales = torch.cat(
+            [torch.full((1, 1), (m * n) ** 0.5 / self.rank, device=seed.device) for m, n in shapes]
+        )
         low_rank_(left, [u[None] for u, _ in kept], [g[None] for g in mixed], scales, streams=streams)
         return left, [v for _, v in kept]

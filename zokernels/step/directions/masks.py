@@ -160,7 +160,9 @@ class GivenMask(KeptMask):
         known = {n for g in optimizer.param_groups for n in g.get("param_names", ())}
         known |= {p for g in optimizer.param_groups for p in g["params"]}
         if unknown := [key for key in self.masks if key not in known]:
-            name = unknown[0] if isinstance(unknown[0], str) else f"a tensor of shape {tuple(unknown[0].shape)}"
+            name = (
+                unknown[0] if isinstance(unknown[0], str) else f"a tensor of shape {tuple(unknown[0].shape)}"
+            )
             fail("GivenMask", "masks", "names or parameters of the optimizer", repr(name))
         super().prepare(optimizer, buckets, seeds)
 

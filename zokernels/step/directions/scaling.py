@@ -85,7 +85,9 @@ class TensorScale(Direction):
         if self.sizes is None:
             return
         if self.refresh is not None:
-            fail("TensorScale", "refresh", "None with sizes of your own, which nothing measures", self.refresh)
+            fail(
+                "TensorScale", "refresh", "None with sizes of your own, which nothing measures", self.refresh
+            )
         for name, size in self.sizes.items():
             check_number("TensorScale", f"sizes[{name!r}]", size, positive=True)
 
@@ -102,7 +104,9 @@ class TensorScale(Direction):
                 moves = updates = sizes
             else:
                 moves = {key: 1 / size for key, size in sizes.items()}
-                updates = sizes if self.kind == "variance" else {k: torch.ones_like(s) for k, s in sizes.items()}
+                updates = (
+                    sizes if self.kind == "variance" else {k: torch.ones_like(s) for k, s in sizes.items()}
+                )
             bucket.noise = _PerTensor(moves, updates)
 
     def _measured(self, optimizer: OptimizerView, params: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -131,7 +135,9 @@ class TensorScale(Direction):
         # Of the whole layer, those of its weights that a subset leaves out of this step included.
         sums: dict[str | None, Tensor] = {}
         counts: dict[str | None, int] = {}
-        for p in (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad and p.numel()):
+        for p in (
+            p for group in optimizer.param_groups for p in group["params"] if p.requires_grad and p.numel()
+        ):
             layer, square = _layer_of(names[id(p)]), whole_of(p).detach().double().square().sum()
             sums[layer] = sums[layer] + to_device(square, sums[layer].device) if layer in sums else square
             counts[layer] = counts.get(layer, 0) + p.numel()
@@ -160,7 +166,9 @@ class _OnSphere(Noise):
     def kernel_args(self, members: Members, seeds: Tensor, coeffs: Tensor) -> dict[str, Any]:
         if len(seeds) > len(self._seeds):
             fail("Sphere", "rule", "one that uses the step's own directions", f"{len(seeds)} seeds")
-        factors = torch.where(seeds[:, None] == self._seeds, self._factors, torch.zeros_like(self._factors)).amax(1)
+        factors = torch.where(
+            seeds[:, None] == self._seeds, self._factors, torch.zeros_like(self._factors)
+        ).amax(1)
         return super().kernel_args(members, seeds, factors * coeffs)
 
 

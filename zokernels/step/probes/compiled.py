@@ -1,4 +1,6 @@
-"""Functions of torch.compile, whose graphs take parameters by themselves: the blocks of these are open for them."""
+"""Functions of torch.compile, whose graphs take parameters by themselves: the blocks of these are open
+for them.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ class Compiled:
             self._found = list(found.values())
         if self._params is not params:
             self._params = params
-            regions = [(context, [p for i, p in params.items() if i in held]) for context, held in self._found]
+            regions = [
+                (context, [p for i, p in params.items() if i in held]) for context, held in self._found
+            ]
             self.regions = [(context, taken) for context, taken in regions if taken]
 
     @contextmanager
@@ -75,7 +79,9 @@ def _hook(params: list[Tensor]) -> Callable[[], Callable[[], object]]:
 
 @functools.cache
 def _skip_ours() -> None:
-    """Lets torch.compile break a graph at a function that takes a guarded parameter, as it must not trace guards."""
+    """Lets torch.compile break a graph at a function that takes a guarded parameter, as it must not trace
+    guards.
+    """
     from torch._dynamo import trace_rules
 
     trace_rules.add(__package__ or "")

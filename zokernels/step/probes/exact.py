@@ -75,8 +75,15 @@ class ExactProbe(Probe):
         eager: AbstractContextManager[object] = nullcontext()
         if compiled.regions and not self.kind.opens:
             eager = torch.compiler.set_stance("force_eager")
-            self._warn_once("compiled", f"{self.kind.__name__.lower()} run torch.compile'd functions uncompiled")
-        with eager, hidden_uses(self.op, owners.params), guarded(self.op, owners.params, not whole), compiled.watched():
+            self._warn_once(
+                "compiled", f"{self.kind.__name__.lower()} run torch.compile'd functions uncompiled"
+            )
+        with (
+            eager,
+            hidden_uses(self.op, owners.params),
+            guarded(self.op, owners.params, not whole),
+            compiled.watched(),
+        ):
             error = True
             try:
                 # A small model is open from the beginning.
@@ -102,7 +109,8 @@ class ExactProbe(Probe):
         self._looks = self._looks and self._shared
         cached = torch.is_autocast_cache_enabled()
         try:
-            torch.set_autocast_cache_enabled(False)  # it would keep a cast of every copy, which is a second model
+            # it would keep a cast of every copy, which is a second model
+            torch.set_autocast_cache_enabled(False)
             with forward:
                 yield
         finally:
@@ -113,10 +121,13 @@ class ExactProbe(Probe):
     def _tell_unseen(self, seen: dict[int, None]) -> None:
         if not seen:
             raise HiddenParameters(
-                f"{self.op}: closure: expected torch functions that take the parameters, got none (another model, or a "
+                f"{self.op}: closure: expected torch functions that take the parameters, got none "
+                "(another model, or a "
                 f"graph that holds them: TorchScript, CUDA graph, C++ extension); {USE_INPLACE}"
             )
-        unseen = [name for b in self.buckets for p, name in zip(b.params, b.names, strict=True) if id(p) not in seen]
+        unseen = [
+            name for b in self.buckets for p, name in zip(b.params, b.names, strict=True) if id(p) not in seen
+        ]
         total = sum(len(b.params) for b in self.buckets)
         few = ", ".join(unseen[:5]) + (", ..." if len(unseen) > 5 else "")
         self._warn_once(

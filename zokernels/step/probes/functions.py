@@ -11,13 +11,17 @@ from torch.overrides import resolve_name
 
 from .guard import CONTAINERS, Guard
 
-_GETTERS = """shape dtype device layout requires_grad is_leaf grad grad_fn ndim itemsize nbytes name output_nr
-    retains_grad is_cuda is_cpu is_sparse is_sparse_csr is_quantized is_meta is_mps is_xpu is_nested is_mkldnn is_mtia
-    is_xla is_vulkan is_ipu is_maia names _version _backward_hooks _grad""".split()  # noqa: SIM905
-_METHODS = """size dim ndimension numel nelement stride storage_offset is_contiguous is_floating_point is_complex
-    is_signed is_inference is_conj is_neg is_pinned is_shared is_coalesced is_same_size element_size get_device
-    requires_grad_ register_hook register_post_accumulate_grad_hook retain_grad _is_view has_names
-    __len__ __hash__""".split()  # noqa: SIM905
+_GETTERS = """
+    shape dtype device layout requires_grad is_leaf grad grad_fn ndim itemsize nbytes name output_nr
+    retains_grad is_cuda is_cpu is_sparse is_sparse_csr is_quantized is_meta is_mps is_xpu is_nested is_mkldnn
+    is_mtia is_xla is_vulkan is_ipu is_maia names _version _backward_hooks _grad
+""".split()  # noqa: SIM905
+_METHODS = """
+    size dim ndimension numel nelement stride storage_offset is_contiguous is_floating_point is_complex
+    is_signed is_inference is_conj is_neg is_pinned is_shared is_coalesced is_same_size element_size
+    get_device requires_grad_ register_hook register_post_accumulate_grad_hook retain_grad _is_view has_names
+    __len__ __hash__
+""".split()  # noqa: SIM905
 
 
 def _setter(name: str) -> Any:
@@ -29,7 +33,13 @@ def _metadata() -> frozenset[Any]:
     functions: list[Any] = [getattr(Tensor, n).__get__ for n in _GETTERS if hasattr(Tensor, n)]
     functions += [getattr(Tensor, n) for n in _METHODS if hasattr(Tensor, n)]
     functions += [_setter("requires_grad"), _setter("grad"), torch.numel, torch.is_floating_point]
-    functions += [torch.is_complex, torch.is_signed, torch.is_inference, torch.is_same_size, torch.result_type]
+    functions += [
+        torch.is_complex,
+        torch.is_signed,
+        torch.is_inference,
+        torch.is_same_size,
+        torch.result_type,
+    ]
     functions += [torch.empty_like, torch.zeros_like, torch.ones_like]
     functions += [torch.rand_like, torch.randn_like, torch.full_like]
     functions += [Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_tensor]
@@ -40,7 +50,8 @@ def _metadata() -> frozenset[Any]:
 #: the forward.
 _ADDRESS = frozenset((Tensor.data_ptr, Tensor.__cuda_array_interface__.__get__))
 _SET_DATA = _setter("data")
-#: ``p.data`` of a copy counts versions of its own, so that writes to it would go unnoticed; ``detach`` does not.
+#: ``p.data`` of a copy counts versions of its own, so that writes to it would go unnoticed; ``detach`` does
+#: not.
 _GET_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 USE_INPLACE = "use restore='inplace', which perturbs the parameters themselves"

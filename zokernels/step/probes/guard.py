@@ -1,4 +1,5 @@
-"""Guarded parameters: parameters whose class tells the running forward of every torch function that takes them.
+"""Guarded parameters: parameters whose class tells the running forward of every torch function that takes
+them.
 
 While the forwards of an exact step run, each of its parameters has a class that differs from its own in
 ``__torch_function__`` alone.  torch calls that for functions with such an argument, and for no others, so the
@@ -78,8 +79,15 @@ _guarded: dict[type, type[Tensor]] = {}
 
 def guarded_kind(kind: type) -> type[Tensor]:
     if kind not in _guarded:
-        names = {"kind": kind, "__slots__": (), "__module__": kind.__module__, "__qualname__": kind.__qualname__}
-        _guarded[kind] = types.new_class(kind.__name__, (Guard, kind), exec_body=lambda body: body.update(names))
+        names = {
+            "kind": kind,
+            "__slots__": (),
+            "__module__": kind.__module__,
+            "__qualname__": kind.__qualname__,
+        }
+        _guarded[kind] = types.new_class(
+            kind.__name__, (Guard, kind), exec_body=lambda body: body.update(names)
+        )
     return _guarded[kind]
 
 

@@ -30,7 +30,8 @@ def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             for op, params in _refused:
                 if any(p.data_ptr() in held for p in params.values()):
                     raise HiddenParameters(
-                        f"{op}: closure: expected modules whose functions take the parameters, got the TorchScript "
+                        f"{op}: closure: expected modules whose functions take the parameters, got "
+                        "the TorchScript "
                         f"module {module.original_name!r}; {USE_INPLACE}"
                     )
     return nn.Module.__call__(module, *args, **kwargs)

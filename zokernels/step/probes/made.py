@@ -101,7 +101,9 @@ class Owners:
     def __init__(self, buckets: list[Bucket]) -> None:
         self.of, self.buckets, self.step = self._known(buckets), buckets, 0
         self.params = {id(p): p for b in buckets for p in b.params}
-        self._places = {id(p): (i, s) for i, b in enumerate(buckets) for p, s in zip(b.params, b.streams, strict=True)}
+        self._places = {
+            id(p): (i, s) for i, b in enumerate(buckets) for p, s in zip(b.params, b.streams, strict=True)
+        }
         self._parts: dict[Block, list[Part]] = {}
 
     @staticmethod
@@ -170,7 +172,9 @@ class Made:
         """Gives the parameters the memory of the copies, and no guard."""
         # What should not change, besides the memory: versions, and references from outside of Python.
         all_params = [part.members.params for part in self.parts]
-        self._params = [([p._version for p in params], list(map(_use_count, params))) for params in all_params]
+        self._params = [
+            ([p._version for p in params], list(map(_use_count, params))) for params in all_params
+        ]
         self.is_open = True
         for part, params, views in zip(self.parts, all_params, self.views, strict=True):
             for p, kind, view in zip(params, part.kinds, views.out, strict=True):
@@ -237,7 +241,9 @@ def close(op: str, blocks: Sequence[Made], pool: ScratchPool, guarded: bool, err
             written |= of_this
             made.close(guarded)
             if graph:  # a backward from here on, which would see theta, is an error
-                torch.autograd.graph.increment_version([p for part in made.parts for p in part.members.params])
+                torch.autograd.graph.increment_version(
+                    [p for part in made.parts for p in part.members.params]
+                )
             for arena in made.arenas:
                 pool.give_back(arena)
     if written and not error:

@@ -69,4 +69,5 @@ class Probe:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.restore()  # after an update nothing is left to move; after an exception this brings the weights back
+        # after an update nothing is left to move; after an exception this brings the weights back
+        self.restore()

@@ -33,14 +33,15 @@ from .made import Made, Opened, Owners, Part, close, untouched
 
 
 class Substitution:
-    """Inside, and in this thread, functions see the point theta + sum_k c_k z_k in place of a parameter theta.
+    """Inside, and in this thread, functions see the point theta + sum_k c_k z_k in place of a parameter
+    theta.
 
-    When a function takes a guarded parameter, the copies of its block are written into scratch, and stay there
-    until another block needs it.  Meanwhile the block is open: its parameters have the memory of the copies,
-    and no guard, so that nothing more is paid for their uses.
+    When a function takes a guarded parameter, the copies of its block are written into scratch, and stay
+    there until another block needs it.  Meanwhile the block is open: its parameters have the memory of the
+    copies, and no guard, so that nothing more is paid for their uses.
 
-    Some functions get copies in the place of guarded parameters instead: those of a forward that ``looks``, of
-    parameters that are in no block yet, and of a forward for a backward.  A function that is written in
+    Some functions get copies in the place of guarded parameters instead: those of a forward that ``looks``,
+    of parameters that are in no block yet, and of a forward for a backward.  A function that is written in
     Python, such as ``F.multi_head_attention_forward``, then gets copies once and runs on them.
 
     Args:
@@ -120,7 +121,8 @@ class Substitution:
         if isinstance(func, HigherOrderOperator):
             name = getattr(func, "__name__", func)
             raise HiddenParameters(
-                f"{self.op}: closure: expected plain torch functions, got the higher-order operator {name!r}, whose "
+                f"{self.op}: closure: expected plain torch functions, got the higher-order operator "
+                f"{name!r}, whose "
                 f"inner functions can hold parameters; {USE_INPLACE}"
             )
         found: list[Tensor] = []
@@ -136,7 +138,8 @@ class Substitution:
             self._make(mine)
         for p in mine:
             self.seen[id(p)] = None
-        if special is GIVES_ADDRESS:  # without a reference to its memory, which stays to the end of the forward
+        # without a reference to its memory, which stays to the end of the forward
+        if special is GIVES_ADDRESS:
             for made in self._made.values():
                 made.stays = True
         elif special is GIVES_DATA:
@@ -145,7 +148,8 @@ class Substitution:
         versions = [t._version for t in targets]
         if copies := {id(p): self._copies[id(p)] for p in mine if isinstance(p, Guard)}:
             if torch.is_grad_enabled():
-                # A graph saves a leaf itself, so it gets one of its own: then it holds the memory, and is noticed.
+                # A graph saves a leaf itself, so it gets one of its own: then it holds the memory, and is
+                # noticed.
                 with untouched():
                     copies = {i: alias(c, c.requires_grad) for i, c in copies.items()}
             args, kwargs = swap(args, copies), swap(kwargs, copies)
@@ -164,7 +168,8 @@ class Substitution:
         """
         if freezes():
             raise HiddenParameters(
-                f"{self.op}: closure: expected graphs that take the parameters, got torch._inductor.config.freezing, "
+                f"{self.op}: closure: expected graphs that take the parameters, got "
+                "torch._inductor.config.freezing, "
                 f"which makes constants of them; {USE_INPLACE}"
             )
         if not self.opens:
@@ -193,7 +198,9 @@ class Substitution:
         elif self._outer is not None:
             self._outer.uncover(param)
 
-    def _call_others(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], params: list[Tensor]) -> Any:
+    def _call_others(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], params: list[Tensor]
+    ) -> Any:
         """``func`` for parameters of another step, in whose closure this one runs, or of none."""
         release(p for p in params if not is_held(p))
         if not any(isinstance(p, Guard) for p in params):

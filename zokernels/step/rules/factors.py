@@ -63,7 +63,9 @@ class FactorMomentum(Rule):
             for bucket in probe.buckets:
                 self._noise(bucket).carry_over(bucket.members, self._states(optimizer, bucket), optimizer)
 
-    def update(self, optimizer: OptimizerView, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor) -> None:
+    def update(
+        self, optimizer: OptimizerView, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor
+    ) -> None:
         group, one = bucket.group, torch.ones(1, dtype=torch.float64, device=g.device)
         keep = torch.where(finite, group["momentum"] * one, one)
         coeffs = self._gains[id(group)] * g.double()
@@ -108,7 +110,9 @@ class Orthogonal(Rule):
         if not isinstance(optimizer.direction, KeptLeft):
             fail(optimizer.op, "direction", "KeptLeft", optimizer.direction)
 
-    def update(self, optimizer: OptimizerView, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor) -> None:
+    def update(
+        self, optimizer: OptimizerView, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor
+    ) -> None:
         assert isinstance(bucket.noise, Factored)  # check_parts
         one = torch.ones(1, dtype=torch.float64, device=g.device)
         lr = torch.where(finite, scalars((learning_rate(bucket.group, g),), g.device), torch.zeros_like(one))

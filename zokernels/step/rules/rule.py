@@ -72,7 +72,8 @@ class Rule:
         if state_dtype not in (torch.float32, torch.bfloat16):
             fail(type(self).__name__, "state_dtype", "torch.float32 or torch.bfloat16", state_dtype)
         self.state_dtype, self.defaults = state_dtype, defaults
-        #: What is kept of each group.  It belongs to the group itself, whatever its place among the others becomes.
+        #: What is kept of each group.  It belongs to the group itself, whatever its place among the others
+        #: becomes.
         self._kept: list[tuple[Group, dict[str, Tensor]]] = []
         self._groups: list[Group] = []  #: the optimizer's own list, which says the groups' places
 
@@ -118,7 +119,8 @@ class Rule:
 
     def state(self, optimizer: OptimizerView, bucket: Bucket, name: str) -> list[Tensor]:
         """``optimizer.state[p][name]`` of the bucket's parameters; of sharded ones, the local shard."""
-        if bucket.plan is not None:  # no shards, and mostly nothing to make: hundreds of look-ups are all that is left
+        # no shards, and mostly nothing to make: hundreds of look-ups are all that is left
+        if bucket.plan is not None:
             with contextlib.suppress(KeyError):
                 return [optimizer.state[p][name] for p in bucket.params]
         found = []
@@ -161,7 +163,8 @@ class Rule:
 
     def load_state_dict(self, optimizer: OptimizerView, state: dict[str, Any]) -> None:
         initial, before = self.initial(optimizer), self._by_place()
-        groups = {int(place): saved for place, saved in state["groups"].items()}  # JSON makes texts of numbers
+        # JSON makes texts of numbers
+        groups = {int(place): saved for place, saved in state["groups"].items()}
         self._groups, self._kept = optimizer.param_groups, []  # torch puts other groups in their places
         for place in sorted({*before, *groups}):
             saved, kept = groups.get(place, {}), before.get(place, {})
@@ -185,7 +188,9 @@ class Rule:
             chosen = torch.where(better, torch.full_like(chosen, multiple), chosen)
         return chosen
 
-    def update(self, optimizer: OptimizerView, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor) -> None:
+    def update(
+        self, optimizer: OptimizerView, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor
+    ) -> None:
         """Updates the weights of ``bucket``.
 
         Args:

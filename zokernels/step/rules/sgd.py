@@ -33,11 +33,15 @@ class SGD(Rule):
     def __init__(self) -> None:
         super().__init__()
 
-    def update(self, optimizer: OptimizerView, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor) -> None:
+    def update(
+        self, optimizer: OptimizerView, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor
+    ) -> None:
         if not bucket.at and is_zero(bucket.group["lr"]):
             return  # 0 * z would turn a weight of -0.0 into 0.0
         back = bucket.way_back(g)
-        toward = lambda: (decay_of(bucket.group, g) * back - learning_rate(bucket.group, g) * g.double()).float()
+        toward = lambda: (
+            decay_of(bucket.group, g) * back - learning_rate(bucket.group, g) * g.double()
+        ).float()
         # The other side is a tensor, too: a number would be copied to the device, and waited for.
         coeffs = to_device(where(finite, toward, back.float), bucket.device)
         rounding = self.rounding(bucket, seeds, g, finite)
@@ -92,7 +96,9 @@ class Floored(Rule):
         check_number("Floored", "minimum", minimum, positive=True)
         self.minimum = minimum
 
-    def update(self, optimizer: OptimizerView, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor) -> None:
+    def update(
+        self, optimizer: OptimizerView, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor
+    ) -> None:
         self._descent.update(optimizer, bucket, seeds, g, finite)
         floor = torch.where(finite, self.minimum, -math.inf)
         for p in locals_of(bucket.params):

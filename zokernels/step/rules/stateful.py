@@ -43,11 +43,17 @@ class Stateful(Rule):
         """The kernel's coefficients of z, fp32 [q]; 0 unless ``finite``."""
         return g
 
-    def update(self, optimizer: OptimizerView, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor) -> None:
+    def update(
+        self, optimizer: OptimizerView, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor
+    ) -> None:
         values = lambda: scalars(self.hyper(optimizer, bucket, g), g.device)
-        hyper = to_device(where(finite, values, lambda: scalars(self.identity, g.device)).float(), bucket.device)
+        hyper = to_device(
+            where(finite, values, lambda: scalars(self.identity, g.device)).float(), bucket.device
+        )
         coeffs = to_device(self.coefficients(bucket.group, g, finite), bucket.device)
-        states = zip(("first", "second"), (self.state(optimizer, bucket, name) for name in self.states), strict=False)
+        states = zip(
+            ("first", "second"), (self.state(optimizer, bucket, name) for name in self.states), strict=False
+        )
         options = {**dict(states), **self.rounding(bucket, seeds, g, finite)}
         bucket.noise.step(bucket.members, self.kernel, hyper, seeds, coeffs, **options)
 
@@ -63,7 +69,11 @@ class Momentum(Stateful):
     states: ClassVar = {"momentum_buffer": 0.0}
 
     def __init__(
-        self, momentum: float = 0.9, dampening: float = 0.0, l2: float = 0.0, state_dtype: torch.dtype = torch.float32
+        self,
+        momentum: float = 0.9,
+        dampening: float = 0.0,
+        l2: float = 0.0,
+        state_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(state_dtype, momentum=momentum, dampening=dampening, l2=l2)
 
@@ -133,13 +143,24 @@ class Adam(Stateful):
         finite = estimate.finite
         for group in groups_of(probe.buckets):
             products = self.kept(optimizer, group, finite.device)["products"]
-            products.mul_(torch.where(finite, scalars(group["betas"], finite.device), torch.ones_like(products)))
+            products.mul_(
+                torch.where(finite, scalars(group["betas"], finite.device), torch.ones_like(products))
+            )
 
     def hyper(self, optimizer: OptimizerView, bucket: Bucket, like: Tensor) -> Sequence[float | Tensor]:
         group = bucket.group
         (b1, b2), l2 = group["betas"], 0.0 if self.decoupled else group["weight_decay"]
         left1, left2 = (1 - self.kept(optimizer, group, like.device)["products"]).unbind()
-        return l2, b1, 1 - b1, b2, 1 - b2, learning_rate(group, like) / left1, 1 / left2.sqrt(), group["adam_eps"]
+        return (
+            l2,
+            b1,
+            1 - b1,
+            b2,
+            1 - b2,
+            learning_rate(group, like) / left1,
+            1 / left2.sqrt(),
+            group["adam_eps"],
+        )
 
 
 class AMSGrad(Adam):
@@ -151,7 +172,9 @@ class AMSGrad(Adam):
     states: ClassVar = {**Adam.states, "max_exp_avg_sq": 0.0}
     through_noise = False
 
-    def update(self, optimizer: OptimizerView, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor) -> None:
+    def update(
+        self, optimizer: OptimizerView, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor
+    ) -> None:
         """Two kernels: one renews m and v with lr = 0; the other moves theta by m and the largest v.
 
         The second has no direction, and hyper-parameters that leave both states as they are.
@@ -160,12 +183,15 @@ class AMSGrad(Adam):
         renew, move = torch.cat((values[:5], still[5:6], values[6:])), torch.cat((still[:5], values[5:]))
         largest = self.state(optimizer, bucket, "max_exp_avg_sq")
         both = {
-            key: self.state(optimizer, bucket, name) for key, name in (("first", "exp_avg"), ("second", "exp_avg_sq"))
+            key: self.state(optimizer, bucket, name)
+            for key, name in (("first", "exp_avg"), ("second", "exp_avg_sq"))
         }
         rounding = self.rounding(bucket, seeds, g, finite)
         hyper = lambda v: to_device(torch.where(finite, v, still).float(), bucket.device)
         coeffs = to_device(g, bucket.device)
-        bucket.noise.step(bucket.members, "adam", hyper(renew), seeds, coeffs, **both, **rounding | {"decay": None})
+        bucket.noise.step(
+            bucket.members, "adam", hyper(renew), seeds, coeffs, **both, **rounding | {"decay": None}
+        )
         torch._foreach_maximum_(largest, both["second"])
         both["second"] = largest
         bucket.noise.step(bucket.members, "adam", hyper(move), seeds[:0], coeffs[:0], **both, **rounding)

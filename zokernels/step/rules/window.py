@@ -46,7 +46,10 @@ class Window(Rule):
 
     def initial(self, optimizer: OptimizerView) -> dict[str, Tensor]:
         shape = (self.window, optimizer.estimator.directions)
-        return {"seeds": torch.zeros(shape, dtype=torch.int64), "first": torch.zeros(shape, dtype=torch.float64)}
+        return {
+            "seeds": torch.zeros(shape, dtype=torch.int64),
+            "first": torch.zeros(shape, dtype=torch.float64),
+        }
 
     def newest(self, group: Group, g: Tensor) -> dict[str, tuple[Tensor, float | Tensor]]:
         """For each float64 tensor that is kept: its newest entry, and the factor of all older ones.
@@ -86,7 +89,9 @@ class MomentumWindow(Window):
     def newest(self, group: Group, g: Tensor) -> dict[str, tuple[Tensor, float | Tensor]]:
         return {"first": ((1 - group["dampening"]) * g, group["momentum"])}
 
-    def update(self, optimizer: OptimizerView, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor) -> None:
+    def update(
+        self, optimizer: OptimizerView, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor
+    ) -> None:
         kept = self.kept(optimizer, bucket.group, g.device)
         coeffs = descent(bucket.group, kept["first"].flatten())
         coeffs = to_device(torch.where(finite, coeffs, torch.zeros_like(coeffs)), bucket.device)
@@ -108,7 +113,11 @@ class AdamWindow(Window):
     """
 
     def __init__(
-        self, window: int, betas: tuple[float, float] = (0.9, 0.999), adam_eps: float = 1e-8, decoupled: bool = False
+        self,
+        window: int,
+        betas: tuple[float, float] = (0.9, 0.999),
+        adam_eps: float = 1e-8,
+        decoupled: bool = False,
     ) -> None:
         super().__init__(window, betas=betas, adam_eps=adam_eps)
         self.decoupled = decoupled
@@ -131,7 +140,9 @@ class AdamWindow(Window):
         betas = scalars((b1, b2), g.device)
         return {"first": ((1 - b1) * g, b1), "second": ((1 - b2) * (g * g), b2), "products": (betas, betas)}
 
-    def update(self, optimizer: OptimizerView, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor) -> None:
+    def update(
+        self, optimizer: OptimizerView, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor
+    ) -> None:
         kept = self.kept(optimizer, bucket.group, g.device)
         left1, left2 = (1 - kept["products"][-1]).unbind()
         step = scalars((learning_rate(bucket.group, g), bucket.group["adam_eps"]), g.device)
