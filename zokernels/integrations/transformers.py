@@ -29,7 +29,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..checks import fail
 from ..distributed import Exchange
-from ..offload import Engine, stream
+from ..offload import StoredModel, stream
 from ..optim import ZOCGE, ZOSGD, ZerothOrder
 from ..step.estimators import Estimator
 from ..step.guards import RngState
@@ -104,7 +104,7 @@ class ZOTrainerMixin(_Behind):
     ) -> None:
         self._trajectory, self._eval_mode, self._mesh, self._offload = trajectory, eval_mode, mesh, offload
         #: What streams the model, with ``offload``.
-        self.engine: Engine | None = None
+        self.engine: StoredModel | None = None
         self._micro_batches: list[tuple[Any, ...]] = []
         self._hooked: ZerothOrder | None = None
         # whether losses are means of micro-batches that nobody divides by their number

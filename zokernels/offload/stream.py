@@ -23,7 +23,8 @@ from .layout import WireLayout
 from .memory import mapping
 from .movers import Carrier
 from .run import Run
-from .storage import DeviceStorage, DiskStorage, HostStorage
+from .storage import DiskStorage, HostStorage
+from .stored import OnDevice, StoredModel
 from .timeline import Timeline
 
 STORAGES = ("device", "host", "disk")
@@ -47,7 +48,7 @@ def stream(
     threads: int = 2,
     wire: Wire | None = None,
     mesh: DeviceMesh | None = None,
-) -> Engine:
+) -> StoredModel:
     r"""Let the blocks of ``model`` live in ``storage`` and come to ``device`` one after another, once a step.
 
         theta   = round(decay * theta + sum_k c_k z_k)      the last step's update, as the block comes in
@@ -60,12 +61,16 @@ def stream(
     Make the optimizer from ``model.named_parameters()`` afterwards, and step as usual.  Every other forward
     (evaluation, generation) is streamed, too, and builds no graph for :meth:`~torch.Tensor.backward`.
 
+    With storage="device" nothing moves, and nothing runs in lockstep: the parameters are ordinary ones on the
+    device, and an optimizer's steps are those of any model in memory (``restore="exact"`` perturbs it block
+    by block), with every method, and with graphs for backward outside of steps.
+
     Args:
         model: any module with a list of blocks, each called once or more in a forward; with ``weights``, its
             parameters may be on "meta" (:func:`empty_weights`).
         blocks: the name of their container ("model.layers"), or modules; default: the largest container of
             modules of one class.
-        storage: "device" (nothing moves), "host" (one region of memory of exact size, pinned for a GPU) or
+        storage: "device" (nothing moves; see above), "host" (one region of memory of exact size, pinned for a GPU) or
             "disk".
         device: of slots, activations and resident parameters; default: that of the model's first parameter on
             a device.
@@ -77,11 +82,11 @@ def stream(
             traffic.
         resume: continue the run in ``path``, where there is one; the optimizer that is made next takes its
             steps.
-        slots: buffers on the device, of the size of the largest block.  With 1 nothing is copied during a
+        slots: (host, disk) buffers on the device, of the size of the largest block.  With 1 nothing is copied during a
             computation.
-        scratch: buffers for perturbed copies: 2, or 1, which saves memory and draws the noise once for each
+        scratch: (host, disk) buffers for perturbed copies: 2, or 1, which saves memory and draws the noise once for each
             forward.
-        write_every: after how many updates a block is written back.  n > 1 saves traffic; the block then
+        write_every: (host, disk) after how many updates a block is written back.  n > 1 saves traffic; the block then
             takes up to n updates each time it comes in.
         threads: how many read and write files.
         wire: (host, disk) what crosses the link: None (the weights; lossless), "bf16", "fp16", "fp8" or
@@ -94,7 +99,8 @@ def stream(
             are gathered as the block comes in.  The ranks run all forwards together and take the same steps,
             so give the optimizer a mesh that has them all.
 
-    Returns: the :class:`Engine`, a context manager: ``flush()``, ``save(file)``, ``close()``.
+    Returns: a :class:`StoredModel`, which is a context manager: ``flush()``, ``save(file)``, ``close()``.  For
+    storage on the host or on disk it is the :class:`Engine`.
 
     Raises: ValueError, OSError and TypeError, before anything is written, naming the argument.
 
@@ -117,10 +123,11 @@ def stream(
     layout = None if wire is None else WireLayout(wire, made)
     writes = write_every if storage != "disk" or path is not None else None
     carrier = Carrier(op, made, target, slots, layout, Timeline(target), writes)
-    store: DeviceStorage | HostStorage | DiskStorage
     if storage == "device":
-        store = DeviceStorage(carrier)
-    elif storage == "host":
+        _load(model, made, {} if checkpoint is None else checkpoint.tensors(), fill, target)
+        return OnDevice(model, made, target, carrier.timeline)
+    store: HostStorage | DiskStorage
+    if storage == "host":
         store = HostStorage(carrier, mesh)
     else:
         store = DiskStorage(carrier, threads, checkpoint is not None)
@@ -142,14 +149,23 @@ def stream(
         raise
 
 
-def _load_resident(
-    model: nn.Module, blocks: Sequence[Block], loaded: dict[str, Tensor], fill: Fill | None
-) -> None:
-    """Makes real parameters of those on "meta", and loads the values of those in no block, and of buffers."""
-    resident = materialise(model, {id(e.param) for b in blocks for e in b.entries})
+def _materialise(model: nn.Module, blocks: Sequence[Block], away: bool) -> list[tuple[str, nn.Parameter]]:
+    """Makes real parameters of those on "meta"; returns those whose values are still to come.
+
+    ``away``: whether those of blocks get no memory of their own.
+    """
+    missing = materialise(model, {id(e.param) for b in blocks for e in b.entries} if away else set())
     fresh = {name: p for name, _, _, p in aliases(model)}
     for b in blocks:
         b.entries = [e._replace(param=fresh[e.name]) for e in b.entries]
+    return missing
+
+
+def _load_resident(
+    model: nn.Module, blocks: Sequence[Block], loaded: dict[str, Tensor], fill: Fill | None
+) -> None:
+    """Loads the values of parameters in no block, and of buffers."""
+    resident = _materialise(model, blocks, away=True)
     streamed = {id(e.param) for b in blocks for e in b.entries}
     with torch.no_grad():
         for name, p in resident:
@@ -159,6 +175,27 @@ def _load_resident(
             if id(p) not in streamed:
                 p.copy_(_tensor_of(name, loaded, model, p))
     _load_buffers(model, loaded)
+
+
+def _load(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    loaded: dict[str, Tensor],
+    fill: Fill | None,
+    device: torch.device,
+) -> None:
+    """Loads the values of all parameters, each on the host and then to ``device``, and of buffers."""
+    filled = dict(_materialise(model, blocks, away=False))
+    filled |= {e.name: e.param for b in blocks for e in b.entries}
+    with torch.no_grad():
+        for name, p in filled.items() if fill else ():
+            fill(name, p)  # type: ignore[misc]
+            p.data = p.data.to(device)
+        for name, p in model.named_parameters() if loaded else ():
+            p.copy_(_tensor_of(name, loaded, model, p))
+            p.data = p.data.to(device)
+    _load_buffers(model, loaded)
+    _move_the_rest(model, (), device)
 
 
 def _move_the_rest(model: nn.Module, blocks: Sequence[Block], device: torch.device) -> None:
