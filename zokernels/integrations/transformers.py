@@ -30,7 +30,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..checks import fail
 from ..distributed import Exchange
 from ..offload import StoredModel, stream
-from ..optim import ZOCGE, ZOSGD, ZerothOrder
+from ..optim import ZOSGD, ZerothOrder
 from ..step.estimators import Estimator
 from ..step.guards import RngState
 from ..trajectory import record
@@ -207,11 +207,6 @@ class ZOTrainerMixin(_Behind):
         ours = self.zo_optimizer
         if not isinstance(ours, ZerothOrder):
             fail(self._op, "optimizer", "one of zokernels.optim", type(ours).__name__, TypeError)
-        if self.args.torch_compile and ours.restore == "exact" and not isinstance(ours, ZOCGE):
-            expected = (
-                "restore='inplace' in optimizer_cls_and_kwargs: 'exact' cannot see the weights in a graph"
-            )
-            fail(self._op, "torch_compile", expected, "restore='exact'")
         if self._hooked is not ours:
             ours.register_step_pre_hook(self._before_step)
             ours.register_step_post_hook(self._after_step)

@@ -62,10 +62,12 @@ class Noise:
 
         ``options``: theta, the weights that are read (by default the parameters; or a plan of them), and
         decay (by default 1)."""
-        theta, places = members.target
-        if (read := options.pop("theta", None)) is not None:
-            theta, places = (read, {}) if isinstance(read, Plan) else (locals_of(read), members.places)
-        if not isinstance(theta, Plan):  # a plan has no shards
+        read = options.pop("theta", None)
+        if isinstance(read, Plan):  # a plan has no shards, so nothing needs to be looked at
+            theta, places = read, {}
+        else:
+            theta, places = members.target if read is None else (locals_of(read), members.places)
+        if not isinstance(theta, Plan):
             out = locals_of(out)
         combine(out, theta, **self.kernel_args(members, seeds, coeffs), **places, **options)
 

@@ -29,8 +29,8 @@ class Compiled:
         self._compiled = -1
         #: All contexts, each with the ids of the tensors that its functions refer to.
         self._found: list[tuple[Any, set[int]]] = []
-        #: A context of torch.compile, with the parameters that its functions refer to.
-        self.regions: list[tuple[Any, list[Tensor]]] = []
+        #: A context of torch.compile, with the parameters that its functions refer to, by id.
+        self.regions: list[tuple[Any, dict[int, Tensor]]] = []
 
     def renew(self, params: dict[int, Tensor]) -> None:
         """Looks for compiled functions, if torch has compiled something since the last time.
@@ -49,7 +49,7 @@ class Compiled:
         if self._params is not params:
             self._params = params
             regions = [
-                (context, [p for i, p in params.items() if i in held]) for context, held in self._found
+                (context, {i: p for i, p in params.items() if i in held}) for context, held in self._found
             ]
             self.regions = [(context, taken) for context, taken in regions if taken]
 
@@ -69,7 +69,7 @@ class Compiled:
                     installed.remove(hook)
 
 
-def _hook(params: list[Tensor]) -> Callable[[], Callable[[], object]]:
+def _hook(params: dict[int, Tensor]) -> Callable[[], Callable[[], object]]:
     def enter() -> Callable[[], object]:
         forward = running.get(get_ident())
         return (lambda: None) if forward is None else forward.enter_compiled(params)
