@@ -15,7 +15,7 @@ from ..contract import canonical_name
 from ..files.safetensors import DTYPES, Checkpoint
 from ..step.roles import home_of
 from ..wire import Wire, format_of
-from .blocks import Block, aliases, blocks_of, materialise, persistent_buffers, place_extents
+from .blocks import STORAGES, Block, aliases, blocks_of, materialise, persistent_buffers, place_extents
 from .encoder import Encoder
 from .engine import Engine
 from .gathered import check_mesh
@@ -26,8 +26,6 @@ from .run import Run
 from .storage import DiskStorage, HostStorage
 from .stored import OnDevice, StoredModel
 from .timeline import Timeline
-
-STORAGES = ("device", "host", "disk")
 
 #: Writes the initial value of the parameter of a name.
 Fill = Callable[[str, Tensor], object]
@@ -70,8 +68,8 @@ def stream(
             parameters may be on "meta" (:func:`empty_weights`).
         blocks: the name of their container ("model.layers"), or modules; default: the largest container of
             modules of one class.
-        storage: "device" (nothing moves; see above), "host" (one region of memory of exact size, pinned for a GPU) or
-            "disk".
+        storage: "device" (nothing moves; see above), "host" (one region of memory of exact size, pinned for a
+            GPU) or "disk".
         device: of slots, activations and resident parameters; default: that of the model's first parameter on
             a device.
         weights: a safetensors file, or a folder of shards, that holds the model's parameters by name; it is
@@ -82,12 +80,12 @@ def stream(
             traffic.
         resume: continue the run in ``path``, where there is one; the optimizer that is made next takes its
             steps.
-        slots: (host, disk) buffers on the device, of the size of the largest block.  With 1 nothing is copied during a
-            computation.
-        scratch: (host, disk) buffers for perturbed copies: 2, or 1, which saves memory and draws the noise once for each
-            forward.
-        write_every: (host, disk) after how many updates a block is written back.  n > 1 saves traffic; the block then
-            takes up to n updates each time it comes in.
+        slots: (host, disk) buffers on the device, of the size of the largest block.  With 1 nothing is copied
+            during a computation.
+        scratch: (host, disk) buffers for perturbed copies: 2, or 1, which saves memory and draws the noise
+            once for each forward.
+        write_every: (host, disk) after how many updates a block is written back.  n > 1 saves traffic; the
+            block then takes up to n updates each time it comes in.
         threads: how many read and write files.
         wire: (host, disk) what crosses the link: None (the weights; lossless), "bf16", "fp16", "fp8" or
             "int8" (``zokernels.wire``).  The host keeps the exact weights and applies each update itself, so
@@ -99,8 +97,8 @@ def stream(
             are gathered as the block comes in.  The ranks run all forwards together and take the same steps,
             so give the optimizer a mesh that has them all.
 
-    Returns: a :class:`StoredModel`, which is a context manager: ``flush()``, ``save(file)``, ``close()``.  For
-    storage on the host or on disk it is the :class:`Engine`.
+    Returns: a :class:`StoredModel`, which is a context manager: ``flush()``, ``save(file)``, ``close()``.
+    For storage on the host or on disk it is the :class:`Engine`.
 
     Raises: ValueError, OSError and TypeError, before anything is written, naming the argument.
 

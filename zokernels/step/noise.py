@@ -63,11 +63,13 @@ class Noise:
         ``options``: theta, the weights that are read (by default the parameters; or a plan of them), and
         decay (by default 1)."""
         read = options.pop("theta", None)
-        if isinstance(read, Plan):  # a plan has no shards, so nothing needs to be looked at
-            theta, places = read, {}
+        theta: Plan | Tensors
+        places: dict[str, Any] = {}
+        if isinstance(read, Plan):
+            theta = read
         else:
             theta, places = members.target if read is None else (locals_of(read), members.places)
-        if not isinstance(theta, Plan):
+        if not isinstance(theta, Plan):  # a plan has no shards
             out = locals_of(out)
         combine(out, theta, **self.kernel_args(members, seeds, coeffs), **places, **options)
 
