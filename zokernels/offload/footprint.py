@@ -21,7 +21,7 @@ class Footprint(NamedTuple):
     slots: int
     scratch: int
     decoded: int  #: the one block to which wire bytes are decoded
-    resident: int  #: parameters in no block, and buffers
+    resident: int  #: weights in no block, and other buffers
     #: The perturbed copies of resident parameters, at most: those of the largest one, while a function takes
     #: it, or of all that a compiled module has; with storage="device" those of a block, and of what is kept.
     copy: int
@@ -57,7 +57,8 @@ def footprint(
     made = blocks_of("footprint", model, blocks)
     streamed = {id(e.param) for b in made for e in b.entries}
     resident: list[Tensor] = [p for p in model.parameters() if id(p) not in streamed]
-    held = sum(t.nbytes for t in (*resident, *model.buffers()))
+    buffers = [b for b in model.buffers() if id(b) not in streamed]
+    held = sum(t.nbytes for t in (*resident, *buffers))
     if storage == "device":
         whole = list(model.parameters())
         total, compiled = scratch_bytes(whole), _compiled(model, whole)

@@ -56,6 +56,11 @@ def stream(
     once for each forward.  Losses and weights are those of the same optimizer on the whole model in memory,
     to the bit.  Whatever is in no block (embeddings, norms, the head, tied weights) stays on the device.
 
+    The weights of a block are its parameters and the integers of its quantised layers: persistent buffers of
+    int8, uint8, int16 or int32 with two dimensions or more, such as those of
+    :class:`~zokernels.quantize.QuantizedLinear`.  They move with the block, so QZO and QuZO are streamed,
+    too.  All other buffers stay on the device.
+
     Make the optimizer from ``model.named_parameters()`` afterwards, and step as usual.  Every other forward
     (evaluation, generation) is streamed, too, and builds no graph for :meth:`~torch.Tensor.backward`.
 
@@ -110,7 +115,7 @@ def stream(
     if mesh is not None:
         check_mesh(op, mesh, storage, wire)
     target = _device(op, model, device)
-    if not all(home_of(p).in_memory for p in model.parameters()):
+    if not all(home_of(p).in_memory for _, _, _, p in aliases(model)):
         fail(op, "model", "a model that is not streamed", "one that is", RuntimeError)
     fill = weights if callable(weights) else None
     checkpoint = None if weights is None or callable(weights) else Checkpoint(weights)
@@ -147,23 +152,12 @@ def stream(
         raise
 
 
-def _materialise(model: nn.Module, blocks: Sequence[Block], away: bool) -> list[tuple[str, nn.Parameter]]:
-    """Makes real parameters of those on "meta"; returns those whose values are still to come.
-
-    ``away``: whether those of blocks get no memory of their own.
-    """
-    missing = materialise(model, {id(e.param) for b in blocks for e in b.entries} if away else set())
-    fresh = {name: p for name, _, _, p in aliases(model)}
-    for b in blocks:
-        b.entries = [e._replace(param=fresh[e.name]) for e in b.entries]
-    return missing
-
-
 def _load_resident(
     model: nn.Module, blocks: Sequence[Block], loaded: dict[str, Tensor], fill: Fill | None
 ) -> None:
-    """Loads the values of parameters in no block, and of buffers."""
-    resident = _materialise(model, blocks, away=True)
+    """Makes real weights of those on "meta", and loads the values of those in no block, and of buffers."""
+    resident = materialise(model, {id(e.param) for b in blocks for e in b.entries})
+    _find_again(model, blocks)
     streamed = {id(e.param) for b in blocks for e in b.entries}
     with torch.no_grad():
         for name, p in resident:
@@ -172,7 +166,7 @@ def _load_resident(
         for name, p in model.named_parameters() if loaded else ():
             if id(p) not in streamed:
                 p.copy_(_tensor_of(name, loaded, model, p))
-    _load_buffers(model, loaded)
+    _load_buffers(model, loaded, streamed)
 
 
 def _load(
@@ -182,8 +176,9 @@ def _load(
     fill: Fill | None,
     device: torch.device,
 ) -> None:
-    """Loads the values of all parameters, each on the host and then to ``device``, and of buffers."""
-    filled = dict(_materialise(model, blocks, away=False))
+    """Loads the values of all weights, each on the host and then to ``device``, and of buffers."""
+    filled = dict(materialise(model, set()))
+    _find_again(model, blocks)
     filled |= {e.name: e.param for b in blocks for e in b.entries}
     with torch.no_grad():
         for name, p in filled.items() if fill else ():
@@ -192,8 +187,16 @@ def _load(
         for name, p in model.named_parameters() if loaded else ():
             p.copy_(_tensor_of(name, loaded, model, p))
             p.data = p.data.to(device)
-    _load_buffers(model, loaded)
+    _load_buffers(model, loaded, set())
     _move_the_rest(model, (), device)
+    _find_again(model, blocks)
+
+
+def _find_again(model: nn.Module, blocks: Sequence[Block]) -> None:
+    """Puts the weights that the model has now into the blocks, by their names."""
+    fresh = {name: p for name, _, _, p in aliases(model)}
+    for b in blocks:
+        b.entries = [e._replace(param=fresh[e.name]) for e in b.entries]
 
 
 def _move_the_rest(model: nn.Module, blocks: Sequence[Block], device: torch.device) -> None:
@@ -203,7 +206,7 @@ def _move_the_rest(model: nn.Module, blocks: Sequence[Block], device: torch.devi
             p.data = p.data.to(device)
     for module in model.modules():
         for key, buffer in module._buffers.items():
-            if buffer is not None and buffer.device != device:
+            if buffer is not None and id(buffer) not in streamed and buffer.device != device:
                 module._buffers[key] = buffer.to(device)
 
 
@@ -265,13 +268,13 @@ def _sources(
 ) -> dict[str, tuple[str, int, int]]:
     """(path, begin, size) of each streamed parameter in the checkpoint, which must fit the whole model."""
     if checkpoint is None:
-        if missing := [n for n, p in model.named_parameters() if p.is_meta]:
-            fail(op, "weights", f"a checkpoint for parameters on 'meta' ({missing[0]!r}, ...)", None)
+        if missing := [n for n, _, _, p in aliases(model) if p.is_meta]:
+            fail(op, "weights", f"a checkpoint for weights on 'meta' ({missing[0]!r}, ...)", None)
         return {}
     where = {canonical_name(name): (file, file.entries[name]) for name, file in checkpoint.where.items()}
     places = {}
     names = {e.name for b in blocks for e in b.entries}
-    groups: dict[int, list[tuple[str, nn.Parameter]]] = {}
+    groups: dict[int, list[tuple[str, Tensor]]] = {}
     for name, _, _, p in aliases(model):
         groups.setdefault(id(p), []).append((name, p))
     for same in groups.values():
@@ -289,11 +292,11 @@ def _sources(
     return places
 
 
-def _load_buffers(model: nn.Module, loaded: dict[str, Tensor]) -> None:
-    """Loads the buffers that the checkpoint has; others stay as the model made them."""
+def _load_buffers(model: nn.Module, loaded: dict[str, Tensor], streamed: set[int]) -> None:
+    """Loads the resident buffers that the checkpoint has; others stay as the model made them."""
     for name, buffer in persistent_buffers(model):
         found = loaded.get(canonical_name(name))
-        if found is not None:
+        if found is not None and id(buffer) not in streamed:
             if found.shape != buffer.shape:
                 fail(
                     "stream",
