@@ -17,7 +17,6 @@ from ..transfer import to_device
 from .scalars import YES
 from .types import Seeds
 
-
 _MASK64 = 2**64 - 1
 
 
