@@ -49,7 +49,7 @@ class ZerothOrder(StepOptimizer):
         direction: what z is, by default dense noise: a mask, factors of low rank, a scale
             (:class:`Direction`).
         subset: which parameters take part in a step, by default all: blocks in turn, or layers at random.
-        scratch: with "exact", the bytes up to which parameters are perturbed together; by default 4 MiB on
+        scratch: with "exact", the bytes up to which parameters are perturbed together; by default 16 MiB on
             the CPU and 64 MiB on a GPU.  No bit depends on it.  The parameters of one torch function take
             what they take.
         trajectory: path of a file that gets a record of every step (:func:`zokernels.trajectory.record`).
