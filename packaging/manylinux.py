@@ -28,9 +28,27 @@ import sys
 #: The newest version of each family of symbols that manylinux_2_28 allows (auditwheel's policies).
 NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
 LOADER = {"x86_64": "ld-linux-x86-64.so.2", "aarch64": "ld-linux-aarch64.so.1"}
-#: Variables of glibc newer than 2.28 that inline functions of libstdc++ read.  False: count references
-#: atomically.
-COMPATIBLE = 'char __libc_single_threaded __attribute__((visibility("hidden"))) = 0;\n'
+#: What headers and libstdc++ of a newer glibc refer to and 2.28 does not have, in C that includes no header.
+#: ``__libc_single_threaded`` (2.32) is read by inline functions of libstdc++; 0 means: count references
+#: atomically.  ``__isoc23_strtol`` and its relatives (2.38) are what the headers make of ``strtol``; they
+#: differ in that they also read binary numbers ("0b101") where the base is 0 or 2.
+COMPATIBLE = """\
+#define HIDDEN __attribute__((visibility("hidden")))
+#define AS_BEFORE(type, name, letter)              \\
+  type name(const letter*, letter**, int);         \\
+  HIDDEN type __isoc23_##name(const letter* text, letter** end, int base) { return name(text, end, base); }
+HIDDEN char __libc_single_threaded = 0;
+AS_BEFORE(long, strtol, char)
+AS_BEFORE(unsigned long, strtoul, char)
+AS_BEFORE(long long, strtoll, char)
+AS_BEFORE(unsigned long long, strtoull, char)
+AS_BEFORE(__INTMAX_TYPE__, strtoimax, char)
+AS_BEFORE(__UINTMAX_TYPE__, strtoumax, char)
+AS_BEFORE(long, wcstol, __WCHAR_TYPE__)
+AS_BEFORE(unsigned long, wcstoul, __WCHAR_TYPE__)
+AS_BEFORE(long long, wcstoll, __WCHAR_TYPE__)
+AS_BEFORE(unsigned long long, wcstoull, __WCHAR_TYPE__)
+"""
 TOOLCHAIN = """\
 # Written by packaging/manylinux.py: libraries for every Linux with glibc 2.28.
 {cross}set(CMAKE_CXX_COMPILER {compiler})
