@@ -126,6 +126,12 @@ def chosen(symbols: list[tuple[str, str, str]]) -> dict[str, tuple[str, str]]:
     return newest
 
 
+def system(tools: Tools) -> dict[str, dict[str, tuple[str, str]]]:
+    """The libraries that every Linux has, each with what it may be asked for (``chosen``)."""
+    names = ("libc.so.6", "libm.so.6", LOADER[tools.arch], "libstdc++.so.6", "libgcc_s.so.1")
+    return {name: chosen(tools.symbols(tools.library(name))) for name in names}
+
+
 def write_stub(tools: Tools, soname: str, symbols: dict[str, tuple[str, str]], folder: pathlib.Path) -> None:
     """A library ``folder/soname`` with these symbols and no code.  A version of "" means none."""
     lines = []
@@ -170,8 +176,8 @@ def make(arch: str, folder: pathlib.Path, torch: pathlib.Path | None = None) -> 
     stubs = folder / "stubs"
     shutil.rmtree(stubs, ignore_errors=True)
     stubs.mkdir(parents=True)
-    for soname in ("libc.so.6", "libm.so.6", LOADER[arch], "libstdc++.so.6", "libgcc_s.so.1"):
-        write_stub(tools, soname, chosen(tools.symbols(tools.library(soname))), stubs)
+    for soname, symbols in system(tools).items():
+        write_stub(tools, soname, symbols, stubs)
     if torch is not None and not tools.native:
         names = {n: ("", "FUNC") for n, _,
             kind in Tools(platform.machine()).symbols(torch / "libtorch_cpu.so")
