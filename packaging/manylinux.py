@@ -28,9 +28,27 @@ import sys
 #: The newest version of each family of symbols that manylinux_2_28 allows (auditwheel's policies).
 NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
 LOADER = {"x86_64": "ld-linux-x86-64.so.2", "aarch64": "ld-linux-aarch64.so.1"}
-#: Variables of glibc newer than 2.28 that inline functions of libstdc++ read.  False: count references
-#: atomically.
-COMPATIBLE = 'char __libc_single_threaded __attribute__((visibility("hidden"))) = 0;\n'
+#: What headers and libstdc++ of a newer glibc refer to and 2.28 does not have, in C that includes no header.
+#: ``__libc_single_threaded`` (2.32) is read by inline functions of libstdc++; 0 means: count references
+#: atomically.  ``__isoc23_strtol`` and its relatives (2.38) are what the headers make of ``strtol``; they
+#: differ in that they also read binary numbers ("0b101") where the base is 0 or 2.
+COMPATIBLE = """\
+#define HIDDEN __attribute__((visibility("hidden")))
+#define AS_BEFORE(type, name, letter)              \\
+  type name(const letter*, letter**, int);         \\
+  HIDDEN type __isoc23_##name(const letter* text, letter** end, int base) { return name(text, end, base); }
+HIDDEN char __libc_single_threaded = 0;
+AS_BEFORE(long, strtol, char)
+AS_BEFORE(unsigned long, strtoul, char)
+AS_BEFORE(long long, strtoll, char)
+AS_BEFORE(unsigned long long, strtoull, char)
+AS_BEFORE(__INTMAX_TYPE__, strtoimax, char)
+AS_BEFORE(__UINTMAX_TYPE__, strtoumax, char)
+AS_BEFORE(long, wcstol, __WCHAR_TYPE__)
+AS_BEFORE(unsigned long, wcstoul, __WCHAR_TYPE__)
+AS_BEFORE(long long, wcstoll, __WCHAR_TYPE__)
+AS_BEFORE(unsigned long long, wcstoull, __WCHAR_TYPE__)
+"""
 TOOLCHAIN = """\
 # Written by packaging/manylinux.py: libraries for every Linux with glibc 2.28.
 {cross}set(CMAKE_CXX_COMPILER {compiler})
@@ -108,6 +126,12 @@ def chosen(symbols: list[tuple[str, str, str]]) -> dict[str, tuple[str, str]]:
     return newest
 
 
+def system(tools: Tools) -> dict[str, dict[str, tuple[str, str]]]:
+    """The libraries that every Linux has, each with what it may be asked for (``chosen``)."""
+    names = ("libc.so.6", "libm.so.6", LOADER[tools.arch], "libstdc++.so.6", "libgcc_s.so.1")
+    return {name: chosen(tools.symbols(tools.library(name))) for name in names}
+
+
 def write_stub(tools: Tools, soname: str, symbols: dict[str, tuple[str, str]], folder: pathlib.Path) -> None:
     """A library ``folder/soname`` with these symbols and no code.  A version of "" means none."""
     lines = []
@@ -152,8 +176,8 @@ def make(arch: str, folder: pathlib.Path, torch: pathlib.Path | None = None) -> 
     stubs = folder / "stubs"
     shutil.rmtree(stubs, ignore_errors=True)
     stubs.mkdir(parents=True)
-    for soname in ("libc.so.6", "libm.so.6", LOADER[arch], "libstdc++.so.6", "libgcc_s.so.1"):
-        write_stub(tools, soname, chosen(tools.symbols(tools.library(soname))), stubs)
+    for soname, symbols in system(tools).items():
+        write_stub(tools, soname, symbols, stubs)
     if torch is not None and not tools.native:
         names = {n: ("", "FUNC") for n, _,
             kind in Tools(platform.machine()).symbols(torch / "libtorch_cpu.so")
