@@ -27,6 +27,7 @@ class Cancelled(BaseException):
 class _Side:
     def __init__(self, index: int) -> None:
         self.index = index
+        self.thread: int | None = None  #: the one that it runs in, while it does
         self.baton = threading.Event()
         self.waits_for: Hashable = None
         self.ready, self.done = True, False
@@ -53,6 +54,11 @@ class Lockstep:
     def current(self) -> int | None:
         """The side that runs, while :meth:`run` does."""
         return self._running.index if self._running else None
+
+    @property
+    def in_own_thread(self) -> bool:
+        """Whether the calling thread is that of the side that runs."""
+        return self._running is not None and self._running.thread == threading.get_ident()
 
     def run(self, function: Callable[[int], Any], count: int) -> list[Any]:
         """[function(0), ..., function(count - 1)].  The first is called in this thread.
@@ -114,6 +120,7 @@ class Lockstep:
 
     def _call(self, function: Callable[[int], Any], side: _Side, hold: uninterrupted | None = None) -> None:
         """``hold``: what holds signals back around this call, and not while ``function`` runs."""
+        side.thread = threading.get_ident()
         try:
             run = lambda: function(side.index)
             side.result = run() if hold is None else hold.call(run)

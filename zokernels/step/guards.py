@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterable
@@ -10,6 +11,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+
+from ..checks import fail
 
 #: What signal's functions call: they also make an enum of each number and handler, which takes longer than
 #: the rest.
@@ -20,6 +23,28 @@ _NUMBERS = tuple(sorted(map(int, signal.valid_signals())))
 def is_capturing(devices: Iterable[torch.device]) -> bool:
     """Whether a CUDA graph is being captured.  Where no parameter is on a GPU, CUDA is not even asked."""
     return any(d.type == "cuda" for d in devices) and torch.cuda.is_current_stream_capturing()
+
+
+class OwnProcess:
+    """Remembers the process that first uses something whose threads a forked child does not have.
+
+    These are torch's own threads on the CPU, for which a child would wait without end, and those of a stream.
+    """
+
+    def __init__(self) -> None:
+        self._id: int | None = None
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether this is a child of the process that called :meth:`check` first."""
+        return self._id is not None and self._id != os.getpid()
+
+    def check(self, op: str, argument: str) -> None:
+        """Raises RuntimeError in a child of the process that called this first."""
+        if self.is_forked:
+            expected = "the process that took the first step (start workers with 'spawn')"
+            fail(op, argument, expected, "a fork of it, which has none of its threads", RuntimeError)
+        self._id = os.getpid()
 
 
 class RngState:

@@ -19,7 +19,7 @@ from .checkpoint import Held, check_state_dict, from_groups, own_state, with_own
 from .directions.direction import Direction
 from .estimators import Estimator, TwoSided
 from .graphs import GraphRng, check_capturable, check_capture
-from .guards import RngState, is_capturing, uninterrupted
+from .guards import OwnProcess, RngState, is_capturing, uninterrupted
 from .loss import LossReader
 from .probes.blocks import Blocks
 from .probes.exact import ExactProbe
@@ -103,6 +103,7 @@ class StepOptimizer(torch.optim.Optimizer):
         self.cache: dict[Any, Any] = {}
         self.graph_rng: GraphRng | None = None
         self.carried = False
+        self._process = OwnProcess()
 
     @property
     def op(self) -> str:
@@ -204,6 +205,7 @@ class StepOptimizer(torch.optim.Optimizer):
                 repr(closure),
                 TypeError,
             )
+        self._process.check(self.op, "step")
         with uninterrupted() as hold:  # signals are delivered inside the closure, and when the step is over
             loss = self._run_held(lambda: hold.call(closure), reader, consume or self._finish)
         if not self.run_state.capturable and known_on_host(self.run_state.skipped):
