@@ -231,6 +231,7 @@ class Engine(BlockCache, Home):
                 b.noise = self.noise
         self.history.begin()
         exact = optimizer.exact_probe(resident, seeds, shared=True) if resident else None
+        self._lockstep.generators = optimizer.generators
         stepped = lambda: self.committed() if optimizer.step_count > before else None
         return StreamedProbe(buckets, seeds, exact, self.forwards, stepped, self._alone())
 

@@ -8,7 +8,7 @@ torch RNG state.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from contextvars import copy_context
@@ -45,6 +45,7 @@ class Lockstep:
 
     def __init__(self, grant: Callable[[Any, list[int]], None], devices: Iterable[torch.device]) -> None:
         self._grant, self._devices = grant, list(devices)
+        self.generators: Sequence[torch.Generator] = ()  #: of the closure, besides torch's own
         self._pool: ThreadPoolExecutor | None = None
         self._sides: list[_Side] = []
         self._running: _Side | None = None
@@ -54,6 +55,9 @@ class Lockstep:
     def current(self) -> int | None:
         """The side that runs, while :meth:`run` does."""
         return self._running.index if self._running else None
+
+    def _rng_state(self) -> RngState:
+        return RngState(self._devices, self.generators)
 
     @property
     def in_own_thread(self) -> bool:
@@ -70,7 +74,7 @@ class Lockstep:
             return []
         if self._running:
             raise RuntimeError("offload: a step inside a step")
-        start = RngState(self._devices)
+        start = self._rng_state()
         self._sides, self._failed = [_Side(i) for i in range(count)], False
         for side in self._sides:
             side.rng = start
@@ -138,7 +142,7 @@ class Lockstep:
             self._pass_on(side)
 
     def _pass_on(self, side: _Side) -> None:
-        side.rng = RngState(self._devices)
+        side.rng = self._rng_state()
         try:
             following = self._next()
         except BaseException as error:

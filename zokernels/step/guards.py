@@ -51,16 +51,21 @@ class RngState:
     """torch's RNG state on the CPU and on each CUDA device of the parameters, from which all forwards start.
 
     On CUDA it is the (seed, offset) that the host keeps of the generator, so nothing waits for the device.
+
+    ``generators``: others, which the closure draws from.
     """
 
-    def __init__(self, devices: Iterable[torch.device]) -> None:
+    def __init__(self, devices: Iterable[torch.device], generators: Iterable[torch.Generator] = ()) -> None:
         self._cpu = torch.get_rng_state()
+        self._others = [(g, g.get_state()) for g in generators]
         self._cuda = [(d, torch.cuda.get_rng_state(d)) for d in devices if d.type == "cuda"]
 
     def restore(self) -> None:
         torch.set_rng_state(self._cpu)
         for device, state in self._cuda:
             torch.cuda.set_rng_state(state, device)
+        for generator, state in self._others:
+            generator.set_state(state)
 
     def forward(self, index: int) -> AbstractContextManager[None]:
         """Around the forward of that number; 0 is the first, and finds the state as it is."""
