@@ -64,7 +64,9 @@ def compare(ours, twin, batches, loss_of):
     for inputs, pair in zip(batches, logged, strict=True):
         closure = loss_of(twin, inputs)
         optimizer.step(closure)
-        torch.testing.assert_close(torch.tensor(pair), torch.stack(optimizer.last_losses), rtol=2e-4, atol=2e-6)
+        torch.testing.assert_close(
+            torch.tensor(pair), torch.stack(optimizer.last_losses), rtol=2e-4, atol=2e-6
+        )
         assert pair[0] != pair[1]
 
 
@@ -78,7 +80,8 @@ def test_dpo(tmp_path):
     """-log sigmoid(beta ((c - c_ref) - (r - r_ref))): Rafailov et al. 2023 (arXiv 2305.18290), equation 7."""
     rows = range(4)
     data = [
-        {"prompt": f"w{i + 3} w{i + 4}", "chosen": f" w{i + 9} w{i + 8}", "rejected": f" w{i + 20}"} for i in rows
+        {"prompt": f"w{i + 3} w{i + 4}", "chosen": f" w{i + 9} w{i + 8}", "rejected": f" w{i + 20}"}
+        for i in rows
     ]
     model, twin, reference = llama(), llama(), llama()
     ours, batches = train(
@@ -137,7 +140,9 @@ def test_grpo(tmp_path):
     )  # fmt: skip
 
     def loss_of(model, inputs):
-        ids, mask = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask"))
+        ids, mask = (
+            torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask")
+        )
         count, counted = inputs["completion_ids"].shape[1], inputs["completion_mask"]
         advantages = inputs["advantages"][:, None]
         scores = lambda: logps(model, ids, mask)[:, -count:]

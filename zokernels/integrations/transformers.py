@@ -264,7 +264,9 @@ class ZOTrainerMixin(_Behind):
         logps = getattr(self, "_get_per_token_logps_and_entropies", None)
         if logps is None or "advantages" not in inputs or inputs.get("old_per_token_logps") is not None:
             return inputs
-        whole = [torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], dim=1) for x in ("ids", "mask")]
+        whole = [
+            torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], dim=1) for x in ("ids", "mask")
+        ]
         named = {key: inputs[key] for key in inspect.signature(logps).parameters if key in inputs}
         rng = RngState([self.args.device])
         with torch.no_grad(), self.compute_loss_context_manager():

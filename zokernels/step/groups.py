@@ -284,7 +284,9 @@ class Planner:
         self._prints, self._facts = prints, (*facts, copied)
         # no other object takes the place of one
         self._alive = [p for group in groups for p in group["params"]]
-        self._streams = dict(zip(map(id, self._alive), (s for g in groups for s in g["streams"]), strict=True))
+        self._streams = dict(
+            zip(map(id, self._alive), (s for g in groups for s in g["streams"]), strict=True)
+        )
         for _, bucket in self._kept:
             bucket.plan = Plan(bucket.params, bucket.streams)
 
