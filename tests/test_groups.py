@@ -164,11 +164,11 @@ def test_aliases_are_named():
         [("frozen", frozen), ("first", a), ("second", b)],
         [{"params": [("frozen", frozen), ("first", a)]}, {"params": [("second", b)]}],
     ):
-        with pytest.raises(ValueError, match="'second': .* share no memory .* got overlap with 'first'"):
+        with pytest.raises(ValueError, match=r"'second': .* share no memory .* got overlap with 'first'"):
             ZOSGD(groups, lr=0.1).step(lambda: a.sum() + b.sum())
     with pytest.raises(ValueError, match=r"params\[2\]: .* got overlap with params\[1\]"):
         ZOSGD([frozen, a, b], lr=0.1).step(lambda: a.sum() + b.sum())
-    with pytest.raises(ValueError, match="each parameter once .* got one as 'in' and as 'out'"):
+    with pytest.raises(ValueError, match=r"each parameter once .* got one as 'in' and as 'out'"):
         ZOSGD([("in", a), ("between", frozen), ("out", a)], lr=0.1)
 
 

@@ -75,7 +75,7 @@ def run(restore, seed, compiled=False):
 
 
 def test_steps_in_several_threads():
-    """Exact and in place beside each other: the weights of runs one after another, and nothing left behind."""
+    """Exact and in place beside each other: the weights of runs one after another, and nothing left."""
     before = surroundings()
     kinds = [("exact", 1), ("inplace", 2), ("exact", 3), ("inplace", 4)]
     together = in_threads([lambda kind=kind: run(*kind) for kind in kinds])
@@ -231,7 +231,7 @@ def test_modules_inside_a_callable_are_perturbed(restore, anchor):
 
 @BOTH
 def test_the_row_of_padding_idx_is_a_weight(restore):
-    """As docs/optimizer.md says; a frozen part stays."""
+    """It moves, as docs/optimizer.md says."""
     model = nn.Embedding(5, 4, padding_idx=0)
     before = model.weight.detach().clone()
     ZOSGD(model.named_parameters(), lr=0.1, restore=restore).step(

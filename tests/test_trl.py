@@ -1,4 +1,4 @@
-"""TRL's trainers with the mix-in, compared with the plain loop over the same batches and the losses' formulas.
+"""TRL's trainers with the mix-in, compared with the plain loop over the same batches and the formulas.
 
 SFTTrainer is in test_transformers_runs."""
 
@@ -107,8 +107,8 @@ def test_reward(tmp_path):
     data = [{"chosen": f"w{i + 9} w{i + 8}", "rejected": f"w{i + 20}"} for i in range(4)]
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_labels=1, pad_token_id=0,
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_labels=1, pad_token_id=0,
     )  # fmt: skip
     model = transformers.LlamaForSequenceClassification(config)
     twin = copy.deepcopy(model)

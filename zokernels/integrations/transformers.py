@@ -256,7 +256,7 @@ class ZOTrainerMixin(_Behind):
         return torch.zeros((), device=self.args.device)
 
     def _with_old_logps(self, model: nn.Module, inputs: Any) -> Any:
-        """The inputs of TRL's GRPOTrainer with the log-probabilities of the weights that the step begins with.
+        """The inputs of TRL's GRPOTrainer with the log-probabilities at which the step begins.
 
         TRL leaves them out where a completion serves one step, and takes those of the forward itself, without
         their gradient: the ratio of the two, and so the loss, would be the same at all weights.
