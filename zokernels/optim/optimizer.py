@@ -16,6 +16,7 @@ from ..step.rules.rule import Rule
 from ..step.step import StepOptimizer
 from ..step.subset import Subset
 from ..trajectory.recorder import Follower, record
+from .lightning import check_accumulation
 
 
 class ZerothOrder(StepOptimizer):
@@ -117,9 +118,10 @@ class ZerothOrder(StepOptimizer):
         else:
             self.team.join(self)
 
-    def run_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def run_step(self, closure: Any, *args: Any, **kwargs: Any) -> Tensor:
         try:
-            return super().run_step(*args, **kwargs)
+            check_accumulation(self.op, closure)
+            return super().run_step(closure, *args, **kwargs)
         except Exception as error:
             self.team.failed(self, error)
             raise

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +20,7 @@ from .checkpoint import Held, check_state_dict, from_groups, own_state, with_own
 from .directions.direction import Direction
 from .estimators import Estimator, TwoSided
 from .graphs import GraphRng, check_capturable, check_capture
-from .guards import RngState, is_capturing, uninterrupted
+from .guards import OwnProcess, RngState, is_capturing, uninterrupted
 from .loss import LossReader
 from .probes.blocks import Blocks
 from .probes.exact import ExactProbe
@@ -103,6 +104,10 @@ class StepOptimizer(torch.optim.Optimizer):
         self.cache: dict[Any, Any] = {}
         self.graph_rng: GraphRng | None = None
         self.carried = False
+        self._process, self._stepping = OwnProcess(), threading.Lock()
+        #: torch.Generator objects that the closure draws from, and which are set back before each further
+        #: forward of a step, as torch's default generators are.  A copy of the optimizer has none.
+        self.generators: Sequence[torch.Generator] = ()
 
     @property
     def op(self) -> str:
@@ -149,6 +154,9 @@ class StepOptimizer(torch.optim.Optimizer):
         self.rule.check(self.op, group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, which is copied: what the caller has stays as it is."""
+        if isinstance(param_group, dict):  # torch refuses anything else
+            param_group = dict(param_group)
         groups.name_empty_groups(self.param_groups, param_group)
         with warnings.catch_warnings():
             warnings.filterwarnings(
@@ -172,7 +180,7 @@ class StepOptimizer(torch.optim.Optimizer):
 
         ``closure`` runs the forward and returns the scalar loss, a tensor or a number.  It is called once for
         each of the estimator's points and the rule's trials, without gradients, each time from the same torch
-        RNG state.
+        RNG state (and from the same states of :attr:`generators`).
 
         Returns the estimator's loss (the mean, unless it says otherwise) on the losses' device.  Nothing in a
         step waits for a GPU.  If the closure raises, the weights are back at theta and the step does not
@@ -204,8 +212,15 @@ class StepOptimizer(torch.optim.Optimizer):
                 repr(closure),
                 TypeError,
             )
-        with uninterrupted() as hold:  # signals are delivered inside the closure, and when the step is over
-            loss = self._run_held(lambda: hold.call(closure), reader, consume or self._finish)
+        self._process.check(self.op, "step")
+        if not self._stepping.acquire(blocking=False):
+            got = "one inside the closure of another step of this optimizer, or in another thread"
+            fail(self.op, "step", "one step at a time", got, RuntimeError)
+        try:
+            with uninterrupted() as hold:  # signals are delivered inside the closure, and when all is done
+                loss = self._run_held(lambda: hold.call(closure), reader, consume or self._finish)
+        finally:
+            self._stepping.release()
         if not self.run_state.capturable and known_on_host(self.run_state.skipped):
             self._warn_skipped()
         return loss
@@ -402,7 +417,7 @@ class StepOptimizer(torch.optim.Optimizer):
             return check_capture(self.op, self.run_state, self.graph_rng, buckets, devices)
         if self.run_state.capturable and self.graph_rng is None:
             self.graph_rng = self._new_graph_rng(devices)  # a capture cannot make generators
-        return RngState(devices)
+        return RngState(devices, self.generators)
 
     # Checkpoints and copies ---------------------------------------------------------------------------------
 
@@ -413,7 +428,8 @@ class StepOptimizer(torch.optim.Optimizer):
         """
         self.flush()
         self.log.flush()
-        state = super().state_dict()
+        with groups.without_strangers(self.state, self.param_groups):
+            state = super().state_dict()
         self._warn_skipped()
         return with_own_state(state, own_state(self))
 
