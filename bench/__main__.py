@@ -18,7 +18,7 @@ import torch
 from zokernels import BackendUnavailable
 from zokernels.backends.registry import NAMES
 
-from . import compare, machine, offload, scaling, table, trajectory, whole_steps
+from . import compare, machine, offload, scaling, table, trajectory, whole_steps, zollm
 from .gpu import check, prebuilt
 from .gpu.stage import replace
 from .methods import run as methods
@@ -180,6 +180,10 @@ def make_parser(program: str) -> argparse.ArgumentParser:
         "scaling", help="on paper: a step of 175 G and 1,000 G weights on 8 to 1,024 GPUs"
     )
     scaling.add_arguments(sub)
+    sub = commands.add_parser(
+        "zollm", help="language models fine-tuned with and without backpropagation: accuracy, memory, time"
+    )
+    zollm.add_arguments(sub)
     sub = commands.add_parser(
         "report", help="JSON files into one HTML page, or into docs/performance.md and a PNG"
     )

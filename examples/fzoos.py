@@ -220,7 +220,7 @@ def corrections(clients: list[Client], features: Features | None) -> list[Callab
     return [lambda a, own=own: mean_of(a) - own(a) for own in shared]
 
 
-def train(method: str = "fzoos", *, seeds: int = 48, rounds: int = 60, count: int = 3, **options) -> dict:
+def train(method: str = "fzoos", *, seeds: int = 48, rounds: int = 30, count: int = 3, **options) -> dict:
     """The losses of a run on all clients' data together.
 
     ``method``: "fzoos"; "uncorrected", which is FZooS without the correction; or "fedzo".
@@ -291,7 +291,7 @@ def draw(results: dict[str, list[dict]], path: pathlib.Path) -> None:
 def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=int, default=48, help="K, the directions of the span")
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--runs", type=int, default=3, help="runs of each method, each with other draws")
     parser.add_argument("--features", type=int, default=0, help="M, random Fourier features that are shared")
     parser.add_argument("--sorted", action="store_true", help="each client has a few digits only")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import math
+import pathlib
+import re
+import shlex
 
 import pytest
 import torch
 
 import zokernels
 from zokernels import Span
-from zokernels.examples import digits, fzoos, zoodip
+from zokernels.examples import defence, digits, fzoos, pde, ranking, zoodip
 
 pytest.importorskip("sklearn")
 
@@ -161,3 +166,108 @@ def test_fzoos_draws_its_runs(tmp_path):
         ]
     )
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- ZO-RankSGD -------------------------------------------------------------------------------------------
+
+
+def test_a_picture_is_found_by_ranking_alone(monkeypatch, capsys):
+    likings = ranking.main(["--steps", "3"])
+    # No step makes it worse, whatever the judge likes: theta is among what is ranked.
+    assert all(after >= before - 1e-5 for before, after in itertools.pairwise(likings))
+    assert likings[-1] > likings[0]
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or "0 1 2")
+    ranking.main(["--steps", "1", "--ask"])
+    assert len(asked) in (2, 4)
+    assert "log-probability" in capsys.readouterr().out
+
+
+# --- DeepZero, ZO-AE-DS -----------------------------------------------------------------------------------
+
+
+def test_the_bound_is_clopper_and_pearsons():
+    """P(at least k of n | p) = alpha at the bound p, by the sum of the binomial's terms."""
+    for hits, draws, alpha in ((90, 100, 0.001), (1, 7, 0.05), (300, 300, 0.01)):
+        p = defence.lower_bound(hits, draws, alpha)
+        terms = (math.comb(draws, k) * p**k * (1 - p) ** (draws - k) for k in range(hits, draws + 1))
+        assert sum(terms) == pytest.approx(alpha, rel=1e-6)
+    assert defence.lower_bound(0, 9, 0.01) == 0
+
+
+def test_certificates_of_a_classifier_whose_radii_are_known(rng):
+    """A half-space's smoothed classifier has the distance to the plane as its radius; certificates are below
+    it, but not by much, and what lies near the plane is not certified.
+    """
+    generator = torch.Generator().manual_seed(rng.getrandbits(60))
+    answer = lambda x: (x[:, 0] > 0).long()
+    for distance in (0.3, 0.6):
+        x = torch.zeros(5)
+        x[0] = distance
+        found, radius = defence.certify(answer, x, 0.5, 200, 20_000, 1e-9, generator)
+        # The bound's distance to the truth is about 6 standard errors each way at most.
+        assert found == 1
+        assert 0.85 * distance < radius <= distance
+    assert defence.certify(answer, torch.zeros(5), 0.5, 50, 200, 1e-9, generator) == (-1, 0.0)
+
+
+def test_defences_are_trained_by_queries_alone(capsys):
+    options = ["--steps", "40", "--batch", "32", "--images", "16", "--draws", "100", "--coordinates", "8"]
+    results = defence.main(options)
+    assert set(results) == set(defence.METHODS)
+    assert all(later <= earlier for own in results.values() for earlier, later in itertools.pairwise(own))
+    queries = [int(row.split()[-1].replace(",", "")) for row in capsys.readouterr().out.splitlines()[2:]]
+    # Beside each image itself: 24 directions; two sides of 12 coordinates; one side of 8 coordinates.
+    assert queries == [0, 40 * 32 * 25, 40 * 32 * 25, 40 * 32 * 9]
+
+
+def test_the_coarse_solver_is_corrected_in_the_loop():
+    results = pde.main(["--steps", "12", "--length", "6"])
+    assert results["in the loop"] < results["source"]
+
+
+def test_the_solvers_converge():
+    """Both are consistent: a wave that hardly moves decays as the heat equation says, and mass is kept."""
+    x = torch.arange(pde.FINE).double().numpy() / pde.FINE
+    wave = (1e-4 * torch.from_numpy(x * 2 * math.pi).sin()).numpy()[None]
+    moved = pde.solve(wave)
+    assert abs(moved.sum()) < 1e-12
+    decay = math.exp(-pde.VISCOSITY * (2 * math.pi) ** 2 * pde.STEP)
+    assert abs(moved).max() == pytest.approx(1e-4 * decay, rel=1e-3)
+    assert pde.coarsened(wave).shape == (1, pde.COARSE)
+
+
+# --- docs/systems.md --------------------------------------------------------------------------------------
+
+#: The programs that tests of this file run, with smaller settings.
+PROGRAMS = {"defence": defence, "fzoos": fzoos, "pde": pde, "ranking": ranking, "zoodip": zoodip}
+PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "systems.md"
+
+
+def test_every_claim_says_what_shows_it_or_why_it_is_not_here(monkeypatch):
+    rows = [line.strip("|\n ").split(" | ") for line in PAGE.open() if line.startswith("| ")]
+    claims = [[cell.strip(" |") for cell in row] for row in rows if row[0] != "claim"]
+    assert len(claims) > 35
+    for claim, here, *shown in claims:
+        assert here.startswith(("works", "not here", "not measured", "on paper", "refused", "by hand")), claim
+        assert (shown and shown[0]) or "not here" in here or "not measured" in here, claim
+    text = PAGE.read_text()
+    for name in re.findall(r"`(tests/\w+\.py)`", text):
+        assert (PAGE.parent.parent / name).exists(), name
+    commands = re.findall(r"`python examples/(\w+)\.py([^`]*)`", text)
+    assert {name for name, _ in commands} == set(PROGRAMS)
+
+    class Parsed(Exception):
+        pass
+
+    for name, options in commands:  # each program takes the options that stand there
+        parse = argparse.ArgumentParser.parse_args
+
+        def only_parse(self, argv, parse=parse):
+            parse(self, argv)
+            raise Parsed
+
+        with monkeypatch.context() as patched:
+            patched.setattr(argparse.ArgumentParser, "parse_args", only_parse)
+            with pytest.raises(Parsed):
+                PROGRAMS[name].main(shlex.split(options))
