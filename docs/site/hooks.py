@@ -29,6 +29,7 @@ messages = _load("zokernels_messages", HERE / "messages.py")
 NAV = [
     {"Start": ["index.md", "tutorial.md", "howto.md", "demo.md", "packaging.md"]},
     {"Training": ["methods.md", "optimizer.md", "trajectory.md", "quantized.md", "blackbox.md"]},
+    {"Published systems": ["systems.md"]},
     {"At scale": ["transformers.md", "offload.md", "distributed.md", "scaling.md"]},
     {"Reference": ["contract.md", "api.md", "api-optim.md", "api-more.md", "troubleshooting.md"]},
     {"Figures": ["performance.md", "gpu-check.md"]},

@@ -4,6 +4,7 @@ An optimizer has an estimator (where the closure runs), a direction (what z is),
 take part) and an update rule.  The named classes put them together.
 """
 
+from ..step.candidates import Consensus, RankingRounds
 from ..step.directions.direction import Direction
 from ..step.directions.low_rank import FreshFactors, KeptLeft, KeptRight, Subspace, TemporalFactor
 from ..step.directions.masks import GivenMask, MagnitudeMask, RandomMask
@@ -28,6 +29,7 @@ from ..step.rules.stateful import Adam, AMSGrad, Curvature, Momentum, Sign
 from ..step.rules.window import AdamWindow, MomentumWindow
 from ..step.subset import Blocks, LayerSkip
 from .adaptive import HiZOO, ZOAdam, ZOAdamW, ZOSignSGD
+from .candidates import ConsensusHopping, ZORankSearch
 from .cge import ZOCGE
 from .methods import (
     EGGROLL,
@@ -52,11 +54,13 @@ from .zosgd import ZOSGD
 
 __all__ = [
     "EGGROLL", "ES", "FZOO", "LOZO", "QZO", "SGD", "ZOBCD", "ZOCGE", "ZOSGD", "AMSGrad", "Adam",
-    "AdamWindow", "Bayesian", "Blocks", "Conservative", "Curvature", "Direction", "FactorMomentum",
+    "AdamWindow", "Bayesian", "Blocks", "Consensus", "ConsensusHopping",
+    "Conservative", "Curvature", "Direction", "FactorMomentum",
     "Floored", "ForwardGradient", "ForwardMode", "FreshFactors", "GivenMask", "Guided", "HiZOO", "KeptLeft",
     "KeptRight", "LayerSkip", "LeZO", "MagnitudeMask", "MeZOGV", "Momentum", "MomentumWindow", "OneSided",
-    "Orthogonal", "Population", "QuZO", "RandomMask", "Ranking", "Rule", "ScaledPopulation", "Sign",
+    "Orthogonal", "Population", "QuZO", "RandomMask", "Ranking", "RankingRounds",
+    "Rule", "ScaledPopulation", "Sign",
     "SignOfDifference", "SparseMeZO", "Sphere", "StdNormalized", "SubZero", "Subspace", "TeZO",
     "TemporalFactor", "TensorScale", "ThreePoint", "TwoSided", "ZOAdam", "ZOAdamW", "ZOConservative",
-    "ZORankSGD", "ZOSignSGD", "ZerothOrder", "decay_groups",
+    "ZORankSGD", "ZORankSearch", "ZOSignSGD", "ZerothOrder", "decay_groups",
 ]  # fmt: skip

@@ -116,7 +116,8 @@ class ZORankSGD(ZerothOrder):
         opt = ZORankSGD(model.named_parameters(), lr=1e-2, eps=1e-2, candidates=4, top=1)
         best = opt.step(lambda: generate(model), rank=lambda images: [choose(images)])
 
-    Source: ZO-RankSGD, Tang, Rybin and Chang, 2023, arXiv 2303.03751; without its line search.
+    Source: ZO-RankSGD, Tang, Rybin and Chang, 2023, arXiv 2303.03751.
+    :class:`ZORankSearch` has its line search, too.
     """
 
     def __init__(

@@ -197,5 +197,9 @@ class OptimizerView(Protocol):
     def step_count(self) -> int: ...
 
     @property
+    def own_settings(self) -> dict[str, Any]:
+        """What the class keeps beside its parts and groups."""
+
+    @property
     def in_two_pass(self) -> bool:
         """Whether updates add the next step's perturbation."""

@@ -55,6 +55,8 @@ class StepOptimizer(torch.optim.Optimizer):
 
     #: True if a log of seeds and coefficients (``trajectory``) is the whole run.
     replayable = True
+    #: True if a step on some of the parameters (a stage of a pipeline) is a part of the step on all of them.
+    staged = True
 
     def __init__(
         self,
@@ -148,6 +150,16 @@ class StepOptimizer(torch.optim.Optimizer):
     def in_two_pass(self) -> bool:
         """Whether updates add the next step's perturbation (:meth:`two_pass`)."""
         return self.passes.in_two_pass
+
+    @property
+    def most_points(self) -> int:
+        """How many points a step has at most: as many ranks can share them."""
+        return len(self.estimator.points())
+
+    @property
+    def own_settings(self) -> dict[str, Any]:
+        """What the class keeps beside its parts and groups; all ranks of a mesh must have the same."""
+        return {}
 
     def _check_group(self, group: dict[str, Any]) -> None:
         groups.check_hyperparameters(self.op, group)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..checks import fail
 from ..contract import CONTRACT, canonical_name
+from ..step import candidates
 from ..step.directions import integers, low_rank, masks, scaling
 from ..step.directions.direction import Direction
 from ..step.estimators import Estimator
@@ -33,7 +34,7 @@ _PIECE = 1 << 24
 #: Where the classes are defined that a log may name.  They are imported here because a process that only
 #: replays (``zokernels replay``) imports no optimizer, and a class is found among the subclasses that exist
 #: (:func:`_kinds`).
-PART_MODULES = (integers, low_rank, masks, scaling, factors, sgd, stateful, window)
+PART_MODULES = (candidates, integers, low_rank, masks, scaling, factors, sgd, stateful, window)
 
 _PARTS = {"estimator": Estimator, "rule": Rule, "direction": Direction, "subset": Subset}
 
