@@ -14,11 +14,12 @@ CHAINS = 64
 
 def _inner(x: Tensor, right: Tensor) -> Tensor:
     """x [N, n] times right [n, r], fp32 [N, r], in the order of the contract."""
-    tail = -x.shape[1] % CHAINS
-    pad = lambda values: torch.nn.functional.pad(values, (0, tail)).view(len(values), -1, CHAINS)
+    pieces = -(-x.shape[1] // CHAINS)
+    tail = pieces * CHAINS - x.shape[1]
+    pad = lambda values: torch.nn.functional.pad(values, (0, tail)).view(len(values), pieces, CHAINS)
     xs, rights = pad(x), pad(right.t())
     chains = torch.zeros(len(xs), len(rights), CHAINS, device=x.device)
-    for i in range(xs.shape[1]):
+    for i in range(pieces):
         chains = fma(xs[:, None, i], rights[None, :, i], chains)
     while chains.shape[-1] > 1:
         chains = chains[..., 0::2] + chains[..., 1::2]
