@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -25,13 +26,15 @@ class Look(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._marked: set[int] = set()
+        #: By function and argument, the sizes of first dimensions, in units of all rows.
+        self.sizes: dict[Any, list[Fraction]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        known = {_memory(t) for t in given}
+        known = {_memory(t) for t in given} - {0}
         marked = not known.isdisjoint(self._marked)
         for t in pytree.tree_leaves(out):
             if isinstance(t, Tensor):
