@@ -36,7 +36,7 @@ def _sum_of_chains(chain):
 
 @triton.jit(do_not_specialize=["m", "n", "rank", "left_step", "right_step", "bias_step"])
 def low_rank_linear_kernel(
-    out, x, left, right, coeffs, bias, table, owner, m: tl.int64, n: tl.int64, rank: tl.int32,
+    out, x, left, right, coeffs, bias, table, owner, m: tl.int64, n: tl.int64, rank: tl.int64,
     left_step: tl.int64, right_step: tl.int64, bias_step: tl.int64, WIDTH: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     """``left_step`` and its like: elements from one member's factor to the next one's; 0: all have one.
