@@ -4,6 +4,7 @@ An optimizer has an estimator (where the closure runs), a direction (what z is),
 take part) and an update rule.  The named classes put them together.
 """
 
+from ..step.cohort import Cohort
 from ..step.directions.direction import Direction
 from ..step.directions.low_rank import FreshFactors, KeptLeft, KeptRight, Subspace, TemporalFactor
 from ..step.directions.masks import GivenMask, MagnitudeMask, RandomMask
@@ -52,7 +53,7 @@ from .zosgd import ZOSGD
 
 __all__ = [
     "EGGROLL", "ES", "FZOO", "LOZO", "QZO", "SGD", "ZOBCD", "ZOCGE", "ZOSGD", "AMSGrad", "Adam",
-    "AdamWindow", "Bayesian", "Blocks", "Conservative", "Curvature", "Direction", "FactorMomentum",
+    "AdamWindow", "Bayesian", "Blocks", "Cohort", "Conservative", "Curvature", "Direction", "FactorMomentum",
     "Floored", "ForwardGradient", "ForwardMode", "FreshFactors", "GivenMask", "Guided", "HiZOO", "KeptLeft",
     "KeptRight", "LayerSkip", "LeZO", "MagnitudeMask", "MeZOGV", "Momentum", "MomentumWindow", "OneSided",
     "Orthogonal", "Population", "QuZO", "RandomMask", "Ranking", "Rule", "ScaledPopulation", "Sign",

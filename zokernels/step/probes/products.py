@@ -287,25 +287,33 @@ class Products:
 
     # Functions ---------------------------------------------------------------------------------------------
 
-    def add(
-        self, y: Tensor, x: Tensor, param: Tensor, counts: list[int], *, swapped: bool, bias: Tensor | None
+    def product(
+        self, x: Tensor, param: Tensor, bias: Tensor | None, counts: list[int], *, swapped: bool, noisy: bool
     ) -> Tensor:
-        """``y``, a product of ``x`` with ``param``, with what the members' perturbations add, in place.
+        """x (W + c z)^T + bias of each row's member, [..., m]; ``swapped``: x (W + c z).
 
-        ``swapped``: it is x W, not x W^T.  ``bias``: a perturbed one with dense noise.
+        What the perturbations add comes first, and the library's product on top of it.  Libraries sum both in
+        fp32, so that half precision is rounded once: there is no second rounding of a product, nor one of a
+        perturbed weight.
+
+        ``noisy``: the bias has dense noise of its own.
         """
-        bucket, _ = self.place(param)
-        y = y.contiguous()
-        flat = y.view(-1, y.shape[-1])
-        inputs = x.to(y.dtype).reshape(-1, x.shape[-1]).contiguous()
+        fast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if fast else x.dtype
+        weight = param.detach().to(dtype) if fast else param.detach()
+        flat = x.to(dtype).reshape(-1, x.shape[-1]).contiguous()
+        columns = weight if swapped else weight.t()
+        out = torch.zeros((len(flat), columns.shape[1]), dtype=dtype, device=x.device)
+        if bias is not None:
+            out += bias.detach().to(dtype)
         each = len(flat) // max(1, x.shape[0])
-        for t, (_, coeffs) in enumerate(self.terms(bucket)):
+        for t, (_, coeffs) in enumerate(self.terms(self.place(param)[0])):
             left, right = self.factors(param, t)
             if swapped:
                 left, right = right, left
-            noise = None if bias is None else self.dense_noise(bias, t)
-            low_rank_linear_(flat, inputs, left, right, coeffs, rows=[each * n for n in counts], bias=noise)
-        return y
+            noise = self.dense_noise(bias, t) if noisy and bias is not None else None
+            low_rank_linear_(out, flat, left, right, coeffs, rows=[each * n for n in counts], bias=noise)
+        return out.addmm_(flat, columns).view(*x.shape[:-1], columns.shape[1])
 
     def _dense(self, func: Any, args: Any, kwargs: Any, params: list[Tensor]) -> Any:
         """``func`` with perturbed copies: of one point, or for each member on its own rows."""
@@ -372,21 +380,21 @@ def _handles(*functions: Any) -> Callable[[Handler], Handler]:
     return register
 
 
-def _product(
-    forward: Products, func: Any, x: Any, weight: Any, bias: Any, swapped: bool, plain: Callable[..., Tensor]
-) -> Any:
-    """A product of ``x`` with ``weight``; ``plain(x, weight, bias)`` computes it of weights as they are."""
-    if not forward.has_factors(weight) or isinstance(x, (Guard, Varied)):
+def _product(forward: Products, func: Any, x: Any, weight: Any, bias: Any, swapped: bool) -> Any:
+    """A product of ``x`` with ``weight``, W^T or (``swapped``) W, and a bias."""
+    if not forward.has_factors(weight) or isinstance(x, (Guard, Varied)) or isinstance(bias, Varied):
         return NotImplemented
-    if isinstance(bias, Varied) or not isinstance(x, Tensor) or x.dim() < 2:
+    if not isinstance(x, Tensor) or x.dim() < 2 or not x.is_floating_point():
         return NotImplemented
+    if x.dtype is not weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        return NotImplemented  # torch says what is wrong
     counts = forward.rows(x, forward.key(func, weight, 0))
     if counts is None:
         return NotImplemented
     own = id(bias) in forward.owners.params
     apart = own and (not forward.same_bucket(bias, weight) or not forward._noise(bias).is_dense(bias))
-    y = plain(x, weight.detach(), None if apart or bias is None else bias.detach())
-    y = forward.add(y, x, weight, counts, swapped=swapped, bias=bias if own and not apart else None)
+    plain = None if apart else bias
+    y = forward.product(x, weight, plain, counts, swapped=swapped, noisy=own)
     if not apart:
         return y
     copies = forward.copies(bias)
@@ -396,7 +404,7 @@ def _product(
 @_handles(F.linear)
 def _linear(forward: Products, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     given = inspect.getcallargs(lambda input, weight, bias=None: None, *args, **kwargs)
-    return _product(forward, func, *given.values(), False, F.linear)
+    return _product(forward, func, *given.values(), False)
 
 
 @_handles(torch.addmm, Tensor.addmm)
@@ -406,8 +414,7 @@ def _addmm(forward: Products, func: Any, args: tuple[Any, ...], kwargs: dict[str
     bias, x, weight = args
     if bias.dim() != 1:
         return NotImplemented
-    plain = lambda x, weight, bias: x @ weight if bias is None else torch.addmm(bias, x, weight)
-    return _product(forward, func, x, weight, bias, True, plain)
+    return _product(forward, func, x, weight, bias, True)
 
 
 @_handles(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
@@ -416,8 +423,8 @@ def _matmul(forward: Products, func: Any, args: tuple[Any, ...], kwargs: dict[st
         return NotImplemented
     x, weight = args
     if isinstance(weight, _Transposed):
-        return _product(forward, func, x, weight.param, None, False, lambda x, w, _: x @ w.t())
-    return _product(forward, func, x, weight, None, True, lambda x, w, _: x @ w)
+        return _product(forward, func, x, weight.param, None, False)
+    return _product(forward, func, x, weight, None, True)
 
 
 class _Transposed(Varied):
