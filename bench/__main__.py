@@ -18,7 +18,7 @@ import torch
 from zokernels import BackendUnavailable
 from zokernels.backends.registry import NAMES
 
-from . import compare, machine, offload, scaling, table, trajectory, whole_steps
+from . import compare, machine, offload, population, scaling, table, trajectory, whole_steps
 from .gpu import check, prebuilt
 from .gpu.stage import replace
 from .methods import run as methods
@@ -172,6 +172,10 @@ def make_parser(program: str) -> argparse.ArgumentParser:
         "host", help="whole steps of small models against their forwards: the host's share"
     )
     whole_steps.add_arguments(sub)
+    sub = commands.add_parser(
+        "population", help="a population in one forward against plain inference of the same batch"
+    )
+    population.add_arguments(sub)
     sub = commands.add_parser(
         "trajectory", help="replaying and recording a run, project and gram, on 22 M weights"
     )

@@ -11,13 +11,13 @@ from helpers import DTYPES, assert_same_bits, check_backend, random_values, roun
 import zokernels
 
 
-def run(out, x, left, right, coeffs, **kwargs):
-    zokernels.low_rank_linear_(out, x, left, right, coeffs, **kwargs)
-    return [out, x]
+def run(y, x, left, right, coeffs, **kwargs):
+    zokernels.low_rank_linear_(y, x, left, right, coeffs, **kwargs)
+    return [y, x]
 
 
 def random_linear(rng, dtype=None, shape=None, rank=None, rows=None, specials=True):
-    """Arguments of run; out and x, at any alignment, are views into buffers."""
+    """Arguments of run; y and x, at any alignment, are views into buffers."""
     dtype = dtype or rng.choice(DTYPES)
     m, n = shape or (rng.choice([1, 8, 64, rng.randrange(1, 300)]), rng.choice([0, 1, 64, rng.randrange(300)]))
     rank = rank or rng.choice([1, 2, 3, 8, 19, 64])
@@ -38,7 +38,7 @@ def random_linear(rng, dtype=None, shape=None, rank=None, rows=None, specials=Tr
         return values(count * torch.Size(shape).numel(), torch.float32).view(count, *shape)
 
     return {
-        "out": view(m),
+        "y": view(m),
         "x": view(n),
         "left": factor(m, rank),
         "right": factor(n, rank),
@@ -94,11 +94,11 @@ def test_threads(cpu_kernel, rng):
 def test_a_member_has_the_bits_it_has_alone(cpu_backend, rng):
     """No row's result depends on the rows beside it, nor on the members of its call."""
     args = random_linear(rng, shape=(130, 200), rank=5, rows=[4, 7, 2], specials=False)
-    together = args["out"].clone()
-    zokernels.low_rank_linear_(together, **{k: v for k, v in args.items() if k != "out"})
+    together = args["y"].clone()
+    zokernels.low_rank_linear_(together, **{k: v for k, v in args.items() if k != "y"})
     begin = 0
     for p, count in enumerate(args["rows"]):
-        alone = args["out"][begin : begin + count].clone()
+        alone = args["y"][begin : begin + count].clone()
         own = lambda t, p=p: t if t is None or len(t) == 1 else t[p : p + 1]
         zokernels.low_rank_linear_(
             alone, args["x"][begin : begin + count], own(args["left"]), own(args["right"]),

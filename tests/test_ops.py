@@ -124,7 +124,7 @@ CALLS = {
     "low_rank_": lambda: {"params": matrices(), **factors()},
     "low_rank": lambda: {"out": matrices(), "params": matrices(), **factors()},
     "low_rank_linear_": lambda: {
-        "out": torch.rand(5, 7),
+        "y": torch.rand(5, 7),
         "x": torch.rand(5, 3),
         "left": torch.rand(2, 7, 4),
         "right": torch.rand(1, 3, 4),
@@ -350,10 +350,10 @@ BAD = [
     ("low_rank_", "coeffs", torch.rand(3), V, r"left\[0\]: expected a contiguous tensor of shape "
                                               r"\(3, 5, 4\)"),
     ("low_rank", "out", matrices()[:1], V, "out: expected 2 tensors, as in params, got 1"),
-    ("low_rank_linear_", "out", torch.rand(7, 5).t(), V, "out: expected a contiguous matrix"),
-    ("low_rank_linear_", "out", torch.rand(5, 7).double(), T, "out: expected dtype float32, bfloat16 or"),
+    ("low_rank_linear_", "y", torch.rand(7, 5).t(), V, "y: expected a contiguous matrix"),
+    ("low_rank_linear_", "y", torch.rand(5, 7).double(), T, "y: expected dtype float32, bfloat16 or"),
     ("low_rank_linear_", "x", torch.rand(5, 3).half(), T, "x: expected dtype .*, got torch.float16"),
-    ("low_rank_linear_", "x", torch.rand(4, 3), V, "x: expected 5 rows, as out, got 4"),
+    ("low_rank_linear_", "x", torch.rand(4, 3), V, "x: expected 5 rows, as y, got 4"),
     ("low_rank_linear_", "left", torch.rand(2, 7, 65), V, r"left: expected factors of a rank in \[1, 64\]"),
     ("low_rank_linear_", "left", torch.rand(3, 7, 4), V, r"left: expected .* shape \(2, 7, 4\), or one"),
     ("low_rank_linear_", "right", torch.rand(2, 4, 4), V, r"right: expected .* shape \(2, 3, 4\), or one"),
@@ -389,7 +389,7 @@ def test_every_operation_refuses_bad_input(op, argument, value, error, message):
     args = CALLS[op]()
     assert argument in args
     args[argument] = value
-    written = [args[name] for name in ("params", "out", "plus", "minus", "first", "second") if name in args]
+    written = [args[name] for name in ("params", "out", "y", "plus", "minus", "first", "second") if name in args]
     written = [t for group in written for t in ([group] if isinstance(group, torch.Tensor) else group)]
     before = [t.clone() for t in written]
     with pytest.raises(error, match=f"^{op.split()[0]}: {message}"):
@@ -410,6 +410,7 @@ OVERLAPS = [
     ("low_rank_", "params", "left"),
     ("low_rank_", "params", "right"),
     ("low_rank", "out", "params"),
+    ("low_rank_linear_", "y", "x"),
     ("requantize", "out", "params"),
 ]
 

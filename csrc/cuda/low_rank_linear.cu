@@ -221,7 +221,7 @@ void low_rank_linear_cuda(Tensor out, Tensor x, Tensor left, Tensor right, Tenso
 }  // namespace
 
 ZK_REGISTER(low_rank_linear,
-            "low_rank_linear(Tensor(a!) out, Tensor x, Tensor left, Tensor right, Tensor coeffs, "
+            "low_rank_linear(Tensor(a!) y, Tensor x, Tensor left, Tensor right, Tensor coeffs, "
             "int[] rows, Tensor? bias) -> ()")
 
 }  // namespace zk::cuda

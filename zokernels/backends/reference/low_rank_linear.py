@@ -1,4 +1,4 @@
-"""low_rank_linear: out_p = round(out_p + c_p ((x_p B_p) A_p^T + b_p)), one rounding, in pure PyTorch."""
+"""low_rank_linear: y_p = round(y_p + c_p ((x_p B_p) A_p^T + b_p)), one rounding, in pure PyTorch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _inner(x: Tensor, right: Tensor) -> Tensor:
 
 @implements
 def low_rank_linear(
-    out: Tensor,
+    y: Tensor,
     x: Tensor,
     left: Tensor,
     right: Tensor,
@@ -41,9 +41,9 @@ def low_rank_linear(
         block, begin = slice(begin, begin + count), begin + count
         a, b = left[p % len(left)], right[p % len(right)]
         inner = _inner(x[block].float(), b)
-        product = torch.zeros(out[block].shape, device=out.device)
+        product = torch.zeros(y[block].shape, device=y.device)
         for j in range(a.shape[1]):
             product = fma(inner[:, j, None], a[None, :, j], product)
         if bias is not None:
             product = product + bias[p % len(bias)]
-        out[block] = fma(coeffs[p], product, out[block].float()).to(out.dtype)
+        y[block] = fma(coeffs[p], product, y[block].float()).to(y.dtype)

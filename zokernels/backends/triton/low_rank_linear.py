@@ -1,4 +1,4 @@
-"""low_rank_linear: out_p = round(out_p + c_p ((x_p B_p) A_p^T + b_p)), in Triton.
+"""low_rank_linear: y_p = round(y_p + c_p ((x_p B_p) A_p^T + b_p)), in Triton.
 
 A program owns ROWS rows of one member.  It sums over the columns of x for one number of the rank after the
 other, in the order of docs/contract.md, and then goes over the columns of out.  The sums of a row stay in
@@ -82,7 +82,7 @@ def low_rank_linear_kernel(
 
 @implements
 def low_rank_linear(
-    out: Tensor,
+    y: Tensor,
     x: Tensor,
     left: Tensor,
     right: Tensor,
@@ -97,11 +97,11 @@ def low_rank_linear(
         first += count
     step = lambda factor: 0 if factor is None or len(factor) == 1 else factor[0].numel()
     (m, rank), n = left.shape[1:], x.shape[1]
-    with on_device(out.device):
-        table = table_of(out.device, tuple(entries))
+    with on_device(y.device):
+        table = table_of(y.device, tuple(entries))
         assert table is not None  # no step with a batched forward is captured
         low_rank_linear_kernel[(table.owner.numel(),)](
-            out, x, left, right, coeffs, bias, table.rows, table.owner, m, n, rank,
+            y, x, left, right, coeffs, bias, table.rows, table.owner, m, n, rank,
             step(left), step(right), step(bias), WIDTH=len(entries[0]),
-            RANKS=triton.next_power_of_2(rank), **options(out.device),
+            RANKS=triton.next_power_of_2(rank), **options(y.device),
         )  # fmt: skip
