@@ -148,10 +148,16 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             "step": lambda o=lozo: _forwards(o, sample.one, False),
         }
         times = _ratios(args.rounds, calls, args.device)
-        add(f"LOZO, r = 4, {restore!r}: forwards of a step / two forwards", times["step"], times["plain"], 1.08, False)
+        add(
+            f"LOZO, r = 4, {restore!r}: forwards of a step / two forwards",
+            times["step"],
+            times["plain"],
+            1.08,
+            False,
+        )
     hidden, mlp = shapes[:2]
     factors = 4 * members * (hidden + mlp) * max(args.ranks)
-    print(f"\nfactors of one layer's largest matrix, all members, rank {max(args.ranks)}: {factors / 1e6:.1f} MB")
+    print(f"\nfactors of the largest matrix, all members, rank {max(args.ranks)}: {factors / 1e6:.1f} MB")
     return rows
 
 

@@ -183,7 +183,13 @@ def test_low_rank_on_host_equals_reference(on_host, rng, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_low_rank_linear_on_host_equals_reference(on_host, rng, dtype):
     """Rows of whole vectors and others, and more members than a launch takes."""
-    for options in ({}, {}, {}, {"shape": (72, 136), "rank": 5}, {"shape": (8, 9), "rank": 2, "rows": [1] * 150}):
+    for options in (
+        {},
+        {},
+        {},
+        {"shape": (72, 136), "rank": 5},
+        {"shape": (8, 9), "rank": 2, "rows": [1] * 150},
+    ):
         args = test_low_rank_linear.random_linear(rng, dtype=dtype, **options)
         check_backend(test_low_rank_linear.run, args)
 

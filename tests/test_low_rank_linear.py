@@ -19,7 +19,10 @@ def run(y, x, left, right, coeffs, **kwargs):
 def random_linear(rng, dtype=None, shape=None, rank=None, rows=None, specials=True):
     """Arguments of run; y and x, at any alignment, are views into buffers."""
     dtype = dtype or rng.choice(DTYPES)
-    m, n = shape or (rng.choice([1, 8, 64, rng.randrange(1, 300)]), rng.choice([0, 1, 64, rng.randrange(300)]))
+    m, n = shape or (
+        rng.choice([1, 8, 64, rng.randrange(1, 300)]),
+        rng.choice([0, 1, 64, rng.randrange(300)]),
+    )
     rank = rank or rng.choice([1, 2, 3, 8, 19, 64])
     if rows is None:
         rows = [rng.choice([0, 1, 2, rng.randrange(9)]) for _ in range(rng.randrange(1, 5))]

@@ -389,7 +389,9 @@ def test_every_operation_refuses_bad_input(op, argument, value, error, message):
     args = CALLS[op]()
     assert argument in args
     args[argument] = value
-    written = [args[name] for name in ("params", "out", "y", "plus", "minus", "first", "second") if name in args]
+    written = [
+        args[name] for name in ("params", "out", "y", "plus", "minus", "first", "second") if name in args
+    ]
     written = [t for group in written for t in ([group] if isinstance(group, torch.Tensor) else group)]
     before = [t.clone() for t in written]
     with pytest.raises(error, match=f"^{op.split()[0]}: {message}"):

@@ -1,4 +1,4 @@
-"""Perturbed products without perturbed weights: one point in a forward, and the members of a population in one.
+"""Perturbed products without perturbed weights: one point in a forward, and all members of a population.
 
 What a step sees is compared with the dense form, whose perturbed copies are made, and with float64.
 """
@@ -22,8 +22,8 @@ from zokernels.optim import (
     KeptLeft,
     KeptRight,
     Population,
-    SubZero,
     Subspace,
+    SubZero,
     TemporalFactor,
     TeZO,
     ZOConservative,
@@ -237,7 +237,7 @@ def test_what_is_no_product_gets_perturbed_copies_and_is_said_once():
     model, (ids, targets) = Convolutional(), torch.randint(50, (2, 3, 7)).unbind()
     optimizer = METHODS["EGGROLL"](model.named_parameters(), restore="products")
     closure = lambda c: c.mean(cross_entropy(model(c.repeat(ids)), c.repeat(targets)))
-    with pytest.warns(UserWarning) as said:
+    with pytest.warns(UserWarning, match="EGGROLL: ") as said:
         optimizer.step(closure, batched=True)
     assert sorted(str(w.message).split()[1] for w in said) == ["'token'", "add", "conv2d"]
     torch.testing.assert_close(torch.stack(list(optimizer.last_losses)), want, rtol=1e-5, atol=1e-5)

@@ -13,21 +13,21 @@ constexpr int kChains = 64, kParts = kChains / kVector;
 constexpr int kRanksAtOnce = 4, kOutRows = 4;
 
 struct LinearEntry {
-  int64_t first;   // row of the batch
+  int64_t first;  // row of the batch
   int32_t rows;
   int32_t member;
 };
 
 struct LinearLaunch {
-  const void* x;         // [N, n]
-  void* out;             // [N, m]
-  const float* left;     // [members, m, rank]
-  const float* right;    // [members, n, rank]
-  float* partial;        // [N, rank, kParts]
-  float* sums;           // [N, rank]
+  const void* x;       // [N, n]
+  void* out;           // [N, m]
+  const float* left;   // [members, m, rank]
+  const float* right;  // [members, n, rank]
+  float* partial;      // [N, rank, kParts]
+  float* sums;         // [N, rank]
   int32_t m, n, rank;
-  bool has_vectors;      // rows of x (or out) are whole vectors at aligned addresses
-  bool one_factor;       // one factor for all members: right of the chains, left of out
+  bool has_vectors;  // rows of x (or out) are whole vectors at aligned addresses
+  bool one_factor;   // one factor for all members: right of the chains, left of out
   Table<LinearEntry, kMaxArgument - 128> table;
 };
 static_assert(sizeof(LinearLaunch) <= kMaxArgument);
@@ -129,8 +129,9 @@ ZK_GLOBAL linear_out_kernel(ZK_GRID_CONSTANT LinearLaunch p, OutArguments more) 
     }
   }
   const float c = more.coeffs[t.member];
-  const float* bias = more.bias == nullptr ? nullptr
-                                           : more.bias + (more.one_bias ? 0 : t.member * int64_t{p.m}) + column;
+  const float* bias = more.bias == nullptr
+                          ? nullptr
+                          : more.bias + (more.one_bias ? 0 : t.member * int64_t{p.m}) + column;
   ZK_UNROLL
   for (int v = 0; v < kOutRows; ++v) {
     if (v >= rows) continue;

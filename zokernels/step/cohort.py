@@ -101,7 +101,7 @@ class Cohort:
         return torch.stack([own.mean() for own in self.split(wide)])
 
     def counts_of(self, size: int) -> list[int] | None:
-        """The rows of each member in a first dimension of ``size``; None where it is no multiple of theirs."""
+        """The rows of each member in a first dimension of ``size``; None: it is no multiple of theirs."""
         if self.counts is None:
             return None if size % len(self) else [size // len(self)] * len(self)
         total = sum(self.counts)

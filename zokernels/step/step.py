@@ -515,7 +515,10 @@ class StepOptimizer(torch.optim.Optimizer):
             )
         keys = ("estimator", "rule", "direction", "subset", "restore", "cohort", "run_state", "warned")
         last = ("last_projected_gradient", "last_loss", "last_losses")
-        return {**super().__getstate__(), **{key: self.__dict__[key] for key in (*keys, "block_bytes", *last)}}
+        return {
+            **super().__getstate__(),
+            **{key: self.__dict__[key] for key in (*keys, "block_bytes", *last)},
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -57,7 +57,9 @@ def low_rank_linear_kernel(
         for at in range(0, n, _CHAINS):
             column = at + tl.arange(0, _CHAINS)
             mask = column < n
-            values = to_float(tl.load(from_x + column[None, :], mask=inside[:, None] & mask[None, :], other=0.0))
+            values = to_float(
+                tl.load(from_x + column[None, :], mask=inside[:, None] & mask[None, :], other=0.0)
+            )
             factor = tl.load(right + column * rank + j, mask=mask, other=0.0)
             chain = fma(values, factor[None, :], chain)
         sums = tl.where(which == j, _sum_of_chains(chain)[:, None], sums)

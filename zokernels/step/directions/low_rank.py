@@ -383,9 +383,7 @@ class LowRank(Direction):
         """The left [m, r] and right [n, r] factors of one direction."""
         raise NotImplementedError
 
-    def stacked(
-        self, shape: tuple[int, int], stream: int, seeds: Tensor, kept: Any
-    ) -> tuple[Tensor, Tensor]:
+    def stacked(self, shape: tuple[int, int], stream: int, seeds: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
         """The factors of K directions of one matrix, [K, m, r] and [K, n, r], each as :meth:`drawn` gives it.
 
         What all directions share has a first dimension of 1.
@@ -447,9 +445,7 @@ class KeptRight(LowRank):
     ) -> tuple[list[Tensor], list[Tensor]]:
         return self._left(shapes, streams, seed, self.scale), kept
 
-    def stacked(
-        self, shape: tuple[int, int], stream: int, seeds: Tensor, kept: Any
-    ) -> tuple[Tensor, Tensor]:
+    def stacked(self, shape: tuple[int, int], stream: int, seeds: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
         return _draw_each((shape[0], self.rank), seeds, stream, 0, self.scale), kept[0][None]
 
     @property
@@ -517,9 +513,7 @@ class FreshFactors(LowRank):
     ) -> tuple[list[Tensor], list[Tensor]]:
         return self._left(shapes, streams, seed, self.rank**-0.5), self._right(shapes, streams, seed)
 
-    def stacked(
-        self, shape: tuple[int, int], stream: int, seeds: Tensor, kept: Any
-    ) -> tuple[Tensor, Tensor]:
+    def stacked(self, shape: tuple[int, int], stream: int, seeds: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
         (m, n), r = shape, self.rank
         return _draw_each((m, r), seeds, stream, 0, r**-0.5), _draw_each((n, r), seeds, stream, m * r, 1.0)
 
@@ -547,9 +541,7 @@ class TemporalFactor(LowRank):
         left, right = kept
         return [u * t for u, t in zip(left, tau, strict=True)], right
 
-    def stacked(
-        self, shape: tuple[int, int], stream: int, seeds: Tensor, kept: Any
-    ) -> tuple[Tensor, Tensor]:
+    def stacked(self, shape: tuple[int, int], stream: int, seeds: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
         (left,), (right,) = kept
         return left * _draw_each((1, self.rank), seeds, stream, 0, 1.0), right[None]
 
@@ -641,9 +633,7 @@ class Subspace(LowRank):
         low_rank_(left, [u[None] for u, _ in kept], [g[None] for g in mixed], scales, streams=streams)
         return left, [v for _, v in kept]
 
-    def stacked(
-        self, shape: tuple[int, int], stream: int, seeds: Tensor, kept: Any
-    ) -> tuple[Tensor, Tensor]:
+    def stacked(self, shape: tuple[int, int], stream: int, seeds: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
         ((u, v),), (m, n), count = kept, shape, len(seeds)
         mixed = _draw_each((self.rank, self.rank), seeds, stream, 0, 1.0)
         left = torch.full((count, m, self.rank), -0.0, device=seeds.device)

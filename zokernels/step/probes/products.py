@@ -178,7 +178,7 @@ class Products:
         return self._terms[bucket]
 
     def has_factors(self, param: Any) -> bool:
-        """Whether the noise of ``param``, if it is one of the step's, is a product of its rows and columns."""
+        """Whether ``param`` is one of the step's, and its noise a product of factors of its own shape."""
         return id(param) in self.owners.params and self._noise(param).is_plain_matrix(param)
 
     def _noise(self, param: Tensor) -> Noise:
@@ -236,7 +236,7 @@ class Products:
         return self.count == 1 and self.look is None
 
     def rows(self, x: Any, key: Any) -> list[int] | None:
-        """The rows of each member along the first dimension of ``x``; None where these are no rows of members.
+        """The rows of each member along the first dimension of ``x``; None: these are no rows of members.
 
         ``key``: of the function's argument.  The first forward knows the answer from what ``x`` was computed
         of, later ones from the first.
@@ -269,7 +269,9 @@ class Products:
     def key(self, func: Any, param: Tensor | None, argument: Any) -> Any:
         return (_name(func), None if param is None else self.place(param), argument)
 
-    def by_rows(self, function: Callable[..., Tensor], x: Tensor, stacked: Tensor, counts: list[int]) -> Tensor:
+    def by_rows(
+        self, function: Callable[..., Tensor], x: Tensor, stacked: Tensor, counts: list[int]
+    ) -> Tensor:
         """``function(x, w)`` with w the own ``stacked`` [P, ...] of each row's member, broadcast as it would
         be for one.
         """
@@ -326,8 +328,8 @@ class Products:
         if wide := [p for p in params if not self._noise(p).is_dense(p)]:
             self.say(
                 f"dense {_name(func)}",
-                f"{_name(func)} takes {self._named(wide[0])} in another way than a product or an index: it gets "
-                "perturbed copies (the dense form)",
+                f"{_name(func)} takes {self._named(wide[0])} in another way than a product or an index: it "
+                "gets perturbed copies (the dense form)",
             )
         copies = {id(p): self.copies(p) for p in params}
         if self.is_one:
@@ -447,7 +449,12 @@ def _transpose(forward: Products, func: Any, args: tuple[Any, ...], kwargs: dict
 def _embedding(forward: Products, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     given = inspect.getcallargs(_embedding_arguments, *args, **kwargs)
     index, weight = given["input"], given["weight"]
-    if given["max_norm"] is not None or given["sparse"] or not forward.has_factors(weight) or index.dim() == 0:
+    if (
+        given["max_norm"] is not None
+        or given["sparse"]
+        or not forward.has_factors(weight)
+        or index.dim() == 0
+    ):
         return NotImplemented
     counts = forward.rows(index, forward.key(func, weight, 0))
     if counts is None and index.shape[0] == 1 and forward.cohort is not None and forward.cohort.counts:
@@ -547,7 +554,9 @@ def _elementwise(forward: Products, func: Any, args: tuple[Any, ...], kwargs: di
     own = [forward.owners.params.get(id(a), a if isinstance(a, Varied) else None) for a in args]
     if any(isinstance(a, _Transposed) for a in args):
         return NotImplemented
-    stacked = [_stacked(forward, func, a) if mine is not None else None for a, mine in zip(args, own, strict=True)]
+    stacked = [
+        _stacked(forward, func, a) if mine is not None else None for a, mine in zip(args, own, strict=True)
+    ]
     plain = [a for a, mine in zip(args, own, strict=True) if mine is None]
     if not plain or not isinstance(plain[0], Tensor) or plain[0].dim() == 0:
         given = [a if s is None else s for a, s in zip(args, stacked, strict=True)]
@@ -560,7 +569,9 @@ def _elementwise(forward: Products, func: Any, args: tuple[Any, ...], kwargs: di
     if (counts := forward.rows(x, key)) is None:
         return NotImplemented
     (values,) = (s for s in stacked if s is not None)
-    return forward.by_rows((lambda x, w: func(x, w)) if place == 0 else (lambda x, w: func(w, x)), x, values, counts)
+    return forward.by_rows(
+        (lambda x, w: func(x, w)) if place == 0 else (lambda x, w: func(w, x)), x, values, counts
+    )
 
 
 @_handles(*_UNARY.split(), "__neg__", "__pow__")
@@ -571,7 +582,9 @@ def _unary(forward: Products, func: Any, args: tuple[Any, ...], kwargs: dict[str
         return NotImplemented
     if not isinstance(first, (Guard, Varied)) or any(isinstance(a, (Guard, Varied)) for a in rest):
         return NotImplemented
-    return _varied(func(_plain(first), *rest, **kwargs), func(_stacked(forward, func, first), *rest, **kwargs))
+    return _varied(
+        func(_plain(first), *rest, **kwargs), func(_stacked(forward, func, first), *rest, **kwargs)
+    )
 
 
 @_handles(Tensor.expand)
@@ -586,7 +599,9 @@ def _expand(forward: Products, func: Any, args: tuple[Any, ...], kwargs: dict[st
     counts = forward.cohort.counts_of(sizes[0])
     if counts is None:
         return NotImplemented
-    forward.say(f"dense {_name(func)}", f"{forward._named(param)} is taken row by row: it gets perturbed copies")
+    forward.say(
+        f"dense {_name(func)}", f"{forward._named(param)} is taken row by row: it gets perturbed copies"
+    )
     member = torch.repeat_interleave(torch.tensor(counts)).to(param.device)
     out = forward.copies(param)[:, 0].index_select(0, member)
     out = out.expand(sizes[0], *sizes[1:])
@@ -679,9 +694,9 @@ class ProductProbe(Probe):
             with self._watching():
                 for count in range(1, min(2, len(points)) + 1):
                     looks.append(look := Look())
-                    with next(same_rng), self._at(points[:count], Cohort(range(count), look), look):
-                        with look:
-                            self.reader.run()
+                    cohort = Cohort(range(count), look)
+                    with next(same_rng), self._at(points[:count], cohort, look), look:
+                        self.reader.run()
         except NotInOneForward as error:
             return str(error)
         for key, sizes in looks[0].sizes.items():
@@ -696,7 +711,9 @@ class ProductProbe(Probe):
             yield
 
     @contextmanager
-    def _at(self, points: Sequence[list[Point]], cohort: Cohort | None, look: Look | None = None) -> Iterator[None]:
+    def _at(
+        self, points: Sequence[list[Point]], cohort: Cohort | None, look: Look | None = None
+    ) -> Iterator[None]:
         if self.reader is not None:
             self.reader.cohort = cohort
         with Products(
