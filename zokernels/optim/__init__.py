@@ -5,6 +5,7 @@ take part) and an update rule.  The named classes put them together.
 """
 
 from ..step.candidates import Consensus, RankingRounds
+from ..step.cohort import Cohort
 from ..step.directions.direction import Direction
 from ..step.directions.low_rank import FreshFactors, KeptLeft, KeptRight, Subspace, TemporalFactor
 from ..step.directions.masks import GivenMask, MagnitudeMask, RandomMask
@@ -53,14 +54,13 @@ from .quzo import QuZO
 from .zosgd import ZOSGD
 
 __all__ = [
-    "EGGROLL", "ES", "FZOO", "LOZO", "QZO", "SGD", "ZOBCD", "ZOCGE", "ZOSGD", "AMSGrad", "Adam",
-    "AdamWindow", "Bayesian", "Blocks", "Consensus", "ConsensusHopping",
-    "Conservative", "Curvature", "Direction", "FactorMomentum",
-    "Floored", "ForwardGradient", "ForwardMode", "FreshFactors", "GivenMask", "Guided", "HiZOO", "KeptLeft",
-    "KeptRight", "LayerSkip", "LeZO", "MagnitudeMask", "MeZOGV", "Momentum", "MomentumWindow", "OneSided",
-    "Orthogonal", "Population", "QuZO", "RandomMask", "Ranking", "RankingRounds",
-    "Rule", "ScaledPopulation", "Sign",
-    "SignOfDifference", "SparseMeZO", "Sphere", "StdNormalized", "SubZero", "Subspace", "TeZO",
-    "TemporalFactor", "TensorScale", "ThreePoint", "TwoSided", "ZOAdam", "ZOAdamW", "ZOConservative",
-    "ZORankSGD", "ZORankSearch", "ZOSignSGD", "ZerothOrder", "decay_groups",
+    "EGGROLL", "ES", "FZOO", "LOZO", "QZO", "SGD", "ZOBCD", "ZOCGE", "ZOSGD", "AMSGrad", "Adam", "AdamWindow",
+    "Bayesian", "Blocks", "Cohort", "Consensus", "ConsensusHopping", "Conservative", "Curvature", "Direction",
+    "FactorMomentum", "Floored", "ForwardGradient", "ForwardMode", "FreshFactors", "GivenMask", "Guided",
+    "HiZOO", "KeptLeft", "KeptRight", "LayerSkip", "LeZO", "MagnitudeMask", "MeZOGV", "Momentum",
+    "MomentumWindow", "OneSided", "Orthogonal", "Population", "QuZO", "RandomMask", "Ranking",
+    "RankingRounds", "Rule", "ScaledPopulation", "Sign", "SignOfDifference", "SparseMeZO", "Sphere",
+    "StdNormalized", "SubZero", "Subspace", "TeZO", "TemporalFactor", "TensorScale", "ThreePoint", "TwoSided",
+    "ZOAdam", "ZOAdamW", "ZOConservative", "ZORankSGD", "ZORankSearch", "ZOSignSGD", "ZerothOrder",
+    "decay_groups",
 ]  # fmt: skip

@@ -445,9 +445,13 @@ class EGGROLL(ZerothOrder):
             None, which is no shaping but plain differences, g_k = (L_k+ - L_k-) / (2 eps q).  The authors'
             raw scores are those with lr times eps^2 sqrt(N).
         maximize: the closure returns rewards, of which more is better.
+        baseline: the value at theta, one forward more, is subtracted in the place of the mean.  For pairs
+            this changes nothing but the authors' spread, so it is for ``mirrored=False``.
+        group: the mean is that of each group of so many members, which had a task of their own.
+        mirrored: members in pairs, as above; False: q members theta + eps z_k.
 
-    Of the authors' code the groups of members, the noise used again over several steps, the updates by signs,
-    the subtracted baseline and the sparse noise are not here.
+    Of the authors' code the noise used again over several steps, the updates by signs and the sparse noise
+    are not here.
 
     Source: Sarkar et al., 2025, arXiv 2511.16652.
     """
@@ -461,14 +465,19 @@ class EGGROLL(ZerothOrder):
         directions: int = 8,
         shaping: str | None = "variance",
         maximize: bool = False,
+        baseline: bool = False,
+        group: int | None = None,
+        mirrored: bool = True,
         rule: Rule | None = None,
         **options: Any,
     ) -> None:
         estimator: Estimator = TwoSided(directions)
         if shaping is not None:
-            estimator = ScaledPopulation(directions, shaping, maximize=maximize)
+            estimator = ScaledPopulation(directions, shaping, mirrored, maximize, baseline, group)
         elif maximize:
             fail(self.op, "maximize", "False without shaping (let the closure return -reward)", True)
+        elif baseline or group is not None or not mirrored:
+            fail(self.op, "baseline, group, mirrored", "their defaults without shaping", (baseline, group))
         direction, rule = FreshFactors(rank), SGD() if rule is None else rule
         super().__init__(params, lr, *args, estimator=estimator, direction=direction, rule=rule, **options)
 
@@ -488,6 +497,7 @@ class ES(ZerothOrder):
         shaping: "z-score", or another of :class:`Population`.
         mirrored: members in pairs theta + eps z and theta - eps z.
         maximize: the closure returns rewards.  With False it returns losses.
+        baseline, group: what takes the place of the mean of all members (:class:`Population`).
 
     Source: ES at scale, Qiu et al., 2025, arXiv 2509.24372, whose code has these defaults.
     """
@@ -502,10 +512,13 @@ class ES(ZerothOrder):
         shaping: str = "z-score",
         mirrored: bool = False,
         maximize: bool = True,
+        baseline: bool = False,
+        group: int | None = None,
         **options: Any,
     ) -> None:
         check_integer(self.op, "population", population, 2)
         if mirrored and population % 2:
             fail(self.op, "population", "an even number with mirrored=True", population)
-        estimator = Population(population // 2 if mirrored else population, shaping, mirrored, maximize)
+        directions = population // 2 if mirrored else population
+        estimator = Population(directions, shaping, mirrored, maximize, baseline, group)
         super().__init__(params, lr, eps, estimator=estimator, rule=SGD(), **options)

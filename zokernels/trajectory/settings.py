@@ -210,6 +210,7 @@ def header_of(optimizer: OptimizerView, base: bool = True) -> dict[str, Any]:
         "seed": optimizer.seed,
         "start": optimizer.step_count,
         "restore": optimizer.restore,
+        **({"cohort": optimizer.members_at_once} if optimizer.restore == "products" else {}),
         "gated": devices != {"cpu"},
         "losses": len(estimator.points()) if rule.reads_losses else 0,
         **{argument: describe(getattr(optimizer, argument)) for argument in _PARTS},
@@ -264,7 +265,7 @@ def check_same_run(optimizer: OptimizerView, header: dict[str, Any]) -> None:
         where = "'stream' of each parameter in read(path).header['groups'], as 'streams' of each group"
         fail("trajectory", "resume: streams", f"those of the log ({where})", "others, which draw other noise")
     for key in theirs:
-        if key not in ("created_by", "start", "gated") and ours.get(key) != theirs[key]:
+        if key not in ("created_by", "start", "gated", "cohort") and ours.get(key) != theirs[key]:
             fail(
                 "trajectory",
                 f"resume: {key}",
@@ -369,6 +370,8 @@ def optimizer_of(
         groups.append({**options, "params": list(zip(labels, params, strict=True)) if named else params,
                        "lr": lr, "streams": streams})  # fmt: skip
     try:
+        # A replay runs no forwards, and of "products" nothing but those is different.
+        restore = "exact" if restore == "products" else restore
         optimizer = StepOptimizer(groups, {"lr": 0.0}, seed=header["seed"], restore=restore, **parts)
     except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
         fail("replay_", "log", "valid settings", str(error)[:200])
