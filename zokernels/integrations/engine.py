@@ -178,6 +178,17 @@ def _check_apart(pieces: list[Piece]) -> None:
             fail("trace", a.parameter, "each element from one parameter", f"{a.name!r} and {b.name!r}")
 
 
+def whole(params: Mapping[str, Tensor]) -> list[Piece]:
+    """The pieces of a model that keeps its parameters as the checkpoint has them: one of Hugging Face.
+
+    Tensors of integers have no noise."""
+    return [
+        Piece(canonical_name(name), tuple(p.shape), name, 0, p.numel(), 0, None)
+        for name, p in params.items()
+        if p.is_floating_point()
+    ]
+
+
 # Perturbing and updating them -------------------------------------------------------------------------------
 
 
