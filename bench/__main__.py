@@ -18,7 +18,7 @@ import torch
 from zokernels import BackendUnavailable
 from zokernels.backends.registry import NAMES
 
-from . import compare, machine, offload, scaling, table, trajectory, whole_steps
+from . import compare, engines, machine, offload, scaling, table, trajectory, whole_steps
 from .gpu import check, prebuilt
 from .gpu.stage import replace
 from .methods import run as methods
@@ -176,6 +176,8 @@ def make_parser(program: str) -> argparse.ArgumentParser:
         "trajectory", help="replaying and recording a run, project and gram, on 22 M weights"
     )
     trajectory.add_arguments(sub)
+    sub = commands.add_parser("engines", help="weight work of evolution strategies, against es-at-scale")
+    engines.add_arguments(sub)
     sub = commands.add_parser(
         "scaling", help="on paper: a step of 175 G and 1,000 G weights on 8 to 1,024 GPUs"
     )

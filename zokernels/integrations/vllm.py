@@ -43,14 +43,17 @@ _PATIENCE = 600
 
 
 def _keep_cpu_weights() -> None:
-    """Lets vLLM's CPU backend compute with the weights themselves.
+    """Lets the linear layers of vLLM's CPU backend compute with the weights themselves.
 
-    It would move those of linear layers into packed copies, which nobody could perturb.  Workers import this
-    module before they load the model."""
+    It would move them into packed copies, which nobody could perturb.  Workers import this module before they
+    load the model.  Experts it packs in any case, so on the CPU a model with experts is refused."""
     if current_platform.is_cpu():
-        from vllm import _custom_ops
+        from vllm.model_executor.layers import utils
 
-        _custom_ops._supports_onednn = False
+        def dispatch(layer: Any, remove_weight: bool) -> None:
+            layer.cpu_linear = torch.nn.functional.linear
+
+        utils.dispatch_cpu_unquantized_gemm = dispatch
 
 
 def _check_version() -> None:
