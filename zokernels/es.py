@@ -38,6 +38,8 @@ from .step.step import StepOptimizer
 from .trajectory.format import Log, Record, encode, read, scan
 from .trajectory.settings import check_base, check_same_run, match, whole_header
 
+__all__ = ["Actors", "Engine", "Generation", "Here", "Reward", "Run", "Settings", "rewards_of", "train"]
+
 #: Of one prompt (as it was given) and the text that an engine made of it: a number, of which more is better.
 Reward = Callable[[Any, str], float]
 

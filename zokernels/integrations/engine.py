@@ -35,6 +35,8 @@ from ..files.safetensors import DTYPES as DTYPES_BY_NAME
 from ..files.safetensors import Checkpoint, Entry, lay_out, view
 from ..functional import Dist, Plan, Rounding, combine, combine_, plan
 
+__all__ = ["Piece", "Shape", "Update", "Weights", "create", "shapes_of", "trace", "whole", "write_parts"]
+
 _COPY = torch.ops.aten.copy_.default
 #: What may be done to a parameter besides copying: padding is filled.
 _FILLS = (torch.ops.aten.fill_.Scalar, torch.ops.aten.fill_.Tensor, torch.ops.aten.zero_.default)

@@ -158,6 +158,10 @@ class WorkerExtension:
         self._zk.update(step.seeds, step.coeffs, **step.terms)
         self._zk_updates.append(step)
 
+    def zk_pieces(self) -> list[list[Any]]:
+        """Where this rank has what: the fields of each :class:`~zokernels.integrations.engine.Piece`."""
+        return [list(piece) for piece in self._zk.pieces]
+
     def zk_drift(self) -> dict[str, float]:
         return self._zk.drift()
 
