@@ -123,8 +123,8 @@ def changed(base: Tensors, after: Tensors) -> tuple[float, float]:
     """The share of weights that differ, and the root of their mean squared difference."""
     total = sum(t.numel() for t in base.values())
     count = sum(int((after[name] != t).sum()) for name, t in base.items())
-    squares = sum(float((after[name].double() - t.double()).square().sum()) for name, t in base.items())
-    return count / total, math.sqrt(squares / total)
+    summed = sum(float((after[name].double() - t.double()).square().sum()) for name, t in base.items())
+    return count / total, math.sqrt(summed / total)
 
 
 def facts(

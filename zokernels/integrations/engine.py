@@ -388,9 +388,9 @@ class Weights:
         pairs = [(a, b) for old, (theta, _) in zip(before, self._buckets, strict=True)
                  for a, b in zip(old, theta.params, strict=True)]  # fmt: skip
         total = sum(a.numel() for a, _ in pairs)
-        squares = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
+        summed = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
         changed = sum(int((a != b).sum()) for a, b in pairs)
-        return {"changed": changed / total, "rms": (squares / total) ** 0.5}
+        return {"changed": changed / total, "rms": (summed / total) ** 0.5}
 
     def parts(self) -> list[tuple[Piece, Tensor]]:
         """The pieces of this rank with their exact weights, on the CPU."""

@@ -206,7 +206,7 @@ class WorkerExtension:
     def init_inter_engine_group(
         self, master_address: str, master_port: int, engine_idx: int, num_engines: int
     ) -> bool:
-        store = torch.distributed.TCPStore(
+        store = torch.distributed.TCPStore(  # type: ignore[attr-defined]
             master_address,
             int(master_port) + int(self.rank),  # ranks of one number talk to each other
             int(num_engines),
