@@ -18,6 +18,7 @@ from ..wire import Wire, format_of
 from .blocks import Block, aliases, blocks_of, materialise, persistent_buffers, place_extents
 from .encoder import Encoder
 from .engine import Engine
+from .footprint import CHOICES, fitting
 from .gathered import check_mesh
 from .layout import WireLayout
 from .memory import mapping
@@ -41,8 +42,9 @@ def stream(
     weights: str | os.PathLike[str] | Fill | None = None,
     path: str | os.PathLike[str] | None = None,
     resume: bool = False,
-    slots: int = 3,
-    scratch: int = 2,
+    slots: int | None = None,
+    scratch: int | None = None,
+    memory: int | None = None,
     write_every: int | None = 1,
     threads: int = 2,
     wire: Wire | None = None,
@@ -56,6 +58,11 @@ def stream(
     All forwards of a step go through a block before it leaves: the model, whatever it is, runs in lockstep,
     once for each forward.  Losses and weights are those of the same optimizer on the whole model in memory,
     to the bit.  Whatever is in no block (embeddings, norms, the head, tied weights) stays on the device.
+
+    The weights of a block are its parameters and the integers of its quantised layers: persistent buffers of
+    int8, uint8, int16 or int32 with two dimensions or more, such as those of
+    :class:`~zokernels.quantize.QuantizedLinear`.  They move with the block, so QZO and QuZO are streamed,
+    too.  All other buffers stay on the device.
 
     Make the optimizer from ``model.named_parameters()`` afterwards, and step as usual.  Every other forward
     (evaluation, generation) is streamed, too, and builds no graph for :meth:`~torch.Tensor.backward`.
@@ -78,9 +85,11 @@ def stream(
         resume: continue the run in ``path``, where there is one; the optimizer that is made next takes its
             steps.
         slots: buffers on the device, of the size of the largest block.  With 1 nothing is copied during a
-            computation.
+            computation.  Default: 3, or fewer where ``memory`` has no room for them, which a warning says.
         scratch: buffers for perturbed copies: 2, or 1, which saves memory and draws the noise once for each
-            forward.
+            forward.  Default: 2, or 1 where ``memory`` has no room for them.
+        memory: (host, disk) bytes of the device that weights may take: slots, scratch and what stays there
+            (:func:`footprint`).  Default: 0.8 of what is free on a GPU; no limit on the CPU.
         write_every: after how many updates a block is written back.  n > 1 saves traffic; the block then
             takes up to n updates each time it comes in.
         threads: how many read and write files.
@@ -102,11 +111,11 @@ def stream(
     2021 (ZeRO-Infinity, arXiv 2104.07857) and Liao et al. 2024 (Fuyou, arXiv 2403.06504).
     """
     op = "stream"
-    _check(op, storage, weights, path, resume, slots, scratch, write_every, threads, wire)
+    _check(op, storage, weights, path, resume, slots, scratch, memory, write_every, threads, wire)
     if mesh is not None:
         check_mesh(op, mesh, storage, wire)
     target = _device(op, model, device)
-    if not all(home_of(p).in_memory for p in model.parameters()):
+    if not all(home_of(p).in_memory for _, _, _, p in aliases(model)):
         fail(op, "model", "a model that is not streamed", "one that is", RuntimeError)
     fill = weights if callable(weights) else None
     checkpoint = None if weights is None or callable(weights) else Checkpoint(weights)
@@ -115,6 +124,10 @@ def stream(
     for block in made if storage == "disk" and places else ():
         place_extents(block, [places[e.name] for e in block.entries])
     layout = None if wire is None else WireLayout(wire, made)
+    if storage == "device":
+        slots, scratch = slots or CHOICES[0][0], scratch or CHOICES[0][1]
+    else:
+        slots, scratch = fitting(op, model, made, target, slots, scratch, layout, memory)
     writes = write_every if storage != "disk" or path is not None else None
     carrier = Carrier(op, made, target, slots, layout, Timeline(target), writes)
     store: DeviceStorage | HostStorage | DiskStorage
@@ -158,7 +171,7 @@ def _load_resident(
         for name, p in model.named_parameters() if loaded else ():
             if id(p) not in streamed:
                 p.copy_(_tensor_of(name, loaded, model, p))
-    _load_buffers(model, loaded)
+    _load_buffers(model, loaded, streamed)
 
 
 def _move_the_rest(model: nn.Module, blocks: Sequence[Block], device: torch.device) -> None:
@@ -168,7 +181,7 @@ def _move_the_rest(model: nn.Module, blocks: Sequence[Block], device: torch.devi
             p.data = p.data.to(device)
     for module in model.modules():
         for key, buffer in module._buffers.items():
-            if buffer is not None and buffer.device != device:
+            if buffer is not None and id(buffer) not in streamed and buffer.device != device:
                 module._buffers[key] = buffer.to(device)
 
 
@@ -180,6 +193,7 @@ def _check(
     resume: Any,
     slots: Any,
     scratch: Any,
+    memory: Any,
     write_every: Any,
     threads: Any,
     wire: Any,
@@ -190,9 +204,14 @@ def _check(
         format_of(op, wire)
         if storage == "device":
             fail(op, "wire", "None where storage is 'device': nothing crosses a link", repr(wire))
-    check_integer(op, "slots", slots)
+    if slots is not None:
+        check_integer(op, "slots", slots)
+    if memory is not None:
+        check_integer(op, "memory", memory)
+        if storage == "device":
+            fail(op, "memory", "None where storage is 'device': all weights are there", memory)
     check_integer(op, "threads", threads)
-    if scratch not in (1, 2):
+    if scratch not in (None, 1, 2):
         fail(op, "scratch", "1 or 2", repr(scratch))
     if write_every is not None and not is_integer(write_every, 1):
         fail(op, "write_every", "an integer >= 1, or None for storage that is only read", repr(write_every))
@@ -230,13 +249,13 @@ def _sources(
 ) -> dict[str, tuple[str, int, int]]:
     """(path, begin, size) of each streamed parameter in the checkpoint, which must fit the whole model."""
     if checkpoint is None:
-        if missing := [n for n, p in model.named_parameters() if p.is_meta]:
-            fail(op, "weights", f"a checkpoint for parameters on 'meta' ({missing[0]!r}, ...)", None)
+        if missing := [n for n, _, _, p in aliases(model) if p.is_meta]:
+            fail(op, "weights", f"a checkpoint for weights on 'meta' ({missing[0]!r}, ...)", None)
         return {}
     where = {canonical_name(name): (file, file.entries[name]) for name, file in checkpoint.where.items()}
     places = {}
     names = {e.name for b in blocks for e in b.entries}
-    groups: dict[int, list[tuple[str, nn.Parameter]]] = {}
+    groups: dict[int, list[tuple[str, Tensor]]] = {}
     for name, _, _, p in aliases(model):
         groups.setdefault(id(p), []).append((name, p))
     for same in groups.values():
@@ -254,11 +273,11 @@ def _sources(
     return places
 
 
-def _load_buffers(model: nn.Module, loaded: dict[str, Tensor]) -> None:
-    """Loads the buffers that the checkpoint has; others stay as the model made them."""
+def _load_buffers(model: nn.Module, loaded: dict[str, Tensor], streamed: set[int]) -> None:
+    """Loads the resident buffers that the checkpoint has; others stay as the model made them."""
     for name, buffer in persistent_buffers(model):
         found = loaded.get(canonical_name(name))
-        if found is not None:
+        if found is not None and id(buffer) not in streamed:
             if found.shape != buffer.shape:
                 fail(
                     "stream",
