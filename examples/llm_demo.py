@@ -194,7 +194,8 @@ def main(argv: list[str] | None = None) -> int:
     report = {
         "machine": machine.describe("cpu"), "options": {k: str(v) for k, v in vars(args).items()},
         "weights": count, "points": points, "loss": loss, "accuracy": accuracy, "losses": losses,
-        "seconds": seconds, "seconds_in_all": time.perf_counter() - start, "replay_exact": exact, "texts": texts,
+        "seconds": seconds, "seconds_in_all": time.perf_counter() - start, "replay_exact": exact,
+        "texts": texts,
     }  # fmt: skip
     (args.output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     if not learned:
