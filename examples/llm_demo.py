@@ -2,10 +2,10 @@
 
     make llm-demo                    # or: python examples/llm_demo.py [--lora 8] [--seed 1]
 
-As MeZO does it: a sentence becomes the prompt "Review: ... It was", and the model says "great" or "terrible":
-the loss is the cross entropy between these two words' logits at the last token.  All weights are bf16, the
-updates are rounded stochastically, and nothing is differentiated.  Each step is FZOO's: one forward at theta
-and one for each of ``--directions`` members.
+As MeZO does it: a sentence becomes the prompt "... It was", and the model says "great" or "terrible": the loss
+is the cross entropy between these two words' logits at the last token.  All weights are bf16, the updates are
+rounded stochastically, and nothing is differentiated.  Each step is FZOO's: one forward at theta and one for
+each of ``--directions`` members.
 
 It reports loss and accuracy on held-out sentences before and after, the standard error of the paired
 difference, and what the model writes of two prompts.  It leaves the log, the loss curve, the weights before
@@ -38,14 +38,17 @@ from zokernels.examples.smollm2 import convert
 from zokernels.optim import FZOO
 from zokernels.trajectory import replay_
 
-#: The words of a negative and a positive sentence, with the space that stands before them.
-WORDS = (" terrible", " great")
-TEMPLATE = "Review: {}\nIt was"
-TEXTS = ("A good film needs", "Review: I fell asleep twice.\nIt was")
+#: Prompts, each with the words of a negative and a positive sentence and the space that stands before them.
+PROMPTS = {
+    "mezo": ("{} It was", (" terrible", " great")),
+    "sentiment": ("Review: {}\nSentiment:", (" negative", " positive")),
+}
+TEXTS = ("A good film needs", "I fell asleep twice. It was")
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--prompt", choices=sorted(PROMPTS), default="mezo")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=16, help="sentences a step")
     parser.add_argument("--directions", type=int, default=8, help="members; a step takes one forward more")
@@ -62,12 +65,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 class Judge(nn.Module):
-    """Logits [batch, 2] of :data:`WORDS` after each prompt, which is padded on the left."""
+    """Logits [batch, 2] of two words after each prompt, which is padded on the left."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, words: tuple[str, str]) -> None:
         super().__init__()
         self.model = model
-        ids = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in WORDS]
+        ids = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
         assert all(len(i) == 1 for i in ids), "a label word is one token"
         self.words = [i[0] for i in ids]
 
@@ -81,8 +84,8 @@ class Judge(nn.Module):
 class Prompts(reviews.Batcher):
     """Batches of prompts of similar length, padded on the left, so that all end at the same place."""
 
-    def __init__(self, data: list[reviews.Review], tokenizer: Any, size: int) -> None:
-        prompts = [reviews.Review(TEMPLATE.format(r.text), r.label) for r in data]
+    def __init__(self, data: list[reviews.Review], tokenizer: Any, size: int, template: str) -> None:
+        prompts = [reviews.Review(template.format(r.text), r.label) for r in data]
         super().__init__(prompts, tokenizer, size, torch.device("cpu"), max_length=96)
 
     def _collate(self, items: Any) -> reviews.Batch:
@@ -149,9 +152,11 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load(args)
-    judge = Judge(model, tokenizer)
+    template, words = PROMPTS[args.prompt]
+    judge = Judge(model, tokenizer, words)
     training, held_out = reviews.split(reviews.load(), args.validation)
-    data, validation = Prompts(training, tokenizer, args.batch), Prompts(held_out, tokenizer, 32).ordered()
+    data = Prompts(training, tokenizer, args.batch, template)
+    validation = Prompts(held_out, tokenizer, 32, template).ordered()
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     count = sum(p.numel() for _, p in named)
     print(f"{count:,} weights in bf16, {len(training)} sentences, {len(held_out)} held out", flush=True)
