@@ -2,10 +2,10 @@
 
     make llm-demo                    # or: python examples/llm_demo.py [--lora 8] [--seed 1]
 
-As MeZO does it: a sentence becomes the prompt "... It was", and the model says "great" or "terrible": the loss
-is the cross entropy between these two words' logits at the last token.  All weights are bf16, the updates are
-rounded stochastically, and nothing is differentiated.  Each step is FZOO's: one forward at theta and one for
-each of ``--directions`` members.
+As MeZO does it: a sentence becomes the prompt "... It was", and the model says "great" or "terrible": the
+loss is the cross entropy between these two words' logits at the last token.  All weights are bf16, the
+updates are rounded stochastically, and nothing is differentiated.  Each step is FZOO's: one forward at theta
+and one for each of ``--directions`` members.
 
 It reports loss and accuracy on held-out sentences before and after, the standard error of the paired
 difference, and what the model writes of two prompts.  It leaves the log, the loss curve, the weights before

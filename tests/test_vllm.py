@@ -23,7 +23,7 @@ from engine_layers import Model, Sizes, checkpoint
 from safetensors.torch import load_file
 
 import zokernels
-from zokernels.integrations.engine import Shape, trace
+from zokernels.integrations.engine import Shape, Weights, trace, whole
 
 ROOT = pathlib.Path(__file__).parent.parent
 #: SmolLM2-135M-Instruct as a folder; ``make vllm-test`` makes it.
@@ -271,6 +271,45 @@ def test_in_place(tmp_path):
     found = run_case("in_place", tmp_path)
     assert all(0 < d["changed"] < 1 and 0 < d["rms"] < 1e-3 for d in found["drift"])
     assert found["differs"] == []
+
+
+def test_engines_exchange_updates_and_no_weights():
+    """es-at-scale's trainer updates engine 0 alone, and then calls all engines to broadcast."""
+    from zokernels.integrations.vllm import WorkerExtension
+
+    base = {"a": torch.randn(40).bfloat16(), "b": torch.randn(3, 5)}
+    port, engines = _free_port(), []
+    for i in range(2):
+        engine = WorkerExtension()
+        engine.rank = 0
+        tensors = {name: t.clone() for name, t in base.items()}
+        engine._zk_weights, engine._zk_updates, engine._zk_broadcasts = (
+            Weights(whole(tensors), tensors),
+            [],
+            0,
+        )
+        engine.init_inter_engine_group("127.0.0.1", port, i, 2)
+        engines.append(engine)
+    first, second = engines
+    same = lambda: all(torch.equal(t, second._zk.tensors[n]) for n, t in first._zk.tensors.items())
+    for _ in range(2):
+        first.perturb_self_weights(9, 0.1)
+        first.restore_self_weights(9, 0.1)
+        first.update_weights_from_seeds(SEEDS, COEFFS, 1.0, 3)
+        assert not same()
+        assert first.broadcast_all_weights(0)
+        assert second.broadcast_all_weights(0)
+        assert same()
+    for engine in engines:  # a trainer that tells all of them; nothing is updated twice
+        engine.update_weights_from_seeds(SEEDS[:1], COEFFS[:1], 1.0, 1)
+        engine.broadcast_all_weights(0)
+    assert same()
+    assert len(second._zk_updates) == 3
+    second.update_weights_from_seeds(SEEDS[1:], COEFFS[1:], 1.0, 2)
+    first.update_weights_from_seeds(SEEDS[:2], COEFFS[:2], 1.0, 2)
+    first.broadcast_all_weights(0)
+    with pytest.raises(ValueError, match="updates: expected the first 4 of engine 0, got others"):
+        second.broadcast_all_weights(0)
 
 
 def test_two_ranks_have_the_bits_of_one(tmp_path):
