@@ -8,6 +8,7 @@ from ..step.directions.direction import Direction
 from ..step.directions.low_rank import FreshFactors, KeptLeft, KeptRight, Subspace, TemporalFactor
 from ..step.directions.masks import GivenMask, MagnitudeMask, RandomMask
 from ..step.directions.scaling import Sphere, TensorScale
+from ..step.directions.summed import Cone
 from ..step.estimators import (
     Bayesian,
     ForwardMode,
@@ -21,6 +22,7 @@ from ..step.estimators import (
     ThreePoint,
     TwoSided,
 )
+from ..step.rules.cone import ConeMomentum
 from ..step.rules.factors import FactorMomentum, Orthogonal
 from ..step.rules.rule import Rule
 from ..step.rules.sgd import SGD, Conservative, Floored
@@ -29,6 +31,7 @@ from ..step.rules.window import AdamWindow, MomentumWindow
 from ..step.subset import Blocks, LayerSkip
 from .adaptive import HiZOO, ZOAdam, ZOAdamW, ZOSignSGD
 from .cge import ZOCGE
+from .informed import ConMeZO
 from .methods import (
     EGGROLL,
     ES,
@@ -52,7 +55,7 @@ from .zosgd import ZOSGD
 
 __all__ = [
     "EGGROLL", "ES", "FZOO", "LOZO", "QZO", "SGD", "ZOBCD", "ZOCGE", "ZOSGD", "AMSGrad", "Adam",
-    "AdamWindow", "Bayesian", "Blocks", "Conservative", "Curvature", "Direction", "FactorMomentum",
+    "AdamWindow", "Bayesian", "Blocks", "ConMeZO", "Cone", "ConeMomentum", "Conservative", "Curvature", "Direction", "FactorMomentum",
     "Floored", "ForwardGradient", "ForwardMode", "FreshFactors", "GivenMask", "Guided", "HiZOO", "KeptLeft",
     "KeptRight", "LayerSkip", "LeZO", "MagnitudeMask", "MeZOGV", "Momentum", "MomentumWindow", "OneSided",
     "Orthogonal", "Population", "QuZO", "RandomMask", "Ranking", "Rule", "ScaledPopulation", "Sign",

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from ..checks import fail
 from ..contract import CONTRACT, canonical_name
-from ..step.directions import integers, low_rank, masks, scaling
+from ..step.directions import integers, low_rank, masks, scaling, summed
 from ..step.directions.direction import Direction
 from ..step.estimators import Estimator
 from ..step.groups import takes_part
 from ..step.roles import OptimizerView, home_of
-from ..step.rules import factors, sgd, stateful, window
+from ..step.rules import cone, factors, sgd, stateful, window
 from ..step.rules.rule import Rule
 from ..step.shard import whole_of
 from ..step.step import StepOptimizer
@@ -33,7 +33,7 @@ _PIECE = 1 << 24
 #: Where the classes are defined that a log may name.  They are imported here because a process that only
 #: replays (``zokernels replay``) imports no optimizer, and a class is found among the subclasses that exist
 #: (:func:`_kinds`).
-PART_MODULES = (integers, low_rank, masks, scaling, factors, sgd, stateful, window)
+PART_MODULES = (integers, low_rank, masks, scaling, summed, cone, factors, sgd, stateful, window)
 
 _PARTS = {"estimator": Estimator, "rule": Rule, "direction": Direction, "subset": Subset}
 

@@ -27,7 +27,7 @@ from ...functional import combine_, low_rank, low_rank_, update_
 from ..noise import DENSE, Members, Noise, Tensors
 from ..roles import OptimizerView
 from ..scalars import scalars
-from ..shard import is_sharded, local_of, locals_of, placed, shard_of
+from ..shard import is_sharded, local_of, locals_of, shard_of
 from ..types import Bucket, Seeds
 from .direction import Direction, check_refresh, derived_seed
 
@@ -108,7 +108,7 @@ class Factored(Noise):
         """Adds the noise to ``theta``, into ``out``, or in place where that is None."""
         theta = locals_of(members.params) if theta is None else theta
         pick = lambda values, at: [values[i] for i in at]
-        of = lambda at: _picked(members, at)
+        of = members.picked
         shapes = [self._kind.matrix(p) for p in members.params]
         wide = [i for i, shape in enumerate(shapes) if shape is not None]
         if flat := [i for i, shape in enumerate(shapes) if shape is None]:
@@ -173,9 +173,9 @@ class Factored(Noise):
         flat = [i for i, p in enumerate(members.params) if self._kind.matrix(p) is None]
         if flat:
             of_flat = {key: [tensors[i] for i in flat] for key, tensors in states.items()}
-            DENSE.step(_picked(members, flat), rule, hyper, seeds, coeffs, **of_flat, **options)
+            DENSE.step(members.picked(flat), rule, hyper, seeds, coeffs, **of_flat, **options)
         for i in sorted({*range(len(members.params))} - {*flat}):
-            one = _picked(members, [i])
+            one = members.picked([i])
             (theta,) = locals_of(one.params)
             g = torch.full(theta.shape, -0.0, dtype=torch.float32, device=theta.device)
             left, right = self.factors(one.params, one.streams, seeds)
@@ -189,7 +189,7 @@ class Factored(Noise):
                 key: [tensor] for key, tensor in zip(("first", "second"), then, strict=False)
             }
             kernel: KernelRule = "momentum" if rule == "sign" else rule
-            args = self.kernel_args(one, seeds[:0], coeffs[:0]) | _places(one)
+            args = self.kernel_args(one, seeds[:0], coeffs[:0]) | one.places
             update_([theta], kernel, still, **args, **own, **options)
 
     def fresh_shapes(self, members: Members) -> list[tuple[int, ...]]:
@@ -224,13 +224,13 @@ class Factored(Noise):
         product.
         """
         for i, state in enumerate(states):
-            one = _picked(members, [i])
+            one = members.picked([i])
             (param,), (theta,) = one.params, locals_of(one.params)
             if (shape := self._kind.matrix(param)) is None:
-                args = self.kernel_args(one, seeds, coeffs) | _places(one)
+                args = self.kernel_args(one, seeds, coeffs) | one.places
                 combine_([state], **args, decay=keep)
-                hyper = _constants((0.0, 1.0, 0.0, lr), lr)
-                none = self.kernel_args(one, seeds[:0], coeffs[:0]) | _places(one)
+                hyper = scalars((0.0, 1.0, 0.0, lr), lr.device).float()
+                none = self.kernel_args(one, seeds[:0], coeffs[:0]) | one.places
                 update_([theta], "momentum", hyper, **none, first=[state], **rounding)
                 continue
             combine_([state], seeds, coeffs * self._kind.scale, streams=one.streams, decay=keep)
@@ -249,10 +249,10 @@ class Factored(Noise):
         """
         name = type(self._kind).__name__
         for i in range(len(members.params)):
-            one = _picked(members, [i])
+            one = members.picked([i])
             (param,), (theta,) = one.params, locals_of(one.params)
             if (shape := self._kind.matrix(param)) is None:
-                args = self.kernel_args(one, seeds, -lr * coeffs) | _places(one)
+                args = self.kernel_args(one, seeds, -lr * coeffs) | one.places
                 combine_([theta], **args, **rounding)
                 continue
             total = torch.full(self._kind.fresh_shape(shape), -0.0, dtype=torch.float32, device=theta.device)
@@ -273,24 +273,10 @@ def _msign(x: Tensor) -> Tensor:
     return found
 
 
-def _picked(members: Members, at: list[int]) -> Members:
-    return Members([members.params[i] for i in at], [members.streams[i] for i in at], members.dist)
-
-
-def _places(members: Members) -> dict[str, Any]:
-    """The arguments of an operation that say where in the noise ``members`` are."""
-    return {"streams": members.streams} | placed(members.params)
-
-
-def _constants(values: Sequence[float | Tensor], like: Tensor) -> Tensor:
-    """Numbers and 0-dim tensors as one fp32 tensor, by fills, which do not wait for the host."""
-    return scalars(values, like.device).float()
-
-
 def _momentum(g: Tensor, theta: Tensor, hyper: Tensor, m: Tensor) -> tuple[list[Tensor], Tensor]:
     l2, beta, gain, lr = hyper.unbind()
     m.copy_(beta * m + gain * (l2 * theta + g))
-    return [m], _constants((0.0, 1.0, 0.0, lr), hyper)
+    return [m], scalars((0.0, 1.0, 0.0, lr), hyper.device).float()
 
 
 def _adam(g: Tensor, theta: Tensor, hyper: Tensor, m: Tensor, v: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -298,12 +284,12 @@ def _adam(g: Tensor, theta: Tensor, hyper: Tensor, m: Tensor, v: Tensor) -> tupl
     g = l2 * theta + g
     m.copy_(beta1 * m + gain1 * g)
     v.copy_(beta2 * v + gain2 * g * g)
-    return [m, v], _constants((0.0, 1.0, 0.0, 1.0, 0.0, *rest), hyper)
+    return [m, v], scalars((0.0, 1.0, 0.0, 1.0, 0.0, *rest), hyper.device).float()
 
 
 def _sign(g: Tensor, theta: Tensor, hyper: Tensor) -> tuple[list[Tensor], Tensor]:
     l2, lr = hyper.unbind()
-    return [(l2 * theta + g).sign()], _constants((0.0, 1.0, 0.0, lr), hyper)
+    return [(l2 * theta + g).sign()], scalars((0.0, 1.0, 0.0, lr), hyper.device).float()
 
 
 #: What the kernels of :func:`zokernels.update_` do with G before they move theta: G, theta, hyper and the
