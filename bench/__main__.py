@@ -21,6 +21,7 @@ from zokernels.backends.registry import NAMES
 from . import compare, machine, offload, scaling, table, trajectory, whole_steps
 from .gpu import check, prebuilt
 from .gpu.stage import replace
+from .learn import run as learn
 from .methods import run as methods
 from .registry import SKIPPED, Settings, ops
 from .workloads import WORKLOADS
@@ -164,6 +165,10 @@ def make_parser(program: str) -> argparse.ArgumentParser:
         "methods", help="every method against its eager form, and its loss after equal forwards"
     )
     methods.add_arguments(sub)
+    sub = commands.add_parser(
+        "learn", help="what methods learn in equal forwards, after the same search of step sizes"
+    )
+    learn.add_arguments(sub)
     sub = commands.add_parser(
         "offload", help="a streamed step against its transfers and its computation, each alone"
     )

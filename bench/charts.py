@@ -148,6 +148,32 @@ def curves(
     return drawn
 
 
+#: A line that is several at a time: (x, values at x).
+Band = Sequence[tuple[float, Sequence[float]]]
+
+
+@style()
+def bands(
+    panels: Sequence[tuple[str, Sequence[tuple[str, Sequence[tuple[float, Sequence[float]]]]]]],
+    x: str,
+    y: str,
+) -> Figure:
+    """``panels`` side by side, each a title and lines of (x, values): the mean, and from least to most."""
+    drawn, axes = figure(1, max(1, len(panels)), 5.2 * max(1, len(panels)), 3.6)
+    cycle = ["#2b6cb0", "#d0672b", "#3d8b5f", "#8a5aa8", "#a8324a", "#5b6670"]
+    for axis, (title, lines) in zip(axes.flat, panels, strict=False):
+        for (name, points), colour in zip(lines, cycle, strict=False):
+            at = [place for place, _ in points]
+            axis.plot(at, [sum(v) / len(v) for _, v in points], color=colour, linewidth=1.5, label=name)
+            axis.fill_between(
+                at, [min(v) for _, v in points], [max(v) for _, v in points], color=colour, alpha=0.15
+            )
+        axis.set(title=title, xlabel=x, ylabel=y)
+        axis.grid()
+        axis.legend(fontsize=7, frameon=False)
+    return drawn
+
+
 @style()
 def png(path: pathlib.Path, drawn: Figure) -> None:
     drawn.savefig(path, dpi=130)

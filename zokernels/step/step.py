@@ -54,6 +54,8 @@ class StepOptimizer(torch.optim.Optimizer):
 
     #: True if a log of seeds and coefficients (``trajectory``) is the whole run.
     replayable = True
+    #: True if the run also trains weights that no log of this optimizer holds.
+    part = False
 
     def __init__(
         self,

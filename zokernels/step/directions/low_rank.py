@@ -38,7 +38,7 @@ _FACTOR_K = 0x80000001
 Shapes = list[tuple[int, int]]
 
 
-def _draw(shapes: Shapes, seed: Tensor, streams: list[int], offsets: list[int], c: float) -> list[Tensor]:
+def draw(shapes: Shapes, seed: Tensor, streams: list[int], offsets: list[int], c: float) -> list[Tensor]:
     """c z [rows, columns] in fp32, of each stream from its offset on.
 
     It is one combine over -0.0, which is the neutral element of addition.
@@ -54,7 +54,7 @@ def near_square(count: int) -> tuple[int, int]:
     return m, count // m
 
 
-def _orthonormal(x: Tensor) -> Tensor:
+def orthonormal(x: Tensor) -> Tensor:
     """Orthonormal columns with the span of those of ``x``: a QR factorisation in float64, rounded to fp32."""
     q: Tensor = torch.linalg.qr(x.double()).Q
     return q.float().contiguous()
@@ -369,11 +369,11 @@ class LowRank(Direction):
         """
 
     def _left(self, shapes: Shapes, streams: list[int], seed: Tensor, c: float) -> list[Tensor]:
-        return _draw([(m, self.rank) for m, _ in shapes], seed, streams, [0] * len(shapes), c)
+        return draw([(m, self.rank) for m, _ in shapes], seed, streams, [0] * len(shapes), c)
 
     def _right(self, shapes: Shapes, streams: list[int], seed: Tensor) -> list[Tensor]:
         """They have the seed and stream of the left factors, and the elements behind theirs."""
-        return _draw(
+        return draw(
             [(n, self.rank) for _, n in shapes], seed, streams, [m * self.rank for m, _ in shapes], 1.0
         )
 
@@ -440,12 +440,12 @@ class KeptLeft(LowRank):
     def kept(
         self, shapes: Shapes, streams: list[int], seed: Tensor, cache: dict[tuple[Any, ...], Any]
     ) -> Any:
-        return [_orthonormal(left) for left in self._left(shapes, streams, seed, 1.0)]
+        return [orthonormal(left) for left in self._left(shapes, streams, seed, 1.0)]
 
     def drawn(
         self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any
     ) -> tuple[list[Tensor], list[Tensor]]:
-        fresh = _draw([(n, self.rank) for _, n in shapes], seed, streams, [0] * len(shapes), 1.0)
+        fresh = draw([(n, self.rank) for _, n in shapes], seed, streams, [0] * len(shapes), 1.0)
         by = lambda m: (m / self.rank) ** 0.5 if self.scaled else 1.0
         return [p * by(m) for p, (m, _) in zip(kept, shapes, strict=True)], fresh
 
@@ -485,7 +485,7 @@ class TemporalFactor(LowRank):
     def drawn(
         self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any
     ) -> tuple[list[Tensor], list[Tensor]]:
-        tau = _draw([(1, self.rank)] * len(shapes), seed, streams, [0] * len(shapes), 1.0)
+        tau = draw([(1, self.rank)] * len(shapes), seed, streams, [0] * len(shapes), 1.0)
         left, right = kept
         return [u * t for u, t in zip(left, tau, strict=True)], right
 
@@ -562,14 +562,14 @@ class Subspace(LowRank):
                     self._left([shape], [stream], seed, 1.0),
                     self._right([shape], [stream], seed),
                 )
-                cache[key] = _orthonormal(left), _orthonormal(right)
+                cache[key] = orthonormal(left), orthonormal(right)
             found.append(cache[key])
         return found
 
     def drawn(
         self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any
     ) -> tuple[list[Tensor], list[Tensor]]:
-        mixed = _draw([(self.rank, self.rank)] * len(shapes), seed, streams, [0] * len(shapes), 1.0)
+        mixed = draw([(self.rank, self.rank)] * len(shapes), seed, streams, [0] * len(shapes), 1.0)
         left = [torch.full((m, self.rank), -0.0, device=seed.device) for m, _ in shapes]
         scales = torch.cat(
             [torch.full((1, 1), (m * n) ** 0.5 / self.rank, device=seed.device) for m, n in shapes]
