@@ -183,7 +183,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def advice(rows: list[Row]) -> str:
-    """Which method to take, from the results alone: the best of each task, and the best without more memory."""
+    """Which method to take, by the results alone: the best of each task, and the best without more memory."""
     plain = {m.name for m in METHODS if m.memory == "0"}
     out = []
     for name, task in TASKS.items():

@@ -350,7 +350,17 @@ class ZOBCD(ZOSGD):
         super().__init__(params, *args, subset=Blocks(layers, size, period, order), **options)
 
 
-class LOZO(ZOSGD):
+class _FactorSGD(ZOSGD):
+    """:class:`ZOSGD` with kept factors: its momentum is of the fresh factor alone, unless it is a window."""
+
+    def __init__(self, params: ParamsT, *args: Any, momentum: float, **options: Any) -> None:
+        if momentum and options.get("window") is None:
+            super(ZOSGD, self).__init__(params, *args, rule=FactorMomentum(momentum), **options)
+        else:
+            super().__init__(params, *args, momentum=momentum, **options)
+
+
+class LOZO(_FactorSGD):
     """:class:`ZOSGD` along U V^T / sqrt(rank), V kept for ``interval`` steps (:class:`KeptRight`).
 
     ``scaled=False`` is the authors' code: U V^T for matrices, dense noise for vectors, with one eps and one
@@ -374,11 +384,8 @@ class LOZO(ZOSGD):
         momentum: float = 0.0,
         **options: Any,
     ) -> None:
-        options["direction"] = KeptRight(rank, interval, scaled)
-        if momentum and options.get("window") is None:
-            super(ZOSGD, self).__init__(params, *args, rule=FactorMomentum(momentum), **options)
-        else:
-            super().__init__(params, *args, momentum=momentum, **options)
+        direction = KeptRight(rank, interval, scaled)
+        super().__init__(params, *args, direction=direction, momentum=momentum, **options)
 
 
 class SubZero(ZOSGD):
@@ -402,7 +409,7 @@ class SubZero(ZOSGD):
         super().__init__(params, *args, direction=Subspace(rank, interval, near_square), **options)
 
 
-class TeZO(ZOSGD):
+class TeZO(_FactorSGD):
     """:class:`ZOSGD` along a sum of kept outer products with fresh weights (:class:`TemporalFactor`).
 
     ``scaled=False`` leaves out the factor 1 / sqrt(rank), as the paper does.  With ``scaled`` the same steps
@@ -423,11 +430,8 @@ class TeZO(ZOSGD):
         momentum: float = 0.0,
         **options: Any,
     ) -> None:
-        options["direction"] = TemporalFactor(rank, None, scaled)
-        if momentum and options.get("window") is None:
-            super(ZOSGD, self).__init__(params, *args, rule=FactorMomentum(momentum), **options)
-        else:
-            super().__init__(params, *args, momentum=momentum, **options)
+        direction = TemporalFactor(rank, None, scaled)
+        super().__init__(params, *args, direction=direction, momentum=momentum, **options)
 
 
 class EGGROLL(ZerothOrder):

@@ -185,7 +185,8 @@ class GradientSpace(LowRank):
         share = min(optimizer.step_count / self.decay_steps, 1.0)
         last = self.delta if self.last_delta is None else self.last_delta
         delta = self.delta + share * (last - self.delta)
-        bucket.noise = Factored(self, seed, {**bases, "delta": delta})
+        own: dict[Any, Any] = {**bases, "delta": delta}
+        bucket.noise = Factored(self, seed, own)
 
     def _stored(self, optimizer: OptimizerView, bucket: Bucket) -> dict[Any, Any]:
         found: dict[Any, Any] = {}
@@ -226,7 +227,9 @@ class GradientSpace(LowRank):
     def drawn(
         self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any
     ) -> tuple[list[Tensor], list[Tensor]]:
-        lefts, rights, r = [], [], self.rank
+        lefts: list[Tensor] = []
+        rights: list[Tensor] = []
+        r = self.rank
         fresh = draw([(r, r)] * len(shapes), seed, streams, [0] * len(shapes), 1.0)
         for (m, n), z, (left, sizes, right, sign, delta) in zip(shapes, fresh, kept, strict=True):
             s = sizes.double()

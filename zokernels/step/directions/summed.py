@@ -56,7 +56,7 @@ class Summed(Noise):
         for i in range(len(members.params)):
             one = members.picked([i])
             total = self.total(one, seeds, coeffs)
-            none = {"seeds": seeds[:0], "coeffs": coeffs[:0], "dist": members.dist}
+            none: dict[str, Any] = {"seeds": seeds[:0], "coeffs": coeffs[:0], "dist": members.dist}
             update_(locals_of(one.params), "momentum", hyper, first=[total], **none, **one.places, **rounding)
 
     def step(

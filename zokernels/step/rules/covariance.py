@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ class CovarianceDescent(Rule):
         lr = to_device(scalars((learning_rate(group, g),), g.device), device)
         hyper = scalars((0.0, 1.0, 0.0, torch.where(on, lr, torch.zeros_like(lr))), device).float()
         rounding = self.rounding(bucket, seeds, g, finite)
-        none = {"seeds": seeds[:0], "coeffs": g[:0], "dist": bucket.dist}
+        none: dict[str, Any] = {"seeds": seeds[:0], "coeffs": g[:0], "dist": bucket.dist}
         states = self.state(optimizer, bucket, "momentum_buffer")
         for i, (p, m) in enumerate(zip(bucket.params, states, strict=True)):
             one = bucket.members.picked([i])
