@@ -250,6 +250,51 @@ def test_fzoo_sigma(sigma, rng):
         compare(make, oracle, rng, lr=lr * (q / (q - 1)) ** 0.5)
 
 
+@pytest.mark.parametrize("sigma", ["sample", "population"])
+def test_fzoo_with_the_losses_of_the_step_before(sigma, rng):
+    """FZOO-R: sigma of this step's losses and the last one's together; g of this step's alone."""
+    q, lr = 3, 0.02
+
+    def remembering():
+        before = None
+
+        def oracle(theta, seed, step):
+            nonlocal before
+            zs = directions(seed, step, q, dist="rademacher")
+            base, losses = loss_of(theta), torch.stack([loss_of(at(theta, z, EPS)) for z in zs])
+            all_ = torch.cat((losses, losses if before is None else before))
+            before = losses
+            spread = ((all_ - all_.mean()) ** 2).sum() / (len(all_) - (sigma == "sample"))
+            return minus(theta, lr, weighted(zs, (losses - base) / (q * spread.sqrt())))
+
+        return oracle
+
+    make = lambda p, **o: FZOO(p, lr, directions=q, sigma=sigma, **o)
+    opt = compare(make, remembering(), rng, reuse=True)
+    assert len(opt.last_losses) == q + 1
+    differs(make, remembering(), rng)
+
+
+def test_fzoo_r_goes_on_from_its_log(tmp_path, rng):
+    seed, path = rng.getrandbits(62), tmp_path / "run.zk"
+
+    def run(steps, **options):
+        params = model()
+        opt = FZOO(list(params.items()), 0.02, EPS, directions=3, reuse=True, seed=seed, **options)
+        for _ in range(steps):
+            opt.step(lambda: loss_of(params))
+        if opt.trajectory:
+            opt.trajectory.close()
+        return [p.detach() for p in params.values()]
+
+    want = run(5)
+    run(3, trajectory=path)
+    assert same_bits(run(2, trajectory=path, resume=True), want)
+    base = model()
+    assert replay_(base, path) == 5
+    assert same_bits([p.detach() for p in base.values()], want)
+
+
 def test_sign_of_the_difference(rng):
     """zo_sign_opt: theta -= lr sign(g) z; of q directions their mean."""
     q, lr = 3, 0.01

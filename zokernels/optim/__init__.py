@@ -34,7 +34,7 @@ from ..step.rules.factors import FactorMomentum, Orthogonal
 from ..step.rules.feedback import ErrorFeedback
 from ..step.rules.rule import Rule
 from ..step.rules.sampled import Sensitivity
-from ..step.rules.sgd import SGD, Conservative, Floored
+from ..step.rules.sgd import SGD, Conservative, Floored, Recalling
 from ..step.rules.spaces import Projected
 from ..step.rules.stateful import Adam, AMSGrad, Curvature, Momentum, Sign
 from ..step.rules.window import AdamWindow, MomentumWindow
@@ -71,8 +71,8 @@ __all__ = [
     "GivenMask", "GradientSpace", "Guided", "HiZOO", "KeptLeft", "KeptRight", "LayerSkip", "LeZO",
     "LeaveOneOut", "MagnitudeMask", "MeZOGV", "Momentum", "MomentumWindow", "OneSided", "Orthogonal",
     "Population", "Projected", "ProjectedDifference", "QuZO", "RandomMask", "RankOneCovariance",
-    "Ranking", "RoundedSteps", "Rule", "SampledTensors", "ScaledPopulation", "Sensitivity", "Sign",
-    "SignOfDifference", "SparseMeZO", "Sphere", "StdNormalized", "SubZero", "Subspace", "TeZO",
+    "Ranking", "Recalling", "RoundedSteps", "Rule", "SampledTensors", "ScaledPopulation", "Sensitivity",
+    "Sign",    "SignOfDifference", "SparseMeZO", "Sphere", "StdNormalized", "SubZero", "Subspace", "TeZO",
     "TemporalFactor", "TensorScale", "ThreePoint", "TwoSided", "ZOAdam", "ZOAdamW", "ZOConservative",
     "ZORankSGD", "ZOSignSGD", "ZerothOrder", "decay_groups", "groups_without",
 ]  # fmt: skip

@@ -29,7 +29,7 @@ from ..step.loss import DerivativeReader, RankReader
 from ..step.probes.exact import TangentProbe
 from ..step.rules.factors import FactorMomentum
 from ..step.rules.rule import Rule
-from ..step.rules.sgd import SGD, Conservative, Floored
+from ..step.rules.sgd import SGD, Conservative, Floored, Recalling
 from ..step.shard import any_sharded
 from ..step.subset import LAYERS, Blocks, LayerSkip
 from ..step.types import Bucket, Estimate, LossesAt, Seeds
@@ -50,8 +50,10 @@ class FZOO(ZerothOrder):
             With lr times sqrt(q / (q - 1)), "sample" takes the steps of "population".
         std_eps: in units of the loss.  Where sigma <= std_eps, g is 0 instead of a division by next to
             nothing.
+        reuse: FZOO-R: sigma is that of the L_k and of those of the step before together, so half of the
+            directions give it (in the first step the L_k count twice).  A log then holds the losses.
 
-    Source: Dang et al., 2025, arXiv 2506.09034.
+    Source: Dang et al., 2025, arXiv 2506.09034; FZOO-R by summaries of it.
     """
 
     def __init__(
@@ -63,11 +65,26 @@ class FZOO(ZerothOrder):
         directions: int = 8,
         std_eps: float = 1e-8,
         sigma: str = "sample",
+        reuse: bool = False,
         dist: str = "rademacher",
         **options: Any,
     ) -> None:
-        estimator = StdNormalized(directions, std_eps, sigma)
-        super().__init__(params, lr, eps, dist=dist, estimator=estimator, rule=SGD(), **options)
+        estimator, rule = StdNormalized(directions, std_eps, sigma), Recalling() if reuse else SGD()
+        super().__init__(params, lr, eps, dist=dist, estimator=estimator, rule=rule, **options)
+
+    def estimate(self, buckets: list[Bucket], losses_at: LossesAt) -> Estimate:
+        rule = self.rule
+        if not isinstance(rule, Recalling):
+            return super().estimate(buckets, losses_at)
+        measured: list[Tensor] = []
+
+        def with_last(points: Any, count: int) -> Tensor:
+            losses = losses_at(points, count)
+            measured.append(losses)
+            return torch.cat((losses.double(), rule.last(self, losses[1:])))
+
+        estimate = super().estimate(buckets, with_last)
+        return estimate._replace(losses=measured[0], forwards=measured[0].unbind())
 
 
 class QZO(ZerothOrder):

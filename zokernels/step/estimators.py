@@ -167,6 +167,8 @@ class StdNormalized(OneSided):
     ``sigma``: "sample" divides by q - 1, as above and in the paper; "population" divides by q, as the
     authors' code does.  The same lr then makes steps sqrt(q / (q - 1)) times as long.
 
+    Losses behind the first q + 1 count for sigma alone (the step before's, :class:`FZOO` with ``reuse``).
+
     Source: FZOO (Dang et al., 2025, arXiv 2506.09034).
     """
 
@@ -180,7 +182,8 @@ class StdNormalized(OneSided):
             fail(type(self).__name__, "std_eps", "a number >= 0", repr(self.std_eps))
 
     def coefficients(self, losses: Tensor, eps: float) -> Tensor:
-        difference, sigma = losses[1:] - losses[0], losses[1:].std(correction=int(self.sigma == "sample"))
+        difference = losses[1 : self.directions + 1] - losses[0]
+        sigma = losses[1:].std(correction=int(self.sigma == "sample"))
         g = difference / (self.directions * sigma)
         return torch.where(sigma <= self.std_eps, torch.zeros_like(g), g)
 
