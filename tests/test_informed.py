@@ -266,9 +266,9 @@ def loren(lr, q, beta, rho, axis_lr, decay):
 
 def test_loren(rng):
     # The rate of a is large, so that it counts within a few steps.
-    lr, options = 0.0005, {"directions": 4, "momentum": 0.8, "damping": 0.3, "axis_lr": 30.0}
-    make = lambda p, **o: LOREN(p, lr, weight_decay=0.01, **{**options, **o})
-    oracle = lambda: loren(lr, 4, 0.8, 0.3, 30.0, 0.01)
+    lr, options = 0.0005, {"directions": 4, "momentum": 0.8, "damping": 0.3, "axis_lr": 300.0}
+    make = lambda p, **o: LOREN(p, lr, weight_decay=0.001, **{**options, **o})
+    oracle = lambda: loren(lr, 4, 0.8, 0.3, 300.0, 0.001)
     compare(make, oracle(), rng, steps=5, tolerance=1e-4)
     compare(make, oracle(), rng, restore="inplace", tolerance=5e-3)  # each move rounds
     differs(make, oracle(), rng, steps=5, momentum=0.0)
@@ -452,7 +452,7 @@ def test_log_of_integers_replays(bits, tmp_path, rng):
 LOGGED = {
     "ConMeZO": lambda p, **o: ConMeZO(p, 0.002, momentum=0.7, clip=50.0, weight_decay=0.1, **o),
     "PGAP": lambda p, **o: PGAP(p, 0.002, rank=3, probes=2, interval=3, clip=200.0, weight_decay=0.1, **o),
-    "LOREN": lambda p, **o: LOREN(p, 0.0005, directions=3, axis_lr=30.0, weight_decay=0.1, **o),
+    "LOREN": lambda p, **o: LOREN(p, 0.0005, directions=3, axis_lr=30.0, weight_decay=0.01, **o),
     "CurvZO": lambda p, **o: CurvZO(p, 0.002, interval=2, weight_decay=0.1, **o),
 }
 

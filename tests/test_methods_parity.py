@@ -25,12 +25,14 @@ from zokernels.optim import (
     ZOSGD,
     Adam,
     AMSGrad,
+    FactorAdam,
     FreshFactors,
     HiZOO,
     Momentum,
     SparseMeZO,
     Subspace,
     SubZero,
+    TemporalFactor,
     TensorScale,
     TeZO,
     TwoSided,
@@ -549,6 +551,50 @@ def test_tezo_with_momentum(rng):
     assert all(opt.state[p]["factor"].shape == (1, r) for n, p in params_of(opt) if p.dim() > 1)
     averages.clear()
     differs(make, oracle, rng)
+
+
+def test_tezo_adam(rng):
+    """Moments of the r weights tau; the second one's product has the squares of u and v."""
+    lr, r, b1, b2, eps = 0.01, 3, 0.8, 0.9, 1e-6
+    moments = {}
+
+    def oracle(theta, seed, step):
+        if step == 0:
+            moments.clear()
+
+        def z(name, shape, s, step):
+            if len(shape) < 2:
+                return dense(name, shape, s)
+            u, v = kept(name, shape, seed)
+            return u @ torch.diag(dense(name, (r,), s)) @ v.t()
+
+        def kept(name, shape, seed):
+            u = factors(name, shape, kept_seed(seed, 0), r, shape[0], 0)
+            return u, factors(name, shape, kept_seed(seed, 0), r, shape[1], shape[0] * r)
+
+        (one,) = directions(seed, step, 1, z)
+        g, s, new = central(theta, one), derive_seed_int(seed, step, 0), {}
+        for n, t in theta.items():
+            own = g * (dense(n, (r,), s) if t.dim() == 2 else one[n])
+            m, v = moments.get(n, (0.0, 0.0))
+            m, v = b1 * m + (1 - b1) * own, b2 * v + (1 - b2) * own**2
+            moments[n] = m, v
+            m, v = m / (1 - b1 ** (step + 1)), v / (1 - b2 ** (step + 1))
+            if t.dim() == 2:
+                left, right = kept(n, t.shape, seed)
+                m, v = left @ torch.diag(m) @ right.t(), left**2 @ torch.diag(v) @ (right**2).t()
+            new[n] = t - lr * m / (v.sqrt() + eps)
+        return new
+
+    def make(p, rule, **options):
+        direction = TemporalFactor(r, None, False)
+        return ZerothOrder(p, lr, estimator=TwoSided(1), rule=rule, direction=direction, **options)
+
+    adam = lambda **o: FactorAdam(**{"betas": (b1, b2), "adam_eps": eps, **o})
+    opt = compare(make, oracle, rng, tolerance=1e-3, rule=adam())  # quotients of small moments
+    assert all(opt.state[p]["factor_sq"].shape == (1, r) for n, p in params_of(opt) if p.dim() > 1)
+    differs(make, oracle, rng, rule=adam(betas=(b1, 0.5)))
+    differs(make, oracle, rng, rule=Adam((b1, b2), eps))
 
 
 def test_momentum_of_factors_survives_a_skipped_refresh(rng):

@@ -30,7 +30,7 @@ from ..step.estimators import (
 )
 from ..step.rules.cone import ConeMomentum
 from ..step.rules.covariance import CovarianceDescent
-from ..step.rules.factors import FactorMomentum, Orthogonal
+from ..step.rules.factors import FactorAdam, FactorMomentum, Orthogonal
 from ..step.rules.feedback import ErrorFeedback
 from ..step.rules.rule import Rule
 from ..step.rules.sampled import Sensitivity
@@ -60,6 +60,7 @@ from .methods import (
 )
 from .optimizer import ZerothOrder
 from .param_groups import decay_groups, groups_without
+from .pruning import grasp_shares
 from .quzo import QES, QuZO
 from .zosgd import ZOSGD
 
@@ -67,12 +68,13 @@ __all__ = [
     "AGZO", "EGGROLL", "ES", "FZOO", "LOREN", "LOZO", "PGAP", "QES", "QZO", "SGD", "ZOBCD", "ZOCGE",
     "ZOSGD", "AMSGrad", "ActivationSpace", "Adam", "AdamWindow", "Bayesian", "Blocks", "ConMeZO", "Cone",
     "ConeMomentum", "Conservative", "CovarianceDescent", "CurvZO", "Curvature", "Direction",
-    "ErrorFeedback", "FactorMomentum", "Floored", "ForwardGradient", "ForwardMode", "FreshFactors",
-    "GivenMask", "GradientSpace", "Guided", "HiZOO", "KeptLeft", "KeptRight", "LayerSkip", "LeZO",
-    "LeaveOneOut", "MagnitudeMask", "MeZOGV", "Momentum", "MomentumWindow", "OneSided", "Orthogonal",
-    "Population", "Projected", "ProjectedDifference", "QuZO", "RandomMask", "RankOneCovariance",
-    "Ranking", "Recalling", "RoundedSteps", "Rule", "SampledTensors", "ScaledPopulation", "Sensitivity",
-    "Sign",    "SignOfDifference", "SparseMeZO", "Sphere", "StdNormalized", "SubZero", "Subspace", "TeZO",
-    "TemporalFactor", "TensorScale", "ThreePoint", "TwoSided", "ZOAdam", "ZOAdamW", "ZOConservative",
-    "ZORankSGD", "ZOSignSGD", "ZerothOrder", "decay_groups", "groups_without",
+    "ErrorFeedback", "FactorAdam", "FactorMomentum", "Floored", "ForwardGradient", "ForwardMode",
+    "FreshFactors", "GivenMask", "GradientSpace", "Guided", "HiZOO", "KeptLeft", "KeptRight",
+    "LayerSkip", "LeZO", "LeaveOneOut", "MagnitudeMask", "MeZOGV", "Momentum", "MomentumWindow",
+    "OneSided", "Orthogonal", "Population", "Projected", "ProjectedDifference", "QuZO", "RandomMask",
+    "RankOneCovariance", "Ranking", "Recalling", "RoundedSteps", "Rule", "SampledTensors",
+    "ScaledPopulation", "Sensitivity", "Sign", "SignOfDifference", "SparseMeZO", "Sphere",
+    "StdNormalized", "SubZero", "Subspace", "TeZO", "TemporalFactor", "TensorScale", "ThreePoint",
+    "TwoSided", "ZOAdam", "ZOAdamW", "ZOConservative", "ZORankSGD", "ZOSignSGD", "ZerothOrder",
+    "decay_groups", "grasp_shares", "groups_without",
 ]  # fmt: skip

@@ -432,8 +432,10 @@ class TeZO(_FactorSGD):
     ``scaled=False`` leaves out the factor 1 / sqrt(rank), as the paper does.  With ``scaled`` the same steps
     are those of sqrt(rank) times the eps and rank times the lr, for matrices.
 
-    ``momentum``: TeZO-m, whose state of a matrix are rank numbers (:class:`FactorMomentum`).  TeZO-Adam's
-    factored second moment is not here; ``ZOAdam(..., direction=TemporalFactor(rank))`` has whole moments.
+    ``momentum``: TeZO-m, whose state of a matrix are rank numbers (:class:`FactorMomentum`).  TeZO-Adam, with
+    twice as many, is ``ZerothOrder(..., estimator=TwoSided(1), rule=FactorAdam(),
+    direction=TemporalFactor(rank, None, False))``; ``ZOAdam(..., direction=TemporalFactor(rank))`` has whole
+    moments.
 
     Source: Sun et al., 2025, arXiv 2501.19057.
     """

@@ -241,6 +241,49 @@ class Factored(Noise):
             )
             low_rank_([theta], lefts, rights, -lr, streams=one.streams, offsets=offsets, **rounding)
 
+    def fresh(self, one: Members, seeds: Tensor, coeffs: Tensor) -> Tensor:
+        """sum_k c_k F_k of one parameter, F_k the fresh factor; of one with dense noise, sum_k c_k z_k."""
+        (param,) = one.params
+        if (shape := self._kind.matrix(param)) is None:
+            total = torch.full(local_of(param).shape, -0.0, dtype=torch.float32, device=param.device)
+            combine_([total], **self.kernel_args(one, seeds, coeffs), **one.places)
+        else:
+            total = torch.full(self._kind.fresh_shape(shape), -0.0, dtype=torch.float32, device=param.device)
+            combine_([total], seeds, coeffs, streams=one.streams)
+        return total
+
+    def descend_adam(
+        self,
+        one: Members,
+        moments: tuple[Tensor, Tensor],
+        left: Tensor,
+        lr: Tensor,
+        eps: float,
+        **rounding: Any,
+    ) -> None:
+        """theta <- decay theta - lr m / (sqrt(v) + eps), with m and v the products of the two ``moments``.
+
+        ``left``: 1 - b1^n and 1 - b2^n, float64.  Divisions and roots are in float64, rounded once.
+        """
+        (param,), (theta,) = one.params, locals_of(one.params)
+        m, v = moments
+        if (shape := self._kind.matrix(param)) is not None:
+            kept = self._kind.kept([shape], list(one.streams), self._kept_seed, self._cache)
+            made = []
+            for moment, power in zip(moments, (1, 2), strict=True):
+                left_, right = self._kind.product(moment, [[t**power for t in part] for part in kept])
+                lefts, rights, offsets = _parts(
+                    type(self._kind).__name__, one.params, [left_[None]], [right[None]], {}
+                )
+                total = torch.full(theta.shape, -0.0, dtype=torch.float32, device=theta.device)
+                low_rank_([total], lefts, rights, 1.0, streams=one.streams, offsets=offsets)
+                made.append(total)
+            m, v = made
+        moved = ((m.double() / left[0]) / ((v.double() / left[1]).sqrt() + eps)).float()
+        hyper = scalars((0.0, 1.0, 0.0, lr), lr.device).float()
+        none = self.kernel_args(one, lr.new_zeros(0, dtype=torch.int64), lr.new_zeros(0).float())
+        update_([theta], "momentum", hyper, first=[moved], **none, **one.places, **rounding)
+
     def orthogonal(
         self, members: Members, seeds: Tensor, coeffs: Tensor, lr: Tensor, **rounding: Any
     ) -> None:
