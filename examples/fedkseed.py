@@ -27,6 +27,7 @@ def probabilities(sums: Tensor, counts: Tensor) -> Tensor:
     """Of each direction, fp64 [K]: softmax of the mean sizes of its derivatives, which are scaled to [0, 1].
 
     ``sums``: of the sizes, ``counts``: how many there were; a direction that nobody has drawn has mean 0.
+    (That the scaled means go through a softmax could not be confirmed.)
     """
     means = sums.double() / counts.clamp(min=1)
     spread = means.max() - means.min()

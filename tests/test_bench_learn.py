@@ -18,17 +18,18 @@ MEZO = METHODS[0]
 class Fake:
     """Results whose loss is a function of the step size, and which note what they were asked for."""
 
-    def __init__(self, loss):
-        self.loss, self.asked = loss, []
+    def __init__(self, loss, other):
+        self.loss, self.other, self.asked = loss, other or loss, []
 
     def get(self, task, method, lr, seed, search, budget):
-        assert (seed, search) == (run.SEARCH_SEED, True)
+        assert seed in run.SEARCH_SEEDS
+        assert search
         self.asked.append(lr)
-        return {"loss": self.loss(lr)}
+        return {"loss": self.loss(lr) if seed == run.SEARCH_SEEDS[0] else self.other(lr)}
 
 
-def searched(loss):
-    fake = Fake(loss)
+def searched(loss, other=None):
+    fake = Fake(loss, other)
     return run.search(fake, tasks.TASKS["digits"], dataclasses.replace(MEZO, lr=0.01), 10), fake.asked
 
 
@@ -43,6 +44,9 @@ def test_search_ends_between_two_that_are_worse(best):
 def test_search_does_not_go_on_for_ever_and_takes_no_divergence():
     assert searched(lambda lr: -lr)[0] == pytest.approx(0.01 * 10 ** (run.FURTHEST / 2), rel=0.02)
     assert searched(lambda lr: None if lr > 0.005 else 1.0)[0] < 0.01
+    assert (
+        searched(lambda lr: -lr, lambda lr: None if lr > 0.02 else -lr)[0] == 0.01
+    )  # the worse of two seeds
 
 
 def row(method, losses, task="digits", **more):
@@ -74,7 +78,7 @@ def test_advice_follows_the_results():
 
 def test_a_run_is_gone_on_with_and_written(tmp_path, capsys, monkeypatch):
     document, path = tmp_path / "methods.md", tmp_path / "learn.json"
-    document.write_text(f"before\n{run.BEGIN}\nold\n{run.END}\nafter\n")
+    document.write_text(f"before\n{run.BEGIN}\nstale text\n{run.END}\nafter\n")
     command = ["learn", "--tiny", "--only", MEZO.name, "ConMeZO", "--json", str(path)]
     assert main(command) == 0
     done = json.loads(path.read_text())["runs"]
@@ -93,7 +97,7 @@ def test_a_run_is_gone_on_with_and_written(tmp_path, capsys, monkeypatch):
     text = document.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
-    assert "old" not in text
+    assert "stale text" not in text
     assert "| digits | ConMeZO |" in text
     assert (tmp_path / "learn.png").stat().st_size > 10_000
     capsys.readouterr()

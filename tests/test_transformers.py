@@ -201,6 +201,7 @@ def test_gradients_for_the_head_beside_forwards_for_the_rest(restore, tmp_path):
     assert not torch.equal(model.classifier.weight, bert(0.0).classifier.weight)
     assert read(tmp_path / "run.zk").header["part"] is True
     assert read(tmp_path / "run.zk").steps == 4
+    ours.zo_optimizer.trajectory.close()
     run(rest).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert same(weights(model), weights(rest))
 

@@ -30,8 +30,9 @@ BEGIN, END = "<!-- bench learn: begin -->", "<!-- bench learn: end -->"
 STEP = math.sqrt(10)
 #: How far from the catalogue's a search goes, in half decades.
 FURTHEST = 6
-#: Of the search: no seed of the end.
-SEARCH_SEED = 1000
+#: Of the search: none of them is a seed of the end.  The worse of two counts, because a step size at the edge
+#: of divergence may do well once.
+SEARCH_SEEDS = (1000, 1001)
 POINTS = 20
 #: Two-sided 95 % points of Student's t, by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -103,8 +104,8 @@ def search(results: Results, task: Task, method: Method, budget: int) -> float:
     size = lambda power: float(f"{method.lr * STEP**power:.3g}")
 
     def loss(power: int) -> float:
-        found = results.get(task, method, size(power), SEARCH_SEED, True, budget)["loss"]
-        return math.inf if found is None else found
+        found = (results.get(task, method, size(power), seed, True, budget)["loss"] for seed in SEARCH_SEEDS)
+        return max(math.inf if one is None else one for one in found)
 
     here = 0
     while abs(here) < FURTHEST:
