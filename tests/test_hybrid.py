@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import nn
 from zosgd_cases import BOTH, same_bits
 
 import zokernels as zk
+from zokernels.cli import main
 from zokernels.contract import derive_seed_int
 from zokernels.optim import PGAP, ZOSGD, ConMeZO, ZOAdamW, groups_without
 from zokernels.trajectory import read, replay_
@@ -144,6 +147,22 @@ def test_the_log_is_the_zeroth_order_part_and_says_so(restore, tmp_path, rng):
     plain = net()
     take(plain, ZOSGD(plain.named_parameters(), 0.01, trajectory=tmp_path / "plain.zk"), 1)
     assert "part" not in read(tmp_path / "plain.zk").header
+
+
+def test_the_command_says_that_a_log_is_a_part(tmp_path, capsys):
+    safetensors = pytest.importorskip("safetensors.torch")
+    model, files = net(), [str(tmp_path / name) for name in ("base.safetensors", "run.zk", "out.safetensors")]
+    base = {n: p.detach().clone() for n, p in model.named_parameters()}
+    safetensors.save_file(base, files[0])
+    take(model, hybrid(model, trajectory=files[1]), 2)
+    with pytest.warns(UserWarning, match="is a part of its run: weights that gradients trained stay"):
+        assert main(["replay", *files[:2], "-o", files[2]]) == 0
+    out = safetensors.load_file(files[2])
+    assert all(torch.equal(out[n], base[n]) for n in HEAD)
+    assert all(torch.equal(out[n], dict(model.named_parameters())[n].detach()) for n in BODY)
+    capsys.readouterr()
+    assert main(["log", files[1], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["part"] is True
 
 
 def test_a_checkpoint_goes_on_with_the_log(tmp_path, rng):
