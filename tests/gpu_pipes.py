@@ -168,21 +168,26 @@ class Kernel:
 #: In C++, and 16-byte accesses of eight elements.
 _DTYPES = {"fp32": ("f32", 2), "bf16": ("bf16", 1), "fp16": ("f16", 1)}
 
+#: The kernel's argument for a few tensors.
+_BYTES = "kMaxArgument"
+_LAUNCH = f"CombineLaunch<{_BYTES}>"
+
 
 def _combine(
     dist: str, dtype: str, count: int = 1, *, decay: bool = False, stochastic: bool = False
 ) -> Kernel:
     cpp, accesses = _DTYPES[dtype]
-    arguments = f"DType::{cpp}, {count}, {decay:d}, {stochastic:d}, false"
+    arguments = f"DType::{cpp}, {count}, {decay:d}, {stochastic:d}, {_BYTES}, false"
     name = f"combine, {dtype}, {dist}" + f", K = {count}" * (count > 1) + ", stochastic" * stochastic
-    source = (f"combine_{dist}_kernel<{arguments}>", "CombineLaunch")
+    source = (f"combine_{dist}_kernel<{arguments}>", _LAUNCH)
     return Kernel(name, source, 128, 16 * accesses, 4 * accesses)
 
 
 def _fan_out(dist: str, dtype: str, count: int) -> Kernel:
     """One pending update, or (0) any number of them."""
     cpp, accesses = _DTYPES[dtype]
-    source = (f"combine_{dist}_kernel<DType::{cpp}, {count}, {count == 0:d}, false, true>", "CombineLaunch")
+    arguments = f"DType::{cpp}, {count}, {count == 0:d}, false, {_BYTES}, true"
+    source = (f"combine_{dist}_kernel<{arguments}>", _LAUNCH)
     name = (
         f"fan_out, {dtype}, {dist}, {'one pending' if count else 'any number pending, one direction of them'}"
     )
@@ -275,7 +280,8 @@ def _mangled(kernel: Kernel) -> str:
     stem, arguments = kernel.source[0].rstrip(">").split("<")
     dtype, count, *flags = arguments.split(", ")
     number = ["f32", "bf16", "f16"].index(dtype.removeprefix("DType::"))
-    flags = "".join(f"Lb{int(flag not in ('false', '0'))}E" for flag in flags)
+    mangled = lambda flag: r"Li\d+E" if flag == _BYTES else f"Lb{int(flag not in ('false', '0'))}E"
+    flags = "".join(map(mangled, flags))
     return rf"{stem}ILNS0_5DTypeE{number}ELi{count}E{flags}"
 
 

@@ -192,6 +192,62 @@ def test_compiled_function_gives_the_same_bits():
     assert torch.equal(compiled(theta, seed, c), step(theta, seed, c))
 
 
+def test_plain_numbers_and_names_inside_a_compiled_function():
+    """Seeds as numbers, the default device and streams by name: one graph, and the bits of eager mode."""
+
+    def step(x):
+        y = x * 2
+        zokernels.combine_(y, 3, 0.1, streams=zokernels.stream_of("layer.weight"))
+        return y + zokernels.noise(x.shape, seed=4, stream=zokernels.stream_of("layer.bias"))
+
+    x = torch.randn(1000)
+    assert torch.equal(torch.compile(step, backend="aot_eager", fullgraph=True)(x), step(x))
+
+
+def test_exported_with_sizes_that_vary():
+    class Noisy(torch.nn.Module):
+        def forward(self, x, seed):
+            y = x.clone()
+            zokernels.combine_(y, seed, 0.1, streams=zokernels.stream_of("x"))
+            return y + zokernels.noise(x.shape, seed=7)
+
+    size, seed = torch.export.Dim("size", min=2), torch.tensor([3])
+    program = torch.export.export(
+        Noisy(), (torch.randn(64), seed), dynamic_shapes={"x": {0: size}, "seed": None}
+    )
+    x = torch.randn(1001)
+    assert torch.equal(program.module()(x, seed), Noisy()(x, seed))
+
+
+def test_vmap_is_one_call_for_each_member():
+    seeds, coeffs, x = torch.tensor([5, 6, 7]), torch.randn(3), torch.randn(3, 40)
+    noise = lambda seed: zokernels.noise((2, 20), seed=seed, stream=9)
+    assert torch.equal(torch.vmap(noise)(seeds), torch.stack([noise(seed) for seed in seeds]))
+    derived = torch.vmap(lambda seed: zokernels.derive_seed(seed, 4, torch.arange(2)))(seeds)
+    assert torch.equal(derived, zokernels.derive_seed(seeds[:, None], 4, torch.arange(2)))
+
+    def moved(x, seed, c):
+        x = x.clone()
+        zokernels.combine_(x, seed, c, streams=1, offsets=8)
+        y = torch.empty_like(x)
+        zokernels.combine([y], [x], seed, c, streams=2)
+        return x, y
+
+    members = [moved(*args) for args in zip(x, seeds, coeffs, strict=True)]
+    for ours, theirs in zip(torch.vmap(moved)(x, seeds, coeffs), zip(*members, strict=True), strict=True):
+        assert torch.equal(ours, torch.stack(theirs))
+    twice = torch.vmap(torch.vmap(noise))(seeds.expand(2, 3))
+    assert torch.equal(twice, torch.stack([noise(seed) for seed in seeds]).expand(2, 3, 2, 20))
+
+
+def test_vmap_over_seeds_alone_cannot_write_to_one_tensor():
+    x = torch.randn(8)
+    before = x.clone()
+    with pytest.raises(ValueError, match="combine_: params: expected tensors over whose dimension vmap runs"):
+        torch.vmap(lambda seed: zokernels.combine_(x, seed, 1.0, streams=0), out_dims=None)(torch.arange(3))
+    assert torch.equal(x, before)
+
+
 BASE = torch.linspace(-1, 1, 64)
 
 BAD_COMBINE = {

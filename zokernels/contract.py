@@ -134,6 +134,10 @@ def stream_of(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=STREAM_BITS // 8).digest(), "little")
 
 
+# As torch.compiler.assume_constant_result does, which imports the compiler: a graph holds the number.
+stream_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def streams_of(names: Iterable[str]) -> list[int]:
     """``stream_of`` each name; raises ``ValueError`` naming the pair when two of them collide."""
     owner: dict[int, str] = {}

@@ -22,11 +22,39 @@ def round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
+#: Dtypes of buffers that are streamed as the weights that they are: the integers of quantised layers.
+INTEGERS = frozenset((torch.int8, torch.uint8, torch.int16, torch.int32))
+
+
+def is_weight(module: nn.Module, key: str, tensor: Tensor) -> bool:
+    """Whether ``tensor``, which is ``key`` of ``module``, is streamed as a weight.
+
+    Parameters are, and so are persistent buffers that are matrices of integers, as quantised layers have
+    them.  Other buffers (counters, masks, running statistics, tables of positions) stay on the device.
+    """
+    if isinstance(tensor, nn.Parameter):
+        return True
+    persistent = key not in module._non_persistent_buffers_set
+    return persistent and tensor.dtype in INTEGERS and tensor.dim() >= 2
+
+
+def own_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(attribute, tensor) of the weights that are the module's own, parameters first."""
+    for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None and is_weight(module, key, tensor):
+            yield key, tensor
+
+
+def attributes_of(module: nn.Module, tensor: Tensor) -> dict[str, Tensor | None]:
+    """The attributes of ``module`` among which ``tensor`` is: its parameters or its buffers."""
+    return module._parameters if isinstance(tensor, nn.Parameter) else module._buffers  # type: ignore[return-value]
+
+
 class Entry(NamedTuple):
-    """A parameter of a block."""
+    """A weight of a block: a parameter, or a buffer of integers (:func:`is_weight`)."""
 
     name: str
-    param: nn.Parameter
+    param: Tensor
     begin: int  #: byte in the block
 
     def of(self, data: Tensor) -> Tensor:
@@ -48,7 +76,7 @@ class Extent(NamedTuple):
 
 
 class Block:
-    """A module whose parameters travel together."""
+    """A module whose weights travel together."""
 
     def __init__(self, index: int, name: str, module: nn.Module) -> None:
         self.index, self.name, self.module = index, name, module
@@ -60,9 +88,9 @@ class Block:
         self.scheduled = 0  #: updates the stored bytes will contain once queued writes finish
 
     def __repr__(self) -> str:
-        return f"{self.name} ({len(self.entries)} parameters, {self.nbytes} bytes)"
+        return f"{self.name} ({len(self.entries)} weights, {self.nbytes} bytes)"
 
-    def place(self, params: Sequence[tuple[str, nn.Parameter]], begins: Sequence[int] | None = None) -> None:
+    def place(self, params: Sequence[tuple[str, Tensor]], begins: Sequence[int] | None = None) -> None:
         """Lays the parameters out one after the other, or at the bytes ``begins``."""
         at, self.entries = 0, []
         for i, (name, p) in enumerate(params):
@@ -116,7 +144,7 @@ def find_blocks(
 def _largest_container(op: str, model: nn.Module) -> list[nn.Module]:
     def weight(module: nn.Module) -> int:
         alike = len({type(c) for c in module.children()}) == 1 and len(list(module.children())) > 1
-        return sum(p.numel() for p in module.parameters()) if alike else 0
+        return sum(p.numel() for m in module.modules() for _, p in own_weights(m)) if alike else 0
 
     containers = [m for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
     best = max(containers, key=weight, default=None)
@@ -130,48 +158,46 @@ def _largest_container(op: str, model: nn.Module) -> list[nn.Module]:
     return list(best.children())
 
 
-def streamed_parameters(
+def streamed_weights(
     op: str, model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]
-) -> list[list[tuple[str, nn.Parameter]]]:
-    """The parameters of each block, in the order of the module.
+) -> list[list[tuple[str, Tensor]]]:
+    """The weights of each block, in the order of its modules.
 
-    A parameter that another part of the model has, too (tied weights), is in none, and stays on the device.
+    A weight that another part of the model has, too (a tied one), is in none, and stays on the device.
     """
     owners: dict[int, set[int]] = {}
     within = {id(m): i for i, (_, block) in enumerate(blocks) for m in block.modules()}
     for module in model.modules():
-        for p in module._parameters.values():
-            if p is not None:
-                owners.setdefault(id(p), set()).add(within.get(id(module), -1))
+        for _, p in own_weights(module):
+            owners.setdefault(id(p), set()).add(within.get(id(module), -1))
     result = []
     for name, block in blocks:
-        params = []
-        for inner, p in block.named_parameters():
+        found: dict[int, tuple[str, Tensor]] = {}
+        for inner, _, _, p in aliases(block):
             if len(owners[id(p)]) == 1 and p.numel():
                 if p.dtype not in DTYPES and p.requires_grad:
                     fail(op, f"{name}.{inner}", "dtype float32, bfloat16 or float16", p.dtype, TypeError)
-                params.append((f"{name}.{inner}", p))
-        result.append(params)
+                found.setdefault(id(p), (f"{name}.{inner}", p))
+        result.append(list(found.values()))
     if not any(result):
-        fail(op, "blocks", "modules with parameters of their own", "none")
+        fail(op, "blocks", "modules with weights of their own", "none")
     return result
 
 
 def blocks_of(op: str, model: nn.Module, blocks: str | Sequence[nn.Module] | None) -> list[Block]:
-    """The blocks of the model, each with its parameters laid out one after the other."""
+    """The blocks of the model, each with its weights laid out one after the other."""
     found = find_blocks(op, model, blocks)
     made = [Block(i, name, module) for i, (name, module) in enumerate(found)]
-    for block, params in zip(made, streamed_parameters(op, model, found), strict=True):
+    for block, params in zip(made, streamed_weights(op, model, found), strict=True):
         block.place(params)
     return made
 
 
-def aliases(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-    """(name, module, attribute, parameter) for every place where a parameter is."""
+def aliases(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """(name, module, attribute, weight) for every place where a weight is."""
     for prefix, module in model.named_modules():
-        for key, p in module._parameters.items():
-            if p is not None:
-                yield (f"{prefix}.{key}" if prefix else key), module, key, p
+        for key, p in own_weights(module):
+            yield (f"{prefix}.{key}" if prefix else key), module, key, p
 
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -184,11 +210,11 @@ def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def empty_weights() -> Iterator[None]:
-    """Modules that are made inside have parameters without memory (device "meta"); their buffers are real.
+    """Modules that are made inside have weights without memory (device "meta"); other buffers are real.
 
     With it a model that is larger than memory is built at no cost, for :func:`stream` with ``weights``.
     """
-    register = nn.Module.register_parameter
+    register, register_buffer = nn.Module.register_parameter, nn.Module.register_buffer
 
     def without_memory(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         register(self, name, param)
@@ -196,20 +222,29 @@ def empty_weights() -> Iterator[None]:
             meta = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
             self._parameters[name] = meta
 
+    def buffer_without_memory(
+        self: nn.Module, name: str, tensor: Tensor | None, persistent: bool = True
+    ) -> None:
+        register_buffer(self, name, tensor, persistent)
+        if tensor is not None and is_weight(self, name, tensor):
+            self._buffers[name] = tensor.to("meta")
+
     nn.Module.register_parameter = without_memory  # type: ignore[method-assign]
+    nn.Module.register_buffer = buffer_without_memory  # type: ignore[method-assign]
     try:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+        nn.Module.register_buffer = register_buffer  # type: ignore[method-assign]
 
 
-def materialise(model: nn.Module, streamed: set[int]) -> list[tuple[str, nn.Parameter]]:
-    """Puts ordinary parameters in the place of those on "meta", which cannot change their device.
+def materialise(model: nn.Module, streamed: set[int]) -> list[tuple[str, Tensor]]:
+    """Puts ordinary weights in the place of those on "meta", which cannot change their device.
 
-    Tied parameters stay tied.  The ids of new streamed parameters are added to ``streamed``.  Returns the new
+    Tied weights stay tied.  The ids of new streamed weights are added to ``streamed``.  Returns the new
     resident ones, whose values are still to come.
     """
-    made: dict[int, nn.Parameter] = {}
+    made: dict[int, Tensor] = {}
     resident = []
     for name, module, key, p in list(aliases(model)):
         if not p.is_meta:
@@ -220,21 +255,23 @@ def materialise(model: nn.Module, streamed: set[int]) -> list[tuple[str, nn.Para
                 if id(p) in streamed
                 else torch.empty(p.shape, dtype=p.dtype)
             )
-            made[id(p)] = nn.Parameter(data, requires_grad=p.requires_grad)
+            is_parameter = isinstance(p, nn.Parameter)
+            made[id(p)] = nn.Parameter(data, requires_grad=p.requires_grad) if is_parameter else data
             if id(p) in streamed:
                 streamed.add(id(made[id(p)]))
             else:
                 resident.append((name, made[id(p)]))
-        module._parameters[key] = made[id(p)]
+        attributes_of(module, p)[key] = made[id(p)]
     return resident
 
 
 def placeholder(p: Tensor, device: torch.device) -> Tensor:
-    """What a streamed parameter is while its block is away: one NaN, of its dtype, in its shape.
+    """What a streamed weight is while its block is away: one NaN, of its dtype, in its shape.
 
-    A computation that reads it is NaN, and torch refuses to write to it.
+    A computation that reads it is NaN, and torch refuses to write to it.  Integers, which have no NaN, are
+    the least of their dtype.
     """
-    value = float("nan") if p.is_floating_point() else 0
+    value = torch.iinfo(p.dtype).min if p.dtype in INTEGERS else float("nan")
     return torch.full((), value, dtype=p.dtype, device=device).expand(p.shape)
 
 

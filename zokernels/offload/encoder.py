@@ -253,6 +253,7 @@ class Encoder(Threaded):
                 "coeffs": one.coeffs,
                 "decay": one.decay,
                 "rounding_seed": one.rounding_seed,
+                "minimum": one.minimum,
             }
             with torch.cuda.stream(self._side):
                 self._side.wait_event(ready)

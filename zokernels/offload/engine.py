@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from ..checks import fail
 from ..step.directions.direction import Direction
+from ..step.directions.integers import IntegerSteps
 from ..step.roles import Home, home_of, move_home
-from ..step.rules.sgd import SGD
+from ..step.rules.sgd import SGD, Floored
 from ..step.step import StepOptimizer
 from ..step.types import Bucket, Seeds
-from .blocks import Block, placeholder
+from .blocks import Block, aliases, placeholder
 from .cache import BlockCache
 from .encoder import Encoder
 from .history import HistoryNoise
@@ -30,6 +31,17 @@ from .run import Run
 from .save import save
 from .timeline import Timeline
 from .visit import SidePoints, Visit, WireVisit
+
+
+def _integers_of(block: Block) -> list[tuple[str, nn.Module, str, Tensor]]:
+    """(name, module, attribute, buffer) of the streamed buffers.
+
+    They are looked at again in each visit: ``module.to(...)`` gives a module other buffers, where it changes
+    the data of its parameters.
+    """
+    streamed = {id(e.param) for e in block.entries if not isinstance(e.param, nn.Parameter)}
+    places = aliases(block.module) if streamed else ()
+    return [(f"{block.name}.{name}", m, key, p) for name, m, key, p in places if id(p) in streamed]
 
 
 class Engine(BlockCache, Home):
@@ -59,10 +71,10 @@ class Engine(BlockCache, Home):
     ) -> None:
         super().__init__(blocks, slots, scratch, mover, timeline, write_every, wire)
         self.model, self.device, self.run = model, device, run
-        self.noise = HistoryNoise(self.history)
         self.closed = False
         self.optimizer: StepOptimizer | None = None
         self._empty = {id(e.param): placeholder(e.param, device) for b in blocks for e in b.entries}
+        self._integers = {b.index: _integers_of(b) for b in blocks}
         self._lockstep = Lockstep(self._open, [device])
         self._step: SidePoints | None = None
         self._visit: Visit | None = None
@@ -90,6 +102,10 @@ class Engine(BlockCache, Home):
     def _enter(self, block: Block) -> None:
         if self.closed:
             fail(self.op, block.name, "an open stream", "one that was closed", RuntimeError)
+        for name, module, key, buffer in self._integers[block.index]:
+            if module._buffers.get(key) is not buffer:
+                expected = "the buffer of integers that is streamed"
+                fail(self.op, name, expected, "another one: something replaced it", RuntimeError)
         if self._lockstep.current is None:
             self._open(block.index, [0])
         else:
@@ -150,7 +166,8 @@ class Engine(BlockCache, Home):
             and self.history.end > self.history.start
         ):
             self.flush()
-        if not isinstance(optimizer.rule, SGD) or type(optimizer.direction) is not Direction:
+        dense = type(optimizer.direction) in (Direction, IntegerSteps)
+        if not isinstance(optimizer.rule, (SGD, Floored)) or not dense:
             got = f"{type(optimizer.rule).__name__} on {type(optimizer.direction).__name__}"
             fail(op, "params", "SGD on dense noise where parameters are streamed", got)
         if kind.own_probe is not StepOptimizer.own_probe or kind.update is not StepOptimizer.update:
@@ -173,7 +190,7 @@ class Engine(BlockCache, Home):
         resident = [b for b in buckets if home_of(b.params[0]).in_memory]
         for b in buckets:
             if b not in resident:
-                b.noise = self.noise
+                b.noise = HistoryNoise(self.history, b.noise)
         self.history.begin()
         exact = optimizer.exact_probe(resident, seeds, shared=True) if resident else None
         stepped = lambda: self.committed() if optimizer.step_count > before else None

@@ -18,7 +18,7 @@ class Footprint(NamedTuple):
     slots: int
     scratch: int
     decoded: int  #: the one block to which wire bytes are decoded
-    resident: int  #: parameters in no block, and buffers
+    resident: int  #: weights in no block, and other buffers
     copy: int  #: the perturbed copy of the largest resident parameter, while a function takes it
 
     @property
@@ -42,6 +42,7 @@ def footprint(
     made = blocks_of("footprint", model, blocks)
     streamed = {id(e.param) for b in made for e in b.entries}
     resident: list[Tensor] = [p for p in model.parameters() if id(p) not in streamed]
+    buffers = [b for b in model.buffers() if id(b) not in streamed]
     largest, copy = max(b.nbytes for b in made), max(b.scratch for b in made)
     if wire is not None:
         largest = round_up(max(WireLayout(wire, made).nbytes), PAGE)
@@ -49,6 +50,6 @@ def footprint(
         slots=min(slots, len(made)) * largest,
         scratch=scratch * copy,
         decoded=0 if wire is None else copy,
-        resident=sum(t.nbytes for t in (*resident, *model.buffers())),
+        resident=sum(t.nbytes for t in (*resident, *buffers)),
         copy=max((p.nbytes for p in resident), default=0),
     )

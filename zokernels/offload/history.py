@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..step.deferred import DeferredNoise, Pass
-from ..step.noise import Members, Noise
+from ..step.deferred import DeferredNoise, Pass, raising
+from ..step.noise import Members, Noise, Tensors
 from ..step.types import Bucket
 from .blocks import Block
 
@@ -106,14 +106,22 @@ class History:
 
 
 class HistoryNoise(Noise):
-    """Dense noise of parameters that are elsewhere: an update is only written down."""
+    """``noise`` of parameters that are elsewhere: an update is only written down."""
 
-    def __init__(self, history: History) -> None:
-        self._history = history
+    def __init__(self, history: History, noise: Noise) -> None:
+        self._history, self._noise = history, noise
+        self.bounds = noise.bounds
+
+    def perturb(self, out: Tensors, members: Members, seeds: Tensor, coeffs: Tensor, **options: Any) -> None:
+        self._noise.perturb(out, members, seeds, coeffs, **options)
 
     def update(self, members: Members, seeds: Tensor, coeffs: Tensor, **rounding: Any) -> None:
         # The next step may write to the optimizer's own tensors, so they are copied.
-        self._history.add(members, Pass(seeds.clone(), coeffs.clone(), members.dist, **rounding))
+        kept = Pass(seeds.clone(), coeffs.clone(), members.dist, **rounding, bounds=self.bounds)
+        self._history.add(members, kept)
+
+    def raise_to(self, members: Members, minimum: Tensor) -> None:
+        self._history.add(members, raising(members, minimum))
 
 
 def apply_passes(

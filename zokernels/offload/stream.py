@@ -57,6 +57,11 @@ def stream(
     once for each forward.  Losses and weights are those of the same optimizer on the whole model in memory,
     to the bit.  Whatever is in no block (embeddings, norms, the head, tied weights) stays on the device.
 
+    The weights of a block are its parameters and the integers of its quantised layers: persistent buffers of
+    int8, uint8, int16 or int32 with two dimensions or more, such as those of
+    :class:`~zokernels.quantize.QuantizedLinear`.  They move with the block, so QZO and QuZO are streamed,
+    too.  All other buffers stay on the device.
+
     Make the optimizer from ``model.named_parameters()`` afterwards, and step as usual.  Every other forward
     (evaluation, generation) is streamed, too, and builds no graph for :meth:`~torch.Tensor.backward`.
 
@@ -106,7 +111,7 @@ def stream(
     if mesh is not None:
         check_mesh(op, mesh, storage, wire)
     target = _device(op, model, device)
-    if not all(home_of(p).in_memory for p in model.parameters()):
+    if not all(home_of(p).in_memory for _, _, _, p in aliases(model)):
         fail(op, "model", "a model that is not streamed", "one that is", RuntimeError)
     fill = weights if callable(weights) else None
     checkpoint = None if weights is None or callable(weights) else Checkpoint(weights)
@@ -158,7 +163,7 @@ def _load_resident(
         for name, p in model.named_parameters() if loaded else ():
             if id(p) not in streamed:
                 p.copy_(_tensor_of(name, loaded, model, p))
-    _load_buffers(model, loaded)
+    _load_buffers(model, loaded, streamed)
 
 
 def _move_the_rest(model: nn.Module, blocks: Sequence[Block], device: torch.device) -> None:
@@ -168,7 +173,7 @@ def _move_the_rest(model: nn.Module, blocks: Sequence[Block], device: torch.devi
             p.data = p.data.to(device)
     for module in model.modules():
         for key, buffer in module._buffers.items():
-            if buffer is not None and buffer.device != device:
+            if buffer is not None and id(buffer) not in streamed and buffer.device != device:
                 module._buffers[key] = buffer.to(device)
 
 
@@ -230,13 +235,13 @@ def _sources(
 ) -> dict[str, tuple[str, int, int]]:
     """(path, begin, size) of each streamed parameter in the checkpoint, which must fit the whole model."""
     if checkpoint is None:
-        if missing := [n for n, p in model.named_parameters() if p.is_meta]:
-            fail(op, "weights", f"a checkpoint for parameters on 'meta' ({missing[0]!r}, ...)", None)
+        if missing := [n for n, _, _, p in aliases(model) if p.is_meta]:
+            fail(op, "weights", f"a checkpoint for weights on 'meta' ({missing[0]!r}, ...)", None)
         return {}
     where = {canonical_name(name): (file, file.entries[name]) for name, file in checkpoint.where.items()}
     places = {}
     names = {e.name for b in blocks for e in b.entries}
-    groups: dict[int, list[tuple[str, nn.Parameter]]] = {}
+    groups: dict[int, list[tuple[str, Tensor]]] = {}
     for name, _, _, p in aliases(model):
         groups.setdefault(id(p), []).append((name, p))
     for same in groups.values():
@@ -254,11 +259,11 @@ def _sources(
     return places
 
 
-def _load_buffers(model: nn.Module, loaded: dict[str, Tensor]) -> None:
-    """Loads the buffers that the checkpoint has; others stay as the model made them."""
+def _load_buffers(model: nn.Module, loaded: dict[str, Tensor], streamed: set[int]) -> None:
+    """Loads the resident buffers that the checkpoint has; others stay as the model made them."""
     for name, buffer in persistent_buffers(model):
         found = loaded.get(canonical_name(name))
-        if found is not None:
+        if found is not None and id(buffer) not in streamed:
             if found.shape != buffer.shape:
                 fail(
                     "stream",

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..checks import DTYPES
-from ..functional import combine, decode, decode_fan_out, fan_out_
+from ..functional import decode, decode_fan_out, fan_out_
 from ..step.deferred import Pass
+from ..step.noise import Members
 from ..step.types import Bucket, Point, Seeds, terms
 from .blocks import Block
 from .cache import BlockCache
@@ -88,6 +89,8 @@ class Visit:
         pair, perturbed = self.sides[:2], [a for a in self._batches if a.bucket is not None]
         if len(pair) < 2 or self.cache.scratches < 2 or self.step is None or not perturbed:
             return None
+        if any(a.bucket is not None and a.bucket.noise.bounds is not None for a in perturbed):
+            return None  # a fan-out has no integers
         together = all(self.step.pair(pair, a.place) for a in perturbed)
         return pair if together else None
 
@@ -107,9 +110,9 @@ class Visit:
         fan_out_(params, plus, minus, seed, coeff, **noise, **update)
 
     def _last_update(self, a: Batch) -> dict[str, Any]:
-        """The last update as arguments of a fan-out; none where it has another distribution."""
+        """The last update as arguments of a fan-out; none where it is no combine of that distribution."""
         assert a.bucket is not None
-        if not a.passes or a.passes[-1].dist != a.bucket.dist:
+        if not a.passes or not a.passes[-1].is_combine or a.passes[-1].dist != a.bucket.dist:
             return {}
         return {
             key: getattr(a.passes[-1], key)
@@ -131,8 +134,8 @@ class Visit:
             if a.bucket is not None:
                 assert self.step is not None
                 out, params = ([v[i] for i in a.entries] for v in (views, self._params))
-                seeds, coeffs = self.step.terms(side, a.place, a.bucket)
-                combine(out, params, seeds, coeffs, streams=a.streams, dist=a.bucket.dist)
+                members = Members(params, a.streams, a.bucket.dist)
+                a.bucket.noise.perturb(out, members, *self.step.terms(side, a.place, a.bucket))
         self._made[side] = which
         return views
 
@@ -195,9 +198,9 @@ class WireVisit(Visit):
         if out[0].dtype not in DTYPES:
             for value, buffer in zip(out, buffers, strict=True):
                 value.view(-1).view(torch.uint8).copy_(buffer)
-            return
+            return super()._apply(a, passes)
         first: dict[str, Any] = {}
-        if passes:
+        if passes and passes[0].is_combine:
             one, *passes = passes
             fields = ("seeds", "coeffs", "dist", "decay", "rounding", "rounding_seed")
             first = {key: getattr(one, key) for key in fields}

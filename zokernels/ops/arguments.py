@@ -48,7 +48,8 @@ def seeds_of(op: str, argument: str, seeds: object, device: torch.device | str |
     """``seeds`` as a tensor; numbers go to ``device``, by default to torch's default device."""
     if isinstance(seeds, Tensor):
         return seeds
-    target = torch.get_default_device() if device is None else torch.device(device)
+    # A new tensor's device is torch's default, which torch.compile cannot ask for.
+    target = torch.empty(0).device if device is None else torch.device(device)
     return device_values(op, argument, seeds, torch.int64, target)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..backends import select
 from ..backends.terms import Terms
-from ..checks import check_overlap
+from ..checks import check_overlap, fail
 
 _LIBRARY = torch.library.Library("zokernels", "DEF")
 
@@ -47,10 +47,35 @@ def define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
         for key in ("CPU", "CUDA"):
             _LIBRARY.impl(name, entry, key)
         torch.library.register_fake(f"zokernels::{name}", fake, lib=_LIBRARY)
-        operation: Callable[..., Any] = getattr(torch.ops.zokernels, name).default
+        operation: torch._ops.OpOverload = getattr(torch.ops.zokernels, name).default
+        torch.library.register_vmap(f"zokernels::{name}", _batched(operation), lib=_LIBRARY)
         return operation
 
     return register
+
+
+def _batched(operation: torch._ops.OpOverload) -> Callable[..., tuple[Any, Any]]:
+    """What ``torch.vmap`` does with an operation: one call for each member of the batch, in order.
+
+    z is a function of seed, stream and index, so members that share these have the same noise, whatever
+    ``randomness`` says.
+    """
+    name, arguments = operation._schema.name.partition("::")[2], operation._schema.arguments
+
+    def member(b: int, value: Any, dims: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [member(b, v, dim) for v, dim in zip(value, dims, strict=True)]
+        return value if dims is None else value.select(dims, b)
+
+    def run(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+        for argument, dims in zip(arguments, in_dims, strict=False):  # some end before their defaults
+            if argument.is_write and None in (dims if isinstance(dims, (list, tuple)) else (dims,)):
+                expected = "tensors over whose dimension vmap runs, because other arguments have it"
+                fail(name, argument.name, expected, "one tensor for all members")
+        found = [operation(*member(b, args, in_dims)) for b in range(info.batch_size)]
+        return (torch.stack(found), 0) if operation._schema.returns else (None, None)
+
+    return run
 
 
 def checked(check: Callable[..., Any]) -> Callable[..., None]:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..backends.registry import select
 from ..functional import Rule as KernelRule
-from ..functional import combine_, update_
-from .noise import Members, Noise
+from ..functional import combine_, requantize_, update_
+from .noise import Members, Noise, raise_to
 
 #: Elements of a piece.  On the CPU 2^20 fp32 weights of a thread are 4 MiB, which stay in the last-level
 #: cache.  Seconds for 400 steps of 22.6 M weights on two cores (1 MiB of L2 each, 32 MiB of L3), with pieces
@@ -33,7 +33,9 @@ Pack = list[tuple[Tensor, int, int, int]]
 
 
 class Pass(NamedTuple):
-    """The arguments of one combine_, or of one update_ where there is a rule."""
+    """The arguments of one combine_; of one update_, where there is a rule; of one requantize_, where there
+    are bounds; or of one :meth:`Noise.raise_to`, where there is a minimum.
+    """
 
     seeds: Tensor
     coeffs: Tensor
@@ -45,6 +47,12 @@ class Pass(NamedTuple):
     hyper: Tensor | None = None
     first: dict[int, Tensor] | None = None  #: states by id of the parameter
     second: dict[int, Tensor] | None = None
+    bounds: tuple[int, int] | None = None  #: of integers
+    minimum: Tensor | None = None
+
+    @property
+    def is_combine(self) -> bool:
+        return self.rule is None and self.bounds is None and self.minimum is None
 
     def run(
         self, params: list[Tensor], streams: list[int], offsets: list[int], pick: Callable[..., Any]
@@ -53,11 +61,22 @@ class Pass(NamedTuple):
         keys = ("dist", "decay", "rounding", "rounding_seed")
         options: dict[str, Any] = {key: getattr(self, key) for key in keys}
         options |= {"streams": streams, "offsets": offsets}
-        if self.rule is None or self.hyper is None:
+        if self.minimum is not None:
+            raise_to(params, self.minimum)
+        elif self.bounds is not None:
+            low, high = self.bounds
+            requantize_(params, self.seeds, self.coeffs, low=low, high=high, **options)
+        elif self.rule is None or self.hyper is None:
             combine_(params, self.seeds, self.coeffs, **options)
         else:
             states = {"first": pick(self.first), "second": pick(self.second)}
             update_(params, self.rule, self.hyper, self.seeds, self.coeffs, **states, **options)
+
+
+def raising(members: Members, minimum: Tensor) -> Pass:
+    """The pass of :meth:`Noise.raise_to`."""
+    none = torch.empty(0, dtype=torch.int64), torch.empty(0)
+    return Pass(*none, members.dist, None, "nearest", None, minimum=minimum.clone())
 
 
 class _Work:
@@ -95,6 +114,9 @@ class DeferredNoise(Noise):
         params, streams, dist, _ = members
         # The rule may go on writing to the tensors that it gave (a window's seeds), so they are copied.
         self.put(params, streams, Pass(seeds.clone(), coeffs.clone(), dist, **options))
+
+    def raise_to(self, members: Members, minimum: Tensor) -> None:
+        self.put(members.params, members.streams, raising(members, minimum))
 
     def step(
         self, members: Members, rule: KernelRule, hyper: Tensor, seeds: Tensor, coeffs: Tensor, **options: Any
@@ -203,8 +225,8 @@ def fuse(passes: Sequence[Pass], dtype: torch.dtype) -> Iterator[Pass]:
     """
     run: list[Pass] = []
     for one in passes:
-        plain = dtype is torch.float32 and one.rule is None and one.decay is None
-        joins = plain and run and run[0].rule is None and one.dist == run[0].dist
+        plain = dtype is torch.float32 and one.is_combine and one.decay is None
+        joins = plain and run and run[0].is_combine and one.dist == run[0].dist
         if not joins or sum(len(p.seeds) for p in (*run, one)) > _FUSED:
             yield from _joined(run)
             run = []

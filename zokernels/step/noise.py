@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..functional import Dist, Plan, combine, combine_, update_
 from ..functional import Rule as KernelRule
+from ..transfer import to_device
 from .shard import locals_of, placed
 
 Tensors = Sequence[Tensor]
@@ -56,6 +57,8 @@ class Noise:
     #: False if perturbing and updating use different scales of z (MeZO variance scaling); restore then needs
     #: its own pass.
     same_scale = True
+    #: (low, high) where the weights are integers, which every pass rounds and clamps to that range.
+    bounds: tuple[int, int] | None = None
 
     def kernel_args(self, members: Members, seeds: Tensor, coeffs: Tensor) -> dict[str, Any]:
         """The arguments of a combine that say what is added to ``members``, besides their places."""
@@ -86,6 +89,10 @@ class Noise:
         theta, places = members.target
         combine_(theta, **self.kernel_args(members, seeds, coeffs), **places, **rounding)
 
+    def raise_to(self, members: Members, minimum: Tensor) -> None:
+        """In place, theta = max(theta, minimum), with ``minimum`` rounded to theta's dtype."""
+        raise_to(locals_of(members.params), minimum)
+
     def step(
         self, members: Members, rule: KernelRule, hyper: Tensor, seeds: Tensor, coeffs: Tensor, **options: Any
     ) -> None:
@@ -95,6 +102,15 @@ class Noise:
         """
         theta, places = members.target
         update_(theta, rule, hyper, **self.kernel_args(members, seeds, coeffs), **places, **options)
+
+
+def raise_to(params: Sequence[Tensor], minimum: Tensor) -> None:
+    """In place, theta = max(theta, minimum) for each of ``params``.
+
+    ``minimum``: a float of any dtype, 0-dim, on any device.
+    """
+    for p in params:
+        p.clamp_(min=to_device(minimum, p.device, p.dtype))
 
 
 DENSE = Noise()

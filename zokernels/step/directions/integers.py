@@ -21,6 +21,7 @@ class _IntegerNoise(Noise):
     """theta is int8: coefficients are in quantisation steps, and results are integers in [-limit, limit]."""
 
     def __init__(self, limit: int) -> None:
+        self.bounds = -limit, limit
         self._range: dict[str, Any] = {"low": -limit, "high": limit}
 
     def perturb(self, out: Tensors, members: Members, seeds: Tensor, coeffs: Tensor, **options: Any) -> None:

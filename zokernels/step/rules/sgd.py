@@ -12,7 +12,6 @@ from ...transfer import to_device
 from ..probes.probe import Probe
 from ..roles import OptimizerView
 from ..scalars import decay_of, is_zero, learning_rate, where
-from ..shard import locals_of
 from ..types import Bucket, Estimate
 from .rule import Rule
 
@@ -111,7 +110,6 @@ class Floored(Rule):
     """
 
     folds_restore = True
-    through_noise = False
 
     def __init__(self, minimum: float = 1e-7) -> None:
         super().__init__()
@@ -123,6 +121,4 @@ class Floored(Rule):
         self, optimizer: OptimizerView, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor
     ) -> None:
         self._descent.update(optimizer, bucket, seeds, g, finite)
-        floor = torch.where(finite, self.minimum, -math.inf)
-        for p in locals_of(bucket.params):
-            p.clamp_(min=to_device(floor, p.device, p.dtype))
+        bucket.noise.raise_to(bucket.members, torch.where(finite, self.minimum, -math.inf))
