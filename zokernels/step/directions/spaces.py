@@ -218,28 +218,32 @@ class GradientSpace(LowRank):
     def kept(
         self, shapes: Shapes, streams: list[int], seed: Tensor, cache: dict[tuple[Any, ...], Any]
     ) -> Any:
-        bases: dict[Any, Any] = cache
-        signs = [torch.full((1,), -0.0, device=seed.device) for _ in streams]
-        combine_(signs, seed, 1.0, streams=streams, dist="rademacher")
-        pairs = zip(streams, signs, strict=True)
-        return [(*bases[stream], sign[0], bases["delta"]) for stream, sign in pairs]
+        own: dict[Any, Any] = cache
+        own.setdefault("side", seed)
+        return own
 
     def drawn(
         self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any
     ) -> tuple[list[Tensor], list[Tensor]]:
-        lefts: list[Tensor] = []
-        rights: list[Tensor] = []
-        r = self.rank
-        fresh = draw([(r, r)] * len(shapes), seed, streams, [0] * len(shapes), 1.0)
-        for (m, n), z, (left, sizes, right, sign, delta) in zip(shapes, fresh, kept, strict=True):
-            s = sizes.double()
-            square = s.square().sum()
-            along = (z.diagonal() * s).sum() - sign * math.sqrt(delta) * square.sqrt()
-            shift = torch.where(square > 0, along / square, torch.zeros_like(along)) * s
-            z = (z.double() - torch.diag(shift)).float()
-            out = torch.full((m, r), -0.0, device=seed.device)
-            scale = (m * n) ** 0.5 / r if self.scaled else 1.0
-            low_rank_([out], [left[None]], [z.t().contiguous()[None]], scale, streams=[streams[len(lefts)]])
-            lefts.append(out)
-            rights.append(right)
-        return lefts, rights
+        """Made once in a step, for its one direction, and kept with the bases."""
+        for shape, stream in zip(shapes, streams, strict=True):
+            if ("left", stream) not in kept:
+                kept["left", stream] = self._left_factor(shape, stream, seed, kept)
+        return [kept["left", stream] for stream in streams], [kept[stream][2] for stream in streams]
+
+    def _left_factor(self, shape: tuple[int, int], stream: int, seed: Tensor, kept: Any) -> Tensor:
+        """U Z, fp32 [m, r]."""
+        (m, n), r = shape, self.rank
+        left, sizes, _ = kept[stream]
+        (z,) = draw([(r, r)], seed, [stream], [0], 1.0)
+        sign = torch.full((1,), -0.0, device=seed.device)
+        combine_([sign], kept["side"], 1.0, streams=[stream], dist="rademacher")
+        s = sizes.double()
+        square = s.square().sum()
+        along = (z.diagonal() * s).sum() - sign[0] * math.sqrt(kept["delta"]) * square.sqrt()
+        shift = torch.where(square > 0, along / square, torch.zeros_like(along)) * s
+        z = (z.double() - torch.diag(shift)).float()
+        out = torch.full((m, r), -0.0, device=seed.device)
+        scale = (m * n) ** 0.5 / r if self.scaled else 1.0
+        low_rank_([out], [left[None]], [z.t().contiguous()[None]], scale, streams=[stream])
+        return out
