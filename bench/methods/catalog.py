@@ -271,7 +271,7 @@ METHODS = [
     Method(
         "QES, int8, N = 8", "[2602.03120](https://arxiv.org/abs/2602.03120)",
         "u = decay e - lr g d, q += round(u), e = u - round(u)",
-        "QES(named, lr, population=8, maximize=False)", 8, 10, "4 (e)", (eager.QES, {"directions": 8}), 2.0,
+        "QES(named, lr, population=8, maximize=False)", 8, 10, "4 (e)", (eager.QES, {"directions": 8}), 20.0,
         state_bytes=8, task="integers",
     ),
     Method(

@@ -44,19 +44,23 @@ class CovarianceNoise(Summed):
     def __init__(self, seeds: Tensor, spreads: dict[int, Spread]) -> None:
         self._seeds, self.spreads = seeds, spreads
 
-    def total(self, one: Members, seeds: Tensor, coeffs: Tensor) -> Tensor:
-        (param,) = one.params
-        spread, (m, n) = self.spreads[id(param)], as_matrix(param)
-        out = torch.full(param.shape, -0.0, dtype=torch.float32, device=param.device)
-        combine_([out], **DENSE.kernel_args(one, seeds, coeffs), **one.places)
+    def totals(self, members: Members, seeds: Tensor, coeffs: Tensor) -> list[Tensor]:
         if len(seeds) > len(self._seeds):
-            fail(
-                "RankOneCovariance", "rule", "one that uses the step's own directions", f"{len(seeds)} seeds"
-            )
-        here = torch.where(seeds[:, None] == self._seeds, spread.alphas, torch.zeros_like(spread.alphas))
-        total = weighted(torch.ones_like(spread.s), coeffs.double() * here.sum(1))
-        rows, columns = torch.ones(1, m, 1, device=param.device), spread.a.reshape(1, n, 1)
-        low_rank_([out.view(m, n)], [rows], [columns], -total.float().reshape(1), streams=one.streams)
+            expected = "one that uses the step's own directions"
+            fail("RankOneCovariance", "rule", expected, f"{len(seeds)} seeds")
+        device = seeds.device
+        out = [torch.full(p.shape, -0.0, dtype=torch.float32, device=device) for p in members.params]
+        combine_(out, **DENSE.kernel_args(members, seeds, coeffs), **members.places)
+        mine = seeds[:, None] == self._seeds
+        shapes, along, columns = [as_matrix(p) for p in members.params], [], []
+        for p in members.params:
+            spread = self.spreads[id(p)]
+            alphas = torch.where(mine, spread.alphas, torch.zeros_like(spread.alphas)).sum(1)
+            along.append(-weighted(torch.ones_like(spread.s), coeffs.double() * alphas).float().reshape(1, 1))
+            columns.append(spread.a.reshape(1, -1, 1))
+        rows = [torch.ones(1, m, 1, device=device) for m, _ in shapes]
+        matrices = [t.view(shape) for t, shape in zip(out, shapes, strict=True)]
+        low_rank_(matrices, rows, columns, torch.cat(along), streams=members.streams)
         return out
 
 

@@ -1,12 +1,13 @@
 """Directions that are more than drawn noise: a stored tensor takes part in them.
 
-No single kernel call adds them to theta.  So their sum over k is made first, in fp32, for one parameter at a
-time, and then theta takes it with the one rounding that it would have taken anyway.
+No single kernel call adds them to theta.  So their sum over k is made first, in fp32, for some parameters at
+a time, and then theta takes it with the one rounding that it would have taken anyway.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,34 +19,51 @@ from ...functional import combine, update_
 from ..noise import Members, Noise, Tensors
 from ..roles import OptimizerView
 from ..scalars import scalars
-from ..shard import locals_of
+from ..shard import local_of, locals_of
 from ..types import Bucket, Seeds
 from .direction import Direction
 
+#: Elements up to which parameters are worked on together: 4 MiB of sums, which stay in the cache, and few
+#: calls for many small parameters.
+_TOGETHER = 1 << 20
+
+
+def packs(members: Members) -> Iterator[list[int]]:
+    """The numbers of parameters that are worked on together; a large one is alone."""
+    pack: list[int] = []
+    size = 0
+    for i, p in enumerate(members.params):
+        more = local_of(p).numel()
+        if pack and size + more > _TOGETHER:
+            yield pack
+            pack, size = [], 0
+        pack.append(i)
+        size += more
+    if pack:
+        yield pack
+
 
 class Summed(Noise):
-    """Noise that is added to theta as the tensor sum_k c_k z_k, which :meth:`total` makes.
+    """Noise that is added to theta as the tensors sum_k c_k z_k, which :meth:`totals` makes.
 
-    It is scratch of fp32, as large as the parameter that is worked on.  Rules with a state of each weight are
-    refused: their kernels take seeds.
+    They are scratch of fp32, as large as the parameters that are worked on together (:func:`packs`).  Rules
+    with a state of each weight are refused: their kernels take seeds.
     """
 
-    def total(self, one: Members, seeds: Tensor, coeffs: Tensor) -> Tensor:
-        """sum_k c_k z_k for the one parameter in ``one``: fp32, of the shape of its local part."""
+    def totals(self, members: Members, seeds: Tensor, coeffs: Tensor) -> list[Tensor]:
+        """sum_k c_k z_k for each parameter: fp32, of the shape of its local part."""
         raise NotImplementedError
 
     def perturb(self, out: Tensors, members: Members, seeds: Tensor, coeffs: Tensor, **options: Any) -> None:
         theta = locals_of(members.params if options.get("theta") is None else options["theta"])
-        decay = options.get("decay")
-        for i, (into, weights) in enumerate(zip(locals_of(out), theta, strict=True)):
-            weights = weights.detach()
-            if len(seeds):
-                total = self.total(members.picked([i]), seeds, coeffs)
+        into, decay = locals_of(out), options.get("decay")
+        for pack in packs(members):
+            totals = self.totals(members.picked(pack), seeds, coeffs) if len(seeds) else [None] * len(pack)
+            for i, total in zip(pack, totals, strict=True):
                 # fp32 additions and casts have one result on every device, so this needs no kernel.
-                weights = total.add_(weights.float() if decay is None else decay * weights.float())
-            elif decay is not None:
-                weights = decay * weights.float()
-            into.detach().copy_(weights)
+                weights = theta[i].detach()
+                weights = weights if decay is None else decay * weights.float()
+                into[i].detach().copy_(weights if total is None else total.add_(weights.float()))
 
     def move(self, members: Members, seeds: Tensor, coeffs: Tensor) -> None:
         self.perturb(members.params, members, seeds, coeffs)
@@ -53,11 +71,13 @@ class Summed(Noise):
     def update(self, members: Members, seeds: Tensor, coeffs: Tensor, **rounding: Any) -> None:
         """A kernel of momentum moves theta by -1 times the sum: it is the one that takes a stored tensor."""
         hyper = scalars((0.0, 1.0, 0.0, -1.0), coeffs.device).float()
-        for i in range(len(members.params)):
-            one = members.picked([i])
-            total = self.total(one, seeds, coeffs)
+        for pack in packs(members):
+            some = members.picked(pack)
+            totals = self.totals(some, seeds, coeffs)
             none: dict[str, Any] = {"seeds": seeds[:0], "coeffs": coeffs[:0], "dist": members.dist}
-            update_(locals_of(one.params), "momentum", hyper, first=[total], **none, **one.places, **rounding)
+            update_(
+                locals_of(some.params), "momentum", hyper, first=totals, **none, **some.places, **rounding
+            )
 
     def step(
         self, members: Members, rule: KernelRule, hyper: Tensor, seeds: Tensor, coeffs: Tensor, **options: Any
@@ -79,12 +99,12 @@ class ConeNoise(Summed):
     def __init__(self, momenta: dict[int, Tensor], toward: Tensor, across: Tensor) -> None:
         self._momenta, self.toward, self.across = momenta, toward, across
 
-    def total(self, one: Members, seeds: Tensor, coeffs: Tensor) -> Tensor:
-        m = self._momenta[id(one.params[0])]
-        args = self.kernel_args(one, seeds, (self.across * coeffs.double()).float())
-        out = torch.empty_like(m)
+    def totals(self, members: Members, seeds: Tensor, coeffs: Tensor) -> list[Tensor]:
+        momenta = [self._momenta[id(p)] for p in members.params]
+        args = self.kernel_args(members, seeds, (self.across * coeffs.double()).float())
+        out = [torch.empty_like(m) for m in momenta]
         decay = weighted(self.toward, coeffs).float().reshape(1)
-        combine([out], [m], decay=decay, **args, **one.places)
+        combine(out, momenta, decay=decay, **args, **members.places)
         return out
 
 

@@ -85,7 +85,7 @@ class CovarianceDescent(Rule):
         states = self.state(optimizer, bucket, "momentum_buffer")
         for i, (p, m) in enumerate(zip(bucket.params, states, strict=True)):
             one = bucket.members.picked([i])
-            total = bucket.noise.total(one, seeds, g)
+            (total,) = bucket.noise.totals(one, seeds, g)
             # Two operations of fp32, none of them fused, have the same bits on every device.
             new = group["momentum"] * m + total if p.dim() >= 2 else total
             m.copy_(torch.where(on, new, m))
