@@ -36,6 +36,10 @@ class Members(NamedTuple):
         """
         return {"streams": self.streams} | placed(self.params)
 
+    def picked(self, at: Sequence[int]) -> Members:
+        """The members of these numbers."""
+        return Members([self.params[i] for i in at], [self.streams[i] for i in at], self.dist)
+
     @property
     def target(self) -> tuple[Plan | Tensors, dict[str, Any]]:
         """The first argument of an operation that changes the parameters, and their places."""

@@ -61,6 +61,8 @@ class StepOptimizer(torch.optim.Optimizer):
     replayable = True
     #: True if a step on some of the parameters (a stage of a pipeline) is a part of the step on all of them.
     staged = True
+    #: True if the run also trains weights that no log of this optimizer holds.
+    part = False
 
     def __init__(
         self,
