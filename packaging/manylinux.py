@@ -126,12 +126,6 @@ def chosen(symbols: list[tuple[str, str, str]]) -> dict[str, tuple[str, str]]:
     return newest
 
 
-def system(tools: Tools) -> dict[str, dict[str, tuple[str, str]]]:
-    """The libraries that every Linux has, each with what it may be asked for (``chosen``)."""
-    names = ("libc.so.6", "libm.so.6", LOADER[tools.arch], "libstdc++.so.6", "libgcc_s.so.1")
-    return {name: chosen(tools.symbols(tools.library(name))) for name in names}
-
-
 def write_stub(tools: Tools, soname: str, symbols: dict[str, tuple[str, str]], folder: pathlib.Path) -> None:
     """A library ``folder/soname`` with these symbols and no code.  A version of "" means none."""
     lines = []
@@ -170,15 +164,16 @@ def make(arch: str, folder: pathlib.Path, torch: pathlib.Path | None = None) -> 
     """Writes the stubs and the toolchain for an architecture; returns the toolchain's path, ``folder``'s name
     + .cmake.
 
-    ``torch``: a folder with libtorch_cpu.so of the building machine's architecture.  For another architecture
-    its C functions are what the stubs of libtorch have, because they are the same there."""
+    ``torch``: a folder with libtorch_cpu.so of the building machine's architecture.  Its C functions are what
+    the stubs of libtorch have, for each architecture: they are the same there.  The library itself must not
+    be linked with, because it also exports parts of its own libstdc++, of which another torch has others."""
     tools = Tools(arch)
     stubs = folder / "stubs"
     shutil.rmtree(stubs, ignore_errors=True)
     stubs.mkdir(parents=True)
-    for soname, symbols in system(tools).items():
-        write_stub(tools, soname, symbols, stubs)
-    if torch is not None and not tools.native:
+    for soname in ("libc.so.6", "libm.so.6", LOADER[arch], "libstdc++.so.6", "libgcc_s.so.1"):
+        write_stub(tools, soname, chosen(tools.symbols(tools.library(soname))), stubs)
+    if torch is not None:
         names = {n: ("", "FUNC") for n, _,
             kind in Tools(platform.machine()).symbols(torch / "libtorch_cpu.so")
                  if kind == "FUNC" and re.match(r"(aoti_)?torch_\w+$", n)}  # fmt: skip
