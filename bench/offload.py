@@ -35,6 +35,8 @@ SHAPES = {
     "opt-1.3b": (24, 2048, 50272),
     "opt-13b": (40, 5120, 50272),
     "opt-30b": (48, 7168, 50272),
+    "opt-66b": (64, 9216, 50272),
+    "opt-175b": (96, 12288, 50272),
 }
 _TOKENS = 256
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -5,6 +5,8 @@ device.
 from __future__ import annotations
 
 import copy
+import sys
+import warnings
 import weakref
 
 import pytest
@@ -16,6 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from bench import offload as bench_offload
 from zokernels import offload
+from zokernels.offload.blocks import blocks_of
+from zokernels.offload.footprint import fitting
 
 VOCABULARY = 61
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -148,14 +152,16 @@ class Live(TorchDispatchMode):
         self.now -= nbytes
 
 
-@pytest.mark.parametrize(("shape", "limit"), [("opt-13b", 3.5e9), ("opt-30b", 5e9)])
+@pytest.mark.parametrize(
+    ("shape", "limit"), [("opt-13b", 3.5e9), ("opt-30b", 5e9), ("opt-66b", 8e9), ("opt-175b", 18e9)]
+)
 def test_memory_of_large_models(shape, limit, monkeypatch):
     """In bf16, 2,048 tokens, with the options of gpu-check: what the engine takes, the activations of one
     side (without scores, as fused attention has none), and what the other side keeps between two blocks."""
     monkeypatch.setattr(
         bench_offload.F, "scaled_dot_product_attention", lambda q, k, v, **_: torch.empty_like(q)
     )
-    model = bench_offload.build(shape, torch.bfloat16, layers=2)
+    model = bench_offload.build(shape, torch.bfloat16, layers=3)
     planned = offload.footprint(model, model.blocks(True), slots=2, scratch=1)
     width = model.embed.weight.shape[1]
     with torch.no_grad(), Live() as live:
@@ -168,3 +174,40 @@ def test_memory_of_large_models(shape, limit, monkeypatch):
     assert total < limit
     layers = model.blocks(False)
     assert offload.footprint(model, layers, slots=3, scratch=2).total > limit  # so this test can fail
+
+
+def test_what_fits_is_chosen_and_said(monkeypatch):
+    """OPT-175B's shapes: a card of 24 GB takes the defaults, one of 18 GB fewer, and 4 GB are not enough."""
+    model = bench_offload.build("opt-175b", torch.bfloat16, layers=3)
+    made = blocks_of("stream", model, model.blocks(True))
+    cuda, chosen = torch.device("cuda", 0), {}
+    for free in (24e9, 18e9, 12.5e9, 10e9, 4e9):
+        module = sys.modules[fitting.__module__]
+        monkeypatch.setattr(module, "free_bytes", lambda device: int(free))  # noqa: B023
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            slots, scratch = fitting("stream", model, made, cuda, None, None, None, None)
+        chosen[free] = slots, scratch
+        taken = offload.footprint(model, model.blocks(True), slots=slots, scratch=scratch).total
+        assert taken <= 0.8 * free or (slots, scratch) == (1, 1)
+        assert len(said) == ((slots, scratch) != (3, 2))
+        for one in said:
+            assert f"slots={slots} and scratch={scratch}, which take {taken / 1e9:.3g} GB" in str(one.message)
+    assert chosen == {24e9: (3, 2), 18e9: (2, 2), 12.5e9: (2, 1), 10e9: (1, 1), 4e9: (1, 1)}
+    assert fitting("stream", model, made, torch.device("cpu"), None, None, None, None) == (3, 2)
+
+
+def test_memory_that_is_asked_for(rng):
+    model = tower(torch.bfloat16, seed=rng.getrandbits(30))
+    total = lambda **options: offload.footprint(model, "layers", **options).total
+    with pytest.raises(ValueError, match=r"stream: memory: .*, got 5000, where slots=1 and scratch=1 take"):
+        offload.stream(model, "layers", memory=5000)
+    with pytest.raises(ValueError, match=r"stream: memory: .*, got \d+, where slots=2 and scratch=1 take"):
+        offload.stream(model, "layers", memory=total(slots=1, scratch=1), slots=2)
+    with pytest.raises(ValueError, match="stream: memory: expected None where storage is 'device'"):
+        offload.stream(model, "layers", "device", memory=10**9)
+    with (
+        pytest.warns(UserWarning, match="stream: slots=2 and scratch=1, which take"),
+        offload.stream(model, "layers", memory=total(slots=2, scratch=1)) as engine,
+    ):
+        assert (len(engine.buffers), engine.scratches) == (2, 1)

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from ..checks import fail
 from ..wire import Wire
-from .blocks import PAGE, blocks_of, round_up
+from .blocks import PAGE, Block, blocks_of, round_up
 from .layout import WireLayout
+
+#: (slots, scratch) from the fastest to the smallest.  A third slot lets one block leave while one computes
+#: and one comes.  The second scratch saves drawing the noise again for the second side.  Without a second
+#: slot nothing is copied during a computation, so it is given up last.
+CHOICES = ((3, 2), (2, 2), (2, 1), (1, 1))
+#: The part of the device's free memory that weights may take, where nothing else is asked for.  The rest is
+#: for activations and what libraries hold for themselves.
+_PART = 0.8
 
 
 class Footprint(NamedTuple):
@@ -40,16 +51,70 @@ def footprint(
     that are read from a checkpoint in place take a few pages more.
     """
     made = blocks_of("footprint", model, blocks)
+    layout = None if wire is None else WireLayout(wire, made)
+    return footprint_of(model, made, slots, scratch, layout)
+
+
+def footprint_of(
+    model: nn.Module, made: Sequence[Block], slots: int, scratch: int, layout: WireLayout | None
+) -> Footprint:
     streamed = {id(e.param) for b in made for e in b.entries}
     resident: list[Tensor] = [p for p in model.parameters() if id(p) not in streamed]
     buffers = [b for b in model.buffers() if id(b) not in streamed]
     largest, copy = max(b.nbytes for b in made), max(b.scratch for b in made)
-    if wire is not None:
-        largest = round_up(max(WireLayout(wire, made).nbytes), PAGE)
+    if layout is not None:
+        largest = round_up(max(layout.nbytes), PAGE)
     return Footprint(
         slots=min(slots, len(made)) * largest,
         scratch=scratch * copy,
-        decoded=0 if wire is None else copy,
+        decoded=0 if layout is None else copy,
         resident=sum(t.nbytes for t in (*resident, *buffers)),
         copy=max((p.nbytes for p in resident), default=0),
     )
+
+
+def fitting(
+    op: str,
+    model: nn.Module,
+    made: Sequence[Block],
+    device: torch.device,
+    slots: int | None,
+    scratch: int | None,
+    layout: WireLayout | None,
+    memory: int | None,
+) -> tuple[int, int]:
+    """The first of :data:`CHOICES` whose footprint is at most ``memory``, with the numbers that were given.
+
+    ``memory``: bytes of the device; None: :data:`_PART` of what a GPU has free, and no limit on the CPU,
+    whose memory is that of the host.  A choice that is not the first is said in a warning.
+
+    Raises: ValueError where nothing fits into the ``memory`` that was asked for.
+    """
+    asked = [(slots or s, scratch or c) for s, c in CHOICES]
+    limit = memory
+    if limit is None and device.type == "cuda":
+        limit = int(_PART * free_bytes(device))
+    if limit is None:
+        return asked[0]
+    sizes = [footprint_of(model, made, s, c, layout).total for s, c in asked]
+    place = next((i for i, size in enumerate(sizes) if size <= limit), None)
+    if place is None:
+        if memory is not None:
+            got = f"{memory}, where slots={asked[-1][0]} and scratch={asked[-1][1]} take {sizes[-1]} bytes"
+            fail(op, "memory", "enough bytes for the weights, or smaller blocks", got)
+        place = len(asked) - 1
+    if sizes[place] < sizes[0]:
+        gb = lambda size: f"{size / 1e9:.3g} GB"
+        warnings.warn(
+            f"{op}: slots={asked[place][0]} and scratch={asked[place][1]}, which take {gb(sizes[place])} of "
+            f"{device}; slots={asked[0][0]} and scratch={asked[0][1]} would take {gb(sizes[0])}, "
+            f"where {gb(limit)} are for the weights (slots=, scratch= and memory= say otherwise)",
+            stacklevel=3,
+        )
+    return asked[place]
+
+
+def free_bytes(device: torch.device) -> int:
+    """What a GPU has free, and what torch's allocator holds of it without using it."""
+    free = torch.cuda.mem_get_info(device)[0]
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

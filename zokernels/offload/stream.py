@@ -18,6 +18,7 @@ from ..wire import Wire, format_of
 from .blocks import Block, aliases, blocks_of, materialise, persistent_buffers, place_extents
 from .encoder import Encoder
 from .engine import Engine
+from .footprint import CHOICES, fitting
 from .gathered import check_mesh
 from .layout import WireLayout
 from .memory import mapping
@@ -41,8 +42,9 @@ def stream(
     weights: str | os.PathLike[str] | Fill | None = None,
     path: str | os.PathLike[str] | None = None,
     resume: bool = False,
-    slots: int = 3,
-    scratch: int = 2,
+    slots: int | None = None,
+    scratch: int | None = None,
+    memory: int | None = None,
     write_every: int | None = 1,
     threads: int = 2,
     wire: Wire | None = None,
@@ -83,9 +85,11 @@ def stream(
         resume: continue the run in ``path``, where there is one; the optimizer that is made next takes its
             steps.
         slots: buffers on the device, of the size of the largest block.  With 1 nothing is copied during a
-            computation.
+            computation.  Default: 3, or fewer where ``memory`` has no room for them, which a warning says.
         scratch: buffers for perturbed copies: 2, or 1, which saves memory and draws the noise once for each
-            forward.
+            forward.  Default: 2, or 1 where ``memory`` has no room for them.
+        memory: (host, disk) bytes of the device that weights may take: slots, scratch and what stays there
+            (:func:`footprint`).  Default: 0.8 of what is free on a GPU; no limit on the CPU.
         write_every: after how many updates a block is written back.  n > 1 saves traffic; the block then
             takes up to n updates each time it comes in.
         threads: how many read and write files.
@@ -107,7 +111,7 @@ def stream(
     2021 (ZeRO-Infinity, arXiv 2104.07857) and Liao et al. 2024 (Fuyou, arXiv 2403.06504).
     """
     op = "stream"
-    _check(op, storage, weights, path, resume, slots, scratch, write_every, threads, wire)
+    _check(op, storage, weights, path, resume, slots, scratch, memory, write_every, threads, wire)
     if mesh is not None:
         check_mesh(op, mesh, storage, wire)
     target = _device(op, model, device)
@@ -120,6 +124,10 @@ def stream(
     for block in made if storage == "disk" and places else ():
         place_extents(block, [places[e.name] for e in block.entries])
     layout = None if wire is None else WireLayout(wire, made)
+    if storage == "device":
+        slots, scratch = slots or CHOICES[0][0], scratch or CHOICES[0][1]
+    else:
+        slots, scratch = fitting(op, model, made, target, slots, scratch, layout, memory)
     writes = write_every if storage != "disk" or path is not None else None
     carrier = Carrier(op, made, target, slots, layout, Timeline(target), writes)
     store: DeviceStorage | HostStorage | DiskStorage
@@ -185,6 +193,7 @@ def _check(
     resume: Any,
     slots: Any,
     scratch: Any,
+    memory: Any,
     write_every: Any,
     threads: Any,
     wire: Any,
@@ -195,9 +204,14 @@ def _check(
         format_of(op, wire)
         if storage == "device":
             fail(op, "wire", "None where storage is 'device': nothing crosses a link", repr(wire))
-    check_integer(op, "slots", slots)
+    if slots is not None:
+        check_integer(op, "slots", slots)
+    if memory is not None:
+        check_integer(op, "memory", memory)
+        if storage == "device":
+            fail(op, "memory", "None where storage is 'device': all weights are there", memory)
     check_integer(op, "threads", threads)
-    if scratch not in (1, 2):
+    if scratch not in (None, 1, 2):
         fail(op, "scratch", "1 or 2", repr(scratch))
     if write_every is not None and not is_integer(write_every, 1):
         fail(op, "write_every", "an integer >= 1, or None for storage that is only read", repr(write_every))
