@@ -393,11 +393,12 @@ def test_project_reads_a_whole_tile_in_one_loop(arch, dist, dtype, ceiling):
     show(f"project {dist} {dtype}", len(loop) / 32)
     assert 3 < len(loop) / 32 <= ceiling
     assert loop.count(disassembly.WIDE_LOAD) == (8 if dtype == "fp32" else 4)
-    assert loop.count("LDS|STS|BAR|SHFL|STG") == 0
+    assert loop.count(disassembly.LOCAL + "|LDS|STS|BAR|SHFL|STG") == 0
     assert loop.count("DADD") == 4
     if arch == 90:
         assert loop.count("FFMA") == (32 * 7 + 32 if dist == "normal" else 0)
-    check(kernel)
+    # On sm_80 the kernel takes all 255 registers, and puts some aside before and behind the loop.
+    check(kernel, 256 * ((arch, dist, dtype) == (80, "rademacher", "fp32")))
 
 
 @pytest.fixture
