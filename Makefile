@@ -13,7 +13,7 @@ CPP    := $(shell find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*
 GPU    := $(wildcard /dev/nvidia0 /dev/nvidiactl /dev/dxg)
 BUILT  := $(VENV)/built$(if $(GPU)$(filter 1,$(ZOKERNELS_CUDA))$(wildcard $(VENV)/built),,-for-cpu)
 
-.PHONY: test fuzz fuzz-readers demo offload-demo bench docs wheel wheels gpu-check gpu-prebuilt format clean
+.PHONY: test fuzz fuzz-readers interrupts demo offload-demo bench docs wheel wheels gpu-check gpu-prebuilt format clean
 .PHONY: hub ship-check ship-check-short ship-described torch-matrix
 .PHONY: vllm-test es-demo llm-demo
 .PHONY: lint lint-ruff lint-clang-format lint-typos lint-mypy lint-imports
@@ -35,6 +35,12 @@ fuzz: $(VENV)/tested
 SECONDS ?= 60
 fuzz-readers: $(VENV)/fuzzed
 	$(BIN)/python tests/fuzz_readers.py --seconds $(SECONDS)
+
+# A signal whose handler raises, at every instruction of a step in the package: minutes a mode.  MODES: all,
+# or some of exact, inplace, momentum, two-pass, host, disk, wire.
+MODES ?=
+interrupts: $(VENV)/tested
+	$(BIN)/python tests/test_interrupts.py $(MODES)
 
 demo: $(BUILT) $(VENV)/demo
 	$(BIN)/python examples/demo.py $(ARGS)
