@@ -151,8 +151,10 @@ class ZORankSGD(ZerothOrder):
 
     def step(
         self,
-        closure: Callable[[], Any] | None = None,
+        closure: Callable[..., Any] | None = None,
         rank: Callable[[list[Any]], Iterable[int]] | None = None,
+        *,
+        batched: bool = False,
     ) -> Any:
         """One step, as :meth:`ZerothOrder.step`.
 
@@ -164,7 +166,9 @@ class ZORankSGD(ZerothOrder):
         not go with ``capturable``.
         """
         if rank is None:
-            return super().step(closure)
+            return super().step(closure, batched=batched)
+        if batched:
+            fail(self.op, "batched", "False with rank, which compares results that are no losses", True)
         if self.run_state.capturable:
             fail(self.op, "rank", "capturable=False: a CUDA graph calls no host function", "capturable=True")
         if not self.team.alone:

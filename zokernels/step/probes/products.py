@@ -405,8 +405,11 @@ def _product(forward: Products, func: Any, x: Any, weight: Any, bias: Any, swapp
 
 @_handles(F.linear)
 def _linear(forward: Products, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    given = inspect.getcallargs(lambda input, weight, bias=None: None, *args, **kwargs)
-    return _product(forward, func, *given.values(), False)
+    given = inspect.getcallargs(_linear_arguments, *args, **kwargs)
+    return _product(forward, func, given["input"], given["weight"], given["bias"], False)
+
+
+def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> None: ...
 
 
 @_handles(torch.addmm, Tensor.addmm)
@@ -611,7 +614,8 @@ def _expand(forward: Products, func: Any, args: tuple[Any, ...], kwargs: dict[st
 
 
 def _plain(value: Any) -> Any:
-    return value.detach().as_subclass(Tensor) if isinstance(value, (Guard, Varied)) else value
+    own = isinstance(value, (Guard, Varied))
+    return Tensor.detach(value).as_subclass(Tensor) if own else value
 
 
 def _stacked(forward: Products, func: Any, value: Any) -> Tensor:
