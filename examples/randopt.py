@@ -2,9 +2,9 @@
 
     .venv-vllm/bin/python examples/randopt.py --folder .venv-vllm/smollm2
 
-Nothing is trained.  N members theta + sigma z_k answer the questions of examples/es_vllm.py; the K best
-are kept, as K seeds and no weights.  On held-out questions each of them answers again, and the name
-that most of them give counts.  Source: sunrainyg/RandOpt (arXiv 2603.12228).
+Nothing is trained.  N members theta + sigma z_k answer the questions of examples/es_vllm.py; the K that
+answer best are kept, as K seeds and no weights.  On held-out questions each of them answers again, and the
+name that most of them give counts.  Source: sunrainyg/RandOpt (arXiv 2603.12228).
 """
 
 from __future__ import annotations

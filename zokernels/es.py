@@ -154,8 +154,8 @@ class Actors(Here):
 # Rewards ----------------------------------------------------------------------------------------------------
 
 
-class Late(Exception):
-    """A reward function did not return in time."""
+class Late(BaseException):
+    """A reward function did not return in time.  ``except Exception`` in it does not catch this."""
 
 
 @contextlib.contextmanager
@@ -228,7 +228,8 @@ class Generation:
     rewards: tuple[float, ...]  #: the mean reward of each member; nothing of one that was replayed
     loss: float  #: the estimator's: the mean reward of the members
     seconds: float
-    evaluation: float | None  #: the mean reward on the held-out prompts, at theta
+    #: The mean reward on the held-out prompts at theta, before the update of generation 0 and after others.
+    evaluation: float | None
 
     @property
     def mean(self) -> float:
@@ -357,7 +358,7 @@ class _Fleet:
     def __init__(self, engines: Here, run: Run) -> None:
         self.engines = engines
         self.updates = [u for u in map(run.update, run.past) if u is not None]
-        self.restarts = 0
+        self.restarts = 0  # since the last task that an engine has finished
         (found,) = self.map(_names, [()])
         if differ := run.names.symmetric_difference(found):
             got = f"{min(differ)!r} in one of them alone"
@@ -379,6 +380,7 @@ class _Fleet:
             handle, i, place, task = running.pop(at)
             try:
                 results[place] = self.engines.result(handle)
+                self.restarts = 0
             except self.engines.dead:
                 self._revive(i)
                 waiting.append((place, task))
@@ -470,26 +472,28 @@ def train(
     judge = lambda: (
         score(fleet.map(_evaluate, [(list(held_out), sampling)])[0], held_out) if held_out else None
     )
-    for step in range(len(run.past), generations):
-        began, asked = time.monotonic(), list(prompts(step))
-        evaluation = judge() if step == 0 else None
-        tasks = [(point, asked, sampling) for point in run.points(step)]
-        values = [score(texts, asked) for texts in fleet.map(member, tasks)]
-        record = run.record(step, values)
-        run.append(record)
-        run.past.append(record)
-        if (update := run.update(record)) is not None:
-            fleet.update(update)
-        last = step == generations - 1
-        if (step + 1) % evaluate_every == 0 or last:
-            evaluation = judge()
-        if save_every and ((step + 1) % save_every == 0 or last):
-            fleet.map(_save, [(os.path.join(save_to, f"generation-{step + 1}.safetensors"),)])
-        found = Generation(step, tuple(values), record.loss, time.monotonic() - began, evaluation)
-        bar.update(found)
-        writer(found)
-        yield found
-    bar.close()
+    try:
+        for step in range(len(run.past), generations):
+            began, asked = time.monotonic(), list(prompts(step))
+            evaluation = judge() if step == 0 else None
+            tasks = [(point, asked, sampling) for point in run.points(step)]
+            values = [score(texts, asked) for texts in fleet.map(member, tasks)]
+            record = run.record(step, values)
+            run.append(record)
+            run.past.append(record)
+            if (update := run.update(record)) is not None:
+                fleet.update(update)
+            last = step == generations - 1
+            if (step + 1) % evaluate_every == 0 or last:
+                evaluation = judge()
+            if save_every and ((step + 1) % save_every == 0 or last):
+                fleet.map(_save, [(os.path.join(save_to, f"generation-{step + 1}.safetensors"),)])
+            found = Generation(step, tuple(values), record.loss, time.monotonic() - began, evaluation)
+            bar.update(found)
+            writer(found)
+            yield found
+    finally:
+        bar.close()
 
 
 class _Bar:
