@@ -72,7 +72,7 @@ def test_advice_follows_the_results():
     assert f"not to be told from it: {names[2]}." in text
     assert names[1] not in text
     assert text.count("not run.") == len(tasks.TASKS) - 1
-    results.runs = [*row(names[0], [3.0, 3.1]), *worse]
+    results.runs = [*row(names[0], [0.1, 0.1], lr=9.0), *row(names[0], [3.0, 3.1]), *worse]
     assert f"the lowest loss has **{names[1]}**" in run.advice(run.rows_of(results))
 
 

@@ -136,12 +136,16 @@ def summary(runs: list[Row]) -> Row:
 
 
 def rows_of(results: Results) -> list[Row]:
-    """A summary for each task and method whose seeds are done, the best first."""
+    """A summary for each task and method, the best first.
+
+    Where a file has seeds at several step sizes or budgets, those that were trained last count.
+    """
     found: dict[tuple[str, str], list[Row]] = {}
     for run in results.runs:
         if run["phase"] == "seed":
             found.setdefault((run["task"], run["method"]), []).append(run)
-    rows = [summary(runs) for runs in found.values()]
+    same = lambda runs: [r for r in runs if all(r[k] == runs[-1][k] for k in ("use", "lr", "budget"))]
+    rows = [summary(same(runs)) for runs in found.values()]
     order = list(TASKS)
     return sorted(rows, key=lambda r: (order.index(r["task"]), r["loss"]))
 
