@@ -67,13 +67,13 @@ def test_advice_follows_the_results():
     better, worse, other = row(names[0], [1, 1.01]), row(names[1], [2, 2.01]), row(names[2], [0.98, 1.1])
     results = run.Results(None, "", {})
     results.runs = [*worse, *better, *other]
-    text = run.advice(run.rows_of(results))
+    text = run.advice(run.rows_of(results.runs))
     assert f"the lowest loss has **{names[0]}**" in text
     assert f"not to be told from it: {names[2]}." in text
     assert names[1] not in text
     assert text.count("not run.") == len(tasks.TASKS) - 1
-    results.runs = [*row(names[0], [3.0, 3.1]), *worse]
-    assert f"the lowest loss has **{names[1]}**" in run.advice(run.rows_of(results))
+    results.runs = [*row(names[0], [0.1, 0.1], lr=9.0), *row(names[0], [3.0, 3.1]), *worse]
+    assert f"the lowest loss has **{names[1]}**" in run.advice(run.rows_of(results.runs))
 
 
 def test_a_run_is_gone_on_with_and_written(tmp_path, capsys, monkeypatch):

@@ -93,7 +93,7 @@ def test_with_every_kind_of_step(kind):
 
 
 def test_parameters_of_both_as_in_addax():
-    """theta - lr_zo g z - lr_fo gradient of another batch, both at theta."""
+    """theta - lr g z - another lr times the gradient of another batch, both at theta."""
     model, other = net().eval(), torch.randn(3, 5)
     theta = {n: p.detach().double() for n, p in model.named_parameters()}
     first = torch.optim.SGD(model.parameters(), lr=0.02)

@@ -71,7 +71,12 @@ class Results:
 
     def __init__(self, path: pathlib.Path | None, command: str, budgets: dict[str, int]) -> None:
         self.path, self.runs = path, list[Row]()
-        self.head: dict[str, Any] = {"schema": SCHEMA, "command": command, "budgets": budgets}
+        self.head: dict[str, Any] = {
+            "schema": SCHEMA,
+            "kind": "learn",
+            "command": command,
+            "budgets": budgets,
+        }
         if path is not None and path.exists():
             found = json.loads(path.read_text())
             if found.get("schema") != SCHEMA:
@@ -135,13 +140,17 @@ def summary(runs: list[Row]) -> Row:
     }
 
 
-def rows_of(results: Results) -> list[Row]:
-    """A summary for each task and method whose seeds are done, the best first."""
+def rows_of(runs: list[Row]) -> list[Row]:
+    """A summary for each task and method, the best first.
+
+    Where a file has seeds at several step sizes or budgets, those that were trained last count.
+    """
     found: dict[tuple[str, str], list[Row]] = {}
-    for run in results.runs:
+    for run in runs:
         if run["phase"] == "seed":
             found.setdefault((run["task"], run["method"]), []).append(run)
-    rows = [summary(runs) for runs in found.values()]
+    same = lambda runs: [r for r in runs if all(r[k] == runs[-1][k] for k in ("use", "lr", "budget"))]
+    rows = [summary(same(runs)) for runs in found.values()]
     order = list(TASKS)
     return sorted(rows, key=lambda r: (order.index(r["task"]), r["loss"]))
 
@@ -225,7 +234,7 @@ def markdown(rows: list[Row]) -> str:
 
 def write(results: Results, path: pathlib.Path) -> list[pathlib.Path]:
     """Advice and table between the markers of ``path``, and the picture beside it."""
-    text, rows, header = path.read_text(), rows_of(results), results.head["machine"]
+    text, rows, header = path.read_text(), rows_of(results.runs), results.head["machine"]
     if BEGIN not in text or END not in text:
         raise SystemExit(f"{path}: expected the markers {BEGIN} and {END}")
     head, rest = text.split(BEGIN)
@@ -247,7 +256,7 @@ def write(results: Results, path: pathlib.Path) -> list[pathlib.Path]:
 
 def picture_of(results: Results) -> Any:
     """For each task the mean loss of its best methods against forwards, with the band of their seeds."""
-    rows = rows_of(results)
+    rows = rows_of(results.runs)
     bands = []
     for name, task in TASKS.items():
         ours = [r for r in rows if r["task"] == name]

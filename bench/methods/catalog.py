@@ -203,12 +203,12 @@ METHODS = [
     Method(
         "P-GAP, r = 8", "[2510.18228](https://arxiv.org/abs/2510.18228)",
         "z = U Z V^T, U and V of an estimated gradient", "PGAP(named, lr, rank=8, probes=4, interval=100)",
-        2.08, 6, "(m + n) r", (eager.GradientSpace, {}), 0.02, task="space", inplace=False,
+        2.08, 6, "(m + n) r", (eager.GradientSpace, {}), 0.0632, task="space", inplace=False,
     ),
     Method(
         "LOREN, q = 6", "[2511.07971](https://arxiv.org/abs/2511.07971)",
         "z = u - alpha a, a learned", "LOREN(named, lr, directions=6)", 6, 16, "4 (M)",
-        (eager.Covariance, {"directions": 6}), 0.005, state_bytes=8,
+        (eager.Covariance, {"directions": 6}), 0.00158, state_bytes=8,
     ),
     Method(
         "CurvZO, 40 %", "[2603.21725](https://arxiv.org/abs/2603.21725)",
@@ -218,7 +218,7 @@ METHODS = [
     Method(
         "AGZO, r = 16", "[2601.17261](https://arxiv.org/abs/2601.17261)",
         "z = R A^T, A spans a layer's inputs", "AGZO(named, lr, model=model, rank=16)", 2, 4, "0",
-        (eager.Activations, {}), 0.02, task="activations",
+        (eager.Activations, {}), 0.00632, task="activations",
     ),
     Method(
         "EGGROLL, r = 1, 4 pairs", "[2511.16652](https://arxiv.org/abs/2511.16652)",
