@@ -19,7 +19,9 @@ from zokernels.optim import (
     SparseMeZO,
     ZOAdamW,
     ZOConservative,
+    groups_without,
 )
+from zokernels.trajectory import read
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -168,6 +170,40 @@ def test_any_method(method, tmp_path):
     assert ours.zo_optimizer.step_count == optimizer.step_count == 2
     assert torch.equal(ours.zo_optimizer.last_loss, optimizer.last_loss)
     assert same(weights(model), weights(twin))
+
+
+@pytest.mark.parametrize("restore", ["exact", "inplace"])
+def test_gradients_for_the_head_beside_forwards_for_the_rest(restore, tmp_path):
+    """A hybrid optimizer by itself gives the same weights; a checkpoint holds both parts, the log one."""
+
+    def make(module):
+        def made(groups, **options):
+            head = torch.optim.AdamW(module.classifier.parameters(), lr=1e-2)
+            return ZOSGD(groups_without(groups, head), first_order=head, restore=restore, **options)
+
+        return made
+
+    model, twin, rest, taken = bert(0.0), bert(0.0), bert(0.0), Batches()
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+
+    def run(module, **more):
+        own = {"optimizer_cls_and_kwargs": (make(module), {}), "trajectory": tmp_path / "run.zk"}
+        return trainer(tmp_path, module, rows(8, True), own=own | more, **options)
+
+    ours = run(model, data_collator=taken)
+    ours.train()
+    assert all(p.grad is None for p in model.parameters())
+    optimizer = make(twin)(twin.named_parameters(), lr=1e-2, seed=7)
+    twin.train()
+    for batch in taken[:4]:
+        optimizer.step(lambda: twin(**batch).loss)  # noqa: B023
+    assert same(weights(model), weights(twin))
+    assert not torch.equal(model.classifier.weight, bert(0.0).classifier.weight)
+    assert read(tmp_path / "run.zk").header["part"] is True
+    assert read(tmp_path / "run.zk").steps == 4
+    ours.zo_optimizer.trajectory.close()
+    run(rest).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert same(weights(model), weights(rest))
 
 
 def test_weight_decay_leaves_out_what_the_trainer_does(tmp_path):

@@ -40,7 +40,9 @@ class Compiled:
         frames = sys.modules.get("torch._dynamo.convert_frame")
         if frames is None:
             return
-        if self._compiled != frames.FRAME_COUNTER:  # the search takes a tenth of a second
+        if self._compiled != frames.FRAME_COUNTER:  # a search takes a tenth of a second
+            if not _torch_compile_was_called():
+                return
             self._compiled, self._params = frames.FRAME_COUNTER, None
             found: dict[int, tuple[Any, set[int]]] = {}
             for context, function in _functions():
@@ -85,6 +87,16 @@ def _skip_ours() -> None:
     from torch._dynamo import trace_rules
 
     trace_rules.add(__package__ or "")
+
+
+def _torch_compile_was_called() -> bool:
+    """Whether there can be functions of torch.compile: most processes have none, and need no search.
+
+    Before the first of them torch patches functions of its own, once in a process: the cache of that function
+    is empty until then.  A torch without that function is taken to have compiled something."""
+    patcher = getattr(sys.modules["torch._dynamo.eval_frame"], "TorchPatcher", None)
+    cache_info = getattr(getattr(patcher, "patch", None), "cache_info", None)
+    return cache_info is None or cache_info().currsize > 0
 
 
 def _functions() -> Iterator[tuple[Any, Any]]:

@@ -126,6 +126,10 @@ class Owners:
         last.step += 1
         return last
 
+    def place(self, param: Tensor) -> tuple[int, int]:
+        """The number of a parameter's bucket, and the parameter's stream."""
+        return self._places[id(param)]
+
     def parts(self, block: Block) -> list[Part]:
         if block not in self._parts:
             by_bucket: dict[int, tuple[list[Tensor], list[int]]] = {}

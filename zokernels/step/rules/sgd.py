@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ...checks import check_choice, check_number
 from ...transfer import known_on_host, to_device
+from ..probes.probe import Probe
 from ..roles import OptimizerView
 from ..scalars import NO, YES, decay_of, is_zero, learning_rate, where
-from ..types import Bucket
+from ..types import Bucket, Estimate
 from .rule import Rule
 
 
@@ -93,6 +94,28 @@ class Conservative(SGD):
             best = torch.where(as_good, loss, best)
             chosen = torch.where(as_good, torch.full_like(chosen, multiple), chosen)
         return chosen
+
+
+class Recalling(SGD):
+    """:class:`SGD` that keeps the losses of the last finite step, L_1 .. L_q, for the next one's sigma."""
+
+    reads_losses = True
+
+    def initial(self, optimizer: OptimizerView) -> dict[str, Tensor]:
+        count = optimizer.estimator.directions
+        return {"losses": torch.zeros(count, dtype=torch.float64), "steps": torch.zeros(1, dtype=torch.int64)}
+
+    def last(self, optimizer: OptimizerView, losses: Tensor) -> Tensor:
+        """The kept losses, float64 [q]; before the first step ``losses`` themselves."""
+        kept = self.kept(optimizer, optimizer.param_groups[0], losses.device)
+        return torch.where(kept["steps"] > 0, kept["losses"], losses.double())
+
+    def begin(self, optimizer: OptimizerView, probe: Probe, estimate: Estimate) -> None:
+        losses = estimate.losses[1:].double()
+        kept = self.kept(optimizer, optimizer.param_groups[0], losses.device)
+        finite = to_device(estimate.finite, losses.device)
+        kept["losses"].copy_(torch.where(finite, losses, kept["losses"]))
+        kept["steps"] += finite
 
 
 class Floored(Rule):
