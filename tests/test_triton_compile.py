@@ -22,11 +22,11 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set: there is no compiler in this process", allow_module_level=True)
 
-from ptx.triton_device import FakeDriver  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton_kernels import (  # noqa: E402
     ELEMENTS,
     EVERY,
+    FakeDriver,
     combine_kernel,
     decode_kernel,
     encode_kernel,
@@ -407,7 +407,7 @@ def asked(monkeypatch):
     compiler.
     """
     driver = triton.runtime.driver
-    monkeypatch.setattr(type(driver), "active", property(lambda self: FakeDriver()))
+    monkeypatch.setattr(type(driver), "active", FakeDriver.active(GPUTarget("cuda", 90, 32)))
     asked, run = [], triton.JITFunction.run
 
     def compile_only(kernel, *args, grid, warmup, **options):
