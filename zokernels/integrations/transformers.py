@@ -30,8 +30,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..checks import fail
 from ..distributed import Exchange
-from ..offload import Engine, stream
-from ..optim import ZOCGE, ZOSGD, ZerothOrder
+from ..offload import StoredModel, stream
+from ..optim import ZOSGD, ZerothOrder
 from ..step.estimators import Estimator
 from ..step.guards import RngState
 from ..trajectory import record
@@ -105,7 +105,7 @@ class ZOTrainerMixin(_Behind):
     ) -> None:
         self._trajectory, self._eval_mode, self._mesh, self._offload = trajectory, eval_mode, mesh, offload
         #: What streams the model, with ``offload``.
-        self.engine: Engine | None = None
+        self.engine: StoredModel | None = None
         self._micro_batches: list[tuple[Any, ...]] = []
         self._hooked: ZerothOrder | None = None
         # whether losses are means of micro-batches that nobody divides by their number
@@ -208,11 +208,6 @@ class ZOTrainerMixin(_Behind):
         ours = self.zo_optimizer
         if not isinstance(ours, ZerothOrder):
             fail(self._op, "optimizer", "one of zokernels.optim", type(ours).__name__, TypeError)
-        if self.args.torch_compile and ours.restore == "exact" and not isinstance(ours, ZOCGE):
-            expected = (
-                "restore='inplace' in optimizer_cls_and_kwargs: 'exact' cannot see the weights in a graph"
-            )
-            fail(self._op, "torch_compile", expected, "restore='exact'")
         if self._hooked is not ours:
             ours.register_step_pre_hook(self._before_step)
             ours.register_step_post_hook(self._after_step)

@@ -5,7 +5,6 @@ A block takes the updates that it lacks as it comes in.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from .lockstep import Lockstep
 from .movers import Mover, Slot
 from .probe import StreamedProbe
 from .run import Run
-from .save import save
+from .stored import StoredModel
 from .timeline import Timeline
 from .visit import SidePoints, Visit, WireVisit
 
@@ -46,7 +45,7 @@ def _integers_of(block: Block) -> list[tuple[str, nn.Module, str, Tensor]]:
     return [(f"{block.name}.{name}", m, key, p) for name, m, key, p in places if id(p) in streamed]
 
 
-class Engine(BlockCache, Home):
+class Engine(BlockCache, StoredModel, Home):
     """Streams the blocks of a model.
 
     :func:`zokernels.offload.stream` makes it, and has the user's documentation.
@@ -55,7 +54,6 @@ class Engine(BlockCache, Home):
     computes with.  While a block is not open, its parameters are placeholders.
     """
 
-    op = "stream"
     in_memory = False
 
     def __init__(
@@ -270,7 +268,6 @@ class Engine(BlockCache, Home):
 
     @property
     def is_lossless(self) -> bool:
-        """Whether the device computes with the very weights of the storage; always so without ``wire``."""
         return self.wire is None or self.wire.layout.lossless
 
     # Everything at once -------------------------------------------------------------------------------------
@@ -320,10 +317,7 @@ class Engine(BlockCache, Home):
 
     @contextmanager
     def opened(self, block: Block) -> Iterator[list[Tensor]]:
-        """The parameters of ``block`` with all updates, while the context lasts.
-
-        They are on the device, or, with ``wire``, on the host.
-        """
+        """They are on the device, or, with ``wire``, on the host."""
         if self.wire is not None:
             with self._alone():
                 master = self.wire.master(block)
@@ -331,34 +325,6 @@ class Engine(BlockCache, Home):
             return
         with self._loaded(block) as slot:
             yield slot.params(block)
-
-    def values(self, block: Block) -> list[Tensor]:
-        """Copies of the parameters of ``block`` on the device, with all updates."""
-        with self.opened(block) as params:
-            return [v.to(self.device, copy=True) for v in params]
-
-    def value(self, param: Tensor) -> Tensor:
-        """A copy of one parameter on the device, with all updates."""
-        for block in self.blocks:
-            for i, e in enumerate(block.entries):
-                if e.param is param:
-                    with self.opened(block) as params:
-                        return params[i].to(self.device, copy=True)
-        fail(self.op, "param", "a streamed parameter", "another")
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes all parameters and persistent buffers, with all updates, as the safetensors file ``path``.
-
-        Blocks are streamed.  The file appears, whole and synced, when all is done.  Tied weights are in it
-        once.
-        """
-        save(self.model, self.blocks, self.opened, path)
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Flushes, and ends the threads.  The parameters stay placeholders.

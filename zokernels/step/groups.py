@@ -19,7 +19,7 @@ from .shard import is_sharded, local_of, locals_of
 from .types import Bucket, Group
 
 ROUNDINGS = ("stochastic", "nearest")
-RESTORES = ("exact", "inplace")
+RESTORES = ("exact", "inplace", "products")
 
 
 def check_hyperparameters(op: str, group: Group) -> None:
