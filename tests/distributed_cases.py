@@ -1029,7 +1029,7 @@ def split_weights(world: World, name: str, mesh: str, restore: str = "exact") ->
 
 LOW_RANK = ("LOZO", "kept", "TeZO", "EGGROLL", "SubZero", "subspace")
 for _name in OPTIMIZERS:
-    if _name != "ForwardGradient":
+    if _name not in ("ForwardGradient", "LOREN", "PGAP"):  # which want whole tensors: wrong_splits
         _mesh = list(SPLITS)[len(CASES[4]) % len(SPLITS)]
         case(4, f"{_mesh}: {_name}", name=_name, mesh=_mesh)(split_weights)
 for _mesh in SPLITS:
@@ -1158,7 +1158,7 @@ def wrong_splits(world: World) -> None:
         lambda: ZOSGD(rows, 1.0, mesh=Exchange(mesh["b"])),
         alike=False,
     )
-    from zokernels.optim import LOZO, ForwardGradient
+    from zokernels.optim import LOREN, LOZO, PGAP, ForwardGradient
 
     columns = param((8, 8), mesh["a"], Shard(1))[0].data.bfloat16().requires_grad_()
     lozo = LOZO([torch.nn.Parameter(columns)], 1.0, rank=2, mesh=mesh)
@@ -1167,5 +1167,8 @@ def wrong_splits(world: World) -> None:
         "rounding: expected 'nearest' for matrices of half",
         lambda: lozo.step(lambda: world.rng.random()),
     )
+    for kind in (LOREN, PGAP):
+        whole_only = kind(rows, 1.0, mesh=mesh)
+        refused(world, "params: expected plain tensors", lambda: whole_only.step(lambda: rows[0].sum()))  # noqa: B023
     forward = ForwardGradient(rows, 1.0, mesh=mesh)
     refused(world, "expected plain tensors", lambda: forward.step(lambda: rows[0].sum()))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
+import zokernels
 from zokernels import Span
 from zokernels.examples import compress, digits, fedkseed, fzoos
 
@@ -22,6 +25,27 @@ def test_fedkseed_sends_coefficients_and_learns():
 def test_a_round_of_the_full_pool_stays_below_18_kb():
     result = fedkseed.train(rounds=1, steps=100, participants=1)
     assert 16_000 < result["bytes_down"] + result["bytes_up"] < 18_000
+
+
+def test_fedkseed_pro_draws_directions_by_their_derivatives():
+    sums, counts = torch.tensor([6.0, 0.0, 2.0, 3.0]), torch.tensor([3.0, 0.0, 1.0, 1.0])
+    scaled = [2 / 3, 0.0, 2 / 3, 1.0]  # means 2, 0, 2, 3
+    want = torch.tensor([math.exp(x) for x in scaled], dtype=torch.float64)
+    torch.testing.assert_close(fedkseed.probabilities(sums, counts), want / want.sum())
+    equal = fedkseed.probabilities(torch.zeros(4), torch.zeros(4))
+    assert torch.equal(equal, torch.full((4,), 0.25, dtype=torch.float64))
+    data, generator = digits.load()[0], torch.Generator().manual_seed(0)
+    model = digits.network()
+    span = zokernels.Span(list(model.named_parameters()), range(4), "rademacher")
+    only = torch.tensor([0.0, 0.0, 1.0, 0.0])
+    with torch.no_grad():
+        numbers, values = fedkseed.local_steps(model, span, data, 6, 0.01, generator, only)
+        assert numbers.tolist() == [2] * 6
+        assert values.count_nonzero() == 6
+        _, none = fedkseed.local_steps(model, span, data, 6, 0.01, generator, only, clip=0.0)
+    assert none.count_nonzero() == 0
+    result = fedkseed.train(pool=64, rounds=3, steps=40, participants=3, pro=True, clip=1.0)
+    assert result["loss_last"] < result["loss_first"]
 
 
 def test_fedkseed_client_sends_what_it_has_done():

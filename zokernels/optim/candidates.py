@@ -106,14 +106,18 @@ class ZORankSearch(ZerothOrder):
 
     def step(
         self,
-        closure: Callable[[], Any] | None = None,
+        closure: Callable[..., Any] | None = None,
         rank: Callable[[list[Any]], Iterable[int]] | None = None,
+        *,
+        batched: bool = False,
     ) -> Any:
         """One step, as :meth:`ZORankSGD.step`: it returns the lowest loss, or the best result of ``rank``.
 
         ``rank`` is called twice a round: with the results of the candidates, and with those of the line
         search, of which the first index counts.  Their last is that of theta.
         """
+        if batched:
+            fail(self.op, "batched", "False: a line search is decided in the middle of a step", True)
         if rank is None:
             return super().step(closure)
         if self.run_state.capturable:
