@@ -13,6 +13,8 @@ import subprocess
 
 import cuda_on_host
 import disassembly
+import empty_cases
+import largest_cases
 import pytest
 import stream_cases
 import test_combine
@@ -112,6 +114,15 @@ def test_fast_path_on_host_equals_reference(on_host, rng, case, dist):
 @pytest.mark.parametrize("name", stream_cases.RUNS)
 def test_upper_bits_of_streams_on_host(on_host, name):
     stream_cases.check(name)
+
+
+@pytest.mark.parametrize("name", empty_cases.CASES)
+def test_empty_tensors_on_host(on_host, name):
+    empty_cases.CASES[name]("cpu")
+
+
+def test_stochastic_rounding_at_the_largest_finite_values_on_host(on_host):
+    largest_cases.check()
 
 
 @pytest.mark.parametrize("dist", DISTS)

@@ -13,6 +13,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import empty_cases
+import largest_cases
 from stream_cases import RUNS as STREAM_RUNS
 
 SEED = 0  # the seed of the case, which `run` sets
@@ -780,6 +782,24 @@ def _():
             with zokernels.backend("triton"):
                 replay_(base, f"{folder}/{dtype}")
             assert_same(base, base_of(model))
+
+
+for _name in empty_cases.CASES:
+
+    @case(f"empty: {_name}", _name)
+    def _(name):
+        import zokernels
+
+        with zokernels.backend("triton"):
+            empty_cases.CASES[name]("cpu")
+
+
+@case("stochastic rounding at the largest finite values")
+def _():
+    import zokernels
+
+    with zokernels.backend("triton"):
+        largest_cases.check()
 
 
 def run(name: str, seed: int) -> str:

@@ -158,7 +158,7 @@ ZK_GLOBAL linear_out_kernel(ZK_GRID_CONSTANT LinearLaunch p, OutArguments more) 
 namespace {
 
 bool has_vectors(const Tensor& t) {
-  return address(t.const_data_ptr()) % 16 == 0 && t.size(1) % kVector == 0;
+  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 && t.size(1) % kVector == 0;
 }
 
 // An entry for each member that has rows; chunks(rows) of each.

@@ -38,7 +38,8 @@ NAV = [
             "blackbox.md",
         ]
     },
-    {"At scale": ["transformers.md", "offload.md", "distributed.md", "scaling.md"]},
+    {"Published systems": ["systems.md"]},
+    {"At scale": ["transformers.md", "engines.md", "offload.md", "distributed.md", "scaling.md"]},
     {"Reference": ["contract.md", "api.md", "api-optim.md", "api-more.md", "troubleshooting.md"]},
     {"Figures": ["performance.md", "gpu-check.md"]},
     {"Inside": ["design.md", "contributing.md", "changelog.md"]},

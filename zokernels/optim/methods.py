@@ -29,7 +29,7 @@ from ..step.loss import DerivativeReader, RankReader
 from ..step.probes.exact import TangentProbe
 from ..step.rules.factors import FactorMomentum
 from ..step.rules.rule import Rule
-from ..step.rules.sgd import SGD, Conservative, Floored
+from ..step.rules.sgd import SGD, Conservative, Floored, Recalling
 from ..step.shard import any_sharded
 from ..step.subset import LAYERS, Blocks, LayerSkip
 from ..step.types import Bucket, Estimate, LossesAt, Seeds
@@ -50,8 +50,10 @@ class FZOO(ZerothOrder):
             With lr times sqrt(q / (q - 1)), "sample" takes the steps of "population".
         std_eps: in units of the loss.  Where sigma <= std_eps, g is 0 instead of a division by next to
             nothing.
+        reuse: FZOO-R: sigma is that of the L_k and of those of the step before together, so half of the
+            directions give it (in the first step the L_k count twice).  A log then holds the losses.
 
-    Source: Dang et al., 2025, arXiv 2506.09034.
+    Source: Dang et al., 2025, arXiv 2506.09034; FZOO-R by summaries of it.
     """
 
     def __init__(
@@ -63,11 +65,26 @@ class FZOO(ZerothOrder):
         directions: int = 8,
         std_eps: float = 1e-8,
         sigma: str = "sample",
+        reuse: bool = False,
         dist: str = "rademacher",
         **options: Any,
     ) -> None:
-        estimator = StdNormalized(directions, std_eps, sigma)
-        super().__init__(params, lr, eps, dist=dist, estimator=estimator, rule=SGD(), **options)
+        estimator, rule = StdNormalized(directions, std_eps, sigma), Recalling() if reuse else SGD()
+        super().__init__(params, lr, eps, dist=dist, estimator=estimator, rule=rule, **options)
+
+    def estimate(self, buckets: list[Bucket], losses_at: LossesAt) -> Estimate:
+        rule = self.rule
+        if not isinstance(rule, Recalling):
+            return super().estimate(buckets, losses_at)
+        measured: list[Tensor] = []
+
+        def with_last(points: Any, count: int) -> Tensor:
+            losses = losses_at(points, count)
+            measured.append(losses)
+            return torch.cat((losses.double(), rule.last(self, losses[1:])))
+
+        estimate = super().estimate(buckets, with_last)
+        return estimate._replace(losses=measured[0], forwards=measured[0].unbind())
 
 
 class QZO(ZerothOrder):
@@ -116,7 +133,8 @@ class ZORankSGD(ZerothOrder):
         opt = ZORankSGD(model.named_parameters(), lr=1e-2, eps=1e-2, candidates=4, top=1)
         best = opt.step(lambda: generate(model), rank=lambda images: [choose(images)])
 
-    Source: ZO-RankSGD, Tang, Rybin and Chang, 2023, arXiv 2303.03751; without its line search.
+    Source: ZO-RankSGD, Tang, Rybin and Chang, 2023, arXiv 2303.03751.
+    :class:`ZORankSearch` has its line search, too.
     """
 
     def __init__(
@@ -354,7 +372,17 @@ class ZOBCD(ZOSGD):
         super().__init__(params, *args, subset=Blocks(layers, size, period, order), **options)
 
 
-class LOZO(ZOSGD):
+class _FactorSGD(ZOSGD):
+    """:class:`ZOSGD` with kept factors: its momentum is of the fresh factor alone, unless it is a window."""
+
+    def __init__(self, params: ParamsT, *args: Any, momentum: float, **options: Any) -> None:
+        if momentum and options.get("window") is None:
+            super(ZOSGD, self).__init__(params, *args, rule=FactorMomentum(momentum), **options)
+        else:
+            super().__init__(params, *args, momentum=momentum, **options)
+
+
+class LOZO(_FactorSGD):
     """:class:`ZOSGD` along U V^T / sqrt(rank), V kept for ``interval`` steps (:class:`KeptRight`).
 
     ``scaled=False`` is the authors' code: U V^T for matrices, dense noise for vectors, with one eps and one
@@ -378,11 +406,8 @@ class LOZO(ZOSGD):
         momentum: float = 0.0,
         **options: Any,
     ) -> None:
-        options["direction"] = KeptRight(rank, interval, scaled)
-        if momentum and options.get("window") is None:
-            super(ZOSGD, self).__init__(params, *args, rule=FactorMomentum(momentum), **options)
-        else:
-            super().__init__(params, *args, momentum=momentum, **options)
+        direction = KeptRight(rank, interval, scaled)
+        super().__init__(params, *args, direction=direction, momentum=momentum, **options)
 
 
 class SubZero(ZOSGD):
@@ -406,14 +431,16 @@ class SubZero(ZOSGD):
         super().__init__(params, *args, direction=Subspace(rank, interval, near_square), **options)
 
 
-class TeZO(ZOSGD):
+class TeZO(_FactorSGD):
     """:class:`ZOSGD` along a sum of kept outer products with fresh weights (:class:`TemporalFactor`).
 
     ``scaled=False`` leaves out the factor 1 / sqrt(rank), as the paper does.  With ``scaled`` the same steps
     are those of sqrt(rank) times the eps and rank times the lr, for matrices.
 
-    ``momentum``: TeZO-m, whose state of a matrix are rank numbers (:class:`FactorMomentum`).  TeZO-Adam's
-    factored second moment is not here; ``ZOAdam(..., direction=TemporalFactor(rank))`` has whole moments.
+    ``momentum``: TeZO-m, whose state of a matrix are rank numbers (:class:`FactorMomentum`).  TeZO-Adam, with
+    twice as many, is ``ZerothOrder(..., estimator=TwoSided(1), rule=FactorAdam(),
+    direction=TemporalFactor(rank, None, False))``; ``ZOAdam(..., direction=TemporalFactor(rank))`` has whole
+    moments.
 
     Source: Sun et al., 2025, arXiv 2501.19057.
     """
@@ -427,11 +454,8 @@ class TeZO(ZOSGD):
         momentum: float = 0.0,
         **options: Any,
     ) -> None:
-        options["direction"] = TemporalFactor(rank, None, scaled)
-        if momentum and options.get("window") is None:
-            super(ZOSGD, self).__init__(params, *args, rule=FactorMomentum(momentum), **options)
-        else:
-            super().__init__(params, *args, momentum=momentum, **options)
+        direction = TemporalFactor(rank, None, scaled)
+        super().__init__(params, *args, direction=direction, momentum=momentum, **options)
 
 
 class EGGROLL(ZerothOrder):

@@ -53,6 +53,50 @@ class TwoSided(Estimator):
 
 
 @dataclass(frozen=True)
+class ProjectedDifference(TwoSided):
+    """g_0 = (L(theta + eps z_0) - L(theta - eps z_0)) / (2 eps), and in some steps g_1 .. alike: 2 forwards.
+
+    The other directions estimate a gradient from time to time, at 2 forwards each.  In all other steps their
+    g are 0.  A step returns the mean of the two losses along z_0.  :class:`PGAP` runs the forwards.
+    """
+
+    directions: int = 5
+
+    def __post_init__(self) -> None:
+        check_integer("ProjectedDifference", "directions", self.directions, 2)
+
+    def coefficients(self, losses: Tensor, eps: float) -> Tensor:
+        plus, minus = losses.view(-1, 2).unbind(1)
+        g = (plus - minus) / (2 * eps)
+        return torch.cat((g, g.new_zeros(self.directions - len(g))))
+
+    def loss(self, losses: Tensor) -> Tensor:
+        return losses[:2].mean()
+
+
+@dataclass(frozen=True)
+class LeaveOneOut(Estimator):
+    """g_k = (L_k - mean) / (eps (q - 1)), L_k = L(theta + eps z_k): q forwards, q >= 2.
+
+    Each loss is compared with the mean of the others (the baseline of REINFORCE leave-one-out), and the q
+    comparisons are averaged, which is the same as the above.
+
+    Source: LOREN (Seung, Lee and Ko, 2026, arXiv 2511.07971).
+    """
+
+    directions: int = 6
+
+    def __post_init__(self) -> None:
+        check_integer("LeaveOneOut", "directions", self.directions, 2)
+
+    def points(self) -> list[tuple[int, int]]:
+        return [(k, 1) for k in range(self.directions)]
+
+    def coefficients(self, losses: Tensor, eps: float) -> Tensor:
+        return (losses - losses.mean()) / (eps * (self.directions - 1))
+
+
+@dataclass(frozen=True)
 class SignOfDifference(TwoSided):
     """g_k = sign(L(theta + eps z_k) - L(theta - eps z_k)) / q; sign(0) = 0: 2 q forwards.
 
@@ -123,6 +167,8 @@ class StdNormalized(OneSided):
     ``sigma``: "sample" divides by q - 1, as above and in the paper; "population" divides by q, as the
     authors' code does.  The same lr then makes steps sqrt(q / (q - 1)) times as long.
 
+    Losses behind the first q + 1 count for sigma alone (the step before's, :class:`FZOO` with ``reuse``).
+
     Source: FZOO (Dang et al., 2025, arXiv 2506.09034).
     """
 
@@ -136,7 +182,8 @@ class StdNormalized(OneSided):
             fail(type(self).__name__, "std_eps", "a number >= 0", repr(self.std_eps))
 
     def coefficients(self, losses: Tensor, eps: float) -> Tensor:
-        difference, sigma = losses[1:] - losses[0], losses[1:].std(correction=int(self.sigma == "sample"))
+        difference = losses[1 : self.directions + 1] - losses[0]
+        sigma = losses[1:].std(correction=int(self.sigma == "sample"))
         g = difference / (self.directions * sigma)
         return torch.where(sigma <= self.std_eps, torch.zeros_like(g), g)
 

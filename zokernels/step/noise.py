@@ -36,6 +36,10 @@ class Members(NamedTuple):
         """
         return {"streams": self.streams} | placed(self.params)
 
+    def picked(self, at: Sequence[int]) -> Members:
+        """The members of these numbers."""
+        return Members([self.params[i] for i in at], [self.streams[i] for i in at], self.dist)
+
     @property
     def target(self) -> tuple[Plan | Tensors, dict[str, Any]]:
         """The first argument of an operation that changes the parameters, and their places."""
@@ -81,9 +85,13 @@ class Noise:
 
         ``options``: theta, the weights that are read (by default the parameters; or a plan of them), and
         decay (by default 1)."""
-        theta, places = members.target
-        if (read := options.pop("theta", None)) is not None:
-            theta, places = (read, {}) if isinstance(read, Plan) else (locals_of(read), members.places)
+        read = options.pop("theta", None)
+        theta: Plan | Tensors
+        places: dict[str, Any] = {}
+        if isinstance(read, Plan):
+            theta = read
+        else:
+            theta, places = members.target if read is None else (locals_of(read), members.places)
         if not isinstance(theta, Plan):  # a plan has no shards
             out = locals_of(out)
         combine(out, theta, **self.kernel_args(members, seeds, coeffs), **places, **options)

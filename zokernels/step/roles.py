@@ -182,6 +182,7 @@ class OptimizerView(Protocol):
     subset: Any
     run_state: HostState | DeviceState
     team: Team
+    part: bool  #: whether the run also trains weights that no log of this optimizer holds
     carried: bool  #: whether the step began with a perturbation of the two-pass form
     #: What a direction has made that is dear to make again: never saved.
     cache: dict[Any, Any]
@@ -195,6 +196,10 @@ class OptimizerView(Protocol):
 
     @property
     def step_count(self) -> int: ...
+
+    @property
+    def own_settings(self) -> dict[str, Any]:
+        """What the class keeps beside its parts and groups."""
 
     @property
     def in_two_pass(self) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +23,7 @@ from .directions.direction import Direction
 from .directions.low_rank import LowRank
 from .estimators import Estimator, TwoSided
 from .graphs import GraphRng, check_capturable, check_capture
-from .guards import RngState, is_capturing, uninterrupted
+from .guards import OwnProcess, RngState, is_capturing, uninterrupted
 from .loss import LossReader
 from .probes.blocks import Blocks
 from .probes.exact import ExactProbe
@@ -58,6 +59,10 @@ class StepOptimizer(torch.optim.Optimizer):
 
     #: True if a log of seeds and coefficients (``trajectory``) is the whole run.
     replayable = True
+    #: True if a step on some of the parameters (a stage of a pipeline) is a part of the step on all of them.
+    staged = True
+    #: True if the run also trains weights that no log of this optimizer holds.
+    part = False
 
     def __init__(
         self,
@@ -113,6 +118,10 @@ class StepOptimizer(torch.optim.Optimizer):
         self.cache: dict[Any, Any] = {}
         self.graph_rng: GraphRng | None = None
         self.carried = False
+        self._process, self._stepping = OwnProcess(), threading.Lock()
+        #: torch.Generator objects that the closure draws from, and which are set back before each further
+        #: forward of a step, as torch's default generators are.  A copy of the optimizer has none.
+        self.generators: Sequence[torch.Generator] = ()
         self.learned = Learned()
         self._reader: CohortReader | None = None
 
@@ -164,11 +173,24 @@ class StepOptimizer(torch.optim.Optimizer):
         """Whether updates add the next step's perturbation (:meth:`two_pass`)."""
         return self.passes.in_two_pass
 
+    @property
+    def most_points(self) -> int:
+        """How many points a step has at most: as many ranks can share them."""
+        return len(self.estimator.points())
+
+    @property
+    def own_settings(self) -> dict[str, Any]:
+        """What the class keeps beside its parts and groups; all ranks of a mesh must have the same."""
+        return {}
+
     def _check_group(self, group: dict[str, Any]) -> None:
         groups.check_hyperparameters(self.op, group)
         self.rule.check(self.op, group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, which is copied: what the caller has stays as it is."""
+        if isinstance(param_group, dict):  # torch refuses anything else
+            param_group = dict(param_group)
         groups.name_empty_groups(self.param_groups, param_group)
         with warnings.catch_warnings():
             warnings.filterwarnings(
@@ -194,7 +216,7 @@ class StepOptimizer(torch.optim.Optimizer):
 
         ``closure`` runs the forward and returns the scalar loss, a tensor or a number.  It is called once for
         each of the estimator's points and the rule's trials, without gradients, each time from the same torch
-        RNG state.
+        RNG state (and from the same states of :attr:`generators`).
 
         Returns the estimator's loss (the mean, unless it says otherwise) on the losses' device.  Nothing in a
         step waits for a GPU.  If the closure raises, the weights are back at theta and the step does not
@@ -275,8 +297,15 @@ class StepOptimizer(torch.optim.Optimizer):
                 repr(closure),
                 TypeError,
             )
-        with uninterrupted() as hold:  # signals are delivered inside the closure, and when the step is over
-            loss = self._run_held(lambda: hold.call(closure), reader, consume or self._finish)
+        self._process.check(self.op, "step")
+        if not self._stepping.acquire(blocking=False):
+            got = "one inside the closure of another step of this optimizer, or in another thread"
+            fail(self.op, "step", "one step at a time", got, RuntimeError)
+        try:
+            with uninterrupted() as hold:  # signals are delivered inside the closure, and when all is done
+                loss = self._run_held(lambda: hold.call(closure), reader, consume or self._finish)
+        finally:
+            self._stepping.release()
         if not self.run_state.capturable and known_on_host(self.run_state.skipped):
             self._warn_skipped()
         return loss
@@ -476,7 +505,7 @@ class StepOptimizer(torch.optim.Optimizer):
             return check_capture(self.op, self.run_state, self.graph_rng, buckets, devices)
         if self.run_state.capturable and self.graph_rng is None:
             self.graph_rng = self._new_graph_rng(devices)  # a capture cannot make generators
-        return RngState(devices)
+        return RngState(devices, self.generators)
 
     # Checkpoints and copies ---------------------------------------------------------------------------------
 
@@ -487,7 +516,8 @@ class StepOptimizer(torch.optim.Optimizer):
         """
         self.flush()
         self.log.flush()
-        state = super().state_dict()
+        with groups.without_strangers(self.state, self.param_groups):
+            state = super().state_dict()
         self._warn_skipped()
         return with_own_state(state, own_state(self))
 

@@ -161,7 +161,11 @@ _HEADER = {
     "groups": lambda v: isinstance(v, list) and v,
 }
 #: Entries that a header need not have.
-_OPTIONAL = {"asynchronous": lambda v: v is True, "cohort": lambda v: is_integer(v, 0, 2**20 - 1)}
+_OPTIONAL = {
+    "asynchronous": lambda v: v is True,
+    "part": lambda v: v is True,
+    "cohort": lambda v: is_integer(v, 0, 2**20 - 1),
+}
 _GROUP = {
     "options": lambda v: isinstance(v, dict) and all(map(_is_option, v.values())),
     "lr_is_tensor": lambda v: isinstance(v, bool),

@@ -149,7 +149,7 @@ class Products:
             "torch.func by them; use restore='exact'"
         )
 
-    def enter_compiled(self, params: list[Tensor]) -> Callable[[], None]:
+    def enter_compiled(self, params: dict[int, Tensor]) -> Callable[[], None]:
         return lambda: None
 
     # Members and their noise -------------------------------------------------------------------------------
