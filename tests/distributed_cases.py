@@ -33,7 +33,7 @@ import zokernels
 from zokernels import offload
 from zokernels.contract import derive_seed_int, streams_of
 from zokernels.distributed import AsyncExchange, Exchange, RanksDiffer, mean_of
-from zokernels.optim import ZOSGD, Ranking, ThreePoint, ZerothOrder, ZORankSGD
+from zokernels.optim import ZOCGE, ZOSGD, Ranking, ThreePoint, ZerothOrder, ZORankSGD
 from zokernels.step.rules.sgd import SGD
 from zokernels.step.shard import shard_of, whole_of
 from zokernels.trajectory import read, record, replay_
@@ -531,6 +531,56 @@ def wrong(world: World) -> None:
     refused(
         world, "rank: expected losses with a mesh", lambda: ranked.step(lambda: 1.0, rank=lambda results: [0])
     )
+
+
+def coordinates(world: World, sizes: dict[str, int], **options: object) -> None:
+    """Coordinates over ranks: the weights, losses and differences of one process."""
+    seed = world.rng.getrandbits(63)
+    mesh = world.mesh(**sizes)
+    model, alone = (Model(torch.bfloat16, random.Random(seed)) for _ in range(2))
+    shard = mesh.get_local_rank("data") if "data" in sizes else 0
+    make = lambda m, **more: ZOCGE(m.named_parameters(), 0.05, 0.02, seed=seed, **options, **more)
+    exchange = Exchange(mesh)
+    optimizer, reference = make(model, mesh=exchange), make(alone)
+    forwards = []
+
+    def own_loss(step: int) -> torch.Tensor:
+        forwards.append(step)
+        return loss_of(model, step, shard)
+
+    returned = take(optimizer, own_loss, 3)
+    assert returned == take(reference, lambda step: whole_loss(alone, step, exchange.data), 3)
+    assert_same(whole(model), base_of(alone), world.folder.name)
+    assert torch.equal(optimizer.last_projected_gradient, reference.last_projected_gradient)
+    total = 3 * len(reference.last_losses)
+    assert abs(len(forwards) - total / exchange.perturbation) <= 3
+
+
+case(4, "coordinates of four", sizes={"perturbation": 4}, per_step=21)(coordinates)
+case(4, "coordinates, data", sizes={"data": 2, "perturbation": 2}, per_step=10, estimator="two-sided")(
+    coordinates
+)
+case(2, "coordinates, momentum", sizes={"perturbation": 2}, per_step=9, momentum=0.9, l2=1e-3)(coordinates)
+
+
+@case(2)
+def coordinates_of_ranks_that_differ(world: World) -> None:
+    """Other numbers of coordinates are refused at the start; a rank that fails lets the other know."""
+    params = lambda: Model(torch.float32, random.Random(2)).named_parameters()
+    mesh = world.mesh(perturbation=2)
+    with pytest.raises(RanksDiffer, match="per_step"):
+        ZOCGE(params(), 0.1, per_step=5 + world.rank, mesh=mesh)
+    optimizer = ZOCGE(params(), 0.1, per_step=9, mesh=mesh)
+
+    def closure() -> float:
+        if world.rank == 1:
+            raise KeyError("mine")
+        return 1.0
+
+    with pytest.raises(KeyError if world.rank else RanksDiffer):
+        optimizer.step(closure)
+    with pytest.raises(ValueError, match="no 'pipeline'"):
+        ZOCGE(params(), 0.1, per_step=9, mesh=world.mesh(pipeline=2))
 
 
 # Pipeline -------------------------------------------------------------------------------------------------

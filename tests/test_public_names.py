@@ -18,7 +18,8 @@ import torch
 FILE = pathlib.Path(__file__).with_suffix("").with_name("public_names.txt")
 MODULES = (
     *("zokernels", "zokernels.optim", "zokernels.trajectory", "zokernels.offload", "zokernels.distributed"),
-    *("zokernels.quantize", "zokernels.integrations.transformers"),
+    *("zokernels.quantize", "zokernels.integrations.transformers", "zokernels.integrations.engine"),
+    "zokernels.es",
 )
 OPERATIONS = "torch.ops.zokernels"
 HEAD = "Public names and signatures: `python tests/test_public_names.py` writes this file anew.\n\n"

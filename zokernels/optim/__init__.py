@@ -4,6 +4,8 @@ An optimizer has an estimator (where the closure runs), a direction (what z is),
 take part) and an update rule.  The named classes put them together.
 """
 
+from ..step.candidates import Consensus, RankingRounds
+from ..step.cohort import Cohort
 from ..step.directions.covariance import RankOneCovariance
 from ..step.directions.direction import Direction
 from ..step.directions.integers import RoundedSteps
@@ -40,6 +42,7 @@ from ..step.rules.stateful import Adam, AMSGrad, Curvature, Momentum, Sign
 from ..step.rules.window import AdamWindow, MomentumWindow
 from ..step.subset import Blocks, LayerSkip
 from .adaptive import HiZOO, ZOAdam, ZOAdamW, ZOSignSGD
+from .candidates import ConsensusHopping, ZORankSearch
 from .cge import ZOCGE
 from .informed import AGZO, LOREN, PGAP, ConMeZO, CurvZO
 from .methods import (
@@ -65,16 +68,15 @@ from .quzo import QES, QuZO
 from .zosgd import ZOSGD
 
 __all__ = [
-    "AGZO", "EGGROLL", "ES", "FZOO", "LOREN", "LOZO", "PGAP", "QES", "QZO", "SGD", "ZOBCD", "ZOCGE",
-    "ZOSGD", "AMSGrad", "ActivationSpace", "Adam", "AdamWindow", "Bayesian", "Blocks", "ConMeZO", "Cone",
-    "ConeMomentum", "Conservative", "CovarianceDescent", "CurvZO", "Curvature", "Direction",
-    "ErrorFeedback", "FactorAdam", "FactorMomentum", "Floored", "ForwardGradient", "ForwardMode",
-    "FreshFactors", "GivenMask", "GradientSpace", "Guided", "HiZOO", "KeptLeft", "KeptRight",
-    "LayerSkip", "LeZO", "LeaveOneOut", "MagnitudeMask", "MeZOGV", "Momentum", "MomentumWindow",
-    "OneSided", "Orthogonal", "Population", "Projected", "ProjectedDifference", "QuZO", "RandomMask",
-    "RankOneCovariance", "Ranking", "Recalling", "RoundedSteps", "Rule", "SampledTensors",
-    "ScaledPopulation", "Sensitivity", "Sign", "SignOfDifference", "SparseMeZO", "Sphere",
-    "StdNormalized", "SubZero", "Subspace", "TeZO", "TemporalFactor", "TensorScale", "ThreePoint",
-    "TwoSided", "ZOAdam", "ZOAdamW", "ZOConservative", "ZORankSGD", "ZOSignSGD", "ZerothOrder",
-    "decay_groups", "grasp_shares", "groups_without",
+    "AGZO", "EGGROLL", "ES", "FZOO", "LOREN", "LOZO", "PGAP", "QES", "QZO", "SGD", "ZOBCD", "ZOCGE", "ZOSGD",
+    "AMSGrad", "ActivationSpace", "Adam", "AdamWindow", "Bayesian", "Blocks", "Cohort", "ConMeZO", "Cone",
+    "ConeMomentum", "Consensus", "ConsensusHopping", "Conservative", "CovarianceDescent", "CurvZO",
+    "Curvature", "Direction", "ErrorFeedback", "FactorAdam", "FactorMomentum", "Floored", "ForwardGradient",
+    "ForwardMode", "FreshFactors", "GivenMask", "GradientSpace", "Guided", "HiZOO", "KeptLeft", "KeptRight",
+    "LayerSkip", "LeZO", "LeaveOneOut", "MagnitudeMask", "MeZOGV", "Momentum", "MomentumWindow", "OneSided",
+    "Orthogonal", "Population", "Projected", "ProjectedDifference", "QuZO", "RandomMask", "RankOneCovariance",
+    "Ranking", "RankingRounds", "Recalling", "RoundedSteps", "Rule", "SampledTensors", "ScaledPopulation",
+    "Sensitivity", "Sign", "SignOfDifference", "SparseMeZO", "Sphere", "StdNormalized", "SubZero", "Subspace",
+    "TeZO", "TemporalFactor", "TensorScale", "ThreePoint", "TwoSided", "ZOAdam", "ZOAdamW", "ZOConservative",
+    "ZORankSGD", "ZORankSearch", "ZOSignSGD", "ZerothOrder", "decay_groups", "grasp_shares", "groups_without",
 ]  # fmt: skip

@@ -133,7 +133,8 @@ class ZORankSGD(ZerothOrder):
         opt = ZORankSGD(model.named_parameters(), lr=1e-2, eps=1e-2, candidates=4, top=1)
         best = opt.step(lambda: generate(model), rank=lambda images: [choose(images)])
 
-    Source: ZO-RankSGD, Tang, Rybin and Chang, 2023, arXiv 2303.03751; without its line search.
+    Source: ZO-RankSGD, Tang, Rybin and Chang, 2023, arXiv 2303.03751.
+    :class:`ZORankSearch` has its line search, too.
     """
 
     def __init__(
@@ -150,8 +151,10 @@ class ZORankSGD(ZerothOrder):
 
     def step(
         self,
-        closure: Callable[[], Any] | None = None,
+        closure: Callable[..., Any] | None = None,
         rank: Callable[[list[Any]], Iterable[int]] | None = None,
+        *,
+        batched: bool = False,
     ) -> Any:
         """One step, as :meth:`ZerothOrder.step`.
 
@@ -163,7 +166,9 @@ class ZORankSGD(ZerothOrder):
         not go with ``capturable``.
         """
         if rank is None:
-            return super().step(closure)
+            return super().step(closure, batched=batched)
+        if batched:
+            fail(self.op, "batched", "False with rank, which compares results that are no losses", True)
         if self.run_state.capturable:
             fail(self.op, "rank", "capturable=False: a CUDA graph calls no host function", "capturable=True")
         if not self.team.alone:
@@ -467,9 +472,13 @@ class EGGROLL(ZerothOrder):
             None, which is no shaping but plain differences, g_k = (L_k+ - L_k-) / (2 eps q).  The authors'
             raw scores are those with lr times eps^2 sqrt(N).
         maximize: the closure returns rewards, of which more is better.
+        baseline: the value at theta, one forward more, is subtracted in the place of the mean.  For pairs
+            this changes nothing but the authors' spread, so it is for ``mirrored=False``.
+        group: the mean is that of each group of so many members, which had a task of their own.
+        mirrored: members in pairs, as above; False: q members theta + eps z_k.
 
-    Of the authors' code the groups of members, the noise used again over several steps, the updates by signs,
-    the subtracted baseline and the sparse noise are not here.
+    Of the authors' code the noise used again over several steps, the updates by signs and the sparse noise
+    are not here.
 
     Source: Sarkar et al., 2025, arXiv 2511.16652.
     """
@@ -483,14 +492,19 @@ class EGGROLL(ZerothOrder):
         directions: int = 8,
         shaping: str | None = "variance",
         maximize: bool = False,
+        baseline: bool = False,
+        group: int | None = None,
+        mirrored: bool = True,
         rule: Rule | None = None,
         **options: Any,
     ) -> None:
         estimator: Estimator = TwoSided(directions)
         if shaping is not None:
-            estimator = ScaledPopulation(directions, shaping, maximize=maximize)
+            estimator = ScaledPopulation(directions, shaping, mirrored, maximize, baseline, group)
         elif maximize:
             fail(self.op, "maximize", "False without shaping (let the closure return -reward)", True)
+        elif baseline or group is not None or not mirrored:
+            fail(self.op, "baseline, group, mirrored", "their defaults without shaping", (baseline, group))
         direction, rule = FreshFactors(rank), SGD() if rule is None else rule
         super().__init__(params, lr, *args, estimator=estimator, direction=direction, rule=rule, **options)
 
@@ -510,6 +524,7 @@ class ES(ZerothOrder):
         shaping: "z-score", or another of :class:`Population`.
         mirrored: members in pairs theta + eps z and theta - eps z.
         maximize: the closure returns rewards.  With False it returns losses.
+        baseline, group: what takes the place of the mean of all members (:class:`Population`).
 
     Source: ES at scale, Qiu et al., 2025, arXiv 2509.24372, whose code has these defaults.
     """
@@ -524,10 +539,13 @@ class ES(ZerothOrder):
         shaping: str = "z-score",
         mirrored: bool = False,
         maximize: bool = True,
+        baseline: bool = False,
+        group: int | None = None,
         **options: Any,
     ) -> None:
         check_integer(self.op, "population", population, 2)
         if mirrored and population % 2:
             fail(self.op, "population", "an even number with mirrored=True", population)
-        estimator = Population(population // 2 if mirrored else population, shaping, mirrored, maximize)
+        directions = population // 2 if mirrored else population
+        estimator = Population(directions, shaping, mirrored, maximize, baseline, group)
         super().__init__(params, lr, eps, estimator=estimator, rule=SGD(), **options)

@@ -21,6 +21,7 @@ from ..step.step import StepOptimizer
 from ..step.subset import Subset
 from ..trajectory.recorder import Follower, record
 from .first_order import FirstOrder
+from .lightning import check_accumulation
 
 
 class ZerothOrder(StepOptimizer):
@@ -46,7 +47,9 @@ class ZerothOrder(StepOptimizer):
         restore: "exact": the weights do not move during the forwards.  Torch functions get perturbed copies,
             which are made for a block of parameters at a time.  "inplace": the weights move from point to
             point, and the update brings them back.  This needs no scratch and takes any kind of model, but
-            half-precision weights drift.
+            half-precision weights drift.  "products", with a direction of low rank: the weights stay, and
+            what a perturbation adds to a product is added to its result; see docs/populations.md.  Losses
+            then differ from those of perturbed weights in their last bits.
         clip: bound on each \|g_k\|, in units of g: min(max(g, -clip), clip).  A g that is not finite still
             skips the step.
         capturable: keep the step counter and the seeds on the device, so that no step needs the host.  One
@@ -54,6 +57,8 @@ class ZerothOrder(StepOptimizer):
         direction: what z is, by default dense noise: a mask, factors of low rank, a scale
             (:class:`Direction`).
         subset: which parameters take part in a step, by default all: blocks in turn, or layers at random.
+        cohort: with "products", how many members of a population one forward of a batched step has
+            (:meth:`step`); None: all of them.
         scratch: with "exact", the bytes up to which parameters are perturbed together; by default 4 MiB on
             the CPU and 64 MiB on a GPU.  No bit depends on it.  The parameters of one torch function take
             what they take.
@@ -100,6 +105,7 @@ class ZerothOrder(StepOptimizer):
         direction: Direction | None = None,
         subset: Subset | None = None,
         scratch: int | None = None,
+        cohort: int | None = None,
         trajectory: str | os.PathLike[str] | None = None,
         resume: bool = False,
         mesh: DeviceMesh | Exchange | None = None,
@@ -123,7 +129,14 @@ class ZerothOrder(StepOptimizer):
             "clip": clip,
         }
         super().__init__(
-            params, options, seed=seed, restore=restore, capturable=capturable, scratch=scratch, **parts
+            params,
+            options,
+            seed=seed,
+            restore=restore,
+            capturable=capturable,
+            scratch=scratch,
+            cohort=cohort,
+            **parts,
         )
         if mesh is not None:
             self.team = exchange_of(self, mesh)
@@ -145,6 +158,7 @@ class ZerothOrder(StepOptimizer):
 
     def run_step(self, closure: Any, reader: LossReader, consume: Any = None) -> Tensor:
         try:
+            check_accumulation(self.op, closure)
             if self.partner is None or not callable(closure):
                 return super().run_step(closure, reader, consume)
             try:

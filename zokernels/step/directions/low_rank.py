@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ...checks import check_integer, fail
 from ...functional import Rule as KernelRule
-from ...functional import combine_, low_rank, low_rank_, update_
+from ...functional import combine_, low_rank, low_rank_, spread, update_
 from ..noise import DENSE, Members, Noise, Tensors
 from ..roles import OptimizerView
 from ..scalars import scalars
@@ -45,6 +45,15 @@ def draw(shapes: Shapes, seed: Tensor, streams: list[int], offsets: list[int], c
     """
     out = [torch.full(shape, -0.0, dtype=torch.float32, device=seed.device) for shape in shapes]
     combine_(out, seed, c, streams=streams, offsets=offsets)
+    return out
+
+
+def _draw_each(shape: tuple[int, int], seeds: Tensor, stream: int, offset: int, c: float) -> Tensor:
+    """:func:`_draw` for each of ``seeds``, [K, rows, columns], in one call."""
+    zero = torch.full(shape, -0.0, dtype=torch.float32, device=seeds.device)
+    out = torch.empty((len(seeds), *shape), dtype=torch.float32, device=seeds.device)
+    coeffs = torch.full((len(seeds),), c, dtype=torch.float32, device=seeds.device)
+    spread(out, zero, seeds, coeffs, stream=stream, offset=offset)
     return out
 
 
@@ -92,6 +101,8 @@ def _parts(
 
 class Factored(Noise):
     """Noise of ``kind`` in matrices, and dense noise in the rest."""
+
+    has_factors = True
 
     def __init__(self, kind: LowRank, kept_seed: Tensor, cache: dict[tuple[Any, ...], Any]) -> None:
         self._kind, self._kept_seed, self._cache = kind, kept_seed, cache
@@ -145,6 +156,18 @@ class Factored(Noise):
         lefts, rights = zip(*pairs, strict=True)
         together = lambda factors: [torch.stack(of_tensor) for of_tensor in zip(*factors, strict=True)]
         return together(lefts), together(rights)
+
+    def is_dense(self, param: Tensor) -> bool:
+        return self._kind.matrix(param) is None
+
+    def is_plain_matrix(self, param: Tensor) -> bool:
+        return param.dim() == 2 and self._kind.matrix(param) == tuple(param.shape)
+
+    def stacked(self, param: Tensor, stream: int, seeds: Tensor) -> tuple[Tensor, Tensor]:
+        shape = self._kind.matrix(param)
+        assert shape is not None
+        kept = self._kind.kept([shape], [stream], self._kept_seed, self._cache)
+        return self._kind.stacked(shape, stream, seeds, kept)
 
     def perturb(self, out: Tensors, members: Members, seeds: Tensor, coeffs: Tensor, **options: Any) -> None:
         self._apply(out, members, seeds, coeffs, **options)
@@ -389,6 +412,14 @@ class LowRank(Direction):
         """The left [m, r] and right [n, r] factors of one direction."""
         raise NotImplementedError
 
+    def stacked(self, shape: tuple[int, int], stream: int, seeds: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
+        """The factors of K directions of one matrix, [K, m, r] and [K, n, r], each as :meth:`drawn` gives it.
+
+        What all directions share has a first dimension of 1.
+        """
+        pairs = [self.drawn([shape], [stream], seeds[k : k + 1], kept) for k in range(len(seeds))]
+        return torch.stack([left for (left,), _ in pairs]), torch.stack([right for _, (right,) in pairs])
+
     @property
     def scale(self) -> float:
         """The factor of the fresh numbers in z, where a momentum of them is kept
@@ -442,6 +473,9 @@ class KeptRight(LowRank):
         self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any
     ) -> tuple[list[Tensor], list[Tensor]]:
         return self._left(shapes, streams, seed, self.scale), kept
+
+    def stacked(self, shape: tuple[int, int], stream: int, seeds: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
+        return _draw_each((shape[0], self.rank), seeds, stream, 0, self.scale), kept[0][None]
 
     @property
     def scale(self) -> float:
@@ -508,6 +542,10 @@ class FreshFactors(LowRank):
     ) -> tuple[list[Tensor], list[Tensor]]:
         return self._left(shapes, streams, seed, self.rank**-0.5), self._right(shapes, streams, seed)
 
+    def stacked(self, shape: tuple[int, int], stream: int, seeds: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
+        (m, n), r = shape, self.rank
+        return _draw_each((m, r), seeds, stream, 0, r**-0.5), _draw_each((n, r), seeds, stream, m * r, 1.0)
+
 
 @dataclass(frozen=True)
 class TemporalFactor(LowRank):
@@ -531,6 +569,10 @@ class TemporalFactor(LowRank):
         tau = draw([(1, self.rank)] * len(shapes), seed, streams, [0] * len(shapes), 1.0)
         left, right = kept
         return [u * t for u, t in zip(left, tau, strict=True)], right
+
+    def stacked(self, shape: tuple[int, int], stream: int, seeds: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
+        (left,), (right,) = kept
+        return left * _draw_each((1, self.rank), seeds, stream, 0, 1.0), right[None]
 
     def fresh_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         return 1, self.rank
@@ -619,3 +661,11 @@ class Subspace(LowRank):
         )
         low_rank_(left, [u[None] for u, _ in kept], [g[None] for g in mixed], scales, streams=streams)
         return left, [v for _, v in kept]
+
+    def stacked(self, shape: tuple[int, int], stream: int, seeds: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
+        ((u, v),), (m, n), count = kept, shape, len(seeds)
+        mixed = _draw_each((self.rank, self.rank), seeds, stream, 0, 1.0)
+        left = torch.full((count, m, self.rank), -0.0, device=seeds.device)
+        scales = torch.full((count, 1), (m * n) ** 0.5 / self.rank, device=seeds.device)
+        low_rank_(list(left), [u[None]] * count, [g[None] for g in mixed], scales, streams=[stream] * count)
+        return left, v[None]

@@ -1,0 +1,252 @@
+"""Evolution strategies over engines: the log is the run, whatever engines there are and whichever die."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import time
+
+import pytest
+import torch
+from helpers import assert_same_bits
+from safetensors.torch import load_file, save_file
+
+from zokernels.cli import main
+from zokernels.es import Here, Run, Settings, rewards_of, train
+from zokernels.files.safetensors import Checkpoint
+from zokernels.integrations.engine import Weights, create, whole, write_parts
+from zokernels.step.estimators import Population
+
+SETTINGS = Settings(Population(4, mirrored=True, maximize=True), sigma=0.05, lr=0.3, seed=7)
+RANKS = Population(5, shaping="ranks", maximize=True)
+
+
+class Dead(Exception):
+    """What an engine raises that has died."""
+
+
+class Memory:
+    """An engine over tensors in memory, which says how near the first of them is to a prompt."""
+
+    def __init__(self, path, dist="normal"):
+        self.path = path
+        self.tensors = load_file(path)
+        self.weights = Weights(whole(self.tensors), self.tensors, dist=dist, base=Checkpoint(path))
+        self.perturb, self.restore, self.calls = self.weights.perturb, self.weights.restore, 0
+
+    def update(self, seeds, coeffs, decay, rounding, rounding_seed):
+        self.weights.update(seeds, coeffs, decay=decay, rounding=rounding, rounding_seed=rounding_seed)
+
+    def generate(self, prompts, **sampling):
+        self.calls += 1
+        near = [-(self.tensors["a.weight"].float() - p).square().mean() for p in prompts]
+        return [f"{float(n):.6f}" for n in near]
+
+    def names(self):
+        return [p.name for p in self.weights.pieces]
+
+    def save(self, path):
+        create(path, self.weights.base)
+        write_parts(path, self.weights.base, self.weights.parts())
+
+
+class Mortal(Here):
+    """Engines of which one dies at the calls whose numbers are in ``deaths``."""
+
+    dead = (Dead,)
+
+    def __init__(self, make, count, deaths):
+        super().__init__(make, count)
+        self.number, self.deaths, self.born = itertools.count(), deaths, count
+
+    def submit(self, i, function, *args):
+        if next(self.number) in self.deaths:
+            self._engines[i] = None
+            return (i, Dead())
+        return (i, super().submit(i, function, *args))
+
+    def result(self, handle):
+        if isinstance(handle[1], Dead):
+            raise handle[1]
+        return handle[1]
+
+    def restart(self, i):
+        self.born += 1
+        super().restart(i)
+
+
+@pytest.fixture
+def base(tmp_path, rng):
+    torch.manual_seed(rng.getrandbits(63))
+    tensors = {"a.weight": torch.randn(8, 16).bfloat16(), "b.weight": torch.randn(33), "ids": torch.arange(4)}
+    save_file(tensors, path := tmp_path / "base.safetensors")
+    return path
+
+
+def run_all(base, log, engines=None, generations=3, settings=SETTINGS, **options):
+    """The generations, the engines' weights, and the run."""
+    run = Run(base, log, settings)
+    engines = engines or Here(lambda i: Memory(base, settings.dist))
+    reward = options.pop("reward", lambda prompt, text: float(text))
+    found = list(train(engines, run, lambda step: [0.5, 0.25], reward, generations=generations, **options))
+    run.close()
+    for engine in engines._engines:
+        engine.restore()
+    return found, [engine.tensors for engine in engines._engines], run
+
+
+def replayed(base, log, tmp_path):
+    assert main(["replay", str(base), str(log), "-o", str(tmp_path / "replayed.safetensors")]) == 0
+    return load_file(tmp_path / "replayed.safetensors")
+
+
+def assert_same(*models):
+    for model in models[1:]:
+        assert model.keys() == models[0].keys()
+        for name, t in models[0].items():
+            assert_same_bits(model[name], t)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SETTINGS,
+        dataclasses.replace(SETTINGS, weight_decay=0.1, dist="rademacher"),
+        dataclasses.replace(
+            SETTINGS, estimator=Population(5, shaping="ranks", maximize=True), rounding="nearest"
+        ),
+    ],
+    ids=["antithetic", "decay-rademacher", "ranks"],
+)
+def test_the_log_replays_to_the_bits_of_every_engine(settings, base, tmp_path):
+    log, before = tmp_path / "run.zk", load_file(base)
+    engines = Here(lambda i: Memory(base, settings.dist), 3)
+    found, models, _ = run_all(base, log, engines, settings=settings)
+    members = len(settings.estimator.points())
+    assert [g.step for g in found] == [0, 1, 2]
+    assert [len(g.rewards) for g in found] == [members] * 3
+    assert not torch.equal(models[0]["a.weight"], before["a.weight"])
+    assert_same_bits(models[0]["ids"], before["ids"])
+    assert_same(replayed(base, log, tmp_path), *models)
+    _, (alone,), _ = run_all(base, tmp_path / "alone.zk", settings=settings)
+    assert_same(alone, *models)
+    assert (tmp_path / "alone.zk").read_bytes() == log.read_bytes()
+
+
+def test_the_reward_rises(base, tmp_path):
+    found, _, _ = run_all(base, tmp_path / "run.zk", generations=25, held_out=[0.375], evaluate_every=5)
+    evaluations = [g.evaluation for g in found if g.evaluation is not None]
+    assert len(evaluations) == 6  # at the start, and every five
+    assert evaluations[-1] > evaluations[0] / 2  # of about -1.1, and towards 0
+
+
+def test_a_killed_run_goes_on(base, tmp_path):
+    whole_log = tmp_path / "whole.zk"
+    _, (expected,), _ = run_all(base, whole_log, generations=4)
+    data, log = whole_log.read_bytes(), tmp_path / "run.zk"
+    run = Run(base, tmp_path / "new.zk", SETTINGS)
+    size, begin = run.layout.size, run.file.end
+    run.close()
+    assert len(data) == begin + 4 * size
+    for cut in (0, begin - 1, begin, begin + size - 1, begin + 2 * size, begin + 3 * size + 5, len(data)):
+        log.write_bytes(data[:cut])
+        engines = Here(lambda i: Memory(base), 1 + cut % 2)
+        found, models, _ = run_all(base, log, engines, generations=4)
+        assert len(found) == 4 - max(0, cut - begin) // size
+        assert log.read_bytes() == data
+        assert_same(expected, *models)
+
+
+@pytest.mark.parametrize("deaths", [{0}, {3}, {9, 10}, {10, 19, 21}], ids=str)
+def test_a_dead_engine_is_made_again(deaths, base, tmp_path):
+    _, (expected,), _ = run_all(base, tmp_path / "whole.zk")
+    engines = Mortal(lambda i: Memory(base), 2, deaths)
+    _, models, _ = run_all(base, tmp_path / "run.zk", engines)
+    assert engines.born == 2 + len(deaths)
+    assert (tmp_path / "run.zk").read_bytes() == (tmp_path / "whole.zk").read_bytes()
+    assert_same(expected, *models)
+
+
+def test_engines_that_always_die_end_the_run(base, tmp_path):
+    engines = Mortal(lambda i: Memory(base), 1, range(1, 10**6))
+    with pytest.raises(RuntimeError, match="engine 0: expected an engine that lives"):
+        run_all(base, tmp_path / "run.zk", engines)
+
+
+def test_a_reward_that_is_not_finite_skips_the_generation(base, tmp_path):
+    seen = itertools.count()
+    reward = lambda prompt, text: math.nan if next(seen) == 3 else float(text)
+    _, models, run = run_all(base, tmp_path / "run.zk", generations=2, reward=reward)
+    assert [r.finite for r in run.past] == [False, True]
+    assert_same(replayed(base, tmp_path / "run.zk", tmp_path), *models)
+
+
+def test_a_reward_has_its_time():
+    def reward(prompt, text):
+        try:
+            while text == "slow":
+                pass
+        except Exception:  # a careless function cannot swallow its limit
+            return 2.0
+        return 1.0
+
+    began = time.monotonic()
+    assert rewards_of(reward, [0, 0], ["slow", "fast"], 0.05, -1.0) == [-1.0, 1.0]
+    assert time.monotonic() - began < 60  # seconds; without a limit it would never end
+    assert rewards_of(reward, [0], ["fast"], None, -1.0) == [1.0]
+
+
+def test_another_run_is_refused(base, tmp_path):
+    log = tmp_path / "run.zk"
+    run_all(base, log)
+    data = log.read_bytes()
+    for other in ({"sigma": 0.1}, {"seed": 8}, {"dist": "rademacher"}, {"estimator": Population(4)}):
+        with pytest.raises(ValueError, match="trajectory: resume"):
+            Run(base, log, dataclasses.replace(SETTINGS, **other))
+    tensors = load_file(base)
+    tensors["b.weight"] += 1
+    save_file(tensors, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"b\.weight: expected the base weights of the run"):
+        Run(tmp_path / "other.safetensors", log, SETTINGS)
+    assert log.read_bytes() == data
+    broken = bytearray(data)
+    broken[-40] ^= 1
+    log.write_bytes(broken[:-1] + b"xx" * 100)
+    with pytest.raises(ValueError, match="expected whole records"):
+        Run(base, log, SETTINGS)
+    with pytest.raises(ValueError, match="sigma: expected a finite number > 0"):
+        Run(base, tmp_path / "new.zk", dataclasses.replace(SETTINGS, sigma=0.0))
+
+
+def test_what_engines_do_not_have_stays(base, tmp_path):
+    class Fewer(Memory):
+        def __init__(self, path):
+            super().__init__(path)
+            self.weights = Weights([p for p in self.weights.pieces if p.name != "b.weight"], self.tensors)
+            self.perturb, self.restore = self.weights.perturb, self.weights.restore
+
+    log, engines = tmp_path / "run.zk", Here(lambda i: Fewer(base))
+    with pytest.raises(ValueError, match=r"engines: expected the parameters of the run.*'b\.weight'"):
+        run_all(base, log, engines)
+    with pytest.raises(ValueError, match=r"names: expected parameters of .*'c'"):
+        Run(base, tmp_path / "new.zk", SETTINGS, ["c"])
+    log.unlink()
+    run = Run(base, log, SETTINGS, ["a.weight"])
+    list(train(engines, run, lambda step: [0.5], lambda prompt, text: float(text), generations=2))
+    run.close()
+    final = replayed(base, log, tmp_path)
+    assert_same_bits(final["b.weight"], load_file(base)["b.weight"])
+    assert_same_bits(final["a.weight"], engines._engines[0].tensors["a.weight"])
+
+
+def test_two_runs_cannot_have_one_log(base, tmp_path):
+    run = Run(base, tmp_path / "run.zk", SETTINGS)
+    with pytest.raises(RuntimeError, match="expected a file that no one else writes"):
+        Run(base, tmp_path / "run.zk", SETTINGS)
+    run.close()
+
+
+def test_checkpoints_are_whole_models(base, tmp_path):
+    _, (model,), _ = run_all(base, tmp_path / "run.zk", generations=2, save_every=2, save_to=tmp_path)
+    assert_same(load_file(tmp_path / "generation-2.safetensors"), load_file(base) | model)

@@ -1,0 +1,465 @@
+"""The weights of an inference engine: noise by the names of the checkpoint, inside fused and sharded tensors.
+
+An engine keeps the parameters of a Hugging Face checkpoint in tensors of its own.  It joins ``q_proj``,
+``k_proj`` and ``v_proj`` into one ``qkv_proj``, gives each rank its rows or columns, pads the vocabulary, and
+copies key heads that are fewer than the ranks.  The noise of a weight belongs to its name and index in the
+checkpoint, wherever an engine keeps it.  So every number of ranks, a Hugging Face model in memory and a
+checkpoint on a disk get the same bits.
+
+Where each weight is kept is not written down for any engine or model.  :func:`trace` lets the model load a
+checkpoint that has shapes but no memory, and notes which part of which tensor is copied where.  Each copy is
+a :class:`Piece`, and a model whose loading does anything else than copying is refused by the name of the
+parameter.
+
+:class:`Weights` perturbs and updates the pieces.  It needs only the engine's tensors, so a bridge to another
+engine has to find these alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..checks import DTYPES, check_choice, fail
+from ..contract import canonical_name, streams_of
+from ..files.atomic import replacing
+from ..files.safetensors import DTYPES as DTYPES_BY_NAME
+from ..files.safetensors import Checkpoint, Entry, lay_out, view
+from ..functional import Dist, Plan, Rounding, combine, combine_, plan
+
+__all__ = ["Piece", "Shape", "Update", "Weights", "create", "shapes_of", "trace", "whole", "write_parts"]
+
+_COPY = torch.ops.aten.copy_.default
+#: What may be done to a parameter besides copying: padding is filled.
+_FILLS = (torch.ops.aten.fill_.Scalar, torch.ops.aten.fill_.Tensor, torch.ops.aten.zero_.default)
+
+
+class Piece(NamedTuple):
+    """Neighbouring elements of an engine's tensor, and what they are in the checkpoint."""
+
+    name: str  #: the parameter in the checkpoint
+    shape: tuple[int, ...]  #: its whole shape there
+    parameter: str  #: the tensor of the engine
+    begin: int  #: the first of its elements, of ``numel``
+    numel: int
+    offset: int  #: flat index in the checkpoint's parameter of the first element
+    row: tuple[int, int] | None  #: ``rows`` of :func:`zokernels.combine_`; None where all lie in one piece
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """These elements, flat, of the engine's tensor."""
+        return tensor.view(-1)[self.begin : self.begin + self.numel]
+
+    def source(self, whole: Tensor) -> Tensor:
+        """These elements of the checkpoint's parameter: a view [rows, width]."""
+        width, length = self.row or (self.numel, self.numel)
+        return torch.as_strided(
+            whole, (self.numel // width, width), (length, 1), whole.storage_offset() + self.offset
+        )
+
+
+class Shape(NamedTuple):
+    """A parameter of a checkpoint, without its values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+# Finding the pieces -----------------------------------------------------------------------------------------
+
+
+def _span(part: Tensor) -> tuple[int, tuple[int, int] | None] | None:
+    """The first index and the ``rows`` of a view of a contiguous tensor.
+
+    None where it is no sequence of equally long rows at equal distances, such as a transposed matrix."""
+    sizes = [(n, s) for n, s in zip(part.shape, part.stride(), strict=True) if n != 1]
+    width = 1
+    while sizes and sizes[-1][1] == width:
+        width *= sizes.pop()[0]
+    if not sizes:
+        return int(part.storage_offset()), None
+    count, length = sizes.pop()
+    while sizes and sizes[-1][1] == length * count:
+        count *= sizes.pop()[0]
+    return None if sizes or length < width else (int(part.storage_offset()), (width, length))
+
+
+def _key(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)  # also tells tensors apart that have no memory
+
+
+class _Loading(TorchDispatchMode):
+    """Notes what is copied from a checkpoint's tensors into a model's, and refuses what is not a copy."""
+
+    def __init__(self, sources: Mapping[int, str], targets: Mapping[int, str]) -> None:
+        super().__init__()
+        self.sources, self.targets = sources, targets
+        self.copies: list[tuple[str, Tensor, str, Tensor]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if not written or not isinstance(value, Tensor):
+                continue
+            parameter = self.targets.get(_key(value))
+            if func is _COPY and (parameter is not None or _key(args[1]) in self.sources):
+                name = self.sources.get(_key(args[1]))
+                if parameter is None:
+                    fail("trace", str(name), "a copy into a parameter of the engine", "one into other memory")
+                if name is None:
+                    fail("trace", parameter, "weights as they are in the checkpoint", "computed ones")
+                self.copies.append((name, args[1].expand_as(value), parameter, value))
+            elif parameter is not None and func not in _FILLS:
+                fail("trace", parameter, "weights as they are in the checkpoint", f"{func} after loading")
+        return func(*args, **(kwargs or {}))
+
+
+def trace(
+    model: nn.Module,
+    checkpoint: Mapping[str, Shape],
+    load: Callable[[Iterable[tuple[str, Tensor]]], object],
+) -> list[Piece]:
+    """Where a model keeps each part of a checkpoint.
+
+    Args:
+        model: the engine's model of one rank, on torch's "meta" device: its parameters have no memory.
+        checkpoint: the parameters of the checkpoint, by name.
+        load: the model's own way to load a checkpoint: takes (name, tensor) pairs and copies what this rank
+            keeps.  vLLM: ``model.load_weights``.
+
+    Nothing is read or written; what ``load`` would copy is noted.
+
+    Raises: ValueError naming the parameter where one gets no part of the checkpoint, or gets it changed
+    (transposed, scaled, converted), or where the checkpoint has the same memory twice.
+    """
+    tensors = {
+        name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in checkpoint.items()
+    }
+    params = dict(model.named_parameters())
+    for name, p in params.items():
+        if p.device.type != "meta" or not p.is_contiguous():
+            fail("trace", name, "a contiguous tensor on the meta device", f"{p.device}, {p.stride()}")
+    targets = {_key(p): name for name, p in params.items()}
+    with torch.no_grad(), _Loading({_key(t): name for name, t in tensors.items()}, targets) as loading:
+        load(list(tensors.items()))
+    pieces = []
+    for name, source, parameter, target in loading.copies:
+        if not target.numel():
+            continue  # of a rank whose part of the vocabulary is all padding
+        to, from_ = _span(target), _span(source)
+        if to is None or to[1] is not None or from_ is None:
+            expected = f"rows of {name} in one piece of memory"
+            fail("trace", parameter, expected, f"strides {source.stride()} to {target.stride()}")
+        pieces.append(
+            Piece(
+                canonical_name(name), tuple(checkpoint[name].shape), parameter,
+                to[0], target.numel(), from_[0], from_[1],
+            )
+        )  # fmt: skip
+    missing = sorted(params.keys() - {parameter for _, _, parameter, _ in loading.copies})
+    if missing:
+        fail("trace", missing[0], "a part of the checkpoint", f"none (as {len(missing)} parameters in all)")
+    _check_apart(pieces)
+    return pieces
+
+
+def _check_apart(pieces: list[Piece]) -> None:
+    """Raises where two pieces share memory."""
+    ordered = sorted(pieces, key=lambda p: (p.parameter, p.begin))
+    for a, b in itertools.pairwise(ordered):
+        if a.parameter == b.parameter and b.begin < a.begin + a.numel:
+            fail("trace", a.parameter, "each element from one parameter", f"{a.name!r} and {b.name!r}")
+
+
+def whole(params: Mapping[str, Tensor]) -> list[Piece]:
+    """The pieces of a model that keeps its parameters as the checkpoint has them: one of Hugging Face.
+
+    Tensors of integers have no noise."""
+    return [
+        Piece(canonical_name(name), tuple(p.shape), name, 0, p.numel(), 0, None)
+        for name, p in params.items()
+        if p.is_floating_point()
+    ]
+
+
+# Perturbing and updating them -------------------------------------------------------------------------------
+
+
+class Update(NamedTuple):
+    """theta <- round(decay theta + sum_k c_k z_k), rounded as ``rounding`` says with ``rounding_seed``."""
+
+    seeds: tuple[int, ...]
+    coeffs: tuple[float, ...]
+    decay: float | None = None
+    rounding: Rounding = "nearest"
+    rounding_seed: int | None = None
+
+    @property
+    def terms(self) -> dict[str, Any]:
+        return {"decay": self.decay, "rounding": self.rounding, "rounding_seed": self.rounding_seed}
+
+
+#: Of no noise.
+NOTHING: tuple[tuple[int, ...], tuple[float, ...]] = ((), ())
+
+
+class Weights:
+    """The weights theta of an engine, of one rank, perturbed and updated by seeds and coefficients.
+
+    theta is the weights themselves.  What the engine computes with is theta + sum_k c_k z_k of the last
+    :meth:`perturb`, rounded once, and theta after every other call.
+
+    Args:
+        pieces: of :func:`trace`.
+        tensors: the engine's tensors by the names of the pieces, contiguous, of fp32, bf16 or fp16.  They are
+            changed in place, so that CUDA graphs that hold their addresses go on.
+        memory: "master": theta is kept in a second copy.  Each :meth:`perturb` is one pass from the copy to
+            the engine's tensors, 4 bytes a weight of bf16, whatever came before, and nothing is rounded away.
+            "inplace": there is no second copy.  A perturb moves from the last point to the new one in one
+            pass, also 4 bytes a weight, but rounds at each, so that the engine computes with theta plus an
+            error (the drift, :meth:`drift`).  :meth:`update` first goes back to theta exactly: it reads the
+            checkpoint again and repeats the updates so far.
+        dist: of the noise, "normal" or "rademacher".
+        base: the checkpoint that the engine has loaded, by name; "inplace" needs it.
+
+    Raises: TypeError or ValueError naming the parameter where a tensor is quantised or its layout is not that
+    of the pieces.
+    """
+
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        tensors: Mapping[str, Tensor],
+        memory: str = "master",
+        dist: Dist = "normal",
+        base: Checkpoint | Mapping[str, Tensor] | None = None,
+    ) -> None:
+        check_choice("Weights", "memory", memory, ("master", "inplace"))
+        check_choice("Weights", "dist", dist, ("normal", "rademacher"))
+        if memory == "inplace" and base is None:
+            fail("Weights", "base", "the checkpoint, which memory='inplace' reads again", None)
+        self.pieces, self.tensors, self.memory, self.dist, self.base = pieces, tensors, memory, dist, base
+        needed: dict[str, int] = {}  # elements of each tensor that have to be there
+        for p in pieces:
+            needed[p.parameter] = max(needed.get(p.parameter, 0), p.begin + p.numel)
+        for name, numel in needed.items():
+            _check_tensor(name, tensors.get(name), numel)
+        master = memory == "master"
+        self._theta = {name: tensors[name].detach().clone() if master else tensors[name] for name in needed}
+        stream = dict(zip(names := sorted({p.name for p in pieces}), streams_of(names), strict=True))
+        self._buckets: list[tuple[Plan, list[Tensor]]] = []
+        for key in dict.fromkeys((tensors[p.parameter].device, tensors[p.parameter].dtype) for p in pieces):
+            here = [p for p in pieces if (tensors[p.parameter].device, tensors[p.parameter].dtype) == key]
+            theta = plan(
+                [p.of(self._theta[p.parameter]) for p in here],
+                [stream[p.name] for p in here],
+                offsets=[p.offset for p in here],
+                rows=[p.row for p in here],
+            )
+            self._buckets.append((theta, [p.of(tensors[p.parameter].detach()) for p in here]))
+        self.at = NOTHING  #: seeds and coefficients of the point where the engine's weights are
+        self.history: list[Update] = []  #: the updates since ``base``; kept with memory="inplace"
+        self._moved = False  # whether in place weights have been rounded on their way since they were exact
+
+    def perturb(self, seeds: Sequence[int], coeffs: Sequence[float]) -> None:
+        """The engine computes with theta + sum_k coeffs[k] z_k from now on: one pass.  theta stays."""
+        if len(seeds) != len(coeffs):
+            fail("perturb", "coeffs", f"{len(seeds)} numbers, one for each seed", len(coeffs))
+        to = tuple(seeds), tuple(coeffs)
+        if self.memory == "master":
+            for theta, live in self._buckets:
+                combine(live, theta, list(to[0]), list(to[1]), dist=self.dist)
+        elif to != self.at:
+            back = [-c for c in self.at[1]]
+            for theta, _ in self._buckets:
+                combine_(theta, [*self.at[0], *to[0]], [*back, *to[1]], dist=self.dist)
+            self._moved = True
+        self.at = to
+
+    def restore(self) -> None:
+        """The engine computes with theta again: exactly with memory="master", else up to the drift."""
+        self.perturb(*NOTHING)
+
+    def update(
+        self,
+        seeds: Sequence[int],
+        coeffs: Sequence[float],
+        *,
+        decay: float | None = None,
+        rounding: Rounding = "stochastic",
+        rounding_seed: int | None = None,
+    ) -> None:
+        """theta <- round(decay theta + sum_k coeffs[k] z_k), in one pass for all k.
+
+        The engine computes with the new theta from then on.
+
+        ``rounding_seed``: by default the first of the seeds, as the optimizers of the package have it.
+
+        The same call on every rank and every engine makes the same weights everywhere, so nothing has to be
+        sent from one to the other.
+        """
+        if len(seeds) != len(coeffs):
+            fail("update", "coeffs", f"{len(seeds)} numbers, one for each seed", len(coeffs))
+        if rounding_seed is None and seeds:
+            rounding_seed = seeds[0]
+        if rounding == "stochastic" and rounding_seed is None:
+            rounding = "nearest"  # no noise is added, and decay alone may be rounded to nearest
+        step = Update(tuple(seeds), tuple(coeffs), decay, rounding, rounding_seed)
+        if self.memory == "inplace":
+            self.return_exactly()
+        self._apply(step)
+        if self.memory == "inplace":
+            self.history.append(step)
+        else:
+            self.restore()
+
+    def _apply(self, step: Update) -> None:
+        if step.seeds or step.decay is not None:
+            for theta, _ in self._buckets:
+                combine_(theta, list(step.seeds), list(step.coeffs), dist=self.dist, **step.terms)
+
+    def return_exactly(self) -> None:
+        """The engine computes with theta again, bit for bit, with either memory."""
+        if self.memory == "master":
+            self.restore()
+        elif self._moved:
+            self._copy_base()
+            for step in self.history:
+                self._apply(step)
+            self.at, self._moved = NOTHING, False
+
+    def load(self, base: Checkpoint | Mapping[str, Tensor]) -> None:
+        """theta becomes the weights of ``base``, from which updates are counted again."""
+        self.base, self.history = base, []
+        self._copy_base()
+        self.at, self._moved = NOTHING, False
+        if self.memory == "master":
+            self.restore()
+
+    def _copy_base(self) -> None:
+        base = self._base()
+        for piece in self.pieces:
+            theta = piece.of(self._theta[piece.parameter])
+            source = piece.source(base[piece.name])
+            theta.view(source.shape).copy_(source)
+
+    def _base(self) -> Mapping[str, Tensor]:
+        if self.base is None:
+            fail("Weights", "base", "a checkpoint", None)
+        base = self.base.tensors() if isinstance(self.base, Checkpoint) else self.base
+        for piece in self.pieces:
+            found = base.get(piece.name)
+            if found is None or tuple(found.shape) != piece.shape:
+                got = "none" if found is None else str(tuple(found.shape))
+                fail("Weights", f"base: {piece.name}", f"a tensor of shape {piece.shape}", got)
+        return base
+
+    def check_base(self) -> None:
+        """Raises, naming the parameter, where theta does not have the bits of ``base``.
+
+        This is the proof that :func:`trace` has found every weight, and that the engine has changed none."""
+        base = self._base()
+        for piece in self.pieces:
+            theta = piece.of(self._theta[piece.parameter])
+            source = piece.source(base[piece.name])
+            if source.dtype is not theta.dtype:
+                fail("Weights", piece.name, f"dtype {source.dtype}, as in the checkpoint", theta.dtype)
+            bits = lambda t: t.contiguous().view({2: torch.int16, 4: torch.int32}[t.element_size()])
+            if not torch.equal(bits(theta.view(source.shape)), bits(source.to(theta.device))):
+                fail("Weights", piece.parameter, f"the weights of {piece.name} in the checkpoint", "others")
+
+    def drift(self) -> dict[str, float]:
+        """How far theta of an "inplace" engine is from the exact one: the share of weights that differ, and
+        the root of the mean squared difference.  The engine then computes with the exact theta."""
+        if self.memory == "master":
+            return {"changed": 0.0, "rms": 0.0}
+        self.restore()
+        before = [[t.clone() for t in theta.params] for theta, _ in self._buckets]
+        self.return_exactly()
+        pairs = [(a, b) for old, (theta, _) in zip(before, self._buckets, strict=True)
+                 for a, b in zip(old, theta.params, strict=True)]  # fmt: skip
+        total = sum(a.numel() for a, _ in pairs)
+        summed = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
+        changed = sum(int((a != b).sum()) for a, b in pairs)
+        return {"changed": changed / total, "rms": (summed / total) ** 0.5}
+
+    def parts(self) -> list[tuple[Piece, Tensor]]:
+        """The pieces of this rank with their exact weights, on the CPU."""
+        self.return_exactly()
+        return [(p, p.of(self._theta[p.parameter]).cpu()) for p in self.pieces]
+
+
+def _check_tensor(name: str, tensor: Tensor | None, numel: int) -> None:
+    if tensor is None:
+        fail("Weights", name, "a tensor of the engine", "none")
+    if tensor.dtype not in DTYPES:
+        fail(
+            "Weights",
+            name,
+            "weights of fp32, bf16 or fp16 (quantised layers have none)",
+            tensor.dtype,
+            TypeError,
+        )
+    if not tensor.is_contiguous() or tensor.numel() < numel:
+        fail("Weights", name, f"a contiguous tensor of at least {numel} elements", tuple(tensor.shape))
+
+
+# Writing a checkpoint ---------------------------------------------------------------------------------------
+
+
+def create(path: str | os.PathLike[str], base: Checkpoint) -> None:
+    """A safetensors file with the tensors of ``base``, into which each rank then writes its parts."""
+    entries, header = _file_of(base)
+    with replacing(pathlib.Path(path).resolve()) as file:
+        os.posix_fallocate(
+            file.fileno(), 0, max([len(header), *(e.begin + e.size for e in entries.values())])
+        )
+        file.write(header)
+        for name, source in base.where.items():
+            file.seek(entries[name].begin)
+            file.write(source.data(name))
+            source.release()
+
+
+def write_parts(
+    path: str | os.PathLike[str], base: Checkpoint, parts: Iterable[tuple[Piece, Tensor]]
+) -> None:
+    """Writes the parts of one rank to their places in the file that :func:`create` has made."""
+    entries, _ = _file_of(base)
+    entries = {canonical_name(name): entry for name, entry in entries.items()}
+    with open(path, "r+b") as file:
+        with mmap.mmap(file.fileno(), 0) as mapped:
+            for piece, values in parts:
+                target = piece.source(view(mapped, entries[piece.name]))
+                target.copy_(values.view(target.shape))
+                del target  # a map with views cannot be closed
+            mapped.flush()
+        os.fsync(file.fileno())
+
+
+def _file_of(base: Checkpoint) -> tuple[dict[str, Entry], bytes]:
+    header, entries = lay_out(
+        {name: file.entries[name] for name, file in base.where.items()}, base.files[0].metadata
+    )
+    return entries, header
+
+
+def shapes_of(base: Checkpoint, dtype: torch.dtype | None = None) -> dict[str, Shape]:
+    """The floating-point parameters of a checkpoint, for :func:`trace`; ``dtype``: that of the engine."""
+    found = {}
+    for name, file in base.where.items():
+        entry = file.entries[name]
+        own = DTYPES_BY_NAME.get(entry.dtype)
+        if own is None:
+            fail("shapes_of", name, "a dtype that torch has", entry.dtype, TypeError)
+        found[name] = Shape(entry.shape, dtype if dtype is not None and own.is_floating_point else own)
+    return found
