@@ -531,6 +531,10 @@ BAD = {
         lambda p: AGZO(p, 1.0, model=nn.Linear(2, 2), trajectory="run.zk"),
         "AGZO: trajectory: expected None: the directions come from the activations",
     ),
+    "products": (
+        lambda p: AGZO(p, 1.0, model=nn.Linear(2, 2), restore="products"),
+        "AGZO: restore: expected 'exact' or 'inplace': the directions come from the step's first forward",
+    ),
     "losses": (
         lambda p: ZerothOrder(
             p, 1.0, estimator=OneSided(2), direction=RankOneCovariance(), rule=CovarianceDescent()
