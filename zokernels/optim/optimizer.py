@@ -156,6 +156,12 @@ class ZerothOrder(StepOptimizer):
         else:
             self.team.join(self)
 
+    def _run_batched(self, closure: Any) -> Tensor:
+        if self.partner is not None:
+            expected = "False with first_order: backward takes a forward of its own"
+            fail(self.op, "batched", expected, True)
+        return super()._run_batched(closure)
+
     def run_step(self, closure: Any, reader: LossReader, consume: Any = None) -> Tensor:
         try:
             check_accumulation(self.op, closure)

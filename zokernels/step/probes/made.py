@@ -145,6 +145,15 @@ class Owners:
             self._parts[block] = made
         return self._parts[block]
 
+    def close(self, pool: ScratchPool) -> None:
+        """Gives all parameters that still have memory of ``pool`` their own back."""
+        scratch = pool.addresses()
+        for part in (part for parts in self._parts.values() for part in parts):
+            for p, theta in zip(part.members.params, part.thetas, strict=False):
+                if p.untyped_storage().data_ptr() in scratch:
+                    p.data = theta
+        pool.give_all_back()
+
 
 def _alike(a: Bucket, b: Bucket) -> bool:
     if a.params is b.params and a.streams is b.streams:  # of one plan, which is kept from step to step
