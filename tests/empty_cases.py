@@ -164,6 +164,30 @@ def _sums(device):
     assert zokernels.squared_norm(seeds[:0], [12], streams=[14]).shape == (0,)
 
 
+def _low_rank_linear(device):
+    """No rows, no columns of y or of x, no members, and a member without rows beside others."""
+    values = lambda *shape: (
+        torch.arange(1.0, 1 + torch.Size(shape).numel(), device=device).sin().reshape(shape)
+    )
+
+    def call(rows, m, n):
+        y, left, right = values(sum(rows), m), values(len(rows), m, 2), values(len(rows), n, 2)
+        zokernels.low_rank_linear_(y, values(sum(rows), n), left, right, values(len(rows)), rows=rows)
+        return y
+
+    for rows, m, n in (([], 3, 2), ([0, 0], 3, 2), ([2, 1], 0, 2), ([0], 0, 0)):
+        assert call(rows, m, n).shape == (sum(rows), m)
+    assert torch.equal(call([2, 1], 3, 0), values(3, 3))
+    y, x = values(3, 4), values(3, 5)
+    left, right, coeffs = values(3, 4, 2), values(3, 5, 2), values(3)
+    zokernels.low_rank_linear_(y, x, left, right, coeffs, rows=[2, 0, 1])
+    others = [0, 2]
+    want = values(3, 4)
+    factors = left[others].contiguous(), right[others].contiguous(), coeffs[others].contiguous()
+    zokernels.low_rank_linear_(want, x, *factors, rows=[2, 1])
+    assert torch.equal(y, want)
+
+
 def _draws(device):
     """noise and derive_seed of no elements."""
     for dist in ("normal", "rademacher"):
@@ -190,6 +214,7 @@ CASES: dict[str, Callable[[str], None]] = {
     "requantize": _lists(_requantize(True)),
     **{f"encode, decode {wire}": _lists(_wire(wire, False)) for wire in ("bf16", "fp16", "fp8", "int8")},
     **{f"decode_fan_out {wire}": _lists(_wire(wire, True)) for wire in ("bf16", "int8")},
+    "low_rank_linear_": _low_rank_linear,
     "spread": _spread,
     "project, squares": _sums,
     "noise, derive_seed": _draws,
