@@ -98,6 +98,17 @@ METHODS = [
         (eager.Ranking, {"directions": 8}), 0.02,
     ),
     Method(
+        "ZO-RankSGD, line search", "[2303.03751](https://arxiv.org/abs/2303.03751)",
+        "best of theta, theta + eps z_best, theta - lr 0.5^j G",
+        "ZORankSearch(named, lr, candidates=8, rounds=1)", 15, 30, "0",
+        (eager.RankSearch, {"directions": 8}), 0.1,
+    ),
+    Method(
+        "consensus hopping, q = 8", "[2306.09778](https://arxiv.org/abs/2306.09778)",
+        "theta += lr sum_k softmax_k(-alpha L_k) eps z_k", "ConsensusHopping(named, lr, candidates=8)", 8, 18,
+        "0", (eager.Consensus, {"directions": 8}), 1.0,  # the paper's: not searched
+    ),
+    Method(
         "conservative", "[2402.11592](https://arxiv.org/abs/2402.11592)",
         "best of theta, theta -+ lr g z", "ZOConservative(named, lr)", 5, 10, "0", (eager.Conservative, {}),
         0.02,

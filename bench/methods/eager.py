@@ -166,6 +166,41 @@ class Ranking(ManyDirections):
             self.apply(self.seed(k), (2 * rank - (m - 1)) / (m * (m - 1) / 2))
 
 
+class RankSearch(ManyDirections):
+    """Ranks, then a line search along their direction, which moves the weights from point to point."""
+
+    def move(self, by: float, coefficients: list[float]) -> None:
+        for k, w in enumerate(coefficients):
+            for p, z in self.noises(self.seed(k)):
+                p.data = p.data - by * (w * z)
+
+    def run(self, closure: Closure) -> None:
+        losses, m = [self.one_sided(closure, k) for k in range(self.directions)], self.directions
+        order, w = sorted(range(m), key=losses.__getitem__), [0.0] * m
+        for rank, k in enumerate(order):
+            w[k] = (2 * rank - (m - 1)) / (m * (m - 1) / 2)
+        searched = []
+        for j in range(5):
+            self.move(self.lr * 0.5**j, w)
+            searched.append(float(closure()))
+            self.move(-self.lr * 0.5**j, w)
+        searched.append(self.one_sided(closure, order[0]))
+        theta = float(closure())
+        best = min(range(6), key=searched.__getitem__)
+        if searched[best] < theta:
+            if best < 5:
+                self.move(self.lr * 0.5**best, w)
+            else:
+                self.perturb(self.seed(order[0]), 1)
+
+
+class Consensus(ManyDirections):
+    def run(self, closure: Closure) -> None:
+        losses = torch.tensor([self.one_sided(closure, k) for k in range(self.directions)])
+        for k, w in enumerate(torch.softmax(-10 * losses, 0).tolist()):
+            self.apply(self.seed(k), -self.eps * w)
+
+
 class Conservative(Eager):
     """The best of theta, theta - lr g z and theta + lr g z."""
 
