@@ -21,6 +21,8 @@ from tqdm import tqdm
 from zokernels.examples import digits
 from zokernels.optim import EGGROLL, Cohort
 
+LEARNING_RATE, EPS = 0.5, 0.2
+
 
 def train(folder: pathlib.Path, generations: int) -> list[tuple[int, float, float]]:
     """(generation, mean reward of its members, accuracy on validation images) on the way."""
@@ -53,9 +55,6 @@ def train(folder: pathlib.Path, generations: int) -> list[tuple[int, float, floa
     )
     draw(folder / "population.png", points)
     return points
-
-
-LEARNING_RATE, EPS = 1.0, 0.1
 
 
 def draw(path: pathlib.Path, points: list[tuple[int, float, float]]) -> None:
