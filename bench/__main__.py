@@ -5,6 +5,7 @@ on.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import pathlib
 import shlex
@@ -18,11 +19,10 @@ import torch
 from zokernels import BackendUnavailable
 from zokernels.backends.registry import NAMES
 
-from . import compare, engines, machine, offload, scaling, table, trajectory, whole_steps
-from .gpu import check, prebuilt
+from . import machine, table
 from .gpu.stage import replace
-from .methods import run as methods
-from .registry import SKIPPED, Settings, ops
+from .registry import NAMES as OPS
+from .registry import SKIPPED, Settings, op
 from .workloads import WORKLOADS
 
 SCHEMA = 1
@@ -96,8 +96,8 @@ def run(args: argparse.Namespace) -> int:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             replace(args.json, json.dumps(result, indent=1) + "\n")
 
-    for op in [ops()[args.op]] if args.op else ops().values():
-        for row in op.run(settings):
+    for name in [args.op] if args.op else OPS:
+        for row in op(name).run(settings):
             rows.append(row)
             if head := printer.head(row):
                 print(head)
@@ -115,8 +115,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def list_ops(args: argparse.Namespace) -> int:
-    for op in ops().values():
-        print(f"{op.name:12} {op.summary}")
+    for name in OPS:
+        print(f"{name:12} {op(name).summary}")
     return 0
 
 
@@ -131,13 +131,34 @@ def draw(args: argparse.Namespace) -> int:
     return 0
 
 
-def make_parser(program: str) -> argparse.ArgumentParser:
+#: Commands of modules of their own: where each is, and what it does.
+COMMANDS = {
+    "compare": (".compare", "this tree against another commit, in turns; 1 where a row is slower"),
+    "methods": (".methods.run", "every method against its eager form, and its loss after equal forwards"),
+    "offload": (".offload", "a streamed step against its transfers and its computation, each alone"),
+    "host": (".whole_steps", "whole steps of small models against their forwards: the host's share"),
+    "trajectory": (".trajectory", "replaying and recording a run, project and gram, on 22 M weights"),
+    "learn": (".learn.run", "what methods learn in equal forwards, after the same search of step sizes"),
+    "population": (".population", "a population in one forward against plain inference of the same batch"),
+    "engines": (".engines", "weight work of evolution strategies, against es-at-scale"),
+    "zollm": (".zollm", "language models fine-tuned with and without backpropagation"),
+    "scaling": (".scaling", "on paper: a step of 175 G and 1,000 G weights on 8 to 1,024 GPUs"),
+    "gpu-check": (".gpu.check", "what holds on the GPU at hand, in seven minutes; offline"),
+    "gpu-prebuilt": (".gpu.prebuilt", "compile here what gpu-check needs there, into one folder"),
+}
+
+
+def parse(argv: Sequence[str], program: str = "python -m bench") -> argparse.Namespace:
+    """The arguments of a command, whose module alone is imported.
+
+    So a command needs what it uses and no more: ``bench compare`` runs this file with packages of older
+    commits."""
     parser = argparse.ArgumentParser(prog=program, description=__doc__)
     commands = parser.add_subparsers(required=True)
     sub = commands.add_parser("list", help="ops that can be measured")
     sub.set_defaults(call=list_ops)
     sub = commands.add_parser("run", help="measure and print a table")
-    sub.add_argument("--op", choices=sorted(ops()), help="default: all")
+    sub.add_argument("--op", choices=OPS, help="default: all")
     sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     sub.add_argument(
         "--backend", nargs="+", choices=NAMES, help="default: all compiled ones that load for the device"
@@ -157,32 +178,6 @@ def make_parser(program: str) -> argparse.ArgumentParser:
     sub.add_argument("--json", type=pathlib.Path, help="write everything to this file")
     sub.set_defaults(call=run)
     sub = commands.add_parser(
-        "compare", help="this tree against another commit, in turns; 1 where a row is slower"
-    )
-    compare.add_arguments(sub, sorted(ops()))
-    sub = commands.add_parser(
-        "methods", help="every method against its eager form, and its loss after equal forwards"
-    )
-    methods.add_arguments(sub)
-    sub = commands.add_parser(
-        "offload", help="a streamed step against its transfers and its computation, each alone"
-    )
-    offload.add_arguments(sub)
-    sub = commands.add_parser(
-        "host", help="whole steps of small models against their forwards: the host's share"
-    )
-    whole_steps.add_arguments(sub)
-    sub = commands.add_parser(
-        "trajectory", help="replaying and recording a run, project and gram, on 22 M weights"
-    )
-    trajectory.add_arguments(sub)
-    sub = commands.add_parser("engines", help="weight work of evolution strategies, against es-at-scale")
-    engines.add_arguments(sub)
-    sub = commands.add_parser(
-        "scaling", help="on paper: a step of 175 G and 1,000 G weights on 8 to 1,024 GPUs"
-    )
-    scaling.add_arguments(sub)
-    sub = commands.add_parser(
         "report", help="JSON files into one HTML page, or into docs/performance.md and a PNG"
     )
     sub.add_argument(
@@ -193,16 +188,16 @@ def make_parser(program: str) -> argparse.ArgumentParser:
         "-o", "--output", type=pathlib.Path, default=default, help=f"FILE.html or FILE.md ({default})"
     )
     sub.set_defaults(call=draw)
-    sub = commands.add_parser("gpu-check", help="what holds on the GPU at hand, in seven minutes; offline")
-    check.add_arguments(sub)
-    sub = commands.add_parser("gpu-prebuilt", help="compile here what gpu-check needs there, into one folder")
-    prebuilt.add_arguments(sub)
-    return parser
+    for name, (module, summary) in COMMANDS.items():
+        sub = commands.add_parser(name, help=summary)
+        if [name] == list(argv[:1]):
+            importlib.import_module(module, __package__).add_arguments(sub)
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None, program: str = "python -m bench") -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = make_parser(program).parse_args(argv)
+    args = parse(argv, program)
     args.command_line = f"{program} {shlex.join(argv)}"
     try:
         return args.call(args)

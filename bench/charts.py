@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import pathlib
 import re
+import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -145,6 +146,27 @@ def curves(
     for axis in axes[-1]:
         axis.set_xlabel(unit)
     drawn.suptitle(title or None)
+    return drawn
+
+
+#: A line that is several at a time: (x, values at x).
+Band = Sequence[tuple[float, Sequence[float]]]
+
+
+@style()
+def bands(panels: Sequence[tuple[str, Sequence[tuple[str, Band]]]], x: str, y: str) -> Figure:
+    """``panels`` side by side, each a title and named lines: the mean, and from the least to the most."""
+    drawn, axes = figure(1, max(1, len(panels)), 5.2 * max(1, len(panels)), 3.6)
+    colours = ["#2b6cb0", "#d0672b", "#3d8b5f", "#8a5aa8", "#a8324a", "#5b6670"]
+    for axis, (title, lines) in zip(axes.flat, panels, strict=False):
+        for (name, points), colour in zip(lines, colours, strict=False):
+            at = [place for place, _ in points]
+            least, mean, most = ([f(v) for _, v in points] for f in (min, statistics.fmean, max))
+            axis.plot(at, mean, color=colour, linewidth=1.5, label=name)
+            axis.fill_between(at, least, most, color=colour, alpha=0.15)
+        axis.set(title=title, xlabel=x, ylabel=y)
+        axis.grid()
+        axis.legend(fontsize=7, frameon=False)
     return drawn
 
 

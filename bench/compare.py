@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from . import machine
-from .registry import Row
+from .registry import NAMES, Row
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -50,6 +50,10 @@ if found != pathlib.Path(sys.argv[1]):
 from bench.__main__ import main
 sys.exit(main(sys.argv[2:]))
 """
+
+#: ``bench host`` is measured beside the ops: of models that need no other package, and on the CPU.
+HOST = "host"
+_HOST_MODELS = ("calls", "mlp")
 
 #: Seconds of each row, by its labels.
 Figures = dict[str, float]
@@ -105,6 +109,12 @@ def figures(rows: Sequence[Row]) -> Figures:
     """
     found: Figures = {}
     for row in rows:
+        if "model" in row:  # of bench host
+            if row["form"] == "MeZO":
+                continue
+            seconds = row["seconds"] if "seconds" in row else row["microseconds"] * 1e-6
+            found[f"{HOST} {row['model']} {row['form']} {row['threads']}"] = seconds
+            continue
         if row["op"] == "perturb_" or row.get("form") == "eager":
             continue
         label = " ".join(f"{row[name]}" for name in _LABELS if name in row)
@@ -227,7 +237,8 @@ def measure_turn(folder: pathlib.Path, op: str, options: Sequence[str]) -> Figur
     """One turn: the rows of ``op``, measured by a process of its own."""
     output = folder / "rows.json"
     command = [sys.executable, "-c", _TURN, str((folder / "zokernels").resolve())]
-    command += ["run", "--op", op, "--json", str(output), *options]
+    what = ["host", "--model", *_HOST_MODELS] if op == HOST else ["run", "--op", op]
+    command += [*what, "--json", str(output), *options]
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSAFEPATH")}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -238,10 +249,14 @@ def measure_turn(folder: pathlib.Path, op: str, options: Sequence[str]) -> Figur
 # --- the command ----------------------------------------------------------------------------------
 
 
-def add_arguments(parser: argparse.ArgumentParser, ops: Sequence[str]) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("revision", help="the commit to compare with, as git names it")
     parser.add_argument(
-        "--op", nargs="+", choices=ops, default=["combine", "step", "host"], help="combine step host"
+        "--op",
+        nargs="+",
+        choices=[*NAMES, HOST],
+        default=["combine", "step", HOST],
+        help="of bench run, or host: bench host (default: combine step host)",
     )
     parser.add_argument(
         "--threshold", type=float, default=2.0, help="percent from which a row is slower (default 2)"
@@ -259,12 +274,13 @@ def add_arguments(parser: argparse.ArgumentParser, ops: Sequence[str]) -> None:
     parser.set_defaults(call=compare)
 
 
-def options_of(args: argparse.Namespace) -> list[str]:
-    """What both sides give to ``bench run``."""
-    options = ["--device", args.device, "--seconds", str(args.seconds), "--threads", args.threads]
-    if args.backend:
-        options += ["--backend", *args.backend]
-    return [*options, "--tiny"] if args.tiny else options
+def options_of(args: argparse.Namespace, op: str) -> list[str]:
+    """What both sides give to ``bench run``, or to ``bench host``, which has less to choose."""
+    options = ["--seconds", str(args.seconds)] + ["--tiny"] * args.tiny
+    if op == HOST:
+        return options
+    options += ["--device", args.device, "--threads", args.threads]
+    return [*options, "--backend", *args.backend] if args.backend else options
 
 
 def compare(args: argparse.Namespace) -> int:
@@ -275,14 +291,13 @@ def compare(args: argparse.Namespace) -> int:
     if not args.threshold >= 0:
         raise SystemExit(f"bench compare: --threshold: expected percent of at least 0, got {args.threshold}")
     commit = resolve(args.revision)
-    options = options_of(args)
     print(
         f"{machine.cpu_model()}, {machine.cores()} cores: this tree ({machine.commit()}) / "
         f"{commit[:12]}, in turns"
     )
     with sides(commit, args.device) as folders:
         print(f"{'ratio':>6} {'95 % interval':16} {'this us':>11} {'other us':>11}  row")
-        turn = lambda side, op: measure_turn(folders[side], op, options)
+        turn = lambda side, op: measure_turn(folders[side], op, options_of(args, op))
         slower = run_twice(args.op, turns, args.threshold, turn, lambda text: print(text, flush=True))
     print(f"\nslower by more than {args.threshold:g} % in two runs: {len(slower)} rows")
     for label in slower:

@@ -12,6 +12,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from . import charts, offload, report, trajectory
+from .learn import run as learn
 from .registry import Row
 from .table import LEGEND, columns_of
 
@@ -33,10 +34,12 @@ Result = dict[str, Any]
 
 
 def kind_of(result: Result) -> str:
-    """Which command wrote the file: run, methods, trajectory, offload or gpu-check."""
+    """Which command wrote the file: run, methods, learn, trajectory, offload or gpu-check."""
+    if result.get("kind") == "learn" and "runs" in result:
+        return "learn"
     if result.get("schema") != 1 or "machine" not in result or "rows" not in result:
         raise SystemExit(
-            "bench report: expected a file that `bench run`, `methods`, `trajectory`, `offload` or "
+            "bench report: expected a file that `bench run`, `methods`, `learn`, `trajectory`, `offload` or "
             "`gpu-check` wrote, "
             "got another"
         )
@@ -248,9 +251,20 @@ def _offload(result: Result) -> list[str]:
     return ["<h2>Streamed models</h2>", f"<p>{words}</p>", _offload_table(result["rows"])]
 
 
+def _learn(result: Result) -> list[str]:
+    heads = [("task", False), ("method", False), *((head, True) for head in ("lr", "loss", "+-", "accuracy"))]
+    form = lambda r: [f"{r['lr']:.3g}", f"{r['loss']:.4f}", f"{r['half']:.4f}", f"{r['accuracy']:.3f}"]
+    lines = [[escape(r["task"]), escape(r["method"]), *form(r)] for r in learn.rows_of(result["runs"])]
+    words = "Held-out loss after equal forwards, each method at the step size of one search; +- is half of "
+    words += "the 95 % interval over seeds."
+    table = f'<div class="card">{_table(heads, lines)}</div>'
+    return ["<h2>What methods learn</h2>", f"<p>{words}</p>", table]
+
+
 _SECTIONS: dict[str, Callable[[Result], list[str]]] = {
     "run": _run,
     "methods": _methods,
+    "learn": _learn,
     "gpu-check": _check,
     "trajectory": _trajectory,
     "offload": _offload,

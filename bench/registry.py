@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-#: The modules that register ops.  A new op is one more module in this list.
-MODULES = ("combine", "fan_out", "host", "many", "published", "step")
+#: The ops, each registered by the module of its name.  A new op is one more module in this list.
+NAMES = ("combine", "fan_out", "many", "published", "step")
 
 Row = dict[str, Any]
 
@@ -58,7 +58,7 @@ def register(name: str, summary: str) -> Callable[[Callable[[Settings], Iterator
     return add
 
 
-def ops() -> dict[str, Op]:
-    for module in MODULES:
-        importlib.import_module(f".{module}", __package__)
-    return dict(_OPS)
+def op(name: str) -> Op:
+    """The op of :data:`NAMES`.  No other module is imported: it may need what an older package lacks."""
+    importlib.import_module(f".{name}", __package__)
+    return _OPS[name]

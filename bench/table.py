@@ -72,13 +72,6 @@ FAN_OUT = [
     Column("x composed", lambda r: f"{r['ratio']['composed']:.2f}", 10),
     _MEZO,
 ]
-_MICROSECONDS = [Column(f"{p} us", lambda r, p=p: short(r[p] * 1e6), 7) for p in ("p20", "p50", "p80")]
-HOST = [
-    _text("op", "op", 8),
-    _text("form", "form", 12),
-    *(_BACKEND, _THREADS, *_MICROSECONDS),
-    Column("host us", lambda r: short(r["host"] * 1e6) if r.get("host") else "-", 7),
-]
 MANY = [
     _text("op", "op", 8),
     *(_K, _DTYPE, _DIST, _BACKEND, *_TIMES),
@@ -94,7 +87,7 @@ PUBLISHED = [
     Column("on", lambda r: r["published"]["gpu"], 9, right=False),
     _MEZO,
 ]
-_KINDS = {"published": PUBLISHED, "step": STEP, "fan_out_": FAN_OUT, "host": HOST, "many": MANY}
+_KINDS = {"published": PUBLISHED, "step": STEP, "fan_out_": FAN_OUT, "many": MANY}
 
 
 def columns_of(row: Row) -> list[Column]:

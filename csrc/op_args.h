@@ -339,4 +339,37 @@ inline void check_factors(const TensorList& left, const TensorList& right, const
   }
 }
 
+// out [N, m] += c_p ((x [N, n] B_p) A_p^T + b_p) with left [P or 1, m, r], right [P or 1, n, r], coeffs [P],
+// bias [P or 1, m] and the rows of each member, whose sum is N.
+inline void check_low_rank_linear(const torch::stable::Tensor& out, const torch::stable::Tensor& x,
+                                  const torch::stable::Tensor& left, const torch::stable::Tensor& right,
+                                  const torch::stable::Tensor& coeffs, const std::vector<int64_t>& rows,
+                                  const std::optional<torch::stable::Tensor>& bias) {
+  const char* op = "low_rank_linear";
+  using torch::headeronly::ScalarType;
+  STD_TORCH_CHECK(out.dim() == 2 && x.dim() == 2 && out.is_contiguous() && x.is_contiguous() &&
+                      x.scalar_type() == out.scalar_type() && x.size(0) == out.size(0),
+                  op, ": out, x: expected contiguous matrices of one dtype and as many rows");
+  const int64_t members = static_cast<int64_t>(rows.size());
+  const auto is_factor = [&](const torch::stable::Tensor& t, int64_t dims, int64_t columns) {
+    check_device(op, t, out);
+    return t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.dim() == dims &&
+           (t.size(0) == 1 || t.size(0) == members) && t.size(1) == columns;
+  };
+  STD_TORCH_CHECK(is_factor(left, 3, out.size(1)) && is_factor(right, 3, x.size(1)) &&
+                      left.size(2) == right.size(2) && left.size(2) >= 1 && left.size(2) <= 64 &&
+                      (!bias || is_factor(*bias, 2, out.size(1))),
+                  op, ": left, right, bias: expected fp32 [P or 1, m, r], [P or 1, n, r], [P or 1, m]");
+  int64_t total = 0;
+  for (const int64_t count : rows) {
+    STD_TORCH_CHECK(count >= 0 && count <= out.size(0), op, ": rows: expected numbers of rows");
+    total += count;
+  }
+  STD_TORCH_CHECK(total == out.size(0) && coeffs.numel() == members &&
+                      coeffs.scalar_type() == ScalarType::Float && coeffs.is_contiguous(),
+                  op, ": rows, coeffs: expected one for each member, and as many rows as out has");
+  check_device(op, x, out);
+  check_device(op, coeffs, out);
+}
+
 }  // namespace zk

@@ -28,9 +28,27 @@ import sys
 #: The newest version of each family of symbols that manylinux_2_28 allows (auditwheel's policies).
 NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
 LOADER = {"x86_64": "ld-linux-x86-64.so.2", "aarch64": "ld-linux-aarch64.so.1"}
-#: Variables of glibc newer than 2.28 that inline functions of libstdc++ read.  False: count references
-#: atomically.
-COMPATIBLE = 'char __libc_single_threaded __attribute__((visibility("hidden"))) = 0;\n'
+#: What headers and libstdc++ of a newer glibc refer to and 2.28 does not have, in C that includes no header.
+#: ``__libc_single_threaded`` (2.32) is read by inline functions of libstdc++; 0 means: count references
+#: atomically.  ``__isoc23_strtol`` and its relatives (2.38) are what the headers make of ``strtol``; they
+#: differ in that they also read binary numbers ("0b101") where the base is 0 or 2.
+COMPATIBLE = """\
+#define HIDDEN __attribute__((visibility("hidden")))
+#define AS_BEFORE(type, name, letter)              \\
+  type name(const letter*, letter**, int);         \\
+  HIDDEN type __isoc23_##name(const letter* text, letter** end, int base) { return name(text, end, base); }
+HIDDEN char __libc_single_threaded = 0;
+AS_BEFORE(long, strtol, char)
+AS_BEFORE(unsigned long, strtoul, char)
+AS_BEFORE(long long, strtoll, char)
+AS_BEFORE(unsigned long long, strtoull, char)
+AS_BEFORE(__INTMAX_TYPE__, strtoimax, char)
+AS_BEFORE(__UINTMAX_TYPE__, strtoumax, char)
+AS_BEFORE(long, wcstol, __WCHAR_TYPE__)
+AS_BEFORE(unsigned long, wcstoul, __WCHAR_TYPE__)
+AS_BEFORE(long long, wcstoll, __WCHAR_TYPE__)
+AS_BEFORE(unsigned long long, wcstoull, __WCHAR_TYPE__)
+"""
 TOOLCHAIN = """\
 # Written by packaging/manylinux.py: libraries for every Linux with glibc 2.28.
 {cross}set(CMAKE_CXX_COMPILER {compiler})
@@ -146,15 +164,16 @@ def make(arch: str, folder: pathlib.Path, torch: pathlib.Path | None = None) -> 
     """Writes the stubs and the toolchain for an architecture; returns the toolchain's path, ``folder``'s name
     + .cmake.
 
-    ``torch``: a folder with libtorch_cpu.so of the building machine's architecture.  For another architecture
-    its C functions are what the stubs of libtorch have, because they are the same there."""
+    ``torch``: a folder with libtorch_cpu.so of the building machine's architecture.  Its C functions are what
+    the stubs of libtorch have, for each architecture: they are the same there.  The library itself must not
+    be linked with, because it also exports parts of its own libstdc++, of which another torch has others."""
     tools = Tools(arch)
     stubs = folder / "stubs"
     shutil.rmtree(stubs, ignore_errors=True)
     stubs.mkdir(parents=True)
     for soname in ("libc.so.6", "libm.so.6", LOADER[arch], "libstdc++.so.6", "libgcc_s.so.1"):
         write_stub(tools, soname, chosen(tools.symbols(tools.library(soname))), stubs)
-    if torch is not None and not tools.native:
+    if torch is not None:
         names = {n: ("", "FUNC") for n, _,
             kind in Tools(platform.machine()).symbols(torch / "libtorch_cpu.so")
                  if kind == "FUNC" and re.match(r"(aoti_)?torch_\w+$", n)}  # fmt: skip

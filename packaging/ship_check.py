@@ -6,6 +6,8 @@
    portable kernel for every dtype, kind of noise and rounding.
 3. The instructions of NEON an element, counted by the emulator, against a ceiling.
 4. The wheel in a fresh environment, on a PATH without a compiler: the contract's bits and the README's lines.
+5. The build for the Hub with compiled kernels, loaded by ``kernels`` without a network, beside the package.
+6. Functions that only a newer glibc has, as its headers name them: linked all the same, for glibc 2.28.
 
 Ends with the line "N passed, 0 failed", or at once with what failed.
 """
@@ -13,9 +15,12 @@ Ends with the line "N passed, 0 failed", or at once with what failed.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import importlib.util
 import os
 import pathlib
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +32,7 @@ import manylinux
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 #: Where torch and what it needs lie: the fresh environment gets this folder by a .pth file instead of a
 #: download.
-SITE = sysconfig.get_path("purelib")
+SITE = pathlib.Path(importlib.util.find_spec("torch").origin).parent.parent  # type: ignore[union-attr, arg-type]
 #: At most so many instructions of NEON an element, in place with one direction.  gcc 12 makes 14.5, 3.2, 14.7
 #: and 3.6.
 INSTRUCTIONS = {
@@ -119,6 +124,39 @@ def installed(wheel: pathlib.Path) -> None:
     print("passed: the wheel in a fresh environment without compilers", flush=True)
 
 
+def hub(out: pathlib.Path) -> None:
+    """In the folder in which the wheel was compiled, so that only the entries are compiled anew."""
+    call(sys.executable, ROOT / "packaging" / "hub.py", "--compiled", "--out", out / "hub")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(out / "hub" / "cache")}
+    use = ROOT / "packaging" / "use_hub.py"
+    call(sys.executable, "-B", use, out / "hub" / "zokernels", environment=environment, folder=out)
+    print("passed: the Hub's build with compiled kernels", flush=True)
+
+
+#: What a compiler on glibc 2.38 or later makes of ``strtol`` and ``wcstoull``.
+NEWER = """\
+extern "C" long __isoc23_strtol(const char*, char**, int);
+extern "C" unsigned long long __isoc23_wcstoull(const wchar_t*, wchar_t**, int);
+extern "C" long sum(const char* text) {
+  return __isoc23_strtol(text, nullptr, 0) + static_cast<long>(__isoc23_wcstoull(L"7", nullptr, 10));
+}
+"""
+
+
+def newer(out: pathlib.Path) -> None:
+    tools = manylinux.Tools(platform.machine())
+    toolchain = manylinux.make(tools.arch, out / "newer", None)
+    flags = re.search(r'SHARED_LINKER_FLAGS_INIT "(.*)"', toolchain.read_text())
+    assert flags is not None
+    source, library = out / "newer" / "newer.cpp", out / "newer" / "newer.so"
+    source.write_text(NEWER)
+    call(tools.compiler, "-O2", "-fPIC", "-shared", source, "-o", library, *flags[1].split())
+    got = ctypes.CDLL(str(library)).sum(b"0x10")
+    if got != 23:
+        sys.exit(f"ship-check: strtol of a newer glibc: expected 16 + 7, got {got}")
+    print("passed: functions of a newer glibc", flush=True)
+
+
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     out = ROOT / "build" / "ship-check"
@@ -128,7 +166,9 @@ def main() -> None:
     counted()
     (wheel,) = out.glob(f"*manylinux_2_28_{platform.machine()}.whl")
     installed(wheel)
-    print("4 passed, 0 failed")
+    hub(out)
+    newer(out)
+    print("6 passed, 0 failed")
 
 
 if __name__ == "__main__":

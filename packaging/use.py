@@ -7,18 +7,17 @@ FOLDER is where the package has to come from. Prints what it ran as its last lin
 from __future__ import annotations
 
 import importlib
-import json
 import pathlib
 import re
 import sys
 
+import golden
 import torch
 
 import zokernels
 from zokernels.optim import ZOSGD
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-GOLDEN = json.loads((ROOT / "tests" / "golden.json").read_text())
 
 
 def instruction_sets() -> list[str]:
@@ -30,25 +29,6 @@ def instruction_sets() -> list[str]:
     except ImportError:
         return ["auto"]
     return _host.instruction_sets()
-
-
-def contract() -> int:
-    """The known answers of tests/golden.json; returns how many."""
-    checked = 0
-    for dist in ("normal", "rademacher"):
-        for case in GOLDEN[dist]:
-            values = list(case["z"])
-            theta = torch.full((case["n"],), -0.0)
-            zokernels.combine_(
-                theta, int(case["seed"], 16), 1.0, streams=case["stream"], offsets=case["offset"], dist=dist
-            )
-            if dist == "normal":
-                got = [f"{b & 0xFFFFFFFF:08x}" for b in theta.view(torch.int32).tolist()]
-            else:
-                got = ["+" if x == 1 else "-" for x in theta.tolist()]
-            assert got == values, case
-            checked += len(values)
-    return checked
 
 
 def steps(backend: str) -> list[torch.Tensor]:
@@ -94,7 +74,7 @@ def main(folder: str) -> None:
     with zokernels.backend("cpu"):
         for name in sets:
             isa.isa = name
-            values = contract()
+            values = golden.check(zokernels)
         isa.isa = "auto"
         error_arrives()
     want = steps("reference")

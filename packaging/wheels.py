@@ -22,6 +22,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import zipfile
 
 import manylinux
 
@@ -32,6 +33,24 @@ def call(*command: object, environment: dict[str, str]) -> None:
     print("+", *command, flush=True)
     if subprocess.run([str(c) for c in command], env=environment, cwd=ROOT).returncode != 0:
         sys.exit(f"wheels: {command[-1]}: failed")
+
+
+def unresolved(wheel: pathlib.Path, tools: manylinux.Tools) -> None:
+    """Ends where a library asks for a function without saying whose it is, which auditwheel does not look at.
+
+    That may be Python's or torch's C interface.  Anything else is a function that is not in glibc 2.28: the
+    linker lets it pass in a module of Python, which then does not load on an old system.
+    """
+    with tempfile.TemporaryDirectory() as name, zipfile.ZipFile(wheel) as archive:
+        for library in (n for n in archive.namelist() if n.endswith(".so")):
+            path = archive.extract(library, name)
+            rows = (
+                line.split() for line in manylinux.run(tools.readelf, "-W", "--dyn-syms", path).splitlines()
+            )
+            wanted = {r[7] for r in rows if len(r) >= 8 and r[6] == "UND" and r[4] == "GLOBAL"}
+            theirs = re.compile(r"_?Py" if "/_host" in library else r"(aoti_)?torch_")
+            if strange := sorted(w for w in wanted if "@" not in w and not theirs.match(w)):
+                sys.exit(f"wheels: {library}: expected functions of glibc 2.28, got {', '.join(strange)}")
 
 
 def build(arch: str, out: pathlib.Path, environment: dict[str, str]) -> None:
@@ -67,6 +86,7 @@ def build(arch: str, out: pathlib.Path, environment: dict[str, str]) -> None:
             sys.exit(f"wheels: auditwheel: expected manylinux_2_28_{arch} or older, got {audited.name}")
         out.mkdir(parents=True, exist_ok=True)
         shutil.copy(wheel, out)
+        unresolved(wheel, manylinux.Tools(arch))
         print(f"wheels: {out / wheel.name}: auditwheel: glibc 2.{min(found)} and later", flush=True)
 
 

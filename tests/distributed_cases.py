@@ -33,7 +33,7 @@ import zokernels
 from zokernels import offload
 from zokernels.contract import derive_seed_int, streams_of
 from zokernels.distributed import AsyncExchange, Exchange, RanksDiffer, mean_of
-from zokernels.optim import ZOSGD, Ranking, ThreePoint, ZerothOrder, ZORankSGD
+from zokernels.optim import ZOCGE, ZOSGD, Ranking, ThreePoint, ZerothOrder, ZORankSGD
 from zokernels.step.rules.sgd import SGD
 from zokernels.step.shard import shard_of, whole_of
 from zokernels.trajectory import read, record, replay_
@@ -533,6 +533,56 @@ def wrong(world: World) -> None:
     )
 
 
+def coordinates(world: World, sizes: dict[str, int], **options: object) -> None:
+    """Coordinates over ranks: the weights, losses and differences of one process."""
+    seed = world.rng.getrandbits(63)
+    mesh = world.mesh(**sizes)
+    model, alone = (Model(torch.bfloat16, random.Random(seed)) for _ in range(2))
+    shard = mesh.get_local_rank("data") if "data" in sizes else 0
+    make = lambda m, **more: ZOCGE(m.named_parameters(), 0.05, 0.02, seed=seed, **options, **more)
+    exchange = Exchange(mesh)
+    optimizer, reference = make(model, mesh=exchange), make(alone)
+    forwards = []
+
+    def own_loss(step: int) -> torch.Tensor:
+        forwards.append(step)
+        return loss_of(model, step, shard)
+
+    returned = take(optimizer, own_loss, 3)
+    assert returned == take(reference, lambda step: whole_loss(alone, step, exchange.data), 3)
+    assert_same(whole(model), base_of(alone), world.folder.name)
+    assert torch.equal(optimizer.last_projected_gradient, reference.last_projected_gradient)
+    total = 3 * len(reference.last_losses)
+    assert abs(len(forwards) - total / exchange.perturbation) <= 3
+
+
+case(4, "coordinates of four", sizes={"perturbation": 4}, per_step=21)(coordinates)
+case(4, "coordinates, data", sizes={"data": 2, "perturbation": 2}, per_step=10, estimator="two-sided")(
+    coordinates
+)
+case(2, "coordinates, momentum", sizes={"perturbation": 2}, per_step=9, momentum=0.9, l2=1e-3)(coordinates)
+
+
+@case(2)
+def coordinates_of_ranks_that_differ(world: World) -> None:
+    """Other numbers of coordinates are refused at the start; a rank that fails lets the other know."""
+    params = lambda: Model(torch.float32, random.Random(2)).named_parameters()
+    mesh = world.mesh(perturbation=2)
+    with pytest.raises(RanksDiffer, match="per_step"):
+        ZOCGE(params(), 0.1, per_step=5 + world.rank, mesh=mesh)
+    optimizer = ZOCGE(params(), 0.1, per_step=9, mesh=mesh)
+
+    def closure() -> float:
+        if world.rank == 1:
+            raise KeyError("mine")
+        return 1.0
+
+    with pytest.raises(KeyError if world.rank else RanksDiffer):
+        optimizer.step(closure)
+    with pytest.raises(ValueError, match="no 'pipeline'"):
+        ZOCGE(params(), 0.1, per_step=9, mesh=world.mesh(pipeline=2))
+
+
 # Pipeline -------------------------------------------------------------------------------------------------
 
 
@@ -979,7 +1029,7 @@ def split_weights(world: World, name: str, mesh: str, restore: str = "exact") ->
 
 LOW_RANK = ("LOZO", "kept", "TeZO", "EGGROLL", "SubZero", "subspace")
 for _name in OPTIMIZERS:
-    if _name != "ForwardGradient":
+    if _name not in ("ForwardGradient", "LOREN", "PGAP"):  # which want whole tensors: wrong_splits
         _mesh = list(SPLITS)[len(CASES[4]) % len(SPLITS)]
         case(4, f"{_mesh}: {_name}", name=_name, mesh=_mesh)(split_weights)
 for _mesh in SPLITS:
@@ -1108,7 +1158,7 @@ def wrong_splits(world: World) -> None:
         lambda: ZOSGD(rows, 1.0, mesh=Exchange(mesh["b"])),
         alike=False,
     )
-    from zokernels.optim import LOZO, ForwardGradient
+    from zokernels.optim import LOREN, LOZO, PGAP, ForwardGradient
 
     columns = param((8, 8), mesh["a"], Shard(1))[0].data.bfloat16().requires_grad_()
     lozo = LOZO([torch.nn.Parameter(columns)], 1.0, rank=2, mesh=mesh)
@@ -1117,5 +1167,8 @@ def wrong_splits(world: World) -> None:
         "rounding: expected 'nearest' for matrices of half",
         lambda: lozo.step(lambda: world.rng.random()),
     )
+    for kind in (LOREN, PGAP):
+        whole_only = kind(rows, 1.0, mesh=mesh)
+        refused(world, "params: expected plain tensors", lambda: whole_only.step(lambda: rows[0].sum()))  # noqa: B023
     forward = ForwardGradient(rows, 1.0, mesh=mesh)
     refused(world, "expected plain tensors", lambda: forward.step(lambda: rows[0].sum()))

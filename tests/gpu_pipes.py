@@ -132,18 +132,6 @@ def warps_resident(registers: int, warps_of_block: int) -> int:
     return min(REGISTERS // (rounded * 32 * warps_of_block), WARPS // warps_of_block) * warps_of_block
 
 
-def registers_of(cubin: bytes) -> dict[str, int]:
-    """Registers of a thread, of each function."""
-    tool = disassembly.find_tool("cuobjdump")
-    if tool is None:
-        raise FileNotFoundError("cuobjdump: expected in Triton's package, on PATH or in /usr/local/cuda/bin")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    return {name: int(n) for name, n in re.findall(r"Function (\S+):\s+REG:(\d+)", done.stdout)}
-
-
 # --- kernels ----------------------------------------------------------------------------------------------
 
 
@@ -258,20 +246,21 @@ class Row:
     registers: int  # of a thread
     warps: int  # that a multiprocessor holds
     in_flight: int  # bytes that loads of a multiprocessor wait for, at most
-    spills: int  # loads and stores of local memory in the machine code
+    stack: int  # bytes of local memory of a thread: what is spilled
     opcodes: Counter[str] = field(repr=False)
 
 
-def row_of(kernel: Kernel, architecture: int, function: disassembly.Function, registers: int) -> Row:
+def row_of(
+    kernel: Kernel, architecture: int, function: disassembly.Function, usage: disassembly.Usage
+) -> Row:
     trips, rest = divmod(kernel.stores, function.hot_count(disassembly.WIDE_STORE))
     if rest:
         raise ValueError(f"{kernel.name}: expected a loop of some of {kernel.stores} stores")
     opcodes = function.opcodes(trips)
-    warps = warps_resident(registers, kernel.warps)
+    warps = warps_resident(usage.registers, kernel.warps)
     in_flight = warps * 32 * 16 * function.loads_in_flight()
-    spills = function.count(disassembly.LOCAL)
     found = cycles(opcodes, architecture, kernel.elements)
-    return Row(kernel, architecture, found, registers, warps, in_flight, spills, opcodes)
+    return Row(kernel, architecture, found, usage.registers, warps, in_flight, usage.stack, opcodes)
 
 
 def _mangled(kernel: Kernel) -> str:
@@ -292,15 +281,15 @@ def rows(kernels: Iterable[Kernel], architecture: int) -> list[Row]:
     cuda = [kernel for kernel in kernels if kernel.backend == "CUDA"]
     if cuda:
         cubin = compile_cuda(cuda, architecture)
-        functions, registers = disassembly.disassemble(cubin), registers_of(cubin)
+        functions, usages = disassembly.disassemble(cubin), disassembly.usages(cubin)
         for kernel in cuda:
             function = disassembly.select(functions, _mangled(kernel))
-            found[kernel] = row_of(kernel, architecture, function, registers[function.name])
+            found[kernel] = row_of(kernel, architecture, function, usages[function.name])
     for kernel in kernels:
         if callable(kernel.source):
             cubin = kernel.source(architecture)
             function = disassembly.select(disassembly.disassemble(cubin), "_kernel$")
-            found[kernel] = row_of(kernel, architecture, function, registers_of(cubin)[function.name])
+            found[kernel] = row_of(kernel, architecture, function, disassembly.usages(cubin)[function.name])
     return [found[kernel] for kernel in kernels]
 
 

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from bench import compare, host, registry, table, timing
+from bench import compare
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -162,9 +162,12 @@ def test_an_export_has_the_commit_s_package_and_this_tree_s_libraries(tmp_path, 
 
 def test_both_sides_get_the_same_options():
     args = argparse.Namespace(device="cpu", seconds=0.5, threads="1", backend=None, tiny=False)
-    assert compare.options_of(args) == ["--device", "cpu", "--seconds", "0.5", "--threads", "1"]
+    run = compare.options_of(args, "combine")
+    assert run == ["--seconds", "0.5", "--device", "cpu", "--threads", "1"]
     args.backend, args.tiny = ["cpu", "reference"], True
-    assert compare.options_of(args)[6:] == ["--backend", "cpu", "reference", "--tiny"]
+    assert compare.options_of(args, "combine")[2:3] == ["--tiny"]
+    assert compare.options_of(args, "combine")[7:] == ["--backend", "cpu", "reference"]
+    assert compare.options_of(args, "host") == ["--seconds", "0.5", "--tiny"]
 
 
 @needs_git
@@ -173,11 +176,12 @@ def test_a_tiny_run_against_the_last_commit(monkeypatch, capsys):
     monkeypatch.setattr(compare, "NATIVE", ("LICENSE",))
     from bench.__main__ import main
 
-    assert main(["compare", "HEAD", "--op", "host", "--tiny", "--backend", "reference"]) == 0
+    assert main(["compare", "HEAD", "--op", "host", "--tiny"]) == 0
     out = capsys.readouterr().out
-    for form in ("1 tensor", "400 tensors", "step exact", "step inplace"):
-        assert f"host {form} fp32 normal reference 1" in out
-    assert out.count("[too few turns]") == 4
+    for form in ("calls plan", "calls list", "calls one tensor", "mlp exact", "mlp inplace"):
+        assert f"host {form} 1\n" in out
+    assert "MeZO" not in out
+    assert out.count("[too few turns]") == 5
     assert "slower by more than 2 % in two runs: 0 rows" in out
 
 
@@ -191,20 +195,25 @@ def test_a_turn_refuses_another_package(tmp_path):
         compare.measure_turn(tmp_path, "host", ["--tiny"])
 
 
-def test_rows_of_host_are_seconds_a_call(monkeypatch):
-    """A sample of 64 ms is 2 ms a call where it holds 32 calls, and 32 ms where it holds 2."""
-    monkeypatch.setattr(host, "CALLS", {"1 tensor": 32, "400 tensors": 2, "step exact": 1, "step inplace": 1})
-    called = []
+def test_rows_of_host_are_seconds():
+    rows = [
+        {"model": "calls", "form": "plan", "threads": 1, "microseconds": 65.0},
+        {"model": "mlp", "form": "exact", "threads": 1, "seconds": 3e-4, "forwards_seconds": 1e-4},
+        {"model": "mlp", "form": "MeZO", "threads": 1, "seconds": 5e-4, "forwards_seconds": 1e-4},
+    ]
+    assert compare.figures(rows) == pytest.approx({"host calls plan 1": 65e-6, "host mlp exact 1": 3e-4})
 
-    def sample(candidates, *settings):
-        for (form, _), call in candidates.items():
-            called.append(form)
-            call()
-        return dict.fromkeys(candidates, timing.Times(0.032, 0.064, 0.128, 5))
 
-    monkeypatch.setattr(host, "measure", sample)
-    rows = list(host.run(registry.Settings(backends=("reference",))))
-    assert called == [row["form"] for row in rows] == list(host.CALLS)
-    assert [row["p50"] for row in rows] == pytest.approx([0.002, 0.032, 0.064, 0.064])
-    assert all((row["p20"], row["p80"], row["rounds"]) == (row["p50"] / 2, 2 * row["p50"], 5) for row in rows)
-    assert all(table.columns_of(row) is table.HOST for row in rows)
+def test_an_op_needs_no_more_than_it_measures():
+    """Packages of older commits lack what other commands import."""
+    code = """if True:
+        import sys
+        lacking = ("optim", "step", "trajectory", "offload", "distributed")
+        sys.modules.update(dict.fromkeys(f"zokernels.{name}" for name in lacking))
+        from bench.__main__ import main
+        options = ["--op", "combine", "--tiny", "--backend", "reference", "--dtype", "fp32", "--threads", "1"]
+        sys.exit(main(["run", *options]))
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "combine_" in done.stdout

@@ -62,7 +62,7 @@ def test_every_stage_ran_or_says_why_not(rehearsal):
     for name, outcome in outcomes.items():
         assert outcome["status"] in ("passed", "skipped"), name
         assert outcome["note"], name
-    for name in ("report", "agreement-cuda", "offload-fits", "distributed", *BENCHES):
+    for name in ("report", "agreement-cuda", "offload-fits", "two-gpus", "distributed", *BENCHES):
         assert outcomes[name]["status"] == "passed", name
     assert outcomes["agreement-cuda"]["note"] == "cpu: 4 calls equal the reference bit for bit"
     if importlib.util.find_spec("triton"):
@@ -807,6 +807,23 @@ def test_what_the_sanitizer_says(code, log, kind):
     else:
         with pytest.raises(kind):
             stages.sanitizer_says(code, log)
+
+
+def test_launches_for_another_gpu_need_two(ctx, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(Skip, match="needs two GPUs, found 1"):
+        stages.two_gpus(ctx)
+    asked = []
+
+    def passes(arguments, **env):
+        asked.append(arguments)
+        return 0, "a::b PASSED"
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr(stages, "run", passes)
+    assert stages.two_gpus(ctx) == "1 passed"
+    assert asked[0][asked[0].index("-m", 2) + 1] == "gpu"
+    assert asked[0][-1] == "tests/test_two_gpus.py"
 
 
 def test_distributed_cases_need_two_gpus(ctx, monkeypatch):

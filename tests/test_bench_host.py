@@ -90,7 +90,8 @@ def test_runs(tmp_path, capsys):
     out = capsys.readouterr().out
     rows = json.loads(path.read_text())["rows"]
     assert [(r["model"], r["form"]) for r in rows] == [
-        ("calls", "plan"), ("calls", "list"), ("mlp", "exact"), ("mlp", "inplace"), ("mlp", "MeZO"),
+        ("calls", "plan"), ("calls", "list"), ("calls", "one tensor"),
+        ("mlp", "exact"), ("mlp", "inplace"), ("mlp", "MeZO"),
     ]  # fmt: skip
     assert all(r["low"] > 0 for r in rows)
     assert out.count("x 2 forwards of") == 3

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from torch import nn
 from zosgd_cases import batch, combined, loss_of, mlp, same_bits, weights
 
 import zokernels as zk
-from zokernels.contract import seed_to_int64
-from zokernels.optim import ZOCGE, Blocks, GivenMask, MagnitudeMask, RandomMask
+from zokernels.contract import derive_seed_int, seed_to_int64
+from zokernels.optim import ZOCGE, Blocks, GivenMask, MagnitudeMask, RandomMask, grasp_shares
 from zokernels.optim.cge import sample
 from zokernels.trajectory import record
 
@@ -466,3 +467,47 @@ def test_momentum_resumes(rng):
     again.load_state_dict(opt.state_dict())
     run(rest, again, 3)
     assert same_bits(weights(rest), weights(whole))
+
+
+def test_shares_by_zo_grasp(rng):
+    """|theta H g| of gradients along directions of length 1 in each matrix, in float64."""
+    q, step, seed, density = 5, 0.05, rng.getrandbits(62), 0.3
+    shapes = {"a.weight": (4, 5), "b.weight": (3, 6), "b.bias": (6,)}
+    params = {n: nn.Parameter(torch.tensor([rng.gauss(0, 1) for _ in range(math.prod(s))]).view(s))
+              for n, s in shapes.items()}  # fmt: skip
+    curvature = {"a.weight": 3.0, "b.weight": 0.5, "b.bias": 1.0}
+
+    def loss(at):
+        return sum(
+            c * (at[n].double() ** 2).sum() + torch.sin(2 * at[n].double()).sum()
+            for n, c in curvature.items()
+        )
+
+    before = [p.detach().clone() for p in params.values()]
+    found = grasp_shares(params.items(), lambda: loss(params), density, queries=q, step=step, seed=seed)
+    assert all(torch.equal(a, b) for a, b in zip(before, params.values(), strict=True))
+    theta = {n: p.detach().double() for n, p in params.items()}
+
+    def gradient(at, round_):
+        g = {n: torch.zeros_like(at[n]) for n in found}
+        for k in range(q):
+            s = derive_seed_int(seed, round_, k)
+            z = {n: zk.noise(at[n].shape, seed=s, stream=zk.stream_of(n)).double() for n in found}
+            z = {n: v / v.norm() for n, v in z.items()}
+            moved = at | {n: at[n] + step * z[n] for n in found}
+            for n in found:
+                g[n] += (loss(moved) - loss(at)) * z[n] / q
+        return g
+
+    first = gradient(theta, 0)
+    second = gradient(theta | {n: theta[n] + step * first[n] for n in found}, 1)
+    scores = {n: (theta[n] * (second[n] - first[n])).abs() for n in found}
+    every = torch.cat([s.flatten() for s in scores.values()]).sort(descending=True).values
+    bound = every[round(density * len(every)) - 1]
+    want = {n: max(1, (s >= bound).sum().item()) / s.numel() for n, s in scores.items()}
+    # Scores that are nearly the bound may change sides.
+    assert all(abs(found[n] - want[n]) <= 1 / theta[n].numel() + 1e-9 for n in want)
+    opt = ZOCGE(params.items(), 0.01, per_step=found, seed=1)
+    opt.step(lambda: loss(params))
+    with pytest.raises(ValueError, match="density: expected a number in"):
+        grasp_shares(params.items(), lambda: 0.0, 1.5)

@@ -13,11 +13,14 @@ import subprocess
 
 import cuda_on_host
 import disassembly
+import empty_cases
+import largest_cases
 import pytest
 import stream_cases
 import test_combine
 import test_fan_out
 import test_low_rank
+import test_low_rank_linear
 import test_plan
 import test_project
 import test_requantize
@@ -113,6 +116,15 @@ def test_upper_bits_of_streams_on_host(on_host, name):
     stream_cases.check(name)
 
 
+@pytest.mark.parametrize("name", empty_cases.CASES)
+def test_empty_tensors_on_host(on_host, name):
+    empty_cases.CASES[name]("cpu")
+
+
+def test_stochastic_rounding_at_the_largest_finite_values_on_host(on_host):
+    largest_cases.check()
+
+
 @pytest.mark.parametrize("dist", DISTS)
 def test_rows_on_host_equal_reference(on_host, rng, dist):
     for rule in (None, None, *RULES):
@@ -177,6 +189,20 @@ def test_low_rank_on_host_equals_reference(on_host, rng, dtype):
         args |= {"offsets": [8 * rng.randrange(2**40)]}
         args |= {"left": [torch.randn(2, shape[0], rank)], "right": [torch.randn(2, shape[1], rank)]}
         check_backend(test_low_rank.run, args)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_low_rank_linear_on_host_equals_reference(on_host, rng, dtype):
+    """Rows of whole vectors and others, and more members than a launch takes."""
+    for options in (
+        {},
+        {},
+        {},
+        {"shape": (72, 136), "rank": 5},
+        {"shape": (8, 9), "rank": 2, "rows": [1] * 150},
+    ):
+        args = test_low_rank_linear.random_linear(rng, dtype=dtype, **options)
+        check_backend(test_low_rank_linear.run, args)
 
 
 @pytest.mark.parametrize("dist", DISTS)

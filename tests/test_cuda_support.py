@@ -214,19 +214,3 @@ def test_a_library_of_other_sources_is_named(monkeypatch, tmp_path):
         BackendUnavailable, match="backend 'cuda' is built from other sources; rebuild it with: ZOKER"
     ):
         load()
-
-
-@pytest.mark.gpu
-def test_a_device_that_is_not_the_current_one():
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
-    last = torch.device("cuda", torch.cuda.device_count() - 1)
-    expected = torch.zeros(5000)
-    zokernels.combine_(expected, 7, 0.5, streams=3)
-    for name in ("cuda", "triton"):
-        theta = torch.zeros(5000, device=last)
-        assert torch.cuda.current_device() == 0
-        with zokernels.backend(name):
-            zokernels.combine_(theta, 7, 0.5, streams=3)
-        assert torch.equal(theta.cpu(), expected)
-        assert torch.cuda.current_device() == 0

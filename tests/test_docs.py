@@ -113,7 +113,7 @@ def _refuses(parse, words: list[str]) -> str | None:
 
 
 def test_commands_parse(capsys):
-    from bench.__main__ import make_parser
+    from bench.__main__ import parse
 
     checked = 0
     for page, line in commands():
@@ -128,7 +128,7 @@ def test_commands_parse(capsys):
         if words[:1] != ["zokernels"] or any(w in ("|", "...", "COMMAND") for w in words) or "[" in line:
             continue
         if words[1:2] == ["bench"]:
-            found = _refuses(make_parser("zokernels bench").parse_args, words[2:]) if words[2:] else None
+            found = _refuses(parse, words[2:]) if words[2:] else None
         elif words[1:2] == ["demo"]:
             found = (
                 None if all(w.startswith("-") or w.isdigit() for w in words[2:]) else "arguments of the demo"

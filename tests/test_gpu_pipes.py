@@ -122,7 +122,7 @@ def test_the_pipe_that_decides(found, kernel, architecture):
 @pytest.mark.parametrize("architecture", gpu_pipes.ARCHITECTURES)
 @pytest.mark.parametrize("kernel", [*CUDA, *TRITON], ids=lambda k: f"{k.backend}: {k.name}")
 def test_nothing_is_spilled(found, kernel, architecture):
-    assert found[kernel, architecture].spills == 0
+    assert found[kernel, architecture].stack == 0
 
 
 #: What the instructions alone must leave of a copy's bandwidth.

@@ -25,12 +25,14 @@ from zokernels.optim import (
     ZOSGD,
     Adam,
     AMSGrad,
+    FactorAdam,
     FreshFactors,
     HiZOO,
     Momentum,
     SparseMeZO,
     Subspace,
     SubZero,
+    TemporalFactor,
     TensorScale,
     TeZO,
     TwoSided,
@@ -248,6 +250,51 @@ def test_fzoo_sigma(sigma, rng):
     differs(make, oracle, rng, sigma={"sample": "population", "population": "sample"}[sigma])
     if sigma == "population":  # the factor that the docstring names
         compare(make, oracle, rng, lr=lr * (q / (q - 1)) ** 0.5)
+
+
+@pytest.mark.parametrize("sigma", ["sample", "population"])
+def test_fzoo_with_the_losses_of_the_step_before(sigma, rng):
+    """FZOO-R: sigma of this step's losses and the last one's together; g of this step's alone."""
+    q, lr = 3, 0.02
+
+    def remembering():
+        before = None
+
+        def oracle(theta, seed, step):
+            nonlocal before
+            zs = directions(seed, step, q, dist="rademacher")
+            base, losses = loss_of(theta), torch.stack([loss_of(at(theta, z, EPS)) for z in zs])
+            all_ = torch.cat((losses, losses if before is None else before))
+            before = losses
+            spread = ((all_ - all_.mean()) ** 2).sum() / (len(all_) - (sigma == "sample"))
+            return minus(theta, lr, weighted(zs, (losses - base) / (q * spread.sqrt())))
+
+        return oracle
+
+    make = lambda p, **o: FZOO(p, lr, directions=q, sigma=sigma, **o)
+    opt = compare(make, remembering(), rng, reuse=True)
+    assert len(opt.last_losses) == q + 1
+    differs(make, remembering(), rng)
+
+
+def test_fzoo_r_goes_on_from_its_log(tmp_path, rng):
+    seed, path = rng.getrandbits(62), tmp_path / "run.zk"
+
+    def run(steps, **options):
+        params = model()
+        opt = FZOO(list(params.items()), 0.02, EPS, directions=3, reuse=True, seed=seed, **options)
+        for _ in range(steps):
+            opt.step(lambda: loss_of(params))
+        if opt.trajectory:
+            opt.trajectory.close()
+        return [p.detach() for p in params.values()]
+
+    want = run(5)
+    run(3, trajectory=path)
+    assert same_bits(run(2, trajectory=path, resume=True), want)
+    base = model()
+    assert replay_(base, path) == 5
+    assert same_bits([p.detach() for p in base.values()], want)
 
 
 def test_sign_of_the_difference(rng):
@@ -504,6 +551,50 @@ def test_tezo_with_momentum(rng):
     assert all(opt.state[p]["factor"].shape == (1, r) for n, p in params_of(opt) if p.dim() > 1)
     averages.clear()
     differs(make, oracle, rng)
+
+
+def test_tezo_adam(rng):
+    """Moments of the r weights tau; the second one's product has the squares of u and v."""
+    lr, r, b1, b2, eps = 0.01, 3, 0.8, 0.9, 1e-6
+    moments = {}
+
+    def oracle(theta, seed, step):
+        if step == 0:
+            moments.clear()
+
+        def z(name, shape, s, step):
+            if len(shape) < 2:
+                return dense(name, shape, s)
+            u, v = kept(name, shape, seed)
+            return u @ torch.diag(dense(name, (r,), s)) @ v.t()
+
+        def kept(name, shape, seed):
+            u = factors(name, shape, kept_seed(seed, 0), r, shape[0], 0)
+            return u, factors(name, shape, kept_seed(seed, 0), r, shape[1], shape[0] * r)
+
+        (one,) = directions(seed, step, 1, z)
+        g, s, new = central(theta, one), derive_seed_int(seed, step, 0), {}
+        for n, t in theta.items():
+            own = g * (dense(n, (r,), s) if t.dim() == 2 else one[n])
+            m, v = moments.get(n, (0.0, 0.0))
+            m, v = b1 * m + (1 - b1) * own, b2 * v + (1 - b2) * own**2
+            moments[n] = m, v
+            m, v = m / (1 - b1 ** (step + 1)), v / (1 - b2 ** (step + 1))
+            if t.dim() == 2:
+                left, right = kept(n, t.shape, seed)
+                m, v = left @ torch.diag(m) @ right.t(), left**2 @ torch.diag(v) @ (right**2).t()
+            new[n] = t - lr * m / (v.sqrt() + eps)
+        return new
+
+    def make(p, rule, **options):
+        direction = TemporalFactor(r, None, False)
+        return ZerothOrder(p, lr, estimator=TwoSided(1), rule=rule, direction=direction, **options)
+
+    adam = lambda **o: FactorAdam(**{"betas": (b1, b2), "adam_eps": eps, **o})
+    opt = compare(make, oracle, rng, tolerance=1e-3, rule=adam())  # quotients of small moments
+    assert all(opt.state[p]["factor_sq"].shape == (1, r) for n, p in params_of(opt) if p.dim() > 1)
+    differs(make, oracle, rng, rule=adam(betas=(b1, 0.5)))
+    differs(make, oracle, rng, rule=Adam((b1, b2), eps))
 
 
 def test_momentum_of_factors_survives_a_skipped_refresh(rng):

@@ -48,6 +48,49 @@ def test_equals_the_run_in_memory(storage, slots, rng, tmp_path):
     check(model, tmp_path, storage, steps=20, stream={"slots": slots, "scratch": rng.choice((1, 2))})
 
 
+@pytest.mark.parametrize("source", ["model", "file", "function"])
+@pytest.mark.parametrize("make", [optim.ZOAdamW, functools.partial(optim.ZOSGD, restore="inplace")])
+def test_on_the_device_a_step_is_that_of_a_model_in_memory(source, make, rng, tmp_path):
+    """One forward after the other in this thread, with any optimizer; the parameters are ordinary ones."""
+    model = tower(seed=rng.getrandbits(30), layers=2)
+    values = copy.deepcopy(model.state_dict())
+    ours, weights = copy.deepcopy(model), None
+    if source == "file":
+        from safetensors.torch import save_file
+
+        weights = tmp_path / "weights.safetensors"
+        save_file({k: v for k, v in values.items() if k != "head.weight"}, weights)
+    elif source == "function":
+        weights = lambda name, tensor: tensor.copy_(values[name])
+    if weights is not None:
+        with offload.empty_weights():
+            ours = type(model)(layers=2)
+    threads, inside = set(), []
+
+    def losses(m, ids):
+        threads.add(threading.get_ident())
+        inside.append("in")
+        loss = loss_of(m, ids)
+        inside.append("out")
+        return loss
+
+    expected, _ = train(model, 3, make)
+    with offload.stream(ours, "layers", "device", weights=weights) as engine:
+        assert [b.name for b in engine.blocks] == ["layers.0", "layers.1"]
+        assert not same_state(ours.state_dict(), values)
+        got, _ = train(ours, 3, make, losses=losses)
+        assert same_bits(got, expected)
+        assert threads == {threading.get_ident()}
+        assert inside == ["in", "out"] * 6
+        engine.save(tmp_path / "saved.safetensors")
+        assert all(map(torch.equal, engine.values(engine.blocks[1]), model.layers[1].parameters()))
+    loss_of(ours, batch_of(0)).backward()  # after the end, too
+    assert all(p.grad is not None for p in ours.parameters())
+    again = tower(seed=1, layers=2)
+    with offload.stream(again, "layers", "device", weights=tmp_path / "saved.safetensors"):
+        assert not same_state(again.state_dict(), model.state_dict())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scratch", [1, 2])
 @pytest.mark.parametrize("dist", ["normal", "rademacher"])

@@ -5,6 +5,7 @@ device.
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 import warnings
 import weakref
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from offload_cases import same_bits, same_state, tower, train
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -20,6 +22,7 @@ from bench import offload as bench_offload
 from zokernels import offload
 from zokernels.offload.blocks import blocks_of
 from zokernels.offload.footprint import fitting
+from zokernels.optim import ZOSGD
 
 VOCABULARY = 61
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -103,6 +106,55 @@ def test_families(family, tied, rng, tmp_path):
             assert torch.equal(*written)
             assert len(written[0][:, 9:].unique()) > 1
         assert not same_state(ours.state_dict(), model.state_dict())
+
+
+class Wide(nn.Module):
+    def __init__(self, columns, rows):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(rows, columns) / 32)
+
+    def forward(self, x):
+        return F.linear(x, self.weight)
+
+
+class Stack(nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("way", ["eager", "whole", "wrapped", "layers"])
+def test_the_footprint_of_a_step_on_the_device(way):
+    """Copies of a block and as much again at most; a model that is compiled as one takes a whole copy."""
+    torch._dynamo.reset()
+    model = Stack([Wide(*pair) for pair in itertools.pairwise((512, 2048, 512, 512, 512))])
+    options = {"backend": "eager", "fullgraph": True}
+    if way == "whole":
+        model.compile(**options)
+    for layer in model.layers if way == "layers" else ():
+        layer.compile(**options)
+    run = torch.compile(model, **options) if way == "wrapped" else model
+    expected = offload.footprint(run, list(model.layers), storage="device")
+    total = sum(-(-p.nbytes // 256) * 256 for p in model.parameters())
+    assert expected.slots == expected.scratch == expected.decoded == 0
+    assert expected.resident == sum(p.nbytes for p in model.parameters())
+    assert expected.total == expected.resident + expected.copy
+    with offload.stream(model, "layers", "device"):
+        optimizer = ZOSGD(model.named_parameters(), lr=1e-3)
+        for _ in range(3):
+            optimizer.step(lambda: run(torch.ones(1, 512)).square().mean())
+    torch._dynamo.reset()
+    taken = optimizer.scratch.nbytes()
+    assert taken <= expected.copy
+    if way in ("whole", "wrapped"):
+        assert taken == expected.copy == total
+    else:
+        assert expected.copy == 2 * (4 << 20) < total
 
 
 @pytest.mark.parametrize("scratch", [1, 2])

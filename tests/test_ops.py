@@ -123,6 +123,15 @@ CALLS = {
     **{f"update_ {rule}": lambda rule=rule: update_args(rule) for rule in RULES},
     "low_rank_": lambda: {"params": matrices(), **factors()},
     "low_rank": lambda: {"out": matrices(), "params": matrices(), **factors()},
+    "low_rank_linear_": lambda: {
+        "y": torch.rand(5, 7),
+        "x": torch.rand(5, 3),
+        "left": torch.rand(2, 7, 4),
+        "right": torch.rand(1, 3, 4),
+        "coeffs": torch.tensor([0.5, 0.25]),
+        "rows": [2, 3],
+        "bias": torch.rand(2, 7),
+    },
     "requantize_": lambda: {
         "params": tensors(torch.int8),
         "low": -127,
@@ -397,6 +406,18 @@ BAD = [
     ("low_rank_", "coeffs", torch.rand(3), V, r"left\[0\]: expected a contiguous tensor of shape "
                                               r"\(3, 5, 4\)"),
     ("low_rank", "out", matrices()[:1], V, "out: expected 2 tensors, as in params, got 1"),
+    ("low_rank_linear_", "y", torch.rand(7, 5).t(), V, "y: expected a contiguous matrix"),
+    ("low_rank_linear_", "y", torch.rand(5, 7).double(), T, "y: expected dtype float32, bfloat16 or"),
+    ("low_rank_linear_", "x", torch.rand(5, 3).half(), T, "x: expected dtype .*, got torch.float16"),
+    ("low_rank_linear_", "x", torch.rand(4, 3), V, "x: expected 5 rows, as y, got 4"),
+    ("low_rank_linear_", "left", torch.rand(2, 7, 65), V, r"left: expected factors of a rank in \[1, 64\]"),
+    ("low_rank_linear_", "left", torch.rand(3, 7, 4), V, r"left: expected .* shape \(2, 7, 4\), or one"),
+    ("low_rank_linear_", "right", torch.rand(2, 4, 4), V, r"right: expected .* shape \(2, 3, 4\), or one"),
+    ("low_rank_linear_", "right", torch.rand(2, 3, 4).half(), T, "right: expected torch.float32 on cpu"),
+    ("low_rank_linear_", "coeffs", torch.rand(2).half(), T, "coeffs: expected dtype torch.float32"),
+    ("low_rank_linear_", "rows", [2, 2], V, "rows: expected 2 integers >= 0 with the sum 5"),
+    ("low_rank_linear_", "rows", [6, -1], V, "rows: expected 2 integers >= 0 with the sum 5"),
+    ("low_rank_linear_", "bias", torch.rand(2, 6), V, r"bias: expected .* shape \(2, 7\), or one"),
     ("requantize_", "params", tensors(), T, r"params\[0\]: expected dtype int8, got torch.float32"),
     ("requantize_", "low", 127, V, r"low, high: expected -128 <= low < high <= 127, got \(127, 127\)"),
     ("requantize_", "high", 128, V, r"low, high: .*got \(-127, 128\)"),
@@ -424,7 +445,9 @@ def test_every_operation_refuses_bad_input(op, argument, value, error, message):
     args = CALLS[op]()
     assert argument in args
     args[argument] = value
-    written = [args[name] for name in ("params", "out", "plus", "minus", "first", "second") if name in args]
+    written = [
+        args[name] for name in ("params", "out", "y", "plus", "minus", "first", "second") if name in args
+    ]
     written = [t for group in written for t in ([group] if isinstance(group, torch.Tensor) else group)]
     before = [t.clone() for t in written]
     with pytest.raises(error, match=f"^{op.split()[0]}: {message}"):
@@ -445,6 +468,7 @@ OVERLAPS = [
     ("low_rank_", "params", "left"),
     ("low_rank_", "params", "right"),
     ("low_rank", "out", "params"),
+    ("low_rank_linear_", "y", "x"),
     ("requantize", "out", "params"),
 ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import pathlib
+import platform
 import re
 import shutil
 import subprocess
@@ -362,3 +363,30 @@ def test_an_editable_install_runs_the_programs_of_the_tree(built, tmp_path):
     assert found.split() == [str(ROOT / "bench" / "machine.py"), str(ROOT / "examples" / "encoder.py")]
     assert run(folder / "bin" / "python", "-c", USE, ROOT, cwd=tmp_path).strip() == GOLDEN
     assert "combine" in run(folder / "bin" / "zokernels", "bench", "list", cwd=tmp_path)
+
+
+def test_wheels_refuse_functions_of_a_newer_system(tmp_path, monkeypatch):
+    """A module of Python may leave functions open for Python, but none that the oldest system lacks."""
+    compiler = shutil.which("g++")
+    if compiler is None or not (ROOT / "packaging" / "wheels.py").exists():
+        pytest.skip("no g++, or no packaging here")
+    monkeypatch.syspath_prepend(str(ROOT / "packaging"))
+    import manylinux
+    import wheels
+
+    def packed(name: str, code: str) -> pathlib.Path:
+        source, library = tmp_path / "module.c", tmp_path / "module.so"
+        source.write_text(code)
+        run(compiler, "-x", "c", "-shared", "-fPIC", source, "-o", library)
+        with zipfile.ZipFile(tmp_path / "made.whl", "w") as archive:
+            archive.write(library, f"zokernels/{name}")
+        return tmp_path / "made.whl"
+
+    tools = manylinux.Tools(platform.machine())
+    called = "long PyLong_AsLong(void*); long f(void* x) { return PyLong_AsLong(x); }"
+    wheels.unresolved(packed("_host.so", called), tools)
+    with pytest.raises(SystemExit, match=r"lib/libzokernels_cpu\.so: expected .* got PyLong_AsLong"):
+        wheels.unresolved(packed("lib/libzokernels_cpu.so", called), tools)
+    newer = "long __isoc23_newer(void); long f(void) { return __isoc23_newer(); }"
+    with pytest.raises(SystemExit, match=r"_host\.so: expected functions of glibc 2\.28, got __isoc23_newer"):
+        wheels.unresolved(packed("_host.so", newer), tools)

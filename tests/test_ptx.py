@@ -17,6 +17,7 @@ import pytest
 import test_combine
 import test_fan_out
 import test_low_rank
+import test_low_rank_linear
 import test_rows
 import test_spread
 import torch
@@ -280,6 +281,7 @@ MODULES = [
     "requantize",
     "spread",
     "low_rank",
+    "low_rank_linear",
     "squares",
     "seeds",
 ]
@@ -339,6 +341,10 @@ def combine_kernels(dist: str, dtype: torch.dtype, *, fan_out: bool) -> str:
 
 def update_kernels(dist: str, dtype: torch.dtype, entry: str) -> str:
     return rf"update_kernelILNS0_{number(dtype)}LNS_{domain(dist)}.*\d{entry}"
+
+
+def linear_kernels(dtype: torch.dtype) -> str:
+    return rf"linear_sums_kernel|linear_(chains|out)_kernelILNS0_{number(dtype)}"
 
 
 def rows_kernels(dist: str, dtype: torch.dtype) -> str:
@@ -512,17 +518,27 @@ def test_low_rank_equals_reference(on_ptx, kernels, rng, dtype):
     assert on_ptx.launches.keys() == matching(kernels, rf"low_rank_kernelILNS0_{number(dtype)}")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_low_rank_linear_equals_reference(on_ptx, kernels, rng, dtype):
+    for shape, rank, rows in (((17, 70), 5, [3, 0, 6]), ((24, 136), 1, [2, 5])):
+        args = test_low_rank_linear.random_linear(rng, dtype=dtype, shape=shape, rank=rank, rows=rows)
+        check_backend(test_low_rank_linear.run, args)
+    assert on_ptx.launches.keys() == matching(kernels, linear_kernels(dtype))
+
+
 def test_every_kernel_is_run(kernels):
     """By the tests above, which hold their launches against these patterns."""
     run = [
         REQUANTIZE,
         "low_rank_kernel",
+        "linear_sums_kernel",
         "spread_kernel",
         "project_kernel",
         "squares_kernel",
         "derive_seed_kernel",
     ]
     for dtype in DTYPES:
+        run += [linear_kernels(dtype)]
         run += [wire_kernels(wire, dtype) for wire in FORMATS]
         for dist in DISTS:
             run += [combine_kernels(dist, dtype, fan_out=False), combine_kernels(dist, dtype, fan_out=True)]

@@ -10,6 +10,7 @@ import pytest
 import test_combine
 import test_fan_out
 import test_low_rank
+import test_low_rank_linear
 import test_rows
 import test_spread
 import torch
@@ -196,6 +197,12 @@ CASES["low_rank fp32"] = {"low_rank_kernel"}, low_rank(FP32, [(70, 136)], "neare
 CASES["low_rank bf16"] = {"low_rank_table_kernel"}, low_rank(BF16, [(65, 77), (3, 130)], "stochastic")
 
 
+def low_rank_linear(rng) -> None:
+    args = test_low_rank_linear.random_linear(rng, BF16, (70, 72), rank=3, rows=[17, 0, 2])
+    check_backend(test_low_rank_linear.run, args)
+
+
+CASES["low_rank_linear"] = {"low_rank_linear_kernel"}, low_rank_linear
 CASES["derive_seed"] = (
     {"derive_seed_kernel"},
     lambda rng: check_backend(derive_seeds, {"rng": rng.getrandbits(32)}),

@@ -369,3 +369,83 @@ def test_frozen_integers_of_other_optimizers_stay_out():
     ZOSGD([("frozen", frozen), ("p", p)], lr=0.1).step(lambda: p.sum())
     assert torch.equal(frozen, torch.ones(3, dtype=torch.int8))
     assert not torch.equal(p, torch.ones(3))
+
+
+EVERY = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+
+
+def steps_of(layer, rows):
+    """W as scale times integers, each group of neighbours in a row with its scale: float64 [rows, in]."""
+    scale = layer.scale.detach().double().repeat_interleave(layer.group_size, 1)
+    return layer.integers.double() * scale[:rows]
+
+
+@BITS
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_a_convolution_is_that_of_its_rounded_weights(bits, kind, rng):
+    torch.manual_seed(rng.getrandbits(32))
+    dims, mode = int(kind.__name__[4]), rng.choice(["zeros", "circular", "reflect"])
+    conv = kind(
+        6, 4, 3, stride=2, padding=1, dilation=1, groups=2, bias=rng.random() < 0.5, padding_mode=mode
+    )
+    inner = nn.Sequential(conv)
+    assert quantize_(inner, bits, group_size=9, layers=EVERY) == ["0"]
+    layer, x = inner[0], torch.randn(2, 6, *[5] * dims)
+    assert quantize_(inner, bits, layers=EVERY) == []  # nothing in it is found a second time
+    weight = steps_of(layer, 4).float().view_as(conv.weight)
+    assert (weight - conv.weight).abs().max() <= layer.scale.max() * 0.5001
+    # Integers of 7 bits times a scale of 24 are one rounding in fp32, as from float64.
+    assert torch.equal(layer(x), conv._conv_forward(x, weight, conv.bias))
+    again = quantized_like(conv, bits)
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(copy.deepcopy(again)(x), layer(x))
+
+
+def quantized_like(conv, bits):
+    from zokernels.quantize import QuantizedConv
+
+    layer = QuantizedConv(conv, bits=bits, group_size=9)
+    assert layer.integers.count_nonzero() == 0  # made for a state_dict
+    return layer
+
+
+@BITS
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_embedding_gives_rows_of_its_rounded_table(bits, dtype, rng):
+    torch.manual_seed(rng.getrandbits(32))
+    table = nn.Embedding(11, 6, padding_idx=3).to(dtype)
+    holder = nn.Sequential(table)
+    assert quantize_(holder, bits, group_size=3, layers=[nn.Embedding]) == ["0"]
+    ids = torch.randint(11, (4, 5))
+    assert torch.equal(holder(ids), steps_of(holder[0], 11).to(dtype)[ids])
+    assert holder[0].padding_idx == 3
+
+
+def test_all_quantised_layers_are_trained_alike(rng):
+    torch.manual_seed(rng.getrandbits(32))
+    net = nn.Sequential(nn.Embedding(9, 4), nn.Conv1d(5, 3, 2), nn.Flatten(), nn.Linear(9, 2))
+    assert quantize_(net, 8, layers=EVERY) == ["0", "1", "3"]
+    assert [name for name, _ in named_scales(net)] == ["0.scale", "1.scale", "3.scale"]
+    optimizer = QuZO(named_integers(net), lr=50.0, eps=2.0)
+    ids, y = torch.randint(9, (16, 5)), torch.randint(2, (16,))
+    before = [m.integers.clone() for m in net if hasattr(m, "integers")]
+    for _ in range(5):
+        assert optimizer.step(lambda: F.cross_entropy(net(ids), y)).isfinite()
+    after = [m.integers for m in net if hasattr(m, "integers")]
+    assert all((a != b).any() for a, b in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("layers", "net", "message"),
+    [
+        ([nn.Bilinear], nn.Sequential(), "layers: expected kinds of layers among Linear, Conv1d, .*Bilinear"),
+        ([nn.Conv2d], nn.Conv2d(1, 1, 1), r"module: .* use QuantizedConv.from_conv"),
+        ([nn.Embedding], nn.Sequential(nn.Embedding(3, 2, max_norm=1.0)), "max_norm: expected None"),
+        ([nn.Linear, nn.Conv2d], nn.Sequential(nn.Linear(4, 1), nn.Conv2d(3, 2, 3)), "group_size"),
+    ],
+)
+def test_layers_that_cannot_be_quantised(layers, net, message):
+    kinds = [type(m) for m in net.modules()]
+    with pytest.raises((ValueError, TypeError), match=message):
+        quantize_(net, group_size=4, layers=layers)
+    assert [type(m) for m in net.modules()] == kinds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import largest_cases
 import pytest
 import torch
 from helpers import assert_same_bits, random_values
@@ -82,6 +83,10 @@ def test_frequencies_lie_within_exact_bounds(dtype, cpu_kernel, rng):
     # And neighbours are unrelated: pairs that both moved are binomial too.
     pairs = (moved[::2] & moved[1::2]).sum().item()
     assert abs(pairs - n / 2 * expected**2) < bound + n * 2**-13
+
+
+def test_at_the_largest_finite_values(cpu_backend):
+    largest_cases.check()
 
 
 def test_small_updates_are_not_lost(cpu_kernel, rng):

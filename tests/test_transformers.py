@@ -19,7 +19,9 @@ from zokernels.optim import (
     SparseMeZO,
     ZOAdamW,
     ZOConservative,
+    groups_without,
 )
+from zokernels.trajectory import read
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -170,6 +172,40 @@ def test_any_method(method, tmp_path):
     assert same(weights(model), weights(twin))
 
 
+@pytest.mark.parametrize("restore", ["exact", "inplace"])
+def test_gradients_for_the_head_beside_forwards_for_the_rest(restore, tmp_path):
+    """A hybrid optimizer by itself gives the same weights; a checkpoint holds both parts, the log one."""
+
+    def make(module):
+        def made(groups, **options):
+            head = torch.optim.AdamW(module.classifier.parameters(), lr=1e-2)
+            return ZOSGD(groups_without(groups, head), first_order=head, restore=restore, **options)
+
+        return made
+
+    model, twin, rest, taken = bert(0.0), bert(0.0), bert(0.0), Batches()
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+
+    def run(module, **more):
+        own = {"optimizer_cls_and_kwargs": (make(module), {}), "trajectory": tmp_path / "run.zk"}
+        return trainer(tmp_path, module, rows(8, True), own=own | more, **options)
+
+    ours = run(model, data_collator=taken)
+    ours.train()
+    assert all(p.grad is None for p in model.parameters())
+    optimizer = make(twin)(twin.named_parameters(), lr=1e-2, seed=7)
+    twin.train()
+    for batch in taken[:4]:
+        optimizer.step(lambda: twin(**batch).loss)  # noqa: B023
+    assert same(weights(model), weights(twin))
+    assert not torch.equal(model.classifier.weight, bert(0.0).classifier.weight)
+    assert read(tmp_path / "run.zk").header["part"] is True
+    assert read(tmp_path / "run.zk").steps == 4
+    ours.zo_optimizer.trajectory.close()
+    run(rest).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert same(weights(model), weights(rest))
+
+
 def test_weight_decay_leaves_out_what_the_trainer_does(tmp_path):
     model = opt()
     ours = trainer(tmp_path, model, rows(4), weight_decay=0.1)
@@ -301,15 +337,35 @@ def test_a_loss_that_is_not_finite_skips_the_step(tmp_path):
     assert all(math.isfinite(entry["loss"]) for entry in ours.state.log_history if "loss" in entry)
 
 
+def test_a_compiled_model_stays_compiled(tmp_path, monkeypatch):
+    """With graphs that run as they are, its weights are those of the plain model; each is compiled once."""
+    for name, value in (("BACKEND", "no"), ("MODE", "default")):  # the Trainer's arguments set them
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", value)
+    torch._dynamo.reset()
+    counts = []
+    graphs = lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    note = type("Note", (transformers.TrainerCallback,), {
+        "on_step_end": lambda self, *a, **k: counts.append(graphs())
+    })  # fmt: skip
+    plain, model, before = opt(), opt(), graphs()
+    trainer(tmp_path / "plain", plain, rows(8), max_steps=3).train()
+    ours = trainer(
+        tmp_path / "compiled", model, rows(8), max_steps=3, torch_compile=True, torch_compile_backend="eager"
+    )
+    ours.add_callback(note)
+    ours.train()
+    torch._dynamo.reset()
+    assert ours.zo_optimizer.restore == "exact"
+    assert same(weights(model), weights(plain))
+    assert counts[0] > before
+    assert counts == counts[:1] * 3
+
+
 def test_what_cannot_work_says_so(tmp_path):
     data = rows(4)
     adam = lambda params, lr, seed: torch.optim.AdamW(params, lr)
     with pytest.raises(TypeError, match=r"ZOTrainer: optimizer: expected one of zokernels\.optim, got AdamW"):
         trainer(tmp_path, opt(), data, own={"optimizer_cls_and_kwargs": (adam, {})}).train()
-    with pytest.raises(
-        ValueError, match="torch_compile: expected restore='inplace' in optimizer_cls_and_kwargs"
-    ):
-        trainer(tmp_path, opt(), data, torch_compile=True).train()
     with pytest.warns(UserWarning, match="max_grad_norm=0.5 has no effect"):
         trainer(tmp_path, opt(), data, max_grad_norm=0.5)
     with pytest.warns(UserWarning, match="the loss is in torch.bfloat16"):

@@ -27,17 +27,14 @@ WORKER = Path(__file__).parent / "triton_amd_worker.py"
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """Of each target the folder with the assembly of every kernel, by processes at one time."""
+    """Of each target the folder with the assembly of every kernel, by one process for all."""
     found = {target: tmp_path_factory.mktemp(target) for target in TARGETS}
     path = os.pathsep.join(
         filter(None, (str(WORKER.parent), str(WORKER.parents[1]), os.environ.get("PYTHONPATH")))
     )
     environment = {**os.environ, "PYTHONPATH": path}
-    running = {
-        target: subprocess.Popen([sys.executable, WORKER, target, folder], env=environment)
-        for target, folder in found.items()
-    }
-    assert {target: process.wait() for target, process in running.items()} == dict.fromkeys(TARGETS, 0)
+    arguments = [word for pair in found.items() for word in pair]
+    subprocess.run([sys.executable, WORKER, *arguments], env=environment, check=True)
     return found
 
 

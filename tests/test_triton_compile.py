@@ -23,12 +23,12 @@ if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set: there is no compiler in this process", allow_module_level=True)
 
 from ptx.triton_device import FakeDriver  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton_kernels import (  # noqa: E402
     ELEMENTS,
     EVERY,
     combine_kernel,
     decode_kernel,
-    derive_seed_kernel,
     encode_kernel,
     fan_out_kernel,
     kernel_names,
@@ -42,16 +42,39 @@ from triton_kernels import (  # noqa: E402
 )
 
 from zokernels.backends.terms import Terms  # noqa: E402
-from zokernels.backends.triton import combine, fan_out, low_rank, requantize, spread, squares, update  # noqa: E402
+from zokernels.backends.triton import (  # noqa: E402
+    combine,
+    fan_out,
+    launch,
+    low_rank,
+    requantize,
+    spread,
+    squares,
+    update,
+)
 
-#: Loads and stores of spilled registers: none.  But with Triton 3.6 the assembler puts one value of a whole
-#: tile aside, once for all directions, in two kernels: ``combine`` of K directions on sm_100, ``spread`` on
-#: sm_80.
-SPILLED = 2 if triton.__version__.startswith("3.6.") else 0
+#: Bytes of spilled registers: none.  But with Triton 3.6 the assembler puts one value of a whole tile aside,
+#: once for all directions, in two kernels: ``combine`` of K directions on sm_100, ``spread`` on sm_80.
+SPILLED = 8 if triton.__version__.startswith("3.6.") else 0
 
 
 def sass(kernel) -> disassembly.Function:
     return disassembly.select(disassembly.disassemble(kernel.asm["cubin"]), "_kernel$")
+
+
+def stack(kernel) -> int:
+    """Bytes that a thread keeps in local memory: spilled registers."""
+    (usage,) = disassembly.usages(kernel.asm["cubin"]).values()
+    return usage.stack
+
+
+def check(kernel, spilled=0) -> None:
+    """What holds of every kernel: nothing spilled, nothing flushed to zero, and no product that may be fused
+    with a sum.
+    """
+    assert stack(kernel) <= spilled, kernel.name
+    assert ftz_of(kernel) == []
+    assert fusible(kernel) == []
 
 
 def ftz_of(kernel) -> list[str]:
@@ -98,15 +121,31 @@ def test_every_kernel_is_listed():
 
 @pytest.mark.parametrize(("name", "dtypes"), [(name, dtypes) for name in EVERY for dtypes in EVERY[name]])
 def test_every_kernel_compiles(name, dtypes):
-    """For sm_90, with each dtype: no spills, nothing flushed to zero, and no product that may be fused
-    with a sum.
-    """
+    """For sm_90, with each dtype."""
     kernel = EVERY[name][dtypes](90)
-    function = sass(kernel)
-    assert function.name == name
-    assert function.count(disassembly.LOCAL) == 0
-    assert ftz_of(kernel) == []
-    assert fusible(kernel) == []
+    assert kernel.name == name
+    check(kernel)
+
+
+@pytest.mark.parametrize("arch", [80, 100])
+@pytest.mark.parametrize("name", EVERY.keys() - {"combine_kernel", "decode_kernel", "low_rank_kernel"})
+def test_every_kernel_compiles_for_other_architectures(name, arch):
+    """With one of its dtypes; tests below compile other forms of those three for all architectures."""
+    dtypes = max(EVERY[name], key=lambda dtypes: "bf16" in dtypes)
+    kernel = EVERY[name][dtypes](arch)
+    assert kernel.name == name
+    check(kernel, SPILLED * ((name, arch) == ("spread_kernel", 80)))
+
+
+def test_a_spill_is_found():
+    """A kernel that is held to so few registers that it must."""
+    cubin = triton.compile(
+        combine_kernel(90, "fp32", "normal", 1).src,
+        target=GPUTarget("cuda", 90, 32),
+        options={**launch.compile_options(), "maxnreg": 24},
+    )
+    assert stack(cubin) > 0
+    assert sass(cubin).count(disassembly.LOCAL) > 0
 
 
 VARIANTS = [
@@ -138,13 +177,12 @@ def test_variant_compiles_to_what_it_should(arch, variant):
     dtype, dist, k, extra = variant
     kernel = combine_kernel(arch, dtype, dist, k, **extra)
     function = sass(kernel)
-    assert function.count(disassembly.LOCAL) <= SPILLED * (arch == 100)
+    check(kernel, SPILLED * (arch == 100))
     assert function.hot_count("LDS|STS|LDSM|BAR|SHFL") == 0
     bytes_each = 16 * ELEMENTS // (4 if dtype == "fp32" else 8)
     assert (wide := function.hot_count(disassembly.WIDE_STORE)) in (bytes_each // 16, bytes_each // 64)
     assert function.hot_count(disassembly.WIDE_LOAD) == wide
     assert function.hot_count(r"STG") == wide
-    assert ftz_of(kernel) == []
 
 
 @pytest.mark.parametrize("aligned", [True, False])
@@ -216,11 +254,6 @@ def test_directions_known_at_run_time_cost_one_loop_each():
     assert 18 < sass(combine_kernel(90, "bf16", "normal", None)).loop_size() / 32 <= 23
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_derive_seed_compiles(arch):
-    assert sass(derive_seed_kernel(arch)).count(disassembly.LOCAL) == 0
-
-
 WIDE, HALF, ATOMIC = disassembly.WIDE_STORE, r"STG\.E\.64", r"RED|ATOM"
 #: Of kernels of normal noise, bf16 unless said otherwise: the kernel, its passes over a whole program,
 #: ceiling, store.
@@ -256,12 +289,12 @@ WHOLE = {
 @pytest.mark.parametrize("name", WHOLE)
 def test_instructions_of_other_kernels(name):
     """Per element, with the longest path through square roots and quotients."""
-    kernel, passes, ceiling, store = WHOLE[name]
-    function = sass(kernel())
+    make, passes, ceiling, store = WHOLE[name]
+    function = sass(kernel := make())
     figure = function.executed(passes, store) / ELEMENTS
     show(name, figure)
     assert 20 < figure <= ceiling
-    assert function.count(disassembly.LOCAL) == 0
+    check(kernel)
     assert function.hot_count("LDS|STS|BAR|SHFL", store) == 0
 
 
@@ -277,24 +310,19 @@ ROWS = {
 
 @pytest.mark.parametrize("name", ROWS)
 def test_instructions_of_rows(name):
-    kernel, passes, ceiling = ROWS[name]
-    function = sass(kernel())
+    make, passes, ceiling = ROWS[name]
+    function = sass(kernel := make())
     figure = function.executed(passes) / ELEMENTS
     show(f"rows: {name}", figure)
     assert ceiling * 0.9 < figure <= ceiling
-    assert function.count(disassembly.LOCAL) == 0
+    check(kernel)
     assert function.hot_count("LDS|STS|BAR|SHFL") == 0
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_kernels_of_rows_compile(arch):
-    for kernel in (
-        rows_kernel(arch),
-        rows_kernel(arch, "rademacher", aligned=False),
-        update_rows_kernel(arch),
-    ):
-        assert sass(kernel).count(disassembly.LOCAL) == 0
-        assert ftz_of(kernel) == []
+    """What test_every_kernel_compiles does not compile for it."""
+    check(rows_kernel(arch, "rademacher", aligned=False))
 
 
 #: Kernels whose inner loop counts: the kernel, its store, elements that a pass of the loop adds to, floor and
@@ -309,10 +337,11 @@ LOOPS = {
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_instructions_of_inner_loops(name):
-    kernel, store, elements, floor, ceiling = LOOPS[name]
-    figure = sass(kernel()).loop_size(store) / elements
+    make, store, elements, floor, ceiling = LOOPS[name]
+    figure = sass(kernel := make()).loop_size(store) / elements
     show(name, figure)
     assert floor < figure <= ceiling
+    check(kernel)
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
@@ -324,15 +353,11 @@ def test_other_kernels_compile_without_spills(arch):
         spread_kernel(arch),
         squares_kernel(arch),
     ):
-        function = sass(kernel)
-        spilled = SPILLED * (arch == 80 and function.name == "spread_kernel")
-        assert function.count(disassembly.LOCAL) <= spilled, function.name
-        if "squares" not in function.name:
+        check(kernel, SPILLED * ((kernel.name, arch) == ("spread_kernel", 80)))
+        if "squares" not in kernel.name:
+            function = sass(kernel)
             assert function.count(disassembly.WIDE_LOAD) > 0, function.name
             assert function.count(disassembly.WIDE_STORE) > 0, function.name
-        assert {
-            line for line in kernel.asm["ptx"].splitlines() if ".ftz" in line and "rsqrt.approx" not in line
-        } == set()
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
@@ -344,10 +369,8 @@ def test_wire_kernels_compile_without_spills(arch):
         (encode_kernel(arch, "i8", 0, "fp32"), "LDG"),
         (encode_kernel(arch, "fp16", None, "fp32"), "LDG"),
     ):
-        function = sass(kernel)
-        assert function.count(disassembly.LOCAL) == 0, function.name
-        assert function.count(load) > 0, function.name
-        assert ftz_of(kernel) == []
+        check(kernel)
+        assert sass(kernel).count(load) > 0, kernel.name
 
 
 #: Architecture, distribution, dtype and instructions an element and direction.
@@ -374,7 +397,8 @@ def test_project_reads_a_whole_tile_in_one_loop(arch, dist, dtype, ceiling):
     assert loop.count("DADD") == 4
     if arch == 90:
         assert loop.count("FFMA") == (32 * 7 + 32 if dist == "normal" else 0)
-    assert ftz_of(kernel) == []
+    # On sm_80 the kernel takes all 255 registers, and puts some aside before and behind the loop.
+    check(kernel, 256 * ((arch, dist, dtype) == (80, "rademacher", "fp32")))
 
 
 @pytest.fixture

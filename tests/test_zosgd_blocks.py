@@ -434,7 +434,7 @@ def test_scratch_is_checked():
 
 @pytest.mark.parametrize("scratch", [None, 0])
 @pytest.mark.parametrize("step", [0, 2])
-@pytest.mark.parametrize("write", ["add_", "data", "copy of all", "view"])
+@pytest.mark.parametrize("write", ["add_", "data", "copy of all", "view", "through data", "to data[0]"])
 def test_writes_are_refused_in_every_step(write, step, scratch):
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
     before = [p.detach().clone() for p in model.parameters()]
@@ -444,6 +444,8 @@ def test_writes_are_refused_in_every_step(write, step, scratch):
         "data": lambda: setattr(model[0].weight, "data", torch.zeros(3, 3)),
         "copy of all": lambda: model.load_state_dict({k: v + 1 for k, v in model.state_dict().items()}),
         "view": lambda: model[0].weight.view(9)[2:].zero_(),
+        "through data": lambda: model[0].weight.data.clamp_(max=-1),
+        "to data[0]": lambda: model[0].weight.data.__setitem__(0, 5.0),
     }
 
     def closure(t):
@@ -458,6 +460,42 @@ def test_writes_are_refused_in_every_step(write, step, scratch):
         opt.step(lambda: closure(step))
     assert opt.step_count == step
     assert all(map(torch.equal, model.parameters(), before))
+
+
+@pytest.mark.parametrize("scratch", [None, 0])
+def test_data_of_tensors_that_are_no_parameters(scratch):
+    """A write to ``data`` is refused, too, in a step in which nothing looks at every function."""
+    weight, x = torch.linspace(-1, 1, 9).view(3, 3).requires_grad_(), torch.ones(2, 3)
+    before, writes = weight.detach().clone(), []
+
+    def closure():
+        loss = F.linear(x, weight).square().sum()
+        for write in writes:
+            write()
+        return loss + weight.data.sum()
+
+    opt = ZOSGD([weight], lr=0.0, eps=EPS, scratch=scratch)
+    for _ in range(2):
+        opt.step(closure)
+    assert not torch.equal(*opt.last_losses)
+    writes.append(lambda: weight.data.add_(1))
+    with pytest.raises(RuntimeError, match="does not write to its parameters"):
+        opt.step(closure)
+    assert type(weight) is torch.Tensor
+    assert torch.equal(weight, before)
+
+
+def test_data_outside_of_steps_is_torchs_own():
+    """It counts versions by itself, and takes what torch's own does."""
+    model, other = nn.Linear(3, 1), nn.Linear(3, 1)
+    ZOSGD(model.named_parameters(), lr=0.0).step(lambda: other.weight.data.add_(1).sum() + model.weight.sum())
+    for p in (model.weight, other.weight):
+        version = p._version
+        p.data.add_(1)
+        assert p._version == version
+        p.data = torch.zeros(2)
+        assert p.shape == (2,)
+    assert nn.Parameter.data is torch.Tensor.data
 
 
 @SCRATCH

@@ -3,8 +3,11 @@ points.
 """
 
 import copy
+import subprocess
+import sys
 import warnings
 
+import case_process
 import pytest
 import torch
 import torch.nn.functional as F
@@ -199,6 +202,44 @@ def test_a_process_of_its_own_stays_compiled():
     for _ in range(3):
         opt.step(lambda: language_loss(model) + run(tokens()).square().mean())
     assert counter.frame_count == 1
+
+
+def test_who_compiles_nothing_pays_no_search():
+    """All objects of a process are looked through only once torch.compile was called; then before the first
+    forward, so that a model compiled from the beginning is compiled once.
+    """
+    code = """if True:
+        import gc, torch
+        from torch import nn
+        from torch._dynamo.testing import CompileCounter
+        from zokernels.optim import ZOSGD
+
+        searches, real = [], gc.get_objects
+        gc.get_objects = lambda *args: searches.append(1) or real(*args)
+        model, counter = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), CompileCounter()
+
+        def three_steps(run):
+            optimizer = ZOSGD(model.named_parameters(), lr=0.1)
+            for _ in range(3):
+                optimizer.step(lambda: run(torch.ones(1, 3)).sum())
+
+        three_steps(model)
+        three_steps(model)
+        print(len(searches))
+        three_steps(torch.compile(model, backend=counter))
+        print(len(searches), counter.frame_count)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=case_process.environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    none, (searches, compiled) = (list(map(int, line.split())) for line in done.stdout.splitlines())
+    assert none == [0]
+    assert 1 <= searches <= 3
+    assert compiled == 1
 
 
 def test_frozen_graphs_are_refused():

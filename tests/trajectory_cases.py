@@ -12,6 +12,8 @@ from zokernels import optim
 from zokernels.optim import (
     FZOO,
     LOZO,
+    PGAP,
+    QES,
     ZOBCD,
     ZOSGD,
     LeZO,
@@ -35,7 +37,7 @@ SHAPES = {
 }
 
 #: Optimizers by name: class and arguments.  Every class of zokernels.optim that keeps a log is here, at least
-#: with its defaults; QuZO, whose weights are integers, has a test of its own.
+#: with its defaults; QuZO and QES, whose weights are integers, have tests of their own.
 CASES: dict[str, tuple[type, dict]] = {
     "directions": (ZOSGD, {"directions": 3}),
     "momentum": (ZOSGD, {"momentum": 0.9}),
@@ -56,8 +58,8 @@ CASES: dict[str, tuple[type, dict]] = {
 }
 for _name, _class in vars(optim).items():
     known = isinstance(_class, type) and issubclass(_class, ZerothOrder) and _class.replayable
-    if known and _class not in (ZerothOrder, QuZO):
-        CASES[_name] = (_class, {"rank": 2} if _class is SubZero else {})
+    if known and _class not in (ZerothOrder, QuZO, QES):
+        CASES[_name] = (_class, {"rank": 2} if _class in (SubZero, PGAP) else {})
 
 
 class Model(nn.Module):

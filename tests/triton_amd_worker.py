@@ -1,7 +1,7 @@
-"""Compiles Triton kernels for an AMD architecture: ``python triton_amd_worker.py gfx942 FOLDER``.
+"""Compiles Triton kernels for AMD architectures: ``python triton_amd_worker.py gfx942 FOLDER ...``.
 
-Leaves in FOLDER the assembly of each, or the error.  torch is told that it is one for ROCm before the kernels
-are imported: so a process can compile for AMD or for NVIDIA, never for both."""
+Leaves in each folder the assembly of every kernel, or the error.  torch is told that it is one for ROCm
+before the kernels are imported: so a process can compile for AMD or for NVIDIA, never for both."""
 
 import pathlib
 import sys
@@ -38,4 +38,5 @@ def main(target: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for target, folder in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        main(target, folder)

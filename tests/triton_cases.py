@@ -13,6 +13,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import empty_cases
+import largest_cases
 from stream_cases import RUNS as STREAM_RUNS
 
 SEED = 0  # the seed of the case, which `run` sets
@@ -491,6 +493,30 @@ def _():
     check_low_rank("float16", [(9, 70), (3, 16)], [2, 2], [2**33 + 5, 0], rounding=3, slides=(0, 1))
 
 
+@case("low rank, linear")
+def _():
+    import torch
+
+    from zokernels.backends import get
+
+    torch.manual_seed(SEED)
+    for dtype, m, n, rank, rows, own, with_bias in (
+        (torch.float32, 9, 70, 3, [2, 0, 17], True, True),
+        (torch.bfloat16, 72, 5, 1, [16], False, False),
+        (torch.float16, 70, 130, 2, [1, 3], True, True),
+    ):
+        total, members = sum(rows), len(rows)
+        values = torch.randn(total, m).to(dtype), torch.randn(total, n).to(dtype)
+        left, right = torch.randn(members, m, rank), torch.randn(members if own else 1, n, rank)
+        coeffs, bias = torch.randn(members), torch.randn(1, m) if with_bias else None
+        results = []
+        for name in ("triton", "reference"):
+            out = values[0].clone()
+            get(name).low_rank_linear(out, values[1], left, right, coeffs, rows, bias)
+            results.append([out])
+        assert_same(*results, lambda i, dtype=dtype: f"out in {dtype}")
+
+
 def check_fan_out(dtype, dist, sizes, offsets, *, slides=(0,), **options):
     """As check, for fan_out: theta, plus and minus."""
     import torch
@@ -756,6 +782,24 @@ def _():
             with zokernels.backend("triton"):
                 replay_(base, f"{folder}/{dtype}")
             assert_same(base, base_of(model))
+
+
+for _name in empty_cases.CASES:
+
+    @case(f"empty: {_name}", _name)
+    def _(name):
+        import zokernels
+
+        with zokernels.backend("triton"):
+            empty_cases.CASES[name]("cpu")
+
+
+@case("stochastic rounding at the largest finite values")
+def _():
+    import zokernels
+
+    with zokernels.backend("triton"):
+        largest_cases.check()
 
 
 def run(name: str, seed: int) -> str:

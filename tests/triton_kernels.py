@@ -19,6 +19,7 @@ from zokernels.backends.triton import (
     fan_out,
     launch,
     low_rank,
+    low_rank_linear,
     project,
     seeds,
     spread,
@@ -29,7 +30,7 @@ from zokernels.backends.triton import (
 )
 from zokernels.contract import DISTS
 
-MODULES = (combine, fan_out, low_rank, project, seeds, spread, squares, update, wire)
+MODULES = (combine, fan_out, low_rank, low_rank_linear, project, seeds, spread, squares, update, wire)
 DTYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16, "i8": tl.int8, "u8": tl.uint8}
 ELEMENTS = tile.PROGRAM // (32 * tile.NUM_WARPS)  # of one thread
 
@@ -37,6 +38,7 @@ ELEMENTS = tile.PROGRAM // (32 * tile.NUM_WARPS)  # of one thread
 KINDS = {
     **dict.fromkeys(("numel", "offset", "stream", "m", "n", "rank", "columns"), "i64"),
     **dict.fromkeys(("width", "length", "blocks", "magic", "rows"), "i64"),
+    **dict.fromkeys(("left_step", "right_step", "bias_step"), "i64"),
     **dict.fromkeys(("seeds", "seed", "rounding_seed", "mask_seed", "table", "total"), "*i64"),
     **dict.fromkeys(("out_ptr", "run_seed_ptr", "step_ptr", "k_ptr"), "*i64"),
     "partial": "*fp64",
@@ -147,6 +149,11 @@ def low_rank_kernel(target, *present, dtype="bf16", table=False):
     return build(low_rank.low_rank_kernel, target, tensors, present, ALIGNED=True)
 
 
+def low_rank_linear_kernel(target, dtype="bf16", *, ranks=1, bias="fp32"):
+    tensors = {"out": dtype, "x": dtype, "left": "fp32", "right": "fp32", "bias": bias}
+    return build(low_rank_linear.low_rank_linear_kernel, target, tensors, WIDTH=4, RANKS=ranks)
+
+
 def squares_kernel(target, *, table=False):
     if table:
         return build(squares.squares_table_kernel, target, {}, WIDTH=5)
@@ -224,6 +231,7 @@ EVERY: dict[str, dict[str, Callable]] = {
     "spread_kernel": _each_dtype(spread_kernel),
     "low_rank_kernel": _each_dtype(low_rank_kernel),
     "low_rank_table_kernel": _each_dtype(partial(low_rank_kernel, table=True)),
+    "low_rank_linear_kernel": _each_dtype(partial(low_rank_linear_kernel, ranks=4)),
     "project_table_kernel": _each_dtype(project_kernel),
     "squares_kernel": {"": squares_kernel},
     "squares_table_kernel": {"": partial(squares_kernel, table=True)},

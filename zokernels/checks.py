@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Real
 from typing import Any, NoReturn
 
@@ -239,9 +239,15 @@ def _check_masks(op: str, leader: str, params: Sequence[Tensor], terms: Terms) -
 
 
 def check_overlap(
-    op: str, written: Mapping[str, Sequence[Tensor]], read: Mapping[str, Sequence[Tensor]]
+    op: str,
+    written: Mapping[str, Sequence[Tensor]],
+    read: Mapping[str, Sequence[Tensor]],
+    label: Callable[[str, int], str] = "{}[{}]".format,
 ) -> None:
-    """No written tensor shares memory with another tensor of the call (two read ones may)."""
+    """No written tensor shares memory with another tensor of the call (two read ones may).
+
+    ``label``: what a message calls the tensor of an argument and a number in it.
+    """
     spans = []
     for writes, groups in ((True, written), (False, read)):
         for argument, tensors in groups.items():
@@ -257,8 +263,8 @@ def check_overlap(
         begin, end, argument, i, writes = span
         other = furthest if writes else furthest_written
         if begin < other[1]:
-            got = f"overlap with {other[2]}[{other[3]}]"
-            fail(op, f"{argument}[{i}]", "tensors that share no memory within one call", got)
+            got = f"overlap with {label(other[2], other[3])}"
+            fail(op, label(argument, i), "tensors that share no memory within one call", got)
         if end > furthest[1]:
             furthest = span
         if writes and end > furthest_written[1]:

@@ -173,6 +173,7 @@ def summary(log: Log) -> dict[str, Any]:
         "optimizer": header["optimizer"],
         **{part: header[part] for part in ("estimator", "rule", "direction", "subset")},
         "restore": header["restore"],
+        "part": "part" in header,
         "seed": header["seed"],
         "groups": [group["options"] for group in header["groups"]],
         "parameters": sum(p["sha256"] is not None for p in params),

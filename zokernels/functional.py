@@ -11,6 +11,7 @@ from .ops.arguments import Dist, Rounding
 from .ops.combine import combine, combine_, pack_mask
 from .ops.fan_out import fan_out_
 from .ops.low_rank import low_rank, low_rank_
+from .ops.low_rank_linear import low_rank_linear_
 from .ops.noise import noise
 from .ops.plan import Plan, plan
 from .ops.project import project
@@ -35,6 +36,7 @@ __all__ = [
     "fan_out_",
     "low_rank",
     "low_rank_",
+    "low_rank_linear_",
     "noise",
     "pack_mask",
     "plan",

@@ -1,10 +1,9 @@
-"""Linear layers with integer weights, and what of them can be trained: the scales (QZO), the integers
-(QuZO).
-"""
+"""Layers with integer weights, and what of them can be trained: the scales (QZO), the integers (QuZO)."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import math
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -36,27 +35,102 @@ def unpack_int4(packed: Tensor, n: int) -> Tensor:
     return (halves.view(torch.int8) ^ 8) - 8  # bit 3 is the sign
 
 
-class QuantizedLinear(nn.Module):
-    """y = x W^T + b,   W[o, i] = scale[o, i // group_size] * weight[o, i].
+class QuantizedLayer(nn.Module):
+    """What quantised layers share: W[o, i] = scale[o, i // group_size] * weight[o, i], a matrix [out, in].
 
     ``weight`` is a buffer of integers in [-127, 127] (8 bits) or [-7, 7] (4 bits): int8 [out, in], or,
     ``packed``, uint8 [out, (in + 1) / 2] (:func:`pack_int4`).  ``scale`` is a parameter [out, in /
-    group_size] of fp32, bf16 or fp16; so is ``bias`` [out].  The forward multiplies out W in the scale's
-    dtype, rounds it to x's and calls ``F.linear``: beside the integers, memory for one layer's W at a time.
+    group_size] of fp32, bf16 or fp16; so is ``bias`` [out].  What out and in are, a subclass says.
 
     Args:
+        out, inputs: the shape of W.
         bits: 8 or 4.
-        group_size: inputs that share a scale, a divisor of ``in_features``; None: one scale for each output.
+        group_size: how many neighbours in a row share a scale, a divisor of ``inputs``; None: all of a row.
         packed: two integers a byte; default: where ``bits`` is 4.  :class:`~zokernels.optim.QuZO` trains
             unpacked ones.
         dtype: of scale and bias.
-
-    A layer made so has zeros for weights: it is for loading a ``state_dict``; see :meth:`from_linear`.
 
     Raises: ValueError, TypeError: naming argument, what was expected and what came.
     """
 
     weight: Tensor
+
+    def __init__(
+        self,
+        out: int,
+        inputs: int,
+        bias: bool,
+        *,
+        bits: int,
+        group_size: int | None,
+        packed: bool | None,
+        device: Any,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        op = type(self).__name__
+        if bits not in (4, 8):
+            fail(op, "bits", "8 or 4", repr(bits))
+        group_size = inputs if group_size is None else group_size
+        if not isinstance(group_size, int) or group_size < 1 or inputs % group_size:
+            fail(op, "group_size", f"a divisor of {inputs} inputs", repr(group_size))
+        packed = bits == 4 if packed is None else packed
+        if packed and bits != 4:
+            fail(op, "packed", "False with 8 bits", packed)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        if dtype not in DTYPES:
+            fail(op, "dtype", "float32, bfloat16 or float16", dtype, TypeError)
+        self.bits, self.group_size, self._inputs = bits, group_size, inputs
+        weight = torch.zeros(out, inputs, dtype=torch.int8, device=device)
+        self.register_buffer("weight", pack_int4(weight) if packed else weight)
+        self.scale = nn.Parameter(torch.ones(out, inputs // group_size, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.zeros(out, dtype=dtype, device=device)) if bias else None
+
+    @property
+    def packed(self) -> bool:
+        return self.weight.dtype is torch.uint8
+
+    @property
+    def integers(self) -> Tensor:
+        """int8 [out, in]: the weight itself, or unpacked."""
+        return unpack_int4(self.weight, self._inputs) if self.packed else self.weight
+
+    @torch.no_grad()
+    def _round(self, weight: Tensor) -> None:
+        """Takes over W [out, in]: scale = max \\|W\\| / limit of each group, to nearest; weight = W / scale,
+        ties to even.  A group of zeros has scale 1.
+        """
+        limit, groups = limit_of(self.bits), weight.detach().float().unflatten(1, (-1, self.group_size))
+        scale = (groups.abs().amax(-1) / limit).to(self.scale.dtype)
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        integers = (groups / scale.float()[..., None]).round().clamp(-limit, limit).to(torch.int8).flatten(1)
+        self.weight.copy_(pack_int4(integers) if self.packed else integers)
+        self.scale.copy_(scale)
+
+    def _multiplied(self, integers: Tensor, scale: Tensor) -> Tensor:
+        """Rows of W, in the scale's dtype, from rows of the integers and of the scale."""
+        groups = integers.to(scale.dtype).unflatten(-1, (-1, self.group_size))
+        multiplied: Tensor = (groups * scale.unsqueeze(-1)).flatten(-2)
+        return multiplied
+
+    def _extra(self, sizes: str) -> str:
+        return f"{sizes}, bits={self.bits}, group_size={self.group_size}, packed={self.packed}"
+
+
+class QuantizedLinear(QuantizedLayer):
+    """y = x W^T + b,   W[o, i] = scale[o, i // group_size] * weight[o, i].
+
+    out are the outputs and in the inputs of the layer (:class:`QuantizedLayer`).  The forward multiplies out
+    W in the scale's dtype, rounds it to x's and calls ``F.linear``: beside the integers, memory for one
+    layer's W at a time.
+
+    Args:
+        bits, group_size, packed, dtype: as for :class:`QuantizedLayer`.
+
+    A layer made so has zeros for weights: it is for loading a ``state_dict``; see :meth:`from_linear`.
+
+    Raises: ValueError, TypeError: naming argument, what was expected and what came.
+    """
 
     def __init__(
         self,
@@ -70,42 +144,11 @@ class QuantizedLinear(nn.Module):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        if bits not in (4, 8):
-            fail("QuantizedLinear", "bits", "8 or 4", repr(bits))
-        group_size = in_features if group_size is None else group_size
-        if not isinstance(group_size, int) or group_size < 1 or in_features % group_size:
-            fail("QuantizedLinear", "group_size", f"a divisor of {in_features} inputs", repr(group_size))
-        packed = bits == 4 if packed is None else packed
-        if packed and bits != 4:
-            fail("QuantizedLinear", "packed", "False with 8 bits", packed)
-        dtype = torch.get_default_dtype() if dtype is None else dtype
-        if dtype not in DTYPES:
-            fail("QuantizedLinear", "dtype", "float32, bfloat16 or float16", dtype, TypeError)
-        self.in_features, self.out_features, self.bits, self.group_size = (
-            in_features,
-            out_features,
-            bits,
-            group_size,
-        )
-        weight = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
-        self.register_buffer("weight", pack_int4(weight) if packed else weight)
-        self.scale = nn.Parameter(
-            torch.ones(out_features, in_features // group_size, dtype=dtype, device=device)
-        )
-        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
-
-    @property
-    def packed(self) -> bool:
-        return self.weight.dtype is torch.uint8
-
-    @property
-    def integers(self) -> Tensor:
-        """int8 [out, in]: the weight itself, or unpacked."""
-        return unpack_int4(self.weight, self.in_features) if self.packed else self.weight
+        options: dict[str, Any] = {"bits": bits, "group_size": group_size, "packed": packed}
+        super().__init__(out_features, in_features, bias, **options, device=device, dtype=dtype)
+        self.in_features, self.out_features = in_features, out_features
 
     @classmethod
-    @torch.no_grad()
     def from_linear(
         cls,
         linear: nn.Linear,
@@ -120,38 +163,178 @@ class QuantizedLinear(nn.Module):
 
         A group of zeros has scale 1.  ``scale_dtype``: default that of ``linear``.  The bias is taken over as
         it is."""
-        weight = linear.weight.detach()
-        dtype = weight.dtype if scale_dtype is None else scale_dtype
-        out, inputs = weight.shape
+        weight = linear.weight
         layer = cls(
-            *(inputs, out, False),
+            *(linear.in_features, linear.out_features, False),
             bits=bits,
             group_size=group_size,
             packed=packed,
             device=weight.device,
-            dtype=dtype,
+            dtype=weight.dtype if scale_dtype is None else scale_dtype,
         )
-        limit, groups = limit_of(bits), weight.float().view(out, -1, layer.group_size)
-        scale = (groups.abs().amax(-1) / limit).to(dtype)
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        integers = (
-            (groups / scale.float()[..., None]).round().clamp(-limit, limit).to(torch.int8).view(out, inputs)
-        )
-        layer.weight.copy_(pack_int4(integers) if layer.packed else integers)
-        layer.scale.copy_(scale)
+        layer._round(weight)
         layer.bias = linear.bias
         return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        groups = self.integers.to(self.scale.dtype).unflatten(1, (-1, self.group_size))
-        weight = (groups * self.scale.unsqueeze(-1)).flatten(1)
-        return F.linear(x, weight.to(x.dtype), self.bias)
+        return F.linear(x, self._multiplied(self.integers, self.scale).to(x.dtype), self.bias)
 
     def extra_repr(self) -> str:
-        sizes = (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return self._extra(f"{sizes}, bias={self.bias is not None}")
+
+
+class QuantizedConv(QuantizedLayer):
+    """y = conv(x, W) + b, a convolution in one, two or three dimensions (``nn.Conv1d``, ``2d``, ``3d``).
+
+    out are the output channels.  in are the input channels of a group of the convolution times the elements
+    of its kernel, in the order of the convolution's own weight (:class:`QuantizedLayer`).  The forward
+    multiplies out W in the scale's dtype, rounds it to x's and runs the convolution.
+
+    Args:
+        like: the convolution whose sizes, stride, padding, dilation, groups and padding mode this one has.
+            Its weights are not taken: :meth:`from_conv` takes them.
+        bits, group_size, packed, dtype: as for :class:`QuantizedLayer`; dtype is by default that of ``like``.
+
+    Raises: ValueError, TypeError: naming argument, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        like: nn.Conv1d | nn.Conv2d | nn.Conv3d,
+        *,
+        bits: int = 8,
+        group_size: int | None = None,
+        packed: bool | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if type(like) not in _CONVS:
+            fail(
+                "QuantizedConv",
+                "like",
+                "an nn.Conv1d, nn.Conv2d or nn.Conv3d",
+                type(like).__name__,
+                TypeError,
+            )
+        options: dict[str, Any] = {"bits": bits, "group_size": group_size, "packed": packed}
+        out, *kernel = like.weight.shape
+        super().__init__(
+            *(out, math.prod(kernel), like.bias is not None),
+            **options,
+            device=like.weight.device if device is None else device,
+            dtype=like.weight.dtype if dtype is None else dtype,
         )
-        return f"{sizes}, bits={self.bits}, group_size={self.group_size}, packed={self.packed}"
+        #: [in channels of a group, *kernel], the shape of one output channel's weights.
+        self.kernel = tuple(kernel)
+        # The convolution runs as its class does, with W in the place of its own weight, which it has no more.
+        # In a tuple it is no submodule, so that nobody finds a convolution to quantise in it.
+        with torch.device("meta"):
+            conv = type(like)(
+                *(like.in_channels, like.out_channels, like.kernel_size, like.stride),  # type: ignore[arg-type]
+                *(like.padding, like.dilation, like.groups, False, like.padding_mode),  # type: ignore[arg-type]
+            )
+        del conv.weight
+        self._like = (conv,)
+
+    @classmethod
+    def from_conv(
+        cls,
+        conv: nn.Conv1d | nn.Conv2d | nn.Conv3d,
+        bits: int = 8,
+        group_size: int | None = None,
+        *,
+        packed: bool | None = None,
+        scale_dtype: torch.dtype | None = None,
+    ) -> QuantizedConv:
+        """``conv`` rounded, as :meth:`QuantizedLinear.from_linear`."""
+        layer = cls(conv, bits=bits, group_size=group_size, packed=packed, dtype=scale_dtype)
+        layer._round(conv.weight.detach().flatten(1))
+        layer.bias = conv.bias  # type: ignore[assignment]  # a parameter, says torch, or a tensor
+        return layer.train(conv.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self._multiplied(self.integers, self.scale).unflatten(1, self.kernel)
+        y: Tensor = self._like[0]._conv_forward(x, weight.to(x.dtype), self.bias)
+        return y
+
+    def extra_repr(self) -> str:
+        return self._extra(f"bias={self.bias is not None}")
+
+
+class QuantizedEmbedding(QuantizedLayer):
+    """y = W[ids]: out are the rows of the table, and in is the length of a vector (:class:`QuantizedLayer`).
+
+    Only the rows that are looked up are multiplied out, in the scale's dtype.
+
+    Args:
+        padding_idx: as of ``nn.Embedding``: which row stands for padding.  It matters for gradients alone,
+            of which the integers have none; so it is only kept.
+        bits, group_size, packed, dtype: as for :class:`QuantizedLayer`.
+
+    Raises: ValueError, TypeError: naming argument, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        *,
+        bits: int = 8,
+        group_size: int | None = None,
+        packed: bool | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        options: dict[str, Any] = {"bits": bits, "group_size": group_size, "packed": packed}
+        super().__init__(num_embeddings, embedding_dim, False, **options, device=device, dtype=dtype)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.padding_idx = padding_idx
+
+    @classmethod
+    def from_embedding(
+        cls,
+        embedding: nn.Embedding,
+        bits: int = 8,
+        group_size: int | None = None,
+        *,
+        packed: bool | None = None,
+        scale_dtype: torch.dtype | None = None,
+    ) -> QuantizedEmbedding:
+        """``embedding`` rounded, as :meth:`QuantizedLinear.from_linear`."""
+        weight = embedding.weight
+        if embedding.max_norm is not None:
+            got = embedding.max_norm
+            fail("QuantizedEmbedding", "max_norm", "None: a forward that writes its weights", got)
+        layer = cls(
+            *(embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx),
+            bits=bits,
+            group_size=group_size,
+            packed=packed,
+            device=weight.device,
+            dtype=weight.dtype if scale_dtype is None else scale_dtype,
+        )
+        layer._round(weight)
+        return layer.train(embedding.training)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = F.embedding(ids, self.weight)
+        return self._multiplied(
+            unpack_int4(rows, self._inputs) if self.packed else rows, F.embedding(ids, self.scale)
+        )
+
+    def extra_repr(self) -> str:
+        return self._extra(f"{self.num_embeddings}, {self.embedding_dim}")
+
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+#: How a layer of each kind is rounded.
+_KINDS: dict[type[nn.Module], Callable[..., QuantizedLayer]] = {
+    nn.Linear: QuantizedLinear.from_linear,
+    **dict.fromkeys(_CONVS, QuantizedConv.from_conv),
+    nn.Embedding: QuantizedEmbedding.from_embedding,
+}
 
 
 def quantize_(
@@ -162,40 +345,46 @@ def quantize_(
     skip: Collection[str] = (),
     packed: bool | None = None,
     scale_dtype: torch.dtype | None = None,
+    layers: Collection[type[nn.Module]] = (nn.Linear,),
 ) -> list[str]:
-    """Replace each ``nn.Linear`` inside ``module`` by a :class:`QuantizedLinear`, in place; returns their
-    names.
+    """Replace the layers of some kinds inside ``module`` by quantised ones, in place; returns their names.
 
-    Subclasses of ``nn.Linear`` stay: who owns them reads their weight (attention's output projection).
+    ``nn.Linear`` becomes :class:`QuantizedLinear`, a convolution :class:`QuantizedConv`, ``nn.Embedding``
+    :class:`QuantizedEmbedding`.  Subclasses stay: who owns them reads their weight (attention's output
+    projection).
 
     Args:
+        layers: which kinds: some of ``nn.Linear`` (the default), ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``
+            and ``nn.Embedding``.
         skip: names of modules that stay as they are, with all that is in them ("lm_head",
             "encoder.layers.0").
         bits, group_size, packed, scale_dtype: as :meth:`QuantizedLinear.from_linear`.
 
     Raises: ValueError, before anything is replaced, where another module holds a layer's weight (a tied
-        head), where ``module`` itself is the layer, or where ``skip`` names nothing.
+        head), where ``module`` itself is the layer, where a group size does not fit, or where ``skip`` names
+        nothing.
     """
+    for kind in layers:
+        if kind not in _KINDS:
+            kinds = ", ".join(k.__name__ for k in _KINDS)
+            fail("quantize_", "layers", f"kinds of layers among {kinds}", repr(kind), TypeError)
     modules = dict(module.named_modules())
     skipped = lambda name: any(name == s or name.startswith(f"{s}.") for s in skip)
-    if type(module) is nn.Linear:
-        fail(
-            "quantize_",
-            "module",
-            "a module that holds layers",
-            "an nn.Linear: use QuantizedLinear.from_linear",
-        )
+    if type(module) in layers:
+        made_by = _KINDS[type(module)].__qualname__
+        got = f"an nn.{type(module).__name__}: use {made_by}"
+        fail("quantize_", "module", "a module that holds layers", got)
     for name in skip:
         if name not in modules:
             fail("quantize_", "skip", "names of modules", repr(name))
-    found = {name: m for name, m in modules.items() if type(m) is nn.Linear and not skipped(name)}
-    for name, linear in found.items():
+    found = {name: m for name, m in modules.items() if type(m) in layers and not skipped(name)}
+    for name, layer in found.items():
         for other, m in modules.items():
-            if m is not linear and any(p is linear.weight for p in m.parameters(recurse=False)):
+            if m is not layer and any(p is layer.weight for p in m.parameters(recurse=False)):
                 fail("quantize_", "skip", f"{name!r}, whose weight {other!r} holds as well", list(skip))
     made = {
-        linear: QuantizedLinear.from_linear(linear, bits, group_size, packed=packed, scale_dtype=scale_dtype)
-        for linear in found.values()
+        layer: _KINDS[type(layer)](layer, bits, group_size, packed=packed, scale_dtype=scale_dtype)
+        for layer in found.values()
     }
     for parent in modules.values():
         for name, child in list(parent._modules.items()):  # named_children leaves out second names
@@ -205,7 +394,7 @@ def quantize_(
 
 
 def named_scales(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and scales of the :class:`QuantizedLinear` layers, which :class:`~zokernels.optim.QZO` trains.
+    """Names and scales of the quantised layers, which :class:`~zokernels.optim.QZO` trains.
 
     Source: QZO, Shang et al. 2025 (arXiv 2505.13430).
     """
@@ -214,7 +403,7 @@ def named_scales(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def named_integers(module: nn.Module) -> list[dict[str, Any]]:
-    """The integers of the :class:`QuantizedLinear` layers, as parameter groups of
+    """The integers of the quantised layers, as parameter groups of
     :class:`~zokernels.optim.QuZO`: one for each number of bits.
 
     Raises: ValueError where they are packed.
@@ -227,5 +416,5 @@ def named_integers(module: nn.Module) -> list[dict[str, Any]]:
     return [{"params": params, "bits": bits} for bits, params in groups.items()]
 
 
-def _layers(module: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
-    return ((name, m) for name, m in module.named_modules() if isinstance(m, QuantizedLinear))
+def _layers(module: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
+    return ((name, m) for name, m in module.named_modules() if isinstance(m, QuantizedLayer))

@@ -153,6 +153,15 @@ def gpu_tests(ctx: Context) -> str:
     return _tests(ctx, "gpu and not large", [str(p.relative_to(ROOT)) for p in files])
 
 
+def two_gpus(ctx: Context) -> str:
+    """Launches for a GPU that is not the current one, and both in turns."""
+    import torch
+
+    if not ctx.rehearse and torch.cuda.device_count() < 2:
+        raise Skip(f"needs two GPUs, found {torch.cuda.device_count()}")
+    return _tests(ctx, "not gpu" if ctx.rehearse else "gpu", ["tests/test_two_gpus.py"])
+
+
 def cpu_tests(ctx: Context) -> str:
     # The module must be for this Python: a copied tree may hold that of another one.
     if not (ROOT / "zokernels" / f"_host{sysconfig.get_config_var('EXT_SUFFIX')}").exists():

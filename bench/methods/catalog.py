@@ -19,10 +19,12 @@ class Method:
     name: str
     paper: str
     formula: str
-    #: An expression in ``named`` (named parameters), ``lr`` and ``masks`` (of the positive weights),
-    #: evaluated with the names of zokernels.optim.  Of a black box, a line to read.
+    #: An expression in ``named`` (named parameters), ``lr``, ``masks`` (of the positive weights) and
+    #: ``model`` (whose parameters they are, where there is one), evaluated with the names of
+    #: zokernels.optim.  Of a black box, a line to read.
     use: str
-    forwards: int
+    #: Of a step; where some steps take more, their mean.
+    forwards: float
     #: Accesses of weights in one step of restore="exact", in units of all trained weights.
     accesses: float
     #: Extra memory in bytes a weight, as text.
@@ -41,11 +43,14 @@ class Method:
         """The bytes that a step moves for each weight, as they are counted and not measured."""
         return self.accesses * itemsize + self.state_bytes
 
-    def make(self, named: list[tuple[str, Tensor]], lr: float, **options: Any) -> torch.optim.Optimizer:
+    def make(
+        self, named: list[tuple[str, Tensor]], lr: float, model: Any = None, **options: Any
+    ) -> torch.optim.Optimizer:
         """Makes the optimizer of :attr:`use`, with ``options`` added to its arguments."""
         names = {n: _with(getattr(optim, n), options) for n in optim.__all__}
         masks = {name: p.detach() > 0 for name, p in named} if "masks" in self.use else None
-        scope = {"named": named, "lr": lr, "masks": masks, "bfloat16": torch.bfloat16, **names}
+        own = {"named": named, "lr": lr, "masks": masks, "model": model, "bfloat16": torch.bfloat16}
+        scope = {**own, **names}
         return eval(self.use, {"__builtins__": {}}, scope)
 
 
@@ -191,6 +196,31 @@ METHODS = [
         (eager.Bayesian, {"directions": 2}), 0.015,
     ),
     Method(
+        "ConMeZO", "[2511.02757](https://arxiv.org/abs/2511.02757)",
+        "z = sqrt(d) cos t m / |m| + sin t u", "ConMeZO(named, lr)", 2, 9, "4 (m)", (eager.Cone, {}), 0.005,
+        state_bytes=20,
+    ),
+    Method(
+        "P-GAP, r = 8", "[2510.18228](https://arxiv.org/abs/2510.18228)",
+        "z = U Z V^T, U and V of an estimated gradient", "PGAP(named, lr, rank=8, probes=4, interval=100)",
+        2.08, 6, "(m + n) r", (eager.GradientSpace, {}), 0.0632, task="space", inplace=False,
+    ),
+    Method(
+        "LOREN, q = 6", "[2511.07971](https://arxiv.org/abs/2511.07971)",
+        "z = u - alpha a, a learned", "LOREN(named, lr, directions=6)", 6, 16, "4 (M)",
+        (eager.Covariance, {"directions": 6}), 0.00158, state_bytes=8,
+    ),
+    Method(
+        "CurvZO, 40 %", "[2603.21725](https://arxiv.org/abs/2603.21725)",
+        "z of tensors drawn by their scores", "CurvZO(named, lr, ratio=0.4)", 2, 6, "0",
+        (eager.Sampled, {}), 0.002,
+    ),
+    Method(
+        "AGZO, r = 16", "[2601.17261](https://arxiv.org/abs/2601.17261)",
+        "z = R A^T, A spans a layer's inputs", "AGZO(named, lr, model=model, rank=16)", 2, 4, "0",
+        (eager.Activations, {}), 0.00632, task="activations",
+    ),
+    Method(
         "EGGROLL, r = 1, 4 pairs", "[2511.16652](https://arxiv.org/abs/2511.16652)",
         "z = A B^T / sqrt(r), losses standardised", "EGGROLL(named, lr, rank=1, directions=4)", 8, 18, "0",
         (eager.EGGROLLPairs, {"directions": 4, "rank": 1}), 30.0,
@@ -237,6 +267,12 @@ METHODS = [
         "q -= lr g z, rounded stochastically to integers", "QuZO(named, lr)", 2, 3, "0", (eager.QuZO, {}),
         100.0,
         task="integers",
+    ),
+    Method(
+        "QES, int8, N = 8", "[2602.03120](https://arxiv.org/abs/2602.03120)",
+        "u = decay e - lr g d, q += round(u), e = u - round(u)",
+        "QES(named, lr, population=8, maximize=False)", 8, 10, "4 (e)", (eager.QES, {"directions": 8}), 20.0,
+        state_bytes=8, task="integers",
     ),
     Method(
         "ZO-AE-DS, random, q = 16", "[2203.14195](https://arxiv.org/abs/2203.14195)",

@@ -517,3 +517,183 @@ class EGGROLLPairs(EGGROLL, ManyDirections):
         )
         for k, (plus, minus) in enumerate(fitness.view(-1, 2).tolist()):
             self.apply(self.seed(k), plus - minus)
+
+
+class Cone(Eager):
+    """ConMeZO: z is made of the stored momentum and a fresh u in each use; then the momentum takes g z."""
+
+    def setup(self, beta: float = 0.99, angle: float = 1.35) -> None:
+        self.momenta = [torch.zeros_like(p.data) for p in self.params]
+        self.beta, self.angle, self.size = beta, angle, 0.0
+
+    def noises(self, seed: int):
+        torch.manual_seed(seed)
+        toward, across = (math.cos(self.angle) / self.size, math.sin(self.angle)) if self.size else (0.0, 1.0)
+        for p, m in zip(self.params, self.momenta, strict=True):
+            yield p, toward * m + across * draw(p.data, self.dist)
+
+    def run(self, closure: Closure) -> None:
+        g = self.two_sided(closure)
+        self.apply(self.seed(), g)
+        toward, across = (math.cos(self.angle) / self.size, math.sin(self.angle)) if self.size else (0.0, 1.0)
+        for m, (_, z) in zip(self.momenta, self.noises(self.seed()), strict=True):
+            m.copy_(self.beta * m + (1 - self.beta) * g * z)
+        along = (self.beta + (1 - self.beta) * g * toward) * self.size
+        self.size = math.hypot(along, (1 - self.beta) * g * across)
+
+
+class Covariance(ManyDirections):
+    """LOREN: z = u - alpha a, with a pass over u for the projection on a in each use; then momentum and a."""
+
+    def setup(self, directions: int, damping: float = 0.1, beta: float = 0.9) -> None:
+        self.directions, self.damping, self.beta = directions, damping, beta
+        self.axes = [torch.randn(p.shape[-1], dtype=p.dtype, device=p.device) for p in self.params]
+        self.momenta = [torch.zeros_like(p.data) for p in self.params]
+
+    def noises(self, seed: int):
+        torch.manual_seed(seed)
+        for p, a in zip(self.params, self.axes, strict=True):
+            u, tiled = draw(p.data, self.dist), a.expand_as(p)
+            s, dot = (tiled * tiled).sum(), (tiled * u).sum()
+            root = (self.damping + s).sqrt()
+            yield p, u - (self.damping**0.5 + root) * dot / (s * root) * tiled
+
+    def run(self, closure: Closure) -> None:
+        losses = torch.tensor([self.one_sided(closure, k) for k in range(self.directions)])
+        weights = ((losses - losses.mean()) / (self.eps * (self.directions - 1))).tolist()
+        for k, g in enumerate(weights):
+            for m, a, (p, z) in zip(self.momenta, self.axes, self.noises(self.seed(k)), strict=True):
+                m.copy_(self.beta * m + g * z)
+                p.data = p.data - self.lr * m
+                a.sub_(1e-3 * g * self.eps**3 * z.reshape(-1, len(a)).sum(0))
+
+
+class Sampled(Eager):
+    """CurvZO: two fifths of the tensors by their scores; the update divides by the probabilities."""
+
+    def setup(self, ratio: float = 0.4) -> None:
+        self.scores, self.ratio, self.mean = torch.full((len(self.params),), 0.01), ratio, 1e-8
+
+    def noises(self, seed: int):
+        torch.manual_seed(seed)
+        for i in self.chosen:
+            yield self.params[i], draw(self.params[i].data, self.dist)
+
+    def run(self, closure: Closure) -> None:
+        share = self.scores / self.scores.sum()
+        self.chance = (max(1, int(len(share) * self.ratio)) * share).clamp(max=1)
+        torch.manual_seed(self.seed())
+        self.chosen = (torch.rand(len(share)) < self.chance).nonzero().flatten().tolist() or [
+            int(self.chance.argmax())
+        ]
+        g = self.two_sided(closure)
+        self.mean = 0.9 * self.mean + 0.1 * abs(g)
+        energies = []
+        for i, (p, z) in zip(self.chosen, self.noises(self.seed()), strict=True):
+            p.data = p.data - self.lr * (g / self.chance[i].item() * z)
+            energies.append(z.float().square().sum() / self.chance[i] ** 2)
+        total = sum(energies)
+        for i, energy in zip(self.chosen, energies, strict=True):
+            self.scores[i] = 0.9 * self.scores[i] + 0.1 * abs(g) / self.mean * energy / total
+
+
+class GradientSpace(Eager):
+    """P-GAP: z = U Z V^T in the space of a gradient that is estimated along dense noise from time to time."""
+
+    def setup(self, rank: int = 8, interval: int = 100, probes: int = 4) -> None:
+        self.rank, self.interval, self.probes, self.spaces = rank, interval, probes, {}
+
+    def noises(self, seed: int):
+        torch.manual_seed(seed)
+        for i, p in enumerate(self.params):
+            if i not in self.spaces:
+                yield p, draw(p.data, self.dist)
+                continue
+            u, s, v = self.spaces[i]
+            z = torch.randn(len(s), len(s), dtype=p.dtype, device=p.device)
+            norm = s.norm()
+            z.diagonal().sub_(((z.diagonal() * s).sum() - norm) / norm**2 * s)
+            yield p, u @ z @ v.t()
+
+    def run(self, closure: Closure) -> None:
+        if self.step_count % self.interval == 0:
+            self.spaces = {}
+            gradients = [torch.zeros_like(p.data, dtype=torch.float32) for p in self.params]
+            for k in range(1, self.probes + 1):
+                g = self.two_sided(closure, k)
+                for gradient, (_, z) in zip(gradients, self.noises(self.seed(k)), strict=True):
+                    gradient += g * z
+            for i, (p, gradient) in enumerate(zip(self.params, gradients, strict=True)):
+                if p.dim() == 2:
+                    u, s, v = torch.linalg.svd(gradient, full_matrices=False)
+                    parts = u[:, : self.rank], s[: self.rank], v[: self.rank].t()
+                    self.spaces[i] = tuple(t.to(p.dtype) for t in parts)
+        super().run(closure)
+
+
+class Activations(Eager):
+    """AGZO: z = R A^T for the layers of ``model``, whose inputs a hook sees in the forward at theta."""
+
+    def setup(self, model: torch.nn.Module, rank: int = 16, iterations: int = 3) -> None:
+        self.rank, self.iterations, self.spaces = rank, iterations, {}
+        self.layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+
+    def measure(self, module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        h = inputs[0].reshape(-1, module.in_features)
+        basis = torch.randn(h.shape[1], min(self.rank, *h.shape))
+        for _ in range(self.iterations):
+            basis = torch.linalg.qr(h.t() @ (h @ torch.linalg.qr(basis).Q)).Q
+        self.spaces[id(module.weight)] = basis
+
+    def noises(self, seed: int):
+        torch.manual_seed(seed)
+        for p in self.params:
+            if (basis := self.spaces.get(id(p))) is None:
+                yield p, draw(p.data, self.dist)
+            else:
+                yield p, torch.randn(p.shape[0], basis.shape[1]) @ basis.t()
+
+    def run(self, closure: Closure) -> None:
+        hooks = [layer.register_forward_pre_hook(self.measure) for layer in self.layers]
+        base = float(closure())
+        for hook in hooks:
+            hook.remove()
+        self.apply(self.seed(), (self.one_sided(closure) - base) / self.eps)
+
+
+class QES(ManyDirections):
+    """Integer codes, rounded noise drawn again for the update, and a residual in half precision."""
+
+    def setup(self, directions: int, decay: float = 0.9) -> None:
+        self.directions, self.decay = directions, decay
+        self.residuals = [(torch.rand(p.shape) - 0.5).half() for p in self.params]
+
+    def steps(self, p: Tensor, seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        scaled = torch.randn(p.shape) * self.eps
+        floor = scaled.floor()
+        step = (floor + torch.bernoulli(scaled - floor)).to(torch.int32)
+        moved = p.to(torch.int32) + step
+        return step.masked_fill((moved > 127) | (moved < -127), 0)
+
+    def run(self, closure: Closure) -> None:
+        losses = []
+        for k in range(self.directions):
+            kept = [p.clone() for p in self.params]
+            for p in self.params:
+                p.copy_((p.to(torch.int32) + self.steps(p, self.seed(k))).to(torch.int8))
+            losses.append(float(closure()))
+            for p, before in zip(self.params, kept, strict=True):
+                p.copy_(before)
+        scores = torch.tensor(losses)
+        scores = (scores - scores.mean()) / (scores.std(correction=0) + 1e-8)
+        for p, residual in zip(self.params, self.residuals, strict=True):
+            gradient = torch.zeros(p.shape)
+            for k, score in enumerate(scores.tolist()):
+                gradient.add_(self.steps(p, self.seed(k)).float(), alpha=score)
+            step = -self.lr / self.directions / self.eps * gradient + self.decay * residual.float()
+            moves = step.round()
+            q = p.float() + moves
+            moves = torch.where(q.abs() <= 127, moves, torch.zeros_like(moves))
+            p.copy_((p.float() + moves).to(torch.int8))
+            residual.copy_((step - moves).clamp(-1.5, 1.5))

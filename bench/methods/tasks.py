@@ -15,7 +15,7 @@ from zokernels.quantize import named_integers, named_scales, quantize_
 
 from .. import timing
 from ..registry import Row
-from . import eager
+from . import eager, hotpath
 from .catalog import Method
 from .hotpath import losses
 from .train import Curve, batches, curve_of, digits, train
@@ -55,6 +55,33 @@ def _forward_steps(method: Method) -> tuple[Callable[[], object], Callable[[], o
     loss = lambda p: F.mse_loss(torch.func.functional_call(other, p, (x,)), y)
     step, count = eager.forward_gradient(loss, parameters, 1e-9), iter(range(1 << 30))
     return (lambda: optimizer.step(lambda: F.mse_loss(model(x), y))), (lambda: step(next(count)))
+
+
+# Directions from activations: the hooks belong to the forward, so both are timed with it -----------
+
+
+def _activation_steps(method: Method) -> tuple[Callable[[], object], Callable[[], object]]:
+    model, x, y = _deep()
+    other, _, _ = _deep()
+    x, y = x.expand(32, -1) + torch.randn(32, 1), y.expand(32, -1)
+    optimizer = method.make(list(model.named_parameters()), 1e-9, model)
+    loop = eager.Activations(list(other.named_parameters()), lr=1e-9, model=other)
+    return (lambda: optimizer.step(lambda: F.mse_loss(model(x), y))), (
+        lambda: loop.step(lambda: F.mse_loss(other(x), y).item())
+    )
+
+
+# Directions from an estimated gradient: timed between two of its estimates -------------------------
+
+
+def _space_steps(method: Method) -> tuple[Callable[[], object], Callable[[], object]]:
+    ours, theirs = (hotpath.parameters(torch.bfloat16, "cpu", 0.25) for _ in range(2))
+    optimizer, closure = method.make(ours, 1e-6), losses()
+    loop = eager.GradientSpace(theirs, lr=1e-6)
+    touched = lambda: sum(p.reshape(-1)[:1].sum() * 0.0 for _, p in ours) + closure()
+    optimizer.step(touched)
+    loop.step(closure)
+    return (lambda: optimizer.step(touched)), (lambda: loop.step(closure))
 
 
 # A black box behind a trained encoder -------------------------------------------------------------
@@ -140,7 +167,7 @@ def _pretrained(bits: int) -> tuple[nn.Module, Callable[[], tuple[Tensor, Tensor
 
 
 def _quantized_train(method: Method, budget: int) -> Curve:
-    integers = "QuZO" in method.use
+    integers = method.task == "integers"
     model, batch, loss = _pretrained(8 if integers else 4)
     named = named_integers(model) if integers else list(named_scales(model))
     optimizer = method.make(named, method.lr, eps=1.0 if integers else 1e-4)
@@ -162,10 +189,14 @@ def _scale_steps(method: Method) -> tuple[Callable[[], object], Callable[[], obj
 
 def _integer_steps(method: Method) -> tuple[Callable[[], object], Callable[[], object]]:
     """The closure touches the weights, because ours perturbs copies of what it touches."""
-    make = lambda: [("w", torch.randint(-127, 128, (_SIZE,), dtype=torch.int8))]
+    # The passes of a population over as many integers would take minutes.
+    size = _SIZE if method.forwards == 2 else _SIZE // 16
+    make = lambda: [("w", torch.randint(-127, 128, (size,), dtype=torch.int8))]
     ours, theirs, number = make(), make(), losses()
     optimizer = method.make(ours, 1e-3, eps=1.0)
-    loop = eager.QuZO(theirs, lr=1e-3, eps=1.0)
+    assert method.eager is not None  # its catalogue has one
+    kind, options = method.eager
+    loop = kind(theirs, lr=1e-3, eps=1.0, **options)
     return (lambda: optimizer.step(lambda: ours[0][1][:1].sum() * 0.0 + number())), (
         lambda: loop.step(number)
     )
@@ -175,5 +206,7 @@ TASKS = {
     "scales": Task(_scale_steps, _quantized_train),
     "integers": Task(_integer_steps, _quantized_train),
     "forward": Task(_forward_steps, train),
+    "activations": Task(_activation_steps, train),
+    "space": Task(_space_steps, train),
     "black box": Task(_black_box_steps, _black_box_train),
 }

@@ -59,23 +59,23 @@ Curve = list[tuple[int, float]]
 
 
 def curve_of(
-    step: Callable[[], None], loss: Callable[[], float], forwards: int, budget: int, points: int
+    step: Callable[[], None], loss: Callable[[], float], forwards: float, budget: int, points: int
 ) -> Curve:
     """(forwards, loss on all data), from before the first step to the last that ends within ``budget``
     forwards.
     """
-    curve, every = [(0, loss())], max(1, budget // (forwards * points))
-    for i in range(1, budget // forwards + 1):
+    curve, every, steps = [(0, loss())], max(1, int(budget // (forwards * points))), int(budget // forwards)
+    for i in range(1, steps + 1):
         step()
-        if i % every == 0 or i == budget // forwards:
-            curve.append((i * forwards, loss()))
+        if i % every == 0 or i == steps:
+            curve.append((int(i * forwards), loss()))
     return curve
 
 
 def train(method: Method, budget: int, points: int = 50, seed: int = 0) -> Curve:
     torch.manual_seed(seed)
     model, batch, (x, y) = Network(), batches(seed), digits()
-    optimizer = method.make(list(model.named_parameters()), method.lr, eps=EPS, seed=seed)
+    optimizer = method.make(list(model.named_parameters()), method.lr, model, eps=EPS, seed=seed)
 
     def step() -> None:
         rows, labels = batch()

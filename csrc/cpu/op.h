@@ -23,21 +23,24 @@
 #include "../op_args.h"
 #include "isa.h"
 
+// The library's namespace in torch.ops. A build for the Hub has one of its own (packaging/hub.py).
+#if !defined(ZK_NAMESPACE)
+#define ZK_NAMESPACE zokernels_cpu
+#endif
+
 // Registers the function <op>_cpu under its schema. Python reads the schema to pass arguments
 // (zokernels/backends/library.py).
-#define ZK_REGISTER(op, schema)                                      \
-  STABLE_TORCH_LIBRARY_FRAGMENT(zokernels_cpu, m) { m.def(schema); } \
-  STABLE_TORCH_LIBRARY_IMPL(zokernels_cpu, CPU, m) { m.impl(#op, TORCH_BOX(&op##_cpu)); }
+#define ZK_REGISTER(op, schema)                                     \
+  STABLE_TORCH_LIBRARY_FRAGMENT(ZK_NAMESPACE, m) { m.def(schema); } \
+  STABLE_TORCH_LIBRARY_IMPL(ZK_NAMESPACE, CPU, m) { m.impl(#op, TORCH_BOX(&op##_cpu)); }
 // Registers the function <op>_planned_cpu, which takes the table of a plan in place of tensors.
-#define ZK_REGISTER_PLANNED(op, schema)                              \
-  STABLE_TORCH_LIBRARY_FRAGMENT(zokernels_cpu, m) { m.def(schema); } \
-  STABLE_TORCH_LIBRARY_IMPL(zokernels_cpu, CPU, m) { m.impl(#op "_planned", TORCH_BOX(&op##_planned_cpu)); }
+#define ZK_REGISTER_PLANNED(op, schema)                             \
+  STABLE_TORCH_LIBRARY_FRAGMENT(ZK_NAMESPACE, m) { m.def(schema); } \
+  STABLE_TORCH_LIBRARY_IMPL(ZK_NAMESPACE, CPU, m) { m.impl(#op "_planned", TORCH_BOX(&op##_planned_cpu)); }
 // The same for a function that takes no tensor: there is no tensor whose device could select the function.
-#define ZK_REGISTER_CONSTANT(op, schema)                                   \
-  STABLE_TORCH_LIBRARY_FRAGMENT(zokernels_cpu, m) { m.def(schema); }       \
-  STABLE_TORCH_LIBRARY_IMPL(zokernels_cpu, CompositeExplicitAutograd, m) { \
-    m.impl(#op, TORCH_BOX(&op##_cpu));                                     \
-  }
+#define ZK_REGISTER_CONSTANT(op, schema)                            \
+  STABLE_TORCH_LIBRARY_FRAGMENT(ZK_NAMESPACE, m) { m.def(schema); } \
+  STABLE_TORCH_LIBRARY_IMPL(ZK_NAMESPACE, CompositeExplicitAutograd, m) { m.impl(#op, TORCH_BOX(&op##_cpu)); }
 
 namespace zk::cpu {
 

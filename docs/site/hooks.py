@@ -28,7 +28,17 @@ messages = _load("zokernels_messages", HERE / "messages.py")
 #: Written pages in their order; what is in docs/ and not here comes under "More".
 NAV = [
     {"Start": ["index.md", "tutorial.md", "howto.md", "demo.md", "llm.md", "packaging.md"]},
-    {"Training": ["methods.md", "optimizer.md", "trajectory.md", "quantized.md", "blackbox.md"]},
+    {
+        "Training": [
+            "methods.md",
+            "optimizer.md",
+            "trajectory.md",
+            "populations.md",
+            "quantized.md",
+            "blackbox.md",
+        ]
+    },
+    {"Published systems": ["systems.md"]},
     {"At scale": ["transformers.md", "engines.md", "offload.md", "distributed.md", "scaling.md"]},
     {"Reference": ["contract.md", "api.md", "api-optim.md", "api-more.md", "troubleshooting.md"]},
     {"Figures": ["performance.md", "gpu-check.md"]},

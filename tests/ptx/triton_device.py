@@ -20,7 +20,7 @@ from .machine import Machine
 from .parser import parse
 
 #: What kernels write; ``params`` where no argument ``out`` is.
-_WRITTEN = {"out", "plus", "minus", "partial", "first", "second"}
+_WRITTEN = {"out", "plus", "minus", "partial", "first", "second", "y"}
 _IN_PLACE = {"update", "fan_out"}
 _BYTES = {"i32": 4, "u32": 4, "i64": 8, "u64": 8}
 

@@ -180,7 +180,7 @@ def summary(optimizer: OptimizerView) -> dict[str, str]:
     for i, (group, own) in enumerate(zip(optimizer.param_groups, header["groups"], strict=True)):
         for key, value in (*own["options"].items(), ("lr", float(group["lr"]))):
             found[f"param_groups[{i}][{key!r}]"] = repr(value)
-    return found
+    return {**found, **{key: repr(value) for key, value in optimizer.own_settings.items()}}
 
 
 def parameters(optimizer: OptimizerView) -> tuple[dict[str, str], dict[str, int]]:

@@ -96,11 +96,13 @@ class AsyncExchange:
                 fail("AsyncExchange", name, f"an integer in [{low}, 2^32)", repr(value))
         o = optimizer
         plain = type(o.direction) is Direction and o.subset is None and o.restore == "exact" and o.replayable
+        plain &= not (o.part or o.rule.reads_losses)
         alone = o.team.alone and o.home.in_memory and not (o.log.recording or o.run_state.capturable)
         params = [p for group in o.param_groups for p in group["params"]]
         if not (plain and alone) or any_sharded(params):
             expected = (
-                "restore='exact', dense noise, no subset, mesh, trajectory, shards, streaming or capturable"
+                "restore='exact', dense noise, a rule that reads no losses, and no subset, mesh, trajectory, "
+                "shards, streaming, capturable or first_order"
             )
             fail("AsyncExchange", "optimizer", expected, o.op)
         if o.state or o.step_count:

@@ -70,13 +70,15 @@ class Exchange(Ranks, Team):
         self._signs = Signs(self.members, self.stage_of)
         self._optimizer: OptimizerView | None = None
         self._left = 0  #: the gathers of the step that are still to come
+        #: The number of points that have been shared out, but whose losses have not been gathered.
+        self._shared: int | None = None
 
     def join(self, optimizer: OptimizerView) -> None:
         self.agreement.start(optimizer)
 
     def begin(self, optimizer: OptimizerView, buckets: Sequence[Bucket]) -> None:
         """Called before a step: checks that all ranks agree."""
-        self.bytes_sent, self._left = 0, 0
+        self.bytes_sent, self._left, self._shared = 0, 0, None
         self.agreement.begin(optimizer)
         self._optimizer, self._left = optimizer, 2 if optimizer.rule.trials else 1
         self._signs.begin(optimizer)
@@ -89,6 +91,7 @@ class Exchange(Ranks, Team):
 
     def share(self, count: int) -> range:
         """Which of ``count`` points this rank evaluates."""
+        self._shared = count
         return _share(count, self.place, self.perturbation)
 
     def loss_of(self, result: object) -> object:
@@ -117,7 +120,7 @@ class Exchange(Ranks, Team):
     def _exchange(self, mine: Tensor, dtype: torch.dtype | None, failed: bool = False) -> Tensor:
         """``mine`` of all ranks, [ranks, ...].  Raises, on all of them, where their signs differ."""
         assert self._optimizer is not None  # a step has begun
-        self._left -= 1
+        self._left, self._shared = max(self._left - 1, 0), None
         signs = self._signs.of(dtype, failed, mine.device)
         everyone = self.all_gather(torch.cat((mine.flatten(), signs.view(torch.float64))))
         values, theirs = (
@@ -137,11 +140,13 @@ class Exchange(Ranks, Team):
         Until the weights have been compared again no step is taken: with restore="inplace" those of this rank
         have made fewer moves back and forth, each with its rounding.
         """
-        if self._left and optimizer is self._optimizer:
+        if (self._left or self._shared is not None) and optimizer is self._optimizer:
             self.agreement.expire()
             rule, estimator = self._optimizer.rule, self._optimizer.estimator
             trials = rule.trials and self._left == 1
-            count = len(rule.trials) if trials else len(estimator.points())
+            count = self._shared
+            if count is None:  # it has failed before it knew its share
+                count = len(rule.trials) if trials else len(estimator.points())
             shape = (2,) if isinstance(estimator, ForwardMode) and not trials else ()
             device = devices_of(optimizer.param_groups)[0]
             mine = torch.full(
@@ -184,10 +189,12 @@ def exchange_of(optimizer: StepOptimizer, mesh: DeviceMesh | Exchange) -> Exchan
         mesh = Exchange(mesh)
     if not isinstance(mesh, Exchange):
         fail(op, "mesh", "a DeviceMesh or an Exchange", type(mesh).__name__, TypeError)
-    if mesh.perturbation > (count := len(optimizer.estimator.points())):
+    if mesh.perturbation > (count := optimizer.most_points):
         fail(
             op, "mesh", f"at most {count} ranks along {PERTURBATION!r}, one for each point", mesh.perturbation
         )
+    if mesh.stages > 1 and not optimizer.staged:
+        fail(op, "mesh", f"no {PIPELINE!r}: each step chooses among all parameters", f"{mesh.stages} stages")
     if mesh.stages > 1:  # stages know no parameters but their own
         if optimizer.subset is not None or not optimizer.direction.separate:
             got = f"{type(optimizer.direction).__name__}, {type(optimizer.subset).__name__}"

@@ -9,6 +9,7 @@ docs/transformers.md says what each argument means."""
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 import pathlib
@@ -29,8 +30,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..checks import fail
 from ..distributed import Exchange
-from ..offload import Engine, stream
-from ..optim import ZOCGE, ZOSGD, ZerothOrder
+from ..offload import StoredModel, stream
+from ..optim import ZOSGD, ZerothOrder
 from ..step.estimators import Estimator
 from ..step.guards import RngState
 from ..trajectory import record
@@ -104,7 +105,7 @@ class ZOTrainerMixin(_Behind):
     ) -> None:
         self._trajectory, self._eval_mode, self._mesh, self._offload = trajectory, eval_mode, mesh, offload
         #: What streams the model, with ``offload``.
-        self.engine: Engine | None = None
+        self.engine: StoredModel | None = None
         self._micro_batches: list[tuple[Any, ...]] = []
         self._hooked: ZerothOrder | None = None
         # whether losses are means of micro-batches that nobody divides by their number
@@ -207,11 +208,6 @@ class ZOTrainerMixin(_Behind):
         ours = self.zo_optimizer
         if not isinstance(ours, ZerothOrder):
             fail(self._op, "optimizer", "one of zokernels.optim", type(ours).__name__, TypeError)
-        if self.args.torch_compile and ours.restore == "exact" and not isinstance(ours, ZOCGE):
-            expected = (
-                "restore='inplace' in optimizer_cls_and_kwargs: 'exact' cannot see the weights in a graph"
-            )
-            fail(self._op, "torch_compile", expected, "restore='exact'")
         if self._hooked is not ours:
             ours.register_step_pre_hook(self._before_step)
             ours.register_step_post_hook(self._after_step)
@@ -248,10 +244,30 @@ class ZOTrainerMixin(_Behind):
             model.train = lambda mode=True: _train_without_parts(model, mode)  # type: ignore[method-assign]
         # TRL's number of this micro-batch, by which it picks completions
         count = getattr(self, "_step", None)
-        self._micro_batches.append((model, self._prepare_inputs(inputs), args, kwargs, count))
+        prepared = self._with_old_logps(model, self._prepare_inputs(inputs))
+        self._micro_batches.append((model, prepared, args, kwargs, count))
         if count is not None:
             self._step = count + 1
         return torch.zeros((), device=self.args.device)
+
+    def _with_old_logps(self, model: nn.Module, inputs: Any) -> Any:
+        """The inputs of TRL's GRPOTrainer with the log-probabilities at which the step begins.
+
+        TRL leaves them out where a completion serves one step, and takes those of the forward itself, without
+        their gradient: the ratio of the two, and so the loss, would be the same at all weights.
+        """
+        logps = getattr(self, "_get_per_token_logps_and_entropies", None)
+        if logps is None or "advantages" not in inputs or inputs.get("old_per_token_logps") is not None:
+            return inputs
+        whole = [
+            torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], dim=1) for x in ("ids", "mask")
+        ]
+        named = {key: inputs[key] for key in inspect.signature(logps).parameters if key in inputs}
+        rng = RngState([self.args.device])
+        with torch.no_grad(), self.compute_loss_context_manager():
+            old, *_ = logps(model, *whole, inputs["completion_ids"].size(1), **named)
+        rng.restore()
+        return {**inputs, "old_per_token_logps": old}
 
     def _accumulated_loss(self) -> Tensor:
         """The closure: the loss of all micro-batches of the step, in fp32 (or float64)."""

@@ -3,7 +3,8 @@
 from .blocks import empty_weights
 from .engine import Engine
 from .footprint import footprint
+from .stored import StoredModel
 from .stream import stream
 from .timeline import Span, plot
 
-__all__ = ["Engine", "Span", "empty_weights", "footprint", "plot", "stream"]
+__all__ = ["Engine", "Span", "StoredModel", "empty_weights", "footprint", "plot", "stream"]

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..checks import DTYPES, fail
 
+#: Where blocks may live.
+STORAGES = ("device", "host", "disk")
 #: Bytes between the starts of two tensors: a cache line pair, and the alignment of cudaMalloc.
 ALIGN = 256
 #: What direct reads and writes of a file are multiples of.

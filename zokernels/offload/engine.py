@@ -5,7 +5,7 @@ A block takes the updates that it lacks as it comes in.
 
 from __future__ import annotations
 
-import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..checks import fail
 from ..step.directions.direction import Direction
 from ..step.directions.integers import IntegerSteps
+from ..step.guards import OwnProcess
 from ..step.roles import Home, home_of, move_home
 from ..step.rules.sgd import SGD, Floored
 from ..step.step import StepOptimizer
@@ -28,7 +29,7 @@ from .lockstep import Lockstep
 from .movers import Mover, Slot
 from .probe import StreamedProbe
 from .run import Run
-from .save import save
+from .stored import StoredModel
 from .timeline import Timeline
 from .visit import SidePoints, Visit, WireVisit
 
@@ -44,7 +45,7 @@ def _integers_of(block: Block) -> list[tuple[str, nn.Module, str, Tensor]]:
     return [(f"{block.name}.{name}", m, key, p) for name, m, key, p in places if id(p) in streamed]
 
 
-class Engine(BlockCache, Home):
+class Engine(BlockCache, StoredModel, Home):
     """Streams the blocks of a model.
 
     :func:`zokernels.offload.stream` makes it, and has the user's documentation.
@@ -53,7 +54,6 @@ class Engine(BlockCache, Home):
     computes with.  While a block is not open, its parameters are placeholders.
     """
 
-    op = "stream"
     in_memory = False
 
     def __init__(
@@ -80,11 +80,49 @@ class Engine(BlockCache, Home):
         self._visit: Visit | None = None
         #: The block and the side that are inside a forward, and whether gradients were enabled before it.
         self._inside: tuple[Block | None, int, bool] = (None, 0, False)
+        self._process, self._lock = OwnProcess(), threading.Lock()
+        self._process.check(self.op, "model")
+        #: The thread that runs the model, outside of steps inside one of its blocks; None between two uses.
+        self._thread: int | None = None
+        self._frees = False  #: whether the end of the block that is open ends that
         for b in blocks:
             for e in b.entries:
                 e.param.data = self._empty[id(e.param)]
                 move_home(e.param, self)
             self._hook(b)
+
+    # One thread at a time -----------------------------------------------------------------------------------
+
+    def _claim(self) -> bool:
+        """Lets this thread alone run the model, flush and save until it sets ``_thread`` to None.
+
+        False where it may do so already: a thread of the step that runs, or one that has claimed it before.
+        """
+        self._process.check(self.op, "model")
+        if self._lockstep.in_own_thread:
+            return False
+        with self._lock:
+            if self._thread == threading.get_ident() and self._lockstep.current is None:
+                return False
+            if self._thread is not None:
+                expected = "one thread at a time that runs the model, flushes, saves or closes"
+                fail(self.op, "model", expected, "a second one", RuntimeError)
+            self._thread = threading.get_ident()
+            return True
+
+    @property
+    def _has_thread(self) -> bool:
+        return self._lockstep.in_own_thread or self._thread == threading.get_ident()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Inside, no other thread runs the model, flushes or saves."""
+        claimed = self._claim()
+        try:
+            yield
+        finally:
+            if claimed:
+                self._thread = None
 
     # Hooks of the model -------------------------------------------------------------------------------------
 
@@ -106,6 +144,17 @@ class Engine(BlockCache, Home):
             if module._buffers.get(key) is not buffer:
                 expected = "the buffer of integers that is streamed"
                 fail(self.op, name, expected, "another one: something replaced it", RuntimeError)
+        claimed = self._claim()
+        try:
+            self._bring(block)
+        except BaseException:
+            if claimed:
+                self._thread = None
+            raise
+        self._frees = claimed
+
+    def _bring(self, block: Block) -> None:
+        """Lets the parameters of ``block`` be what the running side computes with."""
         if self._lockstep.current is None:
             self._open(block.index, [0])
         else:
@@ -118,14 +167,18 @@ class Engine(BlockCache, Home):
         torch.set_grad_enabled(False)  # a graph would keep views of scratch
 
     def _leave(self, block: Block) -> None:
-        if self._inside[:2] != (block, self._lockstep.current or 0):
+        if self._inside[:2] != (block, self._lockstep.current or 0) or not self._has_thread:
             return  # the pre-hook raised
         torch.set_grad_enabled(self._inside[2])
         self._inside = None, 0, False
         for e in block.entries:
             e.param.data = self._empty[id(e.param)]
         assert self._visit is not None
-        self._visit.leave()
+        try:
+            self._visit.leave()
+        finally:
+            if self._frees:
+                self._frees, self._thread = False, None
 
     def _fill(self, block: Block, state: dict[str, Any], prefix: str) -> None:
         """Puts the values of a block into a state_dict, in the place of placeholders."""
@@ -193,8 +246,9 @@ class Engine(BlockCache, Home):
                 b.noise = HistoryNoise(self.history, b.noise)
         self.history.begin()
         exact = optimizer.exact_probe(resident, seeds, shared=True) if resident else None
+        self._lockstep.generators = optimizer.generators
         stepped = lambda: self.committed() if optimizer.step_count > before else None
-        return StreamedProbe(buckets, seeds, exact, self.forwards, stepped)
+        return StreamedProbe(buckets, seeds, exact, self.forwards, stepped, self._alone())
 
     def forwards(self, step: SidePoints, run: Any) -> list[Any]:
         """The results of ``run(side)`` for each side, which run in lockstep."""
@@ -214,7 +268,6 @@ class Engine(BlockCache, Home):
 
     @property
     def is_lossless(self) -> bool:
-        """Whether the device computes with the very weights of the storage; always so without ``wire``."""
         return self.wire is None or self.wire.layout.lossless
 
     # Everything at once -------------------------------------------------------------------------------------
@@ -230,6 +283,10 @@ class Engine(BlockCache, Home):
         """
         if self.closed:
             return
+        with self._alone():
+            self._flush()
+
+    def _flush(self) -> None:
         if self.writable:
             for block in self.blocks:
                 if block.scheduled < self.history.end and self.wire is not None:
@@ -249,58 +306,37 @@ class Engine(BlockCache, Home):
     @contextmanager
     def _loaded(self, block: Block) -> Iterator[Slot]:
         """A slot that holds ``block``, up to date."""
-        slot = self.load(block)
-        visit = self._begin(block, slot, [], None)
-        try:
-            with torch.no_grad(), torch.inference_mode(False):
-                yield slot
-        finally:
-            visit.done()
+        with self._alone():
+            slot = self.load(block)
+            visit = self._begin(block, slot, [], None)
+            try:
+                with torch.no_grad(), torch.inference_mode(False):
+                    yield slot
+            finally:
+                visit.done()
 
     @contextmanager
     def opened(self, block: Block) -> Iterator[list[Tensor]]:
-        """The parameters of ``block`` with all updates, while the context lasts.
-
-        They are on the device, or, with ``wire``, on the host.
-        """
+        """They are on the device, or, with ``wire``, on the host."""
         if self.wire is not None:
-            master = self.wire.master(block)
-            yield [e.of(master) for e in block.entries]
+            with self._alone():
+                master = self.wire.master(block)
+                yield [e.of(master) for e in block.entries]
             return
         with self._loaded(block) as slot:
             yield slot.params(block)
 
-    def values(self, block: Block) -> list[Tensor]:
-        """Copies of the parameters of ``block`` on the device, with all updates."""
-        with self.opened(block) as params:
-            return [v.to(self.device, copy=True) for v in params]
-
-    def value(self, param: Tensor) -> Tensor:
-        """A copy of one parameter on the device, with all updates."""
-        for block in self.blocks:
-            for i, e in enumerate(block.entries):
-                if e.param is param:
-                    with self.opened(block) as params:
-                        return params[i].to(self.device, copy=True)
-        fail(self.op, "param", "a streamed parameter", "another")
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes all parameters and persistent buffers, with all updates, as the safetensors file ``path``.
-
-        Blocks are streamed.  The file appears, whole and synced, when all is done.  Tied weights are in it
-        once.
-        """
-        save(self.model, self.blocks, self.opened, path)
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
     def close(self) -> None:
-        """Flushes, and ends the threads.  The parameters stay placeholders."""
+        """Flushes, and ends the threads.  The parameters stay placeholders.
+
+        A forked child has none of the threads, and only forgets the engine.
+        """
+        if self._process.is_forked:
+            self.closed = True
         if not self.closed:
+            with self._alone():
+                if self._lockstep.current is not None:
+                    fail(self.op, "close", "a call between two steps", "one inside a closure", RuntimeError)
             try:
                 self.flush()
             finally:

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..checks import fail
+from ..checks import check_choice, fail
+from ..step.probes.blocks import LIMIT, scratch_bytes
 from ..wire import Wire
-from .blocks import PAGE, Block, blocks_of, round_up
+from .blocks import PAGE, STORAGES, Block, blocks_of, round_up
 from .layout import WireLayout
 
 #: (slots, scratch) from the fastest to the smallest.  A third slot lets one block leave while one computes
@@ -30,7 +31,9 @@ class Footprint(NamedTuple):
     scratch: int
     decoded: int  #: the one block to which wire bytes are decoded
     resident: int  #: weights in no block, and other buffers
-    copy: int  #: the perturbed copy of the largest resident parameter, while a function takes it
+    #: The perturbed copies of resident parameters, at most: those of the largest one, while a function takes
+    #: it, or of all that a compiled module has; with storage="device" those of a block, and of what is kept.
+    copy: int
 
     @property
     def total(self) -> int:
@@ -41,16 +44,28 @@ def footprint(
     model: nn.Module,
     blocks: str | Sequence[nn.Module] | None = None,
     *,
+    storage: str = "host",
+    device: torch.device | str = "cpu",
     slots: int = 3,
     scratch: int = 2,
     wire: Wire | None = None,
 ) -> Footprint:
-    """How much memory of the device :func:`stream` with these arguments, from host memory or disk, will take.
+    """How much memory of the device :func:`stream` with these arguments will take.
 
     Nothing is allocated, and the parameters of ``model`` may be on "meta" (:func:`empty_weights`).  Blocks
     that are read from a checkpoint in place take a few pages more.
+
+    With storage="device" nothing is streamed, and the whole is what steps with ``restore="exact"`` take of
+    any model.  A model that is compiled as one (``torch.compile(model)``, ``model.compile()``) reads all of
+    its weights in one piece, and so takes a copy of all of them; compiled modules inside it, of theirs.
+
+    Args:
+        device: (device) on which the model will be: blocks on a GPU are larger (docs/optimizer.md).
     """
+    check_choice("footprint", "storage", storage, STORAGES)
     made = blocks_of("footprint", model, blocks)
+    if storage == "device":
+        return _of_steps(model, made, torch.device(device))
     layout = None if wire is None else WireLayout(wire, made)
     return footprint_of(model, made, slots, scratch, layout)
 
@@ -69,8 +84,27 @@ def footprint_of(
         scratch=scratch * copy,
         decoded=0 if layout is None else copy,
         resident=sum(t.nbytes for t in (*resident, *buffers)),
-        copy=max((p.nbytes for p in resident), default=0),
+        copy=max(_compiled(model, resident), *(p.nbytes for p in resident), 0),
     )
+
+
+def _of_steps(model: nn.Module, made: Sequence[Block], device: torch.device) -> Footprint:
+    """Of a model in memory: its weights, and the copies that steps take."""
+    params = list(model.parameters())
+    weights = {id(t): t for t in (*params, *model.buffers(), *(e.param for b in made for e in b.entries))}
+    # As much as a block is kept besides, of what other blocks come between.
+    block = max(LIMIT[device.type], *(scratch_bytes([p]) for p in params))
+    copy = min(scratch_bytes(params), max(2 * block, _compiled(model, params)))
+    return Footprint(0, 0, 0, resident=sum(t.nbytes for t in weights.values()), copy=copy)
+
+
+def _compiled(model: nn.Module, resident: Sequence[Tensor]) -> int:
+    """The bytes of the copies that the compiled module with the most of ``resident`` takes."""
+    ours = {id(p): p for p in resident}
+    # module.compile(), and what torch.compile(module) returns
+    compiled = [m for m in model.modules() if m._compiled_call_impl is not None or hasattr(m, "_orig_mod")]
+    own = ([ours[id(p)] for p in m.parameters() if id(p) in ours] for m in compiled)
+    return max(map(scratch_bytes, own), default=0)
 
 
 def fitting(

@@ -8,7 +8,7 @@ torch RNG state.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from contextvars import copy_context
@@ -27,6 +27,7 @@ class Cancelled(BaseException):
 class _Side:
     def __init__(self, index: int) -> None:
         self.index = index
+        self.thread: int | None = None  #: the one that it runs in, while it does
         self.baton = threading.Event()
         self.waits_for: Hashable = None
         self.ready, self.done = True, False
@@ -44,6 +45,7 @@ class Lockstep:
 
     def __init__(self, grant: Callable[[Any, list[int]], None], devices: Iterable[torch.device]) -> None:
         self._grant, self._devices = grant, list(devices)
+        self.generators: Sequence[torch.Generator] = ()  #: of the closure, besides torch's own
         self._pool: ThreadPoolExecutor | None = None
         self._sides: list[_Side] = []
         self._running: _Side | None = None
@@ -53,6 +55,14 @@ class Lockstep:
     def current(self) -> int | None:
         """The side that runs, while :meth:`run` does."""
         return self._running.index if self._running else None
+
+    def _rng_state(self) -> RngState:
+        return RngState(self._devices, self.generators)
+
+    @property
+    def in_own_thread(self) -> bool:
+        """Whether the calling thread is that of the side that runs."""
+        return self._running is not None and self._running.thread == threading.get_ident()
 
     def run(self, function: Callable[[int], Any], count: int) -> list[Any]:
         """[function(0), ..., function(count - 1)].  The first is called in this thread.
@@ -64,7 +74,7 @@ class Lockstep:
             return []
         if self._running:
             raise RuntimeError("offload: a step inside a step")
-        start = RngState(self._devices)
+        start = self._rng_state()
         self._sides, self._failed = [_Side(i) for i in range(count)], False
         for side in self._sides:
             side.rng = start
@@ -114,6 +124,7 @@ class Lockstep:
 
     def _call(self, function: Callable[[int], Any], side: _Side, hold: uninterrupted | None = None) -> None:
         """``hold``: what holds signals back around this call, and not while ``function`` runs."""
+        side.thread = threading.get_ident()
         try:
             run = lambda: function(side.index)
             side.result = run() if hold is None else hold.call(run)
@@ -131,7 +142,7 @@ class Lockstep:
             self._pass_on(side)
 
     def _pass_on(self, side: _Side) -> None:
-        side.rng = RngState(self._devices)
+        side.rng = self._rng_state()
         try:
             following = self._next()
         except BaseException as error:

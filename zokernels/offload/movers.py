@@ -111,19 +111,6 @@ class Mover:
         pass
 
 
-class InPlace(Mover):
-    """Blocks that stay on the device."""
-
-    def fetch(self, block: Block, slot: Slot) -> None:
-        pass
-
-    def drop(self, slot: Slot) -> None:
-        pass  # there is no other copy
-
-    def store(self, block: Block, slot: Slot) -> None:
-        block.stored = slot.updates
-
-
 class HostMemory:
     """All blocks in one region of host memory; or one of ``parts`` equal slices of each."""
 

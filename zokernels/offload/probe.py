@@ -20,6 +20,7 @@ class StreamedProbe(Probe):
         exact: of the resident parameters; None where there are none.
         run_sides: :meth:`Engine.forwards`.
         left: called when the step is over, however it ended.
+        alone: around the step: no other thread runs the model meanwhile.
     """
 
     def __init__(
@@ -29,9 +30,10 @@ class StreamedProbe(Probe):
         exact: ExactProbe | None,
         run_sides: Callable[[SidePoints, Callable[[int], Any]], list[Any]],
         left: Callable[[], object],
+        alone: AbstractContextManager[object],
     ) -> None:
         super().__init__(buckets, seeds)
-        self._exact, self._run_sides, self._left = exact, run_sides, left
+        self._exact, self._run_sides, self._left, self._alone = exact, run_sides, left, alone
         self._streamed = [not home_of(b.params[0]).in_memory for b in buckets]
 
     def forwards(
@@ -63,5 +65,12 @@ class StreamedProbe(Probe):
         ):
             return run()
 
+    def __enter__(self) -> Probe:
+        self._alone.__enter__()
+        return self
+
     def __exit__(self, *exception: object) -> None:
-        self._left()
+        try:
+            self._left()
+        finally:
+            self._alone.__exit__(None, None, None)

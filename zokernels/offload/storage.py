@@ -18,29 +18,11 @@ from .disk import check_room
 from .encoder import Encoder
 from .gathered import BySlices, Slices
 from .memory import mapping
-from .movers import ByStreams, ByThreads, Carrier, FileStore, HostMemory, InPlace, Mover, Slot, Staged
+from .movers import ByStreams, ByThreads, Carrier, FileStore, HostMemory, Mover, Slot, Staged
 from .run import Run
 
 #: Gives the bytes of a block as it is at first.
 Packed = Callable[[Block], Tensor]
-
-
-class DeviceStorage:
-    """Nothing moves: each block has a slot of its own, of its size."""
-
-    def __init__(self, carrier: Carrier) -> None:
-        blocks, device = carrier.blocks, carrier.device
-        self.blocks = blocks
-        self.slots = [
-            Slot(i, torch.empty(b.nbytes, dtype=torch.uint8, device=device)) for i, b in enumerate(blocks)
-        ]
-        for slot, b in zip(self.slots, blocks, strict=True):
-            slot.block = b
-
-    def mover(self, packed: Packed, run: Run | None) -> Mover:
-        for b, slot in zip(self.blocks, self.slots, strict=True):
-            slot.data.copy_(packed(b))
-        return InPlace()
 
 
 def _buffers(carrier: Carrier) -> list[Slot]:

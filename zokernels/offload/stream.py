@@ -15,19 +15,18 @@ from ..contract import canonical_name
 from ..files.safetensors import DTYPES, Checkpoint
 from ..step.roles import home_of
 from ..wire import Wire, format_of
-from .blocks import Block, aliases, blocks_of, materialise, persistent_buffers, place_extents
+from .blocks import STORAGES, Block, aliases, blocks_of, materialise, persistent_buffers, place_extents
 from .encoder import Encoder
 from .engine import Engine
-from .footprint import CHOICES, fitting
+from .footprint import fitting
 from .gathered import check_mesh
 from .layout import WireLayout
 from .memory import mapping
 from .movers import Carrier
 from .run import Run
-from .storage import DeviceStorage, DiskStorage, HostStorage
+from .storage import DiskStorage, HostStorage
+from .stored import OnDevice, StoredModel
 from .timeline import Timeline
-
-STORAGES = ("device", "host", "disk")
 
 #: Writes the initial value of the parameter of a name.
 Fill = Callable[[str, Tensor], object]
@@ -49,7 +48,7 @@ def stream(
     threads: int = 2,
     wire: Wire | None = None,
     mesh: DeviceMesh | None = None,
-) -> Engine:
+) -> StoredModel:
     r"""Let the blocks of ``model`` live in ``storage`` and come to ``device`` one after another, once a step.
 
         theta   = round(decay * theta + sum_k c_k z_k)      the last step's update, as the block comes in
@@ -67,13 +66,17 @@ def stream(
     Make the optimizer from ``model.named_parameters()`` afterwards, and step as usual.  Every other forward
     (evaluation, generation) is streamed, too, and builds no graph for :meth:`~torch.Tensor.backward`.
 
+    With storage="device" nothing moves, and nothing runs in lockstep: the parameters are ordinary ones on the
+    device, and an optimizer's steps are those of any model in memory (``restore="exact"`` perturbs it block
+    by block), with every method, and with graphs for backward outside of steps.
+
     Args:
         model: any module with a list of blocks, each called once or more in a forward; with ``weights``, its
             parameters may be on "meta" (:func:`empty_weights`).
         blocks: the name of their container ("model.layers"), or modules; default: the largest container of
             modules of one class.
-        storage: "device" (nothing moves), "host" (one region of memory of exact size, pinned for a GPU) or
-            "disk".
+        storage: "device" (nothing moves; see above), "host" (one region of memory of exact size, pinned for a
+            GPU) or "disk".
         device: of slots, activations and resident parameters; default: that of the model's first parameter on
             a device.
         weights: a safetensors file, or a folder of shards, that holds the model's parameters by name; it is
@@ -84,14 +87,15 @@ def stream(
             traffic.
         resume: continue the run in ``path``, where there is one; the optimizer that is made next takes its
             steps.
-        slots: buffers on the device, of the size of the largest block.  With 1 nothing is copied during a
-            computation.  Default: 3, or fewer where ``memory`` has no room for them, which a warning says.
-        scratch: buffers for perturbed copies: 2, or 1, which saves memory and draws the noise once for each
-            forward.  Default: 2, or 1 where ``memory`` has no room for them.
+        slots: (host, disk) buffers on the device, of the size of the largest block.  With 1 nothing is copied
+            during a computation.  Default: 3, or fewer where ``memory`` has no room for them, which a warning
+            says.
+        scratch: (host, disk) buffers for perturbed copies: 2, or 1, which saves memory and draws the noise
+            once for each forward.  Default: 2, or 1 where ``memory`` has no room for them.
         memory: (host, disk) bytes of the device that weights may take: slots, scratch and what stays there
             (:func:`footprint`).  Default: 0.8 of what is free on a GPU; no limit on the CPU.
-        write_every: after how many updates a block is written back.  n > 1 saves traffic; the block then
-            takes up to n updates each time it comes in.
+        write_every: (host, disk) after how many updates a block is written back.  n > 1 saves traffic; the
+            block then takes up to n updates each time it comes in.
         threads: how many read and write files.
         wire: (host, disk) what crosses the link: None (the weights; lossless), "bf16", "fp16", "fp8" or
             "int8" (``zokernels.wire``).  The host keeps the exact weights and applies each update itself, so
@@ -103,7 +107,8 @@ def stream(
             are gathered as the block comes in.  The ranks run all forwards together and take the same steps,
             so give the optimizer a mesh that has them all.
 
-    Returns: the :class:`Engine`, a context manager: ``flush()``, ``save(file)``, ``close()``.
+    Returns: a :class:`StoredModel`, which is a context manager: ``flush()``, ``save(file)``, ``close()``.
+    For storage on the host or on disk it is the :class:`Engine`.
 
     Raises: ValueError, OSError and TypeError, before anything is written, naming the argument.
 
@@ -125,15 +130,13 @@ def stream(
         place_extents(block, [places[e.name] for e in block.entries])
     layout = None if wire is None else WireLayout(wire, made)
     if storage == "device":
-        slots, scratch = slots or CHOICES[0][0], scratch or CHOICES[0][1]
-    else:
-        slots, scratch = fitting(op, model, made, target, slots, scratch, layout, memory)
+        _load(model, made, {} if checkpoint is None else checkpoint.tensors(), fill, target)
+        return OnDevice(model, made, target, Timeline(target))
+    slots, scratch = fitting(op, model, made, target, slots, scratch, layout, memory)
     writes = write_every if storage != "disk" or path is not None else None
     carrier = Carrier(op, made, target, slots, layout, Timeline(target), writes)
-    store: DeviceStorage | HostStorage | DiskStorage
-    if storage == "device":
-        store = DeviceStorage(carrier)
-    elif storage == "host":
+    store: HostStorage | DiskStorage
+    if storage == "host":
         store = HostStorage(carrier, mesh)
     else:
         store = DiskStorage(carrier, threads, checkpoint is not None)
@@ -158,11 +161,9 @@ def stream(
 def _load_resident(
     model: nn.Module, blocks: Sequence[Block], loaded: dict[str, Tensor], fill: Fill | None
 ) -> None:
-    """Makes real parameters of those on "meta", and loads the values of those in no block, and of buffers."""
+    """Makes real weights of those on "meta", and loads the values of those in no block, and of buffers."""
     resident = materialise(model, {id(e.param) for b in blocks for e in b.entries})
-    fresh = {name: p for name, _, _, p in aliases(model)}
-    for b in blocks:
-        b.entries = [e._replace(param=fresh[e.name]) for e in b.entries]
+    _find_again(model, blocks)
     streamed = {id(e.param) for b in blocks for e in b.entries}
     with torch.no_grad():
         for name, p in resident:
@@ -172,6 +173,36 @@ def _load_resident(
             if id(p) not in streamed:
                 p.copy_(_tensor_of(name, loaded, model, p))
     _load_buffers(model, loaded, streamed)
+
+
+def _load(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    loaded: dict[str, Tensor],
+    fill: Fill | None,
+    device: torch.device,
+) -> None:
+    """Loads the values of all weights, each on the host and then to ``device``, and of buffers."""
+    filled = dict(materialise(model, set()))
+    _find_again(model, blocks)
+    filled |= {e.name: e.param for b in blocks for e in b.entries}
+    with torch.no_grad():
+        for name, p in filled.items() if fill else ():
+            fill(name, p)  # type: ignore[misc]
+            p.data = p.data.to(device)
+        for name, p in model.named_parameters() if loaded else ():
+            p.copy_(_tensor_of(name, loaded, model, p))
+            p.data = p.data.to(device)
+    _load_buffers(model, loaded, set())
+    _move_the_rest(model, (), device)
+    _find_again(model, blocks)
+
+
+def _find_again(model: nn.Module, blocks: Sequence[Block]) -> None:
+    """Puts the weights that the model has now into the blocks, by their names."""
+    fresh = {name: p for name, _, _, p in aliases(model)}
+    for b in blocks:
+        b.entries = [e._replace(param=fresh[e.name]) for e in b.entries]
 
 
 def _move_the_rest(model: nn.Module, blocks: Sequence[Block], device: torch.device) -> None:

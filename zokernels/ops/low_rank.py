@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ def _check_low_rank(
                 fail(op, name, f"torch.float32 on {param.device}", got, TypeError)
             if param.dim() < 2:
                 fail(op, f"params[{i}]", "a matrix (two dimensions or more)", f"shape {tuple(param.shape)}")
-            rows = param.shape[0] if at == 0 else param[0].numel() if param.shape[0] else 0
+            rows = param.shape[0] if at == 0 else math.prod(param.shape[1:])
             rank = left[i].shape[-1]
             if tuple(factor.shape) != (count, rows, rank) or not factor.is_contiguous():
                 fail(op, name, f"a contiguous tensor of shape {(count, rows, rank)}", tuple(factor.shape))

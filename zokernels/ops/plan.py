@@ -56,7 +56,7 @@ def _reader() -> Any:
     DLPack table.
     """
     try:
-        host = importlib.import_module("zokernels._host")
+        host = importlib.import_module(".._host", __package__)
         return host.Fingerprints(Tensor.__dlpack_c_exchange_api__, (Tensor, nn.Parameter))
     except (ImportError, AttributeError, ValueError):
         return None

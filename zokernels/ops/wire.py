@@ -132,8 +132,12 @@ def encode(
 
     Raises: as :func:`combine_`.  Source: OCP Microscaling Formats (MX) Specification v1.0, 2023.
     """
-    tensors = as_list(params)
-    _encode(as_list(out), tensors, wire, places(0, offsets, len(tensors))[1])
+    buffers, tensors = as_list(out), as_list(params)
+    args = buffers, tensors, wire, places(0, offsets, len(tensors))[1]
+    if buffers or tensors:
+        _encode(*args)
+    else:
+        _check_encode(*args)  # the dispatcher chooses by a tensor, and there is none
 
 
 @torch.no_grad()

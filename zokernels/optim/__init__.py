@@ -4,16 +4,25 @@ An optimizer has an estimator (where the closure runs), a direction (what z is),
 take part) and an update rule.  The named classes put them together.
 """
 
+from ..step.candidates import Consensus, RankingRounds
+from ..step.cohort import Cohort
+from ..step.directions.covariance import RankOneCovariance
 from ..step.directions.direction import Direction
+from ..step.directions.integers import RoundedSteps
 from ..step.directions.low_rank import FreshFactors, KeptLeft, KeptRight, Subspace, TemporalFactor
 from ..step.directions.masks import GivenMask, MagnitudeMask, RandomMask
+from ..step.directions.sampled import SampledTensors
 from ..step.directions.scaling import Sphere, TensorScale
+from ..step.directions.spaces import ActivationSpace, GradientSpace
+from ..step.directions.summed import Cone
 from ..step.estimators import (
     Bayesian,
     ForwardMode,
     Guided,
+    LeaveOneOut,
     OneSided,
     Population,
+    ProjectedDifference,
     Ranking,
     ScaledPopulation,
     SignOfDifference,
@@ -21,14 +30,21 @@ from ..step.estimators import (
     ThreePoint,
     TwoSided,
 )
-from ..step.rules.factors import FactorMomentum, Orthogonal
+from ..step.rules.cone import ConeMomentum
+from ..step.rules.covariance import CovarianceDescent
+from ..step.rules.factors import FactorAdam, FactorMomentum, Orthogonal
+from ..step.rules.feedback import ErrorFeedback
 from ..step.rules.rule import Rule
-from ..step.rules.sgd import SGD, Conservative, Floored
+from ..step.rules.sampled import Sensitivity
+from ..step.rules.sgd import SGD, Conservative, Floored, Recalling
+from ..step.rules.spaces import Projected
 from ..step.rules.stateful import Adam, AMSGrad, Curvature, Momentum, Sign
 from ..step.rules.window import AdamWindow, MomentumWindow
 from ..step.subset import Blocks, LayerSkip
 from .adaptive import HiZOO, ZOAdam, ZOAdamW, ZOSignSGD
+from .candidates import ConsensusHopping, ZORankSearch
 from .cge import ZOCGE
+from .informed import AGZO, LOREN, PGAP, ConMeZO, CurvZO
 from .methods import (
     EGGROLL,
     ES,
@@ -46,17 +62,21 @@ from .methods import (
     ZORankSGD,
 )
 from .optimizer import ZerothOrder
-from .param_groups import decay_groups
-from .quzo import QuZO
+from .param_groups import decay_groups, groups_without
+from .pruning import grasp_shares
+from .quzo import QES, QuZO
 from .zosgd import ZOSGD
 
 __all__ = [
-    "EGGROLL", "ES", "FZOO", "LOZO", "QZO", "SGD", "ZOBCD", "ZOCGE", "ZOSGD", "AMSGrad", "Adam",
-    "AdamWindow", "Bayesian", "Blocks", "Conservative", "Curvature", "Direction", "FactorMomentum",
-    "Floored", "ForwardGradient", "ForwardMode", "FreshFactors", "GivenMask", "Guided", "HiZOO", "KeptLeft",
-    "KeptRight", "LayerSkip", "LeZO", "MagnitudeMask", "MeZOGV", "Momentum", "MomentumWindow", "OneSided",
-    "Orthogonal", "Population", "QuZO", "RandomMask", "Ranking", "Rule", "ScaledPopulation", "Sign",
-    "SignOfDifference", "SparseMeZO", "Sphere", "StdNormalized", "SubZero", "Subspace", "TeZO",
-    "TemporalFactor", "TensorScale", "ThreePoint", "TwoSided", "ZOAdam", "ZOAdamW", "ZOConservative",
-    "ZORankSGD", "ZOSignSGD", "ZerothOrder", "decay_groups",
+    "AGZO", "EGGROLL", "ES", "FZOO", "LOREN", "LOZO", "PGAP", "QES", "QZO", "SGD", "ZOBCD", "ZOCGE", "ZOSGD",
+    "AMSGrad", "ActivationSpace", "Adam", "AdamWindow", "Bayesian", "Blocks", "Cohort", "ConMeZO", "Cone",
+    "ConeMomentum", "Consensus", "ConsensusHopping", "Conservative", "CovarianceDescent", "CurvZO",
+    "Curvature", "Direction", "ErrorFeedback", "FactorAdam", "FactorMomentum", "Floored", "ForwardGradient",
+    "ForwardMode", "FreshFactors", "GivenMask", "GradientSpace", "Guided", "HiZOO", "KeptLeft", "KeptRight",
+    "LayerSkip", "LeZO", "LeaveOneOut", "MagnitudeMask", "MeZOGV", "Momentum", "MomentumWindow", "OneSided",
+    "Orthogonal", "Population", "Projected", "ProjectedDifference", "QuZO", "RandomMask", "RankOneCovariance",
+    "Ranking", "RankingRounds", "Recalling", "RoundedSteps", "Rule", "SampledTensors", "ScaledPopulation",
+    "Sensitivity", "Sign", "SignOfDifference", "SparseMeZO", "Sphere", "StdNormalized", "SubZero", "Subspace",
+    "TeZO", "TemporalFactor", "TensorScale", "ThreePoint", "TwoSided", "ZOAdam", "ZOAdamW", "ZOConservative",
+    "ZORankSGD", "ZORankSearch", "ZOSignSGD", "ZerothOrder", "decay_groups", "grasp_shares", "groups_without",
 ]  # fmt: skip

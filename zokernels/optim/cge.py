@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import ParamsT
 
 from ..checks import check_choice, check_integer, check_number, fail, is_integer
 from ..contract import derive_seed_int, derive_stream_seed
 from ..difference import stepped
+from ..distributed.exchange import Exchange
 from ..functional import low_rank_
 from ..step.directions.masks import KeptMask
 from ..step.guards import uninterrupted
@@ -32,6 +34,7 @@ from ..step.scalars import (
     projected_gradient,
     scalars,
 )
+from ..step.shard import any_sharded
 from ..step.subset import Subset
 from ..step.types import Bucket, Estimate, LossesAt, Seeds
 from ..transfer import to_device
@@ -120,6 +123,10 @@ class ZOCGE(ZerothOrder):
     Each weight gets its own bits back before the next one moves.  All updates come after the last forward,
     each rounded once, with the rounding bits of its place in the parameter.
 
+    On a ``mesh`` the coordinates are shared out along "perturbation" (the authors' forward parallelism), so P
+    ranks take 1 / P of the forwards each; the losses are gathered once, and all ranks make the same update,
+    with the bits of one process.
+
     Args:
         eps: size of a step, in units of theta.
         estimator: "one-sided" or "two-sided".
@@ -137,8 +144,8 @@ class ZOCGE(ZerothOrder):
 
             with g = 0 where no difference was measured, and m (``state[p]["momentum_buffer"]``, fp32) 0 at
             first.  This is torch.optim.SGD, and DeepZero's training with momentum=0.9 and l2=5e-4.
-        params, lr, weight_decay, seed, rounding, subset: as :class:`ZerothOrder`.  Any model: weights move in
-            place.
+        params, lr, weight_decay, seed, rounding, subset, mesh: as :class:`ZerothOrder`.  Any model: weights
+            move in place; no sharded ones, and no "pipeline" in the mesh.
 
     ``last_losses`` are those of all forwards, and ``last_projected_gradient`` [n] are the g_i, in the order
     of the parameters and of i.  ``step`` returns L(theta) where one-sided, else the mean loss.  A loss that
@@ -148,6 +155,7 @@ class ZOCGE(ZerothOrder):
     """
 
     replayable = False  # a step's record would be as long as its coordinates
+    staged = False
 
     def __init__(
         self,
@@ -166,6 +174,7 @@ class ZOCGE(ZerothOrder):
         momentum: float = 0.0,
         l2: float = 0.0,
         subset: Subset | None = None,
+        mesh: DeviceMesh | Exchange | None = None,
     ) -> None:
         check_choice(self.op, "estimator", estimator, tuple(ESTIMATORS))
         if mask is not None and not isinstance(mask, KeptMask):
@@ -186,6 +195,7 @@ class ZOCGE(ZerothOrder):
             clip=clip,
             direction=mask,
             subset=subset,
+            mesh=mesh,
             estimator=ESTIMATORS[estimator](),
             rule=SGD(),
         )
@@ -193,7 +203,21 @@ class ZOCGE(ZerothOrder):
         if isinstance(per_step, Mapping) and (unknown := [name for name in per_step if name not in names]):
             fail(self.op, "per_step", "names of the optimizer's parameters", repr(unknown[0]))
 
+    @property
+    def most_points(self) -> int:
+        sizes = [p.numel() for group in self.param_groups for p in group["params"]]
+        count = self._per_step if isinstance(self._per_step, int) else sum(sizes)
+        signs = [sign for _, sign in self.estimator.points()]
+        return signs.count(0) + count * (len(signs) - signs.count(0))
+
+    @property
+    def own_settings(self) -> dict[str, Any]:
+        own = {"per_step": self._per_step, "interval": self._interval}
+        return {**own, "momentum": self._momentum, "l2": self._l2}
+
     def own_probe(self, buckets: list[Bucket], seeds: Seeds) -> CoordinateProbe:
+        if any_sharded(p for b in buckets for p in b.params):
+            fail(self.op, "params", "plain tensors: one weight moves at a time", "a DTensor", TypeError)
         return CoordinateProbe(buckets, seeds)
 
     def estimate(self, buckets: list[Bucket], losses_at: LossesAt) -> Estimate:

@@ -29,7 +29,7 @@ from ..step.loss import DerivativeReader, RankReader
 from ..step.probes.exact import TangentProbe
 from ..step.rules.factors import FactorMomentum
 from ..step.rules.rule import Rule
-from ..step.rules.sgd import SGD, Conservative, Floored
+from ..step.rules.sgd import SGD, Conservative, Floored, Recalling
 from ..step.shard import any_sharded
 from ..step.subset import LAYERS, Blocks, LayerSkip
 from ..step.types import Bucket, Estimate, LossesAt, Seeds
@@ -50,8 +50,10 @@ class FZOO(ZerothOrder):
             With lr times sqrt(q / (q - 1)), "sample" takes the steps of "population".
         std_eps: in units of the loss.  Where sigma <= std_eps, g is 0 instead of a division by next to
             nothing.
+        reuse: FZOO-R: sigma is that of the L_k and of those of the step before together, so half of the
+            directions give it (in the first step the L_k count twice).  A log then holds the losses.
 
-    Source: Dang et al., 2025, arXiv 2506.09034.
+    Source: Dang et al., 2025, arXiv 2506.09034; FZOO-R by summaries of it.
     """
 
     def __init__(
@@ -63,11 +65,26 @@ class FZOO(ZerothOrder):
         directions: int = 8,
         std_eps: float = 1e-8,
         sigma: str = "sample",
+        reuse: bool = False,
         dist: str = "rademacher",
         **options: Any,
     ) -> None:
-        estimator = StdNormalized(directions, std_eps, sigma)
-        super().__init__(params, lr, eps, dist=dist, estimator=estimator, rule=SGD(), **options)
+        estimator, rule = StdNormalized(directions, std_eps, sigma), Recalling() if reuse else SGD()
+        super().__init__(params, lr, eps, dist=dist, estimator=estimator, rule=rule, **options)
+
+    def estimate(self, buckets: list[Bucket], losses_at: LossesAt) -> Estimate:
+        rule = self.rule
+        if not isinstance(rule, Recalling):
+            return super().estimate(buckets, losses_at)
+        measured: list[Tensor] = []
+
+        def with_last(points: Any, count: int) -> Tensor:
+            losses = losses_at(points, count)
+            measured.append(losses)
+            return torch.cat((losses.double(), rule.last(self, losses[1:])))
+
+        estimate = super().estimate(buckets, with_last)
+        return estimate._replace(losses=measured[0], forwards=measured[0].unbind())
 
 
 class QZO(ZerothOrder):
@@ -116,7 +133,8 @@ class ZORankSGD(ZerothOrder):
         opt = ZORankSGD(model.named_parameters(), lr=1e-2, eps=1e-2, candidates=4, top=1)
         best = opt.step(lambda: generate(model), rank=lambda images: [choose(images)])
 
-    Source: ZO-RankSGD, Tang, Rybin and Chang, 2023, arXiv 2303.03751; without its line search.
+    Source: ZO-RankSGD, Tang, Rybin and Chang, 2023, arXiv 2303.03751.
+    :class:`ZORankSearch` has its line search, too.
     """
 
     def __init__(
@@ -133,8 +151,10 @@ class ZORankSGD(ZerothOrder):
 
     def step(
         self,
-        closure: Callable[[], Any] | None = None,
+        closure: Callable[..., Any] | None = None,
         rank: Callable[[list[Any]], Iterable[int]] | None = None,
+        *,
+        batched: bool = False,
     ) -> Any:
         """One step, as :meth:`ZerothOrder.step`.
 
@@ -146,7 +166,9 @@ class ZORankSGD(ZerothOrder):
         not go with ``capturable``.
         """
         if rank is None:
-            return super().step(closure)
+            return super().step(closure, batched=batched)
+        if batched:
+            fail(self.op, "batched", "False with rank, which compares results that are no losses", True)
         if self.run_state.capturable:
             fail(self.op, "rank", "capturable=False: a CUDA graph calls no host function", "capturable=True")
         if not self.team.alone:
@@ -350,7 +372,17 @@ class ZOBCD(ZOSGD):
         super().__init__(params, *args, subset=Blocks(layers, size, period, order), **options)
 
 
-class LOZO(ZOSGD):
+class _FactorSGD(ZOSGD):
+    """:class:`ZOSGD` with kept factors: its momentum is of the fresh factor alone, unless it is a window."""
+
+    def __init__(self, params: ParamsT, *args: Any, momentum: float, **options: Any) -> None:
+        if momentum and options.get("window") is None:
+            super(ZOSGD, self).__init__(params, *args, rule=FactorMomentum(momentum), **options)
+        else:
+            super().__init__(params, *args, momentum=momentum, **options)
+
+
+class LOZO(_FactorSGD):
     """:class:`ZOSGD` along U V^T / sqrt(rank), V kept for ``interval`` steps (:class:`KeptRight`).
 
     ``scaled=False`` is the authors' code: U V^T for matrices, dense noise for vectors, with one eps and one
@@ -374,11 +406,8 @@ class LOZO(ZOSGD):
         momentum: float = 0.0,
         **options: Any,
     ) -> None:
-        options["direction"] = KeptRight(rank, interval, scaled)
-        if momentum and options.get("window") is None:
-            super(ZOSGD, self).__init__(params, *args, rule=FactorMomentum(momentum), **options)
-        else:
-            super().__init__(params, *args, momentum=momentum, **options)
+        direction = KeptRight(rank, interval, scaled)
+        super().__init__(params, *args, direction=direction, momentum=momentum, **options)
 
 
 class SubZero(ZOSGD):
@@ -402,14 +431,16 @@ class SubZero(ZOSGD):
         super().__init__(params, *args, direction=Subspace(rank, interval, near_square), **options)
 
 
-class TeZO(ZOSGD):
+class TeZO(_FactorSGD):
     """:class:`ZOSGD` along a sum of kept outer products with fresh weights (:class:`TemporalFactor`).
 
     ``scaled=False`` leaves out the factor 1 / sqrt(rank), as the paper does.  With ``scaled`` the same steps
     are those of sqrt(rank) times the eps and rank times the lr, for matrices.
 
-    ``momentum``: TeZO-m, whose state of a matrix are rank numbers (:class:`FactorMomentum`).  TeZO-Adam's
-    factored second moment is not here; ``ZOAdam(..., direction=TemporalFactor(rank))`` has whole moments.
+    ``momentum``: TeZO-m, whose state of a matrix are rank numbers (:class:`FactorMomentum`).  TeZO-Adam, with
+    twice as many, is ``ZerothOrder(..., estimator=TwoSided(1), rule=FactorAdam(),
+    direction=TemporalFactor(rank, None, False))``; ``ZOAdam(..., direction=TemporalFactor(rank))`` has whole
+    moments.
 
     Source: Sun et al., 2025, arXiv 2501.19057.
     """
@@ -423,11 +454,8 @@ class TeZO(ZOSGD):
         momentum: float = 0.0,
         **options: Any,
     ) -> None:
-        options["direction"] = TemporalFactor(rank, None, scaled)
-        if momentum and options.get("window") is None:
-            super(ZOSGD, self).__init__(params, *args, rule=FactorMomentum(momentum), **options)
-        else:
-            super().__init__(params, *args, momentum=momentum, **options)
+        direction = TemporalFactor(rank, None, scaled)
+        super().__init__(params, *args, direction=direction, momentum=momentum, **options)
 
 
 class EGGROLL(ZerothOrder):
@@ -444,9 +472,13 @@ class EGGROLL(ZerothOrder):
             None, which is no shaping but plain differences, g_k = (L_k+ - L_k-) / (2 eps q).  The authors'
             raw scores are those with lr times eps^2 sqrt(N).
         maximize: the closure returns rewards, of which more is better.
+        baseline: the value at theta, one forward more, is subtracted in the place of the mean.  For pairs
+            this changes nothing but the authors' spread, so it is for ``mirrored=False``.
+        group: the mean is that of each group of so many members, which had a task of their own.
+        mirrored: members in pairs, as above; False: q members theta + eps z_k.
 
-    Of the authors' code the groups of members, the noise used again over several steps, the updates by signs,
-    the subtracted baseline and the sparse noise are not here.
+    Of the authors' code the noise used again over several steps, the updates by signs and the sparse noise
+    are not here.
 
     Source: Sarkar et al., 2025, arXiv 2511.16652.
     """
@@ -460,14 +492,19 @@ class EGGROLL(ZerothOrder):
         directions: int = 8,
         shaping: str | None = "variance",
         maximize: bool = False,
+        baseline: bool = False,
+        group: int | None = None,
+        mirrored: bool = True,
         rule: Rule | None = None,
         **options: Any,
     ) -> None:
         estimator: Estimator = TwoSided(directions)
         if shaping is not None:
-            estimator = ScaledPopulation(directions, shaping, maximize=maximize)
+            estimator = ScaledPopulation(directions, shaping, mirrored, maximize, baseline, group)
         elif maximize:
             fail(self.op, "maximize", "False without shaping (let the closure return -reward)", True)
+        elif baseline or group is not None or not mirrored:
+            fail(self.op, "baseline, group, mirrored", "their defaults without shaping", (baseline, group))
         direction, rule = FreshFactors(rank), SGD() if rule is None else rule
         super().__init__(params, lr, *args, estimator=estimator, direction=direction, rule=rule, **options)
 
@@ -487,6 +524,7 @@ class ES(ZerothOrder):
         shaping: "z-score", or another of :class:`Population`.
         mirrored: members in pairs theta + eps z and theta - eps z.
         maximize: the closure returns rewards.  With False it returns losses.
+        baseline, group: what takes the place of the mean of all members (:class:`Population`).
 
     Source: ES at scale, Qiu et al., 2025, arXiv 2509.24372, whose code has these defaults.
     """
@@ -501,10 +539,13 @@ class ES(ZerothOrder):
         shaping: str = "z-score",
         mirrored: bool = False,
         maximize: bool = True,
+        baseline: bool = False,
+        group: int | None = None,
         **options: Any,
     ) -> None:
         check_integer(self.op, "population", population, 2)
         if mirrored and population % 2:
             fail(self.op, "population", "an even number with mirrored=True", population)
-        estimator = Population(population // 2 if mirrored else population, shaping, mirrored, maximize)
+        directions = population // 2 if mirrored else population
+        estimator = Population(directions, shaping, mirrored, maximize, baseline, group)
         super().__init__(params, lr, eps, estimator=estimator, rule=SGD(), **options)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import ParamsT
 
+from ..checks import fail
 from ..distributed.exchange import Exchange, exchange_of
 from ..step.directions.direction import Direction
 from ..step.estimators import Estimator
+from ..step.loss import LossReader
 from ..step.rules.rule import Rule
 from ..step.step import StepOptimizer
 from ..step.subset import Subset
 from ..trajectory.recorder import Follower, record
+from .first_order import FirstOrder
+from .lightning import check_accumulation
 
 
 class ZerothOrder(StepOptimizer):
@@ -41,7 +47,9 @@ class ZerothOrder(StepOptimizer):
         restore: "exact": the weights do not move during the forwards.  Torch functions get perturbed copies,
             which are made for a block of parameters at a time.  "inplace": the weights move from point to
             point, and the update brings them back.  This needs no scratch and takes any kind of model, but
-            half-precision weights drift.
+            half-precision weights drift.  "products", with a direction of low rank: the weights stay, and
+            what a perturbation adds to a product is added to its result; see docs/populations.md.  Losses
+            then differ from those of perturbed weights in their last bits.
         clip: bound on each \|g_k\|, in units of g: min(max(g, -clip), clip).  A g that is not finite still
             skips the step.
         capturable: keep the step counter and the seeds on the device, so that no step needs the host.  One
@@ -49,6 +57,8 @@ class ZerothOrder(StepOptimizer):
         direction: what z is, by default dense noise: a mask, factors of low rank, a scale
             (:class:`Direction`).
         subset: which parameters take part in a step, by default all: blocks in turn, or layers at random.
+        cohort: with "products", how many members of a population one forward of a batched step has
+            (:meth:`step`); None: all of them.
         scratch: with "exact", the bytes up to which parameters are perturbed together; by default 4 MiB on
             the CPU and 64 MiB on a GPU.  No bit depends on it.  The parameters of one torch function take
             what they take.
@@ -60,6 +70,12 @@ class ZerothOrder(StepOptimizer):
             its own batches), "perturbation" (each rank its share of the step's forwards), "pipeline" (each
             rank its own parameters), or several of them; or an :class:`zokernels.distributed.Exchange` of
             one.  All ranks call :meth:`step` together; see docs/distributed.md.
+        first_order: an optimizer of torch for other parameters (a head, LoRA), or for some of the same, which
+            takes a step with gradients in each step (:class:`FirstOrder`, docs/optimizer.md): both parts are
+            measured at theta, and move after the last forward.  The closure then returns a tensor with a
+            gradient.  A log holds the zeroth-order part alone, and says so.
+        first_order_closure: what these gradients are of, for batches of their own; by default the step's
+            closure.
         estimator, rule: the parts that a named class chooses.
 
     Raises:
@@ -69,6 +85,9 @@ class ZerothOrder(StepOptimizer):
 
     See docs/optimizer.md.
     """
+
+    #: The first-order optimizer that takes its steps with this one's; None: there is none.
+    partner: FirstOrder | None = None
 
     def __init__(
         self,
@@ -86,9 +105,12 @@ class ZerothOrder(StepOptimizer):
         direction: Direction | None = None,
         subset: Subset | None = None,
         scratch: int | None = None,
+        cohort: int | None = None,
         trajectory: str | os.PathLike[str] | None = None,
         resume: bool = False,
         mesh: DeviceMesh | Exchange | None = None,
+        first_order: torch.optim.Optimizer | None = None,
+        first_order_closure: Callable[[], Tensor] | None = None,
         estimator: Estimator,
         rule: Rule,
     ) -> None:
@@ -107,22 +129,66 @@ class ZerothOrder(StepOptimizer):
             "clip": clip,
         }
         super().__init__(
-            params, options, seed=seed, restore=restore, capturable=capturable, scratch=scratch, **parts
+            params,
+            options,
+            seed=seed,
+            restore=restore,
+            capturable=capturable,
+            scratch=scratch,
+            cohort=cohort,
+            **parts,
         )
         if mesh is not None:
             self.team = exchange_of(self, mesh)
+        if first_order is not None:
+            self.partner = FirstOrder(self, first_order, first_order_closure)
+            self.part = True
+            if self.partner.shares:
+                self.replayable = False
+                if trajectory is not None:
+                    expected = "None where both optimizers move a parameter: its log would not be whole"
+                    fail(self.op, "trajectory", expected, repr(trajectory))
+        elif first_order_closure is not None:
+            fail(self.op, "first_order_closure", "None without first_order", repr(first_order_closure))
         self.home.attach(self, trajectory)
         if trajectory is not None:
             record(self, trajectory, resume=resume)
         else:
             self.team.join(self)
 
-    def run_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def run_step(self, closure: Any, reader: LossReader, consume: Any = None) -> Tensor:
         try:
-            return super().run_step(*args, **kwargs)
+            check_accumulation(self.op, closure)
+            if self.partner is None or not callable(closure):
+                return super().run_step(closure, reader, consume)
+            try:
+                self.partner.measure(closure)
+                return super().run_step(closure, reader, self.partner.consume(consume or self._finish))
+            finally:
+                self.partner.clear()
         except Exception as error:
             self.team.failed(self, error)
             raise
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        return (
+            state if self.partner is None else {**state, "first_order": self.partner.optimizer.state_dict()}
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.partner is not None and "first_order" not in state_dict:
+            got = f"entries {sorted(state_dict)}"
+            fail(self.op, "state_dict", "an entry 'first_order', as this optimizer has one", got)
+        super().load_state_dict(state_dict)
+        if self.partner is not None:
+            self.partner.optimizer.load_state_dict(state_dict["first_order"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.partner is not None:
+            expected = "no copy: state_dict holds both parts"
+            fail(self.op, "first_order", expected, "an optimizer with another beside it", RuntimeError)
+        return super().__getstate__()
 
     @property
     def trajectory(self) -> Follower | None:

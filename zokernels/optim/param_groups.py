@@ -6,10 +6,32 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 #: Biases and the weights of normalisation layers, as their names say: nanoGPT, LLaMA, OPT, GPT-2, BERT.
 NO_DECAY = r"(?i)(?:^|[._])bias$|norm|(?:^|\.)ln_"
+
+
+def groups_without(params: Iterable[Any], others: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """``params``, without those that the optimizer ``others`` has: what is left for zeroth-order steps.
+
+    Args:
+        params: ``model.named_parameters()``, parameters, or group dicts of either.
+
+    Returns: group dicts, of which an empty one is left out.
+
+    Example::
+
+        head = torch.optim.AdamW(model.head.parameters(), lr=1e-3)
+        opt = ZOSGD(groups_without(model.named_parameters(), head), lr=1e-6, first_order=head)
+    """
+    theirs = {id(p) for group in others.param_groups for p in group["params"]}
+    listed = list(params)
+    groups = listed if listed and isinstance(listed[0], dict) else [{"params": listed}]
+    of = lambda entry: entry[1] if isinstance(entry, tuple) else entry
+    left = [{**g, "params": [e for e in g["params"] if id(of(e)) not in theirs]} for g in groups]
+    return [group for group in left if group["params"]]
 
 
 def decay_groups(

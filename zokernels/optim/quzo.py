@@ -1,4 +1,4 @@
-"""QuZO: zeroth-order training of integer weights, which no float copy accompanies."""
+"""Zeroth-order training of integer weights, which no float copy accompanies: QuZO and QES."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..checks import fail
-from ..step.directions.integers import IntegerSteps
-from ..step.estimators import TwoSided
+from ..step.directions.integers import IntegerSteps, RoundedSteps
+from ..step.estimators import Population, TwoSided
+from ..step.rules.feedback import ErrorFeedback
 from ..step.rules.sgd import SGD
 from .optimizer import ZerothOrder
 
@@ -69,4 +70,52 @@ class QuZO(ZerothOrder):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         assert isinstance(self.direction, IntegerSteps)  # the constructor's
+        super().add_param_group({"bits": self.direction.bits, **param_group})
+
+
+class QES(ZerothOrder):
+    r"""q <- q + round(u), u = decay e + lr / N sum_n zscore(R)_n d_n / eps, and e <- u - round(u).
+
+    Evolution strategies on integers of quantised weights.  R_n is what the closure returns at q + d_n, and
+    d_n = S(eps z_n) are whole quantisation steps, rounded stochastically.  What an update could not move is
+    kept in e for the next one (:class:`ErrorFeedback`), so even an lr that moves no weight by a half adds up.
+    The price is 4 bytes a weight for e.
+
+    Args:
+        params: as for :class:`QuZO`; integers of a byte each.
+        lr: the authors' alpha times N, because their update has no division by N.
+        eps: their sigma, in quantisation steps.
+        population: N >= 2.
+        error_decay, spread: as for :class:`ErrorFeedback`.
+        maximize: the closure returns rewards.  With False it returns losses.
+        clip: bound on each zscore(R)_n / N.
+
+    Integers lie in [-2^(bits-1) + 1, 2^(bits-1) - 1] here; the code has one more.
+
+    Source: QES, 2026, arXiv 2602.03120, and its code with whole residuals.  Not here: its form that draws
+    the updates of a window again instead of storing e, mirrored members, and packed integers.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        eps: float = 0.01,
+        *,
+        population: int = 30,
+        error_decay: float = 0.9,
+        spread: bool = True,
+        maximize: bool = True,
+        bits: int = 8,
+        **options: Any,
+    ) -> None:
+        if options.get("restore", "exact") != "exact":
+            got = repr(options["restore"])
+            fail(self.op, "restore", "'exact': integers that were clamped do not come back", got)
+        parts: dict[str, Any] = {"estimator": Population(population, maximize=maximize)}
+        parts |= {"direction": RoundedSteps(bits), "rule": ErrorFeedback(error_decay, spread)}
+        super().__init__(params, lr, eps, **parts, **options)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        assert isinstance(self.direction, RoundedSteps)  # the constructor's
         super().add_param_group({"bits": self.direction.bits, **param_group})

@@ -53,6 +53,50 @@ class TwoSided(Estimator):
 
 
 @dataclass(frozen=True)
+class ProjectedDifference(TwoSided):
+    """g_0 = (L(theta + eps z_0) - L(theta - eps z_0)) / (2 eps), and in some steps g_1 .. alike: 2 forwards.
+
+    The other directions estimate a gradient from time to time, at 2 forwards each.  In all other steps their
+    g are 0.  A step returns the mean of the two losses along z_0.  :class:`PGAP` runs the forwards.
+    """
+
+    directions: int = 5
+
+    def __post_init__(self) -> None:
+        check_integer("ProjectedDifference", "directions", self.directions, 2)
+
+    def coefficients(self, losses: Tensor, eps: float) -> Tensor:
+        plus, minus = losses.view(-1, 2).unbind(1)
+        g = (plus - minus) / (2 * eps)
+        return torch.cat((g, g.new_zeros(self.directions - len(g))))
+
+    def loss(self, losses: Tensor) -> Tensor:
+        return losses[:2].mean()
+
+
+@dataclass(frozen=True)
+class LeaveOneOut(Estimator):
+    """g_k = (L_k - mean) / (eps (q - 1)), L_k = L(theta + eps z_k): q forwards, q >= 2.
+
+    Each loss is compared with the mean of the others (the baseline of REINFORCE leave-one-out), and the q
+    comparisons are averaged, which is the same as the above.
+
+    Source: LOREN (Seung, Lee and Ko, 2026, arXiv 2511.07971).
+    """
+
+    directions: int = 6
+
+    def __post_init__(self) -> None:
+        check_integer("LeaveOneOut", "directions", self.directions, 2)
+
+    def points(self) -> list[tuple[int, int]]:
+        return [(k, 1) for k in range(self.directions)]
+
+    def coefficients(self, losses: Tensor, eps: float) -> Tensor:
+        return (losses - losses.mean()) / (eps * (self.directions - 1))
+
+
+@dataclass(frozen=True)
 class SignOfDifference(TwoSided):
     """g_k = sign(L(theta + eps z_k) - L(theta - eps z_k)) / q; sign(0) = 0: 2 q forwards.
 
@@ -123,6 +167,8 @@ class StdNormalized(OneSided):
     ``sigma``: "sample" divides by q - 1, as above and in the paper; "population" divides by q, as the
     authors' code does.  The same lr then makes steps sqrt(q / (q - 1)) times as long.
 
+    Losses behind the first q + 1 count for sigma alone (the step before's, :class:`FZOO` with ``reuse``).
+
     Source: FZOO (Dang et al., 2025, arXiv 2506.09034).
     """
 
@@ -136,7 +182,8 @@ class StdNormalized(OneSided):
             fail(type(self).__name__, "std_eps", "a number >= 0", repr(self.std_eps))
 
     def coefficients(self, losses: Tensor, eps: float) -> Tensor:
-        difference, sigma = losses[1:] - losses[0], losses[1:].std(correction=int(self.sigma == "sample"))
+        difference = losses[1 : self.directions + 1] - losses[0]
+        sigma = losses[1:].std(correction=int(self.sigma == "sample"))
         g = difference / (self.directions * sigma)
         return torch.where(sigma <= self.std_eps, torch.zeros_like(g), g)
 
@@ -177,12 +224,13 @@ class Ranking(Estimator):
         return losses.min()
 
 
-#: From the values of a population (float64 [N]) to numbers of mean 0, by the name of the shaping.
+#: From the values of a population (float64 [N]) and what is subtracted from each to the numbers that count,
+#: by the name of the shaping.
 _SHAPINGS = {
-    "z-score": lambda x: (x - x.mean()) / (x.std(correction=0) + 1e-8),
-    "variance": lambda x: (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt(),
-    "ranks": lambda x: x.argsort(stable=True).argsort().double() / (len(x) - 1) - 0.5,
-    "mean": lambda x: x - x.mean(),
+    "z-score": lambda x, centre: (x - centre) / (x.std(correction=0) + 1e-8),
+    "variance": lambda x, centre: (x - centre) / (x.var(correction=0) + 1e-5).sqrt(),
+    "ranks": lambda x, centre: x.argsort(stable=True).argsort().double() / (len(x) - 1) - 0.5,
+    "mean": lambda x, centre: x - centre,
 }
 
 
@@ -199,35 +247,66 @@ class Population(Estimator):
     "mean"        x - mean
     ============  ==========================================================================================
 
-    With ``mirrored`` each direction has two members, theta + eps z_k and theta - eps z_k, so N = 2 q and
-    g_k = (s(L_k+) - s(L_k-)) / N.  With ``maximize`` the closure returns rewards, of which more is better,
-    and g_k changes its sign.  There is no division by eps, since eps is no step towards a limit here but the
-    width of the search.  The coefficient of a step is lr / N, whatever eps is.
+    With ``mirrored`` each direction has two members, theta + eps z_k and theta - eps z_k (antithetic pairs),
+    so N = 2 q and g_k = (s(L_k+) - s(L_k-)) / N.  With ``maximize`` the closure returns rewards, of which
+    more is better, and g_k changes its sign.  There is no division by eps, since eps is no step towards a
+    limit here but the width of the search.  The coefficient of a step is lr / N, whatever eps is.
+
+    ``baseline``: the value at theta, for which there is one forward more, takes the place of the mean; std
+    and var stay those of the members.  ``group``: the mean is that of the group of so many neighbouring
+    members (pairs are neighbours), each of which had its own task; std and var stay those of all.  Neither
+    goes with ranks, from which nothing is subtracted, nor one with the other.
 
     N >= 2.  A value that is not finite skips the step.
 
     Sources: ES at scale (Qiu et al., 2025, arXiv 2509.24372: z-scores); OpenAI's evolution strategies
-    (Salimans et al., 2017, arXiv 1703.03864: mirrored, centred ranks).
+    (Salimans et al., 2017, arXiv 1703.03864: mirrored, centred ranks); EGGROLL's code (Sarkar et al., 2025,
+    arXiv 2511.16652: variance, groups, a baseline subtracted).
     """
 
     shaping: str = "z-score"
     mirrored: bool = False
     maximize: bool = False
+    baseline: bool = False
+    group: int | None = None
 
     def __post_init__(self) -> None:
-        check_integer(type(self).__name__, "directions", self.directions, 1 if self.mirrored else 2)
-        check_choice(type(self).__name__, "shaping", self.shaping, tuple(_SHAPINGS))
+        name = type(self).__name__
+        check_integer(name, "directions", self.directions, 1 if self.mirrored else 2)
+        check_choice(name, "shaping", self.shaping, tuple(_SHAPINGS))
+        if (self.baseline or self.group is not None) and self.shaping == "ranks":
+            fail(name, "baseline, group", "another shaping than 'ranks'", (self.baseline, self.group))
+        if self.group is None:
+            return
+        members = self.directions * (2 if self.mirrored else 1)
+        check_integer(name, "group", self.group, 2, members)
+        if members % self.group or self.baseline:
+            expected = f"a divisor of the {members} members, and no baseline"
+            fail(name, "group", expected, (self.group, self.baseline))
 
     def points(self) -> list[tuple[int, int]]:
-        return [(k, sign) for k in range(self.directions) for sign in ((1, -1) if self.mirrored else (1,))]
+        signs = (1, -1) if self.mirrored else (1,)
+        members = [(k, sign) for k in range(self.directions) for sign in signs]
+        return [(0, 0), *members] if self.baseline else members
+
+    def _members(self, losses: Tensor) -> Tensor:
+        return losses[1:] if self.baseline else losses
 
     def coefficients(self, losses: Tensor, eps: float) -> Tensor:
-        shaped: Tensor = _SHAPINGS[self.shaping](-losses if self.maximize else losses)
+        values = -losses if self.maximize else losses
+        members = self._members(values)
+        centre = values[0] if self.baseline else members.mean()
+        if self.group is not None:
+            centre = members.view(-1, self.group).mean(1).repeat_interleave(self.group)
+        shaped: Tensor = _SHAPINGS[self.shaping](members, centre)
         shaped = torch.where(losses.isfinite().all(), shaped, torch.full_like(shaped, float("nan")))
         if self.mirrored:
             plus, minus = shaped.view(-1, 2).unbind(1)
             shaped = plus - minus
-        return shaped / len(losses)
+        return shaped / len(members)
+
+    def loss(self, losses: Tensor) -> Tensor:
+        return self._members(losses).mean()
 
 
 @dataclass(frozen=True)
@@ -244,7 +323,7 @@ class ScaledPopulation(Population):
     mirrored: bool = True
 
     def coefficients(self, losses: Tensor, eps: float) -> Tensor:
-        scaled: Tensor = super().coefficients(losses, eps) * (eps * len(losses) ** 0.5)
+        scaled: Tensor = super().coefficients(losses, eps) * (eps * len(self._members(losses)) ** 0.5)
         return scaled
 
 

@@ -19,7 +19,7 @@ from .shard import is_sharded, local_of, locals_of
 from .types import Bucket, Group
 
 ROUNDINGS = ("stochastic", "nearest")
-RESTORES = ("exact", "inplace")
+RESTORES = ("exact", "inplace", "products")
 
 
 def check_hyperparameters(op: str, group: Group) -> None:
@@ -106,8 +106,11 @@ def name_empty_groups(groups: list[Group], added: Group) -> None:
 def check_new_group(op: str, groups: list[Group]) -> None:
     """Checks that the last of ``groups`` can join the others, and gives it its streams."""
     group = groups[-1]
-    if len({id(p) for p in group["params"]}) != len(group["params"]):
-        fail(op, "params", "each parameter once (tied ones are one parameter)", "a duplicate")
+    first: dict[int, int] = {}
+    for i, param in enumerate(group["params"]):
+        if (other := first.setdefault(id(param), i)) != i:
+            expected = "each parameter once (tied ones are one parameter)"
+            fail(op, "params", expected, f"one as {label_of(group, other)} and as {label_of(group, i)}")
     for i, param in enumerate(group["params"]):
         if takes_part(group, param):
             check_param(op, group, param, label_of(group, i))
@@ -141,13 +144,11 @@ def assign_streams(op: str, groups: list[Group]) -> None:
 def check_streams(op: str, groups: list[Group]) -> None:
     owner: dict[int, str] = {}
     for at, group in enumerate(groups):
-        if len(group["streams"]) != len(group["params"]):
-            fail(
-                op,
-                f"param_groups[{at}]['streams']",
-                f"{len(group['params'])} integers",
-                len(group["streams"]),
-            )
+        count = len(group["params"])
+        for key, what in (("streams", "integers"), ("param_names", "names")):
+            if key in group and len(group[key]) != count:
+                expected = f"{count} {what}, one for each of its 'params' (add_param_group makes them)"
+                fail(op, f"param_groups[{at}][{key!r}]", expected, len(group[key]))
         for i, stream in enumerate(group["streams"]):
             label = f"{label_of(group, i)} of group {at}"
             if stream in owner:
@@ -168,6 +169,20 @@ def check_groups(op: str, ours: list[Group], saved: list[Group]) -> None:
             if canonical_name(name) != canonical_name(saved_name):
                 fail(op, "state_dict", f"parameters in the same order ({name!r} here)", repr(saved_name))
     check_streams(op, saved)
+
+
+@contextmanager
+def without_strangers(state: dict[Any, Any], groups: list[Group]) -> Iterator[None]:
+    """Inside, ``state`` lacks the parameters that no group has: torch's ``state_dict`` would fail on them.
+
+    They have theirs again afterwards, for a group that comes back.
+    """
+    here = {id(p) for group in groups for p in group["params"]}
+    strangers = {p: state.pop(p) for p in list(state) if isinstance(p, Tensor) and id(p) not in here}
+    try:
+        yield
+    finally:
+        state.update(strangers)
 
 
 @contextmanager
@@ -192,6 +207,7 @@ def plan(op: str, groups: list[Group]) -> list[Bucket]:
 def _numbered(op: str, groups: list[Group]) -> list[tuple[int, Bucket]]:
     """The buckets, each with the number of its group."""
     buckets: dict[tuple[Any, ...], Bucket] = {}
+    check_streams(op, groups)  # groups may have been edited by hand
     for at, group in enumerate(groups):
         check_hyperparameters(op, group)
         for i, (param, stream) in enumerate(zip(group["params"], group["streams"], strict=True)):
@@ -210,8 +226,14 @@ def _numbered(op: str, groups: list[Group]) -> list[tuple[int, Bucket]]:
             bucket.names.append(label)
     if not buckets:
         fail(op, "params", "at least one parameter with requires_grad=True and an element", "none")
-    in_memory = [p for b in buckets.values() for p in b.params if home_of(p).in_memory]
-    check_overlap(op, {"params": locals_of(in_memory)}, {})
+    in_memory = [
+        (p, name)
+        for b in buckets.values()
+        for p, name in zip(b.params, b.names, strict=True)
+        if home_of(p).in_memory
+    ]
+    params, labels = [p for p, _ in in_memory], [name for _, name in in_memory]
+    check_overlap(op, {"params": locals_of(params)}, {}, lambda _, i: labels[i])
     return [(key[0], bucket) for key, bucket in buckets.items()]
 
 
@@ -225,6 +247,7 @@ class Planner:
         self._prints: bytes | None = None
         self._facts: tuple[Any, ...] = ()
         self._kept: list[tuple[int, Bucket]] = []
+        self._streams: dict[int, int] = {}  #: by id of a parameter
 
     def plan(self, op: str, groups: list[Group]) -> list[Bucket]:
         params = tuple(group["params"] for group in groups)
@@ -236,10 +259,21 @@ class Planner:
             for group in groups:
                 check_hyperparameters(op, group)
         else:
+            self._check_moved(op, groups)
             self._prints = None
             self._kept = _numbered(op, groups)
             self._keep(groups, fingerprint(params, objects=True))
         return [bucket.of(groups[at]) for at, bucket in self._kept]
+
+    def _check_moved(self, op: str, groups: list[Group]) -> None:
+        """Raises where a parameter has the place of another one, whose stream and name it would have."""
+        if self._prints is None or self._facts != _facts(groups):
+            return
+        for group in groups:
+            for i, (p, stream) in enumerate(zip(group["params"], group["streams"], strict=False)):
+                if (own := self._streams.get(id(p), stream)) != stream:
+                    expected = f"stream {own}, as before (streams and names have the order of the parameters)"
+                    fail(op, label_of(group, i), expected, stream)
 
     def _keep(self, groups: list[Group], prints: bytes | None) -> None:
         """``prints`` is None where some parameters cannot be compared (shards): nothing is kept then."""
@@ -250,6 +284,9 @@ class Planner:
         self._prints, self._facts = prints, (*facts, copied)
         # no other object takes the place of one
         self._alive = [p for group in groups for p in group["params"]]
+        self._streams = dict(
+            zip(map(id, self._alive), (s for g in groups for s in g["streams"]), strict=True)
+        )
         for _, bucket in self._kept:
             bucket.plan = Plan(bucket.params, bucket.streams)
 

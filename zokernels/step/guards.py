@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterable
@@ -10,6 +11,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+
+from ..checks import fail
 
 #: What signal's functions call: they also make an enum of each number and handler, which takes longer than
 #: the rest.
@@ -22,20 +25,47 @@ def is_capturing(devices: Iterable[torch.device]) -> bool:
     return any(d.type == "cuda" for d in devices) and torch.cuda.is_current_stream_capturing()
 
 
+class OwnProcess:
+    """Remembers the process that first uses something whose threads a forked child does not have.
+
+    These are torch's own threads on the CPU, for which a child would wait without end, and those of a stream.
+    """
+
+    def __init__(self) -> None:
+        self._id: int | None = None
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether this is a child of the process that called :meth:`check` first."""
+        return self._id is not None and self._id != os.getpid()
+
+    def check(self, op: str, argument: str) -> None:
+        """Raises RuntimeError in a child of the process that called this first."""
+        if self.is_forked:
+            expected = "the process that took the first step (start workers with 'spawn')"
+            fail(op, argument, expected, "a fork of it, which has none of its threads", RuntimeError)
+        self._id = os.getpid()
+
+
 class RngState:
     """torch's RNG state on the CPU and on each CUDA device of the parameters, from which all forwards start.
 
     On CUDA it is the (seed, offset) that the host keeps of the generator, so nothing waits for the device.
+
+    ``generators``: others, which the closure draws from.
     """
 
-    def __init__(self, devices: Iterable[torch.device]) -> None:
+    def __init__(self, devices: Iterable[torch.device], generators: Iterable[torch.Generator] = ()) -> None:
         self._cpu = torch.get_rng_state()
+        self._others = [(g, g.get_state()) for g in generators]
         self._cuda = [(d, torch.cuda.get_rng_state(d)) for d in devices if d.type == "cuda"]
 
     def restore(self) -> None:
         torch.set_rng_state(self._cpu)
         for device, state in self._cuda:
             torch.cuda.set_rng_state(state, device)
+        for generator, state in self._others:
+            generator.set_state(state)
 
     def forward(self, index: int) -> AbstractContextManager[None]:
         """Around the forward of that number; 0 is the first, and finds the state as it is."""

@@ -36,6 +36,10 @@ class Members(NamedTuple):
         """
         return {"streams": self.streams} | placed(self.params)
 
+    def picked(self, at: Sequence[int]) -> Members:
+        """The members of these numbers."""
+        return Members([self.params[i] for i in at], [self.streams[i] for i in at], self.dist)
+
     @property
     def target(self) -> tuple[Plan | Tensors, dict[str, Any]]:
         """The first argument of an operation that changes the parameters, and their places."""
@@ -55,6 +59,22 @@ class Noise:
     same_scale = True
     #: (low, high) where the weights are integers, which every pass rounds and clamps to that range.
     bounds: tuple[int, int] | None = None
+    #: Whether the noise of matrices is a product of factors, which :meth:`stacked` gives.
+    has_factors = False
+
+    def is_dense(self, param: Tensor) -> bool:
+        """Whether the noise of ``param`` is dense."""
+        return not self.has_factors
+
+    def is_plain_matrix(self, param: Tensor) -> bool:
+        """Whether ``param`` is a matrix whose own rows and columns are those of the factors."""
+        return False
+
+    def stacked(self, param: Tensor, stream: int, seeds: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors of K directions of one matrix, [K, m, r] and [K, n, r]; what all directions share is
+        [1, ...].
+        """
+        raise NotImplementedError
 
     def kernel_args(self, members: Members, seeds: Tensor, coeffs: Tensor) -> dict[str, Any]:
         """The arguments of a combine that say what is added to ``members``, besides their places."""
@@ -65,9 +85,13 @@ class Noise:
 
         ``options``: theta, the weights that are read (by default the parameters; or a plan of them), and
         decay (by default 1)."""
-        theta, places = members.target
-        if (read := options.pop("theta", None)) is not None:
-            theta, places = (read, {}) if isinstance(read, Plan) else (locals_of(read), members.places)
+        read = options.pop("theta", None)
+        theta: Plan | Tensors
+        places: dict[str, Any] = {}
+        if isinstance(read, Plan):
+            theta = read
+        else:
+            theta, places = members.target if read is None else (locals_of(read), members.places)
         if not isinstance(theta, Plan):  # a plan has no shards
             out = locals_of(out)
         combine(out, theta, **self.kernel_args(members, seeds, coeffs), **places, **options)

@@ -175,13 +175,14 @@ class OptimizerView(Protocol):
     #: What rules and directions keep of each parameter, saved by ``state_dict``.
     state: Any
     defaults: dict[str, Any]
-    restore: str  #: "exact" or "inplace"
+    restore: str  #: "exact", "inplace" or "products"
     estimator: Estimator
     rule: Any
     direction: Any
     subset: Any
     run_state: HostState | DeviceState
     team: Team
+    part: bool  #: whether the run also trains weights that no log of this optimizer holds
     carried: bool  #: whether the step began with a perturbation of the two-pass form
     #: What a direction has made that is dear to make again: never saved.
     cache: dict[Any, Any]
@@ -197,5 +198,13 @@ class OptimizerView(Protocol):
     def step_count(self) -> int: ...
 
     @property
+    def own_settings(self) -> dict[str, Any]:
+        """What the class keeps beside its parts and groups."""
+
+    @property
     def in_two_pass(self) -> bool:
         """Whether updates add the next step's perturbation."""
+
+    @property
+    def members_at_once(self) -> int:
+        """How many members of a population a forward has; 0 unless steps are batched."""

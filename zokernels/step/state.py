@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -14,6 +16,18 @@ from ..functional import derive_seed
 from ..transfer import to_device
 from .scalars import YES
 from .types import Seeds
+
+_MASK64 = 2**64 - 1
+
+
+@functools.cache
+def _derive() -> Callable[[int, int, int], int]:
+    """:func:`derive_seed_int`; compiled, where the host module is built."""
+    try:
+        compiled: Callable[[int, int, int], int] = importlib.import_module("zokernels._host").derive_seed
+    except ImportError:
+        return derive_seed_int
+    return lambda seed, step, k: compiled(seed & _MASK64, step, k)
 
 
 class _State:
@@ -42,7 +56,8 @@ class HostState(_State):
 
     def seeds(self, devices: Iterable[torch.device], count: int, ahead: int = 0) -> Seeds:
         """derive_seed(seed, step + ahead, k) for k = 0 .. count - 1, as an int64 tensor on each device."""
-        values = [seed_to_int64(derive_seed_int(self.seed, self.step + ahead, k)) for k in range(count)]
+        derive, step = _derive(), self.step + ahead
+        values = [seed_to_int64(derive(self.seed, step, k)) for k in range(count)]
         # Fills: a list would be copied from pageable memory.
         fills = lambda d: [torch.full((1,), v, dtype=torch.int64, device=d) for v in values]
         return {d: torch.cat(fills(d)) if count > 1 else fills(d)[0] for d in devices}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,18 +14,22 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from ..checks import check_choice, check_integer, fail
+from ..ops.low_rank_linear import MAX_RANK
 from ..transfer import known_on_host
 from . import groups
 from .checkpoint import Held, check_state_dict, from_groups, own_state, with_own_state
+from .cohort import Cohort, CohortReader
 from .directions.direction import Direction
+from .directions.low_rank import LowRank
 from .estimators import Estimator, TwoSided
 from .graphs import GraphRng, check_capturable, check_capture
-from .guards import RngState, is_capturing, uninterrupted
+from .guards import OwnProcess, RngState, is_capturing, uninterrupted
 from .loss import LossReader
 from .probes.blocks import Blocks
 from .probes.exact import ExactProbe
 from .probes.inplace import InplaceProbe
 from .probes.probe import Probe
+from .probes.products import Learned, ProductProbe
 from .probes.sharded import CopiedShardProbe, MovedShardProbe
 from .roles import MEMORY, Log, Team, common_home
 from .rules.rule import Rule
@@ -54,6 +59,10 @@ class StepOptimizer(torch.optim.Optimizer):
 
     #: True if a log of seeds and coefficients (``trajectory``) is the whole run.
     replayable = True
+    #: True if a step on some of the parameters (a stage of a pipeline) is a part of the step on all of them.
+    staged = True
+    #: True if the run also trains weights that no log of this optimizer holds.
+    part = False
 
     def __init__(
         self,
@@ -66,6 +75,7 @@ class StepOptimizer(torch.optim.Optimizer):
         direction: Direction | None = None,
         subset: Subset | None = None,
         scratch: int | None = None,
+        cohort: int | None = None,
         estimator: Estimator,
         rule: Rule,
     ) -> None:
@@ -77,6 +87,11 @@ class StepOptimizer(torch.optim.Optimizer):
         self.direction = Direction() if direction is None else direction
         if capturable and (self.direction.refresh is not None or subset is not None):
             fail(self.op, "capturable", "False with a schedule that the host keeps (refresh, subset)", True)
+        if restore == "products":
+            self._check_products(capturable)
+        if cohort is not None:
+            check_integer(self.op, "cohort", cohort)
+        self.cohort = cohort
         self.run_state = (DeviceState if capturable else HostState)(check_seed(self.op, seed))
         self.warned: set[str] = set()
         if scratch is not None:
@@ -103,6 +118,20 @@ class StepOptimizer(torch.optim.Optimizer):
         self.cache: dict[Any, Any] = {}
         self.graph_rng: GraphRng | None = None
         self.carried = False
+        self._process, self._stepping = OwnProcess(), threading.Lock()
+        #: torch.Generator objects that the closure draws from, and which are set back before each further
+        #: forward of a step, as torch's default generators are.  A copy of the optimizer has none.
+        self.generators: Sequence[torch.Generator] = ()
+        self.learned = Learned()
+        self._reader: CohortReader | None = None
+
+    def _check_products(self, capturable: bool) -> None:
+        direction = self.direction
+        if not isinstance(direction, LowRank) or direction.rank > MAX_RANK:
+            expected = f"a direction of low rank, of at most {MAX_RANK}, with 'products'"
+            fail(self.op, "restore", expected, direction)
+        if capturable:
+            fail(self.op, "restore", "'exact' or 'inplace' with capturable", "'products'")
 
     @property
     def op(self) -> str:
@@ -144,11 +173,24 @@ class StepOptimizer(torch.optim.Optimizer):
         """Whether updates add the next step's perturbation (:meth:`two_pass`)."""
         return self.passes.in_two_pass
 
+    @property
+    def most_points(self) -> int:
+        """How many points a step has at most: as many ranks can share them."""
+        return len(self.estimator.points())
+
+    @property
+    def own_settings(self) -> dict[str, Any]:
+        """What the class keeps beside its parts and groups; all ranks of a mesh must have the same."""
+        return {}
+
     def _check_group(self, group: dict[str, Any]) -> None:
         groups.check_hyperparameters(self.op, group)
         self.rule.check(self.op, group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, which is copied: what the caller has stays as it is."""
+        if isinstance(param_group, dict):  # torch refuses anything else
+            param_group = dict(param_group)
         groups.name_empty_groups(self.param_groups, param_group)
         with warnings.catch_warnings():
             warnings.filterwarnings(
@@ -167,22 +209,73 @@ class StepOptimizer(torch.optim.Optimizer):
     # One step -----------------------------------------------------------------------------------------------
 
     # torch's annotations say that a step returns a float, and None without a closure.
-    def step(self, closure: Callable[[], Tensor | float] | None = None) -> Tensor:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, closure: Callable[..., Any] | None = None, *, batched: bool = False
+    ) -> Tensor:
         """Takes one step.
 
         ``closure`` runs the forward and returns the scalar loss, a tensor or a number.  It is called once for
         each of the estimator's points and the rule's trials, without gradients, each time from the same torch
-        RNG state.
+        RNG state (and from the same states of :attr:`generators`).
 
         Returns the estimator's loss (the mean, unless it says otherwise) on the losses' device.  Nothing in a
         step waits for a GPU.  If the closure raises, the weights are back at theta and the step does not
         count.  A loss that is not finite skips the update.
 
+        ``batched`` (with restore="products"): the closure runs once for many members of the step's
+        population, which are its points.  It gets a :class:`Cohort`, and returns a loss of each member,
+        [len(cohort)]::
+
+            def closure(cohort):
+                losses = per_example_loss(model(cohort.repeat(inputs)), cohort.repeat(targets))
+                return cohort.mean(losses)
+
+        Before the first such step of an optimizer the closure runs twice more, for one member and for two:
+        what a forward of many members cannot perturb is found there, and then members run one by one, which a
+        warning says.  Members of one forward draw the same random numbers only where these do not depend on
+        the row: dropout differs from member to member.
+
         Without a closure and with every lr 0, as ``torch.distributed.checkpoint`` calls it so that an
         optimizer makes its state, nothing happens."""
         if closure is None and not any(isinstance(g["lr"], Tensor) or g["lr"] for g in self.param_groups):
             return torch.zeros(())
-        return self.run_step(closure, LossReader())
+        return self._run_batched(closure) if batched else self.run_step(closure, LossReader())
+
+    def _run_batched(self, closure: Callable[[Cohort], Any] | None) -> Tensor:
+        if self.restore != "products":
+            fail(self.op, "batched", "restore='products'", repr(self.restore))
+        if not callable(closure):
+            expected = "a function of a Cohort that runs the forward and returns the losses"
+            fail(self.op, "closure", expected, repr(closure), TypeError)
+        self._reader = CohortReader(self.op, closure)
+        try:
+            if self.learned.size is None:
+                self._look()
+            return self.run_step(self._reader.run, self._reader)
+        finally:
+            self._reader = None
+
+    @torch.no_grad()
+    def _look(self) -> None:
+        """The first forwards of a batched run, which say how many members a forward may have."""
+        buckets = self.plan()
+        rng = RngState(list(dict.fromkeys(b.device for b in buckets)))
+        points = [[b.point(k, sign) for b in buckets] for k, sign in self.estimator.points()]
+        try:
+            with self.probed(buckets) as probe:
+                assert isinstance(probe, ProductProbe)
+                reason = probe.look(points, map(rng.forward, itertools.count()))
+        finally:
+            rng.restore()
+        self.learned.size = len(points) if self.cohort is None else self.cohort
+        if reason is not None and self.learned.size > 1:
+            self.learned.size = 1
+            warnings.warn(f"{self.op}: members run one by one: {reason}", stacklevel=5)
+
+    @property
+    def members_at_once(self) -> int:
+        """How many members a forward has; 0 unless steps are batched."""
+        return self.learned.size or 0
 
     @torch.no_grad()
     def run_step(
@@ -204,8 +297,15 @@ class StepOptimizer(torch.optim.Optimizer):
                 repr(closure),
                 TypeError,
             )
-        with uninterrupted() as hold:  # signals are delivered inside the closure, and when the step is over
-            loss = self._run_held(lambda: hold.call(closure), reader, consume or self._finish)
+        self._process.check(self.op, "step")
+        if not self._stepping.acquire(blocking=False):
+            got = "one inside the closure of another step of this optimizer, or in another thread"
+            fail(self.op, "step", "one step at a time", got, RuntimeError)
+        try:
+            with uninterrupted() as hold:  # signals are delivered inside the closure, and when all is done
+                loss = self._run_held(lambda: hold.call(closure), reader, consume or self._finish)
+        finally:
+            self._stepping.release()
         if not self.run_state.capturable and known_on_host(self.run_state.skipped):
             self._warn_skipped()
         return loss
@@ -266,6 +366,9 @@ class StepOptimizer(torch.optim.Optimizer):
         """How the closure sees parameters that are in memory."""
         if (probe := self.passes.probe(self.run_state, buckets, seeds)) is not None:
             return probe
+        if self.restore == "products":
+            shared = (self.blocks, self.warned, self.learned)
+            return ProductProbe(self.op, buckets, seeds, *shared, self._reader)
         exact = self.restore == "exact"
         if any(b.is_sharded for b in buckets):
             return (
@@ -402,7 +505,7 @@ class StepOptimizer(torch.optim.Optimizer):
             return check_capture(self.op, self.run_state, self.graph_rng, buckets, devices)
         if self.run_state.capturable and self.graph_rng is None:
             self.graph_rng = self._new_graph_rng(devices)  # a capture cannot make generators
-        return RngState(devices)
+        return RngState(devices, self.generators)
 
     # Checkpoints and copies ---------------------------------------------------------------------------------
 
@@ -413,7 +516,8 @@ class StepOptimizer(torch.optim.Optimizer):
         """
         self.flush()
         self.log.flush()
-        state = super().state_dict()
+        with groups.without_strangers(self.state, self.param_groups):
+            state = super().state_dict()
         self._warn_skipped()
         return with_own_state(state, own_state(self))
 
@@ -439,9 +543,12 @@ class StepOptimizer(torch.optim.Optimizer):
             fail(
                 self.op, "two_pass", "flush() before a copy", "weights that hold a perturbation", RuntimeError
             )
-        keys = ("estimator", "rule", "direction", "subset", "restore", "run_state", "warned", "block_bytes")
+        keys = ("estimator", "rule", "direction", "subset", "restore", "cohort", "run_state", "warned")
         last = ("last_projected_gradient", "last_loss", "last_losses")
-        return {**super().__getstate__(), **{key: self.__dict__[key] for key in (*keys, *last)}}
+        return {
+            **super().__getstate__(),
+            **{key: self.__dict__[key] for key in (*keys, "block_bytes", *last)},
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

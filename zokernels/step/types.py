@@ -109,6 +109,12 @@ class Bucket:
         """theta + sign * eps * z_k."""
         return {k: sign * self.eps} if sign else {}
 
+    @property
+    def has_numbers(self) -> bool:
+        """Whether the host knows :attr:`at` and the group's learning rate, and the weights are on the CPU."""
+        known = not any(isinstance(c, Tensor) for c in (self.group["lr"], *self.at.values()))
+        return known and self.device.type == "cpu"
+
     def way_back(self, g: Tensor) -> Tensor:
         """The coefficients that lead from :attr:`at` back to theta: float64 [q], on the device of ``g``."""
         back = torch.zeros_like(g, dtype=torch.float64)

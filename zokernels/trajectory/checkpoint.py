@@ -9,6 +9,7 @@ import math
 import mmap
 import os
 import pathlib
+import warnings
 from collections.abc import Callable
 
 from torch import Tensor
@@ -67,6 +68,9 @@ def replay_file(
     if path in {pathlib.Path(log.path).resolve(), *(f.path.resolve() for f in base.files)}:
         fail("replay", "out", "another file than the base and the log", str(out))
     log.check_upto(upto)
+    if "part" in log.header:
+        text = "replay: the log is a part of its run: weights that gradients trained stay as in the base"
+        warnings.warn(text, stacklevel=2)
     tensors = checked(base, log)
     trained = {
         p["name"] for group in log.header["groups"] for p in group["params"] if p["sha256"] is not None

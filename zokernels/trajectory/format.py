@@ -151,7 +151,7 @@ _HEADER = {
     "optimizer": lambda v: _is_text(v, 256),
     "seed": lambda v: is_integer(v, -(2**63), 2**64 - 1),
     "start": lambda v: is_integer(v, 0, 2**63 - 1),
-    "restore": lambda v: v in ("exact", "inplace"),
+    "restore": lambda v: v in ("exact", "inplace", "products"),
     "gated": lambda v: isinstance(v, bool),
     "losses": lambda v: is_integer(v, 0, 2**20 - 1),
     "estimator": lambda v: _is_part(v) and is_integer(v.get("directions"), 1, 2**20 - 1),
@@ -161,7 +161,11 @@ _HEADER = {
     "groups": lambda v: isinstance(v, list) and v,
 }
 #: Entries that a header need not have.
-_OPTIONAL = {"asynchronous": lambda v: v is True}
+_OPTIONAL = {
+    "asynchronous": lambda v: v is True,
+    "part": lambda v: v is True,
+    "cohort": lambda v: is_integer(v, 0, 2**20 - 1),
+}
 _GROUP = {
     "options": lambda v: isinstance(v, dict) and all(map(_is_option, v.values())),
     "lr_is_tensor": lambda v: isinstance(v, bool),

@@ -351,6 +351,9 @@ def record(
         fail("trajectory", "resume, rewind", "one of them", "both")
     if not optimizer.replayable:
         fail("trajectory", "optimizer", "steps along directions", optimizer.op)
+    if optimizer.part and resume:
+        expected = "rewind=True, from a checkpoint: a log has no first-order weights to go on with"
+        fail("trajectory", "resume", expected, True)
     if optimizer.run_state.capturable:
         fail("trajectory", "capturable", "False: the replays of a CUDA graph call no host function", True)
     if isinstance(optimizer.log, Follower) and not optimizer.log.closed:

@@ -14,12 +14,16 @@ from torch import Tensor, nn
 
 from ..checks import fail
 from ..contract import CONTRACT, canonical_name
-from ..step.directions import integers, low_rank, masks, scaling
+from ..step import candidates
+from ..step.directions import covariance, integers, low_rank, masks, sampled, scaling, spaces, summed
 from ..step.directions.direction import Direction
 from ..step.estimators import Estimator
 from ..step.groups import takes_part
 from ..step.roles import OptimizerView, home_of
-from ..step.rules import factors, sgd, stateful, window
+from ..step.rules import cone, factors, feedback, sgd, stateful, window
+from ..step.rules import covariance as covariance_rules
+from ..step.rules import sampled as sampled_rules
+from ..step.rules import spaces as spaces_rules
 from ..step.rules.rule import Rule
 from ..step.shard import whole_of
 from ..step.step import StepOptimizer
@@ -33,7 +37,10 @@ _PIECE = 1 << 24
 #: Where the classes are defined that a log may name.  They are imported here because a process that only
 #: replays (``zokernels replay``) imports no optimizer, and a class is found among the subclasses that exist
 #: (:func:`_kinds`).
-PART_MODULES = (integers, low_rank, masks, scaling, factors, sgd, stateful, window)
+PART_MODULES = (
+    *(candidates, covariance, integers, low_rank, masks, sampled, scaling, spaces, summed),
+    *(cone, covariance_rules, factors, feedback, sampled_rules, sgd, spaces_rules, stateful, window),
+)
 
 _PARTS = {"estimator": Estimator, "rule": Rule, "direction": Direction, "subset": Subset}
 
@@ -209,9 +216,11 @@ def header_of(optimizer: OptimizerView, base: bool = True) -> dict[str, Any]:
         "seed": optimizer.seed,
         "start": optimizer.step_count,
         "restore": optimizer.restore,
+        **({"cohort": optimizer.members_at_once} if optimizer.restore == "products" else {}),
         "gated": devices != {"cpu"},
         "losses": len(estimator.points()) if rule.reads_losses else 0,
         **{argument: describe(getattr(optimizer, argument)) for argument in _PARTS},
+        **({"part": True} if optimizer.part else {}),
         "groups": groups,
     }
 
@@ -263,7 +272,7 @@ def check_same_run(optimizer: OptimizerView, header: dict[str, Any]) -> None:
         where = "'stream' of each parameter in read(path).header['groups'], as 'streams' of each group"
         fail("trajectory", "resume: streams", f"those of the log ({where})", "others, which draw other noise")
     for key in theirs:
-        if key not in ("created_by", "start", "gated") and ours.get(key) != theirs[key]:
+        if key not in ("created_by", "start", "gated", "cohort") and ours.get(key) != theirs[key]:
             fail(
                 "trajectory",
                 f"resume: {key}",
@@ -368,6 +377,8 @@ def optimizer_of(
         groups.append({**options, "params": list(zip(labels, params, strict=True)) if named else params,
                        "lr": lr, "streams": streams})  # fmt: skip
     try:
+        # A replay runs no forwards, and of "products" nothing but those is different.
+        restore = "exact" if restore == "products" else restore
         optimizer = StepOptimizer(groups, {"lr": 0.0}, seed=header["seed"], restore=restore, **parts)
     except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
         fail("replay_", "log", "valid settings", str(error)[:200])

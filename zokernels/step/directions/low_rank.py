@@ -23,11 +23,11 @@ from torch import Tensor
 
 from ...checks import check_integer, fail
 from ...functional import Rule as KernelRule
-from ...functional import combine_, low_rank, low_rank_, update_
+from ...functional import combine_, low_rank, low_rank_, spread, update_
 from ..noise import DENSE, Members, Noise, Tensors
 from ..roles import OptimizerView
 from ..scalars import scalars
-from ..shard import is_sharded, local_of, locals_of, placed, shard_of
+from ..shard import is_sharded, local_of, locals_of, shard_of
 from ..types import Bucket, Seeds
 from .direction import Direction, check_refresh, derived_seed
 
@@ -38,7 +38,7 @@ _FACTOR_K = 0x80000001
 Shapes = list[tuple[int, int]]
 
 
-def _draw(shapes: Shapes, seed: Tensor, streams: list[int], offsets: list[int], c: float) -> list[Tensor]:
+def draw(shapes: Shapes, seed: Tensor, streams: list[int], offsets: list[int], c: float) -> list[Tensor]:
     """c z [rows, columns] in fp32, of each stream from its offset on.
 
     It is one combine over -0.0, which is the neutral element of addition.
@@ -48,13 +48,22 @@ def _draw(shapes: Shapes, seed: Tensor, streams: list[int], offsets: list[int], 
     return out
 
 
+def _draw_each(shape: tuple[int, int], seeds: Tensor, stream: int, offset: int, c: float) -> Tensor:
+    """:func:`_draw` for each of ``seeds``, [K, rows, columns], in one call."""
+    zero = torch.full(shape, -0.0, dtype=torch.float32, device=seeds.device)
+    out = torch.empty((len(seeds), *shape), dtype=torch.float32, device=seeds.device)
+    coeffs = torch.full((len(seeds),), c, dtype=torch.float32, device=seeds.device)
+    spread(out, zero, seeds, coeffs, stream=stream, offset=offset)
+    return out
+
+
 def near_square(count: int) -> tuple[int, int]:
     """(m, n), m <= n, with m n = ``count`` and n - m as small as it can be."""
     m = next(m for m in range(math.isqrt(count), 0, -1) if count % m == 0)
     return m, count // m
 
 
-def _orthonormal(x: Tensor) -> Tensor:
+def orthonormal(x: Tensor) -> Tensor:
     """Orthonormal columns with the span of those of ``x``: a QR factorisation in float64, rounded to fp32."""
     q: Tensor = torch.linalg.qr(x.double()).Q
     return q.float().contiguous()
@@ -93,6 +102,8 @@ def _parts(
 class Factored(Noise):
     """Noise of ``kind`` in matrices, and dense noise in the rest."""
 
+    has_factors = True
+
     def __init__(self, kind: LowRank, kept_seed: Tensor, cache: dict[tuple[Any, ...], Any]) -> None:
         self._kind, self._kept_seed, self._cache = kind, kept_seed, cache
 
@@ -108,7 +119,7 @@ class Factored(Noise):
         """Adds the noise to ``theta``, into ``out``, or in place where that is None."""
         theta = locals_of(members.params) if theta is None else theta
         pick = lambda values, at: [values[i] for i in at]
-        of = lambda at: _picked(members, at)
+        of = members.picked
         shapes = [self._kind.matrix(p) for p in members.params]
         wide = [i for i, shape in enumerate(shapes) if shape is not None]
         if flat := [i for i, shape in enumerate(shapes) if shape is None]:
@@ -146,6 +157,18 @@ class Factored(Noise):
         together = lambda factors: [torch.stack(of_tensor) for of_tensor in zip(*factors, strict=True)]
         return together(lefts), together(rights)
 
+    def is_dense(self, param: Tensor) -> bool:
+        return self._kind.matrix(param) is None
+
+    def is_plain_matrix(self, param: Tensor) -> bool:
+        return param.dim() == 2 and self._kind.matrix(param) == tuple(param.shape)
+
+    def stacked(self, param: Tensor, stream: int, seeds: Tensor) -> tuple[Tensor, Tensor]:
+        shape = self._kind.matrix(param)
+        assert shape is not None
+        kept = self._kind.kept([shape], [stream], self._kept_seed, self._cache)
+        return self._kind.stacked(shape, stream, seeds, kept)
+
     def perturb(self, out: Tensors, members: Members, seeds: Tensor, coeffs: Tensor, **options: Any) -> None:
         self._apply(out, members, seeds, coeffs, **options)
 
@@ -173,9 +196,9 @@ class Factored(Noise):
         flat = [i for i, p in enumerate(members.params) if self._kind.matrix(p) is None]
         if flat:
             of_flat = {key: [tensors[i] for i in flat] for key, tensors in states.items()}
-            DENSE.step(_picked(members, flat), rule, hyper, seeds, coeffs, **of_flat, **options)
+            DENSE.step(members.picked(flat), rule, hyper, seeds, coeffs, **of_flat, **options)
         for i in sorted({*range(len(members.params))} - {*flat}):
-            one = _picked(members, [i])
+            one = members.picked([i])
             (theta,) = locals_of(one.params)
             g = torch.full(theta.shape, -0.0, dtype=torch.float32, device=theta.device)
             left, right = self.factors(one.params, one.streams, seeds)
@@ -189,7 +212,7 @@ class Factored(Noise):
                 key: [tensor] for key, tensor in zip(("first", "second"), then, strict=False)
             }
             kernel: KernelRule = "momentum" if rule == "sign" else rule
-            args = self.kernel_args(one, seeds[:0], coeffs[:0]) | _places(one)
+            args = self.kernel_args(one, seeds[:0], coeffs[:0]) | one.places
             update_([theta], kernel, still, **args, **own, **options)
 
     def fresh_shapes(self, members: Members) -> list[tuple[int, ...]]:
@@ -224,13 +247,13 @@ class Factored(Noise):
         product.
         """
         for i, state in enumerate(states):
-            one = _picked(members, [i])
+            one = members.picked([i])
             (param,), (theta,) = one.params, locals_of(one.params)
             if (shape := self._kind.matrix(param)) is None:
-                args = self.kernel_args(one, seeds, coeffs) | _places(one)
+                args = self.kernel_args(one, seeds, coeffs) | one.places
                 combine_([state], **args, decay=keep)
-                hyper = _constants((0.0, 1.0, 0.0, lr), lr)
-                none = self.kernel_args(one, seeds[:0], coeffs[:0]) | _places(one)
+                hyper = scalars((0.0, 1.0, 0.0, lr), lr.device).float()
+                none = self.kernel_args(one, seeds[:0], coeffs[:0]) | one.places
                 update_([theta], "momentum", hyper, **none, first=[state], **rounding)
                 continue
             combine_([state], seeds, coeffs * self._kind.scale, streams=one.streams, decay=keep)
@@ -241,6 +264,49 @@ class Factored(Noise):
             )
             low_rank_([theta], lefts, rights, -lr, streams=one.streams, offsets=offsets, **rounding)
 
+    def fresh(self, one: Members, seeds: Tensor, coeffs: Tensor) -> Tensor:
+        """sum_k c_k F_k of one parameter, F_k the fresh factor; of one with dense noise, sum_k c_k z_k."""
+        (param,) = one.params
+        if (shape := self._kind.matrix(param)) is None:
+            total = torch.full(local_of(param).shape, -0.0, dtype=torch.float32, device=param.device)
+            combine_([total], **self.kernel_args(one, seeds, coeffs), **one.places)
+        else:
+            total = torch.full(self._kind.fresh_shape(shape), -0.0, dtype=torch.float32, device=param.device)
+            combine_([total], seeds, coeffs, streams=one.streams)
+        return total
+
+    def descend_adam(
+        self,
+        one: Members,
+        moments: tuple[Tensor, Tensor],
+        left: Tensor,
+        lr: Tensor,
+        eps: float,
+        **rounding: Any,
+    ) -> None:
+        """theta <- decay theta - lr m / (sqrt(v) + eps), with m and v the products of the two ``moments``.
+
+        ``left``: 1 - b1^n and 1 - b2^n, float64.  Divisions and roots are in float64, rounded once.
+        """
+        (param,), (theta,) = one.params, locals_of(one.params)
+        m, v = moments
+        if (shape := self._kind.matrix(param)) is not None:
+            kept = self._kind.kept([shape], list(one.streams), self._kept_seed, self._cache)
+            made = []
+            for moment, power in zip(moments, (1, 2), strict=True):
+                left_, right = self._kind.product(moment, [[t**power for t in part] for part in kept])
+                lefts, rights, offsets = _parts(
+                    type(self._kind).__name__, one.params, [left_[None]], [right[None]], {}
+                )
+                total = torch.full(theta.shape, -0.0, dtype=torch.float32, device=theta.device)
+                low_rank_([total], lefts, rights, 1.0, streams=one.streams, offsets=offsets)
+                made.append(total)
+            m, v = made
+        moved = ((m.double() / left[0]) / ((v.double() / left[1]).sqrt() + eps)).float()
+        hyper = scalars((0.0, 1.0, 0.0, lr), lr.device).float()
+        none = self.kernel_args(one, lr.new_zeros(0, dtype=torch.int64), lr.new_zeros(0).float())
+        update_([theta], "momentum", hyper, first=[moved], **none, **one.places, **rounding)
+
     def orthogonal(
         self, members: Members, seeds: Tensor, coeffs: Tensor, lr: Tensor, **rounding: Any
     ) -> None:
@@ -249,10 +315,10 @@ class Factored(Noise):
         """
         name = type(self._kind).__name__
         for i in range(len(members.params)):
-            one = _picked(members, [i])
+            one = members.picked([i])
             (param,), (theta,) = one.params, locals_of(one.params)
             if (shape := self._kind.matrix(param)) is None:
-                args = self.kernel_args(one, seeds, -lr * coeffs) | _places(one)
+                args = self.kernel_args(one, seeds, -lr * coeffs) | one.places
                 combine_([theta], **args, **rounding)
                 continue
             total = torch.full(self._kind.fresh_shape(shape), -0.0, dtype=torch.float32, device=theta.device)
@@ -273,24 +339,10 @@ def _msign(x: Tensor) -> Tensor:
     return found
 
 
-def _picked(members: Members, at: list[int]) -> Members:
-    return Members([members.params[i] for i in at], [members.streams[i] for i in at], members.dist)
-
-
-def _places(members: Members) -> dict[str, Any]:
-    """The arguments of an operation that say where in the noise ``members`` are."""
-    return {"streams": members.streams} | placed(members.params)
-
-
-def _constants(values: Sequence[float | Tensor], like: Tensor) -> Tensor:
-    """Numbers and 0-dim tensors as one fp32 tensor, by fills, which do not wait for the host."""
-    return scalars(values, like.device).float()
-
-
 def _momentum(g: Tensor, theta: Tensor, hyper: Tensor, m: Tensor) -> tuple[list[Tensor], Tensor]:
     l2, beta, gain, lr = hyper.unbind()
     m.copy_(beta * m + gain * (l2 * theta + g))
-    return [m], _constants((0.0, 1.0, 0.0, lr), hyper)
+    return [m], scalars((0.0, 1.0, 0.0, lr), hyper.device).float()
 
 
 def _adam(g: Tensor, theta: Tensor, hyper: Tensor, m: Tensor, v: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -298,12 +350,12 @@ def _adam(g: Tensor, theta: Tensor, hyper: Tensor, m: Tensor, v: Tensor) -> tupl
     g = l2 * theta + g
     m.copy_(beta1 * m + gain1 * g)
     v.copy_(beta2 * v + gain2 * g * g)
-    return [m, v], _constants((0.0, 1.0, 0.0, 1.0, 0.0, *rest), hyper)
+    return [m, v], scalars((0.0, 1.0, 0.0, 1.0, 0.0, *rest), hyper.device).float()
 
 
 def _sign(g: Tensor, theta: Tensor, hyper: Tensor) -> tuple[list[Tensor], Tensor]:
     l2, lr = hyper.unbind()
-    return [(l2 * theta + g).sign()], _constants((0.0, 1.0, 0.0, lr), hyper)
+    return [(l2 * theta + g).sign()], scalars((0.0, 1.0, 0.0, lr), hyper.device).float()
 
 
 #: What the kernels of :func:`zokernels.update_` do with G before they move theta: G, theta, hyper and the
@@ -360,6 +412,14 @@ class LowRank(Direction):
         """The left [m, r] and right [n, r] factors of one direction."""
         raise NotImplementedError
 
+    def stacked(self, shape: tuple[int, int], stream: int, seeds: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
+        """The factors of K directions of one matrix, [K, m, r] and [K, n, r], each as :meth:`drawn` gives it.
+
+        What all directions share has a first dimension of 1.
+        """
+        pairs = [self.drawn([shape], [stream], seeds[k : k + 1], kept) for k in range(len(seeds))]
+        return torch.stack([left for (left,), _ in pairs]), torch.stack([right for _, (right,) in pairs])
+
     @property
     def scale(self) -> float:
         """The factor of the fresh numbers in z, where a momentum of them is kept
@@ -383,11 +443,11 @@ class LowRank(Direction):
         """
 
     def _left(self, shapes: Shapes, streams: list[int], seed: Tensor, c: float) -> list[Tensor]:
-        return _draw([(m, self.rank) for m, _ in shapes], seed, streams, [0] * len(shapes), c)
+        return draw([(m, self.rank) for m, _ in shapes], seed, streams, [0] * len(shapes), c)
 
     def _right(self, shapes: Shapes, streams: list[int], seed: Tensor) -> list[Tensor]:
         """They have the seed and stream of the left factors, and the elements behind theirs."""
-        return _draw(
+        return draw(
             [(n, self.rank) for _, n in shapes], seed, streams, [m * self.rank for m, _ in shapes], 1.0
         )
 
@@ -413,6 +473,9 @@ class KeptRight(LowRank):
         self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any
     ) -> tuple[list[Tensor], list[Tensor]]:
         return self._left(shapes, streams, seed, self.scale), kept
+
+    def stacked(self, shape: tuple[int, int], stream: int, seeds: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
+        return _draw_each((shape[0], self.rank), seeds, stream, 0, self.scale), kept[0][None]
 
     @property
     def scale(self) -> float:
@@ -454,12 +517,12 @@ class KeptLeft(LowRank):
     def kept(
         self, shapes: Shapes, streams: list[int], seed: Tensor, cache: dict[tuple[Any, ...], Any]
     ) -> Any:
-        return [_orthonormal(left) for left in self._left(shapes, streams, seed, 1.0)]
+        return [orthonormal(left) for left in self._left(shapes, streams, seed, 1.0)]
 
     def drawn(
         self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any
     ) -> tuple[list[Tensor], list[Tensor]]:
-        fresh = _draw([(n, self.rank) for _, n in shapes], seed, streams, [0] * len(shapes), 1.0)
+        fresh = draw([(n, self.rank) for _, n in shapes], seed, streams, [0] * len(shapes), 1.0)
         by = lambda m: (m / self.rank) ** 0.5 if self.scaled else 1.0
         return [p * by(m) for p, (m, _) in zip(kept, shapes, strict=True)], fresh
 
@@ -478,6 +541,10 @@ class FreshFactors(LowRank):
         self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any
     ) -> tuple[list[Tensor], list[Tensor]]:
         return self._left(shapes, streams, seed, self.rank**-0.5), self._right(shapes, streams, seed)
+
+    def stacked(self, shape: tuple[int, int], stream: int, seeds: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
+        (m, n), r = shape, self.rank
+        return _draw_each((m, r), seeds, stream, 0, r**-0.5), _draw_each((n, r), seeds, stream, m * r, 1.0)
 
 
 @dataclass(frozen=True)
@@ -499,9 +566,13 @@ class TemporalFactor(LowRank):
     def drawn(
         self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any
     ) -> tuple[list[Tensor], list[Tensor]]:
-        tau = _draw([(1, self.rank)] * len(shapes), seed, streams, [0] * len(shapes), 1.0)
+        tau = draw([(1, self.rank)] * len(shapes), seed, streams, [0] * len(shapes), 1.0)
         left, right = kept
         return [u * t for u, t in zip(left, tau, strict=True)], right
+
+    def stacked(self, shape: tuple[int, int], stream: int, seeds: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
+        (left,), (right,) = kept
+        return left * _draw_each((1, self.rank), seeds, stream, 0, 1.0), right[None]
 
     def fresh_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         return 1, self.rank
@@ -576,17 +647,25 @@ class Subspace(LowRank):
                     self._left([shape], [stream], seed, 1.0),
                     self._right([shape], [stream], seed),
                 )
-                cache[key] = _orthonormal(left), _orthonormal(right)
+                cache[key] = orthonormal(left), orthonormal(right)
             found.append(cache[key])
         return found
 
     def drawn(
         self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any
     ) -> tuple[list[Tensor], list[Tensor]]:
-        mixed = _draw([(self.rank, self.rank)] * len(shapes), seed, streams, [0] * len(shapes), 1.0)
+        mixed = draw([(self.rank, self.rank)] * len(shapes), seed, streams, [0] * len(shapes), 1.0)
         left = [torch.full((m, self.rank), -0.0, device=seed.device) for m, _ in shapes]
         scales = torch.cat(
             [torch.full((1, 1), (m * n) ** 0.5 / self.rank, device=seed.device) for m, n in shapes]
         )
         low_rank_(left, [u[None] for u, _ in kept], [g[None] for g in mixed], scales, streams=streams)
         return left, [v for _, v in kept]
+
+    def stacked(self, shape: tuple[int, int], stream: int, seeds: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
+        ((u, v),), (m, n), count = kept, shape, len(seeds)
+        mixed = _draw_each((self.rank, self.rank), seeds, stream, 0, 1.0)
+        left = torch.full((count, m, self.rank), -0.0, device=seeds.device)
+        scales = torch.full((count, 1), (m * n) ** 0.5 / self.rank, device=seeds.device)
+        low_rank_(list(left), [u[None]] * count, [g[None] for g in mixed], scales, streams=[stream] * count)
+        return left, v[None]

@@ -22,7 +22,7 @@ from ..types import Bucket, Seeds
 from .direction import Direction, check_refresh
 
 
-class _PerTensor(Noise):
+class PerTensor(Noise):
     """s_t z in the moves and u_t z in the update, for every tensor t, which has a row of coefficients."""
 
     def __init__(self, moves: dict[int, Tensor], updates: dict[int, Tensor]) -> None:
@@ -107,7 +107,7 @@ class TensorScale(Direction):
                 updates = (
                     sizes if self.kind == "variance" else {k: torch.ones_like(s) for k, s in sizes.items()}
                 )
-            bucket.noise = _PerTensor(moves, updates)
+            bucket.noise = PerTensor(moves, updates)
 
     def _measured(self, optimizer: OptimizerView, params: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Each parameter with its d, fp32, 0-dim, on its device."""

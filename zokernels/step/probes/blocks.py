@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..scratch import ALIGN, Arena
 from .compiled import Compiled
@@ -26,10 +26,13 @@ LOOK = 32
 class Block:
     """Parameters with one perturbed copy in scratch, made by one call for each of their buckets."""
 
-    __slots__ = ("arenas", "kept", "looks", "nbytes", "params")
+    __slots__ = ("arenas", "kept", "looks", "nbytes", "opens", "params")
 
-    def __init__(self, params: Sequence[Tensor]) -> None:
-        self.params, self.nbytes = list(params), scratch_bytes(params)
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        self.params = list(params)
+        self.nbytes = scratch_bytes(self.params)
+        #: Whether it may be open: of others than ``nn.Parameter``, a write to ``data`` would not be noticed.
+        self.opens = all(isinstance(p, nn.Parameter) for p in self.params)
         #: Whether the copy lives to the end of a forward, because other blocks come between its uses.
         self.kept = False
         self.arenas: list[Arena] = []  #: the last ones
@@ -104,7 +107,7 @@ class Blocks:
         """
         if self._whole[0] is not params:
             found = dict.fromkeys(self.of[i] for i in params if i in self.of)
-            fits = found and all(i in self.of for i in params)
+            fits = found and all(i in self.of for i in params) and all(b.opens for b in found)
             fits = fits and sum(b.nbytes for b in found) <= min(self.limit_for(b) for b in found)
             self._whole = params, list(found) if fits else []
         return self._whole[1]

@@ -29,8 +29,8 @@ class Compiled:
         self._compiled = -1
         #: All contexts, each with the ids of the tensors that its functions refer to.
         self._found: list[tuple[Any, set[int]]] = []
-        #: A context of torch.compile, with the parameters that its functions refer to.
-        self.regions: list[tuple[Any, list[Tensor]]] = []
+        #: A context of torch.compile, with the parameters that its functions refer to, by id.
+        self.regions: list[tuple[Any, dict[int, Tensor]]] = []
 
     def renew(self, params: dict[int, Tensor]) -> None:
         """Looks for compiled functions, if torch has compiled something since the last time.
@@ -40,7 +40,9 @@ class Compiled:
         frames = sys.modules.get("torch._dynamo.convert_frame")
         if frames is None:
             return
-        if self._compiled != frames.FRAME_COUNTER:  # the search takes a tenth of a second
+        if self._compiled != frames.FRAME_COUNTER:  # a search takes a tenth of a second
+            if not _torch_compile_was_called():
+                return
             self._compiled, self._params = frames.FRAME_COUNTER, None
             found: dict[int, tuple[Any, set[int]]] = {}
             for context, function in _functions():
@@ -49,7 +51,7 @@ class Compiled:
         if self._params is not params:
             self._params = params
             regions = [
-                (context, [p for i, p in params.items() if i in held]) for context, held in self._found
+                (context, {i: p for i, p in params.items() if i in held}) for context, held in self._found
             ]
             self.regions = [(context, taken) for context, taken in regions if taken]
 
@@ -69,7 +71,7 @@ class Compiled:
                     installed.remove(hook)
 
 
-def _hook(params: list[Tensor]) -> Callable[[], Callable[[], object]]:
+def _hook(params: dict[int, Tensor]) -> Callable[[], Callable[[], object]]:
     def enter() -> Callable[[], object]:
         forward = running.get(get_ident())
         return (lambda: None) if forward is None else forward.enter_compiled(params)
@@ -85,6 +87,16 @@ def _skip_ours() -> None:
     from torch._dynamo import trace_rules
 
     trace_rules.add(__package__ or "")
+
+
+def _torch_compile_was_called() -> bool:
+    """Whether there can be functions of torch.compile: most processes have none, and need no search.
+
+    Before the first of them torch patches functions of its own, once in a process: the cache of that function
+    is empty until then.  A torch without that function is taken to have compiled something."""
+    patcher = getattr(sys.modules["torch._dynamo.eval_frame"], "TorchPatcher", None)
+    cache_info = getattr(getattr(patcher, "patch", None), "cache_info", None)
+    return cache_info is None or cache_info().currsize > 0
 
 
 def _functions() -> Iterator[tuple[Any, Any]]:

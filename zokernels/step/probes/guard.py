@@ -15,7 +15,7 @@ from threading import Lock, get_ident
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...checks import fail
 from ..guards import uninterrupted
@@ -33,8 +33,8 @@ class Listener(Protocol):
     def uncover(self, param: Tensor) -> None:
         """Called before something takes a parameter as it is."""
 
-    def enter_compiled(self, params: list[Tensor]) -> Callable[[], object]:
-        """Called before a compiled function that may take ``params``; what is returned, after it."""
+    def enter_compiled(self, params: dict[int, Tensor]) -> Callable[[], object]:
+        """Called before a compiled function that may take ``params`` (by id); what is returned, after it."""
 
 
 #: By thread: the forward that runs in it.
@@ -117,6 +117,38 @@ def release(params: Iterable[Any]) -> None:
 _held: list[dict[int, Any]] = []
 _lock = Lock()
 
+_get_data: Callable[[Any], Tensor] = Tensor.data.__get__  # type: ignore[attr-defined]
+#: ``param.data = value``, past :class:`_Data`.
+set_data: Callable[[Any, Tensor], None] = Tensor.data.__set__  # type: ignore[attr-defined]
+
+
+class _Data:
+    """``data`` of ``nn.Parameter``.
+
+    torch's own gives a tensor that counts its versions by itself, so that a write to it is seen by nobody.
+    While a step's forwards run, and a parameter has the memory of its copy, such a write would be lost with
+    the copy.  So that it is noticed, ``data`` then is a tensor that counts together with the parameter.
+    """
+
+    def __get__(self, param: Any, owner: type) -> Any:
+        if param is None:
+            return Tensor.data
+        if _held and is_held(param) and not isinstance(param, Guard):
+            return Tensor.detach(param)
+        return _get_data(param)
+
+    def __set__(self, param: Any, value: Tensor) -> None:
+        set_data(param, value)
+
+
+def _watch_data() -> None:
+    """Puts :class:`_Data` into ``nn.Parameter``, where it stays.
+
+    A class that changed in each step would lose the caches that Python keeps of its attributes.
+    """
+    if "data" not in vars(nn.Parameter):
+        nn.Parameter.data = _Data()  # type: ignore[assignment]
+
 
 def is_held(param: Any) -> bool:
     """Whether a running step guards ``param``.  A copy that was made of its class is nobody's."""
@@ -132,6 +164,7 @@ def guarded(op: str, params: dict[int, Tensor], at_once: bool = True) -> Iterato
 
     Raises: RuntimeError where another step, in whose closure or beside which this one runs, has one of them.
     """
+    _watch_data()
     with _lock:
         if not all(params.keys().isdisjoint(other) for other in _held):
             got = "one inside the closure of another step, or in another thread, with the same parameters"

@@ -15,7 +15,7 @@ from ..scratch import Arena, ScratchPool, Views, arena_numel
 from ..types import Bucket
 from .blocks import Block
 from .functions import refuse_write
-from .guard import guarded_kind, own_kind
+from .guard import guarded_kind, own_kind, set_data
 
 _use_count: Callable[[Tensor], int] = Tensor._use_count  # type: ignore[attr-defined]
 
@@ -59,16 +59,18 @@ class Part:
             "members",
             "numel",
             "plan",
+            "seen",
             "thetas",
         ),
     )
 
     def __init__(self, bucket: int, members: Members) -> None:
         self.bucket, self.members, self.ids = bucket, members, tuple(map(id, members.params))
+        self.seen = dict.fromkeys(self.ids)
         self.thetas: list[Tensor] = []
         self.kinds: list[type[Tensor]] = []
         self.guards: list[type[Tensor]] = []
-        self.key: Any = self.ids  #: of the views of an arena
+        self.key = object()  #: of the views of an arena
         self.numel = 0
         self.plan: Plan | None = None  #: of ``thetas``
         self._found: Any = None
@@ -84,7 +86,7 @@ class Part:
             return
         found = [p.data_ptr() for p in params], [p.shape for p in params]
         if found != self._found:
-            self.key = (self.ids, tuple(found[1]))
+            self.key = object()
             self.thetas, self._found, self.numel = [p.detach() for p in params], found, arena_numel(params)
             self.kinds = [own_kind(p) for p in params]
             self.guards = list(map(guarded_kind, self.kinds))
@@ -99,25 +101,25 @@ class Owners:
     """
 
     def __init__(self, buckets: list[Bucket]) -> None:
-        self.of, self.buckets, self.step = self._known(buckets), buckets, 0
+        self.buckets, self.step = buckets, 0
         self.params = {id(p): p for b in buckets for p in b.params}
         self._places = {
             id(p): (i, s) for i, b in enumerate(buckets) for p, s in zip(b.params, b.streams, strict=True)
         }
         self._parts: dict[Block, list[Part]] = {}
 
-    @staticmethod
-    def _known(buckets: list[Bucket]) -> list[Any]:
-        return [(b.device, b.dtype, b.dist, b.streams, list(map(id, b.params))) for b in buckets]
-
     @classmethod
     def renewed(cls, last: Owners | None, buckets: list[Bucket]) -> Owners:
         """``last``, if it is of buckets like these."""
-        if last is None or last.of != cls._known(buckets):
+        if last is None or len(last.buckets) != len(buckets) or not all(map(_alike, last.buckets, buckets)):
             return cls(buckets)
         last.buckets = buckets
         last.step += 1
         return last
+
+    def place(self, param: Tensor) -> tuple[int, int]:
+        """The number of a parameter's bucket, and the parameter's stream."""
+        return self._places[id(param)]
 
     def parts(self, block: Block) -> list[Part]:
         if block not in self._parts:
@@ -133,6 +135,13 @@ class Owners:
                 self._parts.clear()
             self._parts[block] = made
         return self._parts[block]
+
+
+def _alike(a: Bucket, b: Bucket) -> bool:
+    if a.params is b.params and a.streams is b.streams:  # of one plan, which is kept from step to step
+        return a.dist == b.dist
+    facts = lambda one: (one.device, one.dtype, one.dist, one.streams, list(map(id, one.params)))
+    return bool(facts(a) == facts(b))
 
 
 class Made:
@@ -178,8 +187,9 @@ class Made:
         self.is_open = True
         for part, params, views in zip(self.parts, all_params, self.views, strict=True):
             for p, kind, view in zip(params, part.kinds, views.out, strict=True):
-                p.__class__ = kind
-                p.data = view
+                if p.__class__ is not kind:
+                    p.__class__ = kind
+                set_data(p, view)
 
     def close(self, guarded: bool) -> None:
         """Gives the parameters their own memory back, and perhaps their guard."""
@@ -187,8 +197,9 @@ class Made:
             for part in self.parts:
                 kinds = part.guards if guarded else part.kinds
                 for p, kind, theta in zip(part.members.params, kinds, part.thetas, strict=True):
-                    p.data = theta
-                    p.__class__ = kind
+                    set_data(p, theta)
+                    if p.__class__ is not kind:
+                        p.__class__ = kind
             self.is_open = False
 
     def are_copies_written(self) -> bool:

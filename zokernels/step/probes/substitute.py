@@ -161,8 +161,8 @@ class Substitution:
             refuse_write(self.op, func)
         return out
 
-    def enter_compiled(self, params: list[Tensor]) -> Callable[[], None]:
-        """Called before a compiled function that may take ``params``; what is returned, after it.
+    def enter_compiled(self, params: dict[int, Tensor]) -> Callable[[], None]:
+        """Called before a compiled function that may take ``params`` (by id); what is returned, after it.
 
         Meanwhile their blocks are open.
         """
@@ -174,8 +174,8 @@ class Substitution:
             )
         if not self.opens:
             return lambda: None
-        blocks = self._make(params, for_graph=True)
-        self.seen.update(dict.fromkeys(map(id, params)))
+        blocks = self._make(params.values(), for_graph=True)
+        self.seen.update(dict.fromkeys(params))
         for made in blocks:
             made.users += 1
 
@@ -209,14 +209,14 @@ class Substitution:
 
     # Copies -------------------------------------------------------------------------------------------------
 
-    def _make(self, params: Sequence[Tensor], for_graph: bool = False) -> list[Made]:
+    def _make(self, params: Collection[Tensor], for_graph: bool = False) -> list[Made]:
         """Brings the blocks of ``params`` into scratch, in the place of others.
 
         ``for_graph``: opens them all.
         """
         known, new = self.blocks.of, self._new
-        if unknown := [p for p in dict.fromkeys(params) if id(p) not in known and id(p) not in new]:
-            new.update(dict.fromkeys(map(id, unknown), Block(unknown)))
+        if unknown := {id(p): p for p in params if id(p) not in known and id(p) not in new}:
+            new.update(dict.fromkeys(unknown, Block(unknown.values())))
         wanted = dict.fromkeys(new.get(id(p)) or known[id(p)] for p in params)
         opens = self.opens and not self.looks and not torch.is_grad_enabled()
         with untouched():
@@ -225,7 +225,7 @@ class Substitution:
                     if block in self._past:
                         self.blocks.keep(block)
                     self._make_room(block, wanted)
-                    self._fill(block, for_graph or (opens and id(block.params[0]) not in new))
+                    self._fill(block, for_graph or (opens and block.opens and id(block.params[0]) not in new))
                 elif for_graph and not made.is_open:
                     self._forget(made)
                     made.open()
@@ -293,7 +293,8 @@ class Substitution:
                     self.blocks.looked(block, [p for p in ours if id(p) not in self.seen])
         else:
             for block in (*self._past, *(m.block for m in made)):
-                self.seen.update(dict.fromkeys(map(id, block.params)))
+                for part in self.owners.parts(block):
+                    self.seen.update(part.seen)
         if new:
             self.blocks.join(new)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...checks import fail
+from ...checks import check_number, fail
 from ...transfer import to_device
 from ..directions.low_rank import Factored, KeptLeft, KeptRight, TemporalFactor
 from ..probes.probe import Probe
 from ..roles import OptimizerView
 from ..scalars import learning_rate, scalars
 from ..types import Bucket, Estimate, Group
-from .rule import Rule, check_fraction, groups_of
+from .rule import Rule, check_betas, check_fraction, groups_of
 
 
 class FactorMomentum(Rule):
@@ -90,6 +90,71 @@ class FactorMomentum(Rule):
                     state["factor"] = torch.zeros(shape, dtype=torch.float32, device=p.device)
             states.append(state["factor"])
         return states
+
+
+class FactorAdam(FactorMomentum):
+    """Adam whose moments are of the fresh weights tau of :class:`TemporalFactor`: 2 r numbers for a matrix.
+
+        t = sum_k g_k tau_k;   M <- b1 M + (1 - b1) t;   V <- b2 V + (1 - b2) t^2
+        theta <- decay theta - lr (sum_s M'_s u_s v_s^T) / (sqrt(sum_s V'_s u_s^2 v_s^2^T) + adam_eps)
+
+    The squares of u_s and v_s are of each element: the second moment leaves out the products of different s.
+    M' = M / (1 - b1^n) and V' = V / (1 - b2^n), n updates, as in :class:`Adam`, whose rule vectors have.  A
+    step makes two [m, n] tensors of fp32, one matrix after the other.
+
+    Source: TeZO-Adam (Sun et al., 2025, arXiv 2501.19057).  The paper's text was not at hand: the separable
+    second moment is from memory of it, and the bias corrections are Adam's.
+    """
+
+    def __init__(self, betas: tuple[float, float] = (0.9, 0.999), adam_eps: float = 1e-8) -> None:
+        Rule.__init__(self, betas=betas, adam_eps=adam_eps)
+
+    def check(self, op: str, group: Group) -> None:
+        Rule.check(self, op, group)
+        check_betas(op, group["betas"])
+        check_number(op, "adam_eps", group["adam_eps"])
+
+    def check_parts(self, optimizer: OptimizerView) -> None:
+        if not isinstance(optimizer.direction, TemporalFactor) or optimizer.subset is not None:
+            got = (optimizer.direction, optimizer.subset)
+            fail(optimizer.op, "direction, subset", "TemporalFactor, and no subset", got)
+
+    def initial(self, optimizer: OptimizerView) -> dict[str, Tensor]:
+        return {"products": torch.ones(2, dtype=torch.float64)}
+
+    def begin(self, optimizer: OptimizerView, probe: Probe, estimate: Estimate) -> None:
+        finite = estimate.finite
+        for group in groups_of(probe.buckets):
+            products = self.kept(optimizer, group, finite.device)["products"]
+            products.mul_(
+                torch.where(finite, scalars(group["betas"], finite.device), torch.ones_like(products))
+            )
+
+    def update(
+        self, optimizer: OptimizerView, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor
+    ) -> None:
+        group, noise = bucket.group, self._noise(bucket)
+        (b1, b2), like = group["betas"], g
+        left = (1 - self.kept(optimizer, group, g.device)["products"]).to(bucket.device)
+        lr = scalars((learning_rate(group, like),), g.device).to(bucket.device)
+        on = to_device(finite, bucket.device)
+        left = torch.where(on, left, torch.ones_like(left))  # no 0 / 0 before the first update
+        lr = torch.where(on, lr, torch.zeros_like(lr))
+        coeffs, rounding = to_device(g, bucket.device), self.rounding(bucket, seeds, g, finite)
+        shapes = noise.fresh_shapes(bucket.members)
+        for i, (p, shape) in enumerate(zip(bucket.params, shapes, strict=True)):
+            one, state = bucket.members.picked([i]), optimizer.state[p]
+            for key in ("factor", "factor_sq"):
+                if key not in state:
+                    self._check_capture(optimizer, p.device, "none")
+                    with torch.inference_mode(False):
+                        state[key] = torch.zeros(shape, dtype=torch.float32, device=p.device)
+            fresh = noise.fresh(one, seeds, coeffs)
+            new = b1 * state["factor"] + (1 - b1) * fresh, b2 * state["factor_sq"] + (1 - b2) * fresh * fresh
+            for key, moment in zip(("factor", "factor_sq"), new, strict=True):
+                state[key].copy_(torch.where(on, moment, state[key]))
+            moments = state["factor"], state["factor_sq"]
+            noise.descend_adam(one, moments, left, lr, group["adam_eps"], **rounding)
 
 
 class Orthogonal(Rule):

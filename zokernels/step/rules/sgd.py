@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ...checks import check_choice, check_number
-from ...transfer import to_device
+from ...transfer import known_on_host, to_device
+from ..probes.probe import Probe
 from ..roles import OptimizerView
-from ..scalars import decay_of, is_zero, learning_rate, where
-from ..types import Bucket
+from ..scalars import NO, YES, decay_of, is_zero, learning_rate, where
+from ..types import Bucket, Estimate
 from .rule import Rule
 
 
@@ -37,16 +38,32 @@ class SGD(Rule):
     ) -> None:
         if not bucket.at and is_zero(bucket.group["lr"]):
             return  # 0 * z would turn a weight of -0.0 into 0.0
+        if known_on_host(g) and (finite is YES or finite is NO) and bucket.has_numbers:
+            coeffs = self._from_numbers(bucket, g.tolist(), finite is YES)
+        else:
+            coeffs = self._from_tensors(bucket, g, finite)
+        rounding = self.rounding(bucket, seeds, g, finite)
+        if bucket.ahead is not None:
+            seeds, coeffs = torch.cat((seeds, bucket.ahead[0])), torch.cat((coeffs, bucket.ahead[1]))
+        bucket.noise.update(bucket.members, seeds, coeffs, **rounding)
+
+    def _from_tensors(self, bucket: Bucket, g: Tensor, finite: Tensor) -> Tensor:
+        """The c_k, on the bucket's device."""
         back = bucket.way_back(g)
         toward = lambda: (
             decay_of(bucket.group, g) * back - learning_rate(bucket.group, g) * g.double()
         ).float()
         # The other side is a tensor, too: a number would be copied to the device, and waited for.
-        coeffs = to_device(where(finite, toward, back.float), bucket.device)
-        rounding = self.rounding(bucket, seeds, g, finite)
-        if bucket.ahead is not None:
-            seeds, coeffs = torch.cat((seeds, bucket.ahead[0])), torch.cat((coeffs, bucket.ahead[1]))
-        bucket.noise.update(bucket.members, seeds, coeffs, **rounding)
+        return to_device(where(finite, toward, back.float), bucket.device)
+
+    def _from_numbers(self, bucket: Bucket, g: list[float], finite: bool) -> Tensor:
+        """The same bits, in fewer operations: of numbers that the host knows."""
+        back = [0.0 - bucket.at.get(k, 0.0) for k in range(len(g))]
+        if finite:
+            lr = bucket.group["lr"]
+            decay = 1 - lr * bucket.group["weight_decay"]
+            back = [decay * b - lr * g_k for b, g_k in zip(back, g, strict=True)]
+        return torch.tensor(back, dtype=torch.float32, device=bucket.device)
 
 
 class Conservative(SGD):
@@ -77,6 +94,28 @@ class Conservative(SGD):
             best = torch.where(as_good, loss, best)
             chosen = torch.where(as_good, torch.full_like(chosen, multiple), chosen)
         return chosen
+
+
+class Recalling(SGD):
+    """:class:`SGD` that keeps the losses of the last finite step, L_1 .. L_q, for the next one's sigma."""
+
+    reads_losses = True
+
+    def initial(self, optimizer: OptimizerView) -> dict[str, Tensor]:
+        count = optimizer.estimator.directions
+        return {"losses": torch.zeros(count, dtype=torch.float64), "steps": torch.zeros(1, dtype=torch.int64)}
+
+    def last(self, optimizer: OptimizerView, losses: Tensor) -> Tensor:
+        """The kept losses, float64 [q]; before the first step ``losses`` themselves."""
+        kept = self.kept(optimizer, optimizer.param_groups[0], losses.device)
+        return torch.where(kept["steps"] > 0, kept["losses"], losses.double())
+
+    def begin(self, optimizer: OptimizerView, probe: Probe, estimate: Estimate) -> None:
+        losses = estimate.losses[1:].double()
+        kept = self.kept(optimizer, optimizer.param_groups[0], losses.device)
+        finite = to_device(estimate.finite, losses.device)
+        kept["losses"].copy_(torch.where(finite, losses, kept["losses"]))
+        kept["steps"] += finite
 
 
 class Floored(Rule):

@@ -1,0 +1,1 @@
+"""``python -m bench learn``: what methods learn in equal forwards, each with a step size of one search."""

@@ -1,0 +1,49 @@
+"""low_rank_linear: y_p = round(y_p + c_p ((x_p B_p) A_p^T + b_p)), one rounding, in pure PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..registry import implements
+from .combine import fma
+
+#: Chains of a sum over the columns of x.
+CHAINS = 64
+
+
+def _inner(x: Tensor, right: Tensor) -> Tensor:
+    """x [N, n] times right [n, r], fp32 [N, r], in the order of the contract."""
+    pieces = -(-x.shape[1] // CHAINS)
+    tail = pieces * CHAINS - x.shape[1]
+    pad = lambda values: torch.nn.functional.pad(values, (0, tail)).view(len(values), pieces, CHAINS)
+    xs, rights = pad(x), pad(right.t())
+    chains = torch.zeros(len(xs), len(rights), CHAINS, device=x.device)
+    for i in range(pieces):
+        chains = fma(xs[:, None, i], rights[None, :, i], chains)
+    while chains.shape[-1] > 1:
+        chains = chains[..., 0::2] + chains[..., 1::2]
+    return chains[..., 0]
+
+
+@implements
+def low_rank_linear(
+    y: Tensor,
+    x: Tensor,
+    left: Tensor,
+    right: Tensor,
+    coeffs: Tensor,
+    rows: list[int],
+    bias: Tensor | None,
+) -> None:
+    begin = 0
+    for p, count in enumerate(rows):
+        block, begin = slice(begin, begin + count), begin + count
+        a, b = left[p % len(left)], right[p % len(right)]
+        inner = _inner(x[block].float(), b)
+        product = torch.zeros(y[block].shape, device=y.device)
+        for j in range(a.shape[1]):
+            product = fma(inner[:, j, None], a[None, :, j], product)
+        if bias is not None:
+            product = product + bias[p % len(bias)]
+        y[block] = fma(coeffs[p], product, y[block].float()).to(y.dtype)

@@ -1,0 +1,748 @@
+"""The probe of perturbed products: the weights stay, no perturbed weight is made, and one forward may serve
+many members.
+
+With z = A B^T of low rank, x (W + c z)^T is x W^T + c (x B) A^T.  While forwards run, every parameter is
+guarded (``guard.py``).  A product with one is computed as it is, by whichever library torch calls, and
+:func:`zokernels.low_rank_linear_` adds what the perturbation of each row's member makes of it.  Factors are
+drawn when a product needs them, for all members of a cohort, and are gone after it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from fractions import Fraction
+from threading import get_ident
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._ops import HigherOrderOperator
+
+from ...checks import fail
+from ...functional import low_rank_, low_rank_linear_, spread
+from ...transfer import to_device
+from ..cohort import Cohort, CohortReader, Look
+from ..noise import Members, Noise
+from ..types import Bucket, Point, Seeds
+from .blocks import Blocks
+from .functions import METADATA, SETS_DATA, SPECIAL, HiddenParameters, find, refuse_write, swap
+from .guard import Guard, guarded, plainly, running
+from .hidden import hidden_uses
+from .made import Owners
+from .probe import Probe
+
+#: Bytes of factors that a forward keeps, of parameters that it uses more than once: what generation needs, a
+#: forward of which takes every parameter once for each token.
+KEPT_BYTES = 256 << 20
+
+
+class NotInOneForward(Exception):
+    """A function takes a parameter in a way that has no form for many members at once."""
+
+
+class Varied(Tensor):
+    """A function of parameters alone: a value for each member, :attr:`stacked` [P, ...].
+
+    As a tensor it is the value at theta itself.
+    """
+
+    stacked: Tensor
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        forward = running.get(get_ident())
+        if not isinstance(forward, Products):
+            raise RuntimeError("a value for each member was used outside of the forward that made it")
+        return forward.call(func, args, kwargs or {})
+
+
+class Learned:
+    """What the first forward of a run finds out, kept for all others.
+
+    ``size``: members of a cohort; None: nothing is known yet.
+    """
+
+    def __init__(self) -> None:
+        self.size: int | None = None
+        #: By function and parameter, the arguments that have rows of members: numbers and names.
+        self.with_rows: dict[Any, frozenset[Any]] = {}
+
+
+class Products:
+    """One forward, whose rows belong to the members of ``cohort``; None: all to one point.
+
+    Args:
+        points: for each member a point of each bucket.
+        look: of the first forward, which decides what later ones rely on.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        owners: Owners,
+        seeds: Seeds,
+        points: Sequence[list[Point]],
+        cohort: Cohort | None,
+        learned: Learned,
+        say: Callable[[str, str], None],
+        look: Look | None = None,
+    ) -> None:
+        self.op, self.owners, self.seeds, self.points = op, owners, seeds, points
+        self.cohort, self.learned, self.say, self.look = cohort, learned, say, look
+        self.count = len(points)
+        self.seen: dict[int, None] = {}
+        self._terms: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._factors: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._room = KEPT_BYTES
+        self._outer: Any = None
+
+    def __enter__(self) -> Products:
+        self._outer = running.get(get_ident())
+        running[get_ident()] = self
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._factors.clear()
+        if self._outer is None:
+            running.pop(get_ident(), None)
+        else:
+            running[get_ident()] = self._outer
+
+    # What torch tells of functions -------------------------------------------------------------------------
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        special = SPECIAL.get(func)
+        if special is METADATA:
+            return plainly(func, args, kwargs)
+        found: list[Tensor] = []
+        find((args, kwargs), self.owners.params, found)
+        mine = [p for p in dict.fromkeys(map(id, found)) if p in self.owners.params]
+        if any(isinstance(p, Guard) and id(p) not in self.owners.params for p in found):
+            raise HiddenParameters(
+                f"{self.op}: closure: expected no other step inside one with restore='products', got one"
+            )
+        if isinstance(func, HigherOrderOperator) or special is not None:
+            if special is SETS_DATA:
+                refuse_write(self.op, func)
+            raise HiddenParameters(
+                f"{self.op}: closure: expected functions that take parameters as they are, got "
+                f"{_name(func)!r}; use restore='exact', which makes perturbed copies"
+            )
+        self.seen.update(dict.fromkeys(mine))
+        with torch._C.DisableTorchFunctionSubclass():
+            handler = _HANDLERS.get(func) or _HANDLERS.get(_name(func))
+            if handler is not None and not torch.is_grad_enabled():
+                out = handler(self, func, args, kwargs)
+                if out is not NotImplemented:
+                    return out
+            return self._dense(func, args, kwargs, [self.owners.params[p] for p in mine])
+
+    def uncover(self, param: Tensor) -> None:
+        raise HiddenParameters(
+            f"{self.op}: closure: expected torch functions that take the parameters, got a transform of "
+            "torch.func by them; use restore='exact'"
+        )
+
+    def enter_compiled(self, params: dict[int, Tensor]) -> Callable[[], None]:
+        return lambda: None
+
+    # Members and their noise -------------------------------------------------------------------------------
+
+    def place(self, param: Tensor) -> tuple[int, int]:
+        """The number of a parameter's bucket, and its stream."""
+        return self.owners.place(param)
+
+    def terms(self, bucket: int) -> list[tuple[Tensor, Tensor]]:
+        """Seeds (int64 [P]) and coefficients (fp32 [P]) of the members; several where a point has several
+        directions.
+        """
+        if bucket not in self._terms:
+            device = self.owners.buckets[bucket].device
+            lists = [list(point[bucket].items()) for point in self.points]
+            self._terms[bucket] = []
+            for t in range(max(map(len, lists))):
+                each = [terms[t] if t < len(terms) else (0, 0.0) for terms in lists]
+                seeds = torch.cat([self.seeds[device][k : k + 1] for k, _ in each])
+                if any(isinstance(c, Tensor) for _, c in each):
+                    values = [c if isinstance(c, Tensor) else torch.tensor(c) for _, c in each]
+                    coeffs = torch.cat([to_device(c.float().reshape(1), device) for c in values])
+                else:
+                    coeffs = to_device(torch.tensor([c for _, c in each], dtype=torch.float32), device)
+                self._terms[bucket].append((seeds, coeffs))
+        return self._terms[bucket]
+
+    def has_factors(self, param: Any) -> bool:
+        """Whether ``param`` is one of the step's, and its noise a product of factors of its own shape."""
+        return id(param) in self.owners.params and self._noise(param).is_plain_matrix(param)
+
+    def _noise(self, param: Tensor) -> Noise:
+        return self.owners.buckets[self.place(param)[0]].noise
+
+    def factors(self, param: Tensor, term: int) -> tuple[Tensor, Tensor]:
+        """The left [P or 1, m, r] and right [P or 1, n, r] factors of the members."""
+        key = (id(param), term)
+        if (kept := self._factors.get(key)) is not None and kept[0].numel():
+            return kept
+        bucket, stream = self.place(param)
+        pair = self._noise(param).stacked(param, stream, self.terms(bucket)[term][0])
+        size = sum(t.nbytes for t in pair)
+        if kept is not None and size <= self._room:  # the second time
+            self._room -= size
+            self._factors[key] = pair
+        elif kept is None:
+            self._factors[key] = (pair[0].new_empty(0), pair[1].new_empty(0))
+        return pair
+
+    def dense_noise(self, param: Tensor, term: int) -> Tensor:
+        """z of a parameter with dense noise, fp32 [P, *shape]."""
+        bucket, stream = self.place(param)
+        seeds = self.terms(bucket)[term][0]
+        zero = torch.full(param.shape, -0.0, dtype=torch.float32, device=param.device)
+        out = torch.empty((self.count, *param.shape), dtype=torch.float32, device=param.device)
+        one = torch.ones(self.count, dtype=torch.float32, device=param.device)
+        spread(out, zero, seeds, one, stream=stream, dist=self.owners.buckets[bucket].dist)
+        return out
+
+    def copies(self, param: Tensor) -> Tensor:
+        """The perturbed parameter of each member, as the dense form has it, [P, *shape]."""
+        index, stream = self.place(param)
+        bucket, theta = self.owners.buckets[index], param.detach().contiguous()
+        terms, noise = self.terms(index), self._noise(param)
+        out = torch.empty((self.count, *theta.shape), dtype=theta.dtype, device=theta.device)
+        if len(terms) == 1 and noise.is_dense(param):
+            spread(out, theta, *terms[0], stream=stream, dist=bucket.dist)
+            return out
+        one = Members([theta], [stream], bucket.dist)
+        for p in range(self.count):
+            seeds = torch.stack([s[p] for s, _ in terms]) if terms else self.seeds[bucket.device][:0]
+            coeffs = torch.stack([c[p] for _, c in terms]) if terms else seeds.float()
+            noise.perturb([out[p]], one, seeds, coeffs, theta=[theta])
+        return out
+
+    def same_bucket(self, param: Tensor, other: Tensor) -> bool:
+        return self.place(param)[0] == self.place(other)[0]
+
+    # Rows --------------------------------------------------------------------------------------------------
+
+    @property
+    def is_one(self) -> bool:
+        """Whether all rows have one point.  A first forward of one member is treated as one of several."""
+        return self.count == 1 and self.look is None
+
+    def rows(self, x: Any, key: Any) -> list[int] | None:
+        """The rows of each member along the first dimension of ``x``; None: these are no rows of members.
+
+        ``key``: of the function's argument.  The first forward knows the answer from what ``x`` was computed
+        of, later ones from the first.
+        """
+        if not isinstance(x, Tensor) or x.dim() == 0:
+            return None
+        if self.is_one:
+            return [x.shape[0]]
+        assert self.cohort is not None
+        if self.look is not None:
+            have = self.look.has_marked(x)
+            known = self.learned.with_rows.get(key, frozenset())
+            self.learned.with_rows[key] = known | {have}
+            if have:
+                total = self.count if self.cohort.counts is None else sum(self.cohort.counts)
+                self.look.sizes.setdefault(key, []).append(Fraction(x.shape[0], max(1, total)))
+        else:
+            answers = self.learned.with_rows.get(key)
+            if answers is None or len(answers) > 1:
+                raise HiddenParameters(
+                    f"{self.op}: closure: expected the functions of the run's first forward, got another one "
+                    f"that takes a parameter: {key}"
+                )
+            (have,) = answers
+        counts = self.cohort.counts_of(x.shape[0]) if have else None
+        if have and counts is None:
+            raise NotInOneForward("rows in another dimension than the first")
+        return counts
+
+    def key(self, func: Any, param: Tensor | None, argument: Any) -> Any:
+        return (_name(func), None if param is None else self.place(param), argument)
+
+    def by_rows(
+        self, function: Callable[..., Tensor], x: Tensor, stacked: Tensor, counts: list[int]
+    ) -> Tensor:
+        """``function(x, w)`` with w the own ``stacked`` [P, ...] of each row's member, broadcast as it would
+        be for one.
+        """
+        each, missing = stacked.shape[1:], x.dim() - stacked.dim() + 1
+        if missing < 0 or (missing == 0 and each[:1] != (1,)):
+            raise NotInOneForward("a parameter with as many dimensions as its rows")
+        if missing == 0:
+            each = each[1:]
+        shape = (self.count, *[1] * (x.dim() - 1 - len(each)), *each)
+        values = stacked.reshape(shape)
+        if len(set(counts)) == 1:
+            return function(x.unflatten(0, (self.count, counts[0])), values.unsqueeze(1)).flatten(0, 1)
+        member = torch.repeat_interleave(torch.tensor(counts)).to(x.device)
+        return function(x, values.index_select(0, member))
+
+    # Functions ---------------------------------------------------------------------------------------------
+
+    def product(
+        self, x: Tensor, param: Tensor, bias: Tensor | None, counts: list[int], *, swapped: bool, noisy: bool
+    ) -> Tensor:
+        """x (W + c z)^T + bias of each row's member, [..., m]; ``swapped``: x (W + c z).
+
+        What the perturbations add comes first, and the library's product on top of it.  Libraries sum both in
+        fp32, so that half precision is rounded once: there is no second rounding of a product, nor one of a
+        perturbed weight.
+
+        ``noisy``: the bias has dense noise of its own.
+        """
+        fast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if fast else x.dtype
+        weight = param.detach().to(dtype) if fast else param.detach()
+        flat = x.to(dtype).reshape(-1, x.shape[-1]).contiguous()
+        columns = weight if swapped else weight.t()
+        out = torch.zeros((len(flat), columns.shape[1]), dtype=dtype, device=x.device)
+        if bias is not None:
+            out += bias.detach().to(dtype)
+        each = len(flat) // max(1, x.shape[0])
+        for t, (_, coeffs) in enumerate(self.terms(self.place(param)[0])):
+            left, right = self.factors(param, t)
+            if swapped:
+                left, right = right, left
+            noise = self.dense_noise(bias, t) if noisy and bias is not None else None
+            low_rank_linear_(out, flat, left, right, coeffs, rows=[each * n for n in counts], bias=noise)
+        return out.addmm_(flat, columns).view(*x.shape[:-1], columns.shape[1])
+
+    def _dense(self, func: Any, args: Any, kwargs: Any, params: list[Tensor]) -> Any:
+        """``func`` with perturbed copies: of one point, or for each member on its own rows."""
+        if self.is_one:  # then only a transpose waits for its product
+            flipped = [a for a in (*args, *kwargs.values()) if isinstance(a, _Transposed)]
+            params = [*params, *(a.param for a in flipped)]
+            args, kwargs = swap((args, kwargs), {id(a): self.copies(a.param)[0].t() for a in flipped})
+        elif any(isinstance(a, Varied) for a in (*args, *kwargs.values())):
+            raise NotInOneForward(f"{_name(func)} of a function of parameters")
+        if wide := [p for p in params if not self._noise(p).is_dense(p)]:
+            self.say(
+                f"dense {_name(func)}",
+                f"{_name(func)} takes {self._named(wide[0])} in another way than a product or an index: it "
+                "gets perturbed copies (the dense form)",
+            )
+        copies = {id(p): self.copies(p) for p in params}
+        if self.is_one:
+            one = {i: c[0].requires_grad_(self.owners.params[i].requires_grad) for i, c in copies.items()}
+            return func(*swap(args, one), **swap(kwargs, one))
+        known = dict(enumerate(args)) | kwargs
+        counts = {
+            name: found
+            for name, value in known.items()
+            if isinstance(value, Tensor) and id(value) not in copies
+            and (found := self.rows(value, self.key(func, params[0], name))) is not None
+        }  # fmt: skip
+        if not counts:
+            raise NotInOneForward(f"{_name(func)} of {self._named(params[0])} alone")
+        pieces = {name: known[name].split(found) for name, found in counts.items()}
+        outputs = []
+        for p in range(self.count):
+            given = {n: pieces[n][p] if n in pieces else value for n, value in known.items()}
+            given = swap(given, {i: c[p] for i, c in copies.items()})
+            out = func(*[given[i] for i in range(len(args))], **{n: given[n] for n in kwargs})
+            first = next(iter(counts))
+            if not isinstance(out, Tensor) or out.dim() == 0 or out.shape[0] != len(pieces[first][p]):
+                raise NotInOneForward(f"{_name(func)}, whose result has no rows of members")
+            outputs.append(out)
+        return torch.cat(outputs)
+
+    def _named(self, param: Tensor) -> str:
+        for bucket in self.owners.buckets:
+            for p, name in zip(bucket.params, bucket.names, strict=True):
+                if p is param:
+                    return name
+        return "a parameter"
+
+
+def _name(func: Any) -> str:
+    return str(getattr(func, "__name__", func))
+
+
+# Each handler gets the forward, the function and its arguments, and gives NotImplemented where the function
+# gets perturbed copies.
+Handler = Callable[[Products, Any, tuple[Any, ...], dict[str, Any]], Any]
+_HANDLERS: dict[Any, Handler] = {}
+
+
+def _handles(*functions: Any) -> Callable[[Handler], Handler]:
+    def register(handler: Handler) -> Handler:
+        _HANDLERS.update(dict.fromkeys(functions, handler))
+        return handler
+
+    return register
+
+
+def _product(forward: Products, func: Any, x: Any, weight: Any, bias: Any, swapped: bool) -> Any:
+    """A product of ``x`` with ``weight``, W^T or (``swapped``) W, and a bias."""
+    if not forward.has_factors(weight) or isinstance(x, (Guard, Varied)) or isinstance(bias, Varied):
+        return NotImplemented
+    if not isinstance(x, Tensor) or x.dim() < 2 or not x.is_floating_point():
+        return NotImplemented
+    if x.dtype is not weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        return NotImplemented  # torch says what is wrong
+    counts = forward.rows(x, forward.key(func, weight, 0))
+    if counts is None:
+        return NotImplemented
+    own = id(bias) in forward.owners.params
+    apart = own and (not forward.same_bucket(bias, weight) or not forward._noise(bias).is_dense(bias))
+    plain = None if apart else bias
+    y = forward.product(x, weight, plain, counts, swapped=swapped, noisy=own)
+    if not apart:
+        return y
+    copies = forward.copies(bias)
+    return y + copies[0] if forward.is_one else forward.by_rows(torch.add, y, copies, counts)
+
+
+@_handles(F.linear)
+def _linear(forward: Products, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    given = inspect.getcallargs(_linear_arguments, *args, **kwargs)
+    return _product(forward, func, given["input"], given["weight"], given["bias"], False)
+
+
+def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> None: ...
+
+
+@_handles(torch.addmm, Tensor.addmm)
+def _addmm(forward: Products, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if kwargs or len(args) != 3:  # scaled by alpha or beta
+        return NotImplemented
+    bias, x, weight = args
+    if bias.dim() != 1:
+        return NotImplemented
+    return _product(forward, func, x, weight, bias, True)
+
+
+@_handles(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
+def _matmul(forward: Products, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if kwargs or len(args) != 2:
+        return NotImplemented
+    x, weight = args
+    if isinstance(weight, _Transposed):
+        return _product(forward, func, x, weight.param, None, False)
+    return _product(forward, func, x, weight, None, True)
+
+
+class _Transposed(Varied):
+    """A weight's transpose, for a product."""
+
+    param: Tensor
+
+
+@_handles(Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__)  # type: ignore[attr-defined]
+def _transpose(forward: Products, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    (weight,) = args
+    if not forward.has_factors(weight):
+        return NotImplemented
+    out = weight.detach().t().as_subclass(_Transposed)
+    out.param = weight
+    return out
+
+
+@_handles(F.embedding)
+def _embedding(forward: Products, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    given = inspect.getcallargs(_embedding_arguments, *args, **kwargs)
+    index, weight = given["input"], given["weight"]
+    if (
+        given["max_norm"] is not None
+        or given["sparse"]
+        or not forward.has_factors(weight)
+        or index.dim() == 0
+    ):
+        return NotImplemented
+    counts = forward.rows(index, forward.key(func, weight, 0))
+    if counts is None and index.shape[0] == 1 and forward.cohort is not None and forward.cohort.counts:
+        counts = forward.cohort.counts  # positions, which are the same for all rows
+        index = index.expand(sum(counts), *index.shape[1:])
+    if counts is None:
+        return NotImplemented
+    y = F.embedding(index, weight.detach(), given["padding_idx"]).contiguous()
+    each = index.numel() // max(1, index.shape[0])
+    sizes = [each * n for n in counts]
+    flat = index.reshape(-1)
+    for t, (_, coeffs) in enumerate(forward.terms(forward.place(weight)[0])):
+        left, right = forward.factors(weight, t)
+        if len(left) > 1:
+            begins = torch.arange(len(left), device=flat.device) * left.shape[1]
+            flat_left = flat + begins.repeat_interleave(torch.tensor(sizes, device=flat.device))
+        else:
+            flat_left = flat
+        rows = left.view(-1, left.shape[-1]).index_select(0, flat_left).split(sizes)
+        pieces = y.view(-1, y.shape[-1]).split(sizes)
+        picked = [p for p, n in enumerate(sizes) if n]
+        low_rank_(
+            [pieces[p] for p in picked],
+            [rows[p][None] for p in picked],
+            [right[p % len(right)][None] for p in picked],
+            coeffs[picked].view(-1, 1) if len(picked) < len(sizes) else coeffs.view(-1, 1),
+            streams=[0] * len(picked),
+        )
+    return y
+
+
+def _embedding_arguments(
+    input: Any,
+    weight: Any,
+    padding_idx: Any = None,
+    max_norm: Any = None,
+    norm_type: Any = 2.0,
+    scale_grad_by_freq: Any = False,
+    sparse: Any = False,
+) -> None: ...
+
+
+@_handles(F.layer_norm, F.rms_norm)
+def _norm(forward: Products, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if forward.is_one:
+        return NotImplemented
+    layer = func is F.layer_norm
+    given = inspect.getcallargs(_layer_norm_arguments if layer else _rms_norm_arguments, *args, **kwargs)
+    x, shape, eps, scale, shift = (
+        given[key] for key in ("input", "normalized_shape", "eps", "weight", "bias")
+    )
+    if len(shape) != 1 or any(isinstance(w, Varied) for w in (scale, shift)):
+        return NotImplemented
+    param = scale if id(scale) in forward.owners.params else shift
+    counts = forward.rows(x, forward.key(func, param, 0))
+    if counts is None:
+        return NotImplemented
+    # As the library does it, in fp32 up to the end.
+    wide = x.float()
+    if layer:
+        y = F.layer_norm(wide, shape, None, None, eps)
+    else:
+        y = F.rms_norm(wide, shape, None, torch.finfo(x.dtype).eps if eps is None else eps)
+    for function, value in ((torch.mul, scale), (torch.add, shift)):
+        if value is None:
+            continue
+        if id(value) in forward.owners.params:
+            y = forward.by_rows(function, y, forward.copies(value).float(), counts)
+        else:
+            y = function(y, value.float())
+    return y if torch.is_autocast_enabled(x.device.type) and layer else y.to(x.dtype)
+
+
+def _layer_norm_arguments(
+    input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> None: ...
+
+
+def _rms_norm_arguments(
+    input: Any, normalized_shape: Any, weight: Any = None, eps: Any = None, bias: Any = None
+) -> None: ...
+
+
+_BINARY = "add sub mul div rsub true_divide multiply subtract maximum minimum"
+_DUNDERS = "add sub mul truediv radd rsub rmul rtruediv"
+_UNARY = """
+    float half bfloat16 to type_as clone contiguous neg exp log abs sqrt rsqrt square sigmoid tanh relu silu
+    softplus pow
+"""
+
+
+@_handles(*_BINARY.split(), *(f"__{name}__" for name in _DUNDERS.split()))
+def _elementwise(forward: Products, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Functions of two values, element by element: a parameter's own value goes with each member's rows."""
+    if forward.is_one or kwargs or len(args) != 2:
+        return NotImplemented
+    own = [forward.owners.params.get(id(a), a if isinstance(a, Varied) else None) for a in args]
+    if any(isinstance(a, _Transposed) for a in args):
+        return NotImplemented
+    stacked = [
+        _stacked(forward, func, a) if mine is not None else None for a, mine in zip(args, own, strict=True)
+    ]
+    plain = [a for a, mine in zip(args, own, strict=True) if mine is None]
+    if not plain or not isinstance(plain[0], Tensor) or plain[0].dim() == 0:
+        given = [a if s is None else s for a, s in zip(args, stacked, strict=True)]
+        if not plain and args[0].shape != args[1].shape:
+            return NotImplemented
+        return _varied(func(*map(_plain, args)), func(*given))
+    (x,), place = plain, 0 if own[0] is None else 1
+    (mine,) = (o for o in own if o is not None)
+    key = forward.key(func, mine if id(mine) in forward.owners.params else None, place)
+    if (counts := forward.rows(x, key)) is None:
+        return NotImplemented
+    (values,) = (s for s in stacked if s is not None)
+    return forward.by_rows(
+        (lambda x, w: func(x, w)) if place == 0 else (lambda x, w: func(w, x)), x, values, counts
+    )
+
+
+@_handles(*_UNARY.split(), "__neg__", "__pow__")
+def _unary(forward: Products, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Functions of one value, element by element, the rest of whose arguments are no tensors but types."""
+    first, *rest = args
+    if forward.is_one or isinstance(first, _Transposed):
+        return NotImplemented
+    if not isinstance(first, (Guard, Varied)) or any(isinstance(a, (Guard, Varied)) for a in rest):
+        return NotImplemented
+    return _varied(
+        func(_plain(first), *rest, **kwargs), func(_stacked(forward, func, first), *rest, **kwargs)
+    )
+
+
+@_handles(Tensor.expand)
+def _expand(forward: Products, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A parameter [1, ...] as the same rows for every member's batch, as vision models take their tokens."""
+    param, *sizes = args
+    sizes = list(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
+    if forward.is_one or id(param) not in forward.owners.params or kwargs or param.shape[0] != 1:
+        return NotImplemented
+    if forward.cohort is None or forward.cohort.counts is None or len(sizes) != param.dim():
+        return NotImplemented
+    counts = forward.cohort.counts_of(sizes[0])
+    if counts is None:
+        return NotImplemented
+    forward.say(
+        f"dense {_name(func)}", f"{forward._named(param)} is taken row by row: it gets perturbed copies"
+    )
+    member = torch.repeat_interleave(torch.tensor(counts)).to(param.device)
+    out = forward.copies(param)[:, 0].index_select(0, member)
+    out = out.expand(sizes[0], *sizes[1:])
+    if forward.look is not None:
+        forward.look.mark(out)
+    return out
+
+
+def _plain(value: Any) -> Any:
+    own = isinstance(value, (Guard, Varied))
+    return Tensor.detach(value).as_subclass(Tensor) if own else value
+
+
+def _stacked(forward: Products, func: Any, value: Any) -> Tensor:
+    if isinstance(value, Varied):
+        return value.stacked
+    if not forward._noise(value).is_dense(value):
+        forward.say(
+            f"dense {_name(func)}",
+            f"{_name(func)} takes {forward._named(value)} in another way than a product or an index: it gets "
+            "perturbed copies (the dense form)",
+        )
+    return forward.copies(value)
+
+
+def _varied(value: Tensor, stacked: Tensor) -> Tensor:
+    if stacked.shape[1:] != value.shape:
+        raise NotInOneForward("a function that mixes members")
+    out = value.as_subclass(Varied)
+    out.stacked = stacked
+    return out
+
+
+class ProductProbe(Probe):
+    """Products are perturbed, and weights are not.
+
+    Args:
+        reader: of a batched step, whose closure has the rows of many members in one forward.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        buckets: list[Bucket],
+        seeds: Seeds,
+        blocks: Blocks,
+        warned: set[str],
+        learned: Learned,
+        reader: CohortReader | None = None,
+    ) -> None:
+        super().__init__(buckets, seeds)
+        for bucket in buckets:
+            if bucket.is_sharded:
+                fail(op, "restore", "'exact' or 'inplace' for sharded parameters", "'products'")
+            if not bucket.noise.has_factors:
+                expected = "a direction of low rank with 'products' (FreshFactors, KeptRight, ...)"
+                fail(op, "restore", expected, type(bucket.noise).__name__)
+        self.op, self.blocks, self.warned, self.learned, self.reader = op, blocks, warned, learned, reader
+        self._owners = blocks.owners = Owners.renewed(blocks.owners, buckets)
+
+    def forwards(
+        self, points: Iterable[Any], share: range, same_rng: Iterator[AbstractContextManager[None]], run: Any
+    ) -> list[Any]:
+        with self._watching():
+            if self.reader is None:
+                return super().forwards(points, share, same_rng, run)
+            mine = [(i, point) for i, point in enumerate(points) if i in share]
+            size, results = self.learned.size or len(mine), []
+            for begin in range(0, len(mine), size):
+                numbers, own = zip(*mine[begin : begin + size], strict=True)
+                try:
+                    with next(same_rng), self._at(own, Cohort(numbers)):
+                        results.append(run())
+                except NotInOneForward as error:
+                    raise HiddenParameters(
+                        f"{self.op}: closure: expected the functions of the run's first forward, got another "
+                        f"one: {error}; use cohort=1"
+                    ) from error
+            return results
+
+    def look(self, points: Sequence[Any], same_rng: Iterator[AbstractContextManager[None]]) -> str | None:
+        """The first forwards of a run: one of one member and one of two, of whose losses nothing comes.
+
+        What later forwards rely on is that rows of members are where they are in both: along the first
+        dimension, which has twice the size in the second.  Returns why a forward cannot have several members;
+        None where it can.
+        """
+        assert self.reader is not None
+        looks = []
+        try:
+            with self._watching():
+                for count in range(1, min(2, len(points)) + 1):
+                    looks.append(look := Look())
+                    cohort = Cohort(range(count), look)
+                    with next(same_rng), self._at(points[:count], cohort, look), look:
+                        self.reader.run()
+        except NotInOneForward as error:
+            return str(error)
+        for key, sizes in looks[0].sizes.items():
+            others = looks[-1].sizes.get(key, sizes)
+            if any(one != two for one, two in zip(sizes, others, strict=False)):
+                return f"{key[0]} takes rows in another dimension than the first"
+        return None
+
+    @contextmanager
+    def at(self, points: list[Point]) -> Iterator[None]:
+        with self._at([points], None):
+            yield
+
+    @contextmanager
+    def _at(
+        self, points: Sequence[list[Point]], cohort: Cohort | None, look: Look | None = None
+    ) -> Iterator[None]:
+        if self.reader is not None:
+            self.reader.cohort = cohort
+        with Products(
+            self.op, self._owners, self.seeds, points, cohort, self.learned, self._say, look
+        ) as forward:
+            yield
+        if not forward.seen:
+            raise HiddenParameters(
+                f"{self.op}: closure: expected torch functions that take the parameters, got none (another "
+                "model, or a graph that holds them: TorchScript, CUDA graph, C++ extension)"
+            )
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        params, compiled = self._owners.params, self.blocks.compiled
+        compiled.renew(params)
+        with ExitStack() as stack:
+            if compiled.regions:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+                self._say("compiled", "products run torch.compile'd functions uncompiled")
+            stack.enter_context(hidden_uses(self.op, params))
+            stack.enter_context(guarded(self.op, params))
+            yield
+
+    def _say(self, key: str, message: str) -> None:
+        if key not in self.warned:
+            self.warned.add(key)
+            warnings.warn(f"{self.op}: {message}", stacklevel=2)
