@@ -159,7 +159,8 @@ def defend(method: str, logits: Callable[[Tensor], Tensor], data: digits.Data, a
 
 def main(argv: list[str] | None = None) -> dict[str, list[float]]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--coordinates", type=int, default=48, help="of a step of deepzero")
     parser.add_argument("--lr", type=float, default=0.02, help="of deepzero")
@@ -175,7 +176,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[float]]:
     radii = [0.0, 0.1, 0.2, 0.3, 0.4]
     print(f"{'':10}" + "".join(f"{r:7.1f}" for r in radii) + "   queries of the training")
     results = {}
-    for method in METHODS:
+    for method in args.method:
         answer, queries = defend(method, logits, training, args)
         generator = torch.Generator().manual_seed(4)
         found = [

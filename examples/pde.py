@@ -7,13 +7,14 @@ adds a correction, which is trained so that a whole run of coarse and corrected 
 solution.  The solver has no gradients, so the network's weights are trained by finite differences through
 it, some coordinates in each step (:class:`ZOCGE`).
 
-Beside it: the coarse solver alone ("source"), and a network trained by backpropagation to correct single
-steps from fine states ("non-interactive"), which never sees what its corrections lead to.
+Beside it: the coarse solver alone ("source"), and the network as it begins, trained by backpropagation to
+correct single steps from fine states ("non-interactive"): it has never seen what its corrections lead to.
 ``python examples/pde.py`` prints each one's error on runs that were not trained on."""
 
 from __future__ import annotations
 
 import argparse
+import copy
 
 import numpy
 import torch
@@ -100,10 +101,9 @@ def train_single_steps(states: Tensor, steps: int) -> Corrector:
     return corrector
 
 
-def train_in_the_loop(states: Tensor, steps: int, coordinates: int, lr: float) -> Corrector:
-    """By finite differences of whole runs, solver and network together."""
-    torch.manual_seed(0)
-    corrector, generator = Corrector(), torch.Generator().manual_seed(0)
+def train_in_the_loop(start: Corrector, states: Tensor, steps: int, coordinates: int, lr: float) -> Corrector:
+    """From ``start``, by finite differences of whole runs, solver and network together."""
+    corrector, generator = copy.deepcopy(start), torch.Generator().manual_seed(0)
     optimizer = ZOCGE(
         corrector.named_parameters(),
         lr,
@@ -121,17 +121,15 @@ def train_in_the_loop(states: Tensor, steps: int, coordinates: int, lr: float) -
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--steps", type=int, default=150, help="of the training in the loop")
+    parser.add_argument("--steps", type=int, default=100, help="of the training in the loop")
     parser.add_argument("--coordinates", type=int, default=20, help="of each of these steps")
-    parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--lr", type=float, default=0.02)
     parser.add_argument("--length", type=int, default=12, help="steps of the solver in a run")
     args = parser.parse_args(argv)
     training, unseen = runs(32, args.length, 1), runs(32, args.length, 2)
-    correctors = {
-        "source": None,
-        "non-interactive": train_single_steps(training, 300),
-        "in the loop": train_in_the_loop(training, args.steps, args.coordinates, args.lr),
-    }
+    single = train_single_steps(training, 300)
+    in_the_loop = train_in_the_loop(single, training, args.steps, args.coordinates, args.lr)
+    correctors = {"source": None, "non-interactive": single, "in the loop": in_the_loop}
     results = {name: error(corrector, unseen).item() for name, corrector in correctors.items()}
     for name, found in results.items():
         print(f"{name:16} mean absolute error {found:.5f} ({found / results['source']:.2f} of source)")

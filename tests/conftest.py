@@ -25,26 +25,25 @@ pytest_plugins = ["pytester"]  # for test_seeds.py
 
 #: The files that take longest, the longest first, so that no process is left with one at the end.
 LONGEST = [
-    *(
-        "triton_versions",
-        "writes",
-        "triton_amd",
-        "triton_compile",
-        "cuda",
-        "triton",
-        "distributed",
-        "offload_disk",
-    ),
-    *(
-        "packaging",
-        "examples",
-        "bench_gpu_check",
-        "ptx",
-        "ptx_triton",
-        "trajectory_file",
-        "transformers_runs",
-    ),
-    *("trajectory", "demo", "docs", "transformers_processes", "bench_methods"),
+    "triton_versions",
+    "ptx",
+    "cuda",
+    "bench_gpu_check",
+    "triton_compile",
+    "ptx_triton",
+    "triton",
+    "distributed",
+    "triton_amd",
+    "examples",
+    "packaging",
+    "offload_disk",
+    "trajectory_file",
+    "transformers_runs",
+    "trajectory",
+    "demo",
+    "docs",
+    "transformers_processes",
+    "bench_methods",
 ]
 
 

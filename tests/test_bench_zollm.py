@@ -50,7 +50,7 @@ def test_the_peak_counts_storages_once_while_they_live():
 @pytest.mark.parametrize(
     ("scheme", "methods"),
     [
-        ("full", ["zo-sgd", "zo-adam", "forward-grad", "adam"]),
+        ("full", ["zo-sgd", "zo-adam", "hybrid", "forward-grad", "adam"]),
         ("lora", ["zo-sgd-sign", "zo-sgd-mmt"]),
         ("prefix", ["zo-sgd-cons"]),
         ("prompt", ["zo-sgd", "sgd"]),
@@ -75,6 +75,8 @@ def test_a_tiny_run(scheme, methods, tmp_path, capsys):
         assert rows["zo-adam"]["state_bytes"] == 2 * rows["zo-adam"]["model_bytes"]
         assert rows["zo-sgd"]["state_bytes"] == 0
         assert rows["zo-sgd"]["peak_bytes"] < rows["adam"]["peak_bytes"]
+        assert 0 < rows["hybrid"]["state_bytes"] < rows["adam"]["state_bytes"]
+        assert rows["hybrid"]["peak_bytes"] < rows["adam"]["peak_bytes"]
     assert scheme in capsys.readouterr().out
 
 

@@ -12,7 +12,7 @@ from zosgd_cases import BOTH, same_bits
 import zokernels as zk
 from zokernels.cli import main
 from zokernels.contract import derive_seed_int
-from zokernels.optim import PGAP, ZOSGD, ConMeZO, ZOAdamW, groups_without
+from zokernels.optim import EGGROLL, PGAP, ZOSGD, ConMeZO, ZOAdamW, groups_without
 from zokernels.trajectory import read, replay_
 
 EPS = 2.0**-6
@@ -243,6 +243,8 @@ def test_what_cannot_be_hybrid():
         opt.step(lambda: 1.0)
     with pytest.raises(ValueError, match="capturable: expected False with first_order"):
         hybrid(model, capturable=True)
+    with pytest.raises(ValueError, match="batched: expected False with first_order"):
+        hybrid(model, EGGROLL, restore="products").step(lambda cohort: loss_of(model), batched=True)
     with pytest.raises(ValueError, match="first_order_closure: expected None without first_order"):
         ZOSGD(model.named_parameters(), 0.1, first_order_closure=lambda: None)
     with pytest.raises(RuntimeError, match="first_order: expected no copy"):

@@ -7,6 +7,7 @@ mode)."""
 from __future__ import annotations
 
 import contextlib
+import dis
 import os
 import pathlib
 import signal
@@ -59,6 +60,42 @@ def signal_at(instruction):
     finally:
         sys.settrace(tracer)
         signal.signal(signal.SIGUSR1, before)
+
+
+#: After these instructions CPython raises what another thread has injected.
+_CHECKED = {
+    dis.opmap[name] for name in ("RESUME", "CALL", "CALL_FUNCTION_EX", "JUMP_BACKWARD") if name in dis.opmap
+}
+
+
+@contextlib.contextmanager
+def injected_at(place):
+    """An exception as ``PyThreadState_SetAsyncExc`` injects it, at the place of that number at which it can
+    be raised; yields the count so far.
+    """
+    count, last = [0], {}
+
+    def each(frame, event, argument):
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            before, last[id(frame)] = last.get(id(frame)), frame.f_code.co_code[frame.f_lasti]
+            if before in _CHECKED:
+                count[0] += 1
+                if count[0] == place:
+                    raise Preempted
+        elif event == "return":
+            last.pop(id(frame), None)
+        return each
+
+    def enter(frame, event, argument):
+        return each(frame, "call", argument) if frame.f_code.co_filename.startswith(PACKAGE) else None
+
+    tracer = sys.gettrace()
+    sys.settrace(enter)
+    try:
+        yield count
+    finally:
+        sys.settrace(tracer)
 
 
 #: Where the weights of each streamed mode are.
@@ -144,14 +181,15 @@ class Run:
         return self.path
 
 
-MODES = ("exact", "inplace", "momentum", "two-pass", *STREAMED)
+IN_MEMORY = ("exact", "inplace", "momentum", "two-pass")
+MODES = (*IN_MEMORY, *STREAMED)
 
 
 def make(mode, path=None):
     return (Streamed if mode in STREAMED else Run)(mode, path)
 
 
-def check(mode, folder, places):
+def check(mode, folder, places, interrupt=signal_at):
     """Interrupts the second step of a run at each of ``places``, fractions of its instructions; returns
     how many.
     """
@@ -159,14 +197,14 @@ def check(mode, folder, places):
     for step in range(4):
         whole.take(step)
         history.append(whole.weights())
-    with signal_at(None) as count:
+    with interrupt(None) as count:
         whole.take(4)
     whole.close()
     interrupted = 0
     for i, place in enumerate(places):
         run = make(mode, folder / f"{i}.zk")
         run.take(1)
-        with contextlib.suppress(Preempted), signal_at(1 + int(place * count[0])):
+        with contextlib.suppress(Preempted), interrupt(1 + int(place * count[0])):
             try:
                 run.take(2)
             except Preempted:
@@ -185,6 +223,40 @@ def check(mode, folder, places):
 @pytest.mark.parametrize("mode", MODES)
 def test_at_random_instructions_of_a_step(mode, rng, tmp_path):
     assert check(mode, tmp_path, [rng.random() for _ in range(8)]) > 3
+
+
+@pytest.mark.parametrize("mode", IN_MEMORY)
+def test_exceptions_that_another_thread_injects(mode, rng, tmp_path):
+    check(mode, tmp_path, [rng.random() for _ in range(8)], injected_at)
+
+
+def test_an_update_that_cannot_be_finished_is_told(tmp_path):
+    """What a rule keeps is renewed by several calls: a part of it is an error until a checkpoint is there."""
+    param = torch.nn.Parameter(torch.full((5,), 8.0))
+    optimizer = ZOSGD([param], lr=0.1, momentum=0.5, window=2, trajectory=tmp_path / "log")
+    step = lambda: optimizer.step(lambda: param.sum())
+    step()
+    saved, theta, begin = optimizer.state_dict(), param.detach().clone(), type(optimizer.rule).begin
+
+    def interrupted(rule, *args):
+        begin(rule, *args)
+        raise Preempted
+
+    type(optimizer.rule).begin = interrupted
+    try:
+        with pytest.raises(Preempted):
+            step()
+    finally:
+        type(optimizer.rule).begin = begin
+    for use in (step, optimizer.state_dict):
+        with pytest.raises(RuntimeError, match="weights that no exception has left half updated"):
+            use()
+    assert optimizer.step_count == 1
+    optimizer.load_state_dict(saved)
+    assert torch.equal(param, theta)
+    step()
+    optimizer.trajectory.close()
+    assert read(tmp_path / "log").steps == 2
 
 
 def test_all_signals_are_held_back_and_all_handlers_run():
@@ -257,11 +329,13 @@ def test_a_signal_in_a_streamed_step_ends_it(moment, rng):
 if __name__ == "__main__":
     for mode in sys.argv[1:] or MODES:
         with tempfile.TemporaryDirectory() as place:
-            run = make(mode, pathlib.Path(place) / "counted.zk")
-            run.take(1)
-            with signal_at(None) as count:
-                run.take(2)
-            run.close()
-            total = count[0]
-            found = check(mode, pathlib.Path(place), [i / total for i in range(total)])
-            print(f"{mode}: {total} instructions, {found} interrupted", flush=True)
+            for interrupt in (signal_at, injected_at)[: 1 + (mode in IN_MEMORY)]:
+                run = make(mode, pathlib.Path(place) / "counted.zk")
+                run.take(1)
+                with interrupt(None) as count:
+                    run.take(2)
+                run.close().unlink()
+                total = count[0]
+                places = [(i + 0.5) / total for i in range(total)]
+                found = check(mode, pathlib.Path(place), places, interrupt)
+                print(f"{mode}, {interrupt.__name__}: {total} places, {found} interrupted", flush=True)

@@ -107,6 +107,8 @@ METHODS = {
     "conservative": optim.ZOConservative,
     "ES": functools.partial(optim.ES, population=4, maximize=False),
     "MeZO-GV": functools.partial(optim.MeZOGV, candidates=3, top=1),
+    "consensus": functools.partial(optim.ConsensusHopping, candidates=3),
+    "line search": functools.partial(optim.ZORankSearch, candidates=3, trials=2, rounds=2),
     "layers at random": functools.partial(optim.LeZO, skipped=0.5),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Callable
 
 import pytest
@@ -229,6 +230,21 @@ def test_square_root_instruction_may_err(on_ptx, rng, operation, dtype):
     run, make = OPERATIONS[operation]
     for on_ptx.rsqrt_ulps in (-1, 1):
         check_backend(run, arguments(make, rng, "normal", (0,), dtype=dtype, **PLAIN))
+
+
+@pytest.mark.parametrize(("operation", "dtype"), [("combine", FP32), ("combine", BF16), ("squares", FP32)])
+def test_normals_two_at_a_time(monkeypatch, rng, operation, dtype):
+    """As sm_100 makes them: ten instructions for two radii."""
+    device = TritonDevice(architecture=100)
+    device.use(monkeypatch)
+    run, make = OPERATIONS[operation]
+    for device.rsqrt_ulps in (-1, 0, 1):
+        check_backend(run, arguments(make, rng, "normal", (0,), dtype=dtype, **PLAIN))
+    (text,) = device.texts.values()
+    # Six fmas and four products for two radii, in each form of the code; LLVM makes more of what follows.
+    packed = re.findall(r"\b(mul|fma)\.rn\.f32x2", text)
+    assert packed.count("fma") >= 2 * 6
+    assert packed.count("mul") >= 2 * 4
 
 
 @pytest.mark.parametrize(("name", "kind"), FAULTS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
+from unittest import mock
 
 import triton
 import triton.language as tl
@@ -50,6 +51,27 @@ KINDS = {
 OPTIONAL = ("decay", "rounding_seed", "mask_seed")
 
 
+class FakeDriver:
+    """Enough of a driver for Triton to compile what a launch asks for, without launching it."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    @classmethod
+    def active(cls, target: GPUTarget) -> property:
+        """Stands for ``triton.runtime.driver.active``, which kernels ask what they are compiled for."""
+        return property(lambda self: cls(target))
+
+
 def build(function, target, tensors, present=(), **constants):
     """Compiles ``function``: ``tensors`` are the types of its tensors by name, None where there is none."""
     kinds = {**KINDS, **{name: kind and f"*{kind}" for name, kind in tensors.items()}}
@@ -60,7 +82,8 @@ def build(function, target, tensors, present=(), **constants):
     source = ASTSource(function, signature=signature, constexprs=constants)
     warp_size = 64 if str(target).startswith("gfx9") else 32
     gpu = GPUTarget("hip" if isinstance(target, str) else "cuda", target, warp_size)
-    return triton.compile(source, target=gpu, options=launch.compile_options(warp_size))
+    with mock.patch.object(type(triton.runtime.driver), "active", FakeDriver.active(gpu)):
+        return triton.compile(source, target=gpu, options=launch.compile_options(warp_size))
 
 
 def build_table(function, target, tensors, present=(), *, columns=5, **constants):

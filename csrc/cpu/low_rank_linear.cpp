@@ -1,20 +1,26 @@
 // low_rank_linear: out_p += c_p ((x_p B_p) A_p^T + b_p) for the rows x_p of every member p of a population.
+//
+// Rows of x, the left factors and biases are held in the order in which Storage (tile.h) has a tensor's elements
+// in registers: of each run of 2 L::width the even ones, then the odd ones. So none of them is rearranged where
+// it meets a row of out.
 #include "kernels.h"
 
 namespace zk::cpu {
 
-// The chains of a sum over the columns of x (docs/contract.md), and the columns of out that are taken at a
-// time. Packed factors are filled with zeros up to a multiple of these.
-constexpr int64_t kChains = 64, kColumns = 128;
+// The chains of a sum over the columns of x (docs/contract.md), and the columns of out that are taken at a time.
+// What is packed is filled with zeros up to a multiple of these; a row of a right factor up to one of kRanks.
+constexpr int64_t kChains = 64, kColumns = 128, kRanks = 16;
+// Up to this rank the columns of a right factor are taken one by one, and else side by side in registers.
+constexpr int64_t kFewRanks = 4;
 
-// Rows of one member. x, out, right and left have `n`, `m`, `n` and `m` columns; the factors are transposed.
+// Rows of one member. x and out have n and m columns.
 struct MemberRows {
   const void* x;
   void* out;
-  const float* left;   // [rank, left_stride]
-  const float* right;  // [rank, right_stride]
-  const float* bias;   // [left_stride], or null
-  int64_t left_stride, right_stride;
+  const float* left;   // [rank, left_stride], packed
+  const float* right;  // up to kFewRanks: [rank, x_stride], packed; else [x_stride, right_stride]
+  const float* bias;   // [left_stride], packed, or null
+  int64_t left_stride, right_stride, x_stride;
   int64_t rows, m, n, rank;
   float coeff;
   DType dtype;
@@ -23,95 +29,144 @@ struct MemberRows {
 // scratch: two rows of x in fp32, and two rows of rank sums; aligned to 64 bytes.
 ZK_KERNEL(low_rank_linear, const MemberRows&, void* scratch)
 
+// Packs a factor [columns, rank] as [rank, stride], with zeros behind the columns.
+ZK_KERNEL(pack_factor, const float* factor, int64_t columns, int64_t rank, int64_t stride, float* to)
+
 }  // namespace zk::cpu
 
 #if defined(ZK_ISA)
-// --- the kernel, compiled once for each instruction set -----------------------------------------------
+// --- the kernels, compiled once for each instruction set ----------------------------------------------
 
 #include "tile.h"
 
 namespace zk::cpu {
 namespace {
 
-// Neighbours are added until one sum is left.
-ZK_HD float sum_of_chains(float chain[kChains]) {
-  for (int64_t n = kChains / 2; n > 0; n /= 2) {
-    for (int64_t i = 0; i < n; ++i) chain[i] = chain[2 * i] + chain[2 * i + 1];
-  }
-  return chain[0];
+template <class F>
+ZK_HD F sum_of_neighbours(const F c[8]) {
+  return add(add(add(c[0], c[1]), add(c[2], c[3])), add(add(c[4], c[5]), add(c[6], c[7])));
 }
 
-// Sums over the columns of `Rows` rows of x with `Ranks` columns of right, as many chains side by side as
-// the registers hold.
-template <class L, int Rows, int Ranks>
-ZK_HD void inner(const float* x, const float* right, int64_t stride, float* sums, int64_t rank) {
+// Where element i is among the packed ones.
+template <class L>
+constexpr int64_t place(int64_t i) {
+  constexpr int64_t run = 2 * L::width;
+  return i / run * run + i % 2 * L::width + i % run / 2;
+}
+
+// Sums over the columns of `Rows` rows of x with the one column of right. A register holds the chains of even or
+// of odd columns.
+template <class L, int Rows>
+ZK_HD void inner_of_one(const float* x, const float* right, int64_t stride, float* sums, int64_t rank) {
   using F = typename L::F;
   constexpr int registers = kChains / L::width;
-  F chain[Rows][Ranks][registers];
+  F chain[Rows][registers];
   for (int i = 0; i < Rows; ++i) {
-    for (int j = 0; j < Ranks; ++j) {
-      for (int r = 0; r < registers; ++r) chain[i][j][r] = Splat<F>::of(0.0f);
-    }
+    for (int r = 0; r < registers; ++r) chain[i][r] = Splat<F>::of(0.0f);
   }
   for (int64_t at = 0; at < stride; at += kChains) {
     for (int r = 0; r < registers; ++r) {
-      F b[Ranks];
-      for (int j = 0; j < Ranks; ++j) b[j] = L::load_row(right + j * stride + at + r * L::width);
+      const F b = L::load_row(right + at + r * L::width);
       for (int i = 0; i < Rows; ++i) {
-        const F value = L::load_row(x + i * stride + at + r * L::width);
-        for (int j = 0; j < Ranks; ++j) chain[i][j][r] = fma(value, b[j], chain[i][j][r]);
+        chain[i][r] = fma(L::load_row(x + i * stride + at + r * L::width), b, chain[i][r]);
       }
     }
   }
   for (int i = 0; i < Rows; ++i) {
-    for (int j = 0; j < Ranks; ++j) {
-      alignas(64) float all[kChains];
-      for (int r = 0; r < registers; ++r) L::store_row(all + r * L::width, chain[i][j][r]);
-      sums[i * rank + j] = sum_of_chains(all);
+    alignas(64) float all[kChains / 2];
+    for (int r = 0; r < registers; r += 2) {
+      L::store_row(all + r / 2 * L::width, add(chain[i][r], chain[i][r + 1]));
+    }
+    for (int n = kChains / 4; n > 0; n /= 2) {
+      for (int k = 0; k < n; ++k) all[k] = all[2 * k] + all[2 * k + 1];
+    }
+    sums[i * rank] = all[0];
+  }
+}
+
+// The same with a register for a chain of L::width numbers of the rank; eight neighbouring chains at a time.
+template <class L, int Rows>
+ZK_HD void inner_of_many(const MemberRows& op, const float* x, float* sums) {
+  using F = typename L::F;
+  for (int64_t rank = 0; rank < op.rank; rank += L::width) {
+    F group[Rows][8];
+    for (int g = 0; g < 8; ++g) {
+      F chain[Rows][8];
+      for (int i = 0; i < Rows; ++i) {
+        for (int q = 0; q < 8; ++q) chain[i][q] = Splat<F>::of(0.0f);
+      }
+      for (int64_t at = 8 * g; at < op.x_stride; at += kChains) {
+        const float* b = op.right + at * op.right_stride + rank;
+        const float* from = x + place<L>(at);
+        for (int q = 0; q < 8; ++q) {
+          const F value = L::load_row(b + q * op.right_stride);
+          // place(at + q) - place(at), where eight columns lie in one run
+          const int column = L::width == 1 ? q : q % 2 * L::width + q / 2;
+          for (int i = 0; i < Rows; ++i) {
+            chain[i][q] = fma(Splat<F>::of(from[i * op.x_stride + column]), value, chain[i][q]);
+          }
+        }
+      }
+      for (int i = 0; i < Rows; ++i) group[i][g] = sum_of_neighbours(chain[i]);
+    }
+    for (int i = 0; i < Rows; ++i) {
+      alignas(64) float all[L::width];
+      L::store_row(all, sum_of_neighbours(group[i]));
+      for (int64_t j = 0; j < L::width && rank + j < op.rank; ++j) sums[i * op.rank + rank + j] = all[j];
     }
   }
 }
 
-// The sums of the rank for `Rows` rows and 8 L::width columns from `column` on.
-template <class L, int Rows>
-ZK_HD void outer(const MemberRows& op, const float* sums, int64_t column, float* to) {
+// Adds to 8 L::width columns of a row, from `column` on, what `product` has for them.
+template <class L, DType D>
+ZK_HD void add_to(const MemberRows& op, typename Storage<L, D>::T* out, int64_t column,
+                  const typename L::F product[8]) {
   using F = typename L::F;
+  F y[8];
+  Storage<L, D>::load(out, y);
+  for (int v = 0; v < 8; ++v) {
+    F z = product[v];
+    if (op.bias != nullptr) z = add(z, L::load_row(op.bias + column + v * L::width));
+    if constexpr (D != DType::f32) z = without_payload(z);  // rounding does not look for NaNs
+    y[v] = fma(Splat<F>::of(op.coeff), z, y[v]);
+  }
+  Storage<L, D>::template store<false>(out, y, {});
+}
+
+// The sums of the rank for `Rows` rows and 8 L::width columns from `column` on, added to `count` columns of out.
+template <class L, DType D, int Rows>
+ZK_HD void outer(const MemberRows& op, const float* sums, typename Storage<L, D>::T* out, int64_t column,
+                 int64_t count) {
+  using F = typename L::F;
+  using T = typename Storage<L, D>::T;
+  constexpr int64_t step = 8 * L::width;
   F product[Rows][8];
   for (int i = 0; i < Rows; ++i) {
     for (int v = 0; v < 8; ++v) product[i][v] = Splat<F>::of(0.0f);
   }
   for (int64_t j = 0; j < op.rank; ++j) {
     const float* a = op.left + j * op.left_stride + column;
+    F sum[Rows];
+    for (int i = 0; i < Rows; ++i) sum[i] = Splat<F>::of(sums[i * op.rank + j]);
     for (int v = 0; v < 8; ++v) {
       const F value = L::load_row(a + v * L::width);
-      for (int i = 0; i < Rows; ++i) {
-        product[i][v] = fma(Splat<F>::of(sums[i * op.rank + j]), value, product[i][v]);
-      }
+      for (int i = 0; i < Rows; ++i) product[i][v] = fma(sum[i], value, product[i][v]);
     }
   }
   for (int i = 0; i < Rows; ++i) {
-    for (int v = 0; v < 8; ++v) {
-      F value = product[i][v];
-      if (op.bias != nullptr) value = add(value, L::load_row(op.bias + column + v * L::width));
-      L::store_row(to + (i * 8 + v) * L::width, value);
+    T* here = out + i * op.m + column;
+    if (count == step) {
+      add_to<L, D>(op, here, column, product[i]);
+    } else {
+      alignas(64) T rest[step] = {};
+      __builtin_memcpy(rest, here, count * sizeof(T));
+      add_to<L, D>(op, rest, column, product[i]);
+      __builtin_memcpy(here, rest, count * sizeof(T));
     }
   }
 }
 
-template <class L, DType D>
-ZK_HD void add_to(typename Storage<L, D>::T* out, const float* product, float coeff) {
-  using F = typename L::F;
-  F y[8], z[8];
-  Storage<L, D>::load(out, y);
-  Storage<L, DType::f32>::load(product, z);
-  for (int e = 0; e < 8; ++e) {
-    if constexpr (D != DType::f32) z[e] = without_payload(z[e]);  // rounding does not look for NaNs
-    y[e] = fma(Splat<F>::of(coeff), z[e], y[e]);
-  }
-  Storage<L, D>::template store<false>(out, y, {});
-}
-
-// `count` elements of x in fp32, and zeros behind them up to `stride`.
+// `count` elements of x in fp32, packed, and zeros behind them up to `stride`.
 template <class L, DType D>
 ZK_HD void to_floats(const typename Storage<L, D>::T* x, int64_t count, int64_t stride, float* to) {
   using T = typename Storage<L, D>::T;
@@ -120,49 +175,34 @@ ZK_HD void to_floats(const typename Storage<L, D>::T* x, int64_t count, int64_t 
   int64_t at = 0;
   for (; at + step <= count; at += step) {
     Storage<L, D>::load(x + at, v);
-    Storage<L, DType::f32>::template store<false>(to + at, v, {});
+    for (int e = 0; e < 8; ++e) L::store_row(to + at + e * L::width, v[e]);
   }
-  if (at == stride) return;
-  alignas(64) T rest[step] = {};
-  alignas(64) float floats[step];
-  __builtin_memcpy(rest, x + at, (count - at) * sizeof(T));
-  Storage<L, D>::load(rest, v);
-  Storage<L, DType::f32>::template store<false>(floats, v, {});
-  for (int64_t i = 0; at + i < stride; ++i) to[at + i] = i < step ? floats[i] : 0.0f;
+  for (; at < stride; at += step) {
+    alignas(64) T rest[step] = {};
+    if (at < count) __builtin_memcpy(rest, x + at, (count - at) * sizeof(T));
+    Storage<L, D>::load(rest, v);
+    for (int e = 0; e < 8 && at + e * L::width < stride; ++e) L::store_row(to + at + e * L::width, v[e]);
+  }
 }
 
 template <class L, DType D, int Rows>
 ZK_HD void rows_of(const MemberRows& op, int64_t row, float* scratch) {
   using T = typename Storage<L, D>::T;
   constexpr int64_t step = 8 * L::width;
-  constexpr int ranks = L::width == 16 ? 2 : 1;
-  float *x = scratch, *sums = scratch + 2 * op.right_stride;
+  float *x = scratch, *sums = scratch + 2 * op.x_stride;
   for (int i = 0; i < Rows; ++i) {
-    to_floats<L, D>(static_cast<const T*>(op.x) + (row + i) * op.n, op.n, op.right_stride,
-                    x + i * op.right_stride);
+    to_floats<L, D>(static_cast<const T*>(op.x) + (row + i) * op.n, op.n, op.x_stride, x + i * op.x_stride);
   }
-  int64_t j = 0;
-  for (; j + ranks <= op.rank; j += ranks) {
-    inner<L, Rows, ranks>(x, op.right + j * op.right_stride, op.right_stride, sums + j, op.rank);
-  }
-  for (; j < op.rank; ++j) {
-    inner<L, Rows, 1>(x, op.right + j * op.right_stride, op.right_stride, sums + j, op.rank);
+  if (op.rank <= kFewRanks) {
+    for (int64_t j = 0; j < op.rank; ++j) {
+      inner_of_one<L, Rows>(x, op.right + j * op.x_stride, op.x_stride, sums + j, op.rank);
+    }
+  } else {
+    inner_of_many<L, Rows>(op, x, sums);
   }
   T* out = static_cast<T*>(op.out) + row * op.m;
-  alignas(64) float product[Rows * step];
-  int64_t column = 0;
-  for (; column + step <= op.m; column += step) {
-    outer<L, Rows>(op, sums, column, product);
-    for (int i = 0; i < Rows; ++i) add_to<L, D>(out + i * op.m + column, product + i * step, op.coeff);
-  }
-  if (column == op.m) return;
-  outer<L, Rows>(op, sums, column, product);
-  for (int i = 0; i < Rows; ++i) {
-    alignas(64) T rest[step] = {};
-    T* here = out + i * op.m + column;
-    __builtin_memcpy(rest, here, (op.m - column) * sizeof(T));
-    add_to<L, D>(rest, product + i * step, op.coeff);
-    __builtin_memcpy(here, rest, (op.m - column) * sizeof(T));
+  for (int64_t column = 0; column < op.m; column += step) {
+    outer<L, D, Rows>(op, sums, out, column, op.m - column < step ? op.m - column : step);
   }
 }
 
@@ -172,6 +212,22 @@ void run(const MemberRows& op, float* scratch) {
   int64_t row = 0;
   for (; row + rows <= op.rows; row += rows) rows_of<L, D, rows>(op, row, scratch);
   for (; row < op.rows; ++row) rows_of<L, D, 1>(op, row, scratch);
+}
+
+template <class L>
+void pack(const float* factor, int64_t columns, int64_t rank, int64_t stride, float* to) {
+  if (rank == 1) return to_floats<L, DType::f32>(factor, columns, stride, to);
+  constexpr int64_t run = 2 * L::width;
+  for (int64_t j = 0; j < rank; ++j) {
+    float* row = to + j * stride;
+    int64_t at = 0;
+    for (; at + run <= columns; at += run) {
+      const float* from = factor + at * rank + j;
+      for (int64_t k = 0; k < L::width; ++k) row[at + k] = from[2 * k * rank];
+      for (int64_t k = 0; k < L::width; ++k) row[at + L::width + k] = from[(2 * k + 1) * rank];
+    }
+    for (int64_t i = at; i < stride; ++i) row[place<L>(i)] = i < columns ? factor[i * rank + j] : 0.0f;
+  }
 }
 
 }  // namespace
@@ -186,6 +242,10 @@ void ZK_ISA::low_rank_linear(const MemberRows& op, void* scratch) {
   }
 }
 
+void ZK_ISA::pack_factor(const float* factor, int64_t columns, int64_t rank, int64_t stride, float* to) {
+  pack<ZK_LANES>(factor, columns, rank, stride, to);
+}
+
 }  // namespace zk::cpu
 
 #else
@@ -198,24 +258,40 @@ namespace {
 
 constexpr int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// factor [P, columns, rank] as [P, rank, stride], with zeros behind the columns.
-std::unique_ptr<float[]> transposed(const Tensor& factor, int64_t stride) {
-  const int64_t members = factor.size(0), columns = factor.size(1), rank = factor.size(2);
-  std::unique_ptr<float[]> packed(new float[members * rank * stride]);
+// Calls each(p) for all members; `work`: how many elements each of them handles.
+template <class Each>
+void for_members(int64_t members, int64_t work, const Each& each) {
+  torch::stable::parallel_for(0, members, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work)),
+                              [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) each(p);
+  });
+}
+
+template <class Kernel>
+std::unique_ptr<float[]> packed(const Kernel& kernel, const Tensor& factor, int64_t rank, int64_t stride) {
+  const int64_t members = factor.size(0), columns = factor.size(1);
+  std::unique_ptr<float[]> all(new float[members * rank * stride]);
   const float* from = data<float>(factor);
-  float* to = packed.get();
-  torch::stable::parallel_for(0, members, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, columns * rank)),
-                              [=](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      for (int64_t j = 0; j < rank; ++j) {
-        float* row = to + (p * rank + j) * stride;
-        const float* column = from + p * columns * rank + j;
-        for (int64_t i = 0; i < columns; ++i) row[i] = column[i * rank];
-        std::fill(row + columns, row + stride, 0.0f);
-      }
+  for_members(members, columns * rank, [&](int64_t p) {
+    kernel(from + p * columns * rank, columns, rank, stride, all.get() + p * rank * stride);
+  });
+  return all;
+}
+
+// Right factors [P, n, rank] as [P, rows, stride], with zeros in the rest.
+std::unique_ptr<float[]> padded_rows(const Tensor& factor, int64_t rows, int64_t stride) {
+  const int64_t members = factor.size(0), n = factor.size(1), rank = factor.size(2);
+  std::unique_ptr<float[]> all(new float[members * rows * stride]);
+  const float* from = data<float>(factor);
+  for_members(members, rows * stride, [&](int64_t p) {
+    float* to = all.get() + p * rows * stride;
+    for (int64_t i = 0; i < rows; ++i, to += stride) {
+      const int64_t count = i < n ? rank : 0;
+      std::copy_n(from + (p * n + i) * rank, count, to);
+      std::fill(to + count, to + stride, 0.0f);
     }
   });
-  return packed;
+  return all;
 }
 
 void low_rank_linear_cpu(Tensor out, Tensor x, Tensor left, Tensor right, Tensor coeffs,
@@ -227,17 +303,23 @@ void low_rank_linear_cpu(Tensor out, Tensor x, Tensor left, Tensor right, Tensor
   all.n = x.size(1);
   all.rank = left.size(2);
   all.left_stride = padded(all.m, kColumns);
-  all.right_stride = padded(all.n, kChains);
+  all.x_stride = padded(all.n, kChains);
+  const bool few = all.rank <= kFewRanks;
+  all.right_stride = few ? all.rank : padded(all.rank, kRanks);
   all.dtype = dtype_of(out);
-  const auto lefts = transposed(left, all.left_stride), rights = transposed(right, all.right_stride);
-  std::unique_ptr<float[]> biases;
-  if (bias) {
-    const int64_t members = bias->size(0);
-    biases.reset(new float[members * all.left_stride]());
-    for (int64_t p = 0; p < members; ++p) {
-      std::copy_n(data<float>(*bias) + p * all.m, all.m, biases.get() + p * all.left_stride);
-    }
+  const auto pack = ZK_KERNEL_OF(pack_factor, isa);
+  const auto lefts = packed(pack, left, all.rank, all.left_stride);
+  // A right factor of the right size is read where it lies.
+  const bool whole = !few && all.right_stride == all.rank && all.x_stride == all.n;
+  std::unique_ptr<float[]> rights;
+  if (few) {
+    rights = packed(pack, right, all.rank, all.x_stride);
+  } else if (!whole) {
+    rights = padded_rows(right, all.x_stride, all.right_stride);
   }
+  const float* first_right = whole ? data<float>(right) : rights.get();
+  std::unique_ptr<float[]> biases;
+  if (bias) biases = packed(pack, *bias, 1, all.left_stride);
   std::vector<int64_t> starts;  // how many rows lie before each member
   int64_t total = 0;
   for (const int64_t count : rows) {
@@ -246,7 +328,7 @@ void low_rank_linear_cpu(Tensor out, Tensor x, Tensor left, Tensor right, Tensor
   }
   const auto* from = static_cast<const std::byte*>(x.const_data_ptr());
   auto* to = static_cast<std::byte*>(out.mutable_data_ptr());
-  const int64_t bytes = size_of(all.dtype), scratch_size = 4 * (2 * all.right_stride + 2 * all.rank);
+  const int64_t bytes = size_of(all.dtype), scratch_size = 4 * (2 * all.x_stride + 2 * all.rank);
   const int64_t grain = std::max<int64_t>(2, kGrain / (all.m + all.n) / all.rank);
   const auto kernel = ZK_KERNEL_OF(low_rank_linear, isa);
   torch::stable::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) {
@@ -263,7 +345,7 @@ void low_rank_linear_cpu(Tensor out, Tensor x, Tensor left, Tensor right, Tensor
       piece.x = from + begin * all.n * bytes;
       piece.out = to + begin * all.m * bytes;
       piece.left = lefts.get() + (left.size(0) == 1 ? 0 : p) * all.rank * all.left_stride;
-      piece.right = rights.get() + (right.size(0) == 1 ? 0 : p) * all.rank * all.right_stride;
+      piece.right = first_right + (right.size(0) == 1 ? 0 : p) * all.x_stride * all.right_stride;
       if (bias) piece.bias = biases.get() + (bias->size(0) == 1 ? 0 : p) * all.left_stride;
       piece.coeff = canonical_nan(data<float>(coeffs)[p]);
       kernel(piece, scratch);

@@ -250,7 +250,8 @@ def _rules() -> dict[str, Rule]:
             rule(f"setp.{name}.{t}", "pred", f"{t} {t}", function)
     rule("fma.rn.f32", "f32", "f32 f32 f32", _with_one_nan(fma32))
     rule("fma.rn.f32x2", "b64", "b64 b64 b64", _in_pairs(_with_one_nan(fma32)))
-    rule("mul.rn.f32x2", "b64", "b64 b64", _in_pairs(_with_one_nan(np.multiply)))
+    for name, function in {"mul": np.multiply, "add": np.add, "sub": np.subtract}.items():
+        rule(f"{name}.rn.f32x2", "b64", "b64 b64", _in_pairs(_with_one_nan(function)))
     rule("div.rn.f32", "f32", "f32 f32", _with_one_nan(np.divide))
     rule("sqrt.rn.f32", "f32", "f32", _with_one_nan(np.sqrt))
     rule("min.f32", "f32", "f32 f32", _with_one_nan(_least))

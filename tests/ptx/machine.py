@@ -212,7 +212,8 @@ class Machine:
             return split
         write = self._writer(to, kind)
         if source.startswith("{"):
-            low, high = (self._reader(part, half) for part in _parts(source))
+            # LLVM leaves a half undefined where it computes two numbers to use one.
+            low, high = (self._reader(part, half, undefined=True) for part in _parts(source))
             dtype, shift = DTYPES[kind], DTYPES[kind].type(8 * SIZES[half])
             return lambda batch, lanes: write(
                 batch, lanes, low(batch, lanes).astype(dtype) | high(batch, lanes).astype(dtype) << shift

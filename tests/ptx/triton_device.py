@@ -1,4 +1,4 @@
-"""The Triton backend with its launches executed as PTX: compiled for sm_90, without a GPU."""
+"""The Triton backend with its launches executed as PTX: compiled without a GPU."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton_kernels import FakeDriver
 
 from zokernels.backends import registry
 from zokernels.backends.triton import table
@@ -25,19 +26,6 @@ _IN_PLACE = {"update", "fan_out"}
 _BYTES = {"i32": 4, "u32": 4, "i64": 8, "u64": 8}
 
 
-class FakeDriver:
-    """Enough of a driver for Triton to compile what a launch asks for, without launching it."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 def _argument(value: Any, kind: str) -> bytes:
     if isinstance(value, Tensor):
         value, kind = value.data_ptr(), "u64"
@@ -49,9 +37,9 @@ class TritonDevice(Executor):
     becomes first.
     """
 
-    def __init__(self, edit: Callable[[str], str] = str) -> None:
+    def __init__(self, edit: Callable[[str], str] = str, architecture: int = 90) -> None:
         super().__init__()
-        self._edit = edit
+        self._edit, self._architecture = edit, architecture
         self.texts: dict[str, str] = {}  #: the PTX of all that was launched, by Triton's hash of it
 
     def use(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +55,8 @@ class TritonDevice(Executor):
             arguments += [bytes(8)] * 2  # memory for Triton's own use, of which these kernels need none
             self._run(compiled, (*grid, 1)[:2], arguments)
 
-        monkeypatch.setattr(type(triton.runtime.driver), "active", property(lambda self: FakeDriver()))
+        target = GPUTarget("cuda", self._architecture, 32)
+        monkeypatch.setattr(type(triton.runtime.driver), "active", FakeDriver.active(target))
         monkeypatch.setattr(triton.JITFunction, "run", launched)
         backend = registry.get("triton")
         backend = dataclasses.replace(backend, devices=frozenset(("cpu",)), find=self._finder(backend))

@@ -18,6 +18,7 @@ import torch
 
 from ..contract import DISTS
 from ..wire import FORMATS
+from .journal import call
 from .registry import BackendUnavailable, Kernel
 from .terms import Terms
 
@@ -83,10 +84,10 @@ def _bind(operation: Any, isa: Callable[[], str] | None) -> Kernel:
             args += args.pop().packed
         if takes_isa and isa is not None:
             args.append(isa())
-        return operation(*args)
+        return call(operation, args)
 
     def kernel_of_terms(*given: Any) -> Any:  # the same for most, where a call costs least
         *args, terms = given
-        return operation(*args, *terms.packed, *(() if isa is None else (isa(),)))
+        return call(operation, (*args, *terms.packed, *(() if isa is None else (isa(),))))
 
     return kernel_of_terms if takes_terms and not coded and takes_isa == (isa is not None) else kernel

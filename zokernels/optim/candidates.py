@@ -145,7 +145,7 @@ class ZORankSearch(ZerothOrder):
             own, best = estimator.coefficients(ranked, 1.0), none.clone()
             # A loss that is not finite skips the step in the end; until then no forward sees NaN for weights.
             total[r * m : (r + 1) * m] = torch.where(own.isfinite(), own, torch.zeros_like(own))
-            best[r * m : (r + 1) * m] = torch.nn.functional.one_hot(ranked.argmin(), m)
+            best[r * m : (r + 1) * m] = torch.arange(m, device=best.device) == ranked.argmin()
             choices = [self._choices(b.group, b.eps, total / (r + 1), best) for b in buckets]
             searched = losses_at(self._points(buckets, choices, (r + 1) * m), self._trials + 2).double()
             forwards += [ranked, searched]

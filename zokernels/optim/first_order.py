@@ -57,7 +57,7 @@ class FirstOrder:
         """Gives the optimizer's parameters their gradients at theta."""
         owner, optimizer = self.owner, self.optimizer
         owner.flush()
-        rng = RngState(devices_of([*owner.param_groups, *optimizer.param_groups]))
+        rng = RngState(devices_of([*owner.param_groups, *optimizer.param_groups]), owner.generators)
         optimizer.zero_grad(set_to_none=True)
         with self._frozen(), torch.enable_grad():
             loss = (closure if self.closure is None else self.closure)()

@@ -85,6 +85,7 @@ class AGZO(ZerothOrder):
     """
 
     replayable = False
+    staged = False
 
     def __init__(
         self,
@@ -105,6 +106,9 @@ class AGZO(ZerothOrder):
                 fail(self.op, argument, expected, repr(options[argument]))
         if options.get("capturable"):
             fail(self.op, "capturable", "False: layers are watched by Python", True)
+        if options.get("restore") == "products":
+            expected = "'exact' or 'inplace': the directions come from the step's first forward"
+            fail(self.op, "restore", expected, "'products'")
         space = ActivationSpace(model=model, rank=rank, iterations=iterations, scaled=scaled)
         super().__init__(
             params, lr, eps, direction=space, estimator=OneSided(directions), rule=SGD(), **options

@@ -59,7 +59,7 @@ class ZerothOrder(StepOptimizer):
         subset: which parameters take part in a step, by default all: blocks in turn, or layers at random.
         cohort: with "products", how many members of a population one forward of a batched step has
             (:meth:`step`); None: all of them.
-        scratch: with "exact", the bytes up to which parameters are perturbed together; by default 4 MiB on
+        scratch: with "exact", the bytes up to which parameters are perturbed together; by default 16 MiB on
             the CPU and 64 MiB on a GPU.  No bit depends on it.  The parameters of one torch function take
             what they take.
         trajectory: path of a file that gets a record of every step (:func:`zokernels.trajectory.record`).
@@ -155,6 +155,12 @@ class ZerothOrder(StepOptimizer):
             record(self, trajectory, resume=resume)
         else:
             self.team.join(self)
+
+    def _run_batched(self, closure: Any) -> Tensor:
+        if self.partner is not None:
+            expected = "False with first_order: backward takes a forward of its own"
+            fail(self.op, "batched", expected, True)
+        return super()._run_batched(closure)
 
     def run_step(self, closure: Any, reader: LossReader, consume: Any = None) -> Tensor:
         try:

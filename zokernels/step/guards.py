@@ -47,6 +47,23 @@ class OwnProcess:
         self._id = os.getpid()
 
 
+class ThreadState:
+    """What a step switches off in its thread: torch functions, and autocast's cache.
+
+    An exception of another thread can fall between the two ends of such a switch."""
+
+    def __init__(self) -> None:
+        self._torch: Any = torch._C  # whose annotations lack these two functions
+        self._functions, self._cache = (
+            self._torch._get_torch_function_state(),
+            torch.is_autocast_cache_enabled(),
+        )
+
+    def restore(self) -> None:
+        self._torch._set_torch_function_state(self._functions)
+        torch.set_autocast_cache_enabled(self._cache)
+
+
 class RngState:
     """torch's RNG state on the CPU and on each CUDA device of the parameters, from which all forwards start.
 

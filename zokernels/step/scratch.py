@@ -152,6 +152,14 @@ class ScratchPool:
             if arena.idle():
                 self._free.append(arena)
 
+    def addresses(self) -> set[int]:
+        """Where the arenas begin."""
+        return {a.data.untyped_storage().data_ptr() for a in (*self._taken, *self._free)}
+
+    def give_all_back(self) -> None:
+        for arena in list(self._taken):
+            self.give_back(arena)
+
     def nbytes(self) -> int:
         """Bytes that are held or in use."""
         return sum(a.nbytes for a in (*self._taken, *self._free))

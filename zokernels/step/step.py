@@ -23,7 +23,7 @@ from .directions.direction import Direction
 from .directions.low_rank import LowRank
 from .estimators import Estimator, TwoSided
 from .graphs import GraphRng, check_capturable, check_capture
-from .guards import OwnProcess, RngState, is_capturing, uninterrupted
+from .guards import OwnProcess, RngState, ThreadState, is_capturing, uninterrupted
 from .loss import LossReader
 from .probes.blocks import Blocks
 from .probes.exact import ExactProbe
@@ -40,6 +40,7 @@ from .state import DeviceState, HostState, check_seed
 from .subset import Subset
 from .two_pass import ThreePass, TwoPass, check_two_pass
 from .types import Bucket, Estimate, LossesAt, Point, Seeds
+from .unfinished import Update
 
 #: What a group has that says nothing else.
 GROUP_DEFAULTS = {"eps": 1e-3, "weight_decay": 0.0, "dist": "normal", "rounding": "stochastic", "clip": None}
@@ -118,7 +119,9 @@ class StepOptimizer(torch.optim.Optimizer):
         self.cache: dict[Any, Any] = {}
         self.graph_rng: GraphRng | None = None
         self.carried = False
-        self._process, self._stepping = OwnProcess(), threading.Lock()
+        self._process, self._stepper = OwnProcess(), 0  # the thread that steps
+        self._unfinished: Update | None = None  #: an update that has begun
+        self._open: Probe | None = None  #: of the step that runs, or that was left without its end
         #: torch.Generator objects that the closure draws from, and which are set back before each further
         #: forward of a step, as torch's default generators are.  A copy of the optimizer has none.
         self.generators: Sequence[torch.Generator] = ()
@@ -298,14 +301,23 @@ class StepOptimizer(torch.optim.Optimizer):
                 TypeError,
             )
         self._process.check(self.op, "step")
-        if not self._stepping.acquire(blocking=False):
+        thread = threading.get_ident()
+        if self._stepper:
             got = "one inside the closure of another step of this optimizer, or in another thread"
             fail(self.op, "step", "one step at a time", got, RuntimeError)
+        self._stepper, state = thread, ThreadState()
         try:
+            self._settle()
             with uninterrupted() as hold:  # signals are delivered inside the closure, and when all is done
                 loss = self._run_held(lambda: hold.call(closure), reader, consume or self._finish)
+        except BaseException:
+            state.restore()
+            self._settle(
+                at_once=True
+            )  # where another thread's exception has kept the rest of the step from doing it
+            raise
         finally:
-            self._stepping.release()
+            self._stepper = 0
         if not self.run_state.capturable and known_on_host(self.run_state.skipped):
             self._warn_skipped()
         return loss
@@ -342,7 +354,10 @@ class StepOptimizer(torch.optim.Optimizer):
         try:
             self.update(probe, estimate)
         except BaseException:
-            self.log.retract(self)
+            if self._unfinished is None:
+                self.log.retract(self)
+            else:
+                self._settle(at_once=True)
             raise
 
     def plan(self) -> list[Bucket]:
@@ -359,8 +374,10 @@ class StepOptimizer(torch.optim.Optimizer):
         self.direction.prepare(self, buckets, seeds)
         with self.home.probe(self, buckets, seeds) as probe:
             self.carried = any(b.at for b in probe.buckets)
+            self._open = probe
             self.passes.release()  # from here on the probe restores
             yield probe
+        self._open = None
 
     def own_probe(self, buckets: list[Bucket], seeds: Seeds) -> Probe:
         """How the closure sees parameters that are in memory."""
@@ -414,18 +431,35 @@ class StepOptimizer(torch.optim.Optimizer):
 
     def update(self, probe: Probe, estimate: Estimate) -> None:
         """Applies the rule, bucket by bucket; in the two-pass form this adds the next step's +eps z, too."""
-        multiple = estimate.multiple
         probe.restore_before_update(self.rule.folds_restore)
-        self.rule.begin(self, probe, estimate)
-        with self.passes.ahead(probe, self.run_state) as updated:
-            for i, (b, g) in enumerate(zip(probe.buckets, estimate.gradients, strict=True)):
-                if b.at or not estimate.skip:
-                    g = g if multiple is None else multiple * g
-                    self.rule.update(self, b, probe.seeds[b.device], g, estimate.finite)
-                    b.at = {}
-                updated(i)
-            torch.clear_autocast_cache()  # casts of the old weights, where step() runs inside autocast
-            self.run_state.advance(estimate.finite)
+        self._unfinished = Update(self, probe, estimate)
+        self._unfinished.run()
+        self._unfinished = None
+
+    def _settle(self, at_once: bool = False) -> None:
+        """Finishes what an exception has left of the last step, or takes it back.
+
+        ``at_once``: while that exception is on its way.
+
+        Raises RuntimeError where that is not known: where what a rule keeps, or a bucket that takes several
+        calls, has a part of its update.
+        """
+        if (update := self._unfinished) is not None:
+            if update.has_happened:
+                pass
+            elif update.is_untouched:
+                self.log.retract(self)
+            elif update.can_go_on and not (update.failed and at_once):
+                update.run()
+            elif at_once:
+                return
+            else:
+                expected = "weights that no exception has left half updated (load a checkpoint)"
+                fail(self.op, "step", expected, f"those of step {self.step_count}", RuntimeError)
+            self._unfinished = None
+        if (probe := self._open) is not None:
+            probe.mend()
+            self._open = None
 
     def publish(self, estimate: Estimate) -> None:
         """Sets ``last_losses`` and ``last_projected_gradient`` from the estimate of a step."""
@@ -471,8 +505,14 @@ class StepOptimizer(torch.optim.Optimizer):
             try:
                 yield
             finally:
-                with uninterrupted():
-                    self.passes.flush()
+                passes = self.passes
+                try:
+                    with uninterrupted():
+                        passes.flush()
+                except BaseException:
+                    passes.flush()  # what another thread's exception has left to be moved
+                    raise
+                finally:
                     self.passes = ThreePass()
 
     def flush(self) -> None:
@@ -515,6 +555,7 @@ class StepOptimizer(torch.optim.Optimizer):
         It holds the contract, the seed, the step, the skipped steps, and what the rule keeps of each group.
         """
         self.flush()
+        self._settle()
         self.log.flush()
         with groups.without_strangers(self.state, self.param_groups):
             state = super().state_dict()
@@ -530,6 +571,9 @@ class StepOptimizer(torch.optim.Optimizer):
         state_dict = from_groups(state_dict)
         check_state_dict(self, state_dict)
         self.flush()
+        if self._unfinished is not None:
+            self.log.retract(self)
+        self._unfinished = self._open = None
         held = Held(self)
         super().load_state_dict(state_dict)
         held.load(state_dict)

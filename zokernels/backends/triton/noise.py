@@ -10,9 +10,10 @@ import struct
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 from ... import contract
-from .arithmetic import fma, sqrt
+from .arithmetic import INTERPRET, PTX, fma, sqrt
 
 
 def _f32(bits: int) -> tl.constexpr:
@@ -34,7 +35,7 @@ def join8(x0, x1, x2, x3, x4, x5, x6, x7):
 
 
 @triton.jit
-def _normal_pair(v, w, mantissa):
+def _signed_radius(v, mantissa):
     n = v.to(tl.int32, bitcast=True).to(tl.float32)
     bits = n.to(tl.uint32, bitcast=True)
     m = ((bits & mantissa) | 0x3F800000).to(tl.float32, bitcast=True)
@@ -44,8 +45,12 @@ def _normal_pair(v, w, mantissa):
     q = fma(q, m, _R1)
     q = fma(q, m, _R0)
     s = fma(q, m, fma(ef, _NC2, _LK))
-    r = (sqrt(s).to(tl.uint32, bitcast=True) ^ (v & 0x80000000)).to(tl.float32, bitcast=True)
-    t = w.to(tl.int16).to(tl.float32)
+    return (sqrt(s).to(tl.uint32, bitcast=True) ^ (v & 0x80000000)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _turned(r, t):
+    """The two normals of a radius with its sign and an angle."""
     y = t * t
     cos = fma(_COS3, y, _COS2)
     cos = fma(cos, y, _COS1)
@@ -56,14 +61,60 @@ def _normal_pair(v, w, mantissa):
     return r * cos, r * (sin * t)
 
 
+def _turn_two() -> str:
+    """PTX of ``_turned`` for two radii, $4 and $6, and their angles, $5 and $7: each instruction does both.
+
+    The radii stay single: an instruction for two takes both halves of the fp32 pipe, of which one multiplies
+    for Philox, too (csrc/cuda/pair.cuh)."""
+    lines = [".reg .b64 r, t, y, cos, sin, k;", "mov.b64 r, {$4, $6};", "mov.b64 t, {$5, $7};"]
+    lines += ["mul.rn.f32x2 y, t, t;"]
+    for name, coefficients in (("cos", contract.NORMAL_COS), ("sin", contract.NORMAL_SIN)):
+        *others, first = (f"0x{bits:08x}{bits:08x}" for bits in coefficients)
+        lines.append(f"mov.b64 {name}, {first};")
+        for both in reversed(others):
+            lines += [f"mov.b64 k, {both};", f"fma.rn.f32x2 {name}, {name}, y, k;"]
+    lines += ["mul.rn.f32x2 cos, r, cos;", "mul.rn.f32x2 sin, sin, t;", "mul.rn.f32x2 sin, r, sin;"]
+    lines += ["mov.b64 {$0, $2}, cos;", "mov.b64 {$1, $3}, sin;"]
+    return f"{{ {' '.join(lines)} }}"
+
+
+_TURN_TWO = tl.constexpr(_turn_two())
+
+
+@triton.jit
+def _turned_twice(r0, t0, r1, t1):
+    """``_turned`` of each.  sm_100 has instructions for two fp32 numbers; what runs here asks its device."""
+    if INTERPRET or not PTX:
+        z0, z1 = _turned(r0, t0)
+        z2, z3 = _turned(r1, t1)
+    elif cuda_capability_geq(10, 0) and not cuda_capability_geq(11, 0):
+        z0, z1, z2, z3 = tl.inline_asm_elementwise(
+            _TURN_TWO,
+            "=f,=f,=f,=f,f,f,f,f",
+            [r0, t0, r1, t1],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        z0, z1 = _turned(r0, t0)
+        z2, z3 = _turned(r1, t1)
+    return z0, z1, z2, z3
+
+
+@triton.jit
+def _normal_pairs(v, w, x, mantissa):
+    """The normals of the radius v with the angle w, and of w with x."""
+    r0, r1 = _signed_radius(v, mantissa), _signed_radius(w, mantissa)
+    return _turned_twice(r0, w.to(tl.int16).to(tl.float32), r1, x.to(tl.int16).to(tl.float32))
+
+
 @triton.jit
 def normal8(w0, w1, w2, w3, mantissa):
     """Words [B] of each block to its eight normals, eight fp32 [B].  ``mantissa``: the scalar 0x007fffff."""
     v0, v1, v2, v3 = w0 | 1, w1 | 1, w2 | 1, w3 | 1
-    z0, z1 = _normal_pair(v0, v1, mantissa)
-    z2, z3 = _normal_pair(v1, v2, mantissa)
-    z4, z5 = _normal_pair(v2, v3, mantissa)
-    z6, z7 = _normal_pair(v3, v0, mantissa)
+    z0, z1, z2, z3 = _normal_pairs(v0, v1, v2, mantissa)
+    z4, z5, z6, z7 = _normal_pairs(v2, v3, v0, mantissa)
     return z0, z1, z2, z3, z4, z5, z6, z7
 
 

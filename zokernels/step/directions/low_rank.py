@@ -13,6 +13,7 @@ is drawn again from its seed.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from ...checks import check_integer, fail
 from ...functional import Rule as KernelRule
-from ...functional import combine_, low_rank, low_rank_, spread, update_
+from ...functional import combine_, low_rank, low_rank_, update_
 from ..noise import DENSE, Members, Noise, Tensors
 from ..roles import OptimizerView
 from ..scalars import scalars
@@ -48,13 +49,25 @@ def draw(shapes: Shapes, seed: Tensor, streams: list[int], offsets: list[int], c
     return out
 
 
+@functools.lru_cache(maxsize=64)
+def _constant(value: float, count: int, device: torch.device) -> Tensor:
+    """``count`` times ``value``, fp32; it is only read."""
+    return torch.full((count,), value, dtype=torch.float32, device=device)
+
+
 def _draw_each(shape: tuple[int, int], seeds: Tensor, stream: int, offset: int, c: float) -> Tensor:
     """:func:`_draw` for each of ``seeds``, [K, rows, columns], in one call."""
-    zero = torch.full(shape, -0.0, dtype=torch.float32, device=seeds.device)
-    out = torch.empty((len(seeds), *shape), dtype=torch.float32, device=seeds.device)
-    coeffs = torch.full((len(seeds),), c, dtype=torch.float32, device=seeds.device)
-    spread(out, zero, seeds, coeffs, stream=stream, offset=offset)
+    rows, columns = shape
+    zero = _constant(-0.0, _round_up(rows * columns), seeds.device)[: rows * columns]
+    out = torch.empty((len(seeds), rows, columns), dtype=torch.float32, device=seeds.device)
+    flat, coeffs = out.view(len(seeds), -1), _constant(c, len(seeds), seeds.device)
+    torch.ops.zokernels.spread.default(flat, zero, seeds, coeffs, stream, offset, "normal")
     return out
+
+
+def _round_up(count: int) -> int:
+    """The next power of two: so few constants are kept."""
+    return 1 << (count - 1).bit_length() if count else 0
 
 
 def near_square(count: int) -> tuple[int, int]:
@@ -544,7 +557,10 @@ class FreshFactors(LowRank):
 
     def stacked(self, shape: tuple[int, int], stream: int, seeds: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
         (m, n), r = shape, self.rank
-        return _draw_each((m, r), seeds, stream, 0, r**-0.5), _draw_each((n, r), seeds, stream, m * r, 1.0)
+        # In one draw, for the right factors' elements follow the left ones'.  A product with c has the bits
+        # of a draw with the coefficient c.
+        left, right = _draw_each((m + n, r), seeds, stream, 0, 1.0).split((m, n), 1)
+        return left * r**-0.5 if r > 1 else left.contiguous(), right.contiguous()
 
 
 @dataclass(frozen=True)

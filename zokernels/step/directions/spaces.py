@@ -226,24 +226,30 @@ class GradientSpace(LowRank):
         self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Made once in a step, for its one direction, and kept with the bases."""
-        for shape, stream in zip(shapes, streams, strict=True):
-            if ("left", stream) not in kept:
-                kept["left", stream] = self._left_factor(shape, stream, seed, kept)
+        new = [i for i, stream in enumerate(streams) if ("left", stream) not in kept]
+        if new:
+            some = [shapes[i] for i in new], [streams[i] for i in new]
+            for stream, left in zip(some[1], self._left_factors(*some, seed, kept), strict=True):
+                kept["left", stream] = left
         return [kept["left", stream] for stream in streams], [kept[stream][2] for stream in streams]
 
-    def _left_factor(self, shape: tuple[int, int], stream: int, seed: Tensor, kept: Any) -> Tensor:
-        """U Z, fp32 [m, r]."""
-        (m, n), r = shape, self.rank
-        left, sizes, _ = kept[stream]
-        (z,) = draw([(r, r)], seed, [stream], [0], 1.0)
-        sign = torch.full((1,), -0.0, device=seed.device)
-        combine_([sign], kept["side"], 1.0, streams=[stream], dist="rademacher")
-        s = sizes.double()
-        square = s.square().sum()
-        along = (z.diagonal() * s).sum() - sign[0] * math.sqrt(kept["delta"]) * square.sqrt()
-        shift = torch.where(square > 0, along / square, torch.zeros_like(along)) * s
-        z = (z.double() - torch.diag(shift)).float()
-        out = torch.full((m, r), -0.0, device=seed.device)
-        scale = (m * n) ** 0.5 / r if self.scaled else 1.0
-        low_rank_([out], [left[None]], [z.t().contiguous()[None]], scale, streams=[stream])
-        return out
+    def _left_factors(self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any) -> list[Tensor]:
+        """U Z of each matrix, fp32 [m, r]."""
+        r, count = self.rank, len(shapes)
+        z = torch.stack(draw([(r, r)] * count, seed, streams, [0] * count, 1.0)).double()
+        signs = [torch.full((1,), -0.0, device=seed.device) for _ in streams]
+        combine_(signs, kept["side"], 1.0, streams=streams, dist="rademacher")
+        s = torch.stack([kept[stream][1] for stream in streams]).double()
+        square, inner = s[:, 0] * 0, s[:, 0] * 0
+        for j in range(r):  # in this order, however many matrices are worked on together
+            square = square + s[:, j] * s[:, j]
+            inner = inner + z[:, j, j] * s[:, j]
+        along = inner - torch.cat(signs) * math.sqrt(kept["delta"]) * square.sqrt()
+        shift = torch.where(square > 0, along / square, torch.zeros_like(along))
+        z = (z - torch.diag_embed(shift[:, None] * s)).float().transpose(1, 2).contiguous()
+        scale = lambda m, n: (m * n) ** 0.5 / r if self.scaled else 1.0
+        scales = torch.cat([torch.full((1, 1), scale(m, n), device=seed.device) for m, n in shapes])
+        outs = [torch.full((m, r), -0.0, device=seed.device) for m, _ in shapes]
+        lefts = [kept[stream][0][None] for stream in streams]
+        low_rank_(outs, lefts, list(z[:, None].unbind()), scales, streams=streams)
+        return outs

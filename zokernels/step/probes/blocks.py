@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from ..scratch import ALIGN, Arena
 from .compiled import Compiled
 
-#: Bytes up to which parameters are joined to a block.  One call then perturbs many small tensors, and a
-#: larger tensor is still in the cache when the forward reads it.  On a GPU it is the calls that count.
-LIMIT = {"cpu": 4 << 20, "cuda": 64 << 20}
+#: Bytes up to which parameters are joined to a block.  One call then perturbs many tensors: to change blocks
+#: takes about 0.2 ms on the CPU, which a block must be large enough to hide (docs/performance.md).
+LIMIT = {"cpu": 16 << 20, "cuda": 64 << 20}
 
 
 def scratch_bytes(params: Iterable[Tensor]) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..guards import uninterrupted
 from ..scratch import ScratchPool
 from ..types import Bucket, Point, Seeds
 from .blocks import Blocks
@@ -117,6 +118,11 @@ class ExactProbe(Probe):
             torch.set_autocast_cache_enabled(cached)
         if len(forward.seen) < len(self._owners.params):
             self._tell_unseen(forward.seen)
+
+    def mend(self) -> None:
+        with uninterrupted(), untouched():
+            self._owners.close(self.pool)
+            release(self._owners.params.values())
 
     def _tell_unseen(self, seen: dict[int, None]) -> None:
         if not seen:

@@ -166,6 +166,10 @@ def guarded(op: str, params: dict[int, Tensor], at_once: bool = True) -> Iterato
     """
     _watch_data()
     with _lock:
+        # of a step of the same optimizer that was left without its end, by an exception of another thread
+        _held[:] = [other for other in _held if other is not params]
+        if not _held:
+            running.clear()
         if not all(params.keys().isdisjoint(other) for other in _held):
             got = "one inside the closure of another step, or in another thread, with the same parameters"
             fail(op, "step", "one step at a time for a parameter", got, RuntimeError)

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from ...backends.journal import noted
 from ..guards import uninterrupted
 from ..types import Bucket, Point, Seeds, between, terms
 from .probe import Probe
@@ -32,10 +33,20 @@ class InplaceProbe(Probe):
         with uninterrupted():
             for b, point, way in zip(self.buckets, points, ways, strict=True):
                 if way:
-                    b.noise.move(b.members, *terms(way, self.seeds[b.device]))
-                    b.at = point
+                    self._move(b, point, way)
             # Autocast would go on computing with the casts that it made of the weights before the move.
             torch.clear_autocast_cache()
+
+    def _move(self, b: Bucket, point: Point, way: Point) -> None:
+        with noted() as calls:
+            before = len(calls)
+            try:
+                b.noise.move(b.members, *terms(way, self.seeds[b.device]))
+            except BaseException:
+                if len(calls) > before:  # an exception of another thread, when the kernel had run
+                    b.at = point
+                raise
+            b.at = point
 
     def restore(self) -> None:
         self.move([{}] * len(self.buckets))

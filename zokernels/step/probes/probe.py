@@ -54,6 +54,10 @@ class Probe:
     def restore(self) -> None:
         """The weights back to theta, where they are elsewhere."""
 
+    def mend(self) -> None:
+        """Called where an exception has left a step without the end of this context: the weights to theta."""
+        self.restore()
+
     def restore_before_update(self, folds: bool) -> None:
         """The one place that decides who restores the weights: the update, in its own pass, or this probe.
 

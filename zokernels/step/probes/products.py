@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._ops import HigherOrderOperator
 
 from ...checks import fail
-from ...functional import low_rank_, low_rank_linear_, spread
+from ...functional import low_rank_, spread
 from ...transfer import to_device
 from ..cohort import Cohort, CohortReader, Look
 from ..noise import Members, Noise
@@ -314,7 +314,8 @@ class Products:
             if swapped:
                 left, right = right, left
             noise = self.dense_noise(bias, t) if noisy and bias is not None else None
-            low_rank_linear_(out, flat, left, right, coeffs, rows=[each * n for n in counts], bias=noise)
+            rows = [each * n for n in counts]
+            torch.ops.zokernels.low_rank_linear_.default(out, flat, left, right, coeffs, rows, noise)
         return out.addmm_(flat, columns).view(*x.shape[:-1], columns.shape[1])
 
     def _dense(self, func: Any, args: Any, kwargs: Any, params: list[Tensor]) -> Any:
@@ -405,8 +406,9 @@ def _product(forward: Products, func: Any, x: Any, weight: Any, bias: Any, swapp
 
 @_handles(F.linear)
 def _linear(forward: Products, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    given = inspect.getcallargs(_linear_arguments, *args, **kwargs)
-    return _product(forward, func, given["input"], given["weight"], given["bias"], False)
+    if kwargs:
+        args = tuple(inspect.getcallargs(_linear_arguments, *args, **kwargs).values())
+    return _product(forward, func, args[0], args[1], args[2] if len(args) > 2 else None, False)
 
 
 def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> None: ...
