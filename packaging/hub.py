@@ -51,8 +51,6 @@ CHANGED = [
         f"{NAMESPACE}from ..backends.terms import Terms\n",
     ),
     ("ops/define.py", 'Library("zokernels", "DEF")', 'Library(add_op_namespace_prefix("")[:-2], "DEF")'),
-    ("ops/define.py", 'f"zokernels::{name}"', "add_op_namespace_prefix(name)"),
-    ("ops/define.py", "getattr(torch.ops.zokernels, name)", "getattr(getattr(torch.ops, _LIBRARY.ns), name)"),
     ("backends/library.py", 'f"zokernels_{name}"', 'add_op_namespace_prefix("")[:-2] + f"_{name}"'),
     ("backends/library.py", "from ..contract import DISTS\n", f"{NAMESPACE}from ..contract import DISTS\n"),
 ]

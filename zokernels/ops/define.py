@@ -46,9 +46,10 @@ def define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
         for key in ("CPU", "CUDA"):
             _LIBRARY.impl(name, entry, key)
-        torch.library.register_fake(f"zokernels::{name}", fake, lib=_LIBRARY)
-        operation: torch._ops.OpOverload = getattr(torch.ops.zokernels, name).default
-        torch.library.register_vmap(f"zokernels::{name}", _batched(operation), lib=_LIBRARY)
+        whole_name = f"{_LIBRARY.ns}::{name}"
+        torch.library.register_fake(whole_name, fake, lib=_LIBRARY)
+        operation: torch._ops.OpOverload = getattr(getattr(torch.ops, _LIBRARY.ns), name).default
+        torch.library.register_vmap(whole_name, _batched(operation), lib=_LIBRARY)
         return operation
 
     return register

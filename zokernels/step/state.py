@@ -24,7 +24,7 @@ _MASK64 = 2**64 - 1
 def _derive() -> Callable[[int, int, int], int]:
     """:func:`derive_seed_int`; compiled, where the host module is built."""
     try:
-        compiled: Callable[[int, int, int], int] = importlib.import_module("zokernels._host").derive_seed
+        compiled: Callable[[int, int, int], int] = importlib.import_module(".._host", __package__).derive_seed
     except ImportError:
         return derive_seed_int
     return lambda seed, step, k: compiled(seed & _MASK64, step, k)
