@@ -32,7 +32,6 @@ def random_low_rank(rng, shapes=None, dtype=None, count=None):
         n, rank = torch.Size(rest).numel(), rng.choice([0, 1, 2, 8, 19])
         begin = rng.randrange(9)
         params.append(random_values(m * n + 8, dtype, rng)[begin : begin + m * n].view(m, *rest))
-        n = n if m else 0
         left.append(random_values(count * m * rank, torch.float32, rng).view(count, m, rank))
         right.append(random_values(count * n * rank, torch.float32, rng).view(count, n, rank))
     coeffs = torch.randn(count) if rng.random() < 0.5 else torch.randn(len(shapes), count)
