@@ -156,7 +156,7 @@ def test_negative_zero_keeps_its_sign_when_nothing_is_to_do():
         ({"weight_decay": -1}, "weight_decay: expected a finite number >= 0, got -1"),
         ({"dist": "cauchy"}, "dist: expected 'normal' or 'rademacher', got 'cauchy'"),
         ({"rounding": "up"}, "rounding: expected 'stochastic' or 'nearest', got 'up'"),
-        ({"restore": "maybe"}, "restore: expected 'exact' or 'inplace', got 'maybe'"),
+        ({"restore": "maybe"}, "restore: expected 'exact' or 'inplace' or 'products', got 'maybe'"),
         ({"seed": 0.5}, "seed: expected an integer, got 0.5"),
         ({"seed": True}, "seed: expected an integer, got True"),
         ({"seed": 2**64}, "seed: expected an integer in"),
