@@ -40,6 +40,10 @@ PURE = [
     "markupsafe",
     "fsspec",
     "setuptools",
+    "scikit-learn",  # and what it needs: the data of the README's first lines
+    "scipy",
+    "joblib",
+    "threadpoolctl",
 ]
 #: return 100: cudaErrorNoDevice, and no success of any other of NVIDIA's libraries.
 BODY = {"x86_64": "mov $100, %eax; ret", "aarch64": "mov x0, #100; ret"}
