@@ -165,6 +165,7 @@ def test_a_loss_that_is_not_finite_skips_the_step(kind):
         (ZORankSearch, {"trials": 0}, "trials: expected an integer >= 1, got 0"),
         (ZORankSearch, {"candidates": 4, "top": 5}, r"top: expected an integer in \[1, 4\], got 5"),
         (ZORankSearch, {"clip": 1.0}, "clip: expected None"),
+        (ZORankSearch, {"mesh": object()}, "mesh: expected None"),
         (ZORankSearch, {"capturable": True}, "rounds: expected 1 with capturable"),
     ],
 )

@@ -14,14 +14,24 @@ from trajectory_cases import CASES, Model, assert_same, base_of, record_with_cpu
 from zosgd_cases import combined
 
 import zokernels
-from zokernels.optim import PGAP, ZOSGD, Blocks, ForwardGradient, GivenMask, MeZOGV, QuZO, ZOConservative
+from zokernels.optim import (
+    PGAP,
+    ZOSGD,
+    Blocks,
+    ForwardGradient,
+    GivenMask,
+    MeZOGV,
+    QuZO,
+    ZOConservative,
+    ZORankSearch,
+)
 from zokernels.quantize import QuantizedLinear, named_integers
 from zokernels.trajectory import read, record, replay_
 
 
 def in_place(name: str) -> bool:
-    """MeZO-GV and P-GAP keep a log in the exact mode alone."""
-    return CASES[name][0] not in (PGAP, ForwardGradient, MeZOGV)
+    """MeZO-GV, P-GAP and the line search keep a log in the exact mode alone."""
+    return CASES[name][0] not in (PGAP, ForwardGradient, MeZOGV, ZORankSearch)
 
 
 @pytest.mark.parametrize("half", [False, True])

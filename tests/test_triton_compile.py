@@ -53,9 +53,9 @@ from zokernels.backends.triton import (  # noqa: E402
     update,
 )
 
-#: Bytes of spilled registers: none.  But with Triton 3.6 the assembler puts one value of a whole tile aside,
+#: Bytes of spilled registers: none.  But with some versions of Triton one value of a whole tile is put aside,
 #: once for all directions, in two kernels: ``combine`` of K directions on sm_100, ``spread`` on sm_80.
-SPILLED = 8 if triton.__version__.startswith("3.6.") else 0
+SPILLED = 8 if triton.__version__.startswith(("3.6.", "3.9.")) else 0
 
 
 def sass(kernel) -> disassembly.Function:

@@ -61,7 +61,8 @@ class FakeDriver:
         return self._target
 
     def get_current_device(self) -> int:
-        return 0
+        """One for each architecture: Triton keeps what it compiled by device, not by target."""
+        return self._target.arch if isinstance(self._target.arch, int) else 0
 
     def get_current_stream(self, device: int) -> int:
         return 0

@@ -82,12 +82,15 @@ _TURN_TWO = tl.constexpr(_turn_two())
 
 
 @triton.jit
-def _turned_twice(r0, t0, r1, t1):
-    """``_turned`` of each.  sm_100 has instructions for two fp32 numbers; what runs here asks its device."""
-    if INTERPRET or not PTX:
-        z0, z1 = _turned(r0, t0)
-        z2, z3 = _turned(r1, t1)
-    elif cuda_capability_geq(10, 0) and not cuda_capability_geq(11, 0):
+def _normal_pairs(v, w, x, mantissa):
+    """The normals of the radius v with the angle w, and of w with x.
+
+    sm_100 has instructions for two fp32 numbers.  Elsewhere the second pair comes after the first is done,
+    which takes fewer registers.
+    """
+    t0, t1 = w.to(tl.int16).to(tl.float32), x.to(tl.int16).to(tl.float32)
+    if PTX and not INTERPRET and cuda_capability_geq(10, 0) and not cuda_capability_geq(11, 0):
+        r0, r1 = _signed_radius(v, mantissa), _signed_radius(w, mantissa)
         z0, z1, z2, z3 = tl.inline_asm_elementwise(
             _TURN_TWO,
             "=f,=f,=f,=f,f,f,f,f",
@@ -97,16 +100,9 @@ def _turned_twice(r0, t0, r1, t1):
             pack=1,
         )
     else:
-        z0, z1 = _turned(r0, t0)
-        z2, z3 = _turned(r1, t1)
+        z0, z1 = _turned(_signed_radius(v, mantissa), t0)
+        z2, z3 = _turned(_signed_radius(w, mantissa), t1)
     return z0, z1, z2, z3
-
-
-@triton.jit
-def _normal_pairs(v, w, x, mantissa):
-    """The normals of the radius v with the angle w, and of w with x."""
-    r0, r1 = _signed_radius(v, mantissa), _signed_radius(w, mantissa)
-    return _turned_twice(r0, w.to(tl.int16).to(tl.float32), r1, x.to(tl.int16).to(tl.float32))
 
 
 @triton.jit

@@ -91,7 +91,9 @@ def _parts(
         if not is_sharded(p):
             continue
         if not local_of(p).numel():
-            left[i], right[i] = left[i][:, : local_of(p).shape[0]].contiguous(), right[i][:, :0].contiguous()
+            rows, *rest = local_of(p).shape
+            left[i] = left[i][:, :rows].contiguous()
+            right[i] = right[i][:, : math.prod(rest)].contiguous()
             continue
         shard = shard_of(p)
         if shard.width != shard.length and shard.width != local_of(p).numel():
