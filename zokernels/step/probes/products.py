@@ -13,7 +13,6 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from fractions import Fraction
 from threading import get_ident
 from typing import Any
 
@@ -252,6 +251,8 @@ class Products:
             self.learned.with_rows[key] = known | {have}
             if have:
                 total = self.count if self.cohort.counts is None else sum(self.cohort.counts)
+                from fractions import Fraction  # which no other part of the package needs
+
                 self.look.sizes.setdefault(key, []).append(Fraction(x.shape[0], max(1, total)))
         else:
             answers = self.learned.with_rows.get(key)
