@@ -79,7 +79,7 @@ def test_a_forked_child_neither_writes_nor_keeps_the_lock(tmp_path):
         os.read(ended, 1)
         os._exit(0)
     try:
-        assert b"expected an open log" in os.read(told, 1000)
+        assert b"expected the process that took the first step" in os.read(told, 1000)
         assert path.stat().st_size == size
         optimizer.trajectory.close()
         make(path, resume=True)[1].trajectory.close()  # though the child still lives

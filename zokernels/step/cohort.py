@@ -11,10 +11,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..checks import fail
+from .loss import LossReader, as_loss
 
 if TYPE_CHECKING:
     from fractions import Fraction
-from .loss import LossReader, as_loss
 
 
 class Look(TorchDispatchMode):
