@@ -56,8 +56,8 @@ def check_stream(op: str, argument: str, stream: int) -> None:
 
 
 def check_offset(op: str, argument: str, offset: int, numel: int) -> None:
-    # torch.export makes a condition of each comparison with a size that varies (a SymInt, which is no int): so
-    # such a size, which is far below 2^62, is compared only where it matters.
+    # torch.export makes a condition of each comparison with a size that varies (a SymInt, which is no int).
+    # So such a size, which is far below 2^62, is compared only where it matters.
     compared = isinstance(numel, int) or offset >= 2**62
     if offset < 0 or (compared and offset > 2**63 - 1 - numel):
         fail(op, argument, f"0 <= offset and offset + {numel} elements < 2^63", offset)
