@@ -26,6 +26,7 @@ pytest_plugins = ["pytester"]  # for test_seeds.py
 #: The files that take longest, the longest first, so that no process is left with one at the end.
 LONGEST = [
     "triton_versions",
+    "writes",
     "ptx",
     "cuda",
     "bench_gpu_check",
