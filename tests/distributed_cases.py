@@ -1038,6 +1038,8 @@ for _name in OPTIMIZERS:
     if _name not in (*ALONE, "ForwardGradient", "LOREN", "PGAP"):  # which want whole tensors: wrong_splits
         _mesh = list(SPLITS)[len(CASES[4]) % len(SPLITS)]
         case(4, f"{_mesh}: {_name}", name=_name, mesh=_mesh)(split_weights)
+for _name in LOW_RANK:  # by four, so that some ranks have no rows of a matrix
+    case(4, f"split by four, low rank: {_name}", name=_name, mesh="split by four")(split_weights)
 for _mesh in SPLITS:
     case(4, f"{_mesh}, in place", name="directions", mesh=_mesh, restore="inplace")(split_weights)
     case(4, f"{_mesh}, exact", name="rademacher", mesh=_mesh)(split_weights)
