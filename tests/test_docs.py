@@ -71,9 +71,10 @@ def test_block_runs(page, line, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # Pages to be copied from stand alone; in the guides a block goes on where the text is.
     alone = page.name in ("README.md", "tutorial.md", "howto.md", "methods.md", "blackbox.md", "quantized.md")
-    alone |= page.name == "transformers.md"
-    if "transformers" in code:
-        pytest.importorskip("transformers")
+    alone |= page.name in ("transformers.md", "lora.md")
+    for package in ("transformers", "peft"):
+        if package in code:
+            pytest.importorskip(package)
     exec(compile("\n" * line + code, str(page), "exec"), {} if alone else given())
 
 

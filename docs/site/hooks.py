@@ -32,6 +32,7 @@ NAV = [
         "Training": [
             "methods.md",
             "optimizer.md",
+            "lora.md",
             "trajectory.md",
             "populations.md",
             "quantized.md",
