@@ -115,6 +115,19 @@ def test_headlines_and_header_are_the_results(made):
         assert what in words
 
 
+def test_each_card_of_a_tiny_run_says_so(made):
+    """One of a measured run does not."""
+    text, results = made
+    assert page.TINY not in text
+    for result in results:
+        tiny = page.html([{**result, "command": f"{result['command']} --tiny"}])
+        card = '<div class="card">'
+        assert tiny.count(card) == tiny.count(f'{card}<p class="tiny">{page.TINY}')
+        tiles = re.findall(r'<div class="tile">.*?</div>', tiny)
+        assert all(page.TINY in tile for tile in tiles)
+        assert page.TINY in tiny
+
+
 def shapes(picture: str, colour: str) -> list[list[float]]:
     """The numbers of each path that has this colour."""
     paths = re.findall(rf'<path d="([^"]*)"[^>]*fill: var\(--{colour}\)', picture)

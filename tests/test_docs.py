@@ -152,8 +152,19 @@ def test_files_that_are_named_exist():
     for page in PAGES:
         for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
             made = ("index.md", "api.md", "api-optim.md", "api-more.md", "contributing.md", "changelog.md")
+            made += ("first-hour.md",)
             if not link.startswith("http") and link not in made:
                 assert (page.parent / link).exists(), (page.name, link)
+
+
+def test_every_example_is_listed():
+    """What is run, and not what others import: that has no command in its first lines."""
+    page = (ROOT / "docs" / "examples.md").read_text()
+    scripts = [*(ROOT / "examples").glob("*.ipynb")]
+    scripts += [p for p in (ROOT / "examples").glob("*.py") if "__main__" in p.read_text()]
+    assert len(scripts) > 12
+    for path in scripts:
+        assert f"](../examples/{path.name})" in page or path.name == "smollm2.py", path.name
 
 
 # --- messages ---------------------------------------------------------------------------------------------
