@@ -162,8 +162,8 @@ def race(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
 def picture(result: dict[str, Any]) -> Any:
     """Held-out loss against seconds of whole steps.
 
-    Runs of several seeds share the marks of the clock, and become a band.  A trainer is measured after the step
-    that passes a mark.
+    Runs of several seeds share the marks of the clock, and become a band.  A trainer is measured after the
+    step that passes a mark.
     """
     lines = []
     for name in dict.fromkeys(row["trainer"] for row in result["rows"]):
