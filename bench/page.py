@@ -127,7 +127,7 @@ def _passes(rows: Sequence[Row]) -> list[str]:
         return []
     out = [_key(*_DISTS), '<div class="cards">']
     out += [
-        _card(panel.title.capitalize(), charts.bars([replace(panel, title="")]))
+        _card(panel.title[:1].upper() + panel.title[1:], charts.bars([replace(panel, title="")]))
         for panel in report.panels(rows)
     ]
     points: dict[tuple[str, str, str], list[tuple[str, float]]] = {}

@@ -128,7 +128,8 @@ def _notebook() -> str:
             continue
         out.append(f"```python\n{text}\n```")
         printed = "".join("".join(o.get("text", ())) for o in cell["outputs"])
-        out += [f"```text\n{printed.rstrip()}\n```"] * bool(printed)
+        if printed:
+            out.append(f'<div class="printed" markdown>\n\n```text\n{printed.rstrip()}\n```\n\n</div>')
     out.append("All of it as a file for Jupyter: [first_hour.ipynb](examples/first_hour.ipynb).")
     return "\n\n".join(out) + "\n"
 
