@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -250,6 +251,21 @@ def test_site_builds_without_a_warning(tmp_path, messages):
     for m in messages.messages():
         assert m.file in shown
     assert 'src="architecture.svg"' in text("design.html")
+    assert "unpkg.com" not in text("index.html")  # nothing is fetched from elsewhere
+    _finds(tmp_path)
+
+
+def _finds(site: pathlib.Path) -> None:
+    """Where a browser is, it opens a page as a file, whose address holds a query for the search."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        return
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={site}/profile"]
+    command += ["--virtual-time-budget=20000", "--dump-dom", f"{(site / 'index.html').as_uri()}?q=stochastic"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert re.search(r"md-search-result__meta[^>]*>\s*\d+ matching documents", done.stdout), done.stderr[
+        -1000:
+    ]
 
 
 def test_parsers_have_the_commands_of_the_readme():
