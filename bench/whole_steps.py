@@ -10,8 +10,8 @@ round, and a row states the ratios of the rounds: their median, and the 20th and
 * ``calls``: ``combine_`` of 388 tensors of one element each, and of one of them, in microseconds.
 * ``mlp``, ``cnn``, ``gpt2``: the first models that a user tries (64-64-10; a network for the digits; GPT-2 of
   0.11 M), beside MeZO's eager loop, and once more as torch.compile makes them, against compiled forwards.
-* ``smollm2-fp32``, ``smollm2-bf16``: shapes of SmolLM2-135M, 4 x 64 tokens, where the weights' passes count;
-  only where asked for.
+* ``minilm``, ``smollm2-fp32``, ``smollm2-bf16``: shapes of MiniLM-L6 and of SmolLM2-135M, 4 x 64 tokens, where
+  the weights' passes count; only where asked for.
 """
 
 from __future__ import annotations
@@ -87,6 +87,14 @@ def gpt2() -> tuple[nn.Module, Closure]:
 
     config = GPT2Config(vocab_size=128, n_positions=64, n_embd=64, n_layer=2, n_head=4)
     return _language_model(GPT2LMHeadModel(config), 128, 4, 64)
+
+
+def minilm() -> tuple[nn.Module, Closure]:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = dict(hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12)
+    model, tokens = BertForSequenceClassification(BertConfig(**sizes)).eval(), _tokens(30522, 4, 64)
+    return model, lambda: model(input_ids=tokens, labels=tokens[:, 0] % 2).loss
 
 
 def smollm2(dtype: torch.dtype) -> tuple[nn.Module, Closure]:
@@ -171,6 +179,7 @@ CASES: dict[str, Case] = {
     "mlp-compiled": Case(mlp, _COMPILED, {"exact": 1.1}, compiled=True),
     "cnn-compiled": Case(cnn, _COMPILED, {"exact": 1.1}, compiled=True),
     "gpt2-compiled": Case(gpt2, _COMPILED, {"exact": 1.1}, compiled=True),
+    "minilm": Case(minilm, _SMALL, asked=True),
     "smollm2-fp32": Case(lambda: smollm2(torch.float32), _REAL, {"exact": 1.15}, threads=2, asked=True),
     "smollm2-bf16": Case(lambda: smollm2(torch.bfloat16), _REAL, {"exact": 1.06}, threads=2, asked=True),
 }
@@ -298,7 +307,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", nargs="+", choices=["calls", *CASES], help="default: all but smollm2")
+    parser.add_argument(
+        "--model", nargs="+", choices=["calls", *CASES], help="default: all but minilm and smollm2"
+    )
     parser.add_argument("--seconds", type=float, default=6.0, help="of each model (default 6)")
     parser.add_argument(
         "--tiny", action="store_true", help="short, and nothing compiled: whether it runs, not how fast"
