@@ -10,7 +10,7 @@ round, and a row states the ratios of the rounds: their median, and the 20th and
 * ``calls``: ``combine_`` of 388 tensors of one element each, and of one of them, in microseconds.
 * ``mlp``, ``cnn``, ``gpt2``: the first models that a user tries (64-64-10; a network for the digits; GPT-2 of
   0.11 M), beside MeZO's eager loop, and once more as torch.compile makes them, against compiled forwards.
-* ``minilm``, ``smollm2-fp32``, ``smollm2-bf16``: shapes of MiniLM-L6 and of SmolLM2-135M, 4 x 64 tokens, where
+* ``minilm``, ``smollm2-fp32``, ``smollm2-bf16``: shapes of MiniLM-L6 and SmolLM2-135M, 4 x 64 tokens, where
   the weights' passes count; only where asked for.
 """
 
