@@ -35,7 +35,7 @@ def test_a_rank_beyond_every_matrix_is_the_caller_s_to_confirm(tmp_path):
     optimizer.step(lambda: w.square().sum())
     optimizer.trajectory.close()
     replayed = base.clone()
-    with pytest.raises(ValueError, match="direction.rank: expected at most 16, .* got 17"):
+    with pytest.raises(ValueError, match=r"direction\.rank: expected at most 16, .* got 17"):
         replay_({"w": replayed}, tmp_path / "log")
     assert torch.equal(replayed, base)
     replay_({"w": replayed}, tmp_path / "log", direction=FreshFactors(17))

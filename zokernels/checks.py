@@ -45,10 +45,11 @@ def check_number(
     expected = "a finite number > 0" if positive else "a finite number >= 0"
     if isinstance(value, bool) or not isinstance(value, Real):
         fail(op, argument, expected, repr(value), TypeError)
-    # an integer may be larger than any float, and torch takes none beyond int64
+    number: Any = value  # to a type checker Real has no order
+    # An integer may be larger than any float, and torch takes none beyond int64.
     most = min(most, 2**63 - 1 if isinstance(value, int) else sys.float_info.max)
-    if not 0 <= value <= most or (positive and value == 0):
-        expected += f" and at most {most:.3g}" if value > most else ""
+    if not 0 <= number <= most or (positive and number == 0):
+        expected += f" and at most {most:.3g}" if number > most else ""
         fail(op, argument, expected, repr(value)[:200])
 
 

@@ -12,7 +12,6 @@ from ..contract import CONTRACT
 from .groups import check_groups
 from .roles import OptimizerView
 
-
 #: The entries of "zo", and what they may be.
 _OWN: dict[str, Callable[[Any], bool]] = {
     "contract": lambda v: isinstance(v, str),
@@ -95,7 +94,7 @@ def check_state_dict(optimizer: OptimizerView, state_dict: dict[str, Any]) -> No
 
 
 def _check_state_of(optimizer: OptimizerView, p: Tensor, index: Any, saved: Mapping[str, Any]) -> None:
-    """Raises where ``saved`` cannot be the state of ``p``, whose number in the ``state_dict`` is ``index``."""
+    """Raises where ``saved`` cannot be the state of ``p``, number ``index`` of the ``state_dict``."""
     here = optimizer.state.get(p, {})
     for key, value in saved.items():
         like = here.get(key, p if key in optimizer.rule.states else value)

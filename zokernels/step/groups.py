@@ -185,10 +185,9 @@ def check_groups(op: str, ours: list[Group], saved: list[Group]) -> None:
     for at, (group, other) in enumerate(zip(ours, saved)):  # noqa: B905
         check_hyperparameters(op, other)
         for key, is_valid in _LISTS.items():
-            if key in other and not (
-                isinstance(other[key], (list, tuple)) and all(map(is_valid, other[key]))
-            ):
-                fail(op, f"state_dict: param_groups[{at}][{key!r}]", "a list of them", repr(other[key])[:200])
+            found = other.get(key, ())
+            if not isinstance(found, (list, tuple)) or not all(map(is_valid, found)):
+                fail(op, f"state_dict: param_groups[{at}][{key!r}]", "a list of them", repr(found)[:200])
         for name, saved_name in zip(group.get("param_names", ()), other.get("param_names", ())):  # noqa: B905
             if canonical_name(name) != canonical_name(saved_name):
                 fail(op, "state_dict", f"parameters in the same order ({name!r} here)", repr(saved_name))

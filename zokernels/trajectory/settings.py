@@ -31,8 +31,8 @@ from ..step.subset import LAYERS, Subset
 from ..version import __version__
 from .format import canonical
 
-#: A rank that a log may name whatever the sizes of the matrices; a larger one is at most some matrix's smaller
-#: side.
+#: A rank that a log may name whatever the sizes of the matrices.  A larger one is at most the smaller side of
+#: one of them.
 _RANK_OF_ANY = 16
 
 #: How many bytes are hashed at a time.

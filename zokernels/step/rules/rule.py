@@ -37,7 +37,10 @@ def groups_of(buckets: Iterable[Bucket]) -> list[Group]:
 
 
 def _shape(values: Any, floats: bool) -> list[int] | None:
-    """The shape of nested lists of numbers; None where they are no such, or no integers and not ``floats``."""
+    """The shape of nested lists of numbers; None where they are no such.
+
+    ``floats``: numbers that are no integers are taken, too.
+    """
     try:
         found = torch.tensor(values)
     except (TypeError, ValueError, RuntimeError, OverflowError):
