@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checks import DTYPES, check_choice, check_dist, check_number, check_overlap, check_stream, fail
-from ..contract import canonical_name, streams_of
+from ..checks import (
+    DTYPES,
+    check_choice,
+    check_dist,
+    check_number,
+    check_overlap,
+    check_stream,
+    fail,
+    is_integer,
+)
+from ..contract import STREAM_BITS, canonical_name, streams_of
 from ..functional import Plan
 from ..ops.plan import fingerprint, matches
 from ..transfer import has_values
@@ -20,6 +29,8 @@ from .types import Bucket, Group
 
 ROUNDINGS = ("stochastic", "nearest")
 RESTORES = ("exact", "inplace", "products")
+#: Of fp32, in which kernels take the numbers of a step.
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def check_hyperparameters(op: str, group: Group) -> None:
@@ -32,10 +43,10 @@ def check_hyperparameters(op: str, group: Group) -> None:
         check_number(op, "lr", lr)
     elif lr.numel() != 1 or not lr.is_floating_point():
         fail(op, "lr", "a number or a floating-point tensor of one element", f"{lr.dtype} x {lr.numel()}")
-    check_number(op, "eps", group["eps"], positive=True)
+    check_number(op, "eps", group["eps"], positive=True, most=_LARGEST)
     check_number(op, "weight_decay", group["weight_decay"])
     if group["clip"] is not None:
-        check_number(op, "clip", group["clip"], positive=True)
+        check_number(op, "clip", group["clip"], positive=True, most=_LARGEST)
     check_dist(op, group["dist"])
     check_choice(op, "rounding", group["rounding"], ROUNDINGS)
     if "bits" in group and group["bits"] not in range(2, 9):
@@ -161,10 +172,22 @@ def check_streams(op: str, groups: list[Group]) -> None:
             owner[stream] = label
 
 
+#: What a group of a ``state_dict`` has of each parameter.
+_LISTS: dict[str, Callable[[Any], bool]] = {
+    "params": lambda v: is_integer(v, 0) or isinstance(v, str),
+    "streams": lambda v: is_integer(v, 0, 2**STREAM_BITS - 1),
+    "param_names": lambda v: isinstance(v, str),
+}
+
+
 def check_groups(op: str, ours: list[Group], saved: list[Group]) -> None:
     """Checks that ``saved`` groups can take the place of ``ours``.  torch itself compares their numbers."""
-    for group, other in zip(ours, saved):  # noqa: B905
+    for at, (group, other) in enumerate(zip(ours, saved)):  # noqa: B905
         check_hyperparameters(op, other)
+        for key, is_valid in _LISTS.items():
+            found = other.get(key, ())
+            if not isinstance(found, (list, tuple)) or not all(map(is_valid, found)):
+                fail(op, f"state_dict: param_groups[{at}][{key!r}]", "a list of them", repr(found)[:200])
         for name, saved_name in zip(group.get("param_names", ()), other.get("param_names", ())):  # noqa: B905
             if canonical_name(name) != canonical_name(saved_name):
                 fail(op, "state_dict", f"parameters in the same order ({name!r} here)", repr(saved_name))

@@ -301,26 +301,33 @@ class StepOptimizer(torch.optim.Optimizer):
                 TypeError,
             )
         self._process.check(self.op, "step")
-        thread = threading.get_ident()
         if self._stepper:
             got = "one inside the closure of another step of this optimizer, or in another thread"
             fail(self.op, "step", "one step at a time", got, RuntimeError)
-        self._stepper, state = thread, ThreadState()
         try:
-            self._settle()
-            with uninterrupted() as hold:  # signals are delivered inside the closure, and when all is done
-                loss = self._run_held(lambda: hold.call(closure), reader, consume or self._finish)
-        except BaseException:
-            state.restore()
-            self._settle(
-                at_once=True
-            )  # where another thread's exception has kept the rest of the step from doing it
-            raise
+            loss = self._run_alone(closure, reader, consume or self._finish)
         finally:
-            self._stepper = 0
+            self._stepper = 0  # again: what raises there may have kept the first one from being reached
         if not self.run_state.capturable and known_on_host(self.run_state.skipped):
             self._warn_skipped()
         return loss
+
+    def _run_alone(
+        self, closure: Callable[[], Any], reader: LossReader, consume: Callable[[Probe, Estimate], object]
+    ) -> Tensor:
+        state = ThreadState()
+        try:
+            self._stepper = threading.get_ident()
+            self._settle()
+            with uninterrupted() as hold:  # signals are delivered inside the closure, and when all is done
+                return self._run_held(lambda: hold.call(closure), reader, consume)
+        except BaseException:
+            state.restore()
+            # where another thread's exception has kept the rest of the step from doing it
+            self._settle(at_once=True)
+            raise
+        finally:
+            self._stepper = 0
 
     def _run_held(
         self, closure: Callable[[], Any], reader: LossReader, consume: Callable[[Probe, Estimate], object]
@@ -421,7 +428,7 @@ class StepOptimizer(torch.optim.Optimizer):
         return estimate._replace(forwards=(*losses, *trials), multiple=multiple)
 
     def _gradient(self, losses: Tensor, eps: float, clip: float | None) -> Tensor:
-        return projected_gradient(self.estimator.coefficients(losses.double(), eps), clip)
+        return projected_gradient(self.estimator.coefficients(losses.double(), float(eps)), clip)
 
     def trial_points(self, buckets: list[Bucket], gradients: list[Tensor]) -> list[list[Point]]:
         """For each of the rule's trials, the point of each bucket."""
@@ -507,19 +514,21 @@ class StepOptimizer(torch.optim.Optimizer):
             )
         check_two_pass(self, modules)
         self.flush()
-        with TwoPass(modules) as self.passes:
-            try:
-                yield
-            finally:
-                passes = self.passes
+        passes, after = TwoPass(modules), ThreePass()
+        try:
+            with passes:
                 try:
-                    with uninterrupted():
-                        passes.flush()
-                except BaseException:
-                    passes.flush()  # what another thread's exception has left to be moved
-                    raise
+                    self.passes = passes
+                    yield
                 finally:
-                    self.passes = ThreePass()
+                    try:
+                        with uninterrupted():
+                            passes.flush()
+                    finally:
+                        passes.flush()  # what another thread's exception has left to be moved
+                        self.passes = after
+        finally:
+            self.passes = after  # again: an exception may have kept the first one from being reached
 
     def flush(self) -> None:
         """Takes the perturbation of a :meth:`two_pass` out of the weights; without one it does nothing."""
@@ -574,7 +583,7 @@ class StepOptimizer(torch.optim.Optimizer):
         Raises ValueError, before anything changes, where it is of another optimizer, contract or list of
         parameters.
         """
-        state_dict = from_groups(state_dict)
+        state_dict = from_groups(self.op, state_dict)
         check_state_dict(self, state_dict)
         self.flush()
         if self._unfinished is not None:
