@@ -531,8 +531,12 @@ def test_low_rank_linear_equals_reference(on_ptx, kernels, rng, dtype):
 #: Tests of test_plan.py, whose plain calls the tests above hold against the reference: a table must give the
 #: same bits, and name all memory that the kernels access.
 PLANNED = {
-    "combine": [lambda rng: test_plan.test_combine_in_place(None, 0, rng)] * 2
-    + [lambda rng: test_plan.test_combine_out_of_place(None, 0, rng)] * 2,
+    "combine": [
+        lambda rng: test_plan.test_combine_in_place(None, 0, rng),
+        lambda rng: test_plan.test_combine_out_of_place(None, 0, rng),
+        functools.partial(test_plan.test_rows, None, False),
+        functools.partial(test_plan.test_rows, None, True),
+    ],
     "fan_out": [functools.partial(test_plan.test_fan_out, None, pending) for pending in (False, True)],
     "update": [functools.partial(test_plan.test_update, None, rule) for rule in UPDATES],
 }

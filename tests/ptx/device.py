@@ -39,7 +39,7 @@ def _symbols(library: Path) -> dict[int, str]:
 
 #: Columns of a plan's table (``Row`` in csrc/op_args.h), the first six of which are addresses.  A fan-out's
 #: outputs stand in the places of an update's states.
-_READ, _OUT, _FIRST, _SECOND, _MASK, _CURVATURE, _NUMEL, _OFFSET = range(8)
+_READ, _OUT, _FIRST, _SECOND, _MASK, _CURVATURE, _NUMEL, _OFFSET, _STREAM, _WIDTH, _LENGTH = range(11)
 _DTYPE, _STATE = 11, 12
 _ITEMSIZES = {0: 4, 1: 2, 2: 2}
 
@@ -51,6 +51,16 @@ def _memory_at(address: int, size: int) -> Tensor:
     return torch.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype=torch.uint8)
 
 
+def _mask_bytes(row: list[int]) -> int:
+    """A packed mask has a bit for each logical index, from a multiple of eight on; each row of a tensor that
+    is rows has its own.
+    """
+    numel, offset, width, length = row[_NUMEL], row[_OFFSET], row[_WIDTH], row[_LENGTH]
+    if width == 0:
+        return (offset % 8 + numel + 7) // 8
+    return numel // width * (width // 8 if (offset | width | length) % 8 == 0 else (width + 14) // 8)
+
+
 def _columns(operation: str, table: Tensor) -> dict[int, Argument]:
     """By the column of its addresses, the memory that each row of a plan's table names."""
     rows = table.tolist()
@@ -59,8 +69,7 @@ def _columns(operation: str, table: Tensor) -> dict[int, Argument]:
         column: [row[_NUMEL] * _ITEMSIZES.get(row[dtype], 0) for row in rows]
         for column, dtype in dtypes.items()
     }
-    # A packed mask has a bit for each logical index, from a multiple of eight on.
-    sizes[_MASK] = [(row[_OFFSET] % 8 + row[_NUMEL] + 7) // 8 for row in rows]
+    sizes[_MASK] = list(map(_mask_bytes, rows))
     names = {_OUT: "out", _FIRST: "plus", _SECOND: "minus"} if operation == "fan_out" else {_OUT: "out"}
     return {
         column: Argument(
