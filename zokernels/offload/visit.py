@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from ..step.noise import Members
 from ..step.types import Bucket, Point, Seeds, terms
 from .blocks import Block
 from .cache import BlockCache
-from .history import Batch, Perturbed, apply_passes
+from .history import Batch, HistoryNoise, Perturbed, apply_passes
 from .movers import Slot
 
 #: Bytes to which torch aligns its own memory.  A matrix product may choose another kernel for less aligned
@@ -61,10 +61,10 @@ class Visit:
         self._params = self._values()
         self._held = True
         since = slot.updates
-        if since < cache.history.end:
-            cache.mover.settle(slot)
         perturbed = step.of if step else {}
         self._batches = cache.history.batches(block, since, perturbed, self.everything)
+        if any(a.passes for a in self._batches):
+            cache.mover.settle(slot)
         self._fixed = [i for i, e in enumerate(block.entries) if id(e.param) not in perturbed]
         with cache.timeline.span("update", block):
             pair = self._pair()
@@ -84,19 +84,25 @@ class Visit:
         """The parameters as they are in the slot."""
         return self.slot.params(self.block)
 
+    def _views(self) -> Mapping[int, Tensor]:
+        """The parameters and their states, as :meth:`Block.views` has them."""
+        return self.slot.views(self.block)
+
     def _pair(self) -> list[int] | None:
         """The first two sides, if one pass can update the block and perturb it for both."""
         pair, perturbed = self.sides[:2], [a for a in self._batches if a.bucket is not None]
         if len(pair) < 2 or self.cache.scratches < 2 or self.step is None or not perturbed:
             return None
-        if any(a.bucket is not None and a.bucket.noise.bounds is not None for a in perturbed):
-            return None  # a fan-out has no integers
+        noises = [cast("HistoryNoise", a.bucket.noise) for a in perturbed if a.bucket is not None]
+        if not all(noise.fans_out for noise in noises):
+            return None
         together = all(self.step.pair(pair, a.place) for a in perturbed)
         return pair if together else None
 
     def _apply(self, a: Batch, passes: Sequence[Pass]) -> None:
         if passes:
-            apply_passes([self._params[i] for i in a.entries], a.streams, passes)
+            bound = [one.bound(self._views()) for one in passes]
+            apply_passes([self._params[i] for i in a.entries], a.streams, bound)
 
     def _fan_out(self, a: Batch) -> None:
         """Makes the last update and both perturbations in one pass."""
@@ -135,7 +141,8 @@ class Visit:
                 assert self.step is not None
                 out, params = ([v[i] for i in a.entries] for v in (views, self._params))
                 members = Members(params, a.streams, a.bucket.dist)
-                a.bucket.noise.perturb(out, members, *self.step.terms(side, a.place, a.bucket))
+                noise = a.bucket.noise.bound(self._views())
+                noise.perturb(out, members, *self.step.terms(side, a.place, a.bucket))
         self._made[side] = which
         return views
 
@@ -192,6 +199,10 @@ class WireVisit(Visit):
         assert wire is not None
         self._wire, self._buffers = wire.layout.wire, wire.layout.buffers(self.block, self.slot.data)
         return wire.theta(self.block)
+
+    def _views(self) -> Mapping[int, Tensor]:
+        """The parameters alone: states stay on the host."""
+        return {id(e.param): t for e, t in zip(self.block.entries, self._params, strict=True)}
 
     def _apply(self, a: Batch, passes: Sequence[Pass]) -> None:
         out, buffers = ([of[i] for i in a.entries] for of in (self._params, self._buffers))

@@ -131,6 +131,18 @@ class Home:
         """The values of a parameter, on its device."""
         return param
 
+    def state(self, optimizer: Any, param: Tensor, name: str) -> Tensor | None:
+        """What stands for a tensor that is kept of a parameter and that is here, too; None: nothing does, and
+        the tensor itself is to be made.
+        """
+        return None
+
+    def fill_states(self, state_dict: dict[str, Any]) -> None:
+        """Puts the tensors that are here into a state_dict, in the place of what stands for them."""
+
+    def check_load(self, op: str) -> None:
+        """Called before a state_dict is loaded, which may be impossible here."""
+
 
 MEMORY = Home()
 

@@ -559,6 +559,7 @@ class StepOptimizer(torch.optim.Optimizer):
         self.log.flush()
         with groups.without_strangers(self.state, self.param_groups):
             state = super().state_dict()
+        self.home.fill_states(state)
         self._warn_skipped()
         return with_own_state(state, own_state(self))
 
@@ -570,6 +571,7 @@ class StepOptimizer(torch.optim.Optimizer):
         """
         state_dict = from_groups(state_dict)
         check_state_dict(self, state_dict)
+        self.home.check_load(self.op)
         self.flush()
         if self._unfinished is not None:
             self.log.retract(self)
