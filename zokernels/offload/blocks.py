@@ -83,7 +83,7 @@ STATE = "_state."
 
 
 def state_named(text: str, weights: Iterable[str]) -> tuple[str, str] | None:
-    """(name of the state, name of the weight) of a tensor that is named ``text`` in a file; None: no state."""
+    """(name of the state, name of the weight) of a tensor named ``text`` in a file; None: it is no state."""
     of = [name for name in weights if text.startswith(STATE) and text.endswith(f".{name}")]
     if not of:
         return None

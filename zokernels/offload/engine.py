@@ -40,7 +40,6 @@ from .stored import StoredModel
 from .timeline import Timeline
 from .visit import SidePoints, Visit, WireVisit
 
-
 #: Whose updates are passes over weights, and over states that travel with them.
 _RULES = frozenset(
     (SGD, Conservative, Recalling, Floored, Momentum, Adam, Sign, Curvature, MomentumWindow, AdamWindow)
@@ -246,6 +245,8 @@ class Engine(BlockCache, StoredModel, Home):
         if parts[0] not in _RULES or parts[1] not in (_DENSE if self.wire else _DIRECTIONS):
             expected = f"a rule and a direction that can be streamed{' with wire=' if self.wire else ''}"
             fail(op, "params", expected, f"{parts[0].__name__} on {parts[1].__name__}")
+        if optimizer.tangents and self.wire is not None:
+            fail(op, "params", "losses at perturbed weights where parameters are streamed with wire=", op)
         if kind.own_probe is not StepOptimizer.own_probe or kind.update is not StepOptimizer.update:
             fail(op, "params", "losses at perturbed weights where parameters are streamed", op)
         if optimizer.restore != "exact" or optimizer.run_state.capturable:
@@ -270,7 +271,9 @@ class Engine(BlockCache, StoredModel, Home):
         trained = {id(p) for group in optimizer.param_groups for p in group["params"] if takes_part(group, p)}
         kept_of = lambda p: [*optimizer.rule.kept_of(p), *optimizer.direction.kept_of(p)]
         wanted = {
-            b.index: [(e.name, kept) for e in b.entries if id(e.param) in trained and (kept := kept_of(e.param))]
+            b.index: [
+                (e.name, kept) for e in b.entries if id(e.param) in trained and (kept := kept_of(e.param))
+            ]
             for b in self.blocks
         }
         if self._states:
@@ -339,6 +342,9 @@ class Engine(BlockCache, StoredModel, Home):
     def probe(self, optimizer: StepOptimizer, buckets: list[Bucket], seeds: Seeds) -> StreamedProbe:
         before = optimizer.step_count
         resident = [b for b in buckets if home_of(b.params[0]).in_memory]
+        for p in (p for b in buckets if b not in resident for p in b.params if optimizer.rule.states):
+            for name in optimizer.rule.states:
+                self.state(optimizer, p, name)  # before anything is written
         self.history.begin()
         self._measured = [b for b in buckets if b not in resident and b.noise.measures]
         for b in buckets:
@@ -348,7 +354,8 @@ class Engine(BlockCache, StoredModel, Home):
         exact = optimizer.exact_probe(resident, seeds, shared=True) if resident else None
         self._lockstep.generators = optimizer.generators
         stepped = lambda: self.committed(optimizer) if optimizer.step_count > before else None
-        return StreamedProbe(buckets, seeds, exact, self.forwards, stepped, self._alone())
+        tangents = optimizer.tangents
+        return StreamedProbe(buckets, seeds, exact, self.forwards, stepped, self._alone(), tangents)
 
     def forwards(self, step: SidePoints, run: Any) -> list[Any]:
         """The results of ``run(side)`` for each side, which run in lockstep."""

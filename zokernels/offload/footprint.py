@@ -70,7 +70,9 @@ def footprint(
     if storage == "device":
         return _of_steps(model, made, torch.device(device))
     for b in made:
-        kept = [(e.name, [("state", tuple(e.param.shape), dtype, 0.0) for dtype in states]) for e in b.entries]
+        kept = [
+            (e.name, [("state", tuple(e.param.shape), dtype, 0.0) for dtype in states]) for e in b.entries
+        ]
         b.keep(kept, torch.device("meta"))
     layout = None if wire is None else WireLayout(wire, made)
     return footprint_of(model, made, slots, scratch, layout)

@@ -95,7 +95,6 @@ class HostStorage:
             return ByThreads(memory, timeline)
         return ByStreams(memory, device, timeline)
 
-
     def add_states(self, mover: Mover) -> None:
         """Makes room for the states that blocks have got.  ``mover`` is drained, and slots are empty."""
         _resize(self.slots, self.carrier)

@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..checks import DTYPES
 from ..functional import decode, decode_fan_out, fan_out_
 from ..step.deferred import Pass
 from ..step.noise import Members
 from ..step.types import Bucket, Point, Seeds, terms
-from .blocks import Block
+from .blocks import Block, aliases
 from .cache import BlockCache
 from .history import Batch, HistoryNoise, Perturbed, apply_passes
 from .movers import Slot
@@ -29,6 +30,8 @@ class SidePoints(NamedTuple):
     of: Perturbed
     points: list[list[Point]]  #: of each side, one for each bucket
     seeds: Seeds
+    #: Whether sides compute with dual numbers at theta, whose tangents are the directions of their points.
+    tangents: bool = False
 
     def terms(self, side: int, place: int, bucket: Bucket) -> tuple[Tensor, Tensor]:
         return terms(self.points[side][place], self.seeds[bucket.device])
@@ -58,6 +61,7 @@ class Visit:
     ) -> None:
         self.cache, self.block, self.slot, self.step = cache, block, slot, step
         self.sides, self._left = list(sides), len(sides)
+        self._replaced: list[tuple[nn.Module, str, Tensor]] = []  # parameters, by dual numbers
         self._params = self._values()
         self._held = True
         since = slot.updates
@@ -92,6 +96,8 @@ class Visit:
         """The first two sides, if one pass can update the block and perturb it for both."""
         pair, perturbed = self.sides[:2], [a for a in self._batches if a.bucket is not None]
         if len(pair) < 2 or self.cache.scratches < 2 or self.step is None or not perturbed:
+            return None
+        if self.step.tangents:
             return None
         noises = [cast("HistoryNoise", a.bucket.noise) for a in perturbed if a.bucket is not None]
         if not all(noise.fans_out for noise in noises):
@@ -133,7 +139,7 @@ class Visit:
         return self.step.seeds[a.bucket.device][k : k + 1], c, {"streams": a.streams, "dist": a.bucket.dist}
 
     def _perturb(self, side: int) -> list[Tensor]:
-        """Makes the point of ``side`` in scratch."""
+        """Makes the point of ``side`` in scratch, or its tangent alone."""
         which = self.sides.index(side) % self.cache.scratches
         views = self.cache.scratch(self.block, which)
         for a in self._batches:
@@ -142,7 +148,8 @@ class Visit:
                 out, params = ([v[i] for i in a.entries] for v in (views, self._params))
                 members = Members(params, a.streams, a.bucket.dist)
                 noise = a.bucket.noise.bound(self._views())
-                noise.perturb(out, members, *self.step.terms(side, a.place, a.bucket))
+                options = {"decay": 0.0} if self.step.tangents else {}
+                noise.perturb(out, members, *self.step.terms(side, a.place, a.bucket), **options)
         self._made[side] = which
         return views
 
@@ -161,13 +168,33 @@ class Visit:
                     views[i] = self._params[i]
                 else:
                     views[i].copy_(self._params[i])
-            for e, view in zip(self.block.entries, views, strict=True):
-                e.param.data = view
+            if self.step is not None and self.step.tangents:
+                self._dual(views)
+            else:
+                for e, view in zip(self.block.entries, views, strict=True):
+                    e.param.data = view
         self._begin = self.cache.timeline.now()
+
+    def _dual(self, views: list[Tensor]) -> None:
+        """Lets modules have dual numbers in the place of their parameters, with ``views`` as tangents."""
+        duals = {}
+        for i, (e, theta) in enumerate(zip(self.block.entries, self._params, strict=True)):
+            if i in self._fixed:
+                e.param.data = views[i]
+                continue
+            aligned = theta if theta.data_ptr() % _ALIGNED == 0 else theta.clone()
+            duals[id(e.param)] = forward_ad.make_dual(aligned, views[i])
+        for _, module, key, p in list(aliases(self.block.module)):
+            if id(p) in duals:
+                module._parameters[key] = duals[id(p)]  # type: ignore[assignment]
+                self._replaced.append((module, key, p))
 
     def leave(self) -> None:
         """Called when a side has run through the block."""
         self.cache.timeline.add("compute", self.block, self._begin)
+        for module, key, p in self._replaced:
+            module._parameters[key] = p  # type: ignore[assignment]
+        self._replaced = []
         self._left -= 1
         if self._left == 0:
             self.done()

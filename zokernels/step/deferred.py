@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import select
-from ..functional import Dist
+from ..functional import Dist, combine_, requantize_, update_
 from ..functional import Rule as KernelRule
-from ..functional import combine_, requantize_, update_
 from .noise import Members, Noise, raise_to
 
 #: Elements of a piece.  On the CPU 2^20 fp32 weights of a thread are 4 MiB, which stay in the last-level
@@ -93,7 +92,6 @@ class Pass(NamedTuple):
         else:
             states = {"first": pick(self.first), "second": pick(self.second)}
             update_(params, self.rule, self.hyper, self.seeds, self.coeffs, **states, **options)
-
 
     def _run_noise(self, noise: Noise, params: list[Tensor], streams: list[int]) -> None:
         if self.measures:
