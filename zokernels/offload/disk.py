@@ -258,7 +258,7 @@ def _states_in(file: File, block: Block) -> list[tuple[str, Kept]]:
 
     Their first values are not there, and are not needed: the file has later ones.
     """
-    found = []
+    found: list[tuple[str, Kept]] = []
     for name, e in sorted(file.entries.items(), key=lambda item: item[1].begin):
         state = state_named(name, (w.name for w in block.entries))
         if state is not None and e.dtype in DTYPES:

@@ -312,9 +312,7 @@ class Engine(BlockCache, StoredModel, Home):
         return self._states[id(param), name]
 
     def find_measured(self, optimizer: StepOptimizer, measured: Collection[str]) -> None:
-        """Called when a run is continued.  ``measured``: the names of states in the blocks' files that the
-        direction need not measure again.
-        """
+        """``measured`` are names in the blocks' files."""
         for b in self.blocks:
             for e in b.entries:
                 keys = [key for key, *_ in optimizer.direction.kept_of(e.param)]

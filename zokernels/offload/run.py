@@ -231,7 +231,7 @@ class Run:
             if found is None or (found.dtype, found.shape) != kind:
                 fail(self.op, str(path), f"{name}: {kind}", found and (found.dtype, found.shape))
         owners = dict(params)
-        named = [(text, found) for text in file.entries if (found := state_named(text, owners)) is not None]
+        named = [(text, state) for text in file.entries if (state := state_named(text, owners)) is not None]
         states = [(owners[name], key, text) for text, (key, name) in named]
         block = Block(-1, _RESIDENT, torch.nn.Identity())
         tensors = [name for name, _ in params] + [text for _, _, text in states]

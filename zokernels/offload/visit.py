@@ -148,7 +148,7 @@ class Visit:
                 out, params = ([v[i] for i in a.entries] for v in (views, self._params))
                 members = Members(params, a.streams, a.bucket.dist)
                 noise = a.bucket.noise.bound(self._views())
-                options = {"decay": 0.0} if self.step.tangents else {}
+                options: dict[str, Any] = {"decay": 0.0} if self.step.tangents else {}
                 noise.perturb(out, members, *self.step.terms(side, a.place, a.bucket), **options)
         self._made[side] = which
         return views
@@ -186,7 +186,7 @@ class Visit:
             duals[id(e.param)] = forward_ad.make_dual(aligned, views[i])
         for _, module, key, p in list(aliases(self.block.module)):
             if id(p) in duals:
-                module._parameters[key] = duals[id(p)]  # type: ignore[assignment]
+                module._parameters[key] = duals[id(p)]
                 self._replaced.append((module, key, p))
 
     def leave(self) -> None:

@@ -102,9 +102,8 @@ class KeptMask(Direction):
                         measure(p, state)
                     else:
                         due[id(p)] = measure
-                kept[id(p)] = {name: home.state(optimizer, p, name) for name in self.kept_names}
-                if home.in_memory:
-                    kept[id(p)] = {name: state[name] for name in self.kept_names}
+                elsewhere = {name: home.state(optimizer, p, name) for name in self.kept_names}
+                kept[id(p)] = {name: state[name] if t is None else t for name, t in elsewhere.items()}
             bucket.noise = _PackedMask(kept, due)
 
     def _pack(
