@@ -26,13 +26,11 @@ from ..step.estimators import (
     TwoSided,
 )
 from ..step.loss import DerivativeReader, RankReader
-from ..step.probes.exact import TangentProbe
 from ..step.rules.factors import FactorMomentum
 from ..step.rules.rule import Rule
 from ..step.rules.sgd import SGD, Conservative, Floored, Recalling
-from ..step.shard import any_sharded
 from ..step.subset import LAYERS, Blocks, LayerSkip
-from ..step.types import Bucket, Estimate, LossesAt, Seeds
+from ..step.types import Bucket, Estimate, LossesAt
 from .optimizer import ZerothOrder
 from .zosgd import ZOSGD
 
@@ -281,6 +279,8 @@ class ForwardGradient(ZerothOrder):
     Source: Baydin et al., 2022, arXiv 2202.08587.
     """
 
+    tangents = True
+
     def __init__(
         self,
         params: ParamsT,
@@ -301,17 +301,6 @@ class ForwardGradient(ZerothOrder):
         Returns the mean loss, at theta.
         """
         return self.run_step(closure, DerivativeReader())
-
-    def own_probe(self, buckets: list[Bucket], seeds: Seeds) -> TangentProbe:
-        if any_sharded(p for b in buckets for p in b.params):
-            fail(
-                self.op,
-                "params",
-                "plain tensors: a tangent is handed to each function",
-                "a DTensor",
-                TypeError,
-            )
-        return TangentProbe(self.op, buckets, seeds, self.scratch, self.blocks, self.warned)
 
 
 class SparseMeZO(ZOSGD):

@@ -26,7 +26,7 @@ from .graphs import GraphRng, check_capturable, check_capture
 from .guards import OwnProcess, RngState, ThreadState, is_capturing, uninterrupted
 from .loss import LossReader
 from .probes.blocks import Blocks
-from .probes.exact import ExactProbe
+from .probes.exact import ExactProbe, TangentProbe
 from .probes.inplace import InplaceProbe
 from .probes.probe import Probe
 from .probes.products import Learned, ProductProbe
@@ -64,6 +64,8 @@ class StepOptimizer(torch.optim.Optimizer):
     staged = True
     #: True if the run also trains weights that no log of this optimizer holds.
     part = False
+    #: True if forwards are at theta, of dual numbers whose tangents are the directions.
+    tangents = False
 
     def __init__(
         self,
@@ -395,13 +397,17 @@ class StepOptimizer(torch.optim.Optimizer):
             return ProductProbe(self.op, buckets, seeds, *shared, self._reader)
         exact = self.restore == "exact"
         if any(b.is_sharded for b in buckets):
+            if self.tangents:
+                expected = "plain tensors: a tangent is handed to each function"
+                fail(self.op, "params", expected, "a DTensor", TypeError)
             return (
                 CopiedShardProbe(buckets, seeds, self.scratch) if exact else MovedShardProbe(buckets, seeds)
             )
         return self.exact_probe(buckets, seeds) if exact else InplaceProbe(buckets, seeds)
 
     def exact_probe(self, buckets: list[Bucket], seeds: Seeds, shared: bool = False) -> ExactProbe:
-        return ExactProbe(self.op, buckets, seeds, self.scratch, self.blocks, self.warned, shared)
+        kind = TangentProbe if self.tangents else ExactProbe
+        return kind(self.op, buckets, seeds, self.scratch, self.blocks, self.warned, shared)
 
     def estimate(self, buckets: list[Bucket], losses_at: LossesAt) -> Estimate:
         """g of every bucket from the losses at the estimator's points; then the rule's choice of a trial."""
@@ -574,6 +580,7 @@ class StepOptimizer(torch.optim.Optimizer):
         self.log.flush()
         with groups.without_strangers(self.state, self.param_groups):
             state = super().state_dict()
+        self.home.fill_states(state)
         self._warn_skipped()
         return with_own_state(state, own_state(self))
 
@@ -585,6 +592,7 @@ class StepOptimizer(torch.optim.Optimizer):
         """
         state_dict = from_groups(self.op, state_dict)
         check_state_dict(self, state_dict)
+        self.home.check_load(self.op)
         self.flush()
         if self._unfinished is not None:
             self.log.retract(self)
