@@ -188,13 +188,17 @@ class Products:
                     coeffs = torch.cat([to_device(c.float().reshape(1), device) for c in values])
                 else:
                     coeffs = to_device(torch.tensor([c for _, c in each], dtype=torch.float32), device)
-                shared = _shared([k for k, _ in each])
+                shared = neighbours([k for k, _ in each])
                 self._terms[bucket].append(Terms(seeds, coeffs, seeds[::shared].contiguous()))
         return self._terms[bucket]
 
-    def has_factors(self, param: Any) -> bool:
-        """Whether ``param`` is one of the step's, and its noise a product of factors of its own shape."""
-        return id(param) in self.owners.params and self._noise(param).is_plain_matrix(param)
+    def has_factors(self, param: Any, *, flat: bool = False) -> bool:
+        """Whether ``param`` is one of the step's, and its noise a product of factors of its own shape, or
+        (``flat``) of that of the matrix whose rows are its first dimension.
+        """
+        if id(param) not in self.owners.params:
+            return False
+        return self._noise(param).is_plain_matrix(param.flatten(1) if flat and param.dim() > 2 else param)
 
     def _noise(self, param: Tensor) -> Noise:
         return self.owners.buckets[self.place(param)[0]].noise
@@ -266,6 +270,8 @@ class Products:
             have = self.look.has_marked(x)
             known = self.learned.with_rows.get(key, frozenset())
             self.learned.with_rows[key] = known | {have}
+            if have and self.look.has_mixed(x):
+                raise NotInOneForward("rows in an order that the data decides (experts)")
             if have:
                 total = self.count if self.cohort.counts is None else sum(self.cohort.counts)
                 from fractions import Fraction  # which no other part of the package needs
@@ -320,7 +326,8 @@ class Products:
         """
         fast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if fast else x.dtype
-        weight = param.detach().to(dtype) if fast else param.detach()
+        weight = param.detach().flatten(1)  # a convolution's has more dimensions
+        weight = weight.to(dtype) if fast else weight
         flat = x.to(dtype).reshape(-1, x.shape[-1]).contiguous()
         columns = weight if swapped else weight.t()
         shape = (len(flat), columns.shape[1])
@@ -389,7 +396,7 @@ class Products:
         return "a parameter"
 
 
-def _shared(directions: list[int]) -> int:
+def neighbours(directions: list[int]) -> int:
     """The largest size of groups of neighbours, all of one size, that have one direction each."""
     runs = [len(list(own)) for _, own in itertools.groupby(directions)]
     return math.gcd(*runs) if runs else 1
@@ -413,9 +420,14 @@ def _handles(*functions: Any) -> Callable[[Handler], Handler]:
     return register
 
 
+_CONVOLUTIONS = frozenset((F.conv1d, F.conv2d, F.conv3d))
+
+
 def _product(forward: Products, func: Any, x: Any, weight: Any, bias: Any, swapped: bool) -> Any:
     """A product of ``x`` with ``weight``, W^T or (``swapped``) W, and a bias."""
-    if not forward.has_factors(weight) or isinstance(x, (Guard, Varied)) or isinstance(bias, Varied):
+    if isinstance(x, (Guard, Varied)) or isinstance(bias, Varied):
+        return NotImplemented
+    if not forward.has_factors(weight, flat=func in _CONVOLUTIONS):
         return NotImplemented
     if not isinstance(x, Tensor) or x.dim() < 2 or not x.is_floating_point():
         return NotImplemented
@@ -478,6 +490,46 @@ def _transpose(forward: Products, func: Any, args: tuple[Any, ...], kwargs: dict
     out = weight.detach().t().as_subclass(_Transposed)
     out.param = weight
     return out
+
+
+@_handles(*_CONVOLUTIONS)
+def _convolution(forward: Products, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A convolution whose windows lie side by side, as those of patches and of 1 x 1: a product of each."""
+    given = inspect.getcallargs(_convolution_arguments, *args, **kwargs)
+    x, weight, bias = given["input"], given["weight"], given["bias"]
+    if not forward.has_factors(weight, flat=True) or isinstance(x, (Guard, Varied)):
+        return NotImplemented
+    size = weight.shape[2:]
+    each = lambda value: (value,) * len(size) if isinstance(value, int) else tuple(value)
+    padding = given["padding"]
+    unpadded = padding == "valid" or (not isinstance(padding, str) and not any(each(padding)))
+    side_by_side = each(given["stride"]) == tuple(size) and given["groups"] == 1 and unpadded
+    if not side_by_side or x.dim() != 2 + len(size) or any(d != 1 for d in each(given["dilation"])):
+        return NotImplemented
+    if x.shape[1] != weight.shape[1] or x.dtype is not weight.dtype:
+        return NotImplemented  # torch says what is wrong, or casts
+    places = [n // k for n, k in zip(x.shape[2:], size, strict=True)]
+    if 0 in places:
+        return NotImplemented
+    for i, (n, k) in enumerate(zip(places, size, strict=True)):
+        x = x.narrow(2 + i, 0, n * k)
+    windows = x.reshape(*x.shape[:2], *(s for pair in zip(places, size, strict=True) for s in pair))
+    count = len(size)
+    order = (0, *range(2, 2 + 2 * count, 2), 1, *range(3, 3 + 2 * count, 2))
+    rows = windows.permute(order).reshape(x.shape[0], *places, -1)
+    out = _product(forward, func, rows, weight, bias, False)
+    return out if out is NotImplemented else out.movedim(-1, 1).contiguous()
+
+
+def _convolution_arguments(
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: Any = 1,
+) -> None: ...
 
 
 @_handles(F.embedding)
@@ -718,12 +770,14 @@ class ProductProbe(Probe):
                     ) from error
             return results
 
-    def look(self, points: Sequence[Any], same_rng: Iterator[AbstractContextManager[None]]) -> str | None:
+    def look(
+        self, points: Sequence[Any], same_rng: Iterator[AbstractContextManager[None]]
+    ) -> tuple[str | None, int, int]:
         """The first forwards of a run: one of one member and one of two, of whose losses nothing comes.
 
         What later forwards rely on is that rows of members are where they are in both: along the first
-        dimension, which has twice the size in the second.  Returns why a forward cannot have several members;
-        None where it can.
+        dimension, which has twice the size in the second.  Returns why a forward cannot have several members,
+        None where it can, and the bytes that the two took.
         """
         assert self.reader is not None
         looks = []
@@ -735,12 +789,12 @@ class ProductProbe(Probe):
                     with next(same_rng), self._at(points[:count], cohort, look), look:
                         self.reader.run()
         except NotInOneForward as error:
-            return str(error)
+            return str(error), 0, 0
         for key, sizes in looks[0].sizes.items():
             others = looks[-1].sizes.get(key, sizes)
             if any(one != two for one, two in zip(sizes, others, strict=False)):
-                return f"{key[0]} takes rows in another dimension than the first"
-        return None
+                return f"{key[0]} takes rows in another dimension than the first", 0, 0
+        return None, looks[0].peak, looks[-1].peak
 
     @contextmanager
     def at(self, points: list[Point]) -> Iterator[None]:
