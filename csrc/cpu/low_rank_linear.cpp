@@ -405,9 +405,7 @@ void low_rank_linear_cpu(Tensor out, Tensor x, Tensor left, Tensor right, Tensor
       piece.out = to + begin * all.m * bytes;
       piece.left = space.part(1);
       piece.right = space.part(2);
-      packing(0, left, [&](const float* own) {
-        pack(own, all.m, all.rank, all.left_stride, space.part(1));
-      });
+      packing(0, left, [&](const float* own) { pack(own, all.m, all.rank, all.left_stride, space.part(1)); });
       if (whole) {
         piece.right = data<float>(right) + p * right.size(0) / members * all.n * all.rank;
       } else {

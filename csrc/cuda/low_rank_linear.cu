@@ -130,8 +130,8 @@ ZK_GLOBAL linear_out_kernel(ZK_GRID_CONSTANT LinearLaunch p, OutArguments more) 
     }
   }
   const float c = more.coeffs[t.member];
-  const float* bias =
-      more.bias == nullptr ? nullptr : more.bias + t.member / more.members * int64_t{p.m} + column;
+  const float* bias = more.bias == nullptr ? nullptr
+                                           : more.bias + t.member / more.members * int64_t{p.m} + column;
   ZK_UNROLL
   for (int v = 0; v < kOutRows; ++v) {
     if (v >= rows) continue;

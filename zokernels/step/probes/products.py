@@ -77,7 +77,7 @@ class Learned:
         self.again: set[tuple[int, int]] = set()
 
 
-class Terms(NamedTuple):
+class MemberTerms(NamedTuple):
     """One direction of each of P members: seeds int64 [P], coefficients fp32 [P].
 
     ``own``: the seeds of groups of as many neighbouring members, which have one seed, [G].  So the two sides
@@ -112,7 +112,7 @@ class Products:
         self.cohort, self.learned, self.say, self.look = cohort, learned, say, look
         self.count = len(points)
         self.seen: dict[int, None] = {}
-        self._terms: dict[int, list[Terms]] = {}
+        self._terms: dict[int, list[MemberTerms]] = {}
         self._drawn: set[tuple[tuple[int, int], int]] = set()
         self._factors: dict[tuple[tuple[int, int], int], tuple[Tensor, Tensor]] = {}
         self._room = KEPT_BYTES
@@ -174,7 +174,7 @@ class Products:
         """The number of a parameter's bucket, and its stream."""
         return self.owners.place(param)
 
-    def terms(self, bucket: int) -> list[Terms]:
+    def terms(self, bucket: int) -> list[MemberTerms]:
         """The members' seeds and coefficients; several where a point has several directions."""
         if bucket not in self._terms:
             device = self.owners.buckets[bucket].device
@@ -189,7 +189,7 @@ class Products:
                 else:
                     coeffs = to_device(torch.tensor([c for _, c in each], dtype=torch.float32), device)
                 shared = neighbours([k for k, _ in each])
-                self._terms[bucket].append(Terms(seeds, coeffs, seeds[::shared].contiguous()))
+                self._terms[bucket].append(MemberTerms(seeds, coeffs, seeds[::shared].contiguous()))
         return self._terms[bucket]
 
     def has_factors(self, param: Any, *, flat: bool = False) -> bool:
