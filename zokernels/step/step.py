@@ -18,7 +18,7 @@ from ..ops.low_rank_linear import MAX_RANK
 from ..transfer import known_on_host
 from . import groups
 from .checkpoint import Held, check_state_dict, from_groups, own_state, with_own_state
-from .cohort import Cohort, CohortReader
+from .cohort import Cohort, CohortReader, members_within
 from .directions.direction import Direction
 from .directions.low_rank import LowRank
 from .estimators import Estimator, TwoSided
@@ -29,7 +29,7 @@ from .probes.blocks import Blocks
 from .probes.exact import ExactProbe, TangentProbe
 from .probes.inplace import InplaceProbe
 from .probes.probe import Probe
-from .probes.products import Learned, ProductProbe
+from .probes.products import Learned, ProductProbe, neighbours
 from .probes.sharded import CopiedShardProbe, MovedShardProbe
 from .roles import MEMORY, Log, Team, common_home
 from .rules.rule import Rule
@@ -269,13 +269,19 @@ class StepOptimizer(torch.optim.Optimizer):
         try:
             with self.probed(buckets) as probe:
                 assert isinstance(probe, ProductProbe)
-                reason = probe.look(points, map(rng.forward, itertools.count()))
+                reason, one, two = probe.look(points, map(rng.forward, itertools.count()))
         finally:
             rng.restore()
-        self.learned.size = len(points) if self.cohort is None else self.cohort
-        if reason is not None and self.learned.size > 1:
-            self.learned.size = 1
+        size = len(points) if self.cohort is None else self.cohort
+        if self.block_bytes is not None and reason is None and size > 1:
+            together = neighbours([k for k, _ in self.estimator.points()])
+            size = min(size, members_within(self.block_bytes, one, two, len(points), together))
+            if one > self.block_bytes:
+                reason = f"a forward of one takes {one:,} bytes of the {self.block_bytes:,} of scratch"
+        if reason is not None and len(points) > 1 and self.cohort != 1:
+            size = 1
             warnings.warn(f"{self.op}: members run one by one: {reason}", stacklevel=5)
+        self.learned.size = size
 
     @property
     def members_at_once(self) -> int:
