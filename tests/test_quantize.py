@@ -390,7 +390,9 @@ def test_qes_with_mirrored_members():
     assert torch.equal(seen[2], -seen[3])
     assert seen[0].any()
     assert not torch.equal(seen[0], seen[2])
-    with pytest.raises(ValueError, match="QES: population: expected an even number >= 2 with mirrored, got 5"):
+    with pytest.raises(
+        ValueError, match="QES: population: expected an even number >= 2 with mirrored, got 5"
+    ):
         QES([("w", w)], 0.1, population=5, mirrored=True)
 
 

@@ -187,7 +187,10 @@ BAD_PACKED = {
     "mask": ({"masks": [torch.zeros(1, dtype=torch.uint8)]}, r"masks\[0\]: expected 2 bytes for 16 elements"),
     "streams": ({"streams": [1, 2]}, "streams: expected 1 integers"),
     "coeffs": ({"coeffs": [1.0, 2.0]}, "coeffs: expected 1 values"),
-    "out": ({"out": True}, r"params\[0\]: expected tensors that share no memory within one call, got overlap with out\[0\]"),
+    "out": (
+        {"out": True},
+        r"params\[0\]: expected tensors that share no memory within one call, got overlap with out\[0\]",
+    ),
 }
 
 
@@ -197,12 +200,10 @@ def test_packed_integers_are_checked_before_anything_is_written(bad):
     packed = torch.arange(8, dtype=torch.uint8)
     options = {"streams": 0, "low": -7, "high": 7, "rounding": "nearest"} | own
     params, coeffs = [packed, *options.pop("params", [])], options.pop("coeffs", [1.0])
-    into = [packed] if options.pop("out", False) else None
+    first = [[packed], params] if options.pop("out", False) else [params]
+    operation = zokernels.requantize if len(first) == 2 else zokernels.requantize_
     with pytest.raises((ValueError, TypeError), match=message):
-        if into is None:
-            zokernels.requantize_(params, [3], coeffs, **options)
-        else:
-            zokernels.requantize(into, params, [3], coeffs, **options)
+        operation(*first, [3], coeffs, **options)
     assert torch.equal(packed, torch.arange(8, dtype=torch.uint8))
 
 

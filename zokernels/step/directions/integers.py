@@ -16,7 +16,6 @@ from ..roles import OptimizerView
 from ..types import Bucket, Seeds
 from .direction import Direction
 
-
 #: k of the seeds of uniform numbers, and of rounding bits: far above any direction's.
 UNIFORM_K, _ROUNDING_K = 0x80000005, 0x80000006
 #: Elements whose uniform numbers are drawn at a time: their indices are 8 bytes each.
