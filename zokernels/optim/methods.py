@@ -465,9 +465,12 @@ class EGGROLL(ZerothOrder):
             this changes nothing but the authors' spread, so it is for ``mirrored=False``.
         group: the mean is that of each group of so many members, which had a task of their own.
         mirrored: members in pairs, as above; False: q members theta + eps z_k.
+        refresh: after how many steps the members' noise is drawn anew (the authors' ``noise_reuse``, whose
+            default of 0 keeps the first step's noise for the whole run); default: in every step.
+        signs: matrices are updated by sign(A_k) sign(B_k)^T / sqrt(rank) in the place of z_k (the authors'
+            ``alteggroll``).
 
-    Of the authors' code the noise used again over several steps, the updates by signs and the sparse noise
-    are not here.
+    Of the authors' code the sparse noise is not here.
 
     Source: Sarkar et al., 2025, arXiv 2511.16652.
     """
@@ -484,6 +487,8 @@ class EGGROLL(ZerothOrder):
         baseline: bool = False,
         group: int | None = None,
         mirrored: bool = True,
+        refresh: int | None = None,
+        signs: bool = False,
         rule: Rule | None = None,
         **options: Any,
     ) -> None:
@@ -494,7 +499,7 @@ class EGGROLL(ZerothOrder):
             fail(self.op, "maximize", "False without shaping (let the closure return -reward)", True)
         elif baseline or group is not None or not mirrored:
             fail(self.op, "baseline, group, mirrored", "their defaults without shaping", (baseline, group))
-        direction, rule = FreshFactors(rank), SGD() if rule is None else rule
+        direction, rule = FreshFactors(rank, refresh, signs), SGD() if rule is None else rule
         super().__init__(params, lr, *args, estimator=estimator, direction=direction, rule=rule, **options)
 
 

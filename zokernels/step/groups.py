@@ -85,8 +85,9 @@ def check_param(op: str, group: Group, param: Tensor, label: str) -> None:
         where = "one on meta, as accelerate's offload leaves it (zokernels.offload.stream streams a model)"
         fail(op, label, "a parameter with memory", where)
     if "bits" in group:
-        if param.dtype is not torch.int8:
-            fail(op, label, "dtype int8", param.dtype, TypeError)
+        if param.dtype is not torch.int8 and (param.dtype is not torch.uint8 or group["bits"] != 4):
+            expected = "dtype int8, or uint8 that packs two integers of 4 bits (bits=4)"
+            fail(op, label, expected, param.dtype, TypeError)
     elif param.dtype not in DTYPES:
         fail(op, label, "dtype float32, bfloat16 or float16 (or requires_grad=False)", param.dtype, TypeError)
     if not home_of(param).in_memory:
