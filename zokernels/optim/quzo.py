@@ -6,12 +6,14 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from ..checks import fail
 from ..step.directions.integers import IntegerSteps, RoundedSteps
 from ..step.estimators import Population, TwoSided
 from ..step.rules.feedback import ErrorFeedback
 from ..step.rules.sgd import SGD
+from .arguments import OptionsButDirection
 from .optimizer import ZerothOrder
 
 
@@ -49,7 +51,7 @@ class QuZO(ZerothOrder):
         *,
         directions: int = 1,
         bits: int = 8,
-        **options: Any,
+        **options: Unpack[OptionsButDirection],
     ) -> None:
         if options.get("restore", "exact") != "exact":
             fail(
@@ -107,7 +109,7 @@ class QES(ZerothOrder):
         spread: bool = True,
         maximize: bool = True,
         bits: int = 8,
-        **options: Any,
+        **options: Unpack[OptionsButDirection],
     ) -> None:
         if options.get("restore", "exact") != "exact":
             got = repr(options["restore"])
