@@ -27,7 +27,9 @@ from ..step.watch import moved_shares
 from .trial import Closures, Unchanged, check_alone
 
 #: The sizes of the perturbation that are compared, in units of the group's eps.
-FACTORS = (0.25, 1.0, 4.0, 16.0)
+FACTORS = (1 / 16, 1 / 4, 1.0, 4.0, 16.0)
+#: The place of the optimizer's own among them.
+_OWN_EPS = FACTORS.index(1.0)
 #: At least so many times the rounding of the losses a difference should be.
 _CLEAR = 5.0
 #: At least so high a cosine of the differences at eps and at four times eps counts as straight.
@@ -51,9 +53,9 @@ class Diagnosis:
         difference: root mean square of L(theta + eps z) - L(theta - eps z) over the directions.
         spacing: the distance between neighbouring numbers of ``dtype`` at the loss.
         rounding: of a difference, as its dependence on eps shows it: from four times the differences at
-            eps / 4, less those at eps.  It holds what bf16 activations and weights lose, too.
+            eps / 16, less those at eps / 4.  It holds what bf16 activations and weights lose, too.
         batch: standard deviation of a difference from batch to batch; None where all batches are one.
-        growth: by which factor differences grow from eps / 4 to eps; 4 where the loss is straight.
+        bends: whether the loss is far from straight within eps.
         straight: for each eps of the table but the first the cosine between its differences and those at a
             quarter of it: near 1 where the loss is straight and its rounding small.
         differences: for each eps of the table the root mean square of the differences.
@@ -70,7 +72,7 @@ class Diagnosis:
     spacing: float
     rounding: float
     batch: float | None
-    growth: float
+    bends: bool
     straight: list[float]
     differences: list[float]
     eps: list[float]
@@ -143,7 +145,7 @@ class _Measured:
 
     def _differences(self, factor: float, batch: int) -> Tensor:
         """L(theta + factor eps z_k) - L(theta - factor eps z_k), float64 [directions], of one batch."""
-        trial = _plain(self.optimizer, self.directions, factor)
+        trial = _plain(self.op, self.optimizer, self.directions, factor)
         if len(self.closures) or not batch:
             self.kept.random.restore()
         losses: list[Tensor] = []
@@ -162,19 +164,23 @@ class _Measured:
         ladder = [self._differences(factor, 0) for factor in FACTORS]
         sizes = [_rms(d) for d in ladder]
         straight = [_cosine(a, b) for a, b in itertools.pairwise(ladder)]
-        # With d(e) = 2 e g + noise, 4 d(e / 4) - d(e) is noise alone, of 17 times the variance of one.
-        rounding = _rms(4 * ladder[0] - ladder[1]) / math.sqrt(17)
-        batch = self._batch_noise(ladder[1])
+        # With d(e) = 2 e g + noise, 4 d(e) - d(4 e) is noise alone, of 17 times the variance of one.  Noise
+        # is the same at the next pair of eps; what bends grows with the third power of eps there.
+        rounding, after = (_rms(4 * a - b) / math.sqrt(17) for a, b in itertools.pairwise(ladder[:3]))
+        if flat := not sizes[0]:  # nothing of losses in coarse steps is seen at so small an eps
+            rounding = max(rounding, after)
+        bends = not flat and straight[1] < _STRAIGHT and after > 4 * rounding
+        batch = self._batch_noise(ladder[_OWN_EPS])
         spacing = _spacing(self.loss, self.dtype)
         moved = _moved(self.optimizer)
         found = Diagnosis(
             loss=self.loss,
             dtype=self.dtype,
-            difference=sizes[1],
+            difference=sizes[_OWN_EPS],
             spacing=spacing,
             rounding=rounding,
             batch=batch,
-            growth=sizes[1] / sizes[0] if sizes[0] else math.inf if sizes[1] else 0.0,
+            bends=bends,
             straight=straight,
             differences=sizes,
             eps=[self.eps * factor for factor in FACTORS],
@@ -199,7 +205,19 @@ def _is_own(optimizer: StepOptimizer) -> bool:
     return type(optimizer.direction) in _OWN or isinstance(optimizer.direction, IntegerSteps)
 
 
-def _plain(optimizer: StepOptimizer, directions: int, factor: float) -> StepOptimizer:
+class _Plain(StepOptimizer):
+    """A step whose errors have the name of what was called."""
+
+    def __init__(self, op: str, *args: Any, **kwargs: Any) -> None:
+        self._name = op
+        super().__init__(*args, **kwargs)
+
+    @property
+    def op(self) -> str:
+        return self._name
+
+
+def _plain(op: str, optimizer: StepOptimizer, directions: int, factor: float) -> StepOptimizer:
     """A step with two-sided differences along the optimizer's directions, at ``factor`` times its eps."""
     keys = ("params", "param_names", "streams", "dist", "rounding", "clip", "weight_decay", "bits")
     groups = []
@@ -213,7 +231,8 @@ def _plain(optimizer: StepOptimizer, directions: int, factor: float) -> StepOpti
         direction = IntegerSteps(optimizer.direction.bits)
     elif _is_own(optimizer):
         direction = copy.copy(optimizer.direction)
-    trial = StepOptimizer(
+    trial = _Plain(
+        op,
         groups,
         {"lr": 0.0},
         seed=optimizer.seed,
@@ -260,7 +279,7 @@ def _moved(optimizer: StepOptimizer) -> dict[str, float]:
 
 
 def _advice(found: Diagnosis, batches: int) -> list[str]:
-    out, half = [], found.dtype in (torch.bfloat16, torch.float16)
+    out, half, eps = [], found.dtype in (torch.bfloat16, torch.float16), found.eps[_OWN_EPS]
     if not math.isfinite(found.loss):
         return [f"the loss at the weights as they are is {found.loss}: nothing can be measured"]
     if not found.repeats:
@@ -269,26 +288,29 @@ def _advice(found: Diagnosis, batches: int) -> list[str]:
             "numbers, so the differences of a step are noise. Draw the batch before the step, and list "
             "generators of your own in optimizer.generators"
         )
-    if not any(found.differences):
+        return out
+    if not any(found.differences) and not half:
         return [*out, "no perturbation changes the loss at all: it does not depend on these parameters"]
     if half:
         kind = str(found.dtype).removeprefix("torch.")
         out.append(f"the loss is in {kind}: compute it in fp32, from logits in fp32")
     noise = max(found.rounding, found.spacing)
     clear = found.difference >= _CLEAR * noise
-    bends = found.straight[0] < _STRAIGHT and found.growth > 2 and clear
-    if bends:
+    if found.difference > abs(found.loss) / 2:
+        out.append(f"differences are as large as the loss: take a far smaller eps than {eps:.2g}")
+    elif found.bends:
         out.append(
-            f"the loss bends within eps={found.eps[1]:.2g}, because differences at eps / 4 point elsewhere: "
-            f"take a smaller one, eps={found.eps[0]:.2g}"
+            f"the loss bends within eps={eps:.2g}, because differences at eps / 4 point elsewhere: "
+            f"take a smaller one, eps={eps / 4:.2g}"
         )
-    elif not clear:
-        better = [e for e, d in zip(found.eps[2:], found.differences[2:], strict=True) if d >= _CLEAR * noise]
+    elif not clear and not half:
+        better = [
+            e for e, d in zip(found.eps, found.differences, strict=True) if e > eps and d >= _CLEAR * noise
+        ]
         way = f"a larger eps, {better[0]:.2g}" if better else "a larger eps"
-        wide = "" if half else ", and fp32 activations where they are in half precision"
         out.append(
             f"differences are {found.difference / noise:.2g} times the rounding of the losses, of which "
-            f"{_CLEAR:g} would be clear: take {way}{wide}"
+            f"{_CLEAR:g} would be clear: take {way}, and fp32 activations where they are in half precision"
         )
     if found.batch is not None and found.batch > found.difference:
         times = (found.batch / found.difference) ** 2
@@ -300,7 +322,7 @@ def _advice(found: Diagnosis, batches: int) -> list[str]:
     if stuck:
         text = ", ".join(stuck[:3]) + (f" and {len(stuck) - 3} more" if len(stuck) > 3 else "")
         out.append(
-            f"eps={found.eps[1]:.2g} moves less than half of the weights of {text}: take a larger eps for "
-            "them, keep them in fp32, or leave them out (requires_grad_(False))"
+            f"eps={eps:.2g} moves less than half of the weights of {text}: take a larger eps for them, "
+            "keep them in fp32, or leave them out (requires_grad_(False))"
         )
     return out

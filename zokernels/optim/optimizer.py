@@ -198,7 +198,7 @@ class ZerothOrder(StepOptimizer, metaclass=Described):
         the loss, and how differences vary from batch to batch.  ``print`` of what it returns says what eps,
         batch or dtype would mend.
 
-        It takes two forwards at theta, 8 for each of ``directions``, and 6 more for each of them where
+        It takes two forwards at theta, 10 for each of ``directions``, and 6 more for each of them where
         batches differ; all from one state of torch's random numbers.  Afterwards weights, state, step and
         random numbers are what they were, bit for bit.
 
