@@ -230,6 +230,45 @@ def test_exceptions_that_another_thread_injects(mode, rng, tmp_path):
     check(mode, tmp_path, [rng.random() for _ in range(8)], injected_at)
 
 
+@pytest.mark.parametrize("mode", ["inplace", "exact"])
+def test_an_exception_between_the_updates_of_two_groups(mode, monkeypatch):
+    """The first group has its update: when the exception reaches the caller, so have the others."""
+    whole, run = make(mode), make(mode)
+    whole.take(2)
+    run.take(1)
+    update, calls = type(run.optimizer.rule).update, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise Preempted
+        update(*args)
+
+    monkeypatch.setattr(type(run.optimizer.rule), "update", interrupted)
+    with pytest.raises(Preempted):
+        run.take(2)
+    assert run.optimizer.step_count == 2
+    assert torch.equal(run.weights(), whole.weights())
+
+
+def test_a_two_pass_context_whose_end_an_exception_cut_short(monkeypatch):
+    """The optimizer can take two-pass steps again, and the weights are those of the steps that count."""
+    whole, run = make("two-pass"), make("two-pass")
+    for step in range(4):
+        whole.take(step)
+
+    def interrupted():
+        raise Preempted
+
+    run.take(1)
+    with monkeypatch.context() as patch:
+        patch.setattr("zokernels.step.step.ThreePass", interrupted)
+        with pytest.raises(Preempted):
+            run.take(2)
+    run.take(3)
+    assert torch.equal(run.weights(), whole.weights())
+
+
 def test_an_update_that_cannot_be_finished_is_told(tmp_path):
     """What a rule keeps is renewed by several calls: a part of it is an error until a checkpoint is there."""
     param = torch.nn.Parameter(torch.full((5,), 8.0))

@@ -89,9 +89,8 @@ void combine_planned_cpu(Tensor table, ZK_PLANNED_PARAMS, std::string isa) {
   const Rows rows("combine", table);
   const TermArgs args = ZK_PLANNED_TERMS;
   check_planned("combine", rows, args);
-  Call call(args, rows);
-  call.add_spans(rows);
-  call.run(Combine{{call.terms}, Form::one, 0.0f, 0.0f, false, {}}, ZK_KERNEL_OF(combine, isa));
+  const Call call(args, rows);
+  call.run(rows, Combine{{call.terms}, Form::one, 0.0f, 0.0f, false, {}}, ZK_KERNEL_OF(combine, isa));
 }
 
 }  // namespace

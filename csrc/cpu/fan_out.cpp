@@ -35,11 +35,9 @@ void fan_out_planned_cpu(Tensor table, Tensor seed, Tensor coeff, ZK_PLANNED_PAR
   Call call(args, rows);
   call.keys.push_back(key_of(seed));
   call.coeffs.push_back(canonical_nan(data<float>(coeff)[0]));
-  call.add_spans(rows);
-  if (args.seeds.numel() == 0 && !decay.has_value()) {
-    for (Span& span : call.spans) span.out = nullptr;
-  }
-  call.run(Combine{{call.terms}, Form::fan_out, 0.0f, 0.0f, false, {}}, ZK_KERNEL_OF(combine, isa));
+  const bool writes = args.seeds.numel() > 0 || decay.has_value();
+  call.run(rows, Combine{{call.terms}, Form::fan_out, 0.0f, 0.0f, false, {}}, ZK_KERNEL_OF(combine, isa),
+           !writes);
 }
 
 }  // namespace

@@ -75,23 +75,28 @@ inline std::vector<float> without_payloads(const Tensor& values) {
 // Calls body(piece, scratch) in torch's thread pool until all elements of all spans are done. The pool
 // divides the spans as if they lay end to end, so a large tensor is shared among threads and a thread may
 // take several small ones.
-template <class Body>
-void parallel(const std::vector<Span>& spans, int64_t scratch_size, const Body& body) {
-  std::vector<int64_t> starts;  // how many elements lie before each span
+//
+// spans: has size(), numel(i), and span(i), which makes a span where it is needed: hundreds of small ones
+// take less time than to write all of them to memory first.
+template <class Spans, class Body>
+void parallel(const Spans& spans, int64_t scratch_size, const Body& body) {
+  const int64_t count = spans.size();
+  std::unique_ptr<int64_t[]> starts(new int64_t[count]);  // how many elements lie before each span
   int64_t total = 0;
-  for (const Span& span : spans) {
-    starts.push_back(total);
-    total += span.numel;
+  for (int64_t i = 0; i < count; ++i) {
+    starts[i] = total;
+    total += spans.numel(i);
   }
   torch::stable::parallel_for(0, total, kGrain, [&](int64_t begin, int64_t end) {
     std::unique_ptr<std::byte[]> memory(new std::byte[scratch_size + 64]);
     void* scratch = memory.get();
     size_t space = scratch_size + 64;
     std::align(64, scratch_size, scratch, space);
-    auto i = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
+    auto i = std::upper_bound(starts.get(), starts.get() + count, begin) - starts.get() - 1;
     for (; begin < end; ++i) {
-      Span piece = spans[i];
-      const int64_t stop = std::min(end, starts[i] + piece.numel);
+      const int64_t numel = spans.numel(i), stop = std::min(end, starts[i] + numel);
+      if (stop == begin) continue;  // an empty one
+      Span piece = spans.span(i);
       piece.begin = begin - starts[i];
       piece.end = stop - starts[i];
       body(piece, scratch);
@@ -99,6 +104,14 @@ void parallel(const std::vector<Span>& spans, int64_t scratch_size, const Body& 
     }
   });
 }
+
+// Spans that are written down.
+struct SpanList {
+  const std::vector<Span>& list;
+  int64_t size() const { return static_cast<int64_t>(list.size()); }
+  int64_t numel(int64_t i) const { return list[i].numel; }
+  const Span& span(int64_t i) const { return list[i]; }
+};
 
 inline int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::i8 ? 1 : 2; }
 
@@ -164,18 +177,22 @@ struct Call {
     }
   }
 
-  // Adds the spans of the rows of a plan's table (op_args.h).
-  void add_spans(const Rows& rows) {
-    terms.keys = keys.data();
-    spans.reserve(rows.count);
-    const int64_t stride = args.coeff_stride();
-    for (const Row& row : rows) {
-      if (row.numel == 0) continue;
+  // The spans of the rows of a plan's table (op_args.h).
+  struct RowSpans {
+    const Rows& rows;
+    const Call& call;
+    bool is_read_only;  // of fan_out: theta is not written
+    int64_t stride;     // of the coefficients
+
+    int64_t size() const { return rows.count; }
+    int64_t numel(int64_t i) const { return rows.rows[i].numel; }
+    Span span(int64_t i) const {
+      const Row& row = rows.rows[i];
       Span span{};
       span.in = row.in;
-      span.out = row.out;
+      span.out = is_read_only ? nullptr : row.out;
       for (int s = 0; s < 2; ++s) span.more[s] = row.more[s];
-      span.coeffs = coeffs.data() + (&row - rows.begin()) * stride;
+      span.coeffs = call.coeffs.data() + i * stride;
       span.mask = static_cast<const uint8_t*>(row.mask);
       span.curvature = row.curvature;
       span.numel = row.numel;
@@ -184,19 +201,31 @@ struct Call {
       span.width = row.width;
       span.length = row.length;
       if (row.width > 0) span.blocks = row_blocks(row.offset, row.width, row.length);
-      spans.push_back(span);
+      return span;
     }
-  }
+  };
 
-  // Runs the kernel over all spans. `scratch` is in bytes for each direction; without it, as much as the
-  // noise needs.
+  // Runs the kernel over the spans that were added, or over the rows of a table; `keys` and `coeffs` must be
+  // complete. `scratch` is in bytes for each direction; without it, as much as the noise needs.
   template <class Op, class Kernel>
   void run(const Op& op, const Kernel& kernel) const {
-    run(op, kernel, op.dist == kRademacher ? kScratchPerDirection : 0);
+    run(op, kernel, scratch_for(op));
   }
   template <class Op, class Kernel>
   void run(const Op& op, const Kernel& kernel, int64_t scratch) const {
-    parallel(spans, static_cast<int64_t>(keys.size()) * scratch, [&](const Span& piece, void* memory) {
+    run_over(SpanList{spans}, op, kernel, scratch);
+  }
+  template <class Op, class Kernel>
+  void run(const Rows& rows, Op op, const Kernel& kernel, bool is_read_only = false) const {
+    op.keys = keys.data();
+    run_over(RowSpans{rows, *this, is_read_only, args.coeff_stride()}, op, kernel, scratch_for(op));
+  }
+
+  static int64_t scratch_for(const Terms& op) { return op.dist == kRademacher ? kScratchPerDirection : 0; }
+
+  template <class Spans, class Op, class Kernel>
+  void run_over(const Spans& over, const Op& op, const Kernel& kernel, int64_t scratch) const {
+    parallel(over, static_cast<int64_t>(keys.size()) * scratch, [&](const Span& piece, void* memory) {
       if (piece.width == 0) return kernel(op, piece, memory);
       for (int64_t row = piece.begin / piece.width; row * piece.width < piece.end; ++row) {
         kernel(op, row_of(piece, row), memory);

@@ -88,7 +88,7 @@ Tensor squares_cpu(Tensor seeds, std::vector<int64_t> sizes, std::vector<int64_t
   terms.keys = keys.data();
   terms.count = count;
   const auto kernel = ZK_KERNEL_OF(squares, isa);
-  parallel(spans, 0, [&](const Span& piece, void*) {
+  parallel(SpanList{spans}, 0, [&](const Span& piece, void*) {
     std::vector<uint64_t> part(count);
     kernel(terms, piece, part.data());
     for (int64_t k = 0; k < count; ++k)

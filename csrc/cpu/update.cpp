@@ -149,13 +149,12 @@ void update_planned_cpu(Tensor table, std::string rule, Tensor hyper, ZK_PLANNED
   check_planned("update", rows, args);
   check_hyper(rule_of(rule), hyper, args);
   Call call(args, rows);
-  call.add_spans(rows);
   const std::vector<float> values = without_payloads(hyper);
   Update op{{call.terms}, rule_of(rule), values.data(), {}};
   for (int s = 0; s < 2; ++s) {
     if (rows.first().state[s] >= 0) op.state[s] = call.state[s] = static_cast<DType>(rows.first().state[s]);
   }
-  call.run(op, ZK_KERNEL_OF(update, isa));
+  call.run(rows, op, ZK_KERNEL_OF(update, isa));
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Concatenate, Literal, ParamSpec
 
 import torch
@@ -53,7 +53,24 @@ def seeds_of(op: str, argument: str, seeds: object, device: torch.device | str |
     return device_values(op, argument, seeds, torch.int64, target)
 
 
+class OneMemory(list[Tensor]):
+    """Tensors that are parts of one memory and share its counter of versions, and that their maker alone has.
+
+    What a call must look at in each of other tensors (address, counter) it then sees at the memory.
+
+    Args:
+        memory: all of it, as one tensor.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor], memory: Tensor) -> None:
+        super().__init__(tensors)
+        self.memory = [memory]
+        self.token = object()  #: of just these tensors
+
+
 def as_list(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    if isinstance(value, OneMemory):
+        return value
     return [value] if isinstance(value, Tensor) else list(value)
 
 
@@ -62,12 +79,15 @@ def places(
 ) -> tuple[list[int], list[int]]:
     if isinstance(streams, str):
         check_stream(op, "streams", streams)
-    elif not isinstance(streams, int) and len(streams) and isinstance(streams[0], str):
+    if not isinstance(streams, list):
+        streams = [streams] if isinstance(streams, int) else list(streams)
+    if streams and isinstance(streams[0], str):
         check_stream(op, "streams[0]", streams[0])
-    as_given = lambda value: (
-        [value] if isinstance(value, int) else value if isinstance(value, list) else list(value)
-    )
-    return as_given(streams), as_given([0] * count if offsets is None else offsets)
+    if offsets is None:
+        offsets = [0] * count
+    elif not isinstance(offsets, list):
+        offsets = [offsets] if isinstance(offsets, int) else list(offsets)
+    return streams, offsets
 
 
 def noise_args(

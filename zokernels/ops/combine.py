@@ -103,7 +103,10 @@ def combine_(*args: Any, **options: Any) -> None:
 
     Source: contract zk1, docs/contract.md.  MeZO (Malladi et al., 2023) perturbs with coeffs = +-eps and
     updates with coeffs = -lr * projected gradient."""
-    with torch.no_grad():
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            _call("combine_", None, *args, **options)
+    else:
         _call("combine_", None, *args, **options)
 
 
@@ -113,7 +116,10 @@ def combine(out: Tensor | Sequence[Tensor], *args: Any, **options: Any) -> None:
 
     ``out`` has the shapes, dtype and device of ``params`` and shares no memory with them.  Perturbing into a
     scratch this way makes restoring exact and free."""
-    with torch.no_grad():
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            _call("combine", as_list(out), *args, **options)
+    else:
         _call("combine", as_list(out), *args, **options)
 
 

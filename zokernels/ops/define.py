@@ -17,6 +17,7 @@ from torch import Tensor
 from ..backends import select
 from ..backends.terms import Terms
 from ..checks import check_overlap, fail
+from .arguments import OneMemory
 
 _LIBRARY = torch.library.Library("zokernels", "DEF")
 
@@ -131,7 +132,7 @@ def define_pair(kernel: str, schema: str, check: Check) -> tuple[Callable[..., N
 def written(*tensors: Sequence[Tensor]) -> None:
     """Tells autograd that an operation has changed the tensors of these groups."""
     for group in tensors:
-        torch.autograd.graph.increment_version(group)
+        torch.autograd.graph.increment_version(group.memory if isinstance(group, OneMemory) else group)
 
 
 def read_by(terms: Terms) -> dict[str, Sequence[Tensor]]:

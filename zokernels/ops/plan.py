@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from ..backends import Backend, select
 from ..backends.terms import Terms
 from ..checks import check_values, fail
-from .arguments import Rows, Tensors, as_list, places
+from .arguments import OneMemory, Rows, Tensors, as_list, places
 from .define import written
 
 #: Numbers of dtypes in a table (csrc/op_args.h).
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_AUTOGRAD_CPU = torch._C.DispatchKey.AutogradCPU
 #: Outcomes that a plan keeps, the latest ones: in place, into scratch, with states, and two more.
 _KEPT = 5
 
@@ -87,14 +88,15 @@ def is_watched(operation: Any, device: torch.device) -> bool:
 
     That is a compiler, a tracer or another mode of torch (fake tensors, vmap), or a kernel for autograd,
     which users may register.  All of them see tensors, and a table has none."""
-    key = torch._C.DispatchKey.AutogradCPU if device.type == "cpu" else torch._C.DispatchKey.AutogradCUDA
+    key = _AUTOGRAD_CPU if device.type == "cpu" else torch._C.DispatchKey.AutogradCUDA
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
         or (torch._C._is_torch_function_mode_enabled() and _modes_watch())
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or operation.has_kernel_for_dispatch_key(key)
+        or key in operation.py_kernels
+        or torch._C._dispatch_has_kernel_for_dispatch_key(operation._name, key)
     )
 
 
@@ -166,10 +168,12 @@ class Plan:
         if device is None or is_watched(operation, device):
             operation(*args)
             return
-        backend, key = select(device), (op, *key)
-        outcome = self._find(key, columns, backend)
+        backend, key, seen = select(device), (op, *key), columns
+        if isinstance(out := columns.out, OneMemory):
+            key, seen = (*key, out.token), columns._replace(out=out.memory)
+        outcome = self._find(key, seen, backend)
         if outcome is None:
-            prints = fingerprint(columns)
+            prints = fingerprint(seen)
             operation(*args)
             # A view that is negated when it is read lies in memory as the negatives.
             if prints is not None and not any(t.is_neg() for group in columns for t in group or ()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import signal
 import threading
@@ -103,15 +104,20 @@ class uninterrupted:
 
     So none of them, whether Ctrl-C, a SIGTERM whose handler calls sys.exit() or an alarm whose handler
     raises, can fall between a weight write and its record.  Only the main thread runs handlers; in any other
-    this does nothing."""
+    this does nothing, nor does it inside another such block, which holds them all."""
 
     def __enter__(self) -> uninterrupted:
         self._held: list[tuple[int, Any]] = []
         self._pending: list[int] = []
+        handlers = map(_signal.getsignal, _NUMBERS)
+        found = ((number, handler) for number, handler in zip(_NUMBERS, handlers) if handler)  # noqa: B905
+        first = next((one for one in found if callable(one[1])), None)
+        if first is None or getattr(first[1], "__func__", None) is uninterrupted._hold:
+            return self
         if threading.current_thread() is threading.main_thread():
             try:
-                for number in _NUMBERS:
-                    if callable(handler := _signal.getsignal(number)):
+                for number, handler in itertools.chain((first,), found):
+                    if callable(handler):
                         self._held.append((number, handler))
                         _signal.signal(number, self._hold)
             except BaseException:  # of a handler that was not yet held back
@@ -139,9 +145,9 @@ class uninterrupted:
         error: BaseException | None = None
         while self._held or self._pending:
             try:
-                while self._held:
-                    _signal.signal(*self._held[-1])
-                    self._held.pop()
+                while self._held:  # the lowest number first, by which a block inside knows that it is one
+                    _signal.signal(*self._held[0])
+                    del self._held[0]
                 while self._pending:
                     signal.raise_signal(self._pending.pop(0))
             except BaseException as raised:

@@ -8,6 +8,7 @@ from sys import getrefcount
 import torch
 from torch import Tensor
 
+from ..ops.arguments import OneMemory
 from .guards import is_capturing
 
 #: Bytes between the starts of two tensors of an arena: a cache line pair, and the alignment of cudaMalloc.
@@ -37,11 +38,12 @@ class Views:
     __slots__ = ("_copies", "_grad", "out", "pointers")
 
     def __init__(self, data: Tensor, tensors: Sequence[Tensor]) -> None:
-        self.out: list[Tensor] = []
         unit, at = ALIGN // tensors[0].element_size(), 0
+        out: list[Tensor] = []
         for t in tensors:
-            self.out.append(data.as_strided(t.shape, t.stride(), at))
+            out.append(data.as_strided(t.shape, t.stride(), at))
             at += -(-t.numel() // unit) * unit
+        self.out = OneMemory(out, data)
         self.pointers = [c.data_ptr() for c in self.out]
         self._grad = [t.requires_grad for t in tensors]
         self._copies: list[Tensor] = []

@@ -469,10 +469,15 @@ class StepOptimizer(torch.optim.Optimizer):
                 pass
             elif update.is_untouched:
                 self.log.retract(self)
-            elif update.can_go_on and not (update.failed and at_once):
-                update.run()
             elif at_once:
-                return
+                if not update.can_go_on:
+                    return
+                try:
+                    update.run()
+                except Exception:  # what fails again is left to the next use, which raises its error
+                    return
+            elif update.can_go_on:
+                update.run()
             else:
                 expected = "weights that no exception has left half updated (load a checkpoint)"
                 fail(self.op, "step", expected, f"those of step {self.step_count}", RuntimeError)
@@ -522,6 +527,7 @@ class StepOptimizer(torch.optim.Optimizer):
                 self.op, "two_pass", "the two-sided estimator with one direction and SGD on dense noise", got
             )
         check_two_pass(self, modules)
+        self.flush()
         with TwoPass(modules) as self.passes:
             try:
                 yield

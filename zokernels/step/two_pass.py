@@ -21,7 +21,7 @@ from .probes.inplace import InplaceProbe
 from .probes.probe import Probe
 from .roles import OptimizerView
 from .state import DeviceState, HostState
-from .types import Bucket, Seeds, terms
+from .types import Bucket, Point, Seeds, terms
 
 
 class ThreePass:
@@ -41,12 +41,12 @@ class ThreePass:
         """The step has taken :attr:`pending` over, and restores it."""
 
     @contextmanager
-    def ahead(self, probe: Probe, state: HostState | DeviceState) -> Iterator[Callable[[int], object]]:
+    def ahead(self, probe: Probe, state: HostState | DeviceState) -> Iterator[list[tuple[Bucket, Point]]]:
         """Around the update of a step.
 
-        Yields a function that is called with the number of each updated bucket.
+        Yields for each bucket the one whose ``at`` becomes which point when the bucket has its update.
         """
-        yield lambda bucket: None
+        yield [(b, {}) for b in probe.buckets]
 
     def flush(self) -> None:
         """The weights back to theta."""
@@ -61,10 +61,10 @@ class TwoPass(ThreePass):
     these raises.
     """
 
-    in_two_pass = True
-
     def __init__(self, modules: tuple[nn.Module, ...]) -> None:
         self.modules = modules
+        #: False when the context has been left, even where an exception has cut its end short.
+        self.in_two_pass = True
         self._handles: list[Any] = []
         self._forward_hook: Any = None
 
@@ -76,6 +76,7 @@ class TwoPass(ThreePass):
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.in_two_pass = False
         for handle in self._handles:
             handle.remove()
 
@@ -100,7 +101,7 @@ class TwoPass(ThreePass):
             self._forward_hook = None
 
     @contextmanager
-    def ahead(self, probe: Probe, state: HostState | DeviceState) -> Iterator[Callable[[int], object]]:
+    def ahead(self, probe: Probe, state: HostState | DeviceState) -> Iterator[list[tuple[Bucket, Point]]]:
         """The update of each bucket adds the next step's +eps z, too.
 
         Afterwards that step's probe is pending.
@@ -113,11 +114,8 @@ class TwoPass(ThreePass):
         for b in probe.buckets:
             b.ahead = terms(b.point(0, 1), seeds[b.device])
 
-        def updated(bucket: int) -> None:
-            following.buckets[bucket].at = probe.buckets[bucket].point(0, 1)
-
         try:
-            yield updated
+            yield [(b, b.point(0, 1)) for b in following.buckets]
         except BaseException:
             following.restore()
             raise

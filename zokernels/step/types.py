@@ -43,12 +43,15 @@ def terms(point: Point, seeds: Tensor) -> tuple[Tensor, Tensor]:
     """
     if not point:
         return seeds[:0], torch.empty(0, dtype=torch.float32, device=seeds.device)
+    if len(point) == 1:
+        ((k, c),) = point.items()
+        one = seeds if len(seeds) == 1 else seeds[k : k + 1]
+        if not isinstance(c, Tensor):
+            return one, torch.full((1,), float(c), dtype=torch.float32, device=seeds.device)
+        return one, to_device(c.reshape(1), seeds.device)
     fill = lambda c: torch.full((1,), float(c), dtype=torch.float32, device=seeds.device)
     move = lambda c: to_device(c.reshape(1), seeds.device)
     coeffs = [move(c) if isinstance(c, Tensor) else fill(c) for c in point.values()]
-    if len(coeffs) == 1:
-        (k,) = point
-        return seeds[k : k + 1], coeffs[0]
     return torch.cat([seeds[k : k + 1] for k in point]), torch.cat(coeffs)
 
 

@@ -35,32 +35,26 @@ class Update:
         self._begun = False
         self._done = 0  # buckets that have their update
         self._calls = 0  # of kernels, for the bucket whose turn it is
-        #: Whether a kernel itself has failed, which it may do again: the next use tries it, not this one.
-        self.failed = False
 
     def run(self) -> None:
         """The update, or what is left of it."""
         optimizer, probe, estimate = self.optimizer, self.probe, self.estimate
-        self.failed = False
         if not self._begun:
             self._begun = not self._renews
             optimizer.rule.begin(optimizer, probe, estimate)
             self._begun = True
-        with optimizer.passes.ahead(probe, optimizer.run_state) as updated, noted() as calls:
+        with optimizer.passes.ahead(probe, optimizer.run_state) as ends, noted() as calls:
             for i, bucket in enumerate(probe.buckets):
                 if i >= self._done:
-                    before = len(calls)
+                    before, (moved, at) = len(calls), ends[i]
                     try:
                         self._update(bucket, estimate.gradients[i])
                     except BaseException:
                         self._calls = len(calls) - before
-                        self.failed = not self._calls
                         if self._calls and self._is_one_call(bucket):
-                            bucket.at, self._done, self._calls = {}, i + 1, 0
-                            updated(i)
+                            bucket.at, moved.at, self._done, self._calls = {}, at, i + 1, 0
                         raise
-                    bucket.at, self._done = {}, i + 1
-                    updated(i)
+                    bucket.at, moved.at, self._done = {}, at, i + 1
             torch.clear_autocast_cache()  # casts of the old weights, where step() runs inside autocast
             if self._before is not None:
                 optimizer.run_state.step, optimizer.run_state.skipped = self._before

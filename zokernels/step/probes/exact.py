@@ -61,10 +61,8 @@ class ExactProbe(Probe):
         with self.watching():
             return super().forwards(points, share, same_rng, run)
 
-    @contextmanager
-    def at(self, points: list[Point]) -> Iterator[None]:
-        with self.point(points):
-            yield
+    def at(self, points: list[Point]) -> AbstractContextManager[None]:
+        return self.point(points)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -90,7 +88,7 @@ class ExactProbe(Probe):
                 # A small model is open from the beginning.
                 with untouched():
                     for block in whole:
-                        self._opened.blocks.append(Made(block, owners, self.pool))
+                        self._opened.blocks.append(Made(block, owners, self.pool, before=True))
                         self._opened.blocks[-1].open()
                 yield
                 error = False

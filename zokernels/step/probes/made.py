@@ -58,6 +58,7 @@ class Part:
     __slots__ = (
         *(
             "_found",
+            "_planned",
             "_prints",
             "_step",
             "bucket",
@@ -84,14 +85,20 @@ class Part:
         self.plan: Plan | None = None  #: of ``thetas``
         self._found: Any = None
         self._prints: bytes | None = None
+        self._planned: Plan | None = None
         self._step = -1
 
-    def renew(self, step: int) -> None:
-        """Looks, once a step, whether the parameters have other memory than before."""
+    def renew(self, step: int, planned: Plan | None = None) -> None:
+        """Looks, once a step, whether the parameters have other memory than before.
+
+        ``planned``: the plan of their bucket, where nothing has run since the step found it to hold: then it
+        is the one of the last step, unless the parameters are others.
+        """
         if self._step == step:
             return
+        known, self._planned = planned is not None and self._planned is planned, planned
         self._step, params = step, self.members.params
-        if self._prints is not None and matches(self._prints, (params,)):
+        if known or (self._prints is not None and matches(self._prints, (params,))):
             return
         found = [p.data_ptr() for p in params], [p.shape for p in params]
         if found != self._found:
@@ -170,8 +177,12 @@ class Made:
 
     __slots__ = ("_params", "_versions", "arenas", "block", "is_open", "parts", "stays", "users", "views")
 
-    def __init__(self, block: Block, owners: Owners, pool: ScratchPool, copies: int = 1) -> None:
-        """``copies``: of each parameter, one behind the other."""
+    def __init__(
+        self, block: Block, owners: Owners, pool: ScratchPool, copies: int = 1, before: bool = False
+    ) -> None:
+        """``copies``: of each parameter, one behind the other.  ``before``: no forward of the step has
+        begun.
+        """
         self.block, self.parts, self.stays, self.is_open = block, owners.parts(block), block.kept, False
         self.users = 0  #: compiled functions that run now
         self.arenas: list[Arena] = []
@@ -180,7 +191,7 @@ class Made:
         self._params: list[tuple[list[int], list[int]]] = []
         try:
             for i, part in enumerate(self.parts):
-                part.renew(owners.step)
+                part.renew(owners.step, owners.buckets[part.bucket].plan if before else None)
                 params = part.members.params
                 last = block.arenas[i] if i < len(block.arenas) else None
                 self.arenas.append(pool.take(copies * part.numel, params[0], last))
