@@ -27,7 +27,7 @@ messages = _load("zokernels_messages", HERE / "messages.py")
 
 #: Written pages in their order; what is in docs/ and not here comes under "More".
 NAV = [
-    {"Start": ["index.md", "tutorial.md", "howto.md", "demo.md", "llm.md", "packaging.md"]},
+    {"Start": ["index.md", "tutorial.md", "choosing.md", "howto.md", "demo.md", "llm.md", "packaging.md"]},
     {
         "Training": [
             "methods.md",
