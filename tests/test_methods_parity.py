@@ -274,7 +274,7 @@ def test_eggroll_with_noise_of_several_steps(rng):
     differs(make, oracle, rng, steps=5)
     params = model()
     opt = make(list(params.items()), refresh=3, restore="products")
-    with pytest.raises(ValueError, match="restore: expected .*got LastingNoise"):
+    with pytest.raises(ValueError, match=r"restore: expected .*got LastingNoise"):
         opt.step(lambda: loss_of(params))
 
 
