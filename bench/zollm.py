@@ -189,7 +189,8 @@ def adapted(model: nn.Module, scheme: str, encoder: bool = False) -> nn.Module:
     torch.manual_seed(1)  # the adapters' first weights
     if encoder:  # and its head, as peft has it for classification
         lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"])
-        model.requires_grad_(False).encoder = peft.get_peft_model(model.encoder, lora)  # type: ignore[arg-type]
+        model.requires_grad_(False)
+        model.encoder = peft.get_peft_model(model.encoder, lora)  # type: ignore[arg-type]
         model.head.requires_grad_(True)
         return model.eval()
     kind = peft.TaskType.CAUSAL_LM
