@@ -17,6 +17,7 @@ from ..contract import derive_seed_int, derive_stream_seed
 from ..difference import stepped
 from ..distributed.exchange import Exchange
 from ..functional import low_rank_
+from ..ops.arguments import Rounding
 from ..step.directions.masks import KeptMask
 from ..step.guards import uninterrupted
 from ..step.noise import DENSE
@@ -38,6 +39,7 @@ from ..step.shard import any_sharded
 from ..step.subset import Subset
 from ..step.types import Bucket, Estimate, LossesAt, Seeds
 from ..transfer import to_device
+from .arguments import Sides
 from .optimizer import ZerothOrder
 from .reuse import Features
 from .zosgd import ESTIMATORS
@@ -176,9 +178,9 @@ class ZOCGE(ZerothOrder):
         eps: float = 5e-3,
         weight_decay: float = 0.0,
         seed: int = 0,
-        rounding: str = "stochastic",
+        rounding: Rounding = "stochastic",
         *,
-        estimator: str = "one-sided",
+        estimator: Sides = "one-sided",
         mask: KeptMask | None = None,
         per_step: int | Mapping[str, float] | None = None,
         interval: int = 1,

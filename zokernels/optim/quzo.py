@@ -6,12 +6,14 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from ..checks import fail, is_integer
 from ..step.directions.integers import IntegerSteps, RoundedSteps
 from ..step.estimators import Population, TwoSided
 from ..step.rules.feedback import ErrorFeedback, ErrorWindow
 from ..step.rules.sgd import SGD
+from .arguments import OptionsButDirection
 from .optimizer import ZerothOrder
 
 
@@ -55,7 +57,7 @@ class QuZO(ZerothOrder):
         directions: int = 1,
         bits: int = 8,
         quantized_noise: bool = False,
-        **options: Any,
+        **options: Unpack[OptionsButDirection],
     ) -> None:
         if options.get("restore", "exact") != "exact":
             fail(
@@ -119,7 +121,7 @@ class QES(ZerothOrder):
         mirrored: bool = False,
         maximize: bool = True,
         bits: int = 8,
-        **options: Any,
+        **options: Unpack[OptionsButDirection],
     ) -> None:
         if options.get("restore", "exact") != "exact":
             got = repr(options["restore"])

@@ -633,10 +633,9 @@ class FreshFactors(LowRank):
 
     def stacked(self, shape: tuple[int, int], stream: int, seeds: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
         (m, n), r = shape, self.rank
-        # In one draw, for the right factors' elements follow the left ones'.  A product with c has the bits
-        # of a draw with the coefficient c.
-        left, right = _draw_each((m + n, r), seeds, stream, 0, 1.0).split((m, n), 1)
-        return left * r**-0.5 if r > 1 else left.contiguous(), right.contiguous()
+        # The right factors' elements follow the left ones'.
+        right = _draw_each((n, r), seeds, stream, m * r, 1.0)
+        return _draw_each((m, r), seeds, stream, 0, r**-0.5), right
 
 
 @dataclass(frozen=True)
