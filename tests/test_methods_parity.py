@@ -272,6 +272,10 @@ def test_eggroll_with_noise_of_several_steps(rng):
     compare(make, oracle, rng, refresh=3, steps=5)
     compare(make, oracle, rng, refresh=3, steps=5, restore="inplace", tolerance=1e-3)  # each move rounds
     differs(make, oracle, rng, steps=5)
+    params = model()
+    opt = make(list(params.items()), refresh=3, restore="products")
+    with pytest.raises(ValueError, match=r"restore: expected .*got LastingNoise"):
+        opt.step(lambda: loss_of(params))
 
 
 # --- estimators ---

@@ -566,12 +566,13 @@ class _Signed(Factored):
         self._signs.step(members, rule, hyper, seeds, coeffs, **options)
 
 
-class _Lasting(Noise):
+class LastingNoise(Noise):
     """The noise of another, of which ``now``, the seeds of this step, stand for ``then``, those of an earlier
     one.
-    """
 
-    has_factors = True
+    It has no factors to speak of: who takes them for products of a population draws vectors' noise from the
+    step's own seeds.
+    """
 
     def __init__(self, noise: Factored, now: Tensor, then: Tensor) -> None:
         self._noise, self._now, self._then = noise, now, then
@@ -582,12 +583,6 @@ class _Lasting(Noise):
 
     def is_dense(self, param: Tensor) -> bool:
         return self._noise.is_dense(param)
-
-    def is_plain_matrix(self, param: Tensor) -> bool:
-        return self._noise.is_plain_matrix(param)
-
-    def stacked(self, param: Tensor, stream: int, seeds: Tensor) -> tuple[Tensor, Tensor]:
-        return self._noise.stacked(param, stream, self._seeds(seeds))
 
     def perturb(self, out: Tensors, members: Members, seeds: Tensor, coeffs: Tensor, **options: Any) -> None:
         self._noise.perturb(out, members, self._seeds(seeds), coeffs, **options)
@@ -629,7 +624,7 @@ class FreshFactors(LowRank):
                 assert isinstance(noise, Factored)
                 now = seeds[bucket.device]
                 then = [derived_seed(optimizer, window, k, bucket.device) for k in range(len(now))]
-                bucket.noise = _Lasting(noise, now, torch.cat(then))
+                bucket.noise = LastingNoise(noise, now, torch.cat(then))
 
     def drawn(
         self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any
