@@ -1,7 +1,7 @@
 """A user's script as mypy --strict reads it: `make lint` fails where a comment marks no error.
 
-It is not run.  Each ``type: ignore`` is a fault that a type checker has to find; one that it does not find is an
-error itself (warn_unused_ignores).
+It is not run.  Each ``type: ignore`` is a fault that a type checker has to find, and one that it does not
+find is an error itself (warn_unused_ignores).
 """
 
 from __future__ import annotations

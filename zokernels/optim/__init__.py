@@ -33,7 +33,7 @@ from ..step.estimators import (
 from ..step.rules.cone import ConeMomentum
 from ..step.rules.covariance import CovarianceDescent
 from ..step.rules.factors import FactorAdam, FactorMomentum, Orthogonal
-from ..step.rules.feedback import ErrorFeedback
+from ..step.rules.feedback import ErrorFeedback, ErrorWindow
 from ..step.rules.rule import Rule
 from ..step.rules.sampled import Sensitivity
 from ..step.rules.sgd import SGD, Conservative, Floored, Recalling
@@ -73,14 +73,14 @@ __all__ = [
     "AGZO", "EGGROLL", "ES", "FZOO", "LOREN", "LOZO", "PGAP", "QES", "QZO", "SGD", "ZOBCD", "ZOCGE", "ZOSGD",
     "AMSGrad", "ActivationSpace", "Adam", "AdamWindow", "Bayesian", "Blocks", "Cohort", "ConMeZO", "Cone",
     "ConeMomentum", "Consensus", "ConsensusHopping", "Conservative", "CovarianceDescent", "CurvZO",
-    "Curvature", "Diagnosis", "Direction", "ErrorFeedback", "FactorAdam", "FactorMomentum", "Floored",
-    "ForwardGradient", "ForwardMode", "FreshFactors", "GivenMask", "GradientSpace", "Guided", "HiZOO",
-    "KeptLeft", "KeptRight", "LayerSkip", "LeZO", "LeaveOneOut", "MagnitudeMask", "MeZOGV", "Momentum",
-    "MomentumWindow", "OneSided", "Orthogonal", "Population", "Projected", "ProjectedDifference", "QuZO",
-    "RandomMask", "RankOneCovariance", "Ranking", "RankingRounds", "Recalling", "RoundedSteps", "Rule",
-    "SampledTensors", "ScaledPopulation", "Sensitivity", "Sign", "SignOfDifference", "SparseMeZO", "Sphere",
-    "StdNormalized", "SubZero", "Subspace", "Sweep", "TeZO", "TemporalFactor", "TensorScale", "ThreePoint",
-    "TwoSided", "ZOAdam", "ZOAdamW", "ZOConservative", "ZORankSGD", "ZORankSearch", "ZOSignSGD",
+    "Curvature", "Diagnosis", "Direction", "ErrorFeedback", "ErrorWindow", "FactorAdam", "FactorMomentum",
+    "Floored", "ForwardGradient", "ForwardMode", "FreshFactors", "GivenMask", "GradientSpace", "Guided",
+    "HiZOO", "KeptLeft", "KeptRight", "LayerSkip", "LeZO", "LeaveOneOut", "MagnitudeMask", "MeZOGV",
+    "Momentum", "MomentumWindow", "OneSided", "Orthogonal", "Population", "Projected", "ProjectedDifference",
+    "QuZO", "RandomMask", "RankOneCovariance", "Ranking", "RankingRounds", "Recalling", "RoundedSteps",
+    "Rule", "SampledTensors", "ScaledPopulation", "Sensitivity", "Sign", "SignOfDifference", "SparseMeZO",
+    "Sphere", "StdNormalized", "SubZero", "Subspace", "Sweep", "TeZO", "TemporalFactor", "TensorScale",
+    "ThreePoint", "TwoSided", "ZOAdam", "ZOAdamW", "ZOConservative", "ZORankSGD", "ZORankSearch", "ZOSignSGD",
     "ZerothOrder", "decay_groups", "find_lr", "grasp_shares", "groups_without",
 ]  # fmt: skip
 

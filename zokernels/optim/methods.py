@@ -29,13 +29,11 @@ from ..step.estimators import (
     TwoSided,
 )
 from ..step.loss import DerivativeReader, RankReader
-from ..step.probes.exact import TangentProbe
 from ..step.rules.factors import FactorMomentum
 from ..step.rules.rule import Rule
 from ..step.rules.sgd import SGD, Conservative, Floored, Recalling
-from ..step.shard import any_sharded
 from ..step.subset import LAYERS, Blocks, LayerSkip
-from ..step.types import Bucket, Estimate, LossesAt, Seeds
+from ..step.types import Bucket, Estimate, LossesAt
 from .arguments import (
     Options,
     OptionsButClip,
@@ -300,6 +298,8 @@ class ForwardGradient(ZerothOrder):
     Source: Baydin et al., 2022, arXiv 2202.08587.
     """
 
+    tangents = True
+
     def __init__(
         self,
         params: ParamsT,
@@ -320,17 +320,6 @@ class ForwardGradient(ZerothOrder):
         Returns the mean loss, at theta.
         """
         return self.run_step(closure, DerivativeReader())
-
-    def own_probe(self, buckets: list[Bucket], seeds: Seeds) -> TangentProbe:
-        if any_sharded(p for b in buckets for p in b.params):
-            fail(
-                self.op,
-                "params",
-                "plain tensors: a tangent is handed to each function",
-                "a DTensor",
-                TypeError,
-            )
-        return TangentProbe(self.op, buckets, seeds, self.scratch, self.blocks, self.warned)
 
 
 class SparseMeZO(ZOSGD):
@@ -529,9 +518,12 @@ class EGGROLL(ZerothOrder):
             this changes nothing but the authors' spread, so it is for ``mirrored=False``.
         group: the mean is that of each group of so many members, which had a task of their own.
         mirrored: members in pairs, as above; False: q members theta + eps z_k.
+        refresh: after how many steps the members' noise is drawn anew (the authors' ``noise_reuse``, whose
+            default of 0 keeps the first step's noise for the whole run); default: in every step.
+        signs: matrices are updated by sign(A_k) sign(B_k)^T / sqrt(rank) in the place of z_k (the authors'
+            ``alteggroll``).
 
-    Of the authors' code the noise used again over several steps, the updates by signs and the sparse noise
-    are not here.
+    Of the authors' code the sparse noise is not here.
 
     Source: Sarkar et al., 2025, arXiv 2511.16652.
     """
@@ -549,6 +541,8 @@ class EGGROLL(ZerothOrder):
         baseline: bool = False,
         group: int | None = None,
         mirrored: bool = True,
+        refresh: int | None = None,
+        signs: bool = False,
         rule: Rule | None = None,
         **options: Unpack[OptionsButDirection],
     ) -> None:
@@ -559,7 +553,7 @@ class EGGROLL(ZerothOrder):
             fail(self.op, "maximize", "False without shaping (let the closure return -reward)", True)
         elif baseline or group is not None or not mirrored:
             fail(self.op, "baseline, group, mirrored", "their defaults without shaping", (baseline, group))
-        direction, rule = FreshFactors(rank), SGD() if rule is None else rule
+        direction, rule = FreshFactors(rank, refresh, signs), SGD() if rule is None else rule
         super().__init__(params, lr, eps, estimator=estimator, direction=direction, rule=rule, **options)
 
 

@@ -63,10 +63,11 @@ class ZerothOrder(StepOptimizer, metaclass=Described):
             (:class:`Direction`).
         subset: which parameters take part in a step, by default all: blocks in turn, or layers at random.
         cohort: with "products", how many members of a population one forward of a batched step has
-            (:meth:`step`); None: all of them.
+            (:meth:`step`); None: all of them, or as many as ``scratch`` has room for.
         scratch: with "exact", the bytes up to which parameters are perturbed together; by default 16 MiB on
             the CPU and 64 MiB on a GPU.  No bit depends on it.  The parameters of one torch function take
-            what they take.
+            what they take.  With "products", the bytes that activations and factors of a forward of several
+            members may take, by what the first forwards of a run took: so many members it has at once.
         trajectory: path of a file that gets a record of every step (:func:`zokernels.trajectory.record`).
         resume: continue the run in ``trajectory``, where that file exists.  The parameters must hold the
             run's base weights; they and this optimizer take the recorded steps before the constructor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -10,8 +10,17 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..checks import DTYPES, check_choice, check_dist, check_number, check_overlap, check_stream, fail
-from ..contract import canonical_name, streams_of
+from ..checks import (
+    DTYPES,
+    check_choice,
+    check_dist,
+    check_number,
+    check_overlap,
+    check_stream,
+    fail,
+    is_integer,
+)
+from ..contract import STREAM_BITS, canonical_name, streams_of
 from ..functional import Plan
 from ..ops.plan import fingerprint, matches
 from ..transfer import has_values
@@ -23,6 +32,8 @@ ROUNDINGS = ("stochastic", "nearest")
 #: How the weights come back after the forwards of a step.
 Restore = Literal["exact", "inplace", "products"]
 RESTORES = get_args(Restore)
+#: Of fp32, in which kernels take the numbers of a step.
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def check_hyperparameters(op: str, group: Group) -> None:
@@ -35,10 +46,10 @@ def check_hyperparameters(op: str, group: Group) -> None:
         check_number(op, "lr", lr)
     elif lr.numel() != 1 or not lr.is_floating_point():
         fail(op, "lr", "a number or a floating-point tensor of one element", f"{lr.dtype} x {lr.numel()}")
-    check_number(op, "eps", group["eps"], positive=True)
+    check_number(op, "eps", group["eps"], positive=True, most=_LARGEST)
     check_number(op, "weight_decay", group["weight_decay"])
     if group["clip"] is not None:
-        check_number(op, "clip", group["clip"], positive=True)
+        check_number(op, "clip", group["clip"], positive=True, most=_LARGEST)
     check_dist(op, group["dist"])
     check_choice(op, "rounding", group["rounding"], ROUNDINGS)
     if "bits" in group and group["bits"] not in range(2, 9):
@@ -77,8 +88,9 @@ def check_param(op: str, group: Group, param: Tensor, label: str) -> None:
         where = "one on meta, as accelerate's offload leaves it (zokernels.offload.stream streams a model)"
         fail(op, label, "a parameter with memory", where)
     if "bits" in group:
-        if param.dtype is not torch.int8:
-            fail(op, label, "dtype int8", param.dtype, TypeError)
+        if param.dtype is not torch.int8 and (param.dtype is not torch.uint8 or group["bits"] != 4):
+            expected = "dtype int8, or uint8 that packs two integers of 4 bits (bits=4)"
+            fail(op, label, expected, param.dtype, TypeError)
     elif param.dtype not in DTYPES:
         fail(op, label, "dtype float32, bfloat16 or float16 (or requires_grad=False)", param.dtype, TypeError)
     if not home_of(param).in_memory:
@@ -175,10 +187,22 @@ def check_streams(op: str, groups: list[Group]) -> None:
             owner[stream] = label
 
 
+#: What a group of a ``state_dict`` has of each parameter.
+_LISTS: dict[str, Callable[[Any], bool]] = {
+    "params": lambda v: is_integer(v, 0) or isinstance(v, str),
+    "streams": lambda v: is_integer(v, 0, 2**STREAM_BITS - 1),
+    "param_names": lambda v: isinstance(v, str),
+}
+
+
 def check_groups(op: str, ours: list[Group], saved: list[Group]) -> None:
     """Checks that ``saved`` groups can take the place of ``ours``.  torch itself compares their numbers."""
-    for group, other in zip(ours, saved):  # noqa: B905
+    for at, (group, other) in enumerate(zip(ours, saved)):  # noqa: B905
         check_hyperparameters(op, other)
+        for key, is_valid in _LISTS.items():
+            found = other.get(key, ())
+            if not isinstance(found, (list, tuple)) or not all(map(is_valid, found)):
+                fail(op, f"state_dict: param_groups[{at}][{key!r}]", "a list of them", repr(found)[:200])
         for name, saved_name in zip(group.get("param_names", ()), other.get("param_names", ())):  # noqa: B905
             if canonical_name(name) != canonical_name(saved_name):
                 fail(op, "state_dict", f"parameters in the same order ({name!r} here)", repr(saved_name))

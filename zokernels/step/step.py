@@ -18,7 +18,7 @@ from ..ops.low_rank_linear import MAX_RANK
 from ..transfer import known_on_host
 from . import groups
 from .checkpoint import Held, check_state_dict, from_groups, own_state, with_own_state
-from .cohort import Cohort, CohortReader
+from .cohort import Cohort, CohortReader, members_within
 from .description import check_parts, describe
 from .directions.direction import Direction
 from .directions.low_rank import LowRank
@@ -27,10 +27,10 @@ from .graphs import GraphRng, check_capturable, check_capture
 from .guards import OwnProcess, RngState, ThreadState, check_transforms, is_capturing, uninterrupted
 from .loss import LossReader, run_closure, type_of
 from .probes.blocks import Blocks
-from .probes.exact import ExactProbe
+from .probes.exact import ExactProbe, TangentProbe
 from .probes.inplace import InplaceProbe
 from .probes.probe import Probe
-from .probes.products import Learned, ProductProbe
+from .probes.products import Learned, ProductProbe, neighbours
 from .probes.sharded import CopiedShardProbe, MovedShardProbe
 from .roles import MEMORY, Log, Team, common_home
 from .rules.rule import Rule
@@ -66,6 +66,8 @@ class StepOptimizer(torch.optim.Optimizer):
     staged = True
     #: True if the run also trains weights that no log of this optimizer holds.
     part = False
+    #: True if forwards are at theta, of dual numbers whose tangents are the directions.
+    tangents = False
 
     def __init__(
         self,
@@ -276,13 +278,19 @@ class StepOptimizer(torch.optim.Optimizer):
         try:
             with self.probed(buckets) as probe:
                 assert isinstance(probe, ProductProbe)
-                reason = probe.look(points, map(rng.forward, itertools.count()))
+                reason, one, two = probe.look(points, map(rng.forward, itertools.count()))
         finally:
             rng.restore()
-        self.learned.size = len(points) if self.cohort is None else self.cohort
-        if reason is not None and self.learned.size > 1:
-            self.learned.size = 1
+        size = len(points) if self.cohort is None else self.cohort
+        if self.block_bytes is not None and reason is None and size > 1:
+            together = neighbours([k for k, _ in self.estimator.points()])
+            size = min(size, members_within(self.block_bytes, one, two, len(points), together))
+            if one > self.block_bytes:
+                reason = f"a forward of one takes {one:,} bytes of the {self.block_bytes:,} of scratch"
+        if reason is not None and len(points) > 1 and self.cohort != 1:
+            size = 1
             warnings.warn(f"{self.op}: members run one by one: {reason}", stacklevel=5)
+        self.learned.size = size
 
     @property
     def members_at_once(self) -> int:
@@ -309,27 +317,34 @@ class StepOptimizer(torch.optim.Optimizer):
             fail(self.op, "closure", expected, got, TypeError)
         self._process.check(self.op, "step")
         check_transforms(self.op)
-        thread = threading.get_ident()
         if self._stepper:
             got = "one inside the closure of another step of this optimizer, or in another thread"
             fail(self.op, "step", "one step at a time", got, RuntimeError)
-        self._stepper, state = thread, ThreadState()
         try:
-            self._settle()
-            with uninterrupted() as hold:  # signals are delivered inside the closure, and when all is done
-                result = lambda: hold.call(lambda: run_closure(self.op, closure))
-                loss = self._run_held(result, reader, consume or self._finish)
-        except BaseException:
-            state.restore()
-            self._settle(
-                at_once=True
-            )  # where another thread's exception has kept the rest of the step from doing it
-            raise
+            loss = self._run_alone(closure, reader, consume or self._finish)
         finally:
-            self._stepper = 0
+            self._stepper = 0  # again: what raises there may have kept the first one from being reached
         if not self.run_state.capturable and known_on_host(self.run_state.skipped):
             self._warn_skipped()
         return loss
+
+    def _run_alone(
+        self, closure: Callable[[], Any], reader: LossReader, consume: Callable[[Probe, Estimate], object]
+    ) -> Tensor:
+        state = ThreadState()
+        try:
+            self._stepper = threading.get_ident()
+            self._settle()
+            with uninterrupted() as hold:  # signals are delivered inside the closure, and when all is done
+                result = lambda: hold.call(lambda: run_closure(self.op, closure))
+                return self._run_held(result, reader, consume)
+        except BaseException:
+            state.restore()
+            # where another thread's exception has kept the rest of the step from doing it
+            self._settle(at_once=True)
+            raise
+        finally:
+            self._stepper = 0
 
     def _run_held(
         self, closure: Callable[[], Any], reader: LossReader, consume: Callable[[Probe, Estimate], object]
@@ -408,13 +423,17 @@ class StepOptimizer(torch.optim.Optimizer):
             return ProductProbe(self.op, buckets, seeds, *shared, self._reader)
         exact = self.restore == "exact"
         if any(b.is_sharded for b in buckets):
+            if self.tangents:
+                expected = "plain tensors: a tangent is handed to each function"
+                fail(self.op, "params", expected, "a DTensor", TypeError)
             return (
                 CopiedShardProbe(buckets, seeds, self.scratch) if exact else MovedShardProbe(buckets, seeds)
             )
         return self.exact_probe(buckets, seeds) if exact else InplaceProbe(buckets, seeds)
 
     def exact_probe(self, buckets: list[Bucket], seeds: Seeds, shared: bool = False) -> ExactProbe:
-        return ExactProbe(self.op, buckets, seeds, self.scratch, self.blocks, self.warned, shared)
+        kind = TangentProbe if self.tangents else ExactProbe
+        return kind(self.op, buckets, seeds, self.scratch, self.blocks, self.warned, shared)
 
     def estimate(self, buckets: list[Bucket], losses_at: LossesAt) -> Estimate:
         """g of every bucket from the losses at the estimator's points; then the rule's choice of a trial."""
@@ -441,7 +460,7 @@ class StepOptimizer(torch.optim.Optimizer):
         return estimate._replace(forwards=(*losses, *trials), multiple=multiple)
 
     def _gradient(self, losses: Tensor, eps: float, clip: float | None) -> Tensor:
-        return projected_gradient(self.estimator.coefficients(losses.double(), eps), clip)
+        return projected_gradient(self.estimator.coefficients(losses.double(), float(eps)), clip)
 
     def trial_points(self, buckets: list[Bucket], gradients: list[Tensor]) -> list[list[Point]]:
         """For each of the rule's trials, the point of each bucket."""
@@ -528,19 +547,21 @@ class StepOptimizer(torch.optim.Optimizer):
             )
         check_two_pass(self, modules)
         self.flush()
-        with TwoPass(modules) as self.passes:
-            try:
-                yield
-            finally:
-                passes = self.passes
+        passes, after = TwoPass(modules), ThreePass()
+        try:
+            with passes:
                 try:
-                    with uninterrupted():
-                        passes.flush()
-                except BaseException:
-                    passes.flush()  # what another thread's exception has left to be moved
-                    raise
+                    self.passes = passes
+                    yield
                 finally:
-                    self.passes = ThreePass()
+                    try:
+                        with uninterrupted():
+                            passes.flush()
+                    finally:
+                        passes.flush()  # what another thread's exception has left to be moved
+                        self.passes = after
+        finally:
+            self.passes = after  # again: an exception may have kept the first one from being reached
 
     def flush(self) -> None:
         """Takes the perturbation of a :meth:`two_pass` out of the weights; without one it does nothing."""
@@ -586,6 +607,7 @@ class StepOptimizer(torch.optim.Optimizer):
         self.log.flush()
         with groups.without_strangers(self.state, self.param_groups):
             state = super().state_dict()
+        self.home.fill_states(state)
         self._warn_skipped()
         return with_own_state(state, own_state(self))
 
@@ -595,8 +617,9 @@ class StepOptimizer(torch.optim.Optimizer):
         Raises ValueError, before anything changes, where it is of another optimizer, contract or list of
         parameters.
         """
-        state_dict = from_groups(state_dict)
+        state_dict = from_groups(self.op, state_dict)
         check_state_dict(self, state_dict)
+        self.home.check_load(self.op)
         self.flush()
         if self._unfinished is not None:
             self.log.retract(self)
