@@ -92,7 +92,7 @@ def find_lr(
         closure: as for ``optimizer.step``; with ``batches`` a function of a batch that returns the loss.
         lrs: which to try.  By default the optimizer's own and two on either side, a factor of the root of 10
             apart, and then further ones while the best is at the edge, up to 20 in all.
-        steps: of each run.  The noise of few steps is large: with more than 50 a factor of 3 can be told.
+        steps: of each run.  Few steps survive an lr that many do not: docs/choosing.md has by how much.
         batches: a list, one for each step, begun again at its end.  Without it the closure has its own data:
             one batch, or batches that it draws from torch's random numbers.
         model: its buffers are put back, too (BatchNorm).
