@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -383,6 +384,32 @@ def test_what_cannot_work_says_so(tmp_path):
         trainer(tmp_path, opt(), data, Backward, max_steps=1).train()
     with pytest.raises(RuntimeError, match="Nothing: training_step: expected micro-batches whose loss"):
         trainer(tmp_path, opt(), data, Nothing, max_steps=1).train()
+
+
+def test_optimizers_of_the_other_kind(tmp_path):
+    """One of torch in a ZOTrainer is refused when it is made; one of ours in a plain Trainer at its step."""
+    model, data = opt(), rows(4)
+    theirs = torch.optim.AdamW(model.parameters(), 1e-3)
+    with pytest.raises(TypeError, match=r"ZOTrainer: optimizers: expected an optimizer of zokernels\.optim"):
+        trainer(tmp_path, model, data, own={"optimizers": (theirs, None)})
+    with pytest.raises(TypeError, match=r"optimizer_cls_and_kwargs: expected a class of zokernels\.optim"):
+        trainer(tmp_path, model, data, own={"optimizer_cls_and_kwargs": (torch.optim.AdamW, {})})
+    before = weights(model)
+    ours = ZOSGD(model.named_parameters(), lr=1e-3)
+    with pytest.raises(TypeError, match=r"ZOSGD: closure: expected a function .* take ZOTrainer"):
+        trainer(tmp_path, model, data, transformers.Trainer, own={"optimizers": (ours, None)}).train()
+    assert same(weights(model), before)
+
+
+def test_the_trainers_default_learning_rate_is_told(tmp_path):
+    default = transformers.TrainingArguments(str(tmp_path)).learning_rate
+    with pytest.warns(UserWarning, match="learning_rate=5e-05 is the Trainer's default") as told:
+        trainer(tmp_path, opt(), rows(4), learning_rate=default, max_steps=1).train()
+    assert "find_lr" in str(told[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        given = {"optimizer_cls_and_kwargs": (ZOSGD, {"lr": 1e-3})}
+        trainer(tmp_path, opt(), rows(4), learning_rate=default, max_steps=1, own=given).train()
 
 
 def test_arguments_that_mean_nothing_are_let_be(tmp_path, recwarn):

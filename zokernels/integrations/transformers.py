@@ -172,7 +172,8 @@ class ZOTrainerMixin(_Behind):
         if self.optimizer_cls_and_kwargs is None:
             return
         kind, _ = self.optimizer_cls_and_kwargs
-        if isinstance(kind, type) and not issubclass(kind, ZerothOrder):
+        of_torch = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+        if of_torch and not issubclass(kind, ZerothOrder):
             expected = "a class of zokernels.optim (transformers.Trainer takes those of torch)"
             fail(self._op, "optimizer_cls_and_kwargs", expected, kind.__name__, TypeError)
 

@@ -52,15 +52,16 @@ class Sweep:
 
     def __str__(self) -> str:
         what = "reward" if self.maximize else "loss"
-        finite = [x for x in (*self.losses, self.before) if math.isfinite(x)]
-        low, high = min(finite), max(finite)
+        # From the best to where the runs began; what is worse than that has a full bar.
+        best = (max if self.maximize else min)([x for x in (*self.losses, self.before) if math.isfinite(x)])
+        low, high = sorted((best, self.before))
         head = f"{what} after {self.steps} steps, {self.forwards} forwards each; before: {self.before:.6g}"
         lines = [f"{'lr':>9}  {head}"]
         for lr, loss in zip(self.lrs, self.losses, strict=True):
             if not math.isfinite(loss):
                 lines.append(f"{lr:9.2e}  diverged")
                 continue
-            share = (loss - low) / (high - low) if high > low else 0.0
+            share = min(max((loss - low) / (high - low), 0.0), 1.0) if high > low else 1.0
             mark = "  <- best" if lr == self.lr else ""
             lines.append(f"{lr:9.2e}  {loss:<10.6g} |{'#' * round(_WIDTH * share):<{_WIDTH}}|{mark}")
         if self.lr is None:
@@ -91,7 +92,7 @@ def find_lr(
         closure: as for ``optimizer.step``; with ``batches`` a function of a batch that returns the loss.
         lrs: which to try.  By default the optimizer's own and two on either side, a factor of the root of 10
             apart, and then further ones while the best is at the edge, up to 20 in all.
-        steps: of each run.  The noise of few steps is large: with more than 50 a factor of 3 can be told.
+        steps: of each run.  Few steps survive an lr that many do not: docs/choosing.md has by how much.
         batches: a list, one for each step, begun again at its end.  Without it the closure has its own data:
             one batch, or batches that it draws from torch's random numbers.
         model: its buffers are put back, too (BatchNorm).

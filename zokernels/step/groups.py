@@ -102,7 +102,7 @@ def check_param(op: str, group: Group, param: Tensor, label: str) -> None:
 
 def listed(op: str, params: ParamsT) -> ParamsT:
     """``params``, a generator as a list.  Raises ValueError where nothing is in it."""
-    if isinstance(params, Tensor):  # torch says what is wrong with it
+    if isinstance(params, (Tensor, set)):  # torch says what is wrong with them
         return params
     found: list[Any] = list(params)
     if not found:
