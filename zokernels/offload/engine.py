@@ -239,7 +239,7 @@ class Engine(BlockCache, StoredModel, Home):
         self.optimizer = optimizer
 
     def probe(self, optimizer: StepOptimizer, buckets: list[Bucket], seeds: Seeds) -> StreamedProbe:
-        before = optimizer.step_count
+        before, number = optimizer.step_count, self.history.end
         resident = [b for b in buckets if home_of(b.params[0]).in_memory]
         for b in buckets:
             if b not in resident:
@@ -247,22 +247,22 @@ class Engine(BlockCache, StoredModel, Home):
         self.history.begin()
         exact = optimizer.exact_probe(resident, seeds, shared=True) if resident else None
         self._lockstep.generators = optimizer.generators
-        stepped = lambda: self.committed() if optimizer.step_count > before else None
+        stepped = lambda: self.committed(number) if optimizer.step_count > before else None
         return StreamedProbe(buckets, seeds, exact, self.forwards, stepped, self._alone())
 
     def forwards(self, step: SidePoints, run: Any) -> list[Any]:
         """The results of ``run(side)`` for each side, which run in lockstep."""
-        self._step, self.in_step = step, True
         try:
+            self._step, self.in_step = step, True
             return self._lockstep.run(run, len(step.points))
         finally:
             self._step, self.in_step = None, False
             if self._visit is not None:
                 self._visit.done()
 
-    def committed(self) -> None:
-        """Called when the update of a step has been written down."""
-        self.history.commit()
+    def committed(self, number: int) -> None:
+        """Called when update ``number`` has been written down; again, where that did not come to its end."""
+        self.history.commit(number)
         self.history.drop(min(b.stored for b in self.blocks))
         self.prefetch_after_update()
 
