@@ -57,7 +57,10 @@ def check_dist(op: str, dist: str) -> None:
     check_choice(op, "dist", dist, DISTS)
 
 
-def check_stream(op: str, argument: str, stream: int) -> None:
+def check_stream(op: str, argument: str, stream: Any) -> None:
+    if not hasattr(stream, "__index__"):
+        way = f" (zokernels.stream_of({stream!r}) makes one of a name)" if isinstance(stream, str) else ""
+        fail(op, argument, f"an integer{way}", repr(stream), TypeError)
     if not 0 <= stream < 2**STREAM_BITS:
         fail(op, argument, f"an integer in [0, 2^{STREAM_BITS})", stream)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from ..checks import (
     DTYPES,
@@ -28,7 +29,9 @@ from .shard import is_sharded, local_of, locals_of
 from .types import Bucket, Group
 
 ROUNDINGS = ("stochastic", "nearest")
-RESTORES = ("exact", "inplace", "products")
+#: How the weights come back after the forwards of a step.
+Restore = Literal["exact", "inplace", "products"]
+RESTORES = get_args(Restore)
 #: Of fp32, in which kernels take the numbers of a step.
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -85,8 +88,9 @@ def check_param(op: str, group: Group, param: Tensor, label: str) -> None:
         where = "one on meta, as accelerate's offload leaves it (zokernels.offload.stream streams a model)"
         fail(op, label, "a parameter with memory", where)
     if "bits" in group:
-        if param.dtype is not torch.int8:
-            fail(op, label, "dtype int8", param.dtype, TypeError)
+        if param.dtype is not torch.int8 and (param.dtype is not torch.uint8 or group["bits"] != 4):
+            expected = "dtype int8, or uint8 that packs two integers of 4 bits (bits=4)"
+            fail(op, label, expected, param.dtype, TypeError)
     elif param.dtype not in DTYPES:
         fail(op, label, "dtype float32, bfloat16 or float16 (or requires_grad=False)", param.dtype, TypeError)
     if not home_of(param).in_memory:
@@ -94,6 +98,17 @@ def check_param(op: str, group: Group, param: Tensor, label: str) -> None:
     if param.layout is not torch.strided or not param.is_contiguous():
         got = f"strides {param.stride()}" if param.layout is torch.strided else param.layout
         fail(op, label, "a contiguous tensor", f"shape {tuple(param.shape)}, {got}")
+
+
+def listed(op: str, params: ParamsT) -> ParamsT:
+    """``params``, a generator as a list.  Raises ValueError where nothing is in it."""
+    if isinstance(params, Tensor):  # torch says what is wrong with it
+        return params
+    found: list[Any] = list(params)
+    if not found:
+        got = "none" if isinstance(params, (list, tuple)) else "a generator that was used up before"
+        fail(op, "params", "parameters (model.named_parameters())", got)
+    return found
 
 
 def name_empty_groups(groups: list[Group], added: Group) -> None:
@@ -140,7 +155,7 @@ def assign_streams(op: str, groups: list[Group]) -> None:
         if len(explicit) != count:
             fail(op, "streams", f"{count} integers, one for each parameter of the group", len(explicit))
         for i, stream in enumerate(explicit):
-            if not isinstance(stream, int) or isinstance(stream, bool):
+            if isinstance(stream, bool):
                 fail(op, f"streams[{i}]", "an integer", repr(stream), TypeError)
             check_stream(op, f"streams[{i}]", stream)
         group["streams"] = list(explicit)

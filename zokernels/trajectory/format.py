@@ -32,7 +32,7 @@ _HEAD = struct.Struct("<IBbf")  # low word of the step, flags, multiple, loss
 _CRC = struct.Struct("<I")
 FINITE, TWO_PASS, CARRIED = 1, 2, 4
 
-DTYPES = ("float32", "bfloat16", "float16", "int8")
+DTYPES = ("float32", "bfloat16", "float16", "int8", "uint8")
 
 
 class Record(NamedTuple):

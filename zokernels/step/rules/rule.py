@@ -12,7 +12,7 @@ from torch import Tensor
 from ...checks import check_number, fail
 from ..guards import is_capturing
 from ..probes.probe import Probe
-from ..roles import OptimizerView
+from ..roles import OptimizerView, home_of
 from ..scalars import decay_of, gated_decay
 from ..shard import full_like, local_of
 from ..types import Bucket, Estimate, Group
@@ -140,10 +140,18 @@ class Rule:
             state = optimizer.state[p]
             if name not in state:
                 self._check_capture(optimizer, p.device, f"none with {label}")
+                if (elsewhere := home_of(p).state(optimizer, p, name)) is not None:
+                    state[name] = elsewhere
+                    found.append(elsewhere)
+                    continue
                 with torch.inference_mode(False):
                     state[name] = full_like(p, self.states[name], self.state_dtype)
             found.append(local_of(state[name]))
         return found
+
+    def kept_of(self, param: Tensor) -> list[tuple[str, tuple[int, ...], torch.dtype, float]]:
+        """The name, shape, dtype and first value of each tensor in ``optimizer.state[param]``."""
+        return [(name, tuple(param.shape), self.state_dtype, value) for name, value in self.states.items()]
 
     def begin(self, optimizer: OptimizerView, probe: Probe, estimate: Estimate) -> None:
         """Once a step, before the first bucket: renews what is kept of the groups.
