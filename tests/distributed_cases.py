@@ -5,6 +5,7 @@ A case is a function of a :class:`World`; all ranks run it together.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import itertools
@@ -22,6 +23,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import trajectory_cases
+from test_interrupts import Preempted, signal_at
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -477,6 +479,53 @@ def raises_on_one_rank(world: World, restore: str) -> None:
         assert everyone[0][0] == everyone[1][0]
         assert everyone[0] == everyone[1] or not went_on
         assert base
+
+
+def _signalled(world: World, restore: str) -> None:
+    """A signal whose handler raises, at a random instruction of a step of one rank, eight times.
+
+    The step is taken on both ranks or, for the next try, on none.  In place, weights that have made fewer
+    moves differ by roundings: that is an error until they are the same.
+    """
+    model, log = Model(torch.float32, random.Random(2)), world.folder / f"{restore}.zk"
+    optimizer = ZOSGD(
+        model.named_parameters(), lr=0.1, restore=restore, mesh=world.mesh(data=2), trajectory=log
+    )
+    loss = lambda: loss_of(model, optimizer.step_count, world.rank)
+    optimizer.step(loss)
+    with signal_at(None) as count:
+        optimizer.step(loss)
+    counts: list = [None, None]
+    dist.all_gather_object(counts, count[0])
+    for _ in range(8):
+        place, victim = 1 + int(world.rng.random() * min(counts)), world.rng.randrange(2)
+        step, told = optimizer.step_count, []
+        while optimizer.step_count == step and len(told) < 4:
+            first = world.rank == victim and not told
+            try:
+                with signal_at(place) if first else contextlib.nullcontext():
+                    optimizer.step(loss)
+            except (Preempted, RanksDiffer) as error:
+                told.append(str(error))
+        if optimizer.step_count == step:
+            assert restore == "inplace"
+            assert all("weights" in text for text in told[2:]), told
+            for p in model.parameters():
+                dist.broadcast(p.data, 0)
+            optimizer.step(loss)
+        states: list = [None, None]
+        mine = optimizer.step_count, {name: p.tolist() for name, p in base_of(model).items()}
+        dist.all_gather_object(states, mine)
+        assert states[0] == states[1], (place, victim, told)
+        assert optimizer.step_count == step + 1
+    optimizer.trajectory.close()
+    dist.barrier()
+    if world.rank == 0:
+        assert read(log).steps == optimizer.step_count == 10
+
+
+for _restore in ("exact", "inplace"):
+    case(2, f"signals {_restore}", restore=_restore)(_signalled)
 
 
 @case(2)

@@ -178,6 +178,49 @@ def test_engines_that_always_die_end_the_run(base, tmp_path):
         run_all(base, tmp_path / "run.zk", engines)
 
 
+@pytest.mark.parametrize("moment", ["a member", "the record", "an update"])
+def test_training_goes_on_after_an_exception(moment, base, tmp_path, monkeypatch):
+    """With the same engines: each generation is in the log once, and each engine takes each update once."""
+    _, (expected,), _ = run_all(base, tmp_path / "whole.zk", generations=4)
+    run, engines, calls = Run(base, tmp_path / "run.zk", SETTINGS), Here(lambda i: Memory(base), 2), []
+    moments = {
+        "a member": (Memory, "generate"),
+        "the record": (Run, "append"),
+        "an update": (Memory, "update"),
+    }
+    kind, name = moments[moment]
+    function = getattr(kind, name)
+
+    def interrupted(*args, **options):
+        calls.append(1)
+        found = function(*args, **options)
+        if len(calls) == 3:
+            raise Dead
+        return found
+
+    go_on = lambda upto: list(
+        train(engines, run, lambda step: [0.5, 0.25], lambda p, t: float(t), generations=upto)
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, name, interrupted)
+        with pytest.raises(Dead):
+            go_on(4)
+    go_on(3)
+    go_on(4)
+    run.close()
+    for engine in engines._engines:
+        engine.restore()
+    assert_same(expected, *(engine.tensors for engine in engines._engines))
+    assert (tmp_path / "run.zk").read_bytes() == (tmp_path / "whole.zk").read_bytes()
+
+
+def test_engines_of_another_run_are_refused(base, tmp_path):
+    engines = Here(lambda i: Memory(base))
+    run_all(base, tmp_path / "run.zk", engines, generations=1)
+    with pytest.raises(ValueError, match="engines of this run"):
+        run_all(base, tmp_path / "other.zk", engines, generations=1)
+
+
 def test_a_reward_that_is_not_finite_skips_the_generation(base, tmp_path):
     seen = itertools.count()
     reward = lambda prompt, text: math.nan if next(seen) == 3 else float(text)

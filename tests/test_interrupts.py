@@ -99,6 +99,9 @@ def injected_at(place):
         sys.settrace(tracer)
 
 
+#: In the message of an error that says that an exception of another thread has left a part of an update.
+TOLD = "that no exception"
+
 #: Where the weights of each streamed mode are.
 STREAMED = {
     "host": {"storage": "host"},
@@ -219,16 +222,26 @@ def _check_one(mode, path, place, interrupt, history):
     """Interrupts the second step at its instruction ``place``; returns whether that was noticed."""
     run, interrupted = make(mode, path), False
     run.take(1)
-    with contextlib.suppress(Preempted), interrupt(place):
-        try:
-            run.take(2)
-        except Preempted:
-            interrupted = True
+    try:
+        with contextlib.suppress(Preempted), interrupt(place):
+            try:
+                run.take(2)
+            except Preempted:
+                interrupted = True
+                raise
+        steps = run.optimizer.step_count
+        assert torch.equal(run.weights(), history[steps]), (mode, place, steps)
+        run.take(3)
+        assert torch.equal(run.weights(), history[3]), (mode, place)
+    except RuntimeError as error:
+        # Of what is streamed an exception of another thread may leave what cannot be put in order: it is
+        # told, and the stream ends without a wait.
+        if mode not in STREAMED or interrupt is not injected_at or TOLD not in str(error):
             raise
-    steps = run.optimizer.step_count
-    assert torch.equal(run.weights(), history[steps]), (mode, place, steps)
-    run.take(3)
-    assert torch.equal(run.weights(), history[3]), (mode, place)
+        with contextlib.suppress(RuntimeError):
+            run.close()
+        run.engine.close()
+        return True
     log = run.close()
     assert read(log).steps == 3
     log.unlink()
@@ -240,7 +253,7 @@ def test_at_random_instructions_of_a_step(mode, rng, tmp_path):
     assert check(mode, tmp_path, [rng.random() for _ in range(8)]) > 3
 
 
-@pytest.mark.parametrize("mode", IN_MEMORY)
+@pytest.mark.parametrize("mode", MODES)
 def test_exceptions_that_another_thread_injects(mode, rng, tmp_path):
     check(mode, tmp_path, [rng.random() for _ in range(8)], injected_at)
 
@@ -384,7 +397,7 @@ def sweep(modes):
     """Interrupts a step at every place of each mode, and prints where a run did not go on as it should."""
     faults = 0
     for mode in modes:
-        for interrupt in (signal_at, injected_at)[: 1 + (mode in IN_MEMORY)]:
+        for interrupt in (signal_at, injected_at):
             with tempfile.TemporaryDirectory() as folder:
                 run, told = make(mode, pathlib.Path(folder) / "counted.zk"), []
                 run.take(1)

@@ -32,6 +32,7 @@ from .contract import derive_seed_int
 from .files.appending import AppendedFile
 from .files.safetensors import Checkpoint
 from .step.estimators import Estimator, Population
+from .step.guards import uninterrupted
 from .step.rules.sgd import SGD
 from .step.scalars import NO, decay_of, gate, projected_gradient
 from .step.step import StepOptimizer
@@ -98,6 +99,12 @@ class Here:
     def __init__(self, make: Callable[[int], Engine], count: int = 1) -> None:
         check_integer("Here", "count", count)
         self._make, self._engines = make, [make(i) for i in range(count)]
+        self._begin(count)
+
+    def _begin(self, count: int) -> None:
+        self.run: Run | None = None  #: whose updates the engines have
+        #: How many of them each engine has; None: perhaps a part of one.
+        self.taken: list[int | None] = [0] * count
 
     def __len__(self) -> int:
         return len(self._engines)
@@ -144,6 +151,7 @@ class Actors(Here):
         self._ray, self._make, self._class = ray, make, ray.remote(**{"num_cpus": 1, **options})(_Actor)
         self.dead = (ray.exceptions.RayActorError,)
         self.actors = [self._class.remote(make, i) for i in range(count)]
+        self._begin(count)
 
     def __len__(self) -> int:
         return len(self.actors)
@@ -299,12 +307,13 @@ class Run:
             self.file.cut(0)
             self.file.write(head, 0)
             self.file.sync()
+            self._records = len(head)
             return []
         if found.broken and not found.cut_off:
             read(self.file.path)  # raises
         check_same_run(self.optimizer, found.header)
         check_base(found.header, match(found.header, self.base.tensors()))
-        self.layout = found.layout
+        self.layout, self._records = found.layout, found.begin
         self.file.cut(found.end)
         return list(found.records())
 
@@ -329,10 +338,16 @@ class Run:
         return Record(step, finite is not NO, False, False, 1, loss, rates, gradients, ())
 
     def append(self, record: Record) -> None:
-        """Writes ``record`` and brings it to the disk."""
-        self.file.check_untouched()
-        self.file.write(self.layout.pack(record), self.file.end)
-        self.file.sync()
+        """Writes ``record``, the next one, and brings it to the disk.
+
+        It has its own place in the file: where this was interrupted, the generation that is taken again
+        writes there, too.
+        """
+        with uninterrupted():
+            self.file.check_untouched()
+            self.file.write(self.layout.pack(record), self._records + len(self.past) * self.layout.size)
+            self.file.sync()
+            self.past.append(record)
 
     def update(self, record: Record) -> tuple[Any, ...] | None:
         """The arguments of :meth:`Engine.update` for a record; None where nothing changes.
@@ -368,17 +383,24 @@ class _Fleet:
 
     def __init__(self, engines: Here) -> None:
         self.engines = engines
-        self.updates: list[tuple[Any, ...]] = []
+        self.updates = [] if engines.run is None else self._updates_of(engines.run)
         self.restarts = 0  # since the last task that an engine has finished
+
+    @staticmethod
+    def _updates_of(run: Run) -> list[tuple[Any, ...]]:
+        return [u for u in map(run.update, run.past) if u is not None]
 
     def join(self, run: Run) -> None:
         """Brings engines that are at the base of ``run`` to where its log ends."""
-        self.updates = [u for u in map(run.update, run.past) if u is not None]
+        if self.engines.run not in (None, run):
+            fail("es", "engines", "engines of this run", "those of another one, whose updates they have")
+        self.updates = self._updates_of(run)
         (found,) = self.map(_names, [()])
         if differ := run.names.symmetric_difference(found):
             got = f"{min(differ)!r} in one of them alone"
             fail("es", "engines", "the parameters of the run (its names=engine.names())", got)
-        self.all(_catch_up, self.updates)
+        self.engines.run = run
+        self._bring_up()
 
     def map(self, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> list[Any]:
         """``function(engine, *task)`` of each task, by the engine that is free first; results in order."""
@@ -402,18 +424,37 @@ class _Fleet:
             free.append(i)
         return results
 
-    def all(self, function: Callable[..., Any], *args: Any) -> None:
-        """``function(engine, *args)`` on every engine."""
-        handles = [self.engines.submit(i, function, *args) for i in range(len(self.engines))]
+    def all(self, function: Callable[..., Any]) -> None:
+        """``function(engine)`` on every engine, but on one that is made anew, which is at theta."""
+        handles = [self.engines.submit(i, function) for i in range(len(self.engines))]
         for i, handle in enumerate(handles):
             try:
                 self.engines.result(handle)
             except self.engines.dead:
-                self._revive(i)  # with all updates, of which this was one
+                self._revive(i)
+
+    def _bring_up(self) -> None:
+        """Lets every engine take the updates that it lacks.
+
+        An engine that an exception has left with a part of them is made anew.
+        """
+        handles, taken = [], self.engines.taken
+        for i in range(len(self.engines)):
+            if (done := taken[i]) is None:
+                self.engines.restart(i)
+                done = 0
+            taken[i] = None
+            handles.append(self.engines.submit(i, _catch_up, self.updates[done:]))
+        for i, handle in enumerate(handles):
+            try:
+                self.engines.result(handle)
+                taken[i] = len(self.updates)
+            except self.engines.dead:
+                self._revive(i)
 
     def update(self, update: tuple[Any, ...]) -> None:
         self.updates.append(update)
-        self.all(_catch_up, [update])
+        self._bring_up()
 
     def _revive(self, i: int) -> None:
         """Makes engine ``i`` anew; it may die again while it takes the updates."""
@@ -423,7 +464,9 @@ class _Fleet:
                 fail("es", f"engine {i}", "an engine that lives", f"{self.restarts} that died", RuntimeError)
             self.engines.restart(i)
             with contextlib.suppress(*self.engines.dead):
+                self.engines.taken[i] = None
                 self.engines.result(self.engines.submit(i, _catch_up, self.updates))
+                self.engines.taken[i] = len(self.updates)
                 return
 
 
@@ -488,7 +531,8 @@ def train(
     """Trains until the log has ``generations`` of them, and yields each of the new ones.
 
     Args:
-        engines: :class:`Here` or :class:`Actors`, whose engines begin with the base of ``run``.
+        engines: :class:`Here` or :class:`Actors`, whose engines begin with the base of ``run``.  They know
+            which of its updates they have, so that this can be called again with them.
         prompts: those of a generation, by its number; all members get the same.
         reward: of a prompt and the text that came of it; more is better.
         sampling: of ``Engine.generate``.  What is random in it should have a fixed seed, so that members
@@ -522,7 +566,6 @@ def train(
             values = [score(texts, asked) for texts in fleet.map(member, tasks)]
             record = run.record(step, values)
             run.append(record)
-            run.past.append(record)
             if (update := run.update(record)) is not None:
                 fleet.update(update)
             last = step == generations - 1

@@ -90,8 +90,8 @@ class Agreement:
             for name in streams[i]:
                 if (first := known.setdefault(name, (rank, params[i][name])))[1] != params[i][name]:
                     _differ(optimizer, name, *first, rank, params[i][name])
-        self._done = True
         self.check_weights(optimizer)
+        self._done = True  # not before: an error that is caught must come again
 
     def _check_names(self, optimizer: OptimizerView, streams: Sequence[dict[str, int]]) -> None:
         """Checks that a stream is one parameter's in all stages, and does not depend on the stage."""

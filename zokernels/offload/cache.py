@@ -72,8 +72,10 @@ class BlockCache:
 
     def _fetch(self, block: Block, slot: Slot | None) -> Slot:
         assert slot is not None, "no slot is free: more blocks are open at a time than there are slots"
-        slot.block, slot.updates = block, -1  # what is stored when it arrives
+        slot.block = None  # if another thread's exception falls between these lines, the slot is an empty one
+        slot.updates = -1  # what is stored when it arrives
         self.mover.fetch(block, slot)
+        slot.block = block
         return slot
 
     def upcoming(self, block: Block) -> list[int]:

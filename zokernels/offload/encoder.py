@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import fail
 from ..step.deferred import Pass
 from .blocks import Block
 from .history import Batch, History, apply_passes
@@ -68,6 +69,7 @@ class Encoder(Threaded):
         self._coming: dict[int, Future[Any]] = {}  #: by slot
         self._keeping: list[Future[Any]] = []
         self._broken: BaseException | None = None  #: why a master in memory has only a part of an update
+        self._beginning = False  #: whether a job is being begun, of which an exception could leave a part
         if self._cuda:
             self._in, self._side = torch.cuda.Stream(device), torch.cuda.Stream(device)
             assert staging is not None
@@ -125,11 +127,11 @@ class Encoder(Threaded):
     def _begin(
         self, block: Block, version: int, write: bool, then: Callable[[dict[int, Tensor]], Any]
     ) -> Future[Any]:
-        try:
-            if self._broken is not None:
-                raise self._broken
-            self._raise_failed([index for index, future in self._writing.items() if future.done()])
-        except BaseException as error:
+        if self._beginning:
+            expected = "updates that no exception of another thread has cut off (resume, or a checkpoint)"
+            fail("stream", "weights", expected, "one that was being begun", RuntimeError)
+        error = self._broken or self._failed([i for i, future in self._writing.items() if future.done()])
+        if error is not None:
             failed: Future[Any] = Future()
             failed.set_exception(error)
             return failed
@@ -139,12 +141,14 @@ class Encoder(Threaded):
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(self._device))
         before, written = self._writing.get(block.index), None
+        self._beginning = True
         if write:
             block.scheduled = version
             if isinstance(self.source, FileStore):
                 written = self._writing[block.index] = Future()
         job = _Job(block, version, work, ready, before, then, Future(), written)
         self._submit("read", self._read, job)
+        self._beginning = False
         return job.done
 
     def wait(self, slot: Slot) -> None:

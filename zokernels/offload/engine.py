@@ -338,7 +338,7 @@ class Engine(BlockCache, StoredModel, Home):
             fail(op, "state_dict", expected, "one", RuntimeError)
 
     def probe(self, optimizer: StepOptimizer, buckets: list[Bucket], seeds: Seeds) -> StreamedProbe:
-        before = optimizer.step_count
+        before, number = optimizer.step_count, self.history.end
         resident = [b for b in buckets if home_of(b.params[0]).in_memory]
         for p in (p for b in buckets if b not in resident for p in b.params if optimizer.rule.states):
             for name in optimizer.rule.states:
@@ -351,23 +351,23 @@ class Engine(BlockCache, StoredModel, Home):
                 b.noise.note(b.members, b.device)
         exact = optimizer.exact_probe(resident, seeds, shared=True) if resident else None
         self._lockstep.generators = optimizer.generators
-        stepped = lambda: self.committed(optimizer) if optimizer.step_count > before else None
+        stepped = lambda: self.committed(optimizer, number) if optimizer.step_count > before else None
         tangents = optimizer.tangents
         return StreamedProbe(buckets, seeds, exact, self.forwards, stepped, self._alone(), tangents)
 
     def forwards(self, step: SidePoints, run: Any) -> list[Any]:
         """The results of ``run(side)`` for each side, which run in lockstep."""
-        self._step, self.in_step = step, True
         try:
+            self._step, self.in_step = step, True
             return self._lockstep.run(run, len(step.points))
         finally:
             self._step, self.in_step = None, False
             if self._visit is not None:
                 self._visit.done()
 
-    def committed(self, optimizer: StepOptimizer) -> None:
-        """Called when the update of a step has been written down."""
-        self.history.commit()
+    def committed(self, optimizer: StepOptimizer, number: int) -> None:
+        """Called when update ``number`` has been written down; again, where that did not come to its end."""
+        self.history.commit(number)
         for p in (p for b in self._measured for p in b.params):
             for key, *_ in optimizer.direction.kept_of(p):
                 optimizer.state[p][key] = self._states[id(p), key]

@@ -61,9 +61,10 @@ class History:
             self._members[key] = dict(zip(key, members.streams, strict=True))
         self._open.append((self._members[key], one))
 
-    def commit(self) -> None:
-        """Makes what was added since :meth:`begin` the next update."""
-        self._steps.append(self._open)
+    def commit(self, number: int) -> None:
+        """Makes what was added since :meth:`begin` the update of that number, unless it is already there."""
+        if self.end == number:
+            self._steps.append(self._open)
         self._open = []
 
     def drop(self, upto: int) -> None:

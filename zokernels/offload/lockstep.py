@@ -31,6 +31,8 @@ class _Side:
         self.baton = threading.Event()
         self.waits_for: Hashable = None
         self.ready, self.done = True, False
+        self.cancelled = False  #: whether the thread of :meth:`Lockstep.run` does not wait for it any more
+        self.left = threading.Event()
         self.rng: RngState | None = None
         self.result: Any = None
         self.error: BaseException | None = None
@@ -74,30 +76,47 @@ class Lockstep:
             return []
         if self._running:
             raise RuntimeError("offload: a step inside a step")
-        start = self._rng_state()
-        self._sides, self._failed = [_Side(i) for i in range(count)], False
-        for side in self._sides:
+        try:
+            return self._run(function, count)
+        finally:
+            self._sides, self._running = [], None
+
+    def _run(self, function: Callable[[int], Any], count: int) -> list[Any]:
+        start, sides = self._rng_state(), [_Side(i) for i in range(count)]
+        for side in sides:
             side.rng = start
-        self._running = self._sides[0]
         setting = _ThreadSetting(self._devices)
         if count > 1 and (self._pool is None or self._pool._max_workers < count - 1):
             self.close()
             self._pool = ThreadPoolExecutor(count - 1, thread_name_prefix="zokernels-side")
         try:
+            self._sides, self._failed, self._running = sides, False, sides[0]
             with uninterrupted() as hold:  # but for the function itself: a side that is left waits for ever
                 futures = [
                     self._pool.submit(copy_context().run, self._in_thread, setting, function, side)  # type: ignore[union-attr]
-                    for side in self._sides[1:]
+                    for side in sides[1:]
                 ]
-                self._call(function, self._sides[0], hold)
+                self._call(function, sides[0], hold)
                 wait(futures)
-        finally:
-            sides, self._sides, self._running = self._sides, [], None
+        except BaseException:  # another thread's, which can fall anywhere
+            self._cancel(sides)
+            start.restore()
+            raise
         errors = [s.error for s in sides if s.error is not None]
         for error in sorted(errors, key=lambda e: isinstance(e, Cancelled)):
             raise error
         sides[-1].rng.restore()  # type: ignore[union-attr]
         return [s.result for s in sides]
+
+    def _cancel(self, sides: Sequence[_Side]) -> None:
+        """Ends the sides of other threads, one after the other, wherever the baton is."""
+        self._failed = sides[0].done = True
+        for side in sides[1:]:
+            side.cancelled = True
+            side.baton.set()
+            if side.thread is not None:
+                side.left.wait()
+        self.close()  # with what has not begun
 
     def arrive(self, key: Hashable) -> None:
         """The running side asks for ``key``; returns when that is granted, and it is the side's turn."""
@@ -105,7 +124,7 @@ class Lockstep:
         assert side is not None
         side.waits_for, side.ready = key, False
         self._hand_over(side)
-        if self._failed:
+        if self._failed or side.cancelled:
             raise Cancelled
 
     def _in_thread(self, setting: _ThreadSetting, function: Callable[[int], Any], side: _Side) -> None:
@@ -116,11 +135,14 @@ class Lockstep:
             def begin(index: int) -> Any:
                 stack.enter_context(setting)
                 side.rng.restore()  # type: ignore[union-attr]
-                if self._failed:
+                if self._failed or side.cancelled:
                     raise Cancelled
                 return function(index)
 
-            self._call(begin, side)
+            try:
+                self._call(begin, side)
+            finally:
+                side.left.set()
 
     def _call(self, function: Callable[[int], Any], side: _Side, hold: uninterrupted | None = None) -> None:
         """``hold``: what holds signals back around this call, and not while ``function`` runs."""
@@ -176,7 +198,7 @@ class Lockstep:
 
     def close(self) -> None:
         if self._pool:
-            self._pool.shutdown()
+            self._pool.shutdown(cancel_futures=True)
             self._pool = None
 
 

@@ -265,11 +265,14 @@ class Threaded(Mover):
             block.scheduled = block.stored
             raise
 
-    def _raise_failed(self, writing: Sequence[int]) -> None:
-        """Raises, once, what a write of the blocks of these numbers ran into."""
+    def _failed(self, writing: Sequence[int]) -> BaseException | None:
+        """What a write of the blocks of these numbers ran into; once."""
         failed = [e for index in writing if (e := self._writing.pop(index).exception()) is not None]
-        if failed:
-            raise failed[0]
+        return failed[0] if failed else None
+
+    def _raise_failed(self, writing: Sequence[int]) -> None:
+        if (error := self._failed(writing)) is not None:
+            raise error
 
     def close(self) -> None:
         """Ends the threads in their order: what has been read is still passed on."""

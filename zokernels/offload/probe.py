@@ -75,6 +75,12 @@ class StreamedProbe(Probe):
         self._alone.__enter__()
         return self
 
+    def mend(self) -> None:
+        """What an exception of another thread has kept from its end: weights do not move here."""
+        if self._exact is not None:
+            self._exact.mend()
+        self.__exit__()
+
     def __exit__(self, *exception: object) -> None:
         try:
             self._left()

@@ -384,9 +384,9 @@ class StepOptimizer(torch.optim.Optimizer):
         return self.last_loss
 
     def _finish(self, probe: Probe, estimate: Estimate) -> None:
-        # first: a step that cannot be recorded does not happen
-        self.log.append(self, probe.buckets, estimate)
         try:
+            # first: a step that cannot be recorded does not happen
+            self.log.append(self, probe.buckets, estimate)
             self.update(probe, estimate)
         except BaseException:
             if self._unfinished is None:
