@@ -136,7 +136,8 @@ $L_store:
         ("mov.b32 %r2, smem; st.shared.u32 [%r2+2], %r1;", "misaligned"),
         ("setp.lt.u32 %p1, %r1, 8; @%p1 shfl.sync.bfly.b32 %r2, %r1, 1, 31, -1;", "parted"),
         ("shfl.sync.bfly.b32 %r2, %r1, 1, 31, 255;", "all threads of a warp"),
-        ("shfl.sync.idx.b32 %r2, %r1, 1, 31, -1;", "unknown opcode: shfl.sync.idx"),
+        ("shfl.sync.up.b32 %r2, %r1, 1, 31, -1;", "unknown opcode: shfl.sync.up"),
+        ("shfl.sync.idx.b32 %r2, %r1, 1, 15, -1;", "unknown opcode: shfl.sync.idx"),
     ],
 )
 def test_what_the_interpreter_refuses(body, wrong):
@@ -189,6 +190,8 @@ def test_exchanges_within_a_warp():
     i = torch.arange(64, dtype=torch.int32)
     put = "st.global.u32 [%rd5], %r2;"
     assert torch.equal(run(f"shfl.sync.bfly.b32 %r2, %r1, 8, 31, -1; {put}")[1], i ^ 8)
+    assert torch.equal(run(f"sub.s32 %r3, 70, %r1; shfl.sync.idx.b32 %r2, %r1, %r3, 31, -1; {put}")[1],
+                       i // 32 * 32 + (70 - i) % 32)  # fmt: skip
     sums = i.view(2, 32).sum(1).int().repeat_interleave(32)
     assert torch.equal(run(f"mov.b32 %r3, -1; redux.sync.add.s32 %r2, %r1, %r3; {put}")[1], sums)
     assert torch.equal(run(f"redux.sync.max.s32 %r2, %r1, -1; {put}")[1], i | 31)
