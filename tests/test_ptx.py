@@ -528,6 +528,11 @@ def test_low_rank_linear_equals_reference(on_ptx, kernels, rng, dtype):
     for shape, rank, rows in (((17, 70), 5, [3, 0, 6]), ((24, 136), 1, [2, 5])):
         args = test_low_rank_linear.random_linear(rng, dtype=dtype, shape=shape, rank=rank, rows=rows)
         check_backend(test_low_rank_linear.run, args)
+    # Whole vectors of rows, of the factor or not, and as many rows as a thread takes.
+    for rank in (4, 6):
+        args = test_low_rank_linear.random_linear(rng, dtype=dtype, shape=(24, 136), rank=rank, rows=[1, 5])
+        aligned = {name: args[name].clone() for name in ("y", "x", "right")}
+        check_backend(test_low_rank_linear.run, args | aligned)
     assert on_ptx.launches.keys() == matching(kernels, linear_kernels(dtype))
 
 
