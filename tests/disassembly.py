@@ -190,10 +190,16 @@ class Function:
         """
         return sum(n * len(self.blocks[i]) for i, n in self.times(trips, store).items())
 
-    def opcodes(self, trips: int = 1, store: str = WIDE_STORE) -> Counter[str]:
-        """The opcodes of ``executed``."""
+    def opcodes(self, trips: int = 1, store: str = WIDE_STORE, inner: int = 1) -> Counter[str]:
+        """The opcodes of ``executed``, with ``inner`` turns of the longest innermost loop on the path."""
+        times = self.times(trips, store)
+        if inner > 1:
+            turned = self._inner_loop(store)
+            if turned is None:
+                raise ValueError(f"{self.name}: expected an inner loop of {inner} turns, got none")
+            times[turned] *= inner
         found: Counter[str] = Counter()
-        for i, n in self.times(trips, store).items():
+        for i, n in times.items():
             for instruction in self.blocks[i].instructions:
                 found[instruction.opcode] += n
         return found
@@ -219,8 +225,14 @@ class Function:
         """Instructions of the longest innermost loop on the hot path: one direction where K is known at
         run time.
         """
+        found = self._inner_loop(store)
+        return 0 if found is None else len(self.blocks[found])
+
+    def _inner_loop(self, store: str) -> int | None:
+        """The block that is the longest innermost loop on the hot path."""
         path = self.hot_path(store)
-        return max((len(self.blocks[i]) for a, i in self.loops if a == i and i in path), default=0)
+        own = [i for first, i in self.loops if first == i and i in path]
+        return max(own, key=lambda i: len(self.blocks[i]), default=None)
 
     def hot_count(self, pattern: str, store: str = WIDE_STORE) -> int:
         """Instructions of the hot path, each loop once, whose opcode begins with ``pattern``."""

@@ -52,7 +52,7 @@ ARCHITECTURES = (80, 90, 100)
 _OPCODES = {
     "alu": """
         BMSK CSEL F2FP F2IP FMNMX FMNMX3 FSEL FSET FSETP I2FP I2IP IABS IADD IADD3 IMNMX ISETP LEA LOP3 MOV
-        P2R PLOP3 PRMT R2P SEL SGXT SHF VABSDIFF VIADD VIADDMNMX VIMNMX VIMNMX3 VOTE
+        P2R PLOP3 PRMT R2P SEL SGXT SHF VABSDIFF VIADD VIADDMNMX VIMNMX VIMNMX3 VOTE VOTEU
     """,
     "fp32": "FADD FFMA FMUL",
     "heavy": "HADD2 IDP IMAD IMUL",
@@ -140,8 +140,8 @@ class Kernel:
     """A kernel of the table, and what one of its threads does where nothing is masked."""
 
     name: str
-    #: An instantiation of a template of csrc/cuda, in namespace zk::cuda, with the type of its argument; or a
-    #: function that compiles a kernel of Triton's for an architecture.
+    #: An instantiation of a template of csrc/cuda, in namespace zk::cuda, with the types of its arguments; or
+    #: a function that compiles a kernel of Triton's for an architecture.
     source: tuple[str, str] | Callable[[int], bytes]
     elements: int
     accesses: int  # of 16 bytes: the stores, or where ``access`` says so the loads
@@ -151,6 +151,7 @@ class Kernel:
     warps: int = 8  # of a thread block
     access: str = disassembly.WIDE_STORE  # where most of these are is the loop that counts
     load: int = 4  # words of 4 bytes of an access that reads
+    inner: int = 1  # turns of the innermost loop on the way there
 
     @property
     def backend(self) -> str:
@@ -211,6 +212,27 @@ def _decode_fan_out(dist: str, dtype: str, wire: str) -> Kernel:
     return Kernel(name, source, 128, 2 * 16 * accesses, 1 + 1 / 32 + 4 * accesses, load=2)
 
 
+#: Columns of x, and the rank, in the table.
+_COLUMNS, _RANK = 4096, 4
+
+
+def _linear_sums(dtype: str) -> Kernel:
+    """x B: a thread has eight neighbouring columns of 64, and of each four numbers of B."""
+    cpp, accesses = _DTYPES[dtype]
+    source = (f"linear_chains_kernel<DType::{cpp}>", "LinearLaunch")
+    name, elements = f"low_rank_linear, {dtype}, rank {_RANK}: sums over {_COLUMNS} columns", _COLUMNS // 8
+    count = elements // 8 * (accesses + 8)
+    return Kernel(name, source, elements, count, 2 * accesses, access=disassembly.WIDE_LOAD)
+
+
+def _linear_out(dtype: str) -> Kernel:
+    """out += c ((x B) A^T): a thread has eight columns of four rows."""
+    cpp, accesses = _DTYPES[dtype]
+    source = (f"linear_out_kernel<DType::{cpp}>", "LinearLaunch, OutArguments")
+    name = f"low_rank_linear, {dtype}, rank {_RANK}: out"
+    return Kernel(name, source, 32, 4 * accesses, 4 * accesses, inner=_RANK)
+
+
 def _triton(dist: str, dtype: str, count: int = 1, *, stochastic: bool = False) -> Kernel:
     def compile_for(architecture: int) -> bytes:
         import triton_kernels
@@ -239,6 +261,8 @@ CUDA = [
     _decode_fan_out("normal", "bf16", "fp8"),
     _project("normal", "bf16"),
     _project("rademacher", "bf16"),
+    _linear_sums("bf16"),
+    _linear_out("bf16"),
 ]
 TRITON = [
     _triton("normal", "bf16"),
@@ -251,7 +275,7 @@ TRITON = [
 
 #: Files of csrc/cuda whose kernels are in the table and stand before their entries, which are left out: an
 #: entry compiles every instantiation.
-FILES = ("project", "wire")
+FILES = ("project", "wire", "low_rank_linear")
 
 
 def kernels_of(file: str) -> str:
@@ -272,8 +296,10 @@ def compile_cuda(kernels: Iterable[Kernel], architecture: int) -> bytes:
         raise FileNotFoundError("nvcc: expected on PATH or in /usr/local/cuda/bin")
     lines = ['#include "csrc/cuda/combine_kernel.cuh"', *map(kernels_of, FILES), "namespace zk::cuda {"]
     for kernel in kernels:
-        name, argument = kernel.source
-        lines.append(f"template __global__ void {name}(const __grid_constant__ {argument});")
+        name, types = kernel.source
+        first, *others = types.split(", ")
+        arguments = ", ".join([f"const __grid_constant__ {first}", *others])
+        lines.append(f"template __global__ void {name}({arguments});")
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder, "kernels.cu"), Path(folder, "kernels.cubin")
         source.write_text("\n".join([*lines, "}", ""]))
@@ -302,7 +328,7 @@ def row_of(
     trips, rest = divmod(kernel.accesses, function.hot_count(kernel.access, kernel.access))
     if rest:
         raise ValueError(f"{kernel.name}: expected a loop of some of {kernel.accesses} accesses")
-    opcodes = function.opcodes(trips, kernel.access)
+    opcodes = function.opcodes(trips, kernel.access, inner=kernel.inner)
     warps = warps_resident(usage.registers, kernel.warps)
     load = {4: disassembly.WIDE_LOAD, 2: disassembly.HALF_WIDE_LOAD}[kernel.load]
     waiting = function.loads_in_flight(load, kernel.access, kernel.load)

@@ -199,6 +199,7 @@ def test_low_rank_linear_on_host_equals_reference(on_host, rng, dtype):
         {},
         {},
         {"shape": (72, 136), "rank": 5},
+        {"shape": (72, 136), "rank": 8},
         {"shape": (8, 9), "rank": 2, "rows": [1] * 150},
     ):
         args = test_low_rank_linear.random_linear(rng, dtype=dtype, **options)

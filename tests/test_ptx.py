@@ -136,7 +136,8 @@ $L_store:
         ("mov.b32 %r2, smem; st.shared.u32 [%r2+2], %r1;", "misaligned"),
         ("setp.lt.u32 %p1, %r1, 8; @%p1 shfl.sync.bfly.b32 %r2, %r1, 1, 31, -1;", "parted"),
         ("shfl.sync.bfly.b32 %r2, %r1, 1, 31, 255;", "all threads of a warp"),
-        ("shfl.sync.idx.b32 %r2, %r1, 1, 31, -1;", "unknown opcode: shfl.sync.idx"),
+        ("shfl.sync.up.b32 %r2, %r1, 1, 31, -1;", "unknown opcode: shfl.sync.up"),
+        ("shfl.sync.idx.b32 %r2, %r1, 1, 15, -1;", "unknown opcode: shfl.sync.idx"),
     ],
 )
 def test_what_the_interpreter_refuses(body, wrong):
@@ -189,6 +190,8 @@ def test_exchanges_within_a_warp():
     i = torch.arange(64, dtype=torch.int32)
     put = "st.global.u32 [%rd5], %r2;"
     assert torch.equal(run(f"shfl.sync.bfly.b32 %r2, %r1, 8, 31, -1; {put}")[1], i ^ 8)
+    assert torch.equal(run(f"sub.s32 %r3, 70, %r1; shfl.sync.idx.b32 %r2, %r1, %r3, 31, -1; {put}")[1],
+                       i // 32 * 32 + (70 - i) % 32)  # fmt: skip
     sums = i.view(2, 32).sum(1).int().repeat_interleave(32)
     assert torch.equal(run(f"mov.b32 %r3, -1; redux.sync.add.s32 %r2, %r1, %r3; {put}")[1], sums)
     assert torch.equal(run(f"redux.sync.max.s32 %r2, %r1, -1; {put}")[1], i | 31)
@@ -525,6 +528,11 @@ def test_low_rank_linear_equals_reference(on_ptx, kernels, rng, dtype):
     for shape, rank, rows in (((17, 70), 5, [3, 0, 6]), ((24, 136), 1, [2, 5])):
         args = test_low_rank_linear.random_linear(rng, dtype=dtype, shape=shape, rank=rank, rows=rows)
         check_backend(test_low_rank_linear.run, args)
+    # Whole vectors of rows, of the factor or not, and as many rows as a thread takes.
+    for rank in (4, 6):
+        args = test_low_rank_linear.random_linear(rng, dtype=dtype, shape=(24, 136), rank=rank, rows=[1, 5])
+        aligned = {name: args[name].clone() for name in ("y", "x", "right")}
+        check_backend(test_low_rank_linear.run, args | aligned)
     assert on_ptx.launches.keys() == matching(kernels, linear_kernels(dtype))
 
 

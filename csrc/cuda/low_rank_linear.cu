@@ -26,8 +26,9 @@ struct LinearLaunch {
   float* partial;      // [N, rank, kParts]
   float* sums;         // [N, rank]
   int32_t m, n, rank;
-  bool has_vectors;  // rows of x (or out) are whole vectors at aligned addresses
-  int32_t members;   // of a group, which share a factor: right of the chains, left of out
+  bool has_vectors;      // rows of x (or out) are whole vectors at aligned addresses
+  bool has_wide_factor;  // kRanksAtOnce numbers of right may be read at once
+  int32_t members;       // of a group, which share a factor: right of the chains, left of out
   Table<LinearEntry, kMaxArgument - 128> table;
 };
 static_assert(sizeof(LinearLaunch) <= kMaxArgument);
@@ -57,6 +58,44 @@ ZK_DEVICE const void* row_at(const void* p, int64_t row, int64_t columns) {
   return static_cast<const typename Storage<D>::T*>(p) + row * columns;
 }
 
+// How a thread reads what it multiplies. Whole: all columns of its vectors exist, and so do the rows.
+// WideFactor: four numbers of the factor in one access.
+enum class Reads { guarded, whole, wide_factor };
+
+// The chains of N numbers of the rank from `begin` on, of one row: their sums go to `partial`.
+template <DType D, int N, Reads How>
+ZK_DEVICE void sum_chains(const LinearLaunch& p, int64_t row, const float* right, int part, int begin) {
+  const void* x = row_at<D>(p.x, row, p.n);
+  float chain[N][kVector] = {};
+  ZK_NO_UNROLL
+  for (int64_t at = part * kVector; at < p.n; at += kChains) {
+    float v[kVector];
+    load_vector<D>(x, at, p.n, How != Reads::guarded, v);
+    ZK_UNROLL
+    for (int e = 0; e < kVector; ++e) {
+      if (How == Reads::guarded && at + e >= p.n) continue;
+      const float* b = right + (at + e) * p.rank + begin;
+      float factor[N];
+      if constexpr (How == Reads::wide_factor) {
+        const Vec16 words = *reinterpret_cast<const Vec16*>(b);
+        ZK_UNROLL
+        for (int j = 0; j < N; ++j) factor[j] = from_bits(words.w[j]);
+      } else {
+        ZK_UNROLL
+        for (int j = 0; j < N; ++j) factor[j] = b[j];
+      }
+      ZK_UNROLL
+      for (int j = 0; j < N; ++j) chain[j][e] = fma(v[e], factor[j], chain[j][e]);
+    }
+  }
+  ZK_UNROLL
+  for (int j = 0; j < N; ++j) {
+    const float* c = chain[j];
+    const float sum = add(add(add(c[0], c[1]), add(c[2], c[3])), add(add(c[4], c[5]), add(c[6], c[7])));
+    p.partial[(row * p.rank + begin + j) * kParts + part] = sum;
+  }
+}
+
 // Thread `index` of a member: part of the chains, then number of the rank, then row.
 template <DType D>
 ZK_GLOBAL linear_chains_kernel(ZK_GRID_CONSTANT LinearLaunch p) {
@@ -68,30 +107,22 @@ ZK_GLOBAL linear_chains_kernel(ZK_GRID_CONSTANT LinearLaunch p) {
   const int64_t local = index / kParts / groups;
   if (local >= t.rows) return;
   const int64_t row = t.first + local;
-  const void* x = row_at<D>(p.x, row, p.n);
   const float* right = p.right + t.member / p.members * int64_t{p.n} * p.rank;
-  const int begin = group * kRanksAtOnce;
-  float chain[kRanksAtOnce][kVector] = {};
-  ZK_NO_UNROLL
-  for (int64_t at = part * kVector; at < p.n; at += kChains) {
-    float v[kVector];
-    load_vector<D>(x, at, p.n, p.has_vectors, v);
-    ZK_UNROLL
-    for (int e = 0; e < kVector; ++e) {
-      if (at + e >= p.n) continue;
-      const float* b = right + (at + e) * p.rank + begin;
-      ZK_UNROLL
-      for (int j = 0; j < kRanksAtOnce; ++j) {
-        if (begin + j < p.rank) chain[j][e] = fma(v[e], b[j], chain[j][e]);
-      }
-    }
+  int begin = group * kRanksAtOnce;
+  const int stop = begin + kRanksAtOnce;
+  if (stop <= p.rank) {
+    if (p.has_vectors && p.has_wide_factor)
+      return sum_chains<D, kRanksAtOnce, Reads::wide_factor>(p, row, right, part, begin);
+    if (p.has_vectors) return sum_chains<D, kRanksAtOnce, Reads::whole>(p, row, right, part, begin);
+    return sum_chains<D, kRanksAtOnce, Reads::guarded>(p, row, right, part, begin);
   }
-  ZK_UNROLL
-  for (int j = 0; j < kRanksAtOnce; ++j) {
-    if (begin + j >= p.rank) continue;
-    const float* c = chain[j];
-    const float sum = add(add(add(c[0], c[1]), add(c[2], c[3])), add(add(c[4], c[5]), add(c[6], c[7])));
-    p.partial[(row * p.rank + begin + j) * kParts + part] = sum;
+  ZK_NO_UNROLL
+  for (; begin < p.rank; ++begin) {
+    if (p.has_vectors) {
+      sum_chains<D, 1, Reads::whole>(p, row, right, part, begin);
+    } else {
+      sum_chains<D, 1, Reads::guarded>(p, row, right, part, begin);
+    }
   }
 }
 
@@ -103,17 +134,14 @@ ZK_GLOBAL linear_sums_kernel(const float* partial, float* sums, int64_t count) {
   sums[index] = add(add(add(c[0], c[1]), add(c[2], c[3])), add(add(c[4], c[5]), add(c[6], c[7])));
 }
 
-// A thread has eight columns of kOutRows rows, so that what it reads of left serves all of them.
-template <DType D>
-ZK_GLOBAL linear_out_kernel(ZK_GRID_CONSTANT LinearLaunch p, OutArguments more) {
+// A thread has eight columns of kOutRows rows, so that what it reads of left serves all of them. Whole: all of
+// these exist.
+template <DType D, bool Whole>
+ZK_DEVICE void add_product(const LinearLaunch& p, const OutArguments& more, const LinearEntry& t,
+                           int64_t column, int64_t local) {
   using S = Storage<D>;
-  const int i = tensor_of(p.table, blockIdx.x);
-  const LinearEntry& t = p.table.tensor[i];
-  const int64_t index = int64_t{blockIdx.x - p.table.first_chunk[i]} * kThreads + threadIdx.x;
-  const int64_t vectors = (p.m + kVector - 1) / kVector;
-  const int64_t column = index % vectors * kVector, local = index / vectors * kOutRows;
-  if (local >= t.rows) return;
-  const int rows = static_cast<int>(t.rows - local < kOutRows ? t.rows - local : kOutRows);
+  const int rows = Whole ? kOutRows : static_cast<int>(t.rows - local < kOutRows ? t.rows - local : kOutRows);
+  const auto inside = [&](int e) { return Whole || column + e < p.m; };
   const float* left = p.left + (t.member / p.members * int64_t{p.m} + column) * p.rank;
   const float* sums = p.sums + (t.first + local) * p.rank;
   float product[kOutRows][kVector] = {};
@@ -121,7 +149,7 @@ ZK_GLOBAL linear_out_kernel(ZK_GRID_CONSTANT LinearLaunch p, OutArguments more) 
   for (int j = 0; j < p.rank; ++j) {
     float a[kVector];
     ZK_UNROLL
-    for (int e = 0; e < kVector; ++e) a[e] = column + e < p.m ? left[e * p.rank + j] : 0.0f;
+    for (int e = 0; e < kVector; ++e) a[e] = inside(e) ? left[e * p.rank + j] : 0.0f;
     ZK_UNROLL
     for (int v = 0; v < kOutRows; ++v) {
       const float sum = v < rows ? sums[v * p.rank + j] : 0.0f;
@@ -129,27 +157,45 @@ ZK_GLOBAL linear_out_kernel(ZK_GRID_CONSTANT LinearLaunch p, OutArguments more) 
       for (int e = 0; e < kVector; ++e) product[v][e] = fma(sum, a[e], product[v][e]);
     }
   }
+  if (more.bias != nullptr) {
+    const float* bias = more.bias + t.member / more.members * int64_t{p.m} + column;
+    ZK_UNROLL
+    for (int e = 0; e < kVector; ++e) {
+      const float b = inside(e) ? bias[e] : 0.0f;
+      ZK_UNROLL
+      for (int v = 0; v < kOutRows; ++v) product[v][e] = add(product[v][e], b);
+    }
+  }
   const float c = more.coeffs[t.member];
-  const float* bias = more.bias == nullptr ? nullptr
-                                           : more.bias + t.member / more.members * int64_t{p.m} + column;
   ZK_UNROLL
   for (int v = 0; v < kOutRows; ++v) {
     if (v >= rows) continue;
     void* out = const_cast<void*>(row_at<D>(p.out, t.first + local + v, p.m));
     float y[kVector] = {};
-    if (more.add) load_vector<D>(out, column, p.m, p.has_vectors, y);
+    if (more.add) load_vector<D>(out, column, p.m, Whole, y);
     ZK_UNROLL
-    for (int e = 0; e < kVector; ++e) {
-      float z = product[v][e];
-      if (bias != nullptr && column + e < p.m) z = add(z, bias[e]);
-      y[e] = fma(c, z, y[e]);
-    }
+    for (int e = 0; e < kVector; ++e) y[e] = fma(c, product[v][e], y[e]);
     const typename S::Raw raw = S::template pack<false>(y, {});
-    if (p.has_vectors) {
+    if constexpr (Whole) {
       VectorAccess{column, 0}.template store<D>(out, raw);
     } else {
       EdgeAccess{column, p.m}.template store<D>(out, raw);
     }
+  }
+}
+
+template <DType D>
+ZK_GLOBAL linear_out_kernel(ZK_GRID_CONSTANT LinearLaunch p, OutArguments more) {
+  const int i = tensor_of(p.table, blockIdx.x);
+  const LinearEntry& t = p.table.tensor[i];
+  const int64_t index = int64_t{blockIdx.x - p.table.first_chunk[i]} * kThreads + threadIdx.x;
+  const int64_t vectors = (p.m + kVector - 1) / kVector;
+  const int64_t column = index % vectors * kVector, local = index / vectors * kOutRows;
+  if (local >= t.rows) return;
+  if (p.has_vectors && t.rows - local >= kOutRows) {
+    add_product<D, true>(p, more, t, column, local);
+  } else {
+    add_product<D, false>(p, more, t, column, local);
   }
 }
 
@@ -197,6 +243,7 @@ void low_rank_linear_cuda(Tensor out, Tensor x, Tensor left, Tensor right, Tenso
     return static_cast<int32_t>(static_cast<int64_t>(rows.size()) / factor.size(0));
   };
   shared.has_vectors = has_vectors(x);
+  shared.has_wide_factor = rank % kRanksAtOnce == 0 && reinterpret_cast<uintptr_t>(shared.right) % 16 == 0;
   shared.members = sharing(right);
   const int64_t groups = (rank + kRanksAtOnce - 1) / kRanksAtOnce;
   pack_launches(shared, entries_of(rows, [&](int64_t n) { return n * groups * kParts; }),

@@ -24,7 +24,7 @@ _SPECIAL = {"%tid.x", "%ctaid.x", "%ctaid.y", "%ntid.x", "%nctaid.x", "%laneid"}
 _ADDRESS = re.compile(r"\[\s*([%$\w@]+)\s*(?:\+\s*(-?\d+))?\s*\]")
 _MEMORY = re.compile(r"(ld|st)\.(param|global|shared)(?:\.(v2|v4))?\.(\w+)")
 _ATOMIC = re.compile(r"(?:atom|red)\.global(?:\.gpu\.relaxed)?\.add\.(u32|u64)")
-_SHUFFLE, _WHOLE_WARP = "shfl.sync.bfly.b32", {"-1", "0xffffffff"}
+_SHUFFLES, _WHOLE_WARP = {"shfl.sync.bfly.b32", "shfl.sync.idx.b32"}, {"-1", "0xffffffff"}
 _REDUCTION = re.compile(r"redux\.sync\.(add|min|max)\.(s32|u32)")
 _MATRIX = re.compile(r"(ld|st)matrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared\.b16")
 #: Instructions after which a batch of blocks is held to run forever: ten times what the longest takes.
@@ -171,7 +171,7 @@ class Machine:
             return self._atomic(instruction, match[1])
         if match := _MATRIX.fullmatch(opcode):
             return self._matrix(instruction, match[1], int(match[2]), match[3] is not None)
-        if (match := _REDUCTION.fullmatch(opcode)) or opcode == _SHUFFLE:
+        if (match := _REDUCTION.fullmatch(opcode)) or opcode in _SHUFFLES:
             return self._exchange(instruction, match)
         if opcode == "rsqrt.approx.ftz.f32":
             # Flushed are subnormals, which no radius is: they would show as a difference.
@@ -302,7 +302,7 @@ class Machine:
         return store if name == "st" else load
 
     def _exchange(self, instruction: Instruction, reduction: re.Match | None) -> Step:
-        """Among the threads of whole warps: a shuffle by exclusive or, or a reduction."""
+        """Among the threads of whole warps: a shuffle by exclusive or or by number, or a reduction."""
         to, source, *rest = instruction.operands
         if rest[-1] not in _WHOLE_WARP and not self._is_constant(rest[-1], -1):
             raise PtxError(f"{self.kernel.name}: expected all threads of a warp: {instruction}")
@@ -310,16 +310,19 @@ class Machine:
         read, write = self._reader(source, kind), self._writer(to, kind)
         if reduction is not None:
             combine = {"add": np.add, "min": np.minimum, "max": np.maximum}[reduction[1]]
-        elif rest[1] != "31" or not 0 < int(rest[0]) < 32:
+        elif rest[1] != "31":
             raise PtxError(f"{self.kernel.name}: unknown opcode: {instruction}")
         else:
-            partner = np.arange(32) ^ int(rest[0])
+            asked = self._reader(rest[0], "b32")
+            by_number = instruction.opcode == "shfl.sync.idx.b32"
 
         def exchange(batch: _Batch, lanes: Lanes | slice) -> None:
             warps = batch.warps(lanes, instruction)
             values = np.broadcast_to(read(batch, lanes), warps.size).reshape(-1, 32)
             if reduction is None:
-                got = values[:, partner]
+                other = np.broadcast_to(asked(batch, lanes), warps.size).reshape(-1, 32) & 31
+                other = other if by_number else np.arange(32) ^ other
+                got = np.take_along_axis(values, other.astype(np.intp), axis=1)
             else:
                 got = np.broadcast_to(
                     combine.reduce(values, axis=1, dtype=values.dtype)[:, None], warps.shape

@@ -18,7 +18,7 @@ from .device import on_device
 from .launch import dtypes, options
 from .noise import normal8
 from .table import pointer, table_of
-from .tile import THREADS, Span, draw, draw_rademacher, load, mantissa
+from .tile import THREADS, Span, draw, draw_rademacher, edges, load, mantissa
 
 #: Threads of a tile.
 COLUMNS = 8
@@ -60,9 +60,19 @@ def _signed(x, words, byte):
 def _load(x, row, span, numel, WHOLE: tl.constexpr):
     if WHOLE:
         return load(x, row, None, span)
+    elif x.dtype.element_ty == tl.float32:
+        # By halves of a block, as whole blocks are: a thread then has rows of its own, and the kernel fits
+        # the registers.
+        begin, stop = edges(span, numel, _PROGRAM)
+        at = row[:, None] * 8 + tl.arange(0, 4)[None, :]
+        low = tl.load(x + span.start + at, mask=(at >= begin) & (at < stop), other=0.0)
+        at += 4
+        high = tl.load(x + span.start + at, mask=(at >= begin) & (at < stop), other=0.0)
+        return tl.join(low, high).permute(0, 2, 1).reshape(row.shape[0], 8)
     else:
-        at = span.start + (row[:, None] * 8 + tl.arange(0, 8)[None, :])
-        inside = (at >= 0) & (at < numel)
+        begin, stop = edges(span, numel, _PROGRAM)
+        at = row[:, None] * 8 + tl.arange(0, 8)[None, :]
+        inside = (at >= begin) & (at < stop)
         return tl.where(inside, load(x, row, inside, span), 0.0)
 
 
@@ -72,8 +82,8 @@ def _segments(span, numel, WHOLE: tl.constexpr):
     if WHOLE:
         return 0, 16
     else:
-        first = tl.maximum(-span.start, 0).to(tl.int32)
-        last = tl.minimum(numel - span.start, _PROGRAM).to(tl.int32) - 1
+        first, stop = edges(span, numel, _PROGRAM)
+        last = stop - 1
         one = (first >> 12) == (last >> 12)
         return tl.where(one, (first & 4095) >> 8, 0), tl.where(one, ((last & 4095) >> 8) + 1, 16)
 

@@ -154,9 +154,9 @@ def each_tile(TILE: tl.constexpr, span, numel, ALIGNED: tl.constexpr, BLOCKS: tl
 
 
 @triton.jit
-def edges(span, numel):
-    """(first, last + 1) of the program's elements that exist."""
-    return tl.maximum(-span.start, 0).to(tl.int32), tl.minimum(numel - span.start, _PROGRAM).to(tl.int32)
+def edges(span, numel, program: tl.constexpr = _PROGRAM):
+    """(first, last + 1) of those of a program's elements that exist."""
+    return tl.maximum(-span.start, 0).to(tl.int32), tl.minimum(numel - span.start, program).to(tl.int32)
 
 
 @triton.jit
