@@ -353,13 +353,14 @@ inline void check_low_rank_linear(const torch::stable::Tensor& out, const torch:
   const int64_t members = static_cast<int64_t>(rows.size());
   const auto is_factor = [&](const torch::stable::Tensor& t, int64_t dims, int64_t columns) {
     check_device(op, t, out);
-    return t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.dim() == dims &&
-           (t.size(0) == 1 || t.size(0) == members) && t.size(1) == columns;
+    return t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.dim() == dims && t.size(0) > 0 &&
+           members % t.size(0) == 0 && t.size(1) == columns;
   };
   STD_TORCH_CHECK(is_factor(left, 3, out.size(1)) && is_factor(right, 3, x.size(1)) &&
                       left.size(2) == right.size(2) && left.size(2) >= 1 && left.size(2) <= 64 &&
                       (!bias || is_factor(*bias, 2, out.size(1))),
-                  op, ": left, right, bias: expected fp32 [P or 1, m, r], [P or 1, n, r], [P or 1, m]");
+                  op,
+                  ": left, right, bias: expected fp32 [G, m, r], [G, n, r], [G, m] with G a divisor of P");
   int64_t total = 0;
   for (const int64_t count : rows) {
     STD_TORCH_CHECK(count >= 0 && count <= out.size(0), op, ": rows: expected numbers of rows");

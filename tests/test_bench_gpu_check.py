@@ -172,6 +172,17 @@ def test_streamed_rows(rehearsal):
     assert (rehearsal["folder"] / "README.md").read_text().count("\n| tiny, 6 layers, bf16 | host |") == 3
 
 
+def test_population_rows(rehearsal):
+    pytest.importorskip("transformers")
+    names = [r["row"] for r in rehearsal["population"]]
+    # ranks 1, 4 and 16, the dense form, LOZO's forwards in both forms, and four methods' steps
+    assert len(names) == len(set(names)) == 10
+    assert all(r["ratio"] > 0 for r in rehearsal["population"])
+    text = (rehearsal["folder"] / "README.md").read_text()
+    assert all(text.count(f"\n| {name} |") == 1 + (r["goal"] is not None)
+               for name, r in zip(names, rehearsal["population"], strict=True))  # fmt: skip
+
+
 # --- figures
 # ----------------------------------------------------------------------------------------------------------
 
@@ -254,6 +265,14 @@ def test_goals_of_streamed_models():
         (None, "not measured"),
     ]  # fmt: skip
     assert summary.offload_goals([large])[2].verdict == "reached"
+
+
+def test_goals_of_populations():
+    row = {"row": "a", "ratio": 0.9, "goal": 0.91, "at_least": True}
+    most = {"row": "b", "ratio": 1.05, "goal": 1.08, "at_least": False}
+    found = summary.population_goals([row, most, {**row, "goal": None}])
+    assert [(g.what, g.verdict) for g in found] == [("a", "missed"), ("b", "reached")]
+    assert [g.verdict for g in summary.population_goals([])] == ["not measured"]
 
 
 def test_goals_take_the_worst_row():

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import sys
+import types
+import warnings
 
 import pytest
 import torch
@@ -269,3 +273,25 @@ def test_weights_refuse_what_they_cannot_change(rng):
     weights.base = {"w": torch.zeros(3)}
     with pytest.raises(ValueError, match=r"base: w: expected a tensor of shape \(4, 6\)"):
         weights.check_base()
+
+
+@pytest.mark.parametrize(
+    ("version", "warned"),
+    [("0.32.0", False), ("0.32.7+cpu.x", False), ("0.33.0", True), ("0.31.2", True), ("1.32.0", True)],
+)
+def test_untested_versions_of_vllm_are_tried_with_a_warning(version, warned, monkeypatch):
+    """With modules in vLLM's place that have as much of it as an import of ours takes."""
+    platform = types.SimpleNamespace(is_cpu=lambda: False)
+    for name, found in {
+        "vllm": types.SimpleNamespace(__version__=version),
+        "vllm.platforms": types.SimpleNamespace(current_platform=platform),
+    }.items():
+        monkeypatch.setitem(sys.modules, name, found)
+    monkeypatch.delitem(sys.modules, "zokernels.integrations.vllm", raising=False)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        importlib.import_module("zokernels.integrations.vllm")
+    sys.modules.pop("zokernels.integrations.vllm")  # which no other test is to find
+    del zokernels.integrations.vllm
+    expected = f"zokernels: vllm: version: expected 0.32, with which it is tested, got {version}; trying it"
+    assert [str(w.message) for w in said] == [expected] * warned

@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import sys
 import time
+import types
 
 import pytest
 import torch
 from helpers import assert_same_bits
 from safetensors.torch import load_file, save_file
 
+import zokernels
 from zokernels.cli import main
 from zokernels.es import Here, Run, Settings, rewards_of, train
+from zokernels.examples import randopt
 from zokernels.files.safetensors import Checkpoint
 from zokernels.integrations.engine import Weights, create, whole, write_parts
 from zokernels.step.estimators import Population
@@ -250,3 +254,124 @@ def test_two_runs_cannot_have_one_log(base, tmp_path):
 def test_checkpoints_are_whole_models(base, tmp_path):
     _, (model,), _ = run_all(base, tmp_path / "run.zk", generations=2, save_every=2, save_to=tmp_path)
     assert_same(load_file(tmp_path / "generation-2.safetensors"), load_file(base) | model)
+
+
+# RandOpt ----------------------------------------------------------------------------------------------------
+
+
+STREAM = zokernels.stream_of("a.weight")
+
+
+def nearest(base, seeds, sigma, prompts):
+    """What :class:`Memory` writes at theta + sigma z of each seed, by one ``combine`` of its own."""
+    theta = load_file(base)["a.weight"]
+    for seed in seeds:
+        zokernels.combine(moved := torch.empty_like(theta), theta, [seed], [sigma], streams=STREAM)
+        yield [f"{float(-(moved.float() - p).square().mean()):.6f}" for p in prompts]
+
+
+@pytest.mark.parametrize("deaths", [None, {2, 9}], ids=["alive", "deaths"])
+def test_randopt_keeps_the_best_members(deaths, base):
+    make, prompts, sigma = (lambda i: Memory(base)), [0.5, 0.25], 0.5
+    engines = Here(make, 2) if deaths is None else Mortal(make, 2, deaths)
+    reward = lambda prompt, text: float(text)
+    found = randopt.search(engines, prompts, reward, members=9, best=4, sigma=sigma, seed=3)
+    seeds = [zokernels.derive_seed(3, 0, k) for k in range(9)]
+    texts = list(nearest(base, seeds, sigma, prompts))
+    scores = [sum(map(float, own)) / 2 for own in texts]
+    assert found.scores == pytest.approx(scores, abs=1e-9)
+    assert found.seeds == [seeds[k] for k in sorted(range(9), key=lambda k: -scores[k])[:4]]
+    theta = float(-(load_file(base)["a.weight"].float() - 0.5).square().mean())
+    assert found.theta == pytest.approx(
+        (theta + float(-(load_file(base)["a.weight"].float() - 0.25).square().mean())) / 2, abs=1e-5
+    )
+    second = sorted(float(own[0]) for own in nearest(base, found.seeds, sigma, prompts))[1]
+    answer = lambda prompt, text: "far" if float(text) < second else "near"
+    together, each = randopt.ensemble(engines, found, prompts[:1], answer, sigma=sigma)
+    own = [answer(0.5, text) for (text, _) in nearest(base, found.seeds, sigma, prompts)]
+    assert [answers for (answers,) in each] == own
+    assert together == ["near"]  # three of four
+    for engine in engines._engines:  # theta again, to the bit
+        assert_same_bits(engine.tensors["a.weight"], load_file(base)["a.weight"])
+
+
+def test_randopt_votes():
+    class Says:
+        """An engine that says what is written for its member."""
+
+        def perturb(self, seeds, coeffs):
+            self.seed = seeds[0] if seeds else 0
+
+        def restore(self):
+            self.seed = 0
+
+        def generate(self, prompts, **sampling):
+            return {1: ["Rome", ""], 2: ["Bern", ""], 3: ["Bern", "Oslo"], 4: ["", ""]}[self.seed]
+
+    found = randopt.Found([1, 2, 3, 4], [], 0.0)
+    vote = lambda found: randopt.ensemble(Here(lambda i: Says()), found, [0, 0], lambda p, t: t, sigma=1.0)[0]
+    assert vote(found) == ["Bern", "Oslo"]
+    assert vote(found._replace(seeds=[1, 2])) == ["Rome", ""]  # a tie: the better member's
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    assert randopt.capital(question, "The capital of France is Paris. Not Rome.") == "Paris"
+    assert randopt.capital(question, "the capital is unknown") == ""
+    with pytest.raises(SystemExit, match="best: expected a number from 1 to 2 members, got 3"):
+        randopt.search(None, [], None, members=2, best=3, sigma=1.0)
+
+
+# TensorBoard ------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_has_what_a_generation_has(base, tmp_path, monkeypatch):
+    written, closed = [], []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            self.folder = folder
+
+        def add_scalar(self, name, value, step):
+            written.append((self.folder, name, value, step))
+
+        def flush(self):
+            written.append("flush")
+
+        def close(self):
+            closed.append(self.folder)
+
+    monkeypatch.setitem(
+        sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    )
+    options = {"held_out": [0.375], "evaluate_every": 2, "tensorboard": tmp_path / "board"}
+    found, _, _ = run_all(base, tmp_path / "run.zk", generations=3, **options)
+    expected = []
+    for g in found:
+        expected += [("reward/mean", sum(g.rewards) / len(g.rewards), g.step)]
+        expected += [("reward/best", max(g.rewards), g.step), ("seconds", g.seconds, g.step)]
+        if g.step in (0, 1, 2):  # before the first update, after the second and after the last
+            expected += [("reward/held out", g.evaluation, g.step)]
+        expected += ["flush"]
+    assert [w if w == "flush" else w[1:] for w in written] == [
+        e if e == "flush" else (e[0], pytest.approx(e[1]), e[2]) for e in expected
+    ]
+    assert closed == [str(tmp_path / "board")]
+
+
+def test_without_tensorboard_a_run_that_wants_it_is_refused(base, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    engines = Here(lambda i: Memory(base))
+    text = r"es: tensorboard: expected the package tensorboard \(pip install tensorboard\), got none"
+    with pytest.raises(RuntimeError, match=text):
+        run_all(base, tmp_path / "run.zk", engines, tensorboard=tmp_path)
+    assert engines._engines[0].calls == 0
+
+
+def test_tensorboards_own_files(base, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found, _, _ = run_all(base, tmp_path / "run.zk", generations=2, tensorboard=tmp_path / "board")
+    events = EventAccumulator(str(tmp_path / "board"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("reward/mean")] == [
+        (g.step, pytest.approx(g.mean, rel=1e-6)) for g in found
+    ]

@@ -9,7 +9,7 @@ import torch
 
 import zokernels
 from zokernels import Span
-from zokernels.examples import compress, digits, fedkseed, fzoos
+from zokernels.examples import compress, digits, fedkseed, fzoos, population
 
 pytest.importorskip("sklearn")
 
@@ -99,3 +99,13 @@ def test_programs_print_their_results(capsys):
     out = capsys.readouterr().out
     for text in ("256 bytes down, 30 up", "kept of the square", "bytes as coefficients"):
         assert text in out
+
+
+def test_a_population_learns_digits_by_a_count(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    points = population.train(tmp_path, 20)
+    assert [generation for generation, _, _ in points] == list(range(21))
+    first, last = points[0][2], points[-1][2]
+    assert last > first + 0.2  # of about 0.1 before
+    assert (tmp_path / "population.png").read_bytes().startswith(b"\x89PNG")
+    assert "20 generations of 256 members" in capsys.readouterr().out

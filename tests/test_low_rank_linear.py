@@ -37,7 +37,7 @@ def random_linear(rng, dtype=None, shape=None, rank=None, rows=None, specials=Tr
         return buffer[begin : begin + total * columns].view(total, columns)
 
     def factor(*shape):
-        count = rng.choice([1, members])
+        count = rng.choice([g for g in range(1, members + 1) if members % g == 0])
         return values(count * torch.Size(shape).numel(), torch.float32).view(count, *shape)
 
     return {
@@ -48,22 +48,26 @@ def random_linear(rng, dtype=None, shape=None, rank=None, rows=None, specials=Tr
         "coeffs": torch.randn(members),
         "rows": rows,
         "bias": rng.choice([None, factor(m)]),
+        "add": rng.choice([True, False]),
     }
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_reference_follows_the_formula(dtype, with_bias, rng):
-    rows, m, n, rank = [3, 0, 5], 70, 200, 4
+@pytest.mark.parametrize("add", [True, False])
+def test_reference_follows_the_formula(dtype, with_bias, add, rng):
+    """Members 0 and 1 share a left factor, as do 2 and 3; a bias they share all."""
+    rows, m, n, rank = [3, 0, 4, 1], 70, 200, 4
     out, x = torch.randn(8, m).to(dtype), torch.randn(8, n).to(dtype)
-    left, right = torch.randn(3, m, rank), torch.randn(3, n, rank)
-    coeffs, bias = torch.randn(3), torch.randn(3, m) if with_bias else None
-    member = torch.repeat_interleave(torch.arange(3), torch.tensor(rows))
+    left, right = torch.randn(2, m, rank), torch.randn(4, n, rank)
+    coeffs, bias = torch.randn(4), torch.randn(1, m) if with_bias else None
+    member = torch.repeat_interleave(torch.arange(4), torch.tensor(rows))
 
     def linear(out, x, left, right, coeffs, bias):
         inner = torch.einsum("in,inr->ir", x, right[member])
-        added = torch.einsum("ir,imr->im", inner, left[member])
-        return out + coeffs[member, None] * (added if bias is None else added + bias[member])
+        added = torch.einsum("ir,imr->im", inner, left[member // 2])
+        product = coeffs[member, None] * (added if bias is None else added + bias)
+        return out + product if add else product
 
     exact = [None if t is None else t.double() for t in (out, x, left, right, coeffs, bias)]
     want = linear(*exact)
@@ -71,7 +75,7 @@ def test_reference_follows_the_formula(dtype, with_bias, rng):
     # A chain of 4 fmas, 6 additions of neighbours, an fma for each of 4 ranks, the bias, the fma into out.
     bound = rounding_bound(want, dtype, magnitude, 4 + 6 + 4 + 2)
     with zokernels.backend("reference"):
-        zokernels.low_rank_linear_(out, x, left, right, coeffs, rows=rows, bias=bias)
+        zokernels.low_rank_linear_(out, x, left, right, coeffs, rows=rows, bias=bias, add=add)
     assert ((out.double() - want).abs() <= bound).all()
 
 
@@ -96,16 +100,16 @@ def test_threads(cpu_kernel, rng):
 
 def test_a_member_has_the_bits_it_has_alone(cpu_backend, rng):
     """No row's result depends on the rows beside it, nor on the members of its call."""
-    args = random_linear(rng, shape=(130, 200), rank=5, rows=[4, 7, 2], specials=False)
+    args = random_linear(rng, shape=(130, 200), rank=5, rows=[4, 7, 2, 3], specials=False)
     together = args["y"].clone()
     zokernels.low_rank_linear_(together, **{k: v for k, v in args.items() if k != "y"})
     begin = 0
     for p, count in enumerate(args["rows"]):
         alone = args["y"][begin : begin + count].clone()
-        own = lambda t, p=p: t if t is None or len(t) == 1 else t[p : p + 1]
+        own = lambda t, p=p: None if t is None else t[p * len(t) // 4 :][:1]
         zokernels.low_rank_linear_(
             alone, args["x"][begin : begin + count], own(args["left"]), own(args["right"]),
-            args["coeffs"][p : p + 1], rows=[count], bias=own(args["bias"]),
+            args["coeffs"][p : p + 1], rows=[count], bias=own(args["bias"]), add=args["add"],
         )  # fmt: skip
         assert_same_bits(alone, together[begin : begin + count], f"member {p}")
         begin += count

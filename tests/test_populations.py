@@ -28,6 +28,7 @@ from zokernels.optim import (
     TeZO,
     ZOConservative,
 )
+from zokernels.step.cohort import members_within
 from zokernels.step.directions.low_rank import Factored
 from zokernels.step.probes.functions import HiddenParameters
 from zokernels.trajectory import read, replay_
@@ -193,7 +194,7 @@ def test_no_perturbed_weight_is_made():
     copy = lambda *_: pytest.fail("a copy")
     with watched("spread", note), watched("combine", copy), watched("low_rank", copy):
         losses_of(METHODS["EGGROLL"], restore="products", batched=True)
-    assert max(sizes) == (50 + 24) * 3  # factors of rank 3 of the embedding [50, 24]
+    assert max(sizes) == 50 * 3  # the left factor of rank 3 of the embedding [50, 24]
 
 
 def test_the_same_seeds_give_the_same_weights_and_a_log_replays(tmp_path):
@@ -270,6 +271,88 @@ def test_what_is_no_product_gets_perturbed_copies_and_is_said_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.step(closure, batched=True)
+
+
+class Patches(nn.Module):
+    """Convolutions that are products: windows side by side, some of the image left over, and 1 x 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.mix = nn.Conv2d(2, 8, (2, 3), stride=(2, 3)), nn.Conv2d(8, 8, 1, bias=False)
+        self.line, self.head = nn.Conv1d(8, 6, 2, stride=2, padding="valid"), nn.Linear(18, 50 * 7)
+
+    def forward(self, ids):
+        x = F.pad(ids.double().to(self.head.weight.dtype) / 50, (0, 103)).sin()
+        x = self.mix(self.patches(x.view(len(ids), 2, 5, 11)).relu())  # [b, 8, 2, 3]
+        return self.head(self.line(x.view(len(ids), 8, 6)).view(len(ids), 18).tanh()).view(len(ids), 7, 50)
+
+
+def test_convolutions_of_windows_side_by_side_are_products():
+    want, _ = losses_of(METHODS["EGGROLL"], model=Patches)
+    copy = lambda *_: pytest.fail("a copy of a weight")
+    with watched("low_rank", copy):
+        for options in ({}, {"batched": True}):  # a warning is an error there
+            got, _ = losses_of(METHODS["EGGROLL"], model=Patches, restore="products", **options)
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert want.std() > 1e-3
+
+
+class Experts(nn.Module):
+    """Each token goes to one expert of two, whose rows are picked from all."""
+
+    def __init__(self, stacked=False) -> None:
+        super().__init__()
+        self.tokens, self.router = nn.Embedding(50, 8), nn.Linear(8, 2, bias=False)
+        self.experts = None if stacked else nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.stacked = nn.Parameter(torch.randn(2, 8, 8)) if stacked else None
+        self.head = nn.Linear(8, 50)
+
+    def pick(self, expert, chosen):
+        return (chosen == expert).nonzero()[:, 0]
+
+    def forward(self, ids):
+        x = self.tokens(ids).flatten(0, 1)
+        chosen, out = self.router(x).argmax(1), torch.zeros_like(x)
+        for i in range(2):
+            at = self.pick(i, chosen)
+            y = F.linear(x[at], self.stacked[i]) if self.experts is None else self.experts[i](x[at])
+            out.index_add_(0, at, y)
+        return self.head(out).view(*ids.shape, 50)
+
+
+class StackedExperts(Experts):
+    def __init__(self) -> None:
+        super().__init__(stacked=True)
+
+
+class SortedExperts(Experts):
+    """Picks a fixed number of tokens for each expert, of all rows sorted by the router's choice."""
+
+    def pick(self, expert, chosen):
+        half = len(chosen) // 2
+        return chosen.argsort(stable=True)[half * expert : half * (expert + 1)]
+
+
+@pytest.mark.parametrize("model", [Experts, StackedExperts, SortedExperts])
+def test_where_experts_pick_their_rows_members_run_one_by_one(model):
+    """At a small perturbation every member's tokens go where theta's do, so that numbers of rows tell
+    nothing; the losses would be those of other members.
+    """
+    make = lambda p, **o: EGGROLL(p, 1.0, 1e-4, rank=3, directions=3, **o)
+    want, _ = losses_of(make, model=model)
+    torch.manual_seed(3)
+    net, (ids, targets) = model(), torch.randint(50, (2, 3, 7)).unbind()
+    optimizer = make(net.named_parameters(), restore="products")
+    sizes = []
+
+    def closure(cohort):
+        sizes.append(len(cohort))
+        return cohort.mean(cross_entropy(net(cohort.repeat(ids)), cohort.repeat(targets)))
+
+    with pytest.warns(UserWarning, match="members run one by one"):
+        optimizer.step(closure, batched=True)
+    assert set(sizes[2:]) == {1}
+    torch.testing.assert_close(torch.stack(list(optimizer.last_losses)), want, rtol=1e-6, atol=1e-6)
 
 
 class TimeFirst(nn.Module):
@@ -354,6 +437,37 @@ def test_models_of_transformers(name):
         torch.testing.assert_close(got, results[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("batched", [False, True])
+def test_compiled_models_run_uncompiled(batched):
+    """A compiled graph would hold the parameters themselves."""
+    want, _ = losses_of(METHODS["EGGROLL"])
+    torch.manual_seed(3)
+    plain, (ids, targets) = Model(), torch.randint(50, (2, 3, 7)).unbind()
+    calls = []
+
+    def backend(graph, example_inputs):
+        calls.append(graph)
+        return graph.forward
+
+    model = torch.compile(plain, backend=backend)
+    model(ids)
+    assert len(calls) == 1
+    optimizer = METHODS["EGGROLL"](plain.named_parameters(), restore="products")
+
+    def closure(cohort=None):
+        if cohort is None:
+            return cross_entropy(model(ids), targets).mean()
+        return cohort.mean(cross_entropy(model(cohort.repeat(ids)), cohort.repeat(targets)))
+
+    with pytest.warns(UserWarning, match="products run torch.compile'd functions uncompiled"):
+        optimizer.step(closure, batched=batched)
+    torch.testing.assert_close(torch.stack(list(optimizer.last_losses)), want, rtol=1e-5, atol=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(closure, batched=batched)  # said once
+    assert len(calls) == 1
+
+
 def test_rules_that_try_points_of_several_directions():
     """A trial moves along all directions at once."""
 
@@ -366,6 +480,55 @@ def test_rules_that_try_points_of_several_directions():
         return torch.stack(list(optimizer.last_losses))
 
     torch.testing.assert_close(losses(restore="products"), losses(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("limit", "one", "two", "members", "step", "found"),
+    [
+        (100, 10, 14, 8, 1, 8),  # all of them
+        (100, 40, 60, 32, 1, 4),  # 40, 60, 80, 100
+        (100, 40, 60, 9, 1, 3),  # four fit: three forwards, shared out evenly
+        (100, 40, 60, 6, 2, 2),  # three each, but pairs stay together
+        (60, 40, 60, 12, 2, 2),
+        (59, 40, 60, 12, 2, 1),
+        (39, 40, 60, 12, 1, 1),  # not even one
+        (100, 0, 0, 5, 1, 5),  # nothing was seen
+    ],
+)
+def test_members_within_a_limit(limit, one, two, members, step, found):
+    assert members_within(limit, one, two, members, step) == found
+
+
+def test_scratch_bounds_the_members_of_a_forward(tmp_path):
+    """A member's hidden values take 64 x 1024 fp32 numbers, twice where the ReLU makes its own of them."""
+    each = 2 * 64 * 1024 * 4
+    torch.manual_seed(0)
+    start = nn.Sequential(nn.Linear(16, 1024), nn.ReLU(), nn.Linear(1024, 1)).state_dict()
+    x = torch.randn(64, 16)
+
+    def run(name, **options):
+        model, sizes = nn.Sequential(nn.Linear(16, 1024), nn.ReLU(), nn.Linear(1024, 1)), []
+        model.load_state_dict(start)
+        log = {"trajectory": tmp_path / name, "restore": "products"}
+        optimizer = EGGROLL(model.named_parameters(), 0.1, 0.05, rank=2, directions=6, **log, **options)
+
+        def closure(cohort):
+            sizes.append(len(cohort))
+            return cohort.mean(model(cohort.repeat(x)).square())
+
+        optimizer.step(closure, batched=True)
+        optimizer.trajectory.close()
+        return sizes, torch.stack(list(optimizer.last_losses)), read(tmp_path / name).header["cohort"]
+
+    sizes, losses, header = run("all")
+    assert (sizes, header) == ([1, 2, 12], 12)
+    for scratch, size in ((int(4.7 * each), 4), (int(2.7 * each), 2), (int(40 * each), 12)):
+        sizes, own, header = run(str(size), scratch=scratch)
+        assert (sizes, header) == ([1, 2] + [size] * (12 // size), size)
+        torch.testing.assert_close(own, losses, rtol=1e-4, atol=1e-6)
+    assert run("both", scratch=40 * each, cohort=3)[0] == [1, 2, 3, 3, 3, 3]
+    with pytest.warns(UserWarning, match="members run one by one: a forward of one takes .* of scratch"):
+        assert run("none", scratch=each // 2)[0] == [1, 2] + [1] * 12
 
 
 def test_baselines_and_groups():

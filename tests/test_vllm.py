@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -220,6 +221,45 @@ def case_actors(folder):
     return {"rewards": [first.rewards, second.rewards], "differs": differs}
 
 
+def case_trainer(folder):
+    """A trainer that is killed in its second generation, and the same command again."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from zokernels.cli import main
+    from zokernels.es import Here, Run, Settings, train
+    from zokernels.step.estimators import Population
+
+    base, killed = folder / "llama", folder / "killed"
+    if not base.exists():
+        random_model(base)
+    settings = Settings(Population(2, mirrored=True, maximize=True), sigma=1e-2, lr=1e-2)
+    run = Run(base, folder / "run.zk", settings)
+    begin, seen = len(run.past), []
+
+    def reward(prompt, text):
+        seen.append(text)
+        if len(seen) > 5 * len(PROMPTS) and not killed.exists():  # four members, and one of the second
+            killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return float(len(text))
+
+    generations = train(
+        Here(lambda i: make_engine(base)), run, lambda step: PROMPTS, reward, generations=3,
+        sampling=SAMPLING, save_every=3, save_to=folder, tensorboard=folder / "board",
+    )  # fmt: skip
+    steps = [generation.step for generation in generations]
+    run.close()
+    replayed = folder / "replayed.safetensors"
+    assert main(["replay", str(base), str(folder / "run.zk"), "-o", str(replayed)]) == 0
+    board = EventAccumulator(str(folder / "board"))
+    board.Reload()
+    return {
+        "begin": begin, "steps": steps,
+        "differs": differing(folder / "generation-3.safetensors", load_file(replayed)),
+        "board": [event.step for event in board.Scalars("reward/mean")],
+    }  # fmt: skip
+
+
 def _params():
     from vllm import SamplingParams
 
@@ -234,8 +274,8 @@ def _free_port():
         return s.getsockname()[1]
 
 
-def run_case(name, folder):
-    """What ``case_<name>`` returned, in a process of its own."""
+def run_case(name, folder, status=0):
+    """What ``case_<name>`` returned, in a process of its own; None where it is to end with another status."""
     # A thread that shares its core with other programs keeps all others of its process waiting, hundreds of
     # times a token; the models are small, so each rank has one, and it is bound to no core.
     settings = {
@@ -247,8 +287,8 @@ def run_case(name, folder):
     command = [sys.executable, __file__, name, str(folder)]
     environment = {**os.environ, **settings}
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-8000:]
-    return json.loads((folder / "found.json").read_text())
+    assert process.returncode == status, process.stdout[-4000:] + process.stderr[-8000:]
+    return json.loads((folder / "found.json").read_text()) if status == 0 else None
 
 
 def test_smollm2(tmp_path):
@@ -344,6 +384,14 @@ def test_actors_and_the_log(tmp_path):
     found = run_case("actors", tmp_path)
     assert [len(rewards) for rewards in found["rewards"]] == [4, 4]
     assert found["differs"] == []
+
+
+def test_a_killed_trainer_goes_on(tmp_path):
+    run_case("trainer", tmp_path, -signal.SIGKILL)
+    found = run_case("trainer", tmp_path)
+    assert (found["begin"], found["steps"]) == (1, [1, 2])
+    assert found["differs"] == []
+    assert found["board"] == [0, 1, 2]  # the folder has both processes' files
 
 
 if __name__ == "__main__":

@@ -500,19 +500,19 @@ def _():
     from zokernels.backends import get
 
     torch.manual_seed(SEED)
-    for dtype, m, n, rank, rows, own, with_bias in (
-        (torch.float32, 9, 70, 3, [2, 0, 17], True, True),
-        (torch.bfloat16, 72, 5, 1, [16], False, False),
-        (torch.float16, 70, 130, 2, [1, 3], True, True),
+    for dtype, m, n, rank, rows, factors, with_bias, add in (
+        (torch.float32, 9, 70, 3, [2, 0, 17], 3, True, True),
+        (torch.bfloat16, 72, 5, 1, [16], 1, False, False),
+        (torch.float16, 70, 130, 2, [1, 3, 2, 1], 2, True, False),
     ):
         total, members = sum(rows), len(rows)
         values = torch.randn(total, m).to(dtype), torch.randn(total, n).to(dtype)
-        left, right = torch.randn(members, m, rank), torch.randn(members if own else 1, n, rank)
+        left, right = torch.randn(members, m, rank), torch.randn(factors, n, rank)
         coeffs, bias = torch.randn(members), torch.randn(1, m) if with_bias else None
         results = []
         for name in ("triton", "reference"):
             out = values[0].clone()
-            get(name).low_rank_linear(out, values[1], left, right, coeffs, rows, bias)
+            get(name).low_rank_linear(out, values[1], left, right, coeffs, rows, bias, add)
             results.append([out])
         assert_same(*results, lambda i, dtype=dtype: f"out in {dtype}")
 

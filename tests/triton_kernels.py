@@ -39,7 +39,7 @@ ELEMENTS = tile.PROGRAM // (32 * tile.NUM_WARPS)  # of one thread
 KINDS = {
     **dict.fromkeys(("numel", "offset", "stream", "m", "n", "rank", "columns"), "i64"),
     **dict.fromkeys(("width", "length", "blocks", "magic", "rows"), "i64"),
-    **dict.fromkeys(("left_step", "right_step", "bias_step"), "i64"),
+    **dict.fromkeys(("left_members", "right_members", "bias_members"), "i64"),
     **dict.fromkeys(("seeds", "seed", "rounding_seed", "mask_seed", "table", "total"), "*i64"),
     **dict.fromkeys(("out_ptr", "run_seed_ptr", "step_ptr", "k_ptr"), "*i64"),
     "partial": "*fp64",
@@ -173,9 +173,9 @@ def low_rank_kernel(target, *present, dtype="bf16", table=False):
     return build(low_rank.low_rank_kernel, target, tensors, present, ALIGNED=True)
 
 
-def low_rank_linear_kernel(target, dtype="bf16", *, ranks=1, bias="fp32"):
+def low_rank_linear_kernel(target, dtype="bf16", *, ranks=1, bias="fp32", add=True):
     tensors = {"out": dtype, "x": dtype, "left": "fp32", "right": "fp32", "bias": bias}
-    return build(low_rank_linear.low_rank_linear_kernel, target, tensors, WIDTH=4, RANKS=ranks)
+    return build(low_rank_linear.low_rank_linear_kernel, target, tensors, ADD=add, WIDTH=4, RANKS=ranks)
 
 
 def squares_kernel(target, *, table=False):

@@ -38,7 +38,18 @@ from .step.step import StepOptimizer
 from .trajectory.format import Log, Record, encode, read, scan
 from .trajectory.settings import check_base, check_same_run, match, whole_header
 
-__all__ = ["Actors", "Engine", "Generation", "Here", "Reward", "Run", "Settings", "rewards_of", "train"]
+__all__ = [
+    "Actors",
+    "Engine",
+    "Generation",
+    "Here",
+    "Reward",
+    "Run",
+    "Settings",
+    "rewards_of",
+    "texts_of",
+    "train",
+]
 
 #: Of one prompt (as it was given) and the text that an engine made of it: a number, of which more is better.
 Reward = Callable[[Any, str], float]
@@ -350,15 +361,19 @@ def _catch_up(engine: Engine, updates: list[tuple[Any, ...]]) -> None:
 
 
 class _Fleet:
-    """The engines of a run.
+    """Engines that share out tasks.
 
     One that dies is made anew, takes the updates so far, and does its work again.
     """
 
-    def __init__(self, engines: Here, run: Run) -> None:
+    def __init__(self, engines: Here) -> None:
         self.engines = engines
-        self.updates = [u for u in map(run.update, run.past) if u is not None]
+        self.updates: list[tuple[Any, ...]] = []
         self.restarts = 0  # since the last task that an engine has finished
+
+    def join(self, run: Run) -> None:
+        """Brings engines that are at the base of ``run`` to where its log ends."""
+        self.updates = [u for u in map(run.update, run.past) if u is not None]
         (found,) = self.map(_names, [()])
         if differ := run.names.symmetric_difference(found):
             got = f"{min(differ)!r} in one of them alone"
@@ -418,6 +433,10 @@ def _mean_reward(
     return statistics.fmean(rewards_of(reward, prompts, texts, timeout, late))
 
 
+def _restore(engine: Engine) -> None:
+    engine.restore()
+
+
 def _evaluate(engine: Engine, prompts: list[Any], sampling: dict[str, Any]) -> list[str]:
     engine.restore()
     return engine.generate(prompts, **sampling)
@@ -425,6 +444,28 @@ def _evaluate(engine: Engine, prompts: list[Any], sampling: dict[str, Any]) -> l
 
 def _save(engine: Engine, path: str) -> None:
     engine.save(path)
+
+
+def texts_of(
+    engines: Here,
+    points: Sequence[tuple[list[int], list[float]]],
+    prompts: Sequence[Any],
+    sampling: dict[str, Any] | None = None,
+) -> list[list[str]]:
+    """The texts of ``prompts`` at each point theta + sum_k coeffs[k] z_k, by the engine that is free first.
+
+    Nothing is trained: afterwards every engine computes with theta again.  An engine that dies is made anew
+    and does its work again.
+
+    Args:
+        engines: :class:`Here` or :class:`Actors`.
+        points: seeds and coefficients of each; ``([], [])`` is theta.
+        prompts, sampling: of ``Engine.generate``, the same for all points.
+    """
+    fleet = _Fleet(engines)
+    texts = fleet.map(member, [(point, list(prompts), sampling or {}) for point in points])
+    fleet.all(_restore)
+    return texts
 
 
 def train(
@@ -456,7 +497,7 @@ def train(
         held_out: prompts on which theta is evaluated at the start and every ``evaluate_every`` generations.
         save_every, save_to: writes ``generation-N.safetensors`` into a folder.
         progress: a bar (tqdm).
-        tensorboard: a folder for TensorBoard's files.
+        tensorboard: a folder for TensorBoard's files; the package tensorboard writes them.
 
     A reward is a function of generated text, and that depends on the batch, the kernels and the number of
     ranks.  So what is promised is the log: each generation that was logged is kept to the bit, whatever
@@ -465,14 +506,15 @@ def train(
     """
     check_integer("es", "generations", generations, 0)
     check_integer("es", "evaluate_every", evaluate_every)
-    sampling, fleet = sampling or {}, _Fleet(engines, run)
-    writer = _writer(tensorboard)
+    write, close = _writer(tensorboard)
+    sampling, fleet = sampling or {}, _Fleet(engines)
     bar = _bar(progress, generations, len(run.past))
     score = lambda texts, asked: _mean_reward(texts, asked, reward, timeout, late)
     judge = lambda: (
         score(fleet.map(_evaluate, [(list(held_out), sampling)])[0], held_out) if held_out else None
     )
     try:
+        fleet.join(run)
         for step in range(len(run.past), generations):
             began, asked = time.monotonic(), list(prompts(step))
             evaluation = judge() if step == 0 else None
@@ -490,10 +532,11 @@ def train(
                 fleet.map(_save, [(os.path.join(save_to, f"generation-{step + 1}.safetensors"),)])
             found = Generation(step, tuple(values), record.loss, time.monotonic() - began, evaluation)
             bar.update(found)
-            writer(found)
+            write(found)
             yield found
     finally:
         bar.close()
+        close()
 
 
 class _Bar:
@@ -519,11 +562,14 @@ def _bar(wanted: bool, total: int, done: int) -> _Bar:
     return _Bar(tqdm(total=total, initial=done, unit="generation"))
 
 
-def _writer(folder: str | os.PathLike[str] | None) -> Callable[[Generation], None]:
+def _writer(folder: str | os.PathLike[str] | None) -> tuple[Callable[[Generation], None], Callable[[], None]]:
+    """What writes a generation for TensorBoard, and what closes its file."""
     if folder is None:
-        return lambda found: None
-    from torch.utils.tensorboard import SummaryWriter
-
+        return lambda found: None, lambda: None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        fail("es", "tensorboard", "the package tensorboard (pip install tensorboard)", "none", RuntimeError)
     writer = SummaryWriter(os.fspath(folder))
 
     def write(found: Generation) -> None:
@@ -534,4 +580,4 @@ def _writer(folder: str | os.PathLike[str] | None) -> Callable[[Generation], Non
             writer.add_scalar("reward/held out", found.evaluation, found.step)
         writer.flush()
 
-    return write
+    return write, writer.close

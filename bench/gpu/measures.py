@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 from ..curand import CARRIED
 from . import prebuilt
-from .stage import Context, must, python, replace
+from .stage import Context, Skip, must, python, replace
 
 
 @contextlib.contextmanager
@@ -77,3 +78,11 @@ def offload(name: str, *arguments: str) -> Callable[[Context], str]:
         return _measure(ctx, name, command + (["--tiny"] if ctx.rehearse else []))
 
     return stage
+
+
+def population(ctx: Context) -> str:
+    """Runs ``bench population``, for whose model it needs transformers."""
+    if importlib.util.find_spec("transformers") is None:
+        raise Skip("needs the package transformers")
+    command = python("-m", "bench", "population", "--device", ctx.device)
+    return _measure(ctx, "population", command + (["--tiny", "--rounds", "1"] if ctx.rehearse else []))

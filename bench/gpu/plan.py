@@ -8,7 +8,7 @@ left.  The seconds of a GPU are estimates until one has been measured.
 from __future__ import annotations
 
 from . import ncu, stages
-from .measures import bench, offload
+from .measures import bench, offload, population
 from .stage import Stage
 
 MINUTES = 7.0
@@ -77,6 +77,7 @@ STAGES = (
         "bench-combine-fp16", "measure", 45, 90, bench("bench-combine-fp16", *_COMBINE, "--dtype", "fp16"),
         "whether a pass costs what a copy costs in fp16",
     ),
+    Stage("population", "measure", 40, 90, population, "members of one forward against plain inference"),
     Stage("two-gpus", "optional", 20, 60, stages.two_gpus, "launches for a GPU that is not the current one"),
     Stage("distributed", "optional", 60, 180, stages.distributed, "shards' bits over NCCL, two GPUs or four"),
     Stage("cpu-tests", "optional", 30, 120, stages.cpu_tests, "contract and operations under this Python"),

@@ -46,7 +46,8 @@ class Results:
             "rehearsal": rehearse,
         }
         self.result |= {"passed": False, "finished": False, "running": [], "stopped_by": None, "stages": []}
-        self.result |= {"skipped": {}, "rows": [], "offload": [], "ncu": [], "clock_mhz": {}}
+        self.result |= {"skipped": {}, "rows": [], "clock_mhz": {}}
+        self.result |= {"offload": [], "ncu": [], "population": []}
         folder.mkdir(parents=True, exist_ok=True)
         # What an earlier check left is removed: if a stage does not run now, its old figures must not be
         # shown.

@@ -97,6 +97,14 @@ def offload_goals(rows: Sequence[Row]) -> list[Goal]:
     return found
 
 
+def population_goals(rows: Sequence[Row]) -> list[Goal]:
+    """The goals of populations (docs/populations.md), each of which its row states."""
+    if not rows:
+        return [Goal("a population in one forward, of the tokens a second of plain inference", 0.91, None)]
+    with_goal = (r for r in rows if r["goal"] is not None)
+    return [Goal(r["row"], r["goal"], r["ratio"], "", not r["at_least"]) for r in with_goal]
+
+
 def offload_table(rows: Sequence[Row]) -> str:
     heads = ["model", *offload.COLUMNS]
     lines = [f"| {' | '.join(heads)} |", "|---" * 2 + "|--:" * (len(heads) - 2) + "|"]
@@ -124,7 +132,8 @@ def goals_table(found: Sequence[Goal]) -> str:
 
 
 def all_goals(result: dict[str, Any]) -> list[Goal]:
-    return goals(result["rows"], "cpu" if result["rehearsal"] else "cuda") + offload_goals(result["offload"])
+    found = goals(result["rows"], "cpu" if result["rehearsal"] else "cuda")
+    return found + offload_goals(result["offload"]) + population_goals(result.get("population", []))
 
 
 def _stages_table(stages: Sequence[dict[str, Any]]) -> str:
@@ -248,5 +257,11 @@ def readme(result: dict[str, Any], found: Sequence[Goal], picture: bool) -> str:
         body += ["## Kernels under Nsight Compute", words, _markdown(profiled(result["ncu"]))]
     if result["offload"]:
         body += ["## Streamed models", offload.LEGEND, offload_table(result["offload"])]
+    if result.get("population"):
+        heads = ["row", "ratio", "20th percentile", "80th"]
+        cells = (
+            [r["row"], *(f"{r[key]:.3f}" for key in ("ratio", "p20", "p80"))] for r in result["population"]
+        )
+        body += ["## Populations", _markdown([heads, *cells])]
     body += ["## Left out", "\n".join(f"* {k}: {v}" for k, v in result["skipped"].items()) or "Nothing."]
     return "\n\n".join(body) + "\n"

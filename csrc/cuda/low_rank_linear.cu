@@ -21,13 +21,13 @@ struct LinearEntry {
 struct LinearLaunch {
   const void* x;       // [N, n]
   void* out;           // [N, m]
-  const float* left;   // [members, m, rank]
-  const float* right;  // [members, n, rank]
+  const float* left;   // [groups, m, rank]
+  const float* right;  // [groups, n, rank]
   float* partial;      // [N, rank, kParts]
   float* sums;         // [N, rank]
   int32_t m, n, rank;
   bool has_vectors;  // rows of x (or out) are whole vectors at aligned addresses
-  bool one_factor;   // one factor for all members: right of the chains, left of out
+  int32_t members;   // of a group, which share a factor: right of the chains, left of out
   Table<LinearEntry, kMaxArgument - 128> table;
 };
 static_assert(sizeof(LinearLaunch) <= kMaxArgument);
@@ -35,8 +35,9 @@ static_assert(sizeof(LinearLaunch) <= kMaxArgument);
 // What only the last launch needs.
 struct OutArguments {
   const float* coeffs;  // [members]
-  const float* bias;    // [members, m], or null
-  bool one_bias;
+  const float* bias;    // [groups, m], or null
+  int32_t members;      // that share a bias
+  bool add;             // out is read
 };
 
 // --- the kernels -----------------------------------------------------------------------------------------
@@ -68,7 +69,7 @@ ZK_GLOBAL linear_chains_kernel(ZK_GRID_CONSTANT LinearLaunch p) {
   if (local >= t.rows) return;
   const int64_t row = t.first + local;
   const void* x = row_at<D>(p.x, row, p.n);
-  const float* right = p.right + (p.one_factor ? 0 : t.member * int64_t{p.n} * p.rank);
+  const float* right = p.right + t.member / p.members * int64_t{p.n} * p.rank;
   const int begin = group * kRanksAtOnce;
   float chain[kRanksAtOnce][kVector] = {};
   ZK_NO_UNROLL
@@ -113,7 +114,7 @@ ZK_GLOBAL linear_out_kernel(ZK_GRID_CONSTANT LinearLaunch p, OutArguments more) 
   const int64_t column = index % vectors * kVector, local = index / vectors * kOutRows;
   if (local >= t.rows) return;
   const int rows = static_cast<int>(t.rows - local < kOutRows ? t.rows - local : kOutRows);
-  const float* left = p.left + (p.one_factor ? 0 : t.member * int64_t{p.m} * p.rank) + column * p.rank;
+  const float* left = p.left + (t.member / p.members * int64_t{p.m} + column) * p.rank;
   const float* sums = p.sums + (t.first + local) * p.rank;
   float product[kOutRows][kVector] = {};
   ZK_NO_UNROLL
@@ -129,15 +130,14 @@ ZK_GLOBAL linear_out_kernel(ZK_GRID_CONSTANT LinearLaunch p, OutArguments more) 
     }
   }
   const float c = more.coeffs[t.member];
-  const float* bias = more.bias == nullptr
-                          ? nullptr
-                          : more.bias + (more.one_bias ? 0 : t.member * int64_t{p.m}) + column;
+  const float* bias = more.bias == nullptr ? nullptr
+                                           : more.bias + t.member / more.members * int64_t{p.m} + column;
   ZK_UNROLL
   for (int v = 0; v < kOutRows; ++v) {
     if (v >= rows) continue;
     void* out = const_cast<void*>(row_at<D>(p.out, t.first + local + v, p.m));
-    float y[kVector];
-    load_vector<D>(out, column, p.m, p.has_vectors, y);
+    float y[kVector] = {};
+    if (more.add) load_vector<D>(out, column, p.m, p.has_vectors, y);
     ZK_UNROLL
     for (int e = 0; e < kVector; ++e) {
       float z = product[v][e];
@@ -175,7 +175,7 @@ std::vector<Packed<LinearEntry>> entries_of(const std::vector<int64_t>& rows, co
 }
 
 void low_rank_linear_cuda(Tensor out, Tensor x, Tensor left, Tensor right, Tensor coeffs,
-                          std::vector<int64_t> rows, std::optional<Tensor> bias) {
+                          std::vector<int64_t> rows, std::optional<Tensor> bias, bool add) {
   check_low_rank_linear(out, x, left, right, coeffs, rows, bias);
   if (out.numel() == 0) return;
   const OnDevice on(out);
@@ -193,9 +193,11 @@ void low_rank_linear_cuda(Tensor out, Tensor x, Tensor left, Tensor right, Tenso
   shared.m = static_cast<int32_t>(out.size(1));
   shared.n = static_cast<int32_t>(x.size(1));
   shared.rank = static_cast<int32_t>(rank);
-
+  const auto sharing = [&](const Tensor& factor) {
+    return static_cast<int32_t>(static_cast<int64_t>(rows.size()) / factor.size(0));
+  };
   shared.has_vectors = has_vectors(x);
-  shared.one_factor = right.size(0) == 1;
+  shared.members = sharing(right);
   const int64_t groups = (rank + kRanksAtOnce - 1) / kRanksAtOnce;
   pack_launches(shared, entries_of(rows, [&](int64_t n) { return n * groups * kParts; }),
                 [&](const LinearLaunch& p, uint32_t chunks) {
@@ -208,8 +210,8 @@ void low_rank_linear_cuda(Tensor out, Tensor x, Tensor left, Tensor right, Tenso
                       floats, shared.sums, total));
 
   shared.has_vectors = has_vectors(out);
-  shared.one_factor = left.size(0) == 1;
-  const OutArguments more{pointer<float>(coeffs), pointer<float>(bias), bias && bias->size(0) == 1};
+  shared.members = sharing(left);
+  const OutArguments more{pointer<float>(coeffs), pointer<float>(bias), bias ? sharing(*bias) : 1, add};
   const int64_t vectors = (out.size(1) + kVector - 1) / kVector;
   pack_launches(shared, entries_of(rows, [&](int64_t n) { return (n + kOutRows - 1) / kOutRows * vectors; }),
                 [&](const LinearLaunch& p, uint32_t chunks) {
@@ -223,6 +225,6 @@ void low_rank_linear_cuda(Tensor out, Tensor x, Tensor left, Tensor right, Tenso
 
 ZK_REGISTER(low_rank_linear,
             "low_rank_linear(Tensor(a!) y, Tensor x, Tensor left, Tensor right, Tensor coeffs, "
-            "int[] rows, Tensor? bias) -> ()")
+            "int[] rows, Tensor? bias, bool add) -> ()")
 
 }  // namespace zk::cuda

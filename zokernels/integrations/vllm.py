@@ -57,9 +57,11 @@ def _keep_cpu_weights() -> None:
 
 
 def _check_version() -> None:
-    if vllm.__version__.rsplit(".", 1)[0] not in SUPPORTED:
-        text = f"expected one of {SUPPORTED}, got {vllm.__version__}; trying it"
-        warnings.warn(f"zokernels: vllm: {text}", stacklevel=2)
+    if ".".join(vllm.__version__.split(".")[:2]) not in SUPPORTED:
+        text = (
+            f"expected {' or '.join(SUPPORTED)}, with which it is tested, got {vllm.__version__}; trying it"
+        )
+        warnings.warn(f"zokernels: vllm: version: {text}", stacklevel=2)
 
 
 _keep_cpu_weights()

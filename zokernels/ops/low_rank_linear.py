@@ -31,9 +31,10 @@ def _check_factor(name: str, value: Tensor, shape: tuple[int, ...], device: torc
     if value.dtype is not torch.float32 or value.device != device:
         got = f"{value.dtype} on {value.device}"
         fail("low_rank_linear_", name, f"torch.float32 on {device}", got, TypeError)
-    right_shape = value.shape[1:] == shape[1:] and value.shape[0] in (1, shape[0])
-    if value.dim() != len(shape) or not right_shape or not value.is_contiguous():
-        expected = f"a contiguous tensor of shape {shape}, or one for all members, {(1, *shape[1:])}"
+    count = value.shape[0] if value.dim() else 0
+    shared = count == shape[0] or (count > 0 and shape[0] % count == 0)
+    if value.dim() != len(shape) or value.shape[1:] != shape[1:] or not shared or not value.is_contiguous():
+        expected = f"a contiguous tensor of shape {shape}, or of a divisor of so many members"
         fail("low_rank_linear_", name, expected, f"shape {tuple(value.shape)}, strides {value.stride()}")
 
 
@@ -45,6 +46,7 @@ def _check_low_rank_linear(
     coeffs: Tensor,
     rows: list[int],
     bias: Tensor | None = None,
+    add: bool = True,
 ) -> None:
     op = "low_rank_linear_"
     for name, value in (("y", y), ("x", x)):
@@ -65,7 +67,7 @@ def _check_low_rank_linear(
 
 @define(
     "low_rank_linear_(Tensor(a!) y, Tensor x, Tensor left, Tensor right, Tensor coeffs, int[] rows, "
-    "Tensor? bias=None) -> ()",
+    "Tensor? bias=None, bool add=True) -> ()",
     checked(_check_low_rank_linear),
 )
 def _low_rank_linear_(
@@ -76,12 +78,13 @@ def _low_rank_linear_(
     coeffs: Tensor,
     rows: list[int],
     bias: Tensor | None = None,
+    add: bool = True,
 ) -> None:
-    _check_low_rank_linear(y, x, left, right, coeffs, rows, bias)
+    _check_low_rank_linear(y, x, left, right, coeffs, rows, bias, add)
     read = {"x": [x], "left": [left], "right": [right], "bias": [] if bias is None else [bias]}
     check_overlap("low_rank_linear_", {"y": [y]}, read)
     if y.numel():
-        select(y.device).low_rank_linear(y, x, left, right, coeffs, rows, bias)
+        select(y.device).low_rank_linear(y, x, left, right, coeffs, rows, bias, add)
         written([y])
 
 
@@ -95,6 +98,7 @@ def low_rank_linear_(
     *,
     rows: Sequence[int],
     bias: Tensor | None = None,
+    add: bool = True,
 ) -> None:
     """y_p = round(y_p + c_p ((x_p B_p) A_p^T + b_p)) in place, for every member p of a population.
 
@@ -110,10 +114,13 @@ def low_rank_linear_(
     Args:
         y: [N, m] in fp32, bf16 or fp16; rounded once, to nearest.
         x: [N, n], of y's dtype.
-        left, right: A and B, fp32 [P, m, r] and [P, n, r] with r from 1 to 64; or [1, ...], for all members.
+        left, right: A and B, fp32 [P, m, r] and [P, n, r] with r from 1 to 64.  Neighbouring members may
+            share a factor: of [G, ...] with P a multiple of G, each serves P / G members, one after the
+            other, as the two of an antithetic pair, or with G = 1 all of them.
         coeffs: P numbers, or fp32 [P] on the device of y.
         rows: the number of rows of each member; their sum is N.
-        bias: b, fp32 [P, m] or [1, m]: the noise of a bias, which has the same coefficient.
+        bias: b, fp32 [P, m] or [G, m]: the noise of a bias, which has the same coefficient.
+        add: False: y is written and not read, as if it were 0.
 
     Raises: as :func:`combine_`.
 
@@ -121,4 +128,4 @@ def low_rank_linear_(
     Punica, Chen et al. 2023 (arXiv 2310.18547), serves LoRA.
     """
     values = device_values("low_rank_linear_", "coeffs", coeffs, torch.float32, y.device)
-    _low_rank_linear_(y, x, left, right, values, list(rows), bias)
+    _low_rank_linear_(y, x, left, right, values, list(rows), bias, add)

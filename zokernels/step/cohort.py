@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,16 +19,22 @@ if TYPE_CHECKING:
 
 
 class Look(TorchDispatchMode):
-    """Around the first forward of a run: notes which tensors have rows of members.
+    """Around the first forward of a run: notes which tensors have rows of members, and how much memory there
+    is.
 
-    These are what :meth:`Cohort.repeat` and :meth:`Cohort.rows` give, and all that is computed of such.  They
-    are known by their memory, which views share: an operation's result in new memory is one of them, or is
-    not, by its arguments.
+    Rows of members are what :meth:`Cohort.repeat` and :meth:`Cohort.rows` give, and all that is computed of
+    such.  They are known by their memory, which views share: an operation's result in new memory is one of
+    them, or is not, by its arguments.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._marked: set[int] = set()
+        #: The most bytes that results of torch's operations took at a time.
+        self.peak = 0
+        self._held: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._mixed: set[int] = set()
+        self.members = 1  #: whose rows the forward has
         #: By function and argument, the sizes of first dimensions, in units of all rows.
         self.sizes: dict[Any, list[Fraction]] = {}
 
@@ -38,19 +45,83 @@ class Look(TorchDispatchMode):
         given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         known = {_memory(t) for t in given} - {0}
         marked = not known.isdisjoint(self._marked)
+        mixed = not known.isdisjoint(self._mixed) or (marked and self._mixes(func, args))
         for t in pytree.tree_leaves(out):
             if isinstance(t, Tensor):
+                if _memory(t) not in known:
+                    self._count(t)
+                    (self._mixed.add if mixed else self._mixed.discard)(_memory(t))
                 if marked:
                     self._marked.add(_memory(t))
                 elif _memory(t) not in known:  # where the memory of a tensor was that is gone
                     self._marked.discard(_memory(t))
         return out
 
+    def _mixes(self, func: Any, args: tuple[Any, ...]) -> bool:
+        """Whether a function of rows of members gives rows whose order or number the data decides.
+
+        So experts pick their tokens.
+        """
+        if func in _PICKING:
+            return True
+        if func is torch.ops.aten.index.Tensor:
+            index = args[1][0]
+        elif func is torch.ops.aten.index_select.default and args[1] == 0:
+            index = args[2]
+        else:
+            return False
+        if index is None or index.dim() == 0 or not self.has_marked(args[0]):
+            return False
+        each, count = args[0].shape[0] // self.members, index.shape[0] // self.members
+        if index.dtype in (torch.bool, torch.uint8) or index.shape[0] % self.members or each == 0:
+            return True
+        own = torch.arange(self.members, device=index.device).repeat_interleave(count)
+        return not bool((index.reshape(len(own), -1) // each == own[:, None]).all())
+
+    def has_mixed(self, tensor: Tensor) -> bool:
+        """Whether the rows of ``tensor`` may lie in another order than the members'."""
+        return _memory(tensor) in self._mixed
+
+    def _count(self, tensor: Tensor) -> None:
+        """Adds the memory of a new tensor; what is gone meanwhile counts no more."""
+        storage = tensor.untyped_storage()
+        reference = StorageWeakRef(storage)
+        self._held = {key: held for key, held in self._held.items() if not held[0].expired()}
+        self._held[reference.cdata] = reference, storage.nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self._held.values()))
+
     def mark(self, tensor: Tensor) -> None:
         self._marked.add(_memory(tensor))
 
     def has_marked(self, tensor: Tensor) -> bool:
         return _memory(tensor) in self._marked
+
+
+#: Functions whose results have as many rows as the data decides, members' or not.
+_PICKING = frozenset(
+    (
+        torch.ops.aten.nonzero.default,
+        torch.ops.aten.masked_select.default,
+        torch.ops.aten._unique2.default,
+        torch.ops.aten.unique_dim.default,
+    )
+)
+
+
+def members_within(limit: int, one: int, two: int, members: int, step: int) -> int:
+    """How many of ``members`` fit into ``limit`` bytes, where one takes ``one`` bytes and two take ``two``; 1
+    where not even one does.
+
+    What each further member takes is taken to be the same.  The members are then shared out evenly, in
+    multiples of ``step`` if it is not 1 of them alone.
+    """
+    each = max(1, two - one)
+    fit = max(1, min(members, 1 + (limit - one) // each))
+    forwards = -(-members // fit)
+    even = -(-members // forwards)
+    if even > 1 and even % step:
+        even = even // step * step if even > step else 1
+    return even
 
 
 def _memory(tensor: Tensor) -> int:
@@ -67,6 +138,8 @@ class Cohort:
     def __init__(self, members: Sequence[int], look: Look | None = None) -> None:
         #: The numbers of the members in their population, from 0 on.
         self.members = members
+        if look is not None:
+            look.members = len(members)
         #: The number of rows of each member; None until :meth:`repeat` or :meth:`rows` was called.
         self.counts: list[int] | None = None
         self._look = look

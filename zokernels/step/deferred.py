@@ -86,6 +86,10 @@ class Pass(NamedTuple):
             raise_to(params, self.minimum)
         elif self.bounds is not None:
             low, high = self.bounds
+            # A byte of packed integers is two elements.
+            options["offsets"] = [
+                o * (2 if p.dtype is torch.uint8 else 1) for o, p in zip(offsets, params, strict=True)
+            ]
             requantize_(params, self.seeds, self.coeffs, low=low, high=high, **options)
         elif self.rule is None or self.hyper is None:
             combine_(params, self.seeds, self.coeffs, **options)

@@ -35,15 +35,17 @@ def low_rank_linear(
     coeffs: Tensor,
     rows: list[int],
     bias: Tensor | None,
+    add: bool,
 ) -> None:
     begin = 0
     for p, count in enumerate(rows):
         block, begin = slice(begin, begin + count), begin + count
-        a, b = left[p % len(left)], right[p % len(right)]
+        a, b = (factor[p * len(factor) // len(rows)] for factor in (left, right))
         inner = _inner(x[block].float(), b)
         product = torch.zeros(y[block].shape, device=y.device)
         for j in range(a.shape[1]):
             product = fma(inner[:, j, None], a[None, :, j], product)
         if bias is not None:
-            product = product + bias[p % len(bias)]
-        y[block] = fma(coeffs[p], product, y[block].float()).to(y.dtype)
+            product = product + bias[p * len(bias) // len(rows)]
+        before = y[block].float() if add else torch.zeros_like(product)
+        y[block] = fma(coeffs[p], product, before).to(y.dtype)

@@ -34,20 +34,21 @@ def _sum_of_chains(chain):
     return a + b
 
 
-@triton.jit(do_not_specialize=["m", "n", "rank", "left_step", "right_step", "bias_step"])
+@triton.jit(do_not_specialize=["m", "n", "rank", "left_members", "right_members", "bias_members"])
 def low_rank_linear_kernel(
     out, x, left, right, coeffs, bias, table, owner, m: tl.int64, n: tl.int64, rank: tl.int64,
-    left_step: tl.int64, right_step: tl.int64, bias_step: tl.int64, WIDTH: tl.constexpr, RANKS: tl.constexpr,
+    left_members: tl.int64, right_members: tl.int64, bias_members: tl.int64, ADD: tl.constexpr,
+    WIDTH: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
-    """``left_step`` and its like: elements from one member's factor to the next one's; 0: all have one.
-    ``RANKS``: a power of two, ``rank`` or more."""
+    """``left_members`` and its like: how many neighbouring members share a factor.  ``RANKS``: a power of
+    two, ``rank`` or more."""
     pid = tl.program_id(0).to(tl.int64)
     entry = table + tl.load(owner + pid).to(tl.int64) * WIDTH
     member, first, count = tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
     row = (pid - tl.load(entry)) * _ROWS + tl.arange(0, _ROWS)
     inside = row < count
-    left += member * left_step
-    right += member * right_step
+    left += member // left_members * m * rank
+    right += member // right_members * n * rank
     # Columns of x, in chains.
     sums = tl.zeros((_ROWS, RANKS), tl.float32)
     which = tl.arange(0, RANKS)[None, :]
@@ -75,9 +76,13 @@ def low_rank_linear_kernel(
             factor = tl.load(left + column * rank + j, mask=column < m, other=0.0)
             product = fma(inner[:, None], factor[None, :], product)
         if bias is not None:
-            product += tl.load(bias + member * bias_step + column, mask=column < m, other=0.0)[None, :]
+            own = bias + member // bias_members * m
+            product += tl.load(own + column, mask=column < m, other=0.0)[None, :]
         mask = inside[:, None] & (column < m)[None, :]
-        y = to_float(tl.load(to + column[None, :], mask=mask, other=0.0))
+        if ADD:
+            y = to_float(tl.load(to + column[None, :], mask=mask, other=0.0))
+        else:
+            y = tl.zeros((_ROWS, _COLUMNS), tl.float32)
         value = round_nearest(fma(coeff, product, y), out.dtype.element_ty)
         tl.store(to + column[None, :], value, mask=mask)
 
@@ -91,19 +96,20 @@ def low_rank_linear(
     coeffs: Tensor,
     rows: list[int],
     bias: Tensor | None,
+    add: bool,
 ) -> None:
     entries, first = [], 0
     for member, count in enumerate(rows):
         if count:
             entries.append((triton.cdiv(count, ROWS), member, first, count))
         first += count
-    step = lambda factor: 0 if factor is None or len(factor) == 1 else factor[0].numel()
+    members = lambda factor: 1 if factor is None else len(rows) // len(factor)
     (m, rank), n = left.shape[1:], x.shape[1]
     with on_device(y.device):
         table = table_of(y.device, tuple(entries))
         assert table is not None  # no step with a batched forward is captured
         low_rank_linear_kernel[(table.owner.numel(),)](
             y, x, left, right, coeffs, bias, table.rows, table.owner, m, n, rank,
-            step(left), step(right), step(bias), WIDTH=len(entries[0]),
+            members(left), members(right), members(bias), ADD=add, WIDTH=len(entries[0]),
             RANKS=triton.next_power_of_2(rank), **options(y.device),
         )  # fmt: skip

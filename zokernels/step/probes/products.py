@@ -10,11 +10,13 @@ drawn when a product needs them, for all members of a cohort, and are gone after
 from __future__ import annotations
 
 import inspect
+import itertools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from threading import get_ident
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +73,20 @@ class Learned:
         self.size: int | None = None
         #: By function and parameter, the arguments that have rows of members: numbers and names.
         self.with_rows: dict[Any, frozenset[Any]] = {}
+        #: The parameters (bucket and stream) whose factors a forward has needed more than once.
+        self.again: set[tuple[int, int]] = set()
+
+
+class MemberTerms(NamedTuple):
+    """One direction of each of P members: seeds int64 [P], coefficients fp32 [P].
+
+    ``own``: the seeds of groups of as many neighbouring members, which have one seed, [G].  So the two sides
+    of an antithetic pair share what is drawn.
+    """
+
+    seeds: Tensor
+    coeffs: Tensor
+    own: Tensor
 
 
 class Products:
@@ -96,8 +112,9 @@ class Products:
         self.cohort, self.learned, self.say, self.look = cohort, learned, say, look
         self.count = len(points)
         self.seen: dict[int, None] = {}
-        self._terms: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        self._factors: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._terms: dict[int, list[MemberTerms]] = {}
+        self._drawn: set[tuple[tuple[int, int], int]] = set()
+        self._factors: dict[tuple[tuple[int, int], int], tuple[Tensor, Tensor]] = {}
         self._room = KEPT_BYTES
         self._outer: Any = None
 
@@ -157,10 +174,8 @@ class Products:
         """The number of a parameter's bucket, and its stream."""
         return self.owners.place(param)
 
-    def terms(self, bucket: int) -> list[tuple[Tensor, Tensor]]:
-        """Seeds (int64 [P]) and coefficients (fp32 [P]) of the members; several where a point has several
-        directions.
-        """
+    def terms(self, bucket: int) -> list[MemberTerms]:
+        """The members' seeds and coefficients; several where a point has several directions."""
         if bucket not in self._terms:
             device = self.owners.buckets[bucket].device
             lists = [list(point[bucket].items()) for point in self.points]
@@ -173,38 +188,44 @@ class Products:
                     coeffs = torch.cat([to_device(c.float().reshape(1), device) for c in values])
                 else:
                     coeffs = to_device(torch.tensor([c for _, c in each], dtype=torch.float32), device)
-                self._terms[bucket].append((seeds, coeffs))
+                shared = neighbours([k for k, _ in each])
+                self._terms[bucket].append(MemberTerms(seeds, coeffs, seeds[::shared].contiguous()))
         return self._terms[bucket]
 
-    def has_factors(self, param: Any) -> bool:
-        """Whether ``param`` is one of the step's, and its noise a product of factors of its own shape."""
-        return id(param) in self.owners.params and self._noise(param).is_plain_matrix(param)
+    def has_factors(self, param: Any, *, flat: bool = False) -> bool:
+        """Whether ``param`` is one of the step's, and its noise a product of factors of its own shape, or
+        (``flat``) of that of the matrix whose rows are its first dimension.
+        """
+        if id(param) not in self.owners.params:
+            return False
+        return self._noise(param).is_plain_matrix(param.flatten(1) if flat and param.dim() > 2 else param)
 
     def _noise(self, param: Tensor) -> Noise:
         return self.owners.buckets[self.place(param)[0]].noise
 
     def factors(self, param: Tensor, term: int) -> tuple[Tensor, Tensor]:
-        """The left [P or 1, m, r] and right [P or 1, n, r] factors of the members."""
-        key = (id(param), term)
-        if (kept := self._factors.get(key)) is not None and kept[0].numel():
+        """The left [G, m, r] and right [G, n, r] factors of groups of members, or [1, ...] for all."""
+        place = self.place(param)
+        key = (place, term)
+        if (kept := self._factors.get(key)) is not None:
             return kept
-        bucket, stream = self.place(param)
-        pair = self._noise(param).stacked(param, stream, self.terms(bucket)[term][0])
+        if key in self._drawn:
+            self.learned.again.add(place)
+        self._drawn.add(key)
+        pair = self._noise(param).stacked(param, place[1], self.terms(place[0])[term].own)
         size = sum(t.nbytes for t in pair)
-        if kept is not None and size <= self._room:  # the second time
+        if place in self.learned.again and size <= self._room:
             self._room -= size
             self._factors[key] = pair
-        elif kept is None:
-            self._factors[key] = (pair[0].new_empty(0), pair[1].new_empty(0))
         return pair
 
     def dense_noise(self, param: Tensor, term: int) -> Tensor:
-        """z of a parameter with dense noise, fp32 [P, *shape]."""
+        """z of a parameter with dense noise, fp32 [G, *shape]."""
         bucket, stream = self.place(param)
-        seeds = self.terms(bucket)[term][0]
+        seeds = self.terms(bucket)[term].own
         zero = torch.full(param.shape, -0.0, dtype=torch.float32, device=param.device)
-        out = torch.empty((self.count, *param.shape), dtype=torch.float32, device=param.device)
-        one = torch.ones(self.count, dtype=torch.float32, device=param.device)
+        out = torch.empty((len(seeds), *param.shape), dtype=torch.float32, device=param.device)
+        one = torch.ones(len(seeds), dtype=torch.float32, device=param.device)
         spread(out, zero, seeds, one, stream=stream, dist=self.owners.buckets[bucket].dist)
         return out
 
@@ -215,12 +236,12 @@ class Products:
         terms, noise = self.terms(index), self._noise(param)
         out = torch.empty((self.count, *theta.shape), dtype=theta.dtype, device=theta.device)
         if len(terms) == 1 and noise.is_dense(param):
-            spread(out, theta, *terms[0], stream=stream, dist=bucket.dist)
+            spread(out, theta, terms[0].seeds, terms[0].coeffs, stream=stream, dist=bucket.dist)
             return out
         one = Members([theta], [stream], bucket.dist)
         for p in range(self.count):
-            seeds = torch.stack([s[p] for s, _ in terms]) if terms else self.seeds[bucket.device][:0]
-            coeffs = torch.stack([c[p] for _, c in terms]) if terms else seeds.float()
+            seeds = torch.stack([t.seeds[p] for t in terms]) if terms else self.seeds[bucket.device][:0]
+            coeffs = torch.stack([t.coeffs[p] for t in terms]) if terms else seeds.float()
             noise.perturb([out[p]], one, seeds, coeffs, theta=[theta])
         return out
 
@@ -249,6 +270,8 @@ class Products:
             have = self.look.has_marked(x)
             known = self.learned.with_rows.get(key, frozenset())
             self.learned.with_rows[key] = known | {have}
+            if have and self.look.has_mixed(x):
+                raise NotInOneForward("rows in an order that the data decides (experts)")
             if have:
                 total = self.count if self.cohort.counts is None else sum(self.cohort.counts)
                 from fractions import Fraction  # which no other part of the package needs
@@ -303,20 +326,27 @@ class Products:
         """
         fast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if fast else x.dtype
-        weight = param.detach().to(dtype) if fast else param.detach()
+        weight = param.detach().flatten(1)  # a convolution's has more dimensions
+        weight = weight.to(dtype) if fast else weight
         flat = x.to(dtype).reshape(-1, x.shape[-1]).contiguous()
         columns = weight if swapped else weight.t()
-        out = torch.zeros((len(flat), columns.shape[1]), dtype=dtype, device=x.device)
+        shape = (len(flat), columns.shape[1])
+        terms = self.terms(self.place(param)[0])
         if bias is not None:
-            out += bias.detach().to(dtype)
+            out = bias.detach().to(dtype).expand(shape).contiguous()
+        elif terms:
+            out = torch.empty(shape, dtype=dtype, device=x.device)
+        else:
+            out = torch.zeros(shape, dtype=dtype, device=x.device)
         each = len(flat) // max(1, x.shape[0])
-        for t, (_, coeffs) in enumerate(self.terms(self.place(param)[0])):
+        for t, (_, coeffs, _) in enumerate(terms):
             left, right = self.factors(param, t)
             if swapped:
                 left, right = right, left
             noise = self.dense_noise(bias, t) if noisy and bias is not None else None
             rows = [each * n for n in counts]
-            torch.ops.zokernels.low_rank_linear_.default(out, flat, left, right, coeffs, rows, noise)
+            add = bias is not None or t > 0
+            torch.ops.zokernels.low_rank_linear_.default(out, flat, left, right, coeffs, rows, noise, add)
         return out.addmm_(flat, columns).view(*x.shape[:-1], columns.shape[1])
 
     def _dense(self, func: Any, args: Any, kwargs: Any, params: list[Tensor]) -> Any:
@@ -366,6 +396,12 @@ class Products:
         return "a parameter"
 
 
+def neighbours(directions: list[int]) -> int:
+    """The largest size of groups of neighbours, all of one size, that have one direction each."""
+    runs = [len(list(own)) for _, own in itertools.groupby(directions)]
+    return math.gcd(*runs) if runs else 1
+
+
 def _name(func: Any) -> str:
     return str(getattr(func, "__name__", func))
 
@@ -384,9 +420,14 @@ def _handles(*functions: Any) -> Callable[[Handler], Handler]:
     return register
 
 
+_CONVOLUTIONS = frozenset((F.conv1d, F.conv2d, F.conv3d))
+
+
 def _product(forward: Products, func: Any, x: Any, weight: Any, bias: Any, swapped: bool) -> Any:
     """A product of ``x`` with ``weight``, W^T or (``swapped``) W, and a bias."""
-    if not forward.has_factors(weight) or isinstance(x, (Guard, Varied)) or isinstance(bias, Varied):
+    if isinstance(x, (Guard, Varied)) or isinstance(bias, Varied):
+        return NotImplemented
+    if not forward.has_factors(weight, flat=func in _CONVOLUTIONS):
         return NotImplemented
     if not isinstance(x, Tensor) or x.dim() < 2 or not x.is_floating_point():
         return NotImplemented
@@ -451,6 +492,46 @@ def _transpose(forward: Products, func: Any, args: tuple[Any, ...], kwargs: dict
     return out
 
 
+@_handles(*_CONVOLUTIONS)
+def _convolution(forward: Products, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A convolution whose windows lie side by side, as those of patches and of 1 x 1: a product of each."""
+    given = inspect.getcallargs(_convolution_arguments, *args, **kwargs)
+    x, weight, bias = given["input"], given["weight"], given["bias"]
+    if not forward.has_factors(weight, flat=True) or isinstance(x, (Guard, Varied)):
+        return NotImplemented
+    size = weight.shape[2:]
+    each = lambda value: (value,) * len(size) if isinstance(value, int) else tuple(value)
+    padding = given["padding"]
+    unpadded = padding == "valid" or (not isinstance(padding, str) and not any(each(padding)))
+    side_by_side = each(given["stride"]) == tuple(size) and given["groups"] == 1 and unpadded
+    if not side_by_side or x.dim() != 2 + len(size) or any(d != 1 for d in each(given["dilation"])):
+        return NotImplemented
+    if x.shape[1] != weight.shape[1] or x.dtype is not weight.dtype:
+        return NotImplemented  # torch says what is wrong, or casts
+    places = [n // k for n, k in zip(x.shape[2:], size, strict=True)]
+    if 0 in places:
+        return NotImplemented
+    for i, (n, k) in enumerate(zip(places, size, strict=True)):
+        x = x.narrow(2 + i, 0, n * k)
+    windows = x.reshape(*x.shape[:2], *(s for pair in zip(places, size, strict=True) for s in pair))
+    count = len(size)
+    order = (0, *range(2, 2 + 2 * count, 2), 1, *range(3, 3 + 2 * count, 2))
+    rows = windows.permute(order).reshape(x.shape[0], *places, -1)
+    out = _product(forward, func, rows, weight, bias, False)
+    return out if out is NotImplemented else out.movedim(-1, 1).contiguous()
+
+
+def _convolution_arguments(
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: Any = 1,
+) -> None: ...
+
+
 @_handles(F.embedding)
 def _embedding(forward: Products, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     given = inspect.getcallargs(_embedding_arguments, *args, **kwargs)
@@ -472,10 +553,11 @@ def _embedding(forward: Products, func: Any, args: tuple[Any, ...], kwargs: dict
     each = index.numel() // max(1, index.shape[0])
     sizes = [each * n for n in counts]
     flat = index.reshape(-1)
-    for t, (_, coeffs) in enumerate(forward.terms(forward.place(weight)[0])):
+    for t, (_, coeffs, _) in enumerate(forward.terms(forward.place(weight)[0])):
         left, right = forward.factors(weight, t)
         if len(left) > 1:
-            begins = torch.arange(len(left), device=flat.device) * left.shape[1]
+            members = torch.arange(len(sizes), device=flat.device)
+            begins = members * len(left) // len(sizes) * left.shape[1]
             flat_left = flat + begins.repeat_interleave(torch.tensor(sizes, device=flat.device))
         else:
             flat_left = flat
@@ -485,7 +567,7 @@ def _embedding(forward: Products, func: Any, args: tuple[Any, ...], kwargs: dict
         low_rank_(
             [pieces[p] for p in picked],
             [rows[p][None] for p in picked],
-            [right[p % len(right)][None] for p in picked],
+            [right[p * len(right) // len(sizes)][None] for p in picked],
             coeffs[picked].view(-1, 1) if len(picked) < len(sizes) else coeffs.view(-1, 1),
             streams=[0] * len(picked),
         )
@@ -688,12 +770,14 @@ class ProductProbe(Probe):
                     ) from error
             return results
 
-    def look(self, points: Sequence[Any], same_rng: Iterator[AbstractContextManager[None]]) -> str | None:
+    def look(
+        self, points: Sequence[Any], same_rng: Iterator[AbstractContextManager[None]]
+    ) -> tuple[str | None, int, int]:
         """The first forwards of a run: one of one member and one of two, of whose losses nothing comes.
 
         What later forwards rely on is that rows of members are where they are in both: along the first
-        dimension, which has twice the size in the second.  Returns why a forward cannot have several members;
-        None where it can.
+        dimension, which has twice the size in the second.  Returns why a forward cannot have several members,
+        None where it can, and the bytes that the two took.
         """
         assert self.reader is not None
         looks = []
@@ -705,12 +789,12 @@ class ProductProbe(Probe):
                     with next(same_rng), self._at(points[:count], cohort, look), look:
                         self.reader.run()
         except NotInOneForward as error:
-            return str(error)
+            return str(error), 0, 0
         for key, sizes in looks[0].sizes.items():
             others = looks[-1].sizes.get(key, sizes)
             if any(one != two for one, two in zip(sizes, others, strict=False)):
-                return f"{key[0]} takes rows in another dimension than the first"
-        return None
+                return f"{key[0]} takes rows in another dimension than the first", 0, 0
+        return None, looks[0].peak, looks[-1].peak
 
     @contextmanager
     def at(self, points: list[Point]) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -34,6 +34,18 @@ def check_fraction(op: str, argument: str, value: Any) -> None:
 def groups_of(buckets: Iterable[Bucket]) -> list[Group]:
     """The groups of ``buckets``, each once."""
     return list({id(b.group): b.group for b in buckets}.values())
+
+
+def _shape(values: Any, floats: bool) -> list[int] | None:
+    """The shape of nested lists of numbers; None where they are no such.
+
+    ``floats``: numbers that are no integers are taken, too.
+    """
+    try:
+        found = torch.tensor(values)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None
+    return list(found.shape) if floats or found.dtype is torch.int64 else None
 
 
 class Rule:
@@ -162,11 +174,15 @@ class Rule:
         op, name = optimizer.op, type(self).__name__
         if state["name"] != name:
             fail(op, "state_dict", f"of the rule {name}", state["name"])
-        shapes = {key: list(t.shape) for key, t in self.initial(optimizer).items()}
+        initial = self.initial(optimizer)
+        shapes = {key: list(t.shape) for key, t in initial.items()}
         for place, kept in state["groups"].items():
             if not str(place).isdecimal() or int(place) >= (count := len(optimizer.param_groups)):
                 fail(op, "state_dict", f"groups by numbers below {count}", repr(place))
-            if (got := {key: list(torch.tensor(values).shape) for key, values in kept.items()}) != shapes:
+            of_floats = {key: t.is_floating_point() for key, t in initial.items()}
+            entries = kept if isinstance(kept, Mapping) else {}
+            got = {key: _shape(v, of_floats.get(key, True)) for key, v in entries.items()}
+            if got != shapes:
                 fail(op, "state_dict", f"what {name} keeps of a group, of shapes {shapes}", got)
 
     def load_state_dict(self, optimizer: OptimizerView, state: dict[str, Any]) -> None:
