@@ -216,11 +216,13 @@ class QuantizedLinear(QuantizedLayer):
         bias, rows = (None if self.bias is None else self.bias[:]), x.reshape(-1, self.in_features)
         if self._has_product(rows):
             y: Tensor = torch._weight_int8pack_mm(rows.contiguous(), self.weight, self.scale.flatten())
-            return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], self.out_features)
-        y = rows.new_empty(len(rows), self.out_features)
-        for at, tile in self._tiles(x.dtype):
-            y[:, at] = F.linear(rows, tile, None if bias is None else bias[at])
-        return y.view(*x.shape[:-1], self.out_features)
+            y = y if bias is None else y.add_(bias)
+        else:
+            y = rows.new_empty(len(rows), self.out_features)
+            for at, tile in self._tiles(x.dtype):
+                y[:, at] = F.linear(rows, tile, None if bias is None else bias[at])
+        shaped: Tensor = y.view(*x.shape[:-1], self.out_features)
+        return shaped
 
     def _has_product(self, rows: Tensor) -> bool:
         """Whether torch has a product of these rows and int8 weights that is faster than tiles."""
@@ -311,10 +313,11 @@ class QuantizedConv(QuantizedLayer):
             weight = self._multiplied(self.integers, self.scale).unflatten(1, self.kernel)
             whole: Tensor = conv._conv_forward(x, weight.to(x.dtype), self.bias)
             return whole
-        channels, y = -len(self.kernel), None  # x may have no dimension for a batch
+        y: Tensor | None = None
+        channels = -len(self.kernel)  # the dimension, for x may have none for a batch
         for at, tile in self._tiles(x.dtype):
             bias = None if self.bias is None else self.bias[at]
-            part = conv._conv_forward(x, tile.unflatten(1, self.kernel), bias)
+            part: Tensor = conv._conv_forward(x, tile.unflatten(1, self.kernel), bias)
             if at == slice(0, len(self.weight)):
                 return part
             if y is None:
