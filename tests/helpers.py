@@ -6,10 +6,13 @@ import contextlib
 import json
 import pathlib
 import random
+import weakref
 from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import zokernels
 from zokernels.contract import seed_to_int64
@@ -227,3 +230,32 @@ def check_backend(
 
 def placed(buffers: list[Tensor], parts: list[slice]) -> list[Tensor]:
     return [b[p] for b, p in zip(buffers, parts, strict=True)]
+
+
+class Live(TorchDispatchMode):
+    """The most bytes that the tensors that operations make on ``device`` inside the block hold at once."""
+
+    def __init__(self, device="meta"):
+        super().__init__()
+        self.device = device
+        self.now = self.most = 0
+        self._seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        known = {
+            t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
+        }
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.device.type == self.device:
+                storage = t.untyped_storage()
+                if storage._cdata not in self._seen and storage._cdata not in known:
+                    self._seen.add(storage._cdata)
+                    self.now += storage.nbytes()
+                    self.most = max(self.most, self.now)
+                    weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        return out
+
+    def _gone(self, key, nbytes):
+        self._seen.discard(key)
+        self.now -= nbytes

@@ -8,15 +8,13 @@ import copy
 import itertools
 import sys
 import warnings
-import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import Live
 from offload_cases import same_bits, same_state, tower, train
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from bench import offload as bench_offload
 from zokernels import offload
@@ -174,34 +172,6 @@ def test_the_footprint_is_what_is_allocated(slots, wire, scratch, rng, monkeypat
         assert bool(expected.decoded) == (wire is not None)
         assert expected.resident == resident
         assert expected.copy == model.embed.weight.nbytes
-
-
-class Live(TorchDispatchMode):
-    """The most bytes that the tensors made inside the block hold at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.most = 0
-        self._seen = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        known = {
-            t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
-        }
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor) and t.is_meta:
-                storage = t.untyped_storage()
-                if storage._cdata not in self._seen and storage._cdata not in known:
-                    self._seen.add(storage._cdata)
-                    self.now += storage.nbytes()
-                    self.most = max(self.most, self.now)
-                    weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
-        return out
-
-    def _gone(self, key, nbytes):
-        self._seen.discard(key)
-        self.now -= nbytes
 
 
 @pytest.mark.parametrize(

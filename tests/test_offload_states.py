@@ -15,6 +15,7 @@ from offload_cases import batch_of, loss_of, same_bits, same_state, tower, train
 from torch import nn
 
 from zokernels import offload, optim
+from zokernels.offload.disk import Reader
 from zokernels.optim import (
     ZOSGD,
     ForwardGradient,
@@ -316,3 +317,32 @@ def test_adam_learns():
         losses = [float(optimizer.step(loss)) for _ in range(24)]
     print(losses)
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize(("method", "wire", "states"), [("Adam", None, 2), ("momentum", "bf16", 1)])
+def test_a_cache_in_front_of_the_disk(method, wire, states, rng, tmp_path, monkeypatch):
+    """The blocks that fit are read from files once; a run goes on from its files, and not from the cache."""
+    model = small(rng, torch.bfloat16)
+    start = copy.deepcopy(model)
+    expected, _ = run(method, model, 6)
+    size = offload.footprint(model, "layers", slots=1, states=(torch.float32,) * states).slots
+    reads, own = [], Reader.read
+    patched = lambda self, block, data: reads.append(block.index) or own(self, block, data)
+    monkeypatch.setattr(Reader, "read", patched)
+    at = 0
+    for until in (3, 6):
+        ours = copy.deepcopy(start)
+        options = {"path": tmp_path / "run", "resume": True, "slots": 1, "wire": wire, "cache": 2 * size}
+        with offload.stream(ours, "layers", "disk", **options):
+            reads.clear()
+            losses, _ = run(method, ours, until)
+            assert same_bits(losses, expected[at:until])
+            assert reads.count(0) <= 2  # before the optimizer, and once with it
+            assert reads.count(2) >= 3
+        at = until
+    ours = copy.deepcopy(start)
+    with offload.stream(ours, "layers", "disk", path=tmp_path / "run", resume=True):
+        run(method, ours, 6)
+        assert not same_state(ours.state_dict(), model.state_dict())
+    with pytest.raises(ValueError, match="stream: cache: expected 0 unless storage is 'disk', got 5"):
+        offload.stream(start, "layers", cache=5)

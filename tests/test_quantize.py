@@ -6,15 +6,18 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import Live
 from torch import nn
 from zosgd_cases import combined, same_bits
 
 import zokernels as zk
+from zokernels import quantize
 from zokernels.backends.reference.combine import fma
 from zokernels.backends.reference.noise import uniform16
 from zokernels.contract import DOMAIN_ROUNDING, seed_to_int64
 from zokernels.optim import QES, ZOSGD, QuZO
 from zokernels.quantize import (
+    QuantizedConv,
     QuantizedLinear,
     limit_of,
     named_integers,
@@ -585,3 +588,101 @@ def test_layers_that_cannot_be_quantised(layers, net, message):
     with pytest.raises((ValueError, TypeError), match=message):
         quantize_(net, group_size=4, layers=layers)
     assert [type(m) for m in net.modules()] == kinds
+
+
+def layer_of_tiles(kind, dtype, rng):
+    """A layer whose W is several tiles, its formula in float64, and an input."""
+    bits, group_size = rng.choice(((8, None), (8, 16), (4, None), (4, 16)))
+    bias = rng.random() < 0.5
+    if kind is nn.Linear:
+        plain, x = nn.Linear(192, 150, bias), torch.randn(2, rng.choice((1, 3, 20)), 192)
+        function, shape, options = F.linear, (150, 192), {}
+        layer = QuantizedLinear.from_linear(plain.to(dtype), bits, group_size)
+    else:
+        dims = int(kind.__name__[4])
+        channels = {1: 64, 2: 32, 3: 16}[dims]
+        plain, x = kind(channels, 90, 3, 2, 1, bias=bias), torch.randn(2, channels, 5, *[4] * (dims - 1))
+        function, shape = getattr(F, f"conv{dims}d"), (90, channels, *[3] * dims)
+        options = {"stride": 2, "padding": 1}
+        layer = QuantizedConv.from_conv(plain.to(dtype), bits, group_size)
+    weight = steps_of(layer, None).view(shape)
+    b = None if layer.bias is None else layer.bias.detach().double()
+    return layer, lambda x: function(x.double(), weight, b, **options), x.to(dtype)
+
+
+KINDS = pytest.mark.parametrize("kind", [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d])
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_products_of_tiles(kind, dtype, rng, monkeypatch):
+    torch.manual_seed(rng.getrandbits(32))
+    monkeypatch.setitem(quantize._TILE, "cpu", 10_000)
+    layer, formula, x = layer_of_tiles(kind, dtype, rng)
+    assert len(list(layer._tiles(dtype))) > 1
+    expected, y = formula(x), layer(x)
+    error = (y.double() - expected).abs().max() / expected.abs().max()
+    # W and y are rounded to the dtype once each, and a bias is added in it.
+    assert error <= 6 * torch.finfo(dtype).eps
+    layer.product = "whole"
+    assert y.shape == layer(x).shape
+    assert (layer(x).double() - y.double()).abs().max() <= 6 * torch.finfo(dtype).eps * expected.abs().max()
+    layer.product = "half"
+    with pytest.raises(ValueError, match=f"{type(layer).__name__}: product: expected 'tiled' or 'whole'"):
+        layer(x)
+
+
+@KINDS
+@pytest.mark.parametrize("product", ["tiled", "whole"])
+@torch.no_grad()
+def test_memory_of_a_product(kind, product, rng, monkeypatch):
+    """What the layer gives, the part of it that a tile gives, and tiles; "whole" takes all of W."""
+    torch.manual_seed(rng.getrandbits(32))
+    monkeypatch.setitem(quantize._TILE, "cpu", tile := 2 << 10)
+    dtype = rng.choice(DTYPES)
+    layer, _, x = layer_of_tiles(kind, dtype, rng)
+    layer.product = product
+    with Live("cpu") as live:
+        y = layer(x)
+    whole = layer.integers.numel() * dtype.itemsize
+    assert whole > 12 * tile
+    if product == "whole":
+        assert live.most >= whole
+    else:
+        assert y.nbytes <= live.most <= 2 * y.nbytes + 6 * tile
+
+
+@torch.no_grad()
+def test_few_rows_of_bf16_take_torchs_own_product(rng, monkeypatch):
+    torch.manual_seed(rng.getrandbits(32))
+    layer = QuantizedLinear.from_linear(nn.Linear(64, 48).bfloat16())
+    calls, own = [], torch._weight_int8pack_mm
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda *args: calls.append(args) or own(*args))
+    weight = steps_of(layer, None)
+    for rows in (0, 1, 32, 33):
+        x = torch.randn(rows, 64).bfloat16()
+        expected = F.linear(x.double(), weight, layer.bias.double())
+        assert torch.allclose(layer(x).double(), expected, rtol=2e-2, atol=4e-2)
+    assert [len(x) for x, *_ in calls] == [1, 32]
+    layer(torch.randn(2, 64).bfloat16().t().contiguous().t())  # of other strides
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+    assert len(calls) == 3
+
+
+def test_products_that_need_w_as_a_whole(rng):
+    """Gradients, dual numbers and transforms see the same function."""
+    from torch.autograd import forward_ad
+
+    torch.manual_seed(rng.getrandbits(32))
+    layer = QuantizedLinear.from_linear(nn.Linear(16, 8), 4, 4)
+    x, weight = torch.randn(5, 16), steps_of(layer, None).float()
+    layer(x).sum().backward()
+    assert layer.scale.grad.abs().sum() > 0
+    with torch.no_grad(), forward_ad.dual_level():
+        t = torch.randn(5, 16)
+        y = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, t)))
+        assert torch.allclose(y.tangent, t @ weight.t(), atol=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(torch.func.vmap(layer)(x), layer(x), atol=1e-6)

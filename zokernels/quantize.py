@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .checks import DTYPES, fail
 from .ops.requantize import pack_int4, unpack_int4
@@ -25,6 +26,12 @@ def limit_of(bits: int) -> int:
     The range is symmetric, -128 and -8 are not used.
     """
     return (1 << bits - 1) - 1
+
+
+#: Bytes of the rows of W that a product multiplies out at a time.  On the CPU they stay in a core's cache.
+_TILE = {"cpu": 1 << 20, "cuda": 16 << 20}
+#: Rows of x up to which torch's product of int8 weights is taken; with more it is slower than tiles.
+_FEW_ROWS = 32
 
 
 class QuantizedLayer(nn.Module):
@@ -45,6 +52,16 @@ class QuantizedLayer(nn.Module):
     """
 
     weight: Tensor
+    #: How linear layers and convolutions multiply by W, of a layer or, set on the class, of all.
+    #:
+    #: "tiled": without a copy of W in floats.  Some rows of W are multiplied out at a time, or none, where
+    #: torch has a product of int8 weights that is faster (on the CPU, x and scale in bf16, 8 bits, one scale
+    #: a row, up to 32 rows of x).  "whole": W is multiplied out, and then used.  Both have the same W, and
+    #: differ in the order in which a product sums, so in last bits.
+    #:
+    #: Forwards for a backward, of dual numbers, under autocast, in a transform of torch.func or in a graph
+    #: that torch.compile makes are "whole".
+    product = "tiled"
 
     def __init__(
         self,
@@ -98,6 +115,32 @@ class QuantizedLayer(nn.Module):
         self.weight.copy_(pack_int4(integers) if self.packed else integers)
         self.scale.copy_(scale)
 
+    def _is_whole(self, x: Tensor) -> bool:
+        """Whether a forward multiplies out W at once."""
+        if self.product not in ("tiled", "whole"):
+            fail(type(self).__name__, "product", "'tiled' or 'whole'", repr(self.product))
+        tensors = (x, self.scale, *(() if self.bias is None else (self.bias,)))
+        return (
+            self.product == "whole"
+            or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+            or forward_ad._current_level >= 0
+            or torch.is_autocast_enabled(x.device.type)
+            or torch._C._functorch.maybe_current_level() is not None
+            or torch.compiler.is_compiling()
+        )
+
+    def _tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """The numbers of some rows and these rows of W in ``dtype``, as many at a time as a tile holds."""
+        weight, scale = self.weight[:], self.scale[:]
+        size = max(scale.itemsize, dtype.itemsize) * self._inputs
+        count = max(1, _TILE.get(weight.device.type, _TILE["cuda"]) // size)
+        for first in range(0, len(weight), count):
+            rows = slice(first, min(first + count, len(weight)))
+            integers = unpack_int4(weight[rows], self._inputs) if self.packed else weight[rows]
+            tile = integers.to(scale.dtype)
+            tile.unflatten(-1, (-1, self.group_size)).mul_(scale[rows].unsqueeze(-1))
+            yield rows, tile.to(dtype)
+
     def _multiplied(self, integers: Tensor, scale: Tensor) -> Tensor:
         """Rows of W, in the scale's dtype, from rows of the integers and of the scale."""
         groups = integers.to(scale.dtype).unflatten(-1, (-1, self.group_size))
@@ -112,8 +155,8 @@ class QuantizedLinear(QuantizedLayer):
     """y = x W^T + b,   W[o, i] = scale[o, i // group_size] * weight[o, i].
 
     out are the outputs and in the inputs of the layer (:class:`QuantizedLayer`).  The forward multiplies out
-    W in the scale's dtype, rounds it to x's and calls ``F.linear``: beside the integers, memory for one
-    layer's W at a time.
+    rows of W in the scale's dtype, rounds them to x's and calls ``F.linear``: beside the integers, memory for
+    some rows at a time (:attr:`product`).
 
     Args:
         bits, group_size, packed, dtype: as for :class:`QuantizedLayer`.
@@ -168,7 +211,25 @@ class QuantizedLinear(QuantizedLayer):
         return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self._multiplied(self.integers, self.scale).to(x.dtype), self.bias)
+        if self._is_whole(x):
+            return F.linear(x, self._multiplied(self.integers, self.scale).to(x.dtype), self.bias)
+        bias, rows = (None if self.bias is None else self.bias[:]), x.reshape(-1, self.in_features)
+        if self._has_product(rows):
+            y: Tensor = torch._weight_int8pack_mm(rows.contiguous(), self.weight, self.scale.flatten())
+            y = y if bias is None else y.add_(bias)
+        else:
+            y = rows.new_empty(len(rows), self.out_features)
+            for at, tile in self._tiles(x.dtype):
+                y[:, at] = F.linear(rows, tile, None if bias is None else bias[at])
+        shaped: Tensor = y.view(*x.shape[:-1], self.out_features)
+        return shaped
+
+    def _has_product(self, rows: Tensor) -> bool:
+        """Whether torch has a product of these rows and int8 weights that is faster than tiles."""
+        whole_rows = not self.packed and self.group_size == self.in_features
+        half = rows.dtype is self.scale.dtype is torch.bfloat16
+        few = 0 < len(rows) <= _FEW_ROWS and rows.device.type == "cpu"
+        return whole_rows and half and few and hasattr(torch, "_weight_int8pack_mm")
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
@@ -180,7 +241,8 @@ class QuantizedConv(QuantizedLayer):
 
     out are the output channels.  in are the input channels of a group of the convolution times the elements
     of its kernel, in the order of the convolution's own weight (:class:`QuantizedLayer`).  The forward
-    multiplies out W in the scale's dtype, rounds it to x's and runs the convolution.
+    multiplies out some output channels' weights at a time in the scale's dtype, rounds them to x's and runs
+    the convolution (:attr:`product`); of a convolution in groups, all of them.
 
     Args:
         like: the convolution whose sizes, stride, padding, dilation, groups and padding mode this one has.
@@ -245,8 +307,25 @@ class QuantizedConv(QuantizedLayer):
         return layer.train(conv.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self._multiplied(self.integers, self.scale).unflatten(1, self.kernel)
-        y: Tensor = self._like[0]._conv_forward(x, weight.to(x.dtype), self.bias)
+        conv = self._like[0]
+        # The channels of a group convolution are not each other's neighbours, and its W is small.
+        if self._is_whole(x) or conv.groups > 1:
+            weight = self._multiplied(self.integers, self.scale).unflatten(1, self.kernel)
+            whole: Tensor = conv._conv_forward(x, weight.to(x.dtype), self.bias)
+            return whole
+        y: Tensor | None = None
+        channels = -len(self.kernel)  # the dimension, for x may have none for a batch
+        for at, tile in self._tiles(x.dtype):
+            bias = None if self.bias is None else self.bias[at]
+            part: Tensor = conv._conv_forward(x, tile.unflatten(1, self.kernel), bias)
+            if at == slice(0, len(self.weight)):
+                return part
+            if y is None:
+                sizes = list(part.shape)
+                sizes[channels] = len(self.weight)
+                y = part.new_empty(sizes)
+            y.narrow(channels, at.start, at.stop - at.start).copy_(part)
+        assert y is not None  # a layer has output channels
         return y
 
     def extra_repr(self) -> str:

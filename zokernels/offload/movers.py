@@ -205,14 +205,35 @@ class HostMemory:
 
 
 class FileStore:
-    """A checkpoint that is only read, and, where there is one, a folder that takes what is stored."""
+    """A checkpoint that is only read, and, where there is one, a folder that takes what is stored.
 
-    def __init__(self, folder: Folder | None, mark: Mark, threads: int) -> None:
+    In front of both are copies of the first blocks, as many as ``cache`` bytes of host memory hold.  They are
+    read from files once, and what is stored goes to the file and to the copy.  Which blocks have one stays,
+    because a step takes all blocks in turn: a cache of those that were used last would always lack the next.
+    """
+
+    def __init__(self, folder: Folder | None, mark: Mark, threads: int, cache: int = 0) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="zokernels-io")
         self.reader, self._folder, self._mark = Reader(self._pool), folder, mark
+        self._room, self._copies = cache, dict[int, Tensor]()  # by block
+
+    @property
+    def cached(self) -> int:
+        """The bytes of the copies."""
+        return sum(copy.nbytes for copy in self._copies.values())
+
+    def forget(self) -> None:
+        """Drops the copies, because blocks have become larger."""
+        self._copies = {}
 
     def read(self, block: Block, data: Tensor) -> None:
+        if (copy := self._copies.get(block.index)) is not None:
+            data[: block.nbytes].copy_(copy)
+            return
         self.reader.read(block, data)
+        if self.cached + block.nbytes <= self._room:
+            copy = mapping(block.nbytes, torch.device("cpu"))
+            self._copies[block.index] = copy.copy_(data[: block.nbytes])
 
     def write(self, block: Block, data: Tensor, updates: int) -> None:
         assert self._folder is not None
@@ -220,10 +241,13 @@ class FileStore:
         old, self.reader.own[block.index] = self.reader.own.get(block.index), file
         if old is not None:
             old.close()
+        if (copy := self._copies.get(block.index)) is not None:
+            copy.copy_(data[: block.nbytes])
 
     def close(self) -> None:
         self._pool.shutdown()
         self.reader.close()
+        self.forget()
 
 
 class Threaded(Mover):

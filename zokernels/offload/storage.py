@@ -106,8 +106,8 @@ class DiskStorage:
 
     parts = 1
 
-    def __init__(self, carrier: Carrier, threads: int, has_checkpoint: bool) -> None:
-        self.carrier, self.threads, self.has_checkpoint = carrier, threads, has_checkpoint
+    def __init__(self, carrier: Carrier, threads: int, has_checkpoint: bool, cache: int) -> None:
+        self.carrier, self.threads, self.has_checkpoint, self.cache = carrier, threads, has_checkpoint, cache
         self.slots = _buffers(carrier)
         self._staging = None
         if carrier.to_gpu:
@@ -117,7 +117,8 @@ class DiskStorage:
 
     def mover(self, packed: Packed, run: Run | None) -> Mover:
         carrier, self.run = self.carrier, run
-        source = FileStore(run.folder if run else None, run.mark if run else lambda: None, self.threads)
+        mark = run.mark if run else lambda: None
+        self.source = source = FileStore(run.folder if run else None, mark, self.threads, self.cache)
         if run:
             source.reader.own.update(run.files)
             self._fill(source, run, packed)
@@ -133,6 +134,7 @@ class DiskStorage:
         if self.run is not None:
             more = sum(b.nbytes - b.weights for b in self.carrier.blocks if not b.stored)
             check_room(self.carrier.op, self.run.folder, self.carrier.blocks, _largest(self.carrier) + more)
+        self.source.forget()
         _resize(self.slots, self.carrier)
         mover.resize(len(self.slots), _largest(self.carrier))
 

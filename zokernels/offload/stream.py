@@ -47,6 +47,7 @@ def stream(
     memory: int | None = None,
     write_every: int | None = 1,
     threads: int = 2,
+    cache: int = 0,
     wire: Wire | None = None,
     mesh: DeviceMesh | None = None,
 ) -> StoredModel:
@@ -101,6 +102,8 @@ def stream(
         write_every: (host, disk) after how many updates a block is written back.  n > 1 saves traffic; the
             block then takes up to n updates each time it comes in.
         threads: how many read and write files.
+        cache: (disk) bytes of host memory for copies of the first blocks, as many as fit, which are then not
+            read again.  What is written goes to the file all the same.
         wire: (host, disk) what crosses the link: None (the weights; lossless), "bf16", "fp16", "fp8" or
             "int8" (``zokernels.wire``).  The host keeps the exact weights and applies each update itself, so
             nothing comes back.  bf16 of bf16 weights and fp16 of fp16 weights are lossless
@@ -120,7 +123,7 @@ def stream(
     2021 (ZeRO-Infinity, arXiv 2104.07857) and Liao et al. 2024 (Fuyou, arXiv 2403.06504).
     """
     op = "stream"
-    _check(op, storage, weights, path, resume, slots, scratch, memory, write_every, threads, wire)
+    _check(op, storage, weights, path, resume, slots, scratch, memory, write_every, threads, cache, wire)
     if mesh is not None:
         check_mesh(op, mesh, storage, wire)
     target = _device(op, model, device)
@@ -148,7 +151,7 @@ def stream(
         if storage == "host":
             store = HostStorage(carrier, mesh)
         else:
-            store = DiskStorage(carrier, threads, checkpoint is not None)
+            store = DiskStorage(carrier, threads, checkpoint is not None, cache)
         size = max(b.scratch for b in made)
         copies = [torch.empty(size, dtype=torch.uint8, device=target) for _ in range(of_scratch)]
         # From here on the model changes.
@@ -236,6 +239,7 @@ def _check(
     memory: Any,
     write_every: Any,
     threads: Any,
+    cache: Any,
     wire: Any,
 ) -> None:
     if storage not in STORAGES:
@@ -251,6 +255,9 @@ def _check(
         if storage == "device":
             fail(op, "memory", "None where storage is 'device': all weights are there", memory)
     check_integer(op, "threads", threads)
+    check_integer(op, "cache", cache, 0)
+    if cache and storage != "disk":
+        fail(op, "cache", "0 unless storage is 'disk'", cache)
     if scratch not in (None, 1, 2):
         fail(op, "scratch", "1 or 2", repr(scratch))
     if write_every is not None and not is_integer(write_every, 1):
