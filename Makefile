@@ -3,8 +3,6 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q install -c constraints.txt
-# Here for tests and local use; wheels take setup.py's longer list.
-export TORCH_CUDA_ARCH_LIST ?= 9.0
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CPP    := $(shell find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -168,6 +166,8 @@ define BUILD
 	touch $@
 endef
 
+# For tests and local use one architecture; wheels and gpu-prebuilt take the longer lists of their programs.
+$(VENV)/built: export TORCH_CUDA_ARCH_LIST ?= 9.0
 $(VENV)/built: $(VENV)/environment $(NATIVE)
 	@echo "Compiling: minutes of one core for the CPU kernels, and as much again for CUDA where nvcc is found."
 	$(BUILD)

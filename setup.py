@@ -94,7 +94,8 @@ class CMakeBuild(build_ext):
         }
         if architectures := cuda_architectures():
             settings["ZOKERNELS_CUDA_ARCHS"] = architectures
-        defines = [f"-D{name}={value}" for name, value in settings.items()]
+        # Without a list the default: the cache of an earlier build may have another one.
+        defines = ["-UZOKERNELS_CUDA_ARCHS", *(f"-D{name}={value}" for name, value in settings.items())]
         # This Python's cmake and ninja first: its scripts are not on PATH where the environment is not
         # activated.
         scripts = sysconfig.get_path("scripts")

@@ -141,6 +141,7 @@ COMMANDS = {
     "learn": (".learn.run", "what methods learn in equal forwards, after the same search of step sizes"),
     "population": (".population", "a population in one forward against plain inference of the same batch"),
     "engines": (".engines", "weight work of evolution strategies, against es-at-scale"),
+    "race": (".race", "the loss of a language model against time, beside MeZO's eager loop"),
     "zollm": (".zollm", "language models fine-tuned with and without backpropagation"),
     "scaling": (".scaling", "on paper: a step of 175 G and 1,000 G weights on 8 to 1,024 GPUs"),
     "gpu-check": (".gpu.check", "what holds on the GPU at hand, in seven minutes; offline"),

@@ -50,6 +50,15 @@ def kind_of(result: Result) -> str:
     return "methods" if "budget" in result else "gpu-check" if "goals" in result else "run"
 
 
+def is_tiny(result: Result) -> bool:
+    """Whether the file is of a run that shows that everything works, at sizes whose times mean nothing."""
+    return bool(result.get("rehearsal")) or "--tiny" in result.get("command", "").split()
+
+
+#: What each card and headline of such a run says.
+TINY = "TINY: it ran; no figure here means anything"
+
+
 def _nearest(rows: Sequence[Row]) -> list[Row]:
     """The rows that the pictures compare: one pass in place with one direction, rounded to nearest."""
     return [r for r in rows if r["op"] == "combine_" and r["k"] == 1 and r["rounding"] == "nearest"]
@@ -118,7 +127,7 @@ def _passes(rows: Sequence[Row]) -> list[str]:
         return []
     out = [_key(*_DISTS), '<div class="cards">']
     out += [
-        _card(panel.title.capitalize(), charts.bars([replace(panel, title="")]))
+        _card(panel.title[:1].upper() + panel.title[1:], charts.bars([replace(panel, title="")]))
         for panel in report.panels(rows)
     ]
     points: dict[tuple[str, str, str], list[tuple[str, float]]] = {}
@@ -218,7 +227,7 @@ def _check(result: Result) -> list[str]:
     heads = [("goal", False), ("asked", True), ("measured", True), ("", False)]
     out = [f"<h2>GPU check: {'passed' if result['passed'] else 'not passed'}</h2>"]
     if result["rehearsal"]:
-        out.append("<p><b>A rehearsal on the CPU at tiny sizes: no figure here means anything.</b></p>")
+        out.append("<p>A rehearsal on the CPU.</p>")
     out.append(f'<div class="card">{_table(heads, goals)}</div>')
     out += _passes(result["rows"])
     if result.get("offload"):
@@ -275,21 +284,26 @@ def headlines(results: Sequence[Result]) -> list[tuple[str, str]]:
     """The figures at the top of the page as (figure, what it is), each of the first result that has it."""
     found = []
     rows = [
-        r for result in results if kind_of(result) in ("run", "gpu-check") for r in _nearest(result["rows"])
+        (r, f"; {TINY}" * is_tiny(result))
+        for result in results
+        if kind_of(result) in ("run", "gpu-check")
+        for r in _nearest(result["rows"])
     ]
     for dist, name in _DISTS:
-        mine = [r for r in rows if r["dist"] == dist and r["dtype"] == "bf16" and "mezo" in r["ratio"]]
-        if mine:
-            r = mine[0]
-            words = f"faster than MeZO's loop: one bf16 pass, {name}, {_where(r)}"
+        wanted = lambda r: r["dist"] == dist and r["dtype"] == "bf16" and "mezo" in r["ratio"]  # noqa: B023
+        if mine := [pair for pair in rows if wanted(pair[0])]:
+            r, mark = mine[0]
+            words = f"faster than MeZO's loop: one bf16 pass, {name}, {_where(r)}{mark}"
             found.append((f"{r['ratio']['mezo']:.1f}x", words))
             share = f"{100 * r['copy_fraction']:.0f} %"
-            found.append((share, f"of the bandwidth of a plain pass over the same bytes: the same, {name}"))
+            words = f"of the bandwidth of a plain pass over the same bytes: the same, {name}{mark}"
+            found.append((share, words))
     for result in results:
         if kind_of(result) == "methods":
             ratios = sorted(r["ratio"] for r in result["rows"])
             span = f"{ratios[0]:.1f} to {ratios[-1]:.1f}"
             words = f"median over {len(ratios)} methods, against their eager form; {span}"
+            words += f"; {TINY}" * is_tiny(result)
             found.append((f"{ratios[len(ratios) // 2]:.1f}x", words))
     return found
 
@@ -309,7 +323,11 @@ def html(results: Sequence[Result]) -> str:
         if machine != before:
             body.append(_chips(header))
             before = machine
-        body += _SECTIONS[kind_of(result)](result)
+        section = _SECTIONS[kind_of(result)](result)
+        if is_tiny(result):
+            card = '<div class="card">'
+            section = [text.replace(card, f'{card}<p class="tiny">{TINY}</p>') for text in section]
+        body += section
         if result.get("command"):
             body.append(
                 f'<p class="note">Measured by <code>{escape(result["command"])}</code>, {header["date"]}.</p>'

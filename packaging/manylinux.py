@@ -24,6 +24,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 
 #: The newest version of each family of symbols that manylinux_2_28 allows (auditwheel's policies).
 NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
@@ -81,20 +82,29 @@ class Tools:
             sys.exit(f"manylinux: {name}: expected with {self.compiler}, got none")
         return path.resolve()
 
-    def symbols(self, library: pathlib.Path) -> list[tuple[str, str, str]]:
-        """What a library defines for others: (name, version or "", type) of every symbol and version."""
-        found = []
+    def _dynamic(self, library: pathlib.Path | str) -> Iterator[tuple[str, str, str, str, str]]:
+        """(section, binding, name, version or "", type) of the symbols that the loader sees in a library.
+
+        The section of one that the library wants of others is "UND".
+        """
         for line in run(self.readelf, "-W", "--dyn-syms", library).splitlines():
             row = line.split()
-            if (
-                len(row) >= 8
-                and row[0].endswith(":")
-                and row[6] != "UND"
-                and row[4] in ("GLOBAL", "WEAK", "UNIQUE")
-            ):
+            if len(row) >= 8 and row[0].endswith(":"):
                 name, _, version = row[7].partition("@")
-                found.append((name, version.lstrip("@"), row[3]))
-        return found
+                yield row[6], row[4], name, version.lstrip("@"), row[3]
+
+    def symbols(self, library: pathlib.Path | str) -> list[tuple[str, str, str]]:
+        """What a library defines for others: (name, version or "", type) of every symbol and version."""
+        found = self._dynamic(library)
+        shared = ("GLOBAL", "WEAK", "UNIQUE")
+        return [(name, version, kind) for section, binding, name, version, kind in found
+                if section != "UND" and binding in shared]  # fmt: skip
+
+    def undefined(self, library: pathlib.Path | str) -> set[tuple[str, str]]:
+        """What a library cannot do without: (name, version or "") of each symbol that others must define."""
+        found = self._dynamic(library)
+        return {(name, version) for section, binding, name, version, _ in found
+                if section == "UND" and binding == "GLOBAL"}  # fmt: skip
 
 
 def run(*command: object) -> str:
@@ -117,47 +127,47 @@ def allowed(version: str) -> bool:
     return parsed is not None and parsed[0] in NEWEST and parsed[1] <= NEWEST[parsed[0]]
 
 
-def chosen(symbols: list[tuple[str, str, str]]) -> dict[str, tuple[str, str]]:
-    """The newest allowed version, and the type, of every symbol that has one."""
-    newest: dict[str, tuple[str, str]] = {}
+def chosen(symbols: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """Every symbol that has an allowed version, with the newest of these."""
+    newest: dict[str, tuple[str, str, str]] = {}
     for name, version, kind in symbols:
-        if allowed(version) and (name not in newest or number(version) > number(newest[name][0])):  # type: ignore[operator]
-            newest[name] = version, kind
-    return newest
+        if allowed(version) and (name not in newest or number(version) > number(newest[name][1])):  # type: ignore[operator]
+            newest[name] = name, version, kind
+    return list(newest.values())
 
 
-def write_stub(tools: Tools, soname: str, symbols: dict[str, tuple[str, str]], folder: pathlib.Path) -> None:
-    """A library ``folder/soname`` with these symbols and no code.  A version of "" means none."""
+def write_stub(
+    tools: Tools,
+    soname: str,
+    symbols: Iterable[tuple[str, str, str]],
+    folder: pathlib.Path,
+    body: str = ".byte 0",
+    versions: Iterable[str] = (),
+) -> None:
+    """A library ``folder/soname`` that has these symbols and no code of its own.
+
+    ``symbols``: (name, version, type) of each; a version of "" means none.  ``body``: what stands at each of
+    them, in the assembler's language.  ``versions``: more of them, which the library defines without symbols.
+    """
+    symbols = sorted(symbols)
+    sections = {"OBJECT": (".data", "object"), "TLS": ('.section .tdata,"awT"', "tls_object")}
     lines = []
-    for i, (name, (version, kind)) in enumerate(sorted(symbols.items())):
+    for i, (name, version, kind) in enumerate(symbols):
         local = f"zk_stub_{i}" if version else name
-        section, mark = {"OBJECT": (".data", "object"), "TLS": (".section .tdata,\"awT\"", "tls_object")}.get(
-            kind, (".text", "function")
-        )  # fmt: skip
-        lines += [
-            section,
-            f".globl {local}",
-            f".type {local}, %{mark}",
-            f"{local}: .byte 0",
-            f".size {local}, 1",
-        ]
+        section, mark = sections.get(kind, (".text", "function"))
+        lines += [section, f".globl {local}", f".type {local}, %{mark}", f"{local}: {body}"]
+        lines += [f".size {local}, .-{local}"]
         if version:
             lines.append(f".symver {local}, {name}@@@{version}")
     source, script = folder / f"{soname}.s", folder / f"{soname}.map"
     source.write_text("\n".join(lines) + "\n")
-    versions = sorted({version for version, _ in symbols.values() if version})
-    script.write_text("".join(f"{version} {{}};\n" for version in versions))
-    options = [f"-Wl,--version-script={script}"] if versions else []
-    run(
-        tools.compiler,
-        "-shared",
-        "-nostdlib",
-        f"-Wl,-soname,{soname}",
-        *options,
-        source,
-        "-o",
-        folder / soname,
-    )
+    defined = sorted({version for _, version, _ in symbols if version}.union(versions))
+    script.write_text("".join(f'"{version}" {{}};\n' for version in defined))
+    options = ["-shared", "-nostdlib", f"-Wl,-soname,{soname}"]
+    options += [f"-Wl,--version-script={script}"] if defined else []
+    run(tools.compiler, *options, source, "-o", folder / soname)
+    source.unlink()
+    script.unlink()
 
 
 def make(arch: str, folder: pathlib.Path, torch: pathlib.Path | None = None) -> pathlib.Path:
@@ -174,11 +184,11 @@ def make(arch: str, folder: pathlib.Path, torch: pathlib.Path | None = None) -> 
     for soname in ("libc.so.6", "libm.so.6", LOADER[arch], "libstdc++.so.6", "libgcc_s.so.1"):
         write_stub(tools, soname, chosen(tools.symbols(tools.library(soname))), stubs)
     if torch is not None:
-        names = {n: ("", "FUNC") for n, _,
-            kind in Tools(platform.machine()).symbols(torch / "libtorch_cpu.so")
+        theirs = Tools(platform.machine()).symbols(torch / "libtorch_cpu.so")
+        names = {n: (n, "", kind) for n, _, kind in theirs
                  if kind == "FUNC" and re.match(r"(aoti_)?torch_\w+$", n)}  # fmt: skip
-        write_stub(tools, "libtorch_cpu.so", names, stubs)
-        write_stub(tools, "libtorch.so", {}, stubs)
+        write_stub(tools, "libtorch_cpu.so", names.values(), stubs)
+        write_stub(tools, "libtorch.so", (), stubs)
     (stubs / "compatible.c").write_text(COMPATIBLE)
     run(tools.compiler, "-x", "c", "-O2", "-fPIC", "-c", stubs / "compatible.c", "-o", stubs / "compatible.o")
     shutil.copy(tools.library("libstdc++.a"), stubs / "libstdc++_nonshared.a")

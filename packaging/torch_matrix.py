@@ -53,10 +53,8 @@ def needed(tools: manylinux.Tools, library: pathlib.Path) -> list[str]:
     return re.findall(r"\(NEEDED\).*\[(.+)\]", run(tools.readelf, "-d", library))
 
 
-def wanted(tools: manylinux.Tools, library: pathlib.Path) -> tuple[dict[str, set[str]], set[tuple[str, str]]]:
-    """What a library asks of others: {soname: versions}, and its undefined functions, each with its
-    version.
-    """
+def wanted(tools: manylinux.Tools, library: pathlib.Path) -> dict[str, set[str]]:
+    """The versions of functions that a library asks of each of the others: {soname: versions}."""
     versions: dict[str, set[str]] = {}
     soname = ""
     for line in run(tools.readelf, "-W", "--version-info", library).splitlines():
@@ -64,9 +62,7 @@ def wanted(tools: manylinux.Tools, library: pathlib.Path) -> tuple[dict[str, set
             soname = found[1]
         elif (found := re.search(r"Name: (\S+) +Flags", line)) and soname:
             versions.setdefault(soname, set()).add(found[1])
-    rows = (line.split() for line in run(tools.readelf, "-W", "--dyn-syms", library).splitlines())
-    names = (r[7].partition("@") for r in rows if len(r) >= 8 and r[6] == "UND" and r[4] == "GLOBAL")
-    return versions, {(name, version) for name, _, version in names}
+    return versions
 
 
 def write_stubs(torch: pathlib.Path, folder: pathlib.Path, arch: str = platform.machine()) -> list[str]:
@@ -79,9 +75,8 @@ def write_stubs(torch: pathlib.Path, folder: pathlib.Path, arch: str = platform.
     versions: dict[str, set[str]] = {}
     functions: set[tuple[str, str]] = set()
     for library in libraries:
-        theirs, undefined = wanted(tools, library)
-        functions |= undefined
-        for soname, names in theirs.items():
+        functions |= tools.undefined(library)
+        for soname, names in wanted(tools, library).items():
             versions.setdefault(soname, set()).update(names)
     for soname in missing:
         # A function without a version may be from any library, so each has them all.
@@ -91,27 +86,9 @@ def write_stubs(torch: pathlib.Path, folder: pathlib.Path, arch: str = platform.
             for f in functions
             if f[1] in own or (not f[1] and re.match(r"_{0,2}(cu|nv|nccl)[a-zA-Z]", f[0]))
         }
-        source, script = folder / f"{soname}.s", folder / f"{soname}.map"
-        lines = [".text"]
-        for i, (name, version) in enumerate(sorted(mine)):
-            local = f"zk_stub_{i}" if version else name
-            lines += [f".globl {local}", f".type {local}, %function", f"{local}: {BODY[arch]}"]
-            lines += [f".symver {local}, {name}@@@{version}"] if version else []
-        source.write_text("\n".join(lines) + "\n")
-        script.write_text("".join(f'"{version}" {{}};\n' for version in sorted(own)))
-        options = [f"-Wl,--version-script={script}"] if own else []
-        run(
-            tools.compiler,
-            "-shared",
-            "-nostdlib",
-            f"-Wl,-soname,{soname}",
-            *options,
-            source,
-            "-o",
-            folder / soname,
+        manylinux.write_stub(
+            tools, soname, ((*one, "FUNC") for one in mine), folder, body=BODY[arch], versions=own
         )
-        source.unlink()
-        script.unlink()
     return missing
 
 

@@ -44,12 +44,9 @@ def unresolved(wheel: pathlib.Path, tools: manylinux.Tools) -> None:
     with tempfile.TemporaryDirectory() as name, zipfile.ZipFile(wheel) as archive:
         for library in (n for n in archive.namelist() if n.endswith(".so")):
             path = archive.extract(library, name)
-            rows = (
-                line.split() for line in manylinux.run(tools.readelf, "-W", "--dyn-syms", path).splitlines()
-            )
-            wanted = {r[7] for r in rows if len(r) >= 8 and r[6] == "UND" and r[4] == "GLOBAL"}
             theirs = re.compile(r"_?Py" if "/_host" in library else r"(aoti_)?torch_")
-            if strange := sorted(w for w in wanted if "@" not in w and not theirs.match(w)):
+            wanted = tools.undefined(path)
+            if strange := sorted(name for name, version in wanted if not version and not theirs.match(name)):
                 sys.exit(f"wheels: {library}: expected functions of glibc 2.28, got {', '.join(strange)}")
 
 

@@ -4,11 +4,12 @@
     handles
 
 The path is what one thread executes where nothing is masked: it starts at the entry, so the whole prologue
-counts, runs through the basic block with the most 16-byte global stores, and ends at EXIT.  Where branches
-leave a choice it is the longest such path, so the figure is an upper bound.  The loop (backward branch)
-around the stores runs ``trips`` times. Predicated instructions count whether or not they take effect; a
-called subroutine counts as the one CALL.  NOPs and code that no path reaches (the padding behind EXIT) do not
-count.  Every instruction counts once, also those that a pipe issues at half rate.
+counts, runs through the basic block with the most 16-byte global stores (of several the one in the longest
+loop), and ends at EXIT.  Where branches leave a choice it is the longest of those with the most wide
+accesses, so the figure is an upper bound.  The loop (backward branch) around the stores runs ``trips`` times.
+Predicated instructions count whether or not they take effect; a called subroutine counts as the one CALL.
+NOPs and code that no path reaches (the padding behind EXIT) do not count.  Every instruction counts once,
+also those that a pipe issues at half rate.
 
 Works on Triton's and nvcc's cubins alike.  nvdisasm is looked for in Triton's package, on PATH and in
 /usr/local/cuda."""
@@ -33,7 +34,8 @@ _LABEL = re.compile(r"^(\.L_\w+):")
 _TEXT = re.compile(r"^\.text\.(\S+):")
 _TARGET = re.compile(r"`\((\.L_\w+)\)")
 
-WIDE_LOAD, WIDE_STORE = r"LDG\.E.*\.128", r"STG\.E.*\.128"
+WIDE_LOAD, WIDE_STORE, HALF_WIDE_LOAD = r"LDG\.E.*\.128", r"STG\.E.*\.128", r"LDG\.E.*\.64"
+WIDE = "|".join((WIDE_LOAD, WIDE_STORE, HALF_WIDE_LOAD))
 LOCAL = r"LDL|STL"
 
 
@@ -126,15 +128,18 @@ class Function:
         ]
 
     def _longest(self, start: int, goal: int | None) -> list[int] | None:
-        """Longest path of forward branches from block ``start`` to block ``goal``, or to an EXIT."""
-        best: dict[int, tuple[int, list[int]] | None] = {}
+        """Path of forward branches from block ``start`` to block ``goal``, or to an EXIT.
+
+        It is the longest of those with the most wide accesses.
+        """
+        best: dict[int, tuple[tuple[int, int], list[int]] | None] = {}
         for i in reversed(range(start, len(self.blocks))):
             block = self.blocks[i]
             tails = [best[s] for s in block.successors if s > i and best[s] is not None]
             if i == goal or (goal is None and any(x.opcode == "EXIT" for x in block.instructions)):
-                tails.append((0, []))
-            size, tail = max(tails, default=(0, None), key=lambda t: t[0])
-            best[i] = None if tail is None else (size + len(block), [i, *tail])
+                tails.append(((0, 0), []))
+            (wide, size), tail = max(tails, default=((0, 0), None), key=lambda t: t[0])
+            best[i] = None if tail is None else ((wide + block.count(WIDE), size + len(block)), [i, *tail])
         found = best.get(start)
         return None if found is None else found[1]
 
@@ -147,7 +152,16 @@ class Function:
         return head + tail[1:]
 
     def _hot(self, store: str) -> int:
-        hot = max(range(len(self.blocks)), key=lambda i: self.blocks[i].count(store))
+        """The block with the most ``store``; of several the one in the longest innermost loop."""
+
+        def instructions_around(i: int) -> int:
+            spans = (span for span in self.loops if span[0] <= i <= span[1])
+            first, last = min(spans, default=(i, i), key=lambda span: span[1] - span[0])
+            return sum(map(len, self.blocks[first : last + 1]))
+
+        hot = max(
+            range(len(self.blocks)), key=lambda i: (self.blocks[i].count(store), instructions_around(i))
+        )
         if not self.blocks[hot].count(store):
             raise ValueError(f"{self.name}: no instruction matches {store!r}")
         return hot
@@ -184,9 +198,9 @@ class Function:
                 found[instruction.opcode] += n
         return found
 
-    def loads_in_flight(self, load: str = WIDE_LOAD, store: str = WIDE_STORE) -> int:
-        """The most ``load`` on the hot path that wait at one time: issued, and no register of theirs read
-        yet.
+    def loads_in_flight(self, load: str = WIDE_LOAD, store: str = WIDE_STORE, words: int = 4) -> int:
+        """The most ``load`` on the hot path that wait at one time: issued, and none of their ``words``
+        registers read yet.
         """
         waiting: set[int] = set()  # the first register of each
         most = 0
@@ -195,7 +209,7 @@ class Function:
                 registers = [int(n) for n in re.findall(r"\bR(\d+)\b", x.operands)]
                 wide = re.match(load, x.opcode) is not None
                 read = registers[1:] if wide else registers  # a write of one of them would wait, too
-                waiting = {first for first in waiting if not any(first <= r < first + 4 for r in read)}
+                waiting = {first for first in waiting if not any(first <= r < first + words for r in read)}
                 if wide:
                     waiting.add(registers[0])
                     most = max(most, len(waiting))
@@ -228,12 +242,12 @@ def parse(sass: str) -> dict[str, Function]:
             pending = []
         elif found := _LABEL.match(line):
             pending.append(found[1])
-        elif current is not None and (found := _LINE.search(line)):
+        # A branch to a NOP is a branch to what follows it.
+        elif current is not None and (found := _LINE.search(line)) and found[3] != "NOP":
             address = int(found[1], 16)
             current.labels.update(dict.fromkeys(pending, address))
             pending = []
-            if found[3] != "NOP":
-                current.instructions.append(Instruction(address, found[2], found[3], found[4]))
+            current.instructions.append(Instruction(address, found[2], found[3], found[4]))
     return functions
 
 

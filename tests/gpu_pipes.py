@@ -144,9 +144,13 @@ class Kernel:
     #: function that compiles a kernel of Triton's for an architecture.
     source: tuple[str, str] | Callable[[int], bytes]
     elements: int
-    stores: int  # of 16 bytes
-    bytes: int  # that a plain pass over the same data moves for an element: what is read and what is written
+    accesses: int  # of 16 bytes: the stores, or where ``access`` says so the loads
+    bytes: (
+        float  # that a plain pass over the same data moves for an element: what is read and what is written
+    )
     warps: int = 8  # of a thread block
+    access: str = disassembly.WIDE_STORE  # where most of these are is the loop that counts
+    load: int = 4  # words of 4 bytes of an access that reads
 
     @property
     def backend(self) -> str:
@@ -182,6 +186,31 @@ def _fan_out(dist: str, dtype: str, count: int) -> Kernel:
     return Kernel(name, source, 128, 3 * 16 * accesses, 8 * accesses)
 
 
+def _project(dist: str, dtype: str, count: int = 4) -> Kernel:
+    """As many directions as a thread block takes at once.  A thread reads an eighth of a tile of 4096."""
+    cpp, accesses = _DTYPES[dtype]
+    domain = {"normal": "kNormal", "rademacher": "kRademacher"}[dist]
+    source = (f"project_kernel<DType::{cpp}, {domain}>", "ProjectLaunch")
+    return Kernel(
+        f"project, {dtype}, {dist}, K = {count}",
+        source,
+        512,
+        64 * accesses,
+        2 * accesses,
+        access=disassembly.WIDE_LOAD,
+    )
+
+
+def _decode_fan_out(dist: str, dtype: str, wire: str) -> Kernel:
+    """Nothing pending; a code of eight bits is read and two sides are written."""
+    cpp, accesses = _DTYPES[dtype]
+    domain = {"normal": "kNormal", "rademacher": "kRademacher"}[dist]
+    code = {"fp8": "e4m3", "int8": "i8"}[wire]
+    source = (f"decode_kernel<DType::{cpp}, DType::{code}, {domain}, true, false>", "DecodeLaunch")
+    name = f"decode_fan_out, {wire} to {dtype}, {dist}"
+    return Kernel(name, source, 128, 2 * 16 * accesses, 1 + 1 / 32 + 4 * accesses, load=2)
+
+
 def _triton(dist: str, dtype: str, count: int = 1, *, stochastic: bool = False) -> Kernel:
     def compile_for(architecture: int) -> bytes:
         import triton_kernels
@@ -207,6 +236,9 @@ CUDA = [
     _combine("rademacher", "bf16", stochastic=True),
     _fan_out("normal", "bf16", 1),
     _fan_out("normal", "fp32", 0),
+    _decode_fan_out("normal", "bf16", "fp8"),
+    _project("normal", "bf16"),
+    _project("rademacher", "bf16"),
 ]
 TRITON = [
     _triton("normal", "bf16"),
@@ -217,6 +249,20 @@ TRITON = [
 ]
 
 
+#: Files of csrc/cuda whose kernels are in the table and stand before their entries, which are left out: an
+#: entry compiles every instantiation.
+FILES = ("project", "wire")
+
+
+def kernels_of(file: str) -> str:
+    """The part of ``csrc/cuda/<file>.cu`` before its entry, with what it includes."""
+    text = (ROOT / "csrc/cuda" / f"{file}.cu").read_text()
+    head, found, _ = text.partition("// --- the entry ")
+    if not found:
+        raise ValueError(f"{file}.cu: expected a section of kernels and then one of the entry")
+    return re.sub(r'#include "(\.\./)?', lambda m: f'#include "csrc/{"" if m[1] else "cuda/"}', head) + "}\n"
+
+
 def compile_cuda(kernels: Iterable[Kernel], architecture: int) -> bytes:
     """A cubin with the instantiations of ``kernels`` alone.  Raises ``FileNotFoundError`` without nvcc."""
     import cuda_on_host
@@ -224,10 +270,10 @@ def compile_cuda(kernels: Iterable[Kernel], architecture: int) -> bytes:
     nvcc = disassembly.find_tool("nvcc")
     if nvcc is None:
         raise FileNotFoundError("nvcc: expected on PATH or in /usr/local/cuda/bin")
-    lines = ['#include "csrc/cuda/combine_kernel.cuh"', "namespace zk::cuda {"]
-    lines += [
-        f"template __global__ void {k.source[0]}(const __grid_constant__ {k.source[1]});" for k in kernels
-    ]
+    lines = ['#include "csrc/cuda/combine_kernel.cuh"', *map(kernels_of, FILES), "namespace zk::cuda {"]
+    for kernel in kernels:
+        name, argument = kernel.source
+        lines.append(f"template __global__ void {name}(const __grid_constant__ {argument});")
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder, "kernels.cu"), Path(folder, "kernels.cubin")
         source.write_text("\n".join([*lines, "}", ""]))
@@ -253,12 +299,14 @@ class Row:
 def row_of(
     kernel: Kernel, architecture: int, function: disassembly.Function, usage: disassembly.Usage
 ) -> Row:
-    trips, rest = divmod(kernel.stores, function.hot_count(disassembly.WIDE_STORE))
+    trips, rest = divmod(kernel.accesses, function.hot_count(kernel.access, kernel.access))
     if rest:
-        raise ValueError(f"{kernel.name}: expected a loop of some of {kernel.stores} stores")
-    opcodes = function.opcodes(trips)
+        raise ValueError(f"{kernel.name}: expected a loop of some of {kernel.accesses} accesses")
+    opcodes = function.opcodes(trips, kernel.access)
     warps = warps_resident(usage.registers, kernel.warps)
-    in_flight = warps * 32 * 16 * function.loads_in_flight()
+    load = {4: disassembly.WIDE_LOAD, 2: disassembly.HALF_WIDE_LOAD}[kernel.load]
+    waiting = function.loads_in_flight(load, kernel.access, kernel.load)
+    in_flight = warps * 32 * 4 * kernel.load * waiting
     found = cycles(opcodes, architecture, kernel.elements)
     return Row(kernel, architecture, found, usage.registers, warps, in_flight, usage.stack, opcodes)
 
@@ -267,11 +315,18 @@ def _mangled(kernel: Kernel) -> str:
     """A pattern of the mangled name of an instantiation."""
     assert isinstance(kernel.source, tuple)
     stem, arguments = kernel.source[0].rstrip(">").split("<")
-    dtype, count, *flags = arguments.split(", ")
-    number = ["f32", "bf16", "f16"].index(dtype.removeprefix("DType::"))
-    mangled = lambda flag: r"Li\d+E" if flag == _BYTES else f"Lb{int(flag not in ('false', '0'))}E"
-    flags = "".join(map(mangled, flags))
-    return rf"{stem}ILNS0_5DTypeE{number}ELi{count}E{flags}"
+    return f"{stem}I{''.join(map(_mangled_argument, arguments.split(', ')))}E"
+
+
+def _mangled_argument(argument: str) -> str:
+    kind, _, value = argument.rpartition("::")
+    if kind == "DType":  # the second time its name is an abbreviation
+        return rf"L(NS0_5DTypeE|S\d_){['f32', 'bf16', 'f16', 'i8', 'e4m3'].index(value)}E"
+    if value in ("kNormal", "kRademacher"):
+        return rf"LNS_6DomainE{1 + (value == 'kRademacher')}E"
+    if value in ("true", "false"):
+        return f"Lb{value == 'true':d}E"
+    return r"Li\d+E" if value == _BYTES else f"L[ib]{value}E"
 
 
 def rows(kernels: Iterable[Kernel], architecture: int) -> list[Row]:

@@ -1,4 +1,5 @@
-"""A streamed run on disk that is killed again and again (test_offload_disk.py): ``FOLDER KILLS SEED WIRE``.
+"""A streamed run on disk that is killed again and again (test_offload_disk.py): ``FOLDER KILLS SEED WIRE
+METHOD``.
 
 One process forks a child for each attempt, kills it with SIGKILL after a random time, and lets the last one
 finish. Prints the number of children that were killed: as many as were asked for, and more until they have
@@ -18,17 +19,29 @@ import torch
 from offload_cases import tower, train
 
 from zokernels import offload
+from zokernels.optim import ZOSGD, SparseMeZO, ZOAdam
 
 STEPS = 60
+#: What trains: the optimizer, and its arguments.
+METHODS = {
+    "SGD": (ZOSGD, {}),
+    "Adam": (ZOAdam, {"lr": 1e-3, "weight_decay": 0.0}),
+    "Sparse-MeZO": (SparseMeZO, {"refresh": 7}),
+}
 
 
-def run(folder: pathlib.Path, base: pathlib.Path, steps: int, wire: str | None = None) -> None:
+def training(model: torch.nn.Module, steps: int, method: str) -> None:
+    kind, own = METHODS[method]
+    train(model, steps, lambda params, **options: kind(params, **{**options, **own}))
+
+
+def run(folder: pathlib.Path, base: pathlib.Path, steps: int, wire: str | None, method: str) -> None:
     with offload.empty_weights():
         model = tower_on_meta()
     with offload.stream(
         model, "layers", "disk", weights=base, path=folder, resume=True, slots=2, wire=wire
     ) as engine:
-        train(model, steps)
+        training(model, steps, method)
         engine.save(folder / "saved")
 
 
@@ -45,12 +58,14 @@ def state_of(folder: pathlib.Path) -> tuple:
     return blocks, log.stat().st_size if log.exists() else 0
 
 
-def attempt(folder: pathlib.Path, base: pathlib.Path, wire: str | None, wait: float | None) -> bool:
+def attempt(
+    folder: pathlib.Path, base: pathlib.Path, wire: str | None, method: str, wait: float | None
+) -> bool:
     """Whether the child was killed."""
     if (child := os.fork()) == 0:
         code = 1
         try:
-            run(folder, base, STEPS, wire)
+            run(folder, base, STEPS, wire, method)
             code = 0
         except BaseException:  # the child must not return into the parent's loop
             traceback.print_exc()
@@ -70,7 +85,7 @@ def attempt(folder: pathlib.Path, base: pathlib.Path, wire: str | None, wait: fl
     return os.WIFSIGNALED(status)
 
 
-def main(place: str, kills: str, seed: str, format: str) -> None:
+def main(place: str, kills: str, seed: str, format: str, method: str) -> None:
     from safetensors.torch import load_file, save_model
 
     torch.set_num_threads(1)  # a thread pool does not survive a fork
@@ -83,13 +98,15 @@ def main(place: str, kills: str, seed: str, format: str) -> None:
     model = tower(torch.bfloat16)
     save_model(model, base)
     start = time.monotonic()
-    run(pathlib.Path(place) / "first", base, 4, wire)  # what is imported and loaded now, no child waits for
+    run(
+        pathlib.Path(place) / "first", base, 4, wire, method
+    )  # what is imported and loaded now, no child waits for
     once = time.monotonic() - start
     if wire is None:
-        train(model, STEPS)
+        training(model, STEPS, method)
         whole = model.state_dict()
     else:  # which is what test_offload_wire.py writes out
-        run(pathlib.Path(place) / "whole", base, STEPS, wire)
+        run(pathlib.Path(place) / "whole", base, STEPS, wire, method)
         whole = load_file(pathlib.Path(place) / "whole" / "saved")
     torch.save(whole, pathlib.Path(place) / "whole.pt")
     killed, longest, states = 0, once, set()
@@ -97,7 +114,7 @@ def main(place: str, kills: str, seed: str, format: str) -> None:
         # Most attempts get some steps further, however fast the machine is; after one that got to the end,
         # anew.
         before = state_of(folder)
-        if attempt(folder, base, wire, rng.random() * longest):
+        if attempt(folder, base, wire, method, rng.random() * longest):
             killed += 1
             states.add(state_of(folder))
             longest *= 1.2 if state_of(folder) == before else 0.95
@@ -105,7 +122,7 @@ def main(place: str, kills: str, seed: str, format: str) -> None:
             check(folder, place)
             for file in folder.iterdir():
                 file.unlink()
-    attempt(folder, base, wire, None)
+    attempt(folder, base, wire, method, None)
     check(folder, place)
     print(killed)
 

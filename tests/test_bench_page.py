@@ -115,6 +115,20 @@ def test_headlines_and_header_are_the_results(made):
         assert what in words
 
 
+def test_each_card_of_a_tiny_run_says_so(made):
+    """One of a measured run does not."""
+    text, results = made
+    assert page.TINY not in text
+    tiny, card = (
+        page.html([{**r, "command": f"{r['command']} --tiny"} for r in results]),
+        '<div class="card">',
+    )
+    assert tiny.count(card) == tiny.count(f'{card}<p class="tiny">{page.TINY}') == text.count(card) > 2
+    tiles = re.findall(r'<div class="tile">.*?</div>', tiny)
+    assert len(tiles) > 2
+    assert all(page.TINY in tile for tile in tiles)
+
+
 def shapes(picture: str, colour: str) -> list[list[float]]:
     """The numbers of each path that has this colour."""
     paths = re.findall(rf'<path d="([^"]*)"[^>]*fill: var\(--{colour}\)', picture)

@@ -160,7 +160,11 @@ def test_a_loss_that_is_not_finite_skips_the_step(kind):
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        (ConsensusHopping, {"candidates": 1}, "directions: expected an integer >= 2, got 1"),
+        (
+            ConsensusHopping,
+            {"candidates": 1},
+            "ConsensusHopping: candidates: expected an integer >= 2, got 1",
+        ),
         (ConsensusHopping, {"alpha": -1.0}, "alpha"),
         (ZORankSearch, {"trials": 0}, "trials: expected an integer >= 1, got 0"),
         (ZORankSearch, {"candidates": 4, "top": 5}, r"top: expected an integer in \[1, 4\], got 5"),

@@ -511,3 +511,77 @@ def test_shares_by_zo_grasp(rng):
     opt.step(lambda: loss(params))
     with pytest.raises(ValueError, match="density: expected a number in"):
         grasp_shares(params.items(), lambda: 0.0, 1.5)
+
+
+# --- feature reuse ---
+
+
+class Counted(nn.Linear):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+def stack(rng, *between):
+    torch.manual_seed(rng.getrandbits(32))
+    sizes = (5, 4, 6, 3)
+    layers = [Counted(a, b) for a, b in itertools.pairwise(sizes)]
+    return nn.Sequential(*(m for layer in layers for m in (layer, *between, nn.Tanh())), nn.Linear(3, 2))
+
+
+@ESTIMATOR
+def test_reused_features_change_no_bit(estimator, rng):
+    model, x, seed = stack(rng), torch.randn(7, 5), rng.getrandbits(60)
+    whole = copy.deepcopy(model)
+
+    def run(m, steps=3, **options):
+        opt = ZOCGE(m.named_parameters(), 0.3, seed=seed, per_step=20, estimator=estimator, **options)
+        for step in range(steps):
+            opt.step(lambda: m(x + step).square().mean())  # noqa: B023
+        return opt.last_losses
+
+    layers = [m for m in model if isinstance(m, nn.Linear)]
+    losses = run(model, reuse=layers)
+    assert same_bits(losses, run(whole))
+    assert same_bits(weights(model), weights(whole))
+    forwards = 3 * (21 if estimator == "one-sided" else 40)
+    calls, before = ([m.calls for m in net if isinstance(m, Counted)] for net in (model, whole))
+    assert before == [forwards] * 3
+    assert calls[0] < calls[1] < calls[2] < forwards
+    assert all("forward" not in m.__dict__ for m in layers)
+    again = copy.deepcopy(ZOCGE(model.named_parameters(), 0.1, reuse=layers))
+    assert again._features is None
+
+
+def test_a_weight_outside_of_the_modules_is_moved_in_whole_forwards(rng):
+    model, x = stack(rng), torch.randn(7, 5)
+    whole = copy.deepcopy(model)
+    for m, options in (
+        (model, {"reuse": [model[2], model[4]]}),
+        (whole, {}),
+    ):  # the first and last are not there
+        ZOCGE(m.named_parameters(), 0.3, **options).step(lambda: m(x).square().mean())  # noqa: B023
+    assert same_bits(weights(model), weights(whole))
+    assert model[2].calls < whole[2].calls
+
+
+BAD_REUSE = {
+    "order": (lambda m: [m[2], m[0]], (), "modules in the order .*, each once, got reuse\\[0\\] after"),
+    "inside": (lambda m: [m, m[0]], (), "modules of which none is in another, got reuse\\[1\\], which is"),
+    "random": (lambda m: [m[0], m[3]], (nn.Dropout(0.5),), "a forward without random numbers"),
+    "in place": (lambda m: [m[0], m[3]], (nn.ReLU(inplace=True),), "outputs that no later module changes"),
+    "module": (lambda m: ["0"], (), "a module, got '0'"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_REUSE)
+def test_features_that_cannot_be_reused(bad, rng):
+    modules, between, message = BAD_REUSE[bad]
+    model, x = stack(rng, *between), torch.randn(7, 5)
+    before = weights(model)
+    with pytest.raises((ValueError, TypeError), match=f"ZOCGE: reuse.*: expected {message}"):
+        ZOCGE(model.named_parameters(), 0.3, reuse=modules(model)).step(lambda: model(x).square().mean())
+    assert same_bits(weights(model), before)
+    assert all("forward" not in m.__dict__ for m in model)

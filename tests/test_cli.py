@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import subprocess
 import sys
 
 import pytest
@@ -127,3 +129,14 @@ def test_recorded_run_as_json(rng, tmp_path, capsys):
     assert said.out == ""
     assert said.err.startswith("zokernels verify: ")
     assert main(["log", at("nothing.zk"), "--json"]) == 1
+
+
+def test_a_reader_that_has_gone_is_no_error(rng, tmp_path):
+    """As in `zokernels log run.zk | head -1`: no message, neither of ours nor of the interpreter's end."""
+    record_with_cpu(log := tmp_path / "run.zk", "ZOSGD", torch.float32, rng)
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, "-m", "zokernels", "log", str(log)]
+    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -351,13 +351,13 @@ BAD = {
         lambda p: ZOSGD(p, lr=1.0, direction=RandomMask(0.5, 0)),
         "RandomMask: refresh: expected None or",
     ),
-    "rank": (lambda p: LOZO(p, lr=1.0, rank=0), "KeptRight: rank: expected an integer >= 1, got 0"),
+    "rank": (lambda p: LOZO(p, lr=1.0, rank=0), "LOZO: rank: expected an integer >= 1, got 0"),
     "kind": (lambda p: ZOSGD(p, lr=1.0, direction=TensorScale("x")), "TensorScale: kind: expected"),
     "capturable": (
         lambda p: LOZO(p, lr=1.0, capturable=True),
         "LOZO: capturable: expected False with a schedule",
     ),
-    "order": (lambda p: ZOBCD(p, lr=1.0, order="up"), "Blocks: order: expected 'cyclic' or 'random'"),
+    "order": (lambda p: ZOBCD(p, lr=1.0, order="up"), "ZOBCD: order: expected 'cyclic' or 'random'"),
 }
 
 

@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -71,9 +72,10 @@ def test_block_runs(page, line, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # Pages to be copied from stand alone; in the guides a block goes on where the text is.
     alone = page.name in ("README.md", "tutorial.md", "howto.md", "methods.md", "blackbox.md", "quantized.md")
-    alone |= page.name == "transformers.md"
-    if "transformers" in code:
-        pytest.importorskip("transformers")
+    alone |= page.name in ("transformers.md", "lora.md")
+    for package in ("transformers", "peft"):
+        if package in code:
+            pytest.importorskip(package)
     exec(compile("\n" * line + code, str(page), "exec"), {} if alone else given())
 
 
@@ -151,8 +153,19 @@ def test_files_that_are_named_exist():
     for page in PAGES:
         for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
             made = ("index.md", "api.md", "api-optim.md", "api-more.md", "contributing.md", "changelog.md")
+            made += ("first-hour.md",)
             if not link.startswith("http") and link not in made:
                 assert (page.parent / link).exists(), (page.name, link)
+
+
+def test_every_example_is_listed():
+    """What is run, and not what others import: that has no command in its first lines."""
+    page = (ROOT / "docs" / "examples.md").read_text()
+    scripts = [*(ROOT / "examples").glob("*.ipynb")]
+    scripts += [p for p in (ROOT / "examples").glob("*.py") if "__main__" in p.read_text()]
+    assert len(scripts) > 12
+    for path in scripts:
+        assert f"](../examples/{path.name})" in page, path.name
 
 
 # --- messages ---------------------------------------------------------------------------------------------
@@ -238,6 +251,21 @@ def test_site_builds_without_a_warning(tmp_path, messages):
     for m in messages.messages():
         assert m.file in shown
     assert 'src="architecture.svg"' in text("design.html")
+    assert "unpkg.com" not in text("index.html")  # nothing is fetched from elsewhere
+    _finds(tmp_path)
+
+
+def _finds(site: pathlib.Path) -> None:
+    """Where a browser is, it opens a page as a file, whose address holds a query for the search."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        return
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={site}/profile"]
+    command += ["--virtual-time-budget=20000", "--dump-dom", f"{(site / 'index.html').as_uri()}?q=stochastic"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert re.search(r"md-search-result__meta[^>]*>\s*\d+ matching documents", done.stdout), done.stderr[
+        -1000:
+    ]
 
 
 def test_parsers_have_the_commands_of_the_readme():

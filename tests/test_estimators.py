@@ -526,18 +526,18 @@ def test_forward_gradient_refuses():
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (ZOSGD, {"directions": 0}, "TwoSided: directions: expected an integer >= 1, got 0"),
+        (ZOSGD, {"directions": 0}, "ZOSGD: directions: expected an integer >= 1, got 0"),
         (ZOSGD, {"directions": True}, "directions: expected an integer >= 1, got True"),
         (
             ZOSGD,
             {"estimator": "three-sided"},
             "ZOSGD: estimator: expected 'two-sided' or 'one-sided', got 'three-sided'",
         ),
-        (FZOO, {"directions": 1}, "directions: expected an integer >= 2, got 1"),
-        (FZOO, {"std_eps": -1.0}, "std_eps: expected a number >= 0, got -1.0"),
+        (FZOO, {"directions": 1}, "FZOO: directions: expected an integer >= 2, got 1"),
+        (FZOO, {"std_eps": -1.0}, "FZOO: std_eps: expected a number >= 0, got -1.0"),
         (FZOO, {"eps": 0}, "FZOO: eps: expected a finite number > 0, got 0"),
-        (ZORankSGD, {"candidates": 1}, "directions: expected an integer >= 2, got 1"),
-        (ZORankSGD, {"candidates": 3, "top": 4}, "top: expected an integer in [1, 3], got 4"),
+        (ZORankSGD, {"candidates": 1}, "ZORankSGD: candidates: expected an integer >= 2, got 1"),
+        (ZORankSGD, {"candidates": 3, "top": 4}, "ZORankSGD: top: expected an integer in [1, 3], got 4"),
         (ZOConservative, {"lr": -1.0}, "ZOConservative: lr: expected a finite number >= 0, got -1.0"),
     ],
 )

@@ -100,13 +100,16 @@ CEILINGS = {
     "combine, bf16, rademacher, stochastic": (17.1, 15.8, 15.4),
     "fan_out, bf16, normal, one pending": (64.7, 48.5, 43.9),
     "fan_out, fp32, normal, any number pending, one direction of them": (68.4, 55.8, 52.0),
+    "decode_fan_out, fp8 to bf16, normal": (41.5, 30.2, 27.1),
+    "project, bf16, normal, K = 4": (124.5, 90.2, 76.5),
+    "project, bf16, rademacher, K = 4": (26.3, 26.3, 25.8),
 }
 TRITON_CEILINGS = {
     "combine, bf16, normal": (31.6, 23.1, 20.8),
     "combine, bf16, normal, stochastic": (40.0, 30.4, 28.1),
     "combine, bf16, normal, K = 2, stochastic": (71.0, 50.3, 45.7),
     "combine, bf16, rademacher": (5.9, 5.7, 5.2),
-    "combine, bf16, rademacher, stochastic": (18.0, 15.8, 16.7),
+    "combine, bf16, rademacher, stochastic": (18.0, 15.8, 15.6),
 }
 
 
@@ -117,6 +120,16 @@ def test_the_pipe_that_decides(found, kernel, architecture):
     ceilings = (CEILINGS if kernel.backend == "CUDA" else TRITON_CEILINGS)[kernel.name]
     ceiling = ceilings[gpu_pipes.ARCHITECTURES.index(architecture)]
     assert 0.9 * ceiling < row.cycles.bound <= ceiling, (row.cycles, row.opcodes.most_common(12))
+
+
+@pytest.mark.parametrize("architecture", gpu_pipes.ARCHITECTURES)
+@pytest.mark.parametrize("kernel", TRITON, ids=lambda k: k.name)
+def test_triton_is_within_five_percent_of_cuda(found, kernel, architecture):
+    """But for signs with stochastic rounding on sm_80, six: a bound of twice what its memory moves."""
+    same = next(k for k in CUDA if k.name == kernel.name)
+    percent = 6 if (architecture, kernel.name) == (80, "combine, bf16, rademacher, stochastic") else 5
+    bounds = (found[k, architecture].cycles.bound for k in (kernel, same))
+    assert next(bounds) <= (1 + percent / 100) * next(bounds)
 
 
 @pytest.mark.parametrize("architecture", gpu_pipes.ARCHITECTURES)

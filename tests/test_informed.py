@@ -521,8 +521,8 @@ def test_a_loss_that_is_not_finite_changes_nothing(method, rng):
 BAD = {
     "angle": (lambda p: ConMeZO(p, 1.0, angle=2.0), "ConMeZO: angle: expected a number of radians in"),
     "momentum": (lambda p: ConMeZO(p, 1.0, momentum=1.0), "ConMeZO: momentum: expected a number in"),
-    "probes": (lambda p: PGAP(p, 1.0, probes=0), "ProjectedDifference: directions: expected an integer >= 2"),
-    "ratio": (lambda p: CurvZO(p, 1.0, ratio=0.0), r"Sensitivity: ratio: expected a number in \(0, 1\]"),
+    "probes": (lambda p: PGAP(p, 1.0, probes=0), "PGAP: probes: expected an integer >= 1"),
+    "ratio": (lambda p: CurvZO(p, 1.0, ratio=0.0), r"CurvZO: ratio: expected a number in \(0, 1\]"),
     "in place": (
         lambda p: PGAP(p, 1.0, restore="inplace"),
         "PGAP: restore, subset: expected 'exact' and no subset",

@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import threading
+import traceback
 
 import pytest
 import torch
@@ -189,9 +190,12 @@ def make(mode, path=None):
     return (Streamed if mode in STREAMED else Run)(mode, path)
 
 
-def check(mode, folder, places, interrupt=signal_at):
+def check(mode, folder, places, interrupt=signal_at, tell=None):
     """Interrupts the second step of a run at each of ``places``, fractions of its instructions; returns
     how many.
+
+    ``tell(place)`` is called where a run did not go on as it should, in its except clause; without it that
+    is raised.
     """
     whole, history = make(mode, folder / "whole.zk"), []
     for step in range(4):
@@ -202,21 +206,32 @@ def check(mode, folder, places, interrupt=signal_at):
     whole.close()
     interrupted = 0
     for i, place in enumerate(places):
-        run = make(mode, folder / f"{i}.zk")
-        run.take(1)
-        with contextlib.suppress(Preempted), interrupt(1 + int(place * count[0])):
-            try:
-                run.take(2)
-            except Preempted:
-                interrupted += 1
+        try:
+            interrupted += _check_one(mode, folder / f"{i}.zk", 1 + int(place * count[0]), interrupt, history)
+        except Exception:
+            if tell is None:
                 raise
-        steps = run.optimizer.step_count
-        assert torch.equal(run.weights(), history[steps]), (mode, place, steps)
-        run.take(3)
-        assert torch.equal(run.weights(), history[3]), (mode, place)
-        log = run.close()
-        assert read(log).steps == 3
-        log.unlink()
+            tell(place)
+    return interrupted
+
+
+def _check_one(mode, path, place, interrupt, history):
+    """Interrupts the second step at its instruction ``place``; returns whether that was noticed."""
+    run, interrupted = make(mode, path), False
+    run.take(1)
+    with contextlib.suppress(Preempted), interrupt(place):
+        try:
+            run.take(2)
+        except Preempted:
+            interrupted = True
+            raise
+    steps = run.optimizer.step_count
+    assert torch.equal(run.weights(), history[steps]), (mode, place, steps)
+    run.take(3)
+    assert torch.equal(run.weights(), history[3]), (mode, place)
+    log = run.close()
+    assert read(log).steps == 3
+    log.unlink()
     return interrupted
 
 
@@ -365,16 +380,30 @@ def test_a_signal_in_a_streamed_step_ends_it(moment, rng):
         signal.signal(signal.SIGUSR1, before)
 
 
-if __name__ == "__main__":
-    for mode in sys.argv[1:] or MODES:
-        with tempfile.TemporaryDirectory() as place:
-            for interrupt in (signal_at, injected_at)[: 1 + (mode in IN_MEMORY)]:
-                run = make(mode, pathlib.Path(place) / "counted.zk")
+def sweep(modes):
+    """Interrupts a step at every place of each mode, and prints where a run did not go on as it should."""
+    faults = 0
+    for mode in modes:
+        for interrupt in (signal_at, injected_at)[: 1 + (mode in IN_MEMORY)]:
+            with tempfile.TemporaryDirectory() as folder:
+                run, told = make(mode, pathlib.Path(folder) / "counted.zk"), []
                 run.take(1)
                 with interrupt(None) as count:
                     run.take(2)
                 run.close().unlink()
                 total = count[0]
+
+                def tell(place, total=total, told=told):
+                    told.append(int(place * total))
+                    print(f"place {told[-1]}: {traceback.format_exc(-1)}", flush=True)
+
                 places = [(i + 0.5) / total for i in range(total)]
-                found = check(mode, pathlib.Path(place), places, interrupt)
-                print(f"{mode}, {interrupt.__name__}: {total} places, {found} interrupted", flush=True)
+                found = check(mode, pathlib.Path(folder), places, interrupt, tell)
+                faults += len(told)
+                text = f"{total} places, {found} interrupted, {len(told)} faults"
+                print(f"{mode}, {interrupt.__name__}: {text}", flush=True)
+    return faults
+
+
+if __name__ == "__main__":
+    sys.exit(bool(sweep(sys.argv[1:] or MODES)))

@@ -232,6 +232,48 @@ def test_eggroll(rng):
     compare(make, raw, rng, closure=small, shaping=None, lr=100 * lr * EPS**2 * n**0.5)
 
 
+def test_eggroll_with_signs(rng):
+    """alteggroll: the members have A B^T, the update sign(A) sign(B)^T; vectors the same noise in both."""
+    q, lr, r, n = 3, 2.0, 2, 6
+
+    def of_rank(name, shape, seed, step, signs=False):
+        if len(shape) < 2:
+            return dense(name, shape, seed)
+        flat = dense(name, (sum(shape), r), seed)
+        a, b = (flat.sign() if signs else flat).split(shape)
+        return a @ b.t() / r**0.5
+
+    signed = lambda *args: of_rank(*args, signs=True)
+
+    def oracle(theta, seed, step):
+        zs, us = (directions(seed, step, q, kind) for kind in (of_rank, signed))
+        scores = torch.stack([-loss_of(at(theta, z, sign * EPS)) for z in zs for sign in (1, -1)])
+        fitness = (scores - scores.mean()) / (((scores - scores.mean()) ** 2).mean() + 1e-5).sqrt()
+        mean = weighted(us, (fitness[::2] - fitness[1::2]) * EPS / n)
+        return minus(theta, -lr * n**0.5, mean)
+
+    make = lambda p, **o: EGGROLL(p, lr, directions=q, rank=r, **o)
+    compare(make, oracle, rng, signs=True)
+    compare(make, oracle, rng, signs=True, restore="inplace", tolerance=1e-3)  # each move rounds
+    differs(make, oracle, rng, signs=False)
+
+
+def test_eggroll_with_noise_of_several_steps(rng):
+    """noise_reuse: the members of step t have the noise of step floor(t / refresh), vectors included."""
+    q, lr, n = 3, 2.0, 6
+
+    def oracle(theta, seed, step, refresh=3):
+        zs = directions(seed, step // refresh, q, rank_one)
+        scores = torch.stack([-loss_of(at(theta, z, sign * EPS)) for z in zs for sign in (1, -1)])
+        fitness = (scores - scores.mean()) / (((scores - scores.mean()) ** 2).mean() + 1e-5).sqrt()
+        return minus(theta, -lr * n**0.5, weighted(zs, (fitness[::2] - fitness[1::2]) * EPS / n))
+
+    make = lambda p, **o: EGGROLL(p, lr, directions=q, **o)
+    compare(make, oracle, rng, refresh=3, steps=5)
+    compare(make, oracle, rng, refresh=3, steps=5, restore="inplace", tolerance=1e-3)  # each move rounds
+    differs(make, oracle, rng, steps=5)
+
+
 # --- estimators ---
 
 
@@ -798,6 +840,7 @@ LOGGED = {
     "SubZero": lambda p, **o: SubZero(p, 0.002, rank=5, interval=2, near_square=True, **o),
     "AMSGrad": lambda p, **o: ZOAdamW(p, 0.02, amsgrad=True, weight_decay=0.1, **o),
     "Adam on SubZero": lambda p, **o: ZOAdamW(p, 0.02, direction=Subspace(3, 2), weight_decay=0.1, **o),
+    "EGGROLL's signs": lambda p, **o: EGGROLL(p, 20.0, directions=2, signs=True, refresh=3, **o),
     "momentum on EGGROLL": lambda p, **o: EGGROLL(p, 20.0, directions=2, rule=Momentum(0.8), **o),
 }
 
@@ -833,13 +876,13 @@ BAD = {
         lambda p: ES(p, 1.0, population=5, mirrored=True),
         "ES: population: expected an even number .*, got 5",
     ),
-    "shaping": (lambda p: EGGROLL(p, 1.0, shaping="x"), "ScaledPopulation: shaping: expected 'z-score' or"),
+    "shaping": (lambda p: EGGROLL(p, 1.0, shaping="x"), "EGGROLL: shaping: expected 'z-score' or"),
     "maximize": (lambda p: EGGROLL(p, 1.0, shaping=None, maximize=True), "EGGROLL: maximize: expected False"),
-    "sigma": (lambda p: FZOO(p, 1.0, sigma="x"), "StdNormalized: sigma: expected 'sample' or 'population'"),
+    "sigma": (lambda p: FZOO(p, 1.0, sigma="x"), "FZOO: sigma: expected 'sample' or 'population'"),
     "of": (lambda p: ZOSignSGD(p, 1.0, of="x"), "ZOSignSGD: of: expected 'sum' or 'difference'"),
     "l2": (lambda p: ZOSignSGD(p, 1.0, of="difference", l2=0.1), "ZOSignSGD: l2: expected 0"),
     "ties": (lambda p: ZOConservative(p, 1.0, ties="x"), "Conservative: ties: expected 'first' or 'last'"),
-    "minimum": (lambda p: QZO(p, 1.0, minimum=0.0), "Floored: minimum: expected a finite number > 0"),
+    "minimum": (lambda p: QZO(p, 1.0, minimum=0.0), "QZO: minimum: expected a finite number > 0"),
     "norm": (
         lambda p: ZOSGD(p, 1.0, direction=TensorScale(norm="x")),
         "TensorScale: norm: expected 'rms' or 'l2'",

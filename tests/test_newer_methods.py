@@ -184,7 +184,7 @@ BAD = {
     "prior": (lambda p: Bayesian(prior=0.0), "Bayesian: prior: expected a finite number > 0"),
     "top": (
         lambda p: MeZOGV(p, 1.0, candidates=3, top=3),
-        r"Guided: top: expected an integer in \[1, 2\], got 3",
+        r"MeZOGV: top: expected an integer in \[1, 2\], got 3",
     ),
     "restore": (
         lambda p: MeZOGV(p, 1.0, restore="inplace", trajectory="run.zk"),

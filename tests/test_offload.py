@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 import threading
 import warnings
 
@@ -14,6 +15,7 @@ from torch import nn
 
 import zokernels.optim as optim
 from zokernels import offload
+from zokernels.quantize import named_integers, quantize_
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -107,6 +109,9 @@ METHODS = {
     "conservative": optim.ZOConservative,
     "ES": functools.partial(optim.ES, population=4, maximize=False),
     "MeZO-GV": functools.partial(optim.MeZOGV, candidates=3, top=1),
+    "BSZO": functools.partial(
+        optim.ZerothOrder, estimator=optim.Bayesian(2, prior=40.0, noise=30.0), rule=optim.SGD()
+    ),
     "consensus": functools.partial(optim.ConsensusHopping, candidates=3),
     "line search": functools.partial(optim.ZORankSearch, candidates=3, trials=2, rounds=2),
     "layers at random": functools.partial(optim.LeZO, skipped=0.5),
@@ -118,6 +123,62 @@ METHODS = {
 def test_methods(method, write_every, rng, tmp_path):
     model = tower(torch.bfloat16, seed=rng.getrandbits(30))
     check(model, tmp_path, stream={"slots": 2, "write_every": write_every}, make=METHODS[method])
+
+
+#: What has a state, factors or a direction that follows the run: it streams with the bits of the model in
+#: memory, or it is refused.
+NEWER = {
+    "ConMeZO": lambda model: optim.ConMeZO,
+    "P-GAP": lambda model: functools.partial(optim.PGAP, rank=2, probes=2, interval=2),
+    "LOREN": lambda model: functools.partial(optim.LOREN, directions=3),
+    "CurvZO": lambda model: functools.partial(optim.CurvZO, interval=2),
+    "AGZO": lambda model: functools.partial(optim.AGZO, model=model, rank=2),
+    "EGGROLL": lambda model: functools.partial(optim.EGGROLL, directions=2),
+    "ZO-Muon": lambda model: functools.partial(
+        optim.ZerothOrder, estimator=optim.OneSided(2), rule=optim.Orthogonal(),
+        direction=optim.KeptLeft(2, 2),
+    ),
+    "FZOO-R": lambda model: functools.partial(optim.FZOO, directions=3, reuse=True),
+    "TeZO-Adam": lambda model: functools.partial(
+        optim.ZerothOrder, estimator=optim.TwoSided(1), rule=optim.FactorAdam(),
+        direction=optim.TemporalFactor(2),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", NEWER)
+def test_newer_methods_stream_or_are_refused_in_one_sentence(method, rng, tmp_path):
+    model = tower(torch.float32, seed=rng.getrandbits(30), layers=2, dropout=0.0)
+    ours, before = copy.deepcopy(model), copy.deepcopy(model.state_dict())
+    with offload.stream(model, "layers", "host", slots=2):
+        options = {"lr": 1e-4, "weight_decay": 0.0}
+        try:
+            losses, _ = train(model, 3, NEWER[method](model), **options)
+        except ValueError as error:
+            message = str(error)
+            assert re.fullmatch(r"\w+: [^\n]+: expected [^\n]+, got [^\n]+", message)
+            assert "streamed" in message
+            assert not same_state(model.state_dict(), before)
+            return
+        expected, _ = train(ours, 3, NEWER[method](ours), **options)
+        assert same_bits(losses, expected)
+        assert not same_state(model.state_dict(), ours.state_dict())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial(optim.QES, population=2),
+        functools.partial(optim.QES, population=2, window=2),
+        functools.partial(optim.QuZO, quantized_noise=True),
+    ],
+)
+def test_rounded_noise_of_integers_is_refused_in_a_stream(make, rng):
+    model = tower(torch.float32, seed=rng.getrandbits(30), layers=2)
+    quantize_(model.layers)
+    message = r"params: expected .* where parameters are streamed, got"
+    with offload.stream(model, "layers", "host"), pytest.raises(ValueError, match=message):
+        make(named_integers(model), lr=1.0)
 
 
 def test_groups_with_settings_of_their_own_and_frozen_parameters(rng, tmp_path):
@@ -389,9 +450,8 @@ def tower_on_meta():
 @pytest.mark.parametrize(
     ("make", "options", "match"),
     [
-        (optim.ZOAdamW, {}, "SGD on dense noise"),
-        (optim.SparseMeZO, {}, "SGD on dense noise"),
-        (optim.ForwardGradient, {}, "losses at perturbed weights"),
+        (optim.ConMeZO, {}, "can be streamed, got"),
+        (optim.ZOCGE, {}, "losses at perturbed weights|can be streamed, got"),
         (optim.ZOSGD, {"restore": "inplace"}, "restore"),
         (optim.ZOSGD, {"capturable": True}, "capturable"),
     ],

@@ -104,14 +104,17 @@ def test_resuming(from_file, rng, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("wire", "kills"), [("none", 30), ("fp8", 8)])
-def test_killed_at_random_moments_it_ends_with_the_same_bits(wire, kills, rng, tmp_path):
+@pytest.mark.parametrize(
+    ("wire", "kills", "method"),
+    [("none", 30, "SGD"), ("fp8", 8, "SGD"), ("none", 4, "Adam"), ("none", 4, "Sparse-MeZO")],
+)
+def test_killed_at_random_moments_it_ends_with_the_same_bits(wire, kills, method, rng, tmp_path):
     worker = pathlib.Path(__file__).with_name("offload_kill_worker.py")
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join((str(worker.parents[1]), os.environ.get("PYTHONPATH", ""))),
     }
-    command = [sys.executable, str(worker), str(tmp_path), str(kills), str(rng.getrandbits(40)), wire]
+    command = [sys.executable, str(worker), str(tmp_path), str(kills), str(rng.getrandbits(40)), wire, method]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= kills

@@ -81,6 +81,21 @@ def settings(built: pathlib.Path) -> dict[str, str]:
     return {"ZOKERNELS_CUDA": cache["ZOKERNELS_CUDA"], "TORCH_CUDA_ARCH_LIST": ";".join(codes)}
 
 
+@pytest.mark.parametrize("target", ["wheel", "wheels", "gpu-prebuilt"])
+def test_make_leaves_the_architectures_to_the_programs(target, tmp_path):
+    """The tree itself is built for one; what is given away is not, unless that is asked for."""
+    if shutil.which("make") is None:
+        pytest.skip("no make")
+    text = (ROOT / "Makefile").read_text()
+    shows = f'{target}:\n\t@echo "[$$TORCH_CUDA_ARCH_LIST]"\n'  # in the place of what it needs and does
+    text, count = re.subn(rf"^{target}: .*\n(\t.*\n)+", lambda _: shows, text, flags=re.M)
+    assert count == 1
+    (tmp_path / "Makefile").write_text(text)
+    found = lambda *variable: run("env", *variable, "make", "-s", "-C", tmp_path, target).splitlines()[-1]
+    assert found("-u", "TORCH_CUDA_ARCH_LIST") == "[]"
+    assert found("TORCH_CUDA_ARCH_LIST=8.0") == "[8.0]"
+
+
 def make_wheel(built: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     code = "from setuptools import build_meta; import sys; print(build_meta.build_wheel(sys.argv[1]))"
     name = run(sys.executable, "-c", code, folder, cwd=ROOT, env=settings(built)).splitlines()[-1]

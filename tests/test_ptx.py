@@ -5,6 +5,7 @@ And the interpreter for it.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -18,6 +19,7 @@ import test_combine
 import test_fan_out
 import test_low_rank
 import test_low_rank_linear
+import test_plan
 import test_rows
 import test_spread
 import torch
@@ -524,6 +526,32 @@ def test_low_rank_linear_equals_reference(on_ptx, kernels, rng, dtype):
         args = test_low_rank_linear.random_linear(rng, dtype=dtype, shape=shape, rank=rank, rows=rows)
         check_backend(test_low_rank_linear.run, args)
     assert on_ptx.launches.keys() == matching(kernels, linear_kernels(dtype))
+
+
+#: Tests of test_plan.py, whose plain calls the tests above hold against the reference: a table must give the
+#: same bits, and name all memory that the kernels access.
+PLANNED = {
+    "combine": [
+        lambda rng: test_plan.test_combine_in_place(None, 0, rng),
+        lambda rng: test_plan.test_combine_out_of_place(None, 0, rng),
+        functools.partial(test_plan.test_rows, None, False),
+        functools.partial(test_plan.test_rows, None, True),
+    ],
+    "fan_out": [functools.partial(test_plan.test_fan_out, None, pending) for pending in (False, True)],
+    "update": [functools.partial(test_plan.test_update, None, rule) for rule in UPDATES],
+}
+
+
+@pytest.mark.parametrize("operation", PLANNED)
+def test_a_table_in_the_place_of_tensors(on_ptx, rng, operation):
+    on_ptx.operations.clear()
+    for run in PLANNED[operation]:
+        run(rng)
+    # Each has three calls with a plan, of which the first makes the table, and as many without one.
+    count = len(PLANNED[operation])
+    assert on_ptx.operations[f"{operation}_planned"] == 2 * count
+    assert on_ptx.operations[operation] == 4 * count
+    assert on_ptx.launches
 
 
 def test_every_kernel_is_run(kernels):

@@ -29,7 +29,7 @@ if triton.knobs.runtime.interpret or os.environ.get("TRITON_INTERPRET"):
     pytest.skip("TRITON_INTERPRET is set: there is no compiler in this process", allow_module_level=True)
 
 from ptx.triton_device import TritonDevice  # noqa: E402
-from triton_kernels import kernel_names  # noqa: E402
+from triton_kernels import combine_kernel, kernel_names  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -245,6 +245,18 @@ def test_normals_two_at_a_time(monkeypatch, rng, operation, dtype):
     packed = re.findall(r"\b(mul|fma)\.rn\.f32x2", text)
     assert packed.count("fma") >= 2 * 6
     assert packed.count("mul") >= 2 * 4
+
+
+def test_signs_one_at_a_time(monkeypatch, rng):
+    """For sm_100 the compiler makes one instruction of two sums, but not where Philox would wait for it."""
+    device = TritonDevice(architecture=100)
+    device.use(monkeypatch)
+    run, make = OPERATIONS["combine"]
+    rounded = PLAIN | {"rounding": "stochastic"}
+    check_backend(run, arguments(make, rng, "rademacher", (0,), dtype=BF16, **rounded))
+    (text,) = device.texts.values()
+    assert "add.rn.f32x2" not in text
+    assert "add.rn.f32x2" in combine_kernel(100, "bf16", "rademacher").asm["ptx"]
 
 
 @pytest.mark.parametrize(("name", "kind"), FAULTS)

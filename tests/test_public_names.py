@@ -15,6 +15,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from zokernels.optim.arguments import Described
+
 FILE = pathlib.Path(__file__).with_suffix("").with_name("public_names.txt")
 MODULES = (
     *("zokernels", "zokernels.optim", "zokernels.trajectory", "zokernels.offload", "zokernels.distributed"),
@@ -28,9 +30,12 @@ HEAD = "Public names and signatures: `python tests/test_public_names.py` writes 
 def signature(value: object, before: str = "") -> str:
     """As it is written in the sources, whose annotations are texts; one parameter a line where it is long."""
     try:
-        found = inspect.signature(value)
+        # Of an optimizer as it is written, with the table of the arguments that all share by its name.
+        found = inspect.signature(value.__init__ if isinstance(value, Described) else value)
     except ValueError:  # an exception's
         return before
+    if isinstance(value, Described):
+        found = found.replace(parameters=list(found.parameters.values())[1:])
     none, out, star = inspect.Parameter.empty, [], False
     for p in found.parameters.values():
         if p.kind is p.KEYWORD_ONLY and not star and not any(o.startswith("*") for o in out):

@@ -13,7 +13,7 @@ import zokernels as zk
 from zokernels.backends.reference.combine import fma
 from zokernels.backends.reference.noise import uniform16
 from zokernels.contract import DOMAIN_ROUNDING, seed_to_int64
-from zokernels.optim import ZOSGD, QuZO
+from zokernels.optim import QES, ZOSGD, QuZO
 from zokernels.quantize import (
     QuantizedLinear,
     limit_of,
@@ -23,6 +23,7 @@ from zokernels.quantize import (
     quantize_,
     unpack_int4,
 )
+from zokernels.trajectory import replay_
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BITS = pytest.mark.parametrize("bits", [8, 4])
@@ -270,6 +271,131 @@ def test_a_saved_run_goes_on(capturable, rng):
     assert torch.equal(a[0].weight, b[0].weight)
 
 
+def trained(opt, m, x, y, steps=3):
+    for _ in range(steps):
+        opt.step(lambda: F.cross_entropy(m(x[:, :6]), y))
+    return [layer.integers.clone() for layer in (m[0], m[2])]
+
+
+TRAINS = {
+    "QuZO": lambda m, **o: QuZO(named_integers(m), lr=1e3, eps=2.0, directions=2, weight_decay=1e-4, **o),
+    "QuZO, quantized noise": lambda m, **o: QuZO(
+        named_integers(m), lr=1e3, eps=2.0, quantized_noise=True, **o
+    ),
+    "QES": lambda m, **o: QES(named_integers(m), lr=20.0, eps=1.0, population=4, maximize=False, **o),
+    "QES, window": lambda m, **o: QES(
+        named_integers(m), lr=20.0, eps=1.0, population=4, window=3, mirrored=True, maximize=False, **o
+    ),
+}
+
+
+@pytest.mark.parametrize("method", TRAINS)
+def test_packed_integers_train_as_those_of_a_byte(method, rng, tmp_path):
+    torch.manual_seed(rng.getrandbits(32))
+    one = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3))
+    two, seed, path = copy.deepcopy(one), rng.getrandbits(62), tmp_path / "run.zk"
+    quantize_(one, 4, packed=False)
+    quantize_(two, 4)
+    assert [layer.packed for layer in (one[0], two[0], two[2])] == [False, True, True]
+    (x, y), start, base = batch(), one[0].weight.clone(), copy.deepcopy(two)
+    want = trained(TRAINS[method](one, seed=seed), one, x, y)
+    opt = TRAINS[method](two, seed=seed, trajectory=path)
+    assert all(map(torch.equal, trained(opt, two, x, y), want))
+    assert not torch.equal(want[0], start)
+    opt.trajectory.close()
+    assert replay_(base, path) == 3
+    assert all(torch.equal(base[i].weight, two[i].weight) for i in (0, 2))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quzo_with_quantized_noise(bits, rng):
+    """d = S(eps z) once for both sides: clamp(q +- d); q <- clamp(floor(q - lr g d / eps + u))."""
+    lr, eps, seed, limit = 0.6, 1.7, rng.getrandbits(62), limit_of(bits)
+    q = torch.randint(-limit, limit + 1, (40, 10)).to(torch.int8)
+    target, params = torch.randn(40, 10).double(), q.clone()
+    loss_of = lambda w: ((w.double() - target) ** 2).mean()
+    opt = QuZO([("w", params)], lr, eps, bits=bits, quantized_noise=True, seed=seed)
+    stream, reach = zk.stream_of("w"), min(127, (1 << bits) - 1)
+    for step in range(4):
+        s = zk.derive_seed(seed, step)
+        d = torch.zeros(40, 10, dtype=torch.int8)
+        zk.requantize_(d, s, eps, streams=stream, low=-reach, high=reach, rounding_seed=zk.derive_seed(s, 0))
+        d = d.int()
+        sides = [loss_of((q + sign * d).clamp(-limit, limit)) for sign in (1, -1)]
+        g = ((sides[0] - sides[1]) / (2 * eps)).float().double()
+        opt.step(lambda: loss_of(params))
+        torch.testing.assert_close(opt.last_projected_gradient.double(), g, rtol=0, atol=0)
+        exact = q.double() - (lr * g / eps) * d.double()
+        low, high = (f(exact).clamp(-limit, limit) for f in (torch.floor, torch.ceil))
+        # Rounded to one of its neighbours, and (as d is the same for many) not all of them to the same one.
+        near = (params.double() - low).abs() < 1e-9
+        assert (near | ((params.double() - high).abs() < 1e-9) | ((exact - exact.round()).abs() < 1e-4)).all()
+        apart = (high > low) & ((exact - exact.round()).abs() > 0.2)
+        if apart.sum() > 60:  # a share of 0.2 to 0.8 each: all alike once in 1e6 at most
+            assert 0 < near[apart].float().mean() < 1
+        q = params.clone()
+    still = params.clone()
+    with pytest.warns(UserWarning, match="loss not finite"):
+        opt.step(lambda: loss_of(params) * float("nan"))
+    assert torch.equal(params, still)
+
+
+def test_the_rounding_of_quantized_noise_is_unbiased(rng):
+    """Every weight is 0 and d is 0 or +-1: the mean update along d is c, whatever fraction of a step c is."""
+    n, c = 100_000, 0.3
+    q = torch.zeros(n, dtype=torch.int8)
+    opt = QuZO([("w", q)], 1.0, 1.0, quantized_noise=True, seed=rng.getrandbits(62))
+    losses = iter((-c, c))  # g = -c
+    opt.step(lambda: next(losses) + 0 * q.double().sum())
+    s = zk.derive_seed(opt.seed, 0)
+    d = torch.zeros(n, dtype=torch.int8)
+    zk.requantize_(d, s, 1.0, streams=zk.stream_of("w"), rounding_seed=zk.derive_seed(s, 0))
+    error = q.double() - c * d.double()
+    assert error.abs().max() < 1
+    assert error.mean().abs() < 6 * error.std() / n**0.5
+    assert (error * d).mean().abs() < 6 * (error * d).std() / n**0.5
+    assert (q[d == 0] == 0).all()
+
+
+def test_the_window_of_qes_is_its_kept_error(rng):
+    """In mid-range and from e = 0 both are the same, as long as the window is longer than the run."""
+    start, seed = torch.zeros(60, dtype=torch.int8), rng.getrandbits(62)
+    reward = lambda w: -((w.double() - 5) ** 2).sum()
+
+    def run(steps=5, **options):
+        w = start.clone()
+        opt = QES([("w", w)], 0.9, 0.8, population=4, seed=seed, **options)
+        for _ in range(steps):
+            opt.step(lambda: reward(w))
+        assert w.abs().max() < 100
+        return w, opt
+
+    want, _ = run(spread=False)
+    found, opt = run(window=5)
+    assert torch.equal(found, want)
+    assert not torch.equal(want, start)
+    assert not opt.state
+    short, _ = run(window=1)
+    assert not torch.equal(short, want)  # without any error of the steps before
+    none, _ = run(window=5, error_decay=0.0)
+    assert torch.equal(none, short)
+
+
+def test_qes_with_mirrored_members():
+    w = torch.zeros(50, dtype=torch.int8)
+    opt, seen = QES([("w", w)], 0.0, 1.0, population=4, mirrored=True), []
+    opt.step(lambda: seen.append(w.clone().int()) or w.double().sum())
+    assert len(seen) == 4
+    assert torch.equal(seen[0], -seen[1])
+    assert torch.equal(seen[2], -seen[3])
+    assert seen[0].any()
+    assert not torch.equal(seen[0], seen[2])
+    with pytest.raises(
+        ValueError, match="QES: population: expected an even number >= 2 with mirrored, got 5"
+    ):
+        QES([("w", w)], 0.1, population=5, mirrored=True)
+
+
 def test_mixed_bits(rng):
     m = model(rng)
     quantize_(m, 4, skip=["2"], packed=False)
@@ -345,8 +471,18 @@ def test_training_on_digits(bits, method, options, digits, rng):
             lambda: quantize_(nn.Sequential(nn.Linear(2, 2)), skip=["1"]),
             "quantize_: skip: expected names of modules, got '1'",
         ),
-        (lambda: named_integers(QuantizedLinear(4, 4, bits=4)), "expected integers of a byte each"),
-        (lambda: QuZO([torch.zeros(3)], 1.0), r"QuZO: params\[0\]: expected dtype int8, got torch.float32"),
+        (
+            lambda: named_integers(QuantizedLinear(5, 4, bits=4)),
+            "expected an even number of inputs, or packed=False, got packed rows of 5",
+        ),
+        (
+            lambda: QuZO([torch.zeros(3)], 1.0),
+            r"QuZO: params\[0\]: expected dtype int8, or uint8 .*, got torch.float32",
+        ),
+        (
+            lambda: QuZO([torch.zeros(3, dtype=torch.uint8)], 1.0),
+            r"QuZO: params\[0\]: expected dtype int8, or uint8 that packs two integers of 4 bits",
+        ),
         (
             lambda: QuZO([torch.zeros(3, dtype=torch.int8)], 1.0, bits=9),
             r"QuZO: bits: expected an integer in \[2, 8\], got 9",

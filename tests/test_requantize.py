@@ -9,6 +9,8 @@ from helpers import DISTS, add_extras, check_backend, placed, random_call
 import zokernels
 from zokernels.backends.reference.noise import uniform16
 from zokernels.contract import DOMAIN_ROUNDING
+from zokernels.ops import requantize
+from zokernels.quantize import pack_int4
 
 BOUNDS = [(-127, 127), (-128, 127), (-8, 7), (0, 1), (100, 120)]
 
@@ -131,6 +133,78 @@ def test_kernels_at_every_small_size(cpu_kernel, dist, rng):
 def test_many_tensors_and_threads(cpu_kernel, rng):
     args = random_requantize(rng, sizes=[rng.randrange(1, 2000) for _ in range(20)] + [70_001], count=1)
     check_backend(run, args, threads=(1, 3))
+
+
+def packed_case(rng, monkeypatch, device="cpu"):
+    """A call on packed integers, beside the same call on int8 ones: offsets, masks, rows of coefficients."""
+    monkeypatch.setattr(requantize, "_PIECE", rng.choice([1, 7, 64, 1 << 18]))
+    sizes = [2 * rng.randrange(0, 300) for _ in range(3)]
+    integers = [torch.randint(-8, 8, (n,), dtype=torch.int8, device=device) for n in sizes]
+    coeffs = torch.randn(*rng.choice([(2,), (3, 2)])) * 3
+    options = {"streams": [5, 6, 7], "offsets": [rng.randrange(2**40) for _ in sizes], "low": -7, "high": 7}
+    options |= rng.choice([{}, {"decay": 0.75}]) | rng.choice([{}, {"dist": "rademacher"}])
+    options |= rng.choice([{"rounding": "nearest"}, {"rounding_seed": rng.getrandbits(63)}])
+    options |= rng.choice([{}, {"mask_seed": rng.getrandbits(63), "density": 0.6}])
+    if rng.random() < 0.5:
+        keep = [torch.rand(n) < 0.5 for n in sizes]
+        pairs = zip(keep, options["offsets"], strict=True)
+        options["masks"] = [zokernels.pack_mask(k, o).to(device) for k, o in pairs]
+    seeds = [rng.getrandbits(63) for _ in range(2)]
+    options["coeffs"], options["seeds"] = coeffs.to(device), torch.tensor(seeds, device=device)
+    return integers, options
+
+
+def check_packed(rng, monkeypatch, device="cpu"):
+    integers, options = packed_case(rng, monkeypatch, device)
+    packed = [pack_int4(q) for q in integers]
+    out = [torch.full_like(p, 0xAB) for p in packed]
+    before = [p.clone() for p in packed]
+    zokernels.requantize(out, packed, **options)
+    assert all(map(torch.equal, packed, before))
+    zokernels.requantize_(packed, **options)
+    zokernels.requantize_(integers, **options)
+    assert all(map(torch.equal, packed, map(pack_int4, integers)))
+    assert all(map(torch.equal, out, packed))
+
+
+@pytest.mark.parametrize("repeat", range(6))
+def test_packed_integers_get_the_bits_of_int8(cpu_backend, rng, monkeypatch, repeat):
+    for _ in range(3):
+        check_packed(rng, monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton", "reference"])
+def test_packed_integers_get_the_bits_of_int8_on_a_gpu(backend, rng, monkeypatch):
+    with zokernels.backend(backend):
+        for _ in range(6):
+            check_packed(rng, monkeypatch, "cuda")
+
+
+BAD_PACKED = {
+    "bounds": ({"low": -9, "high": 7}, "low, high: expected -8 <= low < high <= 7 of packed integers"),
+    "dtype": ({"params": [torch.zeros(4, dtype=torch.int8)]}, r"params\[1\]: expected dtype uint8"),
+    "mask": ({"masks": [torch.zeros(1, dtype=torch.uint8)]}, r"masks\[0\]: expected 2 bytes for 16 elements"),
+    "streams": ({"streams": [1, 2]}, "streams: expected 1 integers"),
+    "coeffs": ({"coeffs": [1.0, 2.0]}, "coeffs: expected 1 values"),
+    "out": (
+        {"out": True},
+        r"params\[0\]: expected tensors that share no memory within one call, got overlap with out\[0\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_PACKED)
+def test_packed_integers_are_checked_before_anything_is_written(bad):
+    own, message = BAD_PACKED[bad]
+    packed = torch.arange(8, dtype=torch.uint8)
+    options = {"streams": 0, "low": -7, "high": 7, "rounding": "nearest"} | own
+    params, coeffs = [packed, *options.pop("params", [])], options.pop("coeffs", [1.0])
+    first = [[packed], params] if options.pop("out", False) else [params]
+    operation = zokernels.requantize if len(first) == 2 else zokernels.requantize_
+    with pytest.raises((ValueError, TypeError), match=message):
+        operation(*first, [3], coeffs, **options)
+    assert torch.equal(packed, torch.arange(8, dtype=torch.uint8))
 
 
 @pytest.mark.gpu

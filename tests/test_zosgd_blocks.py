@@ -397,6 +397,34 @@ def test_a_weight_that_is_used_often_is_perturbed_once(scratch):
         assert sum(perturbations(ZOSGD(params, lr=1e-3), closure)) == once
 
 
+class StackedExperts(nn.Module):
+    """13 experts whose weights are two tensors, of which a forward takes one expert after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(6, 13)
+        self.up, self.down = nn.Parameter(torch.randn(13, 8, 6)), nn.Parameter(torch.randn(13, 6, 8))
+
+    def forward(self, x):
+        share, out = self.router(x).softmax(-1), torch.zeros_like(x)
+        for e in range(13):
+            out = out + torch.relu(x @ self.up[e].t()) @ self.down[e].t() * share[:, e : e + 1]
+        return out
+
+
+@pytest.mark.parametrize("restore", ["exact", "inplace"])
+def test_experts_that_are_indexed_one_by_one_are_drawn_once_for_each_point(restore):
+    """Two points and the update are three launches over all weights, whatever the number of experts."""
+    torch.manual_seed(0)
+    model, x, calls = nn.Sequential(StackedExperts(), StackedExperts()), torch.randn(3, 6), []
+    opt = ZOSGD(model.named_parameters(), lr=1e-3, restore=restore)
+    opt.step(lambda: model(x).square().mean())
+    count = lambda out, *args: calls.append(sum(t.numel() for t in out))
+    with watched("combine", count), watched("combine_", count):
+        opt.step(lambda: model(x).square().mean())
+    assert calls == [sum(p.numel() for p in model.parameters())] * 3
+
+
 def test_an_expert_that_is_rarely_used_leaves_its_block():
     torch.manual_seed(0)
     model, x = Experts(), torch.randn(3, 6)

@@ -2,6 +2,7 @@
 """The two-pass form: its bits, its passes, what may change between steps, checkpoints."""
 
 import io
+import warnings
 
 import pytest
 import torch
@@ -176,3 +177,29 @@ def test_refused():
         with pytest.raises(RuntimeError, match="one at a time"):
             opt.two_pass(model).__enter__()
         opt.step(lambda: loss_of(model, *batch()))
+
+
+def test_a_compiled_module_is_used_between_steps_without_a_warning():
+    """torch warns of global hooks; where the user has set one, too, it still does."""
+    model = mlp()
+    compiled, seen = torch.compile(model, backend="eager"), []
+    opt = ZOSGD(compiled.named_parameters(), lr=0.05, restore="inplace")
+    before, filters = weights(model), list(warnings.filters)
+    with warnings.catch_warnings(), opt.two_pass(model), torch.no_grad():
+        warnings.simplefilter("error")
+        x, _ = batch()
+        for _ in range(2):
+            opt.step(lambda: compiled(x).square().mean())
+        assert opt.passes.pending
+        assert torch.equal(compiled(x), model(x))
+        assert not opt.passes.pending  # flushed: the forward saw theta
+        hook = nn.modules.module.register_module_forward_hook(lambda *args: seen.append(args))
+        try:
+            opt.step(lambda: model(x).square().mean())
+            with pytest.warns(UserWarning, match="global hooks"):
+                compiled(x)
+        finally:
+            hook.remove()
+    assert seen
+    assert warnings.filters == filters
+    assert not same_bits(weights(model), before)

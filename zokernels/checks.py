@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Real
 from typing import Any, NoReturn
@@ -38,19 +39,28 @@ def check_integer(op: str, argument: str, value: object, low: int = 1, high: flo
         fail(op, argument, f"an integer {bounds}", repr(value))
 
 
-def check_number(op: str, argument: str, value: object, *, positive: bool = False) -> None:
+def check_number(
+    op: str, argument: str, value: object, *, positive: bool = False, most: float = math.inf
+) -> None:
     expected = "a finite number > 0" if positive else "a finite number >= 0"
     if isinstance(value, bool) or not isinstance(value, Real):
         fail(op, argument, expected, repr(value), TypeError)
-    if not math.isfinite(value) or value < 0 or (positive and value == 0):
-        fail(op, argument, expected, repr(value))
+    number: Any = value  # to a type checker Real has no order
+    # An integer may be larger than any float, and torch takes none beyond int64.
+    most = min(most, 2**63 - 1 if isinstance(value, int) else sys.float_info.max)
+    if not 0 <= number <= most or (positive and number == 0):
+        expected += f" and at most {most:.3g}" if number > most else ""
+        fail(op, argument, expected, repr(value)[:200])
 
 
 def check_dist(op: str, dist: str) -> None:
     check_choice(op, "dist", dist, DISTS)
 
 
-def check_stream(op: str, argument: str, stream: int) -> None:
+def check_stream(op: str, argument: str, stream: Any) -> None:
+    if not hasattr(stream, "__index__"):
+        way = f" (zokernels.stream_of({stream!r}) makes one of a name)" if isinstance(stream, str) else ""
+        fail(op, argument, f"an integer{way}", repr(stream), TypeError)
     if not 0 <= stream < 2**STREAM_BITS:
         fail(op, argument, f"an integer in [0, 2^{STREAM_BITS})", stream)
 

@@ -246,9 +246,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     whole = {"bench": commands.bench, "demo": commands.demo}.get(argv[0] if argv else "")
     args = argparse.Namespace(command=argv[0]) if whole else _parser().parse_args(argv or ["info"])
     try:
+        status = 0
         if whole is not None:  # these have arguments of their own
-            return whole(argv[1:])
-        {"info": commands.info, "replay": _replay, "verify": _verify, "log": _log}[args.command](args)
+            status = whole(argv[1:])
+        else:
+            {"info": commands.info, "replay": _replay, "verify": _verify, "log": _log}[args.command](args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # of `zokernels log run.zk | head`: whoever reads has seen enough
+        commands.no_more_output()
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"zokernels {args.command}: {error}", file=sys.stderr)
         return 1

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import pathlib
+import sys
 from collections.abc import Sequence
 
 
@@ -36,6 +38,14 @@ def demo(argv: Sequence[str]) -> int:
         ) from error
     status: int = program.main(list(argv))
     return status
+
+
+def no_more_output() -> None:
+    """After nobody reads standard output any more: what is still to be written goes nowhere.
+
+    Without this the interpreter tries again at its end, and prints an error.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 #: --no-deps: the package of the weights asks for a stack that the demo does not use.

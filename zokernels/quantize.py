@@ -11,6 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import DTYPES, fail
+from .ops.requantize import pack_int4, unpack_int4
+
+__all__ = [
+    "QuantizedConv", "QuantizedEmbedding", "QuantizedLayer", "QuantizedLinear", "limit_of", "named_integers",
+    "named_scales", "pack_int4", "quantize_", "unpack_int4",
+]  # fmt: skip
 
 
 def limit_of(bits: int) -> int:
@@ -19,20 +25,6 @@ def limit_of(bits: int) -> int:
     The range is symmetric, -128 and -8 are not used.
     """
     return (1 << bits - 1) - 1
-
-
-def pack_int4(integers: Tensor) -> Tensor:
-    """int8 [..., n] with values in [-8, 7] as uint8 [..., (n + 1) / 2], two a byte, the first in the low
-    half.
-    """
-    even, odd = integers[..., ::2] & 15, F.pad(integers, (0, integers.shape[-1] & 1))[..., 1::2] & 15
-    return even.view(torch.uint8) | odd.view(torch.uint8) << 4
-
-
-def unpack_int4(packed: Tensor, n: int) -> Tensor:
-    """The int8 [..., n] of :func:`pack_int4`."""
-    halves = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :n]
-    return (halves.view(torch.int8) ^ 8) - 8  # bit 3 is the sign
 
 
 class QuantizedLayer(nn.Module):
@@ -46,8 +38,7 @@ class QuantizedLayer(nn.Module):
         out, inputs: the shape of W.
         bits: 8 or 4.
         group_size: how many neighbours in a row share a scale, a divisor of ``inputs``; None: all of a row.
-        packed: two integers a byte; default: where ``bits`` is 4.  :class:`~zokernels.optim.QuZO` trains
-            unpacked ones.
+        packed: two integers a byte; default: where ``bits`` is 4.
         dtype: of scale and bias.
 
     Raises: ValueError, TypeError: naming argument, what was expected and what came.
@@ -404,14 +395,17 @@ def named_scales(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def named_integers(module: nn.Module) -> list[dict[str, Any]]:
     """The integers of the quantised layers, as parameter groups of
-    :class:`~zokernels.optim.QuZO`: one for each number of bits.
+    :class:`~zokernels.optim.QuZO` and :class:`~zokernels.optim.QES`: one for each number of bits.
 
-    Raises: ValueError where they are packed.
+    Packed integers are trained as they are, with the bits that they would have in a byte each.
+
+    Raises: ValueError where a packed row ends in half a byte, which belongs to no weight.
     """
     groups: dict[int, list[tuple[str, Tensor]]] = {}
     for name, layer in _layers(module):
-        if layer.packed:
-            fail("named_integers", name, "integers of a byte each (packed=False)", "packed ones")
+        if layer.packed and layer._inputs % 2:
+            expected = "an even number of inputs, or packed=False"
+            fail("named_integers", name, expected, f"packed rows of {layer._inputs}")
         groups.setdefault(layer.bits, []).append((f"{name}.weight".lstrip("."), layer.weight))
     return [{"params": params, "bits": bits} for bits, params in groups.items()]
 

@@ -59,7 +59,7 @@ def gram(
     Args: as for :func:`squared_norm`.  Time: K n numbers and K^2 n multiplications.
     """
     seeds = seeds_of("gram", "seeds", seeds, device)
-    stream_list, offset_list = places(streams, offsets, len(sizes))
+    stream_list, offset_list = places("gram", streams, offsets, len(sizes))
     check_noise_of("gram", seeds, list(sizes), stream_list, offset_list, dist)
     count = seeds.numel()
     total = torch.zeros((2, count, count), dtype=torch.int64, device=seeds.device)

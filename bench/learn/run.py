@@ -33,7 +33,6 @@ FURTHEST = 6
 #: Of the search: none of them is a seed of the end.  The worse of two counts, because a step size at the edge
 #: of divergence may do well once.
 SEARCH_SEEDS = (1000, 1001)
-POINTS = 20
 #: Two-sided 95 % points of Student's t, by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
@@ -48,7 +47,7 @@ def train(task: Task, method: Method, lr: float, seed: int, search: bool, budget
     begin, run = time.perf_counter(), task.start(seed, search)
     optimizer = method.make(run.named, lr, run.model, eps=task.eps, seed=seed)
     steps = max(1, int(budget // method.forwards))
-    every = max(1, steps // POINTS)
+    every = max(1, steps // task.points)
     loss, accuracy = run.held_out()
     curve, best = [(0, loss)], loss
     for i in range(1, steps + 1):
@@ -104,12 +103,14 @@ class Results:
             replace(self.path, json.dumps({**self.head, "runs": self.runs}, indent=1) + "\n")
 
 
-def search(results: Results, task: Task, method: Method, budget: int) -> float:
+def search(results: Results, task: Task, method: Method, budget: int, seeds: int = 2) -> float:
     """The step size with the lowest loss on data of the search, between two that are worse."""
-    size = lambda power: float(f"{method.lr * STEP**power:.3g}")
+    first = task.first.get(method.name, method.lr)
+    size = lambda power: float(f"{first * STEP**power:.3g}")
+    own = SEARCH_SEEDS[:seeds]
 
     def loss(power: int) -> float:
-        found = (results.get(task, method, size(power), seed, True, budget)["loss"] for seed in SEARCH_SEEDS)
+        found = (results.get(task, method, size(power), seed, True, budget)["loss"] for seed in own)
         return max(math.inf if one is None else one for one in found)
 
     here = 0
@@ -159,11 +160,12 @@ def run(args: argparse.Namespace) -> int:
     tasks = [TASKS[name] for name in args.task]
     methods = [m for m in METHODS if suited(m)]
     if args.only:
-        methods = [m for m in methods if any(part.lower() in m.name.lower() for part in args.only)]
+        names = {m.name.lower() for m in methods}
+        chosen = lambda part, name: part == name if part in names else part in name
+        methods = [m for m in methods if any(chosen(part.lower(), m.name.lower()) for part in args.only)]
     if not methods:
         raise SystemExit(f"--only: expected part of a method's name, got {' '.join(args.only)}")
     budgets = {task.name: 40 if args.tiny else args.budget or task.budget for task in tasks}
-    seeds = 2 if args.tiny else args.seeds
     if args.write:
         charts.matplotlib()  # ends the program before anything is trained if the picture cannot be drawn
     torch.set_num_threads(args.threads)
@@ -175,7 +177,10 @@ def run(args: argparse.Namespace) -> int:
         for task in tasks:
             for method in methods:
                 budget = budgets[task.name]
-                lr = method.lr if args.tiny else search(results, task, method, budget)
+                seeds = 2 if args.tiny else args.seeds or task.seeds
+                lr = task.first.get(method.name, method.lr)
+                if not args.tiny:
+                    lr = search(results, task, method, budget, args.search_seeds)
                 runs = [results.get(task, method, lr, seed, False, budget) for seed in range(seeds)]
                 row = summary(runs)
                 print(
@@ -281,8 +286,9 @@ def _joined(runs: list[Row]) -> list[tuple[Any, ...]]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", nargs="+", choices=list(TASKS), default=["digits"])
-    parser.add_argument("--only", nargs="+", help="methods whose name has one of these parts")
-    parser.add_argument("--seeds", type=int, default=5, help="trainings of each method and task (default 5)")
+    parser.add_argument("--only", nargs="+", help="names of methods, or parts of names")
+    parser.add_argument("--seeds", type=int, help="trainings of each method (default: the task's)")
+    parser.add_argument("--search-seeds", type=int, choices=(1, 2), default=2, help="of each step size tried")
     parser.add_argument("--budget", type=int, help="forwards of each training (default: the task's)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tiny", action="store_true", help="short and without search: whether it runs")

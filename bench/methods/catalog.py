@@ -105,8 +105,9 @@ METHODS = [
     ),
     Method(
         "consensus hopping, q = 8", "[2306.09778](https://arxiv.org/abs/2306.09778)",
-        "theta += lr sum_k softmax_k(-alpha L_k) eps z_k", "ConsensusHopping(named, lr, candidates=8)", 8, 18,
-        "0", (eager.Consensus, {"directions": 8}), 1.0,  # the paper's: not searched
+        "theta += lr sum_k softmax_k(-alpha L_k) eps z_k",
+        "ConsensusHopping(named, lr, eps=0.03, candidates=8, alpha=100.0)", 8, 18,
+        "0", (eager.Consensus, {"directions": 8}), 1.0,  # the paper's lr; eps is the width of the search
     ),
     Method(
         "conservative", "[2402.11592](https://arxiv.org/abs/2402.11592)",

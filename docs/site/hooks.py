@@ -5,6 +5,7 @@ message.
 from __future__ import annotations
 
 import importlib.util
+import json
 import pathlib
 import re
 from typing import Any
@@ -27,11 +28,24 @@ messages = _load("zokernels_messages", HERE / "messages.py")
 
 #: Written pages in their order; what is in docs/ and not here comes under "More".
 NAV = [
-    {"Start": ["index.md", "tutorial.md", "howto.md", "demo.md", "llm.md", "packaging.md"]},
+    {
+        "Start": [
+            "index.md",
+            "choosing.md",
+            "first-hour.md",
+            "tutorial.md",
+            "howto.md",
+            "examples.md",
+            "demo.md",
+            "llm.md",
+            "packaging.md",
+        ]
+    },
     {
         "Training": [
             "methods.md",
             "optimizer.md",
+            "lora.md",
             "trajectory.md",
             "populations.md",
             "quantized.md",
@@ -104,16 +118,33 @@ def _errors() -> str:
     return "\n".join(out)
 
 
+def _notebook() -> str:
+    """The notebook as a page: its texts, its code, and what the cells printed."""
+    out = []
+    for cell in json.loads((ROOT / "examples" / "first_hour.ipynb").read_text())["cells"]:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            out.append(text.replace("](../docs/", "]("))
+            continue
+        out.append(f"```python\n{text}\n```")
+        printed = "".join("".join(o.get("text", ())) for o in cell["outputs"])
+        if printed:
+            out.append(f'<div class="printed" markdown>\n\n```text\n{printed.rstrip()}\n```\n\n</div>')
+    out.append("All of it as a file for Jupyter: [first_hour.ipynb](examples/first_hour.ipynb).")
+    return "\n\n".join(out) + "\n"
+
+
 def _from_root(name: str) -> str:
     """A file of the repository's root as a page: its links into docs/ become links to pages."""
     text = (ROOT / name).read_text()
     text = re.sub(r"\]\(docs/([^)]+)\)", r"](\1)", text)
+    text = text.replace("](examples/first_hour.ipynb)", "](first-hour.md)")
     return re.sub(r"\]\((CONTRIBUTING|CHANGELOG)\.md\)", lambda m: f"]({m.group(1).lower()}.md)", text)
 
 
 def on_config(config: Any) -> Any:
     """The navigation, with what was written since under its own heading."""
-    made = {"index.md", "contributing.md", "changelog.md", *_API, "api-more.md"}
+    made = {"index.md", "contributing.md", "changelog.md", "first-hour.md", *_API, "api-more.md"}
     written = {p.name for p in (ROOT / "docs").glob("*.md")} | made
     nav = [
         {title: [page for page in pages if page in written]} for part in NAV for title, pages in part.items()
@@ -130,15 +161,19 @@ def on_files(files: Files, config: Any) -> Files:
     more = [f"zokernels.{name}" for name in _MORE if public_names(f"zokernels.{name}")]
     pages["api-more.md"] = _api("Other modules", more, "Logs, integer weights, several processes.")
     pages |= {f"{name.lower()}.md": _from_root(f"{name}.md") for name in ("CONTRIBUTING", "CHANGELOG")}
-    pages["index.md"] = _from_root("README.md")
+    pages |= {"index.md": _from_root("README.md"), "first-hour.md": _notebook()}
+    for path in sorted((ROOT / "examples").iterdir()):  # beside the pages, which link them
+        if path.suffix in (".py", ".ipynb"):
+            pages[f"examples/{path.name}"] = path.read_text()
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    made = page.file.src_uri == "troubleshooting.md"
-    return markdown.replace("<!-- every message -->", _errors()) if made else markdown
+    if page.file.src_uri == "troubleshooting.md":
+        markdown = markdown.replace("<!-- every message -->", _errors())
+    return markdown.replace("](../examples/", "](examples/")
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import subprocess
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .call import Argument, Executor
 from .machine import Machine
@@ -33,6 +35,53 @@ def _symbols(library: Path) -> dict[int, str]:
     done = subprocess.run(["nm", "--defined-only", library], capture_output=True, text=True, check=True)
     fields = (line.split() for line in done.stdout.splitlines())
     return {int(f[0], 16): f[2] for f in fields if len(f) == 3}
+
+
+#: Columns of a plan's table (``Row`` in csrc/op_args.h), the first six of which are addresses.  A fan-out's
+#: outputs stand in the places of an update's states.
+_READ, _OUT, _FIRST, _SECOND, _MASK, _CURVATURE, _NUMEL, _OFFSET, _STREAM, _WIDTH, _LENGTH = range(11)
+_DTYPE, _STATE = 11, 12
+_ITEMSIZES = {0: 4, 1: 2, 2: 2}
+
+
+def _memory_at(address: int, size: int) -> Tensor:
+    """The bytes that lie there, as a tensor."""
+    if not size:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype=torch.uint8)
+
+
+def _mask_bytes(row: list[int]) -> int:
+    """A packed mask has a bit for each logical index, from a multiple of eight on; each row of a tensor that
+    is rows has its own.
+    """
+    numel, offset, width, length = row[_NUMEL], row[_OFFSET], row[_WIDTH], row[_LENGTH]
+    if width == 0:
+        return (offset % 8 + numel + 7) // 8
+    return numel // width * (width // 8 if (offset | width | length) % 8 == 0 else (width + 14) // 8)
+
+
+def _columns(operation: str, table: Tensor) -> dict[int, Argument]:
+    """By the column of its addresses, the memory that each row of a plan's table names."""
+    rows = table.tolist()
+    dtypes = {_READ: _DTYPE, _OUT: _DTYPE, _FIRST: _STATE, _SECOND: _STATE + 1, _CURVATURE: _STATE}
+    sizes = {
+        column: [row[_NUMEL] * _ITEMSIZES.get(row[dtype], 0) for row in rows]
+        for column, dtype in dtypes.items()
+    }
+    sizes[_MASK] = list(map(_mask_bytes, rows))
+    names = {_OUT: "out", _FIRST: "plus", _SECOND: "minus"} if operation == "fan_out" else {_OUT: "out"}
+    return {
+        column: Argument(
+            names.get(column, ""),
+            [
+                _memory_at(row[column], size * bool(row[column]))
+                for row, size in zip(rows, of_rows, strict=True)
+            ],
+            column in (_OUT, _FIRST, _SECOND),
+        )
+        for column, of_rows in sizes.items()
+    }
 
 
 class _Operation:
@@ -61,6 +110,7 @@ class Device(Executor):
         library.set_launcher.restype = None
         self._base = ctypes.cast(library.launches_on_host, ctypes.c_void_p).value - known
         self._launcher = _Launcher(self._launched)
+        self.operations: Counter[str] = Counter()  #: how often each was called
         self._error: BaseException | None = None
 
     def __getattr__(self, name: str) -> _Operation:
@@ -80,19 +130,42 @@ class Device(Executor):
         parameters = operation._schema.arguments
         if not parameters:
             return operation()
+        name = operation._schema.name.split("::")[1]
+        self.operations[name] += 1
         arguments = [
             Argument(parameter.name, arg, parameter.alias_info is not None and parameter.alias_info.is_write)
             for parameter, arg in zip(parameters, args, strict=True)
         ]
+        # Not through the dispatcher's first keys, where the mode of ``call`` would see this operation
+        # alone and not what it calls.
+        function: Callable[..., Any] = functools.partial(operation.redispatch, _CPU)
+        if name.endswith("_planned"):
+            function, arguments = self._planned(name.removesuffix("_planned"), function, arguments)
         self._error = None
         self._library.set_launcher(self._launcher)
         try:
-            # Not through the dispatcher's first keys, where the mode of ``call`` would see this operation
-            # alone and not what it calls.
-            return self.call(functools.partial(operation.redispatch, _CPU), arguments)
+            return self.call(function, arguments)
         except RuntimeError:
             if self._error is not None:
                 raise self._error from None
             raise
         finally:
             self._library.set_launcher(_Launcher())
+
+    @staticmethod
+    def _planned(
+        operation: str, function: Callable[..., Any], arguments: list[Argument]
+    ) -> tuple[Callable[..., Any], list[Argument]]:
+        """The tensors whose addresses are in a table, as arguments; and ``function`` with a new one."""
+        (_, table, _), *others = arguments
+        columns = _columns(operation, table)
+
+        def call(*values: Any) -> Any:
+            rows = table.numpy().copy()
+            for column, tensors in zip(columns, values[: len(columns)], strict=True):
+                for row, tensor in zip(rows, tensors, strict=True):
+                    if tensor.numel():
+                        row[column] = tensor.data_ptr()
+            return function(torch.from_numpy(rows), *values[len(columns) :])
+
+        return call, [*columns.values(), *others]

@@ -9,3 +9,7 @@ from .asynchronous import AsyncExchange
 from .exchange import Exchange, mean_of
 
 __all__ = ["AsyncExchange", "Exchange", "RanksDiffer", "mean_of"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

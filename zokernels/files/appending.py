@@ -56,7 +56,20 @@ class AppendedFile:
                 os.close(fd)
                 if error.errno != errno.EWOULDBLOCK:
                     fail(self.op, self.path, "a file system with locks (flock)", error.strerror, OSError)
-                fail(self.op, self.path, "a file that no one else writes", "one that is locked", RuntimeError)
+                expected = "a file that no one else writes"
+                if any(not other.closed and other._is_at_path_of(self.path) for other in list(_open)):
+                    got = (
+                        "one that an optimizer of this process still writes (its .trajectory.close() ends "
+                        "that, or ending the program)"
+                    )
+                    fail(self.op, self.path, expected, got, RuntimeError)
+                fail(self.op, self.path, expected, "one that is locked by another process", RuntimeError)
+
+    def _is_at_path_of(self, path: str) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self.fd), os.stat(path))
+        except OSError:
+            return False
 
     def _is_at_path(self, fd: int) -> bool:
         try:

@@ -12,7 +12,7 @@ import mmap
 import os
 import pathlib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -138,6 +138,7 @@ class Checkpoint:
         self.path = pathlib.Path(path)
         files = {name: File(name) for name in self._files()}
         self.files = list(files.values())
+        self.aliases: dict[str, str] = {}  #: a parameter's name for names of the file, see adopt
         self.where: dict[str, File] = {}
         for file in self.files:
             for name in file.entries:
@@ -160,12 +161,32 @@ class Checkpoint:
             fail("safetensors", str(self.path), f"{_INDEX} or *.safetensors", "none")
         return found
 
+    def adopt(self, names: Sequence[str]) -> None:
+        """Lets the files' tensors be found by the parameters' canonical ``names``, where peft saved them.
+
+        A model of peft calls a parameter ``base_model.model.q.lora_A.default.weight``, and its folder
+        ``base_model.model.q.lora_A.weight``: without the adapter's name, which the folder does not hold.  It
+        is that part of the missing names without which all of them are in the files.  Where there is none,
+        the names stay as they are.
+        """
+        found = self.tensors()
+        missing = [name for name in names if name not in found]
+        for adapter in dict.fromkeys(("default", *missing[0].split("."))) if missing else ():
+            saved = {peft_name(name, adapter): name for name in missing}
+            if len(saved) == len(missing) and saved.keys() <= self.where.keys():
+                self.aliases = saved
+                return
+
+    def parameter(self, name: str) -> str:
+        """The canonical name of the parameter that a file's tensor ``name`` holds."""
+        return self.aliases.get(name) or canonical_name(name)
+
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by canonical name, as views of the files."""
+        """The tensors by canonical name of their parameters, as views of the files."""
         result: dict[str, Tensor] = {}
         for name, file in self.where.items():
             if file.entries[name].dtype in DTYPES:
-                key = canonical_name(name)
+                key = self.parameter(name)
                 if key in result:
                     fail("safetensors", str(self.path), "one tensor for each parameter", f"two for {key!r}")
                 result[key] = file.tensor(name)
@@ -174,6 +195,17 @@ class Checkpoint:
     def release(self) -> None:
         for file in self.files:
             file.release()
+
+
+def peft_name(name: str, adapter: str) -> str:
+    """The name under which peft saves a parameter of the adapter of this name."""
+    name = name[max(name.find("base_model."), 0) :]  # a model that holds the one of peft adds a part in front
+    if name == f"prompt_encoder.{adapter}.embedding.weight":
+        return "prompt_embeddings"
+    name = name.replace(f".modules_to_save.{adapter}.", ".")
+    if name.endswith(f".lora_magnitude_vector.{adapter}.weight"):  # DoRA's, a vector alone in former versions
+        name = name.removesuffix(".weight")
+    return f"{name}.".replace(f".{adapter}.", ".").removesuffix(".")
 
 
 def lay_out(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, Entry]]:

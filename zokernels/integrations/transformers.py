@@ -51,6 +51,9 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, _OL
 #: What reaches ``accelerator.backward``, of each forward: streamed forwards (offload) take turns in threads.
 _LOSSES: ContextVar[list[Tensor] | None] = ContextVar("losses", default=None)
 
+#: The Trainer's own learning rate, where nobody has asked for one.
+_DEFAULT_LR: float = transformers.TrainingArguments.learning_rate
+
 #: Names of the first direction's losses in the logs, by the sign of the point.
 _POINTS = {1: "loss_plus", -1: "loss_minus", 0: "loss_centre"}
 
@@ -138,6 +141,7 @@ class ZOTrainerMixin(_Behind):
                 "1 (CUDA_VISIBLE_DEVICES=0): nn.DataParallel copies the weights",
                 args.n_gpu,
             )
+        self._check_optimizer()
         self._check_processes()
         if self._offload is not None and args.load_best_model_at_end:
             fail(
@@ -158,6 +162,19 @@ class ZOTrainerMixin(_Behind):
             if getattr(args, name, False):
                 logger.info(f"{self._op}: {name} is off: without backward no activations are kept")
                 setattr(args, name, False)
+
+    def _check_optimizer(self) -> None:
+        """Of the arguments; what ``create_optimizer`` of a subclass makes is looked at when it is made."""
+        ours = self.zo_optimizer
+        if ours is not None and not isinstance(ours, ZerothOrder):
+            expected = "an optimizer of zokernels.optim (transformers.Trainer takes one of torch)"
+            fail(self._op, "optimizers", expected, type(ours).__name__, TypeError)
+        if self.optimizer_cls_and_kwargs is None:
+            return
+        kind, _ = self.optimizer_cls_and_kwargs
+        if isinstance(kind, type) and not issubclass(kind, ZerothOrder):
+            expected = "a class of zokernels.optim (transformers.Trainer takes those of torch)"
+            fail(self._op, "optimizer_cls_and_kwargs", expected, kind.__name__, TypeError)
 
     def _check_processes(self) -> None:
         processes = self.args.world_size
@@ -199,6 +216,11 @@ class ZOTrainerMixin(_Behind):
         self._stream()
         if self.optimizer is None:
             kind, options = self.optimizer_cls_and_kwargs or (ZOSGD, {})
+            if "lr" not in options and self.args.learning_rate == _DEFAULT_LR:
+                self._tell(
+                    f"learning_rate={_DEFAULT_LR:g} is the Trainer's default, made for gradients: ranges of "
+                    "the methods here stand in docs/choosing.md, and zokernels.optim.find_lr finds one"
+                )
             options = {"lr": self.args.learning_rate, "seed": self.args.seed, **options}
             if self._mesh is not None:
                 options = {"mesh": self._mesh, **options}

@@ -8,3 +8,7 @@ from .stream import stream
 from .timeline import Span, plot
 
 __all__ = ["Engine", "Span", "StoredModel", "empty_weights", "footprint", "plot", "stream"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

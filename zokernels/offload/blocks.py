@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -68,6 +68,29 @@ class Entry(NamedTuple):
         return data[begin : begin + p.nbytes].view(p.dtype).view(p.shape)
 
 
+class State(NamedTuple):
+    """A tensor that an optimizer keeps of a weight of a block, and that travels with it."""
+
+    entry: Entry  #: ``entry.param`` is what stands in ``optimizer.state`` for the tensor
+    value: float  #: of all elements, before the first update
+
+
+#: What is kept of a weight: the name, shape and dtype of each tensor, and its first value.
+Kept = Sequence[tuple[str, tuple[int, ...], torch.dtype, float]]
+
+#: How the names of states begin in files; the name of the state and that of the weight follow.
+STATE = "_state."
+
+
+def state_named(text: str, weights: Iterable[str]) -> tuple[str, str] | None:
+    """(name of the state, name of the weight) of a tensor named ``text`` in a file; None: it is no state."""
+    of = [name for name in weights if text.startswith(STATE) and text.endswith(f".{name}")]
+    if not of:
+        return None
+    weight = max(of, key=len)
+    return text[len(STATE) : -len(weight) - 1], weight
+
+
 class Extent(NamedTuple):
     """Bytes of a file that go into a block, so that whole pages can be read."""
 
@@ -83,8 +106,10 @@ class Block:
     def __init__(self, index: int, name: str, module: nn.Module) -> None:
         self.index, self.name, self.module = index, name, module
         self.entries: list[Entry] = []
+        self.states: list[State] = []  #: they lie behind the weights
         self.extents: list[Extent] = []  #: of the checkpoint that its weights come from
-        self.nbytes = 0
+        self.nbytes = 0  #: of weights and states
+        self.weights = 0  #: of weights alone, in whole pages: where states begin
         self.scratch = 0  #: bytes of one perturbed copy
         self.stored = 0  #: updates the stored bytes contain now
         self.scheduled = 0  #: updates the stored bytes will contain once queued writes finish
@@ -99,8 +124,31 @@ class Block:
             begin = at if begins is None else begins[i]
             self.entries.append(Entry(name, p, begin))
             at = max(at, round_up(begin + p.nbytes, ALIGN))
-        self.nbytes = max(PAGE, round_up(at, PAGE))
+        self.nbytes = self.weights = max(PAGE, round_up(at, PAGE))
         self.scratch = sum(round_up(p.nbytes, ALIGN) for _, p in params)
+
+    def keep(self, kept: Sequence[tuple[str, Kept]], device: torch.device, pages: int = 1) -> None:
+        """Lays out what is kept of weights, each given with its name, behind the weights of the block.
+
+        On ``device`` a placeholder stands for each of them.  ``pages``: the block has a multiple of that.
+        """
+        at, self.states = self.weights, []
+        for name, tensors in kept:
+            for key, shape, dtype, value in tensors:
+                away = placeholder(torch.empty(shape, dtype=dtype, device="meta"), device)
+                self.states.append(State(Entry(f"{STATE}{key}.{name}", away, at), value))
+                at += round_up(away.nbytes, ALIGN)
+        self.nbytes = round_up(at, pages * PAGE)
+
+    def begin_states(self, data: Tensor) -> None:
+        """Fills the states in ``data``, the bytes of the block, with their first values."""
+        for state in self.states:
+            state.entry.of(data).fill_(state.value)
+
+    def views(self, data: Tensor) -> dict[int, Tensor]:
+        """Weights and states as views of ``data``, by id of the parameter or of what stands for the state."""
+        entries = (*self.entries, *(s.entry for s in self.states))
+        return {id(e.param): e.of(data) for e in entries}
 
     def scratch_views(self, data: Tensor) -> list[Tensor]:
         views, at = [], 0
@@ -306,4 +354,4 @@ def place_extents(block: Block, where: Sequence[tuple[str, int, int]]) -> None:
             begins[one] = begin + one[1] - first
         at = round_up(begin + end - first, PAGE)
     block.place([(e.name, e.param) for e in block.entries], [begins[one] for one in where])
-    block.nbytes = max(block.nbytes, at)
+    block.nbytes = block.weights = max(block.nbytes, at)

@@ -9,17 +9,18 @@ import os
 import pathlib
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, wait
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..checks import fail
 from ..files.appending import no_room
 from ..files.atomic import sync_folder
-from ..files.safetensors import NAMES, Entry, File, encode_header
-from .blocks import PAGE, Block, round_up
+from ..files.safetensors import DTYPES, NAMES, Entry, File, encode_header
+from .blocks import PAGE, Block, Kept, round_up, state_named
 
 #: Bytes of one read or write.
 CHUNK = 8 << 20
@@ -35,6 +36,7 @@ class Direct:
 
     def __init__(self, path: str | os.PathLike[str], write: bool = False) -> None:
         self.path = os.fspath(path)
+        self.first = self.size = 0  #: where a block's bytes begin in its file, and how many these are
         #: What the CRC32 of each :data:`CHUNK` of a block must be, until it has been read once.
         self.unchecked: str | None = None
         flags = (os.O_RDWR | os.O_CREAT | os.O_EXCL) if write else os.O_RDONLY
@@ -127,11 +129,11 @@ class Reader:
         """Reads all of ``block`` into ``data``."""
         memory, transfers = memory_of(data), []
         if (own := self.own.get(block.index)) is not None:
-            first = len(header(block, 0))
-            if (found := os.fstat(own.fd).st_size) < first + block.nbytes:
-                raise OSError(f"stream: {own.path}: expected {first + block.nbytes} bytes, got {found}")
+            first, size = own.first, own.size
+            if (found := os.fstat(own.fd).st_size) < first + size:
+                raise OSError(f"stream: {own.path}: expected {first + size} bytes, got {found}")
             own.check_in_place()
-            transfers.append((own.read, memory[: block.nbytes], first))
+            transfers.append((own.read, memory[:size], first))
         else:
             for path, at, begin, size in block.extents:
                 first = begin - at % PAGE
@@ -143,10 +145,12 @@ class Reader:
         transfer(transfers, self._pool)
         if own is not None and own.unchecked is not None:
             sums: dict[int, int] = {}
-            transfer([(_summing(sums), memory[: block.nbytes], 0)], self._pool)
+            transfer([(_summing(sums), memory[: own.size], 0)], self._pool)
             if _hex(sums) != own.unchecked:
                 raise OSError(f"stream: {own.path}: expected the bytes of its checksums (CRC32), got others")
             own.unchecked = None
+        if own is None or own.size < block.nbytes:
+            block.begin_states(data)  # the file is older than they are
 
     def close(self) -> None:
         for file in (*self._files.values(), *self.own.values()):
@@ -196,13 +200,15 @@ class Folder:
         return self.path / f"block-{block.index:05d}.safetensors"
 
     def open(self, op: str, block: Block) -> Direct | None:
-        """The file of ``block``, if there is one; sets ``block.stored``."""
+        """The file of ``block``, if there is one; sets ``block.stored``, and lays out the states in it."""
         path = self.file_of(block)
         if not path.exists():
             return None
         found = File(path)
+        block.keep(_states_in(found, block), torch.device("cpu"))
         first = len(header(block, 0))
-        ours = {e.name: (NAMES[e.param.dtype], tuple(e.param.shape), first + e.begin) for e in block.entries}
+        entries = (*block.entries, *(s.entry for s in block.states))
+        ours = {e.name: (NAMES[e.param.dtype], tuple(e.param.shape), first + e.begin) for e in entries}
         theirs = {
             n: (e.dtype, e.shape, e.begin) for n, e in found.entries.items() if not n.startswith("_gap")
         }
@@ -211,6 +217,7 @@ class Folder:
             fail(op, f"{path.name}: {name}", f"{ours.get(name)} (the model's)", theirs.get(name))
         block.stored = version_of(op, found)
         file = Direct(path)
+        file.first, file.size = first, block.nbytes
         file.unchecked = found.metadata.get("crc32", "")
         self.marks[path.name] = found.metadata
         return file
@@ -225,10 +232,11 @@ class Folder:
         temporary.unlink(missing_ok=True)
         file = Direct(temporary, write=True)
         try:
-            first, logged = len(header(block, version)), mark()
-            os.posix_fallocate(file.fd, 0, first + block.nbytes)
+            first, size, logged = len(header(block, version)), block.nbytes, mark()
+            file.first, file.size = first, size
+            os.posix_fallocate(file.fd, 0, first + size)
             sums: dict[int, int] = {}
-            transfer([(_summing(sums, file.write), memory_of(data)[: block.nbytes], first)], pool)
+            transfer([(_summing(sums, file.write), memory_of(data)[:size], first)], pool)
             pages = mmap.mmap(-1, first)  # direct writes begin at a page in memory, too
             pages[:] = header(block, version, logged, _hex(sums))
             file.write(memoryview(pages), 0)
@@ -243,6 +251,19 @@ class Folder:
 
     def sync(self) -> None:
         sync_folder(self.path)
+
+
+def _states_in(file: File, block: Block) -> list[tuple[str, Kept]]:
+    """The states in a block's file, as :meth:`Block.keep` takes them, in the order of their bytes.
+
+    Their first values are not there, and are not needed: the file has later ones.
+    """
+    found: list[tuple[str, Kept]] = []
+    for name, e in sorted(file.entries.items(), key=lambda item: item[1].begin):
+        state = state_named(name, (w.name for w in block.entries))
+        if state is not None and e.dtype in DTYPES:
+            found.append((state[1], [(state[0], e.shape, DTYPES[e.dtype], 0.0)]))
+    return found
 
 
 def version_of(op: str, file: File) -> int:
@@ -266,8 +287,15 @@ def mark_of(op: str, name: str, metadata: dict[str, str]) -> tuple[int, str]:
 Mark = Callable[[], dict[str, Any] | None]
 
 
-def header(block: Block, version: int, mark: dict[str, Any] | None = None, sums: str = "") -> bytes:
-    """The header of a block's file, in whole pages; it has the same size whatever its metadata are.
+def header(
+    block: Block,
+    version: int,
+    mark: dict[str, Any] | None = None,
+    sums: str = "",
+    more: Mapping[str, str] | None = None,
+) -> bytes:
+    """The header of a block's file, in whole pages; it has the same size whatever its metadata are, unless
+    there are ``more``.
 
     safetensors allows no gap between tensors and wants them in the header's order, so gaps are tensors, too.
     """
@@ -278,7 +306,8 @@ def header(block: Block, version: int, mark: dict[str, Any] | None = None, sums:
         if end > at:
             entries.append((f"_gap{at}", Entry("U8", (end - at,), at, end - at)))
 
-    for e in sorted(block.entries, key=lambda e: e.begin):
+    tensors = (*block.entries, *(s.entry for s in block.states))
+    for e in sorted(tensors, key=lambda e: e.begin):
         gap(e.begin)
         entries.append((e.name, Entry(NAMES[e.param.dtype], tuple(e.param.shape), e.begin, e.param.nbytes)))
         at = e.begin + e.param.nbytes
@@ -289,6 +318,7 @@ def header(block: Block, version: int, mark: dict[str, Any] | None = None, sums:
         "crc32": sums or "0" * 8 * -(-block.nbytes // CHUNK),
         "log_step": f"{mark['step'] if mark else 0:020d}",
         "log_sha256": mark["sha256"] if mark else "0" * 64,
+        **(more or {}),
     }
     return encode_header(entries, metadata, PAGE)
 

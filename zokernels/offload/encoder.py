@@ -37,7 +37,7 @@ class _Job(NamedTuple):
     work: list[Batch]
     ready: torch.cuda.Event | None  #: when the updates' coefficients are there
     before: Future[None] | None  #: the last write of the block's file, which must end before it is read
-    then: Callable[[Tensor], Any]  #: uses the master
+    then: Callable[[dict[int, Tensor]], Any]  #: uses the master, given as :meth:`Block.views`
     done: Future[Any]  #: the result of ``then``
     written: Future[None] | None  #: this write of the file, where there is one
 
@@ -49,6 +49,7 @@ class Encoder(Threaded):
     """
 
     history: History  #: the engine sets it
+    has_states = False  #: whether updates read and write states, which stay on the host
 
     def __init__(
         self, source: HostMemory | FileStore, carrier: Carrier, slots: int, staging: Tensor | None
@@ -63,11 +64,7 @@ class Encoder(Threaded):
         self._theta = torch.empty(max(b.scratch for b in blocks), dtype=torch.uint8, device=device)
         self._views: dict[int, list[Tensor]] = {}
         self._free: queue.SimpleQueue[Tensor] = queue.SimpleQueue()  # for masters from files
-        if isinstance(source, FileStore):
-            size = max(b.nbytes for b in blocks)
-            data = mapping((slots + 2) * size, torch.device("cpu"))
-            for i in range(slots + 2):
-                self._free.put(data[i * size : (i + 1) * size])
+        self.resize(slots, max(b.nbytes for b in blocks))
         self._coming: dict[int, Future[Any]] = {}  #: by slot
         self._keeping: list[Future[Any]] = []
         self._broken: BaseException | None = None  #: why a master in memory has only a part of an update
@@ -79,6 +76,13 @@ class Encoder(Threaded):
         self._released: dict[int, torch.cuda.Event] = {}  #: by slot
         self._on_host: OrderedDict[int, tuple[Pass, Pass]] = OrderedDict()
 
+    def resize(self, slots: int, largest: int) -> None:
+        self._free = queue.SimpleQueue()
+        if isinstance(self.source, FileStore):
+            data = mapping((slots + 2) * largest, torch.device("cpu"))
+            for i in range(slots + 2):
+                self._free.put(data[i * largest : (i + 1) * largest])
+
     def theta(self, block: Block) -> list[Tensor]:
         if block.index not in self._views:
             self._views[block.index] = block.scratch_views(self._theta)
@@ -87,7 +91,7 @@ class Encoder(Threaded):
     @property
     def lag(self) -> float:
         """How many updates a slot's bytes may lack, which the device then adds."""
-        if not self.layout.lossless:
+        if not self.layout.lossless or self.has_states:
             return 0
         return float("inf") if self._write_every is None else 1
 
@@ -100,23 +104,27 @@ class Encoder(Threaded):
         write = isinstance(self.source, HostMemory) or (
             every is not None and slot.updates - block.scheduled >= every
         )
-        send = lambda master: self._send(block, slot, master, released)
+        send = lambda views: self._send(block, slot, views, released)
         self._coming[slot.index] = self._begin(block, slot.updates, write, send)
 
     def keep(self, block: Block) -> None:
         """Brings all updates of ``block`` into the storage."""
         self._keeping.append(
-            self._begin(block, max(self.history.end, block.scheduled), True, lambda master: None)
+            self._begin(block, max(self.history.end, block.scheduled), True, lambda views: None)
         )
 
-    def master(self, block: Block) -> Tensor:
+    def master(self, block: Block) -> dict[int, Tensor]:
         """The master of ``block`` with all updates, on the host.  It is valid until the next step."""
         in_memory = isinstance(self.source, HostMemory)
-        copy = lambda master: master if in_memory else master[: block.nbytes].clone()
-        found: Tensor = self._begin(block, max(self.history.end, block.scheduled), in_memory, copy).result()
+        copy = lambda views: views if in_memory else {key: view.clone() for key, view in views.items()}
+        found: dict[int, Tensor] = self._begin(
+            block, max(self.history.end, block.scheduled), in_memory, copy
+        ).result()
         return found
 
-    def _begin(self, block: Block, version: int, write: bool, then: Callable[[Tensor], Any]) -> Future[Any]:
+    def _begin(
+        self, block: Block, version: int, write: bool, then: Callable[[dict[int, Tensor]], Any]
+    ) -> Future[Any]:
         try:
             if self._broken is not None:
                 raise self._broken
@@ -169,32 +177,33 @@ class Encoder(Threaded):
         master = None
         try:
             if isinstance(self.source, HostMemory):
-                master = self.source.regions[job.block.index]
+                views = self.source.views(job.block)
             else:
                 if job.before is not None:
                     job.before.result()
                 master = self._free.get()
                 with self.timeline.span("read", job.block):
                     self.source.read(job.block, master)
-            self._submit("encode", self._update, job, master)
+                views = job.block.views(master)
+            self._submit("encode", self._update, job, master, views)
         except BaseException as error:  # it is raised again by whoever waits
             self._fail(job, master, error)
 
-    def _update(self, job: _Job, master: Tensor) -> None:
+    def _update(self, job: _Job, master: Tensor | None, views: dict[int, Tensor]) -> None:
         try:
-            params = [e.of(master) for e in job.block.entries]
+            params = [views[id(e.param)] for e in job.block.entries]
             with self.timeline.span("encode", job.block):
                 for of in job.work:
-                    passes = [self._host(one, job.ready) for one in of.passes]
+                    passes = [self._host(one, job.ready).bound(views) for one in of.passes]
                     apply_passes([params[i] for i in of.entries], of.streams, passes)
             if isinstance(self.source, HostMemory):
                 job.block.stored = max(job.block.stored, job.version)
-            result = job.then(master)
+            result = job.then(views)
         except BaseException as error:
             if isinstance(self.source, HostMemory) and job.block.stored < job.version:
                 self._broken = error
             return self._fail(job, master, error)
-        if job.written is None:
+        if job.written is None or master is None:
             self._give_back(master)
         else:
             self._submit("write", self._write, job, master)
@@ -222,15 +231,18 @@ class Encoder(Threaded):
             job.written.set_exception(error)
         job.done.set_exception(error)
 
-    def _send(self, block: Block, slot: Slot, master: Tensor, released: torch.cuda.Event | None) -> Any:
+    def _send(
+        self, block: Block, slot: Slot, views: dict[int, Tensor], released: torch.cuda.Event | None
+    ) -> Any:
+        weights = [views[id(e.param)] for e in block.entries]
         if not self._cuda:
             with self.timeline.span("copy-in", block):
-                return self.layout.encode(block, master, slot.data)
+                return self.layout.encode(block, weights, slot.data)
         buffer, size = self._pinned[slot.index], self.layout.nbytes[block.index]
         if slot.index in self._sent:
             self._sent[slot.index].synchronize()  # the last copy from this buffer
         with self.timeline.span("encode", block):
-            self.layout.encode(block, master, buffer)
+            self.layout.encode(block, weights, buffer)
         if released is not None:
             self._in.wait_event(released)
         with torch.cuda.stream(self._in), self.timeline.device_span("copy-in", block, self._in):
@@ -254,6 +266,7 @@ class Encoder(Threaded):
                 "decay": one.decay,
                 "rounding_seed": one.rounding_seed,
                 "minimum": one.minimum,
+                "hyper": one.hyper,
             }
             with torch.cuda.stream(self._side):
                 self._side.wait_event(ready)

@@ -6,7 +6,7 @@ A block takes the updates that it lacks as it comes in.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,12 +16,18 @@ from torch import Tensor, nn
 from ..checks import fail
 from ..step.directions.direction import Direction
 from ..step.directions.integers import IntegerSteps
+from ..step.directions.low_rank import FreshFactors, KeptLeft, KeptRight, Subspace, TemporalFactor
+from ..step.directions.masks import GivenMask, MagnitudeMask, RandomMask
+from ..step.directions.scaling import CurvedDirection, Sphere
+from ..step.groups import takes_part
 from ..step.guards import OwnProcess
 from ..step.roles import Home, home_of, move_home
-from ..step.rules.sgd import SGD, Floored
+from ..step.rules.sgd import SGD, Conservative, Floored, Recalling
+from ..step.rules.stateful import Adam, Curvature, Momentum, Sign
+from ..step.rules.window import AdamWindow, MomentumWindow
 from ..step.step import StepOptimizer
 from ..step.types import Bucket, Seeds
-from .blocks import Block, aliases, placeholder
+from .blocks import STATE, Block, aliases, placeholder
 from .cache import BlockCache
 from .encoder import Encoder
 from .history import HistoryNoise
@@ -29,9 +35,20 @@ from .lockstep import Lockstep
 from .movers import Mover, Slot
 from .probe import StreamedProbe
 from .run import Run
+from .storage import DiskStorage, HostStorage
 from .stored import StoredModel
 from .timeline import Timeline
 from .visit import SidePoints, Visit, WireVisit
+
+#: Whose updates are passes over weights, and over states that travel with them.
+_RULES = frozenset(
+    (SGD, Conservative, Recalling, Floored, Momentum, Adam, Sign, Curvature, MomentumWindow, AdamWindow)
+)
+#: Whose noise needs no weights, and is drawn on the host and on the device alike.
+_DENSE = frozenset((Direction, IntegerSteps))
+#: Whose noise needs no weights but those that it is added to, and what is kept of these.
+_DIRECTIONS = _DENSE | {RandomMask, MagnitudeMask, GivenMask, Sphere, CurvedDirection}
+_DIRECTIONS |= {KeptRight, KeptLeft, FreshFactors, TemporalFactor, Subspace}
 
 
 def _integers_of(block: Block) -> list[tuple[str, nn.Module, str, Tensor]]:
@@ -68,9 +85,14 @@ class Engine(BlockCache, StoredModel, Home):
         write_every: int | None,
         run: Run | None,
         wire: Encoder | None = None,
+        *,
+        store: HostStorage | DiskStorage,
     ) -> None:
         super().__init__(blocks, slots, scratch, mover, timeline, write_every, wire)
-        self.model, self.device, self.run = model, device, run
+        self.model, self.device, self.run, self._store = model, device, run, store
+        #: What stands in ``optimizer.state`` for the states, by id of the parameter and name.
+        self._states: dict[tuple[int, str], Tensor] = {}
+        self._measured: list[Bucket] = []  #: of which the step that runs measures something
         self.closed = False
         self.optimizer: StepOptimizer | None = None
         self._empty = {id(e.param): placeholder(e.param, device) for b in blocks for e in b.entries}
@@ -219,10 +241,12 @@ class Engine(BlockCache, StoredModel, Home):
             and self.history.end > self.history.start
         ):
             self.flush()
-        dense = type(optimizer.direction) in (Direction, IntegerSteps)
-        if not isinstance(optimizer.rule, (SGD, Floored)) or not dense:
-            got = f"{type(optimizer.rule).__name__} on {type(optimizer.direction).__name__}"
-            fail(op, "params", "SGD on dense noise where parameters are streamed", got)
+        parts = type(optimizer.rule), type(optimizer.direction)
+        if parts[0] not in _RULES or parts[1] not in (_DENSE if self.wire else _DIRECTIONS):
+            expected = f"a rule and a direction that can be streamed{' with wire=' if self.wire else ''}"
+            fail(op, "params", expected, f"{parts[0].__name__} on {parts[1].__name__}")
+        if optimizer.tangents and self.wire is not None:
+            fail(op, "params", "losses at perturbed weights where parameters are streamed with wire=", op)
         if kind.own_probe is not StepOptimizer.own_probe or kind.update is not StepOptimizer.update:
             fail(op, "params", "losses at perturbed weights where parameters are streamed", op)
         if optimizer.restore != "exact" or optimizer.run_state.capturable:
@@ -232,23 +256,104 @@ class Engine(BlockCache, StoredModel, Home):
                 "'exact' and False where parameters are streamed",
                 optimizer.restore,
             )
+        if self.run is not None and trajectory is not None:
+            fail(op, "trajectory", f"None (the log of this run is {self.run.log})", repr(trajectory))
+        self._add_states(optimizer)
         if self.run is not None:
-            if trajectory is not None:
-                fail(op, "trajectory", f"None (the log of this run is {self.run.log})", repr(trajectory))
             self.run.attach(optimizer, self.blocks, self.history)
         self.optimizer = optimizer
+
+    def _add_states(self, optimizer: StepOptimizer) -> None:
+        """Lets each block have what ``optimizer`` keeps of its trained weights.
+
+        Blocks whose files have states already, because a run is continued, must have the same.
+        """
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"] if takes_part(group, p)}
+        kept_of = lambda p: [*optimizer.rule.kept_of(p), *optimizer.direction.kept_of(p)]
+        wanted = {
+            b.index: [
+                (e.name, kept) for e in b.entries if id(e.param) in trained and (kept := kept_of(e.param))
+            ]
+            for b in self.blocks
+        }
+        if self._states:
+            expected = "a stream that no other optimizer's states travel with (make it anew)"
+            fail(optimizer.op, "params", expected, f"that of a {type(self.optimizer).__name__}")
+        fresh = False
+        for b in self.blocks:
+            before = [s.entry for s in b.states]
+            size = b.nbytes
+            b.keep(wanted[b.index], self.device, self._store.parts)
+            now = [s.entry for s in b.states]
+            places = lambda entries: [(e.name, e.begin, e.param.dtype, e.param.shape) for e in entries]
+            if before and places(before) != places(now):
+                got = [e.name for e in before]
+                b.nbytes = size
+                fail(optimizer.op, b.name, f"a file with the states {[e.name for e in now]}", got)
+            fresh |= bool(now) and not before
+        if fresh:
+            self.mover.drain()
+            self._store.add_states(self.mover)
+        if self.wire is not None:
+            self.wire.has_states = any(b.states for b in self.blocks)
+        for b in self.blocks:
+            owners = {e.name: id(e.param) for e in b.entries}
+            states = iter(b.states)
+            for name, kept in wanted[b.index]:
+                for key, *_ in kept:
+                    self._states[owners[name], key] = next(states).entry.param
+            for slot in self._slots:
+                slot.forget(b)
+
+    def state(self, optimizer: StepOptimizer, param: Tensor, name: str) -> Tensor:
+        if (id(param), name) not in self._states:
+            expected = "parameters that were trained when the optimizer was made, where they are streamed"
+            fail(optimizer.op, "params", expected, f"one that lacks {name!r}", RuntimeError)
+        return self._states[id(param), name]
+
+    def find_measured(self, optimizer: StepOptimizer, measured: Collection[str]) -> None:
+        """``measured`` are names in the blocks' files."""
+        for b in self.blocks:
+            for e in b.entries:
+                keys = [key for key, *_ in optimizer.direction.kept_of(e.param)]
+                if any(f"{STATE}{key}.{e.name}" in measured for key in keys):
+                    optimizer.state[e.param] |= {key: self._states[id(e.param), key] for key in keys}
+
+    def fill_states(self, state_dict: dict[str, Any]) -> None:
+        """They are copied to host memory, a block at a time."""
+        away = {id(t) for t in self._states.values()}
+        for block in self.blocks if away else ():
+            with self._views_of(block) as views:
+                for index, kept in state_dict["state"].items():
+                    values = {
+                        key: views[id(t)].detach().to("cpu", copy=True)
+                        for key, t in kept.items()
+                        if id(t) in away and id(t) in views
+                    }
+                    state_dict["state"][index] = {**kept, **values}
+
+    def check_load(self, op: str) -> None:
+        if self._states:
+            expected = "no load_state_dict where states are streamed: stream(path=..., resume=True) continues"
+            fail(op, "state_dict", expected, "one", RuntimeError)
 
     def probe(self, optimizer: StepOptimizer, buckets: list[Bucket], seeds: Seeds) -> StreamedProbe:
         before = optimizer.step_count
         resident = [b for b in buckets if home_of(b.params[0]).in_memory]
+        for p in (p for b in buckets if b not in resident for p in b.params if optimizer.rule.states):
+            for name in optimizer.rule.states:
+                self.state(optimizer, p, name)  # before anything is written
+        self.history.begin()
+        self._measured = [b for b in buckets if b not in resident and b.noise.measures]
         for b in buckets:
             if b not in resident:
                 b.noise = HistoryNoise(self.history, b.noise)
-        self.history.begin()
+                b.noise.note(b.members, b.device)
         exact = optimizer.exact_probe(resident, seeds, shared=True) if resident else None
         self._lockstep.generators = optimizer.generators
-        stepped = lambda: self.committed() if optimizer.step_count > before else None
-        return StreamedProbe(buckets, seeds, exact, self.forwards, stepped, self._alone())
+        stepped = lambda: self.committed(optimizer) if optimizer.step_count > before else None
+        tangents = optimizer.tangents
+        return StreamedProbe(buckets, seeds, exact, self.forwards, stepped, self._alone(), tangents)
 
     def forwards(self, step: SidePoints, run: Any) -> list[Any]:
         """The results of ``run(side)`` for each side, which run in lockstep."""
@@ -260,9 +365,12 @@ class Engine(BlockCache, StoredModel, Home):
             if self._visit is not None:
                 self._visit.done()
 
-    def committed(self) -> None:
+    def committed(self, optimizer: StepOptimizer) -> None:
         """Called when the update of a step has been written down."""
         self.history.commit()
+        for p in (p for b in self._measured for p in b.params):
+            for key, *_ in optimizer.direction.kept_of(p):
+                optimizer.state[p][key] = self._states[id(p), key]
         self.history.drop(min(b.stored for b in self.blocks))
         self.prefetch_after_update()
 
@@ -318,13 +426,18 @@ class Engine(BlockCache, StoredModel, Home):
     @contextmanager
     def opened(self, block: Block) -> Iterator[list[Tensor]]:
         """They are on the device, or, with ``wire``, on the host."""
+        with self._views_of(block) as views:
+            yield [views[id(e.param)] for e in block.entries]
+
+    @contextmanager
+    def _views_of(self, block: Block) -> Iterator[Mapping[int, Tensor]]:
+        """Weights and states of ``block`` with all updates, as :meth:`Block.views` has them."""
         if self.wire is not None:
             with self._alone():
-                master = self.wire.master(block)
-                yield [e.of(master) for e in block.entries]
+                yield self.wire.master(block)
             return
         with self._loaded(block) as slot:
-            yield slot.params(block)
+            yield slot.views(block)
 
     def close(self) -> None:
         """Flushes, and ends the threads.  The parameters stay placeholders.

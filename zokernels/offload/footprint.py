@@ -49,6 +49,7 @@ def footprint(
     slots: int = 3,
     scratch: int = 2,
     wire: Wire | None = None,
+    states: Sequence[torch.dtype] = (),
 ) -> Footprint:
     """How much memory of the device :func:`stream` with these arguments will take.
 
@@ -61,11 +62,18 @@ def footprint(
 
     Args:
         device: (device) on which the model will be: blocks on a GPU are larger (docs/optimizer.md).
+        states: (host, disk) the dtypes of what the optimizer keeps of each weight: (torch.float32,) * 2 for
+            Adam.  Without ``wire`` they come to the slots with the weights.
     """
     check_choice("footprint", "storage", storage, STORAGES)
     made = blocks_of("footprint", model, blocks)
     if storage == "device":
         return _of_steps(model, made, torch.device(device))
+    for b in made:
+        kept = [
+            (e.name, [("state", tuple(e.param.shape), dtype, 0.0) for dtype in states]) for e in b.entries
+        ]
+        b.keep(kept, torch.device("meta"))
     layout = None if wire is None else WireLayout(wire, made)
     return footprint_of(model, made, slots, scratch, layout)
 
@@ -116,18 +124,21 @@ def fitting(
     scratch: int | None,
     layout: WireLayout | None,
     memory: int | None,
+    held: int = 0,
 ) -> tuple[int, int]:
     """The first of :data:`CHOICES` whose footprint is at most ``memory``, with the numbers that were given.
 
     ``memory``: bytes of the device; None: :data:`_PART` of what a GPU has free, and no limit on the CPU,
-    whose memory is that of the host.  A choice that is not the first is said in a warning.
+    whose memory is that of the host.  A choice that is not the first is said in a warning.  ``held``: how
+    many scratch buffers there are already, and resident weights with them.
 
     Raises: ValueError where nothing fits into the ``memory`` that was asked for.
     """
     asked = [(slots or s, scratch or c) for s, c in CHOICES]
     limit = memory
     if limit is None and device.type == "cuda":
-        limit = int(_PART * free_bytes(device))
+        now = footprint_of(model, made, 0, held, layout)
+        limit = int(_PART * (free_bytes(device) + (now.scratch + now.resident if held else 0)))
     if limit is None:
         return asked[0]
     sizes = [footprint_of(model, made, s, c, layout).total for s, c in asked]

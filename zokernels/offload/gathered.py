@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..checks import fail
 from ..distributed.ranks import all_gather_single
 from .blocks import PAGE, Block, round_up
-from .movers import ByStreams, HostMemory
+from .movers import HostMemory, Region
 
 
 def check_mesh(op: str, mesh: object, storage: str, wire: str | None) -> None:
@@ -40,34 +40,24 @@ class Slices(HostMemory):
     """
 
     def __init__(self, blocks: Sequence[Block], device: torch.device, mesh: DeviceMesh) -> None:
-        self.rank, self.count = mesh.get_local_rank(), mesh.size()
+        self.rank, count = mesh.get_local_rank(), mesh.size()
         for b in blocks:
-            b.nbytes = round_up(b.nbytes, PAGE * self.count)
-        super().__init__(blocks, device, self.count)
+            b.nbytes = b.weights = round_up(b.nbytes, PAGE * count)
+        super().__init__(blocks, device, count)
         self.group = dist.new_group(mesh.mesh.tolist(), use_local_synchronization=True)
 
-    def part(self, block: Block, data: Tensor) -> Tensor:
-        """This rank's slice of ``data``, the bytes of the block."""
-        size = block.nbytes // self.count
-        return data[self.rank * size : (self.rank + 1) * size]
+    def _mine(self, region: Region, data: Tensor) -> Tensor:
+        """This rank's slice of a region, in ``data``, the bytes of the block."""
+        size = region.size // self.parts
+        return region.of(data)[self.rank * size : (self.rank + 1) * size]
 
-    def read(self, block: Block, data: Tensor) -> None:
-        all_gather_single(data[: block.nbytes], self.regions[block.index], group=self.group)
+    def get(self, region: Region, data: Tensor) -> None:
+        """Gathers the slices; that of this rank first crosses the host link, where there is one."""
+        mine = region.data
+        if data.device != mine.device:
+            mine = self._mine(region, data)
+            mine.copy_(region.data, non_blocking=True)
+        all_gather_single(region.of(data), mine, group=self.group)
 
-    def write(self, block: Block, data: Tensor, updates: int) -> None:
-        self.regions[block.index].copy_(self.part(block, data))  # all ranks have made the same bytes
-
-
-class BySlices(ByStreams):
-    """Copies this rank's slice over the host link into its place in the slot, and gathers the others."""
-
-    source: Slices
-
-    def _copy(self, lane: str, block: Block, to: Tensor, data: Tensor, stream: torch.cuda.Stream) -> None:
-        with torch.cuda.stream(stream), self.timeline.device_span(lane, block, stream):
-            if lane == "copy-out":
-                to.copy_(self.source.part(block, data), non_blocking=True)
-                return
-            mine = self.source.part(block, to)
-            mine.copy_(data, non_blocking=True)
-            all_gather_single(to[: block.nbytes], mine, group=self.source.group)
+    def put(self, region: Region, data: Tensor) -> None:
+        region.data.copy_(self._mine(region, data), non_blocking=True)  # all ranks have made the same bytes

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..functional import Rule as KernelRule
 from ..step.deferred import DeferredNoise, Pass, raising
 from ..step.noise import Members, Noise, Tensors
 from ..step.types import Bucket
@@ -86,6 +87,10 @@ class History:
                     found.append(one)
         return stream, tuple(found)
 
+    def measuring(self, param: Tensor) -> tuple[Pass, ...]:
+        """What the step that runs has to measure of ``param`` before it perturbs it."""
+        return tuple(one for members, one in self._open if id(param) in members and one.measures)
+
     def batches(
         self, block: Block, since: int, perturbed: Perturbed, everything: bool = False
     ) -> list[Batch]:
@@ -95,6 +100,8 @@ class History:
         for i, e in enumerate(block.entries):
             stream, passes = self.pending(e.param, since)
             bucket, place, stream = perturbed.get(id(e.param), (None, 0, stream))
+            if bucket is not None:
+                passes += self.measuring(e.param)
             if bucket is None and not passes and not everything:
                 continue
             batch = found.setdefault(
@@ -111,14 +118,38 @@ class HistoryNoise(Noise):
     def __init__(self, history: History, noise: Noise) -> None:
         self._history, self._noise = history, noise
         self.bounds = noise.bounds
+        #: Whether one pass can make two sides and an update.
+        self.fans_out = type(noise) is Noise
+        #: What a pass has to keep of the noise.
+        self._kept = None if self.fans_out or noise.bounds is not None else noise
+
+    def bound(self, views: Mapping[int, Tensor]) -> Noise:
+        return self._noise.bound(views)
 
     def perturb(self, out: Tensors, members: Members, seeds: Tensor, coeffs: Tensor, **options: Any) -> None:
         self._noise.perturb(out, members, seeds, coeffs, **options)
 
     def update(self, members: Members, seeds: Tensor, coeffs: Tensor, **rounding: Any) -> None:
         # The next step may write to the optimizer's own tensors, so they are copied.
-        kept = Pass(seeds.clone(), coeffs.clone(), members.dist, **rounding, bounds=self.bounds)
+        kept = Pass(
+            seeds.clone(), coeffs.clone(), members.dist, **rounding, bounds=self.bounds, noise=self._kept
+        )
         self._history.add(members, kept)
+
+    def step(
+        self, members: Members, rule: KernelRule, hyper: Tensor, seeds: Tensor, coeffs: Tensor, **options: Any
+    ) -> None:
+        """``options``: states are what stands for them in ``optimizer.state``."""
+        for name in {"first", "second"} & options.keys():
+            options[name] = {id(p): t for p, t in zip(members.params, options[name], strict=True)}
+        self.update(members, seeds, coeffs, rule=rule, hyper=hyper.clone(), **options)
+
+    def note(self, members: Members, device: torch.device) -> None:
+        """Writes down that the step begins with a measurement, where it does."""
+        if self._noise.measures:
+            none = torch.empty(0, dtype=torch.int64, device=device), torch.empty(0, device=device)
+            one = Pass(*none, members.dist, None, "nearest", None, noise=self._noise, measures=True)
+            self._history.add(members, one)
 
     def raise_to(self, members: Members, minimum: Tensor) -> None:
         self._history.add(members, raising(members, minimum))
@@ -131,8 +162,10 @@ def apply_passes(
     done: Callable[..., Any] = lambda n: 0,
 ) -> None:
     """Runs the passes in place, one by one, each with its own rounding; several of them piece by piece."""
-    if len(passes) == 1:
-        passes[0].run(list(params), list(streams), [0] * len(params), lambda states: ())
+    if len(passes) == 1 or any(one.noise is not None for one in passes):
+        pick = lambda states: [states[id(p)] for p in params] if states else ()
+        for one in passes:
+            one.run(list(params), list(streams), [0] * len(params), pick)
         return
     deferred = DeferredNoise()
     for one in passes:

@@ -37,11 +37,10 @@ class WireLayout:
     def buffers(self, block: Block, data: Tensor) -> list[Tensor]:
         return [data[begin : begin + size] for begin, size in self.places[block.index]]
 
-    def encode(self, block: Block, master: Tensor, data: Tensor) -> None:
-        """Encodes the weights of ``block`` in ``master`` to wire bytes in ``data``."""
+    def encode(self, block: Block, weights: Sequence[Tensor], data: Tensor) -> None:
+        """Encodes the weights of ``block`` to wire bytes in ``data``."""
         alike: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-        for e, buffer in zip(block.entries, self.buffers(block, data), strict=True):
-            value = e.of(master)
+        for value, buffer in zip(weights, self.buffers(block, data), strict=True):
             if value.dtype in DTYPES:
                 out, params = alike.setdefault(value.dtype, ([], []))
                 out.append(buffer)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,8 @@ from .memory import mapping
 from .timeline import Timeline
 
 
-class Carrier(NamedTuple):
+@dataclass
+class Carrier:
     """What storages and movers need to know of the stream that they serve."""
 
     op: str
@@ -40,6 +42,8 @@ class Carrier(NamedTuple):
     layout: WireLayout | None  #: of the bytes that cross the link; None: they are the weights
     timeline: Timeline
     write_every: int | None  #: None: nothing is written
+    #: How many slots there may be, when blocks have become larger.
+    refit: Callable[[], int]
 
     @property
     def to_gpu(self) -> bool:
@@ -54,12 +58,25 @@ class Slot:
         self.block: Block | None = None
         self.updates = 0  #: the number of updates that its bytes hold
         self.users = 0  #: sides that compute with it
-        self.views: dict[int, list[Tensor]] = {}  #: parameters, by block
+        self._views: dict[int, dict[int, Tensor]] = {}  # by block
+
+    def views(self, block: Block) -> dict[int, Tensor]:
+        """Weights and states, as :meth:`Block.views` has them."""
+        if block.index not in self._views:
+            self._views[block.index] = block.views(self.data)
+        return self._views[block.index]
 
     def params(self, block: Block) -> list[Tensor]:
-        if block.index not in self.views:
-            self.views[block.index] = [e.of(self.data) for e in block.entries]
-        return self.views[block.index]
+        views = self.views(block)
+        return [views[id(e.param)] for e in block.entries]
+
+    def forget(self, block: Block) -> None:
+        """Makes the views of ``block`` anew when they are needed again."""
+        self._views.pop(block.index, None)
+
+    def resize(self, data: Tensor) -> None:
+        """Lets other memory be the slot, which then holds nothing."""
+        self.data, self.block, self._views = data, None, {}
 
 
 class Mover:
@@ -94,6 +111,12 @@ class Mover:
     def drain(self) -> None:
         """Waits until everything is where it was to go, and raises what failed on the way."""
 
+    def resize(self, slots: int, largest: int) -> None:
+        """Makes what is between ``slots`` and storage of the size of the ``largest`` block.
+
+        It is called after :meth:`drain`.
+        """
+
     def copy_in(self, block: Block, slot: Slot) -> None:
         """A fetch alone, for measurements, of a block that is not in use."""
         slot.block = None
@@ -111,21 +134,71 @@ class Mover:
         pass
 
 
+class Region(NamedTuple):
+    """Bytes of a block, and the host memory where they are kept."""
+
+    begin: int  #: in the block
+    size: int  #: of the block's bytes
+    data: Tensor  #: the host memory, of ``size`` bytes, or of a slice of them
+
+    def of(self, data: Tensor) -> Tensor:
+        """The same bytes in ``data``, the bytes of the block."""
+        return data[self.begin : self.begin + self.size]
+
+
 class HostMemory:
-    """All blocks in one region of host memory; or one of ``parts`` equal slices of each."""
+    """All blocks in host memory, or one of ``parts`` equal slices of each.
+
+    The weights of all blocks are one mapping of it, and the states of all, where an optimizer has some, are
+    another.
+    """
 
     def __init__(self, blocks: Sequence[Block], device: torch.device, parts: int = 1) -> None:
-        begins = [0]
+        self._device, self.parts = device, parts
+        self.regions: list[list[Region]] = [[] for _ in blocks]  #: by block
+        self._add(blocks, [(0, b.nbytes) for b in blocks])
+
+    def _add(self, blocks: Sequence[Block], spans: Sequence[tuple[int, int]]) -> None:
+        """Makes room for the bytes from ``begin`` to ``end`` of each block."""
+        sizes = [end - begin for begin, end in spans]
+        ends = list(itertools.accumulate(size // self.parts for size in sizes))
+        data = mapping(ends[-1], self._device)
+        for b, (begin, _), size, end in zip(blocks, spans, sizes, ends, strict=True):
+            if size:
+                self.regions[b.index].append(Region(begin, size, data[end - size // self.parts : end]))
+
+    def add_states(self, blocks: Sequence[Block]) -> None:
+        """Makes room for the states of the blocks, which get their first values."""
+        self._add(blocks, [(b.weights, b.nbytes) for b in blocks])
+        data = mapping(max(b.nbytes for b in blocks), torch.device("cpu"))
         for b in blocks:
-            begins.append(begins[-1] + b.nbytes // parts)
-        self.data = mapping(begins[-1], device)
-        self.regions = [self.data[i:j] for i, j in itertools.pairwise(begins)]
+            b.begin_states(data)
+            for region in self.regions[b.index][1:]:
+                self.put(region, data)
+
+    def get(self, region: Region, data: Tensor) -> None:
+        """Copies a region to ``data``, the bytes of its block; to a GPU, on the current stream."""
+        region.of(data).copy_(region.data, non_blocking=True)
+
+    def put(self, region: Region, data: Tensor) -> None:
+        """Copies the bytes of a region from ``data``, as :meth:`get`."""
+        region.data.copy_(region.of(data), non_blocking=True)
 
     def read(self, block: Block, data: Tensor) -> None:
-        data[: block.nbytes].copy_(self.regions[block.index])
+        for region in self.regions[block.index]:
+            self.get(region, data)
 
     def write(self, block: Block, data: Tensor, updates: int) -> None:
-        self.regions[block.index].copy_(data[: block.nbytes])
+        for region in self.regions[block.index]:
+            self.put(region, data)
+
+    def views(self, block: Block) -> dict[int, Tensor]:
+        """Weights and states where they are kept, as :meth:`Block.views` has them."""
+        found = {}
+        for region in self.regions[block.index]:
+            for e in (s.entry for s in block.states) if region.begin else block.entries:
+                found[id(e.param)] = e.at(region.data, e.begin - region.begin)
+        return found
 
     def close(self) -> None:
         pass
@@ -269,15 +342,18 @@ class ByStreams(Mover):
             events[key] = torch.cuda.Event()
         events[key].record(stream)
 
-    def _copy(self, lane: str, block: Block, to: Tensor, data: Tensor, stream: torch.cuda.Stream) -> None:
+    def _copy(self, lane: str, block: Block, slot: Slot, stream: torch.cuda.Stream) -> None:
+        """Copies the bytes of a block to its slot ("copy-in"), or from there to host memory ("copy-out")."""
+        copy = self.source.get if lane == "copy-in" else self.source.put
         with torch.cuda.stream(stream), self.timeline.device_span(lane, block, stream):
-            to[: block.nbytes].copy_(data[: block.nbytes], non_blocking=True)
+            for region in self.source.regions[block.index]:
+                copy(region, slot.data)
 
     def fetch(self, block: Block, slot: Slot) -> None:
         for events, key in ((self._free, slot.index), (self._left, slot.index), (self._written, block.index)):
             if key in events:
                 self._in.wait_event(events[key])
-        self._copy("copy-in", block, slot.data, self.source.regions[block.index], self._in)
+        self._copy("copy-in", block, slot, self._in)
         self._event(self._arrived, slot.index, self._in)
 
     def wait(self, slot: Slot) -> None:
@@ -290,7 +366,7 @@ class ByStreams(Mover):
 
     def store(self, block: Block, slot: Slot) -> None:
         self._out.wait_stream(torch.cuda.current_stream(self._device))
-        self._copy("copy-out", block, self.source.regions[block.index], slot.data, self._out)
+        self._copy("copy-out", block, slot, self._out)
         self._event(self._left, slot.index, self._out)
         self._event(self._written, block.index, self._out)
         block.stored = slot.updates
@@ -315,13 +391,22 @@ class Staged(Threaded):
     ) -> None:
         super().__init__(source, timeline, "read", "write")
         self._device, self._in, self._out = device, torch.cuda.Stream(device), torch.cuda.Stream(device)
-        nbytes = len(data) // (2 * slots)
-        self._coming = [data[i * nbytes : (i + 1) * nbytes] for i in range(slots)]
-        self._going = [data[i * nbytes : (i + 1) * nbytes] for i in range(slots, 2 * slots)]
+        self._take(data, slots)
         self._issued: dict[int, Future[Any]] = {}
         self._emptied: dict[int, Future[Any]] = {}  #: by slot: its buffer on the way out is free
         self._free: dict[int, torch.cuda.Event] = {}
         self._left: dict[int, torch.cuda.Event] = {}
+
+    def _take(self, data: Tensor, slots: int) -> None:
+        """Lets ``data`` be the buffers."""
+        nbytes = len(data) // (2 * slots)
+        self._coming = [data[i * nbytes : (i + 1) * nbytes] for i in range(slots)]
+        self._going = [data[i * nbytes : (i + 1) * nbytes] for i in range(slots, 2 * slots)]
+
+    def resize(self, slots: int, largest: int) -> None:
+        self._out.synchronize()
+        self._coming = self._going = []
+        self._take(mapping(2 * slots * largest, self._device), slots)
 
     def fetch(self, block: Block, slot: Slot) -> None:
         events = [e[slot.index] for e in (self._free, self._left) if slot.index in e]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from ..step.probes.exact import ExactProbe
+from ..step.probes.exact import ExactProbe, dual_numbers, unit_points
 from ..step.probes.probe import Probe
 from ..step.roles import home_of
 from ..step.types import Bucket, Point, Seeds
@@ -21,6 +21,7 @@ class StreamedProbe(Probe):
         run_sides: :meth:`Engine.forwards`.
         left: called when the step is over, however it ended.
         alone: around the step: no other thread runs the model meanwhile.
+        tangents: whether forwards are of dual numbers.
     """
 
     def __init__(
@@ -31,8 +32,10 @@ class StreamedProbe(Probe):
         run_sides: Callable[[SidePoints, Callable[[int], Any]], list[Any]],
         left: Callable[[], object],
         alone: AbstractContextManager[object],
+        tangents: bool,
     ) -> None:
         super().__init__(buckets, seeds)
+        self._tangents = tangents
         self._exact, self._run_sides, self._left, self._alone = exact, run_sides, left, alone
         self._streamed = [not home_of(b.params[0]).in_memory for b in buckets]
 
@@ -52,9 +55,12 @@ class StreamedProbe(Probe):
             for p, stream in zip(b.params, b.streams, strict=True)
         }
         watched = nullcontext() if self._exact is None else self._exact.watching()
-        with next(same_rng), watched:
+        if self._tangents:
+            mine = [unit_points(point) for point in mine]
+        numbers = dual_numbers() if self._tangents else nullcontext()
+        with next(same_rng), watched, numbers:
             return self._run_sides(
-                SidePoints(of, mine, self.seeds), lambda side: self._forward(mine[side], run)
+                SidePoints(of, mine, self.seeds, self._tangents), lambda side: self._forward(mine[side], run)
             )
 
     def _forward(self, point: list[Point], run: Callable[[], Any]) -> Any:

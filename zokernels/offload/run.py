@@ -7,6 +7,7 @@ that has its update.
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from ..trajectory.format import Log, scan
 from ..trajectory.recorder import Recorder
 from ..trajectory.replay import check_records, repeat_streamed, retaking
 from ..trajectory.settings import check_same_run, digest
-from .blocks import Block
+from .blocks import STATE, Block, state_named
 from .disk import Direct, Folder, checksums, header, mark_of, memory_of, version_of
 from .history import History
 
@@ -105,7 +106,7 @@ class Run:
         check_same_run(optimizer, log.header)
         self._check_marks(log)
         self._check_base(optimizer, log.header, blocks)
-        since, resident = self._read_resident(optimizer)
+        since, resident, states, rule = self._read_resident(optimizer)
         stored = [b.stored for b in blocks]
         if max(stored) > log.steps:
             fail(self.op, recorder.path, f"the records of the {max(stored)} updates in the blocks", log.steps)
@@ -120,6 +121,11 @@ class Run:
         with torch.no_grad():  # from here on, nothing more can be wrong
             for p, value in resident:
                 p.copy_(value)
+            for p, key, value in states:
+                optimizer.state[p][key] = value.to(p.device, copy=True)
+            if rule is not None:
+                optimizer.rule.load_state_dict(optimizer, rule)
+            optimizer.home.find_measured(optimizer, self._measured(optimizer, blocks))
         history.restart(since)
         with retaking(optimizer, log.start + since):
             repeat_streamed(optimizer, log, since)
@@ -166,21 +172,40 @@ class Run:
     def _resident_file(self) -> pathlib.Path:
         return self.path / f"{_RESIDENT}.safetensors"
 
-    def _resident(self, optimizer: StepOptimizer) -> tuple[Block, list[Tensor]]:
-        block, params = Block(-1, _RESIDENT, torch.nn.Identity()), []
-        for group in optimizer.param_groups:
-            for i, p in enumerate(group["params"]):
-                if home_of(p).in_memory and p.numel():
-                    params.append((label_of(group, i).strip("'"), p))
-        block.place(params)
-        return block, [p for _, p in params]
+    def _measured(self, optimizer: StepOptimizer, blocks: Sequence[Block]) -> set[str]:
+        """The names of the states in blocks' files that the direction has measured: not all zeros."""
+        found = set()
+        for b in blocks if self.files else ():
+            keys = {e.name: [key for key, *_ in optimizer.direction.kept_of(e.param)] for e in b.entries}
+            names = [f"{STATE}{key}.{name}" for name, of in keys.items() for key in of]
+            if b.index in self.files and names:
+                file = File(self.folder.file_of(b))
+                found |= {name for name in names if name in file.entries and bool(file.tensor(name).any())}
+                file.release()
+        return found
+
+    def _resident(self, optimizer: StepOptimizer) -> list[tuple[str, Tensor]]:
+        """The resident parameters, with their names."""
+        return [
+            (label_of(group, i).strip("'"), p)
+            for group in optimizer.param_groups
+            for i, p in enumerate(group["params"])
+            if home_of(p).in_memory and p.numel()
+        ]
 
     def keep_resident(self, optimizer: StepOptimizer, updates: int) -> None:
-        """Replaces the file of the resident parameters, whose values have ``updates`` updates."""
-        block, params = self._resident(optimizer)
-        values = [p.detach().cpu().contiguous() for p in params]
-        sums = checksums(block, values)
-        head = header(block, updates, self.mark(), sums)
+        """Replaces the file of the resident parameters, whose values have ``updates`` updates.
+
+        What is kept of each of them is there, too, and what the rule keeps of the groups.
+        """
+        block, tensors = Block(-1, _RESIDENT, torch.nn.Identity()), self._resident(optimizer)
+        for name, p in list(tensors):
+            kept = sorted(optimizer.state[p].items()) if p in optimizer.state else []
+            tensors += [(f"{STATE}{key}.{name}", t) for key, t in kept if isinstance(t, Tensor)]
+        block.place(tensors)
+        values = [t.detach().cpu().contiguous() for _, t in tensors]
+        sums, rule = checksums(block, values), {"rule": json.dumps(optimizer.rule.state_dict())}
+        head = header(block, updates, self.mark(), sums, rule)
         with replacing(self._resident_file) as file:
             os.posix_fallocate(file.fileno(), 0, len(head) + block.nbytes)
             file.write(head)
@@ -188,24 +213,41 @@ class Run:
                 file.seek(len(head) + e.begin)
                 file.write(memory_of(value))
 
-    def _read_resident(self, optimizer: StepOptimizer) -> tuple[int, list[tuple[Tensor, Tensor]]]:
-        """The number of updates of the resident parameters, and each with its value; as they are, if no
-        file is.
+    def _read_resident(
+        self, optimizer: StepOptimizer
+    ) -> tuple[int, list[tuple[Tensor, Tensor]], list[tuple[Tensor, str, Tensor]], dict[str, Any] | None]:
+        """What the file of the resident parameters holds, if it is there; nothing is changed.
+
+        Returns the number of their updates; each parameter with its value; each with the name and the value
+        of what is kept of it; and what the rule keeps of the groups.
         """
         path = self._resident_file
-        block, params = self._resident(optimizer)
         if not path.exists():
-            return 0, []
-        file = File(path)
-        for e, p in zip(block.entries, params, strict=True):
+            return 0, [], [], None
+        file, params = File(path), self._resident(optimizer)
+        for name, p in params:
             kind = NAMES[p.dtype], tuple(p.shape)
-            found = file.entries.get(e.name)
+            found = file.entries.get(name)
             if found is None or (found.dtype, found.shape) != kind:
-                fail(self.op, str(path), f"{e.name}: {kind}", found and (found.dtype, found.shape))
-        values = [file.tensor(e.name) for e in block.entries]
-        if checksums(block, values) != file.metadata.get("crc32"):
+                fail(self.op, str(path), f"{name}: {kind}", found and (found.dtype, found.shape))
+        owners = dict(params)
+        named = [(text, state) for text in file.entries if (state := state_named(text, owners)) is not None]
+        states = [(owners[name], key, text) for text, (key, name) in named]
+        block = Block(-1, _RESIDENT, torch.nn.Identity())
+        tensors = [name for name, _ in params] + [text for _, _, text in states]
+        block.place([(name, file.tensor(name)) for name in tensors])
+        if checksums(block, [file.tensor(name) for name in tensors]) != file.metadata.get("crc32"):
             fail(self.op, str(path), "the bytes of its checksums (CRC32)", "others")
-        return version_of(self.op, file), list(zip(params, values, strict=True))
+        rule = json.loads(file.metadata["rule"]) if "rule" in file.metadata else None
+        if rule is not None:
+            optimizer.rule.check_state_dict(optimizer, rule)
+        values = [(p, file.tensor(name)) for name, p in params]
+        return (
+            version_of(self.op, file),
+            values,
+            [(p, key, file.tensor(text)) for p, key, text in states],
+            rule,
+        )
 
     def _check_base(self, optimizer: StepOptimizer, header: dict[str, Any], blocks: Sequence[Block]) -> None:
         """Raises where what has no update yet is not what the run began with."""

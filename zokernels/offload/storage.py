@@ -16,7 +16,7 @@ from ..checks import fail
 from .blocks import PAGE, Block, round_up
 from .disk import check_room
 from .encoder import Encoder
-from .gathered import BySlices, Slices
+from .gathered import Slices
 from .memory import mapping
 from .movers import ByStreams, ByThreads, Carrier, FileStore, HostMemory, Mover, Slot, Staged
 from .run import Run
@@ -27,20 +27,50 @@ Packed = Callable[[Block], Tensor]
 
 def _buffers(carrier: Carrier) -> list[Slot]:
     """Slots of the size of the largest block, or of its wire bytes where those cross the link."""
+    slots = [Slot(i, torch.empty(0)) for i in range(min(carrier.slots, len(carrier.blocks)))]
+    _fill(slots, carrier)
+    return slots
+
+
+def _resize(slots: list[Slot], carrier: Carrier) -> None:
+    """Gives ``slots`` memory for the blocks as they are now, in the place of what they have.
+
+    There are fewer of them afterwards where not as many fit.
+    """
+    if carrier.layout is not None:
+        return  # wire bytes are of the weights alone
+    for slot in slots:
+        slot.resize(torch.empty(0, dtype=torch.uint8))  # first, so that both are never there at once
+    del slots[carrier.refit() :]
+    _fill(slots, carrier)
+
+
+def _fill(slots: list[Slot], carrier: Carrier) -> None:
+    """Gives slots, which have none, their memory."""
     blocks, layout, device = carrier.blocks, carrier.layout, carrier.device
-    size = max(b.nbytes for b in blocks) if layout is None else max(layout.nbytes)
-    count, size = min(carrier.slots, len(blocks)), round_up(size, PAGE)
+    size = round_up(max(b.nbytes for b in blocks) if layout is None else max(layout.nbytes), PAGE)
+    count = len(slots)
     # Files are read into slots on the CPU directly: those begin at a page.
     whole = (
         torch.empty(count * size, dtype=torch.uint8, device=device)
         if carrier.to_gpu
         else mapping(count * size, device)
     )
-    return [Slot(i, whole[i * size : (i + 1) * size]) for i in range(count)]
+    for i, slot in enumerate(slots):
+        slot.resize(whole[i * size : (i + 1) * size])
+
+
+def _largest(carrier: Carrier) -> int:
+    return max(b.nbytes for b in carrier.blocks)
 
 
 class HostStorage:
     """Blocks in one region of host memory, pinned for a GPU; with a ``mesh``, this rank's slices of them."""
+
+    @property
+    def parts(self) -> int:
+        """Into how many slices the bytes of a block are divided."""
+        return self.memory.parts
 
     def __init__(self, carrier: Carrier, mesh: DeviceMesh | None) -> None:
         self.carrier = carrier
@@ -63,26 +93,30 @@ class HostStorage:
             return Encoder(memory, self.carrier, len(self.slots), self._staging)
         if not self.carrier.to_gpu:
             return ByThreads(memory, timeline)
-        if isinstance(memory, Slices):
-            return BySlices(memory, device, timeline)
         return ByStreams(memory, device, timeline)
+
+    def add_states(self, mover: Mover) -> None:
+        """Makes room for the states that blocks have got.  ``mover`` is drained, and slots are empty."""
+        _resize(self.slots, self.carrier)
+        self.memory.add_states(self.carrier.blocks)
 
 
 class DiskStorage:
     """Blocks in files: a checkpoint that is read, a folder of a run that is written, or both."""
 
+    parts = 1
+
     def __init__(self, carrier: Carrier, threads: int, has_checkpoint: bool) -> None:
         self.carrier, self.threads, self.has_checkpoint = carrier, threads, has_checkpoint
-        self.largest = max(b.nbytes for b in carrier.blocks)
         self.slots = _buffers(carrier)
         self._staging = None
         if carrier.to_gpu:
-            layout, slots = carrier.layout, carrier.slots
-            size = len(self.slots) * layout.room if layout else 2 * slots * self.largest
+            layout, slots = carrier.layout, len(self.slots)
+            size = slots * layout.room if layout else 2 * slots * _largest(carrier)
             self._staging = mapping(size, carrier.device)
 
     def mover(self, packed: Packed, run: Run | None) -> Mover:
-        carrier = self.carrier
+        carrier, self.run = self.carrier, run
         source = FileStore(run.folder if run else None, run.mark if run else lambda: None, self.threads)
         if run:
             source.reader.own.update(run.files)
@@ -91,7 +125,16 @@ class DiskStorage:
             return Encoder(source, carrier, len(self.slots), self._staging)
         if self._staging is None:
             return ByThreads(source, carrier.timeline)
-        return Staged(source, self._staging, carrier.slots, carrier.device, carrier.timeline)
+        staging, self._staging = self._staging, None  # the mover alone holds it, and may take another
+        return Staged(source, staging, len(self.slots), carrier.device, carrier.timeline)
+
+    def add_states(self, mover: Mover) -> None:
+        """Makes room for the states that blocks have got, which their files get as they are written."""
+        if self.run is not None:
+            more = sum(b.nbytes - b.weights for b in self.carrier.blocks if not b.stored)
+            check_room(self.carrier.op, self.run.folder, self.carrier.blocks, _largest(self.carrier) + more)
+        _resize(self.slots, self.carrier)
+        mover.resize(len(self.slots), _largest(self.carrier))
 
     def _fill(self, source: FileStore, run: Run, packed: Packed) -> None:
         """Checks that there is room on the disk, and writes the blocks of a model that has no checkpoint."""
@@ -101,7 +144,10 @@ class DiskStorage:
             fail(op, "weights", "the checkpoint that the run began with", None)
         begins = not self.has_checkpoint and not run.resumes
         check_room(
-            op, run.folder, blocks, self.largest + sum(b.nbytes for b in (blocks if begins else missing))
+            op,
+            run.folder,
+            blocks,
+            _largest(self.carrier) + sum(b.nbytes for b in (blocks if begins else missing)),
         )
         for b in blocks if begins else ():
             source.write(b, packed(b), 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -58,6 +59,9 @@ def stream(
     once for each forward.  Losses and weights are those of the same optimizer on the whole model in memory,
     to the bit.  Whatever is in no block (embeddings, norms, the head, tied weights) stays on the device.
 
+    What an optimizer keeps of each weight (momentum, the moments of Adam, the bits of a mask) is stored and
+    moves with the weights of its block, behind them.
+
     The weights of a block are its parameters and the integers of its quantised layers: persistent buffers of
     int8, uint8, int16 or int32 with two dimensions or more, such as those of
     :class:`~zokernels.quantize.QuantizedLinear`.  They move with the block, so QZO and QuZO are streamed,
@@ -89,7 +93,7 @@ def stream(
             steps.
         slots: (host, disk) buffers on the device, of the size of the largest block.  With 1 nothing is copied
             during a computation.  Default: 3, or fewer where ``memory`` has no room for them, which a warning
-            says.
+            says.  They become larger by the states of an optimizer that is made, and perhaps fewer.
         scratch: (host, disk) buffers for perturbed copies: 2, or 1, which saves memory and draws the noise
             once for each forward.  Default: 2, or 1 where ``memory`` has no room for them.
         memory: (host, disk) bytes of the device that weights may take: slots, scratch and what stays there
@@ -132,26 +136,31 @@ def stream(
     if storage == "device":
         _load(model, made, {} if checkpoint is None else checkpoint.tensors(), fill, target)
         return OnDevice(model, made, target, Timeline(target))
-    slots, scratch = fitting(op, model, made, target, slots, scratch, layout, memory)
-    writes = write_every if storage != "disk" or path is not None else None
-    carrier = Carrier(op, made, target, slots, layout, Timeline(target), writes)
-    store: HostStorage | DiskStorage
-    if storage == "host":
-        store = HostStorage(carrier, mesh)
-    else:
-        store = DiskStorage(carrier, threads, checkpoint is not None)
-    copies = [
-        torch.empty(max(b.scratch for b in made), dtype=torch.uint8, device=target) for _ in range(scratch)
-    ]
+    # The blocks' files of a run that is continued may have states.
     run = None if path is None else Run(path, made, resume)
     try:
+        fit = functools.partial(fitting, op, model, made, target, slots, layout=layout, memory=memory)
+        count, of_scratch = fit(scratch)
+        writes = write_every if storage != "disk" or path is not None else None
+        refit = lambda: fit(of_scratch, held=of_scratch)[0]
+        carrier = Carrier(op, made, target, count, layout, Timeline(target), writes, refit)
+        store: HostStorage | DiskStorage
+        if storage == "host":
+            store = HostStorage(carrier, mesh)
+        else:
+            store = DiskStorage(carrier, threads, checkpoint is not None)
+        size = max(b.scratch for b in made)
+        copies = [torch.empty(size, dtype=torch.uint8, device=target) for _ in range(of_scratch)]
         # From here on the model changes.
         loaded = {} if checkpoint is None else checkpoint.tensors()
         _load_resident(model, made, loaded, fill)
         mover = store.mover(lambda block: _packed(block, loaded, fill), run)
         _move_the_rest(model, made, target)
         link = mover if isinstance(mover, Encoder) else None
-        return Engine(model, made, store.slots, copies, mover, target, carrier.timeline, writes, run, link)
+        timeline, slots_made = carrier.timeline, store.slots
+        return Engine(
+            model, made, slots_made, copies, mover, target, timeline, writes, run, link, store=store
+        )
     except BaseException:
         if run is not None:
             run.close()  # whose lock would keep others out

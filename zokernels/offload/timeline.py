@@ -93,16 +93,32 @@ def _short(block: str) -> str:
     return ".".join(parts[next((i for i, p in enumerate(parts) if p.isdecimal()), -1) :])
 
 
+def busy(spans: Sequence[Span]) -> float:
+    """The seconds in which at least one of ``spans`` is going on."""
+    seconds, until = 0.0, 0.0
+    for span in sorted(spans, key=lambda s: s.begin):
+        seconds += max(0.0, span.end - max(span.begin, until))
+        until = max(until, span.end)
+    return seconds
+
+
 def plot(spans: Sequence[Span], path: str | os.PathLike[str], title: str = "") -> None:
-    """A PNG (or what the name says) with a row for each lane and a bar for each span.  Needs matplotlib."""
+    """A PNG (or what the name says) with a row for each lane and a bar for each span.  Needs matplotlib.
+
+    Beside a lane stands for how many seconds it was busy, and which share of the whole time that is.  Without
+    ``title`` the title is the whole time and the busiest lane.
+    """
     from matplotlib.figure import Figure
 
     lanes = [lane for lane in LANES if any(s.lane == lane for s in spans)]
     figure = Figure(figsize=(11, 0.9 + 0.55 * len(lanes)), layout="constrained")
     axes = figure.subplots()
-    total = max(s.end for s in spans) - spans[0].begin
+    total = max(s.end for s in spans) - min(s.begin for s in spans)
+    took = {lane: busy([s for s in spans if s.lane == lane]) for lane in lanes}
     for row, lane in enumerate(lanes):
         mine = [s for s in spans if s.lane == lane]
+        words = f" {took[lane]:.3g} s, {took[lane] / total:.0%}" if total else ""
+        axes.text(1, row, words, transform=axes.get_yaxis_transform(), va="center", fontsize=8)
         bars = [(s.begin, s.end - s.begin) for s in mine]
         edges = [0.4 if width > 0.005 * total else 0 for _, width in bars]  # a thin bar would be all edge
         axes.broken_barh(bars, (row - 0.36, 0.72), facecolors=LANES[lane], edgecolor="white", linewidth=edges)
@@ -115,7 +131,9 @@ def plot(spans: Sequence[Span], path: str | os.PathLike[str], title: str = "") -
     axes.set_yticks(range(len(lanes)), lanes)
     axes.invert_yaxis()
     axes.set_xlabel("seconds")
-    axes.set_title(title, loc="left", fontsize=10)
+    most = max(took, key=took.__getitem__)
+    said = f"Streamed blocks: {total:.3g} s in all, of which {most} takes {took[most]:.3g}"
+    axes.set_title(title or said, loc="left", fontsize=10)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     figure.savefig(path, dpi=130)

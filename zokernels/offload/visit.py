@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..checks import DTYPES
 from ..functional import decode, decode_fan_out, fan_out_
 from ..step.deferred import Pass
 from ..step.noise import Members
 from ..step.types import Bucket, Point, Seeds, terms
-from .blocks import Block
+from .blocks import Block, aliases
 from .cache import BlockCache
-from .history import Batch, Perturbed, apply_passes
+from .history import Batch, HistoryNoise, Perturbed, apply_passes
 from .movers import Slot
 
 #: Bytes to which torch aligns its own memory.  A matrix product may choose another kernel for less aligned
@@ -29,6 +30,8 @@ class SidePoints(NamedTuple):
     of: Perturbed
     points: list[list[Point]]  #: of each side, one for each bucket
     seeds: Seeds
+    #: Whether sides compute with dual numbers at theta, whose tangents are the directions of their points.
+    tangents: bool = False
 
     def terms(self, side: int, place: int, bucket: Bucket) -> tuple[Tensor, Tensor]:
         return terms(self.points[side][place], self.seeds[bucket.device])
@@ -58,13 +61,14 @@ class Visit:
     ) -> None:
         self.cache, self.block, self.slot, self.step = cache, block, slot, step
         self.sides, self._left = list(sides), len(sides)
+        self._replaced: list[tuple[nn.Module, str, Tensor]] = []  # parameters, by dual numbers
         self._params = self._values()
         self._held = True
         since = slot.updates
-        if since < cache.history.end:
-            cache.mover.settle(slot)
         perturbed = step.of if step else {}
         self._batches = cache.history.batches(block, since, perturbed, self.everything)
+        if any(a.passes for a in self._batches):
+            cache.mover.settle(slot)
         self._fixed = [i for i, e in enumerate(block.entries) if id(e.param) not in perturbed]
         with cache.timeline.span("update", block):
             pair = self._pair()
@@ -84,19 +88,27 @@ class Visit:
         """The parameters as they are in the slot."""
         return self.slot.params(self.block)
 
+    def _views(self) -> Mapping[int, Tensor]:
+        """The parameters and their states, as :meth:`Block.views` has them."""
+        return self.slot.views(self.block)
+
     def _pair(self) -> list[int] | None:
         """The first two sides, if one pass can update the block and perturb it for both."""
         pair, perturbed = self.sides[:2], [a for a in self._batches if a.bucket is not None]
         if len(pair) < 2 or self.cache.scratches < 2 or self.step is None or not perturbed:
             return None
-        if any(a.bucket is not None and a.bucket.noise.bounds is not None for a in perturbed):
-            return None  # a fan-out has no integers
+        if self.step.tangents:
+            return None
+        noises = [cast("HistoryNoise", a.bucket.noise) for a in perturbed if a.bucket is not None]
+        if not all(noise.fans_out for noise in noises):
+            return None
         together = all(self.step.pair(pair, a.place) for a in perturbed)
         return pair if together else None
 
     def _apply(self, a: Batch, passes: Sequence[Pass]) -> None:
         if passes:
-            apply_passes([self._params[i] for i in a.entries], a.streams, passes)
+            bound = [one.bound(self._views()) for one in passes]
+            apply_passes([self._params[i] for i in a.entries], a.streams, bound)
 
     def _fan_out(self, a: Batch) -> None:
         """Makes the last update and both perturbations in one pass."""
@@ -127,7 +139,7 @@ class Visit:
         return self.step.seeds[a.bucket.device][k : k + 1], c, {"streams": a.streams, "dist": a.bucket.dist}
 
     def _perturb(self, side: int) -> list[Tensor]:
-        """Makes the point of ``side`` in scratch."""
+        """Makes the point of ``side`` in scratch, or its tangent alone."""
         which = self.sides.index(side) % self.cache.scratches
         views = self.cache.scratch(self.block, which)
         for a in self._batches:
@@ -135,7 +147,9 @@ class Visit:
                 assert self.step is not None
                 out, params = ([v[i] for i in a.entries] for v in (views, self._params))
                 members = Members(params, a.streams, a.bucket.dist)
-                a.bucket.noise.perturb(out, members, *self.step.terms(side, a.place, a.bucket))
+                noise = a.bucket.noise.bound(self._views())
+                options: dict[str, Any] = {"decay": 0.0} if self.step.tangents else {}
+                noise.perturb(out, members, *self.step.terms(side, a.place, a.bucket), **options)
         self._made[side] = which
         return views
 
@@ -154,13 +168,33 @@ class Visit:
                     views[i] = self._params[i]
                 else:
                     views[i].copy_(self._params[i])
-            for e, view in zip(self.block.entries, views, strict=True):
-                e.param.data = view
+            if self.step is not None and self.step.tangents:
+                self._dual(views)
+            else:
+                for e, view in zip(self.block.entries, views, strict=True):
+                    e.param.data = view
         self._begin = self.cache.timeline.now()
+
+    def _dual(self, views: list[Tensor]) -> None:
+        """Lets modules have dual numbers in the place of their parameters, with ``views`` as tangents."""
+        duals = {}
+        for i, (e, theta) in enumerate(zip(self.block.entries, self._params, strict=True)):
+            if i in self._fixed:
+                e.param.data = views[i]
+                continue
+            aligned = theta if theta.data_ptr() % _ALIGNED == 0 else theta.clone()
+            duals[id(e.param)] = forward_ad.make_dual(aligned, views[i])
+        for _, module, key, p in list(aliases(self.block.module)):
+            if id(p) in duals:
+                module._parameters[key] = duals[id(p)]
+                self._replaced.append((module, key, p))
 
     def leave(self) -> None:
         """Called when a side has run through the block."""
         self.cache.timeline.add("compute", self.block, self._begin)
+        for module, key, p in self._replaced:
+            module._parameters[key] = p  # type: ignore[assignment]
+        self._replaced = []
         self._left -= 1
         if self._left == 0:
             self.done()
@@ -192,6 +226,10 @@ class WireVisit(Visit):
         assert wire is not None
         self._wire, self._buffers = wire.layout.wire, wire.layout.buffers(self.block, self.slot.data)
         return wire.theta(self.block)
+
+    def _views(self) -> Mapping[int, Tensor]:
+        """The parameters alone: states stay on the host."""
+        return {id(e.param): t for e, t in zip(self.block.entries, self._params, strict=True)}
 
     def _apply(self, a: Batch, passes: Sequence[Pass]) -> None:
         out, buffers = ([of[i] for i in a.entries] for of in (self._params, self._buffers))

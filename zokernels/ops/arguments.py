@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends.terms import KEEP_ALL
-from ..checks import fail
+from ..checks import check_stream, fail
 from ..contract import seed_to_int64
 from ..transfer import to_device
 
@@ -75,10 +75,14 @@ def as_list(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 
 def places(
-    streams: int | Sequence[int], offsets: int | Sequence[int] | None, count: int
+    op: str, streams: int | Sequence[int], offsets: int | Sequence[int] | None, count: int
 ) -> tuple[list[int], list[int]]:
+    if isinstance(streams, str):
+        check_stream(op, "streams", streams)
     if not isinstance(streams, list):
         streams = [streams] if isinstance(streams, int) else list(streams)
+    if streams and isinstance(streams[0], str):
+        check_stream(op, "streams[0]", streams[0])
     if offsets is None:
         offsets = [0] * count
     elif not isinstance(offsets, list):
@@ -106,7 +110,7 @@ def noise_args(
     return (
         device_values(op, "seeds", seeds, torch.int64, device),
         device_values(op, "coeffs", coeffs, torch.float32, device),
-        *places(streams, offsets, len(params)),
+        *places(op, streams, offsets, len(params)),
         dist,
         None if decay is None else device_values(op, "decay", decay, torch.float32, device),
         None

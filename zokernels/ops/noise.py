@@ -58,6 +58,8 @@ def noise(
     "normal" is standard normal (|z| <= 6.556), "rademacher" is +1 or -1.  For tests, baselines and a look:
     training never materialises z.  ``device`` defaults to the seed's where it is a tensor, else to torch's
     default device."""
+    if isinstance(stream, str):
+        check_stream("noise", "stream", stream)
     seeds = seeds_of("noise", "seed", seed, device)
     seeds = seeds if device is None else seeds.to(device)
     z: Tensor = _noise((shape,) if isinstance(shape, int) else tuple(shape), seeds, stream, offset, dist)

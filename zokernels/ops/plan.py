@@ -132,7 +132,7 @@ class Plan:
         rows: Rows = None,
     ) -> None:
         self.params = as_list(params)
-        self.streams, self.offsets = map(list, places(streams, offsets, len(self.params)))
+        self.streams, self.offsets = map(list, places("plan", streams, offsets, len(self.params)))
         self.rows = rows
         self._outcomes: list[_Outcome] = []
 

@@ -81,5 +81,5 @@ def project(
         listed[0].device if listed else seeds.device if isinstance(seeds, Tensor) else torch.device("cpu")
     )
     seeds = device_values("project", "seeds", seeds, torch.int64, device)
-    sums: Tensor = _project(listed, seeds, *places(streams, offsets, len(listed)), dist)
+    sums: Tensor = _project(listed, seeds, *places("project", streams, offsets, len(listed)), dist)
     return sums

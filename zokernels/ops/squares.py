@@ -43,5 +43,5 @@ def squared_norm(
     shard or device changes a bit; the sum fits for 2^42 elements.  Rounding costs about sqrt(n) * 2^-22 in n
     elements."""
     values = seeds_of("squares", "seeds", seeds, device).reshape(-1)
-    sums: Tensor = _squares(values, list(sizes), *places(streams, offsets, len(sizes)), dist)
+    sums: Tensor = _squares(values, list(sizes), *places("squared_norm", streams, offsets, len(sizes)), dist)
     return sums.double() / SQUARE_SCALE

@@ -133,7 +133,7 @@ def encode(
     Raises: as :func:`combine_`.  Source: OCP Microscaling Formats (MX) Specification v1.0, 2023.
     """
     buffers, tensors = as_list(out), as_list(params)
-    args = buffers, tensors, wire, places(0, offsets, len(tensors))[1]
+    args = buffers, tensors, wire, places("encode", 0, offsets, len(tensors))[1]
     if buffers or tensors:
         _encode(*args)
     else:

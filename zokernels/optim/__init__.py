@@ -33,7 +33,7 @@ from ..step.estimators import (
 from ..step.rules.cone import ConeMomentum
 from ..step.rules.covariance import CovarianceDescent
 from ..step.rules.factors import FactorAdam, FactorMomentum, Orthogonal
-from ..step.rules.feedback import ErrorFeedback
+from ..step.rules.feedback import ErrorFeedback, ErrorWindow
 from ..step.rules.rule import Rule
 from ..step.rules.sampled import Sensitivity
 from ..step.rules.sgd import SGD, Conservative, Floored, Recalling
@@ -44,6 +44,7 @@ from ..step.subset import Blocks, LayerSkip
 from .adaptive import HiZOO, ZOAdam, ZOAdamW, ZOSignSGD
 from .candidates import ConsensusHopping, ZORankSearch
 from .cge import ZOCGE
+from .diagnosis import Diagnosis
 from .informed import AGZO, LOREN, PGAP, ConMeZO, CurvZO
 from .methods import (
     EGGROLL,
@@ -65,18 +66,24 @@ from .optimizer import ZerothOrder
 from .param_groups import decay_groups, groups_without
 from .pruning import grasp_shares
 from .quzo import QES, QuZO
+from .sweep import Sweep, find_lr
 from .zosgd import ZOSGD
 
 __all__ = [
     "AGZO", "EGGROLL", "ES", "FZOO", "LOREN", "LOZO", "PGAP", "QES", "QZO", "SGD", "ZOBCD", "ZOCGE", "ZOSGD",
     "AMSGrad", "ActivationSpace", "Adam", "AdamWindow", "Bayesian", "Blocks", "Cohort", "ConMeZO", "Cone",
     "ConeMomentum", "Consensus", "ConsensusHopping", "Conservative", "CovarianceDescent", "CurvZO",
-    "Curvature", "Direction", "ErrorFeedback", "FactorAdam", "FactorMomentum", "Floored", "ForwardGradient",
-    "ForwardMode", "FreshFactors", "GivenMask", "GradientSpace", "Guided", "HiZOO", "KeptLeft", "KeptRight",
-    "LayerSkip", "LeZO", "LeaveOneOut", "MagnitudeMask", "MeZOGV", "Momentum", "MomentumWindow", "OneSided",
-    "Orthogonal", "Population", "Projected", "ProjectedDifference", "QuZO", "RandomMask", "RankOneCovariance",
-    "Ranking", "RankingRounds", "Recalling", "RoundedSteps", "Rule", "SampledTensors", "ScaledPopulation",
-    "Sensitivity", "Sign", "SignOfDifference", "SparseMeZO", "Sphere", "StdNormalized", "SubZero", "Subspace",
-    "TeZO", "TemporalFactor", "TensorScale", "ThreePoint", "TwoSided", "ZOAdam", "ZOAdamW", "ZOConservative",
-    "ZORankSGD", "ZORankSearch", "ZOSignSGD", "ZerothOrder", "decay_groups", "grasp_shares", "groups_without",
+    "Curvature", "Diagnosis", "Direction", "ErrorFeedback", "ErrorWindow", "FactorAdam", "FactorMomentum",
+    "Floored", "ForwardGradient", "ForwardMode", "FreshFactors", "GivenMask", "GradientSpace", "Guided",
+    "HiZOO", "KeptLeft", "KeptRight", "LayerSkip", "LeZO", "LeaveOneOut", "MagnitudeMask", "MeZOGV",
+    "Momentum", "MomentumWindow", "OneSided", "Orthogonal", "Population", "Projected", "ProjectedDifference",
+    "QuZO", "RandomMask", "RankOneCovariance", "Ranking", "RankingRounds", "Recalling", "RoundedSteps",
+    "Rule", "SampledTensors", "ScaledPopulation", "Sensitivity", "Sign", "SignOfDifference", "SparseMeZO",
+    "Sphere", "StdNormalized", "SubZero", "Subspace", "Sweep", "TeZO", "TemporalFactor", "TensorScale",
+    "ThreePoint", "TwoSided", "ZOAdam", "ZOAdamW", "ZOConservative", "ZORankSGD", "ZORankSearch", "ZOSignSGD",
+    "ZerothOrder", "decay_groups", "find_lr", "grasp_shares", "groups_without",
 ]  # fmt: skip
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -5,11 +5,10 @@ Arguments that are not listed here are those of :class:`ZOSGD`, without its mome
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from ..checks import check_choice, fail
 from ..step.directions.scaling import CurvedDirection
@@ -18,6 +17,8 @@ from ..step.rules.rule import Rule
 from ..step.rules.sgd import SGD
 from ..step.rules.stateful import Adam, AMSGrad, Curvature, Sign
 from ..step.rules.window import AdamWindow
+from ..step.watch import tell
+from .arguments import Options, OptionsButDirection, Sides
 from .optimizer import ZerothOrder
 from .zosgd import Differences
 
@@ -49,14 +50,25 @@ class ZOAdam(Differences):
         self,
         params: ParamsT,
         lr: float | Tensor,
-        *args: Any,
+        eps: float = 1e-3,
+        *,
+        directions: int = 1,
+        estimator: Sides = "two-sided",
         betas: tuple[float, float] = (0.9, 0.999),
         adam_eps: float = 1e-8,
         window: int | None = None,
         state_dtype: torch.dtype = torch.float32,
         amsgrad: bool = False,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
+        if eps <= 1e-6:
+            tell(
+                self.op,
+                set(),
+                "eps",
+                f"eps={eps:g} is the size of the perturbation, in units of the weights: far too small for "
+                "losses to differ (1e-3 by default). The eps of torch's Adam is adam_eps here",
+            )
         rule: Rule
         if window is None:
             kind = AMSGrad if amsgrad else Adam
@@ -65,7 +77,7 @@ class ZOAdam(Differences):
             if amsgrad:
                 fail(self.op, "amsgrad", "False with a window, which keeps no largest v", True)
             rule = AdamWindow(window, betas, adam_eps, self._decoupled)
-        super().__init__(params, lr, *args, rule=rule, **options)
+        super().__init__(params, lr, eps, directions=directions, estimator=estimator, rule=rule, **options)
 
 
 class ZOAdamW(ZOAdam):
@@ -98,22 +110,26 @@ class ZOSignSGD(Differences):
         self,
         params: ParamsT,
         lr: float | Tensor,
-        *args: Any,
+        eps: float = 1e-3,
+        *,
+        directions: int = 1,
+        estimator: Sides = "two-sided",
         l2: float = 0.0,
         of: str = "sum",
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
         check_choice(self.op, "of", of, ("sum", "difference"))
         if of == "sum":
-            super().__init__(params, lr, *args, rule=Sign(l2), **options)
+            super().__init__(
+                params, lr, eps, directions=directions, estimator=estimator, rule=Sign(l2), **options
+            )
             return
         if l2:
             fail(self.op, "l2", "0 with of='difference' (weight_decay is the same there)", l2)
-        if options.get("estimator", "two-sided") != "two-sided":
-            fail(self.op, "estimator", "'two-sided' with of='difference'", repr(options["estimator"]))
-        options.pop("estimator", None)
-        estimator = SignOfDifference(options.pop("directions", 1))
-        super(Differences, self).__init__(params, lr, *args, estimator=estimator, rule=SGD(), **options)
+        if estimator != "two-sided":
+            fail(self.op, "estimator", "'two-sided' with of='difference'", repr(estimator))
+        signs = SignOfDifference(directions)
+        super(Differences, self).__init__(params, lr, eps, estimator=signs, rule=SGD(), **options)
 
 
 class HiZOO(ZerothOrder):
@@ -140,12 +156,13 @@ class HiZOO(ZerothOrder):
         self,
         params: ParamsT,
         lr: float | Tensor,
-        *args: Any,
+        eps: float = 1e-3,
+        *,
         alpha: float = 1e-6,
         state_dtype: torch.dtype = torch.float32,
-        **options: Any,
+        **options: Unpack[OptionsButDirection],
     ) -> None:
         rule = Curvature(alpha, state_dtype)
         super().__init__(
-            params, lr, *args, estimator=ThreePoint(), direction=CurvedDirection(), rule=rule, **options
+            params, lr, eps, estimator=ThreePoint(), direction=CurvedDirection(), rule=rule, **options
         )

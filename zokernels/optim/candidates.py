@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from ..checks import check_integer, fail
 from ..step.candidates import Consensus, RankingRounds
@@ -16,6 +17,7 @@ from ..step.loss import RankReader
 from ..step.rules.sgd import SGD
 from ..step.scalars import NO, descent, gate, learning_rate, scalars
 from ..step.types import Bucket, Estimate, Group, LossesAt, Point
+from .arguments import Options
 from .optimizer import ZerothOrder
 
 
@@ -34,6 +36,8 @@ class ConsensusHopping(ZerothOrder):
     Source: "Gradient is All You Need?" (Riedl, Klock, Geldhauser and Fornasier, 2023, arXiv 2306.09778).
     """
 
+    spelled: ClassVar = {"directions": "candidates"}
+
     def __init__(
         self,
         params: ParamsT,
@@ -42,7 +46,7 @@ class ConsensusHopping(ZerothOrder):
         *,
         candidates: int = 8,
         alpha: float = 10.0,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
         estimator = Consensus(candidates, alpha)
         super().__init__(params, lr, eps, estimator=estimator, rule=SGD(), **options)
@@ -87,7 +91,7 @@ class ZORankSearch(ZerothOrder):
         top: int | None = None,
         trials: int = 5,
         rounds: int = 4,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
         check_integer(self.op, "trials", trials, 1)
         check_integer(self.op, "candidates", candidates, 2)
@@ -126,6 +130,9 @@ class ZORankSearch(ZerothOrder):
         results = _SearchReader(rank, self.estimator.top or self.estimator.candidates)
         self.run_step(closure, results)
         return results.best
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_trials": self._trials, "replayable": self.replayable}
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)

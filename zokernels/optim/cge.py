@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import ParamsT
 
@@ -17,6 +17,7 @@ from ..contract import derive_seed_int, derive_stream_seed
 from ..difference import stepped
 from ..distributed.exchange import Exchange
 from ..functional import low_rank_
+from ..ops.arguments import Rounding
 from ..step.directions.masks import KeptMask
 from ..step.guards import uninterrupted
 from ..step.noise import DENSE
@@ -38,7 +39,9 @@ from ..step.shard import any_sharded
 from ..step.subset import Subset
 from ..step.types import Bucket, Estimate, LossesAt, Seeds
 from ..transfer import to_device
+from .arguments import Sides
 from .optimizer import ZerothOrder
+from .reuse import Features
 from .zosgd import ESTIMATORS
 
 #: k of the seed that chooses coordinates: far above any direction's.
@@ -94,16 +97,23 @@ Move = tuple[Tensor, int, Tensor, Tensor]
 class CoordinateProbe(Probe):
     """At a point one weight holds another value; then its own bits are put back."""
 
+    features: Features | None = None
+
+    def _forward(self, moved: Tensor | None) -> AbstractContextManager[None]:
+        return nullcontext() if self.features is None else self.features.forward(moved)
+
     @contextmanager
     def at(self, point: Move | None) -> Iterator[None]:
         if point is None:
-            yield
+            with self._forward(None):
+                yield
             return
         weights, i, value, own = point
         try:
             weights[i] = value
             torch.clear_autocast_cache()  # a cast of the weight before the move
-            yield
+            with self._forward(weights):
+                yield
         finally:
             with uninterrupted():
                 weights[i] = own
@@ -144,6 +154,10 @@ class ZOCGE(ZerothOrder):
 
             with g = 0 where no difference was measured, and m (``state[p]["momentum_buffer"]``, fp32) 0 at
             first.  This is torch.optim.SGD, and DeepZero's training with momentum=0.9 and l2=5e-4.
+        reuse: modules in the order in which a forward calls them, such as a network's layers.  While a weight
+            of one of them is moved, those before it return what they have returned in this step, so a
+            forward computes half of the layers on average, with the same losses (:class:`Features`).  It
+            holds their outputs during a step.
         params, lr, weight_decay, seed, rounding, subset, mesh: as :class:`ZerothOrder`.  Any model: weights
             move in place; no sharded ones, and no "pipeline" in the mesh.
 
@@ -164,15 +178,16 @@ class ZOCGE(ZerothOrder):
         eps: float = 5e-3,
         weight_decay: float = 0.0,
         seed: int = 0,
-        rounding: str = "stochastic",
+        rounding: Rounding = "stochastic",
         *,
-        estimator: str = "one-sided",
+        estimator: Sides = "one-sided",
         mask: KeptMask | None = None,
         per_step: int | Mapping[str, float] | None = None,
         interval: int = 1,
         clip: float | None = None,
         momentum: float = 0.0,
         l2: float = 0.0,
+        reuse: Sequence[nn.Module] | None = None,
         subset: Subset | None = None,
         mesh: DeviceMesh | Exchange | None = None,
     ) -> None:
@@ -189,6 +204,7 @@ class ZOCGE(ZerothOrder):
         check_fraction(self.op, "momentum", momentum)
         check_number(self.op, "l2", l2)
         self._per_step, self._interval, self._momentum, self._l2 = per_step, interval, momentum, l2
+        self._features = None if reuse is None else Features(self.op, reuse)
         super().__init__(
             *(params, lr, eps, weight_decay, seed),
             rounding=rounding,
@@ -218,7 +234,9 @@ class ZOCGE(ZerothOrder):
     def own_probe(self, buckets: list[Bucket], seeds: Seeds) -> CoordinateProbe:
         if any_sharded(p for b in buckets for p in b.params):
             fail(self.op, "params", "plain tensors: one weight moves at a time", "a DTensor", TypeError)
-        return CoordinateProbe(buckets, seeds)
+        probe = CoordinateProbe(buckets, seeds)
+        probe.features = self._features
+        return probe
 
     def estimate(self, buckets: list[Bucket], losses_at: LossesAt) -> Estimate:
         signs = [sign for _, sign in self.estimator.points()]
@@ -231,7 +249,11 @@ class ZOCGE(ZerothOrder):
             for side in e.sides
         )
         count = len(centre) + sum(len(e.positions) * len(e.sides) for e in self._entries)
-        losses = losses_at(itertools.chain(centre, moves), count)
+        try:
+            losses = losses_at(itertools.chain(centre, moves), count)
+        finally:
+            if self._features is not None:
+                self._features.clear()
         groups, reads = [e.bucket.group for e in self._entries], not self.run_state.capturable
         gradients, finite = gate(groups, self._gradients(losses), reads=reads)
         return Estimate(losses, gradients, finite, finite is NO, losses)
@@ -349,7 +371,8 @@ class ZOCGE(ZerothOrder):
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("_per_step", "_interval", "_momentum", "_l2")
-        return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}}
+        # A copy has no modules to watch: it runs whole forwards.
+        return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}, "_features": None}
 
 
 def sample(seed: int, stream: int, count: int, total: int) -> list[int]:

@@ -5,13 +5,14 @@ Arguments that are not listed here are those of :class:`ZerothOrder`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
-from ..checks import fail
+from ..checks import check_integer, fail
 from ..step.directions.covariance import RankOneCovariance
 from ..step.directions.sampled import SampledTensors
 from ..step.directions.spaces import ActivationSpace, GradientSpace
@@ -24,6 +25,7 @@ from ..step.rules.sgd import SGD
 from ..step.rules.spaces import Projected
 from ..step.scalars import projected_gradient
 from ..step.types import Bucket, Estimate, LossesAt
+from .arguments import OptionsButDirection, Sides
 from .optimizer import ZerothOrder
 from .zosgd import Differences
 
@@ -55,11 +57,14 @@ class ConMeZO(Differences):
         lr: float | Tensor,
         eps: float = 1e-3,
         *,
+        directions: int = 1,
+        estimator: Sides = "two-sided",
         momentum: float = 0.99,
         angle: float = 1.35,
-        **options: Any,
+        **options: Unpack[OptionsButDirection],
     ) -> None:
-        super().__init__(params, lr, eps, rule=ConeMomentum(momentum, angle), direction=Cone(), **options)
+        parts: dict[str, Any] = {"rule": ConeMomentum(momentum, angle), "direction": Cone()}
+        super().__init__(params, lr, eps, directions=directions, estimator=estimator, **parts, **options)
 
 
 class AGZO(ZerothOrder):
@@ -98,12 +103,12 @@ class AGZO(ZerothOrder):
         iterations: int = 3,
         scaled: bool = False,
         directions: int = 1,
-        **options: Any,
+        **options: Unpack[OptionsButDirection],
     ) -> None:
         for argument in ("mesh", "trajectory"):
             if options.get(argument) is not None:
                 expected = "None: the directions come from the activations of one process, batch by batch"
-                fail(self.op, argument, expected, repr(options[argument]))
+                fail(self.op, argument, expected, repr(options.get(argument)))
         if options.get("capturable"):
             fail(self.op, "capturable", "False: layers are watched by Python", True)
         if options.get("restore") == "products":
@@ -146,6 +151,8 @@ class PGAP(ZerothOrder):
     Source: Mi et al., 2025, arXiv 2510.18228; see :class:`GradientSpace` for what could not be confirmed.
     """
 
+    spelled: ClassVar = {"refresh": "interval"}
+
     def __init__(
         self,
         params: ParamsT,
@@ -159,8 +166,9 @@ class PGAP(ZerothOrder):
         last_delta: float | None = None,
         decay_steps: int = 1000,
         scaled: bool = False,
-        **options: Any,
+        **options: Unpack[OptionsButDirection],
     ) -> None:
+        check_integer(self.op, "probes", probes)
         space = GradientSpace(rank, interval, delta, last_delta, decay_steps, scaled)
         estimator = ProjectedDifference(1 + probes)
         super().__init__(params, lr, eps, direction=space, estimator=estimator, rule=Projected(), **options)
@@ -215,7 +223,7 @@ class LOREN(ZerothOrder):
         momentum: float = 0.9,
         damping: float = 0.1,
         axis_lr: float = 2e-3,
-        **options: Any,
+        **options: Unpack[OptionsButDirection],
     ) -> None:
         parts: dict[str, Any] = {"estimator": LeaveOneOut(directions), "direction": RankOneCovariance()}
         super().__init__(
@@ -242,6 +250,8 @@ class CurvZO(ZerothOrder):
     The formulas are those of a reproduction of the authors' code by others, which samples whole tensors.
     """
 
+    spelled: ClassVar = {"refresh": "interval"}
+
     def __init__(
         self,
         params: ParamsT,
@@ -253,7 +263,7 @@ class CurvZO(ZerothOrder):
         rate: float = 0.1,
         pace: float = 0.1,
         first: float = 0.01,
-        **options: Any,
+        **options: Unpack[OptionsButDirection],
     ) -> None:
         parts: dict[str, Any] = {"estimator": TwoSided(1), "direction": SampledTensors(interval)}
         super().__init__(params, lr, eps, rule=Sensitivity(ratio, rate, pace, first), **parts, **options)

@@ -6,13 +6,16 @@ Arguments that are not listed here are those of :class:`ZerothOrder`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from ..checks import check_integer, fail
+from ..ops.arguments import Dist
+from ..step.directions.direction import Direction
 from ..step.directions.low_rank import FreshFactors, KeptRight, Subspace, TemporalFactor
 from ..step.directions.masks import MagnitudeMask
 from ..step.estimators import (
@@ -26,13 +29,19 @@ from ..step.estimators import (
     TwoSided,
 )
 from ..step.loss import DerivativeReader, RankReader
-from ..step.probes.exact import TangentProbe
 from ..step.rules.factors import FactorMomentum
 from ..step.rules.rule import Rule
 from ..step.rules.sgd import SGD, Conservative, Floored, Recalling
-from ..step.shard import any_sharded
 from ..step.subset import LAYERS, Blocks, LayerSkip
-from ..step.types import Bucket, Estimate, LossesAt, Seeds
+from ..step.types import Bucket, Estimate, LossesAt
+from .arguments import (
+    Options,
+    OptionsButClip,
+    OptionsButDirection,
+    OptionsButDist,
+    SGDButDirection,
+    SGDButSubset,
+)
 from .optimizer import ZerothOrder
 from .zosgd import ZOSGD
 
@@ -66,8 +75,8 @@ class FZOO(ZerothOrder):
         std_eps: float = 1e-8,
         sigma: str = "sample",
         reuse: bool = False,
-        dist: str = "rademacher",
-        **options: Any,
+        dist: Dist = "rademacher",
+        **options: Unpack[OptionsButDist],
     ) -> None:
         estimator, rule = StdNormalized(directions, std_eps, sigma), Recalling() if reuse else SGD()
         super().__init__(params, lr, eps, dist=dist, estimator=estimator, rule=rule, **options)
@@ -110,7 +119,7 @@ class QZO(ZerothOrder):
         directions: int = 1,
         clip: float | None = 100.0,
         minimum: float = 1e-7,
-        **options: Any,
+        **options: Unpack[OptionsButClip],
     ) -> None:
         estimator, rule = TwoSided(directions), Floored(minimum)
         super().__init__(params, lr, eps, clip=clip, estimator=estimator, rule=rule, **options)
@@ -137,6 +146,8 @@ class ZORankSGD(ZerothOrder):
     :class:`ZORankSearch` has its line search, too.
     """
 
+    spelled: ClassVar = {"directions": "candidates"}
+
     def __init__(
         self,
         params: ParamsT,
@@ -145,7 +156,7 @@ class ZORankSGD(ZerothOrder):
         *,
         candidates: int = 8,
         top: int | None = None,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(params, lr, eps, estimator=Ranking(candidates, top), rule=SGD(), **options)
 
@@ -202,6 +213,8 @@ class MeZOGV(ZerothOrder):
     abstract ("keeps the single best perturbation"); its code is not public.
     """
 
+    spelled: ClassVar = {"directions": "candidates"}
+
     def __init__(
         self,
         params: ParamsT,
@@ -211,13 +224,16 @@ class MeZOGV(ZerothOrder):
         candidates: int = 4,
         top: int = 2,
         best: bool = False,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
         self.replayable = options.get("restore", "exact") == "exact"
         if not self.replayable and options.get("trajectory") is not None:
             expected = "'exact' with a trajectory: its points depend on the losses before them"
             fail(self.op, "restore", expected, repr(options["restore"]))
         super().__init__(params, lr, eps, estimator=Guided(candidates, top, best), rule=SGD(), **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "replayable": self.replayable}
 
     def estimate(self, buckets: list[Bucket], losses_at: LossesAt) -> Estimate:
         assert isinstance(self.estimator, Guided)  # the constructor's
@@ -256,7 +272,7 @@ class ZOConservative(ZerothOrder):
         *,
         directions: int = 1,
         ties: str = "first",
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(params, lr, eps, estimator=TwoSided(directions), rule=Conservative(ties), **options)
 
@@ -274,25 +290,28 @@ class ForwardGradient(ZerothOrder):
 
     Args:
         directions: q.
-        restore: "exact" only; eps is not used.
+        eps: not used, and here for scripts that give it to every class.
+        restore: "exact" only.
 
     ``last_losses``: for each direction a tensor [2], the loss and its derivative along z_k.
 
     Source: Baydin et al., 2022, arXiv 2202.08587.
     """
 
+    tangents = True
+
     def __init__(
         self,
         params: ParamsT,
         lr: float | Tensor,
+        eps: float = 1e-3,
         *,
         directions: int = 1,
-        restore: str = "exact",
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
-        if restore != "exact":
+        if (restore := options.get("restore", "exact")) != "exact":
             fail(self.op, "restore", "'exact': the weights are never perturbed", repr(restore))
-        super().__init__(params, lr, estimator=ForwardMode(directions), rule=SGD(), **options)
+        super().__init__(params, lr, eps, estimator=ForwardMode(directions), rule=SGD(), **options)
 
     # Narrower than its base: a number has no derivative.
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
@@ -301,17 +320,6 @@ class ForwardGradient(ZerothOrder):
         Returns the mean loss, at theta.
         """
         return self.run_step(closure, DerivativeReader())
-
-    def own_probe(self, buckets: list[Bucket], seeds: Seeds) -> TangentProbe:
-        if any_sharded(p for b in buckets for p in b.params):
-            fail(
-                self.op,
-                "params",
-                "plain tensors: a tangent is handed to each function",
-                "a DTensor",
-                TypeError,
-            )
-        return TangentProbe(self.op, buckets, seeds, self.scratch, self.blocks, self.warned)
 
 
 class SparseMeZO(ZOSGD):
@@ -332,13 +340,15 @@ class SparseMeZO(ZOSGD):
     def __init__(
         self,
         params: ParamsT,
-        *args: Any,
+        lr: float | Tensor,
+        eps: float = 1e-3,
+        *,
         density: float = 0.25,
         refresh: int | None = None,
         dynamic: bool = True,
-        **options: Any,
+        **options: Unpack[SGDButDirection],
     ) -> None:
-        super().__init__(params, *args, direction=MagnitudeMask(density, refresh, dynamic), **options)
+        super().__init__(params, lr, eps, direction=MagnitudeMask(density, refresh, dynamic), **options)
 
 
 class LeZO(ZOSGD):
@@ -348,9 +358,16 @@ class LeZO(ZOSGD):
     """
 
     def __init__(
-        self, params: ParamsT, *args: Any, skipped: float = 0.75, layers: str = LAYERS, **options: Any
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        eps: float = 1e-3,
+        *,
+        skipped: float = 0.75,
+        layers: str = LAYERS,
+        **options: Unpack[SGDButSubset],
     ) -> None:
-        super().__init__(params, *args, subset=LayerSkip(layers, skipped), **options)
+        super().__init__(params, lr, eps, subset=LayerSkip(layers, skipped), **options)
 
 
 class ZOBCD(ZOSGD):
@@ -362,24 +379,41 @@ class ZOBCD(ZOSGD):
     def __init__(
         self,
         params: ParamsT,
-        *args: Any,
+        lr: float | Tensor,
+        eps: float = 1e-3,
+        *,
         size: int = 1,
         period: int = 1,
         order: str = "cyclic",
         layers: str = LAYERS,
-        **options: Any,
+        **options: Unpack[SGDButSubset],
     ) -> None:
-        super().__init__(params, *args, subset=Blocks(layers, size, period, order), **options)
+        super().__init__(params, lr, eps, subset=Blocks(layers, size, period, order), **options)
 
 
 class _FactorSGD(ZOSGD):
     """:class:`ZOSGD` with kept factors: its momentum is of the fresh factor alone, unless it is a window."""
 
-    def __init__(self, params: ParamsT, *args: Any, momentum: float, **options: Any) -> None:
-        if momentum and options.get("window") is None:
-            super(ZOSGD, self).__init__(params, *args, rule=FactorMomentum(momentum), **options)
-        else:
-            super().__init__(params, *args, momentum=momentum, **options)
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        eps: float = 1e-3,
+        *,
+        direction: Direction,
+        **options: Unpack[SGDButDirection],
+    ) -> None:
+        momentum = options.get("momentum", 0.0)
+        if not momentum or options.get("window") is not None:
+            super().__init__(params, lr, eps, direction=direction, **options)
+            return
+        others: dict[str, Any] = {key: value for key, value in options.items() if key != "momentum"}
+        for name in ("dampening", "l2", "state_dtype"):
+            if name in others:
+                fail(self.op, name, "none with the momentum of factors", repr(others[name]))
+        others.pop("window", None)
+        rule = FactorMomentum(momentum)
+        super(ZOSGD, self).__init__(params, lr, eps, rule=rule, direction=direction, **others)
 
 
 class LOZO(_FactorSGD):
@@ -396,18 +430,21 @@ class LOZO(_FactorSGD):
     Source: Chen et al., 2024, arXiv 2410.07698.
     """
 
+    spelled: ClassVar = {"refresh": "interval"}
+
     def __init__(
         self,
         params: ParamsT,
-        *args: Any,
+        lr: float | Tensor,
+        eps: float = 1e-3,
+        *,
         rank: int = 4,
         interval: int | None = 50,
         scaled: bool = True,
-        momentum: float = 0.0,
-        **options: Any,
+        **options: Unpack[SGDButDirection],
     ) -> None:
         direction = KeptRight(rank, interval, scaled)
-        super().__init__(params, *args, direction=direction, momentum=momentum, **options)
+        super().__init__(params, lr, eps, direction=direction, **options)
 
 
 class SubZero(ZOSGD):
@@ -419,16 +456,20 @@ class SubZero(ZOSGD):
     Source: Yu et al., 2024, arXiv 2410.08989.
     """
 
+    spelled: ClassVar = {"refresh": "interval"}
+
     def __init__(
         self,
         params: ParamsT,
-        *args: Any,
+        lr: float | Tensor,
+        eps: float = 1e-3,
+        *,
         rank: int = 8,
         interval: int | None = 2000,
         near_square: bool = False,
-        **options: Any,
+        **options: Unpack[SGDButDirection],
     ) -> None:
-        super().__init__(params, *args, direction=Subspace(rank, interval, near_square), **options)
+        super().__init__(params, lr, eps, direction=Subspace(rank, interval, near_square), **options)
 
 
 class TeZO(_FactorSGD):
@@ -448,14 +489,15 @@ class TeZO(_FactorSGD):
     def __init__(
         self,
         params: ParamsT,
-        *args: Any,
+        lr: float | Tensor,
+        eps: float = 1e-3,
+        *,
         rank: int = 16,
         scaled: bool = True,
-        momentum: float = 0.0,
-        **options: Any,
+        **options: Unpack[SGDButDirection],
     ) -> None:
         direction = TemporalFactor(rank, None, scaled)
-        super().__init__(params, *args, direction=direction, momentum=momentum, **options)
+        super().__init__(params, lr, eps, direction=direction, **options)
 
 
 class EGGROLL(ZerothOrder):
@@ -476,9 +518,12 @@ class EGGROLL(ZerothOrder):
             this changes nothing but the authors' spread, so it is for ``mirrored=False``.
         group: the mean is that of each group of so many members, which had a task of their own.
         mirrored: members in pairs, as above; False: q members theta + eps z_k.
+        refresh: after how many steps the members' noise is drawn anew (the authors' ``noise_reuse``, whose
+            default of 0 keeps the first step's noise for the whole run); default: in every step.
+        signs: matrices are updated by sign(A_k) sign(B_k)^T / sqrt(rank) in the place of z_k (the authors'
+            ``alteggroll``).
 
-    Of the authors' code the noise used again over several steps, the updates by signs and the sparse noise
-    are not here.
+    Of the authors' code the sparse noise is not here.
 
     Source: Sarkar et al., 2025, arXiv 2511.16652.
     """
@@ -487,7 +532,8 @@ class EGGROLL(ZerothOrder):
         self,
         params: ParamsT,
         lr: float | Tensor,
-        *args: Any,
+        eps: float = 1e-3,
+        *,
         rank: int = 1,
         directions: int = 8,
         shaping: str | None = "variance",
@@ -495,8 +541,10 @@ class EGGROLL(ZerothOrder):
         baseline: bool = False,
         group: int | None = None,
         mirrored: bool = True,
+        refresh: int | None = None,
+        signs: bool = False,
         rule: Rule | None = None,
-        **options: Any,
+        **options: Unpack[OptionsButDirection],
     ) -> None:
         estimator: Estimator = TwoSided(directions)
         if shaping is not None:
@@ -505,8 +553,8 @@ class EGGROLL(ZerothOrder):
             fail(self.op, "maximize", "False without shaping (let the closure return -reward)", True)
         elif baseline or group is not None or not mirrored:
             fail(self.op, "baseline, group, mirrored", "their defaults without shaping", (baseline, group))
-        direction, rule = FreshFactors(rank), SGD() if rule is None else rule
-        super().__init__(params, lr, *args, estimator=estimator, direction=direction, rule=rule, **options)
+        direction, rule = FreshFactors(rank, refresh, signs), SGD() if rule is None else rule
+        super().__init__(params, lr, eps, estimator=estimator, direction=direction, rule=rule, **options)
 
 
 class ES(ZerothOrder):
@@ -541,7 +589,7 @@ class ES(ZerothOrder):
         maximize: bool = True,
         baseline: bool = False,
         group: int | None = None,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
         check_integer(self.op, "population", population, 2)
         if mirrored and population % 2:

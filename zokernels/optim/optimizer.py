@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import ParamsT
 
 from ..checks import fail
 from ..distributed.exchange import Exchange, exchange_of
+from ..ops.arguments import Dist, Rounding
 from ..step.directions.direction import Direction
 from ..step.estimators import Estimator
+from ..step.groups import Restore
 from ..step.loss import LossReader
 from ..step.rules.rule import Rule
 from ..step.step import StepOptimizer
 from ..step.subset import Subset
+from ..step.watch import warn_of_resolution
 from ..trajectory.recorder import Follower, record
+from .arguments import Described
+from .diagnosis import Diagnosis, diagnose
 from .first_order import FirstOrder
 from .lightning import check_accumulation
 
 
-class ZerothOrder(StepOptimizer):
+class ZerothOrder(StepOptimizer, metaclass=Described):
     r"""An :class:`Estimator` makes sum_k g_k z_k of losses at perturbed weights; a :class:`Rule` applies it.
 
     z_k is the noise of contract ``zk1``, a pure function of (seed, step, k, parameter).  It is drawn again
@@ -87,6 +92,8 @@ class ZerothOrder(StepOptimizer):
     See docs/optimizer.md.
     """
 
+    #: The names of arguments where the parts that a class makes of them have others.
+    spelled: ClassVar[dict[str, str]] = {}
     #: The first-order optimizer that takes its steps with this one's; None: there is none.
     partner: FirstOrder | None = None
 
@@ -97,9 +104,9 @@ class ZerothOrder(StepOptimizer):
         eps: float = 1e-3,
         weight_decay: float = 0.0,
         seed: int = 0,
-        dist: str = "normal",
-        rounding: str = "stochastic",
-        restore: str = "exact",
+        dist: Dist = "normal",
+        rounding: Rounding = "stochastic",
+        restore: Restore = "exact",
         *,
         clip: float | None = None,
         capturable: bool = False,
@@ -156,6 +163,7 @@ class ZerothOrder(StepOptimizer):
             record(self, trajectory, resume=resume)
         else:
             self.team.join(self)
+        warn_of_resolution(self, self.warned)
 
     def _run_batched(self, closure: Any) -> Tensor:
         if self.partner is not None:
@@ -176,6 +184,37 @@ class ZerothOrder(StepOptimizer):
         except Exception as error:
             self.team.failed(self, error)
             raise
+
+    def diagnose(
+        self,
+        closure: Callable[..., Any],
+        *,
+        batches: Sequence[Any] | None = None,
+        directions: int = 8,
+        model: nn.Module | None = None,
+    ) -> Diagnosis:
+        """Measures whether a step can see anything: how \\|L+ - L-\\| stands to what would drown it.
+
+        That is the distance between neighbouring numbers of the loss's dtype, what is rounded on the way to
+        the loss, and how differences vary from batch to batch.  ``print`` of what it returns says what eps,
+        batch or dtype would mend.
+
+        It takes two forwards at theta, 10 for each of ``directions``, and 6 more for each of them where
+        batches differ; all from one state of torch's random numbers.  Afterwards weights, state, step and
+        random numbers are what they were, bit for bit.
+
+        Args:
+            closure: as for :meth:`step`; with ``batches`` a function of a batch that returns the loss.
+            batches: some batches, of which four are compared.  Without it the closure has its own data.
+            directions: how many of this optimizer's directions are measured (dense noise where its rule
+                shapes them).
+            model: its buffers are put back, too (BatchNorm).
+
+        Example::
+
+            print(opt.diagnose(lambda batch: model(**batch).loss, batches=list(islice(loader, 4))))
+        """
+        return diagnose(self, closure, batches, directions, model)
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()

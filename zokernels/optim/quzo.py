@@ -6,12 +6,14 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
-from ..checks import fail
+from ..checks import fail, is_integer
 from ..step.directions.integers import IntegerSteps, RoundedSteps
 from ..step.estimators import Population, TwoSided
-from ..step.rules.feedback import ErrorFeedback
+from ..step.rules.feedback import ErrorFeedback, ErrorWindow
 from ..step.rules.sgd import SGD
+from .arguments import OptionsButDirection
 from .optimizer import ZerothOrder
 
 
@@ -29,16 +31,21 @@ class QuZO(ZerothOrder):
 
     Args:
         params: ``zokernels.quantize.named_integers(model)``; or int8 tensors, with names or without.  Move
-            the model to its device before: ``.to`` gives a module other buffers.
+            the model to its device before: ``.to`` gives a module other buffers.  uint8 tensors are packed
+            integers of 4 bits (:func:`~zokernels.quantize.pack_int4`).
         lr: in quantisation steps per unit of g.
         eps: in quantisation steps.
         directions: n.
         bits: of groups that do not say: integers lie in [-2^(bits-1) + 1, 2^(bits-1) - 1], in 2 .. 8.
         rounding: of the update: "stochastic", or "nearest", which loses every change below half a step.
+        quantized_noise: as in the authors' code, eps z_k is rounded once, to d_k = S(eps z_k): both sides
+            are clamp(q +- d_k), and the update subtracts lr g_k d_k / eps.  By default each side is rounded
+            by itself, and the update takes z_k as it is, which is as unbiased and has less variance.
         weight_decay, seed, dist, clip, capturable: as :class:`ZerothOrder`.
 
-    Source: Zhou et al., 2025, arXiv 2502.12346.  There both sides add the same rounded eps z.  Here each side
-    is rounded by itself, which is as unbiased.
+    The authors also fit one scale to each tensor in each step.  Here the scales stay as they are.
+
+    Source: Zhou et al., 2025, arXiv 2502.12346.
     """
 
     def __init__(
@@ -49,7 +56,8 @@ class QuZO(ZerothOrder):
         *,
         directions: int = 1,
         bits: int = 8,
-        **options: Any,
+        quantized_noise: bool = False,
+        **options: Unpack[OptionsButDirection],
     ) -> None:
         if options.get("restore", "exact") != "exact":
             fail(
@@ -58,11 +66,12 @@ class QuZO(ZerothOrder):
                 "'exact': integers that were rounded do not come back",
                 repr(options["restore"]),
             )
+        direction = RoundedSteps(bits, clamped=True) if quantized_noise else IntegerSteps(bits)
         super().__init__(
             params,
             lr,
             eps,
-            direction=IntegerSteps(bits),
+            direction=direction,
             estimator=TwoSided(directions),
             rule=SGD(),
             **options,
@@ -82,18 +91,21 @@ class QES(ZerothOrder):
     The price is 4 bytes a weight for e.
 
     Args:
-        params: as for :class:`QuZO`; integers of a byte each.
+        params: as for :class:`QuZO`.
         lr: the authors' alpha times N, because their update has no division by N.
         eps: their sigma, in quantisation steps.
-        population: N >= 2.
+        population: N >= 2; with ``mirrored`` an even number.
+        mirrored: members in pairs q + d_n and q - d_n.
         error_decay, spread: as for :class:`ErrorFeedback`.
+        window: e is not kept, but what the last so many updates, this one included, would have left
+            (:class:`ErrorWindow`): no memory, and window times the noise in each update.  ``spread`` says
+            nothing then.
         maximize: the closure returns rewards.  With False it returns losses.
         clip: bound on each zscore(R)_n / N.
 
     Integers lie in [-2^(bits-1) + 1, 2^(bits-1) - 1] here; the code has one more.
 
-    Source: QES, 2026, arXiv 2602.03120, and its code with whole residuals.  Not here: its form that draws
-    the updates of a window again instead of storing e, mirrored members, and packed integers.
+    Source: QES, 2026, arXiv 2602.03120, and its code.
     """
 
     def __init__(
@@ -105,15 +117,21 @@ class QES(ZerothOrder):
         population: int = 30,
         error_decay: float = 0.9,
         spread: bool = True,
+        window: int | None = None,
+        mirrored: bool = False,
         maximize: bool = True,
         bits: int = 8,
-        **options: Any,
+        **options: Unpack[OptionsButDirection],
     ) -> None:
         if options.get("restore", "exact") != "exact":
             got = repr(options["restore"])
             fail(self.op, "restore", "'exact': integers that were clamped do not come back", got)
-        parts: dict[str, Any] = {"estimator": Population(population, maximize=maximize)}
-        parts |= {"direction": RoundedSteps(bits), "rule": ErrorFeedback(error_decay, spread)}
+        if mirrored and (not is_integer(population, 2) or population % 2):
+            fail(self.op, "population", "an even number >= 2 with mirrored", repr(population))
+        count = population // 2 if mirrored else population
+        rule = ErrorFeedback(error_decay, spread) if window is None else ErrorWindow(window, error_decay)
+        estimator = Population(count, mirrored=mirrored, maximize=maximize)
+        parts: dict[str, Any] = {"estimator": estimator, "direction": RoundedSteps(bits), "rule": rule}
         super().__init__(params, lr, eps, **parts, **options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from ..checks import check_choice, fail
 from ..step.estimators import OneSided, TwoSided
@@ -14,6 +13,7 @@ from ..step.rules.rule import Rule
 from ..step.rules.sgd import SGD
 from ..step.rules.stateful import Momentum
 from ..step.rules.window import MomentumWindow
+from .arguments import Options, Sides
 from .optimizer import ZerothOrder
 
 ESTIMATORS = {"two-sided": TwoSided, "one-sided": OneSided}
@@ -26,14 +26,16 @@ class Differences(ZerothOrder):
         self,
         params: ParamsT,
         lr: float | Tensor,
-        *args: Any,
+        eps: float = 1e-3,
+        *,
         directions: int = 1,
-        estimator: str = "two-sided",
+        estimator: Sides = "two-sided",
         rule: Rule,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
         check_choice(self.op, "estimator", estimator, tuple(ESTIMATORS))
-        super().__init__(params, lr, *args, estimator=ESTIMATORS[estimator](directions), rule=rule, **options)
+        made = ESTIMATORS[estimator](directions)
+        super().__init__(params, lr, eps, estimator=made, rule=rule, **options)
 
 
 class ZOSGD(Differences):
@@ -75,13 +77,16 @@ class ZOSGD(Differences):
         self,
         params: ParamsT,
         lr: float | Tensor,
-        *args: Any,
+        eps: float = 1e-3,
+        *,
+        directions: int = 1,
+        estimator: Sides = "two-sided",
         momentum: float = 0.0,
         dampening: float = 0.0,
         l2: float = 0.0,
         window: int | None = None,
         state_dtype: torch.dtype = torch.float32,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
         if (window is not None or not momentum) and l2:
             fail(self.op, "l2", "0 without momentum (weight_decay is the same there) and with a window", l2)
@@ -92,4 +97,4 @@ class ZOSGD(Differences):
             rule = MomentumWindow(window, momentum, dampening)
         else:
             rule = Momentum(momentum, dampening, l2, state_dtype) if momentum else SGD()
-        super().__init__(params, lr, *args, rule=rule, **options)
+        super().__init__(params, lr, eps, directions=directions, estimator=estimator, rule=rule, **options)

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from ..checks import fail
+from ..checks import fail, is_integer
 from ..contract import CONTRACT
 from .groups import check_groups
 from .roles import OptimizerView
+
+#: The entries of "zo", and what they may be.
+_OWN: dict[str, Callable[[Any], bool]] = {
+    "contract": lambda v: isinstance(v, str),
+    "seed": lambda v: is_integer(v, -(2**63), 2**64 - 1),
+    "step": lambda v: is_integer(v, 0, 2**63 - 1),
+    "skipped_steps": lambda v: is_integer(v, 0, 2**63 - 1),
+    "rule": lambda v: isinstance(v, Mapping) and isinstance(v.get("groups"), Mapping) and "name" in v,
+}
+_MAY_HAVE: dict[str, Callable[[Any], bool]] = {
+    "log": lambda v: isinstance(v, Mapping) and {*map(type, map(v.get, ("step", "sha256")))} == {int, str},
+}
 
 
 def own_state(optimizer: OptimizerView) -> dict[str, Any]:
@@ -30,8 +43,20 @@ def with_own_state(state_dict: dict[str, Any], own: dict[str, Any]) -> dict[str,
     return {**state_dict, "param_groups": groups, "zo": own}
 
 
-def from_groups(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """What :func:`with_own_state` made, or what a tool has left of it, as torch loads it."""
+def from_groups(op: str, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """What :func:`with_own_state` made, or what a tool has left of it, as torch loads it.
+
+    Raises ValueError where it has not that form at all.
+    """
+    groups, states = (
+        (state_dict.get("param_groups"), state_dict.get("state"))
+        if isinstance(state_dict, Mapping)
+        else (None, None)
+    )
+    if not isinstance(groups, list) or not all(isinstance(g, Mapping) for g in groups):
+        fail(op, "state_dict", "'param_groups', a list of dicts", repr(groups)[:200])
+    if not isinstance(states, Mapping) or not all(isinstance(s, Mapping) for s in states.values()):
+        fail(op, "state_dict", "'state', a dict of a dict for each parameter", repr(states)[:200])
     groups = [{key: v for key, v in group.items() if key != "zo"} for group in state_dict["param_groups"]]
     found = [group["zo"] for group in state_dict["param_groups"] if "zo" in group][:1]
     zo = {"zo": found[0]} if found and "zo" not in state_dict else {}
@@ -40,20 +65,43 @@ def from_groups(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 def check_state_dict(optimizer: OptimizerView, state_dict: dict[str, Any]) -> None:
     """Raises where ``state_dict`` is of another optimizer, contract or list of parameters."""
-    zo, groups = state_dict.get("zo"), state_dict["param_groups"]
+    op, zo, groups = optimizer.op, state_dict.get("zo"), state_dict["param_groups"]
     if zo is None:
         fail(
-            optimizer.op,
+            op,
             "state_dict",
             "an entry 'zo' (as zokernels.optim writes)",
-            f"entries {sorted(state_dict)}",
+            f"entries {sorted(map(str, state_dict))}",
         )
+    if not isinstance(zo, Mapping) or not zo.keys() >= _OWN.keys():
+        fail(op, "state_dict: zo", f"the entries {sorted(_OWN)}", repr(zo)[:200])
     if zo["contract"] != CONTRACT:
-        fail(optimizer.op, "state_dict", f"noise contract {CONTRACT!r}", repr(zo["contract"]))
-    check_groups(optimizer.op, optimizer.param_groups, groups)
+        fail(op, "state_dict", f"noise contract {CONTRACT!r}", repr(zo["contract"]))
+    for key, is_valid in (_OWN | _MAY_HAVE).items():
+        if key in zo and not is_valid(zo[key]):
+            fail(op, f"state_dict: zo.{key}", "a valid value", repr(zo[key])[:200])
+    needed = {"params", "streams", *(optimizer.defaults.keys() - {"differentiable"})}  # which torch adds
     for group in groups:
-        optimizer.rule.check(optimizer.op, group)
+        if missing := needed - group.keys():
+            fail(op, "state_dict: param_groups", f"the entries {sorted(needed)}", f"no {min(missing)!r}")
+    check_groups(op, optimizer.param_groups, groups)
+    for group in groups:
+        optimizer.rule.check(op, group)
     optimizer.rule.check_state_dict(optimizer, zo["rule"])
+    for group, ours in zip(groups, optimizer.param_groups):  # noqa: B905  torch compares their numbers
+        for index, p in zip(group["params"], ours["params"]):  # noqa: B905
+            _check_state_of(optimizer, p, index, state_dict["state"].get(index, {}))
+
+
+def _check_state_of(optimizer: OptimizerView, p: Tensor, index: Any, saved: Mapping[str, Any]) -> None:
+    """Raises where ``saved`` cannot be the state of ``p``, number ``index`` of the ``state_dict``."""
+    here = optimizer.state.get(p, {})
+    for key, value in saved.items():
+        like = here.get(key, p if key in optimizer.rule.states else value)
+        if not isinstance(value, Tensor) or value.shape != like.shape:
+            got = tuple(value.shape) if isinstance(value, Tensor) else repr(value)[:200]
+            expected = f"a tensor of shape {tuple(like.shape)}" if isinstance(like, Tensor) else "a tensor"
+            fail(optimizer.op, f"state_dict: state[{index}][{key!r}]", expected, got)
 
 
 class Held:

@@ -6,17 +6,17 @@ A piece stays in the cache for all passes, so many passes read and write memory 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextvars import copy_context
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from ..backends.registry import select
+from ..functional import Dist, combine_, requantize_, update_
 from ..functional import Rule as KernelRule
-from ..functional import combine_, requantize_, update_
 from .noise import Members, Noise, raise_to
 
 #: Elements of a piece.  On the CPU 2^20 fp32 weights of a thread are 4 MiB, which stay in the last-level
@@ -35,6 +35,9 @@ Pack = list[tuple[Tensor, int, int, int]]
 class Pass(NamedTuple):
     """The arguments of one combine_; of one update_, where there is a rule; of one requantize_, where there
     are bounds; or of one :meth:`Noise.raise_to`, where there is a minimum.
+
+    Where there is a noise, which is not dense, it is a call of :meth:`Noise.update`, :meth:`Noise.step` or
+    :meth:`Noise.measure`, on whole tensors.
     """
 
     seeds: Tensor
@@ -49,10 +52,26 @@ class Pass(NamedTuple):
     second: dict[int, Tensor] | None = None
     bounds: tuple[int, int] | None = None  #: of integers
     minimum: Tensor | None = None
+    noise: Noise | None = None
+    measures: bool = False
 
     @property
     def is_combine(self) -> bool:
-        return self.rule is None and self.bounds is None and self.minimum is None
+        others = (self.rule, self.bounds, self.minimum, self.noise)
+        return all(one is None for one in others)
+
+    def bound(self, views: Mapping[int, Tensor]) -> Pass:
+        """The same pass for tensors that stand for the parameters and their states (:meth:`Noise.bound`)."""
+        if self.noise is None and self.first is None:
+            return self
+
+        def found(states: dict[int, Tensor] | None) -> dict[int, Tensor] | None:
+            if states is None:
+                return None
+            return {id(views[key]): views[id(t)] for key, t in states.items() if key in views}
+
+        noise = None if self.noise is None else self.noise.bound(views)
+        return self._replace(first=found(self.first), second=found(self.second), noise=noise)
 
     def run(
         self, params: list[Tensor], streams: list[int], offsets: list[int], pick: Callable[..., Any]
@@ -61,16 +80,36 @@ class Pass(NamedTuple):
         keys = ("dist", "decay", "rounding", "rounding_seed")
         options: dict[str, Any] = {key: getattr(self, key) for key in keys}
         options |= {"streams": streams, "offsets": offsets}
-        if self.minimum is not None:
+        if self.noise is not None:
+            self._run_noise(self.noise, params, streams)
+        elif self.minimum is not None:
             raise_to(params, self.minimum)
         elif self.bounds is not None:
             low, high = self.bounds
+            # A byte of packed integers is two elements.
+            options["offsets"] = [
+                o * (2 if p.dtype is torch.uint8 else 1) for o, p in zip(offsets, params, strict=True)
+            ]
             requantize_(params, self.seeds, self.coeffs, low=low, high=high, **options)
         elif self.rule is None or self.hyper is None:
             combine_(params, self.seeds, self.coeffs, **options)
         else:
             states = {"first": pick(self.first), "second": pick(self.second)}
             update_(params, self.rule, self.hyper, self.seeds, self.coeffs, **states, **options)
+
+    def _run_noise(self, noise: Noise, params: list[Tensor], streams: list[int]) -> None:
+        if self.measures:
+            return noise.measure(params)
+        members = Members(params, streams, cast("Dist", self.dist))
+        options: dict[str, Any] = {
+            "decay": self.decay, "rounding": self.rounding, "rounding_seed": self.rounding_seed
+        }  # fmt: skip
+        if self.rule is None or self.hyper is None:
+            return noise.update(members, self.seeds, self.coeffs, **options)
+        for key, states in (("first", self.first), ("second", self.second)):
+            if states:
+                options[key] = [states[id(p)] for p in params]
+        noise.step(members, self.rule, self.hyper, self.seeds, self.coeffs, **options)
 
 
 def raising(members: Members, minimum: Tensor) -> Pass:

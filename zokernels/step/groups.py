@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
-from ..checks import DTYPES, check_choice, check_dist, check_number, check_overlap, check_stream, fail
-from ..contract import canonical_name, streams_of
+from ..checks import (
+    DTYPES,
+    check_choice,
+    check_dist,
+    check_number,
+    check_overlap,
+    check_stream,
+    fail,
+    is_integer,
+)
+from ..contract import STREAM_BITS, canonical_name, streams_of
 from ..functional import Plan
 from ..ops.plan import fingerprint, matches
 from ..transfer import has_values
@@ -19,7 +29,11 @@ from .shard import is_sharded, local_of, locals_of
 from .types import Bucket, Group
 
 ROUNDINGS = ("stochastic", "nearest")
-RESTORES = ("exact", "inplace", "products")
+#: How the weights come back after the forwards of a step.
+Restore = Literal["exact", "inplace", "products"]
+RESTORES = get_args(Restore)
+#: Of fp32, in which kernels take the numbers of a step.
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def check_hyperparameters(op: str, group: Group) -> None:
@@ -32,10 +46,10 @@ def check_hyperparameters(op: str, group: Group) -> None:
         check_number(op, "lr", lr)
     elif lr.numel() != 1 or not lr.is_floating_point():
         fail(op, "lr", "a number or a floating-point tensor of one element", f"{lr.dtype} x {lr.numel()}")
-    check_number(op, "eps", group["eps"], positive=True)
+    check_number(op, "eps", group["eps"], positive=True, most=_LARGEST)
     check_number(op, "weight_decay", group["weight_decay"])
     if group["clip"] is not None:
-        check_number(op, "clip", group["clip"], positive=True)
+        check_number(op, "clip", group["clip"], positive=True, most=_LARGEST)
     check_dist(op, group["dist"])
     check_choice(op, "rounding", group["rounding"], ROUNDINGS)
     if "bits" in group and group["bits"] not in range(2, 9):
@@ -74,8 +88,9 @@ def check_param(op: str, group: Group, param: Tensor, label: str) -> None:
         where = "one on meta, as accelerate's offload leaves it (zokernels.offload.stream streams a model)"
         fail(op, label, "a parameter with memory", where)
     if "bits" in group:
-        if param.dtype is not torch.int8:
-            fail(op, label, "dtype int8", param.dtype, TypeError)
+        if param.dtype is not torch.int8 and (param.dtype is not torch.uint8 or group["bits"] != 4):
+            expected = "dtype int8, or uint8 that packs two integers of 4 bits (bits=4)"
+            fail(op, label, expected, param.dtype, TypeError)
     elif param.dtype not in DTYPES:
         fail(op, label, "dtype float32, bfloat16 or float16 (or requires_grad=False)", param.dtype, TypeError)
     if not home_of(param).in_memory:
@@ -83,6 +98,17 @@ def check_param(op: str, group: Group, param: Tensor, label: str) -> None:
     if param.layout is not torch.strided or not param.is_contiguous():
         got = f"strides {param.stride()}" if param.layout is torch.strided else param.layout
         fail(op, label, "a contiguous tensor", f"shape {tuple(param.shape)}, {got}")
+
+
+def listed(op: str, params: ParamsT) -> ParamsT:
+    """``params``, a generator as a list.  Raises ValueError where nothing is in it."""
+    if isinstance(params, Tensor):  # torch says what is wrong with it
+        return params
+    found: list[Any] = list(params)
+    if not found:
+        got = "none" if isinstance(params, (list, tuple)) else "a generator that was used up before"
+        fail(op, "params", "parameters (model.named_parameters())", got)
+    return found
 
 
 def name_empty_groups(groups: list[Group], added: Group) -> None:
@@ -129,7 +155,7 @@ def assign_streams(op: str, groups: list[Group]) -> None:
         if len(explicit) != count:
             fail(op, "streams", f"{count} integers, one for each parameter of the group", len(explicit))
         for i, stream in enumerate(explicit):
-            if not isinstance(stream, int) or isinstance(stream, bool):
+            if isinstance(stream, bool):
                 fail(op, f"streams[{i}]", "an integer", repr(stream), TypeError)
             check_stream(op, f"streams[{i}]", stream)
         group["streams"] = list(explicit)
@@ -161,10 +187,22 @@ def check_streams(op: str, groups: list[Group]) -> None:
             owner[stream] = label
 
 
+#: What a group of a ``state_dict`` has of each parameter.
+_LISTS: dict[str, Callable[[Any], bool]] = {
+    "params": lambda v: is_integer(v, 0) or isinstance(v, str),
+    "streams": lambda v: is_integer(v, 0, 2**STREAM_BITS - 1),
+    "param_names": lambda v: isinstance(v, str),
+}
+
+
 def check_groups(op: str, ours: list[Group], saved: list[Group]) -> None:
     """Checks that ``saved`` groups can take the place of ``ours``.  torch itself compares their numbers."""
-    for group, other in zip(ours, saved):  # noqa: B905
+    for at, (group, other) in enumerate(zip(ours, saved)):  # noqa: B905
         check_hyperparameters(op, other)
+        for key, is_valid in _LISTS.items():
+            found = other.get(key, ())
+            if not isinstance(found, (list, tuple)) or not all(map(is_valid, found)):
+                fail(op, f"state_dict: param_groups[{at}][{key!r}]", "a list of them", repr(found)[:200])
         for name, saved_name in zip(group.get("param_names", ()), other.get("param_names", ())):  # noqa: B905
             if canonical_name(name) != canonical_name(saved_name):
                 fail(op, "state_dict", f"parameters in the same order ({name!r} here)", repr(saved_name))

@@ -26,6 +26,13 @@ def is_capturing(devices: Iterable[torch.device]) -> bool:
     return any(d.type == "cuda" for d in devices) and torch.cuda.is_current_stream_capturing()
 
 
+def check_transforms(op: str) -> None:
+    """Raises RuntimeError inside ``torch.func``'s transforms, which hide what is written from the weights."""
+    if torch._C._functorch.maybe_current_level() is not None:
+        expected = "a call outside vmap, grad and other transforms of torch.func (a closure may use them)"
+        fail(op, "step", expected, "one inside", RuntimeError)
+
+
 class OwnProcess:
     """Remembers the process that first uses something whose threads a forked child does not have.
 
@@ -74,12 +81,12 @@ class RngState:
     """
 
     def __init__(self, devices: Iterable[torch.device], generators: Iterable[torch.Generator] = ()) -> None:
-        self._cpu = torch.get_rng_state()
+        self.cpu = torch.get_rng_state()
         self._others = [(g, g.get_state()) for g in generators]
         self._cuda = [(d, torch.cuda.get_rng_state(d)) for d in devices if d.type == "cuda"]
 
     def restore(self) -> None:
-        torch.set_rng_state(self._cpu)
+        torch.set_rng_state(self.cpu)
         for device, state in self._cuda:
             torch.cuda.set_rng_state(state, device)
         for generator, state in self._others:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from typing import Any
 
@@ -15,6 +15,30 @@ from torch.autograd import forward_ad
 from ..checks import fail
 from ..transfer import has_values, to_device
 from .shard import is_sharded
+
+#: What torch says of ``loss.backward()`` where no gradients are recorded.
+_NO_GRAD = "does not require grad and does not have a grad_fn"
+
+
+def run_closure(op: str, closure: Callable[[], Any]) -> Any:
+    """The closure's result.  Two errors of it are told as what they mean in a step."""
+    try:
+        return closure()
+    except StopIteration:
+        expected = "a forward on the step's batch, which is drawn before the step: it runs several times"
+        got = "StopIteration: an iterator that it draws from is at its end"
+        fail(op, "closure", expected, got, RuntimeError)
+    except RuntimeError as error:
+        if _NO_GRAD not in str(error):
+            raise
+        expected = "a forward that returns the loss, without loss.backward(): there are no gradients"
+        fail(op, "closure", expected, f"{type(error).__name__}: {error}", RuntimeError)
+
+
+def type_of(value: object) -> str:
+    """What a message says of a value that may be a whole batch: a short text, or its type."""
+    text = repr(value)
+    return text if len(text) <= 80 and "\n" not in text else f"a {type(value).__name__}"
 
 
 def as_loss(op: str, value: object, device: torch.device, capturing: bool = False) -> Tensor:
@@ -39,13 +63,26 @@ def as_loss(op: str, value: object, device: torch.device, capturing: bool = Fals
     if getattr(value, "shape", None) == () and hasattr(value, "item"):  # an array of numpy without dimensions
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
-        fail(op, "closure", "a scalar loss (a tensor or a number)", repr(value), TypeError)
+        fail(op, "closure", "a scalar loss (a tensor or a number)", _no_loss(value), TypeError)
     try:
         number = float(value)
     except OverflowError:
         bits = operator.index(math.trunc(value)).bit_length()
         fail(op, "closure", "a loss in the range of float64", f"a number of {bits} bits")
     return torch.full((), number, dtype=torch.float64, device=device)
+
+
+def _no_loss(value: object) -> str:
+    """What a closure has returned, and which part of it is perhaps the loss."""
+    if value is None:
+        return "None: does it end with `return loss`?"
+    loss = value.get("loss") if isinstance(value, Mapping) else getattr(value, "loss", None)
+    if isinstance(loss, Tensor):
+        part = '["loss"]' if type(value) is dict else ".loss"
+        return f"a {type(value).__name__}: return its {part}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}: return the loss alone"
+    return type_of(value)
 
 
 class LossReader:
@@ -66,11 +103,8 @@ class DerivativeReader(LossReader):
     def read(self, op: str, result: Any, device: torch.device, capturing: bool) -> Tensor:
         primal, tangent = forward_ad.unpack_dual(result) if isinstance(result, Tensor) else (result, None)
         if tangent is None:
-            got = (
-                f"a tensor of shape {tuple(result.shape)} without one"
-                if isinstance(result, Tensor)
-                else repr(result)
-            )
+            is_tensor = isinstance(result, Tensor)
+            got = f"a tensor of shape {tuple(result.shape)} without one" if is_tensor else _no_loss(result)
             fail(op, "closure", "a loss with a forward-mode derivative along the parameters", got, TypeError)
         return torch.stack([as_loss(op, value, device, capturing) for value in (primal, tangent)])
 

@@ -6,7 +6,7 @@ There are four calls: perturb, move, update and step.  All of them take their z 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -108,6 +108,26 @@ class Noise:
         """
         theta, places = members.target
         combine_(theta, **self.kernel_args(members, seeds, coeffs), **places, **rounding)
+
+    @property
+    def measures(self) -> bool:
+        """Whether :meth:`measure` has to run in this step, before the weights move."""
+        return False
+
+    def measure(self, params: Tensors) -> None:
+        """Measures what this noise needs to know of ``params``, and keeps it with them.
+
+        It is called only for weights that are elsewhere when a step begins; of others the direction itself
+        has measured that.  Called again on the same weights, it finds the same.
+        """
+
+    def bound(self, views: Mapping[int, Tensor]) -> Noise:
+        """The same noise for other tensors that stand for its parameters and for what is kept of them.
+
+        ``views``: these, by id of what they stand for.  (Parameters that are elsewhere come in under other
+        addresses each time.)
+        """
+        return self
 
     def raise_to(self, members: Members, minimum: Tensor) -> None:
         """In place, theta = max(theta, minimum), with ``minimum`` rounded to theta's dtype."""

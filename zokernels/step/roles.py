@@ -10,7 +10,7 @@ Home   where the parameters' values are                         zokernels.offloa
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -130,6 +130,23 @@ class Home:
     def value(self, param: Tensor) -> Tensor:
         """The values of a parameter, on its device."""
         return param
+
+    def state(self, optimizer: Any, param: Tensor, name: str) -> Tensor | None:
+        """What stands for a tensor that is kept of a parameter and that is here, too; None: nothing does, and
+        the tensor itself is to be made.
+        """
+        return None
+
+    def find_measured(self, optimizer: Any, measured: Collection[str]) -> None:
+        """Called when a run is continued.  ``measured``: the names of the tensors that are here and that the
+        direction need not measure again.
+        """
+
+    def fill_states(self, state_dict: dict[str, Any]) -> None:
+        """Puts the tensors that are here into a state_dict, in the place of what stands for them."""
+
+    def check_load(self, op: str) -> None:
+        """Called before a state_dict is loaded, which may be impossible here."""
 
 
 MEMORY = Home()

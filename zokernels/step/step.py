@@ -19,14 +19,15 @@ from ..transfer import known_on_host
 from . import groups
 from .checkpoint import Held, check_state_dict, from_groups, own_state, with_own_state
 from .cohort import Cohort, CohortReader, members_within
+from .description import check_parts, describe
 from .directions.direction import Direction
 from .directions.low_rank import LowRank
 from .estimators import Estimator, TwoSided
 from .graphs import GraphRng, check_capturable, check_capture
-from .guards import OwnProcess, RngState, ThreadState, is_capturing, uninterrupted
-from .loss import LossReader
+from .guards import OwnProcess, RngState, ThreadState, check_transforms, is_capturing, uninterrupted
+from .loss import LossReader, run_closure, type_of
 from .probes.blocks import Blocks
-from .probes.exact import ExactProbe
+from .probes.exact import ExactProbe, TangentProbe
 from .probes.inplace import InplaceProbe
 from .probes.probe import Probe
 from .probes.products import Learned, ProductProbe, neighbours
@@ -41,6 +42,7 @@ from .subset import Subset
 from .two_pass import ThreePass, TwoPass, check_two_pass
 from .types import Bucket, Estimate, LossesAt, Point, Seeds
 from .unfinished import Update
+from .watch import Watch
 
 #: What a group has that says nothing else.
 GROUP_DEFAULTS = {"eps": 1e-3, "weight_decay": 0.0, "dist": "normal", "rounding": "stochastic", "clip": None}
@@ -64,6 +66,8 @@ class StepOptimizer(torch.optim.Optimizer):
     staged = True
     #: True if the run also trains weights that no log of this optimizer holds.
     part = False
+    #: True if forwards are at theta, of dual numbers whose tangents are the directions.
+    tangents = False
 
     def __init__(
         self,
@@ -80,12 +84,14 @@ class StepOptimizer(torch.optim.Optimizer):
         estimator: Estimator,
         rule: Rule,
     ) -> None:
-        defaults = {**GROUP_DEFAULTS, **defaults, **rule.defaults}
         self.rule = rule
-        self._check_group(defaults)
         check_choice(self.op, "restore", restore, groups.RESTORES)
+        direction = Direction() if direction is None else direction
+        check_parts(self.op, estimator=estimator, direction=direction, rule=rule, subset=subset)
         self.estimator, self.subset, self.restore = estimator, subset, restore
-        self.direction = Direction() if direction is None else direction
+        self.direction = direction
+        defaults = {**GROUP_DEFAULTS, **defaults, **rule.defaults}
+        self._check_group(defaults)
         if capturable and (self.direction.refresh is not None or subset is not None):
             fail(self.op, "capturable", "False with a schedule that the host keeps (refresh, subset)", True)
         if restore == "products":
@@ -108,6 +114,7 @@ class StepOptimizer(torch.optim.Optimizer):
         #: trials.
         self.last_losses: tuple[Tensor, ...] | Tensor | None = None
         rule.check_parts(self)
+        params = groups.listed(self.op, params)
         super().__init__(params, defaults)
         self.run_state.place(groups.devices_of(self.param_groups))
 
@@ -127,6 +134,7 @@ class StepOptimizer(torch.optim.Optimizer):
         self.generators: Sequence[torch.Generator] = ()
         self.learned = Learned()
         self._reader: CohortReader | None = None
+        self.watch = Watch(self.op, self.warned)
 
     def _check_products(self, capturable: bool) -> None:
         direction = self.direction
@@ -208,6 +216,9 @@ class StepOptimizer(torch.optim.Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
+
+    def __repr__(self) -> str:
+        return describe(self)
 
     # One step -----------------------------------------------------------------------------------------------
 
@@ -299,34 +310,41 @@ class StepOptimizer(torch.optim.Optimizer):
         it.
         """
         if not callable(closure):
-            fail(
-                self.op,
-                "closure",
-                "a function that runs the forward and returns the loss",
-                repr(closure),
-                TypeError,
-            )
+            expected = "a function that runs the forward and returns the loss (a lambda, for example)"
+            got = type_of(closure)
+            if closure is None:
+                got += ", as loops with gradients call a step (of a transformers.Trainer: take ZOTrainer)"
+            fail(self.op, "closure", expected, got, TypeError)
         self._process.check(self.op, "step")
-        thread = threading.get_ident()
+        check_transforms(self.op)
         if self._stepper:
             got = "one inside the closure of another step of this optimizer, or in another thread"
             fail(self.op, "step", "one step at a time", got, RuntimeError)
-        self._stepper, state = thread, ThreadState()
         try:
-            self._settle()
-            with uninterrupted() as hold:  # signals are delivered inside the closure, and when all is done
-                loss = self._run_held(lambda: hold.call(closure), reader, consume or self._finish)
-        except BaseException:
-            state.restore()
-            self._settle(
-                at_once=True
-            )  # where another thread's exception has kept the rest of the step from doing it
-            raise
+            loss = self._run_alone(closure, reader, consume or self._finish)
         finally:
-            self._stepper = 0
+            self._stepper = 0  # again: what raises there may have kept the first one from being reached
         if not self.run_state.capturable and known_on_host(self.run_state.skipped):
             self._warn_skipped()
         return loss
+
+    def _run_alone(
+        self, closure: Callable[[], Any], reader: LossReader, consume: Callable[[Probe, Estimate], object]
+    ) -> Tensor:
+        state = ThreadState()
+        try:
+            self._stepper = threading.get_ident()
+            self._settle()
+            with uninterrupted() as hold:  # signals are delivered inside the closure, and when all is done
+                result = lambda: hold.call(lambda: run_closure(self.op, closure))
+                return self._run_held(result, reader, consume)
+        except BaseException:
+            state.restore()
+            # where another thread's exception has kept the rest of the step from doing it
+            self._settle(at_once=True)
+            raise
+        finally:
+            self._stepper = 0
 
     def _run_held(
         self, closure: Callable[[], Any], reader: LossReader, consume: Callable[[Probe, Estimate], object]
@@ -335,20 +353,31 @@ class StepOptimizer(torch.optim.Optimizer):
         devices = list(dict.fromkeys(b.device for b in buckets))
         capturing = is_capturing(devices)
         rng = self._rng(buckets, devices, capturing)
+        watch = self.watch
+        if looking := watch.is_looking and isinstance(rng, RngState):
+            watch.begin(rng.cpu)
         self.run_state.place(devices)
         self.team.begin(self, buckets)
         self.log.begin(self)
         with self.probed(buckets) as probe:
             same_rng = map(rng.forward, itertools.count())
 
+            run = (lambda: watch.forward(closure)) if looking else closure
+
             def forward() -> Any:
-                return reader.read(self.op, self.team.loss_of(closure()), devices[0], capturing)
+                result = self.team.loss_of(run())
+                watch.result(result)
+                return reader.read(self.op, result, devices[0], capturing)
 
             def losses_at(points: Any, count: int) -> Tensor:
                 results = probe.forwards(points, self.team.share(count), same_rng, forward)
                 return self.team.gather(reader.losses(results) if results else None, count, devices[0])
 
             estimate = self.estimate(probe.buckets, losses_at)
+            if looking:
+                watch.end()
+            if not self.run_state.capturable:
+                watch.gradients(estimate.raw.values())
             consume(probe, estimate)
         self.publish(estimate)
         self.last_loss = self.estimator.loss(estimate.losses)
@@ -394,13 +423,17 @@ class StepOptimizer(torch.optim.Optimizer):
             return ProductProbe(self.op, buckets, seeds, *shared, self._reader)
         exact = self.restore == "exact"
         if any(b.is_sharded for b in buckets):
+            if self.tangents:
+                expected = "plain tensors: a tangent is handed to each function"
+                fail(self.op, "params", expected, "a DTensor", TypeError)
             return (
                 CopiedShardProbe(buckets, seeds, self.scratch) if exact else MovedShardProbe(buckets, seeds)
             )
         return self.exact_probe(buckets, seeds) if exact else InplaceProbe(buckets, seeds)
 
     def exact_probe(self, buckets: list[Bucket], seeds: Seeds, shared: bool = False) -> ExactProbe:
-        return ExactProbe(self.op, buckets, seeds, self.scratch, self.blocks, self.warned, shared)
+        kind = TangentProbe if self.tangents else ExactProbe
+        return kind(self.op, buckets, seeds, self.scratch, self.blocks, self.warned, shared)
 
     def estimate(self, buckets: list[Bucket], losses_at: LossesAt) -> Estimate:
         """g of every bucket from the losses at the estimator's points; then the rule's choice of a trial."""
@@ -427,7 +460,7 @@ class StepOptimizer(torch.optim.Optimizer):
         return estimate._replace(forwards=(*losses, *trials), multiple=multiple)
 
     def _gradient(self, losses: Tensor, eps: float, clip: float | None) -> Tensor:
-        return projected_gradient(self.estimator.coefficients(losses.double(), eps), clip)
+        return projected_gradient(self.estimator.coefficients(losses.double(), float(eps)), clip)
 
     def trial_points(self, buckets: list[Bucket], gradients: list[Tensor]) -> list[list[Point]]:
         """For each of the rule's trials, the point of each bucket."""
@@ -481,6 +514,7 @@ class StepOptimizer(torch.optim.Optimizer):
         self.last_losses, self.last_projected_gradient = estimate.forwards, g if len(g) > 1 else g.reshape(())
 
     def _warn_skipped(self) -> None:
+        self.watch.read()
         if new := self.run_state.new_skips():
             text = f"{self.op}: {new} step(s) skipped: loss not finite; the weights did not change"
             warnings.warn(text, stacklevel=3)
@@ -513,19 +547,21 @@ class StepOptimizer(torch.optim.Optimizer):
             )
         check_two_pass(self, modules)
         self.flush()
-        with TwoPass(modules) as self.passes:
-            try:
-                yield
-            finally:
-                passes = self.passes
+        passes, after = TwoPass(modules), ThreePass()
+        try:
+            with passes:
                 try:
-                    with uninterrupted():
-                        passes.flush()
-                except BaseException:
-                    passes.flush()  # what another thread's exception has left to be moved
-                    raise
+                    self.passes = passes
+                    yield
                 finally:
-                    self.passes = ThreePass()
+                    try:
+                        with uninterrupted():
+                            passes.flush()
+                    finally:
+                        passes.flush()  # what another thread's exception has left to be moved
+                        self.passes = after
+        finally:
+            self.passes = after  # again: an exception may have kept the first one from being reached
 
     def flush(self) -> None:
         """Takes the perturbation of a :meth:`two_pass` out of the weights; without one it does nothing."""
@@ -571,6 +607,7 @@ class StepOptimizer(torch.optim.Optimizer):
         self.log.flush()
         with groups.without_strangers(self.state, self.param_groups):
             state = super().state_dict()
+        self.home.fill_states(state)
         self._warn_skipped()
         return with_own_state(state, own_state(self))
 
@@ -580,8 +617,9 @@ class StepOptimizer(torch.optim.Optimizer):
         Raises ValueError, before anything changes, where it is of another optimizer, contract or list of
         parameters.
         """
-        state_dict = from_groups(state_dict)
+        state_dict = from_groups(self.op, state_dict)
         check_state_dict(self, state_dict)
+        self.home.check_load(self.op)
         self.flush()
         if self._unfinished is not None:
             self.log.retract(self)

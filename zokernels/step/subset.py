@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from itertools import compress
 
-from ..checks import check_choice, fail
+from ..checks import check_choice, check_integer, fail
 from ..contract import derive_seed_int
 from .roles import OptimizerView
 from .types import Bucket
@@ -76,8 +76,8 @@ class Blocks(Subset):
     order: str = "cyclic"
 
     def __post_init__(self) -> None:
-        if self.size < 1 or self.period < 1:
-            fail("Blocks", "size, period", "integers >= 1", (self.size, self.period))
+        check_integer("Blocks", "size", self.size)
+        check_integer("Blocks", "period", self.period)
         check_choice("Blocks", "order", self.order, ("cyclic", "random"))
 
     def _chosen(self, optimizer: OptimizerView, layers: list[int]) -> set[int | None]:

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..checks import fail
 from .groups import label_of
+from .hooks import ForwardHook
 from .probes.inplace import InplaceProbe
 from .probes.probe import Probe
 from .roles import OptimizerView
@@ -66,7 +66,7 @@ class TwoPass(ThreePass):
         #: False when the context has been left, even where an exception has cut its end short.
         self.in_two_pass = True
         self._handles: list[Any] = []
-        self._forward_hook: Any = None
+        self._forward_hook: ForwardHook | None = None
 
     def __enter__(self) -> TwoPass:
         hook = _FlushHook(self)
@@ -121,7 +121,7 @@ class TwoPass(ThreePass):
             raise
         self.pending = following
         # Only between steps: inside the closure it would be traced into graphs of torch.compile.
-        self._forward_hook = register_module_forward_pre_hook(self._before_forward)
+        self._forward_hook = ForwardHook(self._before_forward)
 
     def flush(self) -> None:
         if self.pending is not None:

@@ -9,3 +9,7 @@ from .recorder import Follower, Recorder, record
 from .replay import replay_
 
 __all__ = ["Follower", "Log", "Record", "Recorder", "read", "record", "replay_"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..checks import fail
-from ..contract import canonical_name
 from ..files.atomic import replacing
 from ..files.safetensors import DTYPES, Checkpoint, lay_out, view
 from .format import Log
@@ -26,8 +25,15 @@ from .settings import check_base, digest, match
 _RELEASE = 1 << 24
 
 
+def trained(log: Log) -> list[str]:
+    """The names of the parameters that the run trained; none for a log of parameters without names."""
+    params = [p for group in log.header["groups"] for p in group["params"] if p["sha256"] is not None]
+    return [p["name"] for p in params if p["name"] is not None]
+
+
 def checked(base: Checkpoint, log: Log) -> dict[str, Tensor]:
     """The tensors of ``base``.  Raises where they are not the weights that the run of ``log`` began with."""
+    base.adopt(trained(log))
     tensors = base.tensors()
     check_base(log.header, match(log.header, tensors))
     base.release()
@@ -36,8 +42,10 @@ def checked(base: Checkpoint, log: Log) -> dict[str, Tensor]:
 
 def compare(log: Log, ours: Checkpoint, theirs: Checkpoint) -> int:
     """The number of trained tensors.  Raises ValueError where one of them differs in a bit."""
+    names = trained(log)
+    for checkpoint in (ours, theirs):
+        checkpoint.adopt(names)
     a, b = ours.tensors(), theirs.tensors()
-    names = [p["name"] for group in log.header["groups"] for p in group["params"] if p["sha256"] is not None]
     for name in names:
         if name not in b:
             fail("verify", name, f"a tensor in {theirs.path}", "none")
@@ -72,10 +80,8 @@ def replay_file(
         text = "replay: the log is a part of its run: weights that gradients trained stay as in the base"
         warnings.warn(text, stacklevel=2)
     tensors = checked(base, log)
-    trained = {
-        p["name"] for group in log.header["groups"] for p in group["params"] if p["sha256"] is not None
-    }
-    widened = {name for name in base.where if mode == "fp32" and canonical_name(name) in trained}
+    names = set(trained(log))
+    widened = {name for name in base.where if mode == "fp32" and base.parameter(name) in names}
     entries = {name: file.entries[name] for name, file in base.where.items()}
     for name in widened:
         entries[name] = entries[name]._replace(dtype="F32", size=4 * math.prod(entries[name].shape))
@@ -89,11 +95,11 @@ def replay_file(
             for name, source in base.where.items():
                 entry = entries[name]
                 if name in widened:
-                    view(mapped, entry).copy_(tensors[canonical_name(name)])
+                    view(mapped, entry).copy_(tensors[base.parameter(name)])
                 else:
                     mapped[entry.begin : entry.begin + entry.size] = source.data(name)
                 if entry.dtype in DTYPES:
-                    weights[name] = view(mapped, entry)
+                    weights[base.parameter(name)] = view(mapped, entry)
                 source.release()
                 mapped.madvise(mmap.MADV_DONTNEED)
             steps = replay_(weights, log, upto, mode=mode, check=False, progress=_releasing(mapped, progress))

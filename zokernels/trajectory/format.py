@@ -24,14 +24,15 @@ MAX_HEADER = 1 << 29
 #: Factors of a larger rank would be larger than most weights.  Nothing else bounds what a replay allocates
 #: for them.
 MAX_RANK = 4096
-#: Updates that a window may keep, of all groups and directions: 16 bytes each, whatever the size of the log.
-MAX_WINDOW = 1 << 20
+#: Updates that a window may keep, of all groups and directions: 16 to 40 bytes each, and a pass over the
+#: weights in each step, whatever the size of the log.
+MAX_WINDOW = 1 << 16
 _PREFIX = struct.Struct("<6sHII")  # magic, version, bytes of the header, its CRC32
 _HEAD = struct.Struct("<IBbf")  # low word of the step, flags, multiple, loss
 _CRC = struct.Struct("<I")
 FINITE, TWO_PASS, CARRIED = 1, 2, 4
 
-DTYPES = ("float32", "bfloat16", "float16", "int8")
+DTYPES = ("float32", "bfloat16", "float16", "int8", "uint8")
 
 
 class Record(NamedTuple):
@@ -220,9 +221,9 @@ def _read_header(file: BinaryIO, name: str) -> tuple[dict[str, Any], Layout] | N
         fail("trajectory", name, f"format version {VERSION}", version)
     if size > MAX_HEADER:
         fail("trajectory", name, f"a header of at most {MAX_HEADER} bytes", size)
-    data = file.read(size)
-    if len(data) < size:
+    if size > os.fstat(file.fileno()).st_size - _PREFIX.size:  # read() takes memory for what it is asked for
         return None
+    data = file.read(size)
     if zlib.crc32(data) != crc:
         fail("trajectory", name, "a header that matches its checksum", "another one: the log is damaged")
     try:

@@ -31,6 +31,10 @@ from ..step.subset import LAYERS, Subset
 from ..version import __version__
 from .format import canonical
 
+#: A rank that a log may name whatever the sizes of the matrices.  A larger one is at most the smaller side of
+#: one of them.
+_RANK_OF_ANY = 16
+
 #: How many bytes are hashed at a time.
 _PIECE = 1 << 24
 
@@ -390,8 +394,19 @@ def optimizer_of(
                 f"the settings {expected}",
                 str(sorted(group["options"]))[:200],
             )
+    if given.get("direction") is None:
+        _check_rank(optimizer.direction, [t for ours in tensors for t in ours if t is not None])
     optimizer.run_state.load(header["seed"], header["start"], 0)
     return optimizer
+
+
+def _check_rank(direction: Direction, trained: Sequence[Tensor]) -> None:
+    """Raises where factors of the rank that a log names could be much larger than the weights."""
+    if isinstance(direction, low_rank.LowRank):
+        sides = [min(shape) for t in trained if t.numel() and (shape := direction.matrix(t)) is not None]
+        if direction.rank > (most := max([_RANK_OF_ANY, *sides])):
+            expected = f"at most {most}, as the matrices are (or direction=... as in the run)"
+            fail("replay_", "log: direction.rank", expected, direction.rank)
 
 
 def is_sgd(header: dict[str, Any]) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 #: Whether operations may be inline PTX: a process of torch for ROCm compiles for AMD, every other one for
 #: NVIDIA.
@@ -46,6 +47,20 @@ def fma(a, b, c):
         return tl.where(inexact_even, bits + away, bits).to(tl.float64, bitcast=True).to(tl.float32)
     else:
         return tl.fma(a, b, c)
+
+
+@triton.jit
+def add_apart(a, b):
+    """a + b.  add.rn.f32
+
+    For sm_100 the compiler makes one instruction of two sums, which takes both halves of the fp32 pipe.  A
+    sum alone takes the half that is idle where integer products, Philox's, keep the other one busy."""
+    if PTX and not INTERPRET and cuda_capability_geq(10, 0):
+        return tl.inline_asm_elementwise(
+            "add.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return a + b
 
 
 @triton.jit

@@ -67,14 +67,14 @@ def _unit(root):
 
 
 @triton.jit
-def _add_rademacher4(t0, t1, t2, t3, u0, u1, u2, u3, seed, c, span, WORD: tl.constexpr):
+def _add_rademacher4(t0, t1, t2, t3, u0, u1, u2, u3, seed, c, span, rounding, WORD: tl.constexpr):
     # Where K is static, the compiler makes one of the four calls with the same block: 128 elements a Philox
     # block.
     word = draw_rademacher(seed, tl.arange(0, THREADS), span)[WORD]
-    t0 = add_rademacher(t0, c, u0, word, 0)
-    t1 = add_rademacher(t1, c, u1, word, 1)
-    t2 = add_rademacher(t2, c, u2, word, 2)
-    t3 = add_rademacher(t3, c, u3, word, 3)
+    t0 = add_rademacher(t0, c, u0, rounding, word, 0)
+    t1 = add_rademacher(t1, c, u1, rounding, word, 1)
+    t2 = add_rademacher(t2, c, u2, rounding, word, 2)
+    t3 = add_rademacher(t3, c, u3, rounding, word, 3)
     return t0, t1, t2, t3
 
 
@@ -82,6 +82,7 @@ def _add_rademacher4(t0, t1, t2, t3, u0, u1, u2, u3, seed, c, span, WORD: tl.con
 def _whole_rademacher(span, terms, out, theta, curvature):
     """A thread owns a Philox block: lane & 31 of tile lane >> 5, 16 bytes for 16 blocks of elements."""
     lane = tl.arange(0, THREADS)
+    more = (span, terms.rounding_seed)
     for word in tl.static_range(4):
         r0 = (lane >> 5) * 512 + (lane & 31) + 128 * word
         r1, r2, r3 = r0 + 32, r0 + 64, r0 + 96
@@ -93,11 +94,11 @@ def _whole_rademacher(span, terms, out, theta, curvature):
         if len(terms.num_k) == 1:
             for k in range(terms.num_k[0]):
                 seed, c = tl.load(terms.seeds + k), tl.load(terms.coeffs + k)
-                t0, t1, t2, t3 = _add_rademacher4(t0, t1, t2, t3, u0, u1, u2, u3, seed, c, span, word)
+                t0, t1, t2, t3 = _add_rademacher4(t0, t1, t2, t3, u0, u1, u2, u3, seed, c, *more, word)
         else:
             for k in tl.static_range(len(terms.seeds)):
                 seed, c = terms.seeds[k], terms.coeffs[k]
-                t0, t1, t2, t3 = _add_rademacher4(t0, t1, t2, t3, u0, u1, u2, u3, seed, c, span, word)
+                t0, t1, t2, t3 = _add_rademacher4(t0, t1, t2, t3, u0, u1, u2, u3, seed, c, *more, word)
         _finish(t0, a0, r0, None, span, terms, out)
         _finish(t1, a1, r1, None, span, terms, out)
         _finish(t2, a2, r2, None, span, terms, out)

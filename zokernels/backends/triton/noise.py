@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.language.target_info import cuda_capability_geq
 
 from ... import contract
-from .arithmetic import INTERPRET, PTX, fma, sqrt
+from .arithmetic import INTERPRET, PTX, add_apart, fma, sqrt
 
 
 def _f32(bits: int) -> tl.constexpr:
@@ -121,18 +121,21 @@ def normal(w0, w1, w2, w3, mantissa):
 
 
 @triton.jit
-def add_rademacher(acc, c, unit, word, byte: tl.constexpr):
+def add_rademacher(acc, c, unit, rounding, word, byte: tl.constexpr):
     """acc + c w for acc [B, 8] and the bits of one byte of ``word`` [B]; w = z * unit, or z where ``unit``,
-    an option (``tile``), is absent.
+    an option (``tile``), is absent.  ``rounding``: an option, present where Philox is computed for each
+    element, too.
 
     c * (+-1) is exact, so the fma of the contract is an addition of c with its sign bit flipped.
     """
     flip = (word[:, None] << (31 - 8 * byte - tl.arange(0, 8))[None, :].to(tl.uint32)) & 0x80000000
     signed = (c.to(tl.uint32, bitcast=True) ^ flip).to(tl.float32, bitcast=True)
-    if len(unit) == 0:
+    if len(unit) != 0:
+        return fma(signed, unit[0], acc)
+    elif len(rounding) == 0:
         return acc + signed
     else:
-        return fma(signed, unit[0], acc)
+        return add_apart(acc, signed)
 
 
 @triton.jit

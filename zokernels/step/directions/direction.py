@@ -33,6 +33,10 @@ class Direction:
         for bucket in buckets:
             bucket.noise = DENSE
 
+    def kept_of(self, param: Tensor) -> list[tuple[str, tuple[int, ...], torch.dtype, float]]:
+        """The name, shape, dtype and first value of each tensor in ``optimizer.state[param]``."""
+        return []
+
     def window(self, optimizer: OptimizerView) -> int:
         """How often :attr:`refresh` steps have passed."""
         return optimizer.step_count // self.refresh if self.refresh else 0

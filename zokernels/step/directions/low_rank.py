@@ -548,9 +548,88 @@ class KeptLeft(LowRank):
         return kept[0], fresh
 
 
+class _Signed(Factored):
+    """Perturbs by the factors of ``kind``, and updates by their signs."""
+
+    same_scale = False
+
+    def __init__(self, kind: LowRank, *kept: Any) -> None:
+        super().__init__(kind, *kept)
+        self._signs = Factored(_SignFactors(kind.rank), *kept)
+
+    def update(self, members: Members, seeds: Tensor, coeffs: Tensor, **rounding: Any) -> None:
+        self._signs.update(members, seeds, coeffs, **rounding)
+
+    def step(
+        self, members: Members, rule: KernelRule, hyper: Tensor, seeds: Tensor, coeffs: Tensor, **options: Any
+    ) -> None:
+        self._signs.step(members, rule, hyper, seeds, coeffs, **options)
+
+
+class _Lasting(Noise):
+    """The noise of another, of which ``now``, the seeds of this step, stand for ``then``, those of an earlier
+    one.
+    """
+
+    has_factors = True
+
+    def __init__(self, noise: Factored, now: Tensor, then: Tensor) -> None:
+        self._noise, self._now, self._then = noise, now, then
+        self.same_scale = noise.same_scale
+
+    def _seeds(self, seeds: Tensor) -> Tensor:
+        return self._then[(seeds[:, None] == self._now).int().argmax(1)]
+
+    def is_dense(self, param: Tensor) -> bool:
+        return self._noise.is_dense(param)
+
+    def is_plain_matrix(self, param: Tensor) -> bool:
+        return self._noise.is_plain_matrix(param)
+
+    def stacked(self, param: Tensor, stream: int, seeds: Tensor) -> tuple[Tensor, Tensor]:
+        return self._noise.stacked(param, stream, self._seeds(seeds))
+
+    def perturb(self, out: Tensors, members: Members, seeds: Tensor, coeffs: Tensor, **options: Any) -> None:
+        self._noise.perturb(out, members, self._seeds(seeds), coeffs, **options)
+
+    def move(self, members: Members, seeds: Tensor, coeffs: Tensor) -> None:
+        self._noise.move(members, self._seeds(seeds), coeffs)
+
+    def update(self, members: Members, seeds: Tensor, coeffs: Tensor, **rounding: Any) -> None:
+        self._noise.update(members, self._seeds(seeds), coeffs, **rounding)
+
+    def step(
+        self, members: Members, rule: KernelRule, hyper: Tensor, seeds: Tensor, coeffs: Tensor, **options: Any
+    ) -> None:
+        self._noise.step(members, rule, hyper, self._seeds(seeds), coeffs, **options)
+
+
 @dataclass(frozen=True)
 class FreshFactors(LowRank):
-    """z = A B^T / sqrt(r), both fresh in every direction (EGGROLL)."""
+    """z = A B^T / sqrt(r), both fresh in every direction (EGGROLL).
+
+    ``refresh``: after how many steps other factors (and vectors' noise) are drawn: z_k of step t is that of
+    the seeds of step floor(t / refresh).  None: in every step.
+
+    ``signs``: the weights are perturbed by z, and updated by sign(A) sign(B)^T / sqrt(r) in its place.
+    Vectors keep their dense noise.
+    """
+
+    signs: bool = False
+
+    def prepare(self, optimizer: OptimizerView, buckets: list[Bucket], seeds: Seeds) -> None:
+        super().prepare(optimizer, buckets, seeds)
+        window = self.window(optimizer)
+        for bucket in buckets:
+            noise: Noise = bucket.noise
+            if self.signs:
+                seed = derived_seed(optimizer, window, _FACTOR_K, bucket.device)
+                bucket.noise = noise = _Signed(self, seed, {})
+            if self.refresh is not None:
+                assert isinstance(noise, Factored)
+                now = seeds[bucket.device]
+                then = [derived_seed(optimizer, window, k, bucket.device) for k in range(len(now))]
+                bucket.noise = _Lasting(noise, now, torch.cat(then))
 
     def drawn(
         self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any
@@ -562,6 +641,17 @@ class FreshFactors(LowRank):
         # The right factors' elements follow the left ones'.
         right = _draw_each((n, r), seeds, stream, m * r, 1.0)
         return _draw_each((m, r), seeds, stream, 0, r**-0.5), right
+
+
+@dataclass(frozen=True)
+class _SignFactors(FreshFactors):
+    """sign(A) / sqrt(r) and sign(B) of :class:`FreshFactors`."""
+
+    def drawn(
+        self, shapes: Shapes, streams: list[int], seed: Tensor, kept: Any
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        left, right = super().drawn(shapes, streams, seed, kept)
+        return [t.sign() * self.rank**-0.5 for t in left], [t.sign() for t in right]
 
 
 @dataclass(frozen=True)

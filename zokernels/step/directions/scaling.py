@@ -207,6 +207,9 @@ class _Curved(Noise):
         curvature = [self._curvature[id(p)] for p in members.params]
         return super().kernel_args(members, seeds, coeffs) | {"curvature": curvature}
 
+    def bound(self, views: Mapping[int, Tensor]) -> Noise:
+        return _Curved({id(views[key]): views[id(h)] for key, h in self._curvature.items() if key in views})
+
     def step(self, members: Members, *args: Any, **options: Any) -> None:
         DENSE.step(members, *args, **options)
 

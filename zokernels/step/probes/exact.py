@@ -154,7 +154,21 @@ class TangentProbe(ExactProbe):
 
     @contextmanager
     def point(self, points: list[Point]) -> Iterator[None]:
-        unit: list[Point] = [dict.fromkeys(point, 1.0) for point in points]
-        # Fused attention has no forward-mode derivative.
-        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), super().point(unit):
+        around = nullcontext() if self._shared else dual_numbers()
+        with around, super().point(unit_points(points)):
             yield
+
+
+def unit_points(points: list[Point]) -> list[Point]:
+    """The points of tangents: each direction at length 1."""
+    return [dict.fromkeys(point, 1.0) for point in points]
+
+
+@contextmanager
+def dual_numbers() -> Iterator[None]:
+    """Around forwards of dual numbers: one forward, or all that run in turn, for this holds in all threads.
+
+    Fused attention has no forward-mode derivative.
+    """
+    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+        yield

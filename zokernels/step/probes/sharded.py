@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..guards import uninterrupted
+from ..hooks import ForwardHook
 from ..scratch import Arena, ScratchPool, arena_numel
 from ..shard import locals_of
 from ..types import Bucket, Point, Seeds, terms
@@ -43,7 +43,7 @@ def gathered_anew() -> Iterator[None]:
                 module.reshard()
             seen[module] = None
 
-    hook = register_module_forward_pre_hook(before)
+    hook = ForwardHook(before)
     try:
         yield
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from ...checks import check_number, fail
 from ..guards import is_capturing
 from ..probes.probe import Probe
-from ..roles import OptimizerView
+from ..roles import OptimizerView, home_of
 from ..scalars import decay_of, gated_decay
 from ..shard import full_like, local_of
 from ..types import Bucket, Estimate, Group
@@ -34,6 +34,18 @@ def check_fraction(op: str, argument: str, value: Any) -> None:
 def groups_of(buckets: Iterable[Bucket]) -> list[Group]:
     """The groups of ``buckets``, each once."""
     return list({id(b.group): b.group for b in buckets}.values())
+
+
+def _shape(values: Any, floats: bool) -> list[int] | None:
+    """The shape of nested lists of numbers; None where they are no such.
+
+    ``floats``: numbers that are no integers are taken, too.
+    """
+    try:
+        found = torch.tensor(values)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None
+    return list(found.shape) if floats or found.dtype is torch.int64 else None
 
 
 class Rule:
@@ -128,10 +140,18 @@ class Rule:
             state = optimizer.state[p]
             if name not in state:
                 self._check_capture(optimizer, p.device, f"none with {label}")
+                if (elsewhere := home_of(p).state(optimizer, p, name)) is not None:
+                    state[name] = elsewhere
+                    found.append(elsewhere)
+                    continue
                 with torch.inference_mode(False):
                     state[name] = full_like(p, self.states[name], self.state_dtype)
             found.append(local_of(state[name]))
         return found
+
+    def kept_of(self, param: Tensor) -> list[tuple[str, tuple[int, ...], torch.dtype, float]]:
+        """The name, shape, dtype and first value of each tensor in ``optimizer.state[param]``."""
+        return [(name, tuple(param.shape), self.state_dtype, value) for name, value in self.states.items()]
 
     def begin(self, optimizer: OptimizerView, probe: Probe, estimate: Estimate) -> None:
         """Once a step, before the first bucket: renews what is kept of the groups.
@@ -154,11 +174,15 @@ class Rule:
         op, name = optimizer.op, type(self).__name__
         if state["name"] != name:
             fail(op, "state_dict", f"of the rule {name}", state["name"])
-        shapes = {key: list(t.shape) for key, t in self.initial(optimizer).items()}
+        initial = self.initial(optimizer)
+        shapes = {key: list(t.shape) for key, t in initial.items()}
         for place, kept in state["groups"].items():
             if not str(place).isdecimal() or int(place) >= (count := len(optimizer.param_groups)):
                 fail(op, "state_dict", f"groups by numbers below {count}", repr(place))
-            if (got := {key: list(torch.tensor(values).shape) for key, values in kept.items()}) != shapes:
+            of_floats = {key: t.is_floating_point() for key, t in initial.items()}
+            entries = kept if isinstance(kept, Mapping) else {}
+            got = {key: _shape(v, of_floats.get(key, True)) for key, v in entries.items()}
+            if got != shapes:
                 fail(op, "state_dict", f"what {name} keeps of a group, of shapes {shapes}", got)
 
     def load_state_dict(self, optimizer: OptimizerView, state: dict[str, Any]) -> None:

@@ -130,7 +130,7 @@ class Floored(Rule):
     def __init__(self, minimum: float = 1e-7) -> None:
         super().__init__()
         self._descent = SGD()
-        check_number("Floored", "minimum", minimum, positive=True)
+        check_number("Floored", "minimum", minimum, positive=True, most=torch.finfo(torch.float32).max)
         self.minimum = minimum
 
     def update(

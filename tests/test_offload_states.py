@@ -1,0 +1,318 @@
+"""What optimizers keep of streamed weights (momenta, moments, curvature, masks) travels with their block, and
+every method that may be streamed has the bits of the run in memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import warnings
+
+import pytest
+import torch
+from offload_cases import batch_of, loss_of, same_bits, same_state, tower, train
+from torch import nn
+
+from zokernels import offload, optim
+from zokernels.optim import (
+    ZOSGD,
+    ForwardGradient,
+    FreshFactors,
+    GivenMask,
+    HiZOO,
+    KeptLeft,
+    KeptRight,
+    MagnitudeMask,
+    RandomMask,
+    SparseMeZO,
+    Sphere,
+    Subspace,
+    TemporalFactor,
+    ZOAdam,
+    ZOAdamW,
+    ZOSignSGD,
+)
+
+LR = {"lr": 1e-3}
+ADAM = {**LR, "weight_decay": 0.0}
+HALF = {"state_dtype": torch.bfloat16}
+#: Of each method: the class, and its arguments; a mask of one's own is made of the model.
+METHODS = {
+    "momentum": (ZOSGD, {"momentum": 0.9, "dampening": 0.2}),
+    "Adam": (ZOAdam, ADAM),
+    "AdamW in bf16": (ZOAdamW, {**LR, **HALF, "directions": 2}),
+    "sign": (ZOSignSGD, {**LR, "l2": 0.1}),
+    "HiZOO": (HiZOO, {"alpha": 0.1}),
+    "Sparse-MeZO": (SparseMeZO, {"density": 0.5, "refresh": 4}),
+    "mask, refreshed": (ZOSGD, {"direction": MagnitudeMask(0.5, refresh=2)}),
+    "mask, Adam": (ZOAdam, {**ADAM, "direction": MagnitudeMask(0.5)}),
+    "mask, random": (ZOSGD, {"direction": RandomMask(0.5, refresh=2)}),
+    "mask, given": (ZOSGD, {}),
+    "LOZO": (ZOSGD, {"direction": KeptRight(2, refresh=2)}),
+    "LOZO, Adam": (ZOAdam, {**ADAM, "direction": KeptRight(2, refresh=2)}),
+    "kept left": (ZOSGD, {"direction": KeptLeft(2, refresh=2)}),
+    "SubZero": (ZOSGD, {"direction": Subspace(1, refresh=2)}),
+    "TeZO": (ZOSGD, {"direction": TemporalFactor(2)}),
+    "EGGROLL": (ZOSGD, {"direction": FreshFactors(2), "directions": 2}),
+    "window": (ZOSGD, {"momentum": 0.9, "window": 3}),
+    "Adam's window": (ZOAdamW, {**LR, "window": 3}),
+    "forward gradient": (ForwardGradient, {"directions": 2}),
+    "sphere": (ZOSGD, {"direction": Sphere()}),
+}
+
+
+def given_masks(model):
+    """A third of the weights of matrices, as bool or as indices; vectors move as a whole."""
+    masks = {}
+    for i, (name, p) in enumerate(model.named_parameters()):
+        if p.dim() == 2:
+            keep = torch.rand(p.shape, generator=torch.Generator().manual_seed(i)) < 1 / 3
+            masks[name] = keep if i % 2 else keep.flatten().nonzero().flatten()
+    return GivenMask(masks)
+
+
+def run(method, model, steps, **options):
+    kind, own = METHODS[method]
+    if method == "mask, given":
+        own = {"direction": given_masks(model)}
+
+    def make(params, **settings):
+        if kind is ForwardGradient:
+            del settings["eps"]
+        return kind(params, **{**settings, **own})
+
+    return train(model, steps, make, **options)
+
+
+def small(rng, dtype=None):
+    return tower(dtype or rng.choice((torch.float32, torch.bfloat16)), seed=rng.getrandbits(30), layers=3)
+
+
+def differing(ours, theirs):
+    """Of two optimizers, the (parameter, name) of what they keep that differs."""
+    ours, theirs = ours.state_dict()["state"], theirs.state_dict()["state"]
+    assert ours.keys() == theirs.keys()
+    assert all(ours[i].keys() == theirs[i].keys() for i in ours)
+    return [(i, key) for i in ours for key in ours[i] if not torch.equal(ours[i][key], theirs[i][key])]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_equals_the_run_in_memory(method, rng):
+    model = small(rng)
+    ours, start = copy.deepcopy(model), copy.deepcopy(model)
+    expected, optimizer = run(method, model, 5)
+    options = {"slots": rng.choice((1, 2)), "scratch": rng.choice((1, 2)), "write_every": rng.choice((1, 3))}
+    with offload.stream(ours, "layers", **options):
+        losses, streamed = run(method, ours, 5)
+        assert same_bits(losses, expected)
+        assert not same_state(ours.state_dict(), model.state_dict())
+        assert not differing(optimizer, streamed)
+        assert all(torch.isfinite(t.float()).all() for t in ours.state_dict().values())
+    assert len(same_state(model.state_dict(), start.state_dict())) > 12  # of 19
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resumed_from_disk(method, rng, tmp_path):
+    """The second run ends without a flush, so its blocks have different numbers of updates."""
+    model = small(rng)
+    start = copy.deepcopy(model)
+    expected, whole = run(method, model, 6)
+    at, write_every = 0, rng.choice((1, 2))
+    for until in (2, 4, 6):
+        ours = copy.deepcopy(start)
+        options = {"path": tmp_path / "run", "resume": True, "slots": 2, "write_every": write_every}
+        engine = offload.stream(ours, "layers", "disk", **options)
+        losses, optimizer = run(method, ours, until)
+        assert same_bits(losses, expected[at:until])
+        at = until
+        if until == 4:  # as a process that dies
+            optimizer.trajectory.close()
+            engine.mover.drain()
+            continue
+        if until == 6:
+            assert not same_state(ours.state_dict(), model.state_dict())
+            assert not differing(whole, optimizer)
+        engine.close()
+
+
+def test_storage_that_is_only_read(rng, tmp_path):
+    """Every visit begins with the checkpoint's weights and the states' first values."""
+    from safetensors.torch import save_model
+
+    model = small(rng)
+    save_model(model, tmp_path / "base.safetensors")
+    ours = copy.deepcopy(model)
+    expected, optimizer = run("Adam", model, 4)
+    with offload.stream(ours, "layers", "disk", weights=tmp_path / "base.safetensors", slots=2):
+        losses, streamed = run("Adam", ours, 4)
+        assert same_bits(losses, expected)
+        assert not same_state(ours.state_dict(), model.state_dict())
+        assert not differing(optimizer, streamed)
+
+
+@pytest.mark.parametrize("wire", ["bf16", "int8"])
+@pytest.mark.parametrize("method", ["momentum", "Adam", "Adam's window"])
+def test_states_stay_on_the_host_behind_a_wire(method, wire, rng, tmp_path):
+    """A lossless wire has the bits of the run in memory; any has the same bits from host memory and disk."""
+    model = small(rng, torch.bfloat16)
+    runs = []
+    for storage, slots in (("host", 1), ("disk", 2)):
+        ours = copy.deepcopy(model)
+        path = tmp_path / "run" if storage == "disk" else None
+        with offload.stream(ours, "layers", storage, path=path, wire=wire, slots=slots) as engine:
+            losses, optimizer = run(method, ours, 4)
+            states = torch.cat([t.flatten().float() for kept in optimizer.state_dict()["state"].values()
+                                for t in kept.values()] or [torch.zeros(1)])  # fmt: skip
+            runs.append((losses, ours.state_dict(), states))
+            assert (
+                all(slot.data.nbytes < engine.blocks[0].nbytes for slot in engine.buffers) or not states.any()
+            )
+    assert torch.equal(runs[0][2], runs[1][2])
+    if wire == "bf16":
+        losses, _ = run(method, model, 4)
+        runs.append((losses, model.state_dict(), None))
+    for losses, state, _ in runs[1:]:
+        assert same_bits(losses, runs[0][0])
+        assert not same_state(state, runs[0][1])
+
+
+@pytest.mark.parametrize("storage", ["host", "disk"])
+def test_two_groups_and_frozen_parameters(storage, rng, tmp_path):
+    model = small(rng)
+    model.layers[1].up.weight.requires_grad_(False)
+    ours = copy.deepcopy(model)
+
+    def make(params, **options):
+        params = list(params)
+        groups = [{"params": params[::2], "lr": 3e-3}, {"params": params[1::2], "betas": (0.5, 0.9)}]
+        return ZOAdam(groups, **{**options, **ADAM})
+
+    expected, optimizer = train(model, 4, make)
+    path = tmp_path / "run" if storage == "disk" else None
+    with offload.stream(ours, "layers", storage, path=path, slots=2):
+        losses, streamed = train(ours, 4, make)
+        assert same_bits(losses, expected)
+        assert not differing(optimizer, streamed)
+        assert not same_state(ours.state_dict(), model.state_dict())
+        ours.layers[1].up.weight.requires_grad_(True)
+        match = "ZOAdam: params: .* that lacks 'exp_avg'|trajectory: param_groups: .* frozen parameters"
+        with pytest.raises((RuntimeError, ValueError), match=match):
+            streamed.step(lambda: loss_of(ours, batch_of(0)))
+
+
+@pytest.mark.parametrize("method", ["Adam", "Sparse-MeZO"])
+def test_steps_that_fail_or_are_skipped(method, rng):
+    model = small(rng)
+    ours = copy.deepcopy(model)
+    kind, own = METHODS[method]
+    make = functools.partial(kind, **{"lr": 1e-2, "eps": 1e-2, "seed": 5, **own})
+    with offload.stream(ours, "layers", slots=2), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*skipped")
+        a, b = (make(m.named_parameters()) for m in (model, ours))
+        for step in range(4):
+            calls = []
+
+            def closure(m, step=step, calls=calls):
+                loss = loss_of(m, batch_of(step))
+                calls.append(1)
+                if step in (0, 2) and len(calls) == 2:
+                    raise KeyError("mine")
+                return loss * (math.inf if step == 1 else 1.0)
+
+            for optimizer, m in ((a, model), (b, ours)):
+                torch.manual_seed(step)
+                calls.clear()
+                if step in (0, 2):
+                    with pytest.raises(KeyError, match="mine"):
+                        optimizer.step(lambda: closure(m))  # noqa: B023
+                torch.manual_seed(step)
+                calls += [1, 1]
+                optimizer.step(lambda: closure(m))  # noqa: B023
+        assert int(b.skipped_steps) == 1
+        assert not same_state(ours.state_dict(), model.state_dict())
+        assert not differing(a, b)
+
+
+def test_the_footprint_counts_them(rng):
+    model = small(rng, torch.bfloat16)
+    without = offload.footprint(model, "layers", slots=2)
+    expected = offload.footprint(model, "layers", slots=2, states=(torch.float32, torch.bfloat16))
+    weights = max(sum(p.numel() for p in layer.parameters()) for layer in model.layers)
+    assert expected.slots - without.slots >= 2 * 6 * weights
+    assert expected._replace(slots=0) == without._replace(slots=0)
+    expected = offload.footprint(model, "layers", slots=2, states=(torch.float32,) * 2)
+    with offload.stream(model, "layers", slots=2) as engine:
+        run("Adam", model, 0)
+        assert expected.slots == sum(slot.data.nbytes for slot in engine.buffers)
+
+
+def test_fewer_slots_where_states_need_the_room(rng):
+    model = small(rng, torch.bfloat16)
+    room = offload.footprint(model, "layers", slots=2, scratch=2, states=(torch.float32,) * 2).total
+    with offload.stream(model, "layers", memory=room) as engine:
+        assert len(engine.buffers) == 3
+        with pytest.warns(UserWarning, match="stream: slots=2 and scratch=2, which take"):
+            run("Adam", model, 2)
+        assert len(engine.buffers) == 2
+    model = small(rng, torch.bfloat16)
+    with (
+        offload.stream(model, "layers", memory=room, slots=3),
+        pytest.raises(ValueError, match=r"stream: memory: .* where slots=3 and scratch=2 take"),
+    ):
+        run("Adam", model, 2)
+
+
+def test_what_cannot_be_streamed_is_refused(rng):
+    refused = [
+        (optim.ZOAdam, {"amsgrad": True}, "a rule and a direction that can be streamed, got AMSGrad"),
+        (optim.ZOSGD, {"direction": optim.TensorScale()}, "can be streamed, got SGD on TensorScale"),
+        (optim.LOZO, {"momentum": 0.9}, "can be streamed, got FactorMomentum on KeptRight"),
+    ]
+    for kind, options, match in refused:
+        model = small(rng)
+        with offload.stream(model, "layers"), pytest.raises(ValueError, match=match):
+            kind(model.named_parameters(), lr=1e-3, **options)
+    model = small(rng)
+    with (
+        offload.stream(model, "layers", wire="bf16"),
+        pytest.raises(ValueError, match="streamed with wire=, got SGD on MagnitudeMask"),
+    ):
+        SparseMeZO(model.named_parameters(), lr=1e-3)
+    model = small(rng)
+    with offload.stream(model, "layers"):
+        optimizer = ZOAdam(model.named_parameters(), lr=1e-3)
+        with pytest.raises(RuntimeError, match="no load_state_dict where states are streamed"):
+            optimizer.load_state_dict(optimizer.state_dict())
+        with pytest.raises(ValueError, match="a stream that no other optimizer's states travel with"):
+            ZOAdam(model.named_parameters(), lr=1e-3)
+
+
+def test_a_run_that_goes_on_with_other_states_is_refused(rng, tmp_path):
+    model = small(rng)
+    with offload.stream(copy.deepcopy(model), "layers", "disk", path=tmp_path / "run") as engine:
+        run("momentum", engine.model, 2)
+    ours = copy.deepcopy(model)
+    options = {"path": tmp_path / "run", "resume": True}
+    with (
+        offload.stream(ours, "layers", "disk", **options),
+        pytest.raises(ValueError, match=r"ZOAdam: layers\.0: expected a file with the states"),
+    ):
+        run("Adam", ours, 3)
+    ours = copy.deepcopy(model)
+    with offload.stream(ours, "layers", "disk", **options):
+        before = ours(batch_of(0))  # evaluation needs no optimizer, and reads files that have states
+        assert torch.isfinite(before).all()
+
+
+def test_adam_learns():
+    """A linear map is learnt."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(3)))
+    x = torch.randn(32, 6)
+    loss = lambda: (model(x) - x).square().mean()
+    with offload.stream(model, list(model), slots=2, write_every=8):
+        optimizer = ZOAdam(model.named_parameters(), lr=3e-2, directions=8)
+        losses = [float(optimizer.step(loss)) for _ in range(24)]
+    print(losses)
+    assert losses[-1] < 0.8 * losses[0]

@@ -1,0 +1,199 @@
+"""The arguments that optimizers share, by name and type, and how a wrong one is refused.
+
+Each class names its own arguments, and says of the rest which of these tables they are from
+(``**options: Unpack[Options]``).  A type checker reads the table.  :class:`Described` makes of it the
+signature that ``help()`` and completion show, with the defaults of the base class that has them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from typing_extensions import TypedDict
+
+from ..checks import fail
+from ..distributed.exchange import Exchange
+from ..ops.arguments import Dist, Rounding
+from ..step.directions.direction import Direction
+from ..step.estimators import Estimator
+from ..step.groups import Restore
+from ..step.rules.rule import Rule
+from ..step.subset import Subset
+
+T = TypeVar("T")
+
+#: How the losses of a step are compared.
+Sides = Literal["two-sided", "one-sided"]
+
+
+class Common(TypedDict, total=False):
+    """What every optimizer takes; :class:`zokernels.optim.ZerothOrder` says what each means."""
+
+    weight_decay: float
+    seed: int
+    rounding: Rounding
+    restore: Restore
+    capturable: bool
+    scratch: int | None
+    cohort: int | None
+    trajectory: str | os.PathLike[str] | None
+    resume: bool
+    mesh: DeviceMesh | Exchange | None
+    first_order: torch.optim.Optimizer | None
+    first_order_closure: Callable[[], Tensor] | None
+
+
+class WithDist(TypedDict, total=False):
+    dist: Dist
+
+
+class WithClip(TypedDict, total=False):
+    clip: float | None
+
+
+class WithDirection(TypedDict, total=False):
+    direction: Direction | None
+
+
+class WithSubset(TypedDict, total=False):
+    subset: Subset | None
+
+
+class Options(WithDirection, WithSubset, WithDist, WithClip, Common, total=False):
+    """All of them."""
+
+
+class OptionsButDirection(WithSubset, WithDist, WithClip, Common, total=False):
+    """Of classes that are a direction."""
+
+
+class OptionsButDist(WithDirection, WithSubset, WithClip, Common, total=False):
+    """Of classes with a default of their own for it."""
+
+
+class OptionsButClip(WithDirection, WithSubset, WithDist, Common, total=False):
+    """Of classes with a default of their own for it."""
+
+
+class OfSGD(TypedDict, total=False):
+    """What :class:`zokernels.optim.ZOSGD` adds."""
+
+    directions: int
+    estimator: Sides
+    momentum: float
+    dampening: float
+    l2: float
+    window: int | None
+    state_dtype: torch.dtype
+
+
+class SGDButDirection(OfSGD, OptionsButDirection, total=False):
+    """Of a ZOSGD that is a direction."""
+
+
+class SGDButSubset(OfSGD, WithDirection, WithDist, WithClip, Common, total=False):
+    """Of a ZOSGD that is a subset."""
+
+
+#: What users of other libraries call an argument here.
+_ELSEWHERE = {
+    "learning_rate": "lr",
+    "zo_eps": "eps",
+    "mu": "eps",
+    "sigma": "eps",
+    "perturbation_scale": "eps",
+    "q": "directions",
+    "num_directions": "directions",
+    "population_size": "population",
+    "wd": "weight_decay",
+    "random_seed": "seed",
+}
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def _whole_signature(kind: type) -> inspect.Signature:
+    """The constructor's, with every argument by name in the place of ``**options``."""
+    init: Any = next(vars(base)["__init__"] for base in kind.__mro__ if "__init__" in vars(base))
+    _, *parameters = inspect.signature(init).parameters.values()  # without self
+    if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
+        rest = parameters.pop()
+        text = str(rest.annotation)
+        if text.startswith("Unpack["):
+            table = init.__globals__[text.removeprefix("Unpack[").removesuffix("]")]
+            found = (next(_inherited(kind, name)) for name in table.__annotations__)
+            parameters += [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in found]
+        else:  # a class of the user's that takes anything
+            parameters.append(rest)
+    return inspect.Signature(parameters)
+
+
+def _inherited(kind: type, name: str) -> Iterator[inspect.Parameter]:
+    """The parameter ``name`` of every base that names it, the nearest first."""
+    for base in kind.__mro__:
+        if "__init__" in vars(base):
+            found = inspect.signature(vars(base)["__init__"]).parameters.get(name)
+            if found is not None and found.kind in _NAMED:
+                yield found
+
+
+class Described(type):
+    """The class of optimizer classes: arguments are refused under the name of the class that was called.
+
+    An argument that a class does not have is refused with the nearest one that it has.  What a part refuses
+    that the class makes of its arguments (``LOZO`` a :class:`KeptRight`) is told as the class's own.
+    """
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """What ``inspect.signature`` and ``help`` show of a class."""
+        return _whole_signature(cls)
+
+    def __call__(cls: type[T], *args: Any, **kwargs: Any) -> T:
+        _refuse_unknown(cls, kwargs)
+        try:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc, no-any-return]
+        except (TypeError, ValueError) as error:
+            _rename(error, cls)
+            raise
+
+
+def _refuse_unknown(kind: type, given: Iterable[str]) -> None:
+    known = inspect.signature(kind).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()):
+        return
+    for name in given:
+        if name in known:
+            continue
+        op = kind.__name__
+        if any(True for _ in _inherited(kind, name)):
+            fail(op, name, f"nothing, because {op} sets it itself", "a value", TypeError)
+        near = _ELSEWHERE.get(name)
+        if near not in known:
+            near = next(iter(difflib.get_close_matches(name, known, 1, 0.5)), None)
+        hint = f"{near!r}, the nearest of its arguments" if near else "one of its arguments"
+        fail(op, name, f"{hint} (help({op}) lists them)", "an argument that it does not have", TypeError)
+
+
+def _parts(*kinds: type) -> Iterator[type]:
+    for kind in kinds:
+        yield kind
+        yield from _parts(*kind.__subclasses__())
+
+
+def _rename(error: Exception, kind: type) -> None:
+    """Tells an error of a part that ``kind`` made of its arguments as one of ``kind``."""
+    part, colon, rest = str(error).partition(": ")
+    argument, second, text = rest.partition(": ")
+    if not (colon and second) or part == kind.__name__:
+        return
+    if part in {k.__name__ for k in _parts(Estimator, Direction, Rule, Subset)}:
+        spelled = getattr(kind, "spelled", {})
+        name = ", ".join(spelled.get(word, word) for word in argument.split(", "))
+        error.args = (f"{kind.__name__}: {name}: {text}", *error.args[1:])
