@@ -89,7 +89,7 @@ def capital(asked: list[dict[str, str]], text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=pathlib.Path, default=ROOT / ".venv-vllm" / "smollm2")
-    parser.add_argument("--engines", type=int, default=1)
+    parser.add_argument("--engines", type=int, default=1, help="1: in this process; more: Ray actors")
     parser.add_argument("--gpus", type=float, default=0, help="for each engine")
     parser.add_argument("--members", type=int, default=16)
     parser.add_argument("--best", type=int, default=5)
@@ -100,13 +100,14 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     from examples import es_vllm
     from examples.smollm2 import convert
-    from zokernels.es import Actors, texts_of
+    from zokernels.es import Actors, Here, texts_of
 
     folder, questions = str(convert(args.folder)), es_vllm.questions()
     right = {question.text: question.answer for question in questions}
     asked = [es_vllm.chat(question) for question in questions]
     training, held_out = asked[: -es_vllm.HELD_OUT], asked[-es_vllm.HELD_OUT :]
-    engines = Actors(lambda i: es_vllm.make_engine(folder), args.engines, num_gpus=args.gpus)
+    make = lambda i: es_vllm.make_engine(folder)
+    engines = Here(make) if args.engines == 1 else Actors(make, args.engines, num_gpus=args.gpus)
     sampling = {"temperature": 0.0, "max_tokens": args.tokens}
     score = lambda prompt, answer: float(answer == right[prompt[0]["content"]])
     found = search(

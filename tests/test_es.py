@@ -244,6 +244,26 @@ def test_a_reward_has_its_time():
     assert rewards_of(reward, [0], ["fast"], None, -1.0) == [1.0]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_limit_that_python_drops_comes_again():
+    """An exception that is raised in a destructor is printed and forgotten."""
+
+    class Slow:
+        waited = False
+
+        def __del__(self):
+            Slow.waited = True
+            time.sleep(30)  # the signal ends it
+
+    def reward(prompt, text):
+        slow = Slow()
+        del slow
+        while Slow.waited:
+            pass
+
+    assert rewards_of(reward, [0], [""], 0.05, -1.0) == [-1.0]
+
+
 def test_another_run_is_refused(base, tmp_path):
     log = tmp_path / "run.zk"
     run_all(base, log)

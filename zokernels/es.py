@@ -186,14 +186,20 @@ def _within(seconds: float | None) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         fail("es", "timeout", "None outside of the main thread, whose signals end a function", seconds)
 
+    armed = True
+
     def late(number: int, frame: Any) -> None:
-        raise Late
+        if armed:
+            raise Late
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    # Python drops an exception that is raised in a destructor or in a callback of the garbage collector, so
+    # the signal comes again.
+    signal.setitimer(signal.ITIMER_REAL, seconds, max(seconds, 0.5))
     try:
         yield
     finally:
+        armed = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 

@@ -36,8 +36,9 @@ from .hidden import hidden_uses
 from .made import Owners
 from .probe import Probe
 
-#: Bytes of factors that a forward keeps, of parameters that it uses more than once: what generation needs, a
-#: forward of which takes every parameter once for each token.
+#: Bytes of factors that are kept for their next use: by a forward of several members those of parameters that
+#: it uses more than once, as generation does for each token; of one point those of all, which the direction's
+#: other side uses next.
 KEPT_BYTES = 256 << 20
 
 
@@ -89,6 +90,26 @@ class MemberTerms(NamedTuple):
     own: Tensor
 
 
+class Factors:
+    """Factors that are kept, of one forward and of those that follow along the same directions."""
+
+    def __init__(self) -> None:
+        self.directions: Any = None
+        self.pairs: dict[tuple[tuple[int, int], int], tuple[Tensor, Tensor]] = {}
+        self.room = KEPT_BYTES
+
+    def begin(self, directions: Any) -> None:
+        if directions != self.directions:
+            self.__init__()  # type: ignore[misc]
+            self.directions = directions
+
+    def keep(self, key: tuple[tuple[int, int], int], pair: tuple[Tensor, Tensor]) -> None:
+        size = sum(t.nbytes for t in pair)
+        if size <= self.room:
+            self.room -= size
+            self.pairs[key] = pair
+
+
 class Products:
     """One forward, whose rows belong to the members of ``cohort``; None: all to one point.
 
@@ -105,17 +126,18 @@ class Products:
         points: Sequence[list[Point]],
         cohort: Cohort | None,
         learned: Learned,
+        kept: Factors,
         say: Callable[[str, str], None],
         look: Look | None = None,
     ) -> None:
+        kept.begin([[list(bucket) for bucket in point] for point in points])
+        self._kept = kept
         self.op, self.owners, self.seeds, self.points = op, owners, seeds, points
         self.cohort, self.learned, self.say, self.look = cohort, learned, say, look
         self.count = len(points)
         self.seen: dict[int, None] = {}
         self._terms: dict[int, list[MemberTerms]] = {}
         self._drawn: set[tuple[tuple[int, int], int]] = set()
-        self._factors: dict[tuple[tuple[int, int], int], tuple[Tensor, Tensor]] = {}
-        self._room = KEPT_BYTES
         self._outer: Any = None
 
     def __enter__(self) -> Products:
@@ -124,7 +146,6 @@ class Products:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._factors.clear()
         if self._outer is None:
             running.pop(get_ident(), None)
         else:
@@ -207,16 +228,14 @@ class Products:
         """The left [G, m, r] and right [G, n, r] factors of groups of members, or [1, ...] for all."""
         place = self.place(param)
         key = (place, term)
-        if (kept := self._factors.get(key)) is not None:
+        if (kept := self._kept.pairs.get(key)) is not None:
             return kept
         if key in self._drawn:
             self.learned.again.add(place)
         self._drawn.add(key)
         pair = self._noise(param).stacked(param, place[1], self.terms(place[0])[term].own)
-        size = sum(t.nbytes for t in pair)
-        if place in self.learned.again and size <= self._room:
-            self._room -= size
-            self._factors[key] = pair
+        if self.is_one or place in self.learned.again:
+            self._kept.keep(key, pair)
         return pair
 
     def dense_noise(self, param: Tensor, term: int) -> Tensor:
@@ -749,6 +768,7 @@ class ProductProbe(Probe):
                 fail(op, "restore", expected, type(bucket.noise).__name__)
         self.op, self.blocks, self.warned, self.learned, self.reader = op, blocks, warned, learned, reader
         self._owners = blocks.owners = Owners.renewed(blocks.owners, buckets)
+        self._kept = Factors()
 
     def forwards(
         self, points: Iterable[Any], share: range, same_rng: Iterator[AbstractContextManager[None]], run: Any
@@ -808,7 +828,7 @@ class ProductProbe(Probe):
         if self.reader is not None:
             self.reader.cohort = cohort
         with Products(
-            self.op, self._owners, self.seeds, points, cohort, self.learned, self._say, look
+            self.op, self._owners, self.seeds, points, cohort, self.learned, self._kept, self._say, look
         ) as forward:
             yield
         if not forward.seen:
