@@ -116,10 +116,14 @@ def _say(args: argparse.Namespace, found: dict[str, Any], lines: Sequence[str]) 
 
 
 def _replay(args: argparse.Namespace) -> None:
+    from .checks import fail
     from .files.safetensors import Checkpoint
     from .trajectory.checkpoint import replay_file
 
-    log = _read(args)
+    log, output = _read(args), pathlib.Path(args.output)
+    if output.is_dir():
+        fail("replay", "--output", "a .safetensors file to write", f"the folder {output}")
+    output.parent.mkdir(parents=True, exist_ok=True)
     with _progress(log, "replay") as progress:
         steps = replay_file(
             Checkpoint(args.base), log, args.output, args.upto, mode=args.mode, progress=progress

@@ -162,6 +162,8 @@ class ZerothOrder(StepOptimizer, metaclass=Described):
         if trajectory is not None:
             record(self, trajectory, resume=resume)
         else:
+            if resume:
+                fail(self.op, "resume", "False without trajectory=, the log of the run that goes on", resume)
             self.team.join(self)
         warn_of_resolution(self, self.warned)
 
