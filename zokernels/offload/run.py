@@ -43,6 +43,7 @@ class Run:
     def __init__(self, path: str | os.PathLike[str], blocks: Sequence[Block], resume: bool) -> None:
         self.path = pathlib.Path(path)
         self.log = self.path / LOG
+        self._is_new = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         if not os.access(self.path, os.W_OK):
             fail(
@@ -143,6 +144,12 @@ class Run:
             self._recorder.close()
             if unused:
                 self.log.unlink(missing_ok=True)
+
+    def withdraw(self) -> None:
+        """Closes a run that never began, and removes the folder if it was made for it."""
+        self.close()
+        if self._is_new and not any(self.path.iterdir()):
+            self.path.rmdir()
 
     def _check_marks(self, log: Log) -> None:
         """Raises where a file of the folder was written by another run, or with records that are gone."""

@@ -164,9 +164,9 @@ def stream(
         return Engine(
             model, made, slots_made, copies, mover, target, timeline, writes, run, link, store=store
         )
-    except BaseException:
-        if run is not None:
-            run.close()  # whose lock would keep others out
+    except BaseException as error:
+        if run is not None:  # whose lock would keep others out
+            run.withdraw() if isinstance(error, MemoryError) else run.close()
         raise
 
 
