@@ -320,5 +320,10 @@ def read(path: str | os.PathLike[str], recover: bool = False) -> Log:
             "a file that ends inside it: no step was recorded",
         )
     if log.broken and not recover:
-        fail("trajectory", log.path, f"whole records (recover=True, or --recover, uses the {log.steps} before)", log.broken)
+        fail(
+            "trajectory",
+            log.path,
+            f"whole records (recover=True or --recover takes the {log.steps} before)",
+            log.broken,
+        )
     return log
