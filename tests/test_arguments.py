@@ -119,6 +119,9 @@ UNKNOWN = {
     "near": (ZOSGD, {"zo_eps": 1e-3}, "ZOSGD: zo_eps: expected 'eps', the nearest"),
     "of others": (ES, {"sigma": 1e-3}, "ES: sigma: expected 'eps', the nearest"),
     "typo": (ZOAdamW, {"weight_dcay": 0.1}, "ZOAdamW: weight_dcay: expected 'weight_decay'"),
+    "another word": (LOZO, {"r": 4}, "LOZO: r: expected 'rank', the nearest"),
+    "another name": (ES, {"directions": 4}, "ES: directions: expected 'population', the nearest"),
+    "other methods'": (FZOO, {"sparsity": 0.1}, "FZOO: sparsity: expected one of its arguments (help(FZOO)"),
     "no match": (FZOO, {"qqqq": 1}, "FZOO: qqqq: expected one of its arguments (help(FZOO)"),
     "fixed": (LOZO, {"direction": None}, "LOZO: direction: expected nothing, because LOZO sets it"),
     "base": (ZerothOrder, {"momentum": 0.9, "estimator": TwoSided(), "rule": SGD()}, "ZerothOrder: momentum"),
@@ -131,6 +134,39 @@ def test_an_unknown_argument(case, model):
     with named(message) as error:
         kind(model.named_parameters(), lr=0.1, **options)
     assert error.type is TypeError
+
+
+GROUPS = {
+    "eps": ({"epz": 0.1}, "ZOSGD: params: a group's 'epz': expected 'eps', the nearest"),
+    "decay": ({"weight_decy": 0.1}, "ZOSGD: params: a group's 'weight_decy': expected 'weight_decay'"),
+}
+
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_a_misspelt_key_of_a_group(case, model):
+    keys, message = GROUPS[case]
+    with named(message) as error:
+        ZOSGD([{"params": model.named_parameters(), **keys}], lr=0.1)
+    assert error.type is TypeError
+
+
+def test_keys_of_the_users_own(model):
+    """Schedulers and users keep their own values in groups."""
+    keys = {"initial_lr": 1.0, "max_lr": 2.0, "min_lr": 0.0, "lr_scale": 3.0, "name": "head"}
+    optimizer = ZOSGD([{"params": model.named_parameters(), **keys}], lr=0.1)
+    assert {key: optimizer.param_groups[0][key] for key in keys} == keys
+
+
+@pytest.mark.parametrize("what", ["model", "state_dict"])
+def test_a_model_in_the_place_of_its_parameters(what, model):
+    given = model if what == "model" else model.state_dict()
+    with named("ZOSGD: params: expected the model's parameters (model.named_parameters()), got the whole"):
+        ZOSGD(given, lr=0.1)
+
+
+def test_to_go_on_without_a_log(model):
+    with named("ZOSGD: resume: expected False without trajectory="):
+        ZOSGD(model.named_parameters(), lr=0.1, resume=True)
 
 
 NAMES = {

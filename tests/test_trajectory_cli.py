@@ -60,6 +60,16 @@ def test_replay_writes_the_final_weights(files):
     }
 
 
+def test_replay_makes_the_folder_of_its_file(files, capsys):
+    folder, _, final = files
+    assert command(folder, "replay", "base.safetensors", "run.zk", "-o", "again/model.safetensors") == 0
+    out = safetensors.load_file(folder / "again/model.safetensors")
+    assert_same(weights_only(out), weights_only(final))
+    whole = str(folder / "again")
+    assert main(["replay", str(folder / "base.safetensors"), str(folder / "run.zk"), "-o", whole]) != 0
+    assert "--output: expected a .safetensors file to write, got the folder" in capsys.readouterr().err
+
+
 def test_replay_in_fp32_and_up_to_a_step(files):
     folder, base, _ = files
     log = read(folder / "run.zk")

@@ -150,7 +150,7 @@ def test_resume_refuses_another_run(short, rng):
     for message, change in {
         "resume: seed": {"seed": seed + 1},
         "resume: estimator": {"directions": 2},
-        "resume: groups": {"eps": 1e-4},
+        r"resume: groups\[0\]: options: eps: expected that of the log": {"eps": 1e-4},
         "resume: direction": {"kind": SparseMeZO},
         "resume: restore": {"restore": "inplace"},
         "a new file, or resume=True": {"resume": False},

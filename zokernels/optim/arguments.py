@@ -114,6 +114,9 @@ _ELSEWHERE = {
     "population_size": "population",
     "wd": "weight_decay",
     "random_seed": "seed",
+    "r": "rank",
+    "sparsity": "density",
+    "directions": "population",
 }
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
@@ -176,7 +179,8 @@ def _refuse_unknown(kind: type, given: Iterable[str]) -> None:
             fail(op, name, f"nothing, because {op} sets it itself", "a value", TypeError)
         near = _ELSEWHERE.get(name)
         if near not in known:
-            near = next(iter(difflib.get_close_matches(name, known, 1, 0.5)), None)
+            least = 0.5 if near is None else 0.75  # a name that means something else is no slip of the pen
+            near = next(iter(difflib.get_close_matches(name, known, 1, least)), None)
         hint = f"{near!r}, the nearest of its arguments" if near else "one of its arguments"
         fail(op, name, f"{hint} (help({op}) lists them)", "an argument that it does not have", TypeError)
 

@@ -104,8 +104,9 @@ def find_lr(
         opt = ZOSGD(model.named_parameters(), lr=1e-6)
         sweep = find_lr(opt, lambda batch: model(**batch).loss, batches=list(islice(loader, 20)))
         print(sweep)
+        factor = sweep.lr / opt.param_groups[0]["lr"]
         for group in opt.param_groups:
-            group["lr"] = sweep.lr
+            group["lr"] *= factor
 
     Raises: TypeError, ValueError for an optimizer on a mesh, with streamed weights or with ``first_order``.
     """

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import difflib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -101,7 +102,11 @@ def check_param(op: str, group: Group, param: Tensor, label: str) -> None:
 
 
 def listed(op: str, params: ParamsT) -> ParamsT:
-    """``params``, a generator as a list.  Raises ValueError where nothing is in it."""
+    """``params``, a generator as a list.  Raises ValueError where nothing is in it, TypeError for a model."""
+    is_model = isinstance(params, torch.nn.Module) and not isinstance(params, torch.nn.ParameterList)
+    if is_model or isinstance(params, dict):
+        got = f"the whole {type(params).__name__}"
+        fail(op, "params", "the model's parameters (model.named_parameters())", got, TypeError)
     if isinstance(params, (Tensor, set)):  # torch says what is wrong with them
         return params
     found: list[Any] = list(params)
@@ -109,6 +114,19 @@ def listed(op: str, params: ParamsT) -> ParamsT:
         got = "none" if isinstance(params, (list, tuple)) else "a generator that was used up before"
         fail(op, "params", "parameters (model.named_parameters())", got)
     return found
+
+
+def check_keys(op: str, group: Group, known: Iterable[str]) -> None:
+    """Raises TypeError for a key of a group that looks like one of the ``known`` hyper-parameters.
+
+    torch lets groups have keys of the user's own, so others are taken.
+    """
+    for name in group:
+        if name in known or name in ("params", "param_names", "streams", "bits"):
+            continue
+        if near := difflib.get_close_matches(name, known, 1, 0.65):
+            expected = f"{near[0]!r}, the nearest of its hyper-parameters"
+            fail(op, f"params: a group's {name!r}", expected, "one that it does not have", TypeError)
 
 
 def name_empty_groups(groups: list[Group], added: Group) -> None:

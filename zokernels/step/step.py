@@ -202,6 +202,7 @@ class StepOptimizer(torch.optim.Optimizer):
         """Adds a group, which is copied: what the caller has stays as it is."""
         if isinstance(param_group, dict):  # torch refuses anything else
             param_group = dict(param_group)
+            groups.check_keys(self.op, param_group, self.defaults)
         groups.name_empty_groups(self.param_groups, param_group)
         with warnings.catch_warnings():
             warnings.filterwarnings(

@@ -275,17 +275,30 @@ def check_same_run(optimizer: OptimizerView, header: dict[str, Any]) -> None:
     if streams[0] != streams[1] and list(map(len, streams[0])) == list(map(len, streams[1])):
         where = "'stream' of each parameter in read(path).header['groups'], as 'streams' of each group"
         fail("trajectory", "resume: streams", f"those of the log ({where})", "others, which draw other noise")
-    for key in theirs:
+    for key in sorted(
+        theirs, key=lambda key: key == "groups"
+    ):  # first what groups depend on, such as the rule
         if key not in ("created_by", "start", "gated", "cohort") and ours.get(key) != theirs[key]:
-            fail(
-                "trajectory",
-                f"resume: {key}",
-                f"that of the log, {str(theirs[key])[:200]}",
-                str(ours.get(key))[:200],
-            )
+            where, their, our = key, theirs[key], ours.get(key)
+            if key == "groups":
+                where, their, our = _first_difference(key, their, our)
+            fail("trajectory", f"resume: {where}", f"that of the log, {str(their)[:200]}", str(our)[:200])
     trains = [[p["sha256"] is not None for p in g["params"]] for g in own_part(optimizer, header)["groups"]]
     if trains != [[takes_part(g, p) for p in g["params"]] for g in optimizer.param_groups]:
         fail("trajectory", "resume: params", "the log's trainable parameters", "others")
+
+
+def _first_difference(where: str, a: Any, b: Any) -> tuple[str, Any, Any]:
+    """The first place at which two values of JSON differ, and what they have there."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in dict.fromkeys((*a, *b)):
+            if a.get(key) != b.get(key):
+                return _first_difference(f"{where}: {key}", a.get(key), b.get(key))
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        for i, (one, other) in enumerate(zip(a, b, strict=True)):
+            if one != other:
+                return _first_difference(f"{where}[{i}]", one, other)
+    return where, a, b
 
 
 def check_base(header: dict[str, Any], tensors: Sequence[Sequence[Tensor | None]]) -> None:
