@@ -74,7 +74,8 @@ STAGES = (
         "the same for 30B, as many layers as the host's memory takes",
     ),
     Stage(
-        "bench-combine-fp16", "measure", 45, 90, bench("bench-combine-fp16", *_COMBINE, "--dtype", "fp16"),
+        "bench-combine-fp16", "measure", 25, 60,
+        bench("bench-combine-fp16", *_COMBINE, "--seconds", "0.5", "--dtype", "fp16"),
         "whether a pass costs what a copy costs in fp16",
     ),
     Stage("population", "measure", 40, 90, population, "members of one forward against plain inference"),
