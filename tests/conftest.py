@@ -55,7 +55,9 @@ def _seed(text: str) -> int:
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--large", action="store_true", help="also run tests that need more than 8 GiB of memory"
+        "--large",
+        action="store_true",
+        help="also run tests that need more than 8 GiB of memory, or files of 4 GB",
     )
     parser.addoption(
         "--seed",
@@ -109,7 +111,7 @@ def pytest_collection_modifyitems(config, items):
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
         if item.get_closest_marker("large") and not config.getoption("--large"):
-            item.add_marker(pytest.mark.skip(reason="needs more than 8 GiB of memory: run with --large"))
+            item.add_marker(pytest.mark.skip(reason="needs much memory or disk: run with --large"))
     if config.option.fuzz is not None:
         left_out = [item for item in items if not _is_fuzzed(item)]
         config.hook.pytest_deselected(items=left_out)

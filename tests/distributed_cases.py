@@ -982,7 +982,8 @@ def streamed(world: World, slots: int, dtype: torch.dtype, directions: int = 1, 
         model, storage="host", slots=slots, write_every=world.rng.choice((1, 3)), mesh=line
     )
     memory = engine.mover.source
-    assert memory.data.numel() * world.ranks == sum(b.nbytes for b in engine.blocks)
+    here = sum(region.data.numel() for of_block in memory.regions for region in of_block)
+    assert here * world.ranks == sum(b.nbytes for b in engine.blocks)
     shard = mesh.get_local_rank("data") if "data" in sizes else 0
     options = {"lr": 0.02, "seed": 3, "weight_decay": 0.1, "directions": directions}
     with_log = lambda name: {"trajectory": folder / f"{world.rank}-{name}.zk", **options}
@@ -994,7 +995,7 @@ def streamed(world: World, slots: int, dtype: torch.dtype, directions: int = 1, 
     optimizer.trajectory.close()
     ours = {name: value.clone() for name, value in model.state_dict().items()}  # all ranks gather it together
     engine.flush()
-    after = [r.clone() for r in memory.regions]
+    after = [torch.cat([region.data for region in of_block]) for of_block in memory.regions]
     engine.close()
     alone = make()
     reference = ZOSGD(alone.named_parameters(), **with_log("alone"))

@@ -121,7 +121,10 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(wire, kills, method
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "layers"), [("SGD", 60), ("Adam", 20), ("QZO", 239)])
+@pytest.mark.parametrize(
+    ("method", "layers"),
+    [("SGD", 60), *(pytest.param(*case, marks=pytest.mark.large) for case in (("Adam", 20), ("QZO", 239)))],
+)
 def test_a_model_of_4_gb_trains_in_less_than_1_gb(method, layers, tmp_path):
     """The weights are read, updated and written back, and with Adam both moments, which are 4 GB together.
 

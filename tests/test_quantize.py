@@ -671,6 +671,18 @@ def test_few_rows_of_bf16_take_torchs_own_product(rng, monkeypatch):
     assert len(calls) == 3
 
 
+@pytest.mark.parametrize("inputs", [1, 8, 24, 40, 63, 100])
+@torch.no_grad()
+def test_rows_that_torchs_own_product_would_read_past_the_end_of(inputs, rng):
+    """Its kernels read 16 or 32 numbers at a time, and torch does not check the length."""
+    torch.manual_seed(rng.getrandbits(32))
+    layer = QuantizedLinear.from_linear(nn.Linear(inputs, 5).bfloat16())
+    for rows in (1, 4):
+        x = torch.randn(rows, inputs).bfloat16()
+        expected = F.linear(x.double(), steps_of(layer, None), layer.bias.double())
+        assert torch.allclose(layer(x).double(), expected, rtol=2e-2, atol=5e-2)
+
+
 def test_products_that_need_w_as_a_whole(rng):
     """Gradients, dual numbers and transforms see the same function."""
     from torch.autograd import forward_ad

@@ -49,7 +49,7 @@ def check_number(
     # An integer may be larger than any float, and torch takes none beyond int64.
     most = min(most, 2**63 - 1 if isinstance(value, int) else sys.float_info.max)
     if not 0 <= number <= most or (positive and number == 0):
-        expected += f" and at most {most:.3g}" if number > most else ""
+        expected += f" and at most {most:.3g}" if most < number < math.inf else ""
         fail(op, argument, expected, repr(value)[:200])
 
 

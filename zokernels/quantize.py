@@ -225,8 +225,12 @@ class QuantizedLinear(QuantizedLayer):
         return shaped
 
     def _has_product(self, rows: Tensor) -> bool:
-        """Whether torch has a product of these rows and int8 weights that is faster than tiles."""
-        whole_rows = not self.packed and self.group_size == self.in_features
+        """Whether torch has a product of these rows and int8 weights that is faster than tiles.
+
+        Its kernels read 16 or 32 numbers at a time, and past the end of a row of another length: torch 2.13
+        does not check that, and returns anything or crashes.
+        """
+        whole_rows = not self.packed and self.group_size == self.in_features and self.in_features % 32 == 0
         half = rows.dtype is self.scale.dtype is torch.bfloat16
         few = 0 < len(rows) <= _FEW_ROWS and rows.device.type == "cpu"
         return whole_rows and half and few and hasattr(torch, "_weight_int8pack_mm")

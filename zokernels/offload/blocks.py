@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -17,6 +18,8 @@ STORAGES = ("device", "host", "disk")
 ALIGN = 256
 #: What direct reads and writes of a file are multiples of.
 PAGE = 4096
+#: Bytes from which on a weight is worth a look at the memory that the C library has kept.
+_LARGE = 1 << 20
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -258,6 +261,16 @@ def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield (f"{prefix}.{key}" if prefix else key), buffer
 
 
+def _trim(weight: Tensor) -> None:
+    """Gives the memory of the large weights before this one back to the system.
+
+    The C library (glibc) may keep what is freed between two smaller pieces, and then not find it again for
+    the next weight of the same size: a model "without memory" would fill it while it is made.
+    """
+    if weight.nbytes >= _LARGE and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
+
+
 @contextmanager
 def empty_weights() -> Iterator[None]:
     """Modules that are made inside have weights without memory (device "meta"); other buffers are real.
@@ -269,6 +282,7 @@ def empty_weights() -> Iterator[None]:
     def without_memory(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         register(self, name, param)
         if param is not None and not param.is_meta:
+            _trim(param)
             meta = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
             self._parameters[name] = meta
 
@@ -277,6 +291,7 @@ def empty_weights() -> Iterator[None]:
     ) -> None:
         register_buffer(self, name, tensor, persistent)
         if tensor is not None and is_weight(self, name, tensor):
+            _trim(tensor)
             self._buffers[name] = tensor.to("meta")
 
     nn.Module.register_parameter = without_memory  # type: ignore[method-assign]

@@ -332,6 +332,11 @@ class Engine(BlockCache, StoredModel, Home):
                     }
                     state_dict["state"][index] = {**kept, **values}
 
+    @property
+    def has_states(self) -> bool:
+        """Whether what the optimizer keeps of each weight is streamed with the weights."""
+        return bool(self._states)
+
     def check_load(self, op: str) -> None:
         if self._states:
             expected = "no load_state_dict where states are streamed: stream(path=..., resume=True) continues"

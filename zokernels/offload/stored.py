@@ -37,6 +37,11 @@ class StoredModel:
         """Whether the device computes with the very weights of the storage; always so without ``wire``."""
         return True
 
+    @property
+    def has_states(self) -> bool:
+        """Whether what the optimizer keeps of each weight is streamed with the weights."""
+        return False
+
     def flush(self) -> None:
         """Brings all updates into the storage, and waits until they are there.
 

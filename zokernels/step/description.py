@@ -26,6 +26,9 @@ _EXAMPLES = {
     "subset": "LayerSkip(skipped=0.75)",
 }
 
+#: What the names of this package's modules begin with, whatever it is called.
+_PACKAGE = __name__.partition(".step.")[0] + "."
+
 
 def check_parts(op: str, **parts: object) -> None:
     """Each part is an instance of its class; a subset may be None."""
@@ -52,11 +55,7 @@ def _example(argument: str, kind: type, value: object) -> str:
 def _names(kind: type) -> Iterator[str]:
     below: type
     for below in kind.__subclasses__():
-        if (
-            below.__module__.startswith("zokernels.")
-            and below.__name__[0] != "_"
-            and not below.__subclasses__()
-        ):
+        if below.__module__.startswith(_PACKAGE) and below.__name__[0] != "_" and not below.__subclasses__():
             yield below.__name__
         yield from _names(below)
 

@@ -43,7 +43,7 @@ def tell(op: str, warned: set[str], key: str, message: str) -> None:
 
 
 def _is_inside(module: str) -> bool:
-    return module.split(".")[0] in ("zokernels", "torch", "contextlib")
+    return module.split(".")[0] in (__name__.split(".")[0], "torch", "contextlib")
 
 
 class Watch:
