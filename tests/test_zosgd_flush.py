@@ -214,7 +214,7 @@ def test_kernel_that_fails_in_the_update_leaves_nothing_pending():
 
     def failing(*args):
         calls.append(args)
-        if len(calls) == 4:
+        if len(calls) in (4, 6):  # and again when the update is tried once more; the fifth is the way back
             raise MemoryError
 
     with opt.two_pass(nn.ParameterList([a, b])):
