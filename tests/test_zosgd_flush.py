@@ -212,17 +212,20 @@ def test_kernel_that_fails_in_the_update_leaves_nothing_pending():
     a, b = nn.Parameter(torch.ones(50)), nn.Parameter(torch.ones(50, dtype=torch.float16))
     opt, calls = ZOSGD([a, b], lr=0.0, eps=0.5, restore="inplace"), []
 
-    def failing(*args):
-        calls.append(args)
-        if len(calls) in (4, 6):  # and again when the update is tried once more; the fifth is the way back
+    def failing(params, seeds, *args):
+        calls.append(params[0].dtype)
+        # What updates the second bucket (two directions) fails however often it is tried; moves do not.
+        if params[0].dtype is torch.float16 and len(seeds) > 1:
             raise MemoryError
 
     with opt.two_pass(nn.ParameterList([a, b])):
         opt.step(lambda: a.sum() + b.float().sum())
-        # Of each bucket, a move to the other side and then the update: the fourth is the update of the
-        # second.
         with watched("combine_", failing), pytest.raises(MemoryError):
             opt.step(lambda: a.sum() + b.float().sum())
         assert (a - 1).abs().max() < 1e-5
         assert (b.float() - 1).abs().max() < 2e-2
         assert opt.step_count == 1
+    opt.step(lambda: a.sum() + b.float().sum())  # finishes that update in the ordinary form, and takes one
+    assert opt.step_count == 3
+    assert (a - 1).abs().max() < 1e-5
+    assert (b.float() - 1).abs().max() < 2e-2

@@ -119,6 +119,9 @@ class TwoPass(ThreePass):
         except BaseException:
             following.restore()
             raise
+        finally:
+            for b in probe.buckets:  # whoever finishes the update may be out of the two-pass form
+                b.ahead = None
         self.pending = following
         # Only between steps: inside the closure it would be traced into graphs of torch.compile.
         self._forward_hook = ForwardHook(self._before_forward)

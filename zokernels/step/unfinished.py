@@ -62,7 +62,7 @@ class Update:
 
     def _update(self, bucket: Bucket, g: Tensor) -> None:
         optimizer, estimate = self.optimizer, self.estimate
-        if bucket.at or not estimate.skip:
+        if bucket.at or bucket.ahead is not None or not estimate.skip:
             g = g if estimate.multiple is None else estimate.multiple * g
             optimizer.rule.update(optimizer, bucket, self.probe.seeds[bucket.device], g, estimate.finite)
 

@@ -36,7 +36,7 @@ class SGD(Rule):
     def update(
         self, optimizer: OptimizerView, bucket: Bucket, seeds: Tensor, g: Tensor, finite: Tensor
     ) -> None:
-        if not bucket.at and is_zero(bucket.group["lr"]):
+        if not bucket.at and bucket.ahead is None and is_zero(bucket.group["lr"]):
             return  # 0 * z would turn a weight of -0.0 into 0.0
         if known_on_host(g) and (finite is YES or finite is NO) and bucket.has_numbers:
             coeffs = self._from_numbers(bucket, g.tolist(), finite is YES)
