@@ -4,6 +4,7 @@ plan.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -234,3 +235,26 @@ def test_buckets_are_fresh_objects():
     assert not {id(b) for b in first} & {id(b) for b in second}
     assert [b.plan for b in first] == [b.plan for b in second]
     assert all(b.plan is not None for b in first)
+
+
+@pytest.mark.parametrize("restore", ["exact", "inplace"])
+@pytest.mark.parametrize("moved", ["all", "one"])
+def test_parameters_that_get_other_memory_between_two_steps(restore, moved):
+    """The forwards of the next step see what the parameters hold then, wherever it lies."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)), torch.randn(4, 6)
+    loss_of = lambda net: net(x).square().mean()
+    make = lambda net: zo.ZOSGD(net.named_parameters(), lr=1e-2, seed=5, restore=restore)
+    optimizer = make(model)
+    for _ in range(3):
+        optimizer.step(lambda: loss_of(model))
+    held = [p.data for p in model.parameters()]  # so that no other tensor gets their addresses
+    for p in model.parameters() if moved == "all" else [model[1].weight]:
+        p.data = 3 * p.data
+    twin = copy.deepcopy(model)
+    other = make(twin)
+    other.load_state_dict(optimizer.state_dict())
+    for _ in range(2):
+        assert torch.equal(optimizer.step(lambda: loss_of(model)), other.step(lambda: loss_of(twin)))
+        assert all(map(torch.equal, model.parameters(), twin.parameters()))
+    assert len(held) == 4
