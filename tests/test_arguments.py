@@ -72,6 +72,18 @@ def test_every_argument_has_a_name(name):
     assert all(p.annotation is not p.empty for p in parameters.values())
 
 
+@pytest.mark.parametrize("name", CLASSES)
+def test_help_tells_every_argument(name):
+    """Once, in the class's own docstring or in the sentence that it takes over from the base class."""
+    told = [
+        argument
+        for names in re.findall(r"^ {4}(\w[\w, ]*): ", inspect.getdoc(CLASSES[name]), re.MULTILINE)
+        for argument in names.split(", ")
+    ]
+    assert sorted(set(told)) == sorted(told)
+    assert set(inspect.signature(CLASSES[name]).parameters) <= set(told)
+
+
 def test_the_shared_arguments_are_those_of_the_base():
     """The table that type checkers read, and the constructor that takes the arguments, agree."""
     base = inspect.signature(ZerothOrder).parameters
@@ -231,6 +243,25 @@ def test_names_in_the_place_of_streams(model):
     assert torch.equal(theta, torch.ones(4))
 
 
+CALLS = {
+    "misspelt": (lambda t: zokernels.combine_(t, 7, 1.0, seed=7), "combine_: seed: expected 'seeds', the "),
+    "not there": (lambda t: zokernels.combine(t, t, 7, 1.0, xyz=1), "combine: xyz: expected one of its arg"),
+    "too few": (lambda t: zokernels.combine_(t, 7), "combine_: params, seeds, coeffs: expected all of them"),
+    "too many": (lambda t: zokernels.combine_(t, 7, 1.0, 0), "combine_: params, seeds, coeffs: expected all"),
+    "integers": (lambda t: zokernels.requantize_(t, 7, 1.0, bit=8), "requantize_: bit: expected "),
+    "low rank": (lambda t: zokernels.low_rank_(t, stream=0), "low_rank_: stream: expected 'streams'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_calls_of_operations_with_wrong_arguments(case):
+    """Under the operation's own name, and not that of a function behind it."""
+    theta, (call, message) = torch.ones(4), CALLS[case]
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}"):
+        call(theta)
+    assert torch.equal(theta, torch.ones(4))
+
+
 # Closures ---------------------------------------------------------------------------------------------------
 
 
@@ -249,6 +280,7 @@ CLOSURES = {
     "nothing": (lambda m, x: m(x) and None if False else None, TypeError, "got None: does it end with"),
     "tuple": (lambda m, x: (m(x).mean(), 1), TypeError, "got a tuple of 2: return the loss alone"),
     "backward": (lambda m, x: m(x).mean().backward(), RuntimeError, "without loss.backward()"),
+    "members": (lambda m, x: m(x).mean(1), ValueError, "step(closure, batched=True)"),
     "iterator": (lambda m, x: next(iter(())), RuntimeError, "an iterator that it draws from is at its end"),
 }  # fmt: skip
 

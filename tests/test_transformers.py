@@ -396,6 +396,16 @@ def test_optimizers_of_the_other_kind(tmp_path):
         trainer(tmp_path, model, data, own={"optimizer_cls_and_kwargs": (torch.optim.AdamW, {})})
     before = weights(model)
     ours = ZOSGD(model.named_parameters(), lr=1e-3)
+    for own, got in (
+        ({"optimizers": ours}, "ZOSGD"),
+        ({"optimizer_cls_and_kwargs": ZOSGD}, "ZOSGD"),
+        ({"optimizer_cls_and_kwargs": (ZOSGD,)}, "a tuple of 1"),
+        ({"optimizer_cls_and_kwargs": (ZOSGD, None)}, "NoneType as its second part"),
+    ):
+        with pytest.raises(TypeError, match=rf"ZOTrainer: \w+: expected a pair \(.*\), got {got}$"):
+            trainer(tmp_path, model, data, own=own)
+    with pytest.raises(TypeError, match=r"ZOTrainer: optimizers: .* got the class ZOSGD$"):
+        trainer(tmp_path, model, data, own={"optimizers": (ZOSGD, None)})
     with pytest.raises(TypeError, match=r"ZOSGD: closure: expected a function .* take ZOTrainer"):
         trainer(tmp_path, model, data, transformers.Trainer, own={"optimizers": (ours, None)}).train()
     assert same(weights(model), before)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Real
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -21,6 +24,40 @@ STATE_DTYPES = (torch.float32, torch.bfloat16)
 
 def fail(op: str, argument: str, expected: str, got: Any, error: type[Exception] = ValueError) -> NoReturn:
     raise error(f"{op}: {argument}: expected {expected}, got {got}")
+
+
+def fail_unknown(
+    op: str, argument: str, known: Collection[str], elsewhere: Mapping[str, str] = MappingProxyType({})
+) -> NoReturn:
+    """Refuses an argument that ``op`` does not have, with the nearest of those that it has.
+
+    ``elsewhere``: what users of other libraries call an argument of ours.
+    """
+    near = elsewhere.get(argument)
+    if near not in known:
+        least = 0.5 if near is None else 0.75  # a name that means something else is no slip of the pen
+        near = next(iter(difflib.get_close_matches(argument, known, 1, least)), None)
+    hint = f"{near!r}, the nearest of its arguments" if near else "one of its arguments"
+    fail(op, argument, f"{hint} (help({op}) lists them)", "an argument that it does not have", TypeError)
+
+
+def check_call(function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]) -> None:
+    """Refuses arguments that do not go with the signature of ``function``, under its own name."""
+    signature, op = inspect.signature(function), function.__name__
+    for name in options:
+        if name not in signature.parameters:
+            fail_unknown(op, name, signature.parameters)
+    try:
+        signature.bind(*args, **options)
+    except TypeError as error:
+        needed = [p.name for p in signature.parameters.values() if p.default is p.empty]
+        fail(
+            op,
+            ", ".join(needed),
+            f"all of them, and the rest by name (help({op}))",
+            f"a call: {error}",
+            TypeError,
+        )
 
 
 def check_choice(op: str, argument: str, value: object, choices: Collection[str]) -> None:

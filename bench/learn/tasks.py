@@ -157,11 +157,14 @@ def _prompts_run(seed: int, search: bool) -> Run:
 
 #: Where the searches of large models begin: millions of weights take smaller steps than a few thousands.
 _REVIEWS = {
-    "MeZO (ZO-SGD, SPSA)": 3e-6, "n-SPSA, q = 4": 1e-5, "ZO-SGD with momentum": 3e-7, "ZO-AdamW": 1e-5,
-    "FZOO, q = 8": 3e-4, "ES at scale, N = 8": 3e-4, "ConMeZO": 3e-6, "LOZO, r = 4": 3e-6,
-    "BSZO, q = 2": 1e-5, "LOREN, q = 6": 3e-6, "AGZO, r = 16": 1e-6, "forward gradient": 3e-6,
+    "MeZO (ZO-SGD, SPSA)": 9.49e-5, "n-SPSA, q = 4": 3e-4, "ZO-SGD with momentum": 1e-5, "ZO-AdamW": 1e-4,
+    "FZOO, q = 8": 1e-3, "ES at scale, N = 8": 1e-3, "ConMeZO": 1e-4, "LOZO, r = 4": 3e-5,
+    "BSZO, q = 2": 3e-4, "LOREN, q = 6": 1e-4, "AGZO, r = 16": 3e-5, "forward gradient": 1e-4,
 }  # fmt: skip
-_PROMPTS = _REVIEWS | {"FZOO, q = 8": 3e-3, "ES at scale, N = 8": 3e-3}
+_PROMPTS = {
+    "MeZO (ZO-SGD, SPSA)": 1e-6, "n-SPSA, q = 4": 3e-6, "ZO-AdamW": 1e-5, "FZOO, q = 8": 1e-3,
+    "ES at scale, N = 8": 1e-3, "ConMeZO": 1e-6, "LOZO, r = 4": 1e-6, "forward gradient": 1e-6,
+}  # fmt: skip
 
 _WHOLE, _FROZEN = "reviews, MiniLM of 22.6 M weights", "reviews, MiniLM with its head frozen"
 TASKS = {

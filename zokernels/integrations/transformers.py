@@ -116,6 +116,7 @@ class ZOTrainerMixin(_Behind):
         self._told: set[str] = set()
         self._since: float | None = None
         self._logged_step = 0
+        self._check_pairs(kwargs)
         super().__init__(*args, **kwargs)
         self._check_arguments()
 
@@ -163,12 +164,31 @@ class ZOTrainerMixin(_Behind):
                 logger.info(f"{self._op}: {name} is off: without backward no activations are kept")
                 setattr(args, name, False)
 
+    def _check_pairs(self, given: dict[str, Any]) -> None:
+        """The arguments for an optimizer are pairs, which the Trainer takes apart before it looks at them."""
+        forms = {
+            "optimizers": "(optimizer, scheduler or None)",
+            "optimizer_cls_and_kwargs": "(class, {arguments})",
+        }
+        for name, form in forms.items():
+            pair, got = given.get(name), ""
+            if isinstance(pair, (tuple, list)):
+                if len(pair) != 2:
+                    got = f"a {type(pair).__name__} of {len(pair)}"
+                elif name == "optimizer_cls_and_kwargs" and not isinstance(pair[1], dict):
+                    got = f"{type(pair[1]).__name__} as its second part"
+            elif pair is not None:
+                got = pair.__name__ if isinstance(pair, type) else type(pair).__name__
+            if got:
+                fail(self._op, name, f"a pair {form}", got, TypeError)
+
     def _check_optimizer(self) -> None:
         """Of the arguments; what ``create_optimizer`` of a subclass makes is looked at when it is made."""
         ours = self.zo_optimizer
         if ours is not None and not isinstance(ours, ZerothOrder):
             expected = "an optimizer of zokernels.optim (transformers.Trainer takes one of torch)"
-            fail(self._op, "optimizers", expected, type(ours).__name__, TypeError)
+            got = f"the class {ours.__name__}" if isinstance(ours, type) else type(ours).__name__
+            fail(self._op, "optimizers", expected, got, TypeError)
         if self.optimizer_cls_and_kwargs is None:
             return
         kind, _ = self.optimizer_cls_and_kwargs

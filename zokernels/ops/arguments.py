@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Concatenate, Literal, ParamSpec
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backends.terms import KEEP_ALL
-from ..checks import check_stream, fail
+from ..checks import check_call, check_stream, fail
 from ..contract import seed_to_int64
 from ..transfer import to_device
 
@@ -154,18 +155,57 @@ def row_args(
     return (widths, lengths) if any(widths) else (None, None)
 
 
-def _take(function: Any, pair: Callable[..., None]) -> Any:
-    own = [p for p in inspect.signature(function).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    found = inspect.signature(pair)
-    function.__signature__ = found.replace(parameters=[*own, *list(found.parameters.values())[2:]])
-    return function
-
-
 def in_place(pair: Pair[P]) -> Callable[[Callable[..., None]], Callable[P, None]]:
-    """Gives a function the arguments of ``pair``, as help(), editors and type checkers show them."""
-    return lambda function: _take(function, pair)
+    """Makes an operation in place of ``pair`` and of a function that has only its name and docstring.
+
+    The operation has the arguments of ``pair``, as help(), editors and type checkers show them.
+    """
+
+    def make(named: Callable[..., None]) -> Any:
+        name = named.__name__
+
+        def operation(*args: Any, **options: Any) -> None:
+            try:
+                if torch.is_grad_enabled():
+                    with torch.no_grad():
+                        pair(name, None, *args, **options)
+                else:
+                    pair(name, None, *args, **options)
+            except TypeError:
+                check_call(operation, args, options)
+                raise
+
+        return _take(operation, named, pair)
+
+    return make
 
 
 def out_of_place(pair: Pair[P]) -> Callable[[Callable[..., None]], Callable[Concatenate[Tensors, P], None]]:
-    """The same behind a first argument ``out``."""
-    return lambda function: _take(function, pair)
+    """The same behind a first argument ``out``, which ``named`` has."""
+
+    def make(named: Callable[..., None]) -> Any:
+        name = named.__name__
+
+        def operation(out: Tensors, *args: Any, **options: Any) -> None:
+            try:
+                if torch.is_grad_enabled():
+                    with torch.no_grad():
+                        pair(name, as_list(out), *args, **options)
+                else:
+                    pair(name, as_list(out), *args, **options)
+            except TypeError:
+                check_call(operation, (out, *args), options)
+                raise
+
+        return _take(operation, named, pair)
+
+    return make
+
+
+def _take(operation: Any, named: Callable[..., None], pair: Callable[..., None]) -> Any:
+    functools.update_wrapper(operation, named)
+    del operation.__wrapped__
+    own = [p for p in inspect.signature(named).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    found = inspect.signature(pair)
+    operation.__signature__ = found.replace(parameters=[*own, *list(found.parameters.values())[2:]])
+    return operation

@@ -103,11 +103,6 @@ def combine_(*args: Any, **options: Any) -> None:
 
     Source: contract zk1, docs/contract.md.  MeZO (Malladi et al., 2023) perturbs with coeffs = +-eps and
     updates with coeffs = -lr * projected gradient."""
-    if torch.is_grad_enabled():
-        with torch.no_grad():
-            _call("combine_", None, *args, **options)
-    else:
-        _call("combine_", None, *args, **options)
 
 
 @out_of_place(_call)
@@ -116,11 +111,6 @@ def combine(out: Tensor | Sequence[Tensor], *args: Any, **options: Any) -> None:
 
     ``out`` has the shapes, dtype and device of ``params`` and shares no memory with them.  Perturbing into a
     scratch this way makes restoring exact and free."""
-    if torch.is_grad_enabled():
-        with torch.no_grad():
-            _call("combine", as_list(out), *args, **options)
-    else:
-        _call("combine", as_list(out), *args, **options)
 
 
 def pack_mask(keep: Tensor, offset: int = 0, row: tuple[int, int] | None = None) -> Tensor:

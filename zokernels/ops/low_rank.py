@@ -96,12 +96,8 @@ def low_rank_(*args: Any, **options: Any) -> None:
 
     Sources: LOZO, Chen et al. 2024 (arXiv 2410.07698); SubZero, Yu et al. 2024 (2410.08989); TeZO, Sun et al.
     2025 (2501.19057); EGGROLL, Sarkar et al. 2025 (2511.16652)."""
-    with torch.no_grad():
-        _call("low_rank_", None, *args, **options)
 
 
 @out_of_place(_call)
 def low_rank(out: Tensor | Sequence[Tensor], *args: Any, **options: Any) -> None:
     """:func:`low_rank_` out of place; theta is only read."""
-    with torch.no_grad():
-        _call("low_rank", as_list(out), *args, **options)

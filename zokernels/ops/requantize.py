@@ -118,12 +118,8 @@ def requantize_(*args: Any, **options: Any) -> None:
 
     Source: QuZO, Zhou et al. 2025 (arXiv 2502.12346).
     """
-    with torch.no_grad():
-        _call("requantize_", None, *args, **options)
 
 
 @out_of_place(_call)
 def requantize(out: Tensor | Sequence[Tensor], *args: Any, **options: Any) -> None:
     """:func:`requantize_` out of place; the weights are only read."""
-    with torch.no_grad():
-        _call("requantize", as_list(out), *args, **options)

@@ -39,7 +39,10 @@ class ZOAdam(Differences):
             as ``rounding`` says; to nearest, a bf16 v stands still where 1 - b2 is below its precision.
         amsgrad: the largest v so far takes the place of v (``state[p]["max_exp_avg_sq"]``), as in the paper
             below and in torch.optim.Adam; no window then.  (The paper has no bias corrections.)
-        params, lr, ...: as for :class:`ZOSGD`.  betas, adam_eps and weight_decay may differ between groups.
+        directions: q.
+        estimator: "two-sided" or "one-sided".
+
+    betas, adam_eps and weight_decay may differ between groups.
 
     Source: Kingma and Ba, 2015; on differences of losses, Chen et al., 2019 (ZO-AdaMM, arXiv 1910.06513).
     """
@@ -101,7 +104,8 @@ class ZOSignSGD(Differences):
         of: "sum" as above; "difference": theta <- (1 - lr weight_decay) theta - lr / q sum_k sign(g_k) z_k,
             which has no l2 (:class:`SignOfDifference`).  ``zo_sign_opt`` of ZO-Bench (arXiv 2402.11592) is
             that.
-        params, lr, ...: as for :class:`ZOSGD`.
+        directions: q.
+        estimator: "two-sided" or "one-sided".
 
     Source: ZO-signSGD, Liu et al., 2019.
     """
@@ -147,7 +151,8 @@ class HiZOO(ZerothOrder):
             which set ``param_groups[0]["alpha"]`` between steps here.
         state_dtype: of h (``state[p]["curvature"]``): fp32 or bf16, which is rounded as ``rounding`` says; to
             nearest, a bf16 h stands still where alpha is below its precision.
-        params, lr, ...: as for :class:`ZerothOrder`; no ``direction``.  alpha may differ between groups.
+
+    It takes no ``direction``.  alpha may differ between groups.
 
     Source: Zhao et al., 2024, arXiv 2402.15173.
     """

@@ -7,9 +7,11 @@ signature that ``help()`` and completion show, with the defaults of the base cla
 
 from __future__ import annotations
 
-import difflib
+import functools
 import inspect
 import os
+import re
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, TypeVar
 
@@ -18,7 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import TypedDict
 
-from ..checks import fail
+from ..checks import fail, fail_unknown
 from ..distributed.exchange import Exchange
 from ..ops.arguments import Dist, Rounding
 from ..step.directions.direction import Direction
@@ -146,12 +148,42 @@ def _inherited(kind: type, name: str) -> Iterator[inspect.Parameter]:
                 yield found
 
 
+#: An argument of a docstring and the first sentence that tells it.
+_ARGUMENT = re.compile(r"^ {4}(\w[\w, ]*): (.+?(?:\.(?=\s)|(?=\n {0,4}\S)|\Z))", re.MULTILINE | re.DOTALL)
+
+
+def _taken_over(kind: type) -> dict[str, str]:
+    """The arguments that a class does not tell in its own docstring, in the first sentence of its base's."""
+    own, *bases = [dict(_ARGUMENT.findall(inspect.cleandoc(base.__doc__ or ""))) for base in kind.__mro__]
+    told = {name for names in own for name in names.split(", ")}
+    found = {}
+    for name in _whole_signature(kind).parameters:
+        if name not in told:
+            texts = (text for base in bases for names, text in base.items() if name in names.split(", "))
+            if text := next(texts, None):
+                found[name] = " ".join(text.split())
+    return found
+
+
 class Described(type):
     """The class of optimizer classes: arguments are refused under the name of the class that was called.
 
     An argument that a class does not have is refused with the nearest one that it has.  What a part refuses
     that the class makes of its arguments (``LOZO`` a :class:`KeptRight`) is told as the class's own.
+
+    The docstring of a class ends with a sentence for each argument that it takes over from a base class and
+    does not tell itself, so that help() and editors show all of them in one place.
     """
+
+    def __init__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> None:
+        super().__init__(name, bases, namespace)
+        if cls.__doc__ and (shared := _taken_over(cls)):
+            lay = functools.partial(
+                textwrap.fill, width=110, initial_indent=" " * 4, subsequent_indent=" " * 8
+            )
+            more = "\n".join(lay(f"{argument}: {text}") for argument, text in shared.items())
+            title = "The other arguments, of which ZerothOrder says more:"
+            cls.__doc__ = f"{inspect.cleandoc(cls.__doc__)}\n\n{title}\n{more}\n"
 
     @property
     def __signature__(cls) -> inspect.Signature:
@@ -177,12 +209,7 @@ def _refuse_unknown(kind: type, given: Iterable[str]) -> None:
         op = kind.__name__
         if any(True for _ in _inherited(kind, name)):
             fail(op, name, f"nothing, because {op} sets it itself", "a value", TypeError)
-        near = _ELSEWHERE.get(name)
-        if near not in known:
-            least = 0.5 if near is None else 0.75  # a name that means something else is no slip of the pen
-            near = next(iter(difflib.get_close_matches(name, known, 1, least)), None)
-        hint = f"{near!r}, the nearest of its arguments" if near else "one of its arguments"
-        fail(op, name, f"{hint} (help({op}) lists them)", "an argument that it does not have", TypeError)
+        fail_unknown(op, name, known, _ELSEWHERE)
 
 
 def _parts(*kinds: type) -> Iterator[type]:

@@ -77,8 +77,8 @@ class AGZO(ZerothOrder):
 
     Args:
         model: the module whose ``nn.Linear`` layers are watched while the closure runs at theta.
-        rank: of A; iterations: of the power iteration that finds it.  (The paper's numbers could not be
-            confirmed.)
+        rank: of A.
+        iterations: of the power iteration that finds A.  (The paper's numbers could not be confirmed.)
         scaled: elements of z have variance 1, as everywhere else here.  The authors' have r / n, with one eps
             and one lr for all layers, which is the default.
         directions: q.
@@ -143,6 +143,7 @@ class PGAP(ZerothOrder):
     those differences, too.
 
     Args:
+        probes: differences of which the gradient is estimated.
         rank, interval, delta, last_delta, decay_steps, scaled: as for :class:`GradientSpace`.
         restore: "exact" only, because a step has two kinds of noise.
 
@@ -207,7 +208,7 @@ class LOREN(ZerothOrder):
         directions: q >= 2.
         momentum: of matrices; vectors have none.
         damping, axis_lr: of the covariance.
-        params, lr, ...: as for :class:`ZerothOrder`; weight_decay is of the vectors, too.
+        weight_decay: as everywhere, and of the vectors, too.
 
     Source: Seung, Lee and Ko, 2026, arXiv 2511.07971, and its code, which takes its steps one direction after
     another (see :class:`CovarianceDescent`).

@@ -105,7 +105,7 @@ class QZO(ZerothOrder):
         params: ``zokernels.quantize.named_scales(model)``, or any positive weights.
         clip: of the directional derivatives, in units of the loss per unit of s.
         minimum: no scale falls below it, because a negative one would turn the signs of its weights.
-        directions, ...: as for :class:`ZOSGD`.
+        directions: q.
 
     Source: QZO, Shang et al., 2025, arXiv 2505.13430; clip and minimum are those of its code.
     """
@@ -333,6 +333,7 @@ class SparseMeZO(ZOSGD):
     Args:
         density: 1 - the paper's sparsity.
         refresh: measure the thresholds again every so many steps (None: never).
+        dynamic: compare the weights with the thresholds in every step, and not in the first alone.
 
     Source: Liu et al., 2024, arXiv 2402.15751.
     """
@@ -354,6 +355,10 @@ class SparseMeZO(ZOSGD):
 class LeZO(ZOSGD):
     """:class:`ZOSGD` that leaves out a random share of the layers in each step (:class:`LayerSkip`).
 
+    Args:
+        skipped: share of the layers that a step leaves out, in [0, 1).
+        layers: regular expression that finds the number of a layer, its group 1, in a parameter's name.
+
     Source: Wang et al., 2024, arXiv 2410.09823.
     """
 
@@ -372,6 +377,12 @@ class LeZO(ZOSGD):
 
 class ZOBCD(ZOSGD):
     """:class:`ZOSGD` of ``size`` layers at a time, for ``period`` steps (:class:`Blocks`).
+
+    Args:
+        size: layers of a block.  What is in no layer (embeddings, head) is one block more.
+        period: steps for which a block is trained.
+        order: "cyclic": blocks in their order; "random": a block drawn anew for each period.
+        layers: regular expression that finds the number of a layer, its group 1, in a parameter's name.
 
     Source: ZO-LLM, Zhang et al., 2024, arXiv 2402.11592.
     """
@@ -427,6 +438,11 @@ class LOZO(_FactorSGD):
     ``momentum``: LOZO-M, whose state of an [m, n] matrix is [m, rank] (:class:`FactorMomentum`; 0.7 in the
     authors' code).
 
+    Args:
+        rank: r, the columns of U and V.
+        interval: steps for which a V is kept (None: for the whole run).
+        scaled: elements of z have variance 1.
+
     Source: Chen et al., 2024, arXiv 2410.07698.
     """
 
@@ -452,6 +468,11 @@ class SubZero(ZOSGD):
 
     ``near_square`` takes thin matrices (LoRA, prefixes) as near squares, as the authors do there.  Their code
     has rank 8 and interval 2000 by default, their README 24 and 1000.
+
+    Args:
+        rank: of the subspace, on both sides of a matrix.
+        interval: steps for which a subspace is kept (None: for the whole run).
+        near_square: whether thin matrices are taken as near squares.
 
     Source: Yu et al., 2024, arXiv 2410.08989.
     """
@@ -482,6 +503,10 @@ class TeZO(_FactorSGD):
     twice as many, is ``ZerothOrder(..., estimator=TwoSided(1), rule=FactorAdam(),
     direction=TemporalFactor(rank, None, False))``; ``ZOAdam(..., direction=TemporalFactor(rank))`` has whole
     moments.
+
+    Args:
+        rank: outer products in the sum.
+        scaled: elements of z have variance 1.
 
     Source: Sun et al., 2025, arXiv 2501.19057.
     """

@@ -47,14 +47,15 @@ class ZerothOrder(StepOptimizer, metaclass=Described):
         weight_decay: decoupled: theta shrinks by the factor 1 - lr * weight_decay at each step.
         seed: run seed, an integer in [-2^63, 2^64).  0 is a seed like any other.
         dist: "normal" or "rademacher".
-        rounding: how the update rounds.  With "stochastic" bf16 and fp16 weights keep small updates on
-            average; fp32 is not changed by it.  The other choice is "nearest".
-        restore: "exact": the weights do not move during the forwards.  Torch functions get perturbed copies,
-            which are made for a block of parameters at a time.  "inplace": the weights move from point to
-            point, and the update brings them back.  This needs no scratch and takes any kind of model, but
-            half-precision weights drift.  "products", with a direction of low rank: the weights stay, and
-            what a perturbation adds to a product is added to its result; see docs/populations.md.  Losses
-            then differ from those of perturbed weights in their last bits.
+        rounding: how the update rounds, "stochastic" or "nearest".  With "stochastic" bf16 and fp16 weights
+            keep small updates on average; fp32 is not changed by it.
+        restore: where perturbed weights are during the forwards, "exact" (in copies), "inplace" or "products"
+            (nowhere).  "exact": the weights do not move during the forwards.  Torch functions get perturbed
+            copies, which are made for a block of parameters at a time.  "inplace": the weights move from
+            point to point, and the update brings them back.  This needs no scratch and takes any kind of
+            model, but half-precision weights drift.  "products", with a direction of low rank: the weights
+            stay, and what a perturbation adds to a product is added to its result; see
+            docs/populations.md.  Losses then differ from those of perturbed weights in their last bits.
         clip: bound on each \|g_k\|, in units of g: min(max(g, -clip), clip).  A g that is not finite still
             skips the step.
         capturable: keep the step counter and the seeds on the device, so that no step needs the host.  One

@@ -102,6 +102,7 @@ class QES(ZerothOrder):
             nothing then.
         maximize: the closure returns rewards.  With False it returns losses.
         clip: bound on each zscore(R)_n / N.
+        bits: of the integers, 2 to 8.
 
     Integers lie in [-2^(bits-1) + 1, 2^(bits-1) - 1] here; the code has one more.
 

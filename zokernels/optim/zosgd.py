@@ -62,8 +62,9 @@ class ZOSGD(Differences):
         window: momentum without state: m of the last ``window`` steps alone, whose noise is drawn again in
             each update (:class:`MomentumWindow`).  It allows no l2, no subset and no refreshed direction.
         state_dtype: of m (``state[p]["momentum_buffer"]``): fp32 or bf16, which is rounded as ``rounding``
-        says.  params, lr, ...: as for :class:`ZerothOrder`.  momentum, dampening and l2 may differ between
-        groups.
+            says.
+
+    momentum, dampening and l2 may differ between groups.
 
     Example::
 

@@ -57,7 +57,9 @@ def as_loss(op: str, value: object, device: torch.device, capturing: bool = Fals
         if not has_values(value):
             fail(op, "closure", "a dense tensor with a value", "one on meta, which has none")
         if value.numel() != 1 or value.is_complex():
-            fail(op, "closure", "a real scalar loss", f"{value.dtype} of shape {tuple(value.shape)}")
+            each = value.dim() == 1 and not value.is_complex()  # as the closure of a population has it
+            way = " (losses of several members: step(closure, batched=True))" if each else ""
+            fail(op, "closure", f"a real scalar loss{way}", f"{value.dtype} of shape {tuple(value.shape)}")
         narrow = value.dtype in (torch.float32, torch.bfloat16, torch.float16)
         return value.detach().reshape(()).to(torch.float32 if narrow else torch.float64, copy=True)
     if getattr(value, "shape", None) == () and hasattr(value, "item"):  # an array of numpy without dimensions
