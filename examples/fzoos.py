@@ -269,7 +269,7 @@ def warm_up(model: nn.Module, data: digits.Data, steps: int = 30) -> None:
         optimizer.step()
 
 
-METHODS = ("fzoos", "uncorrected", "fedzo")
+METHODS = {"fzoos": "FZooS", "uncorrected": "FZooS without its correction", "fedzo": "FedZO"}
 
 
 def draw(results: dict[str, list[dict]], path: pathlib.Path) -> None:
@@ -281,7 +281,7 @@ def draw(results: dict[str, list[dict]], path: pathlib.Path) -> None:
     for name, runs in results.items():
         queries = [q for q, _ in runs[0]["curve"]]
         losses = torch.tensor([[loss for _, loss in run["curve"]] for run in runs])
-        axes.plot(queries, losses.mean(0), label=name)
+        axes.plot(queries, losses.mean(0), label=METHODS[name])
         axes.fill_between(queries, losses.amin(0), losses.amax(0), alpha=0.2)
     axes.set(xlabel="queries of all clients", ylabel="loss on all data")
     axes.legend()
