@@ -64,9 +64,10 @@ def describe(optimizer: OptimizerView) -> str:
     """Parts, seed and groups, a line each; no line is longer for a larger model."""
     direction = optimizer.direction
     step = optimizer.step_count if not optimizer.run_state.capturable else "on the device"
+    points = len(optimizer.estimator.points())  # members of a population, both sides of each direction
     lines = [
         f"{optimizer.op} (",
-        f"  estimator: {_brief(optimizer.estimator)}",
+        f"  estimator: {_brief(optimizer.estimator)}, {points} point{'s' * (points > 1)} a step",
         f"  direction: {'dense noise' if type(direction) is Direction else _brief(direction)}",
         f"  rule: {_brief(optimizer.rule)}",
         *([f"  subset: {_brief(optimizer.subset)}"] if optimizer.subset is not None else []),
