@@ -137,11 +137,12 @@ def select(device: torch.device | str) -> Backend:
         if device in chosen.refused:
             raise BackendUnavailable(f"backend {name!r} {chosen.refused[device]}")
         return chosen
-    for name in PREFERENCE.get(device.type, ("reference",)):
+    kind = device.type
+    for name in PREFERENCE.get(kind, ("reference",)):
         loaded = _load(name)
-        if isinstance(loaded, Backend) and device.type in loaded.devices and device not in loaded.refused:
+        if isinstance(loaded, Backend) and kind in loaded.devices and device not in loaded.refused:
             return loaded
-    raise BackendUnavailable(f"no backend for device type {device.type!r}: expected cpu or cuda")
+    raise BackendUnavailable(f"no backend for device type {kind!r}: expected cpu or cuda")
 
 
 @contextmanager

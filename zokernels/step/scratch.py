@@ -129,7 +129,7 @@ class ScratchPool:
         ``last``: the one that is taken if it is here: its views are made, and its addresses known.
         """
         dtype, device, stream = like.dtype, like.device, None
-        if device.type == "cuda":
+        if like.is_cuda:
             if is_capturing([device]):
                 # it is never among the taken, and does not come back
                 return Arena(numel, dtype, device, None)
