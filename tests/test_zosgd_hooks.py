@@ -1,4 +1,4 @@
-"""torch's wrapper of ``step``: hooks of steps and the label of profilers, which is left out where nobody sees it."""
+"""torch's wrapper of ``step``, with hooks and a label for profilers: it is left out where nobody sees it."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def test_hooks_are_called_around_a_step_while_they_are_registered(make, everywhe
 
 def test_a_pre_hook_may_give_another_closure():
     optimizer, closure = _optimizer()
-    optimizer.register_step_pre_hook(lambda one, args, kwargs: ((one, lambda: 7.0), kwargs))
-    assert optimizer.step(closure) == 7.0
+    optimizer.register_step_pre_hook(lambda one, args, kwargs: ((one, lambda: 7 + 0 * closure()), kwargs))
+    assert optimizer.step(closure) == 7
 
 
 def test_a_profiler_sees_the_step_by_its_name():
@@ -62,4 +62,5 @@ def test_a_class_with_a_step_of_its_own_has_hooks_as_any_of_torch():
     optimizer.step(closure)
     handle.remove()
     optimizer.step(closure)
-    assert told and set(told) == {1} and optimizer.calls == 2 and optimizer.step_count == 2
+    assert set(told) == {1}
+    assert (optimizer.calls, optimizer.step_count) == (2, 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: The host, to compare devices with: ``device.type`` makes a text in each call, which takes ten times as long.
+#: The host, to compare devices with: ``device.type`` makes a text each time, which takes ten times as long.
 CPU = torch.device("cpu")
 
 

@@ -77,6 +77,11 @@ class Backend:
         return kernel
 
 
+#: What stands behind ``os.environ``, by encoded names.  Its ``get`` takes four calls of Python, of which each
+#: call of an operation would make one.
+_environment: Mapping[Any, Any] = os.environ._data  # type: ignore[attr-defined]
+_BACKEND = os.environ.encodekey("ZOKERNELS_BACKEND")
+
 _forced: ContextVar[str | None] = ContextVar("zokernels_backend", default=None)
 
 
@@ -110,6 +115,8 @@ def forced() -> str | None:
     """The backend asked for by :func:`backend` or ``ZOKERNELS_BACKEND``, if any."""
     name = _forced.get()
     if name is None:
+        if _environment.get(_BACKEND) is None:
+            return None
         name = os.environ.get("ZOKERNELS_BACKEND") or "auto"
         if name not in (*NAMES, "auto"):
             _unknown(name, "ZOKERNELS_BACKEND")

@@ -20,7 +20,7 @@ from ..transfer import CPU
 #: the rest.
 _signal: Any = importlib.import_module("_signal")
 _NUMBERS = tuple(sorted(map(int, signal.valid_signals())))
-_NOTHING = nullcontext()
+NOTHING = nullcontext()
 _C: Any = torch._C  # whose annotations lack some functions
 
 
@@ -99,7 +99,7 @@ class RngState:
         """Around the forward of that number; 0 is the first, and finds the state as it is."""
         if index:
             self.restore()
-        return _NOTHING
+        return NOTHING
 
 
 class uninterrupted:

@@ -101,9 +101,13 @@ class Arena:
 
         ``opened``: the number of parameters that have it.
         """
-        states = [views.idle() for views in self._views.values()]
-        expected = self._empty_count + opened + sum(count for _, count in states)
-        return all(free for free, _ in states) and _use_count(self._storage._cdata) == expected
+        expected = self._empty_count + opened
+        for views in self._views.values():
+            free, count = views.idle()
+            if not free:
+                return False
+            expected += count
+        return _use_count(self._storage._cdata) == expected
 
 
 #: Tensors that an arena keeps; one of its blocks may have more.

@@ -541,7 +541,10 @@ class StepOptimizer(torch.optim.Optimizer):
         scale = first["eps"], first["clip"]
         g = estimate.raw[scale] if scale in estimate.raw else self._gradient(estimate.losses, *scale)
         g = g if estimate.multiple is None else estimate.multiple * g
-        self.last_losses, self.last_projected_gradient = estimate.forwards, g if g.numel() > 1 else g.reshape(())
+        self.last_losses, self.last_projected_gradient = (
+            estimate.forwards,
+            g if g.numel() > 1 else g.reshape(()),
+        )
 
     def _warn_skipped(self) -> None:
         self.watch.read()
