@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+#: The host, to compare devices with: ``device.type`` makes a text each time, which takes ten times as long.
+CPU = torch.device("cpu")
+
 
 def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """``tensor`` on ``device``, in ``dtype`` where one is given; itself where nothing changes.
@@ -13,14 +16,17 @@ def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = 
         stream.  A
     copy that ends in host memory is: the host reads it at once, and would find what lay there before.  So
     what must not wait goes from the host to a device, never the other way."""
-    if tensor.device.type == "cpu" and device.type != "cpu" and tensor.is_pinned():
+    dtype = dtype or tensor.dtype
+    if tensor.dtype is dtype and tensor.device == device:
+        return tensor
+    if tensor.is_cpu and device != CPU and tensor.is_pinned():
         tensor = tensor.clone()  # its owner may write to pinned memory before the copy has read it
-    return tensor.to(device, dtype or tensor.dtype, non_blocking=device.type != "cpu")
+    return tensor.to(device, dtype, non_blocking=device != CPU)
 
 
 def has_values(tensor: Tensor) -> bool:
     """Whether ``tensor`` has memory, and not only a shape, as those on torch's device "meta" have."""
-    if tensor.device.type != "meta":
+    if not tensor.is_meta:
         return True
     try:
         tensor.detach().flatten()[:1].cpu()
@@ -31,4 +37,4 @@ def has_values(tensor: Tensor) -> bool:
 
 def known_on_host(value: Tensor) -> bool:
     """Whether the host can read ``value`` without waiting for a device."""
-    return value.device.type == "cpu"
+    return value.is_cpu

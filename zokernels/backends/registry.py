@@ -77,6 +77,11 @@ class Backend:
         return kernel
 
 
+#: What stands behind ``os.environ``, by encoded names.  Its ``get`` takes four calls of Python, of which each
+#: call of an operation would make one.
+_environment: Mapping[Any, Any] = os.environ._data  # type: ignore[attr-defined]
+_BACKEND = os.environ.encodekey("ZOKERNELS_BACKEND")
+
 _forced: ContextVar[str | None] = ContextVar("zokernels_backend", default=None)
 
 
@@ -110,6 +115,8 @@ def forced() -> str | None:
     """The backend asked for by :func:`backend` or ``ZOKERNELS_BACKEND``, if any."""
     name = _forced.get()
     if name is None:
+        if _environment.get(_BACKEND) is None:
+            return None
         name = os.environ.get("ZOKERNELS_BACKEND") or "auto"
         if name not in (*NAMES, "auto"):
             _unknown(name, "ZOKERNELS_BACKEND")
@@ -137,11 +144,12 @@ def select(device: torch.device | str) -> Backend:
         if device in chosen.refused:
             raise BackendUnavailable(f"backend {name!r} {chosen.refused[device]}")
         return chosen
-    for name in PREFERENCE.get(device.type, ("reference",)):
+    kind = device.type
+    for name in PREFERENCE.get(kind, ("reference",)):
         loaded = _load(name)
-        if isinstance(loaded, Backend) and device.type in loaded.devices and device not in loaded.refused:
+        if isinstance(loaded, Backend) and kind in loaded.devices and device not in loaded.refused:
             return loaded
-    raise BackendUnavailable(f"no backend for device type {device.type!r}: expected cpu or cuda")
+    raise BackendUnavailable(f"no backend for device type {kind!r}: expected cpu or cuda")
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..backends import Backend, select
 from ..backends.terms import Terms
 from ..checks import check_values, fail
+from ..transfer import CPU
 from .arguments import OneMemory, Rows, Tensors, as_list, places
 from .define import written
 
@@ -88,7 +89,7 @@ def is_watched(operation: Any, device: torch.device) -> bool:
 
     That is a compiler, a tracer or another mode of torch (fake tensors, vmap), or a kernel for autograd,
     which users may register.  All of them see tensors, and a table has none."""
-    key = _AUTOGRAD_CPU if device.type == "cpu" else torch._C.DispatchKey.AutogradCUDA
+    key = _AUTOGRAD_CPU if device == CPU else torch._C.DispatchKey.AutogradCUDA
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -170,7 +171,7 @@ class Plan:
             return
         backend, key, seen = select(device), (op, *key), columns
         if isinstance(out := columns.out, OneMemory):
-            key, seen = (*key, out.token), columns._replace(out=out.memory)
+            key, seen = (*key, out.token), Columns(columns.read, out.memory, *columns[2:])
         outcome = self._find(key, seen, backend)
         if outcome is None:
             prints = fingerprint(seen)

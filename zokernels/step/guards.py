@@ -14,16 +14,19 @@ from typing import Any
 import torch
 
 from ..checks import fail
+from ..transfer import CPU
 
 #: What signal's functions call: they also make an enum of each number and handler, which takes longer than
 #: the rest.
 _signal: Any = importlib.import_module("_signal")
 _NUMBERS = tuple(sorted(map(int, signal.valid_signals())))
+NOTHING = nullcontext()
+_C: Any = torch._C  # whose annotations lack some functions
 
 
 def is_capturing(devices: Iterable[torch.device]) -> bool:
     """Whether a CUDA graph is being captured.  Where no parameter is on a GPU, CUDA is not even asked."""
-    return any(d.type == "cuda" for d in devices) and torch.cuda.is_current_stream_capturing()
+    return any([d != CPU and d.type == "cuda" for d in devices]) and torch.cuda.is_current_stream_capturing()
 
 
 def check_transforms(op: str) -> None:
@@ -61,14 +64,14 @@ class ThreadState:
     An exception of another thread can fall between the two ends of such a switch."""
 
     def __init__(self) -> None:
-        self._torch: Any = torch._C  # whose annotations lack these two functions
-        self._functions, self._cache = (
-            self._torch._get_torch_function_state(),
-            torch.is_autocast_cache_enabled(),
-        )
+        # torch's object for the state is made in each call, which takes long; mostly it is this one
+        self._functions = _C._TorchFunctionState.ENABLED
+        if not _C._is_torch_function_enabled():
+            self._functions = _C._get_torch_function_state()
+        self._cache = torch.is_autocast_cache_enabled()
 
     def restore(self) -> None:
-        self._torch._set_torch_function_state(self._functions)
+        _C._set_torch_function_state(self._functions)
         torch.set_autocast_cache_enabled(self._cache)
 
 
@@ -83,7 +86,7 @@ class RngState:
     def __init__(self, devices: Iterable[torch.device], generators: Iterable[torch.Generator] = ()) -> None:
         self.cpu = torch.get_rng_state()
         self._others = [(g, g.get_state()) for g in generators]
-        self._cuda = [(d, torch.cuda.get_rng_state(d)) for d in devices if d.type == "cuda"]
+        self._cuda = [(d, torch.cuda.get_rng_state(d)) for d in devices if d != CPU and d.type == "cuda"]
 
     def restore(self) -> None:
         torch.set_rng_state(self.cpu)
@@ -96,7 +99,7 @@ class RngState:
         """Around the forward of that number; 0 is the first, and finds the state as it is."""
         if index:
             self.restore()
-        return nullcontext()
+        return NOTHING
 
 
 class uninterrupted:

@@ -61,7 +61,11 @@ def as_loss(op: str, value: object, device: torch.device, capturing: bool = Fals
             way = " (losses of several members: step(closure, batched=True))" if each else ""
             fail(op, "closure", f"a real scalar loss{way}", f"{value.dtype} of shape {tuple(value.shape)}")
         narrow = value.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        return value.detach().reshape(()).to(torch.float32 if narrow else torch.float64, copy=True)
+        dtype = torch.float32 if narrow else torch.float64
+        value = value.detach()
+        if value.dim():
+            value = value.reshape(())
+        return value.clone() if value.dtype is dtype else value.to(dtype)
     if getattr(value, "shape", None) == () and hasattr(value, "item"):  # an array of numpy without dimensions
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -96,7 +100,8 @@ class LossReader:
 
     def losses(self, results: list[Any]) -> Tensor:
         """One value for each of the estimator's points, [n], from all that was kept."""
-        return torch.stack([loss.to(results[0].device) for loss in results])
+        device = results[0].device
+        return torch.stack([loss if loss.device == device else loss.to(device) for loss in results])
 
 
 class DerivativeReader(LossReader):

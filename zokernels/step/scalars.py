@@ -73,7 +73,7 @@ def gate(groups: list[Group], gradients: list[Tensor], *, reads: bool) -> tuple[
 
 def _all_finite(group: Group, g: Tensor) -> bool:
     lr = float(group["lr"])
-    return all(math.isfinite(v) and abs(lr * v) < _INFINITE for v in g.tolist())
+    return all([math.isfinite(v) and abs(lr * v) < _INFINITE for v in g.tolist()])
 
 
 def gated_decay(decay: float | Tensor, finite: Tensor, device: torch.device) -> Tensor:

@@ -101,9 +101,13 @@ class Arena:
 
         ``opened``: the number of parameters that have it.
         """
-        states = [views.idle() for views in self._views.values()]
-        expected = self._empty_count + opened + sum(count for _, count in states)
-        return all(free for free, _ in states) and _use_count(self._storage._cdata) == expected
+        expected = self._empty_count + opened
+        for views in self._views.values():
+            free, count = views.idle()
+            if not free:
+                return False
+            expected += count
+        return _use_count(self._storage._cdata) == expected
 
 
 #: Tensors that an arena keeps; one of its blocks may have more.
@@ -129,7 +133,7 @@ class ScratchPool:
         ``last``: the one that is taken if it is here: its views are made, and its addresses known.
         """
         dtype, device, stream = like.dtype, like.device, None
-        if device.type == "cuda":
+        if like.is_cuda:
             if is_capturing([device]):
                 # it is never among the taken, and does not come back
                 return Arena(numel, dtype, device, None)

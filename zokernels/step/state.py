@@ -13,7 +13,7 @@ from torch import Tensor
 from ..checks import fail
 from ..contract import derive_seed_int, seed_to_int64
 from ..functional import derive_seed
-from ..transfer import to_device
+from ..transfer import CPU, to_device
 from .scalars import YES
 from .types import Seeds
 
@@ -28,6 +28,14 @@ def _derive() -> Callable[[int, int, int], int]:
     except ImportError:
         return derive_seed_int
     return lambda seed, step, k: compiled(seed & _MASK64, step, k)
+
+
+def _seeds_on(device: torch.device, values: list[int]) -> Tensor:
+    """int64 [q].  On a GPU by fills: a list would be copied from pageable memory, and waited for."""
+    if len(values) > 1 and device == CPU:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+    fills = [torch.full((1,), v, dtype=torch.int64, device=device) for v in values]
+    return torch.cat(fills) if len(fills) > 1 else fills[0]
 
 
 class _State:
@@ -46,10 +54,11 @@ class HostState(_State):
     """Seed and step are Python integers; only the count of skipped steps lies where the losses are."""
 
     capturable = False
+    _told: Tensor | None = None  #: the count of which the user has been told
 
     def __init__(self, seed: int) -> None:
         self.seed, self.step = seed, 0
-        self.skipped = torch.zeros((), dtype=torch.int64)
+        self.skipped = torch.zeros((), dtype=torch.int64)  # never written: another one takes its place
 
     def place(self, devices: Iterable[torch.device]) -> None:
         pass  # nothing lies on a device
@@ -58,9 +67,13 @@ class HostState(_State):
         """derive_seed(seed, step + ahead, k) for k = 0 .. count - 1, as an int64 tensor on each device."""
         derive, step = _derive(), self.step + ahead
         values = [seed_to_int64(derive(self.seed, step, k)) for k in range(count)]
-        # Fills: a list would be copied from pageable memory.
-        fills = lambda d: [torch.full((1,), v, dtype=torch.int64, device=d) for v in values]
-        return {d: torch.cat(fills(d)) if count > 1 else fills(d)[0] for d in devices}
+        return {d: _seeds_on(d, values) for d in devices}
+
+    def new_skips(self) -> int:
+        if self.skipped is self._told:
+            return 0
+        self._told = self.skipped
+        return super().new_skips()
 
     def advance(self, finite: Tensor) -> None:
         """A step has been taken; unless ``finite``, its update was skipped."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 import warnings
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import profiler
+from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import ParamsT
 
 from ..checks import check_choice, check_integer, fail
@@ -46,6 +49,17 @@ from .watch import Watch
 
 #: What a group has that says nothing else.
 GROUP_DEFAULTS = {"eps": 1e-3, "weight_decay": 0.0, "dist": "normal", "rounding": "stochastic", "clip": None}
+
+
+def _is_followed(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a profiler runs, or a hook of steps is registered, of ``optimizer`` or of all optimizers."""
+    return bool(
+        profiler._is_profiler_enabled
+        or optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or torch_optimizer._global_optimizer_pre_hooks
+        or torch_optimizer._global_optimizer_post_hooks
+    )
 
 
 class StepOptimizer(torch.optim.Optimizer):
@@ -117,6 +131,21 @@ class StepOptimizer(torch.optim.Optimizer):
         params = groups.listed(self.op, params)
         super().__init__(params, defaults)
         self.run_state.place(groups.devices_of(self.param_groups))
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """``func``, a ``step``, as torch wraps it: with hooks, and a label for profilers.
+
+        The label is a custom object of TorchScript and two calls of operators, which take longer than all
+        forwards of a small model.  So where no profiler and no hook would see the wrapper, it is left out.
+        """
+        hooked = torch.optim.Optimizer.profile_hook_step(func)
+
+        @functools.wraps(func)
+        def step(self: StepOptimizer, *args: Any, **kwargs: Any) -> Any:
+            return (hooked if _is_followed(self) else func)(self, *args, **kwargs)
+
+        return step
 
     def _begin_alone(self) -> None:
         """Sets what neither a copy nor a pickle takes along: the surroundings, scratch and graphs."""
@@ -298,7 +327,6 @@ class StepOptimizer(torch.optim.Optimizer):
         """How many members a forward has; 0 unless steps are batched."""
         return self.learned.size or 0
 
-    @torch.no_grad()
     def run_step(
         self,
         closure: Callable[[], Any] | None,
@@ -322,7 +350,8 @@ class StepOptimizer(torch.optim.Optimizer):
             got = "one inside the closure of another step of this optimizer, or in another thread"
             fail(self.op, "step", "one step at a time", got, RuntimeError)
         try:
-            loss = self._run_alone(closure, reader, consume or self._finish)
+            with torch.no_grad():
+                loss = self._run_alone(closure, reader, consume or self._finish)
         finally:
             self._stepper = 0  # again: what raises there may have kept the first one from being reached
         if not self.run_state.capturable and known_on_host(self.run_state.skipped):
@@ -512,7 +541,10 @@ class StepOptimizer(torch.optim.Optimizer):
         scale = first["eps"], first["clip"]
         g = estimate.raw[scale] if scale in estimate.raw else self._gradient(estimate.losses, *scale)
         g = g if estimate.multiple is None else estimate.multiple * g
-        self.last_losses, self.last_projected_gradient = estimate.forwards, g if len(g) > 1 else g.reshape(())
+        self.last_losses, self.last_projected_gradient = (
+            estimate.forwards,
+            g if g.numel() > 1 else g.reshape(()),
+        )
 
     def _warn_skipped(self) -> None:
         self.watch.read()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..functional import Dist, Plan
-from ..transfer import to_device
+from ..transfer import CPU, to_device
 from .noise import DENSE, Members, Noise
 from .shard import any_sharded
 
@@ -116,7 +116,7 @@ class Bucket:
     def has_numbers(self) -> bool:
         """Whether the host knows :attr:`at` and the group's learning rate, and the weights are on the CPU."""
         known = not any(isinstance(c, Tensor) for c in (self.group["lr"], *self.at.values()))
-        return known and self.device.type == "cpu"
+        return known and self.device == CPU
 
     def way_back(self, g: Tensor) -> Tensor:
         """The coefficients that lead from :attr:`at` back to theta: float64 [q], on the device of ``g``."""

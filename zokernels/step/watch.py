@@ -151,7 +151,8 @@ class Watch:
 
 
 def _is_zero(g: Tensor) -> bool:
-    return all(value == 0 for value in g.reshape(-1).tolist())
+    values = g.tolist() if g.dim() == 1 else g.reshape(-1).tolist()
+    return not any(values)
 
 
 def _other_states() -> list[Any]:

@@ -9,7 +9,7 @@ import gc
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import get_ident
 from typing import Any
 
@@ -55,13 +55,16 @@ class Compiled:
             ]
             self.regions = [(context, taken) for context, taken in regions if taken]
 
-    @contextmanager
-    def watched(self) -> Iterator[None]:
+    def watched(self) -> AbstractContextManager[None]:
         """Inside, the forward of a thread is told when it enters a compiled function."""
+        if "torch._dynamo.trace_rules" in sys.modules:
+            _skip_ours()
+        return self._hooked() if self.regions else nullcontext()
+
+    @contextmanager
+    def _hooked(self) -> Iterator[None]:
         hooks = [(context.enter_exit_hooks, _hook(params)) for context, params in self.regions]
         try:
-            if "torch._dynamo.trace_rules" in sys.modules:
-                _skip_ours()
             for installed, hook in hooks:
                 installed.append(hook)
             yield

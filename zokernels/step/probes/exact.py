@@ -61,7 +61,7 @@ class ExactProbe(Probe):
         with self.watching():
             return super().forwards(points, share, same_rng, run)
 
-    def at(self, points: list[Point]) -> AbstractContextManager[None]:
+    def at(self, points: list[Point]) -> AbstractContextManager[object]:
         return self.point(points)
 
     @contextmanager
@@ -98,24 +98,14 @@ class ExactProbe(Probe):
                 if whole and not kept:  # a forward could not go on with the scratch of the one before
                     release(owners.params.values())
 
-    @contextmanager
-    def point(self, points: list[Point]) -> Iterator[None]:
+    def point(self, points: list[Point]) -> AbstractContextManager[object]:
         """Around one forward, inside :meth:`watching`, for its thread alone."""
         opened = Opened(self.op, self.pool) if self._shared else self._opened
-        options = (self.blocks, self.seeds, self.pool, points, self._looks, opened)
+        options = (self.blocks, self.seeds, self.pool, points, self._looks, opened, self._tell_unseen)
         forward = self.kind(self.op, self._owners, *options)
         forward.opens = forward.opens and not self._shared
         self._looks = self._looks and self._shared
-        cached = torch.is_autocast_cache_enabled()
-        try:
-            # it would keep a cast of every copy, which is a second model
-            torch.set_autocast_cache_enabled(False)
-            with forward:
-                yield
-        finally:
-            torch.set_autocast_cache_enabled(cached)
-        if len(forward.seen) < len(self._owners.params):
-            self._tell_unseen(forward.seen)
+        return forward
 
     def mend(self) -> None:
         with uninterrupted(), untouched():

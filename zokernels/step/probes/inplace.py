@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 import torch
 
 from ...backends.journal import noted
-from ..guards import uninterrupted
+from ..guards import NOTHING, uninterrupted
 from ..types import Bucket, Point, Seeds, between, terms
 from .probe import Probe
 
@@ -53,4 +53,4 @@ class InplaceProbe(Probe):
 
     def at(self, points: list[Point]) -> AbstractContextManager[None]:
         self.move(points)
-        return nullcontext()
+        return NOTHING

@@ -119,6 +119,7 @@ class Owners:
     def __init__(self, buckets: list[Bucket]) -> None:
         self.buckets, self.step = buckets, 0
         self.params = {id(p): p for b in buckets for p in b.params}
+        self.ids = dict.fromkeys(self.params)
         self._places = {
             id(p): (i, s) for i, b in enumerate(buckets) for p, s in zip(b.params, b.streams, strict=True)
         }

@@ -22,7 +22,7 @@ class Probe:
     def __init__(self, buckets: list[Bucket], seeds: Seeds) -> None:
         self.buckets, self.seeds = buckets, seeds
 
-    def at(self, point: Any) -> AbstractContextManager[None]:
+    def at(self, point: Any) -> AbstractContextManager[object]:
         """Inside, the closure sees the weights at ``point``: a point for each bucket, or what else the
         optimizer's estimate asks for (a coordinate).
         """

@@ -50,6 +50,8 @@ class Substitution:
 
         opened: the blocks that are open already, where no other forward needs their scratch.
 
+        tell_unseen: called with :attr:`seen` after a forward that has not taken every parameter.
+
     ``seen``: parameters that functions have taken, by id.
     """
 
@@ -68,7 +70,9 @@ class Substitution:
         points: list[Point],
         looks: bool,
         opened: Opened,
+        tell_unseen: Callable[[dict[int, None]], None],
     ) -> None:
+        self._tell_unseen = tell_unseen
         self.op, self.pool, self.owners, self.blocks, self.looks = op, pool, owners, blocks, looks
         self.seen: dict[int, None] = {}
         self._terms = [terms(point, seeds[b.device]) for b, point in zip(owners.buckets, points, strict=True)]
@@ -80,6 +84,9 @@ class Substitution:
         self._outer: Any = None  # the forward inside whose closure a step runs
 
     def __enter__(self) -> Substitution:
+        # autocast would keep a cast of every copy, which is a second model
+        self._casts_are_kept = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
         self._outer = running.get(get_ident())
         running[get_ident()] = self
         try:
@@ -108,10 +115,14 @@ class Substitution:
                 if not self._past:  # there was scratch for all of them
                     left = [m for m in made if m.is_open and self.blocks.of.get(m.parts[0].ids[0]) is m.block]
         finally:
+            torch.set_autocast_cache_enabled(self._casts_are_kept)
             self._opened.blocks = left
-            self._drop([m for m in made if m not in left], kind is not None)
-        if any(m.are_copies_written() for m in self._opened.blocks):
+            if len(left) < len(made):
+                self._drop([m for m in made if m not in left], kind is not None)
+        if any([m.are_copies_written() for m in left]):
             refuse_write(self.op)
+        if kind is None and len(self.seen) < len(self.owners.params):
+            self._tell_unseen(self.seen)
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of ``func``, where some of the arguments are guarded parameters."""
@@ -292,8 +303,12 @@ class Substitution:
                     ours = (p for p in block.params if id(p) in self.owners.params)
                     self.blocks.looked(block, [p for p in ours if id(p) not in self.seen])
         else:
-            for block in (*self._past, *(m.block for m in made)):
-                for part in self.owners.parts(block):
+            blocks = dict.fromkeys((*self._past, *[m.block for m in made]))
+            parts = [part for block in blocks for part in self.owners.parts(block)]
+            if sum([len(part.ids) for part in parts]) == len(self.owners.params):  # blocks share no parameter
+                self.seen = self.owners.ids
+            else:
+                for part in parts:
                     self.seen.update(part.seen)
         if new:
             self.blocks.join(new)

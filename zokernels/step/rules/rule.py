@@ -163,7 +163,11 @@ class Rule:
         """The arguments of a kernel that say how the update decays the weights, and how it rounds them."""
         decays = self.decoupled and bucket.group["weight_decay"]
         decay = gated_decay(decay_of(bucket.group, g), finite, bucket.device) if decays else None
-        return {"decay": decay, "rounding": bucket.group["rounding"], "rounding_seed": seeds[:1]}
+        return {
+            "decay": decay,
+            "rounding": bucket.group["rounding"],
+            "rounding_seed": seeds if seeds.numel() == 1 else seeds[:1],
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """What is kept of the groups, as plain numbers and lists."""
