@@ -58,6 +58,7 @@ class Form(NamedTuple):
     storages: tuple[str, ...] = _STORED  #: where it is measured
     linear: type[nn.Module] = nn.Linear  #: of which layers are made
     cached: float = 0.0  #: share of the blocks of which host memory holds copies
+    master: torch.dtype | None = None  #: the dtype in which fp32 weights are kept
 
 
 def _named(kind: Callable[..., StepOptimizer], **fixed: Any) -> Callable[..., StepOptimizer]:
@@ -81,6 +82,7 @@ FORMS = {
         lambda model, **options: QuZO(named_integers(model), lr=1e-3, eps=1.0, **options),
         linear=QuantizedLinear,
     ),
+    "bf16 master": Form(_named(ZOSGD), master=torch.bfloat16),
     "cache": Form(_named(ZOSGD), ("disk", "disk, written"), cached=0.5),
 }
 
@@ -243,15 +245,18 @@ def _transfers(engine: offload.Engine, work: Callable) -> float:
 def _alone(base: pathlib.Path | None, args: argparse.Namespace, form: Form) -> float:
     """The seconds of a step whose blocks stay on the device; 0 where they do not fit there.
 
-    Also writes the checkpoint ``base``.
+    Also writes the checkpoint ``base``.  Of weights that are kept in another dtype, the step is that of
+    their fp32 copies alone.
     """
-    model = build(args.shape, DTYPES[args.dtype], args.layers, form.linear)
-    fits = _fits(args)
-    storage = "device" if fits else "host"
-    with offload.stream(model, "layers", storage, device=args.device, weights=fill) as engine:
-        if base is not None:
+    make = lambda dtype: build(args.shape, dtype, args.layers, form.linear)
+    dtype, given = DTYPES[args.dtype], {"device": args.device, "weights": fill}
+    if base is not None:
+        with offload.stream(make(form.master or dtype), "layers", "host", **given) as engine:
             engine.save(base)
-        return _steps(model, args, form) if fits else 0.0
+    if not _fits(args):
+        return 0.0
+    with offload.stream(model := make(dtype), "layers", "device", **given):
+        return _steps(model, args, form)
 
 
 def _plain_copy(nbytes: int, device: torch.device) -> float:
@@ -283,6 +288,7 @@ def _measure(
     model = build(args.shape, dtype, args.layers, form.linear)
     blocks = model.blocks(args.halves)
     options: dict[str, Any] = {"slots": args.slots, "scratch": args.scratch, "device": args.device}
+    options["master"] = form.master
     if disk:
         options |= {"storage": "disk", "weights": base, "path": folder if written else None}
         options["cache"] = int(form.cached * sum(p.nbytes for p in model.layers.parameters()))
@@ -290,7 +296,8 @@ def _measure(
         options |= {"storage": storage, "weights": fill}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    planned = offload.footprint(model, blocks, slots=args.slots, scratch=args.scratch).total
+    sizes: dict[str, Any] = {"slots": args.slots, "scratch": args.scratch, "master": form.master}
+    planned = offload.footprint(model, blocks, **sizes).total
     with offload.stream(model, blocks, **options) as engine:
         step = _steps(model, args, form) if written or not disk else _read_only(engine, model, args, form)
         row: Row = {"form": name, "storage": storage, "shape": args.shape, "dtype": args.dtype}
@@ -315,7 +322,7 @@ def _measure(
     row["bound"] = max(transfer, compute)  # compute is 0 where the model does not fit the device
     row["ratio"] = step / row["bound"]
     row["tokens_per_second"] = args.batch * args.length / step
-    if storage != "device":
+    if storage != "device" and not engine.has_states:
         row["planned_memory"] = planned  # activations are not counted
     if device.type == "cuda":
         row["device_memory"] = peak

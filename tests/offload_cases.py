@@ -68,7 +68,7 @@ def train(model, steps, make=ZOSGD, losses=loss_of, batch=batch_of, **options):
 
 
 def same_bits(a, b):
-    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.itemsize]
+    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.itemsize]
     return (
         a.dtype == b.dtype
         and a.shape == b.shape

@@ -208,7 +208,7 @@ class Folder:
         block.keep(_states_in(found, block), torch.device("cpu"))
         first = len(header(block, 0))
         entries = (*block.entries, *(s.entry for s in block.states))
-        ours = {e.name: (NAMES[e.param.dtype], tuple(e.param.shape), first + e.begin) for e in entries}
+        ours = {e.name: (NAMES[e.dtype], tuple(e.param.shape), first + e.begin) for e in entries}
         theirs = {
             n: (e.dtype, e.shape, e.begin) for n, e in found.entries.items() if not n.startswith("_gap")
         }
@@ -309,8 +309,8 @@ def header(
     tensors = (*block.entries, *(s.entry for s in block.states))
     for e in sorted(tensors, key=lambda e: e.begin):
         gap(e.begin)
-        entries.append((e.name, Entry(NAMES[e.param.dtype], tuple(e.param.shape), e.begin, e.param.nbytes)))
-        at = e.begin + e.param.nbytes
+        entries.append((e.name, Entry(NAMES[e.dtype], tuple(e.param.shape), e.begin, e.nbytes)))
+        at = e.begin + e.nbytes
     gap(block.nbytes)
     metadata = {
         "zokernels_updates": f"{version:020d}",

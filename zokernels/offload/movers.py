@@ -197,7 +197,7 @@ class HostMemory:
         found = {}
         for region in self.regions[block.index]:
             for e in (s.entry for s in block.states) if region.begin else block.entries:
-                found[id(e.param)] = e.at(region.data, e.begin - region.begin)
+                found[id(e.param)] = e._replace(begin=e.begin - region.begin).of(region.data)
         return found
 
     def close(self) -> None:

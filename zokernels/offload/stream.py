@@ -50,6 +50,7 @@ def stream(
     cache: int = 0,
     wire: Wire | None = None,
     mesh: DeviceMesh | None = None,
+    master: torch.dtype | None = None,
 ) -> StoredModel:
     r"""Let the blocks of ``model`` live in ``storage`` and come to ``device`` one after another, once a step.
 
@@ -113,6 +114,10 @@ def stream(
         mesh: (host) a ``DeviceMesh`` of one dimension: each rank keeps a slice of every block, and the slices
             are gathered as the block comes in.  The ranks run all forwards together and take the same steps,
             so give the optimizer a mesh that has them all.
+        master: (host, disk) torch.bfloat16 or torch.float16: how the blocks' fp32 weights are kept.  Their
+            dtype is this one from then on, in ``state_dict()``, in files and for the optimizer, whose updates
+            are made in fp32 and rounded to it (``rounding="stochastic"``, its default).  Forwards compute
+            with fp32 copies, theta +- e z without a rounding; under autocast in its dtype.
 
     Returns: a :class:`StoredModel`, which is a context manager: ``flush()``, ``save(file)``, ``close()``.
     For storage on the host or on disk it is the :class:`Engine`.
@@ -124,6 +129,8 @@ def stream(
     """
     op = "stream"
     _check(op, storage, weights, path, resume, slots, scratch, memory, write_every, threads, cache, wire)
+    if master is not None and (storage == "device" or wire is not None):
+        fail(op, "master", "None where storage is 'device', and with wire=", master)
     if mesh is not None:
         check_mesh(op, mesh, storage, wire)
     target = _device(op, model, device)
@@ -131,8 +138,10 @@ def stream(
         fail(op, "model", "a model that is not streamed", "one that is", RuntimeError)
     fill = weights if callable(weights) else None
     checkpoint = None if weights is None or callable(weights) else Checkpoint(weights)
-    made = blocks_of(op, model, blocks)
-    places = {} if fill else _sources(op, model, made, checkpoint)
+    made = blocks_of(op, model, blocks, master)
+    places = {} if fill else _sources(op, model, made, checkpoint, storage == "host")
+    if master is torch.float16:
+        _check_range(op, made)
     for block in made if storage == "disk" and places else ():
         place_extents(block, [places[e.name] for e in block.entries])
     layout = None if wire is None else WireLayout(wire, made)
@@ -291,17 +300,30 @@ def _device(op: str, model: nn.Module, device: torch.device | str | None) -> tor
     return target
 
 
+def _check_range(op: str, blocks: Sequence[Block]) -> None:
+    """Raises where fp16 has no finite number for a weight that the model has."""
+    most = torch.finfo(torch.float16).max
+    for e in (e for b in blocks for e in b.entries if e.is_widened and not e.param.is_meta):
+        if bool((largest := e.param.detach().abs().max()) > most):
+            fail(op, f"master: {e.name}", f"weights up to {most}, as torch.float16 has", float(largest))
+
+
 def _sources(
-    op: str, model: nn.Module, blocks: Sequence[Block], checkpoint: Checkpoint | None
+    op: str, model: nn.Module, blocks: Sequence[Block], checkpoint: Checkpoint | None, copied: bool
 ) -> dict[str, tuple[str, int, int]]:
-    """(path, begin, size) of each streamed parameter in the checkpoint, which must fit the whole model."""
+    """(path, begin, size) of each streamed parameter in the checkpoint, which must fit the whole model.
+
+    Weights that are stored in another dtype than the model's are so in the file, too; where they are
+    ``copied`` from there, they may be in the model's.  Resident ones may be in either.
+    """
     if checkpoint is None:
         if missing := [n for n, _, _, p in aliases(model) if p.is_meta]:
             fail(op, "weights", f"a checkpoint for weights on 'meta' ({missing[0]!r}, ...)", None)
         return {}
     where = {canonical_name(name): (file, file.entries[name]) for name, file in checkpoint.where.items()}
     places = {}
-    names = {e.name for b in blocks for e in b.entries}
+    names = {e.name: e for b in blocks for e in b.entries}
+    master = blocks[0].master
     groups: dict[int, list[tuple[str, Tensor]]] = {}
     for name, _, _, p in aliases(model):
         groups.setdefault(id(p), []).append((name, p))
@@ -312,8 +334,12 @@ def _sources(
         file, entry = where[canonical_name(name)]
         if entry.shape != tuple(p.shape):
             fail(op, f"weights: {name}", f"shape {tuple(p.shape)}, as in the model", entry.shape)
-        if DTYPES.get(entry.dtype) is not p.dtype:
-            fail(op, f"weights: {name}", f"dtype {p.dtype}, as in the model", entry.dtype)
+        streamed = next((names[alias] for alias, _ in same if alias in names), None)
+        stored = p.dtype if streamed is None else streamed.dtype
+        either = p.dtype is torch.float32 and (copied or streamed is None) and master is not None
+        if DTYPES.get(entry.dtype) not in ((p.dtype, master) if either else (stored,)):
+            whose = "as in the model" if stored is p.dtype else "as master says"
+            fail(op, f"weights: {name}", f"dtype {stored}, {whose}", entry.dtype)
         for alias, _ in same:
             if alias in names:
                 places[alias] = (str(file.path), entry.begin, entry.size)
