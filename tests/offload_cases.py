@@ -1,5 +1,7 @@
 """Models and runs for the tests of zokernels.offload."""
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -46,6 +48,14 @@ def tower(dtype=torch.float32, seed=0, **options):
         for p in model.parameters():  # so that biases and norms are not constant either
             p.add_(0.1 * torch.randn_like(p))
     return model.to(dtype)
+
+
+def kept(model, master):
+    """The model with the weights of its layers in the dtype ``master``, or as it is."""
+    low = copy.deepcopy(model)
+    if master is not None:
+        low.layers.to(master)
+    return low
 
 
 def batch_of(step):

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from offload_cases import Tower, batch_of, loss_of, same_bits, same_state, tower, train
+from offload_cases import Tower, batch_of, kept, loss_of, same_bits, same_state, tower, train
 from safetensors.torch import load_file, save_file
 from test_offload_states import METHODS, run
 
@@ -19,13 +19,6 @@ from zokernels.optim import ZOSGD, ForwardGradient, ZOAdam
 from zokernels.trajectory import replay_
 
 KINDS = {"SGD": ZOSGD, "momentum": lambda p, **o: ZOSGD(p, momentum=0.9, **o), "Adam": ZOAdam}
-
-
-def kept(model, master):
-    """The model in memory, with the weights of its layers in the dtype ``master``."""
-    low = copy.deepcopy(model)
-    low.layers.to(master)
-    return low
 
 
 def written_out(model, steps, kind, eps=1e-2, **options):

@@ -20,11 +20,11 @@ from .blocks import STORAGES, Block, aliases, blocks_of, materialise, persistent
 from .encoder import Encoder
 from .engine import Engine
 from .footprint import fitting
-from .gathered import check_mesh
+from .gathered import Group, check_mesh
 from .layout import WireLayout
 from .memory import mapping
 from .movers import Carrier
-from .run import Run
+from .run import LOG, Run
 from .storage import DiskStorage, HostStorage
 from .stored import OnDevice, StoredModel
 from .timeline import Timeline
@@ -111,9 +111,10 @@ def stream(
             (:attr:`Engine.is_lossless`), and give the bits of None.  All else is lossy: forwards compute with
             decode(encode(theta)), rounded to the weights' dtype, in the place of theta.  What is stored and
             saved, and ``state_dict()``, are the weights themselves.
-        mesh: (host) a ``DeviceMesh`` of one dimension: each rank keeps a slice of every block, and the slices
-            are gathered as the block comes in.  The ranks run all forwards together and take the same steps,
-            so give the optimizer a mesh that has them all.
+        mesh: (host, disk) a ``DeviceMesh`` of one dimension: each rank keeps a slice of every block, or reads
+            it from disk, and the slices are gathered as the block comes in.  The ranks run all forwards
+            together and take the same steps, so give the optimizer a mesh that has them all.  ``path`` must
+            be a folder that all ranks see: the first one writes it.
         master: (host, disk) torch.bfloat16 or torch.float16: how the blocks' fp32 weights are kept.  Their
             dtype is this one from then on, in ``state_dict()``, in files and for the optimizer, whose updates
             are made in fp32 and rounded to it (``rounding="stochastic"``, its default).  Forwards compute
@@ -149,18 +150,20 @@ def stream(
         _load(model, made, {} if checkpoint is None else checkpoint.tensors(), fill, target)
         return OnDevice(model, made, target, Timeline(target))
     # The blocks' files of a run that is continued may have states.
-    run = None if path is None else Run(path, made, resume)
+    group = None if mesh is None else Group(mesh)
+    run = None if path is None else _run_of(op, path, made, resume, group)
     try:
         fit = functools.partial(fitting, op, model, made, target, slots, layout=layout, memory=memory)
         count, of_scratch = fit(scratch)
         writes = write_every if storage != "disk" or path is not None else None
         refit = lambda: fit(of_scratch, held=of_scratch)[0]
-        carrier = Carrier(op, made, target, count, layout, Timeline(target), writes, refit)
+        parts = 1 if group is None else group.count
+        carrier = Carrier(op, made, target, count, layout, Timeline(target), writes, refit, parts)
         store: HostStorage | DiskStorage
         if storage == "host":
-            store = HostStorage(carrier, mesh)
+            store = HostStorage(carrier, group)
         else:
-            store = DiskStorage(carrier, threads, checkpoint is not None, cache)
+            store = DiskStorage(carrier, threads, checkpoint is not None, cache, group)
         size = max(b.scratch for b in made)
         copies = [torch.empty(size, dtype=torch.uint8, device=target) for _ in range(of_scratch)]
         # From here on the model changes.
@@ -177,6 +180,27 @@ def stream(
         if run is not None:  # whose lock would keep others out
             run.withdraw() if isinstance(error, MemoryError) else run.close()
         raise
+
+
+def _run_of(
+    op: str, path: str | os.PathLike[str], blocks: Sequence[Block], resume: bool, group: Group | None
+) -> Run:
+    """The run in the folder ``path``, which the first rank of ``group`` writes, and the others look at."""
+    if group is None:
+        return Run(path, blocks, resume)
+    if group.is_first:
+        try:
+            run = Run(path, blocks, resume)
+        except BaseException as error:
+            group.from_first(str(error))
+            raise
+        group.from_first()
+        return run
+    if (failure := group.from_first()) is not None:
+        fail(op, "path", "a folder that the first rank can use", f"its error: {failure}", RuntimeError)
+    if not os.path.isfile(os.path.join(path, LOG)):
+        fail(op, "path", "a folder that all ranks see", f"{os.fspath(path)}, without the run of the first")
+    return Run(path, blocks, resume, writes=False)
 
 
 def _load_resident(
