@@ -18,7 +18,7 @@ BUILT  := $(VENV)/built$(if $(GPU)$(filter 1,$(ZOKERNELS_CUDA))$(wildcard $(VENV
 
 test: $(VENV)/tested $(VENV)/tritons lint
 	$(BIN)/python -m bench run --op combine --device cpu --tiny
-	$(BIN)/python -m bench offload --device cpu --tiny
+	$(BIN)/python -m bench offload --device cpu --tiny --form all
 	$(BIN)/python -m bench trajectory --device cpu --tiny
 	$(BIN)/python -m bench host --tiny
 	$(BIN)/python -m pytest -q

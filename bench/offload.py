@@ -1,8 +1,9 @@
 """``python -m bench offload``: a streamed step against what bounds it, each measured alone in the same run.
 
 The bound of a step is the longer of its transfers and its computation.  Transfers are read (and written)
-block by block without a forward; the computation is a step of the same engine whose blocks stay where they
-are."""
+block by block without a forward; the computation is a step of the same optimizer whose blocks stay on the
+device.  A form is what is trained and how: plain SGD, Adam with its moments, masks, low rank, quantised
+layers, a cache in front of the disk."""
 
 from __future__ import annotations
 
@@ -10,18 +11,21 @@ import argparse
 import json
 import os
 import pathlib
+import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zokernels import noise, offload, stream_of
-from zokernels.optim import ZOSGD
+from zokernels.optim import LOZO, QZO, ZOSGD, QuZO, RandomMask, SparseMeZO, ZOAdamW
+from zokernels.quantize import QuantizedLinear, named_integers, named_scales
+from zokernels.step.step import StepOptimizer
 
 from . import machine
 from .gpu.stage import replace
@@ -42,11 +46,52 @@ _TOKENS = 256
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+_STEP = {"lr": 1e-7, "eps": 1e-3}
+_STORED = ("host", "disk, written")
+
+
+class Form(NamedTuple):
+    """What is trained, and how."""
+
+    #: Makes the optimizer of a model, given the arguments that all of them take.
+    optimizer: Callable[..., StepOptimizer]
+    storages: tuple[str, ...] = _STORED  #: where it is measured
+    linear: type[nn.Module] = nn.Linear  #: of which layers are made
+    cached: float = 0.0  #: share of the blocks of which host memory holds copies
+    master: torch.dtype | None = None  #: the dtype in which fp32 weights are kept
+
+
+def _named(kind: Callable[..., StepOptimizer], **fixed: Any) -> Callable[..., StepOptimizer]:
+    """An optimizer of all parameters."""
+    return lambda model, **options: kind(model.named_parameters(), **(_STEP | fixed | options))
+
+
+#: By name.  Storage that is only read begins with states at their first values and takes every update again,
+#: so forms with states are not measured there.
+FORMS = {
+    "sgd": Form(_named(ZOSGD), ("device", "host", "disk", "disk, written")),
+    "adam": Form(_named(ZOAdamW)),
+    "adam, bf16 states": Form(_named(ZOAdamW, state_dtype=torch.bfloat16)),
+    "sparse-mezo": Form(_named(SparseMeZO)),
+    "random mask": Form(_named(ZOSGD, direction=RandomMask(0.25))),
+    "lozo": Form(_named(LOZO)),
+    "qzo": Form(
+        lambda model, **options: QZO(named_scales(model), **_STEP, **options), linear=QuantizedLinear
+    ),
+    "quzo": Form(
+        lambda model, **options: QuZO(named_integers(model), lr=1e-3, eps=1.0, **options),
+        linear=QuantizedLinear,
+    ),
+    "bf16 master": Form(_named(ZOSGD), master=torch.bfloat16),
+    "cache": Form(_named(ZOSGD), ("disk", "disk, written"), cached=0.5),
+}
+
+
 class Attention(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, linear: type[nn.Module] = nn.Linear) -> None:
         super().__init__()
         self.heads, self.norm = heads, nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.qkv, self.out = linear(width, 3 * width), linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -56,12 +101,12 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, linear: type[nn.Module] = nn.Linear) -> None:
         super().__init__()
         self.norm, self.up, self.down = (
             nn.LayerNorm(width),
-            nn.Linear(width, 4 * width),
-            nn.Linear(4 * width, width),
+            linear(width, 4 * width),
+            linear(4 * width, width),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,19 +116,19 @@ class FeedForward(nn.Module):
 class Layer(nn.Module):
     """A decoder block of OPT's shape."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, linear: type[nn.Module] = nn.Linear) -> None:
         super().__init__()
-        self.attention, self.feed_forward = Attention(width, heads), FeedForward(width)
+        self.attention, self.feed_forward = Attention(width, heads, linear), FeedForward(width, linear)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.feed_forward(self.attention(x))
 
 
 class Decoder(nn.Module):
-    def __init__(self, layers: int, width: int, vocabulary: int) -> None:
+    def __init__(self, layers: int, width: int, vocabulary: int, linear: type[nn.Module] = nn.Linear) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocabulary, width)
-        self.layers = nn.ModuleList(Layer(width, max(1, width // 128)) for _ in range(layers))
+        self.layers = nn.ModuleList(Layer(width, max(1, width // 128), linear) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -102,23 +147,31 @@ class Decoder(nn.Module):
 
 
 def fill(name: str, p: Tensor) -> None:
-    """Fills a parameter with 0.02 times the noise of its own stream, repeated as often as needed.
+    """Fills a weight with 0.02 times the noise of its own stream, repeated as often as needed.
 
-    Norms get 1 more.
+    Norms get 1 more.  Integers get 30 times the noise, and their scales are such that they stand for the
+    same weights.
     """
     with torch.no_grad():
         flat = p.view(-1)
+        if name.endswith("scale"):
+            flat.fill_(0.02 / 30)
+            return
         part = 0.02 * noise(min(flat.numel(), 1 << 22), seed=1, stream=stream_of(name))
+        if p.dtype is torch.int8:
+            part = (30 / 0.02 * part).round_().clamp_(-127, 127)
         part = (part + 1 if "norm" in name and name.endswith("weight") else part).to(p.dtype)
         for to in flat.split(len(part)):
             to.copy_(part[: len(to)])
 
 
-def build(shape: str, dtype: torch.dtype, layers: int | None = None) -> Decoder:
+def build(
+    shape: str, dtype: torch.dtype, layers: int | None = None, linear: type[nn.Module] = nn.Linear
+) -> Decoder:
     """A model of at most ``layers`` layers, without memory for its weights."""
     count, *rest = SHAPES[shape]
     with offload.empty_weights():
-        return Decoder(min(count, layers or count), *rest).to(dtype)
+        return Decoder(min(count, layers or count), *rest, linear).to(dtype)
 
 
 def _sync(device: torch.device) -> None:
@@ -158,20 +211,23 @@ def _fits(args: argparse.Namespace) -> bool:
     return needed < 0.8 * torch.cuda.mem_get_info()[0]
 
 
-def _steps(model: nn.Module, args: argparse.Namespace, **options: Any) -> float:
-    """The median time of a step in seconds, without the first two steps."""
+def _times(model: nn.Module, args: argparse.Namespace, form: Form) -> Iterator[float]:
+    """The time of each step in seconds."""
     device = torch.device(args.device)
     ids = torch.randint(SHAPES[args.shape][2], (args.batch, args.length), device=device)
-    optimizer = ZOSGD(model.named_parameters(), lr=1e-7, eps=1e-3, dist=args.dist, **options)
-    times = []
+    optimizer = form.optimizer(model, dist=args.dist)
     for _ in range(args.steps + 2):
         start = time.perf_counter()
         loss = optimizer.step(lambda: model(ids))
         _sync(device)
-        times.append(time.perf_counter() - start)
+        yield time.perf_counter() - start
     if not loss.isfinite():
         raise SystemExit("bench offload: the loss is not finite")
-    return statistics.median(times[2:])
+
+
+def _steps(model: nn.Module, args: argparse.Namespace, form: Form) -> float:
+    """The median time of a step in seconds, without the first two steps."""
+    return statistics.median(list(_times(model, args, form))[2:])
 
 
 def _transfers(engine: offload.Engine, work: Callable) -> float:
@@ -186,13 +242,21 @@ def _transfers(engine: offload.Engine, work: Callable) -> float:
     return min(times)
 
 
-def _alone(base: pathlib.Path | None, args: argparse.Namespace) -> float:
-    """The seconds of a step whose blocks stay on the device.  Also writes the checkpoint ``base``."""
-    model = build(args.shape, DTYPES[args.dtype], args.layers)
-    with offload.stream(model, "layers", "device", device=args.device, weights=fill) as engine:
-        if base is not None:
+def _alone(base: pathlib.Path | None, args: argparse.Namespace, form: Form) -> float:
+    """The seconds of a step whose blocks stay on the device; 0 where they do not fit there.
+
+    Also writes the checkpoint ``base``.  Of weights that are kept in another dtype, the step is that of
+    their fp32 copies alone.
+    """
+    make = lambda dtype: build(args.shape, dtype, args.layers, form.linear)
+    dtype, given = DTYPES[args.dtype], {"device": args.device, "weights": fill}
+    if base is not None:
+        with offload.stream(make(form.master or dtype), "layers", "host", **given) as engine:
             engine.save(base)
-        return _steps(model, args)
+    if not _fits(args):
+        return 0.0
+    with offload.stream(model := make(dtype), "layers", "device", **given):
+        return _steps(model, args, form)
 
 
 def _plain_copy(nbytes: int, device: torch.device) -> float:
@@ -211,24 +275,33 @@ def _plain_copy(nbytes: int, device: torch.device) -> float:
 
 
 def _measure(
-    storage: str, base: pathlib.Path, folder: pathlib.Path, args: argparse.Namespace, compute: float
+    name: str,
+    storage: str,
+    base: pathlib.Path,
+    folder: pathlib.Path,
+    args: argparse.Namespace,
+    compute: float,
 ) -> Row:
-    dtype, device = DTYPES[args.dtype], torch.device(args.device)
+    """One row: the form of that name in ``storage``."""
+    dtype, device, form = DTYPES[args.dtype], torch.device(args.device), FORMS[name]
     disk, written = storage.startswith("disk"), storage == "disk, written"
-    model = build(args.shape, dtype, args.layers)
+    model = build(args.shape, dtype, args.layers, form.linear)
     blocks = model.blocks(args.halves)
     options: dict[str, Any] = {"slots": args.slots, "scratch": args.scratch, "device": args.device}
+    options["master"] = form.master
     if disk:
         options |= {"storage": "disk", "weights": base, "path": folder if written else None}
+        options["cache"] = int(form.cached * sum(p.nbytes for p in model.layers.parameters()))
     else:
         options |= {"storage": storage, "weights": fill}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    planned = offload.footprint(model, blocks, slots=args.slots, scratch=args.scratch).total
+    sizes: dict[str, Any] = {"slots": args.slots, "scratch": args.scratch, "master": form.master}
+    planned = offload.footprint(model, blocks, **sizes).total
     with offload.stream(model, blocks, **options) as engine:
-        step = _steps(model, args) if written or not disk else _read_only(engine, model, args)
-        row: Row = {"storage": storage, "shape": args.shape, "dtype": args.dtype, "layers": len(model.layers)}
-        row |= {"step": step, "compute": compute, "read": 0.0, "write": 0.0}
+        step = _steps(model, args, form) if written or not disk else _read_only(engine, model, args, form)
+        row: Row = {"form": name, "storage": storage, "shape": args.shape, "dtype": args.dtype}
+        row |= {"layers": len(model.layers), "step": step, "compute": compute, "read": 0.0, "write": 0.0}
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         if storage != "device":
             engine.flush()
@@ -249,26 +322,20 @@ def _measure(
     row["bound"] = max(transfer, compute)  # compute is 0 where the model does not fit the device
     row["ratio"] = step / row["bound"]
     row["tokens_per_second"] = args.batch * args.length / step
-    if storage != "device":
+    if storage != "device" and not engine.has_states:
         row["planned_memory"] = planned  # activations are not counted
     if device.type == "cuda":
         row["device_memory"] = peak
     return row
 
 
-def _read_only(engine: offload.Engine, model: nn.Module, args: argparse.Namespace) -> float:
+def _read_only(engine: offload.Engine, model: nn.Module, args: argparse.Namespace, form: Form) -> float:
     """Steps with a log of one update at a time: what a run's log adds to each step is measured by ``bench
     run``.
     """
-    device = torch.device(args.device)
-    ids = torch.randint(SHAPES[args.shape][2], (args.batch, args.length), device=device)
-    optimizer = ZOSGD(model.named_parameters(), lr=1e-7, eps=1e-3, dist=args.dist)
     times = []
-    for _ in range(args.steps + 2):
-        start = time.perf_counter()
-        optimizer.step(lambda: model(ids))
-        _sync(device)
-        times.append(time.perf_counter() - start)
+    for seconds in _times(model, args, form):
+        times.append(seconds)
         engine.history.restart(engine.history.end)
         for block in engine.blocks:
             block.stored = block.kept = engine.history.end
@@ -282,6 +349,7 @@ def _number(row: Row, key: str, form: str, scale: float = 1.0) -> str:
 #: The columns of the table: the head of each, and what of a row stands below it.
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "storage": lambda r: r["storage"],
+    "form": lambda r: r["form"],
     "step s": lambda r: _number(r, "step", ".3f"),
     "compute": lambda r: _number(r, "compute", ".3f"),
     "read": lambda r: _number(r, "read", ".3f"),
@@ -301,10 +369,11 @@ LEGEND = (
 
 
 def _width(head: str) -> int:
-    return 13 if head == "storage" else max(8, len(head))
+    return {"storage": 13, "form": 17}.get(head, max(8, len(head)))
 
 
 def heading(row: Row) -> str:
+    """What a row is of.  (Form and storage are columns.)"""
     return f"{row['shape']}, {row['layers']} layers, {row['dtype']}"
 
 
@@ -313,6 +382,7 @@ def run(args: argparse.Namespace) -> int:
         raise SystemExit("--device cuda: torch sees no CUDA device")
     if args.tiny:
         args.shape, args.length, args.steps = "tiny", 16, 2
+        torch.set_num_threads(1)  # products this small only wait for one another
     if args.device == "cuda" and args.layers is None:
         args.layers = _layers_that_fit(args)
     torch.manual_seed(0)
@@ -333,18 +403,22 @@ def run(args: argparse.Namespace) -> int:
     print(" ".join(f"{head:>{_width(head)}}" for head in COLUMNS))
     with tempfile.TemporaryDirectory(dir=args.folder) as place:
         base = pathlib.Path(place) / "base.safetensors"
-        compute, in_memory = 0.0, None
-        if "memory" in args.storage:
-            in_memory = _steps(_in_memory(args), args)
-        if _fits(args):
-            compute = _alone(base if any(s.startswith("disk") for s in args.storage) else None, args)
-        for i, storage in enumerate(s for s in args.storage if s != "memory"):
-            row = _measure(storage, base, pathlib.Path(place) / f"run{i}", args, compute)
-            if in_memory is not None:
-                row |= {"in_memory": in_memory, "of_in_memory": in_memory / row["step"]}
-            rows.append(row)
-            print(" ".join(f"{show(row):>{_width(head)}}" for head, show in COLUMNS.items()), flush=True)
-            save()  # so that the rows are kept if a time limit ends the run
+        for name in FORMS if "all" in args.form else args.form:
+            form, in_memory = FORMS[name], None
+            storages = [s for s in args.storage if s in form.storages]
+            if name == "sgd" and "memory" in args.storage:
+                in_memory = _steps(_in_memory(args), args, form)
+            files = any(s.startswith("disk") for s in storages)
+            compute = _alone(base if files else None, args, form) if storages else 0.0
+            for storage in storages:
+                folder = pathlib.Path(place) / "run"
+                row = _measure(name, storage, base, folder, args, compute)
+                shutil.rmtree(folder, ignore_errors=True)
+                if in_memory is not None:
+                    row |= {"in_memory": in_memory, "of_in_memory": in_memory / row["step"]}
+                rows.append(row)
+                print(" ".join(f"{show(row):>{_width(head)}}" for head, show in COLUMNS.items()), flush=True)
+                save()  # so that the rows are kept if a time limit ends the run
     print(f"\n{LEGEND}\n{time.perf_counter() - start:.0f} s")
     save()
     if args.json:
@@ -357,6 +431,8 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     sub.add_argument("--shape", choices=SHAPES, default="256m")
     sub.add_argument("--storage", nargs="+", choices=storages, default=["host", "disk", "disk, written"])
+    forms = (*FORMS, "all")
+    sub.add_argument("--form", nargs="+", choices=forms, default=["sgd"], help="what is trained, and how")
     sub.add_argument("--dtype", choices=DTYPES, default="fp32")
     sub.add_argument("--dist", choices=("normal", "rademacher"), default="normal")
     sub.add_argument("--batch", type=int, default=1)

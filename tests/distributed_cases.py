@@ -23,6 +23,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import trajectory_cases
+from safetensors.torch import save_file
 from test_interrupts import Preempted, signal_at
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -35,7 +36,7 @@ import zokernels
 from zokernels import offload
 from zokernels.contract import derive_seed_int, streams_of
 from zokernels.distributed import AsyncExchange, Exchange, RanksDiffer, mean_of
-from zokernels.optim import ZOCGE, ZOSGD, Ranking, ThreePoint, ZerothOrder, ZORankSGD
+from zokernels.optim import ZOCGE, ZOSGD, Ranking, ThreePoint, ZerothOrder, ZOAdam, ZORankSGD
 from zokernels.step.rules.sgd import SGD
 from zokernels.step.shard import shard_of, whole_of
 from zokernels.trajectory import read, record, replay_
@@ -1024,12 +1025,122 @@ case(4, "streamed in slices, both", slots=2, dtype=torch.bfloat16, directions=3,
 case(4, "streamed in slices, uneven", slots=2, dtype=torch.float16, directions=3, perturbation=4)(streamed)
 
 
+def streamed_from_disk(
+    world: World,
+    written: bool,
+    kind: type[ZerothOrder] = ZOSGD,
+    master: torch.dtype | None = None,
+    **sizes: int,
+) -> None:
+    """Each rank reads a slice of every block; the first one writes whole blocks, into one folder.
+
+    Weights, losses and log are those of one process; the run goes on with as many ranks, and with one.
+    """
+    make = lambda: offload_cases.tower(torch.float32, seed=5, layers=4, width=40, dropout=0.0, tied=False).to(
+        DEVICE
+    )
+    model, mesh, folder, base = make(), world.mesh(**sizes), world.folder, world.folder / "base.safetensors"
+    if world.rank == 0:
+        save_file(offload_cases.kept(make(), master).state_dict(), base)
+    dist.barrier()
+    line = init_device_mesh(DEVICE, (world.ranks,), mesh_dim_names=("slices",))
+    path = folder / "run" if written else None
+    options = {"weights": base, "path": path, "slots": world.rng.choice((1, 3)), "master": master}
+    if written:
+        options["write_every"] = world.rng.choice((1, 2))
+    if world.rng.random() < 0.5:
+        options["cache"] = 20_000  # of some slices
+    settings = {"lr": 1e-3, "eps": 1e-2, "seed": 3}
+    loss = lambda model, step: offload_cases.loss_of(model, offload_cases.batch_of(step).to(DEVICE))
+    returned, begin = [], make().state_dict()
+    for until in (3, 6, 9) if written else (9,):
+        model = make()
+        with offload.stream(
+            model, storage="disk", mesh=line, resume=until > 3 and written, **options
+        ) as engine:
+            spans, read = [], engine.mover.source.reader.read
+            engine.mover.source.reader.read = lambda block, data, begin, end: (
+                spans.append((block.index, end - begin)), read(block, data, begin, end)  # noqa: B023
+            )  # fmt: skip
+            optimizer = kind(model.named_parameters(), mesh=Exchange(mesh), **settings)
+            for step in range(optimizer.step_count, until):
+                returned.append(float(optimizer.step(lambda: loss(model, step))))  # noqa: B023
+            ours = {name: value.clone() for name, value in model.state_dict().items()}
+            sizes_of = {b.index: b.nbytes for b in engine.blocks}
+            slices = [size for index, size in spans if size < sizes_of[index]]
+            assert slices  # but for the blocks whose checksums a run that goes on compares once
+            assert len(spans) - len(slices) <= (len(sizes_of) if until > 3 and written else 0)
+            assert all(size <= sizes_of[0] / world.ranks + 4096 for size in slices)
+            if until == 6:  # as processes that die: nothing is flushed, and blocks lack different updates
+                engine.mover.drain()
+                optimizer.trajectory.close()
+                engine.closed = True
+    alone = make()
+    reference = offload.stream(alone, storage="host", master=master) if master else contextlib.nullcontext()
+    with reference:
+        optimizer = kind(alone.named_parameters(), **settings, trajectory=folder / f"{world.rank}.zk")
+        assert returned == [float(optimizer.step(lambda: loss(alone, step))) for step in range(9)]  # noqa: B023
+        optimizer.trajectory.close()
+        assert not offload_cases.same_state(ours, alone.state_dict())
+    assert offload_cases.same_state(ours, {k: v.to(ours[k].dtype) for k, v in begin.items()})
+    if written and world.rank == 0:  # one process goes on with what the ranks have left
+        assert (path / "run.zk").read_bytes() == (folder / "0.zk").read_bytes()
+        with offload.stream(model := make(), storage="disk", resume=True, **options):
+            optimizer = kind(model.named_parameters(), **settings)
+            assert optimizer.step_count == 9
+            assert not offload_cases.same_state(model.state_dict(), ours)
+
+
+case(2, "streamed from disk, read", written=False, perturbation=2)(streamed_from_disk)
+case(2, "streamed from disk, written", written=True, perturbation=2)(streamed_from_disk)
+case(2, "streamed from disk, Adam", written=True, kind=ZOAdam, perturbation=2)(streamed_from_disk)
+case(2, "streamed from disk, master", written=True, master=torch.bfloat16, perturbation=2)(streamed_from_disk)
+case(4, "streamed from disk, uneven", written=True, copies=4)(streamed_from_disk)
+
+
+@case(2)
+def streamed_to_a_full_disk(world: World) -> None:
+    """What the first rank cannot write is an error on all of them, and the files stay whole."""
+    line = init_device_mesh(DEVICE, (world.ranks,), mesh_dim_names=("slices",))
+    model, path = offload_cases.tower(layers=3).to(DEVICE), world.folder / "run"
+    engine = offload.stream(model, storage="disk", mesh=line, path=path)
+    optimizer = ZOSGD(model.named_parameters(), lr=1e-3, mesh=Exchange(world.mesh(copies=2)))
+    step = lambda: optimizer.step(lambda: offload_cases.loss_of(model, offload_cases.batch_of(0).to(DEVICE)))
+    step()
+    engine.flush()
+    before = {p.name: p.read_bytes() for p in path.glob("block-*")}
+    if world.rank == 0:
+
+        def full(*args: object) -> None:
+            raise OSError("no room")
+
+        engine.mover.source._folder.write = full
+
+    def fails() -> None:
+        step()
+        engine.flush()
+
+    with pytest.raises(OSError, match="no room"):
+        fails()
+    assert {p.name: p.read_bytes() for p in path.glob("block-*")} == before
+    with pytest.raises((OSError, RuntimeError)):
+        engine.close()
+
+
 @case(2)
 def streamed_wrong(world: World) -> None:
     make = lambda mesh, **options: offload.stream(offload_cases.tower(), mesh=mesh, **options)
     line, plane = world.mesh(slices=2), world.mesh(a=2, b=1)
     refused(world, "mesh: expected a DeviceMesh of one dimension .* got 2 dimensions", lambda: make(plane))
-    refused(world, "storage: expected 'host' with a mesh", lambda: make(line, storage="device"))
+    refused(world, "storage: expected 'host' or 'disk' with a mesh", lambda: make(line, storage="device"))
+    path = world.folder / "run"
+    if world.rank == 0:
+        path.mkdir()
+        (path / "block-00000.safetensors").touch()
+    dist.barrier()
+    pattern = "expected a folder without a run, or resume=True, got 'block-00000.safetensors'"
+    with pytest.raises((ValueError, RuntimeError), match=pattern):
+        make(line, storage="disk", path=path)
     refused(world, "wire: expected None with a mesh, got 'int8'", lambda: make(line, wire="int8"))
 
 

@@ -1,5 +1,7 @@
 """Models and runs for the tests of zokernels.offload."""
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -48,6 +50,14 @@ def tower(dtype=torch.float32, seed=0, **options):
     return model.to(dtype)
 
 
+def kept(model, master):
+    """The model with the weights of its layers in the dtype ``master``, or as it is."""
+    low = copy.deepcopy(model)
+    if master is not None:
+        low.layers.to(master)
+    return low
+
+
 def batch_of(step):
     return torch.randint(VOCAB, (3, 7), generator=torch.Generator().manual_seed(step))
 
@@ -68,7 +78,7 @@ def train(model, steps, make=ZOSGD, losses=loss_of, batch=batch_of, **options):
 
 
 def same_bits(a, b):
-    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.itemsize]
+    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.itemsize]
     return (
         a.dtype == b.dtype
         and a.shape == b.shape

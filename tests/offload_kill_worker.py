@@ -1,5 +1,5 @@
 """A streamed run on disk that is killed again and again (test_offload_disk.py): ``FOLDER KILLS SEED WIRE
-METHOD``.
+METHOD``.  WIRE is a wire format, "none", or "master" for fp32 weights whose blocks are kept in bf16.
 
 One process forks a child for each attempt, kills it with SIGKILL after a random time, and lets the last one
 finish. Prints the number of children that were killed: as many as were asked for, and more until they have
@@ -38,8 +38,11 @@ def training(model: torch.nn.Module, steps: int, method: str) -> None:
 def run(folder: pathlib.Path, base: pathlib.Path, steps: int, wire: str | None, method: str) -> None:
     with offload.empty_weights():
         model = tower_on_meta()
+    options = {"master": torch.bfloat16} if wire == "master" else {"wire": wire}
+    if wire == "master":  # the base is read in place, and what stays on the device is widened
+        model.float()
     with offload.stream(
-        model, "layers", "disk", weights=base, path=folder, resume=True, slots=2, wire=wire
+        model, "layers", "disk", weights=base, path=folder, resume=True, slots=2, **options
     ) as engine:
         training(model, steps, method)
         engine.save(folder / "saved")

@@ -106,7 +106,13 @@ def test_resuming(from_file, rng, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("wire", "kills", "method"),
-    [("none", 30, "SGD"), ("fp8", 8, "SGD"), ("none", 4, "Adam"), ("none", 4, "Sparse-MeZO")],
+    [
+        ("none", 30, "SGD"),
+        ("fp8", 8, "SGD"),
+        ("master", 3, "SGD"),
+        ("none", 4, "Adam"),
+        ("none", 4, "Sparse-MeZO"),
+    ],
 )
 def test_killed_at_random_moments_it_ends_with_the_same_bits(wire, kills, method, rng, tmp_path):
     worker = pathlib.Path(__file__).with_name("offload_kill_worker.py")

@@ -327,7 +327,7 @@ def test_a_cache_in_front_of_the_disk(method, wire, states, rng, tmp_path, monke
     expected, _ = run(method, model, 6)
     size = offload.footprint(model, "layers", slots=1, states=(torch.float32,) * states).slots
     reads, own = [], Reader.read
-    patched = lambda self, block, data: reads.append(block.index) or own(self, block, data)
+    patched = lambda self, block, *rest: reads.append(block.index) or own(self, block, *rest)
     monkeypatch.setattr(Reader, "read", patched)
     at = 0
     for until in (3, 6):

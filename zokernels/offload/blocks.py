@@ -61,14 +61,30 @@ class Entry(NamedTuple):
     name: str
     param: Tensor
     begin: int  #: byte in the block
+    dtype: torch.dtype  #: of what is stored
+    computed: torch.dtype  #: of what a forward computes with: ``dtype``, or a wider one
+
+    @property
+    def nbytes(self) -> int:
+        return self.param.numel() * self.dtype.itemsize
+
+    @property
+    def is_widened(self) -> bool:
+        """Whether a forward computes with another dtype than what is stored has."""
+        return self.dtype is not self.computed
 
     def of(self, data: Tensor) -> Tensor:
-        """The parameter, as a view of ``data``, the bytes of the block."""
-        return self.at(data, self.begin)
+        """What is stored, as a view of ``data``, the bytes of the block."""
+        return self.bytes_of(data).view(self.dtype).view(self.param.shape)
 
-    def at(self, data: Tensor, begin: int) -> Tensor:
-        p = self.param
-        return data[begin : begin + p.nbytes].view(p.dtype).view(p.shape)
+    def bytes_of(self, data: Tensor) -> Tensor:
+        """The bytes of what is stored among ``data``, those of the block."""
+        return data[self.begin : self.begin + self.nbytes]
+
+    def copy_at(self, data: Tensor, begin: int) -> Tensor:
+        """A copy that a forward computes with, as a view of ``data`` from byte ``begin`` on."""
+        size = self.param.numel() * self.computed.itemsize
+        return data[begin : begin + size].view(self.computed).view(self.param.shape)
 
 
 class State(NamedTuple):
@@ -106,8 +122,9 @@ class Extent(NamedTuple):
 class Block:
     """A module whose weights travel together."""
 
-    def __init__(self, index: int, name: str, module: nn.Module) -> None:
-        self.index, self.name, self.module = index, name, module
+    def __init__(self, index: int, name: str, module: nn.Module, master: torch.dtype | None = None) -> None:
+        """``master``: the dtype in which weights of fp32 are stored; None: their own."""
+        self.index, self.name, self.module, self.master = index, name, module, master
         self.entries: list[Entry] = []
         self.states: list[State] = []  #: they lie behind the weights
         self.extents: list[Extent] = []  #: of the checkpoint that its weights come from
@@ -125,8 +142,9 @@ class Block:
         at, self.entries = 0, []
         for i, (name, p) in enumerate(params):
             begin = at if begins is None else begins[i]
-            self.entries.append(Entry(name, p, begin))
-            at = max(at, round_up(begin + p.nbytes, ALIGN))
+            dtype = self.master if self.master and p.dtype is torch.float32 else p.dtype
+            self.entries.append(entry := Entry(name, p, begin, dtype, p.dtype))
+            at = max(at, round_up(begin + entry.nbytes, ALIGN))
         self.nbytes = self.weights = max(PAGE, round_up(at, PAGE))
         self.scratch = sum(round_up(p.nbytes, ALIGN) for _, p in params)
 
@@ -139,7 +157,7 @@ class Block:
         for name, tensors in kept:
             for key, shape, dtype, value in tensors:
                 away = placeholder(torch.empty(shape, dtype=dtype, device="meta"), device)
-                self.states.append(State(Entry(f"{STATE}{key}.{name}", away, at), value))
+                self.states.append(State(Entry(f"{STATE}{key}.{name}", away, at, dtype, dtype), value))
                 at += round_up(away.nbytes, ALIGN)
         self.nbytes = round_up(at, pages * PAGE)
 
@@ -156,8 +174,8 @@ class Block:
     def scratch_views(self, data: Tensor) -> list[Tensor]:
         views, at = [], 0
         for entry in self.entries:
-            views.append(entry.at(data, at))
-            at += round_up(entry.param.nbytes, ALIGN)
+            views.append(view := entry.copy_at(data, at))
+            at += round_up(view.nbytes, ALIGN)
         return views
 
 
@@ -237,10 +255,24 @@ def streamed_weights(
     return result
 
 
-def blocks_of(op: str, model: nn.Module, blocks: str | Sequence[nn.Module] | None) -> list[Block]:
-    """The blocks of the model, each with its weights laid out one after the other."""
+#: Dtypes in which weights of fp32 may be stored.
+MASTERS = (torch.bfloat16, torch.float16)
+
+
+def blocks_of(
+    op: str,
+    model: nn.Module,
+    blocks: str | Sequence[nn.Module] | None,
+    master: torch.dtype | None = None,
+) -> list[Block]:
+    """The blocks of the model, each with its weights laid out one after the other.
+
+    ``master``: the dtype in which those of fp32 are stored.
+    """
+    if master is not None and master not in MASTERS:
+        fail(op, "master", "torch.bfloat16, torch.float16 or None", repr(master))
     found = find_blocks(op, model, blocks)
-    made = [Block(i, name, module) for i, (name, module) in enumerate(found)]
+    made = [Block(i, name, module, master) for i, (name, module) in enumerate(found)]
     for block, params in zip(made, streamed_weights(op, model, found), strict=True):
         block.place(params)
     return made
@@ -330,14 +362,15 @@ def materialise(model: nn.Module, streamed: set[int]) -> list[tuple[str, Tensor]
     return resident
 
 
-def placeholder(p: Tensor, device: torch.device) -> Tensor:
-    """What a streamed weight is while its block is away: one NaN, of its dtype, in its shape.
+def placeholder(p: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """What a streamed weight is while its block is away: one NaN, in its shape, of ``dtype`` or its own.
 
     A computation that reads it is NaN, and torch refuses to write to it.  Integers, which have no NaN, are
     the least of their dtype.
     """
-    value = torch.iinfo(p.dtype).min if p.dtype in INTEGERS else float("nan")
-    return torch.full((), value, dtype=p.dtype, device=device).expand(p.shape)
+    dtype = p.dtype if dtype is None else dtype
+    value = torch.iinfo(dtype).min if dtype in INTEGERS else float("nan")
+    return torch.full((), value, dtype=dtype, device=device).expand(p.shape)
 
 
 def runs(extents: Sequence[tuple[str, int, int]]) -> list[list[tuple[str, int, int]]]:

@@ -125,23 +125,34 @@ class Reader:
                 self._files[path] = Direct(path)
             return self._files[path]
 
-    def read(self, block: Block, data: Tensor) -> None:
-        """Reads all of ``block`` into ``data``."""
+    def is_unchecked(self, block: Block) -> bool:
+        """Whether the next read compares the checksums of ``block``, and so needs all of its bytes."""
+        own = self.own.get(block.index)
+        return own is not None and own.unchecked is not None
+
+    def has_states(self, block: Block) -> bool:
+        """Whether the states of ``block`` are in the file that it is read from."""
+        own = self.own.get(block.index)
+        return own is not None and own.size >= block.nbytes
+
+    def read(self, block: Block, data: Tensor, begin: int, end: int) -> None:
+        """Reads the bytes of ``block`` from ``begin`` to ``end``, whole pages, to their place in ``data``."""
         memory, transfers = memory_of(data), []
         if (own := self.own.get(block.index)) is not None:
             first, size = own.first, own.size
             if (found := os.fstat(own.fd).st_size) < first + size:
                 raise OSError(f"stream: {own.path}: expected {first + size} bytes, got {found}")
             own.check_in_place()
-            transfers.append((own.read, memory[:size], first))
+            transfers.append((own.read, memory[begin : min(end, size)], first + begin))
         else:
-            for path, at, begin, size in block.extents:
-                first = begin - at % PAGE
-                last = round_up(begin + size, PAGE)
+            for path, at, within, size in block.extents:
+                first = within - at % PAGE
+                low, high = max(begin, first), min(end, round_up(within + size, PAGE))
                 file = self.file(path)
                 if (found := os.fstat(file.fd).st_size) < at + size:
                     raise OSError(f"stream: {path}: expected at least {at + size} bytes, got {found}")
-                transfers.append((file.read, memory[first:last], at - at % PAGE))
+                if low < high:
+                    transfers.append((file.read, memory[low:high], at - at % PAGE + low - first))
         transfer(transfers, self._pool)
         if own is not None and own.unchecked is not None:
             sums: dict[int, int] = {}
@@ -149,8 +160,6 @@ class Reader:
             if _hex(sums) != own.unchecked:
                 raise OSError(f"stream: {own.path}: expected the bytes of its checksums (CRC32), got others")
             own.unchecked = None
-        if own is None or own.size < block.nbytes:
-            block.begin_states(data)  # the file is older than they are
 
     def close(self) -> None:
         for file in (*self._files.values(), *self.own.values()):
@@ -208,7 +217,7 @@ class Folder:
         block.keep(_states_in(found, block), torch.device("cpu"))
         first = len(header(block, 0))
         entries = (*block.entries, *(s.entry for s in block.states))
-        ours = {e.name: (NAMES[e.param.dtype], tuple(e.param.shape), first + e.begin) for e in entries}
+        ours = {e.name: (NAMES[e.dtype], tuple(e.param.shape), first + e.begin) for e in entries}
         theirs = {
             n: (e.dtype, e.shape, e.begin) for n, e in found.entries.items() if not n.startswith("_gap")
         }
@@ -220,6 +229,12 @@ class Folder:
         file.first, file.size = first, block.nbytes
         file.unchecked = found.metadata.get("crc32", "")
         self.marks[path.name] = found.metadata
+        return file
+
+    def written(self, block: Block) -> Direct:
+        """The file of ``block`` that another process of the run has just written."""
+        file = Direct(self.file_of(block))
+        file.first, file.size = len(header(block, 0)), block.nbytes
         return file
 
     def write(self, block: Block, data: Tensor, version: int, pool: Executor, mark: Mark) -> Direct:
@@ -309,8 +324,8 @@ def header(
     tensors = (*block.entries, *(s.entry for s in block.states))
     for e in sorted(tensors, key=lambda e: e.begin):
         gap(e.begin)
-        entries.append((e.name, Entry(NAMES[e.param.dtype], tuple(e.param.shape), e.begin, e.param.nbytes)))
-        at = e.begin + e.param.nbytes
+        entries.append((e.name, Entry(NAMES[e.dtype], tuple(e.param.shape), e.begin, e.nbytes)))
+        at = e.begin + e.nbytes
     gap(block.nbytes)
     metadata = {
         "zokernels_updates": f"{version:020d}",

@@ -95,7 +95,7 @@ class Engine(BlockCache, StoredModel, Home):
         self._measured: list[Bucket] = []  #: of which the step that runs measures something
         self.closed = False
         self.optimizer: StepOptimizer | None = None
-        self._empty = {id(e.param): placeholder(e.param, device) for b in blocks for e in b.entries}
+        self._empty = {id(e.param): placeholder(e.param, device, e.dtype) for b in blocks for e in b.entries}
         self._integers = {b.index: _integers_of(b) for b in blocks}
         self._lockstep = Lockstep(self._open, [device])
         self._step: SidePoints | None = None
@@ -245,8 +245,10 @@ class Engine(BlockCache, StoredModel, Home):
         if parts[0] not in _RULES or parts[1] not in (_DENSE if self.wire else _DIRECTIONS):
             expected = f"a rule and a direction that can be streamed{' with wire=' if self.wire else ''}"
             fail(op, "params", expected, f"{parts[0].__name__} on {parts[1].__name__}")
-        if optimizer.tangents and self.wire is not None:
-            fail(op, "params", "losses at perturbed weights where parameters are streamed with wire=", op)
+        widened = any(e.is_widened for b in self.blocks for e in b.entries)
+        if optimizer.tangents and (self.wire is not None or widened):
+            option = "wire=" if self.wire is not None else "master="
+            fail(op, "params", f"losses at perturbed weights where parameters are streamed with {option}", op)
         if kind.own_probe is not StepOptimizer.own_probe or kind.update is not StepOptimizer.update:
             fail(op, "params", "losses at perturbed weights where parameters are streamed", op)
         if optimizer.restore != "exact" or optimizer.run_state.capturable:
@@ -285,7 +287,7 @@ class Engine(BlockCache, StoredModel, Home):
             size = b.nbytes
             b.keep(wanted[b.index], self.device, self._store.parts)
             now = [s.entry for s in b.states]
-            places = lambda entries: [(e.name, e.begin, e.param.dtype, e.param.shape) for e in entries]
+            places = lambda entries: [(e.name, e.begin, e.dtype, e.param.shape) for e in entries]
             if before and places(before) != places(now):
                 got = [e.name for e in before]
                 b.nbytes = size

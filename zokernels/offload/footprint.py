@@ -50,6 +50,7 @@ def footprint(
     scratch: int = 2,
     wire: Wire | None = None,
     states: Sequence[torch.dtype] = (),
+    master: torch.dtype | None = None,
 ) -> Footprint:
     """How much memory of the device :func:`stream` with these arguments will take.
 
@@ -64,9 +65,10 @@ def footprint(
         device: (device) on which the model will be: blocks on a GPU are larger (docs/optimizer.md).
         states: (host, disk) the dtypes of what the optimizer keeps of each weight: (torch.float32,) * 2 for
             Adam.  Without ``wire`` they come to the slots with the weights.
+        master: (host, disk) as of :func:`stream`.
     """
     check_choice("footprint", "storage", storage, STORAGES)
-    made = blocks_of("footprint", model, blocks)
+    made = blocks_of("footprint", model, blocks, master)
     if storage == "device":
         return _of_steps(model, made, torch.device(device))
     for b in made:

@@ -106,7 +106,7 @@ class History:
             if bucket is None and not passes and not everything:
                 continue
             batch = found.setdefault(
-                (e.param.dtype, id(bucket), *map(id, passes)), Batch([], [], passes, bucket, place)
+                (e.dtype, id(bucket), *map(id, passes)), Batch([], [], passes, bucket, place)
             )
             batch.entries.append(i)
             batch.streams.append(stream)

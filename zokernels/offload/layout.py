@@ -25,13 +25,13 @@ class WireLayout:
         self.places: list[list[tuple[int, int]]] = []  #: (begin, size) by block
         for block in blocks:
             sizes = [
-                wire_bytes(p.numel(), wire) if p.dtype in DTYPES else p.nbytes for _, p, _ in block.entries
+                wire_bytes(e.param.numel(), wire) if e.dtype in DTYPES else e.nbytes for e in block.entries
             ]
             begins = itertools.accumulate((round_up(n, ALIGN) for n in sizes), initial=0)
             self.places.append(list(zip(begins, sizes)))  # noqa: B905
         self.nbytes = [max(1, *(begin + size for begin, size in places)) for places in self.places]
         self.room = round_up(max(self.nbytes), ALIGN)  #: for any block
-        dtypes = {e.param.dtype for b in blocks for e in b.entries} & set(DTYPES)
+        dtypes = {e.dtype for b in blocks for e in b.entries} & set(DTYPES)
         self.lossless = all(is_lossless(wire, dtype) for dtype in dtypes)
 
     def buffers(self, block: Block, data: Tensor) -> list[Tensor]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .blocks import Block
-from .disk import Folder, Mark, Reader
+from .disk import Direct, Folder, Mark, Reader
 from .layout import WireLayout
 from .memory import mapping
 from .timeline import Timeline
@@ -44,6 +44,7 @@ class Carrier:
     write_every: int | None  #: None: nothing is written
     #: How many slots there may be, when blocks have become larger.
     refit: Callable[[], int]
+    parts: int = 1  #: into how many slices of whole pages the bytes of a block are divided
 
     @property
     def to_gpu(self) -> bool:
@@ -153,6 +154,8 @@ class HostMemory:
     another.
     """
 
+    is_shared = False
+
     def __init__(self, blocks: Sequence[Block], device: torch.device, parts: int = 1) -> None:
         self._device, self.parts = device, parts
         self.regions: list[list[Region]] = [[] for _ in blocks]  #: by block
@@ -197,11 +200,19 @@ class HostMemory:
         found = {}
         for region in self.regions[block.index]:
             for e in (s.entry for s in block.states) if region.begin else block.entries:
-                found[id(e.param)] = e.at(region.data, e.begin - region.begin)
+                found[id(e.param)] = e._replace(begin=e.begin - region.begin).of(region.data)
         return found
 
     def close(self) -> None:
         pass
+
+
+class Span(NamedTuple):
+    """Bytes of a block that were read."""
+
+    begin: int
+    end: int
+    is_whole: bool  #: whether that is all, on every rank: nothing is gathered
 
 
 class FileStore:
@@ -211,6 +222,8 @@ class FileStore:
     read from files once, and what is stored goes to the file and to the copy.  Which blocks have one stays,
     because a step takes all blocks in turn: a cache of those that were used last would always lack the next.
     """
+
+    is_shared = False  #: whether other processes read and wait for the same files
 
     def __init__(self, folder: Folder | None, mark: Mark, threads: int, cache: int = 0) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="zokernels-io")
@@ -226,23 +239,50 @@ class FileStore:
         """Drops the copies, because blocks have become larger."""
         self._copies = {}
 
+    def span(self, block: Block) -> tuple[int, int]:
+        """The bytes of the block that this process reads: all."""
+        return 0, block.nbytes
+
+    def gather(self, block: Block, data: Tensor) -> None:
+        """Brings what other processes have read into ``data``."""
+
     def read(self, block: Block, data: Tensor) -> None:
+        self.complete(block, data, self.read_span(block, data))
+
+    def read_span(self, block: Block, data: Tensor) -> Span:
+        """Reads :meth:`span` of a block into its place in ``data``; all of it, to compare its checksums."""
+        begin, end = self.span(block)
         if (copy := self._copies.get(block.index)) is not None:
-            data[: block.nbytes].copy_(copy)
-            return
-        self.reader.read(block, data)
-        if self.cached + block.nbytes <= self._room:
-            copy = mapping(block.nbytes, torch.device("cpu"))
-            self._copies[block.index] = copy.copy_(data[: block.nbytes])
+            data[begin:end].copy_(copy)
+            return Span(begin, end, False)
+        whole = self.reader.is_unchecked(block)
+        read = Span(0, block.nbytes, True) if whole else Span(begin, end, False)
+        self.reader.read(block, data, read.begin, read.end)
+        if self.cached + end - begin <= self._room:
+            copy = mapping(end - begin, torch.device("cpu"))
+            self._copies[block.index] = copy.copy_(data[begin:end])
+        return read
+
+    def complete(self, block: Block, data: Tensor, read: Span) -> None:
+        """Makes a block of what :meth:`read_span` has read, which is in ``data``, of any device."""
+        if not read.is_whole:
+            self.gather(block, data)
+        if not self.reader.has_states(block):
+            block.begin_states(data)  # the file is older than they are
 
     def write(self, block: Block, data: Tensor, updates: int) -> None:
-        assert self._folder is not None
-        file = self._folder.write(block, data, updates, self._pool, self._mark)
+        file = self._replace(block, data, updates)
         old, self.reader.own[block.index] = self.reader.own.get(block.index), file
         if old is not None:
             old.close()
         if (copy := self._copies.get(block.index)) is not None:
-            copy.copy_(data[: block.nbytes])
+            begin, end = self.span(block)
+            copy.copy_(data[begin:end])
+
+    def _replace(self, block: Block, data: Tensor, updates: int) -> Direct:
+        """Writes the file of a block."""
+        assert self._folder is not None
+        return self._folder.write(block, data, updates, self._pool, self._mark)
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -282,9 +322,13 @@ class Threaded(Mover):
     def _raise_earlier(self, block: Block) -> None:
         """Raises what an earlier write ran into; then ``block``, which was to be stored, is due again,
         too.
+
+        Where other processes wait for the same write, all must raise at the same place: where the block that
+        could not be written is stored again, which has come in since.
         """
+        done = [index for index, future in self._writing.items() if future.done()]
         try:
-            self._raise_failed([index for index, future in self._writing.items() if future.done()])
+            self._raise_failed([i for i in done if i == block.index or not self.source.is_shared])
         except BaseException:
             block.scheduled = block.stored
             raise
@@ -417,6 +461,7 @@ class Staged(Threaded):
         self, source: FileStore, data: Tensor, slots: int, device: torch.device, timeline: Timeline
     ) -> None:
         super().__init__(source, timeline, "read", "write")
+        self.source: FileStore = source
         self._device, self._in, self._out = device, torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._take(data, slots)
         self._issued: dict[int, Future[Any]] = {}
@@ -447,11 +492,13 @@ class Staged(Threaded):
             wait([before])
         self._in.synchronize()  # the last copy from this buffer
         with self.timeline.span("read", block):
-            self.source.read(block, self._coming[slot.index])
+            read = self.source.read_span(block, self._coming[slot.index])
         for event in events:
             self._in.wait_event(event)
         with torch.cuda.stream(self._in), self.timeline.device_span("copy-in", block, self._in):
-            slot.data[: block.nbytes].copy_(self._coming[slot.index][: block.nbytes], non_blocking=True)
+            part = slice(read.begin, read.end)
+            slot.data[part].copy_(self._coming[slot.index][part], non_blocking=True)
+            self.source.complete(block, slot.data, read)
         event = torch.cuda.Event()
         event.record(self._in)
         return event

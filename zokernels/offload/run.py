@@ -24,7 +24,7 @@ from ..step.groups import label_of
 from ..step.roles import home_of
 from ..step.step import StepOptimizer
 from ..trajectory.format import Log, scan
-from ..trajectory.recorder import Recorder
+from ..trajectory.recorder import Follower, Recorder
 from ..trajectory.replay import check_records, repeat_streamed, retaking
 from ..trajectory.settings import check_same_run, digest
 from .blocks import STATE, Block, state_named
@@ -40,8 +40,11 @@ class Run:
 
     op = "stream"
 
-    def __init__(self, path: str | os.PathLike[str], blocks: Sequence[Block], resume: bool) -> None:
-        self.path = pathlib.Path(path)
+    def __init__(
+        self, path: str | os.PathLike[str], blocks: Sequence[Block], resume: bool, writes: bool = True
+    ) -> None:
+        """``writes``: False where another process, which has the run already, writes its files."""
+        self.path, self.writes = pathlib.Path(path), writes
         self.log = self.path / LOG
         self._is_new = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
@@ -55,19 +58,28 @@ class Run:
             )
         self._attached = False
         # The lock of the log is that of the folder: without it nothing is read, removed or written.
-        self._recorder = Recorder(self.log, sync=10.0)
+        self._recorder = self._new_recorder()
         try:
             self._open(blocks, resume)
         except BaseException:
             self.close()
             raise
 
+    def _new_recorder(self) -> Follower:
+        return Recorder(self.log, sync=10.0) if self.writes else Follower(self.log)
+
+    def _is_empty(self) -> bool:
+        """Whether the log is."""
+        return (
+            self._recorder.is_empty if isinstance(self._recorder, Recorder) else not self.log.stat().st_size
+        )
+
     def _open(self, blocks: Sequence[Block], resume: bool) -> None:
-        self.resumes = not self._recorder.is_empty
+        self.resumes = not self._is_empty()
         there = [
             p for p in self.path.iterdir() if p.suffix == ".safetensors" or (p == self.log and self.resumes)
         ]
-        if there and not resume:
+        if there and not resume and self.writes:
             expected = "a folder without a run, or resume=True"
             fail(self.op, "path", expected, f"{min(p.name for p in there)!r} in {self.path}")
         self.folder = Folder(self.path)
@@ -76,7 +88,7 @@ class Run:
             if (file := self.folder.open(self.op, block)) is not None:
                 self.files[block.index] = file
                 block.scheduled = block.stored
-        for part in self.path.glob("*.part"):  # of a process that was killed
+        for part in self.path.glob("*.part") if self.writes else ():  # of a process that was killed
             part.unlink()
 
     def attach(self, optimizer: StepOptimizer, blocks: Sequence[Block], history: History) -> None:
@@ -85,9 +97,9 @@ class Run:
         if self._attached and not recorder.closed:
             fail(self.op, "path", "one optimizer for a run", f"a second one for {self.path}", RuntimeError)
         if recorder.closed:
-            recorder = self._recorder = Recorder(self.log, sync=10.0)
+            recorder = self._recorder = self._new_recorder()
         try:
-            if not recorder.is_empty:
+            if not self._is_empty():
                 self._resume(optimizer, blocks, history, recorder)
         except BaseException:
             recorder.close()
@@ -96,11 +108,12 @@ class Run:
         self._attached = True
 
     def _resume(
-        self, optimizer: StepOptimizer, blocks: Sequence[Block], history: History, recorder: Recorder
+        self, optimizer: StepOptimizer, blocks: Sequence[Block], history: History, recorder: Follower
     ) -> None:
         log = scan(recorder.path)
         if log is None:  # killed inside the header
-            recorder.clear()
+            if isinstance(recorder, Recorder):
+                recorder.clear()
             return
         if log.broken and not log.cut_off:
             fail(self.op, recorder.path, "a whole log", log.broken)
@@ -134,13 +147,14 @@ class Run:
 
     def mark(self) -> dict[str, Any] | None:
         """Brings all steps so far to the disk; what tells the log as it is then from others."""
+        assert isinstance(self._recorder, Recorder)  # of the process that writes
         mark = self._recorder.mark()
         self._recorder.flush()
         return mark
 
     def close(self) -> None:
         if not self._recorder.closed:
-            unused = self._recorder.is_empty and not any(self.path.glob("*.safetensors"))
+            unused = self.writes and self._is_empty() and not any(self.path.glob("*.safetensors"))
             self._recorder.close()
             if unused:
                 self.log.unlink(missing_ok=True)
@@ -148,7 +162,7 @@ class Run:
     def withdraw(self) -> None:
         """Closes a run that never began, and removes the folder if it was made for it."""
         self.close()
-        if self._is_new and not any(self.path.iterdir()):
+        if self._is_new and self.writes and not any(self.path.iterdir()):
             self.path.rmdir()
 
     def _check_marks(self, log: Log) -> None:
@@ -203,8 +217,11 @@ class Run:
     def keep_resident(self, optimizer: StepOptimizer, updates: int) -> None:
         """Replaces the file of the resident parameters, whose values have ``updates`` updates.
 
-        What is kept of each of them is there, too, and what the rule keeps of the groups.
+        What is kept of each of them is there, too, and what the rule keeps of the groups.  It is the process
+        that writes which does so.
         """
+        if not self.writes:
+            return
         block, tensors = Block(-1, _RESIDENT, torch.nn.Identity()), self._resident(optimizer)
         for name, p in list(tensors):
             kept = sorted(optimizer.state[p].items()) if p in optimizer.state else []

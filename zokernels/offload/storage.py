@@ -10,13 +10,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from ..checks import fail
 from .blocks import PAGE, Block, round_up
 from .disk import check_room
 from .encoder import Encoder
-from .gathered import Slices
+from .gathered import Group, SharedFiles, Slices
 from .memory import mapping
 from .movers import ByStreams, ByThreads, Carrier, FileStore, HostMemory, Mover, Slot, Staged
 from .run import Run
@@ -47,8 +46,8 @@ def _resize(slots: list[Slot], carrier: Carrier) -> None:
 
 def _fill(slots: list[Slot], carrier: Carrier) -> None:
     """Gives slots, which have none, their memory."""
-    blocks, layout, device = carrier.blocks, carrier.layout, carrier.device
-    size = round_up(max(b.nbytes for b in blocks) if layout is None else max(layout.nbytes), PAGE)
+    layout, device = carrier.layout, carrier.device
+    size = _largest(carrier) if layout is None else round_up(max(layout.nbytes), PAGE)
     count = len(slots)
     # Files are read into slots on the CPU directly: those begin at a page.
     whole = (
@@ -61,24 +60,25 @@ def _fill(slots: list[Slot], carrier: Carrier) -> None:
 
 
 def _largest(carrier: Carrier) -> int:
-    return max(b.nbytes for b in carrier.blocks)
+    """The bytes of the largest block, in whole pages of every slice."""
+    return round_up(max(b.nbytes for b in carrier.blocks), PAGE * carrier.parts)
 
 
 class HostStorage:
-    """Blocks in one region of host memory, pinned for a GPU; with a ``mesh``, this rank's slices of them."""
+    """Blocks in one region of host memory, pinned for a GPU; with a ``group``, this rank's slices of them."""
 
     @property
     def parts(self) -> int:
         """Into how many slices the bytes of a block are divided."""
         return self.memory.parts
 
-    def __init__(self, carrier: Carrier, mesh: DeviceMesh | None) -> None:
+    def __init__(self, carrier: Carrier, group: Group | None) -> None:
         self.carrier = carrier
         # With wire bytes the copies to the device come from buffers of their own.
         pinned_for = carrier.device if carrier.layout is None else torch.device("cpu")
         # Slices make blocks longer, so they come before the slots.
         self.memory = (
-            Slices(carrier.blocks, carrier.device, mesh) if mesh else HostMemory(carrier.blocks, pinned_for)
+            Slices(carrier.blocks, carrier.device, group) if group else HostMemory(carrier.blocks, pinned_for)
         )
         self.slots = _buffers(carrier)
         self._staging = None
@@ -102,12 +102,18 @@ class HostStorage:
 
 
 class DiskStorage:
-    """Blocks in files: a checkpoint that is read, a folder of a run that is written, or both."""
+    """Blocks in files: a checkpoint that is read, a folder of a run that is written, or both.
 
-    parts = 1
+    With a ``group`` each rank reads its slice of a block.
+    """
 
-    def __init__(self, carrier: Carrier, threads: int, has_checkpoint: bool, cache: int) -> None:
+    parts = 1  # files are the same for any number of ranks
+
+    def __init__(
+        self, carrier: Carrier, threads: int, has_checkpoint: bool, cache: int, group: Group | None
+    ) -> None:
         self.carrier, self.threads, self.has_checkpoint, self.cache = carrier, threads, has_checkpoint, cache
+        self._group = group
         self.slots = _buffers(carrier)
         self._staging = None
         if carrier.to_gpu:
@@ -118,7 +124,8 @@ class DiskStorage:
     def mover(self, packed: Packed, run: Run | None) -> Mover:
         carrier, self.run = self.carrier, run
         mark = run.mark if run else lambda: None
-        self.source = source = FileStore(run.folder if run else None, mark, self.threads, self.cache)
+        files = (run.folder if run else None), mark, self.threads, self.cache
+        self.source = source = SharedFiles(*files, self._group) if self._group else FileStore(*files)
         if run:
             source.reader.own.update(run.files)
             self._fill(source, run, packed)

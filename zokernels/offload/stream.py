@@ -20,11 +20,11 @@ from .blocks import STORAGES, Block, aliases, blocks_of, materialise, persistent
 from .encoder import Encoder
 from .engine import Engine
 from .footprint import fitting
-from .gathered import check_mesh
+from .gathered import Group, check_mesh
 from .layout import WireLayout
 from .memory import mapping
 from .movers import Carrier
-from .run import Run
+from .run import LOG, Run
 from .storage import DiskStorage, HostStorage
 from .stored import OnDevice, StoredModel
 from .timeline import Timeline
@@ -50,6 +50,7 @@ def stream(
     cache: int = 0,
     wire: Wire | None = None,
     mesh: DeviceMesh | None = None,
+    master: torch.dtype | None = None,
 ) -> StoredModel:
     r"""Let the blocks of ``model`` live in ``storage`` and come to ``device`` one after another, once a step.
 
@@ -110,9 +111,14 @@ def stream(
             (:attr:`Engine.is_lossless`), and give the bits of None.  All else is lossy: forwards compute with
             decode(encode(theta)), rounded to the weights' dtype, in the place of theta.  What is stored and
             saved, and ``state_dict()``, are the weights themselves.
-        mesh: (host) a ``DeviceMesh`` of one dimension: each rank keeps a slice of every block, and the slices
-            are gathered as the block comes in.  The ranks run all forwards together and take the same steps,
-            so give the optimizer a mesh that has them all.
+        mesh: (host, disk) a ``DeviceMesh`` of one dimension: each rank keeps a slice of every block, or reads
+            it from disk, and the slices are gathered as the block comes in.  The ranks run all forwards
+            together and take the same steps, so give the optimizer a mesh that has them all.  ``path`` must
+            be a folder that all ranks see: the first one writes it.
+        master: (host, disk) torch.bfloat16 or torch.float16: how the blocks' fp32 weights are kept.  Their
+            dtype is this one from then on, in ``state_dict()``, in files and for the optimizer, whose updates
+            are made in fp32 and rounded to it (``rounding="stochastic"``, its default).  Forwards compute
+            with fp32 copies, theta +- e z without a rounding; under autocast in its dtype.
 
     Returns: a :class:`StoredModel`, which is a context manager: ``flush()``, ``save(file)``, ``close()``.
     For storage on the host or on disk it is the :class:`Engine`.
@@ -124,6 +130,8 @@ def stream(
     """
     op = "stream"
     _check(op, storage, weights, path, resume, slots, scratch, memory, write_every, threads, cache, wire)
+    if master is not None and (storage == "device" or wire is not None):
+        fail(op, "master", "None where storage is 'device', and with wire=", master)
     if mesh is not None:
         check_mesh(op, mesh, storage, wire)
     target = _device(op, model, device)
@@ -131,8 +139,10 @@ def stream(
         fail(op, "model", "a model that is not streamed", "one that is", RuntimeError)
     fill = weights if callable(weights) else None
     checkpoint = None if weights is None or callable(weights) else Checkpoint(weights)
-    made = blocks_of(op, model, blocks)
-    places = {} if fill else _sources(op, model, made, checkpoint)
+    made = blocks_of(op, model, blocks, master)
+    places = {} if fill else _sources(op, model, made, checkpoint, storage == "host")
+    if master is torch.float16:
+        _check_range(op, made)
     for block in made if storage == "disk" and places else ():
         place_extents(block, [places[e.name] for e in block.entries])
     layout = None if wire is None else WireLayout(wire, made)
@@ -140,18 +150,20 @@ def stream(
         _load(model, made, {} if checkpoint is None else checkpoint.tensors(), fill, target)
         return OnDevice(model, made, target, Timeline(target))
     # The blocks' files of a run that is continued may have states.
-    run = None if path is None else Run(path, made, resume)
+    group = None if mesh is None else Group(mesh)
+    run = None if path is None else _run_of(op, path, made, resume, group)
     try:
         fit = functools.partial(fitting, op, model, made, target, slots, layout=layout, memory=memory)
         count, of_scratch = fit(scratch)
         writes = write_every if storage != "disk" or path is not None else None
         refit = lambda: fit(of_scratch, held=of_scratch)[0]
-        carrier = Carrier(op, made, target, count, layout, Timeline(target), writes, refit)
+        parts = 1 if group is None else group.count
+        carrier = Carrier(op, made, target, count, layout, Timeline(target), writes, refit, parts)
         store: HostStorage | DiskStorage
         if storage == "host":
-            store = HostStorage(carrier, mesh)
+            store = HostStorage(carrier, group)
         else:
-            store = DiskStorage(carrier, threads, checkpoint is not None, cache)
+            store = DiskStorage(carrier, threads, checkpoint is not None, cache, group)
         size = max(b.scratch for b in made)
         copies = [torch.empty(size, dtype=torch.uint8, device=target) for _ in range(of_scratch)]
         # From here on the model changes.
@@ -168,6 +180,27 @@ def stream(
         if run is not None:  # whose lock would keep others out
             run.withdraw() if isinstance(error, MemoryError) else run.close()
         raise
+
+
+def _run_of(
+    op: str, path: str | os.PathLike[str], blocks: Sequence[Block], resume: bool, group: Group | None
+) -> Run:
+    """The run in the folder ``path``, which the first rank of ``group`` writes, and the others look at."""
+    if group is None:
+        return Run(path, blocks, resume)
+    if group.is_first:
+        try:
+            run = Run(path, blocks, resume)
+        except BaseException as error:
+            group.from_first(str(error))
+            raise
+        group.from_first()
+        return run
+    if (failure := group.from_first()) is not None:
+        fail(op, "path", "a folder that the first rank can use", f"its error: {failure}", RuntimeError)
+    if not os.path.isfile(os.path.join(path, LOG)):
+        fail(op, "path", "a folder that all ranks see", f"{os.fspath(path)}, without the run of the first")
+    return Run(path, blocks, resume, writes=False)
 
 
 def _load_resident(
@@ -291,17 +324,30 @@ def _device(op: str, model: nn.Module, device: torch.device | str | None) -> tor
     return target
 
 
+def _check_range(op: str, blocks: Sequence[Block]) -> None:
+    """Raises where fp16 has no finite number for a weight that the model has."""
+    most = torch.finfo(torch.float16).max
+    for e in (e for b in blocks for e in b.entries if e.is_widened and not e.param.is_meta):
+        if bool((largest := e.param.detach().abs().max()) > most):
+            fail(op, f"master: {e.name}", f"weights up to {most}, as torch.float16 has", float(largest))
+
+
 def _sources(
-    op: str, model: nn.Module, blocks: Sequence[Block], checkpoint: Checkpoint | None
+    op: str, model: nn.Module, blocks: Sequence[Block], checkpoint: Checkpoint | None, copied: bool
 ) -> dict[str, tuple[str, int, int]]:
-    """(path, begin, size) of each streamed parameter in the checkpoint, which must fit the whole model."""
+    """(path, begin, size) of each streamed parameter in the checkpoint, which must fit the whole model.
+
+    Weights that are stored in another dtype than the model's are so in the file, too; where they are
+    ``copied`` from there, they may be in the model's.  Resident ones may be in either.
+    """
     if checkpoint is None:
         if missing := [n for n, _, _, p in aliases(model) if p.is_meta]:
             fail(op, "weights", f"a checkpoint for weights on 'meta' ({missing[0]!r}, ...)", None)
         return {}
     where = {canonical_name(name): (file, file.entries[name]) for name, file in checkpoint.where.items()}
     places = {}
-    names = {e.name for b in blocks for e in b.entries}
+    names = {e.name: e for b in blocks for e in b.entries}
+    master = blocks[0].master
     groups: dict[int, list[tuple[str, Tensor]]] = {}
     for name, _, _, p in aliases(model):
         groups.setdefault(id(p), []).append((name, p))
@@ -312,8 +358,12 @@ def _sources(
         file, entry = where[canonical_name(name)]
         if entry.shape != tuple(p.shape):
             fail(op, f"weights: {name}", f"shape {tuple(p.shape)}, as in the model", entry.shape)
-        if DTYPES.get(entry.dtype) is not p.dtype:
-            fail(op, f"weights: {name}", f"dtype {p.dtype}, as in the model", entry.dtype)
+        streamed = next((names[alias] for alias, _ in same if alias in names), None)
+        stored = p.dtype if streamed is None else streamed.dtype
+        either = p.dtype is torch.float32 and (copied or streamed is None) and master is not None
+        if DTYPES.get(entry.dtype) not in ((p.dtype, master) if either else (stored,)):
+            whose = "as in the model" if stored is p.dtype else "as master says"
+            fail(op, f"weights: {name}", f"dtype {stored}, {whose}", entry.dtype)
         for alias, _ in same:
             if alias in names:
                 places[alias] = (str(file.path), entry.begin, entry.size)

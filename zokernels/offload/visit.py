@@ -14,11 +14,14 @@ from ..functional import decode, decode_fan_out, fan_out_
 from ..step.deferred import Pass
 from ..step.noise import Members
 from ..step.types import Bucket, Point, Seeds, terms
+from ..wire import Wire
 from .blocks import Block, aliases
 from .cache import BlockCache
 from .history import Batch, HistoryNoise, Perturbed, apply_passes
 from .movers import Slot
 
+#: The wire format that has the bytes of a stored dtype as they are.
+_WIRES: dict[torch.dtype, Wire] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 #: Bytes to which torch aligns its own memory.  A matrix product may choose another kernel for less aligned
 #: memory.
 _ALIGNED = 64
@@ -112,6 +115,8 @@ class Visit:
 
     def _fan_out(self, a: Batch) -> None:
         """Makes the last update and both perturbations in one pass."""
+        if (wire := self._widened(a)) is not None:
+            return self._fan_out_widened(a, wire)
         update = self._last_update(a)
         self._apply(a, a.passes[:-1] if update else a.passes)
         params, plus, minus = (
@@ -120,6 +125,19 @@ class Visit:
         )
         seed, coeff, noise = self._pair_noise(a)
         fan_out_(params, plus, minus, seed, coeff, **noise, **update)
+
+    def _widened(self, a: Batch) -> Wire | None:
+        """How the bytes in the slot are decoded, where forwards compute in a wider dtype than is stored."""
+        first = self.block.entries[a.entries[0]]
+        return _WIRES[first.dtype] if first.is_widened else None
+
+    def _fan_out_widened(self, a: Batch, wire: Wire) -> None:
+        """Makes the updates, each rounded as it is stored, and then both perturbations in fp32."""
+        self._apply(a, a.passes)
+        plus, minus = ([self.cache.scratch(self.block, s)[i] for i in a.entries] for s in (0, 1))
+        stored = [self.block.entries[i].bytes_of(self.slot.data) for i in a.entries]
+        seed, coeff, noise = self._pair_noise(a)
+        decode_fan_out(plus, minus, stored, wire, seed, coeff, **noise)
 
     def _last_update(self, a: Batch) -> dict[str, Any]:
         """The last update as arguments of a fan-out; none where it is no combine of that distribution."""
@@ -146,10 +164,18 @@ class Visit:
             if a.bucket is not None:
                 assert self.step is not None
                 out, params = ([v[i] for i in a.entries] for v in (views, self._params))
+                noise_terms = self.step.terms(side, a.place, a.bucket)
+                if self._widened(a) is not None:
+                    for value, theta in zip(out, params, strict=True):
+                        value.copy_(theta)
+                    here = zip((self.block.entries[i] for i in a.entries), out, strict=True)
+                    noise = a.bucket.noise.bound({**self._views(), **{id(e.param): t for e, t in here}})
+                    noise.move(Members(out, a.streams, a.bucket.dist), *noise_terms)
+                    continue
                 members = Members(params, a.streams, a.bucket.dist)
                 noise = a.bucket.noise.bound(self._views())
                 options: dict[str, Any] = {"decay": 0.0} if self.step.tangents else {}
-                noise.perturb(out, members, *self.step.terms(side, a.place, a.bucket), **options)
+                noise.perturb(out, members, *noise_terms, **options)
         self._made[side] = which
         return views
 
@@ -164,7 +190,7 @@ class Visit:
             else:
                 views = list(self.cache.scratch(self.block, 0))
             for i in self._fixed:
-                if self._params[i].data_ptr() % _ALIGNED == 0:
+                if self._params[i].data_ptr() % _ALIGNED == 0 and not self.block.entries[i].is_widened:
                     views[i] = self._params[i]
                 else:
                     views[i].copy_(self._params[i])
