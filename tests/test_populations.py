@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_same_bits, watched
+from helpers import assert_same_bits, watched, watched_kernel
 from torch import nn
 
 from zokernels.optim import (
@@ -192,7 +192,7 @@ def test_no_perturbed_weight_is_made():
     sizes = []
     note = lambda out, x, *_: sizes.append(x.numel())
     copy = lambda *_: pytest.fail("a copy")
-    with watched("spread", note), watched("combine", copy), watched("low_rank", copy):
+    with watched_kernel("spread", note), watched("combine", copy), watched("low_rank", copy):
         losses_of(METHODS["EGGROLL"], restore="products", batched=True)
     assert max(sizes) == 50 * 3  # the left factor of rank 3 of the embedding [50, 24]
 
