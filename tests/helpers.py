@@ -65,8 +65,9 @@ def watched(operation: str, before: Callable[..., object]):
 
 @contextlib.contextmanager
 def watched_kernel(kernel: str, before: Callable[..., object]):
-    """Calls ``before`` with the arguments of a kernel of the CPU's backend ahead of each call, wherever in the
-    package it is called, through torch's dispatcher or not."""
+    """Calls ``before`` with the arguments of a kernel of the CPU's backend ahead of each call.
+
+    Unlike :func:`watched` it sees calls that do not go through torch's dispatcher, too."""
     backend = select("cpu")
     real = getattr(backend, kernel)
 

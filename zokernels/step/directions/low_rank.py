@@ -73,10 +73,7 @@ def _draw_each(
     rows, columns = shape
     count, device = seeds.shape[0], seeds.device
     whole = (count, rows * columns)
-    if empty is None:
-        out = torch.empty(whole, dtype=torch.float32, device=device)
-    else:
-        out = empty(which, whole)
+    out = torch.empty(whole, dtype=torch.float32, device=device) if empty is None else empty(which, whole)
     # The backend itself: the arguments are right, and torch's dispatcher takes longer than a small factor.
     if out.numel():
         terms = Terms(seeds, _constant(c, count, device), [stream], [offset], "normal", None, None)

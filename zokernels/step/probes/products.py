@@ -24,8 +24,9 @@ from torch import Tensor
 from torch._ops import HigherOrderOperator
 
 from ...backends import Backend, select
+from ...backends.terms import Terms
 from ...checks import fail
-from ...functional import low_rank_, spread
+from ...functional import Dist, low_rank_
 from ...transfer import to_device
 from ..cohort import Cohort, CohortReader, Look
 from ..noise import Members, Noise
@@ -181,7 +182,8 @@ class Products:
         special = SPECIAL.get(func)
         if special is METADATA:
             return plainly(func, args, kwargs)
-        params, found = self.owners.params, []
+        params = self.owners.params
+        found: list[Tensor] = []
         find(args, params, found)
         if kwargs:
             find(kwargs.values(), params, found)
@@ -271,9 +273,8 @@ class Products:
         kept_here = self.is_one or place in self.learned.again
         # What is not kept is gone before the next is drawn, so all of it has one memory.
         what = place if kept_here else "next"
-        pair = self._noise(param).stacked(
-            param, place[1], own, lambda i, shape: self.learned.empty((what, i), shape, own.device)
-        )
+        again = lambda i, shape: self.learned.empty((what, i), shape, own.device)
+        pair = self._noise(param).stacked(param, place[1], own, None if self.is_one else again)
         if kept_here:
             self._kept.keep(key, pair)
         self.learned.used[place] = param
@@ -289,10 +290,13 @@ class Products:
         if place not in self.learned.used or (at, term) in self._together:
             return False
         self._together.add((at, term))
+        kept, owners = self._kept.pairs, self.owners
         params = {
-            p: t for p, t in self.learned.used.items() if p[0] == at and (p, term) not in self._kept.pairs
+            p: t
+            for p, t in self.learned.used.items()
+            if p[0] == at and (p, term) not in kept and id(t) in owners.params and owners.place(t) == p
         }
-        noise = self.owners.buckets[at].noise
+        noise = owners.buckets[at].noise
         if noise.factor_bytes(list(params.values())) * len(own) > self._kept.room:
             return False
         lefts, rights = noise.factors(list(params.values()), [stream for _, stream in params], own)
@@ -307,8 +311,14 @@ class Products:
         zero = torch.full(param.shape, -0.0, dtype=torch.float32, device=param.device)
         out = torch.empty((len(seeds), *param.shape), dtype=torch.float32, device=param.device)
         one = torch.ones(len(seeds), dtype=torch.float32, device=param.device)
-        spread(out, zero, seeds, one, stream=stream, dist=self.owners.buckets[bucket].dist)
+        self._spread(out, zero, seeds, one, stream, self.owners.buckets[bucket].dist)
         return out
+
+    def _spread(self, out: Tensor, x: Tensor, seeds: Tensor, coeffs: Tensor, stream: int, dist: Dist) -> None:
+        """:func:`zokernels.spread` by the backend itself, for arguments that are right."""
+        if out.numel():
+            terms = Terms(seeds, coeffs, [stream], [0], dist, None, None)
+            self._backend(out.device).spread(out, x, terms)
 
     def copies(self, param: Tensor) -> Tensor:
         """The perturbed parameter of each member, as the dense form has it, [P, *shape]."""
@@ -317,7 +327,7 @@ class Products:
         terms, noise = self.terms(index), self._noise(param)
         out = torch.empty((self.count, *theta.shape), dtype=theta.dtype, device=theta.device)
         if len(terms) == 1 and noise.is_dense(param):
-            spread(out, theta, terms[0].seeds, terms[0].coeffs, stream=stream, dist=bucket.dist)
+            self._spread(out, theta, terms[0].seeds, terms[0].coeffs, stream, bucket.dist)
             return out
         one = Members([theta], [stream], bucket.dist)
         for p in range(self.count):
@@ -425,9 +435,7 @@ class Products:
                 left, right = right, left
             noise = self.dense_noise(bias, t) if noisy and bias is not None else None
             add = bias is not None or t > 0
-            if (
-                total and m
-            ):  # the backend itself: the arguments are right, and torch's dispatcher takes as long
+            if total and m:  # the backend itself: the arguments are right, and torch's dispatcher takes long
                 self._backend(device).low_rank_linear(out, flat, left, right, coeffs, rows, noise, add)
         return out.addmm_(flat, columns).view(*x.shape[:-1], m)
 
