@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import zokernels
+from zokernels.backends import select
 from zokernels.contract import seed_to_int64
 
 CPU_KERNELS = ["cpu-portable", "cpu-avx2", "cpu-avx512", "cpu-neon"]
@@ -60,6 +61,25 @@ def watched(operation: str, before: Callable[..., object]):
     with torch.library._scoped_library("zokernels", "IMPL") as library:
         library.impl(operation, entry, "AutogradCPU")
         yield
+
+
+@contextlib.contextmanager
+def watched_kernel(kernel: str, before: Callable[..., object]):
+    """Calls ``before`` with the arguments of a kernel of the CPU's backend ahead of each call.
+
+    Unlike :func:`watched` it sees calls that do not go through torch's dispatcher, too."""
+    backend = select("cpu")
+    real = getattr(backend, kernel)
+
+    def entry(*args: object) -> object:
+        before(*args)
+        return real(*args)
+
+    object.__setattr__(backend, kernel, entry)  # as the backend itself keeps what it has found
+    try:
+        yield
+    finally:
+        object.__setattr__(backend, kernel, real)
 
 
 def bits(x: Tensor) -> Tensor:

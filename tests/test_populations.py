@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_same_bits, watched
+from helpers import assert_same_bits, watched, watched_kernel
 from torch import nn
 
 from zokernels.optim import (
@@ -31,6 +31,7 @@ from zokernels.optim import (
 from zokernels.step.cohort import members_within
 from zokernels.step.directions.low_rank import Factored
 from zokernels.step.probes.functions import HiddenParameters
+from zokernels.step.probes.products import Learned, Products
 from zokernels.trajectory import read, replay_
 
 KINDS = {
@@ -192,9 +193,37 @@ def test_no_perturbed_weight_is_made():
     sizes = []
     note = lambda out, x, *_: sizes.append(x.numel())
     copy = lambda *_: pytest.fail("a copy")
-    with watched("spread", note), watched("combine", copy), watched("low_rank", copy):
+    with watched_kernel("spread", note), watched("combine", copy), watched("low_rank", copy):
         losses_of(METHODS["EGGROLL"], restore="products", batched=True)
     assert max(sizes) == 50 * 3  # the left factor of rank 3 of the embedding [50, 24]
+
+
+@pytest.mark.parametrize("name", ["LOZO", "EGGROLL", "SubZero", "TeZO"])
+@pytest.mark.parametrize("batched", [False, True])
+def test_factors_drawn_together_and_into_old_memory_are_those_drawn_alone(name, batched, monkeypatch):
+    """From a run's second forward on factors are drawn in one call, or into the memory of those before."""
+
+    def run():
+        torch.manual_seed(2)
+        model, x = Model(), torch.randint(50, (3, 7))
+        optimizer = METHODS[name](model.named_parameters(), restore="products", cohort=6 if batched else None)
+        losses = []
+        for _ in range(3):
+            if batched:
+                optimizer.step(lambda c: c.mean(model(c.repeat(x)).square()), batched=True)
+            else:
+                optimizer.step(lambda: model(x).square().mean())
+            losses.append(torch.stack(list(optimizer.last_losses)))
+        return [*losses, *(p.detach() for p in model.parameters())]
+
+    together = run()
+    with monkeypatch.context() as patched:
+        patched.setattr(Products, "_draw_together", lambda *_: False)
+        patched.setattr(Learned, "empty", lambda _, what, shape, device: torch.empty(shape, device=device))
+        alone = run()
+    assert len({loss.item() for losses in together[:3] for loss in losses}) > 10
+    for a, b in zip(together, alone, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_the_same_seeds_give_the_same_weights_and_a_log_replays(tmp_path):

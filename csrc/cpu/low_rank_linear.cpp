@@ -3,6 +3,10 @@
 // Rows of x, the left factors and biases are held in the order in which Storage (tile.h) has a tensor's elements
 // in registers: of each run of 2 L::width the even ones, then the odd ones. So none of them is rearranged where
 // it meets a row of out.
+//
+// The sums over the columns of x come first, for up to kChunk rows that share their factors. Then out is taken in
+// blocks of columns: what a block needs of the left factor is packed once, stays in the cache, and serves
+// all of these rows.
 #include "kernels.h"
 
 namespace zk::cpu {
@@ -11,26 +15,35 @@ namespace zk::cpu {
 // What is packed is filled with zeros up to a multiple of these; a row of a right factor up to one of kRanks.
 constexpr int64_t kChains = 64, kColumns = 128, kRanks = 16;
 // Up to this rank the columns of a right factor are taken one by one, and else side by side in registers.
-constexpr int64_t kFewRanks = 4;
-// Rows that are taken at a time, so that what is read of the factors serves all of them.
-constexpr int64_t kRows = 4;
+constexpr int64_t kFewRanks = 8;
+// Rows that are taken at a time, so that what is read of the factors serves all of them; and those of a chunk.
+constexpr int64_t kRows = 4, kChunk = 64;
+// Floats of a left factor that are packed at a time: a quarter of a second cache. With smaller blocks rows of out
+// are written in shorter runs: 4096 floats take 1.8 times as long for 49152 columns at rank 1.
+constexpr int64_t kBlock = 65536;
 
-// Rows of one member. x and out have n and m columns.
-struct MemberRows {
+// Rows of a chunk, whose members share their factors. x and out have n and m columns.
+struct SharedRows {
   const void* x;
   void* out;
-  const float* left;   // [rank, left_stride], packed
-  const float* right;  // up to kFewRanks: [rank, x_stride], packed; else [x_stride, right_stride]
-  const float* bias;   // [left_stride], packed, or null
-  int64_t left_stride, right_stride, x_stride;
+  const float* left;    // [m, rank]
+  const float* right;   // up to kFewRanks: [rank, x_stride], packed; else [x_stride, right_stride]
+  const float* bias;    // [m], or null
+  const float* coeffs;  // of each row
+  int64_t right_stride, x_stride;
   int64_t rows, m, n, rank;
-  float coeff;
   bool add;  // out is read
   DType dtype;
+  float *floats, *sums, *block, *bias_block;  // scratch, aligned to 64 bytes (Workspace)
 };
 
-// scratch: kRows rows of x in fp32, and as many of rank sums; aligned to 64 bytes.
-ZK_KERNEL(low_rank_linear, const MemberRows&, void* scratch)
+// The columns of a block, at most.
+constexpr int64_t block_columns(int64_t rank) {
+  const int64_t columns = kBlock / rank / kColumns * kColumns;
+  return columns > kColumns ? columns : kColumns;
+}
+
+ZK_KERNEL(low_rank_linear, const SharedRows&)
 
 // Packs a factor [columns, rank] as [rank, stride], with zeros behind the columns.
 ZK_KERNEL(pack_factor, const float* factor, int64_t columns, int64_t rank, int64_t stride, float* to)
@@ -72,6 +85,40 @@ constexpr int64_t place(int64_t i) {
   return i / run * run + i % 2 * L::width + i % run / 2;
 }
 
+template <class L>
+struct Vectors {
+  static constexpr int width = L::width;
+  typedef float Lanes __attribute__((vector_size(4 * width)));
+
+  // Of two registers in a row: the elements of even numbers, or (`Odd`) of odd ones.
+  template <int Odd>
+  static ZK_HD Lanes every_second(const Lanes& a, const Lanes& b) {
+    return pick(a, b, [&]<int... I>(Indices<I...>) ZK_INLINE {
+      return __builtin_shufflevector(a, b, (2 * I + Odd)...);
+    });
+  }
+
+ private:
+  template <class F>
+  static ZK_HD Lanes pick(const Lanes&, const Lanes&, const F& shuffled) {
+    return shuffled(typename FirstIndices<width>::Type{});
+  }
+};
+
+// `count` registers in a row: neighbouring elements are added, `times` times. The sums lie in the first elements.
+template <class L>
+ZK_HD void sum_neighbours(typename Vectors<L>::Lanes* v, int count, int times) {
+  using V = Vectors<L>;
+  for (int t = 0; t < times; ++t) {
+    const int half = count > 1 ? count / 2 : 1;
+    for (int i = 0; i < half; ++i) {
+      const auto a = v[2 * i < count ? 2 * i : 0], b = v[2 * i + 1 < count ? 2 * i + 1 : 0];
+      v[i] = V::template every_second<0>(a, b) + V::template every_second<1>(a, b);
+    }
+    count = half;
+  }
+}
+
 // Sums over the columns of `Rows` rows of x with the one column of right. A register holds the chains of even or
 // of odd columns.
 template <class L, int Rows>
@@ -90,21 +137,34 @@ ZK_HD void inner_of_one(const float* x, const float* right, int64_t stride, floa
       }
     }
   }
+  // The sums of two neighbours each, kChains / 2 of a row.
+  F pairs[Rows * registers / 2];
   for (int i = 0; i < Rows; ++i) {
-    alignas(64) float all[kChains / 2];
     for (int r = 0; r < registers; r += 2) {
-      L::store_row(all + r / 2 * L::width, add(chain[i][r], chain[i][r + 1]));
+      pairs[(i * registers + r) / 2] = add(chain[i][r], chain[i][r + 1]);
     }
-    for (int n = kChains / 4; n > 0; n /= 2) {
-      for (int k = 0; k < n; ++k) all[k] = all[2 * k] + all[2 * k + 1];
+  }
+  if constexpr (L::width == 1) {
+    for (int i = 0; i < Rows; ++i) {
+      float all[kChains / 2];
+      for (int k = 0; k < kChains / 2; ++k) L::store_row(all + k, pairs[i * kChains / 2 + k]);
+      for (int n = kChains / 4; n > 0; n /= 2) {
+        for (int k = 0; k < n; ++k) all[k] = all[2 * k] + all[2 * k + 1];
+      }
+      sums[i * rank] = all[0];
     }
-    sums[i * rank] = all[0];
+  } else {
+    constexpr int count = Rows * registers / 2;
+    typename Vectors<L>::Lanes v[count];
+    __builtin_memcpy(v, pairs, sizeof(v));
+    sum_neighbours<L>(v, count, 5);  // kChains / 2 is 2^5
+    for (int i = 0; i < Rows; ++i) sums[i * rank] = v[0][i];
   }
 }
 
 // The same with a register for a chain of L::width numbers of the rank; four neighbouring chains at a time.
 template <class L, int Rows>
-ZK_HD void inner_of_many(const MemberRows& op, const float* x, float* sums) {
+ZK_HD void inner_of_many(const SharedRows& op, const float* x, float* sums) {
   using F = typename L::F;
   for (int64_t rank = 0; rank < op.rank; rank += L::width) {
     F group[Rows][kChains / 4];
@@ -135,9 +195,9 @@ ZK_HD void inner_of_many(const MemberRows& op, const float* x, float* sums) {
   }
 }
 
-// Adds to 8 L::width columns of a row, from `column` on, what `product` has for them.
+// Adds to 8 L::width columns of a row what `product` has for them; `bias` is packed, or null.
 template <class L, DType D>
-ZK_HD void add_to(const MemberRows& op, typename Storage<L, D>::T* out, int64_t column,
+ZK_HD void add_to(const SharedRows& op, typename Storage<L, D>::T* out, const float* bias, float coeff,
                   const typename L::F product[8]) {
   using F = typename L::F;
   F y[8];
@@ -148,26 +208,28 @@ ZK_HD void add_to(const MemberRows& op, typename Storage<L, D>::T* out, int64_t 
   }
   for (int v = 0; v < 8; ++v) {
     F z = product[v];
-    if (op.bias != nullptr) z = add(z, L::load_row(op.bias + column + v * L::width));
+    if (bias != nullptr) z = add(z, L::load_row(bias + v * L::width));
     if constexpr (D != DType::f32) z = without_payload(z);  // rounding does not look for NaNs
-    y[v] = fma(Splat<F>::of(op.coeff), z, y[v]);
+    y[v] = fma(Splat<F>::of(coeff), z, y[v]);
   }
   Storage<L, D>::template store<false>(out, y, {});
 }
 
-// The sums of the rank for `Rows` rows and 8 L::width columns from `column` on, added to `count` columns of out.
+// What the sums of `Rows` rows from `row` on and columns [at, at + 8 L::width) of a block give, added to `count`
+// columns of `out`, which is where the first of these rows has them.
 template <class L, DType D, int Rows>
-ZK_HD void outer(const MemberRows& op, const float* sums, typename Storage<L, D>::T* out, int64_t column,
-                 int64_t count) {
+ZK_HD void outer(const SharedRows& op, int64_t row, int64_t at, int64_t stride,
+                 typename Storage<L, D>::T* out, int64_t count) {
   using F = typename L::F;
   using T = typename Storage<L, D>::T;
   constexpr int64_t step = 8 * L::width;
+  const float* sums = op.sums + row * op.rank;
   F product[Rows][8];
   for (int i = 0; i < Rows; ++i) {
     for (int v = 0; v < 8; ++v) product[i][v] = Splat<F>::of(0.0f);
   }
   for (int64_t j = 0; j < op.rank; ++j) {
-    const float* a = op.left + j * op.left_stride + column;
+    const float* a = op.block + j * stride + at;
     F sum[Rows];
     for (int i = 0; i < Rows; ++i) sum[i] = Splat<F>::of(sums[i * op.rank + j]);
     for (int v = 0; v < 8; ++v) {
@@ -175,14 +237,15 @@ ZK_HD void outer(const MemberRows& op, const float* sums, typename Storage<L, D>
       for (int i = 0; i < Rows; ++i) product[i][v] = fma(sum[i], value, product[i][v]);
     }
   }
+  const float* bias = op.bias == nullptr ? nullptr : op.bias_block + at;
   for (int i = 0; i < Rows; ++i) {
-    T* here = out + i * op.m + column;
+    T* here = out + i * op.m;
     if (count == step) {
-      add_to<L, D>(op, here, column, product[i]);
+      add_to<L, D>(op, here, bias, op.coeffs[row + i], product[i]);
     } else {
       alignas(64) T rest[step] = {};
       __builtin_memcpy(rest, here, count * sizeof(T));
-      add_to<L, D>(op, rest, column, product[i]);
+      add_to<L, D>(op, rest, bias, op.coeffs[row + i], product[i]);
       __builtin_memcpy(here, rest, count * sizeof(T));
     }
   }
@@ -205,40 +268,6 @@ ZK_HD void to_floats(const typename Storage<L, D>::T* x, int64_t count, int64_t 
     Storage<L, D>::load(rest, v);
     for (int e = 0; e < 8 && at + e * L::width < stride; ++e) L::store_row(to + at + e * L::width, v[e]);
   }
-}
-
-template <class L, DType D, int Rows>
-ZK_HD void rows_of(const MemberRows& op, int64_t row, float* scratch) {
-  using T = typename Storage<L, D>::T;
-  constexpr int64_t step = 8 * L::width;
-  float *x = scratch, *sums = scratch + kRows * op.x_stride;
-  for (int i = 0; i < Rows; ++i) {
-    to_floats<L, D>(static_cast<const T*>(op.x) + (row + i) * op.n, op.n, op.x_stride, x + i * op.x_stride);
-  }
-  if (op.rank <= kFewRanks) {
-    for (int64_t j = 0; j < op.rank; ++j) {
-      inner_of_one<L, Rows>(x, op.right + j * op.x_stride, op.x_stride, sums + j, op.rank);
-    }
-  } else {
-    inner_of_many<L, Rows>(op, x, sums);
-  }
-  // Two rows' products fill half of the registers.
-  constexpr int together = L::width == 16 && Rows % 2 == 0 ? 2 : 1;
-  T* out = static_cast<T*>(op.out) + row * op.m;
-  for (int64_t column = 0; column < op.m; column += step) {
-    const int64_t count = op.m - column < step ? op.m - column : step;
-    for (int i = 0; i < Rows; i += together) {
-      outer<L, D, together>(op, sums + i * op.rank, out + i * op.m, column, count);
-    }
-  }
-}
-
-template <class L, DType D>
-void run(const MemberRows& op, float* scratch) {
-  constexpr int rows = L::width == 16 ? kRows : 1;
-  int64_t row = 0;
-  for (; row + rows <= op.rows; row += rows) rows_of<L, D, rows>(op, row, scratch);
-  for (; row < op.rows; ++row) rows_of<L, D, 1>(op, row, scratch);
 }
 
 // A square of L::width rows of `from`, of which `count` columns become rows of `to`.  In each of log2(width)
@@ -265,17 +294,43 @@ ZK_HD void transpose(const float* from, int64_t from_stride, float* to, int64_t 
   for (int j = 0; j < count; ++j) __builtin_memcpy(to + j * to_stride, &v[j], sizeof(Lanes));
 }
 
+// The same for 2 L::width rows of a factor of `Rank` columns, a power of two: what is left when elements of even
+// numbers have gone in front of those of odd ones so often is [parity of the row, column, half of the row].
+template <class L, int Rank>
+ZK_HD void take_apart(const float* from, float* to, int64_t to_stride) {
+  using V = Vectors<L>;
+  typename V::Lanes v[2 * Rank], next[2 * Rank];
+  __builtin_memcpy(v, from, sizeof(v));
+  for (int done = 1; done <= Rank; done *= 2) {
+    for (int i = 0; i < Rank; ++i) {
+      next[i] = V::template every_second<0>(v[2 * i], v[2 * i + 1]);
+      next[Rank + i] = V::template every_second<1>(v[2 * i], v[2 * i + 1]);
+    }
+    for (int i = 0; i < 2 * Rank; ++i) v[i] = next[i];
+  }
+  for (int i = 0; i < 2 * Rank; ++i) {
+    __builtin_memcpy(to + i % Rank * to_stride + i / Rank * L::width, &v[i], sizeof(v[i]));
+  }
+}
+
+// `columns` rows of a factor, behind which `more` are in memory, too.
 template <class L>
-void pack(const float* factor, int64_t columns, int64_t rank, int64_t stride, float* to) {
+void pack(const float* factor, int64_t columns, int64_t more, int64_t rank, int64_t stride, float* to) {
   if (rank == 1) return to_floats<L, DType::f32>(factor, columns, stride, to);
   constexpr int64_t run = 2 * L::width;
   int64_t at = 0;
   for (; at + run <= columns; at += run) {
+    if constexpr (L::width > 1) {
+      if (rank == 2) take_apart<L, 2>(factor + at * rank, to + at, stride);
+      if (rank == 4) take_apart<L, 4>(factor + at * rank, to + at, stride);
+      if (rank == 8) take_apart<L, 8>(factor + at * rank, to + at, stride);
+      if (rank == 2 || rank == 4 || rank == 8) continue;
+    }
     for (int64_t j = 0; j < rank;) {
       const float* from = factor + at * rank + j;
       float* row = to + j * stride + at;
       // Whole registers of ranks, as far as they can be loaded without reading behind the factor.
-      const bool inside = (at + run - 1) * rank + j + L::width <= columns * rank;
+      const bool inside = (at + run - 1) * rank + j + L::width <= (columns + more) * rank;
       if (L::width > 1 && 2 * (rank - j) > L::width && inside) {
         const int64_t count = rank - j < L::width ? rank - j : L::width;
         transpose<L>(from, 2 * rank, row, stride, count);
@@ -294,20 +349,70 @@ void pack(const float* factor, int64_t columns, int64_t rank, int64_t stride, fl
   }
 }
 
+// The sums of `Rows` rows from `row` on.
+template <class L, DType D, int Rows>
+ZK_HD void inner(const SharedRows& op, int64_t row) {
+  using T = typename Storage<L, D>::T;
+  for (int i = 0; i < Rows; ++i) {
+    const T* x = static_cast<const T*>(op.x) + (row + i) * op.n;
+    to_floats<L, D>(x, op.n, op.x_stride, op.floats + i * op.x_stride);
+  }
+  float* sums = op.sums + row * op.rank;
+  if (op.rank <= kFewRanks) {
+    for (int64_t j = 0; j < op.rank; ++j) {
+      inner_of_one<L, Rows>(op.floats, op.right + j * op.x_stride, op.x_stride, sums + j, op.rank);
+    }
+  } else {
+    inner_of_many<L, Rows>(op, op.floats, sums);
+  }
+}
+
+template <class L, DType D>
+void run(const SharedRows& op) {
+  using T = typename Storage<L, D>::T;
+  constexpr int rows = L::width == 16 ? kRows : 1;
+  int64_t row = 0;
+  for (; row + rows <= op.rows; row += rows) inner<L, D, rows>(op, row);
+  for (; row < op.rows; ++row) inner<L, D, 1>(op, row);
+
+  constexpr int64_t step = 8 * L::width;
+  // Two rows' products fill half of the registers.
+  constexpr int together = L::width == 16 ? 2 : 1;
+  const int64_t width = block_columns(op.rank);
+  for (int64_t begin = 0; begin < op.m; begin += width) {
+    const int64_t columns = op.m - begin < width ? op.m - begin : width, rest = op.m - begin - columns;
+    const int64_t stride = (columns + kColumns - 1) / kColumns * kColumns;
+    pack<L>(op.left + begin * op.rank, columns, rest, op.rank, stride, op.block);
+    if (op.bias != nullptr) pack<L>(op.bias + begin, columns, rest, 1, stride, op.bias_block);
+    for (row = 0; row < op.rows;) {
+      const bool many = row + together <= op.rows;
+      T* out = static_cast<T*>(op.out) + row * op.m + begin;
+      for (int64_t at = 0; at < columns; at += step) {
+        const int64_t count = columns - at < step ? columns - at : step;
+        if (many) {
+          outer<L, D, together>(op, row, at, stride, out + at, count);
+        } else {
+          outer<L, D, 1>(op, row, at, stride, out + at, count);
+        }
+      }
+      row += many ? together : 1;
+    }
+  }
+}
+
 }  // namespace
 
-void ZK_ISA::low_rank_linear(const MemberRows& op, void* scratch) {
-  auto* floats = static_cast<float*>(scratch);
+void ZK_ISA::low_rank_linear(const SharedRows& op) {
   switch (op.dtype) {
-    case DType::f32: return run<ZK_LANES, DType::f32>(op, floats);
-    case DType::bf16: return run<ZK_LANES, DType::bf16>(op, floats);
-    case DType::f16: return run<ZK_LANES, DType::f16>(op, floats);
+    case DType::f32: return run<ZK_LANES, DType::f32>(op);
+    case DType::bf16: return run<ZK_LANES, DType::bf16>(op);
+    case DType::f16: return run<ZK_LANES, DType::f16>(op);
     default: return;
   }
 }
 
 void ZK_ISA::pack_factor(const float* factor, int64_t columns, int64_t rank, int64_t stride, float* to) {
-  pack<ZK_LANES>(factor, columns, rank, stride, to);
+  pack<ZK_LANES>(factor, columns, 0, rank, stride, to);
 }
 
 }  // namespace zk::cpu
@@ -322,8 +427,8 @@ namespace {
 
 constexpr int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// What a thread has of its own: kernel scratch, and the factors of one group of members, packed when the thread
-// comes to its rows.  So they are in the thread's cache, and no more of them is in memory.  Each part begins at
+// What a thread has of its own: kernel scratch, and the right factor of one group of members, packed when the
+// thread comes to its rows.  So it is in the thread's cache, and no more of it is in memory.  Each part begins at
 // a multiple of 64 bytes, so that no register that is loaded lies in two lines of a cache.
 class Workspace {
  public:
@@ -360,11 +465,10 @@ void low_rank_linear_cpu(Tensor out, Tensor x, Tensor left, Tensor right, Tensor
                          std::vector<int64_t> rows, std::optional<Tensor> bias, bool add, std::string isa) {
   check_low_rank_linear(out, x, left, right, coeffs, rows, bias);
   if (out.numel() == 0) return;
-  MemberRows all{};
+  SharedRows all{};
   all.m = out.size(1);
   all.n = x.size(1);
   all.rank = left.size(2);
-  all.left_stride = padded(all.m, kColumns);
   all.x_stride = padded(all.n, kChains);
   const bool few = all.rank <= kFewRanks;
   all.right_stride = few ? all.rank : padded(all.rank, kRanks);
@@ -382,46 +486,59 @@ void low_rank_linear_cpu(Tensor out, Tensor x, Tensor left, Tensor right, Tensor
   const auto* from = static_cast<const std::byte*>(x.const_data_ptr());
   auto* to = static_cast<std::byte*>(out.mutable_data_ptr());
   const int64_t bytes = size_of(all.dtype);
+  const int64_t block = std::min(block_columns(all.rank), padded(all.m, kColumns));
   const int64_t grain = std::max<int64_t>(kRows, kGrain / (all.m + all.n) / all.rank);
   const auto kernel = ZK_KERNEL_OF(low_rank_linear, isa);
   const auto pack = ZK_KERNEL_OF(pack_factor, isa);
   torch::stable::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) {
-    const Workspace space({kRows * (all.x_stride + all.rank), all.rank * all.left_stride,
-                           whole ? 0 : all.right_stride * all.x_stride, bias ? all.left_stride : 0});
-    int64_t packed[3] = {-1, -1, -1};  // the groups whose left, right and bias are
-    auto p = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
-    for (; begin < end; ++p) {
-      const int64_t stop = std::min(end, starts[p] + rows[p]);
-      if (stop <= begin) continue;
-      // Calls each(what member p has of a factor) where it is not packed; neighbouring members may share it.
-      const auto packing = [&](int which, const Tensor& factor, const auto& each) {
-        const int64_t group = p * factor.size(0) / members;
-        if (packed[which] != group) each(data<float>(factor) + group * (factor.numel() / factor.size(0)));
-        packed[which] = group;
-      };
-      MemberRows piece = all;
-      piece.rows = stop - begin;
+    const Workspace space({kRows * all.x_stride, kChunk * all.rank, all.rank * block, bias ? block : 0,
+                           kChunk, whole ? 0 : all.right_stride * all.x_stride});
+    // Neighbouring members may share a factor.
+    const auto of_member = [&](const Tensor& factor, int64_t p) {
+      return data<float>(factor) + p * factor.size(0) / members * (factor.numel() / factor.size(0));
+    };
+    SharedRows piece = all;
+    piece.floats = space.part(0);
+    piece.sums = space.part(1);
+    piece.block = space.part(2);
+    piece.bias_block = space.part(3);
+    piece.coeffs = space.part(4);
+    piece.right = space.part(5);
+    const float* packed = nullptr;  // the right factor that is in space
+    const auto finish = [&] {
+      if (piece.rows == 0) return;
       piece.x = from + begin * all.n * bytes;
       piece.out = to + begin * all.m * bytes;
-      piece.left = space.part(1);
-      piece.right = space.part(2);
-      packing(0, left, [&](const float* own) { pack(own, all.m, all.rank, all.left_stride, space.part(1)); });
+      kernel(piece);
+      begin += piece.rows;
+      piece.rows = 0;
+    };
+    auto p = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
+    for (int64_t row = begin; row < end; ++p) {
+      const int64_t stop = std::min(end, starts[p] + rows[p]);
+      if (stop <= row) continue;
+      const float *own_left = of_member(left, p), *own_right = of_member(right, p);
+      const float* own_bias = bias ? of_member(*bias, p) : nullptr;
+      if (own_left != piece.left || own_bias != piece.bias || own_right != packed) finish();
+      piece.left = own_left;
+      piece.bias = own_bias;
       if (whole) {
-        piece.right = data<float>(right) + p * right.size(0) / members * all.n * all.rank;
-      } else {
-        packing(1, right, [&](const float* own) {
-          if (few) return pack(own, all.n, all.rank, all.x_stride, space.part(2));
-          pad_rows(own, all.n, all.rank, all.x_stride, all.right_stride, space.part(2));
-        });
+        piece.right = own_right;
+      } else if (own_right != packed && few) {
+        pack(own_right, all.n, all.rank, all.x_stride, space.part(5));
+      } else if (own_right != packed) {
+        pad_rows(own_right, all.n, all.rank, all.x_stride, all.right_stride, space.part(5));
       }
-      if (bias) {
-        piece.bias = space.part(3);
-        packing(2, *bias, [&](const float* own) { pack(own, all.m, 1, all.left_stride, space.part(3)); });
+      packed = own_right;
+      for (const float coeff = canonical_nan(data<float>(coeffs)[p]); row < stop;) {
+        const int64_t count = std::min(stop - row, kChunk - piece.rows);
+        std::fill_n(space.part(4) + piece.rows, count, coeff);
+        piece.rows += count;
+        row += count;
+        if (piece.rows == kChunk) finish();
       }
-      piece.coeff = canonical_nan(data<float>(coeffs)[p]);
-      kernel(piece, space.part(0));
-      begin = stop;
     }
+    finish();
   });
 }
 

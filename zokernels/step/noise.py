@@ -6,7 +6,7 @@ There are four calls: perturb, move, update and step.  All of them take their z 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -17,6 +17,7 @@ from ..transfer import to_device
 from .shard import locals_of, placed
 
 Tensors = Sequence[Tensor]
+Empty = Callable[[int, tuple[int, ...]], Tensor]
 
 
 class Members(NamedTuple):
@@ -70,10 +71,24 @@ class Noise:
         """Whether ``param`` is a matrix whose own rows and columns are those of the factors."""
         return False
 
-    def stacked(self, param: Tensor, stream: int, seeds: Tensor) -> tuple[Tensor, Tensor]:
+    def stacked(
+        self, param: Tensor, stream: int, seeds: Tensor, empty: Empty | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The factors of K directions of one matrix, [K, m, r] and [K, n, r]; what all directions share is
         [1, ...].
+
+        ``empty(i, shape)``: memory for the left (0) or right (1) ones, fp32 on the device of the seeds.
         """
+        raise NotImplementedError
+
+    def factors(
+        self, params: Sequence[Tensor], streams: Sequence[int], seeds: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The left [K, m, r] and right [K, n, r] factors of each of several matrices, for K seeds."""
+        raise NotImplementedError
+
+    def factor_bytes(self, params: Sequence[Tensor]) -> int:
+        """What the factors of one direction take for these matrices."""
         raise NotImplementedError
 
     def kernel_args(self, members: Members, seeds: Tensor, coeffs: Tensor) -> dict[str, Any]:

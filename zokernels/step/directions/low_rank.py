@@ -22,10 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...backends import select
+from ...backends.terms import Terms
 from ...checks import check_integer, fail
 from ...functional import Rule as KernelRule
 from ...functional import combine_, low_rank, low_rank_, update_
-from ..noise import DENSE, Members, Noise, Tensors
+from ..noise import DENSE, Empty, Members, Noise, Tensors
 from ..roles import OptimizerView
 from ..scalars import scalars
 from ..shard import is_sharded, local_of, locals_of, shard_of
@@ -55,14 +57,34 @@ def _constant(value: float, count: int, device: torch.device) -> Tensor:
     return torch.full((count,), value, dtype=torch.float32, device=device)
 
 
-def _draw_each(shape: tuple[int, int], seeds: Tensor, stream: int, offset: int, c: float) -> Tensor:
-    """:func:`_draw` for each of ``seeds``, [K, rows, columns], in one call."""
+def _draw_each(
+    shape: tuple[int, int],
+    seeds: Tensor,
+    stream: int,
+    offset: int,
+    c: float,
+    which: int = 0,
+    empty: Empty | None = None,
+) -> Tensor:
+    """:func:`draw` for each of ``seeds``, [K, rows, columns], in one call.
+
+    ``empty``, ``which``: what gives memory for it (:meth:`Noise.stacked`), and what it is told.
+    """
     rows, columns = shape
-    zero = _constant(-0.0, _round_up(rows * columns), seeds.device)[: rows * columns]
-    out = torch.empty((len(seeds), rows, columns), dtype=torch.float32, device=seeds.device)
-    flat, coeffs = out.view(len(seeds), -1), _constant(c, len(seeds), seeds.device)
-    torch.ops.zokernels.spread.default(flat, zero, seeds, coeffs, stream, offset, "normal")
-    return out
+    count, device = seeds.shape[0], seeds.device
+    whole = (count, rows * columns)
+    out = torch.empty(whole, dtype=torch.float32, device=device) if empty is None else empty(which, whole)
+    # The backend itself: the arguments are right, and torch's dispatcher takes longer than a small factor.
+    if out.numel():
+        terms = Terms(seeds, _constant(c, count, device), [stream], [offset], "normal", None, None)
+        select(device).spread(out, _zeros(rows * columns, device), terms)
+    return out.view(count, rows, columns)
+
+
+@functools.lru_cache(maxsize=256)
+def _zeros(count: int, device: torch.device) -> Tensor:
+    """``count`` times -0.0, fp32: a part of one of few constants; it is only read."""
+    return _constant(-0.0, _round_up(count), device)[:count]
 
 
 def _round_up(count: int) -> int:
@@ -169,8 +191,14 @@ class Factored(Noise):
             empty = lambda rows: torch.empty(0, rows, self._kind.rank, device=seeds.device)
             return [empty(m) for m, _ in shapes], [empty(n) for _, n in shapes]
         lefts, rights = zip(*pairs, strict=True)
+        if len(pairs) == 1:
+            return [left[None] for left in lefts[0]], [right[None] for right in rights[0]]
         together = lambda factors: [torch.stack(of_tensor) for of_tensor in zip(*factors, strict=True)]
         return together(lefts), together(rights)
+
+    def factor_bytes(self, params: Sequence[Tensor]) -> int:
+        shapes = [shape for p in params if (shape := self._kind.matrix(p)) is not None]
+        return sum(4 * self._kind.rank * (m + n) for m, n in shapes)
 
     def is_dense(self, param: Tensor) -> bool:
         return self._kind.matrix(param) is None
@@ -178,11 +206,13 @@ class Factored(Noise):
     def is_plain_matrix(self, param: Tensor) -> bool:
         return param.dim() == 2 and self._kind.matrix(param) == tuple(param.shape)
 
-    def stacked(self, param: Tensor, stream: int, seeds: Tensor) -> tuple[Tensor, Tensor]:
+    def stacked(
+        self, param: Tensor, stream: int, seeds: Tensor, empty: Empty | None = None
+    ) -> tuple[Tensor, Tensor]:
         shape = self._kind.matrix(param)
         assert shape is not None
         kept = self._kind.kept([shape], [stream], self._kept_seed, self._cache)
-        return self._kind.stacked(shape, stream, seeds, kept)
+        return self._kind.stacked(shape, stream, seeds, kept, empty)
 
     def perturb(self, out: Tensors, members: Members, seeds: Tensor, coeffs: Tensor, **options: Any) -> None:
         self._apply(out, members, seeds, coeffs, **options)
@@ -427,10 +457,12 @@ class LowRank(Direction):
         """The left [m, r] and right [n, r] factors of one direction."""
         raise NotImplementedError
 
-    def stacked(self, shape: tuple[int, int], stream: int, seeds: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
+    def stacked(
+        self, shape: tuple[int, int], stream: int, seeds: Tensor, kept: Any, empty: Empty | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The factors of K directions of one matrix, [K, m, r] and [K, n, r], each as :meth:`drawn` gives it.
 
-        What all directions share has a first dimension of 1.
+        What all directions share has a first dimension of 1.  ``empty``: as :meth:`Noise.stacked` has it.
         """
         pairs = [self.drawn([shape], [stream], seeds[k : k + 1], kept) for k in range(len(seeds))]
         return torch.stack([left for (left,), _ in pairs]), torch.stack([right for _, (right,) in pairs])
@@ -489,8 +521,10 @@ class KeptRight(LowRank):
     ) -> tuple[list[Tensor], list[Tensor]]:
         return self._left(shapes, streams, seed, self.scale), kept
 
-    def stacked(self, shape: tuple[int, int], stream: int, seeds: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
-        return _draw_each((shape[0], self.rank), seeds, stream, 0, self.scale), kept[0][None]
+    def stacked(
+        self, shape: tuple[int, int], stream: int, seeds: Tensor, kept: Any, empty: Empty | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return _draw_each((shape[0], self.rank), seeds, stream, 0, self.scale, 0, empty), kept[0][None]
 
     @property
     def scale(self) -> float:
@@ -631,11 +665,13 @@ class FreshFactors(LowRank):
     ) -> tuple[list[Tensor], list[Tensor]]:
         return self._left(shapes, streams, seed, self.rank**-0.5), self._right(shapes, streams, seed)
 
-    def stacked(self, shape: tuple[int, int], stream: int, seeds: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
+    def stacked(
+        self, shape: tuple[int, int], stream: int, seeds: Tensor, kept: Any, empty: Empty | None = None
+    ) -> tuple[Tensor, Tensor]:
         (m, n), r = shape, self.rank
         # The right factors' elements follow the left ones'.
-        right = _draw_each((n, r), seeds, stream, m * r, 1.0)
-        return _draw_each((m, r), seeds, stream, 0, r**-0.5), right
+        right = _draw_each((n, r), seeds, stream, m * r, 1.0, 1, empty)
+        return _draw_each((m, r), seeds, stream, 0, r**-0.5, 0, empty), right
 
 
 @dataclass(frozen=True)
@@ -672,7 +708,9 @@ class TemporalFactor(LowRank):
         left, right = kept
         return [u * t for u, t in zip(left, tau, strict=True)], right
 
-    def stacked(self, shape: tuple[int, int], stream: int, seeds: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
+    def stacked(
+        self, shape: tuple[int, int], stream: int, seeds: Tensor, kept: Any, empty: Empty | None = None
+    ) -> tuple[Tensor, Tensor]:
         (left,), (right,) = kept
         return left * _draw_each((1, self.rank), seeds, stream, 0, 1.0), right[None]
 
@@ -764,7 +802,9 @@ class Subspace(LowRank):
         low_rank_(left, [u[None] for u, _ in kept], [g[None] for g in mixed], scales, streams=streams)
         return left, [v for _, v in kept]
 
-    def stacked(self, shape: tuple[int, int], stream: int, seeds: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
+    def stacked(
+        self, shape: tuple[int, int], stream: int, seeds: Tensor, kept: Any, empty: Empty | None = None
+    ) -> tuple[Tensor, Tensor]:
         ((u, v),), (m, n), count = kept, shape, len(seeds)
         mixed = _draw_each((self.rank, self.rank), seeds, stream, 0, 1.0)
         left = torch.full((count, m, self.rank), -0.0, device=seeds.device)

@@ -23,8 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import HigherOrderOperator
 
+from ...backends import Backend, select
+from ...backends.terms import Terms
 from ...checks import fail
-from ...functional import low_rank_, spread
+from ...functional import Dist, low_rank_
 from ...transfer import to_device
 from ..cohort import Cohort, CohortReader, Look
 from ..noise import Members, Noise
@@ -74,8 +76,27 @@ class Learned:
         self.size: int | None = None
         #: By function and parameter, the arguments that have rows of members: numbers and names.
         self.with_rows: dict[Any, frozenset[Any]] = {}
-        #: The parameters (bucket and stream) whose factors a forward has needed more than once.
+        #: The parameters (bucket and stream) whose factors a forward has needed, and those of which one has
+        #: needed them more than once.
+        self.used: dict[tuple[int, int], Tensor] = {}
         self.again: set[tuple[int, int]] = set()
+        #: Memory of factors, by what it is for: the whole of it, and tensors in it by their shape.  Only the
+        #: CPU's is used again: other devices have allocators that do so, while fresh memory of the system
+        #: costs more than the numbers that are drawn into it.
+        self.memory: dict[Any, tuple[Tensor, dict[tuple[int, ...], Tensor]]] = {}
+
+    def empty(self, what: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """An fp32 tensor without values; on the CPU in the memory that ``what`` has had before."""
+        if device.type != "cpu":
+            return torch.empty(shape, dtype=torch.float32, device=device)
+        whole, parts = self.memory.get(what, (None, {}))
+        if (found := parts.get(shape)) is not None:
+            return found
+        numel = math.prod(shape)
+        if whole is None or whole.numel() < numel:
+            whole, parts = self.memory[what] = torch.empty(numel, dtype=torch.float32, device=device), {}
+        found = parts[shape] = whole[:numel].view(shape)
+        return found
 
 
 class MemberTerms(NamedTuple):
@@ -135,10 +156,14 @@ class Products:
         self.op, self.owners, self.seeds, self.points = op, owners, seeds, points
         self.cohort, self.learned, self.say, self.look = cohort, learned, say, look
         self.count = len(points)
+        #: Whether all rows have one point.  A first forward of one member is treated as one of several.
+        self.is_one = self.count == 1 and look is None
         self.seen: dict[int, None] = {}
         self._terms: dict[int, list[MemberTerms]] = {}
         self._drawn: set[tuple[tuple[int, int], int]] = set()
+        self._together: set[tuple[int, int]] = set()
         self._outer: Any = None
+        self._backends: dict[torch.device, Backend] = {}
 
     def __enter__(self) -> Products:
         self._outer = running.get(get_ident())
@@ -157,10 +182,13 @@ class Products:
         special = SPECIAL.get(func)
         if special is METADATA:
             return plainly(func, args, kwargs)
+        params = self.owners.params
         found: list[Tensor] = []
-        find((args, kwargs), self.owners.params, found)
-        mine = [p for p in dict.fromkeys(map(id, found)) if p in self.owners.params]
-        if any(isinstance(p, Guard) and id(p) not in self.owners.params for p in found):
+        find(args, params, found)
+        if kwargs:
+            find(kwargs.values(), params, found)
+        mine = {i: None for p in found if (i := id(p)) in params}
+        if len(mine) < len(found) and any(isinstance(p, Guard) and id(p) not in params for p in found):
             raise HiddenParameters(
                 f"{self.op}: closure: expected no other step inside one with restore='products', got one"
             )
@@ -171,7 +199,7 @@ class Products:
                 f"{self.op}: closure: expected functions that take parameters as they are, got "
                 f"{_name(func)!r}; use restore='exact', which makes perturbed copies"
             )
-        self.seen.update(dict.fromkeys(mine))
+        self.seen.update(mine)
         with torch._C.DisableTorchFunctionSubclass():
             handler = _HANDLERS.get(func) or _HANDLERS.get(_name(func))
             if handler is not None and not torch.is_grad_enabled():
@@ -213,6 +241,12 @@ class Products:
                 self._terms[bucket].append(MemberTerms(seeds, coeffs, seeds[::shared].contiguous()))
         return self._terms[bucket]
 
+    def _backend(self, device: torch.device) -> Backend:
+        """That of this forward, which is looked for once."""
+        if (found := self._backends.get(device)) is None:
+            found = self._backends[device] = select(device)
+        return found
+
     def has_factors(self, param: Any, *, flat: bool = False) -> bool:
         """Whether ``param`` is one of the step's, and its noise a product of factors of its own shape, or
         (``flat``) of that of the matrix whose rows are its first dimension.
@@ -233,10 +267,42 @@ class Products:
         if key in self._drawn:
             self.learned.again.add(place)
         self._drawn.add(key)
-        pair = self._noise(param).stacked(param, place[1], self.terms(place[0])[term].own)
-        if self.is_one or place in self.learned.again:
+        own = self.terms(place[0])[term].own
+        if self.is_one and self._draw_together(place, term, own):
+            return self._kept.pairs[key]
+        kept_here = self.is_one or place in self.learned.again
+        # What is not kept is gone before the next is drawn, so all of it has one memory.
+        what = place if kept_here else "next"
+        again = lambda i, shape: self.learned.empty((what, i), shape, own.device)
+        pair = self._noise(param).stacked(param, place[1], own, None if self.is_one else again)
+        if kept_here:
             self._kept.keep(key, pair)
+        self.learned.used[place] = param
         return pair
+
+    def _draw_together(self, place: tuple[int, int], term: int, own: Tensor) -> bool:
+        """Of one point: draws the factors of all parameters of a bucket that a forward of the run has needed
+        and that have not been drawn, in one call, if they may all be kept.
+
+        Returns whether those of ``place`` are among them.
+        """
+        at = place[0]
+        if place not in self.learned.used or (at, term) in self._together:
+            return False
+        self._together.add((at, term))
+        kept, owners = self._kept.pairs, self.owners
+        params = {
+            p: t
+            for p, t in self.learned.used.items()
+            if p[0] == at and (p, term) not in kept and id(t) in owners.params and owners.place(t) == p
+        }
+        noise = owners.buckets[at].noise
+        if noise.factor_bytes(list(params.values())) * len(own) > self._kept.room:
+            return False
+        lefts, rights = noise.factors(list(params.values()), [stream for _, stream in params], own)
+        for p, *pair in zip(params, lefts, rights, strict=True):
+            self._kept.keep((p, term), (pair[0], pair[1]))
+        return (place, term) in self._kept.pairs
 
     def dense_noise(self, param: Tensor, term: int) -> Tensor:
         """z of a parameter with dense noise, fp32 [G, *shape]."""
@@ -245,8 +311,14 @@ class Products:
         zero = torch.full(param.shape, -0.0, dtype=torch.float32, device=param.device)
         out = torch.empty((len(seeds), *param.shape), dtype=torch.float32, device=param.device)
         one = torch.ones(len(seeds), dtype=torch.float32, device=param.device)
-        spread(out, zero, seeds, one, stream=stream, dist=self.owners.buckets[bucket].dist)
+        self._spread(out, zero, seeds, one, stream, self.owners.buckets[bucket].dist)
         return out
+
+    def _spread(self, out: Tensor, x: Tensor, seeds: Tensor, coeffs: Tensor, stream: int, dist: Dist) -> None:
+        """:func:`zokernels.spread` by the backend itself, for arguments that are right."""
+        if out.numel():
+            terms = Terms(seeds, coeffs, [stream], [0], dist, None, None)
+            self._backend(out.device).spread(out, x, terms)
 
     def copies(self, param: Tensor) -> Tensor:
         """The perturbed parameter of each member, as the dense form has it, [P, *shape]."""
@@ -255,7 +327,7 @@ class Products:
         terms, noise = self.terms(index), self._noise(param)
         out = torch.empty((self.count, *theta.shape), dtype=theta.dtype, device=theta.device)
         if len(terms) == 1 and noise.is_dense(param):
-            spread(out, theta, terms[0].seeds, terms[0].coeffs, stream=stream, dist=bucket.dist)
+            self._spread(out, theta, terms[0].seeds, terms[0].coeffs, stream, bucket.dist)
             return out
         one = Members([theta], [stream], bucket.dist)
         for p in range(self.count):
@@ -268,11 +340,6 @@ class Products:
         return self.place(param)[0] == self.place(other)[0]
 
     # Rows --------------------------------------------------------------------------------------------------
-
-    @property
-    def is_one(self) -> bool:
-        """Whether all rows have one point.  A first forward of one member is treated as one of several."""
-        return self.count == 1 and self.look is None
 
     def rows(self, x: Any, key: Any) -> list[int] | None:
         """The rows of each member along the first dimension of ``x``; None: these are no rows of members.
@@ -343,30 +410,34 @@ class Products:
 
         ``noisy``: the bias has dense noise of its own.
         """
-        fast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if fast else x.dtype
-        weight = param.detach().flatten(1)  # a convolution's has more dimensions
-        weight = weight.to(dtype) if fast else weight
-        flat = x.to(dtype).reshape(-1, x.shape[-1]).contiguous()
+        device, weight = x.device, param.detach()
+        if weight.dim() > 2:
+            weight = weight.flatten(1)  # a convolution's
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
         columns = weight if swapped else weight.t()
-        shape = (len(flat), columns.shape[1])
+        n, m = columns.shape
+        flat = x.reshape(-1, n).contiguous()
+        shape = (total := flat.shape[0], m)
         terms = self.terms(self.place(param)[0])
         if bias is not None:
-            out = bias.detach().to(dtype).expand(shape).contiguous()
+            out = bias.detach().to(x.dtype).expand(shape).contiguous()
         elif terms:
-            out = torch.empty(shape, dtype=dtype, device=x.device)
+            out = torch.empty(shape, dtype=x.dtype, device=device)
         else:
-            out = torch.zeros(shape, dtype=dtype, device=x.device)
-        each = len(flat) // max(1, x.shape[0])
+            out = torch.zeros(shape, dtype=x.dtype, device=device)
+        each = total // max(1, x.shape[0])
+        rows = counts if each == 1 else [each * n for n in counts]
         for t, (_, coeffs, _) in enumerate(terms):
             left, right = self.factors(param, t)
             if swapped:
                 left, right = right, left
             noise = self.dense_noise(bias, t) if noisy and bias is not None else None
-            rows = [each * n for n in counts]
             add = bias is not None or t > 0
-            torch.ops.zokernels.low_rank_linear_.default(out, flat, left, right, coeffs, rows, noise, add)
-        return out.addmm_(flat, columns).view(*x.shape[:-1], columns.shape[1])
+            if total and m:  # the backend itself: the arguments are right, and torch's dispatcher takes long
+                self._backend(device).low_rank_linear(out, flat, left, right, coeffs, rows, noise, add)
+        return out.addmm_(flat, columns).view(*x.shape[:-1], m)
 
     def _dense(self, func: Any, args: Any, kwargs: Any, params: list[Tensor]) -> Any:
         """``func`` with perturbed copies: of one point, or for each member on its own rows."""
