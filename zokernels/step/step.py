@@ -6,7 +6,7 @@ import itertools
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -183,6 +183,11 @@ class StepOptimizer(torch.optim.Optimizer):
     def in_two_pass(self) -> bool:
         """Whether updates add the next step's perturbation (:meth:`two_pass`)."""
         return self.passes.in_two_pass
+
+    @property
+    def is_half_updated(self) -> bool:
+        """Whether an exception has left a part of an update, of which it is not known how it is finished."""
+        return self._unfinished is not None
 
     @property
     def most_points(self) -> int:
@@ -370,16 +375,34 @@ class StepOptimizer(torch.optim.Optimizer):
                 watch.result(result)
                 return reader.read(self.op, result, devices[0], capturing)
 
-            def losses_at(points: Any, count: int) -> Tensor:
-                results = probe.forwards(points, self.team.share(count), same_rng, forward)
-                return self.team.gather(reader.losses(results) if results else None, count, devices[0])
+            own: list[Tensor | None] = []  # of this process, for each call of losses_at
 
-            estimate = self.estimate(probe.buckets, losses_at)
-            if looking:
-                watch.end()
-            if not self.run_state.capturable:
-                watch.gradients(estimate.raw.values())
-            consume(probe, estimate)
+            def take() -> Estimate:
+                asked = itertools.count()
+
+                def losses_at(points: Any, count: int) -> Tensor:
+                    if (turn := next(asked)) == len(own):
+                        results = probe.forwards(points, self.team.share(count), same_rng, forward)
+                        own.append(reader.losses(results) if results else None)
+                    return self.team.gather(own[turn], count, devices[0])
+
+                self.team.rewind()
+                estimate = self.estimate(probe.buckets, losses_at)
+                if looking:
+                    watch.end()
+                if not self.run_state.capturable:
+                    watch.gradients(estimate.raw.values())
+                consume(probe, estimate)
+                return estimate
+
+            step = None if self.run_state.capturable else self.run_state.step
+            try:
+                estimate = take()
+            except BaseException:
+                if self.team.is_decided and self.run_state.step == step and self._unfinished is None:
+                    with suppress(Exception):  # the caller gets the first one
+                        take()  # as the others do
+                raise
         self.publish(estimate)
         self.last_loss = self.estimator.loss(estimate.losses)
         return self.last_loss
