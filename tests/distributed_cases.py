@@ -512,7 +512,6 @@ def _interrupted(world: World, mode: str, interrupt: Callable, tries: int | None
     dist.all_gather_object(both, min(counts))
     total = min(both)
     places = [1 + int(world.rng.random() * total) for _ in range(tries)] if tries else range(1, total + 1)
-    if os.environ.get('PL'): places = range(*map(int, os.environ['PL'].split()))
     for place in places:
         step, told, victim = optimizer.step_count, [], world.rng.randrange(2)
         while optimizer.step_count == step and len(told) < 4:
@@ -522,8 +521,6 @@ def _interrupted(world: World, mode: str, interrupt: Callable, tries: int | None
                     optimizer.step(loss)
             except (Preempted, RanksDiffer) as error:
                 told.append(str(error))
-                if os.environ.get('PL'):
-                    import traceback; told.append(traceback.format_exc())
         if optimizer.step_count == step:
             assert mode == "inplace", (place, victim, told)
             assert all("weights" in text for text in told[2:]), told

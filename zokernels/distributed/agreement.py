@@ -62,7 +62,6 @@ class Agreement:
             fail("Exchange", "check_every", "None or a number of steps >= 1", repr(every))
         self._ranks, self._every = ranks, every
         self._done = False
-        self._begun = 0  #: the steps that all ranks have begun together, those that failed included
         self._gathers = Gathers()  #: of the check that runs, or ran last
         self._due: Callable[[OptimizerView], None] | None = None
         self._held: Sequence[list[tuple[str, int, Any]]] = ()  #: what each rank holds
@@ -72,14 +71,17 @@ class Agreement:
         """Called when what was agreed on may have changed."""
         self._done = False
 
-    def choose(self, optimizer: OptimizerView) -> None:
-        """Chooses what is compared before the step that begins."""
+    def choose(self, number: int) -> None:
+        """Chooses what is compared before the step that begins.
+
+        ``number``: of steps that all ranks have begun together.  It is not the step's own, which differs
+        where an exception has left a rank behind.
+        """
         self._gathers, self._due = Gathers(), None
         if not self._done:
             self._due = self._start
-        elif self._every and self._begun % self._every == 0:
+        elif self._every and number % self._every == 0:
             self._due = self._check_weights
-        self._begun += 1  # not the step's number, which differs where an exception has left a rank behind
 
     def begin(self, optimizer: OptimizerView) -> None:
         """Compares what was chosen.  After an exception this can be called again."""

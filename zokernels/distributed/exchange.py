@@ -72,10 +72,11 @@ class Exchange(Ranks, Team):
         #: Whether the others wait for this rank in the step that it has entered.
         self._entered = False
         self._step = 0  #: the number of that step
+        self._number = 0  #: of steps that all ranks have entered together, those that failed included
         self._begun = False  #: whether its signs are made
         self._gathers, self._count = Gathers(), 1  #: of losses: those that are made, and how many there are
-        #: The number of points that have been shared out, but whose losses have not been gathered.
-        self._shared: int | None = None
+        #: The number of points that were shared out last, and of gathers that were made before.
+        self._shared = 0, -1
 
     def join(self, optimizer: OptimizerView) -> None:
         self.agreement.start(optimizer)
@@ -87,11 +88,12 @@ class Exchange(Ranks, Team):
         gathered then is not gathered again."""
         if not (self._entered and optimizer is self._optimizer and optimizer.step_count == self._step):
             self._entered = False
-            self.agreement.choose(optimizer)
+            self.agreement.choose(self._number)
             self._gathers, self._count = Gathers(), 2 if optimizer.rule.trials else 1
-            self._optimizer, self._step, self._shared = optimizer, optimizer.step_count, None
+            self._optimizer, self._step, self._shared = optimizer, optimizer.step_count, (0, -1)
             self.bytes_sent, self._begun = 0, False
-            self._entered = True
+            number = self._number + 1
+            self._number, self._entered = number, True  # at once
 
     def begin(self, optimizer: OptimizerView, buckets: Sequence[Bucket]) -> None:
         """Called before the forwards of a step: checks that all ranks agree."""
@@ -114,7 +116,7 @@ class Exchange(Ranks, Team):
 
     def share(self, count: int) -> range:
         """Which of ``count`` points this rank evaluates."""
-        self._shared = count
+        self._shared = count, len(self._gathers.done)
         return _share(count, self.place, self.perturbation)
 
     def loss_of(self, result: object) -> object:
@@ -145,7 +147,6 @@ class Exchange(Ranks, Team):
         assert self._optimizer is not None  # a step has begun
         signs = self._signs.of(dtype, failed, mine.device)
         everyone = self.all_gather(torch.cat((mine.flatten(), signs.view(torch.float64))), self._gathers)
-        self._shared = None
         values, theirs = (
             everyone[:, : mine.numel()],
             everyone[:, mine.numel() :].contiguous().view(torch.int64),
@@ -170,8 +171,8 @@ class Exchange(Ranks, Team):
         if done < self._count:
             rule, estimator = optimizer.rule, optimizer.estimator
             trials = rule.trials and done == 1
-            count = self._shared
-            if count is None:  # it has failed before it knew its share
+            count, before = self._shared
+            if before != done:  # it has failed before it knew its share
                 count = len(rule.trials) if trials else len(estimator.points())
             shape = (2,) if isinstance(estimator, ForwardMode) and not trials else ()
             device = devices_of(optimizer.param_groups)[0]

@@ -18,7 +18,9 @@ all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_
 
 #: The same of a process group, and the wait for it: C++ alone, in which no exception of another thread
 #: can be raised.  The function above has the same two calls, with Python between them.
-_begin_gather: Any = getattr(dist.ProcessGroup, "all_gather_single", None) or dist.ProcessGroup._allgather_base
+_begin_gather: Any = (
+    getattr(dist.ProcessGroup, "all_gather_single", None) or dist.ProcessGroup._allgather_base
+)
 _wait: Any = dist.Work.wait
 
 #: What the dimensions of a mesh mean; ranks along any other hold parts of one model, or copies of it.
@@ -126,9 +128,7 @@ class Ranks:
         padded = torch.zeros(max(sizes), dtype=torch.uint8)
         padded[: len(data)] = data
         everyone = self.all_gather(padded.to(device), gathers).cpu()
-        return [
-            pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(everyone, sizes, strict=True)
-        ]
+        return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(everyone, sizes, strict=True)]
 
     def from_first(self, value: object) -> Any:
         """``value`` of the first rank."""

@@ -187,7 +187,7 @@ class StepOptimizer(torch.optim.Optimizer):
     @property
     def is_half_updated(self) -> bool:
         """Whether an exception has left a part of an update, of which it is not known how it is finished."""
-        return self._unfinished is not None
+        return self._unfinished is not None or (self._open is not None and self._open.lost)
 
     @property
     def most_points(self) -> int:
@@ -416,7 +416,7 @@ class StepOptimizer(torch.optim.Optimizer):
             if self._unfinished is None:
                 self.log.retract(self)
             else:
-                self._settle(at_once=True)
+                self._settle_update(at_once=True)
             raise
 
     def plan(self) -> list[Bucket]:
@@ -505,8 +505,14 @@ class StepOptimizer(torch.optim.Optimizer):
         ``at_once``: while that exception is on its way.
 
         Raises RuntimeError where that is not known: where what a rule keeps, or a bucket that takes several
-        calls, has a part of its update.
+        calls, has a part of its update, and where a move in place was left half-way.
         """
+        self._settle_update(at_once)
+        if (probe := self._open) is not None and not (at_once and (probe.lost or self._unfinished)):
+            probe.mend()
+            self._open = None
+
+    def _settle_update(self, at_once: bool) -> None:
         if (update := self._unfinished) is not None:
             if update.has_happened:
                 pass
@@ -525,9 +531,6 @@ class StepOptimizer(torch.optim.Optimizer):
                 expected = "weights that no exception has left half updated (load a checkpoint)"
                 fail(self.op, "step", expected, f"those of step {self.step_count}", RuntimeError)
             self._unfinished = None
-        if (probe := self._open) is not None:
-            probe.mend()
-            self._open = None
 
     def publish(self, estimate: Estimate) -> None:
         """Sets ``last_losses`` and ``last_projected_gradient`` from the estimate of a step."""
@@ -582,7 +585,10 @@ class StepOptimizer(torch.optim.Optimizer):
                         with uninterrupted():
                             passes.flush()
                     finally:
-                        passes.flush()  # what another thread's exception has left to be moved
+                        if passes.pending is not None and passes.pending.lost:
+                            self._open = passes.pending  # which the next use tells
+                        else:
+                            passes.flush()  # what another thread's exception has left to be moved
                         self.passes = after
         finally:
             self.passes = after  # again: an exception may have kept the first one from being reached
@@ -644,6 +650,7 @@ class StepOptimizer(torch.optim.Optimizer):
         state_dict = from_groups(self.op, state_dict)
         check_state_dict(self, state_dict)
         self.home.check_load(self.op)
+        self.passes.drop_lost()
         self.flush()
         if self._unfinished is not None:
             self.log.retract(self)

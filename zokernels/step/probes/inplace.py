@@ -6,8 +6,10 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from ...backends.journal import noted
+from ...backends.journal import PART, noted
+from ...checks import fail
 from ..guards import uninterrupted
+from ..noise import Noise
 from ..types import Bucket, Point, Seeds, between, terms
 from .probe import Probe
 
@@ -30,6 +32,9 @@ class InplaceProbe(Probe):
         ways = [between(b.at, point) for b, point in zip(self.buckets, points, strict=True)]
         if not any(ways):
             return
+        if self.lost:
+            expected = "weights that no exception has left half moved (load a checkpoint)"
+            fail("move", "weights", expected, "those of a step in place", RuntimeError)
         with uninterrupted():
             for b, point, way in zip(self.buckets, points, ways, strict=True):
                 if way:
@@ -43,8 +48,11 @@ class InplaceProbe(Probe):
             try:
                 b.noise.move(b.members, *terms(way, self.seeds[b.device]))
             except BaseException:
-                if len(calls) > before:  # an exception of another thread, when the kernel had run
-                    b.at = point
+                if len(calls) > before:  # an exception of another thread, when a kernel had run
+                    if type(b.noise) is Noise and calls[-1] is not PART:  # the one of this move
+                        b.at = point
+                    else:
+                        self.lost = True
                 raise
             b.at = point
 
