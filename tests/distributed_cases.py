@@ -554,7 +554,7 @@ for _mode in INTERRUPTED:
 
 @case(2)
 def fails_before_the_step_begins(world: World) -> None:
-    """A setting that one rank refuses, also where weights are to be compared first: the others do not wait."""
+    """A setting that one rank refuses, also where weights are compared first: the others do not wait."""
     for every in (1, None):
         model, mesh = Model(torch.float32, random.Random(2)), Exchange(world.mesh(data=2), every)
         optimizer = ZOSGD(model.named_parameters(), lr=0.1, mesh=mesh)

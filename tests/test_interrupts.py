@@ -19,6 +19,7 @@ import traceback
 
 import pytest
 import torch
+from case_process import CaseProcess
 
 import zokernels
 from zokernels import offload
@@ -448,5 +449,25 @@ def sweep(modes):
     return faults
 
 
+#: The steps of two ranks of distributed_cases.py, whose names begin with "mesh" here.
+MESH = ("exact", "inplace", "momentum", "trials")
+
+
+def sweep_mesh(modes):
+    """The same for one of two ranks."""
+    faults = 0
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = CaseProcess("distributed_worker.py", folder, 2, limit=4000, OMP_NUM_THREADS="1")
+        for mode in modes:
+            for kind in ("signals", "exceptions"):
+                said = ranks.ask(name=f"{kind} {mode} everywhere", seed=0, limit=3600)
+                faults += said != ["ok", "ok"]
+                print(f"mesh-{mode}, {kind}: {' '.join(said)}", flush=True)
+        ranks.stop()
+    return faults
+
+
 if __name__ == "__main__":
-    sys.exit(bool(sweep(sys.argv[1:] or MODES)))
+    asked = sys.argv[1:] or [*MODES, *(f"mesh-{mode}" for mode in MESH)]
+    faults = sweep([mode for mode in asked if mode in MODES])
+    sys.exit(bool(faults + sweep_mesh([mode.removeprefix("mesh-") for mode in asked if mode not in MODES])))

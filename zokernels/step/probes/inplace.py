@@ -29,12 +29,12 @@ class InplaceProbe(Probe):
 
     def move(self, points: list[Point]) -> None:
         """The weights of each bucket from :attr:`Bucket.at` to a new point."""
-        ways = [between(b.at, point) for b, point in zip(self.buckets, points, strict=True)]
-        if not any(ways):
-            return
         if self.lost:
             expected = "weights that no exception has left half moved (load a checkpoint)"
             fail("move", "weights", expected, "those of a step in place", RuntimeError)
+        ways = [between(b.at, point) for b, point in zip(self.buckets, points, strict=True)]
+        if not any(ways):
+            return
         with uninterrupted():
             for b, point, way in zip(self.buckets, points, ways, strict=True):
                 if way:
