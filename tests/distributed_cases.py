@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 import trajectory_cases
 from safetensors.torch import save_file
-from test_interrupts import Preempted, signal_at
+from test_interrupts import Preempted, injected_at, signal_at
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -36,7 +36,16 @@ import zokernels
 from zokernels import offload
 from zokernels.contract import derive_seed_int, streams_of
 from zokernels.distributed import AsyncExchange, Exchange, RanksDiffer, mean_of
-from zokernels.optim import ZOCGE, ZOSGD, Ranking, ThreePoint, ZerothOrder, ZOAdam, ZORankSGD
+from zokernels.optim import (
+    ZOCGE,
+    ZOSGD,
+    Ranking,
+    ThreePoint,
+    ZerothOrder,
+    ZOAdam,
+    ZOConservative,
+    ZORankSGD,
+)
 from zokernels.step.rules.sgd import SGD
 from zokernels.step.shard import shard_of, whole_of
 from zokernels.trajectory import read, record, replay_
@@ -304,7 +313,7 @@ def refused(world: World, pattern: str, make: Callable[[], object], alike: bool 
     """Checks that all ranks raise an error with this message, and if ``alike`` with the same one."""
     try:
         make()
-    except (RanksDiffer, ValueError, TypeError) as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         message = str(error)
     else:
         raise AssertionError(f"expected an error like {pattern!r}")
@@ -482,51 +491,157 @@ def raises_on_one_rank(world: World, restore: str) -> None:
         assert base
 
 
-def _signalled(world: World, restore: str) -> None:
-    """A signal whose handler raises, at a random instruction of a step of one rank, eight times.
+#: The runs whose steps are interrupted.  Weights are compared before every second step.
+INTERRUPTED: dict[str, dict] = {
+    "exact": {},
+    "inplace": {"restore": "inplace"},
+    "momentum": {"momentum": 0.5},
+    "trials": {"rule": "conservative"},
+}
+
+
+def _interrupted(world: World, mode: str, interrupt: Callable, tries: int | None = 8) -> None:
+    """An exception at a random place of a step of one rank, eight times (None: at every place).
 
     The step is taken on both ranks or, for the next try, on none.  In place, weights that have made fewer
     moves differ by roundings: that is an error until they are the same.
     """
-    model, log = Model(torch.float32, random.Random(2)), world.folder / f"{restore}.zk"
-    optimizer = ZOSGD(
-        model.named_parameters(), lr=0.1, restore=restore, mesh=world.mesh(data=2), trajectory=log
-    )
+    model, log = Model(torch.float32, random.Random(2)), world.folder / "run.zk"
+    options = dict(INTERRUPTED[mode])
+    make = ZOSGD if options.pop("rule", None) is None else ZOConservative
+    mesh = Exchange(world.mesh(data=2), check_every=2)
+    optimizer = make(model.named_parameters(), lr=0.1, mesh=mesh, trajectory=log, **options)
     loss = lambda: loss_of(model, optimizer.step_count, world.rank)
     optimizer.step(loss)
-    with signal_at(None) as count:
-        optimizer.step(loss)
-    counts: list = [None, None]
-    dist.all_gather_object(counts, count[0])
-    for _ in range(8):
-        place, victim = 1 + int(world.rng.random() * min(counts)), world.rng.randrange(2)
-        step, told = optimizer.step_count, []
+    counts = []
+    for _ in range(2):
+        with interrupt(None) as count:
+            optimizer.step(loss)
+        counts.append(count[0])
+    both: list = [None, None]
+    dist.all_gather_object(both, min(counts))
+    total = min(both)
+    places = [1 + int(world.rng.random() * total) for _ in range(tries)] if tries else range(1, total + 1)
+    for place in places:
+        step, told, victim = optimizer.step_count, [], world.rng.randrange(2)
         while optimizer.step_count == step and len(told) < 4:
             first = world.rank == victim and not told
             try:
-                with signal_at(place) if first else contextlib.nullcontext():
+                with interrupt(place) if first else contextlib.nullcontext():
                     optimizer.step(loss)
             except (Preempted, RanksDiffer) as error:
                 told.append(str(error))
         if optimizer.step_count == step:
-            assert restore == "inplace"
+            assert mode == "inplace", (place, victim, told)
             assert all("weights" in text for text in told[2:]), told
             for p in model.parameters():
                 dist.broadcast(p.data, 0)
             optimizer.step(loss)
         states: list = [None, None]
-        mine = optimizer.step_count, {name: p.tolist() for name, p in base_of(model).items()}
+        state = [optimizer.state[p].get("momentum_buffer") for p in model.parameters()]
+        kept = [None if m is None else m.tolist() for m in state]
+        mine = optimizer.step_count, {name: p.tolist() for name, p in base_of(model).items()}, kept
         dist.all_gather_object(states, mine)
         assert states[0] == states[1], (place, victim, told)
         assert optimizer.step_count == step + 1
     optimizer.trajectory.close()
     dist.barrier()
     if world.rank == 0:
-        assert read(log).steps == optimizer.step_count == 10
+        assert read(log).steps == optimizer.step_count == 3 + len(places)
 
 
-for _restore in ("exact", "inplace"):
-    case(2, f"signals {_restore}", restore=_restore)(_signalled)
+#: At every place: for the sweep of test_interrupts.py.
+SWEEPS = {}
+
+for _mode in INTERRUPTED:
+    for _kind, _interrupt in (("signals", signal_at), ("exceptions", injected_at)):
+        if _kind == "exceptions" or _mode in ("exact", "inplace"):
+            case(2, f"{_kind} {_mode}", mode=_mode, interrupt=_interrupt)(_interrupted)
+        SWEEPS[f"{_kind} {_mode} everywhere"] = functools.partial(
+            _interrupted, mode=_mode, interrupt=_interrupt, tries=None
+        )
+
+
+@case(2)
+def fails_before_the_step_begins(world: World) -> None:
+    """A setting that one rank refuses, also where weights are compared first: the others do not wait."""
+    for every in (1, None):
+        model, mesh = Model(torch.float32, random.Random(2)), Exchange(world.mesh(data=2), every)
+        optimizer = ZOSGD(model.named_parameters(), lr=0.1, mesh=mesh)
+        take(optimizer, lambda step: loss_of(model, step, world.rank), 2)  # noqa: B023
+        odd = world.rng.randrange(2)
+        optimizer.param_groups[0]["lr"] = -1.0 if world.rank == odd else 0.1
+        with pytest.raises(ValueError if world.rank == odd else RanksDiffer) as told:
+            optimizer.step(lambda: loss_of(model, 2, world.rank))  # noqa: B023
+        assert "lr" in str(told.value) if world.rank == odd else f"one on rank {odd}" in str(told.value)
+        take(optimizer, lambda step: loss_of(model, step, world.rank), 2)  # noqa: B023
+        mesh.agreement.check_weights(optimizer)
+        assert optimizer.step_count == 4
+
+
+@case(2)
+def half_updated_on_one_rank(world: World) -> None:
+    """Where an update cannot be finished, each rank says so at the next use, until all load a checkpoint."""
+    model, mesh = Model(torch.float32, random.Random(2)), Exchange(world.mesh(data=2), 3)
+    optimizer = ZOSGD(model.named_parameters(), lr=0.1, momentum=0.5, window=2, mesh=mesh)
+    loss = lambda: loss_of(model, optimizer.step_count, world.rank)
+    optimizer.step(loss)
+    saved, base = optimizer.state_dict(), base_of(model)
+    odd, begin = world.rng.randrange(2), type(optimizer.rule).begin
+
+    def interrupted(rule, *args):
+        begin(rule, *args)
+        raise Preempted
+
+    if world.rank == odd:
+        type(optimizer.rule).begin = interrupted
+    with contextlib.suppress(Preempted):
+        optimizer.step(loss)
+    type(optimizer.rule).begin = begin
+    text = "half updated .*load a checkpoint"
+    for _ in range(2):
+        refused(world, text, lambda: optimizer.step(loss), alike=False)
+    optimizer.load_state_dict(saved)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(base[name])
+    optimizer.step(loss)
+    optimizer.step(loss)
+    mesh.agreement.check_weights(optimizer)
+    assert optimizer.step_count == 3
+
+
+@case(2)
+def ctrl_c_on_one_rank(world: World) -> None:
+    """Ctrl-C in one rank's forward, which it catches: the others wait for its next call, and hear of it."""
+    for restore in ("exact", "inplace"):
+        model = Model(torch.float32, random.Random(2))
+        mesh = Exchange(world.mesh(data=2), check_every=1)
+        optimizer = ZOSGD(model.named_parameters(), lr=0.1, restore=restore, mesh=mesh)
+        calls, odd = [], world.rng.randrange(2)
+
+        def closure():
+            calls.append(1)  # noqa: B023
+            if len(calls) == 6 and world.rank == odd:  # noqa: B023
+                raise KeyboardInterrupt
+            return loss_of(model, optimizer.step_count, world.rank)  # noqa: B023
+
+        told = []
+        while optimizer.step_count < 5 and len(told) < 3:
+            try:
+                optimizer.step(closure)
+            except KeyboardInterrupt:
+                pass
+            except RanksDiffer as error:
+                told.append(str(error))
+        assert re.search("same step .number, attempt and seed.*got another on rank 1 than on rank 0", told[0])
+        went_on = optimizer.step_count == 5  # in place, one rank may have made a move more, which rounds
+        assert went_on or (restore == "inplace" and "weights" in told[1])
+        everyone: list = [None, None]
+        dist.all_gather_object(everyone, (went_on, told))
+        assert everyone[0] == everyone[1]
+        if went_on:
+            mesh.agreement.check_weights(optimizer)
 
 
 @case(2)

@@ -103,7 +103,8 @@ def work(link: connection.Connection, others: list, rank: int, ranks: int) -> No
         except EOFError:
             os._exit(0)
         try:
-            case = distributed_cases.CASES[ranks].get(name) or distributed_cases.FAULTS[name]
+            more = {**distributed_cases.FAULTS, **distributed_cases.SWEEPS}
+            case = distributed_cases.CASES[ranks].get(name) or more[name]
             dist.init_process_group(
                 "gloo" if distributed_cases.DEVICE == "cpu" else "cpu:gloo,cuda:nccl",
                 init_method=f"file://{folder}/process_group",

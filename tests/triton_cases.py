@@ -752,6 +752,59 @@ for _op in ("encode", "decode", "decode_fan_out"):
                 check_backend(run, arguments(rng, wire=wire, aligned=True, **whole))
 
 
+@case("an exception between two launches, in place")
+def _():
+    """Weights of two alignments take two launches; after the first one every use is an error."""
+    import torch
+
+    import zokernels
+    from zokernels.backends.triton import combine
+    from zokernels.optim import ZOSGD
+
+    class Preempted(Exception):
+        pass
+
+    def raises(use, kind):
+        try:
+            with zokernels.backend("triton"):
+                use()
+        except kind as error:
+            return str(error)
+        raise AssertionError(f"no {kind.__name__}")
+
+    weights = torch.ones(17)
+    params = [torch.nn.Parameter(weights[:8]), torch.nn.Parameter(weights[9:])]  # one is not aligned
+    optimizer = ZOSGD(params, lr=0.1, restore="inplace")
+    step = lambda: optimizer.step(lambda: sum(p.sum() for p in params))
+    with zokernels.backend("triton"):
+        step()
+    saved, theta, launches = optimizer.state_dict(), weights.clone(), []
+    kernel = combine.combine_kernel
+
+    class Interrupted:
+        def __getitem__(self, grid):
+            if launches:
+                raise Preempted
+            launches.append(grid)
+            return kernel[grid]
+
+    combine.combine_kernel = Interrupted()
+    try:
+        raises(step, Preempted)
+    finally:
+        combine.combine_kernel = kernel
+    assert not torch.equal(weights, theta)  # a part of a move
+    for use in (step, optimizer.state_dict):
+        assert "weights that no exception has left half moved (load a checkpoint)" in raises(
+            use, RuntimeError
+        )
+    optimizer.load_state_dict(saved)
+    weights.copy_(theta)
+    with zokernels.backend("triton"):
+        step()
+    assert optimizer.step_count == 2
+
+
 @case("trajectory: a run of the reference replays")
 def _():
     import random

@@ -1,11 +1,15 @@
-"""Which calls of compiled kernels a thread has finished, whatever exception falls between two of them."""
+"""Which calls of kernels a thread has finished, whatever exception falls between two of them."""
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+#: Noted in the place of what a call gives while it runs, and where it has not come to its end.
+PART = object()
 
 
 class _Journal(threading.local):
@@ -27,9 +31,29 @@ def call(operation: Any, args: Sequence[Any]) -> Any:
     return calls[-1]
 
 
+def in_python(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """``kernel``, which is not one call of a compiled function, with a note: an exception can end it
+    anywhere.
+    """
+
+    @functools.wraps(kernel)
+    def noting(*args: Any) -> Any:
+        if (calls := _journal.calls) is None:
+            return kernel(*args)
+        at = len(calls)
+        calls.append(PART)
+        calls[at] = result = kernel(*args)
+        return result
+
+    return noting
+
+
 @contextmanager
 def noted() -> Iterator[list[Any]]:
-    """Inside, the list has an entry for each call of a compiled kernel that this thread has finished."""
+    """Inside, the list has an entry for each call of a kernel that this thread has finished.
+
+    A call of a kernel in Python is there from its beginning, as :data:`PART`.
+    """
     outer = _journal.calls
     _journal.calls = calls = [] if outer is None else outer
     try:

@@ -19,6 +19,8 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
+from .journal import in_python
+
 #: Automatic choice for a device, best first.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
@@ -62,6 +64,8 @@ class Backend:
     #: Devices of those types that it cannot run on, each with the reason: the rest of a sentence about the
     #: backend.
     refused: Mapping[torch.device, str] = field(default_factory=dict)
+    #: Whether a kernel is one call of a compiled function.
+    compiled: bool = False
     #: What a user should know of it besides; empty where all is ordinary.
     note: str = ""
 
@@ -73,6 +77,7 @@ class Backend:
         kernel = None if name.startswith("_") else self.find(name)
         if kernel is None:
             raise AttributeError(f"backend {self.name!r} has no kernel {name!r}", name=name, obj=self)
+        kernel = kernel if self.compiled else in_python(kernel)
         object.__setattr__(self, name, kernel)
         return kernel
 

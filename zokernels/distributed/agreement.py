@@ -6,7 +6,7 @@ This is compared at the start, and the weights again every so many steps.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ..step.groups import label_of, takes_part
 from ..step.roles import OptimizerView
 from ..step.shard import is_sharded, local_of, peers_of, shard_of
 from ..trajectory.settings import header_of
-from .ranks import Ranks
+from .ranks import Gathers, Ranks
 
 #: How many elements are hashed at a time.  Each takes 8 bytes while it is.
 _PIECE = 1 << 22
@@ -62,6 +62,8 @@ class Agreement:
             fail("Exchange", "check_every", "None or a number of steps >= 1", repr(every))
         self._ranks, self._every = ranks, every
         self._done = False
+        self._gathers = Gathers()  #: of the check that runs, or ran last
+        self._due: Callable[[OptimizerView], None] | None = None
         self._held: Sequence[list[tuple[str, int, Any]]] = ()  #: what each rank holds
         self._groups: set[int] = set()  #: the groups that take part on any rank
 
@@ -69,16 +71,33 @@ class Agreement:
         """Called when what was agreed on may have changed."""
         self._done = False
 
-    def begin(self, optimizer: OptimizerView) -> None:
+    def choose(self, number: int) -> None:
+        """Chooses what is compared before the step that begins.
+
+        ``number``: of steps that all ranks have begun together.  It is not the step's own, which differs
+        where an exception has left a rank behind.
+        """
+        self._gathers, self._due = Gathers(), None
         if not self._done:
-            self.start(optimizer)
-        elif self._every and optimizer.step_count % self._every == 0:
-            self.check_weights(optimizer)
+            self._due = self._start
+        elif self._every and number % self._every == 0:
+            self._due = self._check_weights
+
+    def begin(self, optimizer: OptimizerView) -> None:
+        """Compares what was chosen.  After an exception this can be called again."""
+        if self._due is not None:
+            self._gathers.rewind()
+            self._due(optimizer)
 
     def start(self, optimizer: OptimizerView) -> None:
+        self._gathers = Gathers()
+        self._start(optimizer)
+
+    def _start(self, optimizer: OptimizerView) -> None:
         self._check_peers(optimizer)
         mine = (summary(optimizer), *parameters(optimizer), _held(optimizer), _groups(optimizer))
-        common, params, streams, self._held, groups = zip(*self._ranks.all_gather_object(mine), strict=True)
+        everyone = self._ranks.all_gather_object(mine, self._gathers)
+        common, params, streams, self._held, groups = zip(*everyone, strict=True)
         self._groups = set().union(*groups)
         if self._ranks.stages > 1:
             self._check_names(optimizer, streams)
@@ -90,7 +109,7 @@ class Agreement:
             for name in streams[i]:
                 if (first := known.setdefault(name, (rank, params[i][name])))[1] != params[i][name]:
                     _differ(optimizer, name, *first, rank, params[i][name])
-        self.check_weights(optimizer)
+        self._check_weights(optimizer)
         self._done = True  # not before: an error that is caught must come again
 
     def _check_names(self, optimizer: OptimizerView, streams: Sequence[dict[str, int]]) -> None:
@@ -125,13 +144,17 @@ class Agreement:
                     fail(optimizer.op, "mesh", f"{split}, at one point", got + str(self._ranks.rank))
 
     def check_weights(self, optimizer: OptimizerView) -> None:
+        self._gathers = Gathers()
+        self._check_weights(optimizer)
+
+    def _check_weights(self, optimizer: OptimizerView) -> None:
         named = [
             (label_of(group, i), p) for group in optimizer.param_groups for i, p in enumerate(group["params"])
         ]
         home = next(local_of(p).device for _, p in named)
         mine = torch.zeros(max(map(len, self._held)), dtype=torch.int64, device=home)
         mine[: len(named)] = torch.stack([fingerprint(local_of(p)).to(home) for _, p in named])
-        everyone = self._ranks.all_gather(mine).tolist()
+        everyone = self._ranks.all_gather(mine, self._gathers).tolist()
         holders: dict[Any, tuple[int, int]] = {}  # by parameter and shard: the first rank that has it
         for rank, held, prints in zip(self._ranks.members, self._held, everyone, strict=True):
             for what, value in zip(held, prints, strict=False):
@@ -151,9 +174,10 @@ def _compare(
 
 
 def _differ(optimizer: OptimizerView, what: str, first: int, ours: object, rank: int, theirs: object) -> None:
+    advice = "; load a checkpoint on each" if what == "step" else ""
     raise RanksDiffer(
         f"{optimizer.op}: mesh: {what}: expected the same on all ranks, got {ours} on rank {first} and "
-        f"{theirs} on rank {rank}"
+        f"{theirs} on rank {rank}{advice}"
     )
 
 
@@ -176,6 +200,9 @@ def summary(optimizer: OptimizerView) -> dict[str, str]:
     """What all ranks must have in common, each under the name by which a difference is reported."""
     header = header_of(optimizer, base=False)
     found = {key: str(value) for key, value in header.items() if key not in ("groups", "created_by")}
+    found["step"] = found.pop("start")
+    half = "left half updated by an exception (load a checkpoint on each)"
+    found = {"update": half if optimizer.is_half_updated else "whole", **found}
     found = {"version": header["created_by"], "torch version": torch.__version__, **found}
     for i, (group, own) in enumerate(zip(optimizer.param_groups, header["groups"], strict=True)):
         for key, value in (*own["options"].items(), ("lr", float(group["lr"]))):

@@ -17,8 +17,8 @@ from ..step.roles import OptimizerView, Team
 from ..step.step import StepOptimizer
 from ..step.types import Bucket
 from .agreement import Agreement, RanksDiffer
-from .ranks import PERTURBATION, PIPELINE, Ranks
-from .signs import Signs
+from .ranks import PERTURBATION, PIPELINE, Gathers, Ranks
+from .signs import FAILED, LOST, Signs
 
 
 def mean_of(losses: Tensor | Sequence[Tensor | float]) -> Tensor:
@@ -69,19 +69,44 @@ class Exchange(Ranks, Team):
         self.agreement = Agreement(self, check_every)
         self._signs = Signs(self.members, self.stage_of)
         self._optimizer: OptimizerView | None = None
-        self._left = 0  #: the gathers of the step that are still to come
-        #: The number of points that have been shared out, but whose losses have not been gathered.
-        self._shared: int | None = None
+        #: Whether the others wait for this rank in the step that it has entered.
+        self._entered = False
+        self._step = 0  #: the number of that step
+        self._number = 0  #: of steps that all ranks have entered together, those that failed included
+        self._begun = False  #: whether its signs are made
+        self._gathers, self._count = Gathers(), 1  #: of losses: those that are made, and how many there are
+        #: The number of points that were shared out last, and of gathers that were made before.
+        self._shared = 0, -1
 
     def join(self, optimizer: OptimizerView) -> None:
         self.agreement.start(optimizer)
 
+    def enter(self, optimizer: OptimizerView) -> None:
+        """Called first in a step: from here on the others wait for this rank, or for word of its failure.
+
+        A step that another exception than an Exception has cut short (Ctrl-C) is entered once more: what was
+        gathered then is not gathered again."""
+        if not (self._entered and optimizer is self._optimizer and optimizer.step_count == self._step):
+            self._entered = False
+            self.agreement.choose(self._number)
+            self._gathers, self._count = Gathers(), 2 if optimizer.rule.trials else 1
+            self._optimizer, self._step, self._shared = optimizer, optimizer.step_count, (0, -1)
+            self.bytes_sent, self._begun = 0, False
+            number = self._number + 1
+            self._number, self._entered = number, True  # at once
+
     def begin(self, optimizer: OptimizerView, buckets: Sequence[Bucket]) -> None:
-        """Called before a step: checks that all ranks agree."""
-        self.bytes_sent, self._left, self._shared = 0, 0, None
+        """Called before the forwards of a step: checks that all ranks agree."""
         self.agreement.begin(optimizer)
-        self._optimizer, self._left = optimizer, 2 if optimizer.rule.trials else 1
         self._signs.begin(optimizer)
+        self._begun = True
+
+    @property
+    def is_decided(self) -> bool:
+        return self._entered and len(self._gathers.done) == self._count
+
+    def rewind(self) -> None:
+        self._gathers.rewind()
 
     def changed(self) -> None:
         self.agreement.expire()
@@ -91,7 +116,7 @@ class Exchange(Ranks, Team):
 
     def share(self, count: int) -> range:
         """Which of ``count`` points this rank evaluates."""
-        self._shared = count
+        self._shared = count, len(self._gathers.done)
         return _share(count, self.place, self.perturbation)
 
     def loss_of(self, result: object) -> object:
@@ -117,12 +142,11 @@ class Exchange(Ranks, Team):
         losses = mean_of(everyone.flatten(0, 1)[index])
         return losses if dtype is None else losses.to(dtype)
 
-    def _exchange(self, mine: Tensor, dtype: torch.dtype | None, failed: bool = False) -> Tensor:
+    def _exchange(self, mine: Tensor, dtype: torch.dtype | None, failed: int = 0) -> Tensor:
         """``mine`` of all ranks, [ranks, ...].  Raises, on all of them, where their signs differ."""
         assert self._optimizer is not None  # a step has begun
-        self._left, self._shared = max(self._left - 1, 0), None
         signs = self._signs.of(dtype, failed, mine.device)
-        everyone = self.all_gather(torch.cat((mine.flatten(), signs.view(torch.float64))))
+        everyone = self.all_gather(torch.cat((mine.flatten(), signs.view(torch.float64))), self._gathers)
         values, theirs = (
             everyone[:, : mine.numel()],
             everyone[:, mine.numel() :].contiguous().view(torch.int64),
@@ -130,7 +154,8 @@ class Exchange(Ranks, Team):
         try:
             return self._signs.check(self._optimizer, values.reshape(len(everyone), *mine.shape), theirs)
         except RanksDiffer:
-            self._left = 0  # on all ranks alike
+            self._entered = False  # on all ranks alike
+            self._signs.restart()
             self.agreement.expire()
             raise
 
@@ -140,12 +165,14 @@ class Exchange(Ranks, Team):
         Until the weights have been compared again no step is taken: with restore="inplace" those of this rank
         have made fewer moves back and forth, each with its rounding.
         """
-        if (self._left or self._shared is not None) and optimizer is self._optimizer:
-            self.agreement.expire()
-            rule, estimator = self._optimizer.rule, self._optimizer.estimator
-            trials = rule.trials and self._left == 1
-            count = self._shared
-            if count is None:  # it has failed before it knew its share
+        if not self._entered or optimizer is not self._optimizer:
+            return
+        done = len(self._gathers.done)
+        if done < self._count:
+            rule, estimator = optimizer.rule, optimizer.estimator
+            trials = rule.trials and done == 1
+            count, before = self._shared
+            if before != done:  # it has failed before it knew its share
                 count = len(rule.trials) if trials else len(estimator.points())
             shape = (2,) if isinstance(estimator, ForwardMode) and not trials else ()
             device = devices_of(optimizer.param_groups)[0]
@@ -153,8 +180,12 @@ class Exchange(Ranks, Team):
                 (-(-count // self.perturbation), *shape), float("nan"), dtype=torch.float64, device=device
             )
             with suppress(RanksDiffer):  # of which this rank is the reason
-                self._exchange(mine, None, failed=True)
-            self._left = 0
+                self._gathers.asked = done
+                if not self._begun:
+                    self.begin(optimizer, ())
+                self._exchange(mine, None, LOST if optimizer.is_half_updated else FAILED)
+            self.agreement.expire()
+        self._entered = False
 
     def _index_of(self, count: int, most: int, device: torch.device) -> Tensor:
         """[D, count]: the places of each data rank's losses in the gathered ones, of which every rank sent

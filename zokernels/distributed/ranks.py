@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +16,32 @@ from ..checks import fail
 # its name until 2.13
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
+#: The same of a process group, and the wait for it: C++ alone, in which no exception of another thread
+#: can be raised.  The function above has the same two calls, with Python between them.
+_begin_gather: Any = (
+    getattr(dist.ProcessGroup, "all_gather_single", None) or dist.ProcessGroup._allgather_base
+)
+_wait: Any = dist.Work.wait
+
 #: What the dimensions of a mesh mean; ranks along any other hold parts of one model, or copies of it.
 DATA, PERTURBATION, PIPELINE = "data", "perturbation", "pipeline"
+
+
+class Gathers:
+    """What gathers gave, so that code which runs again makes each of them once.
+
+    All ranks must take part in a gather, and none knows when another thread's exception has ended the code
+    of one rank: between a gather and a note of it, or in front of it.  So the interpreter's C code makes both
+    (:meth:`Ranks.all_gather`), and the code begins again from :meth:`rewind`: what was gathered is not
+    gathered again.
+    """
+
+    def __init__(self) -> None:
+        self.done: list[tuple[Any, Tensor]] = []
+        self.asked = 0  #: how many have been asked for, since the code last began
+
+    def rewind(self) -> None:
+        self.asked = 0
 
 
 class Ranks:
@@ -81,18 +106,29 @@ class Ranks:
         self.bytes_sent += sent
         self.total_bytes_sent += sent
 
-    def all_gather(self, mine: Tensor) -> Tensor:
-        """The tensors of all ranks, [ranks, ...], in the group's order."""
-        everyone = torch.empty((len(self.ranks), *mine.shape), dtype=mine.dtype, device=mine.device)
-        all_gather_single(everyone.view(-1), mine.reshape(-1), group=self.group)
-        self.count(mine.nbytes)
-        return everyone
+    def all_gather(self, mine: Tensor, gathers: Gathers | None = None) -> Tensor:
+        """The tensors of all ranks, [ranks, ...], in the group's order.
 
-    def all_gather_object(self, value: object) -> list[Any]:
+        ``gathers``: those of which this is one."""
+        gathers = Gathers() if gathers is None else gathers
+        if gathers.asked == len(gathers.done):
+            everyone = torch.empty((len(self.ranks), *mine.shape), dtype=mine.dtype, device=mine.device)
+            begun = map(_begin_gather, [self.group], [everyone.view(-1)], [mine.reshape(-1)])
+            gathers.done.extend(zip(map(_wait, begun), [everyone]))  # noqa: B905
+            self.count(mine.nbytes)
+        gathers.asked += 1
+        return gathers.done[gathers.asked - 1][1]
+
+    def all_gather_object(self, value: object, gathers: Gathers | None = None) -> list[Any]:
         """``value`` of all ranks, in the group's order.  It is for the start, not for steps."""
-        everyone: list[Any] = [None] * len(self.ranks)
-        dist.all_gather_object(everyone, value, group=self.group)
-        return everyone
+        device = torch.device(self.mesh.device_type)
+        gathers = Gathers() if gathers is None else gathers
+        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        sizes = self.all_gather(torch.tensor([len(data)], device=device), gathers).flatten().tolist()
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: len(data)] = data
+        everyone = self.all_gather(padded.to(device), gathers).cpu()
+        return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(everyone, sizes, strict=True)]
 
     def from_first(self, value: object) -> Any:
         """``value`` of the first rank."""

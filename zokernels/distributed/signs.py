@@ -25,6 +25,8 @@ MEANINGS = (
     "trainable parameters",
     "lr",
 )
+#: What an exception has left of a rank's step: nothing, or a part of an update.
+FAILED, LOST = 1, 2
 _FAILED, _DTYPE, _TRAINABLE = 0, 2, 4
 #: float64 is what losses travel as; a loss of any other dtype is fp32.
 _DTYPES = {torch.float64: 2, torch.float32: 1}
@@ -88,15 +90,20 @@ class Signs:
             self._known[place] = value, (sign := int.from_bytes(data, "little", signed=True))
         return sign
 
-    def of(self, dtype: torch.dtype | None, failed: bool, device: torch.device) -> Tensor:
+    def restart(self) -> None:
+        """Called where all ranks have found that they differ: attempts are counted from here."""
+        self._attempts = 0
+
+    def of(self, dtype: torch.dtype | None, failed: int, device: torch.device) -> Tensor:
         """This rank's signs, int64 [count].
 
         Args:
             dtype: of its losses, where all ranks must compute with the same one.
-            failed: whether an exception has ended its forwards.
+            failed: 0, or what an exception that has ended its step has left (:data:`FAILED`,
+                :data:`LOST`).
         """
         own = [*self._own]
-        own[_FAILED], own[_DTYPE] = int(failed), _DTYPES.get(dtype, 0) if dtype is not None else 0
+        own[_FAILED], own[_DTYPE] = failed, _DTYPES.get(dtype, 0) if dtype is not None else 0
         return torch.cat((to_device(torch.tensor(own), device), to_device(self._lr, device)))
 
     def check(self, optimizer: OptimizerView, losses: Tensor, signs: Tensor) -> Tensor:
@@ -121,6 +128,9 @@ class Signs:
             raise RanksDiffer(f"{optimizer.op}: mesh: step {step}: expected {what} on all ranks, got {got}")
 
         for rank, own in zip(self._members, signs, strict=True):
+            if own[_FAILED] == LOST:
+                expected = "weights that no exception has left half updated (load a checkpoint on each)"
+                differ(expected, f"those of rank {rank}")
             if own[_FAILED]:
                 differ(MEANINGS[_FAILED], f"one on rank {rank}, which raised it")
         for place, meaning in enumerate(MEANINGS):

@@ -176,6 +176,8 @@ class ZerothOrder(StepOptimizer, metaclass=Described):
 
     def run_step(self, closure: Any, reader: LossReader, consume: Any = None) -> Tensor:
         try:
+            if not self._stepper:  # a step inside another one is none
+                self.team.enter(self)
             check_accumulation(self.op, closure)
             if self.partner is None or not callable(closure):
                 return super().run_step(closure, reader, consume)

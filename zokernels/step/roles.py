@@ -43,8 +43,11 @@ class Team:
     def join(self, optimizer: OptimizerView) -> None:
         """Called when the optimizer is complete: compares it with those of the other processes."""
 
+    def enter(self, optimizer: OptimizerView) -> None:
+        """Called first in a step: from here on the other processes wait for this one."""
+
     def begin(self, optimizer: OptimizerView, buckets: Sequence[Bucket]) -> None:
-        """Called before a step."""
+        """Called before the forwards of a step."""
         if any(b.is_sharded for b in buckets):
             fail(optimizer.op, "mesh", "a mesh with all ranks that share the weights", None)
 
@@ -69,6 +72,16 @@ class Team:
         """
         assert own is not None  # alone, the share is everything
         return own
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether all processes have all losses of the step, so that the others take it, whatever happens
+        here.
+        """
+        return False
+
+    def rewind(self) -> None:
+        """From here on :meth:`gather` gives again what it gave before in this step."""
 
     def foreign(self, optimizer: OptimizerView, groups: list[Group]) -> list[Group]:
         """The groups that take part in the step on other processes alone, where ``groups`` do here."""
@@ -221,6 +234,10 @@ class OptimizerView(Protocol):
     @property
     def in_two_pass(self) -> bool:
         """Whether updates add the next step's perturbation."""
+
+    @property
+    def is_half_updated(self) -> bool:
+        """Whether an exception has left a part of an update, of which it is not known how it is finished."""
 
     @property
     def members_at_once(self) -> int:

@@ -7,7 +7,7 @@ import itertools
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -214,6 +214,11 @@ class StepOptimizer(torch.optim.Optimizer):
         return self.passes.in_two_pass
 
     @property
+    def is_half_updated(self) -> bool:
+        """Whether an exception has left a part of an update, of which it is not known how it is finished."""
+        return self._unfinished is not None or (self._open is not None and self._open.lost)
+
+    @property
     def most_points(self) -> int:
         """How many points a step has at most: as many ranks can share them."""
         return len(self.estimator.points())
@@ -399,16 +404,34 @@ class StepOptimizer(torch.optim.Optimizer):
                 watch.result(result)
                 return reader.read(self.op, result, devices[0], capturing)
 
-            def losses_at(points: Any, count: int) -> Tensor:
-                results = probe.forwards(points, self.team.share(count), same_rng, forward)
-                return self.team.gather(reader.losses(results) if results else None, count, devices[0])
+            own: list[Tensor | None] = []  # of this process, for each call of losses_at
 
-            estimate = self.estimate(probe.buckets, losses_at)
-            if looking:
-                watch.end()
-            if not self.run_state.capturable:
-                watch.gradients(estimate.raw.values())
-            consume(probe, estimate)
+            def take() -> Estimate:
+                asked = itertools.count()
+
+                def losses_at(points: Any, count: int) -> Tensor:
+                    if (turn := next(asked)) == len(own):
+                        results = probe.forwards(points, self.team.share(count), same_rng, forward)
+                        own.append(reader.losses(results) if results else None)
+                    return self.team.gather(own[turn], count, devices[0])
+
+                self.team.rewind()
+                estimate = self.estimate(probe.buckets, losses_at)
+                if looking:
+                    watch.end()
+                if not self.run_state.capturable:
+                    watch.gradients(estimate.raw.values())
+                consume(probe, estimate)
+                return estimate
+
+            step = None if self.run_state.capturable else self.run_state.step
+            try:
+                estimate = take()
+            except BaseException:
+                if self.team.is_decided and self.run_state.step == step and self._unfinished is None:
+                    with suppress(Exception):  # the caller gets the first one
+                        take()  # as the others do
+                raise
         self.publish(estimate)
         self.last_loss = self.estimator.loss(estimate.losses)
         return self.last_loss
@@ -422,7 +445,7 @@ class StepOptimizer(torch.optim.Optimizer):
             if self._unfinished is None:
                 self.log.retract(self)
             else:
-                self._settle(at_once=True)
+                self._settle_update(at_once=True)
             raise
 
     def plan(self) -> list[Bucket]:
@@ -511,8 +534,14 @@ class StepOptimizer(torch.optim.Optimizer):
         ``at_once``: while that exception is on its way.
 
         Raises RuntimeError where that is not known: where what a rule keeps, or a bucket that takes several
-        calls, has a part of its update.
+        calls, has a part of its update, and where a move in place was left half-way.
         """
+        self._settle_update(at_once)
+        if (probe := self._open) is not None and not (at_once and (probe.lost or self._unfinished)):
+            probe.mend()
+            self._open = None
+
+    def _settle_update(self, at_once: bool) -> None:
         if (update := self._unfinished) is not None:
             if update.has_happened:
                 pass
@@ -531,9 +560,6 @@ class StepOptimizer(torch.optim.Optimizer):
                 expected = "weights that no exception has left half updated (load a checkpoint)"
                 fail(self.op, "step", expected, f"those of step {self.step_count}", RuntimeError)
             self._unfinished = None
-        if (probe := self._open) is not None:
-            probe.mend()
-            self._open = None
 
     def publish(self, estimate: Estimate) -> None:
         """Sets ``last_losses`` and ``last_projected_gradient`` from the estimate of a step."""
@@ -591,7 +617,10 @@ class StepOptimizer(torch.optim.Optimizer):
                         with uninterrupted():
                             passes.flush()
                     finally:
-                        passes.flush()  # what another thread's exception has left to be moved
+                        if passes.pending is not None and passes.pending.lost:
+                            self._open = passes.pending  # which the next use tells
+                        else:
+                            passes.flush()  # what another thread's exception has left to be moved
                         self.passes = after
         finally:
             self.passes = after  # again: an exception may have kept the first one from being reached
@@ -653,6 +682,7 @@ class StepOptimizer(torch.optim.Optimizer):
         state_dict = from_groups(self.op, state_dict)
         check_state_dict(self, state_dict)
         self.home.check_load(self.op)
+        self.passes.drop_lost()
         self.flush()
         if self._unfinished is not None:
             self.log.retract(self)

@@ -51,6 +51,9 @@ class ThreePass:
     def flush(self) -> None:
         """The weights back to theta."""
 
+    def drop_lost(self) -> None:
+        """Called where a checkpoint is loaded: the weights are nowhere else than at theta then."""
+
 
 class TwoPass(ThreePass):
     """Between steps the weights may stand at theta + eps z of the next step.
@@ -69,10 +72,10 @@ class TwoPass(ThreePass):
         self._forward_hook: ForwardHook | None = None
 
     def __enter__(self) -> TwoPass:
-        hook = _FlushHook(self)
+        hook, loading = _FlushHook(self), _FlushHook(self, drops=True)
         for module in {m: None for root in self.modules for m in root.modules()}:
             self._handles.append(module.register_state_dict_pre_hook(hook))
-            self._handles.append(module.register_load_state_dict_pre_hook(hook))
+            self._handles.append(module.register_load_state_dict_pre_hook(loading))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -131,6 +134,10 @@ class TwoPass(ThreePass):
             self.pending.restore()
             self.release()
 
+    def drop_lost(self) -> None:
+        if self.pending is not None and self.pending.lost:
+            self.release()
+
     def _before_forward(self, module: nn.Module, inputs: object) -> None:
         if self.pending is None:
             return
@@ -145,13 +152,19 @@ class TwoPass(ThreePass):
 
 
 class _FlushHook:
-    """The hook of ``state_dict`` and ``load_state_dict``.  A copy of the module copies it with the module."""
+    """The hook of ``state_dict`` and ``load_state_dict``.  A copy of the module copies it with the module.
 
-    def __init__(self, two_pass: TwoPass | None) -> None:
+    ``drops``: whether weights that are lost may be overwritten.
+    """
+
+    def __init__(self, two_pass: TwoPass | None, drops: bool = False) -> None:
         self._two_pass = weakref.ref(two_pass) if two_pass else lambda: None
+        self._drops = drops
 
     def __call__(self, *args: object) -> None:
         if two_pass := self._two_pass():
+            if self._drops:
+                two_pass.drop_lost()
             two_pass.flush()
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:

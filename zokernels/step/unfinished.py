@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.journal import noted
+from ..backends.journal import PART, noted
 from .noise import Noise
 from .probes.probe import Probe
 from .roles import home_of
@@ -22,7 +22,8 @@ from .types import Bucket, Estimate
 class Update:
     """The update of one step, which knows how far it has come.
 
-    A bucket's update is one call of a compiled kernel, for most rules and directions, which has run or not.
+    A bucket's update is one call of a kernel, for most rules and directions.  A compiled one has run or not;
+    of one in Python a part may have.
 
     ``optimizer``: the StepOptimizer.
     """
@@ -34,7 +35,7 @@ class Update:
         self._renews = type(optimizer.rule).begin is not Rule.begin  # what is kept, by several calls
         self._begun = False
         self._done = 0  # buckets that have their update
-        self._calls = 0  # of kernels, for the bucket whose turn it is
+        self._calls = 0  # of kernels, for the bucket whose turn it is, and of which the last may be a part
 
     def run(self) -> None:
         """The update, or what is left of it."""
@@ -51,7 +52,7 @@ class Update:
                         self._update(bucket, estimate.gradients[i])
                     except BaseException:
                         self._calls = len(calls) - before
-                        if self._calls and self._is_one_call(bucket):
+                        if self._calls and self._is_one_call(bucket) and calls[-1] is not PART:
                             bucket.at, moved.at, self._done, self._calls = {}, at, i + 1, 0
                         raise
                     bucket.at, moved.at, self._done = {}, at, i + 1

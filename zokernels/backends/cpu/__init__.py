@@ -9,4 +9,4 @@ from .isa import current_isa
 
 def load() -> Backend:
     library.load("cpu")
-    return Backend("cpu", frozenset(("cpu",)), library.finder("cpu", current_isa))
+    return Backend("cpu", frozenset(("cpu",)), library.finder("cpu", current_isa), compiled=True)

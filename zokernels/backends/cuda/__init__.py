@@ -23,5 +23,6 @@ def load(build: Build | None = None, machine: Machine | None = None) -> Backend:
         "cuda",
         frozenset(("cuda",)),
         library.finder("cuda"),
+        compiled=True,
         refused={torch.device("cuda", i): problem for i, problem in enumerate(problems) if problem},
     )

@@ -6,8 +6,10 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from ...backends.journal import noted
+from ...backends.journal import PART, noted
+from ...checks import fail
 from ..guards import NOTHING, uninterrupted
+from ..noise import Noise
 from ..types import Bucket, Point, Seeds, between, terms
 from .probe import Probe
 
@@ -27,6 +29,9 @@ class InplaceProbe(Probe):
 
     def move(self, points: list[Point]) -> None:
         """The weights of each bucket from :attr:`Bucket.at` to a new point."""
+        if self.lost:
+            expected = "weights that no exception has left half moved (load a checkpoint)"
+            fail("move", "weights", expected, "those of a step in place", RuntimeError)
         ways = [between(b.at, point) for b, point in zip(self.buckets, points, strict=True)]
         if not any(ways):
             return
@@ -43,8 +48,11 @@ class InplaceProbe(Probe):
             try:
                 b.noise.move(b.members, *terms(way, self.seeds[b.device]))
             except BaseException:
-                if len(calls) > before:  # an exception of another thread, when the kernel had run
-                    b.at = point
+                if len(calls) > before:  # an exception of another thread, when a kernel had run
+                    if type(b.noise) is Noise and calls[-1] is not PART:  # the one of this move
+                        b.at = point
+                    else:
+                        self.lost = True
                 raise
             b.at = point
 

@@ -18,6 +18,8 @@ class Probe:
     #: True if the weights themselves sit at point ``bucket.at``, so the update can fold the restore into its
     #: pass.  False if the probe holds a copy of them.
     update_may_restore = True
+    #: True where an exception has left a part of a move, so that it is not known where the weights are.
+    lost = False
 
     def __init__(self, buckets: list[Bucket], seeds: Seeds) -> None:
         self.buckets, self.seeds = buckets, seeds
@@ -74,4 +76,5 @@ class Probe:
 
     def __exit__(self, *exception: object) -> None:
         # after an update nothing is left to move; after an exception this brings the weights back
-        self.restore()
+        if not self.lost:
+            self.restore()
