@@ -233,7 +233,7 @@ def test_a_reward_that_is_not_finite_skips_the_generation(base, tmp_path):
     "bad", [None, "0.5", [1.0], 1j, torch.ones(2), object()], ids=lambda b: type(b).__name__
 )
 def test_a_reward_that_is_no_number_is_refused(bad, base, tmp_path):
-    """Before a record or an update of that generation; a number beyond floats skips it, as an infinite one."""
+    """Before a record or an update of that generation; a number beyond floats is infinite."""
     engines = Here(lambda i: Memory(base))
     with pytest.raises(TypeError, match="es: reward: expected a function that returns a number, got "):
         run_all(base, tmp_path / "run.zk", engines, reward=lambda prompt, text: bad)
