@@ -158,6 +158,15 @@ def test_files_that_are_named_exist():
                 assert (page.parent / link).exists(), (page.name, link)
 
 
+def test_tests_that_are_named_exist():
+    """A promise whose test has another name, or is gone, is no longer tested."""
+    found = {page.name: re.findall(r"\btest_\w+\.py\b", page.read_text()) for page in PAGES}
+    named = {(page, name) for page, names in found.items() for name in names}
+    assert ("reliability.md", "test_interrupts.py") in named
+    named.discard(("CONTRIBUTING.md", "test_x.py"))  # stands for any
+    assert [(page, name) for page, name in sorted(named) if not (ROOT / "tests" / name).exists()] == []
+
+
 def test_every_example_is_listed():
     """What is run, and not what others import: that has no command in its first lines."""
     page = (ROOT / "docs" / "examples.md").read_text()

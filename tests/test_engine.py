@@ -244,6 +244,46 @@ def test_a_padded_row_is_refused():
         refused(lambda to, w: to[:, :6].copy_(w), shape=(4, 8))
 
 
+@pytest.mark.parametrize("memory", ["master", "inplace"])
+@pytest.mark.parametrize("call", ["perturb", "update"])
+def test_an_exception_between_two_buckets(memory, call, rng, monkeypatch):
+    """Tensors of two dtypes, of which one has its pass: theta is found again, or every use is an error."""
+    from zokernels.integrations import engine
+
+    tensors = {"a": torch.randn(33), "b": torch.randn(17).bfloat16()}
+    base = {name: t.clone() for name, t in tensors.items()}
+    weights = Weights(engine.whole(tensors), tensors, memory=memory, base=base)
+    updates, member = [random_step(rng, 2) for _ in range(2)], random_step(rng, 1)
+    weights.update(*updates[0])
+    name = "combine" if (memory, call) == ("master", "perturb") else "combine_"
+    kernel, calls = getattr(engine, name), []
+
+    def interrupted(*args, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        kernel(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            getattr(weights, call)(*(member if call == "perturb" else updates[1]))
+    if (memory, call) == ("master", "update"):
+        for use in (weights.restore, weights.parts, lambda: weights.update(*updates[1])):
+            with pytest.raises(RuntimeError, match=r"half updated \(load a checkpoint\)"):
+                use()
+        weights.load(base)
+        weights.update(*updates[0])
+    weights.perturb(*member)  # wherever the exception has left it
+    weights.update(*updates[1])
+    other = {name: t.clone() for name, t in base.items()}
+    alone = Weights(engine.whole(other), other, base=base)
+    for update in updates:
+        alone.update(*update)
+    for name, t in other.items():
+        assert_same_bits(tensors[name], t)
+
+
 def test_weights_refuse_what_they_cannot_change(rng):
     piece = Piece("w", (4, 6), "layer.weight", 0, 24, 0, None)
     with pytest.raises(

@@ -229,6 +229,66 @@ def test_a_reward_that_is_not_finite_skips_the_generation(base, tmp_path):
     assert_same(replayed(base, tmp_path / "run.zk", tmp_path), *models)
 
 
+@pytest.mark.parametrize(
+    "bad", [None, "0.5", [1.0], 1j, torch.ones(2), object()], ids=lambda b: type(b).__name__
+)
+def test_a_reward_that_is_no_number_is_refused(bad, base, tmp_path):
+    """Before a record or an update of that generation; a number beyond floats is infinite."""
+    engines = Here(lambda i: Memory(base))
+    with pytest.raises(TypeError, match="es: reward: expected a function that returns a number, got "):
+        run_all(base, tmp_path / "run.zk", engines, reward=lambda prompt, text: bad)
+    run = Run(base, tmp_path / "run2.zk", SETTINGS)
+    assert rewards_of(lambda prompt, text: -(10**400), [0], [""], None, 0.0) == [-math.inf]
+    assert (run.past, engines.taken) == ([], [0])
+
+
+def test_engines_and_prompts_that_do_not_fit(base, tmp_path):
+    class Silent(Memory):
+        def generate(self, prompts, **sampling):
+            return super().generate(prompts)[1:]
+
+    with pytest.raises(ValueError, match="engine: expected 2 texts, one for each prompt, got 1"):
+        run_all(base, tmp_path / "a.zk", Here(lambda i: Silent(base)))
+    run = Run(base, tmp_path / "b.zk", SETTINGS)
+    with pytest.raises(ValueError, match="prompts: expected at least one prompt, got none for generation 0"):
+        next(train(Here(lambda i: Memory(base)), run, lambda step: [], float, generations=1))
+    for timeout in (0, -1.0, math.nan, "1"):
+        engines = Here(lambda i: Memory(base))
+        with pytest.raises((TypeError, ValueError), match="es: timeout"):
+            next(train(engines, run, lambda step: [0.5], float, generations=1, timeout=timeout))
+    assert run.past == []
+
+
+def test_two_loops_over_one_run(base, tmp_path):
+    """A second loop takes a generation between two of the first one's, which then says so."""
+    run, engines = Run(base, tmp_path / "run.zk", SETTINGS), Here(lambda i: Memory(base))
+    begin = lambda: train(engines, run, lambda step: [0.5], lambda prompt, text: float(text), generations=3)
+    first, second = begin(), begin()
+    assert [next(first).step, next(second).step] == [0, 1]
+    with pytest.raises(RuntimeError, match=r"one train\(\) at a time"):
+        next(first)
+    assert next(second).step == 2
+    run.close()
+    engines._engines[0].restore()
+    assert_same(replayed(base, tmp_path / "run.zk", tmp_path), engines._engines[0].tensors)
+
+
+@pytest.mark.parametrize(
+    "change", [{"rates": (-1.0,)}, {"gradients": ((math.nan,) * 4,)}, {"two_pass": True}]
+)
+def test_crafted_records_are_refused(change, base, tmp_path):
+    """Records with right checksums that no generation could have written: nothing is touched."""
+    log = tmp_path / "run.zk"
+    _, _, run = run_all(base, log, generations=2)
+    crafted = run.past[1]._replace(**change)
+    data = log.read_bytes()
+    log.write_bytes(data[: run._records + run.layout.size] + run.layout.pack(crafted))
+    before = log.read_bytes()
+    with pytest.raises(ValueError, match="step 1: "):
+        Run(base, log, SETTINGS)
+    assert log.read_bytes() == before
+
+
 def test_a_reward_has_its_time():
     def reward(prompt, text):
         try:

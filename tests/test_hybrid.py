@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -220,6 +221,25 @@ def test_an_error_in_the_closure_leaves_everything_as_it_was():
     assert opt.step_count == 0
 
 
+def test_a_state_dict_that_one_part_refuses_changes_neither():
+    model, opt = net(), None
+    opt = hybrid(model)
+    take(model, opt, 2)
+    saved = copy.deepcopy(opt.state_dict())
+    take(model, opt, 1)
+    held = copy.deepcopy(opt.state_dict())
+    none = {**copy.deepcopy(saved), "first_order": {"state": {}, "param_groups": []}}
+    other = {**copy.deepcopy(saved), "zo": {**saved["zo"], "contract": "zk0"}}
+    for bad, message in ((none, "number of parameter groups"), (other, "zk0")):
+        with pytest.raises(ValueError, match=message):
+            opt.load_state_dict(bad)
+        found = opt.state_dict()
+        assert found["zo"] == held["zo"]
+        theirs, ours = (s["first_order"]["state"] for s in (held, found))
+        assert theirs.keys() == ours.keys() != set()
+        assert all(torch.equal(t, ours[i][key]) for i, of in theirs.items() for key, t in of.items())
+
+
 BAD = {
     "an optimizer of ours": (lambda m: ZOSGD(m[3].parameters(), 0.1), "an optimizer of torch.optim"),
     "no optimizer": (lambda m: m, "an optimizer of torch.optim, or another one with gradients, got Seq"),
@@ -241,6 +261,8 @@ def test_what_cannot_be_hybrid():
         TypeError, match="a scalar loss that depends on parameters of the first-order optimizer"
     ):
         opt.step(lambda: 1.0)
+    with pytest.raises(ValueError, match=r"first_order: expected .* the gradients that are there, got LBFGS"):
+        ZOSGD(model[0].named_parameters(), 0.1, first_order=torch.optim.LBFGS(model[3].parameters()))
     with pytest.raises(ValueError, match="capturable: expected False with first_order"):
         hybrid(model, capturable=True)
     with pytest.raises(ValueError, match="batched: expected False with first_order"):

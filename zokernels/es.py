@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import signal
 import statistics
@@ -37,6 +38,7 @@ from .step.rules.sgd import SGD
 from .step.scalars import NO, decay_of, gate, projected_gradient
 from .step.step import StepOptimizer
 from .trajectory.format import Log, Record, encode, read, scan
+from .trajectory.replay import check_records
 from .trajectory.settings import check_base, check_same_run, match, whole_header
 
 __all__ = [
@@ -208,15 +210,29 @@ def rewards_of(
     reward: Reward, prompts: Sequence[Any], texts: Sequence[str], timeout: float | None, late: float
 ) -> list[float]:
     """The reward of each text; ``late`` for one that took more than ``timeout`` seconds."""
+    if len(texts) != len(prompts):
+        fail("es", "engine", f"{len(prompts)} texts, one for each prompt", len(texts))
     found = []
     for prompt, text in zip(prompts, texts, strict=True):
         try:
             with _within(timeout):
-                value = float(reward(prompt, text))
+                value = _number(reward(prompt, text))
         except Late:
             value = late
         found.append(value)
     return found
+
+
+def _number(reward: Any) -> float:
+    """A reward as a float; what is beyond its range is infinite, so that the generation is skipped."""
+    if not isinstance(reward, (str, bytes)):  # which float would read
+        try:
+            return float(reward)
+        except OverflowError:
+            return math.inf if reward > 0 else -math.inf
+        except (TypeError, ValueError, RuntimeError):
+            pass
+    fail("es", "reward", "a function that returns a number", repr(reward)[:200], TypeError)
 
 
 # The run ----------------------------------------------------------------------------------------------------
@@ -320,8 +336,10 @@ class Run:
         check_same_run(self.optimizer, found.header)
         check_base(found.header, match(found.header, self.base.tensors()))
         self.layout, self._records = found.layout, found.begin
+        records = list(found.records())
+        check_records(self.optimizer, records)
         self.file.cut(found.end)
-        return list(found.records())
+        return records
 
     def seeds(self, step: int) -> list[int]:
         return [derive_seed_int(self.settings.seed, step, k) for k in range(self.layout.directions)]
@@ -556,6 +574,8 @@ def train(
     """
     check_integer("es", "generations", generations, 0)
     check_integer("es", "evaluate_every", evaluate_every)
+    if timeout is not None:
+        check_number("es", "timeout", timeout, positive=True)
     write, close = _writer(tensorboard)
     sampling, fleet = sampling or {}, _Fleet(engines)
     bar = _bar(progress, generations, len(run.past))
@@ -566,7 +586,12 @@ def train(
     try:
         fleet.join(run)
         for step in range(len(run.past), generations):
+            if step != len(run.past):
+                got = f"{len(run.past)} that are in the log"
+                fail("es", "run", f"one train() at a time: {step} generations", got, RuntimeError)
             began, asked = time.monotonic(), list(prompts(step))
+            if not asked:
+                fail("es", "prompts", "at least one prompt", f"none for generation {step}")
             evaluation = judge() if step == 0 else None
             tasks = [(point, asked, sampling) for point in run.points(step)]
             values = [score(texts, asked) for texts in fleet.map(member, tasks)]

@@ -269,21 +269,23 @@ class Weights:
         self.at = NOTHING  #: seeds and coefficients of the point where the engine's weights are
         self.history: list[Update] = []  #: the updates since ``base``; kept with memory="inplace"
         self._moved = False  # whether in place weights have been rounded on their way since they were exact
+        self._torn = False  # whether some weights may have a part of a move or an update
 
     def perturb(self, seeds: Sequence[int], coeffs: Sequence[float]) -> None:
         """The engine computes with theta + sum_k coeffs[k] z_k from now on: one pass.  theta stays."""
         if len(seeds) != len(coeffs):
             fail("perturb", "coeffs", f"{len(seeds)} numbers, one for each seed", len(coeffs))
         to = tuple(seeds), tuple(coeffs)
+        self._mend()
         if self.memory == "master":
             for theta, live in self._buckets:
                 combine(live, theta, list(to[0]), list(to[1]), dist=self.dist)
         elif to != self.at:
             back = [-c for c in self.at[1]]
+            self._moved = self._torn = True
             for theta, _ in self._buckets:
                 combine_(theta, [*self.at[0], *to[0]], [*back, *to[1]], dist=self.dist)
-            self._moved = True
-        self.at = to
+        self.at, self._torn = to, False
 
     def restore(self) -> None:
         """The engine computes with theta again: exactly with memory="master", else up to the drift."""
@@ -314,12 +316,15 @@ class Weights:
         if rounding == "stochastic" and rounding_seed is None:
             rounding = "nearest"  # no noise is added, and decay alone may be rounded to nearest
         step = Update(tuple(seeds), tuple(coeffs), decay, rounding, rounding_seed)
+        self._mend()
         if self.memory == "inplace":
             self.return_exactly()
+        self._moved = self._torn = True
         self._apply(step)
         if self.memory == "inplace":
             self.history.append(step)
-        else:
+        self._moved = self._torn = False
+        if self.memory == "master":
             self.restore()
 
     def _apply(self, step: Update) -> None:
@@ -330,18 +335,31 @@ class Weights:
     def return_exactly(self) -> None:
         """The engine computes with theta again, bit for bit, with either memory."""
         if self.memory == "master":
+            self._mend()
+        if self.memory == "master":
             self.restore()
         elif self._moved:
             self._copy_base()
             for step in self.history:
                 self._apply(step)
-            self.at, self._moved = NOTHING, False
+            self.at, self._moved, self._torn = NOTHING, False, False
+
+    def _mend(self) -> None:
+        """Finds theta again where an exception has left a part of a move or an update.
+
+        Raises RuntimeError where there is nothing from which it can be made."""
+        if not self._torn:
+            return
+        if self.memory == "master":
+            expected = "weights that no exception has left half updated (load a checkpoint)"
+            fail("Weights", "theta", expected, "a part of an update", RuntimeError)
+        self.return_exactly()
 
     def load(self, base: Checkpoint | Mapping[str, Tensor]) -> None:
         """theta becomes the weights of ``base``, from which updates are counted again."""
         self.base, self.history = base, []
         self._copy_base()
-        self.at, self._moved = NOTHING, False
+        self.at, self._moved, self._torn = NOTHING, False, False
         if self.memory == "master":
             self.restore()
 

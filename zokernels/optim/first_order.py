@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,6 +38,10 @@ class FirstOrder:
                 got,
                 TypeError,
             )
+        asked = inspect.signature(optimizer.step).parameters.get("closure")
+        if asked is not None and asked.default is inspect.Parameter.empty:
+            got = f"{type(optimizer).__name__}, whose step evaluates a closure of its own"
+            fail(op, "first_order", "an optimizer that takes a step with the gradients that are there", got)
         if closure is not None and not callable(closure):
             fail(op, "first_order_closure", "a function that returns a loss", repr(closure), TypeError)
         if not owner.team.alone:

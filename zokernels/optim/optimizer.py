@@ -231,9 +231,17 @@ class ZerothOrder(StepOptimizer, metaclass=Described):
         if self.partner is not None and "first_order" not in state_dict:
             got = f"entries {sorted(state_dict)}"
             fail(self.op, "state_dict", "an entry 'first_order', as this optimizer has one", got)
-        super().load_state_dict(state_dict)
-        if self.partner is not None:
-            self.partner.optimizer.load_state_dict(state_dict["first_order"])
+        if self.partner is None:
+            super().load_state_dict(state_dict)
+            return
+        other = self.partner.optimizer
+        held = other.state_dict()
+        other.load_state_dict(state_dict["first_order"])  # it raises before it changes anything
+        try:
+            super().load_state_dict(state_dict)
+        except BaseException:
+            other.load_state_dict(held)
+            raise
 
     def __getstate__(self) -> dict[str, Any]:
         if self.partner is not None:
