@@ -389,6 +389,41 @@ def test_where_experts_pick_their_rows_members_run_one_by_one(model):
     check_one_by_one(make, model, 1e-6)
 
 
+@pytest.mark.parametrize("name", ["EGGROLL", "LOZO", "SubZero"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_expert_taken_by_its_number_gets_a_perturbed_copy_of_its_own(name, dtype):
+    """It has the bits of the whole tensor's copy, and no other expert's copy is made."""
+    torch.manual_seed(4)
+    stack = nn.ParameterDict({"experts": torch.randn(5, 4, 6), "bias": torch.randn(5, 4)}).to(dtype)
+
+    def taken(**options):
+        found, make = [], METHODS[name]
+        optimizer = make(stack.named_parameters(), **options)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+
+        def closure():
+            found.extend(stack["experts"][i].clone() for i in (0, torch.tensor(3), -1))
+            found.append(stack["bias"][1].clone())
+            return torch.zeros(())
+
+        optimizer.step(closure)
+        return found
+
+    sizes = []
+    note = lambda out, *_: sizes.extend(o.numel() for o in out)
+    said = pytest.warns(UserWarning, match="entries of 'experts' are taken by their numbers")
+    with watched("low_rank", note), said as warned:
+        got = taken(restore="products")
+    assert len([w for w in warned if "entries" in str(w.message)]) == 1
+    want = taken()
+    assert set(sizes) == {24, 4}
+    assert len(got) == len(want) >= 8
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(got[0], got[4])
+
+
 class TimeFirst(nn.Module):
     """The batch is the second dimension; the first is as long as two members' rows."""
 

@@ -182,14 +182,29 @@ METHODS = [
         "z = U V^T / sqrt(r), V kept", "LOZO(named, lr, rank=4)", 2, 6, "0", (eager.LOZO, {}), 0.005,
     ),
     Method(
+        "LOZO, r = 4, products", "[2410.07698](https://arxiv.org/abs/2410.07698)",
+        "y = x W^T + c (x V) U^T", "LOZO(named, lr, rank=4, restore='products')", 2, 2, "0",
+        (eager.LOZO, {}), 0.005, task="products",
+    ),
+    Method(
         "SubZero, r = 8", "[2410.08989](https://arxiv.org/abs/2410.08989)",
         "z = U G V^T, U and V orthonormal, kept", "SubZero(named, lr, rank=8)", 2, 6, "(m + n) r",
         (eager.SubZero, {"rank": 8}), 0.005,
     ),
     Method(
+        "SubZero, r = 8, products", "[2410.08989](https://arxiv.org/abs/2410.08989)",
+        "y = x W^T + c (x V) (U G)^T", "SubZero(named, lr, rank=8, restore='products')", 2, 2, "(m + n) r",
+        (eager.SubZero, {"rank": 8}), 0.005, task="products",
+    ),
+    Method(
         "TeZO, r = 8", "[2501.19057](https://arxiv.org/abs/2501.19057)",
         "z = sum tau_s u_s v_s^T, u and v kept", "TeZO(named, lr, rank=8)", 2, 6, "0", (eager.TeZO,
         {"rank": 8}), 0.005,
+    ),
+    Method(
+        "TeZO, r = 8, products", "[2501.19057](https://arxiv.org/abs/2501.19057)",
+        "y = x W^T + c (x V) (U diag tau)^T", "TeZO(named, lr, rank=8, restore='products')", 2, 2, "0",
+        (eager.TeZO, {"rank": 8}), 0.005, task="products",
     ),
     Method(
         "ES at scale, N = 8", "[2509.24372](https://arxiv.org/abs/2509.24372)",
@@ -236,6 +251,11 @@ METHODS = [
         "EGGROLL, r = 1, 4 pairs", "[2511.16652](https://arxiv.org/abs/2511.16652)",
         "z = A B^T / sqrt(r), losses standardised", "EGGROLL(named, lr, rank=1, directions=4)", 8, 18, "0",
         (eager.EGGROLLPairs, {"directions": 4, "rank": 1}), 30.0,
+    ),
+    Method(
+        "EGGROLL, 4 pairs, products", "[2511.16652](https://arxiv.org/abs/2511.16652)",
+        "y = x W^T + c (x B) A^T", "EGGROLL(named, lr, rank=1, directions=4, restore='products')", 8, 2, "0",
+        (eager.EGGROLLPairs, {"directions": 4, "rank": 1}), 30.0, task="products",
     ),
     Method(
         "scaled by tensor", "[2305.17333](https://arxiv.org/abs/2305.17333)",

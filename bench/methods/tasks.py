@@ -84,6 +84,59 @@ def _space_steps(method: Method) -> tuple[Callable[[], object], Callable[[], obj
     return (lambda: optimizer.step(touched)), (lambda: loop.step(closure))
 
 
+# Products that are perturbed: what a step costs is beside its forwards, and in them ----------------
+
+#: Rows that each forward has.
+_ROWS = 64
+
+
+def _product_calls(method: Method, scale: float) -> dict[str, Callable[[], object]]:
+    """A step of ours, as many forwards of the weights as they are, and the eager form's own passes."""
+    ours, theirs = (hotpath.parameters(torch.bfloat16, "cpu", scale) for _ in range(2))
+    optimizer, number = method.make(ours, 1e-6), losses()
+    (_, embed), *rest = ours
+    index = torch.randint(len(embed), (_ROWS,))
+
+    def forward() -> Tensor:
+        x = wide = F.embedding(index, embed)
+        for name, weight in rest:
+            if weight.dim() == 1:
+                x = x * weight
+            elif "up" in name:
+                wide = F.linear(x, weight)
+            elif "down" in name:
+                x = x + F.linear(wide, weight)
+            else:
+                x = x + F.linear(x, weight)
+        return x[0, 0] * 0.0 + number()
+
+    @torch.no_grad()
+    def plain() -> None:
+        for _ in range(int(method.forwards)):
+            forward()
+
+    assert method.eager is not None  # its catalogue has one
+    kind, options = method.eager
+    loop = kind(theirs, lr=1e-6, **options)
+    step = lambda: optimizer.step(forward)
+    return {"zokernels": step, "plain": plain, "eager": lambda: loop.step(number)}
+
+
+class _Products(Task):
+    """Of ours the time of the forwards is taken off; the eager form is timed without any."""
+
+    def measure(self, method: Method, seconds: float) -> Row:
+        calls = _product_calls(method, 1.0 if seconds else 0.05)  # no seconds: whether it runs
+        found = {name: t.p20 for name, t in timing.measure(calls, "cpu", seconds, min_rounds=3).items()}
+        own = max(found["zokernels"] - found["plain"], 1e-9)
+        return {"seconds": own, "eager_seconds": found["eager"], "ratio": found["eager"] / own}
+
+
+def _product_steps(method: Method) -> tuple[Callable[[], object], Callable[[], object]]:
+    calls = _product_calls(method, 0.05)
+    return calls["zokernels"], calls["eager"]
+
+
 # A black box behind a trained encoder -------------------------------------------------------------
 
 _QUERIES, _MU = 16, 1e-2
@@ -208,5 +261,6 @@ TASKS = {
     "forward": Task(_forward_steps, train),
     "activations": Task(_activation_steps, train),
     "space": Task(_space_steps, train),
+    "products": _Products(_product_steps, train),
     "black box": Task(_black_box_steps, _black_box_train),
 }

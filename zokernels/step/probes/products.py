@@ -26,7 +26,7 @@ from torch._ops import HigherOrderOperator
 from ...backends import Backend, select
 from ...backends.terms import Terms
 from ...checks import fail
-from ...functional import Dist, low_rank_
+from ...functional import Dist, low_rank, low_rank_
 from ...transfer import to_device
 from ..cohort import Cohort, CohortReader, Look
 from ..noise import Members, Noise
@@ -508,6 +508,39 @@ def _handles(*functions: Any) -> Callable[[Handler], Handler]:
         return handler
 
     return register
+
+
+@_handles(Tensor.__getitem__)
+def _entry(forward: Products, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One entry of the first dimension, as a forward takes experts that lie in one tensor: a perturbed copy
+    of that entry, and of no other.
+
+    The factors are those of the [E, m n] matrix of all entries.  So what an entry gets is a row of that,
+    which is no [m, n] matrix of low rank: it has no form as a product of factors.
+    """
+    param, at = args
+    if isinstance(at, Tensor) and at.dim() == 0 and at.dtype in (torch.int32, torch.int64):
+        at = int(at)
+    if not forward.is_one or type(at) is not int or not forward.has_factors(param, flat=True):
+        return NotImplemented
+    if not -param.shape[0] <= at < param.shape[0] or param.numel() == 0:
+        return NotImplemented  # torch says what is wrong
+    forward.say(
+        "entry",
+        f"entries of {forward._named(param)} are taken by their numbers: each gets a perturbed copy (the "
+        "dense form)",
+    )
+    bucket, stream = forward.place(param)
+    at %= param.shape[0]
+    theta = param.detach()[at].reshape(1, -1)
+    if not (terms := forward.terms(bucket)):
+        return theta.view(param.shape[1:])
+    lefts, rights = zip(*(forward.factors(param, t) for t in range(len(terms))), strict=True)
+    left = torch.cat([each[:, at : at + 1] for each in lefts])
+    right = rights[0] if len(rights) == 1 else torch.cat(rights)
+    out = torch.empty_like(theta)
+    low_rank([out], [theta], [left], [right], torch.cat([t.coeffs for t in terms]), streams=[stream])
+    return out.view(param.shape[1:])
 
 
 _CONVOLUTIONS = frozenset((F.conv1d, F.conv2d, F.conv3d))
