@@ -471,6 +471,21 @@ def test_parameters_of_two_streamed_models():
             optim.ZOSGD(named, lr=1e-3)
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("restore", ["exact", "inplace"])
+def test_an_optimizer_that_was_made_before_the_stream(restore, steps):
+    model = tower(layers=2)
+    _, optimizer = train(model, steps, restore=restore)
+    before = copy.deepcopy(model.state_dict())
+    with offload.stream(model, "layers"):
+        with pytest.raises(RuntimeError, match=r"^ZOSGD: params: .* make the optimizer after stream\(model\)"):
+            optimizer.step(lambda: loss_of(model, batch_of(0)))
+        assert optimizer.step_count == steps
+        assert not same_state(model.state_dict(), before)
+        train(model, 1)
+        assert same_state(model.state_dict(), before)
+
+
 def test_the_log_of_a_streamed_run_replays_in_memory(rng, tmp_path):
     from zokernels.trajectory import replay_
 

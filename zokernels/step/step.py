@@ -398,7 +398,7 @@ class StepOptimizer(torch.optim.Optimizer):
 
     def plan(self) -> list[Bucket]:
         """The buckets of the next step.  Raises where the groups would make it fail."""
-        buckets = self.planner.plan(self.op, self.param_groups)
+        buckets = self.planner.plan(self.op, self.param_groups, self.home)
         for group in self.param_groups:
             self.rule.check(self.op, group)
         return buckets if self.subset is None else self.subset.select(self, buckets)
