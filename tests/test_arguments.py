@@ -299,6 +299,28 @@ def test_what_a_closure_may_not_do(case, restore, model):
         torch.testing.assert_close(p, own)  # in place a restored weight may differ in its last bit
 
 
+ARITIES = {
+    "cohort": (lambda o, x: o.step(lambda cohort: cohort.mean(x)), "EGGROLL: closure: ", "batched=True"),
+    "batched": (lambda o, x: o.step(lambda: x, batched=True), "EGGROLL: closure: ", "of the step's Cohort"),
+    "find_lr": (lambda o, x: optim.find_lr(o, lambda b: b), "find_lr: closure: ", "batches= gives it"),
+    "diagnose": (lambda o, x: o.diagnose(lambda b: b), "EGGROLL.diagnose: closure: ", "batches= gives it"),
+    "batches": (lambda o, x: optim.find_lr(o, lambda: x, batches=[x]), "find_lr: closure: ", "of a batch"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ARITIES)
+def test_a_closure_of_too_few_or_too_many_arguments(case, model):
+    act, begin, hint = ARITIES[case]
+    optimizer = EGGROLL(model.named_parameters(), lr=0.1, restore="products")
+    before = model.weight.detach().clone()
+    with pytest.raises(TypeError, match=f"^{re.escape(begin)}expected a function") as error:
+        act(optimizer, torch.ones(2, 3))
+    assert hint in str(error.value)
+    assert "positional argument" in str(error.value)
+    assert torch.equal(model.weight, before)
+    assert optimizer.step_count == 0
+
+
 def test_errors_of_the_closure_stay_as_they_are(model):
     optimizer = ZOSGD(model.named_parameters(), lr=0.1)
 
@@ -309,6 +331,9 @@ def test_errors_of_the_closure_stay_as_they_are(model):
         with pytest.raises(type(error)) as raised:
             optimizer.step(partial(closure, error))
         assert raised.value is error
+    for wrong in (lambda: len(), lambda: model(), lambda: closure()):
+        with pytest.raises(TypeError, match=r"^(?!ZOSGD)"):
+            optimizer.step(wrong)
 
 
 def test_a_step_of_a_loop_with_gradients(model):

@@ -41,6 +41,17 @@ def fail_unknown(
     fail(op, argument, f"{hint} (help({op}) lists them)", "an argument that it does not have", TypeError)
 
 
+def accepts(function: Callable[..., Any], args: Sequence[Any]) -> bool:
+    """Whether ``function(*args)`` goes with the signature of ``function``; True where it shows none."""
+    try:
+        inspect.signature(function).bind(*args)
+    except ValueError:
+        return True
+    except TypeError:
+        return False
+    return True
+
+
 def check_call(function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]) -> None:
     """Refuses arguments that do not go with the signature of ``function``, under its own name."""
     signature, op = inspect.signature(function), function.__name__
