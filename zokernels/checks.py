@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import math
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Real
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from .backends.terms import KEEP_ALL, Terms, mask_bytes
 from .contract import DISTS, STREAM_BITS
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Of optimizer states.
@@ -35,7 +39,7 @@ def fail_unknown(
     """
     near = elsewhere.get(argument)
     if near not in known:
-        least = 0.5 if near is None else 0.75  # a name that means something else is no slip of the pen
+        least = 0.6 if near is None else 0.75  # a name that means something else is no slip of the pen
         near = next(iter(difflib.get_close_matches(argument, known, 1, least)), None)
     hint = f"{near!r}, the nearest of its arguments" if near else "one of its arguments"
     fail(op, argument, f"{hint} (help({op}) lists them)", "an argument that it does not have", TypeError)
@@ -69,6 +73,22 @@ def check_call(function: Callable[..., Any], args: Sequence[Any], options: Mappi
             f"a call: {error}",
             TypeError,
         )
+
+
+def named_arguments(function: Callable[P, T]) -> Callable[P, T]:
+    """Lets a call with arguments that ``function`` does not have fail as :func:`check_call` says it."""
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **options: P.kwargs) -> T:
+        try:
+            return function(*args, **options)
+        except TypeError as error:
+            # A call that Python itself refuses has no line of the function in its traceback.
+            if error.__traceback__ is not None and error.__traceback__.tb_next is None:
+                check_call(function, args, options)
+            raise
+
+    return checked
 
 
 def check_choice(op: str, argument: str, value: object, choices: Collection[str]) -> None:
