@@ -396,6 +396,20 @@ def test_print_shows_the_parts(model):
     assert "weight'" not in text, "names of all parameters"
 
 
+def test_no_message_and_no_part_shows_an_address(model):
+    for name in optim.__all__:
+        kind = getattr(optim, name)
+        if inspect.isclass(kind) and issubclass(kind, (optim.Direction, optim.Rule)):
+            assert kind.__repr__ is not object.__repr__, name
+    assert (repr(optim.Direction()), repr(SGD())) == ("dense noise", "SGD()")
+    with named("ZOSGD: restore: expected a direction of low rank, of at most ") as error:
+        ZOSGD(model.named_parameters(), 0.1, restore="products")
+    assert str(error.value).endswith("(as LOZO and EGGROLL have it), got dense noise")
+    weights = [p.detach() for p in model.parameters()]
+    assert repr(zokernels.plan(weights, streams=[0, 1])) == "a plan of 2 tensors, 16 elements"
+    assert repr(optim.Cohort([0, 2])) == "Cohort(members=[0, 2])"
+
+
 def test_print_is_as_short_for_large_parts():
     params = {f"layers.{i}.w": nn.Parameter(torch.ones(64, 64)) for i in range(100)}
     masks = {name: torch.ones(64, 64, dtype=torch.bool) for name in params}

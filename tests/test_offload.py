@@ -477,7 +477,8 @@ def test_an_optimizer_that_was_made_before_the_stream(restore, steps):
     model = tower(layers=2)
     _, optimizer = train(model, steps, restore=restore)
     before = copy.deepcopy(model.state_dict())
-    with offload.stream(model, "layers"):
+    with offload.stream(model, "layers") as engine:
+        assert repr(engine) == "<Engine of Tower: 2 blocks for cpu, open>"
         with pytest.raises(RuntimeError, match=r"^ZOSGD: params: .* make the optimizer after stream\(model\)"):
             optimizer.step(lambda: loss_of(model, batch_of(0)))
         assert optimizer.step_count == steps

@@ -73,6 +73,9 @@ class Exchange(Ranks, Team):
         #: The number of points that have been shared out, but whose losses have not been gathered.
         self._shared: int | None = None
 
+    def __repr__(self) -> str:
+        return f"<Exchange of {len(self.ranks)} ranks, {', '.join(self.names)}>"
+
     def join(self, optimizer: OptimizerView) -> None:
         self.agreement.start(optimizer)
 

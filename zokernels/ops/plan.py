@@ -136,6 +136,9 @@ class Plan:
         self.rows = rows
         self._outcomes: list[_Outcome] = []
 
+    def __repr__(self) -> str:
+        return f"a plan of {len(self.params)} tensors, {sum(p.numel() for p in self.params):,} elements"
+
     def run(
         self,
         op: str,

@@ -147,6 +147,9 @@ class Cohort:
     def __len__(self) -> int:
         return len(self.members)
 
+    def __repr__(self) -> str:
+        return f"Cohort(members={list(self.members)})"
+
     def repeat(self, x: Tensor) -> Tensor:
         """The rows of ``x`` [b, ...] once for every member, [P b, ...]: a batch that all members share."""
         self._declare([x.shape[0]] * len(self))
