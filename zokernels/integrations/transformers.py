@@ -34,6 +34,7 @@ from ..offload import StoredModel, stream
 from ..optim import ZOSGD, ZerothOrder
 from ..step.estimators import Estimator
 from ..step.guards import RngState
+from ..step.loss import NO_GRAD
 from ..trajectory import record
 
 __all__ = ["ZOTrainer", "ZOTrainerMixin"]
@@ -330,6 +331,12 @@ class ZOTrainerMixin(_Behind):
                 if count is not None:
                     self._step = count
                 type(self).training_step(self, model, copy.copy(inputs), *args, **kwargs)
+        except RuntimeError as error:
+            if NO_GRAD not in str(error):
+                raise
+            expected = "self.accelerator.backward(loss) in the place of loss.backward()"
+            got = f"{type(error).__name__}: {str(error).partition(' and ')[0]}"
+            fail(self._op, "training_step", expected, got, RuntimeError)
         finally:
             _LOSSES.reset(token)
             vars(self).pop("_prepare_inputs", None)

@@ -17,7 +17,7 @@ from ..transfer import has_values, to_device
 from .shard import is_sharded
 
 #: What torch says of ``loss.backward()`` where no gradients are recorded.
-_NO_GRAD = "does not require grad and does not have a grad_fn"
+NO_GRAD = "does not require grad and does not have a grad_fn"
 #: What a closure is that no batched step has.
 WITHOUT_ARGUMENTS = "a function that takes nothing (of a Cohort: step(closure, batched=True))"
 
@@ -46,7 +46,7 @@ def run_closure(op: str, closure: Callable[[], Any]) -> Any:
         got = "StopIteration: an iterator that it draws from is at its end"
         fail(op, "closure", expected, got, RuntimeError)
     except RuntimeError as error:
-        if _NO_GRAD not in str(error):
+        if NO_GRAD not in str(error):
             raise
         expected = "a forward that returns the loss, without loss.backward(): there are no gradients"
         fail(op, "closure", expected, f"{type(error).__name__}: {error}", RuntimeError)
