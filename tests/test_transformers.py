@@ -369,6 +369,15 @@ def test_what_cannot_work_says_so(tmp_path):
         trainer(tmp_path, opt(), data, own={"optimizer_cls_and_kwargs": (adam, {})}).train()
     with pytest.warns(UserWarning, match="max_grad_norm=0.5 has no effect"):
         trainer(tmp_path, opt(), data, max_grad_norm=0.5)
+    for options, own, text in (
+        ({"optim": "sgd"}, {}, "optim=sgd has no effect: optimizer_cls_and_kwargs"),
+        ({"adam_beta2": 0.5}, {}, "adam_beta2=0.5 has no effect"),
+        ({"learning_rate": 0.1}, {"lr": 0.01}, "learning_rate=0.1 has no effect: the lr=0.01 of"),
+    ):
+        with pytest.warns(UserWarning, match=text) as told:
+            own = {"optimizer_cls_and_kwargs": (ZOSGD, own)}
+            trainer(tmp_path, opt(), data, own=own, **options)
+        assert len(told) == 1
     with pytest.warns(UserWarning, match="the loss is in torch.bfloat16"):
         trainer(tmp_path, bert().bfloat16(), rows(4, True), max_steps=1).train()
 
@@ -404,6 +413,8 @@ def test_optimizers_of_the_other_kind(tmp_path):
     ):
         with pytest.raises(TypeError, match=rf"ZOTrainer: \w+: expected a pair \(.*\), got {got}$"):
             trainer(tmp_path, model, data, own=own)
+    with pytest.raises(TypeError, match=r"optimizer_cls_and_kwargs: expected a class of .*, got 'FZOO'$"):
+        trainer(tmp_path, model, data, own={"optimizer_cls_and_kwargs": ("FZOO", {})})
     with pytest.raises(TypeError, match=r"ZOTrainer: optimizers: .* got the class ZOSGD$"):
         trainer(tmp_path, model, data, own={"optimizers": (ZOSGD, None)})
     with pytest.raises(TypeError, match=r"ZOSGD: closure: expected a function .* take ZOTrainer"):

@@ -9,6 +9,7 @@ docs/transformers.md says what each argument means."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import json
 import os
@@ -160,6 +161,16 @@ class ZOTrainerMixin(_Behind):
                 f"max_grad_norm={args.max_grad_norm} has no effect, because there is no gradient; "
                 "optimizer_cls_and_kwargs=(ZOSGD, {'clip': ...}) bounds the projected gradient"
             )
+        default = {f.name: f.default for f in dataclasses.fields(args)}
+        for name in ("optim", "adam_beta1", "adam_beta2", "adam_epsilon"):
+            value = getattr(args, name)
+            if value != default[name]:
+                value = getattr(value, "value", value)  # of an enumeration
+                self._tell(f"{name}={value} has no effect: optimizer_cls_and_kwargs names the optimizer")
+        lr = (self.optimizer_cls_and_kwargs or (ZOSGD, {}))[1].get("lr", args.learning_rate)
+        if args.learning_rate not in (lr, default["learning_rate"]):
+            text = f"learning_rate={args.learning_rate:g} has no effect"
+            self._tell(f"{text}: the lr={lr:g} of optimizer_cls_and_kwargs counts")
         for name in ("activation_checkpointing", "gradient_checkpointing"):
             if getattr(args, name, False):
                 logger.info(f"{self._op}: {name} is off: without backward no activations are kept")
@@ -193,6 +204,9 @@ class ZOTrainerMixin(_Behind):
         if self.optimizer_cls_and_kwargs is None:
             return
         kind, _ = self.optimizer_cls_and_kwargs
+        if not callable(kind):
+            expected = "a class of zokernels.optim, such as (ZOSGD, {})"
+            fail(self._op, "optimizer_cls_and_kwargs", expected, repr(kind), TypeError)
         of_torch = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
         if of_torch and not issubclass(kind, ZerothOrder):
             expected = "a class of zokernels.optim (transformers.Trainer takes those of torch)"
