@@ -430,6 +430,11 @@ def test_bad_models(tmp_path):
     model = tower()
     with pytest.raises(ValueError, match=r"inside another"):
         offload.stream(model, [model.layers, model.layers[0]])
+    sequential = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    with pytest.raises(ValueError, match=r"modules, or none: the model itself .* got 'layers'$"):
+        offload.stream(sequential, "layers")
+    with offload.stream(sequential) as one:
+        assert [b.name for b in one.blocks] == ["0", "1"]
     with pytest.raises(ValueError, match="container of equal ones"):
         offload.stream(nn.Linear(3, 3))
     with offload.empty_weights():
