@@ -166,6 +166,9 @@ class ZerothOrder(StepOptimizer, metaclass=Described):
             if resume:
                 fail(self.op, "resume", "False without trajectory=, the log of the run that goes on", resume)
             self.team.join(self)
+        self._warn_of_eps()
+
+    def _warn_of_eps(self) -> None:
         warn_of_resolution(self, self.warned)
 
     def _run_batched(self, closure: Any) -> Tensor:
