@@ -7,6 +7,7 @@ import inspect
 import re
 import subprocess
 import sys
+import warnings
 from collections import OrderedDict
 from functools import partial
 from types import SimpleNamespace
@@ -247,6 +248,24 @@ def test_names_in_the_place_of_streams(model):
     with named("ZOSGD: streams[0]: expected an integer (zokernels.stream_of('a')"):
         ZOSGD([{"params": [nn.Parameter(theta)], "streams": ["a"]}], lr=0.1)
     assert torch.equal(theta, torch.ones(4))
+
+
+def test_one_stream_of_two_tensors(model):
+    """They have the same noise, which is rarely meant; pieces of one tensor have other indices."""
+    tensors = [torch.ones(4), torch.zeros(3)]
+    with pytest.warns(UserWarning, match="combine_: streams: tensors 0 and 1 have stream 5 at the") as told:
+        zokernels.combine_(tensors, 1, 0.5, streams=[5, 5])
+    assert told[0].filename == __file__
+    assert torch.equal(tensors[0][:3] - 1, tensors[1]), "the same noise"
+    with pytest.warns(UserWarning, match="plan: streams: tensors 0 and 1 have stream 5") as told:
+        zokernels.plan(tensors, streams=[5, 5], offsets=[2, 0])
+    assert told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        zokernels.combine_(tensors, 1, 0.5, streams=[5, 5], offsets=[0, 4])
+        zokernels.combine_([*tensors, torch.ones(0)], 1, 0.5, streams=[5, 6, 5])
+    with named("combine_: streams: expected an integer for each tensor (zokernels.stream_of(name)"):
+        zokernels.combine_(tensors, 1, 0.5)
 
 
 CALLS = {

@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import itertools
 import math
 import sys
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Real
 from types import MappingProxyType
@@ -235,6 +237,27 @@ def check_places(
     if any(offsets):  # 0 is right for every tensor
         for i, numel in enumerate(sizes):
             check_offset(op, f"offsets[{i}]", offsets[i], numel)
+
+
+def warn_of_one_noise(
+    op: str, tensors: Sequence[Tensor], streams: Sequence[int], offsets: Sequence[int], level: int
+) -> None:
+    """Warns where two tensors of a call share elements of a stream, and so have the same noise there.
+
+    ``level``: how many calls above this function the line of the user's is.
+    """
+    if torch.compiler.is_compiling() or len(set(streams)) == len(streams):
+        return
+    spans = sorted(
+        (stream, offset, offset + tensor.numel(), i)
+        for i, (tensor, stream, offset) in enumerate(zip(tensors, streams, offsets, strict=False))
+        if tensor.numel()
+    )
+    for (stream, _, end, i), (other, begin, _, j) in itertools.pairwise(spans):
+        if stream == other and begin < end:
+            text = f"tensors {min(i, j)} and {max(i, j)} have stream {stream} at the same indices, and so the same noise"
+            warnings.warn(f"{op}: streams: {text} (zokernels.streams_of(names))", stacklevel=level)
+            return
 
 
 def check_terms(op: str, leader: str, params: Sequence[Tensor], terms: Terms) -> None:
