@@ -36,8 +36,8 @@ class BlackBox(nn.Module):
     ``two_sided``), and f's outputs for them.
 
     Args:
-        function: ``f(x, *extras)``, x [N, ...] -> [N] or [N, ...], a tensor or whatever ``torch.as_tensor`` takes,
-            with floating-point values.  Row n depends on row n of the inputs alone.  Called without
+        function: ``f(x, *extras)``, x [N, ...] -> [N] or [N, ...], a tensor or whatever ``torch.as_tensor``
+            takes, with floating-point values.  Row n depends on row n of the inputs alone.  Called without
             gradients.
         estimator: "rge" (random gradient estimation) or "cge" (coordinate-wise).
         queries: q, directions of "rge".

@@ -255,7 +255,8 @@ def warn_of_one_noise(
     )
     for (stream, _, end, i), (other, begin, _, j) in itertools.pairwise(spans):
         if stream == other and begin < end:
-            text = f"tensors {min(i, j)} and {max(i, j)} have stream {stream} at the same indices, and so the same noise"
+            two = f"tensors {min(i, j)} and {max(i, j)}"
+            text = f"{two} have stream {stream} at the same indices, and so the same noise"
             warnings.warn(f"{op}: streams: {text} (zokernels.streams_of(names))", stacklevel=level)
             return
 
