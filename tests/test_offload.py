@@ -484,7 +484,9 @@ def test_an_optimizer_that_was_made_before_the_stream(restore, steps):
     before = copy.deepcopy(model.state_dict())
     with offload.stream(model, "layers") as engine:
         assert repr(engine) == "<Engine of Tower: 2 blocks for cpu, open>"
-        with pytest.raises(RuntimeError, match=r"^ZOSGD: params: .* make the optimizer after stream\(model\)"):
+        with pytest.raises(
+            RuntimeError, match=r"^ZOSGD: params: .* make the optimizer after stream\(model\)"
+        ):
             optimizer.step(lambda: loss_of(model, batch_of(0)))
         assert optimizer.step_count == steps
         assert not same_state(model.state_dict(), before)

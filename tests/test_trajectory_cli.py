@@ -225,7 +225,9 @@ def test_a_log_and_its_base_swapped(files, capsys):
         assert command(folder, "replay", "run.zk", base, "-o", "out.safetensors") == 1
         assert "expected zokernels replay BASE LOG -o OUTPUT, got them swapped: " in capsys.readouterr().err
     assert command(folder, "verify", "a.model", "final.safetensors") == 1
-    assert "verify: LOG: expected the log of a run, which is a file, got the folder" in capsys.readouterr().err
+    assert (
+        "verify: LOG: expected the log of a run, which is a file, got the folder" in capsys.readouterr().err
+    )
     assert not (folder / "out.safetensors").exists()
 
 

@@ -374,9 +374,9 @@ def test_what_cannot_work_says_so(tmp_path):
         ({"adam_beta2": 0.5}, {}, "adam_beta2=0.5 has no effect"),
         ({"learning_rate": 0.1}, {"lr": 0.01}, "learning_rate=0.1 has no effect: the lr=0.01 of"),
     ):
+        pair = {"optimizer_cls_and_kwargs": (ZOSGD, own)}
         with pytest.warns(UserWarning, match=text) as told:
-            own = {"optimizer_cls_and_kwargs": (ZOSGD, own)}
-            trainer(tmp_path, opt(), data, own=own, **options)
+            trainer(tmp_path, opt(), data, own=pair, **options)
         assert len(told) == 1
     with pytest.warns(UserWarning, match="the loss is in torch.bfloat16"):
         trainer(tmp_path, bert().bfloat16(), rows(4, True), max_steps=1).train()
@@ -389,7 +389,9 @@ def test_what_cannot_work_says_so(tmp_path):
         def training_step(self, model, inputs, num_items_in_batch=None):
             return self.compute_loss(model, inputs)
 
-    with pytest.raises(RuntimeError, match=r"^Backward: .*self.accelerator.backward\(loss\).*does not require grad$"):
+    with pytest.raises(
+        RuntimeError, match=r"^Backward: .*self.accelerator.backward\(loss\).*does not require grad$"
+    ):
         trainer(tmp_path, opt(), data, Backward, max_steps=1).train()
     with pytest.raises(RuntimeError, match="Nothing: training_step: expected micro-batches whose loss"):
         trainer(tmp_path, opt(), data, Nothing, max_steps=1).train()

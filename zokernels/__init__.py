@@ -55,7 +55,6 @@ from .wire import is_lossless, wire_bytes
 if TYPE_CHECKING:
     from . import distributed as distributed
     from . import es as es
-    from . import integrations as integrations
     from . import offload as offload
     from . import optim as optim
     from . import quantize as quantize

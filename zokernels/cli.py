@@ -80,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
             "--recover", action="store_true", help="use a damaged log up to its last good record"
         )
     for sub in (replay, verify):
-        sub.add_argument("--upto", type=int, metavar="STEP", help="the weights after STEP steps (default: after all)")
+        sub.add_argument(
+            "--upto", type=int, metavar="STEP", help="the weights after STEP steps (default: after all)"
+        )
     return parser
 
 
@@ -110,7 +112,9 @@ def _read(args: argparse.Namespace) -> Log:
 
     if not is_log(args.log) and (base := getattr(args, "base", None)) and is_log(base):
         order = "LOG BASE FINAL" if args.command == "verify" else "BASE LOG -o OUTPUT"
-        fail(args.command, "LOG, BASE", f"zokernels {args.command} {order}", f"them swapped: {base} is the log")
+        fail(
+            args.command, "LOG, BASE", f"zokernels {args.command} {order}", f"them swapped: {base} is the log"
+        )
     if os.path.isdir(args.log):
         fail(args.command, "LOG", "the log of a run, which is a file", f"the folder {args.log}")
     log = read(args.log, args.recover)

@@ -281,7 +281,11 @@ def _numbered(op: str, groups: list[Group]) -> list[tuple[int, Bucket]]:
             bucket.streams.append(stream)
             bucket.names.append(label)
     if not buckets:
-        fail(op, "params", "at least one parameter with requires_grad=True and an element", "none")
+        frozen = sum(p.numel() > 0 for group in groups for p in group["params"])
+        got = (
+            f"{frozen} frozen ones (peft loads an adapter so without is_trainable=True)" if frozen else "none"
+        )
+        fail(op, "params", "at least one parameter with requires_grad=True and an element", got)
     in_memory = [
         (p, name)
         for b in buckets.values()

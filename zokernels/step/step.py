@@ -139,7 +139,8 @@ class StepOptimizer(torch.optim.Optimizer):
     def _check_products(self, capturable: bool) -> None:
         direction = self.direction
         if not isinstance(direction, LowRank) or direction.rank > MAX_RANK:
-            expected = f"a direction of low rank, of at most {MAX_RANK}, with 'products' (as LOZO and EGGROLL have it)"
+            expected = f"a direction of low rank, of at most {MAX_RANK}, with 'products'"
+            expected += " (as LOZO and EGGROLL have it)"
             fail(self.op, "restore", expected, brief(direction))
         if capturable:
             fail(self.op, "restore", "'exact' or 'inplace' with capturable", "'products'")

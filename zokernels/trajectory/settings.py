@@ -281,8 +281,8 @@ def check_same_run(optimizer: OptimizerView, header: dict[str, Any]) -> None:
     for group in theirs["groups"]:
         for p in group["params"]:
             p["sha256"] = None
-    named = [any(p["name"] is not None for g in each["groups"] for p in g["params"]) for each in (ours, theirs)]
-    if named == [False, True]:
+    has_names = lambda each: any(p["name"] is not None for g in each["groups"] for p in g["params"])
+    if has_names(theirs) and not has_names(ours):
         expected = "model.named_parameters(), because the log has names"
         fail("trajectory", "resume: params", expected, "parameters without names")
     streams = [[[p["stream"] for p in g["params"]] for g in each["groups"]] for each in (ours, theirs)]
@@ -296,7 +296,8 @@ def check_same_run(optimizer: OptimizerView, header: dict[str, Any]) -> None:
             where, their, our = key, theirs[key], ours.get(key)
             if key == "groups":
                 where, their, our = _first_difference(key, their, our)
-            fail("trajectory", f"resume: {where}", f"that of the log, {spoken(their)[:200]}", spoken(our)[:200])
+            expected = f"that of the log, {spoken(their)[:200]}"
+            fail("trajectory", f"resume: {where}", expected, spoken(our)[:200])
     trains = [[p["sha256"] is not None for p in g["params"]] for g in own_part(optimizer, header)["groups"]]
     if trains != [[takes_part(g, p) for p in g["params"]] for g in optimizer.param_groups]:
         fail("trajectory", "resume: params", "the log's trainable parameters", "others")
