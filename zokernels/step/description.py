@@ -64,9 +64,10 @@ def describe(optimizer: OptimizerView) -> str:
     """Parts, seed and groups, a line each; no line is longer for a larger model."""
     direction = optimizer.direction
     step = optimizer.step_count if not optimizer.run_state.capturable else "on the device"
+    points = len(optimizer.estimator.points())  # members of a population, both sides of each direction
     lines = [
         f"{optimizer.op} (",
-        f"  estimator: {brief(optimizer.estimator)}",
+        f"  estimator: {brief(optimizer.estimator)}, {points} point{'s' * (points > 1)} a step",
         f"  direction: {brief(direction)}",
         f"  rule: {brief(optimizer.rule)}",
         *([f"  subset: {brief(optimizer.subset)}"] if optimizer.subset is not None else []),
