@@ -281,7 +281,10 @@ _SECTIONS: dict[str, Callable[[Result], list[str]]] = {
 
 
 def headlines(results: Sequence[Result]) -> list[tuple[str, str]]:
-    """The figures at the top of the page as (figure, what it is), each of the first result that has it."""
+    """The figures at the top of the page as (figure, what it is), each of the first result that has it.
+
+    Of a tiny run the word stands in the place of the figure.
+    """
     found = []
     rows = [
         (r, f"; {TINY}" * is_tiny(result))
@@ -294,17 +297,17 @@ def headlines(results: Sequence[Result]) -> list[tuple[str, str]]:
         if mine := [pair for pair in rows if wanted(pair[0])]:
             r, mark = mine[0]
             words = f"faster than MeZO's loop: one bf16 pass, {name}, {_where(r)}{mark}"
-            found.append((f"{r['ratio']['mezo']:.1f}x", words))
+            found.append(("TINY" if mark else f"{r['ratio']['mezo']:.1f}x", words))
             share = f"{100 * r['copy_fraction']:.0f} %"
             words = f"of the bandwidth of a plain pass over the same bytes: the same, {name}{mark}"
-            found.append((share, words))
+            found.append(("TINY" if mark else share, words))
     for result in results:
         if kind_of(result) == "methods":
             ratios = sorted(r["ratio"] for r in result["rows"])
             span = f"{ratios[0]:.1f} to {ratios[-1]:.1f}"
-            words = f"median over {len(ratios)} methods, against their eager form; {span}"
-            words += f"; {TINY}" * is_tiny(result)
-            found.append((f"{ratios[len(ratios) // 2]:.1f}x", words))
+            words = f"median over {len(ratios)} methods, against their eager form; "
+            words += TINY if is_tiny(result) else span
+            found.append(("TINY" if is_tiny(result) else f"{ratios[len(ratios) // 2]:.1f}x", words))
     return found
 
 

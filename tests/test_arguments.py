@@ -7,6 +7,7 @@ import inspect
 import re
 import subprocess
 import sys
+import warnings
 from collections import OrderedDict
 from functools import partial
 from types import SimpleNamespace
@@ -133,6 +134,12 @@ UNKNOWN = {
     "typo": (ZOAdamW, {"weight_dcay": 0.1}, "ZOAdamW: weight_dcay: expected 'weight_decay'"),
     "another word": (LOZO, {"r": 4}, "LOZO: r: expected 'rank', the nearest"),
     "another name": (ES, {"directions": 4}, "ES: directions: expected 'population', the nearest"),
+    "count": (ZOSGD, {"n": 4}, "ZOSGD: n: expected 'directions', the nearest"),
+    "count of candidates": (MeZOGV, {"population": 4}, "MeZOGV: population: expected 'candidates', the"),
+    "count of probes": (PGAP, {"num_perturbations": 4}, "PGAP: num_perturbations: expected 'probes', the"),
+    "count of members": (ES, {"candidates": 4}, "ES: candidates: expected 'population', the nearest"),
+    "inverse": (optim.SparseMeZO, {"sparsity": 0.8}, "SparseMeZO: sparsity: expected density = 1 - sparsity"),
+    "far": (ZOSGD, {"betas": (0.9, 0.9)}, "ZOSGD: betas: expected one of its arguments (help(ZOSGD)"),
     "other methods'": (FZOO, {"sparsity": 0.1}, "FZOO: sparsity: expected one of its arguments (help(FZOO)"),
     "no match": (FZOO, {"qqqq": 1}, "FZOO: qqqq: expected one of its arguments (help(FZOO)"),
     "fixed": (LOZO, {"direction": None}, "LOZO: direction: expected nothing, because LOZO sets it"),
@@ -243,6 +250,24 @@ def test_names_in_the_place_of_streams(model):
     assert torch.equal(theta, torch.ones(4))
 
 
+def test_one_stream_of_two_tensors(model):
+    """They have the same noise, which is rarely meant; pieces of one tensor have other indices."""
+    tensors = [torch.ones(4), torch.zeros(3)]
+    with pytest.warns(UserWarning, match="combine_: streams: tensors 0 and 1 have stream 5 at the") as told:
+        zokernels.combine_(tensors, 1, 0.5, streams=[5, 5])
+    assert told[0].filename == __file__
+    assert torch.equal(tensors[0][:3] - 1, tensors[1]), "the same noise"
+    with pytest.warns(UserWarning, match="plan: streams: tensors 0 and 1 have stream 5") as told:
+        zokernels.plan(tensors, streams=[5, 5], offsets=[2, 0])
+    assert told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        zokernels.combine_(tensors, 1, 0.5, streams=[5, 5], offsets=[0, 4])
+        zokernels.combine_([*tensors, torch.ones(0)], 1, 0.5, streams=[5, 6, 5])
+    with named("combine_: streams: expected an integer for each tensor (zokernels.stream_of(name)"):
+        zokernels.combine_(tensors, 1, 0.5)
+
+
 CALLS = {
     "misspelt": (lambda t: zokernels.combine_(t, 7, 1.0, seed=7), "combine_: seed: expected 'seeds', the "),
     "not there": (lambda t: zokernels.combine(t, t, 7, 1.0, xyz=1), "combine: xyz: expected one of its arg"),
@@ -299,6 +324,28 @@ def test_what_a_closure_may_not_do(case, restore, model):
         torch.testing.assert_close(p, own)  # in place a restored weight may differ in its last bit
 
 
+ARITIES = {
+    "cohort": (lambda o, x: o.step(lambda cohort: cohort.mean(x)), "EGGROLL: closure: ", "batched=True"),
+    "batched": (lambda o, x: o.step(lambda: x, batched=True), "EGGROLL: closure: ", "of the step's Cohort"),
+    "find_lr": (lambda o, x: optim.find_lr(o, lambda b: b), "find_lr: closure: ", "batches= gives it"),
+    "diagnose": (lambda o, x: o.diagnose(lambda b: b), "EGGROLL.diagnose: closure: ", "batches= gives it"),
+    "batches": (lambda o, x: optim.find_lr(o, lambda: x, batches=[x]), "find_lr: closure: ", "of a batch"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ARITIES)
+def test_a_closure_of_too_few_or_too_many_arguments(case, model):
+    act, begin, hint = ARITIES[case]
+    optimizer = EGGROLL(model.named_parameters(), lr=0.1, restore="products")
+    before = model.weight.detach().clone()
+    with pytest.raises(TypeError, match=f"^{re.escape(begin)}expected a function") as error:
+        act(optimizer, torch.ones(2, 3))
+    assert hint in str(error.value)
+    assert "positional argument" in str(error.value)
+    assert torch.equal(model.weight, before)
+    assert optimizer.step_count == 0
+
+
 def test_errors_of_the_closure_stay_as_they_are(model):
     optimizer = ZOSGD(model.named_parameters(), lr=0.1)
 
@@ -309,6 +356,9 @@ def test_errors_of_the_closure_stay_as_they_are(model):
         with pytest.raises(type(error)) as raised:
             optimizer.step(partial(closure, error))
         assert raised.value is error
+    for wrong in (lambda: len(), lambda: model(), lambda: closure()):
+        with pytest.raises(TypeError, match=r"^(?!ZOSGD)"):
+            optimizer.step(wrong)
 
 
 def test_a_step_of_a_loop_with_gradients(model):
@@ -365,6 +415,20 @@ def test_print_shows_the_parts(model):
     assert "weight'" not in text, "names of all parameters"
 
 
+def test_no_message_and_no_part_shows_an_address(model):
+    for name in optim.__all__:
+        kind = getattr(optim, name)
+        if inspect.isclass(kind) and issubclass(kind, (optim.Direction, optim.Rule)):
+            assert kind.__repr__ is not object.__repr__, name
+    assert (repr(optim.Direction()), repr(SGD())) == ("dense noise", "SGD()")
+    with named("ZOSGD: restore: expected a direction of low rank, of at most ") as error:
+        ZOSGD(model.named_parameters(), 0.1, restore="products")
+    assert str(error.value).endswith("(as LOZO and EGGROLL have it), got dense noise")
+    weights = [p.detach() for p in model.parameters()]
+    assert repr(zokernels.plan(weights, streams=[0, 1])) == "a plan of 2 tensors, 16 elements"
+    assert repr(optim.Cohort([0, 2])) == "Cohort(members=[0, 2])"
+
+
 def test_print_is_as_short_for_large_parts():
     params = {f"layers.{i}.w": nn.Parameter(torch.ones(64, 64)) for i in range(100)}
     masks = {name: torch.ones(64, 64, dtype=torch.bool) for name in params}
@@ -379,6 +443,12 @@ def test_later_modules():
         "import sys, zokernels\n"
         "assert 'zokernels.optim' not in sys.modules and 'zokernels.offload' not in sys.modules\n"
         "assert {'optim', 'offload', 'combine_', 'noise'} <= set(dir(zokernels))\n"
+        "import types\n"
+        "modules = ('backends', 'functional', 'integrations', *zokernels._LATER)\n"
+        "assert all(isinstance(getattr(zokernels, name), types.ModuleType) for name in modules)\n"
+        "assert {*modules} <= set(dir(zokernels))\n"
+        "assert 'transformers' not in sys.modules\n"
+        "assert all(f'zokernels.{name}' in zokernels.__doc__ for name in zokernels._LATER)\n"
         "print(zokernels.optim.ZOSGD.__name__, zokernels.trajectory.read.__name__)\n"
         "try: zokernels.optimm\n"
         "except AttributeError as error: print(error)\n"

@@ -126,7 +126,8 @@ def test_each_card_of_a_tiny_run_says_so(made):
     assert tiny.count(card) == tiny.count(f'{card}<p class="tiny">{page.TINY}') == text.count(card) > 2
     tiles = re.findall(r'<div class="tile">.*?</div>', tiny)
     assert len(tiles) > 2
-    assert all(page.TINY in tile for tile in tiles)
+    assert all(page.TINY in tile and "<b>TINY</b>" in tile for tile in tiles)
+    assert "<b>TINY</b>" not in text
 
 
 def shapes(picture: str, colour: str) -> list[list[float]]:

@@ -430,6 +430,11 @@ def test_bad_models(tmp_path):
     model = tower()
     with pytest.raises(ValueError, match=r"inside another"):
         offload.stream(model, [model.layers, model.layers[0]])
+    sequential = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    with pytest.raises(ValueError, match=r"modules, or none: the model itself .* got 'layers'$"):
+        offload.stream(sequential, "layers")
+    with offload.stream(sequential) as one:
+        assert [b.name for b in one.blocks] == ["0", "1"]
     with pytest.raises(ValueError, match="container of equal ones"):
         offload.stream(nn.Linear(3, 3))
     with offload.empty_weights():
@@ -469,6 +474,24 @@ def test_parameters_of_two_streamed_models():
         named = [(f"{k}.{n}", p) for k, m in enumerate((a, b)) for n, p in m.named_parameters()]
         with pytest.raises(ValueError, match="one streamed model"):
             optim.ZOSGD(named, lr=1e-3)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("restore", ["exact", "inplace"])
+def test_an_optimizer_that_was_made_before_the_stream(restore, steps):
+    model = tower(layers=2)
+    _, optimizer = train(model, steps, restore=restore)
+    before = copy.deepcopy(model.state_dict())
+    with offload.stream(model, "layers") as engine:
+        assert repr(engine) == "<Engine of Tower: 2 blocks for cpu, open>"
+        with pytest.raises(
+            RuntimeError, match=r"^ZOSGD: params: .* make the optimizer after stream\(model\)"
+        ):
+            optimizer.step(lambda: loss_of(model, batch_of(0)))
+        assert optimizer.step_count == steps
+        assert not same_state(model.state_dict(), before)
+        train(model, 1)
+        assert same_state(model.state_dict(), before)
 
 
 def test_the_log_of_a_streamed_run_replays_in_memory(rng, tmp_path):

@@ -201,6 +201,43 @@ def test_log(files, capsys):
     assert {key: found[key] for key in expected} == expected
 
 
+def test_log_for_people(files, capsys):
+    """The words of print(optimizer), and nothing of what there is not."""
+    folder, _, _ = files
+    assert command(folder, "log", "run.zk") == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["estimator"] == "TwoSided(directions=1)"
+    assert (lines["rule"], lines["direction"], lines["lr_first"]) == ("SGD()", "dense noise", "0.05")
+    assert "weight_decay=0.1" in lines["group"]
+    assert len(lines["loss_last_tenth"].lstrip("-").replace(".", "").strip("0")) <= 5
+    assert not {"null", "None", "false"} & {*lines.values()}
+    assert not {"part", "broken", "subset"} & lines.keys()
+
+
+def test_a_log_and_its_base_swapped(files, capsys):
+    folder, _, _ = files
+    (folder / "a.model").mkdir()
+    (folder / "base.safetensors").rename(folder / "a.model" / "model.safetensors")
+    for base in ("a.model", "final.safetensors"):
+        assert command(folder, "verify", base, "run.zk") == 1
+        error = capsys.readouterr().err
+        assert "expected zokernels verify LOG BASE FINAL, got them swapped: " in error
+        assert command(folder, "replay", "run.zk", base, "-o", "out.safetensors") == 1
+        assert "expected zokernels replay BASE LOG -o OUTPUT, got them swapped: " in capsys.readouterr().err
+    assert command(folder, "verify", "a.model", "final.safetensors") == 1
+    assert (
+        "verify: LOG: expected the log of a run, which is a file, got the folder" in capsys.readouterr().err
+    )
+    assert not (folder / "out.safetensors").exists()
+
+
+def test_a_base_of_another_model(files, capsys):
+    folder, _, _ = files
+    safetensors.save_file({"other.w": torch.ones(3)}, folder / "other.safetensors")
+    assert command(folder, "replay", "other.safetensors", "run.zk", "-o", "out.safetensors") == 1
+    assert "got not one of them: they are probably another model's" in capsys.readouterr().err
+
+
 def test_plot(files, capsys, monkeypatch):
     folder, _, _ = files
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -149,7 +149,9 @@ def test_resume_refuses_another_run(short, rng):
     )
     for message, change in {
         "resume: seed": {"seed": seed + 1},
-        "resume: estimator": {"directions": 2},
+        r"resume: estimator: .* log, TwoSided\(directions=3\), got TwoSided\(directions=2\)": {
+            "directions": 2
+        },
         r"resume: groups\[0\]: options: eps: expected that of the log": {"eps": 1e-4},
         "resume: direction": {"kind": SparseMeZO},
         "resume: restore": {"restore": "inplace"},
@@ -157,6 +159,10 @@ def test_resume_refuses_another_run(short, rng):
     }.items():
         with pytest.raises(ValueError, match=message):
             build(**change)
+    with pytest.raises(ValueError, match=r"resume: params: expected model.named_parameters\(\)"):
+        ZOSGD(model.parameters(), lr=1.0, seed=seed, directions=3, trajectory=path, resume=True)
+    with pytest.raises(FileNotFoundError, match=r"trajectory: .* expected a file in a folder that exists"):
+        ZOSGD(model.named_parameters(), lr=1.0, trajectory=path.parent / "nowhere" / "run")
     model.load_state_dict(history[0])
     with pytest.raises(ValueError, match="expected the base weights of the run"):
         build()

@@ -369,6 +369,15 @@ def test_what_cannot_work_says_so(tmp_path):
         trainer(tmp_path, opt(), data, own={"optimizer_cls_and_kwargs": (adam, {})}).train()
     with pytest.warns(UserWarning, match="max_grad_norm=0.5 has no effect"):
         trainer(tmp_path, opt(), data, max_grad_norm=0.5)
+    for options, own, text in (
+        ({"optim": "sgd"}, {}, "optim=sgd has no effect: optimizer_cls_and_kwargs"),
+        ({"adam_beta2": 0.5}, {}, "adam_beta2=0.5 has no effect"),
+        ({"learning_rate": 0.1}, {"lr": 0.01}, "learning_rate=0.1 has no effect: the lr=0.01 of"),
+    ):
+        pair = {"optimizer_cls_and_kwargs": (ZOSGD, own)}
+        with pytest.warns(UserWarning, match=text) as told:
+            trainer(tmp_path, opt(), data, own=pair, **options)
+        assert len(told) == 1
     with pytest.warns(UserWarning, match="the loss is in torch.bfloat16"):
         trainer(tmp_path, bert().bfloat16(), rows(4, True), max_steps=1).train()
 
@@ -380,7 +389,9 @@ def test_what_cannot_work_says_so(tmp_path):
         def training_step(self, model, inputs, num_items_in_batch=None):
             return self.compute_loss(model, inputs)
 
-    with pytest.raises(RuntimeError, match="does not require grad"):
+    with pytest.raises(
+        RuntimeError, match=r"^Backward: .*self.accelerator.backward\(loss\).*does not require grad$"
+    ):
         trainer(tmp_path, opt(), data, Backward, max_steps=1).train()
     with pytest.raises(RuntimeError, match="Nothing: training_step: expected micro-batches whose loss"):
         trainer(tmp_path, opt(), data, Nothing, max_steps=1).train()
@@ -404,6 +415,8 @@ def test_optimizers_of_the_other_kind(tmp_path):
     ):
         with pytest.raises(TypeError, match=rf"ZOTrainer: \w+: expected a pair \(.*\), got {got}$"):
             trainer(tmp_path, model, data, own=own)
+    with pytest.raises(TypeError, match=r"optimizer_cls_and_kwargs: expected a class of .*, got 'FZOO'$"):
+        trainer(tmp_path, model, data, own={"optimizer_cls_and_kwargs": ("FZOO", {})})
     with pytest.raises(TypeError, match=r"ZOTrainer: optimizers: .* got the class ZOSGD$"):
         trainer(tmp_path, model, data, own={"optimizers": (ZOSGD, None)})
     with pytest.raises(TypeError, match=r"ZOSGD: closure: expected a function .* take ZOTrainer"):

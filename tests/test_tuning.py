@@ -278,3 +278,13 @@ def test_weights_that_eps_does_not_move():
     assert found.moved.keys() == {"norm"}
     assert any("less than half of the weights of norm" in text for text in found.advice)
     assert "norm: eps moves" in str(found)
+
+
+def test_find_lr_with_arguments_that_it_does_not_have():
+    w = nn.Parameter(torch.ones(3))
+    with pytest.raises(TypeError, match=r"^find_lr: lr: expected 'lrs', the nearest of its arguments"):
+        find_lr(ZOSGD([w], 0.1), lambda: w.sum(), lr=[0.1])
+    with pytest.raises(TypeError, match=r"^find_lr: optimizer, closure: expected all of them"):
+        find_lr(ZOSGD([w], 0.1))
+    with pytest.raises(TypeError, match=r"^len\(\)"):
+        find_lr(ZOSGD([w], 0.1), lambda: len(), [0.1])

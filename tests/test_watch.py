@@ -151,6 +151,7 @@ def test_eps_below_the_weights_resolution():
     assert "bfloat16" in text
     assert "'wide'" in text
     assert "'w'" not in text
+    assert "keep them in fp32" in text
     assert told(lambda: ZOSGD(params.items(), 1e-3, eps=1e-1), steps=1) == []
     assert told(lambda: ZOSGD([("w", params["w"])], 1e-3, eps=1e-3), steps=1) == []
     few = {"norm": nn.Parameter(torch.ones(8).bfloat16()), "w": params["w"]}
@@ -161,6 +162,12 @@ def test_eps_below_the_weights_resolution():
 
 @pytest.mark.parametrize("make", [ZOAdam, ZOAdamW])
 def test_the_eps_of_adam(model, make):
-    found = told(lambda: make(model.named_parameters(), lr=1e-3, eps=1e-8), steps=1)
-    assert any("adam_eps" in text and text.startswith(f"{make.__name__}: eps=1e-08") for text in found)
+    with torch.no_grad():
+        model.weight.add_(10.0)  # so that an eps of 1e-8 moves none of them
+    (text,) = told(lambda: make(model.named_parameters(), lr=1e-3, eps=1e-8), steps=1)
+    assert text.startswith(f"{make.__name__}: eps=1e-08")
+    assert "adam_eps" in text
+    (text,) = told(lambda: ZOSGD(model.named_parameters(), lr=1e-3, eps=1e-8), steps=1)
+    assert "stand still" in text
+    assert "fp32" not in text
     assert told(lambda: make(model.named_parameters(), lr=1e-3, adam_eps=1e-8), steps=1) == []

@@ -1,4 +1,26 @@
-"""zokernels: fused kernels for zeroth-order training."""
+"""zokernels: fused kernels for zeroth-order training, which needs forward passes only.
+
+Where to begin::
+
+    from zokernels.optim import ZOSGD
+
+    optimizer = ZOSGD(model.named_parameters(), lr=1e-6)
+    loss = optimizer.step(lambda: model(**batch).loss)
+
+zokernels.optim            optimizers (ZOSGD is MeZO), ``find_lr``, ``optimizer.diagnose``
+zokernels.offload          ``stream``: a model whose weights are on the host or on disk
+zokernels.trajectory       a log of a run, which replays it without a forward
+zokernels.distributed      several processes that exchange scalars alone
+zokernels.integrations     ``transformers`` (ZOTrainer), vLLM, and what other engines need
+zokernels.es               evolution strategies whose members are run by such an engine
+zokernels.quantize         layers of integers, which QZO and QuZO train
+zokernels.BlackBox         a function without gradients as a layer
+zokernels.combine_, noise, plan
+                           the operations: noise of a seed added to weights, in one pass
+zokernels.backends         the kernels (CUDA, Triton, CPU) and which of them is used
+
+``zokernels info`` on the command line says what is built.  The documentation is in docs/ of the repository.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +94,7 @@ __all__ = [
 ]
 
 #: Folders and modules that are imported when they are first asked for: ``zokernels.optim.ZOSGD``.
-_LATER = ("distributed", "es", "offload", "optim", "quantize", "trajectory")
+_LATER = ("distributed", "es", "integrations", "offload", "optim", "quantize", "trajectory")
 
 if not TYPE_CHECKING:  # which would believe that every name is there
 
@@ -85,4 +107,4 @@ if not TYPE_CHECKING:  # which would believe that every name is there
 
 
 def __dir__() -> list[str]:
-    return sorted({*__all__, *_LATER})
+    return sorted({*__all__, *_LATER, "backends", "functional"})

@@ -18,7 +18,7 @@ ESTIMATORS = ("rge", "cge")
 
 
 class BlackBox(nn.Module):
-    r"""y = f(x), with a gradient for x that is estimated from further values of f.
+    """y = f(x), with a gradient for x that is estimated from further values of f.
 
     Backward of grad_out = dL/dy needs the derivatives of phi_b(u) = <grad_out_b, f(u)>, for each sample b:
 
@@ -36,17 +36,17 @@ class BlackBox(nn.Module):
     ``two_sided``), and f's outputs for them.
 
     Args:
-        function: f(x [N, ...], \*extras) -> [N] or [N, ...], a tensor or whatever ``torch.as_tensor`` takes,
-            with floating-point values.  Row n depends on row n of the inputs alone.  Called without
+        function: ``f(x, *extras)``, x [N, ...] -> [N] or [N, ...], a tensor or whatever ``torch.as_tensor``
+            takes, with floating-point values.  Row n depends on row n of the inputs alone.  Called without
             gradients.
         estimator: "rge" (random gradient estimation) or "cge" (coordinate-wise).
         queries: q, directions of "rge".
         mu: size of a step, in units of x.
         two_sided: central instead of forward differences.
         dist: of z, "normal" or "rademacher".
-        sphere: "rge" along unit vectors u = z / \|z\|, of each sample: d/q sum_k (phi_b(x_b + mu u_kb) -
+        sphere: "rge" along unit vectors u = z / |z|, of each sample: d/q sum_k (phi_b(x_b + mu u_kb) -
             phi_b(x_b)) / mu * u_kb.  mu is then the length of a step, as in the authors' code; without it, a
-            step is mu \|z\| long, about mu sqrt(d).  The last bits of \|z\| depend on the device's order of
+            step is mu |z| long, about mu sqrt(d).  The last bits of |z| depend on the device's order of
             summation.
         seed: run seed; the module counts the calls that may need a gradient.  Both are in its
             ``state_dict()``.
@@ -108,7 +108,7 @@ class BlackBox(nn.Module):
         self.calls = 0
 
     def forward(self, x: Tensor, *extras: Tensor) -> Tensor:
-        """f(x, \\*extras), [B] or [B, ...].
+        """``f(x, *extras)``, [B] or [B, ...].
 
         Args:
             x: [B, ...] fp32, bf16 or fp16.

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
+import itertools
 import math
 import sys
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Real
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from .backends.terms import KEEP_ALL, Terms, mask_bytes
 from .contract import DISTS, STREAM_BITS
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Of optimizer states.
@@ -35,10 +41,21 @@ def fail_unknown(
     """
     near = elsewhere.get(argument)
     if near not in known:
-        least = 0.5 if near is None else 0.75  # a name that means something else is no slip of the pen
+        least = 0.6 if near is None else 0.75  # a name that means something else is no slip of the pen
         near = next(iter(difflib.get_close_matches(argument, known, 1, least)), None)
     hint = f"{near!r}, the nearest of its arguments" if near else "one of its arguments"
     fail(op, argument, f"{hint} (help({op}) lists them)", "an argument that it does not have", TypeError)
+
+
+def accepts(function: Callable[..., Any], args: Sequence[Any]) -> bool:
+    """Whether ``function(*args)`` goes with the signature of ``function``; True where it shows none."""
+    try:
+        inspect.signature(function).bind(*args)
+    except ValueError:
+        return True
+    except TypeError:
+        return False
+    return True
 
 
 def check_call(function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]) -> None:
@@ -58,6 +75,22 @@ def check_call(function: Callable[..., Any], args: Sequence[Any], options: Mappi
             f"a call: {error}",
             TypeError,
         )
+
+
+def named_arguments(function: Callable[P, T]) -> Callable[P, T]:
+    """Lets a call with arguments that ``function`` does not have fail as :func:`check_call` says it."""
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **options: P.kwargs) -> T:
+        try:
+            return function(*args, **options)
+        except TypeError as error:
+            # A call that Python itself refuses has no line of the function in its traceback.
+            if error.__traceback__ is not None and error.__traceback__.tb_next is None:
+                check_call(function, args, options)
+            raise
+
+    return checked
 
 
 def check_choice(op: str, argument: str, value: object, choices: Collection[str]) -> None:
@@ -204,6 +237,28 @@ def check_places(
     if any(offsets):  # 0 is right for every tensor
         for i, numel in enumerate(sizes):
             check_offset(op, f"offsets[{i}]", offsets[i], numel)
+
+
+def warn_of_one_noise(
+    op: str, tensors: Sequence[Tensor], streams: Sequence[int], offsets: Sequence[int], level: int
+) -> None:
+    """Warns where two tensors of a call share elements of a stream, and so have the same noise there.
+
+    ``level``: how many calls above this function the line of the user's is.
+    """
+    if torch.compiler.is_compiling() or len(set(streams)) == len(streams):
+        return
+    spans = sorted(
+        (stream, offset, offset + tensor.numel(), i)
+        for i, (tensor, stream, offset) in enumerate(zip(tensors, streams, offsets, strict=False))
+        if tensor.numel()
+    )
+    for (stream, _, end, i), (other, begin, _, j) in itertools.pairwise(spans):
+        if stream == other and begin < end:
+            two = f"tensors {min(i, j)} and {max(i, j)}"
+            text = f"{two} have stream {stream} at the same indices, and so the same noise"
+            warnings.warn(f"{op}: streams: {text} (zokernels.streams_of(names))", stacklevel=level)
+            return
 
 
 def check_terms(op: str, leader: str, params: Sequence[Tensor], terms: Terms) -> None:

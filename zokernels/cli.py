@@ -10,6 +10,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import pathlib
 import sys
 import tempfile
@@ -79,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
             "--recover", action="store_true", help="use a damaged log up to its last good record"
         )
     for sub in (replay, verify):
-        sub.add_argument("--upto", type=int, metavar="STEP", help="the first step that is not taken")
+        sub.add_argument(
+            "--upto", type=int, metavar="STEP", help="the weights after STEP steps (default: after all)"
+        )
     return parser
 
 
@@ -103,8 +106,17 @@ def _progress(log: Log, text: str) -> Iterator[Progress]:
 
 
 def _read(args: argparse.Namespace) -> Log:
+    from .checks import fail
     from .trajectory import read
+    from .trajectory.format import is_log
 
+    if not is_log(args.log) and (base := getattr(args, "base", None)) and is_log(base):
+        order = "LOG BASE FINAL" if args.command == "verify" else "BASE LOG -o OUTPUT"
+        fail(
+            args.command, "LOG, BASE", f"zokernels {args.command} {order}", f"them swapped: {base} is the log"
+        )
+    if os.path.isdir(args.log):
+        fail(args.command, "LOG", "the log of a run, which is a file", f"the folder {args.log}")
     log = read(args.log, args.recover)
     if log.broken:
         print(f"{args.log}: damaged at {log.broken}; {log.steps} records before it are used", file=sys.stderr)
@@ -233,6 +245,20 @@ def _plot(log: Log, path: str) -> None:
     figure.savefig(path, dpi=120)
 
 
+def _words(value: Any) -> str:
+    """A part, the settings of a group, numbers or a text, as people read them."""
+    from .trajectory.settings import spoken
+
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    if isinstance(value, list):
+        return ", ".join(map(_words, value))
+    if isinstance(value, dict) and "class" not in value:
+        plain = {key: each for key, each in value.items() if each is not None and each is not False}
+        return ", ".join(f"{key}={_words(each)}" for key, each in plain.items())
+    return spoken(value)
+
+
 def _log(args: argparse.Namespace) -> None:
     log = _read(args)
     found = summary(log)
@@ -242,7 +268,12 @@ def _log(args: argparse.Namespace) -> None:
         print(json.dumps(found, indent=1))
         return
     for key, value in found.items():
-        print(f"{key:<18} {value if isinstance(value, str) else json.dumps(value)}")
+        if value is None or value is False:
+            continue
+        several = key == "groups" and len(value) > 1
+        for number, each in enumerate(value) if key == "groups" else [(0, value)]:
+            label = (f"group {number}" if several else "group") if key == "groups" else key
+            print(f"{label:<18} {_words(each)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

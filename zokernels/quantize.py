@@ -105,7 +105,7 @@ class QuantizedLayer(nn.Module):
 
     @torch.no_grad()
     def _round(self, weight: Tensor) -> None:
-        """Takes over W [out, in]: scale = max \\|W\\| / limit of each group, to nearest; weight = W / scale,
+        """Takes over W [out, in]: scale = max |W| / limit of each group, to nearest; weight = W / scale,
         ties to even.  A group of zeros has scale 1.
         """
         limit, groups = limit_of(self.bits), weight.detach().float().unflatten(1, (-1, self.group_size))
@@ -192,7 +192,7 @@ class QuantizedLinear(QuantizedLayer):
         packed: bool | None = None,
         scale_dtype: torch.dtype | None = None,
     ) -> QuantizedLinear:
-        """``linear`` rounded: scale = max \\|W\\| / limit of each group, to nearest; weight = W / scale, ties
+        """``linear`` rounded: scale = max |W| / limit of each group, to nearest; weight = W / scale, ties
         to even.
 
         A group of zeros has scale 1.  ``scale_dtype``: default that of ``linear``.  The bias is taken over as

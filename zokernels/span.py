@@ -101,6 +101,9 @@ class Span:
         self.sizes = [t.numel() for _, t in named]
         self.dist = dist
 
+    def __repr__(self) -> str:
+        return f"Span({len(self.streams)} tensors, {sum(self.sizes):,} elements, {len(self.seeds)} seeds)"
+
     def __len__(self) -> int:
         return self.seeds.numel()
 

@@ -78,6 +78,9 @@ class Exchange(Ranks, Team):
         #: The number of points that were shared out last, and of gathers that were made before.
         self._shared = 0, -1
 
+    def __repr__(self) -> str:
+        return f"<Exchange of {len(self.ranks)} ranks, {', '.join(self.names)}>"
+
     def join(self, optimizer: OptimizerView) -> None:
         self.agreement.start(optimizer)
 

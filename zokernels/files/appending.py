@@ -43,6 +43,9 @@ class AppendedFile:
         _open.add(self)
 
     def _open_locked(self) -> int:
+        folder = os.path.dirname(os.path.abspath(self.path))
+        if not os.path.isdir(folder):
+            fail(self.op, self.path, "a file in a folder that exists", f"none, {folder}", FileNotFoundError)
         while True:
             if os.path.exists(self.path) and not stat.S_ISREG(os.stat(self.path).st_mode):
                 fail(self.op, self.path, "an ordinary file", "a folder, a pipe or a device")

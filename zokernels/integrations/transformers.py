@@ -9,6 +9,7 @@ docs/transformers.md says what each argument means."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import json
 import os
@@ -34,6 +35,7 @@ from ..offload import StoredModel, stream
 from ..optim import ZOSGD, ZerothOrder
 from ..step.estimators import Estimator
 from ..step.guards import RngState
+from ..step.loss import NO_GRAD
 from ..trajectory import record
 
 __all__ = ["ZOTrainer", "ZOTrainerMixin"]
@@ -159,6 +161,16 @@ class ZOTrainerMixin(_Behind):
                 f"max_grad_norm={args.max_grad_norm} has no effect, because there is no gradient; "
                 "optimizer_cls_and_kwargs=(ZOSGD, {'clip': ...}) bounds the projected gradient"
             )
+        default = {f.name: f.default for f in dataclasses.fields(args)}
+        for name in ("optim", "adam_beta1", "adam_beta2", "adam_epsilon"):
+            value = getattr(args, name)
+            if value != default[name]:
+                value = getattr(value, "value", value)  # of an enumeration
+                self._tell(f"{name}={value} has no effect: optimizer_cls_and_kwargs names the optimizer")
+        lr = (self.optimizer_cls_and_kwargs or (ZOSGD, {}))[1].get("lr", args.learning_rate)
+        if args.learning_rate not in (lr, default["learning_rate"]):
+            text = f"learning_rate={args.learning_rate:g} has no effect"
+            self._tell(f"{text}: the lr={lr:g} of optimizer_cls_and_kwargs counts")
         for name in ("activation_checkpointing", "gradient_checkpointing"):
             if getattr(args, name, False):
                 logger.info(f"{self._op}: {name} is off: without backward no activations are kept")
@@ -192,6 +204,9 @@ class ZOTrainerMixin(_Behind):
         if self.optimizer_cls_and_kwargs is None:
             return
         kind, _ = self.optimizer_cls_and_kwargs
+        if not callable(kind):
+            expected = "a class of zokernels.optim, such as (ZOSGD, {})"
+            fail(self._op, "optimizer_cls_and_kwargs", expected, repr(kind), TypeError)
         of_torch = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
         if of_torch and not issubclass(kind, ZerothOrder):
             expected = "a class of zokernels.optim (transformers.Trainer takes those of torch)"
@@ -330,6 +345,12 @@ class ZOTrainerMixin(_Behind):
                 if count is not None:
                     self._step = count
                 type(self).training_step(self, model, copy.copy(inputs), *args, **kwargs)
+        except RuntimeError as error:
+            if NO_GRAD not in str(error):
+                raise
+            expected = "self.accelerator.backward(loss) in the place of loss.backward()"
+            got = f"{type(error).__name__}: {str(error).partition(' and ')[0]}"
+            fail(self._op, "training_step", expected, got, RuntimeError)
         finally:
             _LOSSES.reset(token)
             vars(self).pop("_prepare_inputs", None)

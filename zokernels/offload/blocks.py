@@ -197,7 +197,11 @@ def find_blocks(
             containers = [
                 n for n, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential))
             ]
-            fail(op, "blocks", f"the name of a container of modules, such as {containers[:4]}", repr(blocks))
+            known = ", ".join(repr(n) for n in containers[:4] if n)
+            expected = "the name of a container of modules" + (f", such as {known}" if known else "")
+            if "" in containers:
+                expected += ", or none: the model itself is one (leave blocks out, or blocks=list(model))"
+            fail(op, "blocks", expected, repr(blocks))
         found = list(container.children())
     else:
         found = list(blocks)

@@ -32,6 +32,11 @@ class StoredModel:
     timeline: Timeline
     closed: bool
 
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else "open"
+        model = type(self.model).__name__
+        return f"<{type(self).__name__} of {model}: {len(self.blocks)} blocks for {self.device}, {state}>"
+
     @property
     def is_lossless(self) -> bool:
         """Whether the device computes with the very weights of the storage; always so without ``wire``."""

@@ -52,7 +52,7 @@ def stream(
     mesh: DeviceMesh | None = None,
     master: torch.dtype | None = None,
 ) -> StoredModel:
-    r"""Let the blocks of ``model`` live in ``storage`` and come to ``device`` one after another, once a step.
+    """Let the blocks of ``model`` live in ``storage`` and come to ``device`` one after another, once a step.
 
         theta   = round(decay * theta + sum_k c_k z_k)      the last step's update, as the block comes in
         theta_s = round(theta + e_s z)                      for each forward s; theta itself goes back

@@ -203,7 +203,7 @@ def out_of_place(pair: Pair[P]) -> Callable[[Callable[..., None]], Callable[Conc
 
 
 def _take(operation: Any, named: Callable[..., None], pair: Callable[..., None]) -> Any:
-    functools.update_wrapper(operation, named)
+    functools.wraps(named)(operation)
     del operation.__wrapped__
     own = [p for p in inspect.signature(named).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     found = inspect.signature(pair)

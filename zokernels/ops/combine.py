@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends.terms import Terms, mask_bytes, row_blocks
-from ..checks import check_tensors, check_terms
+from ..checks import check_tensors, check_terms, warn_of_one_noise
 from .arguments import Dist, Rounding, as_list, in_place, mask_args, noise_args, out_of_place, row_args
 from .define import TERMS, define_pair, read_by
 from .plan import Columns, Plan, members
@@ -55,6 +55,8 @@ def _call(
     )
     if plan is None:
         operation(*lists, *args)
+        if rows is None:
+            warn_of_one_noise(op, tensors, args[2], args[3], 4)
         return
     terms = Terms(*args)
     plan.run(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..backends import Backend, select
 from ..backends.terms import Terms
-from ..checks import check_values, fail
+from ..checks import check_values, fail, warn_of_one_noise
 from ..transfer import CPU
 from .arguments import OneMemory, Rows, Tensors, as_list, places
 from .define import written
@@ -137,6 +137,9 @@ class Plan:
         self.rows = rows
         self._outcomes: list[_Outcome] = []
 
+    def __repr__(self) -> str:
+        return f"a plan of {len(self.params)} tensors, {sum(p.numel() for p in self.params):,} elements"
+
     def run(
         self,
         op: str,
@@ -224,7 +227,8 @@ def members(
         fail(
             op,
             "streams",
-            "an integer for each tensor, or a plan in the place of the tensors",
+            "an integer for each tensor (zokernels.stream_of(name) makes one of a name), or a plan in the "
+            "place of the tensors",
             None,
             TypeError,
         )
@@ -288,4 +292,7 @@ def plan(
         weights = zokernels.plan(list(model.parameters()), range(len(list(model.parameters()))))
         zokernels.combine_(weights, seeds, coeffs)
     """
-    return Plan(params, streams, offsets=offsets, rows=rows)
+    made = Plan(params, streams, offsets=offsets, rows=rows)
+    if rows is None:
+        warn_of_one_noise("plan", made.params, made.streams, made.offsets, 3)
+    return made

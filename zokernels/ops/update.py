@@ -102,7 +102,7 @@ def update_(
     density: float | None = None,
     rows: Sequence[tuple[int, int] | None] | None = None,
 ) -> None:
-    r"""One pass of an update rule over theta and its state, from G = sum_k coeffs[k] * z_k, which is never
+    """One pass of an update rule over theta and its state, from G = sum_k coeffs[k] * z_k, which is never
     stored.
 
     In fp32, with theta' = decay * theta, every fma rounded once, square roots and quotients to nearest:

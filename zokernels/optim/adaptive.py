@@ -64,14 +64,6 @@ class ZOAdam(Differences):
         amsgrad: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        if eps <= 1e-6:
-            tell(
-                self.op,
-                set(),
-                "eps",
-                f"eps={eps:g} is the size of the perturbation, in units of the weights: far too small for "
-                "losses to differ (1e-3 by default). The eps of torch's Adam is adam_eps here",
-            )
         rule: Rule
         if window is None:
             kind = AMSGrad if amsgrad else Adam
@@ -81,6 +73,18 @@ class ZOAdam(Differences):
                 fail(self.op, "amsgrad", "False with a window, which keeps no largest v", True)
             rule = AdamWindow(window, betas, adam_eps, self._decoupled)
         super().__init__(params, lr, eps, directions=directions, estimator=estimator, rule=rule, **options)
+
+    def _warn_of_eps(self) -> None:
+        eps = self.defaults["eps"]
+        if eps > 1e-6:
+            return super()._warn_of_eps()
+        tell(
+            self.op,
+            self.warned,
+            "eps",
+            f"eps={eps:g} is the size of the perturbation, in units of the weights: far too small for "
+            "losses to differ (1e-3 by default). The eps of torch's Adam is adam_eps here",
+        )
 
 
 class ZOAdamW(ZOAdam):

@@ -111,15 +111,21 @@ _ELSEWHERE = {
     "mu": "eps",
     "sigma": "eps",
     "perturbation_scale": "eps",
-    "q": "directions",
-    "num_directions": "directions",
-    "population_size": "population",
+    "epsilon": "eps",
     "wd": "weight_decay",
     "random_seed": "seed",
     "r": "rank",
-    "sparsity": "density",
-    "directions": "population",
 }
+#: What says of other libraries' arguments more than a name could.
+_INSTEAD = {"sparsity": ("density", "density = 1 - sparsity")}
+#: How many perturbations a step has, of which each class has one name ...
+_COUNTS = ("directions", "population", "candidates", "probes")
+#: ... and other libraries have many.
+_OF_COUNTS = (
+    *("n", "N", "k", "K", "q", "num_directions", "num_perturbations", "n_perturbations", "num_samples"),
+    *("population_size", "pop_size", "popsize", "num_candidates"),
+    *_COUNTS,
+)
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -209,7 +215,12 @@ def _refuse_unknown(kind: type, given: Iterable[str]) -> None:
         op = kind.__name__
         if any(True for _ in _inherited(kind, name)):
             fail(op, name, f"nothing, because {op} sets it itself", "a value", TypeError)
-        fail_unknown(op, name, known, _ELSEWHERE)
+        own, instead = _INSTEAD.get(name, ("", ""))
+        if own in known:
+            fail(op, name, instead, "an argument that it does not have", TypeError)
+        count = next((count for count in _COUNTS if count in known), None)
+        elsewhere = _ELSEWHERE if count is None else {**dict.fromkeys(_OF_COUNTS, count), **_ELSEWHERE}
+        fail_unknown(op, name, known, elsewhere)
 
 
 def _parts(*kinds: type) -> Iterator[type]:

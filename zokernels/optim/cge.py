@@ -121,7 +121,7 @@ class CoordinateProbe(Probe):
 
 
 class ZOCGE(ZerothOrder):
-    r"""theta_i <- (1 - lr * weight_decay) * theta_i - lr * g_i   for the coordinates i of the step alone.
+    """theta_i <- (1 - lr * weight_decay) * theta_i - lr * g_i   for the coordinates i of the step alone.
 
         g_i = (L(theta + h e_i) - L(theta)) / h               1 + n forwards for n coordinates ("one-sided")
         g_i = (L(theta + h e_i) - L(theta - h' e_i)) / (h + h')    2 n forwards ("two-sided")
@@ -147,7 +147,7 @@ class ZOCGE(ZerothOrder):
             them (1 for a name that is not there).  Default: all, in every step.
         interval: how many steps move the drawn coordinates before others are drawn.  (DeepZero's code draws
             them every five epochs.)
-        clip: bound on each \|g_i\|.
+        clip: bound on each |g_i|.
         momentum, l2: with either, all weights take part in the update, those that no step moves included:
 
                 m <- momentum m + (g + l2 theta);   theta <- (1 - lr weight_decay) theta - lr m

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..checks import fail
 from ..step.groups import devices_of
 from ..step.guards import RngState
+from ..step.loss import WITHOUT_ARGUMENTS, call
 from ..step.probes.probe import Probe
 from ..step.step import StepOptimizer
 from ..step.types import Estimate
@@ -65,7 +66,8 @@ class FirstOrder:
         rng = RngState(devices_of([*owner.param_groups, *optimizer.param_groups]), owner.generators)
         optimizer.zero_grad(set_to_none=True)
         with self._frozen(), torch.enable_grad():
-            loss = (closure if self.closure is None else self.closure)()
+            own = closure if self.closure is None else self.closure
+            loss = call(owner.op, own, (), WITHOUT_ARGUMENTS)
             if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
                 got = "one without a gradient" if isinstance(loss, Tensor) else repr(loss)
                 expected = "a scalar loss that depends on parameters of the first-order optimizer"

@@ -31,9 +31,9 @@ from .zosgd import Differences
 
 
 class ConMeZO(Differences):
-    r"""theta <- theta - lr g z;   m <- momentum m + (1 - momentum) g z,   z in a cone around m.
+    """theta <- theta - lr g z;   m <- momentum m + (1 - momentum) g z,   z in a cone around m.
 
-        z = sqrt(d) cos(angle) m / \|m\| + sin(angle) u,   u dense noise, d the number of weights
+        z = sqrt(d) cos(angle) m / |m| + sin(angle) u,   u dense noise, d the number of weights
         g = (L(theta + eps z) - L(theta - eps z)) / (2 eps)
 
     A step costs as many forwards as MeZO's, and 4 bytes a weight for m (:class:`ConeMomentum`).
@@ -233,11 +233,11 @@ class LOREN(ZerothOrder):
 
 
 class CurvZO(ZerothOrder):
-    r"""theta_t <- theta_t - lr g z_t / pi_t for the tensors t that take part, each with probability pi_t.
+    """theta_t <- theta_t - lr g z_t / pi_t for the tensors t that take part, each with probability pi_t.
 
         g = (L(theta + eps z) - L(theta - eps z)) / (2 eps),   z_t = 0 for the other tensors
 
-    Scores of the tensors follow \|g\| (:class:`Sensitivity`), and pi is proportional to them
+    Scores of the tensors follow |g| (:class:`Sensitivity`), and pi is proportional to them
     (:class:`SampledTensors`).
 
     Args:

@@ -97,9 +97,9 @@ class FZOO(ZerothOrder):
 
 
 class QZO(ZerothOrder):
-    r"""s <- max(s - lr sum_k g_k z_k, minimum):   the scales s of integer weights, which stay as they are.
+    """s <- max(s - lr sum_k g_k z_k, minimum):   the scales s of integer weights, which stay as they are.
 
-    g_k as for :class:`ZOSGD`, clipped: \|g_k\| <= clip.
+    g_k as for :class:`ZOSGD`, clipped: |g_k| <= clip.
 
     Args:
         params: ``zokernels.quantize.named_scales(model)``, or any positive weights.

@@ -30,7 +30,7 @@ from .lightning import check_accumulation
 
 
 class ZerothOrder(StepOptimizer, metaclass=Described):
-    r"""An :class:`Estimator` makes sum_k g_k z_k of losses at perturbed weights; a :class:`Rule` applies it.
+    """An :class:`Estimator` makes sum_k g_k z_k of losses at perturbed weights; a :class:`Rule` applies it.
 
     z_k is the noise of contract ``zk1``, a pure function of (seed, step, k, parameter).  It is drawn again
     wherever it is needed, so the optimizer stores only a seed and a counter, and whatever state the rule
@@ -56,7 +56,7 @@ class ZerothOrder(StepOptimizer, metaclass=Described):
             model, but half-precision weights drift.  "products", with a direction of low rank: the weights
             stay, and what a perturbation adds to a product is added to its result; see
             docs/populations.md.  Losses then differ from those of perturbed weights in their last bits.
-        clip: bound on each \|g_k\|, in units of g: min(max(g, -clip), clip).  A g that is not finite still
+        clip: bound on each |g_k|, in units of g: min(max(g, -clip), clip).  A g that is not finite still
             skips the step.
         capturable: keep the step counter and the seeds on the device, so that no step needs the host.  One
             whole step can then be captured in a CUDA graph and replayed; see :meth:`register_graph`.
@@ -166,6 +166,9 @@ class ZerothOrder(StepOptimizer, metaclass=Described):
             if resume:
                 fail(self.op, "resume", "False without trajectory=, the log of the run that goes on", resume)
             self.team.join(self)
+        self._warn_of_eps()
+
+    def _warn_of_eps(self) -> None:
         warn_of_resolution(self, self.warned)
 
     def _run_batched(self, closure: Any) -> Tensor:
@@ -198,7 +201,7 @@ class ZerothOrder(StepOptimizer, metaclass=Described):
         directions: int = 8,
         model: nn.Module | None = None,
     ) -> Diagnosis:
-        """Measures whether a step can see anything: how \\|L+ - L-\\| stands to what would drown it.
+        """Measures whether a step can see anything: how |L+ - L-| stands to what would drown it.
 
         That is the distance between neighbouring numbers of the loss's dtype, what is rounded on the way to
         the loss, and how differences vary from batch to batch.  ``print`` of what it returns says what eps,

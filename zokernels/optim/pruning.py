@@ -22,7 +22,7 @@ def grasp_shares(
     step: float = 5e-3,
     seed: int = 0,
 ) -> dict[str, float]:
-    r"""The share of each matrix in the ``density`` highest scores \|theta (g(theta + step g) - g)\| of all.
+    """The share of each matrix in the ``density`` highest scores |theta (g(theta + step g) - g)| of all.
 
     g(w) = 1 / q sum_k (L(w + step z_k) - L(w)) z_k, where z_k is noise of length 1 in each matrix.  The
     difference of both g is a product of the Hessian with the gradient, so the score tells how much of the

@@ -18,7 +18,7 @@ from .optimizer import ZerothOrder
 
 
 class QuZO(ZerothOrder):
-    r"""q <- clamp(S'((1 - lr * weight_decay) * q - lr * sum_k g_k z_k)),   q integers of quantised weights.
+    """q <- clamp(S'((1 - lr * weight_decay) * q - lr * sum_k g_k z_k)),   q integers of quantised weights.
 
         g_k = (L(clamp(S(q + eps z_k))) - L(clamp(S(q - eps z_k)))) / (2 eps n),   k = 0 .. n - 1
 
@@ -83,7 +83,7 @@ class QuZO(ZerothOrder):
 
 
 class QES(ZerothOrder):
-    r"""q <- q + round(u), u = decay e + lr / N sum_n zscore(R)_n d_n / eps, and e <- u - round(u).
+    """q <- q + round(u), u = decay e + lr / N sum_n zscore(R)_n d_n / eps, and e <- u - round(u).
 
     Evolution strategies on integers of quantised weights.  R_n is what the closure returns at q + d_n, and
     d_n = S(eps z_n) are whole quantisation steps, rounded stochastically.  What an update could not move is

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..checks import check_integer, check_number, fail
+from ..checks import check_integer, check_number, fail, named_arguments
 from ..step.groups import devices_of
 from .optimizer import ZerothOrder
 from .trial import Closures, Unchanged, check_alone, copied
@@ -71,6 +71,7 @@ class Sweep:
         return "\n".join(lines)
 
 
+@named_arguments
 def find_lr(
     optimizer: ZerothOrder,
     closure: Callable[..., Any],

@@ -12,7 +12,7 @@ from torch import nn
 from ..checks import fail
 from ..step.groups import devices_of, takes_part
 from ..step.guards import RngState
-from ..step.loss import as_loss, run_closure
+from ..step.loss import as_loss, call, run_closure
 from ..step.step import StepOptimizer
 
 T = TypeVar("T", bound=StepOptimizer)
@@ -93,9 +93,10 @@ class Closures:
 
     def __getitem__(self, step: int) -> Callable[[], Any]:
         if self._batches is None:
-            return self._closure  # type: ignore[no-any-return]
+            expected = "a function that takes nothing (of a batch: batches= gives it one after another)"
+            return lambda: call(self.op, self._closure, (), expected)
         batch = self._batches[step % len(self._batches)]
-        return lambda: self._closure(batch)
+        return lambda: call(self.op, self._closure, (batch,), "a function of a batch with batches=")
 
     @torch.no_grad()
     def loss(self, step: int, device: torch.device) -> float:

@@ -39,7 +39,7 @@ class Differences(ZerothOrder):
 
 
 class ZOSGD(Differences):
-    r"""theta <- (1 - lr * weight_decay) * theta - lr * sum_k g_k z_k,   k = 0 .. q - 1.
+    """theta <- (1 - lr * weight_decay) * theta - lr * sum_k g_k z_k,   k = 0 .. q - 1.
 
     g_k = (L(theta + eps z_k) - L(theta - eps z_k)) / (2 eps q) with 2 q forwards ("two-sided"), or (L(theta +
     eps z_k) - L(theta)) / (eps q) with q + 1 ("one-sided").  Then comes one fused pass over the weights.  In

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..checks import fail
-from .loss import LossReader, as_loss
+from .loss import LossReader, as_loss, call
 
 if TYPE_CHECKING:
     from fractions import Fraction
@@ -147,6 +147,9 @@ class Cohort:
     def __len__(self) -> int:
         return len(self.members)
 
+    def __repr__(self) -> str:
+        return f"Cohort(members={list(self.members)})"
+
     def repeat(self, x: Tensor) -> Tensor:
         """The rows of ``x`` [b, ...] once for every member, [P b, ...]: a batch that all members share."""
         self._declare([x.shape[0]] * len(self))
@@ -202,7 +205,8 @@ class CohortReader(LossReader):
         self.cohort: Cohort | None = None  #: that of the running forward
 
     def run(self) -> Any:
-        return self._closure(self.cohort)  # type: ignore[arg-type]
+        expected = "a function of the step's Cohort with batched=True"
+        return call(self._op, self._closure, (self.cohort,), expected)
 
     def read(self, op: str, result: Any, device: torch.device, capturing: bool) -> Tensor:
         assert self.cohort is not None

@@ -67,10 +67,10 @@ def describe(optimizer: OptimizerView) -> str:
     points = len(optimizer.estimator.points())  # members of a population, both sides of each direction
     lines = [
         f"{optimizer.op} (",
-        f"  estimator: {_brief(optimizer.estimator)}, {points} point{'s' * (points > 1)} a step",
-        f"  direction: {'dense noise' if type(direction) is Direction else _brief(direction)}",
-        f"  rule: {_brief(optimizer.rule)}",
-        *([f"  subset: {_brief(optimizer.subset)}"] if optimizer.subset is not None else []),
+        f"  estimator: {brief(optimizer.estimator)}, {points} point{'s' * (points > 1)} a step",
+        f"  direction: {brief(direction)}",
+        f"  rule: {brief(optimizer.rule)}",
+        *([f"  subset: {brief(optimizer.subset)}"] if optimizer.subset is not None else []),
         f"  restore: {optimizer.restore}",
         f"  seed: {optimizer.seed}, step: {step}",
     ]
@@ -89,10 +89,11 @@ def _weights(group: Group) -> str:
     return f"{text}, {frozen} of them frozen" if frozen else text
 
 
-def _brief(part: object) -> str:
+def brief(part: object) -> str:
     """A part with its numbers; tensors, modules and tables of them by their type alone."""
     if not dataclasses.is_dataclass(part):
-        return f"{type(part).__name__}()"
+        own = type(part).__repr__ is not object.__repr__
+        return repr(part) if own else f"{type(part).__name__}()"
     fields = [f for f in dataclasses.fields(part) if f.repr and not f.name.startswith("_")]
     values = [f"{f.name}={_value(getattr(part, f.name))}" for f in fields]
     return f"{type(part).__name__}({', '.join(values)})"

@@ -25,7 +25,7 @@ from ..contract import STREAM_BITS, canonical_name, streams_of
 from ..functional import Plan
 from ..ops.plan import fingerprint, matches
 from ..transfer import has_values
-from .roles import home_of, last_move
+from .roles import Home, common_home, home_of, last_move
 from .shard import is_sharded, local_of, locals_of
 from .types import Bucket, Group
 
@@ -281,7 +281,11 @@ def _numbered(op: str, groups: list[Group]) -> list[tuple[int, Bucket]]:
             bucket.streams.append(stream)
             bucket.names.append(label)
     if not buckets:
-        fail(op, "params", "at least one parameter with requires_grad=True and an element", "none")
+        frozen = sum(p.numel() > 0 for group in groups for p in group["params"])
+        got = (
+            f"{frozen} frozen ones (peft loads an adapter so without is_trainable=True)" if frozen else "none"
+        )
+        fail(op, "params", "at least one parameter with requires_grad=True and an element", got)
     in_memory = [
         (p, name)
         for b in buckets.values()
@@ -305,7 +309,8 @@ class Planner:
         self._kept: list[tuple[int, Bucket]] = []
         self._streams: dict[int, int] = {}  #: by id of a parameter
 
-    def plan(self, op: str, groups: list[Group]) -> list[Bucket]:
+    def plan(self, op: str, groups: list[Group], home: Home) -> list[Bucket]:
+        """``home``: where the parameters were when the optimizer was made, or its last group added."""
         params = tuple(group["params"] for group in groups)
         if (
             self._prints is not None
@@ -315,6 +320,9 @@ class Planner:
             for group in groups:
                 check_hyperparameters(op, group)
         else:
+            if not (now := common_home(op, groups)).in_memory and now is not home:
+                expected = "parameters that stay where they were: make the optimizer after stream(model)"
+                fail(op, "params", expected, "some that have been streamed since it was made", RuntimeError)
             self._check_moved(op, groups)
             self._prints = None
             self._kept = _numbered(op, groups)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -12,24 +12,41 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..checks import fail
+from ..checks import accepts, fail
 from ..transfer import has_values, to_device
 from .shard import is_sharded
 
 #: What torch says of ``loss.backward()`` where no gradients are recorded.
-_NO_GRAD = "does not require grad and does not have a grad_fn"
+NO_GRAD = "does not require grad and does not have a grad_fn"
+#: What a closure is that no batched step has.
+WITHOUT_ARGUMENTS = "a function that takes nothing (of a Cohort: step(closure, batched=True))"
+
+
+def call(op: str, closure: Callable[..., Any], args: Sequence[Any], expected: str) -> Any:
+    """The result of ``closure(*args)``.
+
+    Raises TypeError with what was ``expected`` where the closure does not take so many arguments.
+    """
+    try:
+        return closure(*args)
+    except TypeError as error:
+        # A call that Python itself refuses has no line of the closure in its traceback.
+        inside = error.__traceback__ is not None and error.__traceback__.tb_next is not None
+        if inside or accepts(closure, args):
+            raise
+        fail(op, "closure", expected, f"one that does not: {error}", TypeError)
 
 
 def run_closure(op: str, closure: Callable[[], Any]) -> Any:
-    """The closure's result.  Two errors of it are told as what they mean in a step."""
+    """The closure's result.  Some errors of it are told as what they mean in a step."""
     try:
-        return closure()
+        return call(op, closure, (), WITHOUT_ARGUMENTS)
     except StopIteration:
         expected = "a forward on the step's batch, which is drawn before the step: it runs several times"
         got = "StopIteration: an iterator that it draws from is at its end"
         fail(op, "closure", expected, got, RuntimeError)
     except RuntimeError as error:
-        if _NO_GRAD not in str(error):
+        if NO_GRAD not in str(error):
             raise
         expected = "a forward that returns the loss, without loss.backward(): there are no gradients"
         fail(op, "closure", expected, f"{type(error).__name__}: {error}", RuntimeError)

@@ -22,7 +22,7 @@ from ..transfer import known_on_host
 from . import groups
 from .checkpoint import Held, check_state_dict, from_groups, own_state, with_own_state
 from .cohort import Cohort, CohortReader, members_within
-from .description import check_parts, describe
+from .description import brief, check_parts, describe
 from .directions.direction import Direction
 from .directions.low_rank import LowRank
 from .estimators import Estimator, TwoSided
@@ -169,7 +169,8 @@ class StepOptimizer(torch.optim.Optimizer):
         direction = self.direction
         if not isinstance(direction, LowRank) or direction.rank > MAX_RANK:
             expected = f"a direction of low rank, of at most {MAX_RANK}, with 'products'"
-            fail(self.op, "restore", expected, direction)
+            expected += " (as LOZO and EGGROLL have it)"
+            fail(self.op, "restore", expected, brief(direction))
         if capturable:
             fail(self.op, "restore", "'exact' or 'inplace' with capturable", "'products'")
 
@@ -450,7 +451,7 @@ class StepOptimizer(torch.optim.Optimizer):
 
     def plan(self) -> list[Bucket]:
         """The buckets of the next step.  Raises where the groups would make it fail."""
-        buckets = self.planner.plan(self.op, self.param_groups)
+        buckets = self.planner.plan(self.op, self.param_groups, self.home)
         for group in self.param_groups:
             self.rule.check(self.op, group)
         return buckets if self.subset is None else self.subset.select(self, buckets)

@@ -216,11 +216,12 @@ def warn_of_resolution(optimizer: OptimizerView, warned: set[str]) -> None:
                         least, dtype, eps = share, kind, group["eps"]
     if total and stuck >= total / 100:
         text = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        wider = "" if dtype is torch.float32 else "keep them in fp32, "
         message = (
             f"eps={eps:g} is below the distance of {_plain(dtype)} numbers at the weights of {text}: "
             f"a perturbation moves as few as {100 * least:.2g} % of the weights of a tensor, and the rest "
-            "stand still. Take a larger eps (of all, or of a group of these tensors), keep them in fp32, or "
-            "leave them out by requires_grad_(False)"
+            "stand still. Take a larger eps (of all, or of a group of these tensors), "
+            f"{wider}or leave them out by requires_grad_(False)"
         )
         tell(optimizer.op, warned, "resolution", message)
 

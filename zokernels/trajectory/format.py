@@ -282,6 +282,14 @@ class Log:
                 yield self.layout.unpack(data, step)
 
 
+def is_log(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a file at ``path`` that begins as a log does."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
 def scan(path: str | os.PathLike[str]) -> Log | None:
     """The log, with every checksum read; None where it ends inside its header."""
     path = os.fspath(path)

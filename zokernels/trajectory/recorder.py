@@ -91,6 +91,9 @@ class Follower(roles.Log):
         self._settings: tuple[Any, ...] | None = None
         self._next = 0
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.path}, {'closed' if self.closed else 'open'}>"
+
     def go_on(self, log: Log, optimizer: OptimizerView) -> None:
         """Lets records be appended behind the last good one of ``log``."""
         self._start(log.layout, log.start + log.steps, optimizer)

@@ -119,6 +119,16 @@ def _known(argument: str) -> dict[str, type[Any]]:
     return {_label(kind): kind for kind in _kinds(_PARTS[argument]) if not kind.__name__.startswith("_")}
 
 
+def spoken(value: object) -> str:
+    """A part as a log describes it, in the words of ``print(optimizer)``; any other value as it is."""
+    if not isinstance(value, Mapping) or "class" not in value:
+        return str(value)
+    if value["class"] == Direction.__name__:
+        return str(Direction())
+    arguments = ", ".join(f"{name}={each!r}" for name, each in value.items() if name != "class")
+    return f"{value['class']}({arguments})"
+
+
 def _completed(argument: str, described: dict[str, Any] | None) -> dict[str, Any] | None:
     """``described`` with the arguments that its class has got since the log was written, at their defaults.
 
@@ -140,7 +150,7 @@ def _rebuild(argument: str, described: dict[str, Any] | None, given: object) -> 
     described = _completed(argument, described)
     if given is not None:
         if describe(given) != described:
-            fail("replay_", argument, f"the one of the log, {described}", describe(given))
+            fail("replay_", argument, f"the one of the log, {spoken(described)}", spoken(describe(given)))
         return given
     if described is None:
         return None
@@ -271,6 +281,10 @@ def check_same_run(optimizer: OptimizerView, header: dict[str, Any]) -> None:
     for group in theirs["groups"]:
         for p in group["params"]:
             p["sha256"] = None
+    has_names = lambda each: any(p["name"] is not None for g in each["groups"] for p in g["params"])
+    if has_names(theirs) and not has_names(ours):
+        expected = "model.named_parameters(), because the log has names"
+        fail("trajectory", "resume: params", expected, "parameters without names")
     streams = [[[p["stream"] for p in g["params"]] for g in each["groups"]] for each in (ours, theirs)]
     if streams[0] != streams[1] and list(map(len, streams[0])) == list(map(len, streams[1])):
         where = "'stream' of each parameter in read(path).header['groups'], as 'streams' of each group"
@@ -282,7 +296,8 @@ def check_same_run(optimizer: OptimizerView, header: dict[str, Any]) -> None:
             where, their, our = key, theirs[key], ours.get(key)
             if key == "groups":
                 where, their, our = _first_difference(key, their, our)
-            fail("trajectory", f"resume: {where}", f"that of the log, {str(their)[:200]}", str(our)[:200])
+            expected = f"that of the log, {spoken(their)[:200]}"
+            fail("trajectory", f"resume: {where}", expected, spoken(our)[:200])
     trains = [[p["sha256"] is not None for p in g["params"]] for g in own_part(optimizer, header)["groups"]]
     if trains != [[takes_part(g, p) for p in g["params"]] for g in optimizer.param_groups]:
         fail("trajectory", "resume: params", "the log's trainable parameters", "others")
@@ -359,12 +374,13 @@ def match(
         groups.append(tensors)
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        fail(
-            "replay_",
-            "weights",
-            f"every trained parameter of the log, {', '.join(missing[:5])}{more}",
-            "none",
-        )
+        got = "none"
+        if found and not by_name and not any(isinstance(key, int) for key in found):
+            got = "names, which the log has not: give the tensors in the optimizer's order"
+        elif len(missing) == sum(p["sha256"] is not None for g in header["groups"] for p in g["params"]):
+            got = "not one of them: they are probably another model's"
+        expected = f"every trained parameter of the log, {', '.join(missing[:5])}{more}"
+        fail("replay_", "weights", expected, got)
     return groups
 
 

@@ -25,9 +25,9 @@ def as_matrix(param: Tensor) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Spread:
-    r"""What a step knows of one parameter's covariance, for its q directions.
+    """What a step knows of one parameter's covariance, for its q directions.
 
-    a [n] is fp32.  The other numbers are float64: s = m \|a\|^2, root = sqrt(damping + s), alpha_k, and
+    a [n] is fp32.  The other numbers are float64: s = m |a|^2, root = sqrt(damping + s), alpha_k, and
     dots_k = <a', u_k>, where a' is a in each of the m rows.
     """
 
@@ -65,10 +65,10 @@ class CovarianceNoise(Summed):
 
 
 class RankOneCovariance(Direction):
-    r"""z = u - alpha a', of covariance (I + a' a'^T / damping)^-1: less noise along a', whose loss bends.
+    """z = u - alpha a', of covariance (I + a' a'^T / damping)^-1: less noise along a', whose loss bends.
 
     a [n] belongs to an [m, n] matrix, and a' is a in each of its m rows; a vector is one row.  u is dense
-    noise, and with s = \|a'\|^2
+    noise, and with s = |a'|^2
 
         alpha = (sqrt(damping) + sqrt(damping + s)) <a', u> / (s sqrt(damping + s))
 

@@ -21,6 +21,9 @@ class Direction:
     #: True if z of one parameter depends on no other parameter.
     separate = True
 
+    def __repr__(self) -> str:
+        return "dense noise" if type(self) is Direction else f"{type(self).__name__}()"
+
     @property
     def changes(self) -> bool:
         """Whether what z is follows the weights from step to step, so that no later step can draw it

@@ -133,7 +133,7 @@ class KeptMask(Direction):
 
 @dataclass(frozen=True)
 class MagnitudeMask(KeptMask):
-    """The ``density`` smallest weights of each tensor move: \\|theta\\| <= the tensor's own quantile.
+    """The ``density`` smallest weights of each tensor move: |theta| <= the tensor's own quantile.
 
     The mask is measured before anything moves, so that no perturbed weight changes it.  It is kept as bits
     until the next ``refresh`` (a number of steps; None: for the whole run).

@@ -173,9 +173,9 @@ class _OnSphere(Noise):
 
 
 class Sphere(Direction):
-    """z sqrt(d) / \\|z\\| over the d weights of the step together: uniform on the sphere of z's mean length.
+    """z sqrt(d) / |z| over the d weights of the step together: uniform on the sphere of z's mean length.
 
-    \\|z\\| costs one more draw of z, and no access of a weight; for rademacher it is known.  A rule that
+    |z| costs one more draw of z, and no access of a weight; for rademacher it is known.  A rule that
     draws the directions of earlier steps again (a window) is refused, because their factors are gone.
 
     Source: Flaxman, Kalai and McMahan 2005; Gao, Jiang and Zhang 2018.

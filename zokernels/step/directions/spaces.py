@@ -42,7 +42,7 @@ def leading_inputs(inputs: Tensor, start: Tensor, iterations: int) -> tuple[Tens
 
 @dataclass(frozen=True)
 class ActivationSpace(LowRank):
-    r"""z = R A^T for the weights [m, n] of linear layers: A [n, r] spans their inputs; R [m, r] is fresh.
+    """z = R A^T for the weights [m, n] of linear layers: A [n, r] spans their inputs; R [m, r] is fresh.
 
     The gradient of a linear layer's weight is a sum of outer products with its inputs H [t, n], so its rows
     lie in their span.  A are the leading r right singular vectors of H, by ``iterations`` of a block power
@@ -132,7 +132,7 @@ class ActivationSpace(LowRank):
 
 @dataclass(frozen=True)
 class GradientSpace(LowRank):
-    r"""z = U Z V^T for matrices: the leading singular vectors of an estimated gradient, kept; Z [r, r] fresh.
+    """z = U Z V^T for matrices: the leading singular vectors of an estimated gradient, kept; Z [r, r] fresh.
 
     Every ``refresh`` steps the gradient is estimated along dense noise.  Its singular value decomposition
     gives U [m, r], the r numbers s, and V [n, r].  Z is drawn, and then moved along diag(s), so that its part

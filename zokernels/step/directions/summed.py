@@ -118,7 +118,7 @@ def cosine_and_sine(angle: float) -> tuple[float, float]:
 
 
 class Cone(Direction):
-    r"""z_k = sqrt(d) cos(angle) m / \|m\| + sin(angle) u_k: directions at an angle to a momentum m.
+    """z_k = sqrt(d) cos(angle) m / |m| + sin(angle) u_k: directions at an angle to a momentum m.
 
     u_k is dense noise, d the number of weights of the step, and m the momentum that the rule
     :class:`ConeMomentum` keeps.  While m is 0, z_k = u_k.

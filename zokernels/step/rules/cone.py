@@ -21,16 +21,16 @@ from .rule import Rule, check_fraction, groups_of
 
 
 class ConeMomentum(Rule):
-    r"""theta <- decay theta - lr G;   m <- momentum m + (1 - momentum) G,   G = sum_k g_k z_k.
+    """theta <- decay theta - lr G;   m <- momentum m + (1 - momentum) G,   G = sum_k g_k z_k.
 
-    z_k = a m + b u_k are the directions of :class:`Cone`, with a = sqrt(d) cos(angle) / \|m\| and b =
+    z_k = a m + b u_k are the directions of :class:`Cone`, with a = sqrt(d) cos(angle) / |m| and b =
     sin(angle).  So the new m is a combine of the old one:
 
         m <- (momentum + (1 - momentum) a sum_k g_k) m + (1 - momentum) b sum_k g_k u_k
 
-    m is ``optimizer.state[p]["momentum_buffer"]``, fp32, 0 at first.  \|m\| is not measured.  As in the
-    authors' trainer it is the expected one: m and u_k are nearly orthogonal and \|u_k\|^2 is nearly d, so
-    \|m\|^2 / d becomes the sum of the squares of the factors of m (times the old \|m\|^2 / d) and of the u_k.
+    m is ``optimizer.state[p]["momentum_buffer"]``, fp32, 0 at first.  |m| is not measured.  As in the
+    authors' trainer it is the expected one: m and u_k are nearly orthogonal and |u_k|^2 is nearly d, so
+    |m|^2 / d becomes the sum of the squares of the factors of m (times the old |m|^2 / d) and of the u_k.
     In this way it is a number that every device and every replay computes alike, without a pass.
     """
 
@@ -56,7 +56,7 @@ class ConeMomentum(Rule):
         return {"square": torch.zeros(1, dtype=torch.float64)}  # |m|^2 / d of the group's own weights
 
     def momentum_size(self, optimizer: OptimizerView, buckets: Sequence[Bucket]) -> Tensor:
-        r"""\|m\| / sqrt(d) over the weights of all groups: float64, 0-dim, on the first bucket's device."""
+        """|m| / sqrt(d) over the weights of all groups: float64, 0-dim, on the first bucket's device."""
         home, counts = buckets[0].device, dict[int, int]()
         for bucket in buckets:
             count = sum(p.numel() for p in bucket.params)

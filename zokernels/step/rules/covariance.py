@@ -27,7 +27,7 @@ _AXIS_K = 0x80000003
 
 
 class CovarianceDescent(Rule):
-    r"""M <- momentum M + G,  theta <- decay theta - lr M;  a <- (1 - axis_lr weight_decay) a - axis_lr D.
+    """M <- momentum M + G,  theta <- decay theta - lr M;  a <- (1 - axis_lr weight_decay) a - axis_lr D.
 
     G = sum_k g_k z_k along the directions of :class:`RankOneCovariance`.  M is of matrices; vectors move by
     lr G.  With w_k = g_k eps^3 and the numbers of :class:`Spread`, D [n] is the sum over the m rows of

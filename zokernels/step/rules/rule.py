@@ -94,6 +94,9 @@ class Rule:
         if missing := [key for key in self.defaults if key not in group]:
             fail(op, "param_groups", f"entries {missing} of the rule {type(self).__name__}", "none")
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
     def check_parts(self, optimizer: OptimizerView) -> None:
         """Raises where the rule does not go with the optimizer's estimator, direction and subset."""
 

@@ -23,12 +23,12 @@ _LEAST, _MOST, _PACE, _TRUST = 0.1, 0.8, 0.1, 0.7
 
 
 class Sensitivity(SGD):
-    r"""Descent along the tensors that take part, whose scores follow \|g\|.
+    """Descent along the tensors that take part, whose scores follow |g|.
 
-        e <- (1 - pace) e + pace \|g\|;    w_t = (\|z_t\|^2 / pi_t^2) / sum of these, over the chosen tensors
-        score_t <- (1 - rate) score_t + rate (\|g\| / e) w_t      for the tensors t that were chosen
+        e <- (1 - pace) e + pace |g|;    w_t = (|z_t|^2 / pi_t^2) / sum of these, over the chosen tensors
+        score_t <- (1 - rate) score_t + rate (|g| / e) w_t      for the tensors t that were chosen
 
-    e and the scores are kept; scores begin at ``first``, e at 1e-8.  \|g\| is that of the first group.  Every
+    e and the scores are kept; scores begin at ``first``, e at 1e-8.  |g| is that of the first group.  Every
     ``refresh`` steps of the direction the share of tensors moves a tenth of the way towards 0.1 + 0.7 (0.7 n
     + 0.3 (1 - h)), and stays in [0.1, 0.8].  There n = (sum of roots of scores)^2 / (sum of scores) / T, and
     h is the entropy of the scores over log T.  Logarithms may differ between machines in their last bits, on
