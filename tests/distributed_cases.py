@@ -40,6 +40,7 @@ from zokernels.optim import (
     ZOCGE,
     ZOSGD,
     Ranking,
+    SparseMeZO,
     ThreePoint,
     ZerothOrder,
     ZOAdam,
@@ -1138,6 +1139,37 @@ case(4, "streamed in slices, both", slots=2, dtype=torch.bfloat16, directions=3,
     streamed
 )
 case(4, "streamed in slices, uneven", slots=2, dtype=torch.float16, directions=3, perturbation=4)(streamed)
+
+
+def streamed_states(world: World, kind: type[ZerothOrder], **options: object) -> None:
+    """What is kept of each weight is divided among the ranks as the weights are, and loaded again."""
+    make = lambda: offload_cases.tower(torch.float32, seed=5, layers=3, dropout=0.0).to(DEVICE)
+    model, alone, settings = make(), make(), {"lr": 1e-3, "eps": 1e-2, "seed": 3, **options}
+    line = init_device_mesh(DEVICE, (world.ranks,), mesh_dim_names=("slices",))
+    loss = lambda model, step: offload_cases.loss_of(model, offload_cases.batch_of(step).to(DEVICE))
+    reference = kind(alone.named_parameters(), **settings)
+    with offload.stream(model, storage="host", slots=world.rng.choice((1, 3)), mesh=line) as engine:
+        mesh = world.mesh(perturbation=world.ranks)
+        optimizer = kind(model.named_parameters(), mesh=Exchange(mesh), **settings)
+        for step in range(6):
+            if step == 3:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            ours = float(optimizer.step(lambda: loss(model, step)))  # noqa: B023
+            assert ours == float(reference.step(lambda: loss(alone, step)))  # noqa: B023
+        regions = engine.mover.source.regions
+        here = sum(region.data.numel() for of_block in regions for region in of_block)
+        assert here * world.ranks == sum(b.nbytes for b in engine.blocks)
+        assert all(len(of_block) == 2 for of_block in regions)  # weights and states
+        assert not offload_cases.same_state(model.state_dict(), alone.state_dict())
+        found, expected = optimizer.state_dict()["state"], reference.state_dict()["state"]
+        assert found.keys() == expected.keys()
+        for index, kept in expected.items():
+            assert found[index].keys() == kept.keys()
+            assert all(torch.equal(found[index][key].cpu(), value.cpu()) for key, value in kept.items())
+
+
+case(2, "streamed states, Adam", kind=ZOAdam)(streamed_states)
+case(2, "streamed states, Sparse-MeZO", kind=SparseMeZO, refresh=2)(streamed_states)
 
 
 def streamed_from_disk(

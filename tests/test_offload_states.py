@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import types
 import warnings
 
 import pytest
@@ -128,8 +129,8 @@ def test_resumed_from_disk(method, rng, tmp_path):
         assert same_bits(losses, expected[at:until])
         at = until
         if until == 4:  # as a process that dies
+            engine.mover.drain()  # whose writes look at the log
             optimizer.trajectory.close()
-            engine.mover.drain()
             continue
         if until == 6:
             assert not same_state(ours.state_dict(), model.state_dict())
@@ -282,11 +283,53 @@ def test_what_cannot_be_streamed_is_refused(rng):
         SparseMeZO(model.named_parameters(), lr=1e-3)
     model = small(rng)
     with offload.stream(model, "layers"):
-        optimizer = ZOAdam(model.named_parameters(), lr=1e-3)
-        with pytest.raises(RuntimeError, match="no load_state_dict where states are streamed"):
-            optimizer.load_state_dict(optimizer.state_dict())
+        ZOAdam(model.named_parameters(), lr=1e-3)
         with pytest.raises(ValueError, match="a stream that no other optimizer's states travel with"):
             ZOAdam(model.named_parameters(), lr=1e-3)
+
+
+def restored(state_dict):
+    """A state_dict in the place of an optimizer, for :func:`differing`."""
+    return types.SimpleNamespace(state_dict=lambda: state_dict)
+
+
+@pytest.mark.parametrize(("method", "wire"), [("Adam", None), ("momentum", "fp16"), ("Sparse-MeZO", None)])
+def test_a_state_dict_is_loaded(method, wire, rng, tmp_path):
+    """Into fresh streams, from runs in memory and in streams, and into one whose states have moved."""
+    model = small(rng, torch.float16 if wire else None)
+    middle = copy.deepcopy(model)
+    _, optimizer = run(method, middle, 3)
+    saved, ours = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(middle)
+    expected, whole = run(method, model, 6)
+    kind, own = METHODS[method]
+    options = {"slots": rng.choice((1, 2)), "write_every": rng.choice((1, 3)), "wire": wire}
+    with offload.stream(ours, "layers", **options):
+        optimizer = kind(ours.named_parameters(), **{"lr": 1e-2, "eps": 1e-2, "weight_decay": 0.1, **own})
+        for _ in range(2):  # what is loaded has the states as they were, and nothing of this one's
+            optimizer.load_state_dict(copy.deepcopy(saved))
+            assert not differing(restored(saved), optimizer)
+        values = []
+        while (step := optimizer.step_count) < 6:
+            torch.manual_seed(step)
+            values.append(optimizer.step(lambda: loss_of(ours, batch_of(step))).double())
+        assert same_bits(torch.stack(values), expected[3:])
+        assert not same_state(ours.state_dict(), model.state_dict())
+        assert not differing(whole, optimizer)
+        bad = copy.deepcopy(saved)
+        index, key = next((i, k) for i, of in bad["state"].items() for k, v in of.items() if v.numel() > 1)
+        bad["state"][index][key] = bad["state"][index][key].flatten()[1:]
+        before = optimizer.state_dict()
+        with pytest.raises(ValueError, match="state_dict: state"):
+            optimizer.load_state_dict(bad)
+        assert not differing(restored(before), optimizer)
+        optimizer.load_state_dict({**copy.deepcopy(saved), "state": {}})  # all begin anew
+        optimizer.load_state_dict(copy.deepcopy(saved))
+        assert not differing(restored(saved), optimizer)
+    ours = copy.deepcopy(middle)
+    with offload.stream(ours, "layers", "disk", path=tmp_path / "run"):
+        optimizer = kind(ours.named_parameters(), lr=1e-2, **{k: v for k, v in own.items() if k != "lr"})
+        with pytest.raises(RuntimeError, match="state_dict: expected storage='host' where states are stream"):
+            optimizer.load_state_dict(saved)
 
 
 def test_a_run_that_goes_on_with_other_states_is_refused(rng, tmp_path):

@@ -629,7 +629,9 @@ def test_products_of_tiles(kind, dtype, rng, monkeypatch):
     assert y.shape == layer(x).shape
     assert (layer(x).double() - y.double()).abs().max() <= 6 * torch.finfo(dtype).eps * expected.abs().max()
     layer.product = "half"
-    with pytest.raises(ValueError, match=f"{type(layer).__name__}: product: expected 'tiled' or 'whole'"):
+    with pytest.raises(
+        ValueError, match=f"{type(layer).__name__}: product: expected 'tiled', 'whole' or 'int8'"
+    ):
         layer(x)
 
 
@@ -681,6 +683,85 @@ def test_rows_that_torchs_own_product_would_read_past_the_end_of(inputs, rng):
         x = torch.randn(rows, inputs).bfloat16()
         expected = F.linear(x.double(), steps_of(layer, None), layer.bias.double())
         assert torch.allclose(layer(x).double(), expected, rtol=2e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("exact", [True, False])
+@torch.no_grad()
+def test_int8_activations(exact, dtype, rng, monkeypatch):
+    """The bits are those of the formula, whose integer sums are exact, with any number of threads."""
+    torch.manual_seed(rng.getrandbits(32))
+    monkeypatch.setitem(quantize._TILE, "cpu", 5_000)
+    if not exact:  # a CPU whose product of int8 matrices saturates
+        monkeypatch.setattr(quantize, "_int_mm_is_exact", lambda: False)
+    inputs, out, bits = rng.choice((33, 192, 2_100)), rng.choice((1, 37)), rng.choice((4, 8))
+    group_size, bias = rng.choice((None, 3)), rng.random() < 0.5
+    layer = QuantizedLinear.from_linear(nn.Linear(inputs, out, bias).to(dtype), bits, group_size)
+    layer.product = "int8"
+    x = torch.randn(2, rng.choice((1, 3, 20)), inputs).to(dtype) * torch.rand(2, 1, 1).to(dtype) * 8
+    x[0, 0] = 0
+    y = layer(x)
+    rows = x.float().flatten(0, 1)
+    step = rows.abs().amax(1, keepdim=True) / 127
+    step[step == 0] = 1
+    q, size = (rows / step).round().long(), layer.group_size
+    expected = torch.zeros(len(rows), out)
+    for g in range(inputs // size):
+        at = slice(g * size, (g + 1) * size)
+        sums = q[:, at] @ layer.integers[:, at].long().t()
+        expected = expected + sums.float() * layer.scale[:, g].float()
+    expected = expected * step + (layer.bias.float() if bias else 0)
+    assert torch.equal(y, expected.to(dtype).view(y.shape))
+    # Each x is off by half a step at most.
+    weight = steps_of(layer, None)
+    error = (y.double() - F.linear(x.double(), weight, layer.bias.double() if bias else None)).abs()
+    most = (
+        0.5 * step.double() * weight.abs().sum(1)
+        + 4 * torch.finfo(dtype).eps * y.abs().flatten(0, 1).double()
+    )
+    assert (error.flatten(0, 1) <= most + 1e-6).all()
+
+
+@torch.no_grad()
+def test_int8_activations_that_are_no_numbers(rng):
+    """A NaN or an infinity is not rounded away; the least numbers do not overflow."""
+    torch.manual_seed(rng.getrandbits(32))
+    layer = QuantizedLinear.from_linear(nn.Linear(32, 5, bias=False))
+    layer.product = "int8"
+    x = torch.randn(5, 32)
+    x[0, 3], x[1, 4], x[2] = float("nan"), float("-inf"), 190 * 2.0**-149
+    y = layer(x)
+    assert y[:2].isnan().all()
+    assert y[2:].isfinite().all()
+    assert y[2].abs().max() < 1e-40
+    assert layer(x[:0]).shape == (0, 5)
+    conv = QuantizedConv.from_conv(nn.Conv1d(4, 6, 3))
+    x = torch.randn(1, 4, 9)
+    expected = conv(x)
+    conv.product = "int8"
+    assert torch.equal(conv(x), expected)  # as with "tiled"
+
+
+@pytest.mark.parametrize("product", ["tiled", "whole"])
+@torch.no_grad()
+def test_tiles_of_groups(product, rng, monkeypatch):
+    """A convolution in groups takes some groups at a time, with their channels, and no copy of W."""
+    torch.manual_seed(rng.getrandbits(32))
+    monkeypatch.setitem(quantize._TILE, "cpu", tile := 2 << 10)
+    groups, mode = rng.choice((6, 12, 60)), rng.choice(("zeros", "circular"))
+    plain = nn.Conv2d(60, 120, 3, 1, 1, groups=groups, padding_mode=mode)
+    layer, x = QuantizedConv.from_conv(plain), torch.randn(2, 60, 3, 3)
+    layer.product = product
+    plain.weight.copy_(steps_of(layer, None).view(plain.weight.shape))
+    assert torch.allclose(layer(x), plain(x), atol=1e-5)
+    assert torch.allclose(layer(x[0]), plain(x[0]), atol=1e-5)  # without a batch
+    layer, x = QuantizedConv.from_conv(nn.Conv2d(60, 120, 3, 1, 1, groups=12)), torch.randn(2, 60, 1, 1)
+    layer.product = product
+    with Live("cpu") as live:
+        y = layer(x)
+    whole, tiles = 4 * layer.integers.numel(), 2 * y.nbytes + 2 * x.nbytes + 6 * tile
+    assert tiles < 0.8 * whole
+    assert live.most <= tiles if product == "tiled" else live.most >= whole
 
 
 def test_products_that_need_w_as_a_whole(rng):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -58,6 +60,10 @@ class QuantizedLayer(nn.Module):
     #: torch has a product of int8 weights that is faster (on the CPU, x and scale in bf16, 8 bits, one scale
     #: a row, up to 32 rows of x).  "whole": W is multiplied out, and then used.  Both have the same W, and
     #: differ in the order in which a product sums, so in last bits.
+    #:
+    #: "int8": activations are rounded, too.  Each row of a linear layer's x has one scale, max |x| / 127, and
+    #: products are of integers, which are summed exactly; so the outputs have the same bits on every device
+    #: and for any number of threads.  Convolutions and embeddings are as with "tiled".
     #:
     #: Forwards for a backward, of dual numbers, under autocast, in a transform of torch.func or in a graph
     #: that torch.compile makes are "whole".
@@ -117,8 +123,8 @@ class QuantizedLayer(nn.Module):
 
     def _is_whole(self, x: Tensor) -> bool:
         """Whether a forward multiplies out W at once."""
-        if self.product not in ("tiled", "whole"):
-            fail(type(self).__name__, "product", "'tiled' or 'whole'", repr(self.product))
+        if self.product not in ("tiled", "whole", "int8"):
+            fail(type(self).__name__, "product", "'tiled', 'whole' or 'int8'", repr(self.product))
         tensors = (x, self.scale, *(() if self.bias is None else (self.bias,)))
         return (
             self.product == "whole"
@@ -129,16 +135,25 @@ class QuantizedLayer(nn.Module):
             or torch.compiler.is_compiling()
         )
 
-    def _tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """The numbers of some rows and these rows of W in ``dtype``, as many at a time as a tile holds."""
+    def _integer_tiles(self, itemsize: int, multiple: int = 1) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """The numbers of some rows, their integers and their scales.
+
+        They are as many rows at a time as a tile holds of numbers of ``itemsize`` bytes, and a ``multiple``.
+        """
         weight, scale = self.weight[:], self.scale[:]
-        size = max(scale.itemsize, dtype.itemsize) * self._inputs
-        count = max(1, _TILE.get(weight.device.type, _TILE["cuda"]) // size)
+        held = _TILE.get(weight.device.type, _TILE["cuda"]) // (itemsize * self._inputs)
+        count = max(1, held // multiple) * multiple
         for first in range(0, len(weight), count):
             rows = slice(first, min(first + count, len(weight)))
             integers = unpack_int4(weight[rows], self._inputs) if self.packed else weight[rows]
-            tile = integers.to(scale.dtype)
-            tile.unflatten(-1, (-1, self.group_size)).mul_(scale[rows].unsqueeze(-1))
+            yield rows, integers, scale[rows]
+
+    def _tiles(self, dtype: torch.dtype, multiple: int = 1) -> Iterator[tuple[slice, Tensor]]:
+        """The numbers of some rows and these rows of W in ``dtype``, as many at a time as a tile holds."""
+        of_scale = self.scale.dtype
+        for rows, integers, scale in self._integer_tiles(max(of_scale.itemsize, dtype.itemsize), multiple):
+            tile = integers.to(of_scale)
+            tile.unflatten(-1, (-1, self.group_size)).mul_(scale.unsqueeze(-1))
             yield rows, tile.to(dtype)
 
     def _multiplied(self, integers: Tensor, scale: Tensor) -> Tensor:
@@ -149,6 +164,32 @@ class QuantizedLayer(nn.Module):
 
     def _extra(self, sizes: str) -> str:
         return f"{sizes}, bits={self.bits}, group_size={self.group_size}, packed={self.packed}"
+
+
+#: Columns of int8 whose products fp32 sums exactly, in any order: 127 * 127 * 1,024 < 2^24.
+_EXACT = 1024
+
+
+@functools.cache
+def _int_mm_is_exact() -> bool:
+    """Whether this CPU's product of int8 matrices is there, and no pair of products saturates in 16 bits."""
+    if not hasattr(torch, "_int_mm"):
+        return False
+    a, b = torch.full((3, 66), 127, dtype=torch.int8), torch.full((66, 5), -127, dtype=torch.int8)
+    return bool((torch._int_mm(a, b) == -127 * 127 * 66).all())
+
+
+def _integer_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T of int8 matrices, as int32 and exact."""
+    if not a.numel() or not b.numel():
+        return torch.zeros(len(a), len(b), dtype=torch.int32, device=a.device)
+    # cuBLAS wants more than 16 rows, and multiples of 8.
+    fits = len(a) > 16 and a.shape[1] % 8 == 0 and len(b) % 8 == 0
+    if _int_mm_is_exact() if a.device.type == "cpu" else a.device.type == "cuda" and fits:
+        whole: Tensor = torch._int_mm(a.contiguous(), b.contiguous().t())
+        return whole
+    parts = zip(a.split(_EXACT, 1), b.split(_EXACT, 1), strict=True)
+    return sum((F.linear(u.float(), v.float()).to(torch.int32) for u, v in parts), torch.tensor(0))
 
 
 class QuantizedLinear(QuantizedLayer):
@@ -214,8 +255,10 @@ class QuantizedLinear(QuantizedLayer):
         if self._is_whole(x):
             return F.linear(x, self._multiplied(self.integers, self.scale).to(x.dtype), self.bias)
         bias, rows = (None if self.bias is None else self.bias[:]), x.reshape(-1, self.in_features)
-        if self._has_product(rows):
-            y: Tensor = torch._weight_int8pack_mm(rows.contiguous(), self.weight, self.scale.flatten())
+        if self.product == "int8":
+            y: Tensor = self._product_of_integers(rows, bias)
+        elif self._has_product(rows):
+            y = torch._weight_int8pack_mm(rows.contiguous(), self.weight, self.scale.flatten())
             y = y if bias is None else y.add_(bias)
         else:
             y = rows.new_empty(len(rows), self.out_features)
@@ -223,6 +266,24 @@ class QuantizedLinear(QuantizedLayer):
                 y[:, at] = F.linear(rows, tile, None if bias is None else bias[at])
         shaped: Tensor = y.view(*x.shape[:-1], self.out_features)
         return shaped
+
+    def _product_of_integers(self, rows: Tensor, bias: Tensor | None) -> Tensor:
+        """y = (sum over groups of (q W_g^T) * scale_g) * s + b in fp32, rounded once, with x = q * s rounded.
+
+        s = max |x| / 127 of each row, or 1 where that is 0; q = x / s, to nearest, ties to even, in [-127,
+        127].  A row with a NaN or an infinity becomes NaN.
+        """
+        x = rows.float()
+        step = (x.abs().amax(1, keepdim=True) if x.numel() else x.new_zeros(len(x), 1)) / 127
+        step = torch.where(step == 0, 1.0, step)
+        q, size = (x / step).round_().clamp_(-127, 127).to(torch.int8), self.group_size
+        y = torch.zeros(len(x), self.out_features, dtype=torch.float32, device=x.device)
+        for at, integers, scale in self._integer_tiles(1):
+            part = y[:, at]
+            for g, (a, b) in enumerate(zip(q.split(size, 1), integers.split(size, 1), strict=True)):
+                part += _integer_product(a, b).float().mul_(scale[:, g].float())
+        y.mul_(step)
+        return (y if bias is None else y.add_(bias.float())).to(rows.dtype)
 
     def _has_product(self, rows: Tensor) -> bool:
         """Whether torch has a product of these rows and int8 weights that is faster than tiles.
@@ -246,7 +307,7 @@ class QuantizedConv(QuantizedLayer):
     out are the output channels.  in are the input channels of a group of the convolution times the elements
     of its kernel, in the order of the convolution's own weight (:class:`QuantizedLayer`).  The forward
     multiplies out some output channels' weights at a time in the scale's dtype, rounds them to x's and runs
-    the convolution (:attr:`product`); of a convolution in groups, all of them.
+    the convolution (:attr:`product`); of a convolution in groups, those of some groups.
 
     Args:
         like: the convolution whose sizes, stride, padding, dilation, groups and padding mode this one has.
@@ -312,16 +373,20 @@ class QuantizedConv(QuantizedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         conv = self._like[0]
-        # The channels of a group convolution are not each other's neighbours, and its W is small.
-        if self._is_whole(x) or conv.groups > 1:
+        if self._is_whole(x):
             weight = self._multiplied(self.integers, self.scale).unflatten(1, self.kernel)
             whole: Tensor = conv._conv_forward(x, weight.to(x.dtype), self.bias)
             return whole
         y: Tensor | None = None
         channels = -len(self.kernel)  # the dimension, for x may have none for a batch
-        for at, tile in self._tiles(x.dtype):
+        of_group, part_of = len(self.weight) // conv.groups, copy.copy(conv)
+        for at, tile in self._tiles(x.dtype, of_group if conv.groups > 1 else 1):
             bias = None if self.bias is None else self.bias[at]
-            part: Tensor = conv._conv_forward(x, tile.unflatten(1, self.kernel), bias)
+            if conv.groups > 1:  # a part of the groups has a part of the input channels
+                part_of.groups = (at.stop - at.start) // of_group
+                inputs = at.start // of_group * self.kernel[0], part_of.groups * self.kernel[0]
+            read = x.narrow(channels, *inputs) if conv.groups > 1 else x
+            part: Tensor = part_of._conv_forward(read, tile.unflatten(1, self.kernel), bias)
             if at == slice(0, len(self.weight)):
                 return part
             if y is None:

@@ -266,10 +266,9 @@ class ZOTrainerMixin(_Behind):
         ours = self.zo_optimizer
         if not isinstance(ours, ZerothOrder):
             fail(self._op, "optimizer", "one of zokernels.optim", type(ours).__name__, TypeError)
-        if (
-            self.engine is not None and self.engine.has_states
-        ):  # the Trainer loads a state_dict, a stream takes none
-            expected = "a method without a state of each weight with offload (momentum and Adam: window=)"
+        if self.engine is not None and self.engine.has_states and not self.engine.takes_states:
+            # No checkpoint of the Trainer could be loaded.
+            expected = "storage='host' in offload, or a method without a state of each weight (window=)"
             fail(self._op, "optimizer_cls_and_kwargs", expected, type(ours).__name__)
         if self._hooked is not ours:
             ours.register_step_pre_hook(self._before_step)

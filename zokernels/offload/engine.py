@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,15 @@ def _integers_of(block: Block) -> list[tuple[str, nn.Module, str, Tensor]]:
     return [(f"{block.name}.{name}", m, key, p) for name, m, key, p in places if id(p) in streamed]
 
 
+class _Saved(NamedTuple):
+    """A tensor of a state_dict that is streamed."""
+
+    param: Tensor
+    key: str
+    value: Tensor
+    away: Tensor  #: what stands for it in ``optimizer.state``
+
+
 class Engine(BlockCache, StoredModel, Home):
     """Streams the blocks of a model.
 
@@ -93,6 +102,7 @@ class Engine(BlockCache, StoredModel, Home):
         #: What stands in ``optimizer.state`` for the states, by id of the parameter and name.
         self._states: dict[tuple[int, str], Tensor] = {}
         self._measured: list[Bucket] = []  #: of which the step that runs measures something
+        self._has_begun = False  #: whether states may have other values than their first
         self.closed = False
         self.optimizer: StepOptimizer | None = None
         self._empty = {id(e.param): placeholder(e.param, device, e.dtype) for b in blocks for e in b.entries}
@@ -324,7 +334,7 @@ class Engine(BlockCache, StoredModel, Home):
     def fill_states(self, state_dict: dict[str, Any]) -> None:
         """They are copied to host memory, a block at a time."""
         away = {id(t) for t in self._states.values()}
-        for block in self.blocks if away else ():
+        for block in self.blocks if any(state_dict["state"].values()) and away else ():
             with self._views_of(block) as views:
                 for index, kept in state_dict["state"].items():
                     values = {
@@ -339,10 +349,69 @@ class Engine(BlockCache, StoredModel, Home):
         """Whether what the optimizer keeps of each weight is streamed with the weights."""
         return bool(self._states)
 
+    @property
+    def takes_states(self) -> bool:
+        """Whether ``load_state_dict`` can bring states to where they are stored.
+
+        A run that has a folder goes on from there, and storage that is only read has no place for them.
+        """
+        return self.writable and self.run is None
+
     def check_load(self, op: str) -> None:
-        if self._states:
-            expected = "no load_state_dict where states are streamed: stream(path=..., resume=True) continues"
-            fail(op, "state_dict", expected, "one", RuntimeError)
+        if self._states and not self.takes_states:
+            expected = "storage='host' where states are streamed (stream(path=..., resume=True) continues)"
+            fail(op, "state_dict", expected, "storage on disk", RuntimeError)
+
+    def _saved(self, optimizer: StepOptimizer, state_dict: dict[str, Any]) -> dict[tuple[Any, str], _Saved]:
+        """What of ``state_dict`` is streamed, by the number of the parameter there and its name."""
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
+        return {
+            (index, key): _Saved(p, key, value, self._states[id(p), key])
+            for p, index in zip(params, indices, strict=True)
+            for key, value in state_dict["state"].get(index, {}).items()
+            if (id(p), key) in self._states
+        }
+
+    def without_states(self, optimizer: StepOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        saved = self._saved(optimizer, state_dict)
+        for (index, key), one in saved.items():
+            if one.value.shape != one.away.shape:
+                argument, expected = f"state_dict: state[{index}][{key!r}]", f"shape {tuple(one.away.shape)}"
+                fail(optimizer.op, argument, expected, tuple(one.value.shape))
+        kept = {
+            index: {key: value for key, value in of.items() if (index, key) not in saved}
+            for index, of in state_dict["state"].items()
+        }
+        return {**state_dict, "state": kept}
+
+    def load_states(self, optimizer: StepOptimizer, state_dict: dict[str, Any]) -> None:
+        """A block at a time.  States of parameters that have none there begin anew."""
+        saved = {id(one.away): one for one in self._saved(optimizer, state_dict).values()}
+        if not saved and not self._has_begun:
+            return
+        self._has_begun = True
+        for block in (b for b in self.blocks if b.states):
+            with self._changed(block) as views:
+                for state in block.states:
+                    view, one = views[id(state.entry.param)], saved.get(id(state.entry.param))
+                    view.fill_(state.value) if one is None else view.copy_(one.value)
+        self.mover.drain()
+        for one in saved.values():
+            optimizer.state[one.param][one.key] = one.away
+
+    @contextmanager
+    def _changed(self, block: Block) -> Iterator[Mapping[int, Tensor]]:
+        """Weights and states of ``block`` with all updates, which may be written to, and are stored then."""
+        if self.wire is not None:
+            with self._alone(), torch.no_grad():
+                yield self.wire.master(block)  # in host memory, where they are kept
+            return
+        with self._loaded(block) as slot:
+            self.mover.settle(slot)
+            yield slot.views(block)
+            block.scheduled = slot.updates
+            self.mover.store(block, slot)
 
     def probe(self, optimizer: StepOptimizer, buckets: list[Bucket], seeds: Seeds) -> StreamedProbe:
         before, number = optimizer.step_count, self.history.end
@@ -375,6 +444,7 @@ class Engine(BlockCache, StoredModel, Home):
     def committed(self, optimizer: StepOptimizer, number: int) -> None:
         """Called when update ``number`` has been written down; again, where that did not come to its end."""
         self.history.commit(number)
+        self._has_begun = True
         for p in (p for b in self._measured for p in b.params):
             for key, *_ in optimizer.direction.kept_of(p):
                 optimizer.state[p][key] = self._states[id(p), key]

@@ -161,6 +161,13 @@ class Home:
     def check_load(self, op: str) -> None:
         """Called before a state_dict is loaded, which may be impossible here."""
 
+    def without_states(self, optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The state_dict without the tensors that :meth:`load_states` loads."""
+        return state_dict
+
+    def load_states(self, optimizer: Any, state_dict: dict[str, Any]) -> None:
+        """Brings the tensors of a state_dict that are kept here to where they are kept."""
+
 
 MEMORY = Home()
 

@@ -688,9 +688,10 @@ class StepOptimizer(torch.optim.Optimizer):
         if self._unfinished is not None:
             self.log.retract(self)
         self._unfinished = self._open = None
-        held = Held(self)
-        super().load_state_dict(state_dict)
-        held.load(state_dict)
+        held, here = Held(self), self.home.without_states(self, state_dict)
+        super().load_state_dict(here)
+        held.load(here)
+        self.home.load_states(self, state_dict)
         self.team.changed()
 
     def __getstate__(self) -> dict[str, Any]:
