@@ -84,12 +84,12 @@ class RngState:
     """
 
     def __init__(self, devices: Iterable[torch.device], generators: Iterable[torch.Generator] = ()) -> None:
-        self.cpu = torch.get_rng_state()
+        self.cpu = torch.default_generator.get_state()
         self._others = [(g, g.get_state()) for g in generators]
         self._cuda = [(d, torch.cuda.get_rng_state(d)) for d in devices if d != CPU and d.type == "cuda"]
 
     def restore(self) -> None:
-        torch.set_rng_state(self.cpu)
+        torch.default_generator.set_state(self.cpu)
         for device, state in self._cuda:
             torch.cuda.set_rng_state(state, device)
         for generator, state in self._others:

@@ -61,7 +61,7 @@ def gate(groups: list[Group], gradients: list[Tensor], *, reads: bool) -> tuple[
 
     Each lr * g must be finite in fp32, too.  The second result is bool, 0-dim; :data:`YES` or :data:`NO`
     where the losses are on the CPU and ``reads`` allows to look at them."""
-    if reads and all(known_on_host(g) for g in gradients):
+    if reads and all(map(known_on_host, gradients)):
         finite = YES if all(map(_all_finite, groups, gradients)) else NO
     else:
         steps = [descent(group, g) for group, g in zip(groups, gradients, strict=True)]

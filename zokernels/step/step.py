@@ -174,7 +174,7 @@ class StepOptimizer(torch.optim.Optimizer):
         if capturable:
             fail(self.op, "restore", "'exact' or 'inplace' with capturable", "'products'")
 
-    @property
+    @functools.cached_property
     def op(self) -> str:
         """The class's name, for error messages.
 

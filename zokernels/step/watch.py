@@ -88,7 +88,7 @@ class Watch:
         if not all(map(known_on_host, values)):
             self._last.append(values)
             return
-        self._zeros = self._zeros + 1 if all(_is_zero(g) for g in values) else 0
+        self._zeros = self._zeros + 1 if all(map(_is_zero, values)) else 0
         if self._zeros == _ZEROS:
             self._tell_zero()
 

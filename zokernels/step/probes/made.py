@@ -248,7 +248,7 @@ class Made:
     def is_idle(self) -> bool:
         """Whether nothing else refers to the copies, so that there can be others in their place."""
         opened = [len(part.ids) if self.is_open else 0 for part in self.parts]
-        return all(a.idle(n) for a, n in zip(self.arenas, opened, strict=True))
+        return all(map(Arena.idle, self.arenas, opened))
 
 
 class Opened:
