@@ -246,6 +246,18 @@ def test_a_block_of_another_run_is_refused(tmp_path):
     refuses(tmp_path / "ours", contents(tmp_path / "ours"), "which was written after step 4")
 
 
+@pytest.mark.parametrize(
+    "lose", [pathlib.Path.unlink, lambda log: os.truncate(log, 0)], ids=["gone", "empty"]
+)
+def test_blocks_whose_log_is_lost_are_not_written_over(lose, tmp_path):
+    run_in(tmp_path / "run")[0].close()
+    lose(tmp_path / "run" / "run.zk")
+    before = {**contents(tmp_path / "run"), "run.zk": b""}
+    with pytest.raises(ValueError, match=r"run\.zk: expected the log of the 4 updates in block-00000"):
+        run_in(tmp_path / "run", 5, resume=True)
+    assert contents(tmp_path / "run") == before
+
+
 def test_blocks_without_updates_are_compared_with_the_base(tmp_path):
     for name, seed in (("ours", 0), ("other", 1)):
         engine, optimizer = run_in(tmp_path / name, 2, seed, write_every=9)

@@ -82,6 +82,8 @@ class Run:
         if there and not resume and self.writes:
             expected = "a folder without a run, or resume=True"
             fail(self.op, "path", expected, f"{min(p.name for p in there)!r} in {self.path}")
+        if not self.resumes:
+            self._check_unbegun()
         self.folder = Folder(self.path)
         self.files: dict[int, Direct] = {}
         for block in blocks if self.resumes else ():
@@ -90,6 +92,15 @@ class Run:
                 block.scheduled = block.stored
         for part in self.path.glob("*.part") if self.writes else ():  # of a process that was killed
             part.unlink()
+
+    def _check_unbegun(self) -> None:
+        """Raises where files have updates but no log is there: it is lost, and a new run would write over
+        them.
+        """
+        resident = [self._resident_file] if self._resident_file.exists() else []
+        for path in [*sorted(self.path.glob("block-*.safetensors")), *resident]:
+            if updates := version_of(self.op, File(path)):
+                fail(self.op, str(self.log), f"the log of the {updates} updates in {path.name}", "none")
 
     def attach(self, optimizer: StepOptimizer, blocks: Sequence[Block], history: History) -> None:
         """Records ``optimizer`` here, after it has taken the steps that are in the log."""
