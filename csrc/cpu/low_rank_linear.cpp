@@ -384,18 +384,17 @@ void run(const SharedRows& op) {
     const int64_t stride = (columns + kColumns - 1) / kColumns * kColumns;
     pack<L>(op.left + begin * op.rank, columns, rest, op.rank, stride, op.block);
     if (op.bias != nullptr) pack<L>(op.bias + begin, columns, rest, 1, stride, op.bias_block);
-    for (row = 0; row < op.rows;) {
-      const bool many = row + together <= op.rows;
-      T* out = static_cast<T*>(op.out) + row * op.m + begin;
+    for (row = 0; row < op.rows; row += kRows) {
+      const int64_t stop = op.rows - row < kRows ? op.rows : row + kRows;
       for (int64_t at = 0; at < columns; at += step) {
         const int64_t count = columns - at < step ? columns - at : step;
-        if (many) {
-          outer<L, D, together>(op, row, at, stride, out + at, count);
-        } else {
-          outer<L, D, 1>(op, row, at, stride, out + at, count);
+        T* out = static_cast<T*>(op.out) + row * op.m + begin + at;
+        int64_t i = row;
+        for (; i + together <= stop; i += together, out += together * op.m) {
+          outer<L, D, together>(op, i, at, stride, out, count);
         }
+        for (; i < stop; ++i, out += op.m) outer<L, D, 1>(op, i, at, stride, out, count);
       }
-      row += many ? together : 1;
     }
   }
 }
