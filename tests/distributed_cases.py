@@ -581,6 +581,37 @@ def fails_before_the_step_begins(world: World) -> None:
 
 
 @case(2)
+def groups_and_states_of_one_rank(world: World) -> None:
+    """A group that one rank adds, or a state that it loads, is an error in that step; of all it is none."""
+    for restore in ("exact", "inplace"):
+        model, mesh = Model(torch.float32, random.Random(2)), Exchange(world.mesh(data=2), check_every=2)
+        optimizer = ZOSGD(model.named_parameters(), lr=0.1, restore=restore, mesh=mesh)
+        step = lambda: optimizer.step(lambda: loss_of(model, optimizer.step_count, world.rank))  # noqa: B023
+        step()
+        saved, odd = copy.deepcopy(optimizer.state_dict()), world.rng.randrange(2)
+        optimizer.load_state_dict(saved)
+        step()
+        assert optimizer.step_count == 2
+        if world.rank == odd:
+            optimizer.add_param_group(
+                {"params": [("more", torch.nn.Parameter(torch.ones(3, device=DEVICE)))]}
+            )
+        refused(world, "got another on rank 1 than on rank 0", step, alike=False)
+        refused(world, "the same on all ranks", step)
+        if world.rank == odd:
+            optimizer.param_groups.pop()
+        step()
+        if world.rank == odd:
+            optimizer.load_state_dict(saved)
+        refused(world, "got another on rank 1 than on rank 0", step, alike=False)
+        refused(world, "step: expected the same on all ranks.*load a checkpoint on each", step)
+        optimizer.load_state_dict(saved)
+        with torch.no_grad():
+            model.head[world.rank] += 1
+        refused(world, "weights", step)
+
+
+@case(2)
 def half_updated_on_one_rank(world: World) -> None:
     """Where an update cannot be finished, each rank says so at the next use, until all load a checkpoint."""
     model, mesh = Model(torch.float32, random.Random(2)), Exchange(world.mesh(data=2), 3)
@@ -635,7 +666,9 @@ def ctrl_c_on_one_rank(world: World) -> None:
                 pass
             except RanksDiffer as error:
                 told.append(str(error))
-        assert re.search("same step .number, attempt and seed.*got another on rank 1 than on rank 0", told[0])
+        assert re.search(
+            "same step .number, attempt and seed.* got another on rank 1 than on rank 0", told[0]
+        )
         went_on = optimizer.step_count == 5  # in place, one rank may have made a move more, which rounds
         assert went_on or (restore == "inplace" and "weights" in told[1])
         everyone: list = [None, None]

@@ -89,8 +89,10 @@ class Agreement:
             self._gathers.rewind()
             self._due(optimizer)
 
-    def start(self, optimizer: OptimizerView) -> None:
-        self._gathers = Gathers()
+    def start(self, optimizer: OptimizerView, gathers: Gathers | None = None) -> None:
+        """Compares all.  ``gathers``: those of a start that an exception has cut short."""
+        self._gathers = Gathers() if gathers is None else gathers
+        self._gathers.rewind()
         self._start(optimizer)
 
     def _start(self, optimizer: OptimizerView) -> None:
@@ -153,7 +155,9 @@ class Agreement:
         ]
         home = next(local_of(p).device for _, p in named)
         mine = torch.zeros(max(map(len, self._held)), dtype=torch.int64, device=home)
-        mine[: len(named)] = torch.stack([fingerprint(local_of(p)).to(home) for _, p in named])
+        # Where groups were added since the start, all is compared again in this very step.
+        prints = [fingerprint(local_of(p)).to(home) for _, p in named][: len(mine)]
+        mine[: len(prints)] = torch.stack(prints)
         everyone = self._ranks.all_gather(mine, self._gathers).tolist()
         holders: dict[Any, tuple[int, int]] = {}  # by parameter and shard: the first rank that has it
         for rank, held, prints in zip(self._ranks.members, self._held, everyone, strict=True):

@@ -72,6 +72,10 @@ class Exchange(Ranks, Team):
         #: Whether the others wait for this rank in the step that it has entered.
         self._entered = False
         self._step = 0  #: the number of that step
+        #: How often something was changed that ranks compare at the start, and how often when they last did.
+        self._changes = self._agreed = 0
+        self._late = Gathers()  #: of a comparison behind the signs
+        self._on_cpu = mesh.device_type == "cpu"  #: where the host knows the signs at once
         self._number = 0  #: of steps that all ranks have entered together, those that failed included
         self._begun = False  #: whether its signs are made
         self._gathers, self._count = Gathers(), 1  #: of losses: those that are made, and how many there are
@@ -83,6 +87,7 @@ class Exchange(Ranks, Team):
 
     def join(self, optimizer: OptimizerView) -> None:
         self.agreement.start(optimizer)
+        self._agreed = self._changes
 
     def enter(self, optimizer: OptimizerView) -> None:
         """Called first in a step: from here on the others wait for this rank, or for word of its failure.
@@ -93,6 +98,7 @@ class Exchange(Ranks, Team):
             self._entered = False
             self.agreement.choose(self._number)
             self._gathers, self._count = Gathers(), 2 if optimizer.rule.trials else 1
+            self._late = Gathers()
             self._optimizer, self._step, self._shared = optimizer, optimizer.step_count, (0, -1)
             self.bytes_sent, self._begun = 0, False
             number = self._number + 1
@@ -101,7 +107,7 @@ class Exchange(Ranks, Team):
     def begin(self, optimizer: OptimizerView, buckets: Sequence[Bucket]) -> None:
         """Called before the forwards of a step: checks that all ranks agree."""
         self.agreement.begin(optimizer)
-        self._signs.begin(optimizer)
+        self._signs.begin(optimizer, self._changes)
         self._begun = True
 
     @property
@@ -112,7 +118,17 @@ class Exchange(Ranks, Team):
         self._gathers.rewind()
 
     def changed(self) -> None:
-        self.agreement.expire()
+        self._changes += 1
+        if not self._on_cpu:
+            self.agreement.expire()
+
+    def _agree(self, optimizer: OptimizerView) -> None:
+        """Compares all again where the ranks have changed something: after their signs, by which they know
+        that all of them have.
+        """
+        if self._on_cpu and self._agreed != self._changes:
+            self.agreement.start(optimizer, self._late)
+            self._agreed = self._changes
 
     def foreign(self, optimizer: OptimizerView, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return self.agreement.foreign(optimizer, groups)
@@ -155,10 +171,13 @@ class Exchange(Ranks, Team):
             everyone[:, mine.numel() :].contiguous().view(torch.int64),
         )
         try:
-            return self._signs.check(self._optimizer, values.reshape(len(everyone), *mine.shape), theirs)
+            losses = self._signs.check(self._optimizer, values.reshape(len(everyone), *mine.shape), theirs)
+            self._agree(self._optimizer)
+            return losses
         except RanksDiffer:
             self._entered = False  # on all ranks alike
             self._signs.restart()
+            self._changes = self._agreed = 0
             self.agreement.expire()
             raise
 
@@ -184,6 +203,8 @@ class Exchange(Ranks, Team):
             )
             with suppress(RanksDiffer):  # of which this rank is the reason
                 self._gathers.asked = done
+                if done:
+                    self._agree(optimizer)
                 if not self._begun:
                     self.begin(optimizer, ())
                 self._exchange(mine, None, LOST if optimizer.is_half_updated else FAILED)

@@ -19,7 +19,7 @@ from .agreement import RanksDiffer, fingerprint
 #: What the signs stand for, in their order.
 MEANINGS = (
     "a step without an exception",
-    "step (number, attempt and seed)",
+    "step (number, attempt and seed; groups added, states loaded)",
     "dtype of the losses",
     "hyper-parameters",
     "trainable parameters",
@@ -64,8 +64,10 @@ class Signs:
         self._lr = torch.zeros(1, dtype=torch.int64)
         self._sent: deque[_Sent] = deque()
 
-    def begin(self, optimizer: OptimizerView) -> None:
+    def begin(self, optimizer: OptimizerView, changes: int) -> None:
         """Reads the settings of the step that begins.
+
+        ``changes``: how often groups were added or states loaded.
 
         Raises where those of an earlier step were different.
         """
@@ -76,7 +78,7 @@ class Signs:
         groups = optimizer.param_groups
         settings = tuple(tuple(group[key] for key in option_keys(optimizer, group)) for group in groups)
         trainable = tuple(takes_part(group, p) for group in groups for p in group["params"])
-        step = optimizer.seed, optimizer.step_count, self._attempts
+        step = optimizer.seed, optimizer.step_count, self._attempts, changes
         self._own = [0, self._sign(1, step), 0, self._sign(3, settings), self._sign(_TRAINABLE, trainable)]
         rates = [group["lr"] for group in groups]
         wide = [torch.as_tensor(r, dtype=torch.float64).detach().reshape(1) for r in rates]
