@@ -126,7 +126,7 @@ def test_the_share_that_eps_moves(rng, dtype, eps, dist):
     """The formula against perturbed weights, each of which moves or not: a binomial's bound of 1e-8."""
     generator = torch.Generator().manual_seed(rng.getrandbits(60))
     n = 20000
-    for scale in (1.0, 0.02):
+    for scale in (1.0, 0.02, 0.0):  # LoRA's B begins at 0, which any eps moves
         theta = (torch.randn(n, generator=generator) * scale).to(dtype)
         moved = theta.clone()
         zokernels.combine_(moved, rng.getrandbits(60), eps, dist=dist, streams=0)
@@ -138,8 +138,9 @@ def test_the_share_that_eps_moves(rng, dtype, eps, dist):
 def test_the_shares_of_usual_weights():
     """22 to 25 % of N(0, 1), 2.6 % at 1, 96.5 % of N(0, 0.02): bf16, eps 1e-3."""
     n = torch.distributions.Normal(0, 1).icdf(torch.linspace(1e-4, 1 - 1e-4, 1024))
-    tensors = [n.bfloat16(), torch.ones(100).bfloat16(), (0.02 * n).bfloat16()]
-    wide, one, narrow = moved_shares(tensors, 1e-3, "normal")
+    tensors = [n.bfloat16(), torch.ones(100).bfloat16(), (0.02 * n).bfloat16(), torch.zeros(100).bfloat16()]
+    wide, one, narrow, zero = moved_shares(tensors, 1e-3, "normal")
+    assert zero > 0.999
     assert 0.22 < wide < 0.25
     assert 0.024 < one < 0.028
     assert 0.95 < narrow < 0.975

@@ -175,7 +175,9 @@ def moved_share(values: Tensor, eps: float, dist: str) -> Tensor:
     info = torch.finfo(values.dtype)
     size = values.detach().float().abs()
     mantissa, exponent = torch.frexp(size)
-    up = torch.ldexp(torch.full_like(size, info.eps), exponent - 1).clamp(min=info.smallest_normal * info.eps)
+    up = torch.ldexp(torch.full_like(size, info.eps), exponent - 1)
+    # around 0, whose exponent is that of 1 to frexp, numbers lie as near as they do anywhere
+    up = torch.where(size > 0, up, 0).clamp(min=info.smallest_normal * info.eps)
     down = torch.where(mantissa == 0.5, up / 2, up)
     if dist == "rademacher":
         return ((eps > up / 2).float() + (eps > down / 2).float()) / 2
