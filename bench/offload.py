@@ -349,7 +349,7 @@ def _number(row: Row, key: str, form: str, scale: float = 1.0) -> str:
 #: The columns of the table: the head of each, and what of a row stands below it.
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "storage": lambda r: r["storage"],
-    "form": lambda r: r["form"],
+    "form": lambda r: r.get("form", "sgd"),
     "step s": lambda r: _number(r, "step", ".3f"),
     "compute": lambda r: _number(r, "compute", ".3f"),
     "read": lambda r: _number(r, "read", ".3f"),
