@@ -926,3 +926,11 @@ def test_triton_baselines_compile():
         source = ASTSource(kernel, signature=signature, constexprs={"BLOCK": triton_randn.BLOCK})
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
         assert compiled.asm["cubin"]
+
+
+def test_the_cases_of_several_gpus_need_no_further_package():
+    """Torch, NumPy and pytest are what a machine with GPUs surely has."""
+    others = ("accelerate", "peft", "safetensors", "sklearn", "tqdm", "transformers", "trl")
+    code = f"import sys; sys.modules.update(dict.fromkeys({others!r})); import distributed_cases"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
