@@ -243,6 +243,8 @@ def test_names_in_the_place_of_streams(model):
         zokernels.combine_([theta], 1, 0.1, streams=["a"])
     with named("combine_: streams: expected an integer (zokernels.stream_of('a')"):
         zokernels.combine_([theta], 1, 0.1, streams="a")
+    with named("streams_of: names: expected several names"):
+        zokernels.streams_of("abc")
     with named("plan: streams[0]: "):
         zokernels.plan([theta], streams=["a"])
     with named("ZOSGD: streams[0]: expected an integer (zokernels.stream_of('a')"):

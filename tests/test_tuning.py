@@ -151,7 +151,10 @@ def test_the_curve_is_drawn():
     assert lines[1].count("#") > lines[2].count("#")
     worse = find_lr(ZOSGD([("w", w)], 1e-2), closure, [10.0, 100.0], steps=5)
     assert worse.lr is None
-    assert "optimizer.diagnose" in str(worse)
+    assert "all are too large: try smaller ones (lrs=)" in str(worse)
+    still = find_lr(ZOSGD([("w", w)], 1e-2), lambda: (0 * w).sum() + 1, [1e-3, 1e-2], steps=2)
+    assert still.lr is None
+    assert "optimizer.diagnose" in str(still)
 
 
 def test_rewards_are_to_grow():

@@ -139,7 +139,12 @@ stream_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def streams_of(names: Iterable[str]) -> list[int]:
-    """``stream_of`` each name; raises ``ValueError`` naming the pair when two of them collide."""
+    """``stream_of`` each name.
+
+    Raises ``ValueError`` naming the pair when two of them collide, ``TypeError`` for one text.
+    """
+    if isinstance(names, str):
+        raise TypeError(f"streams_of: names: expected several names (stream_of takes one), got {names!r}")
     owner: dict[int, str] = {}
     streams = []
     for name in names:

@@ -65,7 +65,13 @@ class Sweep:
             mark = "  <- best" if lr == self.lr else ""
             lines.append(f"{lr:9.2e}  {loss:<10.6g} |{'#' * round(_WIDTH * share):<{_WIDTH}}|{mark}")
         if self.lr is None:
-            lines.append(f"no learning rate improves the {what}: optimizer.diagnose(closure) says why")
+            diverged = all(not math.isfinite(loss) for loss in self.losses)
+            way = (
+                "all are too large: try smaller ones (lrs=)"
+                if diverged
+                else "optimizer.diagnose(closure) says why"
+            )
+            lines.append(f"no learning rate improves the {what}: {way}")
         elif self.at_edge:
             lines.append("the best is at the edge: try further ones (lrs=)")
         return "\n".join(lines)

@@ -119,15 +119,16 @@ class TwoPass(ThreePass):
 
         try:
             yield [(b, b.point(0, 1)) for b in following.buckets]
+            # At once: from here on an exception of another thread meets weights at the next step's point.
+            self.pending = following
+            # Only between steps: inside the closure it would be traced into graphs of torch.compile.
+            self._forward_hook = ForwardHook(self._before_forward)
         except BaseException:
             following.restore()
             raise
         finally:
             for b in probe.buckets:  # whoever finishes the update may be out of the two-pass form
                 b.ahead = None
-        self.pending = following
-        # Only between steps: inside the closure it would be traced into graphs of torch.compile.
-        self._forward_hook = ForwardHook(self._before_forward)
 
     def flush(self) -> None:
         if self.pending is not None:
