@@ -45,7 +45,7 @@ def signal_at(instruction):
     """SIGUSR1 before the instruction of that number that the package's own code runs; yields the count so
     far.
 
-    NOPs are left out: CPython runs no handler there, and the one of a ``try:`` that begins a ``finally`` is in
+    NOPs are left out: CPython runs no handler there, and that of a ``try:`` which begins a ``finally`` is in
     no row of CPython 3.11's exception table, so nothing could be done about it.
     """
     count, nop = [0], dis.opmap["NOP"]
