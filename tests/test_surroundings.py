@@ -238,3 +238,20 @@ def test_the_row_of_padding_idx_is_a_weight(restore):
         lambda: model(torch.tensor([0, 1])).square().sum()
     )
     assert not torch.equal(model.weight[0], before[0])
+
+
+@pytest.mark.parametrize("restore", ["exact", "inplace"])
+@pytest.mark.parametrize("off", [torch._C.DisableTorchFunction, torch._C.DisableTorchFunctionSubclass])
+def test_torch_functions_stay_off_after_a_step_that_raises(off, restore):
+    """Who has switched them off around a step finds them off when its closure has raised."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = ZOSGD(model.named_parameters(), lr=1e-2, restore=restore)
+
+    def closure():
+        raise KeyError
+
+    with off():
+        before = torch._C._get_torch_function_state()
+        with pytest.raises(KeyError):
+            optimizer.step(closure)
+        assert torch._C._get_torch_function_state() == before != torch._C._TorchFunctionState.ENABLED
