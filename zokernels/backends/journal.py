@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 #: Noted in the place of what a call gives while it runs, and where it has not come to its end.
@@ -13,11 +12,17 @@ PART = object()
 
 
 class _Journal(threading.local):
+    """Who asks puts a list into :attr:`calls`, and afterwards what was there before.
+
+    The list gets an entry for each call of a kernel that this thread has finished.  A call of a kernel in
+    Python is there from its beginning, as :data:`PART`.
+    """
+
     #: What the calls of this thread gave, while somebody asks; else None.
     calls: list[Any] | None = None
 
 
-_journal = _Journal()
+journal = _Journal()
 
 
 def call(operation: Any, args: Sequence[Any]) -> Any:
@@ -25,8 +30,8 @@ def call(operation: Any, args: Sequence[Any]) -> Any:
 
     Another thread can inject an exception into this one after any call that Python makes, so a call and a
     note of it by two lines of Python can come apart.  Here the interpreter's C code makes both."""
-    if (calls := _journal.calls) is None:
-        return operation(*args)
+    if (calls := journal.calls) is None:
+        return operation._op(*args)
     calls.extend(map(operation._op, *zip(args)))
     return calls[-1]
 
@@ -38,7 +43,7 @@ def in_python(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(kernel)
     def noting(*args: Any) -> Any:
-        if (calls := _journal.calls) is None:
+        if (calls := journal.calls) is None:
             return kernel(*args)
         at = len(calls)
         calls.append(PART)
@@ -46,17 +51,3 @@ def in_python(kernel: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return noting
-
-
-@contextmanager
-def noted() -> Iterator[list[Any]]:
-    """Inside, the list has an entry for each call of a kernel that this thread has finished.
-
-    A call of a kernel in Python is there from its beginning, as :data:`PART`.
-    """
-    outer = _journal.calls
-    _journal.calls = calls = [] if outer is None else outer
-    try:
-        yield calls
-    finally:
-        _journal.calls = outer

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..backends import Backend, select
 from ..backends.terms import Terms
 from ..checks import check_values, fail, warn_of_one_noise
+from ..contract import DISTS
 from ..transfer import CPU
 from .arguments import OneMemory, Rows, Tensors, as_list, places
 from .define import written
@@ -172,9 +173,10 @@ class Plan:
         if device is None or is_watched(operation, device):
             operation(*args)
             return
-        backend, key, seen = select(device), (op, *key), columns
-        if isinstance(out := columns.out, OneMemory):
-            key, seen = (*key, out.token), Columns(columns.read, out.memory, *columns[2:])
+        backend, seen, out = select(device), columns, columns.out
+        key = (op, *key)
+        if isinstance(out, OneMemory):
+            key, seen = (*key, out.token), (columns.read, out.memory, *columns[2:])
         outcome = self._find(key, seen, backend)
         if outcome is None:
             prints = fingerprint(seen)
@@ -183,7 +185,9 @@ class Plan:
             if prints is not None and not any(t.is_neg() for group in columns for t in group or ()):
                 self._keep(_outcome(key, prints, backend, kernel, columns, terms))
             return
-        check_values(op, self.params, terms)
+        values = terms.seeds, terms.coeffs, terms.decay, terms.rounding_seed, terms.mask_seed
+        if terms.dist not in DISTS or not _reader().are_values(self.params[0], *values):
+            check_values(op, self.params, terms)
         if check is not None:
             check()
         if outcome.table is None:
@@ -195,9 +199,10 @@ class Plan:
             )  # fmt: skip
         written(*changed)
 
-    def _find(self, key: tuple[Any, ...], columns: Columns, backend: Backend) -> _Outcome | None:
+    def _find(self, key: tuple[Any, ...], seen: tuple[Group, ...], backend: Backend) -> _Outcome | None:
+        holds = self._outcomes and _reader().matches
         for outcome in self._outcomes:
-            if outcome.key == key and outcome.backend is backend and matches(outcome.prints, columns):
+            if outcome.key == key and outcome.backend is backend and holds(outcome.prints, seen, False):
                 if outcome is not self._outcomes[0]:
                     self._outcomes.remove(outcome)
                     self._keep(outcome)

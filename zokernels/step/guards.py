@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
-import itertools
 import os
 import signal
 import threading
@@ -102,6 +102,18 @@ class RngState:
         return NOTHING
 
 
+@functools.cache
+def _handled() -> Callable[[Callable[[int], Any], tuple[int, ...]], list[tuple[int, Any]]]:
+    """The function of (signal.getsignal, numbers) that finds the signals with a handler in Python, each
+    with it; compiled, where the host module is built.
+    """
+    try:
+        compiled: Any = importlib.import_module(".._host", __package__).handled
+    except ImportError:
+        return lambda handler, numbers: [(n, h) for n in numbers if callable(h := handler(n))]
+    return compiled  # type: ignore[no-any-return]
+
+
 class uninterrupted:
     """Holds back every signal that has a handler in Python, until the block ends.
 
@@ -112,26 +124,24 @@ class uninterrupted:
     def __enter__(self) -> uninterrupted:
         self._held: list[tuple[int, Any]] = []
         self._pending: list[int] = []
-        handlers = map(_signal.getsignal, _NUMBERS)
-        found = ((number, handler) for number, handler in zip(_NUMBERS, handlers) if handler)  # noqa: B905
-        first = next((one for one in found if callable(one[1])), None)
-        if first is None or getattr(first[1], "__func__", None) is uninterrupted._hold:
+        found = _handled()(_signal.getsignal, _NUMBERS)
+        if not found or getattr(found[0][1], "__func__", None) is uninterrupted._hold:
             return self
-        if threading.current_thread() is threading.main_thread():
-            try:
-                for number, handler in itertools.chain((first,), found):
-                    if callable(handler):
-                        self._held.append((number, handler))
-                        _signal.signal(number, self._hold)
-            except BaseException:  # of a handler that was not yet held back
-                self.__exit__()
-                raise
+        try:
+            for one in found:
+                self._held.append(one)
+                self._held[-1] = one[0], _signal.signal(one[0], self._hold)  # the one that was there now
+        except BaseException as error:  # of a handler that was not yet held back
+            if threading.current_thread() is not threading.main_thread():
+                self._held.clear()
+                if isinstance(error, ValueError):  # the main thread alone may set handlers
+                    return self
+            self.__exit__()
+            raise
         return self
 
     def call(self, function: Callable[[], Any]) -> Any:
         """The result of ``function``, while which signals are not held back."""
-        if threading.current_thread() is not threading.main_thread():
-            return function()
         try:
             self.__exit__()
             return function()

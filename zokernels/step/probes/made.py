@@ -257,6 +257,8 @@ class Opened:
     def __init__(self, op: str, pool: ScratchPool) -> None:
         self.op, self.pool = op, pool
         self.blocks: list[Made] = []
+        #: How many blocks have all parameters of the step, where they are open from the beginning.
+        self.whole = 0
 
     def leave(self, guarded: bool, error: bool) -> None:
         """Closes the blocks.  ``error``: whether there is one already."""
