@@ -75,6 +75,10 @@ def _run(plan: Plan, out: list[Tensor] | None, terms: Terms) -> None:
     )  # fmt: skip
 
 
+#: The fields of Terms that follow the rounding's seed, where there is no mask, curvature or row.
+_NO_MORE = tuple(Terms._field_defaults.values())
+
+
 def combine_planned(
     plan: Plan,
     out: list[Tensor] | None,
@@ -89,7 +93,9 @@ def combine_planned(
     its arguments are tensors already.
     """
     seed = None if rounding == "nearest" else rounding_seed
-    terms = Terms(seeds, coeffs, plan.streams, plan.offsets, dist, decay, seed)
+    # as Terms(...) makes it, without a function of Python
+    fields = (seeds, coeffs, plan.streams, plan.offsets, dist, decay, seed, *_NO_MORE)
+    terms: Terms = tuple.__new__(Terms, fields)
     if torch.is_grad_enabled():
         with torch.no_grad():
             _run(plan, out, terms)

@@ -177,7 +177,11 @@ class Plan:
         key = (op, *key)
         if isinstance(out, OneMemory):
             key, seen = (*key, out.token), (columns.read, out.memory, *columns[2:])
-        outcome = self._find(key, seen, backend)
+        reader, outcome = _reader(), None
+        for kept in self._outcomes:
+            if kept.key == key and kept.backend is backend and reader.matches(kept.prints, seen, False):
+                outcome = kept
+                break
         if outcome is None:
             prints = fingerprint(seen)
             operation(*args)
@@ -185,8 +189,11 @@ class Plan:
             if prints is not None and not any(t.is_neg() for group in columns for t in group or ()):
                 self._keep(_outcome(key, prints, backend, kernel, columns, terms))
             return
+        if outcome is not self._outcomes[0]:
+            self._outcomes.remove(outcome)
+            self._keep(outcome)
         values = terms.seeds, terms.coeffs, terms.decay, terms.rounding_seed, terms.mask_seed
-        if terms.dist not in DISTS or not _reader().are_values(self.params[0], *values):
+        if terms.dist not in DISTS or not reader.are_values(self.params[0], *values):
             check_values(op, self.params, terms)
         if check is not None:
             check()
@@ -198,16 +205,6 @@ class Plan:
                 terms.decay, terms.rounding_seed, terms.mask_seed, terms.mask_keep,
             )  # fmt: skip
         written(*changed)
-
-    def _find(self, key: tuple[Any, ...], seen: tuple[Group, ...], backend: Backend) -> _Outcome | None:
-        holds = self._outcomes and _reader().matches
-        for outcome in self._outcomes:
-            if outcome.key == key and outcome.backend is backend and holds(outcome.prints, seen, False):
-                if outcome is not self._outcomes[0]:
-                    self._outcomes.remove(outcome)
-                    self._keep(outcome)
-                return outcome
-        return None
 
     def _keep(self, outcome: _Outcome) -> None:
         self._outcomes.insert(0, outcome)

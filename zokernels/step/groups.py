@@ -369,7 +369,7 @@ class Planner:
         if prints is None:
             return
         *facts, lists = _facts(groups)
-        copied = [[None if one is None else list(one) for one in of_group] for of_group in lists]
+        copied = [tuple([list(one) if isinstance(one, list) else one for one in each]) for each in lists]
         self._prints, self._facts = prints, (*facts, copied)
         # no other object takes the place of one
         self._alive = [p for group in groups for p in group["params"]]
@@ -384,9 +384,9 @@ def _facts(groups: list[Group]) -> tuple[Any, ...]:
     """What buckets depend on besides the tensors; streams and names are not copied, which would read each
     of them.
     """
-    trained = [[*map(_requires_grad, group["params"])] for group in groups]
-    integers = ["bits" in group for group in groups]
-    return last_move(), trained, integers, [[group["streams"], group.get("param_names")] for group in groups]
+    lists = [(len(g["params"]), "bits" in g, g["streams"], g.get("param_names")) for g in groups]
+    params = itertools.chain.from_iterable([group["params"] for group in groups])
+    return last_move(), [*map(_requires_grad, params)], lists
 
 
 _requires_grad: Callable[[Tensor], bool] = operator.attrgetter("requires_grad")

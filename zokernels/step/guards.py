@@ -26,6 +26,8 @@ _C: Any = torch._C  # whose annotations lack some functions
 
 def is_capturing(devices: Iterable[torch.device]) -> bool:
     """Whether a CUDA graph is being captured.  Where no parameter is on a GPU, CUDA is not even asked."""
+    if devices == [CPU]:
+        return False
     return any([d != CPU and d.type == "cuda" for d in devices]) and torch.cuda.is_current_stream_capturing()
 
 
@@ -85,8 +87,9 @@ class RngState:
 
     def __init__(self, devices: Iterable[torch.device], generators: Iterable[torch.Generator] = ()) -> None:
         self.cpu = torch.default_generator.get_state()
-        self._others = [(g, g.get_state()) for g in generators]
-        self._cuda = [(d, torch.cuda.get_rng_state(d)) for d in devices if d != CPU and d.type == "cuda"]
+        self._others = [(g, g.get_state()) for g in generators] if generators else []
+        there = [] if devices == [CPU] else devices
+        self._cuda = [(d, torch.cuda.get_rng_state(d)) for d in there if d.type == "cuda"] if there else []
 
     def restore(self) -> None:
         torch.default_generator.set_state(self.cpu)

@@ -506,7 +506,8 @@ class StepOptimizer(torch.optim.Optimizer):
         here = [b.group for b in buckets]
         foreign = self.team.foreign(self, here)
         scales = [(b.eps, b.group["clip"]) for b in buckets]
-        scales += [(group["eps"], group["clip"]) for group in foreign]
+        if foreign:
+            scales += [(group["eps"], group["clip"]) for group in foreign]
         raw = {scale: self._gradient(losses, *scale) for scale in dict.fromkeys(scales)}
         reads = not self.run_state.capturable
         gradients, finite = gate([*here, *foreign], [raw[scale] for scale in scales], reads=reads)
