@@ -173,8 +173,8 @@ class Plan:
         if device is None or is_watched(operation, device):
             operation(*args)
             return
-        backend, seen, out = select(device), columns, columns.out
-        key = (op, *key)
+        backend, out, key = select(device), columns.out, (op, *key)
+        seen: tuple[Group, ...] = columns
         if isinstance(out, OneMemory):
             key, seen = (*key, out.token), (columns.read, out.memory, *columns[2:])
         reader, outcome = _reader(), None

@@ -110,9 +110,7 @@ class Noise:
         plan = members.plan if theta is None else theta
         if not isinstance(plan, Plan):
             theta, places = members.target if theta is None else (locals_of(theta), members.places)
-            combine(
-                locals_of(out), theta, **self.kernel_args(members, seeds, coeffs), **places, **options
-            )
+            combine(locals_of(out), theta, **self.kernel_args(members, seeds, coeffs), **places, **options)
         elif self.is_plain:
             combine_planned(plan, out, seeds, coeffs, members.dist, **options)  # type: ignore[arg-type]
         else:

@@ -29,9 +29,7 @@ def _derive() -> Callable[[int, int, int], list[int]]:
     try:
         compiled: Any = importlib.import_module(".._host", __package__).derive_seeds
     except ImportError:
-        return lambda seed, step, count: [
-            seed_to_int64(derive_seed_int(seed, step, k)) for k in range(count)
-        ]
+        return lambda seed, step, count: [seed_to_int64(derive_seed_int(seed, step, k)) for k in range(count)]
     return compiled  # type: ignore[no-any-return]
 
 

@@ -30,8 +30,8 @@ def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             for params in tuple(held):
                 if any(p.data_ptr() in addresses for p in params.values()):
                     raise HiddenParameters(
-                        f"{_names[id(params)]}: closure: expected modules whose functions take the parameters, got "
-                        "the TorchScript "
+                        f"{_names[id(params)]}: closure: expected modules whose functions take the "
+                        "parameters, got the TorchScript "
                         f"module {module.original_name!r}; {USE_INPLACE}"
                     )
     return nn.Module.__call__(module, *args, **kwargs)
