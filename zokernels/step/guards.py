@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -127,6 +128,7 @@ class uninterrupted:
     def __enter__(self) -> uninterrupted:
         self._held: list[tuple[int, Any]] = []
         self._pending: list[int] = []
+        self._thread = get_ident()
         found = _handled()(_signal.getsignal, _NUMBERS)
         if not found or getattr(found[0][1], "__func__", None) is uninterrupted._hold:
             return self
@@ -144,7 +146,9 @@ class uninterrupted:
         return self
 
     def call(self, function: Callable[[], Any]) -> Any:
-        """The result of ``function``, while which signals are not held back."""
+        """The result of ``function``, while which signals are not held back, in the thread of the block."""
+        if get_ident() != self._thread:
+            return function()
         try:
             self.__exit__()
             return function()
