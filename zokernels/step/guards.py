@@ -125,9 +125,11 @@ class uninterrupted:
     raises, can fall between a weight write and its record.  Only the main thread runs handlers; in any other
     this does nothing, nor does it inside another such block, which holds them all."""
 
+    _held: list[tuple[int, Any]] = []  # noqa: RUF012  before the block begins; each has its own
+    _pending: list[int] = []  # noqa: RUF012
+
     def __enter__(self) -> uninterrupted:
-        self._held: list[tuple[int, Any]] = []
-        self._pending: list[int] = []
+        self._held, self._pending = [], []
         self._thread = get_ident()
         found = _handled()(_signal.getsignal, _NUMBERS)
         if not found or getattr(found[0][1], "__func__", None) is uninterrupted._hold:

@@ -370,18 +370,21 @@ class StepOptimizer(torch.optim.Optimizer):
     def _run_alone(
         self, closure: Callable[[], Any], reader: LossReader, consume: Callable[[Probe, Estimate], object]
     ) -> Tensor:
-        state = ThreadState()
+        state, hold = ThreadState(), uninterrupted()
         try:
             self._stepper = threading.get_ident()
             if self._unfinished is not None or self._open is not None:
                 self._settle()
-            with uninterrupted() as hold:  # signals are delivered inside the closure, and when all is done
+            with hold:  # signals are delivered inside the closure, and when all is done
                 result = functools.partial(hold.call, functools.partial(run_closure, self.op, closure))
                 return self._run_held(result, reader, consume)
         except BaseException:
             state.restore()
             # where another thread's exception has kept the rest of the step from doing it
-            self._settle(at_once=True)
+            try:
+                self._settle(at_once=True)
+            finally:
+                hold.__exit__()
             raise
         finally:
             self._stepper = 0
