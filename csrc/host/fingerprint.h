@@ -71,10 +71,12 @@ class Fingerprints {
                   const py::handle& mask_seed) const {
     constexpr DLDataType kInt64{0, 64, 1}, kFloat32{2, 32, 1};
     DLTensor t;
-    if (!is_plain(reinterpret_cast<const PyObject*>(Py_TYPE(first.ptr()))) || !look(first.ptr(), &t)) return false;
+    if (!is_plain(reinterpret_cast<const PyObject*>(Py_TYPE(first.ptr()))) || !look(first.ptr(), &t))
+      return false;
     const DLDevice device = t.device;
     const auto count = [&](const py::handle& value, const DLDataType& dtype) -> int64_t {
-      if (!is_plain(reinterpret_cast<const PyObject*>(Py_TYPE(value.ptr()))) || !look(value.ptr(), &t)) return -1;
+      if (!is_plain(reinterpret_cast<const PyObject*>(Py_TYPE(value.ptr()))) || !look(value.ptr(), &t))
+        return -1;
       const bool ordinary = t.ndim == 1 && std::memcmp(&t.dtype, &dtype, sizeof(dtype)) == 0 &&
                             std::memcmp(&t.device, &device, sizeof(device)) == 0 &&
                             (t.strides[0] == 1 || t.shape[0] < 2);

@@ -75,7 +75,8 @@ std::vector<std::string> instruction_sets() {
 // derive_seed(run_seed, step, k) for k = 0 .. count - 1, as the int64 of the same bits.
 std::vector<int64_t> derive_seeds(uint64_t run_seed, uint64_t step, uint32_t count) {
   std::vector<int64_t> seeds;
-  for (uint32_t k = 0; k < count; ++k) seeds.push_back(static_cast<int64_t>(zk::derive_seed(run_seed, step, k)));
+  for (uint32_t k = 0; k < count; ++k)
+    seeds.push_back(static_cast<int64_t>(zk::derive_seed(run_seed, step, k)));
   return seeds;
 }
 
@@ -83,7 +84,8 @@ std::vector<int64_t> derive_seeds(uint64_t run_seed, uint64_t step, uint32_t cou
 py::list handled(const py::object& getsignal, const py::tuple& numbers) {
   py::list found;
   for (const py::handle number : numbers) {
-    const auto handler = py::reinterpret_steal<py::object>(PyObject_CallOneArg(getsignal.ptr(), number.ptr()));
+    const auto handler = py::reinterpret_steal<py::object>(PyObject_CallOneArg(getsignal.ptr(),
+                                                                               number.ptr()));
     if (!handler) throw py::error_already_set();
     if (PyCallable_Check(handler.ptr())) found.append(py::make_tuple(number, handler));
   }
