@@ -120,6 +120,10 @@ def noise_args(
     )
 
 
+#: What :func:`mask_args` makes of no masks.
+NO_MASKS = (None, None, KEEP_ALL)
+
+
 def mask_args(
     op: str,
     params: list[Tensor],

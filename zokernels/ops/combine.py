@@ -10,7 +10,17 @@ from torch import Tensor
 
 from ..backends.terms import Terms, mask_bytes, row_blocks
 from ..checks import check_tensors, check_terms, warn_of_one_noise
-from .arguments import Dist, Rounding, as_list, in_place, mask_args, noise_args, out_of_place, row_args
+from .arguments import (
+    NO_MASKS,
+    Dist,
+    Rounding,
+    as_list,
+    in_place,
+    mask_args,
+    noise_args,
+    out_of_place,
+    row_args,
+)
 from .define import TERMS, define_pair, read_by
 from .plan import Columns, Plan, members
 
@@ -48,9 +58,13 @@ def _call(
     plan, tensors, streams, offsets, rows = members(op, params, streams, offsets, rows)
     args = (
         *noise_args(op, tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed),
-        *mask_args(op, tensors, masks, mask_seed, density),
+        *(
+            NO_MASKS
+            if masks is mask_seed is density is None
+            else mask_args(op, tensors, masks, mask_seed, density)
+        ),
         None if curvature is None else as_list(curvature),
-        *row_args(op, tensors, rows),
+        *((None, None) if rows is None else row_args(op, tensors, rows)),
     )
     if plan is not None:
         _run(plan, out, Terms(*args))
