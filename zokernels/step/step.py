@@ -163,7 +163,7 @@ class StepOptimizer(torch.optim.Optimizer):
         self.generators: Sequence[torch.Generator] = ()
         self.learned = Learned()
         self._reader: CohortReader | None = None
-        self._points: tuple[Any, Any, list[list[Point]]] = (None, None, [])  # of the last buckets
+        self._points_kept: tuple[Any, Any, list[list[Point]]] = (None, None, [])  # of the last buckets
         self.watch = Watch(self.op, self.warned)
 
     def _check_products(self, capturable: bool) -> None:
@@ -528,10 +528,10 @@ class StepOptimizer(torch.optim.Optimizer):
 
     def _points_of(self, buckets: list[Bucket]) -> list[list[Point]]:
         """The estimator's points, of each bucket."""
-        known, estimator, points = self._points
+        known, estimator, points = self._points_kept
         if known is not buckets or estimator is not self.estimator:
             points = [[b.point(k, sign) for b in buckets] for k, sign in self.estimator.points()]
-            self._points = buckets, self.estimator, points
+            self._points_kept = buckets, self.estimator, points
         return points
 
     def _gradient(self, losses: Tensor, eps: float, clip: float | None) -> Tensor:
