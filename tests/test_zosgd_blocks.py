@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from zosgd_cases import combined
 
 import zokernels as zk
-from zokernels.optim import ZOSGD
+from zokernels.optim import LOZO, ZOSGD
 from zokernels.step.probes.functions import HiddenParameters
 from zokernels.step.probes.guard import Guard, held
 from zokernels.step.scratch import arena_numel
@@ -639,3 +639,27 @@ def test_a_model_without_a_use_is_told_later_too():
     with pytest.raises(HiddenParameters, match="got none"):
         opt.step(lambda: other(torch.ones(1, 3)).sum())
     assert opt.step_count == 32
+
+
+@pytest.mark.parametrize("restore", ["exact", "products"])
+def test_a_step_that_is_refused_inside_another_one_leaves_its_parameters_guarded(restore):
+    """A closure may catch the error of a second step on the same parameters: it still sees the point."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3), torch.randn(2, 4)
+    kind = LOZO if restore == "products" else ZOSGD
+    make = lambda: kind(model.named_parameters(), lr=0.0, restore=restore)
+    outer, inner, refused = make(), make(), []
+
+    def closure():
+        try:
+            inner.step(lambda: model(x).sum())
+        except RuntimeError as error:
+            refused.append(str(error))
+        return model(x).square().sum()
+
+    expected = make()
+    expected.step(lambda: model(x).square().sum())
+    outer.step(closure)
+    assert refused
+    assert torch.equal(outer.last_losses[0], expected.last_losses[0])
+    assert torch.equal(outer.last_losses[1], expected.last_losses[1])

@@ -1,5 +1,5 @@
 // zokernels._host: what is not a tensor operation. Instruction sets, build information, the fingerprints of a
-// plan's tensors, and the scalar form of the shared headers for the tests. pybind11; per Python version and
+// plan's tensors, a step's seeds, handlers of signals, and the scalar form of the shared headers for the tests. pybind11; per Python version and
 // optional: the tensor libraries do not need it.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -132,8 +132,7 @@ class ExactProbe(Probe):
     def mend(self) -> None:
         with uninterrupted(), untouched():
             self._owners.close(self.pool)
-            release(self._owners.params.values())
-        leave(self._owners.params)
+            leave(self._owners.params)
 
     def _tell_unseen(self, seen: dict[int, None]) -> None:
         if not seen:

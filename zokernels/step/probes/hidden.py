@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...checks import fail
 from ..guards import uninterrupted
 from .functions import USE_INPLACE, HiddenParameters
-from .guard import Guard, guard, held, release, running, watch_data
+from .guard import Guard, guard, held, is_held, release, running, watch_data
 
 #: The names of the optimizers whose steps hold parameters, by id of their entry in :data:`held`.
 _names: dict[int, str] = {}
@@ -92,13 +92,15 @@ class guarded:
         if self.at_once:
             with uninterrupted():
                 release(self.params.values())
-        leave(self.params)
+        with _lock:
+            _leave(self.params)
 
 
 def leave(params: dict[int, Tensor]) -> None:
-    """Ends what :class:`guarded` has begun for all threads, if it has not ended."""
+    """Ends what :class:`guarded` has begun, if it has not ended, but for parameters of another step."""
     with _lock:
         _leave(params)
+    release(p for p in params.values() if not is_held(p))
 
 
 def _leave(params: dict[int, Tensor]) -> None:

@@ -34,7 +34,7 @@ from ..types import Bucket, Point, Seeds
 from .blocks import Blocks
 from .functions import METADATA, SETS_DATA, SPECIAL, HiddenParameters, find, refuse_write, swap
 from .guard import Guard, plainly, running
-from .hidden import guarded
+from .hidden import guarded, leave
 from .made import Owners
 from .probe import Probe
 
@@ -951,6 +951,9 @@ class ProductProbe(Probe):
                 self._say("compiled", "products run torch.compile'd functions uncompiled")
             stack.enter_context(guarded(self.op, params))
             yield
+
+    def mend(self) -> None:
+        leave(self._owners.params)
 
     def _say(self, key: str, message: str) -> None:
         if key not in self.warned:
