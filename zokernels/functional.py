@@ -15,6 +15,7 @@ from .ops.low_rank_linear import low_rank_linear_
 from .ops.noise import noise
 from .ops.plan import Plan, plan
 from .ops.project import project
+from .ops.quantized_linear import quantized_linear
 from .ops.requantize import requantize, requantize_
 from .ops.seeds import derive_seed
 from .ops.spread import spread
@@ -41,6 +42,7 @@ __all__ = [
     "pack_mask",
     "plan",
     "project",
+    "quantized_linear",
     "requantize",
     "requantize_",
     "spread",
