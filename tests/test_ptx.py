@@ -20,6 +20,7 @@ import test_fan_out
 import test_low_rank
 import test_low_rank_linear
 import test_plan
+import test_quantized_linear
 import test_rows
 import test_spread
 import torch
@@ -287,6 +288,7 @@ MODULES = [
     "spread",
     "low_rank",
     "low_rank_linear",
+    "quantized_linear",
     "squares",
     "seeds",
 ]
@@ -350,6 +352,11 @@ def update_kernels(dist: str, dtype: torch.dtype, entry: str) -> str:
 
 def linear_kernels(dtype: torch.dtype) -> str:
     return rf"linear_sums_kernel|linear_(chains|out)_kernelILNS0_{number(dtype)}"
+
+
+def quantized_kernels(dtype: torch.dtype) -> str:
+    kinds = rf"quantized_(most|words|out)_kernelILNS0_{number(dtype)}"
+    return rf"quantized_sums_kernel|{kinds}"
 
 
 def rows_kernels(dist: str, dtype: torch.dtype) -> str:
@@ -534,6 +541,15 @@ def test_low_rank_linear_equals_reference(on_ptx, kernels, rng, dtype):
         aligned = {name: args[name].clone() for name in ("y", "x", "right")}
         check_backend(test_low_rank_linear.run, args | aligned)
     assert on_ptx.launches.keys() == matching(kernels, linear_kernels(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quantized_linear_equals_reference(on_ptx, kernels, rng, dtype):
+    for size, packed, rows, x_bits in ((41, False, 6, 24), (41, True, 3, 8), (136, True, 5, 24), (16, False, 1, 8)):
+        args = test_quantized_linear.random_product(rng, dtype, rows, (5, 2), size, packed, x_bits)
+        aligned = {name: args[name].clone() for name in ("x", "weight")} if size % 8 == 0 else {}
+        check_backend(test_quantized_linear.run, args | aligned)
+    assert on_ptx.launches.keys() == matching(kernels, quantized_kernels(dtype))
 
 
 #: Tests of test_plan.py, whose plain calls the tests above hold against the reference: a table must give the
