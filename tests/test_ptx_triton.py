@@ -213,7 +213,7 @@ def quantized_linear(rng) -> None:
         check_backend(test_quantized_linear.run, args)
 
 
-CASES["quantized_linear"] = {"quantized_rows_kernel", "quantized_linear_kernel"}, quantized_linear
+CASES["quantized_linear"] = {"quantize_kernel", "quantized_linear_kernel"}, quantized_linear
 CASES["derive_seed"] = (
     {"derive_seed_kernel"},
     lambda rng: check_backend(derive_seeds, {"rng": rng.getrandbits(32)}),

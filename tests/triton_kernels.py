@@ -184,8 +184,8 @@ def low_rank_linear_kernel(target, dtype="bf16", *, ranks=1, bias="fp32", add=Tr
     return build(low_rank_linear.low_rank_linear_kernel, target, tensors, ADD=add, WIDTH=4, RANKS=ranks)
 
 
-def quantized_rows_kernel(target, dtype="bf16", limbs=3):
-    return build(quantized_linear.quantized_rows_kernel, target, {"x": dtype}, LIMBS=limbs)
+def quantize_kernel(target, dtype="bf16", limbs=3):
+    return build(quantized_linear.quantize_kernel, target, {"x": dtype}, LIMBS=limbs)
 
 
 def quantized_linear_kernel(target, dtype="bf16", *, packed=False, bias="fp32", limbs=3):
@@ -271,7 +271,7 @@ EVERY: dict[str, dict[str, Callable]] = {
     "low_rank_kernel": _each_dtype(low_rank_kernel),
     "low_rank_table_kernel": _each_dtype(partial(low_rank_kernel, table=True)),
     "low_rank_linear_kernel": _each_dtype(partial(low_rank_linear_kernel, ranks=4)),
-    "quantized_rows_kernel": _each_dtype(quantized_rows_kernel),
+    "quantize_kernel": _each_dtype(quantize_kernel),
     "quantized_linear_kernel": _each_dtype(partial(quantized_linear_kernel, packed=True)),
     "project_table_kernel": _each_dtype(project_kernel),
     "squares_kernel": {"": squares_kernel},

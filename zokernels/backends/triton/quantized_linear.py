@@ -24,7 +24,7 @@ _INFINITY = tl.constexpr(0x7F800000)
 
 
 @triton.jit(do_not_specialize=["columns"])
-def quantized_rows_kernel(q, steps, x, columns: tl.int64, LIMBS: tl.constexpr):
+def quantize_kernel(q, steps, x, columns: tl.int64, LIMBS: tl.constexpr):
     """The integers of a row, int32, and its step."""
     row = tl.program_id(0).to(tl.int64)
     x += row * columns
@@ -121,7 +121,7 @@ def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | No
         return out
     q, steps = torch.empty_like(x, dtype=torch.int32), x.new_empty(rows, dtype=torch.float32)
     with on_device(x.device):
-        quantized_rows_kernel[(rows,)](q, steps, x, columns, LIMBS=x_bits // 8, **options(x.device))
+        quantize_kernel[(rows,)](q, steps, x, columns, LIMBS=x_bits // 8, **options(x.device))
         blocks = triton.cdiv(rows, ROWS) * triton.cdiv(outputs, OUTPUTS)
         quantized_linear_kernel[(blocks,)](
             out, q, steps, weight, scale, bias, rows, columns, outputs, groups if columns else 0, weight.shape[1],
