@@ -68,7 +68,6 @@ namespace {
 // Registers as the compiler makes them of any instruction set. None is an argument or a result, whose way through
 // registers depends on the instruction set.
 typedef int32_t Ints __attribute__((vector_size(64)));
-typedef float Floats __attribute__((vector_size(64)));
 typedef uint8_t HalfBytes __attribute__((vector_size(32)));
 typedef uint8_t Bytes __attribute__((vector_size(64)));
 
@@ -462,9 +461,19 @@ ZK_HD void sums_of(const QuantizedProduct& op, const Weights& weights, int64_t f
   plain_sums(op, weights, first, chunks, x, sums);
 }
 
+// a 2^k + b: the product is exact, so one rounding and two are the same.
+template <class L>
+ZK_HD typename L::F plus_limb(typename L::F a, float power, typename L::F b) {
+  const auto factor = Splat<typename L::F>::of(power);
+  if constexpr (L::width > 1) return fma(a, factor, b);
+  return add(mul(a, factor), b);
+}
+
 // Rows of up to 16 outputs from `output` on, for the rows of x of a block: fp32, [row, kOutputs].
+template <class L>
 ZK_HD void tile(const QuantizedProduct& op, int64_t output, int64_t block, const float* scales,
                 const float* bias, int32_t* sums, float* to) {
+  using F = typename L::F;
   const int64_t width = op.tiles * kTile, left = op.rows - block * kTile, rows = left < kTile ? left : kTile;
   alignas(64) float totals[kTile][kTile] = {};
   const Weights weights{op, output};
@@ -474,20 +483,17 @@ ZK_HD void tile(const QuantizedProduct& op, int64_t output, int64_t block, const
     sums_of(op, weights, op.begin(g), count, op.x_of(block, chunk), sums);
     chunk += count;
     for (int64_t i = 0; i < kTile; ++i) {
-      const int32_t* from = sums + i * width;
-      Ints limb;
-      read(limb, from);
-      Floats sum = __builtin_convertvector(limb, Floats);
-      if (op.limbs == 3) {
-        read(limb, from + op.across);
-        sum = __builtin_convertvector(limb, Floats) * 256.0f + sum;
-        read(limb, from + 2 * op.across);
-        sum = __builtin_convertvector(limb, Floats) * 65536.0f + sum;
+      const F scale = Splat<F>::of(scales[i * op.groups + g]);
+      for (int64_t row = 0; row < rows; row += L::width) {
+        const auto limb = [&](int64_t j) ZK_INLINE {
+          alignas(64) float integers[L::width];
+          __builtin_memcpy(integers, sums + i * width + j * op.across + row, sizeof(integers));
+          return signed_to_float(bits(L::load_row(integers)));
+        };
+        F sum = limb(0);
+        if (op.limbs == 3) sum = plus_limb<L>(limb(2), 65536.0f, plus_limb<L>(limb(1), 256.0f, sum));
+        L::store_row(totals[i] + row, add(L::load_row(totals[i] + row), mul(sum, scale)));
       }
-      Floats total;
-      read(total, totals[i]);
-      total += sum * scales[i * op.groups + g];
-      write(totals[i], total);
     }
   }
   for (int64_t row = 0; row < rows; ++row) {
@@ -514,7 +520,7 @@ void multiply(const QuantizedProduct& op, int64_t begin, int64_t end, float* scr
       for (int64_t i = 0; i < count; i += kTile) {
         const int64_t outputs = count - i < kTile ? count - i : kTile;
         to_floats<L>(op.scale_dtype, op.scale, (at + i) * op.groups, outputs * op.groups, scales);
-        tile(op, at + i, block, scales, op.bias == nullptr ? nullptr : bias + i, sums, y + i);
+        tile<L>(op, at + i, block, scales, op.bias == nullptr ? nullptr : bias + i, sums, y + i);
       }
       for (int64_t row = block * kTile; row < op.rows && row < (block + 1) * kTile; ++row) {
         from_floats<L, D>(y + row % kTile * kOutputs, count, out + row * op.outputs + at);
