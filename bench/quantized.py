@@ -14,6 +14,7 @@ import pathlib
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,16 +98,19 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             x = torch.randn(rows, inputs, device=args.device)
             names = [(d, p, *w) for d in args.dtypes for p in args.products for w in _WEIGHTS]
             half = copy.deepcopy(plain).to(torch.bfloat16)
-            calls = [lambda half=half, x=x.bfloat16(): half(x)]
+            calls: list[Callable[[], object]] = [partial(half, x.to(torch.bfloat16))]
             for dtype, product, bits, group in names:
                 layer = _layer(copy.deepcopy(plain).to(_DTYPES[dtype]), bits, group, product)
-                calls.append(lambda layer=layer, x=x.to(_DTYPES[dtype]): layer(x))
+                calls.append(partial(layer, x.to(_DTYPES[dtype])))
             base, *times = _seconds(calls, args.rounds, clock)
             for name, seconds, call in zip(names, times, calls[1:], strict=True):
                 cells.setdefault(name, []).append(seconds / base)
                 peaks[name] = _peak(call, args.device)  # of the most rows in the end
         for (dtype, product, bits, group), ratios in cells.items():
-            peak, groups = peaks[dtype, product, bits, group], f"groups of {group}" if group else "a scale a row"
+            peak, groups = (
+                peaks[dtype, product, bits, group],
+                f"groups of {group}" if group else "a scale a row",
+            )
             shown = "".join(f" {'**' * (r > 1)}{r:.2f}{'**' * (r > 1)} |" for r in ratios)
             of_peak = "" if peak is None else f"{peak / 1e6:.2f}"
             print(f"| {dtype} | {product} | {bits} bits, {groups} |{shown} {of_peak} |", flush=True)
@@ -127,7 +131,9 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--sizes", type=_size, nargs="+", default=sizes, help="inputs x outputs (1024x2048 ...)")
     sub.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 64], help="of x (1 4 16 64)")
     sub.add_argument("--dtypes", nargs="+", choices=tuple(_DTYPES), default=list(_DTYPES), help="of x")
-    sub.add_argument("--products", nargs="+", choices=_PRODUCTS, default=list(_PRODUCTS), help="of the layers")
+    sub.add_argument(
+        "--products", nargs="+", choices=_PRODUCTS, default=list(_PRODUCTS), help="of the layers"
+    )
     sub.add_argument("--rounds", type=int, default=15, help="calls of each form (15)")
     sub.add_argument("--threads", type=int, default=1, help="on the CPU (1)")
     sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -545,7 +545,12 @@ def test_low_rank_linear_equals_reference(on_ptx, kernels, rng, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_quantized_linear_equals_reference(on_ptx, kernels, rng, dtype):
-    for size, packed, rows, x_bits in ((41, False, 6, 24), (41, True, 3, 8), (136, True, 5, 24), (16, False, 1, 8)):
+    for size, packed, rows, x_bits in (
+        (41, False, 6, 24),
+        (41, True, 3, 8),
+        (136, True, 5, 24),
+        (16, False, 1, 8),
+    ):
         args = test_quantized_linear.random_product(rng, dtype, rows, (5, 2), size, packed, x_bits)
         aligned = {name: args[name].clone() for name in ("x", "weight")} if size % 8 == 0 else {}
         check_backend(test_quantized_linear.run, args | aligned)

@@ -714,7 +714,10 @@ def test_int8_activations(matrices, dtype, rng, monkeypatch):
     x = torch.randn(2, rng.choice((1, 3, 20)), inputs).to(dtype) * torch.rand(2, 1, 1).to(dtype) * 8
     x[0, 0] = 0
     rows = x.float().flatten(0, 1)
-    if matrices and not (torch._int_mm(*[torch.full((66, 66), 127, dtype=torch.int8)] * 2) == 127**2 * 66).all():
+    if (
+        matrices
+        and not (torch._int_mm(*[torch.full((66, 66), 127, dtype=torch.int8)] * 2) == 127**2 * 66).all()
+    ):
         pytest.skip("torch's product of int8 matrices saturates on this CPU")
     y = layer._product_of_integers(x.flatten(0, 1)).view(2, -1, out) if matrices else layer(x)
     step = rows.abs().amax(1, keepdim=True) / 127

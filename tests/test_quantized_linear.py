@@ -1,5 +1,5 @@
-"""quantized_linear: the reference against products in float64, and every kernel against the reference, bit for
-bit.
+"""quantized_linear: the reference against products in float64, and every kernel against the reference, bit
+for bit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def kernel(request, monkeypatch):
         yield request.param
 
 
-def random_product(rng, dtype=None, rows=None, shape=None, size=None, packed=None, x_bits=None, specials=True):
+def random_product(
+    rng, dtype=None, rows=None, shape=None, size=None, packed=None, x_bits=None, specials=True
+):
     """Arguments of run.  x, at any alignment, is a view into a buffer, and so are the weights, whose numbers
     are all that a byte or half a byte has."""
     dtype = dtype or rng.choice(DTYPES)
@@ -48,7 +50,11 @@ def random_product(rng, dtype=None, rows=None, shape=None, size=None, packed=Non
         return buffer[begin:].view(shape)
 
     def numbers(count, kind):
-        return random_values(count, kind, rng) if specials and rng.random() < 0.5 else torch.randn(count).to(kind)
+        return (
+            random_values(count, kind, rng)
+            if specials and rng.random() < 0.5
+            else torch.randn(count).to(kind)
+        )
 
     x, of_scale = numbers(rows * inputs, dtype).view(rows, inputs), rng.choice(DTYPES)
     if rows and inputs:
@@ -67,16 +73,19 @@ def random_product(rng, dtype=None, rows=None, shape=None, size=None, packed=Non
 @pytest.mark.parametrize("packed", [False, True])
 def test_reference_follows_the_formula(dtype, packed, x_bits, rng):
     rows, outputs, groups, size = 5, 9, 4, 33
-    args = random_product(
-        rng, dtype, rows, (outputs, groups), size, packed, x_bits, specials=False
-    ) | {"bias": torch.randn(outputs)}
+    args = random_product(rng, dtype, rows, (outputs, groups), size, packed, x_bits, specials=False) | {
+        "bias": torch.randn(outputs)
+    }
     x, scale = args["x"].double(), args["scale"].double()
     integers = args["weight"].short()
     if packed:
         halves = torch.stack((integers % 16, integers // 16), -1).flatten(1)
         integers = torch.where(halves > 7, halves - 16, halves)
     weight = integers.double() * scale.repeat_interleave(size, 1)
-    want, magnitude = (x @ weight.t() + args["bias"]).double(), x.abs() @ weight.abs().t() + args["bias"].abs()
+    want, magnitude = (
+        (x @ weight.t() + args["bias"]).double(),
+        x.abs() @ weight.abs().t() + args["bias"].abs(),
+    )
     # Half a step of each x: the step is at most 2^-21 of the largest one, or a 127th part of it.
     step = x.abs().amax(1, keepdim=True) * (2.0**-21 if x_bits == 24 else 1 / 127)
     off = step / 2 * weight.abs().sum(1) * (1 + 1e-5)
@@ -84,7 +93,9 @@ def test_reference_follows_the_formula(dtype, packed, x_bits, rng):
         y = run(**args)[0]
     # A group: three conversions and two additions, the scale, and the addition; then the step and the bias.
     most = magnitude + off
-    assert ((y.double() - want).abs() <= off + rounding_bound(want, dtype, most, 7 * groups + 2) + off * 2**-7).all()
+    assert (
+        (y.double() - want).abs() <= off + rounding_bound(want, dtype, most, 7 * groups + 2) + off * 2**-7
+    ).all()
     if dtype is torch.bfloat16 and x_bits == 24:  # which are all exact, if they are not too small
         args["x"] = torch.where(x.abs() < x.abs().amax(1, keepdim=True) * 2.0**-14, 0.0, x).to(dtype)
         want = args["x"].double() @ weight.t() + args["bias"]
@@ -102,7 +113,7 @@ def test_kernels_equal_reference(kernel, rng, repeat):
 @X_BITS
 @pytest.mark.parametrize("packed", [False, True])
 def test_ends_of_chunks_and_tiles(kernel, packed, x_bits, rng):
-    """Groups that end anywhere in a chunk, and in the middle of a byte; outputs and rows anywhere in a tile."""
+    """Groups that end anywhere in a chunk, and in the middle of a byte; outputs and rows in a tile."""
     for size, groups in ((1, 5), (2, 3), (31, 2), (63, 3), (64, 5), (65, 2), (96, 3), (129, 1), (321, 1)):
         outputs, rows = rng.choice([1, 15, 16, 17, 33, 130]), rng.choice([1, 4, 5, 6, 15, 16, 17])
         check_backend(run, random_product(rng, None, rows, (outputs, groups), size, packed, x_bits))
@@ -138,7 +149,10 @@ def test_rows_that_are_no_numbers(cpu_backend, rng):
     """They give NaNs, and the rows beside them what they give alone; zeros give the bias."""
     x = torch.randn(5, 70)
     x[0, 3], x[1, 69], x[2] = float("nan"), float("-inf"), 0.0
-    args = random_product(rng, torch.float32, 5, (9, 1), 70, specials=False) | {"x": x, "bias": torch.randn(9)}
+    args = random_product(rng, torch.float32, 5, (9, 1), 70, specials=False) | {
+        "x": x,
+        "bias": torch.randn(9),
+    }
     y = run(**args)[0]
     assert y[:2].isnan().all()
     assert torch.equal(y[2], args["bias"])
@@ -173,7 +187,11 @@ def test_nothing_to_sum(cpu_backend, x_bits):
         ({"bias": torch.ones(5, dtype=torch.int32)}, "bias: expected dtype float32"),
         ({"x_bits": 16}, "x_bits: expected 24 or 8, got 16"),
         (
-            {"x": torch.ones(1, 131_072), "weight": torch.ones(5, 131_072, dtype=torch.int8), "scale": torch.ones(5, 1)},
+            {
+                "x": torch.ones(1, 131_072),
+                "weight": torch.ones(5, 131_072, dtype=torch.int8),
+                "scale": torch.ones(5, 1),
+            },
             "scale: expected a divisor of 131072 inputs .* of 131,071 inputs at most, got 1",
         ),
     ],

@@ -535,7 +535,9 @@ def _():
         x, scale = torch.randn(rows, groups * size).to(dtype), torch.rand(outputs, groups).to(dtype)
         if size:
             x[0, 1], x[-1] = float("nan") if rows > 1 else 3.0, x[-1] * 2.0**-20
-        weight = torch.randint(-8 if packed else -128, 8 if packed else 128, (outputs, groups * size)).to(torch.int8)
+        weight = torch.randint(-8 if packed else -128, 8 if packed else 128, (outputs, groups * size)).to(
+            torch.int8
+        )
         weight = pack_int4(weight) if packed else weight
         bias = torch.randn(outputs) if with_bias else None
         results = [

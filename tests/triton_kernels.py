@@ -33,7 +33,8 @@ from zokernels.backends.triton import (
 from zokernels.contract import DISTS
 
 MODULES = (
-    combine, fan_out, low_rank, low_rank_linear, project, quantized_linear, seeds, spread, squares, update, wire
+    combine, fan_out, low_rank, low_rank_linear, project, quantized_linear, seeds, spread, squares, update,
+    wire,
 )  # fmt: skip
 DTYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16, "i8": tl.int8, "u8": tl.uint8}
 ELEMENTS = tile.PROGRAM // (32 * tile.NUM_WARPS)  # of one thread

@@ -49,8 +49,7 @@ inline bool has_amx() {
     constexpr unsigned tile = 1u << 24, int8 = 1u << 25;
     if (!has_vnni() || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
     constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    return (d & tile) != 0 && (d & int8) != 0 &&
-           syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+    return (d & tile) != 0 && (d & int8) != 0 && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
   }();
   return has;
 #else

@@ -48,7 +48,9 @@ struct QuantizedProduct {
 
 // Floats of scratch for a thread: a row of x and its integers; the scales of a tile, its sums, and the outputs.
 constexpr int64_t row_floats(int64_t columns) { return 2 * (columns + kOutputs); }
-constexpr int64_t tile_floats(int64_t groups) { return kTile * groups + kOutputs + 2 * kTile * 64 + kTile * kOutputs; }
+constexpr int64_t tile_floats(int64_t groups) {
+  return kTile * groups + kOutputs + 2 * kTile * 64 + kTile * kOutputs;
+}
 
 // Rows [begin, end) of x to packed_x and steps.
 ZK_KERNEL(quantize_rows, const QuantizedProduct&, int64_t begin, int64_t end, float* scratch)
@@ -144,7 +146,8 @@ ZK_HD float quantize(const float* x, int64_t count, int64_t limbs, int32_t* q) {
   if (limbs == 3) {
     const int32_t exponent = most >> 23 > 22 ? (most >> 23) - 21 : 1;
     const float inverse = zk::from_bits(static_cast<uint32_t>(254 - exponent) << 23);
-    for (int64_t i = 0; i < count; ++i) q[i] = static_cast<int32_t>(zk::bits(x[i] * inverse + kMagic)) - magic;
+    for (int64_t i = 0; i < count; ++i)
+      q[i] = static_cast<int32_t>(zk::bits(x[i] * inverse + kMagic)) - magic;
     return zk::from_bits(static_cast<uint32_t>(exponent) << 23);
   }
   float step = zk::from_bits(static_cast<uint32_t>(most)) / 127.0f;
@@ -613,12 +616,14 @@ Tensor quantized_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::optional
     op.x = ahead(x.const_data_ptr(), row * op.columns * bytes);
     op.out = ahead(out.mutable_data_ptr(), row * op.outputs * bytes);
     const int64_t work = op.rows * std::max<int64_t>(op.columns, 1);
-    torch::stable::parallel_for(0, op.rows, std::max<int64_t>(1, kGrain * op.rows / work), [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, op.rows, std::max<int64_t>(1, kGrain * op.rows / work),
+                                [&](int64_t begin, int64_t end) {
       const Memory scratch(row_floats(op.columns) * sizeof(float));
       quantize(op, begin, end, scratch.as<float>());
     });
     // A thread gets at least 2^18 bytes of weights.
-    const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 18) / (kOutputs * std::max<int64_t>(op.bytes, 1)));
+    const int64_t grain = std::max<int64_t>(1,
+                                            (int64_t{1} << 18) / (kOutputs * std::max<int64_t>(op.bytes, 1)));
     torch::stable::parallel_for(0, groups, grain, [&](int64_t begin, int64_t end) {
       const Memory scratch(tile_floats(op.groups) * sizeof(float));
       kernel(op, begin, end, scratch.as<float>());
@@ -629,8 +634,9 @@ Tensor quantized_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::optional
 
 }  // namespace
 
-ZK_REGISTER(quantized_linear,
-            "quantized_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int x_bits, str isa) -> Tensor")
+ZK_REGISTER(
+    quantized_linear,
+    "quantized_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int x_bits, str isa) -> Tensor")
 
 }  // namespace zk::cpu
 

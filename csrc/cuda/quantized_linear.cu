@@ -33,9 +33,7 @@ struct QuantizedLaunch {
   DType scale_dtype, bias_dtype;
 
   // The element at which the words of a group begin: of packed ones at a whole byte.
-  ZK_DEVICE int64_t begin(int64_t group) const {
-    return packed ? group * size & ~int64_t{1} : group * size;
-  }
+  ZK_DEVICE int64_t begin(int64_t group) const { return packed ? group * size & ~int64_t{1} : group * size; }
 };
 
 // --- the kernels -----------------------------------------------------------------------------------------
@@ -256,7 +254,8 @@ void multiply(QuantizedLaunch p, int64_t outputs_at_once, Tensor& sums, const On
   }
 }
 
-Tensor quantized_linear_cuda(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> bias, int64_t x_bits) {
+Tensor quantized_linear_cuda(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> bias,
+                             int64_t x_bits) {
   check_quantized_linear(x, weight, scale, bias, x_bits);
   const int64_t total = x.size(0), limbs = x_bits / 8;
   Tensor y = torch::stable::new_empty(x, {total, scale.size(0)});

@@ -9,7 +9,7 @@ from ..backends import select
 from ..checks import DTYPES, fail
 from .define import define
 
-#: The largest number of inputs that may share a scale: 131,071 * 128 * 128 < 2^31, so sums are exact in int32.
+#: The largest number of inputs that may share a scale: 131,071 * 128 * 128 < 2^31, so int32 holds the sums.
 MAX_GROUP = 131_071
 
 
@@ -71,10 +71,10 @@ def quantized_linear(
     """y = x W^T + b with W[o, i] = scale[o, i // group_size] * weight[o, i], without a copy of W in floats.
 
     A row of x is a step s times integers, q = round(x / s) with ties to even.  Of 24 bits: s is a power of
-    two, 2^(e - 22) with the least e >= -104 for which max |x| < 2^e, so that |q| <= 2^22.  Numbers of a row
-    of bf16 that are at least 2^-14 times its largest one are q s exactly, and those of fp32 are off by half a
-    step at most.  Of 8 bits: s = max |x| / 127, or 1 where that is 0, and q lies in [-127, 127].  A row with a
-    NaN or an infinity has the step NaN, and gives NaNs.
+    two, 2^(e - 22) with the least e >= -104 for which max |x| < 2^e, so that |q| <= 2^22.  Each number is off
+    by half a step at most, which is 2^-22 of the row's largest one; of bf16, those that are at least 2^-14
+    times the largest are exact.  Of 8 bits: s = max |x| / 127, or 1 where that is 0, and q lies in
+    [-127, 127].  A row with a NaN or an infinity has the step NaN, and gives NaNs.
 
     Integers are multiplied and summed exactly: q = q2 2^16 + q1 2^8 + q0 with bytes in [-128, 127], and the
     sums of a group, I_j = sum q_j weight, are int32.  The rest is fp32, each operation rounded to nearest::
@@ -82,8 +82,8 @@ def quantized_linear(
         t_g = I_2 2^16 + (I_1 2^8 + I_0)        or I_0 with 8 bits
         y   = ((t_0 scale_0 + t_1 scale_1) + ...) s + b,   from 0, the groups in their order
 
-    and y is rounded to the dtype of x.  So the bits are the same on every backend and for any number of threads
-    or rows.
+    and y is rounded to the dtype of x.  So the bits are the same on every backend, for any number of threads
+    and whatever rows are beside a row.
 
     Args:
         x: [rows, inputs] in fp32, bf16 or fp16.

@@ -57,8 +57,8 @@ def quantize_kernel(q, steps, x, columns: tl.int64, LIMBS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "columns", "outputs", "groups", "width"])
 def quantized_linear_kernel(
-    out, q, steps, weight, scale, bias, rows: tl.int64, columns: tl.int64, outputs: tl.int64, groups: tl.int64,
-    width: tl.int64, PACKED: tl.constexpr, LIMBS: tl.constexpr,
+    out, q, steps, weight, scale, bias, rows: tl.int64, columns: tl.int64, outputs: tl.int64,
+    groups: tl.int64, width: tl.int64, PACKED: tl.constexpr, LIMBS: tl.constexpr,
 ):  # fmt: skip
     """``width``: bytes of a row of the weights."""
     blocks = tl.cdiv(outputs, _OUTPUTS)
@@ -124,7 +124,7 @@ def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | No
         quantize_kernel[(rows,)](q, steps, x, columns, LIMBS=x_bits // 8, **options(x.device))
         blocks = triton.cdiv(rows, ROWS) * triton.cdiv(outputs, OUTPUTS)
         quantized_linear_kernel[(blocks,)](
-            out, q, steps, weight, scale, bias, rows, columns, outputs, groups if columns else 0, weight.shape[1],
-            PACKED=weight.dtype is torch.uint8, LIMBS=x_bits // 8, **options(x.device),
+            out, q, steps, weight, scale, bias, rows, columns, outputs, groups if columns else 0,
+            weight.shape[1], PACKED=weight.dtype is torch.uint8, LIMBS=x_bits // 8, **options(x.device),
         )  # fmt: skip
     return out
