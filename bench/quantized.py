@@ -96,7 +96,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         for rows in args.rows:
             plain = nn.Linear(inputs, outputs, bias=False, device=args.device)
             x = torch.randn(rows, inputs, device=args.device)
-            names = [(d, p, *w) for d in args.dtypes for p in args.products for w in _WEIGHTS]
+            weights = [w for w in _WEIGHTS if not w[1] or inputs % w[1] == 0]
+            names = [(d, p, *w) for d in args.dtypes for p in args.products for w in weights]
             half = copy.deepcopy(plain).to(torch.bfloat16)
             calls: list[Callable[[], object]] = [partial(half, x.to(torch.bfloat16))]
             for dtype, product, bits, group in names:
@@ -144,7 +145,8 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.tiny:
-        args.sizes, args.rows, args.rounds = [(128, 64)], [1, 70], 1
+        args.rows, args.rounds = [1, 70], 1
+        args.sizes = [(128, 64)]
     torch.set_num_threads(args.threads)
     header = machine.describe(args.device)
     print(f"`{args.command_line}` on {machine.title(header)}")
