@@ -92,8 +92,7 @@ def test_resuming(from_file, rng, tmp_path):
         assert same_bits(losses, expected[at:until])
         at = until
         if until == 4:  # as a process that dies: nothing is flushed
-            engine.mover.drain()  # whose writes look at the log
-            optimizer.trajectory.close()
+            optimizer.trajectory.close()  # which waits for writes that look at the log
         else:
             engine.close()
     ours = empty() if from_file else copy.deepcopy(start)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from .cache import BlockCache
 from .encoder import Encoder
 from .history import HistoryNoise
 from .lockstep import Lockstep
-from .movers import Mover, Slot
+from .movers import Mover, Slot, Threaded
 from .probe import StreamedProbe
 from .run import Run
 from .storage import DiskStorage, HostStorage
@@ -99,6 +99,8 @@ class Engine(BlockCache, StoredModel, Home):
     ) -> None:
         super().__init__(blocks, slots, scratch, mover, timeline, write_every, wire)
         self.model, self.device, self.run, self._store = model, device, run, store
+        if run is not None:
+            run.await_writes = cast("Threaded", mover).await_writes
         #: What stands in ``optimizer.state`` for the states, by id of the parameter and name.
         self._states: dict[tuple[int, str], Tensor] = {}
         self._measured: list[Bucket] = []  #: of which the step that runs measures something

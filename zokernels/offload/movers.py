@@ -342,10 +342,15 @@ class Threaded(Mover):
         if (error := self._failed(writing)) is not None:
             raise error
 
+    def await_writes(self) -> None:
+        """Waits until no block is being written, whether that succeeds or not."""
+        wait(list(self._writing.values()))
+
     def close(self) -> None:
         """Ends the threads in their order: what has been read is still passed on."""
         for work, thread in self._threads.items():
             thread.shutdown(cancel_futures=work == "read")
+        self._writing = {}  # of a block whose read was cancelled there is no end
         self.source.close()
 
 
