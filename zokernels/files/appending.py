@@ -157,6 +157,8 @@ class AppendedFile:
                 begin, end = self._synced, self.end
                 if self.closed and begin == end and not self.unsure:
                     return
+                if self.closed:
+                    raise OSError(errno.EBADF, os.strerror(errno.EBADF), self.path)
                 if self.unsure and begin < end:
                     self.write(os.pread(self.fd, end - begin, begin), begin)
             try:
