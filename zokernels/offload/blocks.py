@@ -18,6 +18,8 @@ STORAGES = ("device", "host", "disk")
 ALIGN = 256
 #: What direct reads and writes of a file are multiples of.
 PAGE = 4096
+#: Elements of which parts of a weight are multiples, so that no wire format's scale is of two parts.
+PART = 64
 #: Bytes from which on a weight is worth a look at the memory that the C library has kept.
 _LARGE = 1 << 20
 
@@ -91,6 +93,7 @@ class State(NamedTuple):
     """A tensor that an optimizer keeps of a weight of a block, and that travels with it."""
 
     entry: Entry  #: ``entry.param`` is what stands in ``optimizer.state`` for the tensor
+    weight: str  #: the name of the weight
     value: float  #: of all elements, before the first update
 
 
@@ -157,9 +160,29 @@ class Block:
         for name, tensors in kept:
             for key, shape, dtype, value in tensors:
                 away = placeholder(torch.empty(shape, dtype=dtype, device="meta"), device)
-                self.states.append(State(Entry(f"{STATE}{key}.{name}", away, at, dtype, dtype), value))
+                self.states.append(State(Entry(f"{STATE}{key}.{name}", away, at, dtype, dtype), name, value))
                 at += round_up(away.nbytes, ALIGN)
         self.nbytes = round_up(at, pages * PAGE)
+
+    def part(self, weight: Entry, rank: int, ranks: int) -> slice:
+        """The elements of a weight, and of its states, that are in slice ``rank`` of ``ranks`` of the block.
+
+        Slices are divided where a page begins, and there at a multiple of :data:`PART` elements of the
+        weight.  They are consecutive in the bytes of the block.
+        """
+        each = round_up(self.weights, PAGE * ranks) // ranks
+
+        def first(rank: int) -> int:
+            elements = -(-(rank * each - weight.begin) // weight.dtype.itemsize)
+            return min(max(0, round_up(elements, PART)), weight.param.numel())
+
+        return slice(first(rank), first(rank + 1))
+
+    def parts(self, rank: int, ranks: int) -> list[tuple[Entry, slice]]:
+        """What slice ``rank`` of ``ranks`` has of the weights and of their states (:meth:`part`)."""
+        of = {e.name: self.part(e, rank, ranks) for e in self.entries}
+        found = [(e, of[e.name]) for e in self.entries] + [(s.entry, of[s.weight]) for s in self.states]
+        return [(e, part) for e, part in found if part.start < part.stop]
 
     def begin_states(self, data: Tensor) -> None:
         """Fills the states in ``data``, the bytes of the block, with their first values."""

@@ -407,7 +407,9 @@ class Engine(BlockCache, StoredModel, Home):
         """Weights and states of ``block`` with all updates, which may be written to, and are stored then."""
         if self.wire is not None:
             with self._alone(), torch.no_grad():
-                yield self.wire.master(block)  # in host memory, where they are kept
+                views = self.wire.master(block)
+                yield views
+                self.wire.put(block, views)
             return
         with self._loaded(block) as slot:
             self.mover.settle(slot)
