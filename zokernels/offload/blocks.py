@@ -130,6 +130,8 @@ class Block:
         self.index, self.name, self.module, self.master = index, name, module, master
         self.entries: list[Entry] = []
         self.states: list[State] = []  #: they lie behind the weights
+        #: Their values before the first update, where these were loaded, by id of ``state.entry.param``.
+        self.loaded: dict[int, Tensor] = {}
         self.extents: list[Extent] = []  #: of the checkpoint that its weights come from
         self.nbytes = 0  #: of weights and states
         self.weights = 0  #: of weights alone, in whole pages: where states begin
@@ -187,7 +189,9 @@ class Block:
     def begin_states(self, data: Tensor) -> None:
         """Fills the states in ``data``, the bytes of the block, with their first values."""
         for state in self.states:
-            state.entry.of(data).fill_(state.value)
+            loaded = self.loaded.get(id(state.entry.param))
+            view = state.entry.of(data)
+            view.fill_(state.value) if loaded is None else view.copy_(loaded)
 
     def views(self, data: Tensor) -> dict[int, Tensor]:
         """Weights and states as views of ``data``, by id of the parameter or of what stands for the state."""

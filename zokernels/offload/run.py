@@ -32,7 +32,7 @@ from .disk import Direct, Folder, checksums, header, mark_of, memory_of, version
 from .history import History
 
 LOG = "run.zk"
-_RESIDENT = "resident"
+RESIDENT = "resident"
 
 
 class Run:
@@ -222,7 +222,7 @@ class Run:
 
     @property
     def _resident_file(self) -> pathlib.Path:
-        return self.path / f"{_RESIDENT}.safetensors"
+        return self.path / f"{RESIDENT}.safetensors"
 
     def _measured(self, optimizer: StepOptimizer, blocks: Sequence[Block]) -> set[str]:
         """The names of the states in blocks' files that the direction has measured: not all zeros."""
@@ -253,7 +253,7 @@ class Run:
         """
         if not self.writes:
             return
-        block, tensors = Block(-1, _RESIDENT, torch.nn.Identity()), self._resident(optimizer)
+        block, tensors = Block(-1, RESIDENT, torch.nn.Identity()), self._resident(optimizer)
         for name, p in list(tensors):
             kept = sorted(optimizer.state[p].items()) if p in optimizer.state else []
             tensors += [(f"{STATE}{key}.{name}", t) for key, t in kept if isinstance(t, Tensor)]
@@ -288,7 +288,7 @@ class Run:
         owners = dict(params)
         named = [(text, state) for text in file.entries if (state := state_named(text, owners)) is not None]
         states = [(owners[name], key, text) for text, (key, name) in named]
-        block = Block(-1, _RESIDENT, torch.nn.Identity())
+        block = Block(-1, RESIDENT, torch.nn.Identity())
         tensors = [name for name, _ in params] + [text for _, _, text in states]
         block.place([(name, file.tensor(name)) for name in tensors])
         if checksums(block, [file.tensor(name) for name in tensors]) != file.metadata.get("crc32"):
