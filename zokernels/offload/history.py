@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -160,16 +160,19 @@ def apply_passes(
     params: Sequence[Tensor],
     streams: Sequence[int],
     passes: Sequence[Pass],
-    done: Callable[..., Any] = lambda n: 0,
+    offsets: Sequence[int] | None = None,
 ) -> None:
-    """Runs the passes in place, one by one, each with its own rounding; several of them piece by piece."""
-    if len(passes) == 1 or any(one.noise is not None for one in passes):
+    """Runs the passes in place, one by one, each with its own rounding; several of them piece by piece.
+
+    ``offsets``: where what is given of each parameter begins in it, in elements; None: at 0.
+    """
+    if len(passes) == 1 or offsets is not None or any(one.noise is not None for one in passes):
         pick = lambda states: [states[id(p)] for p in params] if states else ()
         for one in passes:
-            one.run(list(params), list(streams), [0] * len(params), pick)
+            one.run(list(params), list(streams), list(offsets or [0] * len(params)), pick)
         return
     deferred = DeferredNoise()
     for one in passes:
         deferred.put(params, streams, one)
     with torch.no_grad():
-        deferred.apply(done)
+        deferred.apply(lambda n: 0)

@@ -18,6 +18,7 @@ from ..wire import Wire
 from .blocks import Block, aliases
 from .cache import BlockCache
 from .history import Batch, HistoryNoise, Perturbed, apply_passes
+from .layout import Place
 from .movers import Slot
 
 #: The wire format that has the bytes of a stored dtype as they are.
@@ -250,25 +251,33 @@ class WireVisit(Visit):
         """The parameters of the one decoded block, which :meth:`_apply` fills."""
         wire = self.cache.wire
         assert wire is not None
-        self._wire, self._buffers = wire.layout.wire, wire.layout.buffers(self.block, self.slot.data)
+        self._wire, self._places = wire.layout.wire, wire.layout.places[self.block.index]
         return wire.theta(self.block)
+
+    def _places_of(self, a: Batch) -> tuple[list[Place], list[Tensor], dict[str, Any]]:
+        """Where the parameters of a batch are in the slot, their bytes there, and arguments of a kernel."""
+        stream = dict(zip(a.entries, a.streams, strict=True))
+        places = [place for of_rank in self._places for place in of_rank if place.entry in stream]
+        options = {"streams": [stream[p.entry] for p in places], "offsets": [p.part.start for p in places]}
+        return places, [place.of(self.slot.data) for place in places], options
 
     def _views(self) -> Mapping[int, Tensor]:
         """The parameters alone: states stay on the host."""
         return {id(e.param): t for e, t in zip(self.block.entries, self._params, strict=True)}
 
     def _apply(self, a: Batch, passes: Sequence[Pass]) -> None:
-        out, buffers = ([of[i] for i in a.entries] for of in (self._params, self._buffers))
+        places, buffers, options = self._places_of(a)
+        out = [self._params[p.entry].view(-1)[p.part] for p in places]
         if out[0].dtype not in DTYPES:
             for value, buffer in zip(out, buffers, strict=True):
-                value.view(-1).view(torch.uint8).copy_(buffer)
+                value.view(torch.uint8).copy_(buffer)
             return super()._apply(a, passes)
         first: dict[str, Any] = {}
         if passes and passes[0].is_combine:
             one, *passes = passes
             fields = ("seeds", "coeffs", "dist", "decay", "rounding", "rounding_seed")
             first = {key: getattr(one, key) for key in fields}
-        decode(out, buffers, self._wire, **first, streams=a.streams)
+        decode(out, buffers, self._wire, **first, **options)
         super()._apply(a, passes)
 
     def _fan_out(self, a: Batch) -> None:
@@ -279,7 +288,8 @@ class WireVisit(Visit):
         update = self._last_update(a)
         if len(self.sides) > 2 or len(a.passes) > bool(update):
             return super()._fan_out(a)
-        plus, minus = ([self.cache.scratch(self.block, s)[i] for i in a.entries] for s in (0, 1))
-        buffers = [self._buffers[i] for i in a.entries]
+        places, buffers, options = self._places_of(a)
+        scratch = [self.cache.scratch(self.block, s) for s in (0, 1)]
+        plus, minus = ([of[p.entry].view(-1)[p.part] for p in places] for of in scratch)
         seed, coeff, noise = self._pair_noise(a)
-        decode_fan_out(plus, minus, buffers, self._wire, seed, coeff, **noise, **update)
+        decode_fan_out(plus, minus, buffers, self._wire, seed, coeff, **{**noise, **options}, **update)
