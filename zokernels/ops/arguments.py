@@ -85,7 +85,7 @@ def as_list(op: str, argument: str, value: Tensors) -> list[Tensor]:
         way = next((f"; of such an x: {way}" for kind, way in ways.items() if isinstance(value, kind)), "")
         fail(op, argument, f"a tensor or a list of tensors{way}", type(value).__name__, TypeError)
     tensors = list(value)
-    # A few microseconds for hundreds of tensors, which are of one or two classes.  Compilers know the classes.
+    # This takes a few microseconds for hundreds of tensors, which are of one or two classes.
     if not torch.compiler.is_compiling() and not all(
         issubclass(kind, Tensor) for kind in set(map(type, tensors))
     ):
