@@ -1,4 +1,9 @@
-"""Which calls of kernels a thread has finished, whatever exception falls between two of them."""
+"""A record of which kernels have run, which is right even where an exception strikes between two of them.
+
+A signal handler, or another thread, can raise an exception in this thread at nearly any point.  A step that
+is interrupted between the kernels of its update has to know exactly which of them have changed weights, so
+that it can finish the others or take the finished ones back.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-#: Noted in the place of what a call gives while it runs, and where it has not come to its end.
+#: The entry of a call that has begun and has not come to its end.
 PART = object()
 
 
 class _Journal(threading.local):
-    #: What the calls of this thread gave, while somebody asks; else None.
+    #: The results of the calls of this thread, inside of :func:`noted`; None outside of it.
     calls: list[Any] | None = None
 
 
@@ -21,10 +26,10 @@ _journal = _Journal()
 
 
 def call(operation: Any, args: Sequence[Any]) -> Any:
-    """The result of ``operation``, a compiled operation of torch.
+    """``operation(*args)``, a compiled operation of torch; inside of :func:`noted` its result is an entry.
 
-    Another thread can inject an exception into this one after any call that Python makes, so a call and a
-    note of it by two lines of Python can come apart.  Here the interpreter's C code makes both."""
+    An exception can strike between any two lines of Python, and so between a call and the line that records
+    it.  ``extend`` of a ``map`` makes both inside of the interpreter's C code, where none can."""
     if (calls := _journal.calls) is None:
         return operation(*args)
     calls.extend(map(operation._op, *zip(args)))
@@ -32,8 +37,9 @@ def call(operation: Any, args: Sequence[Any]) -> Any:
 
 
 def in_python(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """``kernel``, which is not one call of a compiled function, with a note: an exception can end it
-    anywhere.
+    """``kernel``, which is made of lines of Python, with entries as those of :func:`call`.
+
+    An exception can end it half-way.  Its entry is then :data:`PART`.
     """
 
     @functools.wraps(kernel)
@@ -50,9 +56,10 @@ def in_python(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def noted() -> Iterator[list[Any]]:
-    """Inside, the list has an entry for each call of a kernel that this thread has finished.
+    """A list that gets an entry, in order, for each kernel that this thread runs inside of the block.
 
-    A call of a kernel in Python is there from its beginning, as :data:`PART`.
+    A compiled kernel gets its entry when it has run.  A kernel in Python has one from its beginning, which is
+    :data:`PART` until it has run.
     """
     outer = _journal.calls
     _journal.calls = calls = [] if outer is None else outer

@@ -17,7 +17,7 @@ import pathlib
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..checks import fail
+from ..checks import check_call, fail, fail_unknown
 from ..distributed import Exchange
 from ..offload import StoredModel, rewind, stream
 from ..optim import ZOSGD, ZerothOrder
@@ -119,7 +119,12 @@ class ZOTrainerMixin(_Behind):
         self._since: float | None = None
         self._logged_step = 0
         self._check_pairs(kwargs)
-        super().__init__(*args, **kwargs)
+        self._check_offload()
+        try:
+            super().__init__(*args, **kwargs)
+        except TypeError as error:
+            self._check_names(kwargs, super().__init__, str(error))
+            raise
         self._check_arguments()
 
     @property
@@ -175,6 +180,23 @@ class ZOTrainerMixin(_Behind):
             if getattr(args, name, False):
                 logger.info(f"{self._op}: {name} is off: without backward no activations are kept")
                 setattr(args, name, False)
+
+    def _check_offload(self) -> None:
+        """The arguments for :func:`zokernels.offload.stream`, which is called when a forward is due."""
+        if self._offload is None:
+            return
+        if not isinstance(self._offload, dict):
+            expected = "a dict of arguments of zokernels.offload.stream, such as {'storage': 'host'}"
+            fail(self._op, "offload", expected, repr(self._offload), TypeError)
+        check_call(stream, (None,), self._offload)  # None: the model, which the Trainer makes
+
+    def _check_names(self, given: Iterable[str], refused_by: Callable[..., None], said: str) -> None:
+        """Refuses an argument that neither this class nor the one behind it has, with the nearest one."""
+        for name in given:
+            if f"unexpected keyword argument {name!r}" in said:
+                own = inspect.signature(ZOTrainerMixin.__init__).parameters.values()
+                names = [p.name for p in own if p.kind is p.KEYWORD_ONLY]
+                fail_unknown(self._op, name, [*names, *inspect.signature(refused_by).parameters])
 
     def _check_pairs(self, given: dict[str, Any]) -> None:
         """The arguments for an optimizer are pairs, which the Trainer takes apart before it looks at them."""

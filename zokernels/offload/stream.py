@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..checks import check_integer, fail, is_integer
+from ..checks import check_integer, fail, is_integer, named_arguments
 from ..contract import canonical_name
 from ..files.safetensors import DTYPES, Checkpoint
 from ..step.roles import home_of
@@ -33,6 +33,7 @@ from .timeline import Timeline
 Fill = Callable[[str, Tensor], object]
 
 
+@named_arguments
 def stream(
     model: nn.Module,
     blocks: str | Sequence[nn.Module] | None = None,

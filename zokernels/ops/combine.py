@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends.terms import Terms, mask_bytes, row_blocks
-from ..checks import check_tensors, check_terms, warn_of_one_noise
+from ..checks import check_tensors, check_terms, named_arguments, warn_of_one_noise
 from .arguments import Dist, Rounding, as_list, in_place, mask_args, noise_args, out_of_place, row_args
 from .define import TERMS, define_pair, read_by
 from .plan import Columns, Plan, members
@@ -50,13 +50,13 @@ def _call(
     args = (
         *noise_args(op, tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed),
         *mask_args(op, tensors, masks, mask_seed, density),
-        None if curvature is None else as_list(curvature),
+        None if curvature is None else as_list(op, "curvature", curvature),
         *row_args(op, tensors, rows),
     )
     if plan is None:
         operation(*lists, *args)
         if rows is None:
-            warn_of_one_noise(op, tensors, args[2], args[3], 4)
+            warn_of_one_noise(op, tensors, args[2], args[3], 4 if out is None else 5)
         return
     terms = Terms(*args)
     plan.run(
@@ -115,6 +115,7 @@ def combine(out: Tensor | Sequence[Tensor], *args: Any, **options: Any) -> None:
     scratch this way makes restoring exact and free."""
 
 
+@named_arguments
 def pack_mask(keep: Tensor, offset: int = 0, row: tuple[int, int] | None = None) -> Tensor:
     """``keep`` (bool, any shape) as the packed mask of :func:`combine_`: uint8, eight elements a byte.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..backends import select
 from ..backends.terms import Terms
 from ..checks import check_one, check_overlap, check_scalars, check_tensors, check_terms
-from .arguments import Dist, Rounding, as_list, device_values, noise_args
+from .arguments import Dist, Rounding, as_list, device_values, noise_args, user_operation
 from .define import NOISE, checked, define, written
 from .plan import Columns, Plan, members
 
@@ -56,7 +56,7 @@ def _fan_out_(
         written(*_changed(terms, params, plus, minus))
 
 
-@torch.no_grad()
+@user_operation
 def fan_out_(
     params: Tensor | Sequence[Tensor] | Plan,
     plus: Tensor | Sequence[Tensor],
@@ -95,7 +95,7 @@ def fan_out_(
     """
     plan, tensors, streams, offsets, _ = members("fan_out_", params, streams, offsets)
     device = tensors[0].device if tensors else torch.device("cpu")
-    lists = tensors, as_list(plus), as_list(minus)
+    lists = tensors, as_list("fan_out_", "plus", plus), as_list("fan_out_", "minus", minus)
     direction = (
         device_values("fan_out_", "seed", seed, torch.int64, device),
         device_values("fan_out_", "coeff", coeff, torch.float32, device),

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends import select
 from ..backends.terms import Terms
 from ..checks import check_overlap, check_scalars, check_tensors, check_terms, fail
-from .arguments import Dist, device_values
+from .arguments import Dist, device_values, user_operation
 from .define import checked, define, written
 
 
@@ -48,7 +48,7 @@ def _spread(
         written([out])
 
 
-@torch.no_grad()
+@user_operation
 def spread(
     out: Tensor,
     x: Tensor,

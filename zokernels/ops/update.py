@@ -19,7 +19,7 @@ from ..checks import (
     check_terms,
     fail,
 )
-from .arguments import Dist, Rounding, as_list, device_values, mask_args, noise_args, row_args
+from .arguments import Dist, Rounding, as_list, device_values, mask_args, noise_args, row_args, user_operation
 from .define import MASK, NOISE, ROWS, checked, define, read_by, written
 from .plan import Columns, Plan, members
 
@@ -81,7 +81,7 @@ def _update_(
         written(params, first, second)
 
 
-@torch.no_grad()
+@user_operation
 def update_(
     params: Tensor | Sequence[Tensor] | Plan,
     rule: Rule,
@@ -137,7 +137,7 @@ def update_(
     al. 2019; HiZOO, Zhao et al. 2024 (arXiv 2402.15173)."""
     plan, tensors, streams, offsets, rows = members("update_", params, streams, offsets, rows)
     device = tensors[0].device if tensors else torch.device("cpu")
-    lists = tensors, as_list(first), as_list(second)
+    lists = tensors, as_list("update_", "first", first), as_list("update_", "second", second)
     extras = rule, device_values("update_", "hyper", hyper, torch.float32, device)
     args = (
         *noise_args(

@@ -12,7 +12,7 @@ from ..backends import select
 from ..backends.terms import Terms
 from ..checks import check_one, check_overlap, check_places, check_scalars, check_tensors, check_terms, fail
 from ..wire import Wire, format_of, wire_bytes
-from .arguments import Dist, Rounding, as_list, device_values, noise_args, places
+from .arguments import Dist, Rounding, as_list, device_values, noise_args, places, user_operation
 from .define import NOISE, checked, define, written
 
 
@@ -113,7 +113,7 @@ def _decode_fan_out(
         written(plus, minus)
 
 
-@torch.no_grad()
+@user_operation
 def encode(
     out: Tensor | Sequence[Tensor],
     params: Tensor | Sequence[Tensor],
@@ -132,7 +132,7 @@ def encode(
 
     Raises: as :func:`combine_`.  Source: OCP Microscaling Formats (MX) Specification v1.0, 2023.
     """
-    buffers, tensors = as_list(out), as_list(params)
+    buffers, tensors = as_list("encode", "out", out), as_list("encode", "params", params)
     args = buffers, tensors, wire, places("encode", 0, offsets, len(tensors))[1]
     if buffers or tensors:
         _encode(*args)
@@ -140,7 +140,7 @@ def encode(
         _check_encode(*args)  # the dispatcher chooses by a tensor, and there is none
 
 
-@torch.no_grad()
+@user_operation
 def decode(
     out: Tensor | Sequence[Tensor],
     wires: Tensor | Sequence[Tensor],
@@ -165,17 +165,17 @@ def decode(
 
     Raises: as :func:`combine_`.
     """
-    tensors = as_list(out)
+    tensors = as_list("decode", "out", out)
     streams = [0] * len(tensors) if streams is None else streams
     _decode(
         tensors,
-        as_list(wires),
+        as_list("decode", "wires", wires),
         wire,
         *noise_args("decode", tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed),
     )
 
 
-@torch.no_grad()
+@user_operation
 def decode_fan_out(
     plus: Tensor | Sequence[Tensor],
     minus: Tensor | Sequence[Tensor],
@@ -201,12 +201,13 @@ def decode_fan_out(
 
     Raises: as :func:`combine_`.
     """
-    op, tensors = "decode_fan_out", as_list(plus)
+    op = "decode_fan_out"
+    tensors = as_list(op, "plus", plus)
     device = tensors[0].device if tensors else torch.device("cpu")
     _decode_fan_out(
         tensors,
-        as_list(minus),
-        as_list(wires),
+        as_list(op, "minus", minus),
+        as_list(op, "wires", wires),
         wire,
         device_values(op, "seed", seed, torch.int64, device),
         device_values(op, "coeff", coeff, torch.float32, device),

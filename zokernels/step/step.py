@@ -16,7 +16,7 @@ from torch.autograd import profiler
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import ParamsT
 
-from ..checks import check_choice, check_integer, fail
+from ..checks import check_choice, check_integer, fail, named_arguments
 from ..ops.low_rank_linear import MAX_RANK
 from ..transfer import known_on_host
 from . import groups
@@ -259,6 +259,7 @@ class StepOptimizer(torch.optim.Optimizer):
     # One step -----------------------------------------------------------------------------------------------
 
     # torch's annotations say that a step returns a float, and None without a closure.
+    @named_arguments
     def step(  # type: ignore[override]
         self, closure: Callable[..., Any] | None = None, *, batched: bool = False
     ) -> Tensor:

@@ -298,9 +298,16 @@ def check_same_run(optimizer: OptimizerView, header: dict[str, Any]) -> None:
                 where, their, our = _first_difference(key, their, our)
             expected = f"that of the log, {spoken(their)[:200]}"
             fail("trajectory", f"resume: {where}", expected, spoken(our)[:200])
-    trains = [[p["sha256"] is not None for p in g["params"]] for g in own_part(optimizer, header)["groups"]]
-    if trains != [[takes_part(g, p) for p in g["params"]] for g in optimizer.param_groups]:
-        fail("trajectory", "resume: params", "the log's trainable parameters", "others")
+    for recorded, group in zip(own_part(optimizer, header)["groups"], optimizer.param_groups, strict=True):
+        for i, (p, param) in enumerate(zip(recorded["params"], group["params"], strict=True)):
+            if (trained := p["sha256"] is not None) != takes_part(group, param):
+                which = f"resume: params: {p['name'] or i}"
+                if trained:
+                    expected = (
+                        "requires_grad=True, as in the log (peft: from_pretrained(..., is_trainable=True))"
+                    )
+                    fail("trajectory", which, expected, "a frozen parameter")
+                fail("trajectory", which, "a frozen parameter, as in the log", "one that is trained")
 
 
 def _first_difference(where: str, a: Any, b: Any) -> tuple[str, Any, Any]:

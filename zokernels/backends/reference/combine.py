@@ -13,19 +13,21 @@ from ..terms import Terms, by_rows
 from .noise import NOISE, uniform16
 from .rounding import round_stochastic
 
-#: Elements at a time: the float64 intermediates of a chunk stay near 100 MB.
+#: Elements that are computed at a time, so that their float64 intermediates stay near 100 MB.
 CHUNK = 1 << 20
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """fp32 fma with one rounding.
+    """a * b + c of fp32 tensors, rounded once.  PyTorch has no such function.
 
-    float64 holds a * b exactly but not a * b + c: the sum is rounded to odd (Boldo and Melquiond, 2008), from
-    which rounding to fp32 gives the correctly rounded result."""
+    float64 holds the product of two fp32 numbers exactly, but not always the sum.  To round the sum to
+    float64 and then to fp32 would be two roundings.  Therefore the sum is rounded to odd: where it is
+    inexact, the last bit is set to 1.  Rounding that to fp32 gives the correctly rounded result (Boldo and
+    Melquiond, 2008)."""
     p, c = a.double() * b.double(), c.double()
     s = p + c
     t = s - p
-    error = (p - (s - t)) + (c - t)  # TwoSum: p + c == s + error, exactly
+    error = (p - (s - t)) + (c - t)  # TwoSum (Knuth): p + c is exactly s + error
     bits = s.view(torch.int64)
     away = torch.where((error > 0) == (s > 0), 1, -1)
     inexact_even = (error != 0) & (bits & 1 == 0) & s.isfinite()
@@ -33,15 +35,16 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def sqrt(x: Tensor) -> Tensor:
-    return x.double().sqrt().float()  # fp32 torch.sqrt on CPU can be one ulp off
+    return x.double().sqrt().float()  # torch.sqrt of fp32 on the CPU can be off by one unit in the last place
 
 
 def divide(a: Tensor, b: Tensor) -> Tensor:
-    return (a.double() / b.double()).float()  # float64 has more than twice the bits: no double rounding
+    # float64 has more than twice the bits of fp32, so rounding the quotient twice is as good as once.
+    return (a.double() / b.double()).float()
 
 
 class Chunk:
-    """Elements [at, at + n) of tensor ``index`` of a call."""
+    """Elements [at, at + n) of tensor ``index`` of a call, with their noise, masks and rounding."""
 
     def __init__(self, terms: Terms, index: int, at: int, n: int) -> None:
         self.terms, self.index, self.at, self.n = terms, index, at, n
@@ -49,13 +52,15 @@ class Chunk:
         self.coeffs = terms.coeffs[index] if terms.coeffs.dim() == 2 else terms.coeffs
 
     def of(self, tensor: Tensor) -> Tensor:
+        """The elements of this chunk in ``tensor``, as a view [n]."""
         return tensor.view(-1)[self.at : self.at + self.n]
 
     def noise(self, k: int) -> Tensor:
+        """z_k, fp32 [n]."""
         return NOISE[self.terms.dist](self.terms.seeds[k], self.stream, self.start, self.n)
 
     def kept(self) -> Tensor | None:
-        """bool [n]: the elements that the masks keep; None: all."""
+        """The elements that the masks keep, bool [n]; None where all are kept."""
         kept = None
         if self.terms.masks:
             first = self.terms.offsets[self.index] >> 3
@@ -67,10 +72,12 @@ class Chunk:
         return kept
 
     def decayed(self, theta: Tensor) -> Tensor:
+        """decay * theta, fp32 [n]."""
         acc = self.of(theta).float()
-        return acc if self.terms.decay is None else self.terms.decay * acc  # 1 * acc is acc
+        return acc if self.terms.decay is None else self.terms.decay * acc
 
     def rounded(self, acc: Tensor, dtype: torch.dtype, domain: int = DOMAIN_ROUNDING) -> Tensor:
+        """``acc``, fp32 [n], in ``dtype``: to nearest, or stochastically with the bits of ``domain``."""
         if self.terms.rounding_seed is None:
             return acc.to(dtype)
         u16 = uniform16(self.terms.rounding_seed, self.stream, domain, self.start, self.n)
@@ -84,7 +91,7 @@ def chunks(params: list[Tensor], terms: Terms) -> Iterator[Chunk]:
 
 
 def accumulate(chunk: Chunk, acc: Tensor) -> Tensor:
-    """acc + sum_k c_k w_k, a chain of fmas in the order of k; where a mask drops the element, acc."""
+    """acc + sum_k c_k w_k, as a chain of fmas in the order of k.  An element that a mask drops stays acc."""
     terms, total = chunk.terms, acc
     root = sqrt(chunk.of(terms.curvature[chunk.index]).float()) if terms.curvature else None
     for k in range(terms.seeds.numel()):
@@ -100,6 +107,7 @@ def combine_by(
     terms: Terms,
     rounded: Callable[[Chunk, Tensor, torch.dtype], Tensor],
 ) -> None:
+    """combine with a rounding of the caller's, for tensors that lie in one piece."""
     for chunk in chunks(params, terms):
         theta = params[chunk.index]
         acc = accumulate(chunk, chunk.decayed(theta))

@@ -1,6 +1,7 @@
 """update: theta and the state of a rule from G = sum_k c_k z_k, in pure PyTorch.
 
-Formulas: ``functional.update_``.
+The docstring of :func:`zokernels.update_` has the formulas.  A rule gets theta, decay * theta, its states and
+its hyper-parameters, all fp32 [n], and gives the new theta and states before they are rounded.
 """
 
 from __future__ import annotations
