@@ -47,12 +47,11 @@ needs_library = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="session")
-def library_on_host(tmp_path_factory):
+def library_on_host():
     """csrc/cuda, compiled for the host as torch.ops.zokernels_cuda_on_host, which runs one thread after
     the other.
     """
-    folder = tmp_path_factory.mktemp("cuda_on_host")
-    return ctypes.CDLL(str(cuda_on_host.build(folder, "-O1", "-Wall", "-Wextra", "-Werror")))
+    return ctypes.CDLL(str(cuda_on_host.build()))
 
 
 @pytest.fixture
