@@ -70,7 +70,9 @@ class Visit:
         self._held = True
         since = slot.updates
         perturbed = step.of if step else {}
-        self._batches = cache.history.batches(block, since, perturbed, self.everything)
+        self._batches = cache.history.batches(block, since, perturbed, self.everything, slot.measured)
+        if any(one.measures for a in self._batches for one in a.passes[-1:]):
+            slot.measured = cache.history.tries
         if any(a.passes for a in self._batches):
             cache.mover.settle(slot)
         self._fixed = [i for i, e in enumerate(block.entries) if id(e.param) not in perturbed]
