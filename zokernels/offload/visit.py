@@ -66,6 +66,7 @@ class Visit:
         self.cache, self.block, self.slot, self.step = cache, block, slot, step
         self.sides, self._left = list(sides), len(sides)
         self._replaced: list[tuple[nn.Module, str, Tensor]] = []  # parameters, by dual numbers
+        self._same: dict[int, Tensor] = {}  # by number of the entry
         self._params = self._values()
         self._held = True
         since = slot.updates
@@ -193,16 +194,21 @@ class Visit:
             else:
                 views = list(self.cache.scratch(self.block, 0))
             for i in self._fixed:
-                if self._params[i].data_ptr() % _ALIGNED == 0 and not self.block.entries[i].is_widened:
-                    views[i] = self._params[i]
-                else:
-                    views[i].copy_(self._params[i])
+                views[i] = self._as_it_is(i)
             if self.step is not None and self.step.tangents:
                 self._dual(views)
             else:
                 for e, view in zip(self.block.entries, views, strict=True):
                     e.param.data = view
         self._begin = self.cache.timeline.now()
+
+    def _as_it_is(self, i: int) -> Tensor:
+        """What all sides compute with of a parameter that none perturbs."""
+        if i not in self._same:
+            self._same[i] = self._params[i]
+            if self._params[i].data_ptr() % _ALIGNED or self.block.entries[i].is_widened:
+                self._same[i] = self.cache.scratch(self.block, 0)[i].copy_(self._params[i])
+        return self._same[i]
 
     def _dual(self, views: list[Tensor]) -> None:
         """Lets modules have dual numbers in the place of their parameters, with ``views`` as tangents."""
