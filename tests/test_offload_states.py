@@ -470,3 +470,19 @@ def test_storage_that_is_only_read_begins_with_loaded_states(wire, rng, tmp_path
         assert not same_state(again.state_dict(), weights)
         found = made.state_dict()["state"]
         assert all(torch.equal(found[i][key], t) for i, kept in states.items() for key, t in kept.items())
+
+
+@pytest.mark.parametrize("slots", [1, 2, 8])
+def test_a_mask_is_measured_once_a_step(slots, rng, monkeypatch):
+    """It comes back with its block, so the update does not measure it again."""
+    from zokernels.step.directions.masks import MagnitudeMask
+
+    model, real, counted = small(rng), MagnitudeMask.keep, []
+    monkeypatch.setattr(MagnitudeMask, "keep", lambda *args: (counted.append(1), real(*args))[1])
+    run("Sparse-MeZO", copy.deepcopy(model), 5)
+    whole = len(counted)
+    with offload.stream(model, "layers", slots=slots):
+        run("Sparse-MeZO", model, 5)
+        inside = len(counted) - whole
+    # The first step's measurements are not stored, because no update comes with them.
+    assert inside <= whole + (len(list(model.layers.parameters())) if slots < 3 else 0)

@@ -137,6 +137,8 @@ class Block:
         self.weights = 0  #: of weights alone, in whole pages: where states begin
         self.scratch = 0  #: bytes of one perturbed copy
         self.stored = 0  #: updates the stored bytes contain now
+        #: The try of a step (:attr:`History.tries`) whose measurement the stored states contain; -1: none.
+        self.measured = -1
         self.scheduled = 0  #: updates the stored bytes will contain once queued writes finish
 
     def __repr__(self) -> str:

@@ -144,10 +144,12 @@ class Encoder(Threaded):
         return found
 
     def put(self, block: Block, views: dict[int, Tensor]) -> None:
-        """Keeps what :meth:`master` gave, and what was changed since."""
-        kept = self.source.views(block)
-        for e, part in block.parts(self._rank, self._group.count) if self._group is not None else ():
-            kept[id(e.param)].copy_(views[id(e.param)].view(-1)[part])
+        """Keeps in host memory what :meth:`master` gave, and what was changed since."""
+        assert isinstance(self.source, HostMemory)  # a run has its states in its folder
+        if self._group is not None:
+            kept = self.source.views(block)
+            for e, part in block.parts(self._rank, self._group.count):
+                kept[id(e.param)].copy_(views[id(e.param)].view(-1)[part])
 
     def _begin(
         self, block: Block, version: int, write: bool, then: Callable[[dict[int, Tensor]], Any]

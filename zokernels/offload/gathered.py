@@ -104,7 +104,8 @@ class Group:
 
 
 def _size(e: Entry, part: slice) -> int:
-    return (part.stop - part.start) * e.dtype.itemsize
+    count: int = part.stop - part.start
+    return count * e.dtype.itemsize
 
 
 def _cut(data: Tensor, parts: Sequence[tuple[Entry, slice]]) -> list[Tensor]:

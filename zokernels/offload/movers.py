@@ -58,6 +58,7 @@ class Slot:
         self.index, self.data = index, data
         self.block: Block | None = None
         self.updates = 0  #: the number of updates that its bytes hold
+        self.measured = -1  #: as :attr:`Block.measured`, of its bytes
         self.users = 0  #: sides that compute with it
         self._views: dict[int, dict[int, Tensor]] = {}  # by block
 
@@ -127,7 +128,7 @@ class Mover:
     def copy_out(self, block: Block, slot: Slot) -> None:
         """:meth:`copy_in` and a store of the same bytes, one after the other, for measurements."""
         self.copy_in(block, slot)
-        slot.updates = block.stored
+        slot.updates, slot.measured = block.stored, block.measured
         self.store(block, slot)
         self.drain()
 
@@ -318,7 +319,7 @@ class Threaded(Mover):
     def _submit(self, work: str, function: Callable[..., Any], *args: Any) -> Future[Any]:
         return self._threads[work].submit(function, *args)
 
-    def _store(self, block: Block, data: Tensor, updates: int) -> None:
+    def _store(self, block: Block, data: Tensor, updates: int, measured: int = -1) -> None:
         """Writes a block.
 
         If that fails, its old bytes are still there: it is due again, and lacks nothing.
@@ -328,7 +329,7 @@ class Threaded(Mover):
         except BaseException:
             block.scheduled = block.stored
             raise
-        block.stored = updates
+        block.stored, block.measured = updates, measured
         block.scheduled = max(block.scheduled, updates)
 
     def _raise_earlier(self, block: Block) -> None:
@@ -397,12 +398,12 @@ class ByThreads(Threaded):
 
     def store(self, block: Block, slot: Slot) -> None:
         self._raise_earlier(block)
-        future = self._submit("write", self._write, block, slot.data, slot.updates)
+        future = self._submit("write", self._write, block, slot.data, slot.updates, slot.measured)
         self._leaving[slot.index] = self._writing[block.index] = future
 
-    def _write(self, block: Block, data: Tensor, updates: int) -> None:
+    def _write(self, block: Block, data: Tensor, updates: int, measured: int) -> None:
         with self.timeline.span("copy-out", block):
-            self._store(block, data, updates)
+            self._store(block, data, updates, measured)
 
     def drain(self) -> None:
         # whoever waits for a block hears why it did not come
@@ -457,7 +458,7 @@ class ByStreams(Mover):
         self._copy("copy-out", block, slot, self._out)
         self._event(self._left, slot.index, self._out)
         self._event(self._written, block.index, self._out)
-        block.stored = slot.updates
+        block.stored, block.measured = slot.updates, slot.measured
 
     def released(self, slot: Slot) -> None:
         self._event(self._free, slot.index, torch.cuda.current_stream(self._device))
@@ -538,13 +539,15 @@ class Staged(Threaded):
             buffer[: block.nbytes].copy_(slot.data[: block.nbytes], non_blocking=True)
         event = self._left[slot.index] = torch.cuda.Event()
         event.record(self._out)
-        future = self._submit("write", self._write, block, buffer, slot.updates, event)
+        future = self._submit("write", self._write, block, buffer, slot.updates, slot.measured, event)
         self._writing[block.index] = self._emptied[slot.index] = future
 
-    def _write(self, block: Block, buffer: Tensor, updates: int, event: torch.cuda.Event) -> None:
+    def _write(
+        self, block: Block, buffer: Tensor, updates: int, measured: int, event: torch.cuda.Event
+    ) -> None:
         event.synchronize()
         with self.timeline.span("write", block):
-            self._store(block, buffer, updates)
+            self._store(block, buffer, updates, measured)
 
     def released(self, slot: Slot) -> None:
         event = self._free[slot.index] = torch.cuda.Event()

@@ -66,11 +66,14 @@ class Visit:
         self.cache, self.block, self.slot, self.step = cache, block, slot, step
         self.sides, self._left = list(sides), len(sides)
         self._replaced: list[tuple[nn.Module, str, Tensor]] = []  # parameters, by dual numbers
+        self._same: dict[int, Tensor] = {}  # by number of the entry
         self._params = self._values()
         self._held = True
         since = slot.updates
         perturbed = step.of if step else {}
-        self._batches = cache.history.batches(block, since, perturbed, self.everything)
+        self._batches = cache.history.batches(block, since, perturbed, self.everything, slot.measured)
+        if any(one.measures for a in self._batches for one in a.passes[-1:]):
+            slot.measured = cache.history.tries
         if any(a.passes for a in self._batches):
             cache.mover.settle(slot)
         self._fixed = [i for i, e in enumerate(block.entries) if id(e.param) not in perturbed]
@@ -191,16 +194,21 @@ class Visit:
             else:
                 views = list(self.cache.scratch(self.block, 0))
             for i in self._fixed:
-                if self._params[i].data_ptr() % _ALIGNED == 0 and not self.block.entries[i].is_widened:
-                    views[i] = self._params[i]
-                else:
-                    views[i].copy_(self._params[i])
+                views[i] = self._as_it_is(i)
             if self.step is not None and self.step.tangents:
                 self._dual(views)
             else:
                 for e, view in zip(self.block.entries, views, strict=True):
                     e.param.data = view
         self._begin = self.cache.timeline.now()
+
+    def _as_it_is(self, i: int) -> Tensor:
+        """What all sides compute with of a parameter that none perturbs."""
+        if i not in self._same:
+            self._same[i] = self._params[i]
+            if self._params[i].data_ptr() % _ALIGNED or self.block.entries[i].is_widened:
+                self._same[i] = self.cache.scratch(self.block, 0)[i].copy_(self._params[i])
+        return self._same[i]
 
     def _dual(self, views: list[Tensor]) -> None:
         """Lets modules have dual numbers in the place of their parameters, with ``views`` as tangents."""
