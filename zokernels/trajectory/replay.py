@@ -26,7 +26,8 @@ from ..step.subset import Subset
 from ..step.two_pass import ThreePass, TwoPass
 from ..step.types import Bucket, Estimate, Seeds
 from .format import Log, Record, read
-from .settings import check_base, is_sgd, match, optimizer_of
+from .rebuilding import is_sgd, match, optimizer_of
+from .settings import check_base
 
 #: Of fp32.
 _LARGEST = torch.finfo(torch.float32).max
