@@ -17,15 +17,9 @@ from .version import __version__
 
 #: What changes how the package, its build or torch behaves.
 _VARIABLES = (
-    *(
-        "ZOKERNELS_BACKEND",
-        "ZOKERNELS_CPU_ISA",
-        "ZOKERNELS_CUDA",
-        "TORCH_CUDA_ARCH_LIST",
-        "CUDA_VISIBLE_DEVICES",
-    ),
-    *("TRITON_INTERPRET", "OMP_NUM_THREADS"),
-)
+    "ZOKERNELS_BACKEND", "ZOKERNELS_CPU_ISA", "ZOKERNELS_CUDA", "TORCH_CUDA_ARCH_LIST",
+    "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET", "OMP_NUM_THREADS",
+)  # fmt: skip
 _PACKAGES = ("triton", "numpy", "safetensors", "transformers", "peft", "accelerate")
 
 

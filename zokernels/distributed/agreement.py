@@ -123,12 +123,8 @@ class Agreement:
                 fail(op, f"param_groups[{i}]", "named parameters where stages have their own", "unnamed ones")
         for label, stream in (item for of_rank in streams for item in of_rank.items()):
             if owner.setdefault(stream, label) != label:
-                fail(
-                    op,
-                    "streams",
-                    "one stream for each parameter",
-                    f"{stream} for both {owner[stream]} and {label}",
-                )
+                expected = "one stream for each parameter"
+                fail(op, "streams", expected, f"{stream} for both {owner[stream]} and {label}")
 
     def foreign(self, optimizer: OptimizerView, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The groups that take part only on other stages of a pipeline, where ``groups`` do here."""

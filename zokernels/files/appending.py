@@ -133,13 +133,8 @@ class AppendedFile:
             while at < self.end:
                 data = os.pread(self.fd, min(_PIECE, self.end - at), at)
                 if not data:
-                    fail(
-                        self.op,
-                        self.path,
-                        f"{self.end} bytes",
-                        f"{at}: another process has cut it",
-                        RuntimeError,
-                    )
+                    expected = f"{self.end} bytes"
+                    fail(self.op, self.path, expected, f"{at}: another process has cut it", RuntimeError)
                 state.update(data)
                 at += len(data)
             self._hashed = state, at

@@ -259,12 +259,7 @@ def _check_tensor(name: str, tensor: Tensor | None, numel: int) -> None:
     if tensor is None:
         fail("Weights", name, "a tensor of the engine", "none")
     if tensor.dtype not in DTYPES:
-        fail(
-            "Weights",
-            name,
-            "weights of fp32, bf16 or fp16 (quantised layers have none)",
-            tensor.dtype,
-            TypeError,
-        )
+        expected = "weights of fp32, bf16 or fp16 (quantised layers have none)"
+        fail("Weights", name, expected, tensor.dtype, TypeError)
     if not tensor.is_contiguous() or tensor.numel() < numel:
         fail("Weights", name, f"a contiguous tensor of at least {numel} elements", tuple(tensor.shape))

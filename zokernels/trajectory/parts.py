@@ -135,12 +135,8 @@ def rebuild(argument: str, described: dict[str, Any] | None, given: object) -> A
     own = "masks" in arguments or arguments.get("sizes") is not None
     if own or arguments.get("layers", LAYERS) != LAYERS:
         # Masks and sizes are not in the log, and a regular expression from elsewhere could run for ever.
-        fail(
-            "replay_",
-            argument,
-            f"{argument}=... as in the run (the log has not all of it)",
-            str(described)[:200],
-        )
+        expected = f"{argument}=... as in the run (the log has not all of it)"
+        fail("replay_", argument, expected, str(described)[:200])
     values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in arguments.items()}
     if "state_dtype" in values:
         values["state_dtype"] = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(

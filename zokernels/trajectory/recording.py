@@ -132,12 +132,8 @@ def _log_to_resume(
     if log.broken and not log.cut_off and not recover:
         read(recorder.path)  # raises
     if optimizer.state or optimizer.step_count:
-        fail(
-            "trajectory",
-            "optimizer",
-            "a fresh one, which takes the recorded steps",
-            f"step {optimizer.step_count}",
-        )
+        expected = "a fresh one, which takes the recorded steps"
+        fail("trajectory", "optimizer", expected, f"step {optimizer.step_count}")
     return log
 
 
@@ -147,21 +143,13 @@ def _check_mark(log: Log, mark: dict[str, Any] | None, step: int) -> None:
     """
     where = f"{log.path}: rewind"
     if mark is None:
-        fail(
-            "trajectory",
-            where,
-            "a state_dict of an optimizer with this log",
-            "one of an optimizer without a log",
-        )
+        expected = "a state_dict of an optimizer with this log"
+        fail("trajectory", where, expected, "one of an optimizer without a log")
     if mark["step"] != step:
         fail("trajectory", where, f"a state_dict of step {mark['step']}, as its log's", f"step {step}")
     if sha256_of(log.path, [log.end])[log.end] != mark["sha256"]:
-        fail(
-            "trajectory",
-            where,
-            f"the log with which the checkpoint was written, up to step {step}",
-            "another run's",
-        )
+        expected = f"the log with which the checkpoint was written, up to step {step}"
+        fail("trajectory", where, expected, "another run's")
 
 
 def _resume(optimizer: StepOptimizer, recorder: Follower, log: Log, rewind: bool) -> None:

@@ -88,12 +88,8 @@ def check_records(optimizer: StepOptimizer, records: Iterable[Record]) -> None:
     for record in records:
         where = f"step {record.step}"
         if len(record.losses) != losses:
-            fail(
-                "replay_",
-                f"{where}: losses",
-                f"{losses}, as rule and estimator have them",
-                len(record.losses),
-            )
+            expected = f"{losses}, as rule and estimator have them"
+            fail("replay_", f"{where}: losses", expected, len(record.losses))
         for group, lr, g in zip(optimizer.param_groups, record.rates, record.gradients, strict=True):
             if not isinstance(group["lr"], Tensor) and not (math.isfinite(lr) and lr >= 0):
                 fail("replay_", f"{where}: lr", "a finite number >= 0", lr)

@@ -10,7 +10,7 @@ from ..registry import implements
 from ..terms import Terms
 from .launch import masked
 from .noise import add_rademacher
-from .rows import each_row_tile, masked_rows, pieces
+from .rows import NUMBERS, each_row_tile, masked_rows, pieces
 from .table import pointer, row_of
 from .tile import (
     THREADS,
@@ -153,21 +153,7 @@ def combine_table_kernel(
     _program(span, numel, terms, out, theta, curvature, ALIGNED)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "offset",
-        "stream",
-        "width",
-        "length",
-        "blocks",
-        "magic",
-        "shift",
-        "rows",
-        "num_k",
-        "mask_keep",
-    ],
-    do_not_specialize_on_alignment=["coeffs"],
-)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=["coeffs"])
 def combine_rows_kernel(
     out, theta, mask, curvature, offset: tl.int64, stream: tl.int64, width: tl.int64, length: tl.int64,
     blocks: tl.int64, magic: tl.int64, shift: tl.int32, rows: tl.int64,

@@ -52,22 +52,9 @@ def _fields(seed, index, n, stream, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _program(
-    out,
-    theta,
-    left,
-    right,
-    m,
-    n,
-    rank,
-    offset,
-    stream,
-    pid,
-    coeffs,
-    num_k,
-    decay,
-    rounding_seed,
+    out, theta, left, right, m, n, rank, offset, stream, pid, coeffs, num_k, decay, rounding_seed,
     ALIGNED: tl.constexpr,
-):
+):  # fmt: skip
     offset, stream = int64(offset), int64(stream)
     if ALIGNED:
         n = n // 8 * 8  # this is n itself, but the compiler now knows that it is a multiple of 8
@@ -125,13 +112,8 @@ def low_rank_table_kernel(
 ):  # fmt: skip
     """low_rank of the matrices in a table, in one launch."""
     row, pid = row_of(table, owner, WIDTH)
-    m, n, rank, offset, stream = (
-        tl.load(row + 2),
-        tl.load(row + 3),
-        tl.load(row + 4),
-        tl.load(row + 5),
-        tl.load(row + 6),
-    )
+    m, n, rank = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
+    offset, stream = tl.load(row + 5), tl.load(row + 6)
     out, theta = pointer(row, 7, DTYPES[0]), pointer(row, 8, DTYPES[1])
     left, right = pointer(row, 9, DTYPES[2]), pointer(row, 10, DTYPES[3])
     coeffs = coeffs_of(coeffs, row, num_k, EACH)

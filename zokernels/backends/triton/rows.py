@@ -28,6 +28,12 @@ ROW_BLOCKS = PROGRAM // 8
 _ROW_BLOCKS = tl.constexpr(ROW_BLOCKS)
 
 
+#: The arguments of kernels over rows that are numbers, of whose values no kernel is compiled apart.
+NUMBERS = [
+    "offset", "stream", "width", "length", "blocks", "magic", "shift", "rows", "num_k", "mask_keep",
+]  # fmt: skip
+
+
 class Divisor(NamedTuple):
     """A division by the number of blocks of a row: n // count is umulhi(2 n, magic) >> shift, all uint32.
 

@@ -15,7 +15,7 @@ from ..terms import Terms
 from .arithmetic import fma, negated
 from .launch import masked
 from .rounding import round_nearest
-from .rows import each_row_tile, masked_rows, pieces
+from .rows import NUMBERS, each_row_tile, masked_rows, pieces
 from .table import pointer, row_of
 from .tile import (
     accumulate,
@@ -186,21 +186,7 @@ def update_table_kernel(
     _program(span, numel, terms, theta, first, second, hyper, RULE, VALUES, ALIGNED)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "offset",
-        "stream",
-        "width",
-        "length",
-        "blocks",
-        "magic",
-        "shift",
-        "rows",
-        "num_k",
-        "mask_keep",
-    ],
-    do_not_specialize_on_alignment=["coeffs"],
-)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=["coeffs"])
 def update_rows_kernel(
     theta, first, second, mask, offset: tl.int64, stream: tl.int64, width: tl.int64, length: tl.int64,
     blocks: tl.int64, magic: tl.int64, shift: tl.int32, rows: tl.int64,
