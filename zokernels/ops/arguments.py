@@ -218,7 +218,7 @@ def out_of_place(pair: Pair[P]) -> Callable[[Callable[..., None]], Callable[Conc
 
 def _take(call: Callable[..., None], named: Callable[..., None], pair: Callable[..., None]) -> Any:
     """``call`` as an operation with the name and docstring of ``named``, and the arguments of both."""
-    operation: Any = user_operation(functools.update_wrapper(call, named))
+    operation: Any = user_operation(functools.wraps(named)(call))
     del operation.__wrapped__  # inspect.signature would show the arguments of ``named`` alone
     own = [p for p in inspect.signature(named).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     found = inspect.signature(pair)
