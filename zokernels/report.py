@@ -103,7 +103,7 @@ def facts() -> dict[str, Any]:
 
 
 def text(found: dict[str, Any]) -> str:
-    """:func:`facts` as aligned lines."""
+    """What :func:`facts` has found, as aligned lines for people."""
     host = found["host"]
     rows = [
         ("zokernels", f"{found['zokernels']}, contract {found['contract']}, in {found['folder']}"),

@@ -182,7 +182,7 @@ def _differ(optimizer: OptimizerView, what: str, first: int, ours: object, rank:
 
 
 def _held(optimizer: OptimizerView) -> list[tuple[str, int, Any]]:
-    """For each parameter its label, its stream, and which elements this rank holds."""
+    """The label and the stream of each parameter, and which of its elements this rank holds."""
     held: list[tuple[str, int, Any]] = []
     for group in optimizer.param_groups:
         for i, (p, stream) in enumerate(zip(group["params"], group["streams"], strict=True)):

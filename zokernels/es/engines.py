@@ -68,7 +68,7 @@ class Here:
 
 
 class _Actor:
-    """An engine in a process of Ray's."""
+    """An engine in a process that Ray has made."""
 
     def __init__(self, make: Callable[[int], Engine], i: int) -> None:
         self._engine = make(i)

@@ -27,7 +27,7 @@ from ..trajectory.settings import check_base, check_same_run, whole_header
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What one log has one of.
+    """The settings of a run, which its log holds and which cannot change within it.
 
     Args:
         estimator: members and coefficients: ``Population(directions, shaping, mirrored, maximize=True)``.

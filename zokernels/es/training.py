@@ -26,7 +26,7 @@ def member(
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What :func:`train` tells of a generation."""
+    """What :func:`train` yields for each generation."""
 
     step: int
     rewards: tuple[float, ...]  #: the mean reward of each member; nothing of one that was replayed

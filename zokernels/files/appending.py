@@ -159,7 +159,7 @@ class AppendedFile:
         self._synced, self.unsure = end, False
 
     def close(self) -> None:
-        """Closes the file, which ends the lock."""
+        """Closes the file; other processes can lock it from then on."""
         if (fd := self.fd) >= 0:
             self.fd = -1
             os.close(fd)

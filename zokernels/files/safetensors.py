@@ -36,7 +36,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Entry(NamedTuple):
-    """A tensor of a file."""
+    """Where a tensor is in a file, and what it is."""
 
     dtype: str
     shape: tuple[int, ...]

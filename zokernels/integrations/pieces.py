@@ -16,7 +16,7 @@ from ..files.safetensors import DTYPES as DTYPES_BY_NAME
 from ..files.safetensors import Checkpoint
 
 _COPY = torch.ops.aten.copy_.default
-#: What may be done to a parameter besides copying: padding is filled.
+#: What may be done to a parameter besides copying to it: padding is filled with a number.
 _FILLS = (torch.ops.aten.fill_.Scalar, torch.ops.aten.fill_.Tensor, torch.ops.aten.zero_.default)
 
 
@@ -148,7 +148,7 @@ def trace(
 
 
 def _check_apart(pieces: list[Piece]) -> None:
-    """Raises where two pieces share memory."""
+    """Raises ValueError where two pieces of a model share memory."""
     ordered = sorted(pieces, key=lambda p: (p.parameter, p.begin))
     for a, b in itertools.pairwise(ordered):
         if a.parameter == b.parameter and b.begin < a.begin + a.numel:

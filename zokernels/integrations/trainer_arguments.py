@@ -121,7 +121,10 @@ class TrainerArguments(Behind):
                 fail(self._op, name, f"a pair {form}", got, TypeError)
 
     def _check_optimizer(self) -> None:
-        """Of the arguments; what ``create_optimizer`` of a subclass makes is looked at when it is made."""
+        """Checks the optimizer that the arguments name.
+
+        One that a subclass makes in ``create_optimizer`` is checked when it is made.
+        """
         ours = self.zo_optimizer
         if ours is not None and not isinstance(ours, ZerothOrder):
             expected = "an optimizer of zokernels.optim (transformers.Trainer takes one of torch)"

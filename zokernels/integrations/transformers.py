@@ -48,7 +48,8 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, _OL
         f"{transformers.__version__}"
     )
 
-#: What reaches ``accelerator.backward``, of each forward: streamed forwards (offload) take turns in threads.
+#: The losses that reach ``accelerator.backward`` in a forward.  Each thread has its own list, because
+#: streamed forwards (offload) take turns in threads.
 _LOSSES: ContextVar[list[Tensor] | None] = ContextVar("losses", default=None)
 
 #: The Trainer's own learning rate, where nobody has asked for one.
@@ -248,7 +249,7 @@ class ZOTrainerMixin(TrainerArguments):
         return sum(wide[1:], 0.0 + wide[0])
 
     def _collect(self, loss: Tensor, **options: Any) -> None:
-        """In the place of ``accelerator.backward``."""
+        """What runs in the place of ``accelerator.backward``: it keeps the loss for the closure."""
         if (losses := _LOSSES.get()) is None:
             fail(self._op, "accelerator.backward", "a call from training_step", "another", RuntimeError)
         losses.append(loss)
@@ -309,7 +310,10 @@ class ZOTrainerMixin(TrainerArguments):
         return None  # and so it is not logged
 
     def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
-        """Of the forwards; the Trainer's estimate is that of a forward and a backward of twice its cost."""
+        """The operations of the forwards of a step.
+
+        The Trainer's own estimate is for a forward and a backward, which costs twice as much as the forward.
+        """
         return super().floating_point_ops(inputs) * self._forwards() // 3
 
     def _forwards(self) -> int:
@@ -414,7 +418,6 @@ class ZOTrainerMixin(TrainerArguments):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and not os.path.isfile(os.path.join(checkpoint, "optimizer.pt")):
             expected = f"optimizer.pt in {checkpoint}: it has the seed and the step of the run"
-            expected = expected
             got = "none (save_only_model, or a part of a checkpoint)"
             fail(self._op, "resume_from_checkpoint", expected, got)
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -434,9 +437,12 @@ class ZOTrainerMixin(TrainerArguments):
         super().log(logs, *args, **kwargs)
 
     def _step_metrics(self, optimizer: ZerothOrder) -> dict[str, float]:
-        """Of the last step: g (of several directions the root of their mean square) and the first one's
-        losses; steps a second since the last log, without evaluations and checkpoints; skipped steps of the
-        run."""
+        """What is logged of the last step.
+
+        That is g (for several directions the root of their mean square), the losses of the first direction,
+        the steps in a second since the last log, without evaluations and checkpoints, and the run's skipped
+        steps.
+        """
         g = optimizer.last_projected_gradient
         assert g is not None  # a step was taken
         metrics = {"projected_gradient": float(g if g.dim() == 0 else g.double().square().mean().sqrt())}

@@ -74,7 +74,7 @@ def describe(part: object) -> dict[str, Any] | None:
 
 
 def _label(kind: type) -> str:
-    """The name of a class in a log.
+    """The name that a class has in a log.
 
     A caller's own class never stands for the package's class of the same name.
     """

@@ -100,8 +100,8 @@ def optimizer_of(
     except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
         fail("replay_", "log", "valid settings", str(error)[:200])
     for i, (group, made) in enumerate(zip(header["groups"], optimizer.param_groups, strict=True)):
-        if (expected := sorted(option_keys(optimizer, made))) != sorted(group["options"]):
-            expected = f"the settings {expected}"
+        if (keys := sorted(option_keys(optimizer, made))) != sorted(group["options"]):
+            expected = f"the settings {keys}"
             fail("replay_", f"log: groups[{i}]", expected, str(sorted(group["options"]))[:200])
     if given.get("direction") is None:
         check_rank(optimizer.direction, [t for ours in tensors for t in ours if t is not None])

@@ -167,7 +167,7 @@ class Recorder(Follower):
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is recorded yet."""
+        """Whether the file holds nothing yet."""
         return not self._file.end
 
     def go_on(self, log: Log, optimizer: OptimizerView) -> None:
@@ -271,7 +271,7 @@ class _Queue:
                     self.file.cut(self._place(step))
 
     def _place(self, step: int) -> int:
-        """The byte of the record of ``step``."""
+        """Where the record of ``step`` begins in the file, in bytes."""
         assert self.layout is not None  # steps come behind the header
         first, begin = self._origin
         return begin + (step - first) * self.layout.size

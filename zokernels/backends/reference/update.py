@@ -74,7 +74,8 @@ RULES: dict[str, Callable[[Chunk, Tensor, Tensor, States, States], Changed]] = {
 def update(
     params: list[Tensor], first: list[Tensor], second: list[Tensor], rule: str, hyper: Tensor, terms: Terms
 ) -> None:
-    by_rows(lambda groups, flat: _update(*groups, rule, hyper, flat), [params, first, second], terms)
+    run = lambda groups, flat: _update(groups[0], groups[1], groups[2], rule, hyper, flat)
+    by_rows(run, [params, first, second], terms)
 
 
 def _update(
