@@ -205,8 +205,9 @@ class BlackBox(nn.Module):
         return rows, 1.0
 
     def _on_sphere(self, x: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`_along` with z / |z| of each sample in the place of z; the factor, float64 [n, B], is d /
-        |z|.
+        """:meth:`_along` with z / |z| of each sample in the place of z.
+
+        The factor is d / |z|, float64 [n, B].
         """
         z = torch.empty(len(seeds), *x.shape, device=x.device, dtype=torch.float32)
         spread(
