@@ -332,12 +332,8 @@ def _check_masks(op: str, leader: str, params: Sequence[Tensor], terms: Terms) -
             fail(op, name, "dtype torch.uint8, eight elements a byte", mask.dtype, TypeError)
         _check_beside(op, name, mask, params[0].device, leader)
         if mask.numel() != size:
-            fail(
-                op,
-                name,
-                f"{size} bytes for {param.numel()} elements from index {terms.offsets[i]}",
-                mask.numel(),
-            )
+            expected = f"{size} bytes for {param.numel()} elements from index {terms.offsets[i]}"
+            fail(op, name, expected, mask.numel())
 
 
 def check_overlap(

@@ -272,7 +272,7 @@ def _plot(log: Log, path: str) -> None:
 
 def _words(value: Any) -> str:
     """A part, the settings of a group, numbers or a text, as people read them."""
-    from .trajectory.settings import spoken
+    from .trajectory.parts import spoken
 
     if isinstance(value, float):
         return f"{value:.5g}"

@@ -48,15 +48,7 @@ class Terms(NamedTuple):
     @property
     def packed(self) -> tuple[Any, ...]:
         """The fields as compiled libraries take them: None becomes an empty list (csrc/op_args.h)."""
-        noise = (
-            self.seeds,
-            self.coeffs,
-            self.streams,
-            self.offsets,
-            DISTS[self.dist],
-            self.decay,
-            self.rounding_seed,
-        )
+        noise = *self[:4], DISTS[self.dist], self.decay, self.rounding_seed
         masks = self.masks or [], self.mask_seed, self.mask_keep
         return *noise, *masks, self.curvature or [], self.widths or [], self.lengths or []
 

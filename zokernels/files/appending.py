@@ -133,13 +133,8 @@ class AppendedFile:
             while at < self.end:
                 data = os.pread(self.fd, min(_PIECE, self.end - at), at)
                 if not data:
-                    fail(
-                        self.op,
-                        self.path,
-                        f"{self.end} bytes",
-                        f"{at}: another process has cut it",
-                        RuntimeError,
-                    )
+                    expected = f"{self.end} bytes"
+                    fail(self.op, self.path, expected, f"{at}: another process has cut it", RuntimeError)
                 state.update(data)
                 at += len(data)
             self._hashed = state, at
@@ -170,7 +165,10 @@ class AppendedFile:
             self._synced, self.unsure = end, False
 
     def close(self) -> None:
-        """Closes the file, which ends the lock, when no other thread reads, writes or syncs it."""
+        """Closes the file when no other thread reads, writes or syncs it.
+
+        From then on other processes can lock it.
+        """
         with self._syncing, self._lock:
             self._close()
 

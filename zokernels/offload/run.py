@@ -23,10 +23,11 @@ from ..files.safetensors import NAMES, File
 from ..step.groups import label_of
 from ..step.roles import home_of
 from ..step.step import StepOptimizer
+from ..trajectory.digests import digest
 from ..trajectory.format import Log, scan
 from ..trajectory.recorder import Follower, Recorder
 from ..trajectory.replay import check_records, repeat_streamed, retaking
-from ..trajectory.settings import check_same_run, digest
+from ..trajectory.settings import check_same_run
 from .blocks import STATE, Block, state_named
 from .disk import Direct, Folder, checksums, header, mark_of, memory_of, version_of
 from .history import History

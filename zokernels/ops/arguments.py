@@ -1,4 +1,4 @@
-"""Arguments as users give them, plain Python numbers among them, as those of the operations."""
+"""Turns the arguments that users give, plain Python numbers among them, into those of the operations."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def mask_args(
 def row_args(
     op: str, params: list[Tensor], rows: Sequence[tuple[int, int] | None] | None
 ) -> tuple[list[int] | None, list[int] | None]:
-    """Widths and lengths; 0 where the elements lie in one piece."""
+    """The widths and lengths of ``rows``, 0 for a tensor that lies in one piece; None where all do."""
     if rows is None:
         return None, None
     if len(rows) != len(params):
@@ -205,7 +205,7 @@ def in_place(pair: Pair[P]) -> Callable[[Callable[..., None]], Callable[P, None]
 
 
 def out_of_place(pair: Pair[P]) -> Callable[[Callable[..., None]], Callable[Concatenate[Tensors, P], None]]:
-    """The same behind a first argument ``out``, which ``named`` has."""
+    """Makes the form out of place: ``named`` has a first argument ``out``, and so has the operation."""
 
     def make(named: Callable[..., None]) -> Any:
         def call(out: Tensors, *args: Any, **options: Any) -> None:
@@ -218,7 +218,7 @@ def out_of_place(pair: Pair[P]) -> Callable[[Callable[..., None]], Callable[Conc
 
 def _take(call: Callable[..., None], named: Callable[..., None], pair: Callable[..., None]) -> Any:
     """``call`` as an operation with the name and docstring of ``named``, and the arguments of both."""
-    operation: Any = user_operation(functools.update_wrapper(call, named))
+    operation: Any = user_operation(functools.wraps(named)(call))
     del operation.__wrapped__  # inspect.signature would show the arguments of ``named`` alone
     own = [p for p in inspect.signature(named).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     found = inspect.signature(pair)

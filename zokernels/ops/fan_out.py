@@ -8,24 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import select
 from ..backends.terms import Terms
-from ..checks import check_one, check_overlap, check_scalars, check_tensors, check_terms
+from ..checks import check_one, check_scalars, check_tensors, check_terms
 from .arguments import Dist, Rounding, as_list, device_values, noise_args, user_operation
-from .define import NOISE, checked, define, written
+from .define import NOISE, Call, define_writing
 from .plan import Columns, Plan, members
 
 
 def _check_fan_out_(
     params: list[Tensor], plus: list[Tensor], minus: list[Tensor], seed: Tensor, coeff: Tensor, *fields: Any
-) -> Terms:
+) -> Call:
     terms = Terms(*fields)
     if params or plus or minus:
         check_tensors("fan_out_", {"params": params, "plus": plus, "minus": minus})
     check_terms("fan_out_", "params", params, terms)
     if params:
         _check_direction(seed, coeff, terms, params[0].device)
-    return terms
+    lists = {"params": params, "plus": plus, "minus": minus}
+    return Call((*lists.values(), seed, coeff, terms), lists, {}, _changed(terms, *lists.values()))
 
 
 def _check_direction(seed: Tensor, coeff: Tensor, terms: Terms, device: torch.device) -> None:
@@ -41,19 +41,11 @@ def _changed(
     return [params if terms.seeds.numel() or terms.decay is not None else [], plus, minus]
 
 
-@define(
+_fan_out_ = define_writing(
     "fan_out_(Tensor(a!)[] params, Tensor(b!)[] plus, Tensor(c!)[] minus, Tensor seed, Tensor "
     f"coeff, {NOISE}) -> ()",
-    checked(_check_fan_out_),
+    _check_fan_out_,
 )
-def _fan_out_(
-    params: list[Tensor], plus: list[Tensor], minus: list[Tensor], seed: Tensor, coeff: Tensor, *fields: Any
-) -> None:
-    terms = _check_fan_out_(params, plus, minus, seed, coeff, *fields)
-    check_overlap("fan_out_", {"params": params, "plus": plus, "minus": minus}, {})
-    if params:
-        select(params[0].device).fan_out(params, plus, minus, seed, coeff, terms)
-        written(*_changed(terms, params, plus, minus))
 
 
 @user_operation

@@ -17,24 +17,21 @@ from ..terms import Terms
 from .combine import Chunk, accumulate, chunks, divide, fma, sqrt
 
 States = tuple[Tensor, ...]
+Changed = tuple[Tensor, States]  #: the new theta and the new states
 
 
 def _gradient(chunk: Chunk) -> Tensor:
     return accumulate(chunk, torch.zeros(chunk.n, device=chunk.coeffs.device))
 
 
-def _momentum(
-    chunk: Chunk, theta: Tensor, decayed: Tensor, states: States, hyper: States
-) -> tuple[Tensor, States]:
+def _momentum(chunk: Chunk, theta: Tensor, decayed: Tensor, states: States, hyper: States) -> Changed:
     l2, beta, gain, lr = hyper
     g = fma(l2, theta, _gradient(chunk))
     m = fma(beta, states[0], gain * g)
     return fma(-lr, m, decayed), (m,)
 
 
-def _adam(
-    chunk: Chunk, theta: Tensor, decayed: Tensor, states: States, hyper: States
-) -> tuple[Tensor, States]:
+def _adam(chunk: Chunk, theta: Tensor, decayed: Tensor, states: States, hyper: States) -> Changed:
     l2, beta1, gain1, beta2, gain2, lr, root_scale, eps = hyper
     g = fma(l2, theta, _gradient(chunk))
     m = fma(beta1, states[0], gain1 * g)
@@ -42,9 +39,7 @@ def _adam(
     return fma(-lr, divide(m, fma(sqrt(v), root_scale, eps)), decayed), (m, v)
 
 
-def _adam_window(
-    chunk: Chunk, theta: Tensor, decayed: Tensor, states: States, hyper: States
-) -> tuple[Tensor, States]:
+def _adam_window(chunk: Chunk, theta: Tensor, decayed: Tensor, states: States, hyper: States) -> Changed:
     lr, eps, *square_coeffs = hyper
     m = v = torch.zeros(chunk.n, device=chunk.coeffs.device)
     for k, square in enumerate(square_coeffs):
@@ -53,24 +48,20 @@ def _adam_window(
     return fma(-lr, divide(m, sqrt(v) + eps), decayed), ()
 
 
-def _sign(
-    chunk: Chunk, theta: Tensor, decayed: Tensor, states: States, hyper: States
-) -> tuple[Tensor, States]:
+def _sign(chunk: Chunk, theta: Tensor, decayed: Tensor, states: States, hyper: States) -> Changed:
     l2, lr = hyper
     g = fma(l2, theta, _gradient(chunk))
     return fma(-lr, (g > 0).float() - (g < 0).float(), decayed), ()
 
 
-def _hizoo(
-    chunk: Chunk, theta: Tensor, decayed: Tensor, states: States, hyper: States
-) -> tuple[Tensor, States]:
+def _hizoo(chunk: Chunk, theta: Tensor, decayed: Tensor, states: States, hyper: States) -> Changed:
     keep, gain = hyper
     z = chunk.noise(0)
     h = fma(gain, states[0] * (z * z), keep * states[0])
     return fma(chunk.coeffs[0].expand(chunk.n), divide(z, sqrt(h)), decayed), (h,)
 
 
-RULES: dict[str, Callable[[Chunk, Tensor, Tensor, States, States], tuple[Tensor, States]]] = {
+RULES: dict[str, Callable[[Chunk, Tensor, Tensor, States, States], Changed]] = {
     "momentum": _momentum,
     "adam": _adam,
     "adam_window": _adam_window,
