@@ -4,6 +4,10 @@ for bit.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
+
 import pytest
 import torch
 from conftest import use_kernel
@@ -126,6 +130,26 @@ def test_rows(kernel, rows, rng):
 
 def test_threads(kernel, rng):
     check_backend(run, random_product(rng, None, 70, (700, 2), 400), threads=(1, 3))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="protects memory as Linux does")
+@pytest.mark.parametrize("repeat", range(4))
+def test_nothing_behind_a_tensor_is_read(kernel, rng, repeat):
+    """Each ends where a page ends, and the next page cannot be read: who does ends the process."""
+    page = mmap.PAGESIZE
+
+    def at_the_end(t):
+        size = -(-t.nbytes // page) * page
+        memory = mmap.mmap(-1, size + page)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + size
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), page, 0) == 0
+        own = torch.frombuffer(memory, dtype=torch.uint8, count=size)[size - t.nbytes :]
+        return own.view(t.dtype).view(t.shape).copy_(t)
+
+    for _ in range(4):
+        args = random_product(rng)
+        guarded = {k: at_the_end(v) if isinstance(v, torch.Tensor) else v for k, v in args.items()}
+        assert_same_bits(run(**guarded)[0], run(**args)[0])
 
 
 @X_BITS

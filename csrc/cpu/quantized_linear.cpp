@@ -38,17 +38,20 @@ struct QuantizedProduct {
   uint8_t* packed_x;
   float* steps;
 
+  // Always inlined, as all that is here: the linker may take any instruction set's copy of a function that is not.
   // A group begins at a whole byte. Of a packed group that begins in half of one, the half before it is read, too.
-  int64_t begin(int64_t group) const { return packed ? group * size & ~int64_t{1} : group * size; }
-  int64_t chunks_of(int64_t group) const { return ((group + 1) * size - begin(group) + kDepth - 1) / kDepth; }
-  uint8_t* x_of(int64_t block, int64_t chunk) const {
+  ZK_HD int64_t begin(int64_t group) const { return packed ? group * size & ~int64_t{1} : group * size; }
+  ZK_HD int64_t chunks_of(int64_t group) const {
+    return ((group + 1) * size - begin(group) + kDepth - 1) / kDepth;
+  }
+  ZK_HD uint8_t* x_of(int64_t block, int64_t chunk) const {
     return packed_x + (block * chunks + chunk) * tiles * kChunkBytes;
   }
 };
 
 // Floats of scratch for a thread: a row of x and its integers; the scales of a tile, its sums, and the outputs.
-constexpr int64_t row_floats(int64_t columns) { return 2 * (columns + kOutputs); }
-constexpr int64_t tile_floats(int64_t groups) {
+ZK_HD constexpr int64_t row_floats(int64_t columns) { return 2 * (columns + kOutputs); }
+ZK_HD constexpr int64_t tile_floats(int64_t groups) {
   return kTile * groups + kOutputs + 2 * kTile * 64 + kTile * kOutputs;
 }
 
@@ -426,33 +429,24 @@ __attribute__((target("amx-tile,amx-int8"))) void amx_sums(const QuantizedProduc
   for (int64_t i = 0; i < kTile * kTile; ++i) sums[i] += more[0][i] + more[1][i] + more[2][i];
 }
 
-// The sizes of the tiles while an object of it lives; a thread's own, if it has some, are then as they were.
-class Tiles {
- public:
-  __attribute__((target("amx-tile"))) explicit Tiles(bool wanted) : wanted_(wanted) {
-    if (!wanted) return;
-    asm volatile("sttilecfg %0" : "=m"(before_));
-    struct {
-      uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    asm volatile("ldtilecfg %0" : : "m"(config));
-  }
-  __attribute__((target("amx-tile"))) ~Tiles() {
-    if (!wanted_) return;
-    if (before_[0] == 0) {
-      asm volatile("tilerelease" : :);
-    } else {
-      asm volatile("ldtilecfg %0" : : "m"(before_));
-    }
-  }
-  Tiles(const Tiles&) = delete;
+// All tiles are of 16 rows of 64 bytes. The thread may have sizes of its own, which are put back.
+__attribute__((target("amx-tile"))) void set_tiles(uint8_t before[64]) {
+  struct {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } config;
+  asm volatile("sttilecfg (%0)" : : "r"(before) : "memory");
+  asm volatile("ldtilecfg (%0)" : : "r"(&config) : "memory");
+}
 
- private:
-  bool wanted_;
-  alignas(64) uint8_t before_[64];
-};
+__attribute__((target("amx-tile"))) void put_tiles_back(const uint8_t before[64]) {
+  if (before[0] == 0) {
+    asm volatile("tilerelease" : :);
+  } else {
+    asm volatile("ldtilecfg (%0)" : : "r"(before) : "memory");
+  }
+}
 #endif
 
 ZK_HD void sums_of(const QuantizedProduct& op, const Weights& weights, int64_t first, int64_t chunks,
@@ -513,7 +507,8 @@ void multiply(const QuantizedProduct& op, int64_t begin, int64_t end, float* scr
   float *scales = scratch, *bias = scales + kTile * op.groups, *y = bias + kOutputs;
   auto* sums = reinterpret_cast<int32_t*>(y + kTile * kOutputs);
 #if defined(__AVX512BW__)
-  const Tiles tiles(op.dot == Dot::amx);
+  uint8_t before[64];
+  if (op.dot == Dot::amx) set_tiles(before);
 #endif
   auto* out = static_cast<typename Storage<L, D>::T*>(op.out);
   for (int64_t at = begin * kOutputs; at < op.outputs && at < end * kOutputs; at += kOutputs) {
@@ -530,6 +525,9 @@ void multiply(const QuantizedProduct& op, int64_t begin, int64_t end, float* scr
       }
     }
   }
+#if defined(__AVX512BW__)
+  if (op.dot == Dot::amx) put_tiles_back(before);
+#endif
 }
 
 }  // namespace
