@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from zokernels import offload
 from zokernels.optim import ZOSGD, SparseMeZO, ZOAdam
 
+#: Steps of a run, times its ranks, which share the cores.
 STEPS = 60
 #: What trains: the optimizer, and its arguments.
 METHODS = {
@@ -99,7 +100,7 @@ def attempt(
         if (child := os.fork()) == 0:
             code = 1
             try:
-                run(folder, base, STEPS, wire, method, rank, ranks, os.fspath(meet))
+                run(folder, base, STEPS // ranks, wire, method, rank, ranks, os.fspath(meet))
                 code = 0
             except BaseException:  # the child must not return into the parent's loop
                 traceback.print_exc()
@@ -146,10 +147,10 @@ def main(place: str, kills: str, seed: str, format: str, method: str, of: str) -
     )  # what is imported and loaded now, no child waits for
     once = time.monotonic() - start
     if wire is None:
-        training(model, STEPS, method)
+        training(model, STEPS // int(of), method)
         whole = model.state_dict()
     else:  # which is what test_offload_wire.py writes out
-        run(pathlib.Path(place) / "whole", base, STEPS, wire, method)
+        run(pathlib.Path(place) / "whole", base, STEPS // int(of), wire, method)
         whole = load_file(pathlib.Path(place) / "whole" / "saved")
     torch.save(whole, pathlib.Path(place) / "whole.pt")
     killed, longest, states, ranks = 0, once, set(), int(of)

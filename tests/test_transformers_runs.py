@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from case_process import TESTS, environment
 
 from zokernels.offload import empty_weights
 from zokernels.optim import ZOSGD, ZOAdamW
@@ -344,6 +347,16 @@ def test_states_are_streamed_and_loaded_again(storage, tmp_path):
     places = tmp_path / "memory" / "checkpoint-3", tmp_path / "ours" / "checkpoint-3", tmp_path / "again"
     expected, *found = (weights(transformers.OPTForCausalLM.from_pretrained(p)) for p in places)
     assert all(same(one, expected) for one in found)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_a_trainer_from_disk_ends_with_the_same_bits(rng, tmp_path):
+    command = [sys.executable, str(TESTS / "trainer_kill_worker.py"), str(tmp_path), "5"]
+    command.append(str(rng.getrandbits(40)))
+    done = subprocess.run(command, env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True,
+                          timeout=500, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.split()[-1]) >= 5
 
 
 def test_a_model_that_is_never_in_memory(tmp_path):
