@@ -373,4 +373,33 @@ inline void check_low_rank_linear(const torch::stable::Tensor& out, const torch:
   check_device(op, coeffs, out);
 }
 
+// y [N, out] = x W^T + b with x [N, in], weight int8 [out, in] or uint8 [out, (in + 1) / 2], scale [out, groups]
+// and bias [out].
+inline void check_quantized_linear(const torch::stable::Tensor& x, const torch::stable::Tensor& weight,
+                                   const torch::stable::Tensor& scale,
+                                   const std::optional<torch::stable::Tensor>& bias, int64_t x_bits) {
+  const char* op = "quantized_linear";
+  using torch::headeronly::ScalarType;
+  const auto is_float = [](const torch::stable::Tensor& t) {
+    return t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16 ||
+           t.scalar_type() == ScalarType::Half;
+  };
+  const auto is_matrix = [](const torch::stable::Tensor& t) { return t.dim() == 2 && t.is_contiguous(); };
+  STD_TORCH_CHECK(is_matrix(x) && is_matrix(weight) && is_matrix(scale) && is_float(x) && is_float(scale), op,
+                  ": x, weight, scale: expected contiguous matrices, x and scale of floats");
+  const bool packed = weight.scalar_type() == ScalarType::Byte;
+  const int64_t columns = x.size(1), groups = scale.size(1);
+  STD_TORCH_CHECK((packed || weight.scalar_type() == ScalarType::Char) && weight.size(0) == scale.size(0) &&
+                      weight.size(1) == (packed ? (columns + 1) / 2 : columns),
+                  op, ": weight: expected int8 [out, in] or uint8 [out, (in + 1) / 2]");
+  STD_TORCH_CHECK(columns == 0 || (groups > 0 && columns % groups == 0 && columns / groups < 131072), op,
+                  ": scale: expected [out, groups], groups of at most 131,071 of the columns of x");
+  STD_TORCH_CHECK(!bias || (is_float(*bias) && bias->is_contiguous() && bias->dim() == 1 &&
+                            bias->size(0) == scale.size(0)),
+                  op, ": bias: expected floats [out]");
+  STD_TORCH_CHECK(x_bits == 24 || x_bits == 8, op, ": x_bits: expected 24 or 8, got ", x_bits);
+  for (const auto* t : {&weight, &scale}) check_device(op, *t, x);
+  check_device(op, bias, x);
+}
+
 }  // namespace zk

@@ -308,6 +308,16 @@ def usages(cubin: bytes | Path) -> dict[str, Usage]:
     return found
 
 
+def ptx_of(library: Path, architecture: int) -> list[str]:
+    """The PTX for ``architecture`` in a library: a text of each of its sources, or none."""
+    tool = find_tool("cuobjdump")
+    if tool is None:
+        raise FileNotFoundError("cuobjdump: expected in Triton's package, on PATH or in /usr/local/cuda/bin")
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([tool, "-xptx", "all", library], cwd=folder, capture_output=True, check=False)
+        return [path.read_text() for path in Path(folder).glob(f"*.sm_{architecture}.ptx")]
+
+
 def select(functions: dict[str, Function], pattern: str) -> Function:
     """The one function whose name matches ``pattern`` (a regular expression)."""
     found = [f for name, f in functions.items() if re.search(pattern, name)]

@@ -17,6 +17,7 @@ from .ops.noise import noise
 from .ops.plan import Plan as Plan
 from .ops.plan import plan
 from .ops.project import project
+from .ops.quantized_linear import quantized_linear
 from .ops.requantize import requantize, requantize_
 from .ops.seeds import derive_seed
 from .ops.spread import spread
@@ -40,6 +41,7 @@ __all__ = [
     "pack_mask",
     "plan",
     "project",
+    "quantized_linear",
     "requantize",
     "requantize_",
     "spread",

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..contract import DISTS
@@ -67,45 +66,3 @@ def mask_bytes(numel: int, offset: int, width: int = 0, length: int = 0) -> int:
 def row_blocks(offset: int, width: int, length: int) -> int:
     """How many aligned blocks of eight elements a row has room for: as many as the row that touches most."""
     return width // 8 if (offset | width | length) % 8 == 0 else width + 14 >> 3
-
-
-def by_rows(
-    operation: Callable[[list[list[Tensor]], Terms], None], groups: list[list[Tensor]], terms: Terms
-) -> None:
-    """Calls ``operation(groups, terms)`` with each row as a tensor of its own, for kernels that know no rows.
-
-    ``groups``: the lists of tensors of the call, each as long as the terms' lists, or empty.
-    """
-    if not terms.widths or not any(terms.widths):
-        return operation(groups, terms._replace(widths=None, lengths=None))
-    masks, curvature = terms.masks or [], terms.curvature or []
-    of_terms: list[list[Tensor]] = [[], []]
-    found: list[list[Tensor]] = [[] for _ in groups]
-    streams, offsets, owners = [], [], []
-    leader = next(group for group in groups if group)
-    for i, tensor in enumerate(leader):
-        width = terms.widths[i] or tensor.numel()
-        rows = tensor.numel() // width if width else 0
-        for row in range(rows):
-            for group, into in (*zip(groups, found, strict=True), (curvature, of_terms[1])):
-                if group:
-                    into.append(group[i].detach().view(-1)[row * width : (row + 1) * width])
-            offset = terms.logical(i, row * width)
-            if masks:
-                count = masks[i].numel() // rows
-                of_terms[0].append(masks[i].view(-1)[row * count :][: mask_bytes(width, offset)])
-            streams.append(terms.streams[i])
-            offsets.append(offset)
-            owners.append(i)
-    coeffs = (
-        terms.coeffs[torch.tensor(owners, dtype=torch.int64, device=terms.coeffs.device)]
-        if terms.coeffs.dim() == 2
-        else terms.coeffs
-    )
-    return operation(
-        found,
-        terms._replace(
-            coeffs=coeffs.contiguous(), streams=streams, offsets=offsets, masks=of_terms[0] or None,
-            curvature=of_terms[1] or None, widths=None, lengths=None,
-        ),
-    )  # fmt: skip

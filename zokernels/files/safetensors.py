@@ -210,7 +210,7 @@ def lay_out(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> tuple[
     for name, entry in order:
         placed[name] = entry._replace(begin=at)
         at += entry.size
-    data = encode_header(placed.items(), metadata, 8)
+    data = encode_header(placed.items(), metadata, 64)  # a cache line, to which torch aligns memory
     return data, {name: entry._replace(begin=len(data) + entry.begin) for name, entry in placed.items()}
 
 

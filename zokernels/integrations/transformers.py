@@ -27,7 +27,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..checks import fail
 from ..distributed import Exchange
-from ..offload import StoredModel, stream
+from ..offload import StoredModel, rewind, stream
 from ..optim import ZOSGD, ZerothOrder
 from ..step.estimators import Estimator
 from ..step.guards import RngState
@@ -146,10 +146,6 @@ class ZOTrainerMixin(TrainerArguments):
         ours = self.zo_optimizer
         if not isinstance(ours, ZerothOrder):
             fail(self._op, "optimizer", "one of zokernels.optim", type(ours).__name__, TypeError)
-        if self.engine is not None and self.engine.has_states and not self.engine.takes_states:
-            # No checkpoint of the Trainer could be loaded.
-            expected = "storage='host' in offload, or a method without a state of each weight (window=)"
-            fail(self._op, "optimizer_cls_and_kwargs", expected, type(ours).__name__)
         if self._hooked is not ours:
             ours.register_step_pre_hook(self._before_step)
             ours.register_step_post_hook(self._after_step)
@@ -339,10 +335,24 @@ class ZOTrainerMixin(TrainerArguments):
         if self._offload is not None and self.engine is not None:
             expected = "a model that no forward has streamed yet"
             fail(self._op, "resume_from_checkpoint", expected, "one that is streamed")
-        if self._offload is not None and "weights" in self._offload:
+        if self._offload is not None and self._offload.get("path") is not None:
+            self._rewind(resume_from_checkpoint)
+            self._offload = {**self._offload, "resume": True}
+        elif self._offload is not None and "weights" in self._offload:
             self._offload = {**self._offload, "weights": resume_from_checkpoint}
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _rewind(self, checkpoint: str) -> None:
+        """Brings the folder of the run back to the step of a checkpoint; of several ranks one does."""
+        assert self._offload is not None
+        if self.args.process_index == 0:
+            state = torch.load(
+                os.path.join(checkpoint, "optimizer.pt"), map_location="cpu", weights_only=True, mmap=True
+            )
+            rewind(self._offload["path"], checkpoint, state)
+        if self.args.world_size > 1:
+            torch.distributed.barrier()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if (

@@ -683,7 +683,7 @@ class StepOptimizer(torch.optim.Optimizer):
         """
         state_dict = from_groups(self.op, state_dict)
         check_state_dict(self, state_dict)
-        self.home.check_load(self.op)
+        self.home.check_load(self.op, state_dict)
         self.passes.drop_lost()
         self.flush()
         if self._unfinished is not None:

@@ -8,6 +8,7 @@ import time
 import warnings
 import weakref
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -147,9 +148,12 @@ class Recorder(Follower):
     the step's own on a mesh, whose other ranks take the step: no step begins, and no ``state_dict`` is made,
     before they are written.  When there is room the run goes on with a log that lacks nothing."""
 
-    def __init__(self, path: str | os.PathLike[str], sync: float) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], sync: float, before_close: Callable[[], None] = lambda: None
+    ) -> None:
+        """``before_close``: waits for other threads that write what the log's lock protects."""
         super().__init__(path)
-        self._sync = sync
+        self._sync, self._before_close = sync, before_close
         self._file = AppendedFile("trajectory", self.path)
         self._queue = _Queue(self._file)
         self._synced = time.monotonic()
@@ -236,6 +240,7 @@ class Recorder(Follower):
 
         Raises OSError, and leaves the log open, where something cannot be written.
         """
+        self._before_close()
         self.flush()
         self.mark()  # for a checkpoint that is written later
         self._finish.detach()

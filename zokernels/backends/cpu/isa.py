@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-#: "auto" (the best that the processor has), "portable", "avx2", "avx512" or "neon".
+#: "auto" (the best that the processor has), "portable", "avx2", "avx512", "vnni", "amx" or "neon".  vnni and
+#: amx are avx512 with more instructions for products of integers.
 isa = os.environ.get("ZOKERNELS_CPU_ISA", "auto")
 
 

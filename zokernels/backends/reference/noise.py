@@ -87,6 +87,13 @@ def normal(seed: Tensor, stream: int, start: int, n: int) -> Tensor:
     return normal_from_words(words).flatten()[start & 7 : (start & 7) + n]
 
 
+def _signs(words: Tensor, place: Tensor, index: Tensor) -> Tensor:
+    """z in {-1, +1} of the logical indices, each of which has the Philox block ``words[place]``."""
+    byte = index % RADEMACHER_TILE >> 8
+    word = words[place, byte >> 2]
+    return 1.0 - 2.0 * ((word >> (8 * (byte & 3) + (index & 7))) & 1).float()
+
+
 def rademacher(seed: Tensor, stream: int, start: int, n: int) -> Tensor:
     """z[start : start + n] in {-1, +1}, fp32.
 
@@ -95,21 +102,47 @@ def rademacher(seed: Tensor, stream: int, start: int, n: int) -> Tensor:
     at a time, which are loaded together.
     """
     index = torch.arange(start, start + n, dtype=torch.int64, device=seed.device)
-    tile, element = index // RADEMACHER_TILE, index % RADEMACHER_TILE
     first, last = start // RADEMACHER_TILE, (start + n - 1) // RADEMACHER_TILE
     blocks = torch.arange(32 * first, 32 * (last + 1), dtype=torch.int64, device=seed.device)
     words = philox_blocks(seed, stream, DOMAIN_RADEMACHER, blocks)
-    vec = element >> 3
-    byte = vec >> 5
-    word = words[32 * (tile - first) + (vec & 31), byte >> 2]
-    return 1.0 - 2.0 * ((word >> (8 * (byte & 3) + (element & 7))) & 1).float()
+    return _signs(words, 32 * (index // RADEMACHER_TILE - first) + (index >> 3 & 31), index)
+
+
+def _fields(words: Tensor) -> Tensor:
+    """Philox words [n, 4] to their 16-bit fields [n, 8]."""
+    return torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(-2)
 
 
 def uniform16(seed: Tensor, stream: int, domain: int, start: int, n: int) -> Tensor:
     """Field [start : start + n] of a domain for masks or rounding, int64 in [0, 65536)."""
     words = philox_blocks(seed, stream, domain, _blocks(start, n, seed.device))
-    fields = torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten()
-    return fields[start & 7 : (start & 7) + n]
+    return _fields(words).flatten()[start & 7 : (start & 7) + n]
 
 
 NOISE = {"normal": normal, "rademacher": rademacher}
+
+# --- at any logical indices, int64 [n] --------------------------------------------------------------------
+
+
+def _words_at(seed: Tensor, stream: int, domain: int, block: Tensor) -> tuple[Tensor, Tensor]:
+    """Philox words of the blocks that ``block`` names, each computed once; and the place of each there."""
+    blocks, place = torch.unique(block, return_inverse=True)
+    return philox_blocks(seed, stream, domain, blocks), place
+
+
+def normal_at(seed: Tensor, stream: int, index: Tensor) -> Tensor:
+    words, place = _words_at(seed, stream, DOMAIN_NORMAL, index >> 3)
+    return normal_from_words(words)[place, index & 7]
+
+
+def rademacher_at(seed: Tensor, stream: int, index: Tensor) -> Tensor:
+    block = 32 * (index // RADEMACHER_TILE) + (index >> 3 & 31)
+    return _signs(*_words_at(seed, stream, DOMAIN_RADEMACHER, block), index)
+
+
+def uniform16_at(seed: Tensor, stream: int, domain: int, index: Tensor) -> Tensor:
+    words, place = _words_at(seed, stream, domain, index >> 3)
+    return _fields(words)[place, index & 7]
+
+
+NOISE_AT = {"normal": normal_at, "rademacher": rademacher_at}

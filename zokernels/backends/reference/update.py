@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...contract import DOMAIN_STATE
 from ..registry import implements
-from ..terms import Terms, by_rows
+from ..terms import Terms
 from .combine import Chunk, accumulate, chunks, divide, fma, sqrt
 
 States = tuple[Tensor, ...]
@@ -72,13 +72,6 @@ RULES: dict[str, Callable[[Chunk, Tensor, Tensor, States, States], Changed]] = {
 
 @implements
 def update(
-    params: list[Tensor], first: list[Tensor], second: list[Tensor], rule: str, hyper: Tensor, terms: Terms
-) -> None:
-    run = lambda groups, flat: _update(groups[0], groups[1], groups[2], rule, hyper, flat)
-    by_rows(run, [params, first, second], terms)
-
-
-def _update(
     params: list[Tensor], first: list[Tensor], second: list[Tensor], rule: str, hyper: Tensor, terms: Terms
 ) -> None:
     for chunk in chunks(params, terms):
