@@ -213,7 +213,7 @@ def _fits(args: argparse.Namespace) -> bool:
 
 
 class Cost(NamedTuple):
-    """What something takes."""
+    """The time that something takes, or a point of time."""
 
     seconds: float
     cpu: float  #: seconds of all threads of this process
@@ -231,7 +231,7 @@ def _median(costs: Iterable[Cost]) -> Cost:
 
 
 def _times(model: nn.Module, args: argparse.Namespace, form: Form) -> Iterator[Cost]:
-    """What each step takes."""
+    """The time of each step."""
     device = torch.device(args.device)
     ids = torch.randint(SHAPES[args.shape][2], (args.batch, args.length), device=device)
     optimizer = form.optimizer(model, dist=args.dist)

@@ -33,7 +33,7 @@ def test_an_argument_that_no_operation_has(name):
         (lambda p: zokernels.plan([p], stream=[1]), "plan: stream: expected 'streams', the nearest of its"),
         (lambda p: zokernels.plan([p]), "plan: params, streams: expected all of them"),
         (lambda p: zokernels.project([p], seed=1, streams=1), "project: seed: expected 'seeds', the nearest"),
-        (lambda p: stream(nn.Linear(2, 2), storge="host"), "stream: storge: expected 'storage', the nearest"),
+        (lambda p: stream(nn.Linear(2, 2), storages="host"), "stream: storages: expected 'storage', the"),
         (lambda p: stream(), "stream: model: expected all of them, and the rest by name"),
     ],
 )  # fmt: skip
@@ -146,9 +146,18 @@ def test_the_arguments_of_a_trainer(tmp_path):
         transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"),
     )
     for options, message in (
-        ({"trajectroy": "run.zk"}, "ZOTrainer: trajectroy: expected 'trajectory', the nearest of its arg"),
-        ({"train_datset": []}, "ZOTrainer: train_datset: expected 'train_dataset', the nearest of its arg"),
-        ({"offload": {"storge": "host"}}, "stream: storge: expected 'storage', the nearest of its arguments"),
+        (
+            {"trajectories": "run.zk"},
+            "ZOTrainer: trajectories: expected 'trajectory', the nearest of its arg",
+        ),
+        (
+            {"train_datasets": []},
+            "ZOTrainer: train_datasets: expected 'train_dataset', the nearest of its arg",
+        ),
+        (
+            {"offload": {"storages": "host"}},
+            "stream: storages: expected 'storage', the nearest of its arguments",
+        ),
         ({"offload": "host"}, "ZOTrainer: offload: expected a dict of arguments of zokernels.offload.stream"),
         ({"offload": {"model": model}}, "stream: model: expected all of them"),
     ):

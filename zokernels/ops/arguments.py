@@ -70,8 +70,11 @@ class OneMemory(list[Tensor]):
         self.token = object()  #: of just these tensors
 
 
-def as_list(op: str, argument: str, value: Tensors) -> list[Tensor]:
-    """``value``, a tensor or several, as a list.  An error says how to get the tensors of something else."""
+def as_list(op: str, argument: str, value: Tensors, check_all: bool = False) -> list[Tensor]:
+    """``value``, a tensor or several, as a list.  An error says how to get the tensors of something else.
+
+    ``check_all``: look at every element, which takes 10 us for 388 tensors, and not at the first one alone.
+    """
     if isinstance(value, OneMemory):
         return value
     if isinstance(value, Tensor):
@@ -85,18 +88,16 @@ def as_list(op: str, argument: str, value: Tensors) -> list[Tensor]:
         way = next((f"; of such an x: {way}" for kind, way in ways.items() if isinstance(value, kind)), "")
         fail(op, argument, f"a tensor or a list of tensors{way}", type(value).__name__, TypeError)
     tensors = list(value)
-    # This takes a few microseconds for hundreds of tensors, which are of one or two classes.
-    if not torch.compiler.is_compiling() and not all(
-        issubclass(kind, Tensor) for kind in set(map(type, tensors))
-    ):
-        i, wrong = next((i, t) for i, t in enumerate(tensors) if not isinstance(t, Tensor))
-        expected = "a tensor"
-        if isinstance(wrong, tuple):
-            expected += " (parameters() gives tensors, named_parameters() pairs)"
-        elif hasattr(wrong, "params"):
-            expected += " (a plan is given alone, in the place of the list)"
-        fail(op, f"{argument}[{i}]", expected, type(wrong).__name__, TypeError)
-    return tensors
+    kinds = set(map(type, tensors if check_all else tensors[:1]))  # one or two, of any number of tensors
+    if torch.compiler.is_compiling() or all(issubclass(kind, Tensor) for kind in kinds):
+        return tensors
+    i, wrong = next((i, t) for i, t in enumerate(tensors) if not isinstance(t, Tensor))
+    expected = "a tensor"
+    if isinstance(wrong, tuple):
+        expected += " (parameters() gives tensors, named_parameters() pairs)"
+    elif hasattr(wrong, "params"):
+        expected += " (a plan is given alone, in the place of the list)"
+    fail(op, f"{argument}[{i}]", expected, type(wrong).__name__, TypeError)
 
 
 def places(

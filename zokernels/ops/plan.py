@@ -132,7 +132,7 @@ class Plan:
         offsets: int | Sequence[int] | None = None,
         rows: Rows = None,
     ) -> None:
-        self.params = as_list("plan", "params", params)
+        self.params = as_list("plan", "params", params, check_all=True)
         self.streams, self.offsets = map(list, places("plan", streams, offsets, len(self.params)))
         self.rows = rows
         self._outcomes: list[_Outcome] = []
@@ -223,7 +223,7 @@ def members(
                 op, "streams, offsets, rows", "None with a plan, which has its own", (streams, offsets, rows)
             )
         return params, params.params, params.streams, params.offsets, params.rows
-    tensors = as_list(op, "params", params)
+    tensors = as_list(op, "params", params, check_all=True)
     if streams is None:
         fail(
             op,
