@@ -6,7 +6,6 @@ Nothing is imported, loaded or probed before an operation, or the report, needs 
 
 from __future__ import annotations
 
-import functools
 import importlib
 import os
 import pkgutil
@@ -94,14 +93,18 @@ _BACKEND = os.environ.encodekey("ZOKERNELS_BACKEND")
 _forced: ContextVar[str | None] = ContextVar("zokernels_backend", default=None)
 
 
-@functools.cache
+#: What has been loaded, and what cannot be, by name.
+LOADED: dict[str, Backend | BackendUnavailable] = {}
+
+
 def _load(name: str) -> Backend | BackendUnavailable:
+    """Called for a name that is not in ``LOADED`` yet."""
     module = importlib.import_module(f".{name}", __package__)
     try:
-        backend: Backend = module.load()
+        LOADED[name] = module.load()
     except BackendUnavailable as error:
-        return error
-    return backend
+        LOADED[name] = error
+    return LOADED[name]
 
 
 def _unknown(name: str, where: str) -> NoReturn:
@@ -115,7 +118,7 @@ def get(name: str) -> Backend:
     """
     if name not in NAMES:
         _unknown(name, "backend")
-    loaded = _load(name)
+    loaded = LOADED.get(name) or _load(name)
     if isinstance(loaded, BackendUnavailable):
         raise loaded
     return loaded
@@ -157,7 +160,7 @@ def select(device: torch.device | str) -> Backend:
         return chosen
     kind = device.type
     for name in PREFERENCE.get(kind, ("reference",)):
-        loaded = _load(name)
+        loaded = LOADED.get(name) or _load(name)
         if isinstance(loaded, Backend) and kind in loaded.devices and device not in loaded.refused:
             return loaded
     raise BackendUnavailable(f"no backend for device type {kind!r}: expected cpu or cuda")
