@@ -24,6 +24,7 @@ from case_process import CaseProcess
 import zokernels
 from zokernels import offload
 from zokernels.backends.registry import backend, forced
+from zokernels.contract import derive_seed_int, seed_to_int64
 from zokernels.optim import ZOSGD
 from zokernels.step.guards import uninterrupted
 from zokernels.step.types import Bucket
@@ -404,6 +405,44 @@ def test_all_signals_are_held_back_and_all_handlers_run():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_signals_that_an_exception_has_kept_from_being_given_back(monkeypatch):
+    """An exception of another thread just when a step ends: handlers are the user's again all the same."""
+    run, leave, raised = make("exact"), uninterrupted.__exit__, []
+    run.take(1)
+
+    def interrupted(block, *exception):
+        if not raised and not block._pending and run.optimizer.step_count == 2:
+            raised.append(1)
+            raise Preempted
+        return leave(block, *exception)
+
+    before = signal.signal(signal.SIGUSR1, _raise)
+    try:
+        monkeypatch.setattr(uninterrupted, "__exit__", interrupted)
+        with pytest.raises(Preempted):
+            run.take(2)
+        assert raised
+        assert signal.getsignal(signal.SIGUSR1) is _raise
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_handlers_and_seeds_by_the_host_module():
+    """What the host module finds is what Python finds without it."""
+    host = pytest.importorskip("zokernels._host")
+    before = signal.signal(signal.SIGUSR1, _raise)
+    try:
+        numbers = tuple(sorted(map(int, signal.valid_signals())))
+        found = host.handled(signal.getsignal, numbers)
+        assert (signal.SIGUSR1, _raise) in found
+        assert found == [(n, h) for n in numbers if callable(h := signal.getsignal(n))]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    for seed, step in ((0, 0), (3, 7), (2**64 - 1, 2**40)):
+        expected = [seed_to_int64(derive_seed_int(seed, step, k)) for k in range(5)]
+        assert host.derive_seeds(seed, step, 5) == expected
 
 
 @pytest.mark.parametrize("moment", ["a block comes", "a side runs"])

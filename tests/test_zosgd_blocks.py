@@ -20,7 +20,7 @@ from zosgd_cases import combined
 import zokernels as zk
 from zokernels.optim import ZOSGD
 from zokernels.step.probes.functions import HiddenParameters
-from zokernels.step.probes.guard import Guard, _held
+from zokernels.step.probes.guard import Guard, held
 from zokernels.step.scratch import arena_numel
 
 EPS, STEPS = 0.01, 5
@@ -73,7 +73,7 @@ def check_steps(model, loss, oracle=None, *, steps=STEPS, lr=1e-3, exact=True, b
 
 def check_nothing_is_left(model, memory):
     """Parameters have their own class and memory, and modules nothing that they did not have."""
-    assert not _held
+    assert not held
     for p, own in zip(model.parameters(), memory, strict=True):
         assert type(p) is nn.Parameter
         assert p.data_ptr() == own.data_ptr()

@@ -227,14 +227,40 @@ def test_an_exact_step_takes_tables():
 
 
 @needs_reader
-def test_buckets_are_fresh_objects():
-    """What a step notes in its buckets (where the weights are) is gone in the next one."""
-    ps = params()
-    opt = zo.ZOSGD(groups(ps), lr=0.1, restore="inplace")
-    first, second = opt.plan(), opt.plan()
-    assert not {id(b) for b in first} & {id(b) for b in second}
-    assert [b.plan for b in first] == [b.plan for b in second]
+def test_buckets_are_kept_and_begin_anew():
+    """The same objects while nothing changes; what a step notes in them (where the weights are) is gone."""
+    opt = zo.ZOSGD(groups(params()), lr=0.1, restore="inplace")
+    first = opt.plan()
     assert all(b.plan is not None for b in first)
+    first[0].at, first[1].ahead = {0: 1.0}, (torch.zeros(1), torch.zeros(1))
+    assert opt.plan() is first
+    assert all(b.at == {} and b.ahead is None for b in first)
+    opt.param_groups[1]["eps"] = 0.5
+    second = opt.plan()
+    assert [b.eps for b in second] == [1e-3, 0.5]
+    assert not {id(b) for b in first} & {id(b) for b in second}
+
+
+@pytest.mark.parametrize("value", [True, "1.0", float("nan")])
+def test_a_value_that_replaces_an_equal_one_is_checked(value):
+    """Of groups that were found right only the very same objects are not looked at again."""
+    ps = params()
+    opt = zo.ZOSGD(ps, lr=0.1, eps=1.0)
+    for _ in range(2):
+        opt.step(closure_of(opt))
+    opt.param_groups[0]["eps"] = value
+    with pytest.raises((TypeError, ValueError), match="eps: expected a finite number > 0"):
+        opt.step(closure_of(opt))
+
+
+def test_a_value_that_changes_by_itself_is_checked():
+    """Such as a list, which is the same object afterwards."""
+    opt = zo.ZOAdamW(params(), lr=0.1, betas=[0.9, 0.999])
+    for _ in range(2):
+        opt.step(closure_of(opt))
+    opt.param_groups[0]["betas"][0] = 2.0
+    with pytest.raises(ValueError, match=r"betas\[0\]"):
+        opt.step(closure_of(opt))
 
 
 @pytest.mark.parametrize("restore", ["exact", "inplace"])

@@ -63,6 +63,33 @@ class Fingerprints {
     return py::bytes(reinterpret_cast<const char*>(found.data()), found.size() * sizeof(int64_t));
   }
 
+  // Whether what a planned call brings besides its tensors is ordinary: vectors on the device of `first`, one
+  // coefficient for each seed, and one value in each of the others, which may be None. What is not is
+  // somebody else's to judge.
+  bool are_values(const py::handle& first, const py::handle& seeds, const py::handle& coeffs,
+                  const py::handle& decay, const py::handle& rounding_seed,
+                  const py::handle& mask_seed) const {
+    constexpr DLDataType kInt64{0, 64, 1}, kFloat32{2, 32, 1};
+    DLTensor t;
+    if (!is_plain(reinterpret_cast<const PyObject*>(Py_TYPE(first.ptr()))) || !look(first.ptr(), &t))
+      return false;
+    const DLDevice device = t.device;
+    const auto count = [&](const py::handle& value, const DLDataType& dtype) -> int64_t {
+      if (!is_plain(reinterpret_cast<const PyObject*>(Py_TYPE(value.ptr()))) || !look(value.ptr(), &t))
+        return -1;
+      const bool ordinary = t.ndim == 1 && std::memcmp(&t.dtype, &dtype, sizeof(dtype)) == 0 &&
+                            std::memcmp(&t.device, &device, sizeof(device)) == 0 &&
+                            (t.strides[0] == 1 || t.shape[0] < 2);
+      return ordinary ? t.shape[0] : -1;
+    };
+    const auto is_one = [&](const py::handle& value, const DLDataType& dtype) {
+      return value.is_none() || count(value, dtype) == 1;
+    };
+    const int64_t directions = count(seeds, kInt64);
+    return directions >= 0 && count(coeffs, kFloat32) == directions && is_one(decay, kFloat32) &&
+           is_one(rounding_seed, kInt64) && is_one(mask_seed, kInt64);
+  }
+
   // Whether the fingerprint of these lists would be `kept`.
   bool matches(const py::bytes& kept, const py::tuple& groups, bool objects) const {
     const char* at = PyBytes_AS_STRING(kept.ptr());
@@ -81,6 +108,12 @@ class Fingerprints {
     for (const PyObject* plain : plain_) {
       if (type == plain) return true;
     }
+    return false;
+  }
+
+  bool look(PyObject* object, DLTensor* found) const {
+    if (read_(object, found) == 0) return true;
+    PyErr_Clear();
     return false;
   }
 
@@ -108,10 +141,7 @@ class Fingerprints {
   bool read_one(PyObject* object, bool objects, const Take& take) const {
     if (!is_plain(reinterpret_cast<PyObject*>(Py_TYPE(object)))) return false;
     DLTensor t;
-    if (read_(object, &t) != 0) {
-      PyErr_Clear();
-      return false;
-    }
+    if (!look(object, &t)) return false;
     int64_t dtype = 0, device = 0;
     std::memcpy(&dtype, &t.dtype, sizeof(t.dtype));
     std::memcpy(&device, &t.device, sizeof(t.device));

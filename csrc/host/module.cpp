@@ -74,6 +74,26 @@ std::vector<std::string> instruction_sets() {
   return found;
 }
 
+// derive_seed(run_seed, step, k) for k = 0 .. count - 1, as the int64 of the same bits.
+std::vector<int64_t> derive_seeds(uint64_t run_seed, uint64_t step, uint32_t count) {
+  std::vector<int64_t> seeds;
+  for (uint32_t k = 0; k < count; ++k)
+    seeds.push_back(static_cast<int64_t>(zk::derive_seed(run_seed, step, k)));
+  return seeds;
+}
+
+// Of the signals of these numbers those with a handler in Python, each with it; getsignal: signal's.
+py::list handled(const py::object& getsignal, const py::tuple& numbers) {
+  py::list found;
+  for (const py::handle number : numbers) {
+    const auto handler = py::reinterpret_steal<py::object>(PyObject_CallOneArg(getsignal.ptr(),
+                                                                               number.ptr()));
+    if (!handler) throw py::error_already_set();
+    if (PyCallable_Check(handler.ptr())) found.append(py::make_tuple(number, handler));
+  }
+  return found;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
@@ -84,11 +104,16 @@ PYBIND11_MODULE(_host, m) {
   m.def("philox", &philox_block, py::arg("counter"), py::arg("seed"), "One Philox4x32-10 block.");
   m.def("normal_bits", &normal_bits, py::arg("words"), "The eight normals of a block, as fp32 bits.");
   m.def("derive_seed", &zk::derive_seed, py::arg("run_seed"), py::arg("step"), py::arg("k"));
+  m.def("handled", &handled, py::arg("getsignal"), py::arg("numbers"),
+        "The signals that have a handler in Python, each with it.");
+  m.def("derive_seeds", &derive_seeds, py::arg("run_seed"), py::arg("step"), py::arg("count"),
+        "The seeds of a step, as int64.");
   m.def("to_half", [](float x) { return zk::cpu::Portable::to_half(x); },
         "fp16 bits of a fp32, to nearest even.");
   py::class_<zk::host::Fingerprints>(m, "Fingerprints",
                                      "What of lists of tensors operations depend on, as bytes.")
       .def(py::init<py::capsule, py::tuple>(), py::arg("capsule"), py::arg("types"))
+      .def("are_values", &zk::host::Fingerprints::are_values)
       .def("of", &zk::host::Fingerprints::of, py::arg("groups"), py::arg("objects"))
       .def("matches", &zk::host::Fingerprints::matches, py::arg("kept"), py::arg("groups"),
            py::arg("objects"));

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 #: The entry of a call that has begun and has not come to its end.
@@ -18,20 +17,26 @@ PART = object()
 
 
 class _Journal(threading.local):
-    #: The results of the calls of this thread, inside of :func:`noted`; None outside of it.
+    """Who asks puts a list into :attr:`calls`, and afterwards what was there before.
+
+    The list gets an entry for each call of a kernel that this thread has finished.  A call of a kernel in
+    Python is there from its beginning, as :data:`PART`.
+    """
+
+    #: The results of the calls of this thread, while somebody asks for them; else None.
     calls: list[Any] | None = None
 
 
-_journal = _Journal()
+journal = _Journal()
 
 
 def call(operation: Any, args: Sequence[Any]) -> Any:
-    """``operation(*args)``, a compiled operation of torch; inside of :func:`noted` its result is an entry.
+    """``operation(*args)``, a compiled operation of torch.  Where the list is asked for, it gets the result.
 
     An exception can strike between any two lines of Python, and so between a call and the line that records
     it.  ``extend`` of a ``map`` makes both inside of the interpreter's C code, where none can."""
-    if (calls := _journal.calls) is None:
-        return operation(*args)
+    if (calls := journal.calls) is None:
+        return operation._op(*args)
     calls.extend(map(operation._op, *zip(args)))
     return calls[-1]
 
@@ -44,7 +49,7 @@ def in_python(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(kernel)
     def noting(*args: Any) -> Any:
-        if (calls := _journal.calls) is None:
+        if (calls := journal.calls) is None:
             return kernel(*args)
         at = len(calls)
         calls.append(PART)
@@ -52,18 +57,3 @@ def in_python(kernel: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return noting
-
-
-@contextmanager
-def noted() -> Iterator[list[Any]]:
-    """A list that gets an entry, in order, for each kernel that this thread runs inside of the block.
-
-    A compiled kernel gets its entry when it has run.  A kernel in Python has one from its beginning, which is
-    :data:`PART` until it has run.
-    """
-    outer = _journal.calls
-    _journal.calls = calls = [] if outer is None else outer
-    try:
-        yield calls
-    finally:
-        _journal.calls = outer

@@ -46,24 +46,61 @@ def _call(
     rows: Sequence[tuple[int, int] | None] | None = None,
 ) -> None:
     plan, tensors, streams, offsets, rows = members(op, params, streams, offsets, rows)
-    operation, lists = (_combine_, (tensors,)) if out is None else (_combine, (out, tensors))
     args = (
         *noise_args(op, tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed),
         *mask_args(op, tensors, masks, mask_seed, density),
         None if curvature is None else as_list(op, "curvature", curvature),
         *row_args(op, tensors, rows),
     )
-    if plan is None:
-        operation(*lists, *args)
-        if rows is None:
-            warn_of_one_noise(op, tensors, args[2], args[3], 4 if out is None else 5)
+    if plan is not None:
+        _run(plan, out, Terms(*args))
         return
-    terms = Terms(*args)
+    if out is None:
+        _combine_(tensors, *args)
+    else:
+        _combine(out, tensors, *args)
+    if rows is None:
+        warn_of_one_noise(op, tensors, args[2], args[3], 4 if out is None else 5)
+
+
+def _run(plan: Plan, out: list[Tensor] | None, terms: Terms) -> None:
+    params = plan.params
+    op, operation, lists = (
+        ("combine_", _combine_, (params,)) if out is None else ("combine", _combine, (out, params))
+    )
     plan.run(
-        op, operation, (*lists, *args), "combine",
-        Columns(tensors, out, masks=terms.masks, curvature=terms.curvature), terms,
-        direct=lambda kernel: kernel(lists[0], tensors, terms), changed=[lists[0]],
+        op, operation, (*lists, *terms), "combine",
+        Columns(params, out, masks=terms.masks, curvature=terms.curvature), terms,
+        direct=lambda kernel: kernel(lists[0], params, terms), changed=lists[:1],
     )  # fmt: skip
+
+
+#: The fields of Terms that follow the rounding's seed, where there is no mask, curvature or row.
+_NO_MORE = tuple(Terms._field_defaults.values())
+
+
+def combine_planned(
+    plan: Plan,
+    out: list[Tensor] | None,
+    seeds: Tensor,
+    coeffs: Tensor,
+    dist: Dist,
+    decay: Tensor | None = None,
+    rounding: Rounding = "nearest",
+    rounding_seed: Tensor | None = None,
+) -> None:
+    """:func:`combine_` (``out`` None) or :func:`combine` of a plan without rows, for callers in the package:
+    its arguments are tensors already.
+    """
+    seed = None if rounding == "nearest" else rounding_seed
+    # as Terms(...) makes it, without a function of Python
+    fields = (seeds, coeffs, plan.streams, plan.offsets, dist, decay, seed, *_NO_MORE)
+    terms: Terms = tuple.__new__(Terms, fields)
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            _run(plan, out, terms)
+    else:
+        _run(plan, out, terms)
 
 
 @in_place(_call)

@@ -153,7 +153,7 @@ def define_pair(kernel: str, schema: str, check: Check) -> tuple[Callable[..., N
 def written(*tensors: Sequence[Tensor]) -> None:
     """Tells autograd that an operation has changed the tensors of these groups."""
     for group in tensors:
-        torch.autograd.graph.increment_version(group.memory if isinstance(group, OneMemory) else group)
+        torch._C._increment_version(group.memory if isinstance(group, OneMemory) else group)
 
 
 def read_by(terms: Terms) -> dict[str, Sequence[Tensor]]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import itertools
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import NoneType
 from typing import Any, Literal, get_args
 
 import torch
@@ -307,16 +310,32 @@ class Planner:
         self._prints: bytes | None = None
         self._facts: tuple[Any, ...] = ()
         self._kept: list[tuple[int, Bucket]] = []
+        self._buckets: list[Bucket] = []  #: of the last step
+        #: The groups of the last step, their keys and their values, where none of these can change by itself.
+        self._marks: list[Any] = []
         self._streams: dict[int, int] = {}  #: by id of a parameter
 
-    def plan(self, op: str, groups: list[Group], home: Home) -> list[Bucket]:
-        """``home``: where the parameters were when the optimizer was made, or its last group added."""
-        params = tuple(group["params"] for group in groups)
+    def plan(
+        self, op: str, groups: list[Group], home: Home, check: Callable[[str, Group], object]
+    ) -> list[Bucket]:
+        """The buckets of a step: the same list as long as it may be.
+
+        ``home``: where the parameters were when the optimizer was made, or its last group added.  ``check``:
+        of what else a group has.
+        """
+        params = tuple([group["params"] for group in groups])
+        values = [*itertools.chain.from_iterable(map(dict.values, groups))]
+        marks = [*groups, *itertools.chain.from_iterable(groups), *values]
+        same = len(marks) == len(self._marks) and all(map(operator.is_, marks, self._marks))
         if (
             self._prints is not None
             and matches(self._prints, params, objects=True)
             and self._facts == _facts(groups)
         ):
+            if same:
+                for bucket in self._buckets:
+                    bucket.at, bucket.ahead = {}, None
+                return self._buckets
             for group in groups:
                 check_hyperparameters(op, group)
         else:
@@ -327,7 +346,13 @@ class Planner:
             self._prints = None
             self._kept = _numbered(op, groups)
             self._keep(groups, fingerprint(params, objects=True))
-        return [bucket.of(groups[at]) for at, bucket in self._kept]
+        for group in groups:
+            check(op, group)
+        self._buckets = [bucket.of(groups[at]) for at, bucket in self._kept]
+        lists = sum([len(_LISTS.keys() & group.keys()) for group in groups])  # those that _facts compares
+        plain = sum(map(_PLAIN.__contains__, map(type, values))) + lists == len(values)
+        self._marks = marks if plain else []
+        return self._buckets
 
     def _check_moved(self, op: str, groups: list[Group]) -> None:
         """Raises where a parameter has the place of another one, whose stream and name it would have."""
@@ -344,7 +369,7 @@ class Planner:
         if prints is None:
             return
         *facts, lists = _facts(groups)
-        copied = [[None if one is None else list(one) for one in of_group] for of_group in lists]
+        copied = [tuple([list(one) if isinstance(one, list) else one for one in each]) for each in lists]
         self._prints, self._facts = prints, (*facts, copied)
         # no other object takes the place of one
         self._alive = [p for group in groups for p in group["params"]]
@@ -359,6 +384,11 @@ def _facts(groups: list[Group]) -> tuple[Any, ...]:
     """What buckets depend on besides the tensors; streams and names are not copied, which would read each
     of them.
     """
-    trained = [[p.requires_grad for p in group["params"]] for group in groups]
-    integers = ["bits" in group for group in groups]
-    return last_move(), trained, integers, [[group["streams"], group.get("param_names")] for group in groups]
+    lists = [(len(g["params"]), "bits" in g, g["streams"], g.get("param_names")) for g in groups]
+    params = itertools.chain.from_iterable([group["params"] for group in groups])
+    return last_move(), [*map(_requires_grad, params)], lists
+
+
+_requires_grad: Callable[[Tensor], bool] = operator.attrgetter("requires_grad")
+#: Types of hyper-parameters that do not change by themselves.
+_PLAIN = frozenset((float, int, bool, str, NoneType))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
-import itertools
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ _C: Any = torch._C  # whose annotations lack some functions
 
 def is_capturing(devices: Iterable[torch.device]) -> bool:
     """Whether a CUDA graph is being captured.  Where no parameter is on a GPU, CUDA is not even asked."""
+    if devices == [CPU]:
+        return False
     return any([d != CPU and d.type == "cuda" for d in devices]) and torch.cuda.is_current_stream_capturing()
 
 
@@ -85,8 +88,9 @@ class RngState:
 
     def __init__(self, devices: Iterable[torch.device], generators: Iterable[torch.Generator] = ()) -> None:
         self.cpu = torch.default_generator.get_state()
-        self._others = [(g, g.get_state()) for g in generators]
-        self._cuda = [(d, torch.cuda.get_rng_state(d)) for d in devices if d != CPU and d.type == "cuda"]
+        self._others = [(g, g.get_state()) for g in generators] if generators else []
+        there = [] if devices == [CPU] else devices
+        self._cuda = [(d, torch.cuda.get_rng_state(d)) for d in there if d.type == "cuda"] if there else []
 
     def restore(self) -> None:
         torch.default_generator.set_state(self.cpu)
@@ -102,6 +106,18 @@ class RngState:
         return NOTHING
 
 
+@functools.cache
+def _handled() -> Callable[[Callable[[int], Any], tuple[int, ...]], list[tuple[int, Any]]]:
+    """The function of (signal.getsignal, numbers) that finds the signals with a handler in Python, each
+    with it; compiled, where the host module is built.
+    """
+    try:
+        compiled: Any = importlib.import_module(".._host", __package__).handled
+    except ImportError:
+        return lambda handler, numbers: [(n, h) for n in numbers if callable(h := handler(n))]
+    return compiled  # type: ignore[no-any-return]
+
+
 class uninterrupted:
     """Holds back every signal that has a handler in Python, until the block ends.
 
@@ -109,28 +125,31 @@ class uninterrupted:
     raises, can fall between a weight write and its record.  Only the main thread runs handlers; in any other
     this does nothing, nor does it inside another such block, which holds them all."""
 
+    _held: list[tuple[int, Any]] = []  # noqa: RUF012  before the block begins; each has its own
+    _pending: list[int] = []  # noqa: RUF012
+
     def __enter__(self) -> uninterrupted:
-        self._held: list[tuple[int, Any]] = []
-        self._pending: list[int] = []
-        handlers = map(_signal.getsignal, _NUMBERS)
-        found = ((number, handler) for number, handler in zip(_NUMBERS, handlers) if handler)  # noqa: B905
-        first = next((one for one in found if callable(one[1])), None)
-        if first is None or getattr(first[1], "__func__", None) is uninterrupted._hold:
+        self._held, self._pending = [], []
+        self._thread = get_ident()
+        found = _handled()(_signal.getsignal, _NUMBERS)
+        if not found or getattr(found[0][1], "__func__", None) is uninterrupted._hold:
             return self
-        if threading.current_thread() is threading.main_thread():
-            try:
-                for number, handler in itertools.chain((first,), found):
-                    if callable(handler):
-                        self._held.append((number, handler))
-                        _signal.signal(number, self._hold)
-            except BaseException:  # of a handler that was not yet held back
-                self.__exit__()
-                raise
+        try:
+            for one in found:
+                self._held.append(one)
+                self._held[-1] = one[0], _signal.signal(one[0], self._hold)  # the one that was there now
+        except BaseException as error:  # of a handler that was not yet held back
+            if threading.current_thread() is not threading.main_thread():
+                self._held.clear()
+                if isinstance(error, ValueError):  # the main thread alone may set handlers
+                    return self
+            self.__exit__()
+            raise
         return self
 
     def call(self, function: Callable[[], Any]) -> Any:
-        """The result of ``function``, while which signals are not held back."""
-        if threading.current_thread() is not threading.main_thread():
+        """The result of ``function``, while which signals are not held back, in the thread of the block."""
+        if get_ident() != self._thread:
             return function()
         try:
             self.__exit__()

@@ -67,11 +67,11 @@ def as_loss(op: str, value: object, device: torch.device, capturing: bool = Fals
         got = f"a tensor on {value.device}" if isinstance(value, Tensor) else repr(value)
         fail(op, "closure", "a loss on the GPU where a CUDA graph is captured", got)
     if isinstance(value, Tensor):
-        if is_sharded(value):
+        if type(value) is not Tensor and is_sharded(value):
             value = value.full_tensor()
         if value.layout is not torch.strided:
             fail(op, "closure", "a dense tensor with a value", f"one in the layout {value.layout}")
-        if not has_values(value):
+        if not (value.is_cpu or has_values(value)):
             fail(op, "closure", "a dense tensor with a value", "one on meta, which has none")
         if value.numel() != 1 or value.is_complex():
             each = value.dim() == 1 and not value.is_complex()  # as the closure of a population has it

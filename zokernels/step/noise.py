@@ -7,12 +7,13 @@ There are four calls: perturb, move, update and step.  All of them take their z 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
 from ..functional import Dist, Plan, combine, combine_, update_
 from ..functional import Rule as KernelRule
+from ..ops.combine import combine_planned
 from ..transfer import to_device
 from .shard import locals_of, placed
 
@@ -60,8 +61,13 @@ class Noise:
     same_scale = True
     #: (low, high) where the weights are integers, which every pass rounds and clamps to that range.
     bounds: tuple[int, int] | None = None
+    #: Whether :meth:`kernel_args` are the seeds, the coefficients and the distribution alone.
+    is_plain: ClassVar[bool] = True
     #: Whether the noise of matrices is a product of factors, which :meth:`stacked` gives.
     has_factors = False
+
+    def __init_subclass__(cls) -> None:
+        cls.is_plain = cls.kernel_args is Noise.kernel_args
 
     def is_dense(self, param: Tensor) -> bool:
         """Whether the noise of ``param`` is dense."""
@@ -100,27 +106,28 @@ class Noise:
 
         ``options``: theta, the weights that are read (by default the parameters; or a plan of them), and
         decay (by default 1)."""
-        read = options.pop("theta", None)
-        theta: Plan | Tensors
-        places: dict[str, Any] = {}
-        if isinstance(read, Plan):
-            theta = read
+        theta = options.pop("theta", None)
+        plan = members.plan if theta is None else theta
+        if not isinstance(plan, Plan):
+            theta, places = members.target if theta is None else (locals_of(theta), members.places)
+            combine(locals_of(out), theta, **self.kernel_args(members, seeds, coeffs), **places, **options)
+        elif self.is_plain:
+            combine_planned(plan, out, seeds, coeffs, members.dist, **options)  # type: ignore[arg-type]
         else:
-            theta, places = members.target if read is None else (locals_of(read), members.places)
-        if not isinstance(theta, Plan):  # a plan has no shards
-            out = locals_of(out)
-        combine(out, theta, **self.kernel_args(members, seeds, coeffs), **places, **options)
+            combine(out, plan, **self.kernel_args(members, seeds, coeffs), **options)
 
     def move(self, members: Members, seeds: Tensor, coeffs: Tensor) -> None:
         """In place, theta = round(theta + sum_k c_k z_k), rounded to nearest."""
-        theta, places = members.target
-        combine_(theta, **self.kernel_args(members, seeds, coeffs), **places)
+        Noise.update(self, members, seeds, coeffs)
 
     def update(self, members: Members, seeds: Tensor, coeffs: Tensor, **rounding: Any) -> None:
         """In place and in one pass, theta = round(decay * theta + sum_k c_k z_k).
 
         ``rounding``: the arguments decay, rounding and rounding_seed of :func:`zokernels.combine_`.
         """
+        if members.plan is not None and self.is_plain:
+            combine_planned(members.plan, None, seeds, coeffs, members.dist, **rounding)
+            return
         theta, places = members.target
         combine_(theta, **self.kernel_args(members, seeds, coeffs), **places, **rounding)
 

@@ -48,7 +48,7 @@ class Team:
 
     def begin(self, optimizer: OptimizerView, buckets: Sequence[Bucket]) -> None:
         """Called before the forwards of a step."""
-        if any(b.is_sharded for b in buckets):
+        if any([b.is_sharded for b in buckets]):
             fail(optimizer.op, "mesh", "a mesh with all ranks that share the weights", None)
 
     def changed(self) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..transfer import known_on_host, to_device
+from ..transfer import to_device
 from .types import Group
 
 
@@ -61,7 +61,7 @@ def gate(groups: list[Group], gradients: list[Tensor], *, reads: bool) -> tuple[
 
     Each lr * g must be finite in fp32, too.  The second result is bool, 0-dim; :data:`YES` or :data:`NO`
     where the losses are on the CPU and ``reads`` allows to look at them."""
-    if reads and all(map(known_on_host, gradients)):
+    if reads and all([g.is_cpu for g in gradients]):
         finite = YES if all(map(_all_finite, groups, gradients)) else NO
     else:
         steps = [descent(group, g) for group, g in zip(groups, gradients, strict=True)]

@@ -83,6 +83,12 @@ class Arena:
     def nbytes(self) -> int:
         return self._storage.nbytes()
 
+    def serves(self, numel: int, dtype: torch.dtype, device: torch.device, stream: int | None) -> bool:
+        """Whether tensors of so many elements find room here."""
+        data = self.data
+        alike = data.dtype is dtype and data.device == device and self.stream == stream
+        return alike and data.numel() >= numel
+
     def views(self, key: Hashable, tensors: Sequence[Tensor]) -> Views:
         """Uninitialised tensors like ``tensors``, which share the arena's dtype and device.
 
@@ -138,6 +144,10 @@ class ScratchPool:
                 # it is never among the taken, and does not come back
                 return Arena(numel, dtype, device, None)
             stream = torch.cuda.current_stream(device).cuda_stream
+        if last is not None and last in self._free and last.serves(numel, dtype, device, stream):
+            self._free.remove(last)
+            self._taken.add(last)
+            return last
         alike = [
             a for a in self._free if a.data.dtype is dtype and a.data.device == device and a.stream == stream
         ]
@@ -147,7 +157,7 @@ class ScratchPool:
             del alike  # too small: freed before a larger one is allocated
             arena = Arena(numel, dtype, device, stream)
         else:
-            arena = last if last in fit else min(fit, key=lambda a: a.data.numel())
+            arena = min(fit, key=lambda a: a.data.numel())
             self._free = [a for a in self._free if a is not arena]
         self._taken.add(arena)
         return arena

@@ -6,6 +6,7 @@ import functools
 import importlib
 import operator
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,18 +22,20 @@ _MASK64 = 2**64 - 1
 
 
 @functools.cache
-def _derive() -> Callable[[int, int, int], int]:
-    """:func:`derive_seed_int`; compiled, where the host module is built."""
+def _derive() -> Callable[[int, int, int], list[int]]:
+    """The function of (seed & _MASK64, step, count) that lists ``derive_seed(seed, step, k)`` as int64, for k
+    = 0 .. count - 1; compiled, where the host module is built.
+    """
     try:
-        compiled: Callable[[int, int, int], int] = importlib.import_module(".._host", __package__).derive_seed
+        compiled: Any = importlib.import_module(".._host", __package__).derive_seeds
     except ImportError:
-        return derive_seed_int
-    return lambda seed, step, k: compiled(seed & _MASK64, step, k)
+        return lambda seed, step, count: [seed_to_int64(derive_seed_int(seed, step, k)) for k in range(count)]
+    return compiled  # type: ignore[no-any-return]
 
 
 def _seeds_on(device: torch.device, values: list[int]) -> Tensor:
     """int64 [q].  On a GPU by fills: a list would be copied from pageable memory, and waited for."""
-    if len(values) > 1 and device == CPU:
+    if device == CPU:
         return torch.tensor(values, dtype=torch.int64, device=device)
     fills = [torch.full((1,), v, dtype=torch.int64, device=device) for v in values]
     return torch.cat(fills) if len(fills) > 1 else fills[0]
@@ -65,8 +68,7 @@ class HostState(_State):
 
     def seeds(self, devices: Iterable[torch.device], count: int, ahead: int = 0) -> Seeds:
         """derive_seed(seed, step + ahead, k) for k = 0 .. count - 1, as an int64 tensor on each device."""
-        derive, step = _derive(), self.step + ahead
-        values = [seed_to_int64(derive(self.seed, step, k)) for k in range(count)]
+        values = _derive()(self.seed & _MASK64, self.step + ahead, count)
         return {d: _seeds_on(d, values) for d in devices}
 
     def new_skips(self) -> int:

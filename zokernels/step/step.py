@@ -163,6 +163,7 @@ class StepOptimizer(torch.optim.Optimizer):
         self.generators: Sequence[torch.Generator] = ()
         self.learned = Learned()
         self._reader: CohortReader | None = None
+        self._points: tuple[Any, Any, list[list[Point]]] = (None, None, [])  # of the last buckets
         self.watch = Watch(self.op, self.warned)
 
     def _check_products(self, capturable: bool) -> None:
@@ -356,11 +357,13 @@ class StepOptimizer(torch.optim.Optimizer):
         if self._stepper:
             got = "one inside the closure of another step of this optimizer, or in another thread"
             fail(self.op, "step", "one step at a time", got, RuntimeError)
+        grad = torch.is_grad_enabled()
         try:
-            with torch.no_grad():
-                loss = self._run_alone(closure, reader, consume or self._finish)
+            torch._C._set_grad_enabled(False)
+            loss = self._run_alone(closure, reader, consume or self._finish)
         finally:
             self._stepper = 0  # again: what raises there may have kept the first one from being reached
+            torch._C._set_grad_enabled(grad)
         if not self.run_state.capturable and known_on_host(self.run_state.skipped):
             self._warn_skipped()
         return loss
@@ -368,17 +371,21 @@ class StepOptimizer(torch.optim.Optimizer):
     def _run_alone(
         self, closure: Callable[[], Any], reader: LossReader, consume: Callable[[Probe, Estimate], object]
     ) -> Tensor:
-        state = ThreadState()
+        state, hold = ThreadState(), uninterrupted()
         try:
             self._stepper = threading.get_ident()
-            self._settle()
-            with uninterrupted() as hold:  # signals are delivered inside the closure, and when all is done
-                result = lambda: hold.call(lambda: run_closure(self.op, closure))
+            if self._unfinished is not None or self._open is not None:
+                self._settle()
+            with hold:  # signals are delivered inside the closure, and when all is done
+                result = functools.partial(hold.call, functools.partial(run_closure, self.op, closure))
                 return self._run_held(result, reader, consume)
         except BaseException:
             state.restore()
             # where another thread's exception has kept the rest of the step from doing it
-            self._settle(at_once=True)
+            try:
+                self._settle(at_once=True)
+            finally:
+                hold.__exit__()
             raise
         finally:
             self._stepper = 0
@@ -387,7 +394,7 @@ class StepOptimizer(torch.optim.Optimizer):
         self, closure: Callable[[], Any], reader: LossReader, consume: Callable[[Probe, Estimate], object]
     ) -> Tensor:
         buckets = self.plan()
-        devices = list(dict.fromkeys(b.device for b in buckets))
+        devices = list(dict.fromkeys([b.device for b in buckets]))
         capturing = is_capturing(devices)
         rng = self._rng(buckets, devices, capturing)
         watch = self.watch
@@ -396,7 +403,8 @@ class StepOptimizer(torch.optim.Optimizer):
         self.run_state.place(devices)
         self.team.begin(self, buckets)
         self.log.begin(self)
-        with self.probed(buckets) as probe:
+        with self._probe(buckets) as probe:
+            self._take(probe)
             same_rng = map(rng.forward, itertools.count())
 
             run = (lambda: watch.forward(closure)) if looking else closure
@@ -434,6 +442,7 @@ class StepOptimizer(torch.optim.Optimizer):
                     with suppress(Exception):  # the caller gets the first one
                         take()  # as the others do
                 raise
+        self._open = None
         self.publish(estimate)
         self.last_loss = self.estimator.loss(estimate.losses)
         return self.last_loss
@@ -452,22 +461,26 @@ class StepOptimizer(torch.optim.Optimizer):
 
     def plan(self) -> list[Bucket]:
         """The buckets of the next step.  Raises where the groups would make it fail."""
-        buckets = self.planner.plan(self.op, self.param_groups, self.home)
-        for group in self.param_groups:
-            self.rule.check(self.op, group)
+        buckets = self.planner.plan(self.op, self.param_groups, self.home, self.rule.check)
         return buckets if self.subset is None else self.subset.select(self, buckets)
 
     @contextmanager
     def probed(self, buckets: list[Bucket]) -> Iterator[Probe]:
         """The probe of a step, as a context.  The weights leave it unperturbed, or updated."""
-        seeds = self.run_state.seeds(dict.fromkeys(b.device for b in buckets), self.estimator.directions)
-        self.direction.prepare(self, buckets, seeds)
-        with self.home.probe(self, buckets, seeds) as probe:
-            self.carried = any(b.at for b in probe.buckets)
-            self._open = probe
-            self.passes.release()  # from here on the probe restores
+        with self._probe(buckets) as probe:
+            self._take(probe)
             yield probe
         self._open = None
+
+    def _probe(self, buckets: list[Bucket]) -> Probe:
+        seeds = self.run_state.seeds(dict.fromkeys([b.device for b in buckets]), self.estimator.directions)
+        self.direction.prepare(self, buckets, seeds)
+        return self.home.probe(self, buckets, seeds)
+
+    def _take(self, probe: Probe) -> None:
+        self.carried = any([b.at for b in probe.buckets])
+        self._open = probe
+        self.passes.release()  # from here on the probe restores
 
     def own_probe(self, buckets: list[Bucket], seeds: Seeds) -> Probe:
         """How the closure sees parameters that are in memory."""
@@ -477,7 +490,7 @@ class StepOptimizer(torch.optim.Optimizer):
             shared = (self.blocks, self.warned, self.learned)
             return ProductProbe(self.op, buckets, seeds, *shared, self._reader)
         exact = self.restore == "exact"
-        if any(b.is_sharded for b in buckets):
+        if any([b.is_sharded for b in buckets]):
             if self.tangents:
                 expected = "plain tensors: a tangent is handed to each function"
                 fail(self.op, "params", expected, "a DTensor", TypeError)
@@ -492,13 +505,13 @@ class StepOptimizer(torch.optim.Optimizer):
 
     def estimate(self, buckets: list[Bucket], losses_at: LossesAt) -> Estimate:
         """g of every bucket from the losses at the estimator's points; then the rule's choice of a trial."""
-        points = [[b.point(k, sign) for b in buckets] for k, sign in self.estimator.points()]
+        points = self._points_of(buckets)
         losses = losses_at(points, len(points))
         here = [b.group for b in buckets]
         foreign = self.team.foreign(self, here)
-        scales = [(b.eps, b.group["clip"]) for b in buckets] + [
-            (group["eps"], group["clip"]) for group in foreign
-        ]
+        scales = [(b.eps, b.group["clip"]) for b in buckets]
+        if foreign:
+            scales += [(group["eps"], group["clip"]) for group in foreign]
         raw = {scale: self._gradient(losses, *scale) for scale in dict.fromkeys(scales)}
         reads = not self.run_state.capturable
         gradients, finite = gate([*here, *foreign], [raw[scale] for scale in scales], reads=reads)
@@ -513,6 +526,14 @@ class StepOptimizer(torch.optim.Optimizer):
         trials = losses_at(points, len(points))
         multiple = self.rule.choose(trials.double()).to(losses.device, torch.float32)
         return estimate._replace(forwards=(*losses, *trials), multiple=multiple)
+
+    def _points_of(self, buckets: list[Bucket]) -> list[list[Point]]:
+        """The estimator's points, of each bucket."""
+        known, estimator, points = self._points
+        if known is not buckets or estimator is not self.estimator:
+            points = [[b.point(k, sign) for b in buckets] for k, sign in self.estimator.points()]
+            self._points = buckets, self.estimator, points
+        return points
 
     def _gradient(self, losses: Tensor, eps: float, clip: float | None) -> Tensor:
         return projected_gradient(self.estimator.coefficients(losses.double(), float(eps)), clip)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -40,13 +40,14 @@ class ThreePass:
     def release(self) -> None:
         """The step has taken :attr:`pending` over, and restores it."""
 
-    @contextmanager
-    def ahead(self, probe: Probe, state: HostState | DeviceState) -> Iterator[list[tuple[Bucket, Point]]]:
+    def ahead(
+        self, probe: Probe, state: HostState | DeviceState
+    ) -> AbstractContextManager[list[tuple[Bucket, Point]]]:
         """Around the update of a step.
 
         Yields for each bucket the one whose ``at`` becomes which point when the bucket has its update.
         """
-        yield [(b, {}) for b in probe.buckets]
+        return nullcontext([(b, {}) for b in probe.buckets])
 
     def flush(self) -> None:
         """The weights back to theta."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -45,14 +46,29 @@ def terms(point: Point, seeds: Tensor) -> tuple[Tensor, Tensor]:
         return seeds[:0], torch.empty(0, dtype=torch.float32, device=seeds.device)
     if len(point) == 1:
         ((k, c),) = point.items()
-        one = seeds if len(seeds) == 1 else seeds[k : k + 1]
-        if not isinstance(c, Tensor):
-            return one, torch.full((1,), float(c), dtype=torch.float32, device=seeds.device)
-        return one, to_device(c.reshape(1), seeds.device)
-    fill = lambda c: torch.full((1,), float(c), dtype=torch.float32, device=seeds.device)
-    move = lambda c: to_device(c.reshape(1), seeds.device)
-    coeffs = [move(c) if isinstance(c, Tensor) else fill(c) for c in point.values()]
+        return seeds if seeds.numel() == 1 else seeds[k : k + 1], _coefficient(c, seeds)
+    coeffs = [_coefficient(c, seeds) for c in point.values()]
     return torch.cat([seeds[k : k + 1] for k in point]), torch.cat(coeffs)
+
+
+#: On the CPU: coefficients that steps use again and again.  Nobody writes to them.
+_kept: dict[float, Tensor] = {}
+
+
+def _coefficient(c: float | Tensor, seeds: Tensor) -> Tensor:
+    """``c`` as fp32 [1] on the device of ``seeds``."""
+    if isinstance(c, Tensor):
+        return to_device(c.reshape(1), seeds.device)
+    c = float(c)
+    if (found := _kept.get(c)) is not None and c and seeds.is_cpu:  # 0.0 and -0.0 would be one
+        return found
+    with torch.inference_mode(False):
+        made = torch.full((1,), c, dtype=torch.float32, device=seeds.device)
+    if type(made) is Tensor and made.is_cpu:
+        if len(_kept) >= 256:
+            _kept.clear()
+        _kept[c] = made
+    return made
 
 
 @dataclass(eq=False)
@@ -83,7 +99,7 @@ class Bucket:
     def is_sharded(self) -> bool:
         return self.plan is None and any_sharded(self.params)  # a plan has no shards
 
-    @property
+    @functools.cached_property
     def members(self) -> Members:
         return Members(self.params, self.streams, self.dist, self.plan)
 
@@ -115,8 +131,9 @@ class Bucket:
     @property
     def has_numbers(self) -> bool:
         """Whether the host knows :attr:`at` and the group's learning rate, and the weights are on the CPU."""
-        known = not any(isinstance(c, Tensor) for c in (self.group["lr"], *self.at.values()))
-        return known and self.device == CPU
+        if isinstance(self.group["lr"], Tensor) or self.device != CPU:
+            return False
+        return not self.at or not any([isinstance(c, Tensor) for c in self.at.values()])
 
     def way_back(self, g: Tensor) -> Tensor:
         """The coefficients that lead from :attr:`at` back to theta: float64 [q], on the device of ``g``."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.journal import PART, noted
+from ..backends.journal import PART, journal
 from .noise import Noise
 from .probes.probe import Probe
 from .roles import home_of
@@ -44,18 +44,23 @@ class Update:
             self._begun = not self._renews
             optimizer.rule.begin(optimizer, probe, estimate)
             self._begun = True
-        with optimizer.passes.ahead(probe, optimizer.run_state) as ends, noted() as calls:
-            for i, bucket in enumerate(probe.buckets):
-                if i >= self._done:
-                    before, (moved, at) = len(calls), ends[i]
-                    try:
-                        self._update(bucket, estimate.gradients[i])
-                    except BaseException:
-                        self._calls = len(calls) - before
-                        if self._calls and self._is_one_call(bucket) and calls[-1] is not PART:
-                            bucket.at, moved.at, self._done, self._calls = {}, at, i + 1, 0
-                        raise
-                    bucket.at, moved.at, self._done = {}, at, i + 1
+        with optimizer.passes.ahead(probe, optimizer.run_state) as ends:
+            outer = journal.calls
+            calls = journal.calls = [] if outer is None else outer
+            try:
+                for i, bucket in enumerate(probe.buckets):
+                    if i >= self._done:
+                        before, (moved, at) = len(calls), ends[i]
+                        try:
+                            self._update(bucket, estimate.gradients[i])
+                        except BaseException:
+                            self._calls = len(calls) - before
+                            if self._calls and self._is_one_call(bucket) and calls[-1] is not PART:
+                                bucket.at, moved.at, self._done, self._calls = {}, at, i + 1, 0
+                            raise
+                        bucket.at, moved.at, self._done = {}, at, i + 1
+            finally:
+                journal.calls = outer
             torch.clear_autocast_cache()  # casts of the old weights, where step() runs inside autocast
             if self._before is not None:
                 optimizer.run_state.step, optimizer.run_state.skipped = self._before

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..transfer import known_on_host
 from .directions.scaling import TensorScale
 from .estimators import ForwardMode
 from .groups import label_of
@@ -85,7 +84,7 @@ class Watch:
         values = list(raw)
         if not values:
             return
-        if not all(map(known_on_host, values)):
+        if not all([g.is_cpu for g in values]):
             self._last.append(values)
             return
         self._zeros = self._zeros + 1 if all(map(_is_zero, values)) else 0

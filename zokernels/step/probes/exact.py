@@ -16,8 +16,8 @@ from ..scratch import ScratchPool
 from ..types import Bucket, Point, Seeds
 from .blocks import Blocks
 from .functions import USE_INPLACE, HiddenParameters
-from .guard import guarded, release
-from .hidden import hidden_uses
+from .guard import release
+from .hidden import guarded, leave
 from .made import Made, Opened, Owners, untouched
 from .probe import Probe
 from .substitute import Substitution, Tangents
@@ -52,14 +52,21 @@ class ExactProbe(Probe):
         blocks.least = shared  # beside weights that are streamed to save memory
         self._owners = blocks.owners = Owners.renewed(blocks.owners, buckets)
         self._opened = Opened(op, pool)
+        self._contexts: list[AbstractContextManager[object]] = []  #: around the forwards, outermost first
         #: Whether the next forward looks at every function; always, where threads share the parameters.
         self._looks, self._shared = blocks.begin() or shared, shared
 
     def forwards(
         self, points: Iterable[Any], share: range, same_rng: Iterator[AbstractContextManager[None]], run: Any
     ) -> list[Any]:
-        with self.watching():
-            return super().forwards(points, share, same_rng, run)
+        error = True
+        try:
+            self._begin()
+            results = super().forwards(points, share, same_rng, run)
+            error = False
+        finally:
+            self._end(error)
+        return results
 
     def at(self, points: list[Point]) -> AbstractContextManager[object]:
         return self.point(points)
@@ -67,36 +74,51 @@ class ExactProbe(Probe):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Around forwards, in whichever thread they run."""
-        owners, opens = self._owners, self.kind.opens and not self._looks and not self._shared
-        whole = self.blocks.whole(owners.params) if opens else []
-        compiled = self.blocks.compiled
+        error = True
+        try:
+            self._begin()
+            yield
+            error = False
+        finally:
+            self._end(error)
+
+    def _begin(self) -> None:
+        owners, blocks = self._owners, self.blocks
+        opens = self.kind.opens and not self._looks and not self._shared
+        whole = blocks.whole(owners.params) if opens else []
+        compiled = blocks.compiled
         compiled.renew(owners.params)
-        eager: AbstractContextManager[object] = nullcontext()
         if compiled.regions and not self.kind.opens:
-            eager = torch.compiler.set_stance("force_eager")
+            self._enter(torch.compiler.set_stance("force_eager"))
             self._warn_once(
                 "compiled", f"{self.kind.__name__.lower()} run torch.compile'd functions uncompiled"
             )
-        with (
-            eager,
-            hidden_uses(self.op, owners.params),
-            guarded(self.op, owners.params, not whole),
-            compiled.watched(),
-        ):
-            error = True
-            try:
-                # A small model is open from the beginning.
-                with untouched():
-                    for block in whole:
-                        self._opened.blocks.append(Made(block, owners, self.pool, before=True))
-                        self._opened.blocks[-1].open()
-                yield
-                error = False
-            finally:
-                kept = len(self._opened.blocks) == len(whole)
-                self._opened.leave(guarded=not whole, error=error)
-                if whole and not kept:  # a forward could not go on with the scratch of the one before
-                    release(owners.params.values())
+        self._enter(guarded(self.op, owners.params, not whole))
+        if compiled.regions:
+            self._enter(compiled.watched())
+        if whole:  # a small model is open from the beginning
+            self._opened.whole = len(whole)
+            with untouched():
+                for block in whole:
+                    self._opened.blocks.append(Made(block, owners, self.pool, before=True))
+                    self._opened.blocks[-1].open()
+
+    def _enter(self, context: AbstractContextManager[object]) -> None:
+        context.__enter__()
+        self._contexts.append(context)
+
+    def _end(self, error: bool) -> None:
+        """May be called again, where an exception of another thread has cut it short."""
+        opened = self._opened
+        kept = len(opened.blocks) == opened.whole
+        try:
+            opened.leave(guarded=not opened.whole, error=error)
+            if opened.whole and not kept:  # a forward could not go on with the scratch of the one before
+                release(self._owners.params.values())
+        finally:
+            while self._contexts:
+                self._contexts[-1].__exit__(None, None, None)
+                del self._contexts[-1]
 
     def point(self, points: list[Point]) -> AbstractContextManager[object]:
         """Around one forward, inside :meth:`watching`, for its thread alone."""
@@ -111,6 +133,7 @@ class ExactProbe(Probe):
         with uninterrupted(), untouched():
             self._owners.close(self.pool)
             release(self._owners.params.values())
+        leave(self._owners.params)
 
     def _tell_unseen(self, seen: dict[int, None]) -> None:
         if not seen:

@@ -9,16 +9,12 @@ rest of a forward costs nothing.  The object, its memory and its metadata stay w
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from threading import Lock, get_ident
+from collections.abc import Callable, Iterable
+from threading import get_ident
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
-
-from ...checks import fail
-from ..guards import uninterrupted
 
 #: Types whose members may be parameters.
 CONTAINERS = (list, tuple, dict)
@@ -114,8 +110,7 @@ def release(params: Iterable[Any]) -> None:
 
 
 #: The parameters, by id, of all steps whose forwards run now.
-_held: list[dict[int, Any]] = []
-_lock = Lock()
+held: list[dict[int, Any]] = []
 
 _get_data: Callable[[Any], Tensor] = Tensor.data.__get__  # type: ignore[attr-defined]
 #: ``param.data = value``, past :class:`_Data`.
@@ -133,7 +128,7 @@ class _Data:
     def __get__(self, param: Any, owner: type) -> Any:
         if param is None:
             return Tensor.data
-        if _held and is_held(param) and not isinstance(param, Guard):
+        if held and is_held(param) and not isinstance(param, Guard):
             return Tensor.detach(param)
         return _get_data(param)
 
@@ -141,7 +136,7 @@ class _Data:
         set_data(param, value)
 
 
-def _watch_data() -> None:
+def watch_data() -> None:
     """Puts :class:`_Data` into ``nn.Parameter``, where it stays.
 
     A class that changed in each step would lose the caches that Python keeps of its attributes.
@@ -152,35 +147,4 @@ def _watch_data() -> None:
 
 def is_held(param: Any) -> bool:
     """Whether a running step guards ``param``.  A copy that was made of its class is nobody's."""
-    return any(id(param) in entries for entries in _held)
-
-
-@contextmanager
-def guarded(op: str, params: dict[int, Tensor], at_once: bool = True) -> Iterator[None]:
-    """Inside, ``params`` (by id) are guarded, for one step.
-
-    Args:
-        at_once: False where the caller guards them, and releases what it has guarded.
-
-    Raises: RuntimeError where another step, in whose closure or beside which this one runs, has one of them.
-    """
-    _watch_data()
-    with _lock:
-        # of a step of the same optimizer that was left without its end, by an exception of another thread
-        _held[:] = [other for other in _held if other is not params]
-        if not _held:
-            running.clear()
-        if not all(params.keys().isdisjoint(other) for other in _held):
-            got = "one inside the closure of another step, or in another thread, with the same parameters"
-            fail(op, "step", "one step at a time for a parameter", got, RuntimeError)
-        _held.append(params)
-    try:
-        if at_once:
-            guard(params.values())
-        yield
-    finally:
-        if at_once:
-            with uninterrupted():
-                release(params.values())
-        with _lock:
-            _held[:] = [other for other in _held if other is not params]
+    return any(id(param) in entries for entries in held)

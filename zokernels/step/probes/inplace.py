@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from ...backends.journal import PART, noted
+from ...backends.journal import PART, journal
 from ...checks import fail
 from ..guards import NOTHING, uninterrupted
 from ..noise import Noise
@@ -43,18 +43,21 @@ class InplaceProbe(Probe):
             torch.clear_autocast_cache()
 
     def _move(self, b: Bucket, point: Point, way: Point) -> None:
-        with noted() as calls:
-            before = len(calls)
-            try:
-                b.noise.move(b.members, *terms(way, self.seeds[b.device]))
-            except BaseException:
-                if len(calls) > before:  # an exception of another thread, when a kernel had run
-                    if type(b.noise) is Noise and calls[-1] is not PART:  # the one of this move
-                        b.at = point
-                    else:
-                        self.lost = True
-                raise
-            b.at = point
+        outer = journal.calls
+        calls = journal.calls = [] if outer is None else outer
+        before = len(calls)
+        try:
+            b.noise.move(b.members, *terms(way, self.seeds[b.device]))
+        except BaseException:
+            if len(calls) > before:  # an exception of another thread, when a kernel had run
+                if type(b.noise) is Noise and calls[-1] is not PART:  # the one of this move
+                    b.at = point
+                else:
+                    self.lost = True
+            raise
+        finally:
+            journal.calls = outer
+        b.at = point
 
     def restore(self) -> None:
         self.move([{}] * len(self.buckets))

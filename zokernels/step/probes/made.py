@@ -21,6 +21,7 @@ from .guard import guarded_kind, own_kind, set_data
 
 _use_count: Callable[[Tensor], int] = Tensor._use_count  # type: ignore[attr-defined]
 _version: Callable[[Tensor], int] = attrgetter("_version")
+_arena_version: Callable[[Arena], int] = attrgetter("data._version")
 _set_class: Callable[[Any, type], None] = object.__dict__["__class__"].__set__
 
 
@@ -191,7 +192,7 @@ class Made:
 
     def written(self) -> None:
         """Called when the copies have their values."""
-        self._versions = [a.data._version for a in self.arenas]
+        self._versions = [*map(_arena_version, self.arenas)]
 
     def open(self) -> None:
         """Gives the parameters the memory of the copies, and no guard."""
@@ -215,7 +216,7 @@ class Made:
             self.is_open = False
 
     def are_copies_written(self) -> bool:
-        return self._versions != [a.data._version for a in self.arenas]
+        return self._versions != [*map(_arena_version, self.arenas)]
 
     def check(self) -> tuple[bool, bool]:
         """Whether the forward has written to the parameters, and whether an autograd graph refers to them.
@@ -233,8 +234,9 @@ class Made:
 
     def is_idle(self) -> bool:
         """Whether nothing else refers to the copies, so that there can be others in their place."""
-        opened = [len(part.ids) if self.is_open else 0 for part in self.parts]
-        return all(map(Arena.idle, self.arenas, opened))
+        if not self.is_open:
+            return all(map(Arena.idle, self.arenas))
+        return all(map(Arena.idle, self.arenas, [len(part.ids) for part in self.parts]))
 
 
 class Opened:
@@ -243,6 +245,8 @@ class Opened:
     def __init__(self, op: str, pool: ScratchPool) -> None:
         self.op, self.pool = op, pool
         self.blocks: list[Made] = []
+        #: How many blocks have all parameters of the step, where they are open from the beginning.
+        self.whole = 0
 
     def leave(self, guarded: bool, error: bool) -> None:
         """Closes the blocks.  ``error``: whether there is one already."""

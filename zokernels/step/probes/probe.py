@@ -68,7 +68,7 @@ class Probe:
         ``bucket.at`` is then left as it is.  In every other case the weights are at theta after this call,
         and ``bucket.at`` is {}.
         """
-        if not (folds and self.update_may_restore and all(b.noise.same_scale for b in self.buckets)):
+        if not (folds and self.update_may_restore and all([b.noise.same_scale for b in self.buckets])):
             self.restore()
 
     def __enter__(self) -> Probe:

@@ -33,8 +33,8 @@ from ..noise import Members, Noise
 from ..types import Bucket, Point, Seeds
 from .blocks import Blocks
 from .functions import METADATA, SETS_DATA, SPECIAL, HiddenParameters, find, refuse_write, swap
-from .guard import Guard, guarded, plainly, running
-from .hidden import hidden_uses
+from .guard import Guard, plainly, running
+from .hidden import guarded
 from .made import Owners
 from .probe import Probe
 
@@ -949,7 +949,6 @@ class ProductProbe(Probe):
             if compiled.regions:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
                 self._say("compiled", "products run torch.compile'd functions uncompiled")
-            stack.enter_context(hidden_uses(self.op, params))
             stack.enter_context(guarded(self.op, params))
             yield
 

@@ -111,7 +111,10 @@ class Substitution:
             else:
                 running[get_ident()] = self._outer
             if kind is None:
-                self._learn(made)
+                if not self._past and 0 < self._opened.whole == len(made):  # all, open from the beginning
+                    self.seen = self.owners.ids
+                else:
+                    self._learn(made)
                 if not self._past:  # there was scratch for all of them
                     left = [m for m in made if m.is_open and self.blocks.of.get(m.parts[0].ids[0]) is m.block]
         finally:
@@ -119,7 +122,7 @@ class Substitution:
             self._opened.blocks = left
             if len(left) < len(made):
                 self._drop([m for m in made if m not in left], kind is not None)
-        if any([m.are_copies_written() for m in left]):
+        if any(map(Made.are_copies_written, left)):
             refuse_write(self.op)
         if kind is None and len(self.seen) < len(self.owners.params):
             self._tell_unseen(self.seen)

@@ -58,12 +58,13 @@ class SGD(Rule):
 
     def _from_numbers(self, bucket: Bucket, g: list[float], finite: bool) -> Tensor:
         """:meth:`_from_tensors` where the host knows all numbers: the same bits, in fewer operations."""
-        back = [0.0 - bucket.at.get(k, 0.0) for k in range(len(g))]
+        at, lr = bucket.at, bucket.group["lr"]
+        decay = 1 - lr * bucket.group["weight_decay"]
         if finite:
-            lr = bucket.group["lr"]
-            decay = 1 - lr * bucket.group["weight_decay"]
-            back = [decay * b - lr * g_k for b, g_k in zip(back, g, strict=True)]
-        return torch.tensor(back, dtype=torch.float32, device=bucket.device)
+            coeffs = [decay * (0.0 - at.get(k, 0.0)) - lr * g_k for k, g_k in enumerate(g)]
+        else:
+            coeffs = [0.0 - at.get(k, 0.0) for k in range(len(g))]
+        return torch.tensor(coeffs, dtype=torch.float32, device=bucket.device)
 
 
 class Conservative(SGD):
