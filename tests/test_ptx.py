@@ -615,7 +615,7 @@ def test_every_kernel_is_run(kernels):
         "derive_seed_kernel",
     ]
     for dtype in DTYPES:
-        run += [linear_kernels(dtype)]
+        run += [linear_kernels(dtype), quantized_kernels(dtype)]
         run += [wire_kernels(wire, dtype) for wire in FORMATS]
         for dist in DISTS:
             run += [combine_kernels(dist, dtype, fan_out=False), combine_kernels(dist, dtype, fan_out=True)]
