@@ -167,7 +167,8 @@ define BUILD
 endef
 
 # For tests and local use one architecture; wheels and gpu-prebuilt take the longer lists of their programs.
-$(VENV)/built: export TORCH_CUDA_ARCH_LIST ?= 9.0
+# With its PTX, which nvcc makes on the way: tests/test_ptx.py executes it.
+$(VENV)/built: export TORCH_CUDA_ARCH_LIST ?= 9.0+PTX
 $(VENV)/built: $(VENV)/environment $(NATIVE)
 	@echo "Compiling: minutes of one core for the CPU kernels, and as much again for CUDA where nvcc is found."
 	$(BUILD)

@@ -140,6 +140,10 @@ COMMANDS = {
     "trajectory": (".trajectory", "replaying and recording a run, project and gram, on 22 M weights"),
     "learn": (".learn.run", "what methods learn in equal forwards, after the same search of step sizes"),
     "population": (".population", "a population in one forward against plain inference of the same batch"),
+    "quantized": (
+        ".quantized",
+        "layers of integer weights against the bf16 layer, and the memory of their forwards",
+    ),
     "engines": (".engines", "weight work of evolution strategies, against es-at-scale"),
     "race": (".race", "the loss of a language model against time, beside MeZO's eager loop"),
     "zollm": (".zollm", "language models fine-tuned with and without backpropagation"),

@@ -71,7 +71,7 @@ def mezo_step(
 def foreach_perturb(
     params: Sequence[Tensor], scaling: float, eps: float, seed: int, dist: str = "normal"
 ) -> None:
-    """The same sum with one multi-tensor add, for which all z exist at once."""
+    """theta + scaling * eps * z by one multi-tensor addition, for which all z exist at the same time."""
     torch.manual_seed(seed)
     tensors = [p.data for p in params]
     torch._foreach_add_(tensors, [draw(t, dist) for t in tensors], alpha=scaling * eps)
@@ -80,7 +80,7 @@ def foreach_perturb(
 def inplace_perturb(
     params: Sequence[Tensor], scaling: float, eps: float, seed: int, dist: str = "normal"
 ) -> None:
-    """The same sum with ``add_`` in place: only one z exists at a time, and there is no other temporary."""
+    """theta + scaling * eps * z by ``add_`` for each tensor: only one z exists at a time."""
     torch.manual_seed(seed)
     for param in params:
         z = draw(param.data, dist)

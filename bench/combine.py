@@ -175,7 +175,7 @@ def row(
     accesses: int = 2,
     passes: int | None = None,
 ) -> Row:
-    """One result.
+    """A row of results.
 
     ``accesses`` are those of memory for each element.  A copy has two, so the row is compared with accesses /
     2 times its time.  ``passes`` is how many passes of an eager loop do the same work (default: K)."""

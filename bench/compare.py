@@ -81,8 +81,9 @@ def interval(values: Sequence[float], certainty: float = 0.95) -> tuple[float, f
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of one row in one run: median of the ratios this / other, its interval, and the median times in
-    seconds.
+    """What one run says of a row: the median of the ratios this / other, its interval, and both median times.
+
+    The times are in seconds.
     """
 
     ratio: float

@@ -84,7 +84,10 @@ class Peer:
 
 
 class Ours:
-    """The same calls on our weights; a member needs no restore, because the next one begins at theta."""
+    """The calls of :class:`Peer` on our weights.
+
+    A member needs no restore, because the next one begins at theta.
+    """
 
     def __init__(self, tensors: Tensors, dist: str, pieces: list[Piece] | None = None) -> None:
         self._weights = Weights(pieces or whole(tensors), tensors, dist=dist)

@@ -1,6 +1,7 @@
 """``python -m bench offload``: a streamed step against what bounds it, each measured alone in the same run.
 
-The bound of a step is the longer of its transfers and its computation.  Transfers are read (and written)
+The bound of a step is the longest of its transfers, its computation, and the CPU time of both, divided among
+the cores.  Transfers are read (and written)
 block by block without a forward; the computation is a step of the same optimizer whose blocks stay on the
 device.  A form is what is trained and how: plain SGD, Adam with its moments, masks, low rank, quantised
 layers, a cache in front of the disk."""
@@ -15,7 +16,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -211,39 +212,57 @@ def _fits(args: argparse.Namespace) -> bool:
     return needed < 0.8 * torch.cuda.mem_get_info()[0]
 
 
-def _times(model: nn.Module, args: argparse.Namespace, form: Form) -> Iterator[float]:
-    """The time of each step in seconds."""
+class Cost(NamedTuple):
+    """The time that something takes, or a point of time."""
+
+    seconds: float
+    cpu: float  #: seconds of all threads of this process
+
+    @classmethod
+    def now(cls) -> Cost:
+        return cls(time.perf_counter(), time.process_time())
+
+    def since(self, begin: Cost) -> Cost:
+        return Cost(*(after - before for after, before in zip(self, begin, strict=True)))
+
+
+def _median(costs: Iterable[Cost]) -> Cost:
+    return Cost(*map(statistics.median, zip(*costs, strict=True)))
+
+
+def _times(model: nn.Module, args: argparse.Namespace, form: Form) -> Iterator[Cost]:
+    """The time of each step."""
     device = torch.device(args.device)
     ids = torch.randint(SHAPES[args.shape][2], (args.batch, args.length), device=device)
     optimizer = form.optimizer(model, dist=args.dist)
     for _ in range(args.steps + 2):
-        start = time.perf_counter()
+        start = Cost.now()
         loss = optimizer.step(lambda: model(ids))
         _sync(device)
-        yield time.perf_counter() - start
+        yield Cost.now().since(start)
     if not loss.isfinite():
         raise SystemExit("bench offload: the loss is not finite")
 
 
-def _steps(model: nn.Module, args: argparse.Namespace, form: Form) -> float:
-    """The median time of a step in seconds, without the first two steps."""
-    return statistics.median(list(_times(model, args, form))[2:])
+def _steps(model: nn.Module, args: argparse.Namespace, form: Form) -> Cost:
+    """The median of a step, without the first two."""
+    return _median(list(_times(model, args, form))[2:])
 
 
-def _transfers(engine: offload.Engine, work: Callable) -> float:
-    """The seconds that ``work`` takes for all blocks, of the faster of two rounds."""
+def _transfers(engine: offload.Engine, work: Callable) -> Cost:
+    """What ``work`` takes for all blocks, of the faster of two rounds."""
     times = []
     for _ in range(2):
-        start = time.perf_counter()
+        start = Cost.now()
         for i, block in enumerate(engine.blocks):
             work(block, engine.buffers[i % len(engine.buffers)])
         _sync(engine.device)
-        times.append(time.perf_counter() - start)
+        times.append(Cost.now().since(start))
     return min(times)
 
 
-def _alone(base: pathlib.Path | None, args: argparse.Namespace, form: Form) -> float:
-    """The seconds of a step whose blocks stay on the device; 0 where they do not fit there.
+def _alone(base: pathlib.Path | None, args: argparse.Namespace, form: Form) -> Cost:
+    """A step whose blocks stay on the device; nothing where they do not fit there.
 
     Also writes the checkpoint ``base``.  Of weights that are kept in another dtype, the step is that of
     their fp32 copies alone.
@@ -254,7 +273,7 @@ def _alone(base: pathlib.Path | None, args: argparse.Namespace, form: Form) -> f
         with offload.stream(make(form.master or dtype), "layers", "host", **given) as engine:
             engine.save(base)
     if not _fits(args):
-        return 0.0
+        return Cost(0.0, 0.0)
     with offload.stream(model := make(dtype), "layers", "device", **given):
         return _steps(model, args, form)
 
@@ -280,7 +299,7 @@ def _measure(
     base: pathlib.Path,
     folder: pathlib.Path,
     args: argparse.Namespace,
-    compute: float,
+    compute: Cost,
 ) -> Row:
     """One row: the form of that name in ``storage``."""
     dtype, device, form = DTYPES[args.dtype], torch.device(args.device), FORMS[name]
@@ -301,27 +320,33 @@ def _measure(
     with offload.stream(model, blocks, **options) as engine:
         step = _steps(model, args, form) if written or not disk else _read_only(engine, model, args, form)
         row: Row = {"form": name, "storage": storage, "shape": args.shape, "dtype": args.dtype}
-        row |= {"layers": len(model.layers), "step": step, "compute": compute, "read": 0.0, "write": 0.0}
+        row |= {"layers": len(model.layers), "step": step.seconds, "compute": compute.seconds}
+        row |= {"read": 0.0, "write": 0.0}
+        alone = compute.cpu  # CPU seconds of all that a step does, each alone
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         if storage != "device":
             engine.flush()
-            row["read"] = _transfers(engine, engine.mover.copy_in)
+            moved = read = _transfers(engine, engine.mover.copy_in)
             if written or storage == "host":
-                # which it does as well
-                row["write"] = _transfers(engine, engine.mover.copy_out) - row["read"]
-        moved = sum(b.nbytes for b in engine.blocks)
-    row["gib"] = moved / 2**30
+                moved = _transfers(engine, engine.mover.copy_out)  # which reads as well
+            row |= {"read": read.seconds, "write": moved.seconds - read.seconds}
+            alone += moved.cpu
+        nbytes = sum(b.nbytes for b in engine.blocks)
+    row["gib"] = nbytes / 2**30
     if storage == "host":
-        row["plain_copy"] = _plain_copy(moved, device)
+        row["plain_copy"] = _plain_copy(nbytes, device)
         row["of_plain_copy"] = row["plain_copy"] / row["read"]
     # The link of a GPU carries data in both directions at once.  A disk and the memory of this machine do
     # not.
     transfer = (
         max(row["read"], row["write"]) if device.type == "cuda" and not disk else row["read"] + row["write"]
     )
-    row["bound"] = max(transfer, compute)  # compute is 0 where the model does not fit the device
-    row["ratio"] = step / row["bound"]
-    row["tokens_per_second"] = args.batch * args.length / step
+    row["bound"] = max(transfer, compute.seconds)  # compute is 0 where the model does not fit the device
+    if device.type == "cpu":
+        row["bound"] = max(row["bound"], alone / len(os.sched_getaffinity(0)))
+        row["cpu"], row["of_cpu"] = step.cpu, step.cpu / alone
+    row["ratio"] = step.seconds / row["bound"]
+    row["tokens_per_second"] = args.batch * args.length / step.seconds
     if storage != "device" and not engine.has_states:
         row["planned_memory"] = planned  # activations are not counted
     if device.type == "cuda":
@@ -329,17 +354,17 @@ def _measure(
     return row
 
 
-def _read_only(engine: offload.Engine, model: nn.Module, args: argparse.Namespace, form: Form) -> float:
+def _read_only(engine: offload.Engine, model: nn.Module, args: argparse.Namespace, form: Form) -> Cost:
     """Steps with a log of one update at a time: what a run's log adds to each step is measured by ``bench
     run``.
     """
     times = []
-    for seconds in _times(model, args, form):
-        times.append(seconds)
+    for cost in _times(model, args, form):
+        times.append(cost)
         engine.history.restart(engine.history.end)
         for block in engine.blocks:
             block.stored = block.kept = engine.history.end
-    return statistics.median(times[2:])
+    return _median(times[2:])
 
 
 def _number(row: Row, key: str, form: str, scale: float = 1.0) -> str:
@@ -356,13 +381,15 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "write": lambda r: _number(r, "write", ".3f"),
     "bound": lambda r: _number(r, "bound", ".3f"),
     "ratio": lambda r: _number(r, "ratio", ".2f"),
+    "of CPU": lambda r: _number(r, "of_cpu", ".2f"),
     "tokens/s": lambda r: _number(r, "tokens_per_second", ".0f"),
     "of copy": lambda r: _number(r, "of_plain_copy", ".2f"),
     "of memory": lambda r: _number(r, "of_in_memory", ".2f"),
     "device GB": lambda r: _number(r, "device_memory", ".2f", 1e-9),
 }
 LEGEND = (
-    "ratio: step over bound, the longer of transfers and computation, each alone; of copy: rate of "
+    "ratio: step over bound, the longer of transfers and computation, each alone; of CPU: CPU time of the "
+    "step against that of both alone; of copy: rate of "
     "the read against "
     "plain copies of the same bytes; of memory: tokens a second against the same model in memory."
 )
@@ -407,9 +434,9 @@ def run(args: argparse.Namespace) -> int:
             form, in_memory = FORMS[name], None
             storages = [s for s in args.storage if s in form.storages]
             if name == "sgd" and "memory" in args.storage:
-                in_memory = _steps(_in_memory(args), args, form)
+                in_memory = _steps(_in_memory(args), args, form).seconds
             files = any(s.startswith("disk") for s in storages)
-            compute = _alone(base if files else None, args, form) if storages else 0.0
+            compute = _alone(base if files else None, args, form) if storages else Cost(0.0, 0.0)
             for storage in storages:
                 folder = pathlib.Path(place) / "run"
                 row = _measure(name, storage, base, folder, args, compute)

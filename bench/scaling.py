@@ -141,7 +141,7 @@ def sharded(m: Machine, w: Workload, gpus: int, first: str) -> Step | None:
 
 
 def pipeline(m: Machine, w: Workload, gpus: int, first: str) -> Step | None:
-    """S stages.
+    """A pipeline of S stages.
 
     The sequences of all points pass through them in one row, so that only S - 1 slots stay empty.
     """

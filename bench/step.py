@@ -80,7 +80,7 @@ class Parts:
 
 
 def forms(views: dict[str, Tensor], dist: str, rounding: str = "nearest") -> dict[str, tuple[int, Call]]:
-    """Of each form the memory accesses for each parameter, and its call.
+    """The forms of a pass: for each, how often it accesses a parameter's memory, and its call.
 
     The call uses the backend selected then.
     """

@@ -55,7 +55,7 @@ using TensorList = std::vector<torch::stable::Tensor>;
 inline const std::vector<int64_t> kNoNumbers;
 inline const TensorList kNoTensors;
 
-// Blocks of eight that a mask has for each row of a tensor that is rows: those of the row that touches most.
+// How many blocks of eight a mask has for each row of a tensor of rows: as many as the row that touches most.
 inline int64_t row_blocks(int64_t offset, int64_t width, int64_t length) {
   return (offset | width | length) % 8 == 0 ? width / 8 : (width + 14) / 8;
 }
@@ -76,7 +76,7 @@ struct TermArgs {
   int64_t length(size_t i) const { return widths.empty() ? 0 : lengths[i]; }
   bool in_rows(size_t i) const { return width(i) > 0; }
   int64_t row_blocks(size_t i) const { return zk::row_blocks(offsets[i], width(i), length(i)); }
-  // Elements from a tensor's coefficients to the next one's.
+  // How many elements after a tensor's coefficients those of the next tensor begin.
   int64_t coeff_stride() const { return coeffs.dim() == 2 ? seeds.numel() : 0; }
   // Whether there is one coefficient for each direction, no mask and no curvature.
   bool is_plain() const { return coeffs.dim() == 1 && masks.empty() && !mask_seed && curvature.empty(); }
@@ -148,7 +148,7 @@ inline std::vector<Row> rows_of(const TensorList& out, const TensorList& params,
   return rows;
 }
 
-// What keeps a direct call's scalars in bounds; the tensors' addresses are the plan's to answer for.
+// The checks of a direct call's scalars. That the addresses of the tensors are right is up to the plan.
 inline void check_planned(const char* op, const Rows& rows, const TermArgs& terms) {
   STD_TORCH_CHECK(terms.coeffs.numel() == (terms.coeffs.dim() == 2 ? rows.count : 1) * terms.seeds.numel(),
                   op, ": coeffs: expected one for each seed, or one for each tensor and seed");
@@ -222,12 +222,12 @@ inline void check_terms(const char* op, const TensorList& params, const TermArgs
   if (!terms.curvature.empty()) check_beside(op, terms.curvature, params, true);
 }
 
-// Tiles of 4096 logical indices, whose sum has one order, that a tensor touches.
+// How many tiles of 4096 logical indices, which are summed in one order, a tensor touches.
 inline int64_t sum_tiles(uint64_t offset, int64_t numel) {
   return numel == 0 ? 0 : (static_cast<int64_t>(offset % 4096) + numel + 4095) / 4096;
 }
 
-// columns: of a tile in partial.
+// columns: how many a tile has in partial.
 inline void check_project(const torch::stable::Tensor& partial, int64_t columns, const TensorList& tensors,
                           const torch::stable::Tensor& seeds, const std::vector<int64_t>& streams,
                           const std::vector<int64_t>& offsets, int64_t dist) {
@@ -268,7 +268,7 @@ DType wire_of(int64_t wire) {
   return of[wire];
 }
 
-// A buffer of the right size for each tensor.
+// Checks that there is a buffer of the right size for each tensor.
 inline void check_wires(const char* op, const TensorList& wires, int64_t wire, const TensorList& params,
                         const std::vector<int64_t>& offsets) {
   STD_TORCH_CHECK(wires.size() == params.size() && offsets.size() == params.size(), op,
@@ -295,7 +295,7 @@ inline Rule rule_of(const std::string& name) {
   STD_TORCH_CHECK(false, "update: rule: unknown: ", name);
 }
 
-// The values of a rule; returns how many states it has.
+// Checks the hyper values of a rule, and returns how many states it has.
 inline int check_hyper(Rule rule, const torch::stable::Tensor& hyper, const TermArgs& terms) {
   int states = 0;
   int64_t values = 0;
@@ -371,6 +371,35 @@ inline void check_low_rank_linear(const torch::stable::Tensor& out, const torch:
                   op, ": rows, coeffs: expected one for each member, and as many rows as out has");
   check_device(op, x, out);
   check_device(op, coeffs, out);
+}
+
+// y [N, out] = x W^T + b with x [N, in], weight int8 [out, in] or uint8 [out, (in + 1) / 2], scale [out,
+// groups] and bias [out].
+inline void check_quantized_linear(const torch::stable::Tensor& x, const torch::stable::Tensor& weight,
+                                   const torch::stable::Tensor& scale,
+                                   const std::optional<torch::stable::Tensor>& bias, int64_t x_bits) {
+  const char* op = "quantized_linear";
+  using torch::headeronly::ScalarType;
+  const auto is_float = [](const torch::stable::Tensor& t) {
+    return t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16 ||
+           t.scalar_type() == ScalarType::Half;
+  };
+  const auto is_matrix = [](const torch::stable::Tensor& t) { return t.dim() == 2 && t.is_contiguous(); };
+  STD_TORCH_CHECK(is_matrix(x) && is_matrix(weight) && is_matrix(scale) && is_float(x) && is_float(scale), op,
+                  ": x, weight, scale: expected contiguous matrices, x and scale of floats");
+  const bool packed = weight.scalar_type() == ScalarType::Byte;
+  const int64_t columns = x.size(1), groups = scale.size(1);
+  STD_TORCH_CHECK((packed || weight.scalar_type() == ScalarType::Char) && weight.size(0) == scale.size(0) &&
+                      weight.size(1) == (packed ? (columns + 1) / 2 : columns),
+                  op, ": weight: expected int8 [out, in] or uint8 [out, (in + 1) / 2]");
+  STD_TORCH_CHECK(columns == 0 || (groups > 0 && columns % groups == 0 && columns / groups < 131072), op,
+                  ": scale: expected [out, groups], groups of at most 131,071 of the columns of x");
+  STD_TORCH_CHECK(!bias || (is_float(*bias) && bias->is_contiguous() && bias->dim() == 1 &&
+                            bias->size(0) == scale.size(0)),
+                  op, ": bias: expected floats [out]");
+  STD_TORCH_CHECK(x_bits == 24 || x_bits == 8, op, ": x_bits: expected 24 or 8, got ", x_bits);
+  for (const auto* t : {&weight, &scale}) check_device(op, *t, x);
+  check_device(op, bias, x);
 }
 
 }  // namespace zk

@@ -38,7 +38,7 @@ from zokernels.examples.encoder import Classifier
 from zokernels.optim import ZOSGD
 from zokernels.step.shard import whole_of
 from zokernels.trajectory import replay_
-from zokernels.trajectory.settings import digest
+from zokernels.trajectory.digests import digest
 
 
 def meshes(ranks: int) -> dict[str, dict[str, int]]:

@@ -24,10 +24,11 @@ EPS = 1e-3
 
 
 def probabilities(sums: Tensor, counts: Tensor) -> Tensor:
-    """Of each direction, fp64 [K]: softmax of the mean sizes of its derivatives, which are scaled to [0, 1].
+    """The probability of each direction, fp64 [K].
 
-    ``sums``: of the sizes, ``counts``: how many there were; a direction that nobody has drawn has mean 0.
-    (That the scaled means go through a softmax could not be confirmed.)
+    It is the softmax of the mean sizes of the directions' derivatives, which are scaled to [0, 1] before.
+    ``sums`` are the sums of the sizes, and ``counts`` how many there were; a direction that nobody has drawn
+    has mean 0. (That the scaled means go through a softmax could not be confirmed.)
     """
     means = sums.double() / counts.clamp(min=1)
     spread = means.max() - means.min()

@@ -137,7 +137,7 @@ class Features:
         self.shifts = 2 * math.pi * torch.rand(count, generator=generator, dtype=torch.float64)
 
     def of(self, a: Tensor) -> Tensor:
-        """phi of points [n, K]: [n, M]."""
+        """The features phi of points [n, K], as [n, M]."""
         return (2 / len(self.shifts)) ** 0.5 * torch.cos(a @ self.root @ self.waves + self.shifts)
 
     def weights(self, surrogate: Surrogate) -> Tensor:
@@ -198,7 +198,7 @@ class Client:
         return a
 
     def difference_round(self, a: Tensor, _: object) -> Tensor:
-        """As many queries for two-sided differences, each along a random direction: FedZO."""
+        """A round of FedZO, with as many queries: two-sided differences, each along a random direction."""
         local = self.args.local
         for _step in range(local):
             total = self.span.zeros()

@@ -88,7 +88,7 @@ def error(corrector: nn.Module | None, states: Tensor) -> Tensor:
 
 
 def train_single_steps(states: Tensor, steps: int) -> Corrector:
-    """By backpropagation, from fine states to the next ones: the network alone, without the solver."""
+    """Trains the network alone by backpropagation, without the solver, from fine states to the next ones."""
     torch.manual_seed(0)
     corrector = Corrector()
     moved = coarse_step(states[:, :-1].reshape(-1, COARSE))

@@ -111,7 +111,7 @@ def ids_of(template: str, word: str) -> list[int]:
 
 
 def images_of(data: digits.Data) -> Tensor:
-    """[n, 1, 8, 8] in [-1, 1]."""
+    """The digits as images [n, 1, 8, 8] with values in [-1, 1]."""
     return 2 * data[0].view(-1, 1, 8, 8) - 1
 
 

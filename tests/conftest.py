@@ -8,6 +8,7 @@ run."""
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import os
 import random
@@ -27,13 +28,13 @@ pytest_plugins = ["pytester"]  # for test_seeds.py
 LONGEST = [
     "triton_versions",
     "writes",
-    "ptx",
     "cuda",
-    "bench_gpu_check",
     "triton_compile",
+    "bench_gpu_check",
     "ptx_triton",
     "triton",
     "distributed",
+    "ptx",  # behind cuda: both want one compilation, which the first of them makes
     "triton_amd",
     "examples",
     "packaging",
@@ -117,6 +118,14 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if _is_fuzzed(item)]
         random.Random(config.option.seed).shuffle(items)
+
+
+def pytest_collection_finish():
+    """What is there before the first test stays: a collection that went through it would take a second, and
+    transformers asks for many of them.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _is_fuzzed(item) -> bool:

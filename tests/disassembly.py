@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)([^;]*);")
 _LABEL = re.compile(r"^(\.L_\w+):")
-_TEXT = re.compile(r"^\.text\.(\S+):")
+_TEXT = re.compile(r"^\.text\.(\S+):", re.MULTILINE)
 _TARGET = re.compile(r"`\((\.L_\w+)\)")
 
 WIDE_LOAD, WIDE_STORE, HALF_WIDE_LOAD = r"LDG\.E.*\.128", r"STG\.E.*\.128", r"LDG\.E.*\.64"
@@ -84,11 +84,36 @@ class Block:
         return sum(re.match(pattern, i.opcode) is not None for i in self.instructions)
 
 
-@dataclass
 class Function:
-    name: str
-    instructions: list[Instruction]
-    labels: dict[str, int]  # label -> address
+    """A kernel, whose ``text`` is read when something is asked of it: a library has hundreds of them."""
+
+    def __init__(self, name: str, text: str) -> None:
+        self.name, self.text = name, text
+
+    @cached_property
+    def _read(self) -> tuple[list[Instruction], dict[str, int]]:
+        instructions: list[Instruction] = []
+        labels: dict[str, int] = {}
+        pending: list[str] = []
+        for line in self.text.splitlines():
+            if found := _LABEL.match(line):
+                pending.append(found[1])
+            # A branch to a NOP is a branch to what follows it.
+            elif (found := _LINE.search(line)) and found[3] != "NOP":
+                address = int(found[1], 16)
+                labels.update(dict.fromkeys(pending, address))
+                pending = []
+                instructions.append(Instruction(address, found[2], found[3], found[4]))
+        return instructions, labels
+
+    @property
+    def instructions(self) -> list[Instruction]:
+        return self._read[0]
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Address by label."""
+        return self._read[1]
 
     def count(self, pattern: str) -> int:
         """Instructions of the whole function whose opcode begins with ``pattern`` (a regular expression)."""
@@ -245,22 +270,8 @@ class Function:
 
 def parse(sass: str) -> dict[str, Function]:
     """The functions of ``nvdisasm -c`` output by (mangled) name."""
-    functions: dict[str, Function] = {}
-    current: Function | None = None
-    pending: list[str] = []
-    for line in sass.splitlines():
-        if found := _TEXT.match(line):
-            current = functions.setdefault(found[1], Function(found[1], [], {}))
-            pending = []
-        elif found := _LABEL.match(line):
-            pending.append(found[1])
-        # A branch to a NOP is a branch to what follows it.
-        elif current is not None and (found := _LINE.search(line)) and found[3] != "NOP":
-            address = int(found[1], 16)
-            current.labels.update(dict.fromkeys(pending, address))
-            pending = []
-            current.instructions.append(Instruction(address, found[2], found[3], found[4]))
-    return functions
+    _, *parts = _TEXT.split(sass)
+    return {name: Function(name, text) for name, text in zip(parts[::2], parts[1::2], strict=True)}
 
 
 @contextmanager
@@ -306,6 +317,16 @@ def usages(cubin: bytes | Path) -> dict[str, Usage]:
     for name, *figures in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", done.stdout):
         found[name] = Usage(*map(max, found.get(name, (0, 0)), map(int, figures)))
     return found
+
+
+def ptx_of(library: Path, architecture: int) -> list[str]:
+    """The PTX for ``architecture`` in a library: a text of each of its sources, or none."""
+    tool = find_tool("cuobjdump")
+    if tool is None:
+        raise FileNotFoundError("cuobjdump: expected in Triton's package, on PATH or in /usr/local/cuda/bin")
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([tool, "-xptx", "all", library], cwd=folder, capture_output=True, check=False)
+        return [path.read_text() for path in Path(folder).glob(f"*.sm_{architecture}.ptx")]
 
 
 def select(functions: dict[str, Function], pattern: str) -> Function:

@@ -188,6 +188,16 @@ def _low_rank_linear(device):
     assert torch.equal(y, want)
 
 
+def _quantized_linear(device):
+    """No rows, no outputs, and no inputs, of which a sum is 0."""
+    ones = lambda *shape, dtype=torch.float32: torch.ones(shape, dtype=dtype, device=device)
+    for rows, outputs, inputs in ((0, 3, 2), (3, 0, 2), (0, 0, 0), (2, 3, 0)):
+        for kind in (torch.int8, torch.uint8):
+            weight = ones(outputs, (inputs + 1) // 2 if kind is torch.uint8 else inputs, dtype=kind)
+            args = ones(rows, inputs), weight, ones(outputs, 1), ones(outputs)
+            assert torch.equal(zokernels.quantized_linear(*args), ones(rows, outputs))
+
+
 def _draws(device):
     """noise and derive_seed of no elements."""
     for dist in ("normal", "rademacher"):
@@ -215,6 +225,7 @@ CASES: dict[str, Callable[[str], None]] = {
     **{f"encode, decode {wire}": _lists(_wire(wire, False)) for wire in ("bf16", "fp16", "fp8", "int8")},
     **{f"decode_fan_out {wire}": _lists(_wire(wire, True)) for wire in ("bf16", "int8")},
     "low_rank_linear_": _low_rank_linear,
+    "quantized_linear": _quantized_linear,
     "spread": _spread,
     "project, squares": _sums,
     "noise, derive_seed": _draws,

@@ -1,9 +1,10 @@
 """A streamed run on disk that is killed again and again (test_offload_disk.py): ``FOLDER KILLS SEED WIRE
-METHOD``.  WIRE is a wire format, "none", or "master" for fp32 weights whose blocks are kept in bf16.
+METHOD RANKS``.  WIRE is a wire format, "none", or "master" for fp32 weights whose blocks are kept in bf16.
 
-One process forks a child for each attempt, kills it with SIGKILL after a random time, and lets the last one
-finish. Prints the number of children that were killed: as many as were asked for, and more until they have
-left enough different states."""
+One process forks a child for each rank of an attempt, kills one of them with SIGKILL after a random time,
+each rank in turn, and the others, which find themselves without it, a random time later.  It lets the last
+attempt finish.  Prints the number of attempts that were killed: as many as were asked for, and more until
+they have left enough different states."""
 
 from __future__ import annotations
 
@@ -16,11 +17,14 @@ import time
 import traceback
 
 import torch
+import torch.distributed as dist
 from offload_cases import tower, train
+from torch.distributed.device_mesh import init_device_mesh
 
 from zokernels import offload
 from zokernels.optim import ZOSGD, SparseMeZO, ZOAdam
 
+#: Steps of a run, times its ranks, which share the cores.
 STEPS = 60
 #: What trains: the optimizer, and its arguments.
 METHODS = {
@@ -30,22 +34,39 @@ METHODS = {
 }
 
 
-def training(model: torch.nn.Module, steps: int, method: str) -> None:
+def training(model: torch.nn.Module, steps: int, method: str, **more: object) -> None:
     kind, own = METHODS[method]
-    train(model, steps, lambda params, **options: kind(params, **{**options, **own}))
+    train(model, steps, lambda params, **options: kind(params, **{**options, **own, **more}))
 
 
-def run(folder: pathlib.Path, base: pathlib.Path, steps: int, wire: str | None, method: str) -> None:
+def run(
+    folder: pathlib.Path,
+    base: pathlib.Path,
+    steps: int,
+    wire: str | None,
+    method: str,
+    rank: int = 0,
+    ranks: int = 1,
+    meet: str = "",
+) -> None:
+    """``meet``: the file by which the ranks find each other."""
+    slices, mesh = {}, {}
+    if ranks > 1:
+        dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=ranks)
+        slices["mesh"] = init_device_mesh("cpu", (ranks,), mesh_dim_names=("slices",))
+        # of two ranks each computes a loss, of four each computes both
+        name = "perturbation" if ranks == 2 else "copies"
+        mesh["mesh"] = init_device_mesh("cpu", (ranks,), mesh_dim_names=(name,))
     with offload.empty_weights():
         model = tower_on_meta()
     options = {"master": torch.bfloat16} if wire == "master" else {"wire": wire}
     if wire == "master":  # the base is read in place, and what stays on the device is widened
         model.float()
     with offload.stream(
-        model, "layers", "disk", weights=base, path=folder, resume=True, slots=2, **options
+        model, "layers", "disk", weights=base, path=folder, resume=True, slots=2, **options, **slices
     ) as engine:
-        training(model, steps, method)
-        engine.save(folder / "saved")
+        training(model, steps, method, **mesh)
+        engine.save(folder / "saved" if rank == 0 else folder.parent / f"saved-{rank}")
 
 
 def tower_on_meta() -> torch.nn.Module:
@@ -62,33 +83,53 @@ def state_of(folder: pathlib.Path) -> tuple:
 
 
 def attempt(
-    folder: pathlib.Path, base: pathlib.Path, wire: str | None, method: str, wait: float | None
+    folder: pathlib.Path,
+    base: pathlib.Path,
+    wire: str | None,
+    method: str,
+    ranks: int,
+    wait: tuple[float, int, float] | None,
 ) -> bool:
-    """Whether the child was killed."""
-    if (child := os.fork()) == 0:
-        code = 1
-        try:
-            run(folder, base, STEPS, wire, method)
-            code = 0
-        except BaseException:  # the child must not return into the parent's loop
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    if wait is not None:
-        end = time.monotonic() + wait
-        while (
-            time.monotonic() < end
-            and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-        ):
-            time.sleep(1e-3)
+    """Whether it was killed.
+
+    ``wait``: the seconds until a rank is killed, its number, and the seconds from then until the others are.
+    """
+    children = []
+    (meet := folder.parent / "meet").unlink(missing_ok=True)
+    for rank in range(ranks):
+        if (child := os.fork()) == 0:
+            code = 1
+            try:
+                run(folder, base, STEPS // ranks, wire, method, rank, ranks, os.fspath(meet))
+                code = 0
+            except BaseException:  # the child must not return into the parent's loop
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        children.append(child)
+    ended = lambda: [
+        end
+        for child in children
+        if (end := os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None
+    ]
+    until = float("inf") if wait is None else time.monotonic() + wait[0]
+    while time.monotonic() < until and len(ended()) < (ranks if wait is None else 1):
+        time.sleep(1e-3)
+        if any(end.si_status for end in ended()):
+            break
+    failed = any(end.si_status for end in ended())
+    if wait is not None and not failed:
+        os.kill(children[wait[1]], signal.SIGKILL)
+        time.sleep(wait[2])
+    for child in children if failed or wait is not None else ():
         os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
-    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
+    killed = [os.WIFSIGNALED(os.waitpid(child, 0)[1]) for child in children]
+    if failed:
         raise SystemExit(1)
-    return os.WIFSIGNALED(status)
+    return any(killed)
 
 
-def main(place: str, kills: str, seed: str, format: str, method: str) -> None:
+def main(place: str, kills: str, seed: str, format: str, method: str, of: str) -> None:
     from safetensors.torch import load_file, save_model
 
     torch.set_num_threads(1)  # a thread pool does not survive a fork
@@ -106,18 +147,19 @@ def main(place: str, kills: str, seed: str, format: str, method: str) -> None:
     )  # what is imported and loaded now, no child waits for
     once = time.monotonic() - start
     if wire is None:
-        training(model, STEPS, method)
+        training(model, STEPS // int(of), method)
         whole = model.state_dict()
     else:  # which is what test_offload_wire.py writes out
-        run(pathlib.Path(place) / "whole", base, STEPS, wire, method)
+        run(pathlib.Path(place) / "whole", base, STEPS // int(of), wire, method)
         whole = load_file(pathlib.Path(place) / "whole" / "saved")
     torch.save(whole, pathlib.Path(place) / "whole.pt")
-    killed, longest, states = 0, once, set()
+    killed, longest, states, ranks = 0, once, set(), int(of)
     while killed < int(kills) or len(states) <= int(kills) // 6:
         # Most attempts get some steps further, however fast the machine is; after one that got to the end,
         # anew.
         before = state_of(folder)
-        if attempt(folder, base, wire, method, rng.random() * longest):
+        wait = rng.random() * longest, killed % ranks, rng.random() * 0.1 * longest * (ranks > 1)
+        if attempt(folder, base, wire, method, ranks, wait):
             killed += 1
             states.add(state_of(folder))
             longest *= 1.2 if state_of(folder) == before else 0.95
@@ -125,7 +167,7 @@ def main(place: str, kills: str, seed: str, format: str, method: str) -> None:
             check(folder, place)
             for file in folder.iterdir():
                 file.unlink()
-    attempt(folder, base, wire, method, None)
+    attempt(folder, base, wire, method, ranks, None)
     check(folder, place)
     print(killed)
 

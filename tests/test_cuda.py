@@ -23,6 +23,7 @@ import test_low_rank
 import test_low_rank_linear
 import test_plan
 import test_project
+import test_quantized_linear
 import test_requantize
 import test_rows
 import test_spread
@@ -46,12 +47,11 @@ needs_library = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="session")
-def library_on_host(tmp_path_factory):
+def library_on_host():
     """csrc/cuda, compiled for the host as torch.ops.zokernels_cuda_on_host, which runs one thread after
     the other.
     """
-    folder = tmp_path_factory.mktemp("cuda_on_host")
-    return ctypes.CDLL(str(cuda_on_host.build(folder, "-O1", "-Wall", "-Wextra", "-Werror")))
+    return ctypes.CDLL(str(cuda_on_host.build()))
 
 
 @pytest.fixture
@@ -206,6 +206,22 @@ def test_low_rank_linear_on_host_equals_reference(on_host, rng, dtype):
         check_backend(test_low_rank_linear.run, args)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quantized_linear_on_host_equals_reference(on_host, rng, dtype, packed):
+    """Groups of whole words and others, runs of words, more rows than are held, and sums of some outputs."""
+    for options in (
+        {},
+        {},
+        {"shape": (20, 3), "size": 136, "x_bits": 24},
+        {"shape": (20, 3), "size": 41, "x_bits": 24},
+        {"shape": (3, 1), "size": 700, "x_bits": 8, "rows": 70},
+        {"shape": (300, 150), "size": 1, "x_bits": 24, "rows": 65},
+    ):
+        args = test_quantized_linear.random_product(rng, dtype, packed=packed, **options)
+        check_backend(test_quantized_linear.run, args)
+
+
 @pytest.mark.parametrize("dist", DISTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_spread_on_host_equals_reference(on_host, rng, dtype, dist):
@@ -331,7 +347,7 @@ def test_library_loads_on_a_cpu_build_of_torch():
 
 @pytest.fixture(scope="session")
 def sm90(tmp_path_factory):
-    """The functions in the library's machine code for sm_90."""
+    """The functions in the library's machine code for sm_90, of the sources whose kernels the tests read."""
     tool = disassembly.find_tool("cuobjdump")
     if tool is None:
         pytest.skip("no cuobjdump")
@@ -340,8 +356,9 @@ def sm90(tmp_path_factory):
         [tool, "-xelf", "sm_90", library.path_of("cuda")], cwd=folder, check=True, capture_output=True
     )
     functions = {}
-    for cubin in folder.glob("*.cubin"):
-        functions.update(disassembly.disassemble(cubin.read_bytes()))
+    for cubin in (path.read_bytes() for path in folder.glob("*.cubin")):
+        if re.search(rb"combine_(normal|rademacher|rows)_kernel|decode_kernel", cubin):
+            functions.update(disassembly.disassemble(cubin))
     if not functions:
         pytest.skip("the CUDA library was built without sm_90 code")
     return functions

@@ -148,8 +148,8 @@ def two_gpus(monkeypatch):
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") or not library.path_of("cuda").exists():
         pytest.skip("needs the CUDA library and no interpreter")
-    backend, ready = load(build("90-real"), Machine("13.0", 13000, (A100, H100))), registry._load
-    monkeypatch.setattr(registry, "_load", lambda name: backend if name == "cuda" else ready(name))
+    backend = load(build("90-real"), Machine("13.0", 13000, (A100, H100)))
+    monkeypatch.setitem(registry.LOADED, "cuda", backend)
 
 
 def test_another_backend_serves_the_devices_that_are_refused(two_gpus):
@@ -172,7 +172,7 @@ def test_the_report_says_why(two_gpus, monkeypatch):
     assert any(line.split()[:5] == ["backend", "cuda", "not", "for", "cuda:0:"] for line in lines)
     assert all(len(line) < 240 for line in lines)
     noted = dataclasses.replace(registry.get("triton"), note="compiled, never run")
-    monkeypatch.setattr(registry, "get", lambda name: noted if name == "triton" else registry._load(name))
+    monkeypatch.setitem(registry.LOADED, "triton", noted)
     assert any(line.endswith("(compiled, never run)") for line in report.text(report.facts()).splitlines())
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import os
+import shutil
 import types
 import warnings
 
@@ -129,8 +131,7 @@ def test_resumed_from_disk(method, rng, tmp_path):
         assert same_bits(losses, expected[at:until])
         at = until
         if until == 4:  # as a process that dies
-            engine.mover.drain()  # whose writes look at the log
-            optimizer.trajectory.close()
+            optimizer.trajectory.close()  # which waits for writes that look at the log
             continue
         if until == 6:
             assert not same_state(ours.state_dict(), model.state_dict())
@@ -328,7 +329,7 @@ def test_a_state_dict_is_loaded(method, wire, rng, tmp_path):
     ours = copy.deepcopy(middle)
     with offload.stream(ours, "layers", "disk", path=tmp_path / "run"):
         optimizer = kind(ours.named_parameters(), lr=1e-2, **{k: v for k, v in own.items() if k != "lr"})
-        with pytest.raises(RuntimeError, match="state_dict: expected storage='host' where states are stream"):
+        with pytest.raises(RuntimeError, match="state_dict: expected that of step 0 of the run"):
             optimizer.load_state_dict(saved)
 
 
@@ -389,3 +390,99 @@ def test_a_cache_in_front_of_the_disk(method, wire, states, rng, tmp_path, monke
         assert not same_state(ours.state_dict(), model.state_dict())
     with pytest.raises(ValueError, match="stream: cache: expected 0 unless storage is 'disk', got 5"):
         offload.stream(start, "layers", cache=5)
+
+
+@pytest.mark.parametrize("method", ["Adam", "HiZOO", "Sparse-MeZO", "sphere"])
+def test_a_folder_goes_back_to_a_checkpoint(method, rng, tmp_path, monkeypatch):
+    """Wherever that is cut off, the folder is one of its last step; afterwards of the checkpoint."""
+    model = small(rng)
+    start, path, options = copy.deepcopy(model), tmp_path / "run", {"slots": 2, "write_every": 2}
+    expected, whole = run(method, model, 8)
+    ours = copy.deepcopy(start)
+    with offload.stream(ours, "layers", "disk", path=path, **options) as engine:
+        _, optimizer = run(method, ours, 3)
+        engine.save(tmp_path / "at 3.safetensors")
+        saved = copy.deepcopy(optimizer.state_dict())
+        while optimizer.step_count < 6:
+            torch.manual_seed(optimizer.step_count)
+            optimizer.step(lambda: loss_of(ours, batch_of(optimizer.step_count)))
+        if optimizer.rule.states:
+            with pytest.raises(RuntimeError, match="state_dict: expected that of step 6"):
+                optimizer.load_state_dict(saved)
+
+    places, real = 0, os.replace
+    while True:
+        left = [places]
+
+        def replace(*args):
+            left[0] -= 1  # noqa: B023
+            if left[0] < 0:  # noqa: B023
+                raise OSError("cut off")
+            real(*args)
+
+        shutil.copytree(path, folder := tmp_path / str(places))
+        monkeypatch.setattr(os, "replace", replace)
+        try:
+            offload.rewind(folder, tmp_path / "at 3.safetensors", saved)
+            done = True
+        except OSError:
+            done = False
+        monkeypatch.undo()
+        again = copy.deepcopy(start)
+        with offload.stream(again, "layers", "disk", path=folder, resume=True, **options):
+            losses, optimizer = run(method, again, 8)
+            assert same_bits(losses, expected[3 if done else 6 :])
+            assert not same_state(again.state_dict(), model.state_dict())
+            assert not differing(whole, optimizer)
+        if done:
+            break
+        places += 1
+    assert places == 3  # blocks
+    with pytest.raises(ValueError, match=r"expected the log with which the checkpoint was written"):
+        offload.rewind(folder, tmp_path / "at 3.safetensors", {**saved, "zo": {**saved["zo"],
+            "log": {"step": 3, "sha256": "0" * 64}}})  # fmt: skip
+
+
+@pytest.mark.parametrize("wire", [None, "int8"])
+def test_storage_that_is_only_read_begins_with_loaded_states(wire, rng, tmp_path):
+    from safetensors.torch import save_model
+
+    model = small(rng)
+    save_model(model, tmp_path / "base.safetensors")
+    options = {"slots": 2, "wire": wire}
+    first = copy.deepcopy(model)
+    with offload.stream(first, "layers", "disk", weights=tmp_path / "base.safetensors", **options) as engine:
+        _, optimizer = run("Adam", first, 3)
+        engine.save(tmp_path / "at 3.safetensors")
+        saved = copy.deepcopy(optimizer.state_dict())
+        torch.manual_seed(3)
+        expected = optimizer.step(lambda: loss_of(first, batch_of(3)))
+        with pytest.raises(RuntimeError, match="expected a stream without updates"):
+            optimizer.load_state_dict(saved)
+        weights, states = first.state_dict(), optimizer.state_dict()["state"]
+    again = copy.deepcopy(model)
+    with offload.stream(again, "layers", "disk", weights=tmp_path / "at 3.safetensors", **options):
+        loss_of(again, batch_of(0))  # slots have blocks by then
+        made = ZOAdam(again.named_parameters(), lr=1e-3, eps=1e-2, weight_decay=0.0, seed=5)
+        made.load_state_dict(saved)
+        torch.manual_seed(3)
+        assert torch.equal(made.step(lambda: loss_of(again, batch_of(3))), expected)
+        assert not same_state(again.state_dict(), weights)
+        found = made.state_dict()["state"]
+        assert all(torch.equal(found[i][key], t) for i, kept in states.items() for key, t in kept.items())
+
+
+@pytest.mark.parametrize("slots", [1, 2, 8])
+def test_a_mask_is_measured_once_a_step(slots, rng, monkeypatch):
+    """It comes back with its block, so the update does not measure it again."""
+    from zokernels.step.directions.masks import MagnitudeMask
+
+    model, real, counted = small(rng), MagnitudeMask.keep, []
+    monkeypatch.setattr(MagnitudeMask, "keep", lambda *args: (counted.append(1), real(*args))[1])
+    run("Sparse-MeZO", copy.deepcopy(model), 5)
+    whole = len(counted)
+    with offload.stream(model, "layers", slots=slots):
+        run("Sparse-MeZO", model, 5)
+        inside = len(counted) - whole
+    # The first step's measurements are not stored, because no update comes with them.
+    assert inside <= whole + (len(list(model.layers.parameters())) if slots < 3 else 0)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
+from offload_cases import same_bits, tower, train
 
 from zokernels import offload
+from zokernels.files.appending import AppendedFile
 from zokernels.optim import ZOSGD
+from zokernels.trajectory.recorder import Recorder
 
 ONE_THREAD = "one thread at a time"
 
@@ -161,3 +166,66 @@ def test_a_fork_that_goes_on_stepping_gets_an_error(kind):
     lines = done.stdout.splitlines()
     assert len(lines) == (2 if kind == "disk" else 1)
     assert all("a fork of it, which has none of its threads" in line for line in lines)
+
+
+@pytest.fixture
+def slow_sync(monkeypatch):
+    """The system's sync of a log takes long in the threads that write blocks."""
+    real = os.fsync
+
+    def slow(fd):
+        if threading.current_thread().name.startswith("zokernels-write"):
+            time.sleep(0.05)
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", slow)
+
+
+@pytest.mark.parametrize("wire", [None, "bf16"])
+def test_a_log_is_closed_while_blocks_are_written(wire, slow_sync, tmp_path):
+    """It waits for what names the log; blocks that are written later lock the folder again."""
+    model, path = tower(torch.bfloat16), tmp_path / "run"
+    expected, _ = train(copy.deepcopy(model), 5)
+    start, options = copy.deepcopy(model), {"path": path, "slots": 2, "write_every": 2, "wire": wire}
+    engine = offload.stream(model, "layers", "disk", **options)
+    _, optimizer = train(model, 3)
+    optimizer.trajectory.close()
+    engine.mover.drain()  # raises what a write ran into
+    Recorder(path / "run.zk", sync=10.0).close()  # the folder is free
+    engine.flush()
+    with pytest.raises(RuntimeError, match="still writes"):
+        Recorder(path / "run.zk", sync=10.0)
+    engine.close()
+    with offload.stream(start, "layers", "disk", resume=True, **options) as engine:
+        assert {b.stored for b in engine.blocks} == {3}
+        losses, optimizer = train(start, 5)
+        assert same_bits(losses, expected[3:])
+        optimizer.trajectory.close()
+        other = Recorder(path / "run.zk", sync=10.0)
+        with pytest.raises(RuntimeError, match="no one else writes"):
+            engine.flush()
+        other.close()
+
+
+def test_a_file_is_closed_while_another_thread_syncs_it(tmp_path, monkeypatch):
+    """The number of a closed file may be that of another one by then."""
+    file, real, inside, synced = AppendedFile("op", tmp_path / "log"), os.fsync, threading.Event(), []
+
+    def slow(fd):
+        inside.set()
+        time.sleep(0.1)
+        real(fd)
+        synced.append(file.closed)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    file.write(b"abc", 0)
+    thread = threading.Thread(target=file.sync)
+    thread.start()
+    inside.wait()
+    file.close()
+    thread.join()
+    assert synced == [False]
+    file.sync()  # has nothing to bring
+    file.end += 1
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        file.sync()

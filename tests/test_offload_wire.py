@@ -200,8 +200,7 @@ def test_resuming(wire, rng, tmp_path):
         assert same_bits(losses, expected[at:until])
         at = until
         if until in (4, 7):  # as a process that dies
-            engine.mover.drain()  # whose writes look at the log
-            optimizer.trajectory.close()
+            optimizer.trajectory.close()  # which waits for writes that look at the log
         else:
             engine.close()
     saved = empty()

@@ -132,6 +132,12 @@ CALLS = {
         "rows": [2, 3],
         "bias": torch.rand(2, 7),
     },
+    "quantized_linear": lambda: {
+        "x": torch.rand(3, 6),
+        "weight": torch.randint(-127, 128, (5, 6), dtype=torch.int8),
+        "scale": torch.rand(5, 2),
+        "bias": torch.rand(5),
+    },
     "requantize_": lambda: {
         "params": tensors(torch.int8),
         "low": -127,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import pathlib
 import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ import test_fan_out
 import test_low_rank
 import test_low_rank_linear
 import test_plan
+import test_quantized_linear
 import test_rows
 import test_spread
 import torch
@@ -33,6 +35,7 @@ from ptx.parser import PtxError, entries, parse
 from ptx_cases import FAULTS, OPERATIONS, arguments, chunk_of, derive_seeds, faulty_arguments, random_combine
 
 import zokernels
+from zokernels.backends import library
 from zokernels.backends.reference.combine import fma
 from zokernels.ops.update import RULES as UPDATES
 from zokernels.wire import FORMATS
@@ -287,32 +290,51 @@ MODULES = [
     "spread",
     "low_rank",
     "low_rank_linear",
+    "quantized_linear",
     "squares",
     "seeds",
 ]
 
 
-@pytest.fixture(scope="session")
-def kernels(tmp_path_factory):
-    """The PTX of every kernel for sm_90, by its name."""
+def compiled_here(folder: pathlib.Path) -> list[str]:
+    """The PTX of each module, by nvcc: minutes."""
     nvcc = disassembly.find_tool("nvcc")
     if nvcc is None:
         pytest.skip("no nvcc")
-    folder = tmp_path_factory.mktemp("ptx")
     command = [nvcc, "-ptx", "-arch=sm_90", "-std=c++20", *cuda_on_host.TORCH]
 
-    def compile_module(name: str) -> dict[str, str]:
+    def compile_module(name: str) -> str:
         source = cuda_on_host.ROOT / f"csrc/cuda/{name}.cu"
         subprocess.run([*command, source, "-o", folder / f"{name}.ptx"], check=True)
-        return entries((folder / f"{name}.ptx").read_text())
+        return (folder / f"{name}.ptx").read_text()
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return {name: text for module in pool.map(compile_module, MODULES) for name, text in module.items()}
+        return list(pool.map(compile_module, MODULES))
+
+
+def built_from_these_sources(path: pathlib.Path) -> bool:
+    """Whether no source of the CUDA library was changed after it was built."""
+    sources = [p for name in ("cuda", "noise") for p in (cuda_on_host.ROOT / "csrc" / name).rglob("*.*")]
+    sources += (cuda_on_host.ROOT / "csrc").glob("*.*")
+    return path.exists() and path.stat().st_mtime > max(p.stat().st_mtime for p in sources)
 
 
 @pytest.fixture(scope="session")
-def host_library(tmp_path_factory):
-    return cuda_on_host.build(tmp_path_factory.mktemp("cuda_on_host"), "-O0")
+def kernels(tmp_path_factory):
+    """The PTX of every kernel for sm_90, by its name: the library's own, which ``make test`` builds with it.
+
+    Where the library is older than its sources, or was built for other architectures, nvcc makes it.
+    """
+    built, texts = library.path_of("cuda"), []
+    if built_from_these_sources(built):
+        texts = disassembly.ptx_of(built, 90)
+    texts = texts or compiled_here(tmp_path_factory.mktemp("ptx"))
+    return {name: text for module in texts for name, text in entries(module).items()}
+
+
+@pytest.fixture(scope="session")
+def host_library():
+    return cuda_on_host.build()
 
 
 @pytest.fixture(scope="session")
@@ -350,6 +372,11 @@ def update_kernels(dist: str, dtype: torch.dtype, entry: str) -> str:
 
 def linear_kernels(dtype: torch.dtype) -> str:
     return rf"linear_sums_kernel|linear_(chains|out)_kernelILNS0_{number(dtype)}"
+
+
+def quantized_kernels(dtype: torch.dtype) -> str:
+    kinds = rf"quantized_(most|words|out)_kernelILNS0_{number(dtype)}"
+    return rf"quantized_sums_kernel|{kinds}"
 
 
 def rows_kernels(dist: str, dtype: torch.dtype) -> str:
@@ -536,6 +563,20 @@ def test_low_rank_linear_equals_reference(on_ptx, kernels, rng, dtype):
     assert on_ptx.launches.keys() == matching(kernels, linear_kernels(dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quantized_linear_equals_reference(on_ptx, kernels, rng, dtype):
+    for size, packed, rows, x_bits in (
+        (41, False, 6, 24),
+        (41, True, 3, 8),
+        (136, True, 5, 24),
+        (16, False, 1, 8),
+    ):
+        args = test_quantized_linear.random_product(rng, dtype, rows, (5, 2), size, packed, x_bits)
+        aligned = {name: args[name].clone() for name in ("x", "weight")} if size % 8 == 0 else {}
+        check_backend(test_quantized_linear.run, args | aligned)
+    assert on_ptx.launches.keys() == matching(kernels, quantized_kernels(dtype))
+
+
 #: Tests of test_plan.py, whose plain calls the tests above hold against the reference: a table must give the
 #: same bits, and name all memory that the kernels access.
 PLANNED = {
@@ -574,7 +615,7 @@ def test_every_kernel_is_run(kernels):
         "derive_seed_kernel",
     ]
     for dtype in DTYPES:
-        run += [linear_kernels(dtype)]
+        run += [linear_kernels(dtype), quantized_kernels(dtype)]
         run += [wire_kernels(wire, dtype) for wire in FORMATS]
         for dist in DISTS:
             run += [combine_kernels(dist, dtype, fan_out=False), combine_kernels(dist, dtype, fan_out=True)]

@@ -12,6 +12,7 @@ import test_combine
 import test_fan_out
 import test_low_rank
 import test_low_rank_linear
+import test_quantized_linear
 import test_rows
 import test_spread
 import torch
@@ -204,6 +205,15 @@ def low_rank_linear(rng) -> None:
 
 
 CASES["low_rank_linear"] = {"low_rank_linear_kernel"}, low_rank_linear
+
+
+def quantized_linear(rng) -> None:
+    for packed, x_bits in ((True, 24), (False, 8)):
+        args = test_quantized_linear.random_product(rng, BF16, 5, (9, 2), 65, packed, x_bits)
+        check_backend(test_quantized_linear.run, args)
+
+
+CASES["quantized_linear"] = {"quantize_kernel", "quantized_linear_kernel"}, quantized_linear
 CASES["derive_seed"] = (
     {"derive_seed_kernel"},
     lambda rng: check_backend(derive_seeds, {"rng": rng.getrandbits(32)}),

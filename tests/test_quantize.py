@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Live
+from helpers import Live, watched
 from torch import nn
 from zosgd_cases import combined, same_bits
 
@@ -595,7 +595,7 @@ def layer_of_tiles(kind, dtype, rng):
     bits, group_size = rng.choice(((8, None), (8, 16), (4, None), (4, 16)))
     bias = rng.random() < 0.5
     if kind is nn.Linear:
-        plain, x = nn.Linear(192, 150, bias), torch.randn(2, rng.choice((1, 3, 20)), 192)
+        plain, x = nn.Linear(192, 150, bias), torch.randn(2, rng.choice((1, 3, 20, 40)), 192)
         function, shape, options = F.linear, (150, 192), {}
         layer = QuantizedLinear.from_linear(plain.to(dtype), bits, group_size)
     else:
@@ -655,53 +655,71 @@ def test_memory_of_a_product(kind, product, rng, monkeypatch):
         assert y.nbytes <= live.most <= 2 * y.nbytes + 6 * tile
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @torch.no_grad()
-def test_few_rows_of_bf16_take_torchs_own_product(rng, monkeypatch):
+def test_few_rows_are_multiplied_by_the_integers(dtype, rng):
     torch.manual_seed(rng.getrandbits(32))
-    layer = QuantizedLinear.from_linear(nn.Linear(64, 48).bfloat16())
-    calls, own = [], torch._weight_int8pack_mm
-    monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda *args: calls.append(args) or own(*args))
+    bits, group_size = rng.choice(((8, None), (8, 16), (4, None), (4, 16)))
+    layer, calls = QuantizedLinear.from_linear(nn.Linear(64, 48).to(dtype), bits, group_size), []
     weight = steps_of(layer, None)
-    for rows in (0, 1, 32, 33):
-        x = torch.randn(rows, 64).bfloat16()
-        expected = F.linear(x.double(), weight, layer.bias.double())
-        assert torch.allclose(layer(x).double(), expected, rtol=2e-2, atol=4e-2)
-    assert [len(x) for x, *_ in calls] == [1, 32]
-    layer(torch.randn(2, 64).bfloat16().t().contiguous().t())  # of other strides
-    with torch.autocast("cpu", torch.bfloat16):
+    with watched("quantized_linear", lambda x, *rest: calls.append((len(x), *rest[3:]))):
+        for rows in (0, 1, 64, 65):
+            x = torch.randn(rows, 64).to(dtype)
+            expected, y = F.linear(x.double(), weight, layer.bias.double()), layer(x)
+            assert torch.allclose(y.double(), expected, rtol=2e-2, atol=2e-2)
+        layer(torch.randn(2, 64).to(dtype).t().contiguous().t())  # of other strides
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(x)
+        layer.product = "int8"
         layer(x)
-    assert len(calls) == 3
+    # Torch leaves out an argument that is its default.
+    assert calls == [(0,), (1,), (64,), (2,), (65, 8)]
 
 
-@pytest.mark.parametrize("inputs", [1, 8, 24, 40, 63, 100])
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
 @torch.no_grad()
-def test_rows_that_torchs_own_product_would_read_past_the_end_of(inputs, rng):
-    """Its kernels read 16 or 32 numbers at a time, and torch does not check the length."""
+def test_convolutions_that_are_products(kind, rng):
     torch.manual_seed(rng.getrandbits(32))
-    layer = QuantizedLinear.from_linear(nn.Linear(inputs, 5).bfloat16())
-    for rows in (1, 4):
-        x = torch.randn(rows, inputs).bfloat16()
-        expected = F.linear(x.double(), steps_of(layer, None), layer.bias.double())
-        assert torch.allclose(layer(x).double(), expected, rtol=2e-2, atol=5e-2)
+    dims, calls = int(kind.__name__[4]), []
+    layer = QuantizedConv.from_conv(kind(6, 5, 1, padding=rng.choice([0, "same", "valid"])), 8, 3)
+    weight = steps_of(layer, None).float().view(5, 6, *[1] * dims)
+    with watched("quantized_linear", lambda x, *rest: calls.append(len(x))):
+        for shape in ((2, 6, *[3] * dims), (6, *[2] * dims), (2, 6, 33, *[1] * (dims - 1))):
+            x = torch.randn(shape)
+            y, expected = layer(x), layer._like[0]._conv_forward(x, weight, layer.bias)
+            assert y.shape == expected.shape
+            assert y.is_contiguous()
+            assert torch.allclose(y, expected, atol=1e-5)
+    assert calls == [2 * 3**dims, 2**dims]
+    calls.clear()
+    for options in ({"stride": 2}, {"padding": 1}, {"groups": 2}, {"kernel_size": 2}):
+        conv = QuantizedConv.from_conv(kind(6, 4, **{"kernel_size": 1} | options))
+        with watched("quantized_linear", lambda x, *rest: calls.append(len(x))):
+            conv(torch.randn(6, *[2] * dims))
+    assert calls == []
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("matrices", [False, True])
 @torch.no_grad()
-def test_int8_activations(exact, dtype, rng, monkeypatch):
-    """The bits are those of the formula, whose integer sums are exact, with any number of threads."""
+def test_int8_activations(matrices, dtype, rng, monkeypatch):
+    """The bits are those of the formula, whose integer sums are exact, with any number of threads.  So are
+    those of products of matrices of integers, which many rows on a GPU take."""
     torch.manual_seed(rng.getrandbits(32))
     monkeypatch.setitem(quantize._TILE, "cpu", 5_000)
-    if not exact:  # a CPU whose product of int8 matrices saturates
-        monkeypatch.setattr(quantize, "_int_mm_is_exact", lambda: False)
     inputs, out, bits = rng.choice((33, 192, 2_100)), rng.choice((1, 37)), rng.choice((4, 8))
     group_size, bias = rng.choice((None, 3)), rng.random() < 0.5
     layer = QuantizedLinear.from_linear(nn.Linear(inputs, out, bias).to(dtype), bits, group_size)
     layer.product = "int8"
     x = torch.randn(2, rng.choice((1, 3, 20)), inputs).to(dtype) * torch.rand(2, 1, 1).to(dtype) * 8
     x[0, 0] = 0
-    y = layer(x)
     rows = x.float().flatten(0, 1)
+    if (
+        matrices
+        and not (torch._int_mm(*[torch.full((66, 66), 127, dtype=torch.int8)] * 2) == 127**2 * 66).all()
+    ):
+        pytest.skip("torch's product of int8 matrices saturates on this CPU")
+    y = layer._product_of_integers(x.flatten(0, 1)).view(2, -1, out) if matrices else layer(x)
     step = rows.abs().amax(1, keepdim=True) / 127
     step[step == 0] = 1
     q, size = (rows / step).round().long(), layer.group_size

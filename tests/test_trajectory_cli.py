@@ -231,6 +231,19 @@ def test_a_log_and_its_base_swapped(files, capsys):
     assert not (folder / "out.safetensors").exists()
 
 
+def test_base_and_final_swapped(files, capsys):
+    """Found by their hashes; weights that are neither of the two, and the base twice, are told as before."""
+    folder, _, _ = files
+    assert command(folder, "verify", "run.zk", "final.safetensors", "base.safetensors") == 1
+    error = capsys.readouterr().err
+    assert (
+        "verify: BASE, FINAL: expected zokernels verify LOG BASE FINAL, got the last two swapped: " in error
+    )
+    for base, final in (("final.safetensors", "final.safetensors"), ("base.safetensors", "base.safetensors")):
+        assert command(folder, "verify", "run.zk", base, final) == 1
+        assert "swapped" not in capsys.readouterr().err
+
+
 def test_a_base_of_another_model(files, capsys):
     folder, _, _ = files
     safetensors.save_file({"other.w": torch.ones(3)}, folder / "other.safetensors")

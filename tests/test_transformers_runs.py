@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from case_process import TESTS, environment
 
 from zokernels.offload import empty_weights
 from zokernels.optim import ZOSGD, ZOAdamW
@@ -319,23 +322,41 @@ def test_a_streamed_model_has_the_same_run(eval_mode, tmp_path):
     assert same(weights(transformers.OPTForCausalLM.from_pretrained(tmp_path / "again")), weights(expected))
 
 
-def test_states_are_streamed_and_loaded_again(tmp_path):
-    """Adam in host memory has the run in memory, and goes on from a checkpoint of the Trainer."""
+@pytest.mark.parametrize("storage", ["host", "read", "written"])
+def test_states_are_streamed_and_loaded_again(storage, tmp_path):
+    """Adam has the run in memory, and goes on from a checkpoint of the Trainer, also where its folder is
+    further.
+    """
     own = {"optimizer_cls_and_kwargs": (ZOAdamW, {})}
     options = {"save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-3}
     streamed(tmp_path / "memory", opt(), offload=None, own=own, **options).train()
-    host = {"storage": "host", "slots": 2}
-    first = streamed(tmp_path / "host", opt(), offload=host, own=own, **options)
+    opt().save_pretrained(tmp_path / "base")
+    offload = {"storage": "host" if storage == "host" else "disk", "slots": 2}
+    if storage != "host":
+        offload["weights"] = tmp_path / "base"
+    if storage == "written":
+        offload["path"] = tmp_path / "run"
+    first = streamed(tmp_path / "ours", opt(), offload=offload, own=own, **options)
     first.train()
     assert first.engine.has_states
     first.engine.close()
-    again = streamed(tmp_path / "host", opt(), offload=host, own=own, **options)
-    again.train(resume_from_checkpoint=str(tmp_path / "host" / "checkpoint-2"))
+    again = streamed(tmp_path / "ours", opt(), offload=offload, own=own, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-2"))
     again.save_model(tmp_path / "again")
     again.engine.close()
-    places = tmp_path / "memory" / "checkpoint-3", tmp_path / "host" / "checkpoint-3", tmp_path / "again"
+    places = tmp_path / "memory" / "checkpoint-3", tmp_path / "ours" / "checkpoint-3", tmp_path / "again"
     expected, *found = (weights(transformers.OPTForCausalLM.from_pretrained(p)) for p in places)
     assert all(same(one, expected) for one in found)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_a_trainer_from_disk_ends_with_the_same_bits(rng, tmp_path):
+    command = [sys.executable, str(TESTS / "trainer_kill_worker.py"), str(tmp_path), "5"]
+    command.append(str(rng.getrandbits(40)))
+    done = subprocess.run(command, env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True,
+                          timeout=500, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.split()[-1]) >= 5
 
 
 def test_a_model_that_is_never_in_memory(tmp_path):
@@ -362,11 +383,6 @@ def test_what_does_not_go_with_a_stream(tmp_path):
         streamed(tmp_path, opt(), offload={}, save_strategy="steps", load_best_model_at_end=True)
     with pytest.raises(ValueError, match="optimizers: expected optimizer_cls_and_kwargs with offload"):
         streamed(tmp_path, opt(), offload={}, own={"optimizers": (ZOSGD(opt().parameters(), 1e-3), None)})
-    adam = {"optimizer_cls_and_kwargs": (ZOAdamW, {})}
-    opt().save_pretrained(tmp_path / "base")
-    disk = {"storage": "disk", "weights": tmp_path / "base"}
-    with pytest.raises(ValueError, match="expected storage='host' in offload, or a method without a state"):
-        streamed(tmp_path, opt(), offload=disk, own=adam).train()
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):

@@ -517,6 +517,35 @@ def _():
         assert_same(*results, lambda i, dtype=dtype: f"out in {dtype}")
 
 
+@case("quantized linear")
+def _():
+    import torch
+
+    from zokernels.backends import get
+    from zokernels.quantize import pack_int4
+
+    torch.manual_seed(SEED)
+    for dtype, rows, outputs, groups, size, packed, x_bits, with_bias in (
+        (torch.float32, 5, 9, 3, 33, True, 24, True),
+        (torch.bfloat16, 1, 17, 1, 70, False, 24, False),
+        (torch.float16, 4, 8, 2, 64, False, 8, True),
+        (torch.bfloat16, 6, 3, 2, 5, True, 8, False),
+        (torch.float32, 2, 3, 1, 0, False, 24, True),
+    ):
+        x, scale = torch.randn(rows, groups * size).to(dtype), torch.rand(outputs, groups).to(dtype)
+        if size:
+            x[0, 1], x[-1] = float("nan") if rows > 1 else 3.0, x[-1] * 2.0**-20
+        weight = torch.randint(-8 if packed else -128, 8 if packed else 128, (outputs, groups * size)).to(
+            torch.int8
+        )
+        weight = pack_int4(weight) if packed else weight
+        bias = torch.randn(outputs) if with_bias else None
+        results = [
+            [get(name).quantized_linear(x, weight, scale, bias, x_bits)] for name in ("triton", "reference")
+        ]
+        assert_same(*results, lambda i, dtype=dtype: f"y in {dtype}")
+
+
 def check_fan_out(dtype, dist, sizes, offsets, *, slides=(0,), **options):
     """As check, for fan_out: theta, plus and minus."""
     import torch

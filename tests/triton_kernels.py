@@ -22,6 +22,7 @@ from zokernels.backends.triton import (
     low_rank,
     low_rank_linear,
     project,
+    quantized_linear,
     seeds,
     spread,
     squares,
@@ -31,7 +32,10 @@ from zokernels.backends.triton import (
 )
 from zokernels.contract import DISTS
 
-MODULES = (combine, fan_out, low_rank, low_rank_linear, project, seeds, spread, squares, update, wire)
+MODULES = (
+    combine, fan_out, low_rank, low_rank_linear, project, quantized_linear, seeds, spread, squares, update,
+    wire,
+)  # fmt: skip
 DTYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16, "i8": tl.int8, "u8": tl.uint8}
 ELEMENTS = tile.PROGRAM // (32 * tile.NUM_WARPS)  # of one thread
 
@@ -39,10 +43,13 @@ ELEMENTS = tile.PROGRAM // (32 * tile.NUM_WARPS)  # of one thread
 KINDS = {
     **dict.fromkeys(("numel", "offset", "stream", "m", "n", "rank", "columns"), "i64"),
     **dict.fromkeys(("width", "length", "blocks", "magic", "rows"), "i64"),
+    **dict.fromkeys(("outputs", "groups"), "i64"),
     **dict.fromkeys(("left_members", "right_members", "bias_members"), "i64"),
     **dict.fromkeys(("seeds", "seed", "rounding_seed", "mask_seed", "table", "total"), "*i64"),
     **dict.fromkeys(("out_ptr", "run_seed_ptr", "step_ptr", "k_ptr"), "*i64"),
     "partial": "*fp64",
+    "q": "*i32",
+    "steps": "*fp32",
     **dict.fromkeys(("coeffs", "coeff", "decay", "hyper"), "*fp32"),
     **dict.fromkeys(("num_k", "mask_keep", "each", "shift"), "i32"),
     "owner": "*i32",
@@ -178,6 +185,15 @@ def low_rank_linear_kernel(target, dtype="bf16", *, ranks=1, bias="fp32", add=Tr
     return build(low_rank_linear.low_rank_linear_kernel, target, tensors, ADD=add, WIDTH=4, RANKS=ranks)
 
 
+def quantize_kernel(target, dtype="bf16", limbs=3):
+    return build(quantized_linear.quantize_kernel, target, {"x": dtype}, LIMBS=limbs)
+
+
+def quantized_linear_kernel(target, dtype="bf16", *, packed=False, bias="fp32", limbs=3):
+    tensors = {"out": dtype, "weight": "u8" if packed else "i8", "scale": dtype, "bias": bias}
+    return build(quantized_linear.quantized_linear_kernel, target, tensors, PACKED=packed, LIMBS=limbs)
+
+
 def squares_kernel(target, *, table=False):
     if table:
         return build(squares.squares_table_kernel, target, {}, WIDTH=5)
@@ -256,6 +272,8 @@ EVERY: dict[str, dict[str, Callable]] = {
     "low_rank_kernel": _each_dtype(low_rank_kernel),
     "low_rank_table_kernel": _each_dtype(partial(low_rank_kernel, table=True)),
     "low_rank_linear_kernel": _each_dtype(partial(low_rank_linear_kernel, ranks=4)),
+    "quantize_kernel": _each_dtype(quantize_kernel),
+    "quantized_linear_kernel": _each_dtype(partial(quantized_linear_kernel, packed=True)),
     "project_table_kernel": _each_dtype(project_kernel),
     "squares_kernel": {"": squares_kernel},
     "squares_table_kernel": {"": partial(squares_kernel, table=True)},

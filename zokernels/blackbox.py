@@ -194,8 +194,9 @@ class BlackBox(nn.Module):
         return grad
 
     def _along(self, x: Tensor, seeds: Tensor) -> tuple[Tensor, float]:
-        """x + mu z of each seed, then x - mu z where two-sided: [sides * n, B, ...]; and a factor of
-        differences.
+        """The points x + mu z of all seeds, and then x - mu z where two-sided, [sides * n, B, ...].
+
+        Also the factor by which a difference of losses is multiplied.
         """
         mu = torch.full((len(seeds) * (1 + self.two_sided),), self.mu, device=x.device, dtype=torch.float32)
         mu[len(seeds) :].neg_()
@@ -204,7 +205,10 @@ class BlackBox(nn.Module):
         return rows, 1.0
 
     def _on_sphere(self, x: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
-        """The same along z / |z| of each sample; the factor, float64 [n, B], is d / |z|."""
+        """:meth:`_along` with z / |z| of each sample in the place of z.
+
+        The factor is d / |z|, float64 [n, B].
+        """
         z = torch.empty(len(seeds), *x.shape, device=x.device, dtype=torch.float32)
         spread(
             z,

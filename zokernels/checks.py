@@ -67,27 +67,24 @@ def check_call(function: Callable[..., Any], args: Sequence[Any], options: Mappi
     try:
         signature.bind(*args, **options)
     except TypeError as error:
-        needed = [p.name for p in signature.parameters.values() if p.default is p.empty]
-        fail(
-            op,
-            ", ".join(needed),
-            f"all of them, and the rest by name (help({op}))",
-            f"a call: {error}",
-            TypeError,
-        )
+        needed = [p.name for p in signature.parameters.values() if p.default is p.empty and p.name != "self"]
+        expected = f"all of them, and the rest by name (help({op}))"
+        fail(op, ", ".join(needed) or "arguments", expected, f"a call: {error}", TypeError)
 
 
 def named_arguments(function: Callable[P, T]) -> Callable[P, T]:
-    """Lets a call with arguments that ``function`` does not have fail as :func:`check_call` says it."""
+    """Lets a call with arguments that ``function`` does not have fail as :func:`check_call` says it.
+
+    The signature is looked at only where the call has failed: ``inspect.signature`` takes as long as a small
+    operation.
+    """
 
     @functools.wraps(function)
     def checked(*args: P.args, **options: P.kwargs) -> T:
         try:
             return function(*args, **options)
-        except TypeError as error:
-            # A call that Python itself refuses has no line of the function in its traceback.
-            if error.__traceback__ is not None and error.__traceback__.tb_next is None:
-                check_call(function, args, options)
+        except TypeError:
+            check_call(function, args, options)  # raises only where Python itself has refused the call
             raise
 
     return checked
@@ -335,12 +332,8 @@ def _check_masks(op: str, leader: str, params: Sequence[Tensor], terms: Terms) -
             fail(op, name, "dtype torch.uint8, eight elements a byte", mask.dtype, TypeError)
         _check_beside(op, name, mask, params[0].device, leader)
         if mask.numel() != size:
-            fail(
-                op,
-                name,
-                f"{size} bytes for {param.numel()} elements from index {terms.offsets[i]}",
-                mask.numel(),
-            )
+            expected = f"{size} bytes for {param.numel()} elements from index {terms.offsets[i]}"
+            fail(op, name, expected, mask.numel())
 
 
 def check_overlap(

@@ -146,27 +146,52 @@ def _replay(args: argparse.Namespace) -> None:
 
 def _verify(args: argparse.Namespace) -> None:
     """Raises at the first thing that does not match; JSON has what was checked."""
-    from .files.safetensors import Checkpoint
-    from .trajectory.checkpoint import checked, compare, replay_file
+    from .checks import fail
 
     log = _read(args)
     found: dict[str, Any] = {"records": log.steps, "base": None, "final": None, "tensors": None}
     lines = [f"log    {log.steps} records, every checksum right"]
     if args.base is not None:
-        base = Checkpoint(args.base)
-        if args.final is None:
-            checked(base, log)
-        else:
-            final = Checkpoint(args.final)
-            with tempfile.TemporaryDirectory() as folder, _progress(log, "verify") as progress:
-                replayed = pathlib.Path(folder) / "replayed.safetensors"
-                replay_file(base, log, replayed, args.upto, progress=progress)
-                found["tensors"] = compare(log, Checkpoint(replayed), final)
+        try:
+            found["tensors"] = _verify_weights(args, log)
+        except ValueError:
+            if args.final is not None and _is_base(args.final, log) and not _is_base(args.base, log):
+                got = f"the last two swapped: {args.final} is what the run began with"
+                fail("verify", "BASE, FINAL", "zokernels verify LOG BASE FINAL", got)
+            raise
         found["base"], lines = True, [*lines, "base   the weights that the run began with"]
     if args.final is not None:
         found["final"] = True
         lines.append(f"final  the weights of the run, bit for bit ({found['tensors']} tensors)")
     _say(args, found, lines)
+
+
+def _verify_weights(args: argparse.Namespace, log: Log) -> int | None:
+    """How many tensors of the final weights are those of the run; None where no final weights are given."""
+    from .files.safetensors import Checkpoint
+    from .trajectory.checkpoint import checked, compare, replay_file
+
+    base = Checkpoint(args.base)
+    if args.final is None:
+        checked(base, log)
+        return None
+    final = Checkpoint(args.final)
+    with tempfile.TemporaryDirectory() as folder, _progress(log, "verify") as progress:
+        replayed = pathlib.Path(folder) / "replayed.safetensors"
+        replay_file(base, log, replayed, args.upto, progress=progress)
+        return compare(log, Checkpoint(replayed), final)
+
+
+def _is_base(path: str, log: Log) -> bool:
+    """Whether the weights in ``path`` are those that the run of ``log`` began with."""
+    from .files.safetensors import Checkpoint
+    from .trajectory.checkpoint import checked
+
+    try:
+        checked(Checkpoint(path), log)
+    except (ValueError, OSError):
+        return False
+    return True
 
 
 def summary(log: Log) -> dict[str, Any]:
@@ -247,7 +272,7 @@ def _plot(log: Log, path: str) -> None:
 
 def _words(value: Any) -> str:
     """A part, the settings of a group, numbers or a text, as people read them."""
-    from .trajectory.settings import spoken
+    from .trajectory.parts import spoken
 
     if isinstance(value, float):
         return f"{value:.5g}"

@@ -139,7 +139,7 @@ stream_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def streams_of(names: Iterable[str]) -> list[int]:
-    """``stream_of`` each name.
+    """The streams of several names, by :func:`stream_of`.
 
     Raises ``ValueError`` naming the pair when two of them collide, ``TypeError`` for one text.
     """

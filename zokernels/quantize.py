@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from .checks import DTYPES, fail
+from .ops.quantized_linear import MAX_GROUP, quantized_linear
 from .ops.requantize import pack_int4, unpack_int4
 
 __all__ = [
@@ -32,8 +32,9 @@ def limit_of(bits: int) -> int:
 
 #: Bytes of the rows of W that a product multiplies out at a time.  On the CPU they stay in a core's cache.
 _TILE = {"cpu": 1 << 20, "cuda": 16 << 20}
-#: Rows of x up to which torch's product of int8 weights is taken; with more it is slower than tiles.
-_FEW_ROWS = 32
+#: Rows of x up to which W is multiplied in integers.  With more, tiles are faster on most machines, and the
+#: number is one for all, so that the same product has the same bits on each of them.
+_FEW_ROWS = 64
 
 
 class QuantizedLayer(nn.Module):
@@ -56,10 +57,11 @@ class QuantizedLayer(nn.Module):
     weight: Tensor
     #: How linear layers and convolutions multiply by W, of a layer or, set on the class, of all.
     #:
-    #: "tiled": without a copy of W in floats.  Some rows of W are multiplied out at a time, or none, where
-    #: torch has a product of int8 weights that is faster (on the CPU, x and scale in bf16, 8 bits, one scale
-    #: a row, up to 32 rows of x).  "whole": W is multiplied out, and then used.  Both have the same W, and
-    #: differ in the order in which a product sums, so in last bits.
+    #: "tiled": without a copy of W in floats.  Up to 64 rows of x are multiplied by the integers themselves
+    #: (:func:`zokernels.quantized_linear`), with the same bits on every device and for any number of threads.
+    #: For more, some rows of W are multiplied out at a time, and so they are for a convolution that is more
+    #: than a product at each place.  "whole": W is multiplied out, and then used.  The outputs of these three
+    #: differ in last bits: a product sums in another order, and tiles of W are rounded to the dtype of x.
     #:
     #: "int8": activations are rounded, too.  Each row of a linear layer's x has one scale, max |x| / 127, and
     #: products are of integers, which are summed exactly; so the outputs have the same bits on every device
@@ -135,6 +137,16 @@ class QuantizedLayer(nn.Module):
             or torch.compiler.is_compiling()
         )
 
+    def _operation(self, x: Tensor, x_bits: int = 24) -> Tensor:
+        """x W^T + b of x [rows, in], by the integers themselves."""
+        weight, scale = self.weight[:].contiguous(), self.scale[:].contiguous()
+        bias = None if self.bias is None else self.bias[:].contiguous()
+        return quantized_linear(x.contiguous(), weight, scale, bias, x_bits=x_bits)
+
+    def _takes_operation(self, x: Tensor) -> bool:
+        few = len(x) <= _FEW_ROWS and self.group_size <= MAX_GROUP
+        return few and x.dtype in DTYPES and x.device.type in ("cpu", "cuda")
+
     def _integer_tiles(self, itemsize: int, multiple: int = 1) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """The numbers of some rows, their integers and their scales.
 
@@ -166,38 +178,12 @@ class QuantizedLayer(nn.Module):
         return f"{sizes}, bits={self.bits}, group_size={self.group_size}, packed={self.packed}"
 
 
-#: Columns of int8 whose products fp32 sums exactly, in any order: 127 * 127 * 1,024 < 2^24.
-_EXACT = 1024
-
-
-@functools.cache
-def _int_mm_is_exact() -> bool:
-    """Whether this CPU's product of int8 matrices is there, and no pair of products saturates in 16 bits."""
-    if not hasattr(torch, "_int_mm"):
-        return False
-    a, b = torch.full((3, 66), 127, dtype=torch.int8), torch.full((66, 5), -127, dtype=torch.int8)
-    return bool((torch._int_mm(a, b) == -127 * 127 * 66).all())
-
-
-def _integer_product(a: Tensor, b: Tensor) -> Tensor:
-    """a b^T of int8 matrices, as int32 and exact."""
-    if not a.numel() or not b.numel():
-        return torch.zeros(len(a), len(b), dtype=torch.int32, device=a.device)
-    # cuBLAS wants more than 16 rows, and multiples of 8.
-    fits = len(a) > 16 and a.shape[1] % 8 == 0 and len(b) % 8 == 0
-    if _int_mm_is_exact() if a.device.type == "cpu" else a.device.type == "cuda" and fits:
-        whole: Tensor = torch._int_mm(a.contiguous(), b.contiguous().t())
-        return whole
-    parts = zip(a.split(_EXACT, 1), b.split(_EXACT, 1), strict=True)
-    return sum((F.linear(u.float(), v.float()).to(torch.int32) for u, v in parts), torch.tensor(0))
-
-
 class QuantizedLinear(QuantizedLayer):
     """y = x W^T + b,   W[o, i] = scale[o, i // group_size] * weight[o, i].
 
-    out are the outputs and in the inputs of the layer (:class:`QuantizedLayer`).  The forward multiplies out
-    rows of W in the scale's dtype, rounds them to x's and calls ``F.linear``: beside the integers, memory for
-    some rows at a time (:attr:`product`).
+    out are the outputs and in the inputs of the layer (:class:`QuantizedLayer`).  The forward multiplies few
+    rows of x by the integers themselves.  For more it multiplies out rows of W in the scale's dtype, rounds
+    them to x's and calls ``F.linear``: beside the integers, memory for some rows at a time (:attr:`product`).
 
     Args:
         bits, group_size, packed, dtype: as for :class:`QuantizedLayer`.
@@ -254,47 +240,35 @@ class QuantizedLinear(QuantizedLayer):
     def forward(self, x: Tensor) -> Tensor:
         if self._is_whole(x):
             return F.linear(x, self._multiplied(self.integers, self.scale).to(x.dtype), self.bias)
-        bias, rows = (None if self.bias is None else self.bias[:]), x.reshape(-1, self.in_features)
+        rows = x.reshape(-1, self.in_features)
         if self.product == "int8":
-            y: Tensor = self._product_of_integers(rows, bias)
-        elif self._has_product(rows):
-            y = torch._weight_int8pack_mm(rows.contiguous(), self.weight, self.scale.flatten())
-            y = y if bias is None else y.add_(bias)
+            # cuBLAS, whose product of integers is the fastest of many rows, wants multiples of 8.
+            fits = x.is_cuda and len(rows) > _FEW_ROWS and not (self.group_size | self.out_features) % 8
+            y = self._product_of_integers(rows) if fits else self._operation(rows, 8)
+        elif self._takes_operation(rows):
+            y = self._operation(rows)
         else:
+            bias = None if self.bias is None else self.bias[:]
             y = rows.new_empty(len(rows), self.out_features)
             for at, tile in self._tiles(x.dtype):
                 y[:, at] = F.linear(rows, tile, None if bias is None else bias[at])
         shaped: Tensor = y.view(*x.shape[:-1], self.out_features)
         return shaped
 
-    def _product_of_integers(self, rows: Tensor, bias: Tensor | None) -> Tensor:
-        """y = (sum over groups of (q W_g^T) * scale_g) * s + b in fp32, rounded once, with x = q * s rounded.
-
-        s = max |x| / 127 of each row, or 1 where that is 0; q = x / s, to nearest, ties to even, in [-127,
-        127].  A row with a NaN or an infinity becomes NaN.
-        """
+    def _product_of_integers(self, rows: Tensor) -> Tensor:
+        """What :meth:`_operation` gives for 8 bits, by products of matrices, which take many rows at once."""
         x = rows.float()
-        step = (x.abs().amax(1, keepdim=True) if x.numel() else x.new_zeros(len(x), 1)) / 127
+        step = x.abs().amax(1, keepdim=True) / 127
         step = torch.where(step == 0, 1.0, step)
         q, size = (x / step).round_().clamp_(-127, 127).to(torch.int8), self.group_size
         y = torch.zeros(len(x), self.out_features, dtype=torch.float32, device=x.device)
-        for at, integers, scale in self._integer_tiles(1):
+        for at, integers, scale in self._integer_tiles(1, 8):
             part = y[:, at]
             for g, (a, b) in enumerate(zip(q.split(size, 1), integers.split(size, 1), strict=True)):
-                part += _integer_product(a, b).float().mul_(scale[:, g].float())
+                sums = torch._int_mm(a.contiguous(), b.contiguous().t())
+                part += sums.float().mul_(scale[:, g].float())
         y.mul_(step)
-        return (y if bias is None else y.add_(bias.float())).to(rows.dtype)
-
-    def _has_product(self, rows: Tensor) -> bool:
-        """Whether torch has a product of these rows and int8 weights that is faster than tiles.
-
-        Its kernels read 16 or 32 numbers at a time, and past the end of a row of another length: torch 2.13
-        does not check that, and returns anything or crashes.
-        """
-        whole_rows = not self.packed and self.group_size == self.in_features and self.in_features % 32 == 0
-        half = rows.dtype is self.scale.dtype is torch.bfloat16
-        few = 0 < len(rows) <= _FEW_ROWS and rows.device.type == "cpu"
-        return whole_rows and half and few and hasattr(torch, "_weight_int8pack_mm")
+        return (y if self.bias is None else y.add_(self.bias[:].float())).to(rows.dtype)
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
@@ -307,7 +281,8 @@ class QuantizedConv(QuantizedLayer):
     out are the output channels.  in are the input channels of a group of the convolution times the elements
     of its kernel, in the order of the convolution's own weight (:class:`QuantizedLayer`).  The forward
     multiplies out some output channels' weights at a time in the scale's dtype, rounds them to x's and runs
-    the convolution (:attr:`product`); of a convolution in groups, those of some groups.
+    the convolution (:attr:`product`); of a convolution in groups, those of some groups.  A convolution of one
+    element in the kernel (stride 1, no padding, one group) multiplies few places as a linear layer its rows.
 
     Args:
         like: the convolution whose sizes, stride, padding, dilation, groups and padding mode this one has.
@@ -354,6 +329,10 @@ class QuantizedConv(QuantizedLayer):
             )
         del conv.weight
         self._like = (conv,)
+        # Whether it is a product of the channels at each place by itself.
+        sizes = (conv.kernel_size, conv.stride, (conv.groups,))
+        padded = conv.padding not in ("valid", "same") and any(conv.padding)
+        self._is_product = not padded and {n for size in sizes for n in size} == {1}
 
     @classmethod
     def from_conv(
@@ -379,6 +358,10 @@ class QuantizedConv(QuantizedLayer):
             return whole
         y: Tensor | None = None
         channels = -len(self.kernel)  # the dimension, for x may have none for a batch
+        places = x.movedim(channels, -1)
+        if self._is_product and self._takes_operation(rows := places.flatten(0, -2)):
+            made = self._operation(rows).view(*places.shape[:-1], len(self.weight))
+            return made.movedim(-1, channels).contiguous()
         of_group, part_of = len(self.weight) // conv.groups, copy.copy(conv)
         for at, tile in self._tiles(x.dtype, of_group if conv.groups > 1 else 1):
             bias = None if self.bias is None else self.bias[at]

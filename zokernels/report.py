@@ -17,15 +17,9 @@ from .version import __version__
 
 #: What changes how the package, its build or torch behaves.
 _VARIABLES = (
-    *(
-        "ZOKERNELS_BACKEND",
-        "ZOKERNELS_CPU_ISA",
-        "ZOKERNELS_CUDA",
-        "TORCH_CUDA_ARCH_LIST",
-        "CUDA_VISIBLE_DEVICES",
-    ),
-    *("TRITON_INTERPRET", "OMP_NUM_THREADS"),
-)
+    "ZOKERNELS_BACKEND", "ZOKERNELS_CPU_ISA", "ZOKERNELS_CUDA", "TORCH_CUDA_ARCH_LIST",
+    "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET", "OMP_NUM_THREADS",
+)  # fmt: skip
 _PACKAGES = ("triton", "numpy", "safetensors", "transformers", "peft", "accelerate")
 
 
@@ -109,7 +103,7 @@ def facts() -> dict[str, Any]:
 
 
 def text(found: dict[str, Any]) -> str:
-    """:func:`facts` as aligned lines."""
+    """What :func:`facts` has found, as aligned lines for people."""
     host = found["host"]
     rows = [
         ("zokernels", f"{found['zokernels']}, contract {found['contract']}, in {found['folder']}"),

@@ -70,7 +70,7 @@ def is_lossless(wire: str | None, dtype: torch.dtype) -> bool:
 
 
 def scale_begin(numel: int) -> int:
-    """The byte of the first scale."""
+    """Where the scales of a buffer begin, in bytes."""
     return -(-numel // ALIGN) * ALIGN
 
 

@@ -28,7 +28,7 @@ class Failure(Exception):
 
 @dataclass(frozen=True)
 class Context:
-    """What every stage gets to know."""
+    """What is the same for all stages of a check, and is given to each."""
 
     output: pathlib.Path  # the folder of the results, in which a stage leaves its rows as <stage>.json
     scratch: pathlib.Path  # a folder that is removed after the check
@@ -56,7 +56,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Stage:
-    """One line of the plan.
+    """A step of the check, which is one line of the plan.
 
     name: also that of its log and of its rows.
     kind: "required" must pass; "optional" may be skipped but not fail; "measure" does not decide whether the

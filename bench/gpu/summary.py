@@ -182,7 +182,7 @@ def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
 
 
 def shares(rows: Sequence[Row]) -> list[list[str]]:
-    """Of each pass in place the share of the bandwidth of a copy, by backend."""
+    """A row for each pass in place: which share of a copy's bandwidth it reaches, by backend."""
     found: dict[str, dict[str, str]] = {}
     for r in rows:
         if r["op"] == "combine_":

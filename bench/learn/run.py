@@ -260,7 +260,7 @@ def write(results: Results, path: pathlib.Path) -> list[pathlib.Path]:
 
 
 def picture_of(results: Results) -> Any:
-    """For each task the mean loss of its best methods against forwards, with the band of their seeds."""
+    """A picture for each task: the mean losses of its best methods against forwards, with bands of seeds."""
     rows = rows_of(results.runs)
     bands = []
     for name, task in TASKS.items():

@@ -64,7 +64,7 @@ class Eager:
         return (plus - minus) / (2 * self.eps)
 
     def one_sided(self, closure: Closure, k: int = 0) -> float:
-        """L(theta + eps z)."""
+        """The loss L(theta + eps z); afterwards the weights are moved back."""
         seed = self.seed(k)
         self.perturb(seed, 1)
         loss = float(closure())
@@ -522,7 +522,7 @@ def black_box(f: Callable[[Tensor], Tensor], x: Tensor, mu: float, directions: i
 
 
 def black_box_coordinates(f: Callable[[Tensor], Tensor], x: Tensor, mu: float) -> Tensor:
-    """The same by forward differences along every coordinate, one after the other."""
+    """The gradient of ``f`` at ``x`` by forward differences along one coordinate after the other."""
     base, gradient = f(x), torch.empty_like(x).flatten(1)
     for i in range(gradient.shape[1]):
         moved = x.clone()

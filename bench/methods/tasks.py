@@ -123,7 +123,7 @@ def _product_calls(method: Method, scale: float) -> dict[str, Callable[[], objec
 
 
 class _Products(Task):
-    """Of ours the time of the forwards is taken off; the eager form is timed without any."""
+    """The time of our products less that of plain ones, against that of the eager form, which has none."""
 
     def measure(self, method: Method, seconds: float) -> Row:
         calls = _product_calls(method, 1.0 if seconds else 0.05)  # no seconds: whether it runs

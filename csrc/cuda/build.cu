@@ -14,7 +14,7 @@ extern "C" __attribute__((visibility("default"))) const char* zokernels_cuda_bui
       __CUDACC_VER_MAJOR__) ", " ZK_TEXT_OF(__CUDACC_VER_MINOR__) "], \"targets\": \"" ZK_CUDA_TARGETS "\"}";
 }
 
-// The newest CUDA version that the driver runs, as 1000 major + 10 minor; 0: there is no driver.
+// The newest CUDA version that the driver runs, as 1000 major + 10 minor; 0 where there is no driver.
 extern "C" __attribute__((visibility("default"))) int zokernels_cuda_driver() {
   int version = 0;
   return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;

@@ -14,8 +14,9 @@ int launch_kernel(const CombineLaunch<Bytes>& p, uint32_t chunks, void* stream) 
   }
 }
 
-// One direction (perturb, update), one with weight decay, and two (update and next perturbation) are compiled
-// for; any other number reads keys and coefficients in a loop. A fan-out has one pending update, or any.
+// Kernels are compiled for one direction (to perturb, to update), for one with weight decay, and for two (an
+// update and the next perturbation). For any other number a kernel reads keys and coefficients in a loop. The
+// kernels of fan-outs are for one pending update, or for any number.
 template <DType D, Domain Dist, bool Stochastic, int Bytes>
 int launch_count(const CombineLaunch<Bytes>& p, uint32_t chunks, void* stream) {
   const bool decay = p.decay != nullptr, fan_out = p.probe_seed != nullptr;

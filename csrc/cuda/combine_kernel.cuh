@@ -6,8 +6,9 @@
 
 namespace zk::cuda {
 
-// What follows the sum: round once, store, and fan out from the rounded value.
-// probe(sign, from, to): to = from + sign * c * z of the probe's direction.
+// What is done with the sum: it is rounded once and stored, and a fan-out starts from the rounded value.
+// probe(sign, from, to) computes to = from + sign * c * z, where c and z are those of the fan-out's
+// direction.
 template <DType D, bool Round, bool FanOut, class Access, class Probe>
 ZK_DEVICE void finish(const CombineShared& p, const CombineEntry& t, const Access& at, float acc[kVector],
                       const Words<uint32_t>& random, const Probe& probe) {
@@ -103,14 +104,15 @@ ZK_GLOBAL combine_normal_kernel(ZK_GRID_CONSTANT CombineLaunch<Bytes> p) {
   };
 
   const bool inside = position >= 0 && position + kNormalChunk <= t.numel;
-  // Where the low counter word wraps inside the chunk, the upper word differs between threads: left to the
-  // slow path.
+  // Where the low word of the counter wraps inside the chunk, the upper word differs between threads. That is
+  // left to the slow path.
   const bool wraps = static_cast<uint32_t>(block) > 0xffffffffu - kThreads * kSteps;
   if (inside && allows_vectors<D, FanOut>(t) && !wraps) {
     const auto access = [&](int s) {
       return VectorAccess{position + static_cast<int64_t>(threadIdx.x) * kVector, s * kThreads};
     };
-    // Loads in flight. A fan-out that rounds holds the keys of three seeds and would spill with four.
+    // How many loads are in flight. A fan-out that rounds holds the keys of three seeds, and with four loads
+    // it would spill registers.
     constexpr int kFlight = FanOut && kRound ? 2 : 4;
     ZK_NO_UNROLL
     for (int first = 0; first < kSteps; first += kFlight) {
@@ -119,7 +121,7 @@ ZK_GLOBAL combine_normal_kernel(ZK_GRID_CONSTANT CombineLaunch<Bytes> p) {
       for (int s = 0; s < kFlight; ++s) raw[s] = access(first + s).template load<D>(t.in);
       ZK_UNROLL
       for (int s = 0; s < kFlight; ++s) {
-        // The sum cannot carry into the upper word, and written so the compiler knows.
+        // The sum cannot carry into the upper word. Written in this way, the compiler knows it.
         const uint32_t low = static_cast<uint32_t>(block) + threadIdx.x + (first + s) * kThreads;
         block_of_eight((block & 0xffffffff00000000u) | low, access(first + s), raw[s]);
       }
@@ -139,7 +141,7 @@ template <DType D, int K, bool Decay, bool Stochastic, int Bytes, bool FanOut>
 ZK_GLOBAL combine_rademacher_kernel(ZK_GRID_CONSTANT CombineLaunch<Bytes> p) {
   using S = Storage<D>;
   constexpr bool kRound = Stochastic && D != DType::f32;
-  constexpr int kBytes = kRademacherTile / kVector / kRademacherBlocks;  // vecs of a lane: 16
+  constexpr int kBytes = kRademacherTile / kVector / kRademacherBlocks;  // a lane has 16 vecs
   const int i = tensor_of(p.table, blockIdx.x);
   const CombineEntry& t = p.table.tensor[i];
   const Stream stream = p.table.stream[i];
@@ -172,7 +174,7 @@ ZK_GLOBAL combine_rademacher_kernel(ZK_GRID_CONSTANT CombineLaunch<Bytes> p) {
   float decay = 1.0f;
   if constexpr (Decay) decay = p.decay != nullptr ? *p.decay : 1.0f;
 
-  // fma(c, +-1, from) is from +- c.
+  // The contract has fma(c, +-1, from), which is from +- c.
   const auto direction = [&](const Words<uint32_t>& w, float c, int byte, const float from[kVector],
                              float to[kVector]) {
     const uint32_t word = word_of(w, byte) >> (8 * (byte % 4));
@@ -187,8 +189,9 @@ ZK_GLOBAL combine_rademacher_kernel(ZK_GRID_CONSTANT CombineLaunch<Bytes> p) {
       direction(probe_signs, mul(sign, *p.probe_coeff), byte, from, to);
     });
   };
-  // A group of vecs at a time: with any number of directions, a block is drawn anew for every four vecs of
-  // its sixteen (37 instructions over 32 elements), so that no more than four vecs of sums are held.
+  // A group of vecs is done at a time. For any number of directions a group is four of a block's sixteen
+  // vecs, so that the sums of no more than four are held in registers. The block is then drawn four times,
+  // which costs 37 instructions for 32 elements each time.
   constexpr int kGroup = 4;
   const auto accumulate = [&](int group, float acc[kGroup][kVector]) {
     ZK_UNROLL

@@ -1,8 +1,9 @@
 // What the kernels share: the drawing of noise, the search of the table, and the access to eight elements.
 //
-// A thread owns whole Philox blocks: eight elements, one 16-byte access in half precision, no output thrown
-// away. Chunks that lie inside their tensor and are aligned take the fast path; the rest (first and last
-// chunk of a tensor, shards that start inside a block) goes element by element through the same arithmetic.
+// A thread owns whole Philox blocks of eight elements. So a block is one access of 16 bytes in half
+// precision, and no random number is thrown away. Chunks that lie inside their tensor and are aligned take
+// the fast path. All others (the first and the last chunk of a tensor, shards that start inside a block) go
+// through the same arithmetic element by element.
 //
 // Threads neither communicate nor synchronise, so tests/cuda_on_host runs the kernels on the CPU, thread by
 // thread.
@@ -36,14 +37,14 @@ ZK_DEVICE Words<uint32_t> draw(const PhiloxKey& key, uint64_t block, Stream stre
                         stream.with(domain), key);
 }
 
-// Word byte / 4, without indexing registers by a variable, which would move them to memory.
+// The word that holds byte number `byte`. An index would move the registers to memory, so words are selected.
 ZK_DEVICE uint32_t word_of(const Words<uint32_t>& x, int byte) {
   const uint32_t low = byte & 4 ? x.w[1] : x.w[0], high = byte & 4 ? x.w[3] : x.w[2];
   return byte & 8 ? high : low;
 }
 
-// The tensor whose chunks include `chunk`. The index is the same in all threads, so the table is read as
-// constants.
+// The tensor to which chunk number `chunk` belongs. It is the same one for all threads of a block, so the
+// table is read like constants.
 template <class Table>
 ZK_DEVICE int tensor_of(const Table& table, uint32_t chunk) {
   int low = 0, high = table.tensors;
@@ -58,7 +59,8 @@ ZK_DEVICE int tensor_of(const Table& table, uint32_t chunk) {
   return low;
 }
 
-// Eight elements whose positions start at `first` and may lie in part outside [0, numel): element by element.
+// Eight elements from position `first` on, of which some may lie outside of [0, numel). They are read and
+// written one by one.
 struct EdgeAccess {
   int64_t first, numel;
 
@@ -90,9 +92,9 @@ struct EdgeAccess {
   };
 };
 
-// Eight elements inside the tensor, at an aligned address: vector `step` from element `base`. Apart, so that
-// one address serves all steps and the steps become immediates (0.9 instructions a Rademacher element less
-// than with their sum).
+// Eight elements inside the tensor at an aligned address: vector number `step` from element `base` on. Base
+// and step are kept apart, so that one address serves all steps and a step is an immediate of the
+// instruction. This saves 0.9 instructions for a Rademacher element.
 struct VectorAccess {
   int64_t base;
   int step;
@@ -119,22 +121,22 @@ ZK_DEVICE void atomic_add(unsigned long long* p, unsigned long long value) {
 
 ZK_DEVICE uint64_t address(const void* p) { return reinterpret_cast<uint64_t>(p); }
 
-// Whether vectors of D may be read at `addresses`, of which any number are or-ed, by whole Philox blocks.
+// Whether vectors of D, which are whole Philox blocks, may be read at `addresses`: several addresses, or-ed.
 template <DType D>
 ZK_DEVICE bool is_aligned(uint64_t addresses, uint64_t offset) {
   return (addresses % alignof(typename Storage<D>::Raw) | offset % kVector) == 0;
 }
 
-// A warp's part of a chunk: vecs of eight elements from logical index `start`, vec 32 * step + lane being a
-// lane's own. One order for both distributions; with Rademacher noise a lane's vecs then have their signs in
-// one block.
+// A warp's part of a chunk: vecs of eight elements from logical index `start` on, of which a lane has the
+// vecs 32 * step + lane. The order is the same for both distributions. With Rademacher noise all vecs of a
+// lane have their signs in one block.
 template <Domain Dist>
 struct Tile {
   static constexpr int64_t kChunk = chunk_of(Dist), kAligned = tile_of(Dist);
-  static constexpr int kVecs = kChunk / kThreads / kVector;  // a lane's
+  static constexpr int kVecs = kChunk / kThreads / kVector;  // how many a lane has
   static constexpr int64_t kElements = int64_t{32} * kVector * kVecs;
   uint64_t start;
-  int64_t position;  // of `start` in the tensor
+  int64_t position;  // where `start` is in the tensor
   Stream stream;
   uint32_t lane, mantissa;
 
@@ -143,7 +145,7 @@ struct Tile {
     start = offset / kAligned * kAligned + chunk * kChunk + threadIdx.x / 32 * kElements;
     position = static_cast<int64_t>(start - offset);
   }
-  // Whether all of it lies inside the tensor, and the low counter word does not wrap.
+  // Whether all of it lies inside the tensor, and the low word of the counter does not wrap.
   ZK_DEVICE bool is_whole(int64_t numel) const {
     return position >= 0 && position + kElements <= numel &&
            static_cast<uint32_t>(start / kVector) <= 0xffffffffu - 32 * kVecs;
@@ -152,7 +154,7 @@ struct Tile {
   ZK_DEVICE uint64_t block(int step) const {
     const uint64_t first = start / kVector;
     if constexpr (!Whole) return first + 32 * step + lane;
-    // The sum cannot carry into the upper word, and written so the compiler knows.
+    // The sum cannot carry into the upper word. Written in this way, the compiler knows it.
     return (first & 0xffffffff00000000u) | (static_cast<uint32_t>(first) + lane + 32 * step);
   }
   ZK_DEVICE EdgeAccess edge(int step, int64_t numel) const {
@@ -171,9 +173,9 @@ struct Tile {
   ZK_DEVICE uint64_t mask_byte(uint64_t block, int) const { return block - offset() / kVector; }
 };
 
-// Eight elements of one row, some of which may lie outside.
+// Eight elements of one row, some of which may lie outside of the row.
 struct RowAccess {
-  int64_t base;  // of the row
+  int64_t base;  // where the row begins
   EdgeAccess edge;
 
   template <DType D>
@@ -186,20 +188,21 @@ struct RowAccess {
   }
 };
 
-// Rows of a tensor, cut into vecs that are Philox blocks: `blocks` of each row. As in a Tile a warp's vecs
-// follow each other and a lane's are 32 apart. Where all is aligned to eight they are the vecs of the memory,
-// so that accesses are those of one piece; the row of a vec is a product and a shift.
+// The rows of a tensor, cut into vecs that are Philox blocks, `blocks` of them in each row. As in a Tile, the
+// vecs of a warp follow each other, and those of a lane are 32 apart. Where offset, width and length are
+// multiples of eight, they are also the vecs of the memory, and are accessed as those of a tensor in one
+// piece. The row of a vec is found by a product and a shift.
 template <Domain Dist>
 struct RowTile {
   static constexpr int kVecs = kRowVecs;
   const RowsEntry& t;
   Stream stream;
   uint32_t mantissa;
-  uint64_t vec;        // of the chunk's first one
-  uint64_t row;        // its row
-  uint32_t column;     // and its place there
-  uint32_t own;        // from it to the thread's first vec
-  uint64_t row_block;  // of the first row, where all is aligned
+  uint64_t vec;        // the number of the chunk's first vec
+  uint64_t row;        // the row of that vec
+  uint32_t column;     // its place in the row
+  uint32_t own;        // how many vecs after it the thread's first one comes
+  uint64_t row_block;  // the Philox block with which its row begins, where all is aligned
 
   ZK_DEVICE RowTile(const RowsEntry& t_, uint64_t chunk, Stream stream_, uint32_t mantissa_)
       : t(t_), stream(stream_), mantissa(mantissa_), own(threadIdx.x / 32 * (32 * kVecs) + threadIdx.x % 32) {
@@ -213,7 +216,7 @@ struct RowTile {
   ZK_DEVICE uint64_t row_start(int step) const {
     return t.offset + row_of(step) * static_cast<uint64_t>(t.length);
   }
-  // From the last block of a row to the next row's first, where all is aligned.
+  // How many blocks lie between the last one of a row and the first one of the next, where all is aligned.
   ZK_DEVICE uint64_t skipped() const { return static_cast<uint64_t>(t.length) / kVector - t.blocks.divisor; }
   template <bool Whole>
   ZK_DEVICE uint64_t block(int step) const {
@@ -227,7 +230,7 @@ struct RowTile {
     return static_cast<int64_t>(row_of(step)) * t.width < numel &&
            static_cast<int64_t>(block<false>(step) * kVector - row_start(step)) < t.width;
   }
-  // Of aligned rows: whether all vecs exist, and the upper counter word is the same in all.
+  // For aligned rows: whether all vecs exist, and have the same upper word of the counter.
   ZK_DEVICE bool is_whole(int64_t numel) const {
     const uint32_t last = column + static_cast<uint32_t>(kRowChunk) - 1;
     const uint64_t last_block = row_block + last + t.blocks.quotient(last) * skipped();
@@ -244,7 +247,7 @@ struct RowTile {
   }
 };
 
-// z of one direction over a tile.
+// Draws z of one direction for the vecs of a tile.
 template <class Tile>
 struct Noise;
 
@@ -288,12 +291,12 @@ struct Noise<RowTile<kNormal>> {
 template <>
 struct Noise<RowTile<kRademacher>> {
   PhiloxKey key;
-  uint64_t drawn = ~uint64_t{0};  // the number of no block
+  uint64_t drawn = ~uint64_t{0};  // the block that was drawn last; at first the number of no block
   Words<uint32_t> signs{};
 
   ZK_DEVICE Noise(uint64_t seed, const RowTile<kRademacher>&) : key(philox_key(seed)) {}
-  // Vecs 32 apart have their signs in one block while they stay in a row and a tile: it is drawn once for
-  // them.
+  // Vecs that are 32 apart have their signs in the same block, as long as they stay in one row and one tile.
+  // So the block that was drawn last is kept.
   template <bool Whole>
   ZK_DEVICE void vec(const RowTile<kRademacher>& tile, int step, float z[kVector]) {
     constexpr uint64_t kTileVecs = kRademacherTile / kVector;
@@ -307,9 +310,9 @@ struct Noise<RowTile<kRademacher>> {
   }
 };
 
-// A tile in groups of N vecs where it is whole and `aligned`, so that N loads are in flight and what a
-// direction costs is shared; vec by vec at the edges. pass.template operator()<N, Whole>(first step, access
-// of a step).
+// Goes through a tile. Where it is whole and `aligned`, N vecs are done together, so that N loads are in
+// flight and share what each direction costs. At the edges of a tensor vecs are done one by one. The work is
+// pass.template operator()<N, Whole>(first step, access of a step).
 template <int N, class Tile, class Pass>
 ZK_DEVICE void for_groups(const Tile& tile, int64_t numel, bool aligned, const Pass& pass) {
   if (aligned && tile.is_whole(numel)) {

@@ -4,7 +4,7 @@
 
 namespace zk::cuda {
 
-// A warp owns kRowsOfWarp rows of 256 columns: what it reads of R serves kRowsAtOnce rows from registers.
+// A warp owns kRowsOfWarp rows of 256 columns. What it reads of R serves kRowsAtOnce rows from registers.
 constexpr int kRowsAtOnce = 4;
 constexpr int kRowsOfWarp = 8;
 constexpr int64_t kChunkRows = kWarps * kRowsOfWarp, kChunkColumns = 32 * kVector;
@@ -18,7 +18,7 @@ struct LowRankEntry {
   int64_t rows, columns;
   uint64_t offset;  // logical index of element 0
   int32_t rank;
-  bool has_vectors;  // else it goes element by element, in the chunks of normal noise
+  bool has_vectors;  // whether rows are whole vectors; others go element by element, in chunks as of noise
 };
 
 struct LowRankLaunch {
@@ -29,13 +29,13 @@ struct LowRankLaunch {
 };
 static_assert(sizeof(LowRankLaunch) <= kMaxArgument);
 
-// Whether every row is whole vectors at aligned addresses, and these are Philox blocks.
+// Whether every row consists of whole vectors at aligned addresses that are Philox blocks.
 inline bool rows_are_vectors(const LowRankEntry& t) {
   const auto all = reinterpret_cast<uint64_t>(t.in) | reinterpret_cast<uint64_t>(t.out);
   return (all % 16 | static_cast<uint64_t>(t.columns) % kVector | t.offset % kVector) == 0;
 }
 
-// Across the columns first, so that neighbouring thread blocks continue each other's rows.
+// Chunks are numbered across the columns first, so that neighbouring thread blocks work on the same rows.
 constexpr int64_t low_rank_chunks(const LowRankEntry& t) {
   if (!t.has_vectors) return chunks_of(t.offset, t.rows * t.columns, kNormal);
   return (t.rows + kChunkRows - 1) / kChunkRows * ((t.columns + kChunkColumns - 1) / kChunkColumns);
@@ -44,10 +44,10 @@ constexpr int64_t low_rank_chunks(const LowRankEntry& t) {
 // --- the kernel ------------------------------------------------------------------------------------------
 
 // low_rank on the device. A thread owns eight columns in several rows, so that what it reads of R serves all
-// of them: for one row R is 4 * rank bytes an element from the first-level cache, beside 4 bytes of bf16
-// theta from memory.
+// of these rows. If it served one row, each element would need 4 * rank bytes of R from the first-level
+// cache, beside 4 bytes of bf16 theta from memory.
 
-// R consecutive values of a factor: one or, at an aligned address, four.
+// R consecutive values of a factor: one, or four at an aligned address.
 template <int R>
 ZK_DEVICE void load_factor(const float* p, float x[R]) {
   if constexpr (R == 4) {
@@ -59,7 +59,8 @@ ZK_DEVICE void load_factor(const float* p, float x[R]) {
   }
 }
 
-// acc + sum_k c_k L_k R_k^T for N rows from `row` and eight columns from `column`, the rank in steps of R.
+// acc + sum_k c_k L_k R_k^T for N rows from `row` on and eight columns from `column` on. The rank goes in
+// steps of R.
 template <int N, int R>
 ZK_DEVICE void add_products(const LowRankEntry& t, int count, int64_t row, int64_t column,
                             float acc[N][kVector]) {
@@ -112,7 +113,7 @@ ZK_GLOBAL low_rank_kernel(ZK_GRID_CONSTANT LowRankLaunch p) {
   const LowRankEntry& t = p.table.tensor[i];
   const uint32_t chunk = blockIdx.x - p.table.first_chunk[i];
   const Stream stream = p.table.stream[i];
-  const float decay = p.decay != nullptr ? *p.decay : 1.0f;  // 1 * x is x
+  const float decay = p.decay != nullptr ? *p.decay : 1.0f;  // a product with 1 changes no bit
 
   const auto load = [&](const auto& at, float acc[kVector]) {
     S::unpack(at.template load<D>(t.in), acc);

@@ -22,20 +22,22 @@
 #define ZK_REGISTER(op, schema)                                       \
   STABLE_TORCH_LIBRARY_FRAGMENT(zokernels_cuda, m) { m.def(schema); } \
   STABLE_TORCH_LIBRARY_IMPL(zokernels_cuda, CUDA, m) { m.impl(#op, TORCH_BOX(&op##_cuda)); }
-// The function <op>_planned_cuda, which takes a plan's table in the place of tensors.
+// Registers the function <op>_planned_cuda, which takes a plan's table in the place of tensors.
 #define ZK_REGISTER_PLANNED(op, schema)                               \
   STABLE_TORCH_LIBRARY_FRAGMENT(zokernels_cuda, m) { m.def(schema); } \
   STABLE_TORCH_LIBRARY_IMPL(zokernels_cuda, CUDA, m) {                \
     m.impl(#op "_planned", TORCH_BOX(&op##_planned_cuda));            \
   }
-// The same of a function without tensors, which has no dispatch key to go by.
+// Registers a function whose arguments are no tensors, so that the dispatcher cannot choose by a tensor's
+// device.
 #define ZK_REGISTER_CONSTANT(op, schema)                                    \
   STABLE_TORCH_LIBRARY_FRAGMENT(zokernels_cuda, m) { m.def(schema); }       \
   STABLE_TORCH_LIBRARY_IMPL(zokernels_cuda, CompositeExplicitAutograd, m) { \
     m.impl(#op, TORCH_BOX(&op##_cuda));                                     \
   }
 
-// In libtorch_cuda, which a CPU build of torch lacks: weak, so that the library loads there too.
+// This symbol is in libtorch_cuda, which a CPU build of torch lacks. It is weak, so that the library can be
+// loaded there, too.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
                                                                                    void** ret_stream);
 
@@ -65,8 +67,8 @@ const T* pointer(const std::optional<Tensor>& t) {
   return t ? pointer<T>(*t) : nullptr;
 }
 
-// Makes the device of a tensor the current one, and has its current stream: what a launch needs, so that none
-// can have the stream without the device.
+// Makes the device of a tensor the current one, and gives its current stream. A launch needs both, so that no
+// kernel can run on the stream of one device and the memory of another.
 struct OnDevice {
   explicit OnDevice(const Tensor& t) : guard(t.get_device_index()) {
     STD_TORCH_CHECK(&aoti_torch_get_current_cuda_stream != nullptr, "zokernels_cuda: this torch has no CUDA");
@@ -96,7 +98,8 @@ inline std::vector<Row> rows_of(const char* op, const TensorList& out, const Ten
   return zk::rows_of(out, params, more, terms, static_cast<int64_t>(dtype_of(op, params[0])));
 }
 
-// One coefficient a direction, no mask, no curvature: TermArgs::is_plain, of a table.
+// Whether a table has one coefficient for each direction, no masks and no curvature, as TermArgs::is_plain
+// says it of tensors.
 inline bool is_plain(const Rows& rows, const TermArgs& terms) {
   return terms.coeffs.dim() == 1 && !terms.mask_seed && rows.first().state[0] < 0 && !rows.are_masked();
 }

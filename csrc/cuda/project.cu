@@ -1,10 +1,10 @@
-// project: partial sums of x z in the order of docs/contract.md.
+// project: the partial sums of x z, in the order of docs/contract.md.
 #include "device.cuh"
 #include "op.cuh"
 
 namespace zk::cuda {
 
-// Logical indices whose sum has one order, aligned, and the threads among which a tile is divided.
+// The elements of a tile, which are summed together in one order, and the threads that share a tile.
 constexpr int64_t kSumTile = 4096;
 constexpr int kSumThreads = 8;
 constexpr int64_t kProjectChunk = kSumTile * kThreads / kSumThreads;
@@ -18,10 +18,10 @@ struct ProjectEntry {
   const void* in;
   int64_t numel;
   uint64_t offset;  // logical index of element 0
-  int64_t column;   // of its first tile in partial
+  int64_t column;   // the column of `partial` for its first tile
 };
 
-// Directions of a thread block: x is read once for them.
+// How many directions a thread block takes: it reads x once for them.
 constexpr int kProjectGroup = 4;
 
 struct ProjectLaunch {
@@ -29,24 +29,25 @@ struct ProjectLaunch {
   double* partial;  // [K, columns]
   int64_t columns;
   int32_t count;  // K
-  // of directions; blocks of one chunk are neighbours, so that the others find x in the cache
+  // The number of groups of directions. The thread blocks of one chunk are neighbours, so that all but the
+  // first find x in the cache.
   uint32_t groups;
-  uint32_t mantissa = 0x007fffffu;  // a constant that the compiler must not know: see noise/normal.h
+  uint32_t mantissa = 0x007fffffu;  // a constant that the compiler must not know (noise/normal.h)
   Table<ProjectEntry> table;
 };
 static_assert(sizeof(ProjectLaunch) <= kMaxArgument);
 
 // --- the kernel ------------------------------------------------------------------------------------------
 
-// project on the device. A tile of 4096 is 32 segments of 16 vecs; of each a thread has vecs c, c + 4, c + 8
-// and c + 12, that is one chain of fmas down each of four columns, and of the segments the even or the odd
-// ones. So the chains of the contract stay in one thread, and so do the signs of 512 elements in four Philox
+// project on the device. A tile of 4096 elements is 32 segments of 16 vecs. A thread has the even or the odd
+// segments, and of each the vecs c, c + 4, c + 8 and c + 12, along which it makes four chains of fmas. So
+// each chain of the contract is made by one thread, and the signs of its 512 elements are in four Philox
 // blocks.
 
-// A thread's part of a tile.
+// The part of a tile that a thread sums.
 struct SumTile {
-  uint64_t start;    // logical index of the tile
-  int64_t position;  // of `start` in the tensor
+  uint64_t start;    // the logical index at which the tile begins
+  int64_t position;  // where that is in the tensor
   Stream stream;
   uint32_t column, parity, mantissa;
 
@@ -66,7 +67,7 @@ struct SumNoise<kNormal> {
 
   ZK_DEVICE SumNoise(uint64_t seed, const SumTile&) : key(philox_key(seed)) {}
   ZK_DEVICE void vec(const SumTile& tile, int segment, int row, float z[kVector]) const {
-    // The tile's first block is a multiple of 512: no carry into the upper word.
+    // The number of the tile's first block is a multiple of 512, so the sum cannot carry into the upper word.
     normals(draw(key, tile.start / kVector | tile.vec(segment, row), tile.stream, kNormal), z, tile.mantissa);
   }
 };
@@ -95,7 +96,7 @@ struct Array {
   T at[N];
 };
 
-// N directions from `first` on.
+// Sums for N directions from number `first` on.
 template <int N, DType D, Domain Dist, class Launch>
 ZK_DEVICE void project_group(const Launch& p, const ProjectEntry& t, const SumTile& tile, int first,
                              double* out) {
@@ -169,7 +170,7 @@ int launch_project(const ProjectLaunch& p, uint32_t blocks, DType dtype, Domain 
   });
 }
 
-// Sums of a tile in `partial`: its threads write one each and do not communicate.
+// How many sums a tile has in `partial`: each of its threads writes one, so that they need not communicate.
 int64_t project_columns_cuda() { return kSumThreads; }
 
 void project_cuda(Tensor partial, TensorList tensors, Tensor seeds, std::vector<int64_t> streams,

@@ -1,4 +1,4 @@
-// requantize: the update kernel over int8, without a rule.
+// requantize: the update kernel without a rule, for int8 weights.
 #include "update_call.cuh"
 #include "update_launch.cuh"
 

@@ -1,4 +1,4 @@
-// Launches of combine and update for tensors that are rows.
+// The launches of combine and update for tensors whose rows are parts of a matrix's rows.
 #include "rows_kernel.cuh"
 #include "update_call.cuh"
 #include "update_launch.cuh"

@@ -1,5 +1,5 @@
-// Plain combine of tensors that are rows: neither masks nor curvature. What else rows have:
-// update_kernel.cuh.
+// Plain combine, without masks and curvature, of tensors whose rows are parts of a matrix's rows. For all
+// other operations on such tensors see update_kernel.cuh.
 #pragma once
 
 #include "device.cuh"
@@ -7,7 +7,7 @@
 
 namespace zk::cuda {
 
-// K: 1, or 0 for any number.
+// K is the number of directions, 1, or 0 for any number.
 template <DType D, Domain Dist, int K, bool Decay, bool Stochastic>
 ZK_GLOBAL combine_rows_kernel(ZK_GRID_CONSTANT RowsLaunch p) {
   using S = Storage<D>;

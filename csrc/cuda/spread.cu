@@ -13,12 +13,12 @@ struct SpreadLaunch {
   uint64_t offset;  // logical index of element 0
   Stream stream;
   int32_t count;                    // K
-  uint32_t mantissa = 0x007fffffu;  // a constant that the compiler must not know: see noise/normal.h
+  uint32_t mantissa = 0x007fffffu;  // a constant that the compiler must not know (noise/normal.h)
 };
 
 // --- the kernel ------------------------------------------------------------------------------------------
 
-// spread on the device: x stays in registers while the directions pass.
+// spread on the device: x stays in registers while one direction after the other is drawn.
 
 template <DType D, Domain Dist>
 ZK_GLOBAL spread_kernel(ZK_GRID_CONSTANT SpreadLaunch p) {

@@ -1,4 +1,4 @@
-// squares: sum of z^2 over normal noise, in units of 2^-20. No element is read or written.
+// squares: the sum of z^2 of normal noise, in units of 2^-20. No tensor is read or written for it.
 #include "../noise/integers.h"
 #include "device.cuh"
 #include "op.cuh"
@@ -12,18 +12,18 @@ struct SquaresEntry {
 
 struct SquaresLaunch {
   const int64_t* seeds;
-  // [K, columns]: threads take columns in turn, so that they do not meet at one address
+  // [K, columns]: threads take the columns in turn, so that they do not wait at one address
   unsigned long long* partial;
   uint32_t columns;
   int32_t count;                    // K
-  uint32_t mantissa = 0x007fffffu;  // a constant that the compiler must not know: see noise/normal.h
+  uint32_t mantissa = 0x007fffffu;  // a constant that the compiler must not know (noise/normal.h)
   Table<SquaresEntry> table;
 };
 static_assert(sizeof(SquaresLaunch) <= kMaxArgument);
 
 // --- the kernel ------------------------------------------------------------------------------------------
 
-// squares on the device: sums of integers, so that no order of threads changes a bit.
+// squares on the device. The sums are integers, so that the order of threads changes no bit.
 
 ZK_GLOBAL squares_kernel(ZK_GRID_CONSTANT SquaresLaunch p) {
   const int i = tensor_of(p.table, blockIdx.x);
@@ -35,7 +35,7 @@ ZK_GLOBAL squares_kernel(ZK_GRID_CONSTANT SquaresLaunch p) {
   ZK_NO_UNROLL
   for (int k = 0; k < p.count; ++k) {
     const Noise<Tile<kNormal>> noise(seed_at(p.seeds, k), tile);
-    uint32_t sum = 0;  // of 64 elements below 43 * 2^20
+    uint32_t sum = 0;  // it can hold 64 squares, which are below 43 * 2^20
     const auto pass = [&]<int N, bool Whole>(int first, const auto& access) {
       ZK_UNROLL
       for (int v = 0; v < N; ++v) {
@@ -65,8 +65,8 @@ int launch_squares(const SquaresLaunch& p, uint32_t chunks, void* stream) {
   return launch(squares_kernel, chunks, stream, p);
 }
 
-// Partial sums of a direction. Each thread adds once, for 64 elements: with one sum they would queue at one
-// address.
+// The number of partial sums of a direction. Each thread adds once for 64 elements, and if there were one
+// sum, all would wait at its address.
 constexpr int64_t kSquaresColumns = 8192;
 
 Tensor squares_cuda(Tensor seeds, std::vector<int64_t> sizes, std::vector<int64_t> streams,
@@ -78,7 +78,7 @@ Tensor squares_cuda(Tensor seeds, std::vector<int64_t> sizes, std::vector<int64_
   if (static_cast<Domain>(dist) == kRademacher) {  // every square is 1
     int64_t total = 0;
     for (const int64_t size : sizes) total += size;
-    // Exact as a double: fewer than 2^42 elements, in units of 2^-20.
+    // A double holds it exactly: there are fewer than 2^42 elements, and units of 2^-20.
     return torch::stable::fill_(torch::stable::empty_like(seeds), static_cast<double>(total << 20));
   }
   Tensor partial = torch::stable::new_zeros(seeds, {seeds.numel(), kSquaresColumns});
@@ -97,7 +97,7 @@ Tensor squares_cuda(Tensor seeds, std::vector<int64_t> sizes, std::vector<int64_
   pack_launches(shared, tensors, [&](const SquaresLaunch& launch, uint32_t chunks) {
     check_launch("squares", launch_squares(launch, chunks, on.stream));
   });
-  return torch::stable::sum(partial, std::vector<int64_t>{1});  // of integers: in any order
+  return torch::stable::sum(partial, std::vector<int64_t>{1});  // integers, so in any order
 }
 
 }  // namespace

@@ -14,9 +14,9 @@ struct alignas(16) Vec16 {
   uint32_t w[4];
 };
 
-// NVIDIA's arithmetic makes the NaN 0x7fffffff and no other, to which nothing may be added: here its low half
-// becomes zeros. All else stays: infinities and numbers are below, and what has the sign bit is a negative
-// integer.  A host's arithmetic passes the NaNs of its operands on, of either sign.
+// NVIDIA's arithmetic makes one NaN only, 0x7fffffff. An addition to its bits would make a number of it, so
+// its low half is set to zeros here. Nothing else changes: as signed integers all numbers and infinities are
+// smaller. A host's arithmetic also passes on the NaNs of its operands, of either sign.
 ZK_HD uint32_t tame_nan(uint32_t b) {
 #if defined(__CUDA_ARCH__)
   return static_cast<uint32_t>(static_cast<int32_t>(b) < 0x7fff0000 ? static_cast<int32_t>(b) : 0x7fff0000);
@@ -25,8 +25,8 @@ ZK_HD uint32_t tame_nan(uint32_t b) {
 #endif
 }
 
-// sum + (w & 0xffff) in one instruction of the pipe that multiplies; before sm_86 that pipe is the busiest.
-// Nothing like it is needed for w >> 16, which an addition takes along.
+// sum + (w & 0xffff) in one instruction, but of the pipe that multiplies; before sm_86 that pipe is the
+// busiest. For w >> 16 this is not needed, because an addition includes the shift.
 ZK_HD uint32_t add_low_half(uint32_t sum, uint32_t w) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 860
   asm("dp2a.lo.u32.u32 %0, %1, 1, %0;" : "+r"(sum) : "r"(w));
@@ -161,7 +161,7 @@ struct Storage<DType::i8> {
   }
 };
 
-// Codes without their scales, of wire buffers.
+// The codes of wire buffers, without their scales.
 template <>
 struct Storage<DType::e4m3> {
   using T = uint8_t;

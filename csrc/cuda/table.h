@@ -8,14 +8,14 @@
 
 namespace zk::cuda {
 
-enum class DType { f32, bf16, f16, i8, e4m3 };  // e4m3: of wire buffers alone
+enum class DType { f32, bf16, f16, i8, e4m3 };  // only wire buffers have e4m3
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kVector = 8;  // elements of a Philox block, and of a thread's access
+constexpr int kVector = 8;  // elements of a Philox block, and of one access of a thread
 
-// Elements of a thread block's chunk. Normal: kSteps blocks of eight a thread. Rademacher: a tile of 4096 a
-// warp.
+// Elements of the chunk that a thread block works on. With normal noise each thread has kSteps blocks of
+// eight, and with Rademacher noise each warp has a tile of 4096.
 constexpr int kSteps = 16;
 constexpr int64_t kNormalChunk = int64_t{kThreads} * kVector * kSteps;
 constexpr int64_t kRademacherChunk = int64_t{kWarps} * 4096;
@@ -30,9 +30,9 @@ constexpr int64_t chunks_of(uint64_t offset, int64_t numel, Domain dist) {
   return (lead + numel + chunk_of(dist) - 1) / chunk_of(dist);
 }
 
-// n / divisor for n < 2^31 as a product and a shift: floor(n ceil(2^(31 + l) / divisor) / 2^(31 + l)), l =
-// ceil(log2 divisor). Exact: rounding up adds n e / (divisor 2^(31 + l)) < 1 / divisor, as e < divisor <= 2^l
-// (Granlund and Montgomery, 1994).
+// Computes n / divisor for n < 2^31 by a product and a shift, as floor(n ceil(2^(31 + l) / divisor) / 2^(31 +
+// l)) with l = ceil(log2 divisor). This is exact (Granlund and Montgomery, 1994): to round the factor up adds
+// n e / (divisor 2^(31 + l)) to the quotient, which is below 1 / divisor, because e < divisor <= 2^l.
 struct Divisor {
   uint32_t divisor, magic, shift;
 
@@ -82,7 +82,7 @@ struct Packed {
   int64_t chunks;
 };
 
-// Launches `launch(const Launch&, chunks)` as often as needed; `p` holds what all launches share.
+// Calls `launch(const Launch&, chunks)` as often as the tensors need it. `p` holds what all launches share.
 template <class Launch, class Tensors, class Run>
 void pack_launches(Launch p, const Tensors& tensors, const Run& launch) {
   auto& table = p.table;
@@ -105,7 +105,7 @@ void pack_launches(Launch p, const Tensors& tensors, const Run& launch) {
   flush();
 }
 
-// f<Bytes>() with the size of argument for a call of so many entries; `large`: whether the device takes large
+// Calls f<Bytes>() with the size of argument for so many entries. `large` says whether the device takes large
 // ones.
 template <class Entry, class F>
 auto with_argument(size_t tensors, bool large, const F& f) {
@@ -115,7 +115,7 @@ auto with_argument(size_t tensors, bool large, const F& f) {
   return f.template operator()<kMaxArgument>();
 }
 
-// f<D>() for a floating dtype; every kernel but requantize's takes those alone.
+// Calls f<D>() for a floating dtype. Every kernel but that of requantize takes these alone.
 template <class F>
 auto with_dtype(DType dtype, const F& f) {
   switch (dtype) {

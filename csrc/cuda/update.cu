@@ -1,4 +1,4 @@
-// update: its entry, and the calls of its kernel for combine where it is not plain.
+// update: its entry, and the calls of its kernel for combines that are not plain.
 #include "update_call.cuh"
 #include "update_launch.cuh"
 

@@ -21,8 +21,9 @@ inline int64_t chunks_of_entry(RowsEntry& entry, const Row& row, Domain) {
   return (entry.numel / entry.width * blocks + kRowChunk - 1) / kRowChunk;
 }
 
-// update, and combine that is not plain, of the tensors that are rows or of those that are not. A curvature
-// is state 0. run(launch, chunks, stream) launches a kernel; `on`: a tensor of their device.
+// Runs update, or a combine that is not plain, on the tensors that are rows or on those that are not. A
+// curvature takes the place of state 0. run(launch, chunks, stream) launches a kernel. `on` is a tensor of
+// their device.
 template <class Launch, class Run>
 void run_entries(const char* op, Launch shared, const Rows& rows, const TermArgs& terms, const Tensor& on,
                  const Run& run) {
@@ -46,7 +47,7 @@ void run_entries(const char* op, Launch shared, const Rows& rows, const TermArgs
     entry.in = row.in;
     entry.out = row.out;
     for (int s = 0; s < 2; ++s) entry.state[s] = row.more[s];
-    if (row.curvature != nullptr) entry.state[0] = const_cast<void*>(row.curvature);  // which is only read
+    if (row.curvature != nullptr) entry.state[0] = const_cast<void*>(row.curvature);  // it is only read
     entry.mask = static_cast<const uint8_t*>(row.mask);
     entry.coeffs = coeffs + (&row - rows.begin()) * terms.coeff_stride();
     entry.numel = row.numel;
@@ -59,7 +60,7 @@ void run_entries(const char* op, Launch shared, const Rows& rows, const TermArgs
   });
 }
 
-// The tensors that are rows, and with `all` the others too (update.cu).
+// Runs the kernel on the tensors that are rows, and with `all` on the others, too (update.cu).
 void run_update(const char* op, const float* hyper, const Rows& rows, Action action, const TermArgs& terms,
                 const Tensor& on, bool all = true);
 

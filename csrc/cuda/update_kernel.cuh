@@ -1,8 +1,8 @@
-// update on the device, and combine with whatever a plain call lacks: one kernel, in which combine is a rule
-// without state.
+// The kernel of update, and of combine with masks, curvature or coefficients of each tensor's own. In it
+// combine is a rule without a state.
 //
-// Masks, decay, rounding and the states' dtypes are asked for at run time: the answers are the same in all
-// threads, and with a template of each there would be hundreds of kernels.
+// Whether there are masks, a decay and rounding, and the dtypes of states are tested at run time. All threads
+// take the same branch, and to compile a kernel for each case would make hundreds of them.
 #pragma once
 
 #include <type_traits>
@@ -13,7 +13,7 @@
 
 namespace zk::cuda {
 
-// The sum starts from the decayed theta instead of 0.
+// combine as a rule: its sum starts from the decayed theta and not from 0.
 struct Combine : rules::Gradient {
   static constexpr int states = 0, values = 0;
   static ZK_DEVICE float apply(const float*, const float*, const float sum[], float, float, float[]) {
@@ -21,10 +21,10 @@ struct Combine : rules::Gradient {
   }
 };
 
-// Every z is divided by the square root of the curvature.
+// combine with a curvature: every z is divided by its square root.
 struct ScaledCombine : Combine {};
 
-// Eight values of a state or of a curvature, fp32 or bf16.
+// Eight values of a state or of a curvature, which are fp32 or bf16.
 struct StateVec {
   Storage<DType::f32>::Raw raw;  // bf16: in v[0]
 
@@ -65,12 +65,13 @@ template <DType D, Domain Dist, class Rule, class Launch>
 ZK_GLOBAL update_kernel(ZK_GRID_CONSTANT Launch p) {
   using S = Storage<D>;
   constexpr bool kCombines = std::is_base_of_v<Combine, Rule>, kScaled = std::is_same_v<Rule, ScaledCombine>;
-  constexpr int kRead = kScaled ? 1 : Rule::states, kKept = kRead > 0 ? kRead : 1;  // no array is empty
+  constexpr int kRead = kScaled ? 1 : Rule::states,
+                kKept = kRead > 0 ? kRead : 1;  // an array cannot be empty
   const int i = tensor_of(p.table, blockIdx.x);
   const auto& t = p.table.tensor[i];
   const auto tile = tile_at<Dist>(t, blockIdx.x - p.table.first_chunk[i], p.table.stream[i], p.mantissa);
   if (tile.is_outside(t.numel)) return;
-  const float decay = p.decay != nullptr ? *p.decay : 1.0f;  // 1 * x is x
+  const float decay = p.decay != nullptr ? *p.decay : 1.0f;  // a product with 1 changes no bit
   float hyper[Rule::values > 0 ? Rule::values : 1];
   ZK_UNROLL
   for (int h = 0; h < Rule::values; ++h) hyper[h] = p.hyper[h];
@@ -193,7 +194,7 @@ ZK_GLOBAL update_kernel(ZK_GRID_CONSTANT Launch p) {
   for (int s = 0; s < kRead; ++s)
     aligned = aligned && is_aligned<DType::f32>(address(t.state[s]), tile.alignment());
   constexpr bool kRows = std::is_same_v<Launch, RowsLaunch>;
-  // More would hold too many registers.
+  // More vecs at a time would need too many registers.
   constexpr int kGroup = kRows && kScaled ? 1 : kRead > 0 || Rule::sums > 1 ? 2 : 4;
   for_groups<kGroup>(tile, t.numel, aligned, pass);
 }

@@ -1,4 +1,4 @@
-// Which instantiation of the update kernel serves a call.
+// Chooses the instantiation of the update kernel that serves a call.
 #pragma once
 
 #include "launch.cuh"

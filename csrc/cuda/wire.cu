@@ -1,4 +1,4 @@
-// Wire formats: encode, and decode with an update, or with a fan-out whose theta is not stored.
+// Wire formats: encode; and decode with an update, or with a fan-out whose theta is not stored.
 #include "../noise/wire.h"
 #include "device.cuh"
 #include "op.cuh"
@@ -20,7 +20,7 @@ static_assert(sizeof(EncodeLaunch) <= kMaxArgument);
 struct DecodeEntry {
   const uint8_t* in;
   const uint8_t* scales;
-  void* out;    // theta, or plus
+  void* out;    // theta; in a fan-out plus
   void* minus;  // fan-out only
   int64_t numel;
   uint64_t offset;
@@ -29,17 +29,17 @@ struct DecodeEntry {
 struct DecodeLaunch {
   const int64_t* seeds;
   const float* coeffs;
-  const float* decay;            // null: none
-  const int64_t* rounding_seed;  // null: nearest
-  const int64_t* probe_seed;     // null: decode; else fan-out
+  const float* decay;            // null: there is none
+  const int64_t* rounding_seed;  // null: rounding is to nearest
+  const int64_t* probe_seed;     // the direction of a fan-out; null: decode
   const float* probe_coeff;
   int32_t count;                    // K
-  uint32_t mantissa = 0x007fffffu;  // a constant that the compiler must not know: see noise/normal.h
+  uint32_t mantissa = 0x007fffffu;  // a constant that the compiler must not know (noise/normal.h)
   Table<DecodeEntry> table;
 };
 static_assert(sizeof(DecodeLaunch) <= kMaxArgument);
 
-// A thread encodes a block of 32.
+// A thread encodes one block of 32 elements.
 constexpr int64_t encode_chunks(uint64_t offset, int64_t numel) {
   return (wire_blocks(numel, offset) + kThreads - 1) / kThreads;
 }
@@ -112,8 +112,8 @@ ZK_GLOBAL encode_kernel(ZK_GRID_CONSTANT EncodeLaunch p) {
   }
 }
 
-// Update: there are directions, a decay or stochastic rounding; what is lossy has none. Apart, because a
-// fan-out alone costs half.
+// Update says whether there are directions, a decay or stochastic rounding; with lossy formats there are
+// none. These are compiled apart, because a fan-out without an update costs half as much.
 template <DType D, DType W, Domain Dist, bool FanOut, bool Update>
 ZK_GLOBAL decode_kernel(ZK_GRID_CONSTANT DecodeLaunch p) {
   using S = Storage<D>;
@@ -131,7 +131,7 @@ ZK_GLOBAL decode_kernel(ZK_GRID_CONSTANT DecodeLaunch p) {
     ZK_UNROLL
     for (int v = 0; v < N; ++v) {
       raw[v] = access(first + v).template load<W>(t.in);
-      // A vec of eight lies in one block of 32, and exists only where an element of that block does.
+      // A vec of eight lies in one block of 32. Where it has an element, that block has a scale.
       if constexpr (kHasScales<W>) {
         scale[v] =
             t.scales[tile.template block<Whole>(first + v) / (kWireBlock / kVector) - t.offset / kWireBlock];
@@ -196,7 +196,7 @@ ZK_GLOBAL decode_kernel(ZK_GRID_CONSTANT DecodeLaunch p) {
   };
   const bool aligned = is_aligned<W>(address(t.in), t.offset) &&
                        is_aligned<D>(address(t.out) | address(t.minus), t.offset);
-  constexpr int kGroup = Update && D == DType::f32 ? 2 : 4;  // of four, normals in fp32 spill
+  constexpr int kGroup = Update && D == DType::f32 ? 2 : 4;  // with four, normals in fp32 spill
   for_groups<kGroup>(tile, t.numel, aligned, pass);
 }
 
@@ -260,7 +260,7 @@ void encode_cuda(TensorList out, TensorList params, int64_t wire, std::vector<in
   });
 }
 
-// decode where minus is empty (out is theta), else fan-out (out is plus).
+// decode where minus is empty, and out is theta; else a fan-out, in which out is plus.
 void run_decode(const char* op, DecodeLaunch shared, const TensorList& out, const TensorList& minus,
                 const TensorList& wires, int64_t wire, const TermArgs& terms) {
   check_one_piece(op, terms);

@@ -68,6 +68,8 @@ std::vector<std::string> instruction_sets() {
   std::vector<std::string> found = {"portable"};
   if (zk::cpu::has_avx2()) found.push_back("avx2");
   if (zk::cpu::has_avx512()) found.push_back("avx512");
+  if (zk::cpu::has_vnni()) found.push_back("vnni");
+  if (zk::cpu::has_amx()) found.push_back("amx");
   if (zk::cpu::has_neon()) found.push_back("neon");
   return found;
 }

@@ -5,6 +5,7 @@ forgotten.
 from __future__ import annotations
 
 import ast
+import math
 import pathlib
 import re
 from collections.abc import Iterator
@@ -54,11 +55,14 @@ def _words(node: ast.expr) -> str:
     return re.sub(r"[`|<>]", "", text)[:40]
 
 
-def _in_function(function: ast.AST) -> dict[str, ast.expr]:
+def _in_function(function: ast.AST, before: float = math.inf) -> dict[str, ast.expr]:
+    """What names stand for in a function: the value that was assigned last above line ``before``."""
+    assigned = [n for n in ast.walk(function) if isinstance(n, ast.Assign) and len(n.targets) == 1]
     found: dict[str, ast.expr] = {}
-    for node in ast.walk(function):
-        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            found.setdefault(node.targets[0].id, node.value)
+    for node in sorted(assigned, key=lambda node: node.lineno):
+        target = node.targets[0]
+        if isinstance(target, ast.Name) and (target.id not in found or node.lineno < before):
+            found[target.id] = node.value
     return found
 
 
@@ -73,13 +77,11 @@ def _raised(node: ast.Raise, scope: dict[str, ast.expr]) -> tuple[str, str] | No
 def _python(path: pathlib.Path) -> Iterator[Message]:
     tree, file = ast.parse(path.read_text()), str(path.relative_to(ROOT))
     whole = {k: v for k, v in _in_function(tree).items() if k.isupper()}
-    scopes = [
-        (f, _in_function(f)) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))
-    ]
+    functions = [f for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))]
 
     def scope_of(node: ast.AST) -> dict[str, ast.expr]:
-        inside = [s for f, s in scopes if f.lineno <= node.lineno <= (f.end_lineno or f.lineno)]
-        return {**whole, **(inside[-1] if inside else {})}
+        inside = [f for f in functions if f.lineno <= node.lineno <= (f.end_lineno or f.lineno)]
+        return {**whole, **(_in_function(inside[-1], node.lineno) if inside else {})}
 
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "fail":
@@ -94,7 +96,8 @@ def _python(path: pathlib.Path) -> Iterator[Message]:
             yield Message(file, node.lineno, text, ast.unparse(kind) if kind is not None else "ValueError")
         elif isinstance(node, ast.Raise) and (found := _raised(node, scope_of(node))):
             yield Message(file, node.lineno, *found)
-    for function, scope in scopes:
+    for function in functions:
+        scope = _in_function(function)
         # says what is wrong with a backend: the rest of a message about it
         if function.name.endswith("_problem"):
             for node in ast.walk(function):

@@ -5,6 +5,9 @@ real one.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
+import functools
+import hashlib
 import importlib
 import pathlib
 import shutil
@@ -25,41 +28,42 @@ TORCH = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY", "-I
 TORCH += ["-isystem", str(pathlib.Path(torch.__file__).parent / "include")]
 
 
-#: The library that this process has loaded.
-_loaded: pathlib.Path | None = None
+#: Compiled libraries by the hash of what they are made of: a minute of one core for each.
+BUILT = ROOT / "build" / "cuda_on_host"
+FLAGS = ["-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"]
+FLAGS += ["-O1", "-Wall", "-Wextra", "-Werror"]
 
 
-def build(folder: pathlib.Path, *flags: str) -> pathlib.Path:
-    """Compiles csrc/cuda as torch.ops.zokernels_cuda_on_host and loads it; ``flags``: for the compiler.
+@functools.cache  # a process can define the library's operations only once
+def build() -> pathlib.Path:
+    """Compiles csrc/cuda as torch.ops.zokernels_cuda_on_host, and loads it.
 
-    A process can define its operations only once: a second test file that asks gets the library of the first.
+    All test files of a run share the library, whichever process asks first, and so do later runs of the same
+    sources; the others wait for it.
     """
-    global _loaded
-    if _loaded is not None:
-        return _loaded
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    target = folder / "libcuda_on_host.so"
-    sources = sorted(path.relative_to(ROOT) for path in (ROOT / "csrc/cuda").glob("*.cu"))
-    (folder / "all.h").write_text("".join(f'#include "{source}"\n' for source in sources))
-    command = [
-        compiler,
-        "-std=c++20",
-        "-fPIC",
-        "-shared",
-        "-fvisibility=hidden",
-        "-ffp-contract=off",
-        *TORCH,
-        *flags,
-    ]
-    if "avx2" in _host.instruction_sets():
-        command.append("-mfma")
+    command = [compiler, *FLAGS, *TORCH, *(["-mfma"] if "avx2" in _host.instruction_sets() else [])]
     libraries = ["-L", str(pathlib.Path(torch.__file__).parent / "lib"), "-ltorch", "-ltorch_cpu"]
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    found = hashlib.sha256(repr((command, version, torch.__version__)).encode())
     source = ROOT / "tests/cuda_on_host/library.cpp"
-    subprocess.run([*command, "-I", str(folder), str(source), "-o", str(target), *libraries], check=True)
+    csrc = sorted(path for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".cu", ".cuh", ".h"))
+    for path in (source, *csrc):
+        found.update(f"{path.relative_to(ROOT)} {path.stat().st_size} ".encode() + path.read_bytes())
+    folder = BUILT / found.hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / "libcuda_on_host.so"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            kernels = [path.relative_to(ROOT) for path in csrc if path.suffix == ".cu"]
+            (folder / "all.h").write_text("".join(f'#include "{path}"\n' for path in kernels))
+            part = folder / "part.so"
+            subprocess.run([*command, "-I", folder, source, "-o", part, *libraries], check=True)
+            part.replace(target)
     torch.ops.load_library(target)
-    _loaded = target
     return target
 
 
@@ -73,6 +77,6 @@ def use(operations: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = importlib.import_module("zokernels.backends.cuda").load(
         host_build, Machine("13.0", 13000, ((9, 0),))
     )
-    backend, load = dataclasses.replace(backend, devices=frozenset(("cpu",))), registry._load
+    backend = dataclasses.replace(backend, devices=frozenset(("cpu",)))
     monkeypatch.setitem(registry.PREFERENCE, "cpu", ("cuda",))
-    monkeypatch.setattr(registry, "_load", lambda name: backend if name == "cuda" else load(name))
+    monkeypatch.setitem(registry.LOADED, "cuda", backend)

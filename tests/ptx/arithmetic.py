@@ -165,6 +165,15 @@ def _in_pairs(function: Callable[..., Array]) -> Callable[..., Array]:
     return both
 
 
+def _dp4a(a: Array, b: Array, c: Array) -> Array:
+    """c and the products of four signed bytes each, of which no sum is cut off."""
+    sum = c.astype(np.int64)
+    for byte in range(0, 32, 8):
+        of_a, of_b = ((x >> np.uint32(byte)).astype(np.uint8).view(np.int8).astype(np.int64) for x in (a, b))
+        sum = sum + of_a * of_b
+    return sum.astype(np.int32)
+
+
 def _dp2a_low(a: Array, b: Array, c: Array) -> Array:
     """c + the two halves of a, times the two lowest bytes of b."""
     return c + (a & 0xFFFF) * (b & 0xFF) + (a >> 16) * (b >> 8 & 0xFF)
@@ -227,6 +236,7 @@ def _rules() -> dict[str, Rule]:
     rule("not.pred", "pred", "pred", np.logical_not)
     rule("prmt.b32", "b32", "b32 b32 b32", _prmt)
     rule("dp2a.lo.u32.u32", "u32", "u32 u32 u32", _dp2a_low)
+    rule("dp4a.s32.s32", "s32", "b32 b32 s32", _dp4a)
     for b in ("b32", "b64"):
         rule(f"bfi.{b}", b, f"{b} {b} u32 u32", _bfi)
     for t in ("u32", "s32", "u64", "s64"):

@@ -51,7 +51,7 @@ class Machine:
     def __init__(self, kernel: Kernel, *, rsqrt_ulps: int = 0, shared: int = 0) -> None:
         self.kernel = kernel
         self.rsqrt_ulps, self.shared = rsqrt_ulps, shared
-        self._steps: list[Step | None] = [None] * len(kernel.instructions)
+        self.steps: list[Step | None] = [None] * len(kernel.instructions)
         # of every opcode one instruction is decoded now, so that none is unknown
         seen: set[tuple[str, int]] = set()
         for at, instruction in enumerate(kernel.instructions):
@@ -64,9 +64,9 @@ class Machine:
 
     def step(self, at: int) -> Step:
         """Instruction ``at``, which is not one of control, decoded."""
-        found = self._steps[at]
+        found = self.steps[at]
         if found is None:
-            found = self._steps[at] = self._decode(self.kernel.instructions[at])
+            found = self.steps[at] = self._decode(self.kernel.instructions[at])
         return found
 
     def run(self, grid: int | tuple[int, int], arguments: Sequence[bytes], memory: Memory) -> None:
@@ -110,10 +110,12 @@ class Machine:
             own = self.kernel.registers[operand]
             if (own == "pred") != (kind == "pred") or SIZES[own] < SIZES[kind]:
                 raise PtxError(f"{self.kernel.name}: {operand} of .{own} as .{kind}")
+            if undefined:
+                return lambda batch, lanes: batch.register(operand)[lanes].view(dtype)
             if SIZES[own] == SIZES[kind]:
-                return lambda batch, lanes: batch.register(operand, new=undefined)[lanes].view(dtype)
+                return lambda batch, lanes: batch.written[operand][lanes].view(dtype)
             low = _UNSIGNED[dtype.itemsize]
-            return lambda batch, lanes: batch.register(operand)[lanes].astype(low).view(dtype)
+            return lambda batch, lanes: batch.written[operand][lanes].astype(low).view(dtype)
         if operand in _SPECIAL:
             return lambda batch, lanes: batch.special[operand][lanes].astype(dtype)
         if operand in self.kernel.parameters:
@@ -144,18 +146,20 @@ class Machine:
         if own == "pred":
 
             def write(batch: _Batch, lanes: Lanes | slice, value: np.ndarray) -> None:
-                batch.register(operand, new=True)[lanes] = value
+                batch.register(operand)[lanes] = value
         else:
             dtype, wide = DTYPES[kind], np.dtype(f"{'i' if kind[0] == 's' else 'u'}{SIZES[own]}")
-            unsigned = _UNSIGNED[SIZES[own]]
+            unsigned, size = _UNSIGNED[SIZES[own]], dtype.itemsize
             widens = SIZES[own] > SIZES[kind]
 
-            def write(batch: _Batch, lanes: Lanes | slice, value: np.ndarray) -> None:
-                value = np.asarray(value)
-                if value.dtype.itemsize != dtype.itemsize:
+            def write(batch: _Batch, lanes: Lanes | slice, value: np.ndarray | np.generic) -> None:
+                if value.dtype.itemsize != size:
                     raise PtxError(f"{self.kernel.name}: {operand}: {value.dtype} for .{kind}")
                 value = value.view(dtype).astype(wide) if widens else value
-                batch.register(operand, new=True)[lanes] = value.view(unsigned)
+                register = batch.written.get(operand)
+                if register is None:
+                    register = batch.register(operand)
+                register[lanes] = value.view(unsigned)
 
         return write
 
@@ -358,6 +362,17 @@ class Machine:
         return add
 
 
+class _Written(dict[str, np.ndarray]):
+    """A kernel's registers that some thread has written, by name."""
+
+    def __init__(self, kernel: str) -> None:
+        super().__init__()
+        self.kernel = kernel
+
+    def __missing__(self, name: str) -> np.ndarray:
+        raise PtxError(f"{self.kernel}: read of {name}, which nobody wrote")
+
+
 class _Batch:
     """Blocks [first, first + count) of a grid, all at once."""
 
@@ -370,7 +385,7 @@ class _Batch:
         self.size = count * threads
         self._all = np.arange(self.size)
         self._first = first * threads
-        self._registers: dict[str, np.ndarray] = {}
+        self.written = _Written(self.kernel.name)
         self._shared = Shared(count, machine.shared)
         self._executed = 0
         self._barriers = np.zeros(count, np.int64)  #: that each block has passed
@@ -385,14 +400,13 @@ class _Batch:
             "%laneid": thread % np.uint32(32),
         }
 
-    def register(self, name: str, *, new: bool = False) -> np.ndarray:
-        found = self._registers.get(name)
+    def register(self, name: str) -> np.ndarray:
+        """To be written, or read by who does not mind that nobody wrote it."""
+        found = self.written.get(name)
         if found is None:
-            if not new:
-                raise PtxError(f"{self.kernel.name}: read of {name}, which nobody wrote")
             kind = self.kernel.registers[name]
             dtype = np.dtype(bool) if kind == "pred" else _UNSIGNED[SIZES[kind]]
-            found = self._registers[name] = np.empty(self.size, dtype)
+            found = self.written[name] = np.empty(self.size, dtype)
             found.view(np.uint8)[:] = _POISON if kind != "pred" else 1
         return found
 
@@ -433,7 +447,7 @@ class _Batch:
             self._shared.store(what, addresses, values, numbers // self.kernel.threads, self.threads(numbers))
 
     def _guard(self, instruction: Instruction, lanes: Lanes) -> np.ndarray:
-        return self.register(instruction.predicate)[lanes] ^ instruction.negated
+        return self.written[instruction.predicate][lanes] ^ instruction.negated
 
     def run(self) -> None:
         waiting = {0: self._all}
@@ -464,7 +478,7 @@ class _Batch:
 
     def _advance(self, at: int, lanes: Lanes, limit: int, held: dict[int, Lanes]) -> list[tuple[int, Lanes]]:
         """Runs ``lanes`` from ``at`` until they part, meet others at ``limit``, or are done."""
-        instructions, labels = self.kernel.instructions, self.kernel.labels
+        instructions, labels, steps = self.kernel.instructions, self.kernel.labels, self.machine.steps
         selected: Lanes | slice = slice(None) if len(lanes) == self.size else lanes
         while at < limit:
             self._executed += 1
@@ -473,7 +487,7 @@ class _Batch:
             instruction = instructions[at]
             guard = None if instruction.predicate is None else self._guard(instruction, lanes)
             if instruction.opcode not in _CONTROL:
-                step = self.machine.step(at)
+                step = steps[at] or self.machine.step(at)
                 if guard is None or guard.all():
                     step(self, selected)
                 elif guard.any():

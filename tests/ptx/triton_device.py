@@ -60,9 +60,8 @@ class TritonDevice(Executor):
         monkeypatch.setattr(triton.JITFunction, "run", launched)
         backend = registry.get("triton")
         backend = dataclasses.replace(backend, devices=frozenset(("cpu",)), find=self._finder(backend))
-        load = registry._load
         monkeypatch.setitem(registry.PREFERENCE, "cpu", ("triton",))
-        monkeypatch.setattr(registry, "_load", lambda name: backend if name == "triton" else load(name))
+        monkeypatch.setitem(registry.LOADED, "triton", backend)
 
     def _run(self, compiled: Any, grid: tuple[int, int], arguments: list[bytes]) -> None:
         text = self.texts.setdefault(compiled.hash, compiled.asm["ptx"])

@@ -1,4 +1,4 @@
-"""One folder a backend; ``registry`` chooses among them."""
+"""The implementations of the operations: each backend is a folder, and ``registry`` chooses among them."""
 
 from .registry import Backend, BackendUnavailable, backend, get, select
 

@@ -1,4 +1,9 @@
-"""Which calls of kernels a thread has finished, whatever exception falls between two of them."""
+"""A record of which kernels have run, which is right even where an exception strikes between two of them.
+
+A signal handler, or another thread, can raise an exception in this thread at nearly any point.  A step that
+is interrupted between the kernels of its update has to know exactly which of them have changed weights, so
+that it can finish the others or take the finished ones back.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-#: Noted in the place of what a call gives while it runs, and where it has not come to its end.
+#: The entry of a call that has begun and has not come to its end.
 PART = object()
 
 
@@ -18,7 +23,7 @@ class _Journal(threading.local):
     Python is there from its beginning, as :data:`PART`.
     """
 
-    #: What the calls of this thread gave, while somebody asks; else None.
+    #: The results of the calls of this thread, while somebody asks for them; else None.
     calls: list[Any] | None = None
 
 
@@ -26,10 +31,10 @@ journal = _Journal()
 
 
 def call(operation: Any, args: Sequence[Any]) -> Any:
-    """The result of ``operation``, a compiled operation of torch.
+    """``operation(*args)``, a compiled operation of torch.  Where the list is asked for, it gets the result.
 
-    Another thread can inject an exception into this one after any call that Python makes, so a call and a
-    note of it by two lines of Python can come apart.  Here the interpreter's C code makes both."""
+    An exception can strike between any two lines of Python, and so between a call and the line that records
+    it.  ``extend`` of a ``map`` makes both inside of the interpreter's C code, where none can."""
     if (calls := journal.calls) is None:
         return operation._op(*args)
     calls.extend(map(operation._op, *zip(args)))
@@ -37,8 +42,9 @@ def call(operation: Any, args: Sequence[Any]) -> Any:
 
 
 def in_python(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """``kernel``, which is not one call of a compiled function, with a note: an exception can end it
-    anywhere.
+    """``kernel``, which is made of lines of Python, with entries as those of :func:`call`.
+
+    An exception can end it half-way.  Its entry is then :data:`PART`.
     """
 
     @functools.wraps(kernel)

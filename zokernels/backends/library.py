@@ -1,11 +1,11 @@
-"""The compiled libraries: finding, loading, and calling what they register.
+"""The compiled libraries: how they are found and loaded, and how their kernels are called.
 
-A library registers its kernels as ``torch.ops.zokernels_<name>.*``, each with a schema.  The schema says what
-becomes of the arguments that a kernel gets (``registry.Kernel``), so nothing in Python names a single kernel:
+A library registers its kernels as ``torch.ops.zokernels_<name>.*``, each with a schema.  The schema alone
+decides how the arguments of a kernel (``registry.Kernel``) are passed, so no code here names a kernel:
 
-* where the schema ends with the fields of ``Terms``, the last argument is a ``Terms``, which is taken apart;
-* where it has ``dist`` or ``wire``, which are names in Python, the name becomes its number;
-* where it has ``isa``, the backend gives the instruction set.
+* If the schema ends with the fields of ``Terms``, the last argument is a ``Terms``: its fields are passed.
+* If it has an argument ``dist`` or ``wire``, which is a name in Python, the number of that name is passed.
+* If it ends with ``isa``, the backend adds the instruction set.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .terms import Terms
 
 FOLDER = pathlib.Path(__file__).parent.parent / "lib"
 
-#: What builds each library.
+#: The command that builds each library, for error messages.
 BUILD = {
     "cpu": "pip install --no-build-isolation .",
     "cuda": "ZOKERNELS_CUDA=1 pip install --no-build-isolation . (needs nvcc)",
@@ -49,12 +49,15 @@ def load(name: str) -> None:
         ) from error
 
 
-#: Names that cross as numbers (csrc/op_args.h).
+#: Arguments that are names in Python and numbers in C++ (csrc/op_args.h).
 CODES: Mapping[str, Mapping[str, int]] = {"dist": DISTS, "wire": {wire: i for i, wire in enumerate(FORMATS)}}
 
 
 def finder(name: str, isa: Callable[[], str] | None = None) -> Callable[[str], Kernel | None]:
-    """``Backend.find`` of a library that is loaded.  ``isa``: the instruction set, asked for at each call."""
+    """``Backend.find`` for a library that is loaded.
+
+    ``isa`` returns the instruction set, which tests change while a process runs; it is asked at each call.
+    """
     namespace = getattr(torch.ops, f"zokernels_{name}")
 
     def find(kernel: str) -> Kernel | None:
@@ -65,7 +68,7 @@ def finder(name: str, isa: Callable[[], str] | None = None) -> Callable[[str], K
 
 
 def _bind(operation: Any, isa: Callable[[], str] | None) -> Kernel:
-    """``operation``, of a library, as a kernel: its arguments as the schema wants them."""
+    """Makes a kernel of an operation of a library: it passes its arguments on in the form of the schema."""
     names = [argument.name for argument in operation._schema.arguments]
     takes_isa = names[-1:] == ["isa"]
     if takes_isa:
@@ -86,7 +89,7 @@ def _bind(operation: Any, isa: Callable[[], str] | None) -> Kernel:
             args.append(isa())
         return call(operation, args)
 
-    def kernel_of_terms(*given: Any) -> Any:  # the same for most, where a call costs least
+    def kernel_of_terms(*given: Any) -> Any:  # the same without the loop, for the calls of every step
         *args, terms = given
         return call(operation, (*args, *terms.packed, *(() if isa is None else (isa(),))))
 

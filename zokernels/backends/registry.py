@@ -6,7 +6,6 @@ Nothing is imported, loaded or probed before an operation, or the report, needs 
 
 from __future__ import annotations
 
-import functools
 import importlib
 import os
 import pkgutil
@@ -21,7 +20,7 @@ import torch
 
 from .journal import in_python
 
-#: Automatic choice for a device, best first.
+#: The backends that can serve a type of device, best first: the first that is usable here is chosen.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 NAMES = ("reference", "cpu", "triton", "cuda")
@@ -31,23 +30,26 @@ class BackendUnavailable(RuntimeError):
     """A backend that cannot be used here; the message says why and what mends it."""
 
 
-#: A backend's part of an operation.  Arguments arrive checked; ``out`` may equal ``params``.  What it
-#: computes is what the function of the same name in ``reference`` says.
+#: What a backend does for an operation.  Its arguments have been checked, and ``out`` may be the same list as
+#: ``params``.  It computes what the function of the same name in ``reference`` computes, to the bit.
 Kernel = Callable[..., Any]
 _AnyKernel = TypeVar("_AnyKernel", bound=Kernel)
 
-#: By the package of a backend: the kernels that its modules have marked.
+#: For the package of each backend, the kernels that :func:`implements` has marked in its modules, by name.
 _MARKED: dict[str, dict[str, Kernel]] = defaultdict(dict)
 
 
 def implements(function: _AnyKernel) -> _AnyKernel:
-    """Marks a function in a module of a backend as its kernel of that name."""
+    """Decorator: the function is its backend's kernel of that name."""
     _MARKED[function.__module__.rpartition(".")[0]][function.__name__] = function
     return function
 
 
 def kernels_of(package: str) -> dict[str, Kernel]:
-    """What the modules of a backend implement, by name.  Imports all of them, so only ``load()`` calls it."""
+    """The kernels of a backend, by name.
+
+    This imports all modules of the backend, and with them Triton for example, so only ``load()`` calls it.
+    """
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
         importlib.import_module(f"{package}.{module.name}")
     return _MARKED[package]
@@ -59,20 +61,21 @@ class Backend:
 
     name: str
     devices: frozenset[str]
-    #: The kernel of a name; None where there is none.
+    #: Looks a kernel up by its name; gives None where the backend has none.
     find: Callable[[str], Kernel | None]
-    #: Devices of those types that it cannot run on, each with the reason: the rest of a sentence about the
-    #: backend.
+    #: Devices of the types above that it cannot run on all the same.  The reason completes the sentence
+    #: "backend 'cuda' ...".
     refused: Mapping[torch.device, str] = field(default_factory=dict)
-    #: Whether a kernel is one call of a compiled function.
+    #: True if every kernel is one call of a compiled function (``journal`` says why this matters).
     compiled: bool = False
-    #: What a user should know of it besides; empty where all is ordinary.
+    #: A remark for the report of ``zokernels info``; empty where there is nothing to say.
     note: str = ""
 
     def __getattr__(self, name: str) -> Kernel:
-        """A kernel as an attribute.
+        """The kernel ``name``.
 
-        It is found once and then stands in the instance, where nothing is called.
+        Python calls this for the first access only: the kernel is then stored in the instance, so that later
+        accesses cost a look into a dictionary.
         """
         kernel = None if name.startswith("_") else self.find(name)
         if kernel is None:
@@ -82,22 +85,26 @@ class Backend:
         return kernel
 
 
-#: What stands behind ``os.environ``, by encoded names.  Its ``get`` takes four calls of Python, of which each
-#: call of an operation would make one.
+#: The dictionary behind ``os.environ``, whose keys are encoded.  ``os.environ.get`` takes four calls of
+#: Python functions, and every call of an operation asks; a look into the dictionary takes none.
 _environment: Mapping[Any, Any] = os.environ._data  # type: ignore[attr-defined]
 _BACKEND = os.environ.encodekey("ZOKERNELS_BACKEND")
 
 _forced: ContextVar[str | None] = ContextVar("zokernels_backend", default=None)
 
 
-@functools.cache
+#: What has been loaded, and what cannot be, by name.
+LOADED: dict[str, Backend | BackendUnavailable] = {}
+
+
 def _load(name: str) -> Backend | BackendUnavailable:
+    """Called for a name that is not in ``LOADED`` yet."""
     module = importlib.import_module(f".{name}", __package__)
     try:
-        backend: Backend = module.load()
+        LOADED[name] = module.load()
     except BackendUnavailable as error:
-        return error
-    return backend
+        LOADED[name] = error
+    return LOADED[name]
 
 
 def _unknown(name: str, where: str) -> NoReturn:
@@ -105,12 +112,13 @@ def _unknown(name: str, where: str) -> NoReturn:
 
 
 def get(name: str) -> Backend:
-    """The backend ``name``; raises :class:`BackendUnavailable` with the reason and the command that mends
-    it.
+    """The backend ``name``.
+
+    Raises :class:`BackendUnavailable` where it cannot be used, with the reason and the command that mends it.
     """
     if name not in NAMES:
         _unknown(name, "backend")
-    loaded = _load(name)
+    loaded = LOADED.get(name) or _load(name)
     if isinstance(loaded, BackendUnavailable):
         raise loaded
     return loaded
@@ -129,8 +137,9 @@ def forced() -> str | None:
 
 
 def select(device: torch.device | str) -> Backend:
-    """The backend for tensors on ``device``: the forced one, else the first of ``PREFERENCE`` that runs
-    there.
+    """The backend for tensors on ``device``: the forced one, or the first of ``PREFERENCE`` that can.
+
+    Raises :class:`BackendUnavailable` where none does.
     """
     device = torch.device(device) if isinstance(device, str) else device
     name = forced()
@@ -151,7 +160,7 @@ def select(device: torch.device | str) -> Backend:
         return chosen
     kind = device.type
     for name in PREFERENCE.get(kind, ("reference",)):
-        loaded = _load(name)
+        loaded = LOADED.get(name) or _load(name)
         if isinstance(loaded, Backend) and kind in loaded.devices and device not in loaded.refused:
             return loaded
     raise BackendUnavailable(f"no backend for device type {kind!r}: expected cpu or cuda")

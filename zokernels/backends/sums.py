@@ -1,7 +1,8 @@
 """Inner products with noise in one order of summation on every backend: ``project`` (docs/contract.md).
 
-A kernel gives partial sums, float64, in the order of elements; :func:`fold` adds neighbours until one is
-left."""
+Floating-point sums depend on their order, so the contract fixes one.  A kernel sums short runs of elements,
+and writes these partial sums in float64 in the order of the elements.  :func:`fold` adds neighbours until one
+sum is left, on every device alike."""
 
 from __future__ import annotations
 
@@ -10,19 +11,22 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-#: Logical indices whose sum has one order, aligned: a Rademacher tile.
+#: Elements that are summed together, from a multiple of as many: a tile of Rademacher noise (``contract``).
 TILE = 4096
-#: Bytes of partial sums at a time.
+#: The largest tensor of partial sums, in bytes: more seeds than fit into it take several passes.
 LIMIT = 1 << 29
 
 
 def tiles(numel: int, offset: int) -> int:
-    """Tiles that ``numel`` elements from logical index ``offset`` touch."""
+    """How many tiles ``numel`` elements from logical index ``offset`` touch."""
     return (offset + numel - 1) // TILE - offset // TILE + 1 if numel else 0
 
 
 def fold(partial: Tensor) -> Tensor:
-    """[K, n] to [K]: neighbours are added, then the sums' neighbours; the last of an odd number waits."""
+    """The sums of the rows of [K, n], as [K]: neighbours are added, then their sums, until one is left.
+
+    The last of an odd number is added to a zero, which changes no bit of it.
+    """
     while partial.shape[1] > 1:
         if partial.shape[1] % 2:
             partial = torch.nn.functional.pad(partial, (0, 1))
@@ -38,9 +42,12 @@ def by_partial_sums(
     offsets: list[int],
     limit: int = LIMIT,
 ) -> Tensor:
-    """project as ``kernel(partial [K, columns of all tiles], seeds)`` and a fold.
+    """The inner products float64 [K] of ``tensors`` with the noise of each seed, by a backend's ``kernel``.
 
-    ``limit``: bytes of ``partial``.  More seeds than fit take another pass; each pass takes at least one.
+    Args:
+        kernel: fills ``partial``, float64 [seeds, columns of all tiles], for some of the seeds.
+        columns: how many partial sums the kernel writes for a tile.
+        limit: the largest ``partial`` in bytes.  Each pass takes as many seeds as fit, and at least one.
     """
     width = columns * sum(tiles(t.numel(), o) for t, o in zip(tensors, offsets, strict=True))
     if not seeds.numel() or not width:

@@ -1,23 +1,23 @@
-"""What every operation over parameters shares: which noise, with which coefficients, rounded how."""
+"""The arguments that operations over parameters share: noise, coefficients, masks and rounding."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..contract import DISTS
 
-#: ``mask_keep`` that keeps every element: a field of 16 bits is always below it.
+#: The value of ``mask_keep`` that keeps every element, because a field of 16 bits is always below it.
 KEEP_ALL = 1 << 16
 
 
 class Terms(NamedTuple):
     """acc = decay * theta + sum_k coeffs[k] * w_k, rounded once; w_k is z_k, or z_k / sqrt(curvature).
 
-    An element that a mask drops gets decay * theta alone.
+    K is the number of directions.  An element that a mask drops becomes decay * theta.  The operations'
+    docstrings (:func:`zokernels.combine_`) say what each field means to users.
     """
 
     seeds: Tensor  # int64 [K]
@@ -29,16 +29,17 @@ class Terms(NamedTuple):
     rounding_seed: Tensor | None  # int64 [1]; None: to nearest
     #: uint8, one bit for each element: bit (i & 7) of byte (i >> 3) - (offset >> 3) for logical index i.
     masks: Sequence[Tensor] | None = None
-    mask_seed: Tensor | None = None  # int64 [1]: keeps where the 16-bit field of domain 3 is below mask_keep
+    #: int64 [1]: an element is kept where its 16-bit field of domain 3 is below mask_keep.
+    mask_seed: Tensor | None = None
     mask_keep: int = KEEP_ALL
-    curvature: Sequence[Tensor] | None = None  # fp32 or bf16, like the parameters, > 0
-    #: Of a shard that is rows of a matrix's columns: elements of a row, and logical indices from a row's
-    #: first to the next one's; 0 for a tensor that lies in one piece.  None: all do.
+    curvature: Sequence[Tensor] | None = None  # > 0, fp32 or bf16, of the parameters' shapes
+    #: For a shard that is a range of columns of a matrix: how many elements a row has here (width), and in
+    #: the whole matrix (length).  Both are 0 for a tensor that lies in one piece.  None: all tensors do.
     widths: list[int] | None = None
     lengths: list[int] | None = None
 
     def logical(self, i: int, at: int) -> int:
-        """Logical index of element ``at`` of tensor i."""
+        """The logical index of element ``at`` of tensor ``i``: its place in the unsharded parameter."""
         if not self.widths or not self.lengths or not self.widths[i]:
             return self.offsets[i] + at
         row, column = divmod(at, self.widths[i])
@@ -46,70 +47,22 @@ class Terms(NamedTuple):
 
     @property
     def packed(self) -> tuple[Any, ...]:
-        """The fields as the compiled libraries take them (csrc/op_args.h)."""
-        noise = (
-            self.seeds,
-            self.coeffs,
-            self.streams,
-            self.offsets,
-            DISTS[self.dist],
-            self.decay,
-            self.rounding_seed,
-        )
+        """The fields as compiled libraries take them: None becomes an empty list (csrc/op_args.h)."""
+        noise = *self[:4], DISTS[self.dist], self.decay, self.rounding_seed
         masks = self.masks or [], self.mask_seed, self.mask_keep
         return *noise, *masks, self.curvature or [], self.widths or [], self.lengths or []
 
 
 def mask_bytes(numel: int, offset: int, width: int = 0, length: int = 0) -> int:
-    """Bytes of the packed mask of ``numel`` elements from logical index ``offset``."""
+    """How many bytes the packed mask of ``numel`` elements from logical index ``offset`` takes.
+
+    ``width``, ``length``: the pair of a tensor that is rows (``Terms.widths``).
+    """
     if width:
         return numel // width * row_blocks(offset, width, length)
     return (offset + numel + 7 >> 3) - (offset >> 3) if numel else 0
 
 
 def row_blocks(offset: int, width: int, length: int) -> int:
-    """Blocks of eight that are kept of a row: those of the row that touches most."""
+    """How many aligned blocks of eight elements a row has room for: as many as the row that touches most."""
     return width // 8 if (offset | width | length) % 8 == 0 else width + 14 >> 3
-
-
-def by_rows(
-    operation: Callable[[list[list[Tensor]], Terms], None], groups: list[list[Tensor]], terms: Terms
-) -> None:
-    """``operation`` with every row as a tensor of its own: for a backend, or an operation, that knows no
-    rows.
-
-    ``groups``: lists of tensors that go with the terms', which may be empty.
-    """
-    if not terms.widths or not any(terms.widths):
-        return operation(groups, terms._replace(widths=None, lengths=None))
-    masks, curvature = terms.masks or [], terms.curvature or []
-    of_terms: list[list[Tensor]] = [[], []]
-    found: list[list[Tensor]] = [[] for _ in groups]
-    streams, offsets, owners = [], [], []
-    leader = next(group for group in groups if group)
-    for i, tensor in enumerate(leader):
-        width = terms.widths[i] or tensor.numel()
-        rows = tensor.numel() // width if width else 0
-        for row in range(rows):
-            for group, into in (*zip(groups, found, strict=True), (curvature, of_terms[1])):
-                if group:
-                    into.append(group[i].detach().view(-1)[row * width : (row + 1) * width])
-            offset = terms.logical(i, row * width)
-            if masks:
-                count = masks[i].numel() // rows
-                of_terms[0].append(masks[i].view(-1)[row * count :][: mask_bytes(width, offset)])
-            streams.append(terms.streams[i])
-            offsets.append(offset)
-            owners.append(i)
-    coeffs = (
-        terms.coeffs[torch.tensor(owners, dtype=torch.int64, device=terms.coeffs.device)]
-        if terms.coeffs.dim() == 2
-        else terms.coeffs
-    )
-    return operation(
-        found,
-        terms._replace(
-            coeffs=coeffs.contiguous(), streams=streams, offsets=offsets, masks=of_terms[0] or None,
-            curvature=of_terms[1] or None, widths=None, lengths=None,
-        ),
-    )  # fmt: skip

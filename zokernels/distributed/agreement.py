@@ -123,12 +123,8 @@ class Agreement:
                 fail(op, f"param_groups[{i}]", "named parameters where stages have their own", "unnamed ones")
         for label, stream in (item for of_rank in streams for item in of_rank.items()):
             if owner.setdefault(stream, label) != label:
-                fail(
-                    op,
-                    "streams",
-                    "one stream for each parameter",
-                    f"{stream} for both {owner[stream]} and {label}",
-                )
+                expected = "one stream for each parameter"
+                fail(op, "streams", expected, f"{stream} for both {owner[stream]} and {label}")
 
     def foreign(self, optimizer: OptimizerView, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The groups that take part only on other stages of a pipeline, where ``groups`` do here."""
@@ -186,7 +182,7 @@ def _differ(optimizer: OptimizerView, what: str, first: int, ours: object, rank:
 
 
 def _held(optimizer: OptimizerView) -> list[tuple[str, int, Any]]:
-    """For each parameter its label, its stream, and which elements this rank holds."""
+    """The label and the stream of each parameter, and which of its elements this rank holds."""
     held: list[tuple[str, int, Any]] = []
     for group in optimizer.param_groups:
         for i, (p, stream) in enumerate(zip(group["params"], group["streams"], strict=True)):

@@ -131,7 +131,7 @@ class Ranks:
         return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(everyone, sizes, strict=True)]
 
     def from_first(self, value: object) -> Any:
-        """``value`` of the first rank."""
+        """The first rank's ``value``, on every rank."""
         box = [value if self.is_first else None]
         dist.broadcast_object_list(box, src=self.ranks[0], group=self.group)
         return box[0]

@@ -97,7 +97,7 @@ class Signs:
         self._attempts = 0
 
     def of(self, dtype: torch.dtype | None, failed: int, device: torch.device) -> Tensor:
-        """This rank's signs, int64 [count].
+        """What this rank would do, in numbers that ranks compare: its signs, int64 [count].
 
         Args:
             dtype: of its losses, where all ranks must compute with the same one.

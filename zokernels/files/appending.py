@@ -36,7 +36,7 @@ class AppendedFile:
         self.fd = self._open_locked()
         #: The byte after the last whole piece.
         self.end = os.fstat(self.fd).st_size
-        self._lock = threading.RLock()
+        self._lock, self._syncing = threading.RLock(), threading.RLock()  # taken in the reverse order
         self._hashed = hashlib.sha256(), 0  # of so many bytes
         self._synced = self.end
         self.unsure = False  #: whether the last sync failed
@@ -133,13 +133,8 @@ class AppendedFile:
             while at < self.end:
                 data = os.pread(self.fd, min(_PIECE, self.end - at), at)
                 if not data:
-                    fail(
-                        self.op,
-                        self.path,
-                        f"{self.end} bytes",
-                        f"{at}: another process has cut it",
-                        RuntimeError,
-                    )
+                    expected = f"{self.end} bytes"
+                    fail(self.op, self.path, expected, f"{at}: another process has cut it", RuntimeError)
                 state.update(data)
                 at += len(data)
             self._hashed = state, at
@@ -149,27 +144,40 @@ class AppendedFile:
         """Brings the file to the disk.  What a sync that failed had to bring is written again by the next
         one.
 
-        The system itself would not try again: to it those pages are clean (fsyncgate, 2018).
+        The system itself would not try again: to it those pages are clean (fsyncgate, 2018).  A file that
+        another thread has closed meanwhile, with all that it has, needs no sync.
         """
-        with self._lock:
-            begin, end = self._synced, self.end  # read once: a sync in another thread moves the first
-            if self.unsure and begin < end:
-                self.write(os.pread(self.fd, end - begin, begin), begin)
-        try:
-            # without the lock: it may take long, and what comes meanwhile is of the next sync
-            os.fsync(self.fd)
-        except OSError:
-            self.unsure = True
-            raise
-        self._synced, self.unsure = end, False
+        with self._syncing:
+            with self._lock:
+                begin, end = self._synced, self.end
+                if self.closed and begin == end and not self.unsure:
+                    return
+                if self.closed:
+                    raise OSError(errno.EBADF, os.strerror(errno.EBADF), self.path)
+                if self.unsure and begin < end:
+                    self.write(os.pread(self.fd, end - begin, begin), begin)
+            try:
+                # writes need not wait: it may take long, and what comes meanwhile is of the next sync
+                os.fsync(self.fd)
+            except OSError:
+                self.unsure = True
+                raise
+            self._synced, self.unsure = end, False
 
     def close(self) -> None:
-        """Closes the file, which ends the lock."""
+        """Closes the file when no other thread reads, writes or syncs it.
+
+        From then on other processes can lock it.
+        """
+        with self._syncing, self._lock:
+            self._close()
+
+    def _close(self) -> None:
         if (fd := self.fd) >= 0:
             self.fd = -1
             os.close(fd)
 
-    __del__ = close
+    __del__ = _close
 
 
 def no_room(path: str) -> OSError:
@@ -191,7 +199,7 @@ def sha256_of(path: str | os.PathLike[str], sizes: Iterable[int]) -> dict[int, s
 
 def _close_in_child() -> None:
     for file in list(_open):
-        file.close()
+        file._close()  # whose locks may be held by threads that the child does not have
 
 
 os.register_at_fork(after_in_child=_close_in_child)

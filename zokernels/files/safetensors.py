@@ -36,7 +36,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Entry(NamedTuple):
-    """A tensor of a file."""
+    """Where a tensor is in a file, and what it is."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -72,12 +72,8 @@ class File:
             total = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if total < 8 or length > min(total - 8, _MAX_HEADER):
-                fail(
-                    "safetensors",
-                    str(path),
-                    "a safetensors file",
-                    f"{total} bytes, {length} of them a header",
-                )
+                expected = "a safetensors file"
+                fail("safetensors", str(path), expected, f"{total} bytes, {length} of them a header")
             header = _json(file.read(length), str(path))
             # Shared and read-only: a private writable map of the whole file would count as data (ulimit -d).
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -100,12 +96,8 @@ class File:
             if good and dtype in DTYPES:
                 good = end - begin == math.prod(shape) * DTYPES[dtype].itemsize
         if not good:
-            fail(
-                "safetensors",
-                f"{self.path}: {name[:200]!r}",
-                "a dtype, a shape and their bytes",
-                str(found)[:200],
-            )
+            expected = "a dtype, a shape and their bytes"
+            fail("safetensors", f"{self.path}: {name[:200]!r}", expected, str(found)[:200])
         return Entry(dtype, tuple(shape), data + begin, end - begin)
 
     def tensor(self, name: str) -> Tensor:
@@ -218,7 +210,7 @@ def lay_out(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> tuple[
     for name, entry in order:
         placed[name] = entry._replace(begin=at)
         at += entry.size
-    data = encode_header(placed.items(), metadata, 8)
+    data = encode_header(placed.items(), metadata, 64)  # a cache line, to which torch aligns memory
     return data, {name: entry._replace(begin=len(data) + entry.begin) for name, entry in placed.items()}
 
 

@@ -9,34 +9,32 @@ docs/transformers.md says what each argument means."""
 from __future__ import annotations
 
 import copy
-import dataclasses
 import inspect
-import json
 import os
 import pathlib
-import shutil
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..checks import fail
 from ..distributed import Exchange
-from ..offload import StoredModel, stream
+from ..offload import StoredModel, rewind, stream
 from ..optim import ZOSGD, ZerothOrder
 from ..step.estimators import Estimator
 from ..step.guards import RngState
 from ..step.loss import NO_GRAD
 from ..trajectory import record
+from .trainer_arguments import TrainerArguments
+from .trainer_checkpoints import is_whole, whole_or_as_before
 
 __all__ = ["ZOTrainer", "ZOTrainerMixin"]
 
@@ -50,7 +48,8 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, _OL
         f"{transformers.__version__}"
     )
 
-#: What reaches ``accelerator.backward``, of each forward: streamed forwards (offload) take turns in threads.
+#: The losses that reach ``accelerator.backward`` in a forward.  Each thread has its own list, because
+#: streamed forwards (offload) take turns in threads.
 _LOSSES: ContextVar[list[Tensor] | None] = ContextVar("losses", default=None)
 
 #: The Trainer's own learning rate, where nobody has asked for one.
@@ -60,13 +59,7 @@ _DEFAULT_LR: float = transformers.TrainingArguments.learning_rate
 _POINTS = {1: "loss_plus", -1: "loss_minus", 0: "loss_centre"}
 
 
-if TYPE_CHECKING:  # what the mix-in takes for granted of the bases behind it
-    _Behind = transformers.Trainer
-else:
-    _Behind = object
-
-
-class ZOTrainerMixin(_Behind):
+class ZOTrainerMixin(TrainerArguments):
     """Makes a zeroth-order trainer of a ``transformers.Trainer``, in front of it in the list of bases.
 
     A step of the optimizer runs the Trainer's own ``training_step`` for every micro-batch, once for each
@@ -119,114 +112,13 @@ class ZOTrainerMixin(_Behind):
         self._since: float | None = None
         self._logged_step = 0
         self._check_pairs(kwargs)
-        super().__init__(*args, **kwargs)
+        self._check_offload()
+        try:
+            super().__init__(*args, **kwargs)
+        except TypeError as error:
+            self._check_names(kwargs, (ZOTrainerMixin.__init__, super().__init__), str(error))
+            raise
         self._check_arguments()
-
-    @property
-    def _op(self) -> str:
-        return type(self).__name__
-
-    # Arguments --------------------------------------------------------------------------------------------
-
-    def _check_arguments(self) -> None:
-        args = self.args
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.is_fsdp_xla_enabled:
-            fail(
-                self._op,
-                "deepspeed, fsdp",
-                "neither: they shard gradients and states that do not exist",
-                "one",
-            )
-        if args.n_gpu > 1:
-            fail(
-                self._op,
-                "n_gpu",
-                "1 (CUDA_VISIBLE_DEVICES=0): nn.DataParallel copies the weights",
-                args.n_gpu,
-            )
-        self._check_optimizer()
-        self._check_processes()
-        if self._offload is not None and args.load_best_model_at_end:
-            fail(
-                self._op,
-                "load_best_model_at_end",
-                "False with offload: a streamed model loads no state_dict",
-                True,
-            )
-        if self._offload is not None and self.optimizer is not None:
-            expected = "optimizer_cls_and_kwargs with offload: an optimizer comes after the stream"
-            fail(self._op, "optimizers", expected, type(self.optimizer).__name__)
-        if args.max_grad_norm not in (0, 1.0):  # 1.0 is the Trainer's default: nobody has asked for it
-            self._tell(
-                f"max_grad_norm={args.max_grad_norm} has no effect, because there is no gradient; "
-                "optimizer_cls_and_kwargs=(ZOSGD, {'clip': ...}) bounds the projected gradient"
-            )
-        default = {f.name: f.default for f in dataclasses.fields(args)}
-        for name in ("optim", "adam_beta1", "adam_beta2", "adam_epsilon"):
-            value = getattr(args, name)
-            if value != default[name]:
-                value = getattr(value, "value", value)  # of an enumeration
-                self._tell(f"{name}={value} has no effect: optimizer_cls_and_kwargs names the optimizer")
-        lr = (self.optimizer_cls_and_kwargs or (ZOSGD, {}))[1].get("lr", args.learning_rate)
-        if args.learning_rate not in (lr, default["learning_rate"]):
-            text = f"learning_rate={args.learning_rate:g} has no effect"
-            self._tell(f"{text}: the lr={lr:g} of optimizer_cls_and_kwargs counts")
-        for name in ("activation_checkpointing", "gradient_checkpointing"):
-            if getattr(args, name, False):
-                logger.info(f"{self._op}: {name} is off: without backward no activations are kept")
-                setattr(args, name, False)
-
-    def _check_pairs(self, given: dict[str, Any]) -> None:
-        """The arguments for an optimizer are pairs, which the Trainer takes apart before it looks at them."""
-        forms = {
-            "optimizers": "(optimizer, scheduler or None)",
-            "optimizer_cls_and_kwargs": "(class, {arguments})",
-        }
-        for name, form in forms.items():
-            pair, got = given.get(name), ""
-            if isinstance(pair, (tuple, list)):
-                if len(pair) != 2:
-                    got = f"a {type(pair).__name__} of {len(pair)}"
-                elif name == "optimizer_cls_and_kwargs" and not isinstance(pair[1], dict):
-                    got = f"{type(pair[1]).__name__} as its second part"
-            elif pair is not None:
-                got = pair.__name__ if isinstance(pair, type) else type(pair).__name__
-            if got:
-                fail(self._op, name, f"a pair {form}", got, TypeError)
-
-    def _check_optimizer(self) -> None:
-        """Of the arguments; what ``create_optimizer`` of a subclass makes is looked at when it is made."""
-        ours = self.zo_optimizer
-        if ours is not None and not isinstance(ours, ZerothOrder):
-            expected = "an optimizer of zokernels.optim (transformers.Trainer takes one of torch)"
-            got = f"the class {ours.__name__}" if isinstance(ours, type) else type(ours).__name__
-            fail(self._op, "optimizers", expected, got, TypeError)
-        if self.optimizer_cls_and_kwargs is None:
-            return
-        kind, _ = self.optimizer_cls_and_kwargs
-        if not callable(kind):
-            expected = "a class of zokernels.optim, such as (ZOSGD, {})"
-            fail(self._op, "optimizer_cls_and_kwargs", expected, repr(kind), TypeError)
-        of_torch = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
-        if of_torch and not issubclass(kind, ZerothOrder):
-            expected = "a class of zokernels.optim (transformers.Trainer takes those of torch)"
-            fail(self._op, "optimizer_cls_and_kwargs", expected, kind.__name__, TypeError)
-
-    def _check_processes(self) -> None:
-        processes = self.args.world_size
-        if self._mesh is None and processes > 1:
-            self._mesh = init_device_mesh(self.args.device.type, (processes,), mesh_dim_names=("data",))
-        if self._mesh is not None:
-            if not isinstance(self._mesh, Exchange):
-                self._mesh = Exchange(self._mesh)
-            if self._mesh.names != ("data",) or len(self._mesh.ranks) != processes:
-                expected = (
-                    f"the dimension 'data' of {processes} processes: the Trainer gives each its own batches"
-                )
-                fail(self._op, "mesh", expected, f"{self._mesh.names} of {len(self._mesh.ranks)}")
-        ours = self.zo_optimizer
-        if processes > 1 and ours is not None and ours.team.alone:
-            fail(self._op, "optimizers", "an optimizer with mesh in several processes", type(ours).__name__)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -234,19 +126,7 @@ class ZOTrainerMixin(_Behind):
         # DistributedDataParallel would copy all weights, and keep buckets for gradients that do not exist.
         self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
-    def _tell(self, message: str) -> None:
-        if message not in self._told:
-            self._told.add(message)
-            warnings.warn(f"{self._op}: {message}", stacklevel=3)
-
     # Optimizer --------------------------------------------------------------------------------------------
-
-    @property
-    def zo_optimizer(self) -> ZerothOrder | None:
-        """The optimizer without accelerate's wrapper; None before the training."""
-        optimizer: Any = self.optimizer
-        ours: ZerothOrder | None = getattr(optimizer, "optimizer", optimizer)
-        return ours
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         self._stream()
@@ -266,10 +146,6 @@ class ZOTrainerMixin(_Behind):
         ours = self.zo_optimizer
         if not isinstance(ours, ZerothOrder):
             fail(self._op, "optimizer", "one of zokernels.optim", type(ours).__name__, TypeError)
-        if self.engine is not None and self.engine.has_states and not self.engine.takes_states:
-            # No checkpoint of the Trainer could be loaded.
-            expected = "storage='host' in offload, or a method without a state of each weight (window=)"
-            fail(self._op, "optimizer_cls_and_kwargs", expected, type(ours).__name__)
         if self._hooked is not ours:
             ours.register_step_pre_hook(self._before_step)
             ours.register_step_post_hook(self._after_step)
@@ -369,7 +245,7 @@ class ZOTrainerMixin(_Behind):
         return sum(wide[1:], 0.0 + wide[0])
 
     def _collect(self, loss: Tensor, **options: Any) -> None:
-        """In the place of ``accelerator.backward``."""
+        """What runs in the place of ``accelerator.backward``: it keeps the loss for the closure."""
         if (losses := _LOSSES.get()) is None:
             fail(self._op, "accelerator.backward", "a call from training_step", "another", RuntimeError)
         losses.append(loss)
@@ -430,7 +306,10 @@ class ZOTrainerMixin(_Behind):
         return None  # and so it is not logged
 
     def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
-        """Of the forwards; the Trainer's estimate is that of a forward and a backward of twice its cost."""
+        """The operations of the forwards of a step.
+
+        The Trainer's own estimate is for a forward and a backward, which costs twice as much as the forward.
+        """
         return super().floating_point_ops(inputs) * self._forwards() // 3
 
     def _forwards(self) -> int:
@@ -454,16 +333,26 @@ class ZOTrainerMixin(_Behind):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._offload is not None and self.engine is not None:
-            fail(
-                self._op,
-                "resume_from_checkpoint",
-                "a model that no forward has streamed yet",
-                "one that is streamed",
-            )
-        if self._offload is not None and "weights" in self._offload:
+            expected = "a model that no forward has streamed yet"
+            fail(self._op, "resume_from_checkpoint", expected, "one that is streamed")
+        if self._offload is not None and self._offload.get("path") is not None:
+            self._rewind(resume_from_checkpoint)
+            self._offload = {**self._offload, "resume": True}
+        elif self._offload is not None and "weights" in self._offload:
             self._offload = {**self._offload, "weights": resume_from_checkpoint}
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _rewind(self, checkpoint: str) -> None:
+        """Brings the folder of the run back to the step of a checkpoint; of several ranks one does."""
+        assert self._offload is not None
+        if self.args.process_index == 0:
+            state = torch.load(
+                os.path.join(checkpoint, "optimizer.pt"), map_location="cpu", weights_only=True, mmap=True
+            )
+            rewind(self._offload["path"], checkpoint, state)
+        if self.args.world_size > 1:
+            torch.distributed.barrier()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if (
@@ -510,7 +399,7 @@ class ZOTrainerMixin(_Behind):
         numbered = [p for p in root.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if number(p).isdecimal()]
         found = {int(number(p)): p for p in numbered}
         for _, path in sorted(found.items(), reverse=True):
-            if _is_whole(path):
+            if is_whole(path):
                 return (str(path), *args[1:]), {
                     k: v for k, v in kwargs.items() if k != "resume_from_checkpoint"
                 }
@@ -532,19 +421,15 @@ class ZOTrainerMixin(_Behind):
         )
         with (
             self._clock_stopped(),
-            _whole_or_as_before(folder, self.args.should_save, self.args.world_size > 1),
+            whole_or_as_before(folder, self.args.should_save, self.args.world_size > 1),
         ):
             super()._save_checkpoint(model, trial, *args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and not os.path.isfile(os.path.join(checkpoint, "optimizer.pt")):
             expected = f"optimizer.pt in {checkpoint}: it has the seed and the step of the run"
-            fail(
-                self._op,
-                "resume_from_checkpoint",
-                expected,
-                "none (save_only_model, or a part of a checkpoint)",
-            )
+            got = "none (save_only_model, or a part of a checkpoint)"
+            fail(self._op, "resume_from_checkpoint", expected, got)
         super()._load_optimizer_and_scheduler(checkpoint)
 
     @contextmanager
@@ -562,9 +447,12 @@ class ZOTrainerMixin(_Behind):
         super().log(logs, *args, **kwargs)
 
     def _step_metrics(self, optimizer: ZerothOrder) -> dict[str, float]:
-        """Of the last step: g (of several directions the root of their mean square) and the first one's
-        losses; steps a second since the last log, without evaluations and checkpoints; skipped steps of the
-        run."""
+        """What is logged of the last step.
+
+        That is g (for several directions the root of their mean square), the losses of the first direction,
+        the steps in a second since the last log, without evaluations and checkpoints, and the run's skipped
+        steps.
+        """
         g = optimizer.last_projected_gradient
         assert g is not None  # a step was taken
         metrics = {"projected_gradient": float(g if g.dim() == 0 else g.double().square().mean().sqrt())}
@@ -575,38 +463,6 @@ class ZOTrainerMixin(_Behind):
         self._since, self._logged_step = now, step
         metrics["skipped_steps"] = int(optimizer.skipped_steps)
         return metrics
-
-
-def _is_whole(checkpoint: pathlib.Path) -> bool:
-    """Whether the last file of a checkpoint is there, and can be read."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-@contextmanager
-def _whole_or_as_before(folder: pathlib.Path, writes: bool, several: bool) -> Iterator[None]:
-    """Around the writing of a checkpoint: if it fails, ``folder`` is as it was before, or is not there.
-
-    Of several processes only the first one, which ``writes``, does this, and only where the folder is new:
-    the others write their own files there."""
-    before = folder.with_name(f".{folder.name}.before")
-    if kept := folder.exists() and writes and not several:
-        shutil.rmtree(before, ignore_errors=True)
-        os.replace(folder, before)
-    new = not folder.exists()
-    try:
-        yield
-    except BaseException:
-        if writes and new:
-            shutil.rmtree(folder, ignore_errors=True)
-        if kept:
-            os.replace(before, folder)
-        raise
-    if kept:
-        shutil.rmtree(before, ignore_errors=True)
 
 
 def _train_without_parts(model: nn.Module, mode: bool) -> nn.Module:

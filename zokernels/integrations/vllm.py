@@ -310,7 +310,7 @@ class Engine:
         return self._names
 
     def drift(self) -> list[dict[str, float]]:
-        """Of each rank, how far theta was from the exact one (memory="inplace"); it is exact afterwards."""
+        """How far theta was from the exact one on each rank (memory="inplace"); it is exact afterwards."""
         return self._call("zk_drift")
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -3,11 +3,12 @@
 from .blocks import empty_weights
 from .engine import Engine
 from .footprint import footprint
+from .rewind import rewind
 from .stored import StoredModel
 from .stream import stream
 from .timeline import Span, plot
 
-__all__ = ["Engine", "Span", "StoredModel", "empty_weights", "footprint", "plot", "stream"]
+__all__ = ["Engine", "Span", "StoredModel", "empty_weights", "footprint", "plot", "rewind", "stream"]
 
 
 def __dir__() -> list[str]:

@@ -18,6 +18,8 @@ STORAGES = ("device", "host", "disk")
 ALIGN = 256
 #: What direct reads and writes of a file are multiples of.
 PAGE = 4096
+#: Elements of which parts of a weight are multiples, so that no wire format's scale is of two parts.
+PART = 64
 #: Bytes from which on a weight is worth a look at the memory that the C library has kept.
 _LARGE = 1 << 20
 
@@ -91,6 +93,7 @@ class State(NamedTuple):
     """A tensor that an optimizer keeps of a weight of a block, and that travels with it."""
 
     entry: Entry  #: ``entry.param`` is what stands in ``optimizer.state`` for the tensor
+    weight: str  #: the name of the weight
     value: float  #: of all elements, before the first update
 
 
@@ -127,11 +130,15 @@ class Block:
         self.index, self.name, self.module, self.master = index, name, module, master
         self.entries: list[Entry] = []
         self.states: list[State] = []  #: they lie behind the weights
+        #: Their values before the first update, where these were loaded, by id of ``state.entry.param``.
+        self.loaded: dict[int, Tensor] = {}
         self.extents: list[Extent] = []  #: of the checkpoint that its weights come from
         self.nbytes = 0  #: of weights and states
         self.weights = 0  #: of weights alone, in whole pages: where states begin
         self.scratch = 0  #: bytes of one perturbed copy
         self.stored = 0  #: updates the stored bytes contain now
+        #: The try of a step (:attr:`History.tries`) whose measurement the stored states contain; -1: none.
+        self.measured = -1
         self.scheduled = 0  #: updates the stored bytes will contain once queued writes finish
 
     def __repr__(self) -> str:
@@ -157,14 +164,36 @@ class Block:
         for name, tensors in kept:
             for key, shape, dtype, value in tensors:
                 away = placeholder(torch.empty(shape, dtype=dtype, device="meta"), device)
-                self.states.append(State(Entry(f"{STATE}{key}.{name}", away, at, dtype, dtype), value))
+                self.states.append(State(Entry(f"{STATE}{key}.{name}", away, at, dtype, dtype), name, value))
                 at += round_up(away.nbytes, ALIGN)
         self.nbytes = round_up(at, pages * PAGE)
+
+    def part(self, weight: Entry, rank: int, ranks: int) -> slice:
+        """The elements of a weight, and of its states, that are in slice ``rank`` of ``ranks`` of the block.
+
+        Slices are divided where a page begins, and there at a multiple of :data:`PART` elements of the
+        weight.  They are consecutive in the bytes of the block.
+        """
+        each = round_up(self.weights, PAGE * ranks) // ranks
+
+        def first(rank: int) -> int:
+            elements = -(-(rank * each - weight.begin) // weight.dtype.itemsize)
+            return min(max(0, round_up(elements, PART)), weight.param.numel())
+
+        return slice(first(rank), first(rank + 1))
+
+    def parts(self, rank: int, ranks: int) -> list[tuple[Entry, slice]]:
+        """What slice ``rank`` of ``ranks`` has of the weights and of their states (:meth:`part`)."""
+        of = {e.name: self.part(e, rank, ranks) for e in self.entries}
+        found = [(e, of[e.name]) for e in self.entries] + [(s.entry, of[s.weight]) for s in self.states]
+        return [(e, part) for e, part in found if part.start < part.stop]
 
     def begin_states(self, data: Tensor) -> None:
         """Fills the states in ``data``, the bytes of the block, with their first values."""
         for state in self.states:
-            state.entry.of(data).fill_(state.value)
+            loaded = self.loaded.get(id(state.entry.param))
+            view = state.entry.of(data)
+            view.fill_(state.value) if loaded is None else view.copy_(loaded)
 
     def views(self, data: Tensor) -> dict[int, Tensor]:
         """Weights and states as views of ``data``, by id of the parameter or of what stands for the state."""

@@ -51,7 +51,7 @@ class BlockCache:
             self.abandon(slot)
             raise
         if slot.updates < 0:
-            slot.updates = block.stored
+            slot.updates, slot.measured = block.stored, block.measured
         return slot
 
     def _slot_of(self, block: Block) -> Slot | None:

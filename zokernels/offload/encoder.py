@@ -25,6 +25,7 @@ from torch import Tensor
 from ..checks import fail
 from ..step.deferred import Pass
 from .blocks import Block
+from .gathered import Group
 from .history import Batch, History, apply_passes
 from .memory import mapping
 from .movers import Carrier, FileStore, HostMemory, Slot, Threaded
@@ -53,13 +54,22 @@ class Encoder(Threaded):
     has_states = False  #: whether updates read and write states, which stay on the host
 
     def __init__(
-        self, source: HostMemory | FileStore, carrier: Carrier, slots: int, staging: Tensor | None
+        self,
+        source: HostMemory | FileStore,
+        carrier: Carrier,
+        slots: int,
+        staging: Tensor | None,
+        group: Group | None = None,
     ) -> None:
-        """``staging``: for a GPU, pinned memory for the wire bytes of one block for each of ``slots``."""
+        """``staging``: for a GPU, pinned memory for the wire bytes of one block for each of ``slots``.
+
+        ``group``: ranks of which each updates and encodes its parts of every block.
+        """
         assert carrier.layout is not None  # what crosses the link are wire bytes
         blocks, device = carrier.blocks, carrier.device
         super().__init__(source, carrier.timeline, "read", "encode", "write")
-        self.layout = carrier.layout
+        self.layout, self._group = carrier.layout, group
+        self._rank = 0 if group is None else group.rank
         self._device, self._write_every, self._cuda = device, carrier.write_every, carrier.to_gpu
         #: One decoded block, for what the fused pass does not serve.
         self._theta = torch.empty(max(b.scratch for b in blocks), dtype=torch.uint8, device=device)
@@ -116,13 +126,30 @@ class Encoder(Threaded):
         )
 
     def master(self, block: Block) -> dict[int, Tensor]:
-        """The master of ``block`` with all updates, on the host.  It is valid until the next step."""
+        """The master of ``block`` with all updates, on the host.  It is valid until the next step.
+
+        Without files and other ranks it is the one that is kept, else a copy.
+        """
         in_memory = isinstance(self.source, HostMemory)
-        copy = lambda views: views if in_memory else {key: view.clone() for key, view in views.items()}
-        found: dict[int, Tensor] = self._begin(
-            block, max(self.history.end, block.scheduled), in_memory, copy
-        ).result()
+
+        def taken(views: dict[int, Tensor]) -> dict[int, Tensor]:
+            if self._group is not None:
+                data = mapping(block.nbytes, torch.device("cpu"))
+                self._group.collect(block, views, data, first_alone=False)
+                return block.views(data)
+            return views if in_memory else {key: view.clone() for key, view in views.items()}
+
+        version = max(self.history.end, block.scheduled)
+        found: dict[int, Tensor] = self._begin(block, version, in_memory, taken).result()
         return found
+
+    def put(self, block: Block, views: dict[int, Tensor]) -> None:
+        """Keeps in host memory what :meth:`master` gave, and what was changed since."""
+        assert isinstance(self.source, HostMemory)  # a run has its states in its folder
+        if self._group is not None:
+            kept = self.source.views(block)
+            for e, part in block.parts(self._rank, self._group.count):
+                kept[id(e.param)].copy_(views[id(e.param)].view(-1)[part])
 
     def _begin(
         self, block: Block, version: int, write: bool, then: Callable[[dict[int, Tensor]], Any]
@@ -130,7 +157,12 @@ class Encoder(Threaded):
         if self._beginning:
             expected = "updates that no exception of another thread has cut off (resume, or a checkpoint)"
             fail("stream", "weights", expected, "one that was being begun", RuntimeError)
-        error = self._broken or self._failed([i for i, future in self._writing.items() if future.done()])
+        if self.source.is_shared:  # all ranks must raise at the same place
+            writes = [block.index] if block.index in self._writing else []
+            wait([self._writing[i] for i in writes])
+        else:
+            writes = [i for i, future in self._writing.items() if future.done()]
+        error = self._broken or self._failed(writes)
         if error is not None:
             failed: Future[Any] = Future()
             failed.set_exception(error)
@@ -188,18 +220,17 @@ class Encoder(Threaded):
                 master = self._free.get()
                 with self.timeline.span("read", job.block):
                     self.source.read(job.block, master)
-                views = job.block.views(master)
+                views = self.source.views(job.block, master)
             self._submit("encode", self._update, job, master, views)
         except BaseException as error:  # it is raised again by whoever waits
             self._fail(job, master, error)
 
     def _update(self, job: _Job, master: Tensor | None, views: dict[int, Tensor]) -> None:
         try:
-            params = [views[id(e.param)] for e in job.block.entries]
             with self.timeline.span("encode", job.block):
                 for of in job.work:
                     passes = [self._host(one, job.ready).bound(views) for one in of.passes]
-                    apply_passes([params[i] for i in of.entries], of.streams, passes)
+                    self._apply(job.block, views, of, passes)
             if isinstance(self.source, HostMemory):
                 job.block.stored = max(job.block.stored, job.version)
             result = job.then(views)
@@ -212,6 +243,17 @@ class Encoder(Threaded):
         else:
             self._submit("write", self._write, job, master)
         job.done.set_result(result)
+
+    def _apply(self, block: Block, views: dict[int, Tensor], of: Batch, passes: list[Pass]) -> None:
+        if self._group is None:
+            return apply_passes([views[id(block.entries[i].param)] for i in of.entries], of.streams, passes)
+        here = [(block.entries[i], stream) for i, stream in zip(of.entries, of.streams, strict=True)]
+        here = [(e, stream) for e, stream in here if id(e.param) in views]
+        if here:
+            offsets = [block.part(e, self._rank, self._group.count).start for e, _ in here]
+            apply_passes(
+                [views[id(e.param)] for e, _ in here], [stream for _, stream in here], passes, offsets
+            )
 
     def _write(self, job: _Job, master: Tensor) -> None:
         assert job.written is not None
@@ -238,22 +280,30 @@ class Encoder(Threaded):
     def _send(
         self, block: Block, slot: Slot, views: dict[int, Tensor], released: torch.cuda.Event | None
     ) -> Any:
-        weights = [views[id(e.param)] for e in block.entries]
         if not self._cuda:
             with self.timeline.span("copy-in", block):
-                return self.layout.encode(block, weights, slot.data)
-        buffer, size = self._pinned[slot.index], self.layout.nbytes[block.index]
+                self.layout.encode(block, views, slot.data, self._rank)
+                return self._gather(block, slot.data)
+        buffer, mine = self._pinned[slot.index], self.layout.section(block, self._rank)
         if slot.index in self._sent:
             self._sent[slot.index].synchronize()  # the last copy from this buffer
         with self.timeline.span("encode", block):
-            self.layout.encode(block, weights, buffer)
+            self.layout.encode(block, views, buffer, self._rank)
         if released is not None:
             self._in.wait_event(released)
         with torch.cuda.stream(self._in), self.timeline.device_span("copy-in", block, self._in):
-            slot.data[:size].copy_(buffer[:size], non_blocking=True)
+            slot.data[mine].copy_(buffer[mine], non_blocking=True)
+            self._gather(block, slot.data)
         event = self._sent[slot.index] = torch.cuda.Event()
         event.record(self._in)
         return event
+
+    def _gather(self, block: Block, data: Tensor) -> None:
+        """Fills ``data`` with the wire bytes of all ranks' parts."""
+        if self._group is not None:
+            self._group.exchange(
+                data[: self.layout.nbytes[block.index]], data[self.layout.section(block, self._rank)]
+            )
 
     def _host(self, one: Pass, ready: torch.cuda.Event | None) -> Pass:
         """``one`` with its seeds and coefficients on the host.

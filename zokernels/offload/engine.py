@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from .cache import BlockCache
 from .encoder import Encoder
 from .history import HistoryNoise
 from .lockstep import Lockstep
-from .movers import Mover, Slot
+from .movers import Mover, Slot, Threaded
 from .probe import StreamedProbe
 from .run import Run
 from .storage import DiskStorage, HostStorage
@@ -60,6 +60,12 @@ def _integers_of(block: Block) -> list[tuple[str, nn.Module, str, Tensor]]:
     streamed = {id(e.param) for e in block.entries if not isinstance(e.param, nn.Parameter)}
     places = aliases(block.module) if streamed else ()
     return [(f"{block.name}.{name}", m, key, p) for name, m, key, p in places if id(p) in streamed]
+
+
+def _own(value: Tensor) -> Tensor:
+    """A copy in host memory of a loaded tensor; of one in a mapped file, which nothing changes, itself."""
+    mapped = getattr(value.untyped_storage(), "filename", None) is not None
+    return value.detach() if mapped else value.detach().to("cpu", copy=True)
 
 
 class _Saved(NamedTuple):
@@ -99,6 +105,8 @@ class Engine(BlockCache, StoredModel, Home):
     ) -> None:
         super().__init__(blocks, slots, scratch, mover, timeline, write_every, wire)
         self.model, self.device, self.run, self._store = model, device, run, store
+        if run is not None:
+            run.await_writes = cast("Threaded", mover).await_writes
         #: What stands in ``optimizer.state`` for the states, by id of the parameter and name.
         self._states: dict[tuple[int, str], Tensor] = {}
         self._measured: list[Bucket] = []  #: of which the step that runs measures something
@@ -349,18 +357,25 @@ class Engine(BlockCache, StoredModel, Home):
         """Whether what the optimizer keeps of each weight is streamed with the weights."""
         return bool(self._states)
 
-    @property
-    def takes_states(self) -> bool:
-        """Whether ``load_state_dict`` can bring states to where they are stored.
+    def check_load(self, op: str, state_dict: dict[str, Any]) -> None:
+        """A run that has a folder has its states there: a state_dict must be of the same step of that run.
 
-        A run that has a folder goes on from there, and storage that is only read has no place for them.
+        Storage that is only read begins with the states that are loaded, and so takes them before its first
+        update.
         """
-        return self.writable and self.run is None
-
-    def check_load(self, op: str) -> None:
-        if self._states and not self.takes_states:
-            expected = "storage='host' where states are streamed (stream(path=..., resume=True) continues)"
-            fail(op, "state_dict", expected, "storage on disk", RuntimeError)
+        if not self._states:
+            return
+        if self.run is None:
+            if not self.writable and self.history.end:
+                expected = "a stream without updates, where storage is only read"
+                fail(op, "state_dict", expected, f"{self.history.end} updates", RuntimeError)
+            return
+        assert self.optimizer is not None
+        here, step = self.optimizer.log.mark(), self.optimizer.step_count
+        mark = state_dict["zo"].get("log")
+        if state_dict["zo"]["step"] != step or (here is not None and mark != here):
+            expected = f"that of step {step} of the run in {self.run.path} (offload.rewind brings that back)"
+            fail(op, "state_dict", expected, mark, RuntimeError)
 
     def _saved(self, optimizer: StepOptimizer, state_dict: dict[str, Any]) -> dict[tuple[Any, str], _Saved]:
         """What of ``state_dict`` is streamed, by the number of the parameter there and its name."""
@@ -391,7 +406,14 @@ class Engine(BlockCache, StoredModel, Home):
         if not saved and not self._has_begun:
             return
         self._has_begun = True
-        for block in (b for b in self.blocks if b.states):
+        if not self.writable:
+            self.mover.drain()
+            for block in self.blocks:
+                here = [s.entry.param for s in block.states if id(s.entry.param) in saved]
+                block.loaded = {id(away): _own(saved[id(away)].value) for away in here}
+            for slot in self._slots:
+                self.mover.drop(slot)
+        for block in (b for b in self.blocks if b.states) if self.writable and self.run is None else ():
             with self._changed(block) as views:
                 for state in block.states:
                     view, one = views[id(state.entry.param)], saved.get(id(state.entry.param))
@@ -405,7 +427,9 @@ class Engine(BlockCache, StoredModel, Home):
         """Weights and states of ``block`` with all updates, which may be written to, and are stored then."""
         if self.wire is not None:
             with self._alone(), torch.no_grad():
-                yield self.wire.master(block)  # in host memory, where they are kept
+                views = self.wire.master(block)
+                yield views
+                self.wire.put(block, views)
             return
         with self._loaded(block) as slot:
             self.mover.settle(slot)

@@ -156,7 +156,7 @@ def fitting(
             f"{op}: slots={asked[place][0]} and scratch={asked[place][1]}, which take {gb(sizes[place])} of "
             f"{device}; slots={asked[0][0]} and scratch={asked[0][1]} would take {gb(sizes[0])}, "
             f"where {gb(limit)} are for the weights (slots=, scratch= and memory= say otherwise)",
-            stacklevel=3,
+            stacklevel=4,
         )
     return asked[place]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +42,9 @@ class History:
 
     def __init__(self) -> None:
         self.start = 0  #: the number of the first update that is not dropped
-        self._steps: list[list[tuple[dict[int, int], Pass]]] = []
+        self.tries = 0  #: how many steps have begun, whether they were taken or not
+        #: The try that was taken, and its passes.
+        self._steps: list[tuple[int, list[tuple[dict[int, int], Pass]]]] = []
         self._open: list[tuple[dict[int, int], Pass]] = []
         # most steps have the same, which are stored once
         self._members: dict[tuple[int, ...], dict[int, int]] = {}
@@ -53,6 +55,7 @@ class History:
         return self.start + len(self._steps)
 
     def begin(self) -> None:
+        self.tries += 1
         self._open = []
 
     def add(self, members: Members, one: Pass) -> None:
@@ -64,7 +67,7 @@ class History:
     def commit(self, number: int) -> None:
         """Makes what was added since :meth:`begin` the update of that number, unless it is already there."""
         if self.end == number:
-            self._steps.append(self._open)
+            self._steps.append((self.tries, self._open))
         self._open = []
 
     def drop(self, upto: int) -> None:
@@ -78,12 +81,15 @@ class History:
     def restart(self, number: int) -> None:
         self.start, self._steps, self._open = number, [], []
 
-    def pending(self, param: Tensor, since: int) -> tuple[int, tuple[Pass, ...]]:
-        """The noise stream of ``param``, and its passes from update number ``since`` on."""
+    def pending(self, param: Tensor, since: int, measured: int = -1) -> tuple[int, tuple[Pass, ...]]:
+        """The noise stream of ``param``, and its passes from update number ``since`` on.
+
+        ``measured``: the try whose measurement is there already, made of the weights with ``since`` updates.
+        """
         key, stream, found = id(param), 0, []
-        for step in self._steps[since - self.start :]:
+        for number, step in self._steps[since - self.start :]:
             for members, one in step:
-                if key in members:
+                if key in members and not (one.measures and number == measured):
                     stream = members[key]
                     found.append(one)
         return stream, tuple(found)
@@ -93,13 +99,13 @@ class History:
         return tuple(one for members, one in self._open if id(param) in members and one.measures)
 
     def batches(
-        self, block: Block, since: int, perturbed: Perturbed, everything: bool = False
+        self, block: Block, since: int, perturbed: Perturbed, everything: bool = False, measured: int = -1
     ) -> list[Batch]:
         """The parameters of ``block`` that need a call: those that lack updates from number ``since`` on,
         those of ``perturbed``, or ``everything``."""
         found: dict[tuple[Any, ...], Batch] = {}
         for i, e in enumerate(block.entries):
-            stream, passes = self.pending(e.param, since)
+            stream, passes = self.pending(e.param, since, measured)
             bucket, place, stream = perturbed.get(id(e.param), (None, 0, stream))
             if bucket is not None:
                 passes += self.measuring(e.param)
@@ -160,16 +166,19 @@ def apply_passes(
     params: Sequence[Tensor],
     streams: Sequence[int],
     passes: Sequence[Pass],
-    done: Callable[..., Any] = lambda n: 0,
+    offsets: Sequence[int] | None = None,
 ) -> None:
-    """Runs the passes in place, one by one, each with its own rounding; several of them piece by piece."""
-    if len(passes) == 1 or any(one.noise is not None for one in passes):
+    """Runs the passes in place, one by one, each with its own rounding; several of them piece by piece.
+
+    ``offsets``: where what is given of each parameter begins in it, in elements; None: at 0.
+    """
+    if len(passes) == 1 or offsets is not None or any(one.noise is not None for one in passes):
         pick = lambda states: [states[id(p)] for p in params] if states else ()
         for one in passes:
-            one.run(list(params), list(streams), [0] * len(params), pick)
+            one.run(list(params), list(streams), list(offsets or [0] * len(params)), pick)
         return
     deferred = DeferredNoise()
     for one in passes:
         deferred.put(params, streams, one)
     with torch.no_grad():
-        deferred.apply(done)
+        deferred.apply(lambda n: 0)

@@ -58,6 +58,7 @@ class Slot:
         self.index, self.data = index, data
         self.block: Block | None = None
         self.updates = 0  #: the number of updates that its bytes hold
+        self.measured = -1  #: as :attr:`Block.measured`, of its bytes
         self.users = 0  #: sides that compute with it
         self._views: dict[int, dict[int, Tensor]] = {}  # by block
 
@@ -127,7 +128,7 @@ class Mover:
     def copy_out(self, block: Block, slot: Slot) -> None:
         """:meth:`copy_in` and a store of the same bytes, one after the other, for measurements."""
         self.copy_in(block, slot)
-        slot.updates = block.stored
+        slot.updates, slot.measured = block.stored, block.measured
         self.store(block, slot)
         self.drain()
 
@@ -195,7 +196,7 @@ class HostMemory:
         for region in self.regions[block.index]:
             self.put(region, data)
 
-    def views(self, block: Block) -> dict[int, Tensor]:
+    def views(self, block: Block, data: Tensor | None = None) -> dict[int, Tensor]:
         """Weights and states where they are kept, as :meth:`Block.views` has them."""
         found = {}
         for region in self.regions[block.index]:
@@ -228,20 +229,24 @@ class FileStore:
     def __init__(self, folder: Folder | None, mark: Mark, threads: int, cache: int = 0) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="zokernels-io")
         self.reader, self._folder, self._mark = Reader(self._pool), folder, mark
-        self._room, self._copies = cache, dict[int, Tensor]()  # by block
+        self._room, self._copies = cache, dict[int, list[Tensor]]()  # by block, of each span
 
     @property
     def cached(self) -> int:
         """The bytes of the copies."""
-        return sum(copy.nbytes for copy in self._copies.values())
+        return sum(copy.nbytes for copies in self._copies.values() for copy in copies)
 
     def forget(self) -> None:
         """Drops the copies, because blocks have become larger."""
         self._copies = {}
 
-    def span(self, block: Block) -> tuple[int, int]:
-        """The bytes of the block that this process reads: all."""
-        return 0, block.nbytes
+    def spans(self, block: Block) -> list[tuple[int, int]]:
+        """The bytes of the block that this process reads, as (begin, end): all."""
+        return [(0, block.nbytes)]
+
+    def views(self, block: Block, data: Tensor) -> dict[int, Tensor]:
+        """What this process reads of weights and states, as :meth:`Block.views` has them."""
+        return block.views(data)
 
     def gather(self, block: Block, data: Tensor) -> None:
         """Brings what other processes have read into ``data``."""
@@ -250,18 +255,27 @@ class FileStore:
         self.complete(block, data, self.read_span(block, data))
 
     def read_span(self, block: Block, data: Tensor) -> Span:
-        """Reads :meth:`span` of a block into its place in ``data``; all of it, to compare its checksums."""
-        begin, end = self.span(block)
-        if (copy := self._copies.get(block.index)) is not None:
-            data[begin:end].copy_(copy)
-            return Span(begin, end, False)
-        whole = self.reader.is_unchecked(block)
-        read = Span(0, block.nbytes, True) if whole else Span(begin, end, False)
-        self.reader.read(block, data, read.begin, read.end)
-        if self.cached + end - begin <= self._room:
-            copy = mapping(end - begin, torch.device("cpu"))
-            self._copies[block.index] = copy.copy_(data[begin:end])
+        """Reads :meth:`spans` of a block to their place in ``data``; all of it, to compare its checksums."""
+        spans = self.spans(block)
+        read = Span(spans[0][0], spans[-1][1], False)
+        if (copies := self._copies.get(block.index)) is not None:
+            self._copy(spans, data, copies)
+            return read
+        if self.reader.is_unchecked(block):
+            read = Span(0, block.nbytes, True)
+        for begin, end in [read[:2]] if read.is_whole else spans:
+            self.reader.read(block, data, begin, end)
+        if self.cached + sum(end - begin for begin, end in spans) <= self._room:
+            self._copies[block.index] = [mapping(end - begin, torch.device("cpu")) for begin, end in spans]
+            self._copy(spans, data, self._copies[block.index], back=True)
         return read
+
+    def _copy(
+        self, spans: list[tuple[int, int]], data: Tensor, copies: list[Tensor], back: bool = False
+    ) -> None:
+        """Copies spans to their place in ``data``, or from there."""
+        for (begin, end), copy in zip(spans, copies, strict=True):
+            copy.copy_(data[begin:end]) if back else data[begin:end].copy_(copy)
 
     def complete(self, block: Block, data: Tensor, read: Span) -> None:
         """Makes a block of what :meth:`read_span` has read, which is in ``data``, of any device."""
@@ -275,9 +289,8 @@ class FileStore:
         old, self.reader.own[block.index] = self.reader.own.get(block.index), file
         if old is not None:
             old.close()
-        if (copy := self._copies.get(block.index)) is not None:
-            begin, end = self.span(block)
-            copy.copy_(data[begin:end])
+        if (copies := self._copies.get(block.index)) is not None:
+            self._copy(self.spans(block), data, copies, back=True)
 
     def _replace(self, block: Block, data: Tensor, updates: int) -> Direct:
         """Writes the file of a block."""
@@ -306,7 +319,7 @@ class Threaded(Mover):
     def _submit(self, work: str, function: Callable[..., Any], *args: Any) -> Future[Any]:
         return self._threads[work].submit(function, *args)
 
-    def _store(self, block: Block, data: Tensor, updates: int) -> None:
+    def _store(self, block: Block, data: Tensor, updates: int, measured: int = -1) -> None:
         """Writes a block.
 
         If that fails, its old bytes are still there: it is due again, and lacks nothing.
@@ -316,7 +329,7 @@ class Threaded(Mover):
         except BaseException:
             block.scheduled = block.stored
             raise
-        block.stored = updates
+        block.stored, block.measured = updates, measured
         block.scheduled = max(block.scheduled, updates)
 
     def _raise_earlier(self, block: Block) -> None:
@@ -342,10 +355,15 @@ class Threaded(Mover):
         if (error := self._failed(writing)) is not None:
             raise error
 
+    def await_writes(self) -> None:
+        """Waits until no block is being written, whether that succeeds or not."""
+        wait(list(self._writing.values()))
+
     def close(self) -> None:
         """Ends the threads in their order: what has been read is still passed on."""
         for work, thread in self._threads.items():
             thread.shutdown(cancel_futures=work == "read")
+        self._writing = {}  # of a block whose read was cancelled there is no end
         self.source.close()
 
 
@@ -380,12 +398,12 @@ class ByThreads(Threaded):
 
     def store(self, block: Block, slot: Slot) -> None:
         self._raise_earlier(block)
-        future = self._submit("write", self._write, block, slot.data, slot.updates)
+        future = self._submit("write", self._write, block, slot.data, slot.updates, slot.measured)
         self._leaving[slot.index] = self._writing[block.index] = future
 
-    def _write(self, block: Block, data: Tensor, updates: int) -> None:
+    def _write(self, block: Block, data: Tensor, updates: int, measured: int) -> None:
         with self.timeline.span("copy-out", block):
-            self._store(block, data, updates)
+            self._store(block, data, updates, measured)
 
     def drain(self) -> None:
         # whoever waits for a block hears why it did not come
@@ -440,7 +458,7 @@ class ByStreams(Mover):
         self._copy("copy-out", block, slot, self._out)
         self._event(self._left, slot.index, self._out)
         self._event(self._written, block.index, self._out)
-        block.stored = slot.updates
+        block.stored, block.measured = slot.updates, slot.measured
 
     def released(self, slot: Slot) -> None:
         self._event(self._free, slot.index, torch.cuda.current_stream(self._device))
@@ -521,13 +539,15 @@ class Staged(Threaded):
             buffer[: block.nbytes].copy_(slot.data[: block.nbytes], non_blocking=True)
         event = self._left[slot.index] = torch.cuda.Event()
         event.record(self._out)
-        future = self._submit("write", self._write, block, buffer, slot.updates, event)
+        future = self._submit("write", self._write, block, buffer, slot.updates, slot.measured, event)
         self._writing[block.index] = self._emptied[slot.index] = future
 
-    def _write(self, block: Block, buffer: Tensor, updates: int, event: torch.cuda.Event) -> None:
+    def _write(
+        self, block: Block, buffer: Tensor, updates: int, measured: int, event: torch.cuda.Event
+    ) -> None:
         event.synchronize()
         with self.timeline.span("write", block):
-            self._store(block, buffer, updates)
+            self._store(block, buffer, updates, measured)
 
     def released(self, slot: Slot) -> None:
         event = self._free[slot.index] = torch.cuda.Event()

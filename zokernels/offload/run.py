@@ -10,29 +10,30 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checks import fail
-from ..files.appending import sha256_of
+from ..files.appending import AppendedFile, sha256_of
 from ..files.atomic import replacing
 from ..files.safetensors import NAMES, File
 from ..step.groups import label_of
 from ..step.roles import home_of
 from ..step.step import StepOptimizer
+from ..trajectory.digests import digest
 from ..trajectory.format import Log, scan
 from ..trajectory.recorder import Follower, Recorder
 from ..trajectory.replay import check_records, repeat_streamed, retaking
-from ..trajectory.settings import check_same_run, digest
+from ..trajectory.settings import check_same_run
 from .blocks import STATE, Block, state_named
 from .disk import Direct, Folder, checksums, header, mark_of, memory_of, version_of
 from .history import History
 
 LOG = "run.zk"
-_RESIDENT = "resident"
+RESIDENT = "resident"
 
 
 class Run:
@@ -57,6 +58,9 @@ class Run:
                 PermissionError,
             )
         self._attached = False
+        #: Waits for the threads that write blocks; the engine sets it.
+        self.await_writes: Callable[[], None] = lambda: None
+        self._lock: AppendedFile | None = None  # of the folder, after the log was closed
         # The lock of the log is that of the folder: without it nothing is read, removed or written.
         self._recorder = self._new_recorder()
         try:
@@ -66,7 +70,9 @@ class Run:
             raise
 
     def _new_recorder(self) -> Follower:
-        return Recorder(self.log, sync=10.0) if self.writes else Follower(self.log)
+        if not self.writes:
+            return Follower(self.log)
+        return Recorder(self.log, sync=10.0, before_close=lambda: self.await_writes())
 
     def _is_empty(self) -> bool:
         """Whether the log is."""
@@ -108,6 +114,7 @@ class Run:
         if self._attached and not recorder.closed:
             fail(self.op, "path", "one optimizer for a run", f"a second one for {self.path}", RuntimeError)
         if recorder.closed:
+            self._unlock()
             recorder = self._recorder = self._new_recorder()
         try:
             if not self._is_empty():
@@ -157,13 +164,27 @@ class Run:
         recorder.go_on(log, optimizer)
 
     def mark(self) -> dict[str, Any] | None:
-        """Brings all steps so far to the disk; what tells the log as it is then from others."""
+        """Brings all steps so far to the disk; what tells the log as it is then from others.
+
+        Where the log was closed, the folder is locked again, because it is about to be written to.
+        """
         assert isinstance(self._recorder, Recorder)  # of the process that writes
         mark = self._recorder.mark()
         self._recorder.flush()
+        if self._recorder.closed and self._lock is None:
+            self._lock = AppendedFile(self.op, self.log)
+            if mark is not None and self._lock.sha256() != mark["sha256"]:
+                self._unlock()
+                fail(self.op, str(self.log), "the log that this run closed", "another run's", RuntimeError)
         return mark
 
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
     def close(self) -> None:
+        self._unlock()
         if not self._recorder.closed:
             unused = self.writes and self._is_empty() and not any(self.path.glob("*.safetensors"))
             self._recorder.close()
@@ -202,7 +223,7 @@ class Run:
 
     @property
     def _resident_file(self) -> pathlib.Path:
-        return self.path / f"{_RESIDENT}.safetensors"
+        return self.path / f"{RESIDENT}.safetensors"
 
     def _measured(self, optimizer: StepOptimizer, blocks: Sequence[Block]) -> set[str]:
         """The names of the states in blocks' files that the direction has measured: not all zeros."""
@@ -233,7 +254,7 @@ class Run:
         """
         if not self.writes:
             return
-        block, tensors = Block(-1, _RESIDENT, torch.nn.Identity()), self._resident(optimizer)
+        block, tensors = Block(-1, RESIDENT, torch.nn.Identity()), self._resident(optimizer)
         for name, p in list(tensors):
             kept = sorted(optimizer.state[p].items()) if p in optimizer.state else []
             tensors += [(f"{STATE}{key}.{name}", t) for key, t in kept if isinstance(t, Tensor)]
@@ -268,7 +289,7 @@ class Run:
         owners = dict(params)
         named = [(text, state) for text in file.entries if (state := state_named(text, owners)) is not None]
         states = [(owners[name], key, text) for text, (key, name) in named]
-        block = Block(-1, _RESIDENT, torch.nn.Identity())
+        block = Block(-1, RESIDENT, torch.nn.Identity())
         tensors = [name for name, _ in params] + [text for _, _, text in states]
         block.place([(name, file.tensor(name)) for name in tensors])
         if checksums(block, [file.tensor(name) for name in tensors]) != file.metadata.get("crc32"):

@@ -15,7 +15,7 @@ from ..checks import fail
 from .blocks import PAGE, Block, round_up
 from .disk import check_room
 from .encoder import Encoder
-from .gathered import Group, SharedFiles, Slices
+from .gathered import Group, PartFiles, Parts, SharedFiles, Slices
 from .memory import mapping
 from .movers import ByStreams, ByThreads, Carrier, FileStore, HostMemory, Mover, Slot, Staged
 from .run import Run
@@ -77,9 +77,14 @@ class HostStorage:
         # With wire bytes the copies to the device come from buffers of their own.
         pinned_for = carrier.device if carrier.layout is None else torch.device("cpu")
         # Slices make blocks longer, so they come before the slots.
-        self.memory = (
-            Slices(carrier.blocks, carrier.device, group) if group else HostMemory(carrier.blocks, pinned_for)
-        )
+        self.memory: HostMemory
+        if group is None:
+            self.memory = HostMemory(carrier.blocks, pinned_for)
+        elif carrier.layout is None:
+            self.memory = Slices(carrier.blocks, carrier.device, group)
+        else:
+            self.memory = Parts(carrier.blocks, group)
+        self._group = group
         self.slots = _buffers(carrier)
         self._staging = None
         if carrier.to_gpu and carrier.layout:
@@ -90,7 +95,7 @@ class HostStorage:
         for b in self.carrier.blocks:
             memory.write(b, packed(b), 0)
         if self.carrier.layout:
-            return Encoder(memory, self.carrier, len(self.slots), self._staging)
+            return Encoder(memory, self.carrier, len(self.slots), self._staging, self._group)
         if not self.carrier.to_gpu:
             return ByThreads(memory, timeline)
         return ByStreams(memory, device, timeline)
@@ -125,12 +130,17 @@ class DiskStorage:
         carrier, self.run = self.carrier, run
         mark = run.mark if run else lambda: None
         files = (run.folder if run else None), mark, self.threads, self.cache
-        self.source = source = SharedFiles(*files, self._group) if self._group else FileStore(*files)
+        source: FileStore
+        if self._group is None:
+            source = FileStore(*files)
+        else:
+            source = (PartFiles if carrier.layout else SharedFiles)(*files, self._group)
+        self.source = source
         if run:
             source.reader.own.update(run.files)
             self._fill(source, run, packed)
         if carrier.layout:
-            return Encoder(source, carrier, len(self.slots), self._staging)
+            return Encoder(source, carrier, len(self.slots), self._staging, self._group)
         if self._staging is None:
             return ByThreads(source, carrier.timeline)
         staging, self._staging = self._staging, None  # the mover alone holds it, and may take another

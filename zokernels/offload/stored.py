@@ -47,11 +47,6 @@ class StoredModel:
         """Whether what the optimizer keeps of each weight is streamed with the weights."""
         return False
 
-    @property
-    def takes_states(self) -> bool:
-        """Whether an optimizer whose states are streamed can load a ``state_dict``."""
-        return True
-
     def flush(self) -> None:
         """Brings all updates into the storage, and waits until they are there.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..checks import check_integer, fail, is_integer
+from ..checks import check_integer, fail, is_integer, named_arguments
 from ..contract import canonical_name
 from ..files.safetensors import DTYPES, Checkpoint
 from ..step.roles import home_of
@@ -33,6 +33,7 @@ from .timeline import Timeline
 Fill = Callable[[str, Tensor], object]
 
 
+@named_arguments
 def stream(
     model: nn.Module,
     blocks: str | Sequence[nn.Module] | None = None,
@@ -133,7 +134,7 @@ def stream(
     if master is not None and (storage == "device" or wire is not None):
         fail(op, "master", "None where storage is 'device', and with wire=", master)
     if mesh is not None:
-        check_mesh(op, mesh, storage, wire)
+        check_mesh(op, mesh, storage)
     target = _device(op, model, device)
     if not all(home_of(p).in_memory for _, _, _, p in aliases(model)):
         fail(op, "model", "a model that is not streamed", "one that is", RuntimeError)
@@ -145,7 +146,7 @@ def stream(
         _check_range(op, made)
     for block in made if storage == "disk" and places else ():
         place_extents(block, [places[e.name] for e in block.entries])
-    layout = None if wire is None else WireLayout(wire, made)
+    layout = None if wire is None else WireLayout(wire, made, 1 if mesh is None else mesh.size())
     if storage == "device":
         _load(model, made, {} if checkpoint is None else checkpoint.tensors(), fill, target)
         return OnDevice(model, made, target, Timeline(target))
@@ -157,7 +158,7 @@ def stream(
         count, of_scratch = fit(scratch)
         writes = write_every if storage != "disk" or path is not None else None
         refit = lambda: fit(of_scratch, held=of_scratch)[0]
-        parts = 1 if group is None else group.count
+        parts = 1 if group is None or layout is not None else group.count
         carrier = Carrier(op, made, target, count, layout, Timeline(target), writes, refit, parts)
         store: HostStorage | DiskStorage
         if storage == "host":

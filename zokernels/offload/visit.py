@@ -18,6 +18,7 @@ from ..wire import Wire
 from .blocks import Block, aliases
 from .cache import BlockCache
 from .history import Batch, HistoryNoise, Perturbed, apply_passes
+from .layout import Place
 from .movers import Slot
 
 #: The wire format that has the bytes of a stored dtype as they are.
@@ -65,11 +66,14 @@ class Visit:
         self.cache, self.block, self.slot, self.step = cache, block, slot, step
         self.sides, self._left = list(sides), len(sides)
         self._replaced: list[tuple[nn.Module, str, Tensor]] = []  # parameters, by dual numbers
+        self._same: dict[int, Tensor] = {}  # by number of the entry
         self._params = self._values()
         self._held = True
         since = slot.updates
         perturbed = step.of if step else {}
-        self._batches = cache.history.batches(block, since, perturbed, self.everything)
+        self._batches = cache.history.batches(block, since, perturbed, self.everything, slot.measured)
+        if any(one.measures for a in self._batches for one in a.passes[-1:]):
+            slot.measured = cache.history.tries
         if any(a.passes for a in self._batches):
             cache.mover.settle(slot)
         self._fixed = [i for i, e in enumerate(block.entries) if id(e.param) not in perturbed]
@@ -190,16 +194,21 @@ class Visit:
             else:
                 views = list(self.cache.scratch(self.block, 0))
             for i in self._fixed:
-                if self._params[i].data_ptr() % _ALIGNED == 0 and not self.block.entries[i].is_widened:
-                    views[i] = self._params[i]
-                else:
-                    views[i].copy_(self._params[i])
+                views[i] = self._as_it_is(i)
             if self.step is not None and self.step.tangents:
                 self._dual(views)
             else:
                 for e, view in zip(self.block.entries, views, strict=True):
                     e.param.data = view
         self._begin = self.cache.timeline.now()
+
+    def _as_it_is(self, i: int) -> Tensor:
+        """What all sides compute with of a parameter that none perturbs."""
+        if i not in self._same:
+            self._same[i] = self._params[i]
+            if self._params[i].data_ptr() % _ALIGNED or self.block.entries[i].is_widened:
+                self._same[i] = self.cache.scratch(self.block, 0)[i].copy_(self._params[i])
+        return self._same[i]
 
     def _dual(self, views: list[Tensor]) -> None:
         """Lets modules have dual numbers in the place of their parameters, with ``views`` as tangents."""
@@ -250,25 +259,33 @@ class WireVisit(Visit):
         """The parameters of the one decoded block, which :meth:`_apply` fills."""
         wire = self.cache.wire
         assert wire is not None
-        self._wire, self._buffers = wire.layout.wire, wire.layout.buffers(self.block, self.slot.data)
+        self._wire, self._places = wire.layout.wire, wire.layout.places[self.block.index]
         return wire.theta(self.block)
+
+    def _places_of(self, a: Batch) -> tuple[list[Place], list[Tensor], dict[str, Any]]:
+        """Where the parameters of a batch are in the slot, their bytes there, and arguments of a kernel."""
+        stream = dict(zip(a.entries, a.streams, strict=True))
+        places = [place for of_rank in self._places for place in of_rank if place.entry in stream]
+        options = {"streams": [stream[p.entry] for p in places], "offsets": [p.part.start for p in places]}
+        return places, [place.of(self.slot.data) for place in places], options
 
     def _views(self) -> Mapping[int, Tensor]:
         """The parameters alone: states stay on the host."""
         return {id(e.param): t for e, t in zip(self.block.entries, self._params, strict=True)}
 
     def _apply(self, a: Batch, passes: Sequence[Pass]) -> None:
-        out, buffers = ([of[i] for i in a.entries] for of in (self._params, self._buffers))
+        places, buffers, options = self._places_of(a)
+        out = [self._params[p.entry].view(-1)[p.part] for p in places]
         if out[0].dtype not in DTYPES:
             for value, buffer in zip(out, buffers, strict=True):
-                value.view(-1).view(torch.uint8).copy_(buffer)
+                value.view(torch.uint8).copy_(buffer)
             return super()._apply(a, passes)
         first: dict[str, Any] = {}
         if passes and passes[0].is_combine:
             one, *passes = passes
             fields = ("seeds", "coeffs", "dist", "decay", "rounding", "rounding_seed")
             first = {key: getattr(one, key) for key in fields}
-        decode(out, buffers, self._wire, **first, streams=a.streams)
+        decode(out, buffers, self._wire, **first, **options)
         super()._apply(a, passes)
 
     def _fan_out(self, a: Batch) -> None:
@@ -279,7 +296,8 @@ class WireVisit(Visit):
         update = self._last_update(a)
         if len(self.sides) > 2 or len(a.passes) > bool(update):
             return super()._fan_out(a)
-        plus, minus = ([self.cache.scratch(self.block, s)[i] for i in a.entries] for s in (0, 1))
-        buffers = [self._buffers[i] for i in a.entries]
+        places, buffers, options = self._places_of(a)
+        scratch = [self.cache.scratch(self.block, s) for s in (0, 1)]
+        plus, minus = ([of[p.entry].view(-1)[p.part] for p in places] for of in scratch)
         seed, coeff, noise = self._pair_noise(a)
-        decode_fan_out(plus, minus, buffers, self._wire, seed, coeff, **noise, **update)
+        decode_fan_out(plus, minus, buffers, self._wire, seed, coeff, **{**noise, **options}, **update)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends.terms import Terms, mask_bytes, row_blocks
-from ..checks import check_tensors, check_terms, warn_of_one_noise
+from ..checks import check_tensors, check_terms, named_arguments, warn_of_one_noise
 from .arguments import (
     NO_MASKS,
     Dist,
@@ -63,7 +63,7 @@ def _call(
             if masks is mask_seed is density is None
             else mask_args(op, tensors, masks, mask_seed, density)
         ),
-        None if curvature is None else as_list(curvature),
+        None if curvature is None else as_list(op, "curvature", curvature),
         *((None, None) if rows is None else row_args(op, tensors, rows)),
     )
     if plan is not None:
@@ -74,7 +74,7 @@ def _call(
     else:
         _combine(out, tensors, *args)
     if rows is None:
-        warn_of_one_noise(op, tensors, args[2], args[3], 4)
+        warn_of_one_noise(op, tensors, args[2], args[3], 4 if out is None else 5)
 
 
 def _run(plan: Plan, out: list[Tensor] | None, terms: Terms) -> None:
@@ -166,6 +166,7 @@ def combine(out: Tensor | Sequence[Tensor], *args: Any, **options: Any) -> None:
     scratch this way makes restoring exact and free."""
 
 
+@named_arguments
 def pack_mask(keep: Tensor, offset: int = 0, row: tuple[int, int] | None = None) -> Tensor:
     """``keep`` (bool, any shape) as the packed mask of :func:`combine_`: uint8, eight elements a byte.
 

@@ -9,7 +9,7 @@ checks of its own, which cost more than ours and the launch together (docs/desig
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,6 +89,37 @@ def checked(check: Callable[..., Any]) -> Callable[..., None]:
     return fake
 
 
+class Call(NamedTuple):
+    """What the check of an operation that writes to tensors makes of its arguments."""
+
+    args: tuple[Any, ...]  #: what the backend's kernel takes
+    #: The lists of tensors to which the kernel may write, by argument.  Without any it is not called.
+    written: Mapping[str, Sequence[Tensor]]
+    read: Mapping[str, Sequence[Tensor]]  #: the lists that may share no memory with these, by argument
+    #: The lists to which this call writes, where they are not all of ``written``.
+    changed: Sequence[Sequence[Tensor]] | None = None
+
+
+def define_writing(schema: str, check: Callable[..., Call]) -> Callable[..., None]:
+    """Defines an operation that returns nothing and writes to its arguments.
+
+    ``check`` gets the arguments of the operation, and is its fake, too.  The kernel in the backends has the
+    operation's name, without the "_" at its end.
+    """
+    name = schema.partition("(")[0]
+
+    def entry(*args: Any) -> None:
+        call = check(*args)
+        check_overlap(name, call.written, call.read)
+        tensors = next((tensors for tensors in call.written.values() if tensors), None)
+        if tensors is not None:
+            getattr(select(tensors[0].device), name.rstrip("_"))(*call.args)
+            written(*(call.written.values() if call.changed is None else call.changed))
+
+    entry.__module__ = check.__module__
+    return define(schema, checked(check))(entry)
+
+
 #: The check of a pair of operations.  It gets the name of the operation, its lists of tensors by argument,
 #: and the other arguments.  It returns the other lists that the kernel reads, by argument, and all that the
 #: kernel takes after ``out`` and ``params``.
@@ -103,29 +134,19 @@ def define_pair(kernel: str, schema: str, check: Check) -> tuple[Callable[..., N
     """
     in_place = f"{kernel}_"
 
-    def lists(out: list[Tensor], params: list[Tensor]) -> dict[str, list[Tensor]]:
-        return {"params": params, "out": out} if params else {"out": out, "params": params}
-
-    def on_params(params: list[Tensor], *rest: Any) -> None:
+    def on_params(params: list[Tensor], *rest: Any) -> Call:
         read, extras = check(in_place, {"params": params}, *rest)
-        check_overlap(in_place, {"params": params}, read)
-        if params:
-            getattr(select(params[0].device), kernel)(params, params, *extras)
-            written(params)
+        return Call((params, params, *extras), {"params": params}, read)
 
-    def into_out(out: list[Tensor], params: list[Tensor], *rest: Any) -> None:
-        read, extras = check(kernel, lists(out, params), *rest)
-        check_overlap(kernel, {"out": out}, {"params": params, **read})
-        if params:
-            getattr(select(params[0].device), kernel)(out, params, *extras)
-            written(out)
+    def into_out(out: list[Tensor], params: list[Tensor], *rest: Any) -> Call:
+        lists = {"params": params, "out": out} if params else {"out": out, "params": params}
+        read, extras = check(kernel, lists, *rest)
+        return Call((out, params, *extras), {"out": out}, {"params": params, **read})
 
     on_params.__module__ = into_out.__module__ = check.__module__
-    fake_on_params = checked(lambda params, *rest: check(in_place, {"params": params}, *rest))
-    fake_into_out = checked(lambda out, params, *rest: check(kernel, lists(out, params), *rest))
     return (
-        define(f"{in_place}(Tensor(a!)[] params, {schema}) -> ()", fake_on_params)(on_params),
-        define(f"{kernel}(Tensor(a!)[] out, Tensor[] params, {schema}) -> ()", fake_into_out)(into_out),
+        define_writing(f"{in_place}(Tensor(a!)[] params, {schema}) -> ()", on_params),
+        define_writing(f"{kernel}(Tensor(a!)[] out, Tensor[] params, {schema}) -> ()", into_out),
     )
 
 

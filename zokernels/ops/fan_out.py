@@ -8,24 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import select
 from ..backends.terms import Terms
-from ..checks import check_one, check_overlap, check_scalars, check_tensors, check_terms
-from .arguments import Dist, Rounding, as_list, device_values, noise_args
-from .define import NOISE, checked, define, written
+from ..checks import check_one, check_scalars, check_tensors, check_terms
+from .arguments import Dist, Rounding, as_list, device_values, noise_args, user_operation
+from .define import NOISE, Call, define_writing
 from .plan import Columns, Plan, members
 
 
 def _check_fan_out_(
     params: list[Tensor], plus: list[Tensor], minus: list[Tensor], seed: Tensor, coeff: Tensor, *fields: Any
-) -> Terms:
+) -> Call:
     terms = Terms(*fields)
     if params or plus or minus:
         check_tensors("fan_out_", {"params": params, "plus": plus, "minus": minus})
     check_terms("fan_out_", "params", params, terms)
     if params:
         _check_direction(seed, coeff, terms, params[0].device)
-    return terms
+    lists = {"params": params, "plus": plus, "minus": minus}
+    return Call((*lists.values(), seed, coeff, terms), lists, {}, _changed(terms, *lists.values()))
 
 
 def _check_direction(seed: Tensor, coeff: Tensor, terms: Terms, device: torch.device) -> None:
@@ -41,22 +41,14 @@ def _changed(
     return [params if terms.seeds.numel() or terms.decay is not None else [], plus, minus]
 
 
-@define(
+_fan_out_ = define_writing(
     "fan_out_(Tensor(a!)[] params, Tensor(b!)[] plus, Tensor(c!)[] minus, Tensor seed, Tensor "
     f"coeff, {NOISE}) -> ()",
-    checked(_check_fan_out_),
+    _check_fan_out_,
 )
-def _fan_out_(
-    params: list[Tensor], plus: list[Tensor], minus: list[Tensor], seed: Tensor, coeff: Tensor, *fields: Any
-) -> None:
-    terms = _check_fan_out_(params, plus, minus, seed, coeff, *fields)
-    check_overlap("fan_out_", {"params": params, "plus": plus, "minus": minus}, {})
-    if params:
-        select(params[0].device).fan_out(params, plus, minus, seed, coeff, terms)
-        written(*_changed(terms, params, plus, minus))
 
 
-@torch.no_grad()
+@user_operation
 def fan_out_(
     params: Tensor | Sequence[Tensor] | Plan,
     plus: Tensor | Sequence[Tensor],
@@ -95,7 +87,7 @@ def fan_out_(
     """
     plan, tensors, streams, offsets, _ = members("fan_out_", params, streams, offsets)
     device = tensors[0].device if tensors else torch.device("cpu")
-    lists = tensors, as_list(plus), as_list(minus)
+    lists = tensors, as_list("fan_out_", "plus", plus), as_list("fan_out_", "minus", minus)
     direction = (
         device_values("fan_out_", "seed", seed, torch.int64, device),
         device_values("fan_out_", "coeff", coeff, torch.float32, device),

@@ -71,10 +71,18 @@ def _call(
     rounding: Rounding = "nearest",
     rounding_seed: int | Tensor | None = None,
 ) -> None:
-    tensors = as_list(params)
+    tensors = as_list(op, "params", params)
     noise = noise_args(op, tensors, (), coeffs, streams, offsets, "normal", decay, rounding, rounding_seed)
     _, coeffs, stream_list, offset_list, _, *rounded = noise
-    args = tensors, as_list(left), as_list(right), coeffs, stream_list, offset_list, *rounded
+    args = (
+        tensors,
+        as_list(op, "left", left),
+        as_list(op, "right", right),
+        coeffs,
+        stream_list,
+        offset_list,
+        *rounded,
+    )
     _low_rank_(*args) if out is None else _low_rank(out, *args)
 
 

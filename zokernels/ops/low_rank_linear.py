@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends import select
 from ..checks import DTYPES, check_overlap, check_scalars, fail
-from .arguments import device_values
+from .arguments import device_values, user_operation
 from .define import checked, define, written
 
 #: The largest rank of the factors.
@@ -88,7 +88,7 @@ def _low_rank_linear_(
         written([y])
 
 
-@torch.no_grad()
+@user_operation
 def low_rank_linear_(
     y: Tensor,
     x: Tensor,

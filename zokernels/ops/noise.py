@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends import select
 from ..backends.terms import Terms
-from ..checks import check_dist, check_offset, check_stream, fail
+from ..checks import check_dist, check_offset, check_stream, fail, named_arguments
 from .arguments import Dist, seeds_of
 from .define import define
 
@@ -44,6 +44,7 @@ def _noise(shape: list[int], seed: Tensor, stream: int, offset: int, dist: str) 
     return z
 
 
+@named_arguments
 def noise(
     shape: int | Sequence[int],
     *,
@@ -60,7 +61,12 @@ def noise(
     default device."""
     if isinstance(stream, str):
         check_stream("noise", "stream", stream)
+    sizes = [shape] if hasattr(shape, "__index__") and not isinstance(shape, Tensor) else shape
+    numbers = isinstance(sizes, (list, tuple)) and not any(isinstance(n, Tensor) for n in sizes)
+    if not numbers or not all(hasattr(n, "__index__") for n in sizes):
+        expected = "an integer or a sequence of integers (tensor.shape: noise of a tensor's shape)"
+        fail("noise", "shape", expected, type(shape).__name__, TypeError)
     seeds = seeds_of("noise", "seed", seed, device)
     seeds = seeds if device is None else seeds.to(device)
-    z: Tensor = _noise((shape,) if isinstance(shape, int) else tuple(shape), seeds, stream, offset, dist)
+    z: Tensor = _noise(tuple(sizes), seeds, stream, offset, dist)
     return z

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..backends import Backend, select
 from ..backends.terms import Terms
-from ..checks import check_values, fail, warn_of_one_noise
+from ..checks import check_values, fail, named_arguments, warn_of_one_noise
 from ..contract import DISTS
 from ..transfer import CPU
 from .arguments import OneMemory, Rows, Tensors, as_list, places
@@ -133,7 +133,7 @@ class Plan:
         offsets: int | Sequence[int] | None = None,
         rows: Rows = None,
     ) -> None:
-        self.params = as_list(params)
+        self.params = as_list("plan", "params", params, check_all=True)
         self.streams, self.offsets = map(list, places("plan", streams, offsets, len(self.params)))
         self.rows = rows
         self._outcomes: list[_Outcome] = []
@@ -225,6 +225,7 @@ def members(
                 op, "streams, offsets, rows", "None with a plan, which has its own", (streams, offsets, rows)
             )
         return params, params.params, params.streams, params.offsets, params.rows
+    tensors = as_list(op, "params", params, check_all=True)
     if streams is None:
         fail(
             op,
@@ -234,7 +235,7 @@ def members(
             None,
             TypeError,
         )
-    return None, as_list(params), streams, offsets, rows
+    return None, tensors, streams, offsets, rows
 
 
 def _outcome(
@@ -267,6 +268,7 @@ def _table(columns: Columns, terms: Terms) -> Tensor:
         return torch.tensor([(*row, *dtypes) for row in rows], dtype=torch.int64)
 
 
+@named_arguments
 def plan(
     params: Tensors,
     streams: int | Sequence[int],
@@ -296,5 +298,5 @@ def plan(
     """
     made = Plan(params, streams, offsets=offsets, rows=rows)
     if rows is None:
-        warn_of_one_noise("plan", made.params, made.streams, made.offsets, 3)
+        warn_of_one_noise("plan", made.params, made.streams, made.offsets, 4)
     return made

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends import select
 from ..backends.sums import by_partial_sums
 from ..checks import check_dist, check_places, check_scalars, check_tensors
-from .arguments import Dist, as_list, device_values, places
+from .arguments import Dist, as_list, device_values, places, user_operation
 from .define import define
 
 
@@ -49,7 +49,7 @@ def _project(
     )
 
 
-@torch.no_grad()
+@user_operation
 def project(
     tensors: Tensor | Sequence[Tensor],
     seeds: int | Sequence[int] | Tensor,
@@ -76,7 +76,7 @@ def project(
 
     Raises: as :func:`combine_`.
     """
-    listed = as_list(tensors)
+    listed = as_list("project", "tensors", tensors)
     device = (
         listed[0].device if listed else seeds.device if isinstance(seeds, Tensor) else torch.device("cpu")
     )

@@ -68,7 +68,7 @@ def _call(
     mask_seed: int | Tensor | None = None,
     density: float | None = None,
 ) -> None:
-    tensors = as_list(params)
+    tensors = as_list(op, "params", params)
     noise = noise_args(op, tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed)
     mask = mask_args(op, tensors, masks, mask_seed, density)
     if any(t.dtype is torch.uint8 for t in tensors):

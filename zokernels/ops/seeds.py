@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import select
-from ..checks import fail
+from ..checks import fail, named_arguments
 from ..contract import derive_seed_int, seed_to_int64
 from .define import define
 
@@ -52,6 +52,7 @@ def derive_seed(run_seed: int, step: Tensor, k: int | Tensor = 0) -> Tensor: ...
 def derive_seed(run_seed: int, step: int, k: Tensor) -> Tensor: ...
 
 
+@named_arguments
 def derive_seed(run_seed: int | Tensor, step: int | Tensor, k: int | Tensor = 0) -> int | Tensor:
     """Seed of direction ``k`` at ``step`` of a run: Philox(key = run_seed, counter = (step_lo, step_hi, k,
     0)).

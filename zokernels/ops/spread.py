@@ -7,16 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backends import select
 from ..backends.terms import Terms
-from ..checks import check_overlap, check_scalars, check_tensors, check_terms, fail
-from .arguments import Dist, device_values
-from .define import checked, define, written
+from ..checks import check_scalars, check_tensors, check_terms, fail
+from .arguments import Dist, device_values, user_operation
+from .define import Call, define_writing
 
 
 def _check_spread(
     out: Tensor, x: Tensor, seeds: Tensor, coeffs: Tensor, stream: int, offset: int, dist: str
-) -> Terms:
+) -> Call:
     terms = Terms(seeds, coeffs, [stream], [offset], dist, None, None)
     check_tensors("spread", {"x": [x]})
     check_terms("spread", "x", [x], terms)
@@ -25,30 +24,18 @@ def _check_spread(
         fail("spread", "out", f"{x.dtype} on {x.device}, as x", f"{out.dtype} on {out.device}", TypeError)
     shape = (seeds.numel(), *x.shape)
     if tuple(out.shape) != shape or not out.is_contiguous():
-        fail(
-            "spread",
-            "out",
-            f"a contiguous tensor of shape {shape}",
-            f"{tuple(out.shape)}, strides {out.stride()}",
-        )
-    return terms
+        got = f"{tuple(out.shape)}, strides {out.stride()}"
+        fail("spread", "out", f"a contiguous tensor of shape {shape}", got)
+    return Call((out, x, terms), {"out": [out] if out.numel() else []}, {"x": [x]})
 
 
-@define(
+_spread = define_writing(
     "spread(Tensor(a!) out, Tensor x, Tensor seeds, Tensor coeffs, int stream, int offset, str dist) -> ()",
-    checked(_check_spread),
+    _check_spread,
 )
-def _spread(
-    out: Tensor, x: Tensor, seeds: Tensor, coeffs: Tensor, stream: int, offset: int, dist: str
-) -> None:
-    terms = _check_spread(out, x, seeds, coeffs, stream, offset, dist)
-    check_overlap("spread", {"out": [out]}, {"x": [x]})
-    if out.numel():
-        select(x.device).spread(out, x, terms)
-        written([out])
 
 
-@torch.no_grad()
+@user_operation
 def spread(
     out: Tensor,
     x: Tensor,

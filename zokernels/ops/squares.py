@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import select
-from ..checks import check_noise_of
+from ..checks import check_noise_of, named_arguments
 from ..contract import SQUARE_SCALE
 from .arguments import Dist, places, seeds_of
 from .define import define
@@ -28,6 +28,7 @@ def _squares(seeds: Tensor, sizes: list[int], streams: list[int], offsets: list[
     return found
 
 
+@named_arguments
 def squared_norm(
     seeds: int | Sequence[int] | Tensor,
     sizes: Sequence[int],

@@ -8,19 +8,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..backends import select
 from ..backends.terms import Terms
 from ..checks import (
     STATE_DTYPES,
-    check_overlap,
     check_scalars,
     check_states,
     check_tensors,
     check_terms,
     fail,
 )
-from .arguments import Dist, Rounding, as_list, device_values, mask_args, noise_args, row_args
-from .define import MASK, NOISE, ROWS, checked, define, read_by, written
+from .arguments import Dist, Rounding, as_list, device_values, mask_args, noise_args, row_args, user_operation
+from .define import MASK, NOISE, ROWS, Call, define_writing, read_by
 from .plan import Columns, Plan, members
 
 Rule = Literal["momentum", "adam", "adam_window", "sign", "hizoo"]
@@ -38,7 +36,7 @@ def _terms(*fields: Any) -> Terms:
 
 def _check_update_(
     params: list[Tensor], first: list[Tensor], second: list[Tensor], rule: str, hyper: Tensor, *fields: Any
-) -> Terms:
+) -> Call:
     terms = _terms(*fields)
     if rule not in RULES:
         fail("update_", "rule", " or ".join(map(repr, RULES)), repr(rule))
@@ -53,7 +51,8 @@ def _check_update_(
             fail("update_", argument, f"no state for rule {rule!r}", f"{len(tensors)} tensors")
     if params:
         _check_hyper(rule, hyper, terms, params[0].device)
-    return terms
+    lists = {"params": params, "first": first, "second": second}
+    return Call((*lists.values(), rule, hyper, terms), lists, read_by(terms))
 
 
 def _check_hyper(rule: str, hyper: Tensor, terms: Terms, device: torch.device) -> None:
@@ -66,22 +65,14 @@ def _check_hyper(rule: str, hyper: Tensor, terms: Terms, device: torch.device) -
         fail("update_", "seeds", "one seed for rule 'hizoo'", seeds)
 
 
-@define(
+_update_ = define_writing(
     "update_(Tensor(a!)[] params, Tensor(b!)[] first, Tensor(c!)[] second, str rule, Tensor hyper, "
     f"{NOISE}, {MASK}, {ROWS}) -> ()",
-    checked(_check_update_),
+    _check_update_,
 )
-def _update_(
-    params: list[Tensor], first: list[Tensor], second: list[Tensor], rule: str, hyper: Tensor, *fields: Any
-) -> None:
-    terms = _check_update_(params, first, second, rule, hyper, *fields)
-    check_overlap("update_", {"params": params, "first": first, "second": second}, read_by(terms))
-    if params:
-        select(params[0].device).update(params, first, second, rule, hyper, terms)
-        written(params, first, second)
 
 
-@torch.no_grad()
+@user_operation
 def update_(
     params: Tensor | Sequence[Tensor] | Plan,
     rule: Rule,
@@ -137,7 +128,7 @@ def update_(
     al. 2019; HiZOO, Zhao et al. 2024 (arXiv 2402.15173)."""
     plan, tensors, streams, offsets, rows = members("update_", params, streams, offsets, rows)
     device = tensors[0].device if tensors else torch.device("cpu")
-    lists = tensors, as_list(first), as_list(second)
+    lists = tensors, as_list("update_", "first", first), as_list("update_", "second", second)
     extras = rule, device_values("update_", "hyper", hyper, torch.float32, device)
     args = (
         *noise_args(

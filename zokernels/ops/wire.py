@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import select
 from ..backends.terms import Terms
-from ..checks import check_one, check_overlap, check_places, check_scalars, check_tensors, check_terms, fail
+from ..checks import check_one, check_places, check_scalars, check_tensors, check_terms, fail
 from ..wire import Wire, format_of, wire_bytes
-from .arguments import Dist, Rounding, as_list, device_values, noise_args, places
-from .define import NOISE, checked, define, written
+from .arguments import Dist, Rounding, as_list, device_values, noise_args, places, user_operation
+from .define import NOISE, Call, define_writing
 
 
 def _check_buffers(
@@ -31,24 +30,21 @@ def _check_buffers(
             fail(op, f"{argument}[{i}]", expected, f"{data.dtype} {tuple(data.shape)} on {data.device}")
 
 
-def _check_encode(out: list[Tensor], params: list[Tensor], wire: str, offsets: list[int]) -> None:
+def _check_encode(out: list[Tensor], params: list[Tensor], wire: str, offsets: list[int]) -> Call:
     format_of("encode", wire)
     if params:
         check_tensors("encode", {"params": params})
     check_places("encode", [p.numel() for p in params], [0] * len(params), offsets, "params")
     _check_buffers("encode", "out", out, params, wire, offsets)
+    return Call((out, params, wire, offsets), {"out": out}, {"params": params})
 
 
-@define("encode(Tensor(a!)[] out, Tensor[] params, str wire, int[] offsets) -> ()", checked(_check_encode))
-def _encode(out: list[Tensor], params: list[Tensor], wire: str, offsets: list[int]) -> None:
-    _check_encode(out, params, wire, offsets)
-    check_overlap("encode", {"out": out}, {"params": params})
-    if params:
-        select(params[0].device).encode(out, params, wire, offsets)
-        written(out)
+_encode = define_writing(
+    "encode(Tensor(a!)[] out, Tensor[] params, str wire, int[] offsets) -> ()", _check_encode
+)
 
 
-def _check_decode(out: list[Tensor], wires: list[Tensor], wire: str, *fields: Any) -> Terms:
+def _check_decode(out: list[Tensor], wires: list[Tensor], wire: str, *fields: Any) -> Call:
     terms = Terms(*fields)
     format_of("decode", wire)
     if out:
@@ -57,16 +53,10 @@ def _check_decode(out: list[Tensor], wires: list[Tensor], wire: str, *fields: An
     _check_buffers("decode", "wires", wires, out, wire, terms.offsets)
     if out:
         check_scalars("decode", "coeffs", terms.coeffs, torch.float32, out[0].device)
-    return terms
+    return Call((out, wires, wire, terms), {"out": out}, {"wires": wires})
 
 
-@define(f"decode(Tensor(a!)[] out, Tensor[] wires, str wire, {NOISE}) -> ()", checked(_check_decode))
-def _decode(out: list[Tensor], wires: list[Tensor], wire: str, *fields: Any) -> None:
-    terms = _check_decode(out, wires, wire, *fields)
-    check_overlap("decode", {"out": out}, {"wires": wires})
-    if out:
-        select(out[0].device).decode(out, wires, wire, terms)
-        written(out)
+_decode = define_writing(f"decode(Tensor(a!)[] out, Tensor[] wires, str wire, {NOISE}) -> ()", _check_decode)
 
 
 def _check_decode_fan_out(
@@ -77,7 +67,7 @@ def _check_decode_fan_out(
     seed: Tensor,
     coeff: Tensor,
     *fields: Any,
-) -> Terms:
+) -> Call:
     op, terms = "decode_fan_out", Terms(*fields)
     format_of(op, wire)
     if plus or minus:
@@ -88,32 +78,18 @@ def _check_decode_fan_out(
         check_scalars(op, "coeffs", terms.coeffs, torch.float32, plus[0].device)
         check_one(op, "seed", seed, torch.int64, plus[0].device)
         check_one(op, "coeff", coeff, torch.float32, plus[0].device)
-    return terms
+    args = (plus, minus, wires, wire, seed, coeff, terms)
+    return Call(args, {"plus": plus, "minus": minus}, {"wires": wires})
 
 
-@define(
+_decode_fan_out = define_writing(
     "decode_fan_out(Tensor(a!)[] plus, Tensor(b!)[] minus, Tensor[] wires, str wire, Tensor seed, "
-    "Tensor coeff, "
-    f"{NOISE}) -> ()",
-    checked(_check_decode_fan_out),
+    f"Tensor coeff, {NOISE}) -> ()",
+    _check_decode_fan_out,
 )
-def _decode_fan_out(
-    plus: list[Tensor],
-    minus: list[Tensor],
-    wires: list[Tensor],
-    wire: str,
-    seed: Tensor,
-    coeff: Tensor,
-    *fields: Any,
-) -> None:
-    terms = _check_decode_fan_out(plus, minus, wires, wire, seed, coeff, *fields)
-    check_overlap("decode_fan_out", {"plus": plus, "minus": minus}, {"wires": wires})
-    if plus:
-        select(plus[0].device).decode_fan_out(plus, minus, wires, wire, seed, coeff, terms)
-        written(plus, minus)
 
 
-@torch.no_grad()
+@user_operation
 def encode(
     out: Tensor | Sequence[Tensor],
     params: Tensor | Sequence[Tensor],
@@ -132,7 +108,7 @@ def encode(
 
     Raises: as :func:`combine_`.  Source: OCP Microscaling Formats (MX) Specification v1.0, 2023.
     """
-    buffers, tensors = as_list(out), as_list(params)
+    buffers, tensors = as_list("encode", "out", out), as_list("encode", "params", params)
     args = buffers, tensors, wire, places("encode", 0, offsets, len(tensors))[1]
     if buffers or tensors:
         _encode(*args)
@@ -140,7 +116,7 @@ def encode(
         _check_encode(*args)  # the dispatcher chooses by a tensor, and there is none
 
 
-@torch.no_grad()
+@user_operation
 def decode(
     out: Tensor | Sequence[Tensor],
     wires: Tensor | Sequence[Tensor],
@@ -165,17 +141,17 @@ def decode(
 
     Raises: as :func:`combine_`.
     """
-    tensors = as_list(out)
+    tensors = as_list("decode", "out", out)
     streams = [0] * len(tensors) if streams is None else streams
     _decode(
         tensors,
-        as_list(wires),
+        as_list("decode", "wires", wires),
         wire,
         *noise_args("decode", tensors, seeds, coeffs, streams, offsets, dist, decay, rounding, rounding_seed),
     )
 
 
-@torch.no_grad()
+@user_operation
 def decode_fan_out(
     plus: Tensor | Sequence[Tensor],
     minus: Tensor | Sequence[Tensor],
@@ -201,12 +177,13 @@ def decode_fan_out(
 
     Raises: as :func:`combine_`.
     """
-    op, tensors = "decode_fan_out", as_list(plus)
+    op = "decode_fan_out"
+    tensors = as_list(op, "plus", plus)
     device = tensors[0].device if tensors else torch.device("cpu")
     _decode_fan_out(
         tensors,
-        as_list(minus),
-        as_list(wires),
+        as_list(op, "minus", minus),
+        as_list(op, "wires", wires),
         wire,
         device_values(op, "seed", seed, torch.int64, device),
         device_values(op, "coeff", coeff, torch.float32, device),

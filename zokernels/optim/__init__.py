@@ -46,26 +46,13 @@ from .candidates import ConsensusHopping, ZORankSearch
 from .cge import ZOCGE
 from .diagnosis import Diagnosis
 from .informed import AGZO, LOREN, PGAP, ConMeZO, CurvZO
-from .methods import (
-    EGGROLL,
-    ES,
-    FZOO,
-    LOZO,
-    QZO,
-    ZOBCD,
-    ForwardGradient,
-    LeZO,
-    MeZOGV,
-    SparseMeZO,
-    SubZero,
-    TeZO,
-    ZOConservative,
-    ZORankSGD,
-)
+from .methods import FZOO, QZO, ForwardGradient, MeZOGV, ZOConservative, ZORankSGD
+from .narrowed import LOZO, ZOBCD, LeZO, SparseMeZO, SubZero, TeZO
 from .optimizer import ZerothOrder
 from .param_groups import decay_groups, groups_without
 from .pruning import grasp_shares
 from .quzo import QES, QuZO
+from .strategies import EGGROLL, ES
 from .sweep import Sweep, find_lr
 from .zosgd import ZOSGD
 

@@ -69,23 +69,23 @@ class WithSubset(TypedDict, total=False):
 
 
 class Options(WithDirection, WithSubset, WithDist, WithClip, Common, total=False):
-    """All of them."""
+    """The arguments of most optimizers."""
 
 
 class OptionsButDirection(WithSubset, WithDist, WithClip, Common, total=False):
-    """Of classes that are a direction."""
+    """The arguments of classes that choose the direction themselves."""
 
 
 class OptionsButDist(WithDirection, WithSubset, WithClip, Common, total=False):
-    """Of classes with a default of their own for it."""
+    """The arguments of classes that name ``dist`` themselves, because its default is another there."""
 
 
 class OptionsButClip(WithDirection, WithSubset, WithDist, Common, total=False):
-    """Of classes with a default of their own for it."""
+    """The arguments of classes that name ``clip`` themselves, because its default is another there."""
 
 
 class OfSGD(TypedDict, total=False):
-    """What :class:`zokernels.optim.ZOSGD` adds."""
+    """The arguments that :class:`zokernels.optim.ZOSGD` has and not all optimizers."""
 
     directions: int
     estimator: Sides
@@ -97,14 +97,14 @@ class OfSGD(TypedDict, total=False):
 
 
 class SGDButDirection(OfSGD, OptionsButDirection, total=False):
-    """Of a ZOSGD that is a direction."""
+    """The arguments of a ZOSGD that chooses the direction itself."""
 
 
 class SGDButSubset(OfSGD, WithDirection, WithDist, WithClip, Common, total=False):
-    """Of a ZOSGD that is a subset."""
+    """The arguments of a ZOSGD that chooses the subset itself."""
 
 
-#: What users of other libraries call an argument here.
+#: Names that arguments have in other libraries, and ours for them.
 _ELSEWHERE = {
     "learning_rate": "lr",
     "zo_eps": "eps",
@@ -116,7 +116,7 @@ _ELSEWHERE = {
     "random_seed": "seed",
     "r": "rank",
 }
-#: What says of other libraries' arguments more than a name could.
+#: Arguments of other libraries that mean something else than ours: what to give, in words.
 _INSTEAD = {"sparsity": ("density", "density = 1 - sparsity")}
 #: How many perturbations a step has, of which each class has one name ...
 _COUNTS = ("directions", "population", "candidates", "probes")

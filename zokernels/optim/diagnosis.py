@@ -112,7 +112,7 @@ def diagnose(
     directions: int,
     model: nn.Module | None,
 ) -> Diagnosis:
-    """:meth:`ZerothOrder.diagnose`."""
+    """What :meth:`ZerothOrder.diagnose` does; its docstring says what the arguments mean."""
     op = f"{optimizer.op}.diagnose"
     check_alone(op, optimizer)
     check_integer(op, "directions", directions, 2)

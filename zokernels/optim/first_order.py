@@ -32,13 +32,8 @@ class FirstOrder:
         op = owner.op
         if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, StepOptimizer):
             got = type(optimizer).__name__
-            fail(
-                op,
-                "first_order",
-                "an optimizer of torch.optim, or another one with gradients",
-                got,
-                TypeError,
-            )
+            expected = "an optimizer of torch.optim, or another one with gradients"
+            fail(op, "first_order", expected, got, TypeError)
         asked = inspect.signature(optimizer.step).parameters.get("closure")
         if asked is not None and asked.default is inspect.Parameter.empty:
             got = f"{type(optimizer).__name__}, whose step evaluates a closure of its own"

@@ -22,7 +22,8 @@ from ..step.rules.rule import Rule
 from ..step.step import StepOptimizer
 from ..step.subset import Subset
 from ..step.watch import warn_of_resolution
-from ..trajectory.recorder import Follower, record
+from ..trajectory.recorder import Follower
+from ..trajectory.recording import record
 from .arguments import Described
 from .diagnosis import Diagnosis, diagnose
 from .first_order import FirstOrder

@@ -100,5 +100,5 @@ class Closures:
 
     @torch.no_grad()
     def loss(self, step: int, device: torch.device) -> float:
-        """At the weights as they are."""
+        """The loss at the weights as they are."""
         return float(as_loss(self.op, run_closure(self.op, self[step]), device))

@@ -76,7 +76,7 @@ class Pass(NamedTuple):
     def run(
         self, params: list[Tensor], streams: list[int], offsets: list[int], pick: Callable[..., Any]
     ) -> None:
-        """``pick``: finds the pieces of states that belong to ``params``."""
+        """Does the pass on ``params``.  ``pick`` finds the pieces of the states that belong to them."""
         keys = ("dist", "decay", "rounding", "rounding_seed")
         options: dict[str, Any] = {key: getattr(self, key) for key in keys}
         options |= {"streams": streams, "offsets": offsets}
@@ -113,7 +113,7 @@ class Pass(NamedTuple):
 
 
 def raising(members: Members, minimum: Tensor) -> Pass:
-    """The pass of :meth:`Noise.raise_to`."""
+    """The pass that does what :meth:`Noise.raise_to` does."""
     none = torch.empty(0, dtype=torch.int64), torch.empty(0)
     return Pass(*none, members.dist, None, "nearest", None, minimum=minimum.clone())
 
@@ -140,7 +140,7 @@ class DeferredNoise(Noise):
         self._work: list[_Work] = []
 
     def put(self, params: Sequence[Tensor], streams: Sequence[int], one: Pass) -> None:
-        """Lets ``params`` wait for a pass."""
+        """Adds a pass to those that ``params`` wait for."""
         for p, stream in zip(params, streams, strict=True):
             self._params[id(p)] = p, stream
             self._passes.setdefault(id(p), []).append(one)
@@ -175,7 +175,7 @@ class DeferredNoise(Noise):
         self._passes, self._params = {}, {}
 
     def apply(self, done: Callable[[int], object], fold: bool = False) -> None:
-        """Runs the passes.
+        """Runs all passes that wait.
 
         Args:
             done: called with the number of elements that are finished.
@@ -257,7 +257,7 @@ def folded(passes: Sequence[Pass]) -> list[Pass]:
 
 
 def fuse(passes: Sequence[Pass], dtype: torch.dtype) -> Iterator[Pass]:
-    """The same bits in fewer passes.
+    """Joins passes, so that there are fewer of them, and all bits stay the same.
 
     fp32 weights are the accumulator of a combine themselves, so its chain of fmas may go on beyond the end of
     a step.  A decay begins a new pass, and so does a rule with a state.

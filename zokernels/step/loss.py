@@ -23,7 +23,7 @@ WITHOUT_ARGUMENTS = "a function that takes nothing (of a Cohort: step(closure, b
 
 
 def call(op: str, closure: Callable[..., Any], args: Sequence[Any], expected: str) -> Any:
-    """The result of ``closure(*args)``.
+    """Calls the closure, and gives its result.
 
     Raises TypeError with what was ``expected`` where the closure does not take so many arguments.
     """

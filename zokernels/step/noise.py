@@ -39,7 +39,7 @@ class Members(NamedTuple):
         return {"streams": self.streams} | placed(self.params)
 
     def picked(self, at: Sequence[int]) -> Members:
-        """The members of these numbers."""
+        """The members with these numbers."""
         return Members([self.params[i] for i in at], [self.streams[i] for i in at], self.dist)
 
     @property
@@ -144,10 +144,10 @@ class Noise:
         """
 
     def bound(self, views: Mapping[int, Tensor]) -> Noise:
-        """The same noise for other tensors that stand for its parameters and for what is kept of them.
+        """This noise for tensors that stand for its parameters, and for what is kept of them.
 
-        ``views``: these, by id of what they stand for.  (Parameters that are elsewhere come in under other
-        addresses each time.)
+        ``views``: these tensors, by the id of what they stand for.  Parameters that are streamed come to the
+        device at another address each time, so others stand for them there.
         """
         return self
 

@@ -158,7 +158,7 @@ class Home:
     def fill_states(self, state_dict: dict[str, Any]) -> None:
         """Puts the tensors that are here into a state_dict, in the place of what stands for them."""
 
-    def check_load(self, op: str) -> None:
+    def check_load(self, op: str, state_dict: dict[str, Any]) -> None:
         """Called before a state_dict is loaded, which may be impossible here."""
 
     def without_states(self, optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:

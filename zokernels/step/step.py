@@ -16,7 +16,7 @@ from torch.autograd import profiler
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import ParamsT
 
-from ..checks import check_choice, check_integer, fail
+from ..checks import check_choice, check_integer, fail, named_arguments
 from ..ops.low_rank_linear import MAX_RANK
 from ..transfer import known_on_host
 from . import groups
@@ -260,6 +260,7 @@ class StepOptimizer(torch.optim.Optimizer):
     # One step -----------------------------------------------------------------------------------------------
 
     # torch's annotations say that a step returns a float, and None without a closure.
+    @named_arguments
     def step(  # type: ignore[override]
         self, closure: Callable[..., Any] | None = None, *, batched: bool = False
     ) -> Tensor:
@@ -703,7 +704,7 @@ class StepOptimizer(torch.optim.Optimizer):
         """
         state_dict = from_groups(self.op, state_dict)
         check_state_dict(self, state_dict)
-        self.home.check_load(self.op)
+        self.home.check_load(self.op, state_dict)
         self.passes.drop_lost()
         self.flush()
         if self._unfinished is not None:

@@ -104,7 +104,7 @@ class Bucket:
         return Members(self.params, self.streams, self.dist, self.plan)
 
     def following(self) -> Bucket:
-        """The same bucket, eps and noise included, with the weights at theta."""
+        """This bucket, with its eps and noise, for weights that are at theta."""
         bucket = replace(self, at={}, ahead=None)
         bucket.plan = self.plan
         return bucket
@@ -125,7 +125,7 @@ class Bucket:
         return bucket
 
     def point(self, k: int, sign: int) -> Point:
-        """theta + sign * eps * z_k."""
+        """The point theta + sign * eps * z_k."""
         return {k: sign * self.eps} if sign else {}
 
     @property

@@ -38,7 +38,7 @@ class Update:
         self._calls = 0  # of kernels, for the bucket whose turn it is, and of which the last may be a part
 
     def run(self) -> None:
-        """The update, or what is left of it."""
+        """Runs the update, or what is left of it."""
         optimizer, probe, estimate = self.optimizer, self.probe, self.estimate
         if not self._begun:
             self._begun = not self._renews

@@ -66,7 +66,7 @@ class Watch:
     # Losses ---------------------------------------------------------------------------------------------
 
     def result(self, value: object) -> None:
-        """Of one forward."""
+        """Looks at what one forward returned, and warns of a loss in half precision."""
         if isinstance(value, Tensor) and value.dtype in HALF:
             name = _plain(value.dtype)
             steps = torch.finfo(value.dtype).eps

@@ -5,7 +5,8 @@ from it, and ``resume=True`` goes on with it.  docs/trajectory.md describes the 
 """
 
 from .format import Log, Record, read
-from .recorder import Follower, Recorder, record
+from .recorder import Follower, Recorder
+from .recording import record
 from .replay import replay_
 
 __all__ = ["Follower", "Log", "Record", "Recorder", "read", "record", "replay_"]

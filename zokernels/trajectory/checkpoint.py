@@ -17,9 +17,11 @@ from torch import Tensor
 from ..checks import fail
 from ..files.atomic import replacing
 from ..files.safetensors import DTYPES, Checkpoint, lay_out, view
+from .digests import digest
 from .format import Log
+from .rebuilding import match
 from .replay import Progress, replay_
-from .settings import check_base, digest, match
+from .settings import check_base
 
 #: Elements that are worked on before their pages are given back.
 _RELEASE = 1 << 24

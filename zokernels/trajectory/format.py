@@ -321,17 +321,9 @@ def read(path: str | os.PathLike[str], recover: bool = False) -> Log:
     """
     log = scan(path)
     if log is None:
-        fail(
-            "trajectory",
-            os.fspath(path),
-            "a whole header",
-            "a file that ends inside it: no step was recorded",
-        )
+        expected = "a whole header"
+        fail("trajectory", os.fspath(path), expected, "a file that ends inside it: no step was recorded")
     if log.broken and not recover:
-        fail(
-            "trajectory",
-            log.path,
-            f"whole records (recover=True or --recover takes the {log.steps} before)",
-            log.broken,
-        )
+        expected = f"whole records (recover=True or --recover takes the {log.steps} before)"
+        fail("trajectory", log.path, expected, log.broken)
     return log

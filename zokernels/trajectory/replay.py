@@ -26,7 +26,8 @@ from ..step.subset import Subset
 from ..step.two_pass import ThreePass, TwoPass
 from ..step.types import Bucket, Estimate, Seeds
 from .format import Log, Record, read
-from .settings import check_base, is_sgd, match, optimizer_of
+from .rebuilding import is_sgd, match, optimizer_of
+from .settings import check_base
 
 #: Of fp32.
 _LARGEST = torch.finfo(torch.float32).max
@@ -87,12 +88,8 @@ def check_records(optimizer: StepOptimizer, records: Iterable[Record]) -> None:
     for record in records:
         where = f"step {record.step}"
         if len(record.losses) != losses:
-            fail(
-                "replay_",
-                f"{where}: losses",
-                f"{losses}, as rule and estimator have them",
-                len(record.losses),
-            )
+            expected = f"{losses}, as rule and estimator have them"
+            fail("replay_", f"{where}: losses", expected, len(record.losses))
         for group, lr, g in zip(optimizer.param_groups, record.rates, record.gradients, strict=True):
             if not isinstance(group["lr"], Tensor) and not (math.isfinite(lr) and lr >= 0):
                 fail("replay_", f"{where}: lr", "a finite number >= 0", lr)

@@ -1,4 +1,4 @@
-"""C++ kernels for the host, csrc/cpu: compiled once for each instruction set, which is chosen at run time."""
+"""The C++ kernels of csrc/cpu, compiled once for each instruction set; the best one is chosen at run time."""
 
 from __future__ import annotations
 

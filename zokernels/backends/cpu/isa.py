@@ -1,10 +1,11 @@
-"""Which instruction set the host kernels use: ``ZOKERNELS_CPU_ISA``, for tests and measurements."""
+"""Which instruction set the CPU kernels use.  ``ZOKERNELS_CPU_ISA`` sets it, for tests and measurements."""
 
 from __future__ import annotations
 
 import os
 
-#: auto, portable, avx2, avx512 or neon.
+#: "auto" (the best that the processor has), "portable", "avx2", "avx512", "vnni", "amx" or "neon".  vnni and
+#: amx are avx512 with more instructions for products of integers.
 isa = os.environ.get("ZOKERNELS_CPU_ISA", "auto")
 
 

@@ -1,4 +1,4 @@
-"""CUDA C++ kernels, csrc/cuda: many tensors in one launch."""
+"""The CUDA C++ kernels of csrc/cuda.  One launch serves many tensors."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from .support import Build, Machine, device_problem, machine_problem
 
 
 def load(build: Build | None = None, machine: Machine | None = None) -> Backend:
-    """The backend, for the devices of this machine that the library's code runs on.
+    """The backend, for those devices of this machine that the library was built for.
 
-    Raises :class:`BackendUnavailable` where there is none.  ``build``, ``machine``: instead of what the
-    library, and the driver and torch, say."""
+    Raises :class:`BackendUnavailable` where there is none.
+
+    Args:
+        build: what the library was built for; tests give another answer than the library's own.
+        machine: what the driver and torch say of this machine; likewise.
+    """
     library.load("cuda")
     build, machine = build or Build.read(), machine or Machine.here()
     problems = [device_problem(build, machine.driver, capability) for capability in machine.capabilities]

@@ -3,12 +3,12 @@
 The rules are NVIDIA's (CUDA C++ Programming Guide, "Binary Compatibility" and "PTX Compatibility"; CUDA
 Compatibility, "Minor Version Compatibility"):
 
-* The runtime, which is inside the library, needs a driver for its CUDA version or a later one; for one of the
-  same major version the machine code runs too.
-* Machine code for X.y runs on devices X.z with z >= y, on systems on a chip on X.y alone.
-* PTX for X.y is compiled by the driver for any device from X.y on; for that the driver must be as new as the
-  compiler.
-* With the suffix "a" both are for X.y alone, with "f" PTX too is for X.z alone.
+* The CUDA runtime is inside the library.  It needs a driver of its own major version, or a later one.
+* Machine code for compute capability X.y runs on devices X.z with z >= y.  On a system on a chip (Orin,
+  Thor) it runs on X.y alone.
+* The driver compiles PTX for X.y for every device from X.y on.  For that it must be as new as the compiler
+  that wrote the PTX.
+* With the suffix "a" machine code and PTX are for X.y alone.  With "f" PTX is for devices X.z alone, too.
 """
 
 from __future__ import annotations
@@ -24,22 +24,24 @@ from ..registry import BackendUnavailable
 
 Capability = tuple[int, int]
 
-#: Systems on a chip, which run machine code of their own architecture alone: Orin and Thor.
+#: The systems on a chip that run machine code of their own architecture alone: Orin and Thor.
 _TEGRA = frozenset(((8, 7), (11, 0)))
 
 
 class Target(NamedTuple):
-    """An architecture of the build."""
+    """An architecture that the library was built for."""
 
     capability: Capability
-    suffix: str  #: "a": for this device alone, machine code and PTX; "f": for devices of its major version
-    machine_code: bool
-    ptx: bool
+    suffix: str  #: "a": for this capability alone; "f": for devices of its major version; or none
+    machine_code: bool  #: whether the library has machine code for it
+    ptx: bool  #: whether the library has PTX for it
 
     @classmethod
     def parse(cls, text: str) -> Target:
-        """CMake's form: "90-real" is machine code, "90-virtual" PTX and "90" both; the last digit is the
-        minor version, and may have a suffix."""
+        """Reads CMake's form: "90-real" is machine code, "90-virtual" is PTX, and "90" is both.
+
+        The last digit is the minor version, and a suffix may follow it.
+        """
         number, _, kind = text.partition("-")
         digits = number.rstrip("af")
         suffix = number[len(digits) :]
@@ -69,7 +71,7 @@ class Build(NamedTuple):
 
     @classmethod
     def read(cls) -> Build:
-        """Of the library, which is loaded."""
+        """Asks the library, which has been loaded."""
         try:
             function = _library().zokernels_cuda_build
         except AttributeError as error:
@@ -86,7 +88,7 @@ class Build(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """What torch and the driver say; tests give other answers."""
+    """What torch and the driver say of this machine; tests make other ones."""
 
     torch: str | None  #: the CUDA version that torch was built for; None: it has no CUDA
     driver: int  #: the newest CUDA version that the driver runs: 1000 major + 10 minor; 0: there is no driver

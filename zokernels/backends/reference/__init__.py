@@ -1,4 +1,4 @@
-"""Pure PyTorch: the readable form of contract ``zk1``, on any device, without compiled code."""
+"""The operations in pure PyTorch: the readable form of contract ``zk1``, which all others must equal."""
 
 from __future__ import annotations
 

@@ -8,12 +8,12 @@ from torch import Tensor
 from ..registry import implements
 from .combine import fma
 
-#: Chains of a sum over the columns of x.
+#: A sum over the columns of x has so many chains of fmas; chain l takes columns l, l + 64, ...
 CHAINS = 64
 
 
 def _inner(x: Tensor, right: Tensor) -> Tensor:
-    """x [N, n] times right [n, r], fp32 [N, r], in the order of the contract."""
+    """The product of x [N, n] and right [n, r], fp32 [N, r], with its sums in the order of the contract."""
     pieces = -(-x.shape[1] // CHAINS)
     tail = pieces * CHAINS - x.shape[1]
     pad = lambda values: torch.nn.functional.pad(values, (0, tail)).view(len(values), pieces, CHAINS)

@@ -1,4 +1,6 @@
-"""Philox4x32-10 on int64 tensors that hold 32-bit words."""
+"""Philox4x32-10 (Salmon et al., SC'11) in int64 tensors, each of which holds a word of 32 bits.
+
+PyTorch has no arithmetic of uint32."""
 
 from __future__ import annotations
 
@@ -12,11 +14,14 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> Words:
-    """Four words a block.  ``seed``: int64, 64 key bits.  All broadcast; every word is int64 in [0, 2^32)."""
+    """The four words of each block, int64 in [0, 2^32).
+
+    ``c0`` to ``c3``: the words of the counter, likewise.  ``seed``: the key, int64.  All are broadcast.
+    """
     k0, k1 = seed & MASK32, (seed >> 32) & MASK32
     for _ in range(PHILOX_ROUNDS):
-        # The product wraps modulo 2^64 in int64, and the mask undoes the arithmetic shift: both halves are
-        # right.
+        # An int64 product wraps modulo 2^64, so its lower half is right.  The shift copies the sign, and the
+        # mask removes the copies, so the upper half is right, too.
         p0, p1 = c0 * PHILOX_M0, c2 * PHILOX_M1
         c0, c1, c2, c3 = (
             ((p1 >> 32) & MASK32) ^ c1 ^ k0,
@@ -29,7 +34,7 @@ def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> Word
 
 
 def philox_blocks(seed: Tensor, stream: int, domain: int, blocks: Tensor) -> Tensor:
-    """Words of the 64-bit block indices ``blocks`` [n]: int64 [n, 4]."""
+    """The words of the blocks whose 64-bit numbers are ``blocks``, int64 [n]: int64 [n, 4]."""
     c2, c3 = (
         torch.full((), word, dtype=torch.int64, device=blocks.device) for word in stream_words(stream, domain)
     )

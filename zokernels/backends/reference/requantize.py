@@ -9,7 +9,6 @@ from ...contract import DOMAIN_ROUNDING
 from ..registry import implements
 from ..terms import Terms
 from .combine import Chunk, combine_by
-from .noise import uniform16
 
 
 @implements
@@ -18,7 +17,7 @@ def requantize(out: list[Tensor], params: list[Tensor], low: int, high: int, ter
         if terms.rounding_seed is None:
             whole = acc.round()  # ties to even
         else:
-            u16 = uniform16(terms.rounding_seed, chunk.stream, DOMAIN_ROUNDING, chunk.start, chunk.n)
+            u16 = chunk.uniform16(terms.rounding_seed, DOMAIN_ROUNDING)
             whole = (acc + u16.float() * 2.0**-16).floor()
         return whole.clamp(low, high).nan_to_num(low).to(dtype)
 

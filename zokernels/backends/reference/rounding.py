@@ -1,4 +1,4 @@
-"""fp32 to a parameter's dtype: to nearest even, or stochastically with given 16-bit fields."""
+"""Stochastic rounding of fp32 numbers to the dtype of a parameter, with given 16-bit fields."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ _TINY_HALF = 2.0**-14  # the smallest normal fp16
 
 
 def round_stochastic(x: Tensor, u16: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounds fp32 ``x`` away from zero with probability equal to the dropped fraction; ``u16``: int64 in [0,
-    65536).
+    """fp32 ``x`` in ``dtype``, rounded away from zero with the probability that the dropped fraction is.
 
-    bf16 adds the field to the 16 dropped bits and truncates; fp16 adds the top 13 bits of it to the 13
-    dropped ones. Below 2^-14 an fp16 drops more bits than 13: there |x| is first added to 2^-14, which puts
-    the last kept bit of a subnormal (2^-24) in the place of the last kept bit of a normal.  NaN and
-    infinities pass; fp32 never moves."""
+    ``u16``: a random field for each element, int64 in [0, 65536).
+
+    bf16: the field is added to the 16 bits that are dropped, and the sum is truncated.  fp16: the upper 13
+    bits of the field are added to the 13 bits that are dropped.  Below 2^-14 an fp16 number is subnormal and
+    drops more bits than 13.  There |x| is first added to 2^-14, which moves the last bit that a subnormal
+    keeps (2^-24) to the place of the last bit that a normal number keeps.  NaN, infinities and fp32 do not
+    change.
+    """
     if dtype is torch.float32:
         return x
     if dtype is torch.bfloat16:

@@ -1,6 +1,7 @@
 """update: theta and the state of a rule from G = sum_k c_k z_k, in pure PyTorch.
 
-Formulas: ``functional.update_``.
+The docstring of :func:`zokernels.update_` has the formulas.  A rule gets theta, decay * theta, its states and
+its hyper-parameters, all fp32 [n], and gives the new theta and states before they are rounded.
 """
 
 from __future__ import annotations
@@ -12,28 +13,25 @@ from torch import Tensor
 
 from ...contract import DOMAIN_STATE
 from ..registry import implements
-from ..terms import Terms, by_rows
+from ..terms import Terms
 from .combine import Chunk, accumulate, chunks, divide, fma, sqrt
 
 States = tuple[Tensor, ...]
+Changed = tuple[Tensor, States]  #: the new theta and the new states
 
 
 def _gradient(chunk: Chunk) -> Tensor:
     return accumulate(chunk, torch.zeros(chunk.n, device=chunk.coeffs.device))
 
 
-def _momentum(
-    chunk: Chunk, theta: Tensor, decayed: Tensor, states: States, hyper: States
-) -> tuple[Tensor, States]:
+def _momentum(chunk: Chunk, theta: Tensor, decayed: Tensor, states: States, hyper: States) -> Changed:
     l2, beta, gain, lr = hyper
     g = fma(l2, theta, _gradient(chunk))
     m = fma(beta, states[0], gain * g)
     return fma(-lr, m, decayed), (m,)
 
 
-def _adam(
-    chunk: Chunk, theta: Tensor, decayed: Tensor, states: States, hyper: States
-) -> tuple[Tensor, States]:
+def _adam(chunk: Chunk, theta: Tensor, decayed: Tensor, states: States, hyper: States) -> Changed:
     l2, beta1, gain1, beta2, gain2, lr, root_scale, eps = hyper
     g = fma(l2, theta, _gradient(chunk))
     m = fma(beta1, states[0], gain1 * g)
@@ -41,9 +39,7 @@ def _adam(
     return fma(-lr, divide(m, fma(sqrt(v), root_scale, eps)), decayed), (m, v)
 
 
-def _adam_window(
-    chunk: Chunk, theta: Tensor, decayed: Tensor, states: States, hyper: States
-) -> tuple[Tensor, States]:
+def _adam_window(chunk: Chunk, theta: Tensor, decayed: Tensor, states: States, hyper: States) -> Changed:
     lr, eps, *square_coeffs = hyper
     m = v = torch.zeros(chunk.n, device=chunk.coeffs.device)
     for k, square in enumerate(square_coeffs):
@@ -52,24 +48,20 @@ def _adam_window(
     return fma(-lr, divide(m, sqrt(v) + eps), decayed), ()
 
 
-def _sign(
-    chunk: Chunk, theta: Tensor, decayed: Tensor, states: States, hyper: States
-) -> tuple[Tensor, States]:
+def _sign(chunk: Chunk, theta: Tensor, decayed: Tensor, states: States, hyper: States) -> Changed:
     l2, lr = hyper
     g = fma(l2, theta, _gradient(chunk))
     return fma(-lr, (g > 0).float() - (g < 0).float(), decayed), ()
 
 
-def _hizoo(
-    chunk: Chunk, theta: Tensor, decayed: Tensor, states: States, hyper: States
-) -> tuple[Tensor, States]:
+def _hizoo(chunk: Chunk, theta: Tensor, decayed: Tensor, states: States, hyper: States) -> Changed:
     keep, gain = hyper
     z = chunk.noise(0)
     h = fma(gain, states[0] * (z * z), keep * states[0])
     return fma(chunk.coeffs[0].expand(chunk.n), divide(z, sqrt(h)), decayed), (h,)
 
 
-RULES: dict[str, Callable[[Chunk, Tensor, Tensor, States, States], tuple[Tensor, States]]] = {
+RULES: dict[str, Callable[[Chunk, Tensor, Tensor, States, States], Changed]] = {
     "momentum": _momentum,
     "adam": _adam,
     "adam_window": _adam_window,
@@ -80,16 +72,6 @@ RULES: dict[str, Callable[[Chunk, Tensor, Tensor, States, States], tuple[Tensor,
 
 @implements
 def update(
-    params: list[Tensor], first: list[Tensor], second: list[Tensor], rule: str, hyper: Tensor, terms: Terms
-) -> None:
-    by_rows(
-        lambda groups, flat: _update(groups[0], groups[1], groups[2], rule, hyper, flat),
-        [params, first, second],
-        terms,
-    )
-
-
-def _update(
     params: list[Tensor], first: list[Tensor], second: list[Tensor], rule: str, hyper: Tensor, terms: Terms
 ) -> None:
     for chunk in chunks(params, terms):

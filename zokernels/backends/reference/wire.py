@@ -13,12 +13,15 @@ from .fan_out import fan_out
 
 
 def _power(exponent: Tensor) -> Tensor:
-    """2^exponent, float64, exact."""
+    """2^exponent in float64, exactly: the exponent is put into its bits."""
     return (exponent.long() + 1023 << 52).view(torch.float64)
 
 
 def _blocks(x: Tensor, offset: int) -> tuple[Tensor, slice]:
-    """Flat ``x`` as float64 [blocks, 32] with zeros around, and where it lies in them."""
+    """Flat ``x`` in blocks of 32, float64 [blocks, 32], and the slice of these elements that is ``x``.
+
+    What the first and the last block have beside ``x`` is 0.
+    """
     lead, count = offset % BLOCK, scale_count(x.numel(), offset)
     padded = x.new_zeros(count * BLOCK, dtype=torch.float64)
     inside = slice(lead, lead + x.numel())
@@ -27,16 +30,16 @@ def _blocks(x: Tensor, offset: int) -> tuple[Tensor, slice]:
 
 
 def encode_blocks(x: Tensor, wire: str, offset: int) -> tuple[Tensor, Tensor]:
-    """Codes and scale bytes of flat ``x``."""
+    """The codes of flat ``x``, uint8 [n], and the scale bytes of its blocks, uint8 [blocks]."""
     emax = FORMATS[wire].emax
     assert emax is not None
     blocks, inside = _blocks(x, offset)
     top = blocks.abs().amax(1)
-    special = ~top.isfinite()  # NaN, too
-    # floor(log2), of 0: -1, replaced below
+    special = ~top.isfinite()  # an infinity or a NaN makes NaNs of its block
+    # floor(log2(top)).  Of a block of zeros it is replaced below.
     exponent = torch.frexp(torch.where(special, 1.0, top)).exponent - 1
     exponent = torch.where(top == 0, -127, exponent - emax).clamp(-127, 127)
-    scaled = blocks * _power(-exponent)[:, None]  # exact
+    scaled = blocks * _power(-exponent)[:, None]  # exact, by a power of two
     if wire == "fp8":
         codes = scaled.clamp(-448, 448).float().to(torch.float8_e4m3fn).view(torch.uint8)
     else:
@@ -66,7 +69,7 @@ def encode(out: list[Tensor], params: list[Tensor], wire: str, offsets: list[int
 
 
 def decoded(data: Tensor, wire: str, n: int, offset: int, at: int, m: int) -> Tensor:
-    """fp32: elements [at, at + m) of a buffer of ``n``."""
+    """Elements [at, at + m), fp32, of the ``n`` that the buffer ``data`` holds."""
     form = FORMATS[wire]
     if form.emax is None:
         return data.view(form.dtype)[at : at + m].float()
@@ -74,7 +77,7 @@ def decoded(data: Tensor, wire: str, n: int, offset: int, at: int, m: int) -> Te
     index = torch.arange(offset + at, offset + at + m, device=data.device) // BLOCK - offset // BLOCK
     scale = data[scale_begin(n) + index].long()
     scale = torch.where(scale == 255, float("nan"), _power(scale - 127))
-    return (codes * scale).float()  # exact, but for what is beyond fp32
+    return (codes * scale).float()  # exact where fp32 can hold it
 
 
 @implements

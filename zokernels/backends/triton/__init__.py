@@ -1,6 +1,4 @@
-"""Triton kernels: contract ``zk1`` on NVIDIA GPUs without a CUDA toolkit, on AMD GPUs, and in an
-interpreter on CPU.
-"""
+"""The Triton kernels: for NVIDIA GPUs without a CUDA toolkit, AMD GPUs, and an interpreter on the CPU."""
 
 from __future__ import annotations
 
@@ -10,15 +8,18 @@ import torch
 
 from ..registry import Backend, BackendUnavailable, kernels_of
 
-#: Versions of Triton between which the tests compile every kernel.
+#: The oldest and the newest version of Triton with which the tests compile every kernel.
 OLDEST, NEWEST = (3, 6), (3, 9)
 
 
 def load(version: str | None = None) -> Backend:
-    """The backend; ``version``: instead of what Triton itself says.
+    """The backend.
 
-    Raises :class:`BackendUnavailable` without Triton or with one older than ``OLDEST``.  One newer than
-    ``NEWEST`` is used, and the backend's note says so."""
+    Raises :class:`BackendUnavailable` without Triton, or with one older than ``OLDEST``.  One newer than
+    ``NEWEST`` is used, and the backend's note says so.
+
+    ``version``: what tests give in the place of Triton's own version.
+    """
     try:
         import triton
     except ImportError as error:

@@ -1,9 +1,9 @@
-"""The few operations that Triton's language lacks or rounds differently in its interpreter.  Each is exact
-IEEE fp32.
+"""Operations of exact IEEE fp32 that Triton's language lacks, or that its interpreter rounds otherwise.
 
-Compiled for NVIDIA, an operation is the one instruction (or the inline PTX) named beside it; for AMD it is
-what Triton and LLVM make of the plain operation.  In the interpreter kernels run in NumPy, which has no fma,
-so it is computed from exact float64 pieces; tests there then hold for the compiled code too."""
+Compiled for NVIDIA, an operation is the instruction (or the inline PTX) that its docstring names.  For AMD it
+is what Triton and LLVM make of the plain operation.  In the interpreter kernels run in NumPy, which has no
+fma; there it is computed from exact float64 pieces, so that what tests show there holds for compiled code,
+too."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from triton.language.target_info import cuda_capability_geq
 #: NVIDIA.
 PTX = tl.constexpr(torch.version.hip is None)
 
-#: Fixed when the kernels are decorated, as in Triton itself: TRITON_INTERPRET must be set before the import.
+#: Whether kernels run in the interpreter.  Triton decides it when it decorates them, so TRITON_INTERPRET must
+#: be set before the import.
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 _INF = tl.constexpr(float("inf"))
@@ -24,10 +25,10 @@ _INF = tl.constexpr(float("inf"))
 
 @triton.jit
 def int64(x):
-    """``x``, an int64 argument of a kernel, as what it says it is.
+    """``x``, an argument of a kernel that is annotated as int64, as an int64.
 
-    Triton's interpreter keeps a number in [2^31, 2^32) as uint32, whatever the kernel's annotation is, and
-    then a shift by 32 has no meaning.  A sum with an int64 makes it one; the compiler removes the sum."""
+    Triton's interpreter keeps a number in [2^31, 2^32) as uint32, whatever the annotation is, and a shift of
+    that by 32 has no meaning.  The sum with an int64 is one; compilers remove the addition of 0."""
     return x + tl.zeros((), tl.int64)
 
 
@@ -35,8 +36,8 @@ def int64(x):
 def fma(a, b, c):
     """a * b + c, rounded once.  fma.rn.f32"""
     if INTERPRET:
-        # a * b is exact in float64.  The sum is rounded to odd (Boldo and Melquiond, 2008): then fp32 rounds
-        # right.
+        # As in the reference (combine.fma): the product is exact in float64, and the sum is rounded to odd
+        # (Boldo and Melquiond, 2008), so that the rounding to fp32 is right.
         p, d = tl.cast(a, tl.float64) * tl.cast(b, tl.float64), tl.cast(c, tl.float64)
         s = p + d
         t = s - p
@@ -51,10 +52,11 @@ def fma(a, b, c):
 
 @triton.jit
 def add_apart(a, b):
-    """a + b.  add.rn.f32
+    """a + b, as an instruction of its own: add.rn.f32.
 
-    For sm_100 the compiler makes one instruction of two sums, which takes both halves of the fp32 pipe.  A
-    sum alone takes the half that is idle where integer products, Philox's, keep the other one busy."""
+    For sm_100 the compiler joins two sums into one instruction, which takes both halves of the fp32 pipe.  An
+    instruction for one sum takes one half, and the other half computes Philox's integer products
+    meanwhile."""
     if PTX and not INTERPRET and cuda_capability_geq(10, 0):
         return tl.inline_asm_elementwise(
             "add.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
@@ -65,7 +67,7 @@ def add_apart(a, b):
 
 @triton.jit
 def negated(x):
-    """-x, of zeros too: Triton's own -x is 0 - x, which makes 0 of 0.  neg.f32"""
+    """-x: neg.f32.  Triton's own -x is 0 - x, which makes 0.0 of 0.0, where -0.0 is right."""
     return x * -1.0
 
 
@@ -73,8 +75,9 @@ def negated(x):
 def sqrt(s):
     """sqrt(s) to nearest even, for 2^-100 < s < 2^100.
 
-    The fast path of sqrt.rn.f32, whose range check and slow path cost 2.5 instructions more per normal.  A
-    normal s does not notice the .ftz of rsqrt, which saves the rescaling of subnormal ones."""
+    This is the fast path of sqrt.rn.f32.  Its check of the range and its slow path would take 2.5
+    instructions more for each normal.  ``.ftz`` treats subnormal arguments as 0, of which there are none in
+    this range."""
     if INTERPRET or not PTX:
         return tl.sqrt_rn(s)
     else:
@@ -96,10 +99,10 @@ def sqrt(s):
 
 @triton.jit
 def floor(x):
-    """The largest integer <= x as an int32, for |x| < 2^31.  cvt.rmi.s32.f32
+    """The largest integer <= x as an int32, for |x| < 2^31: cvt.rmi.s32.f32.
 
-    Triton's own floor flushes subnormals: of -1e-40 it makes 0, not -1.  It is two instructions with the
-    conversion."""
+    Triton's own floor treats subnormal numbers as 0, so that of -1e-40 it makes 0, where -1 is right.  With
+    the conversion it takes two instructions."""
     if INTERPRET or not PTX:
         return tl.floor(x).to(tl.int32)
     else:
@@ -110,10 +113,10 @@ def floor(x):
 
 @triton.jit
 def mul_wide(a, b):
-    """(low, high) words of the product of two uint32.  mul.wide.u32, one IMAD.WIDE
+    """The (low, high) words of the product of two uint32: mul.wide.u32, which is one IMAD.WIDE.
 
-    LLVM takes a third of the equivalent uint64 products apart into a low and a high multiplication: 0.75
-    instructions more per normal."""
+    Of the equal product of uint64, LLVM makes a multiplication for each word in a third of all cases: 0.75
+    instructions more for each normal."""
     if INTERPRET or not PTX:
         product = a.to(tl.uint64) * b
         return product.to(tl.uint32), (product >> 32).to(tl.uint32)

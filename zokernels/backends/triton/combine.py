@@ -10,7 +10,7 @@ from ..registry import implements
 from ..terms import Terms
 from .launch import masked
 from .noise import add_rademacher
-from .rows import each_row_tile, masked_rows, pieces
+from .rows import NUMBERS, each_row_tile, masked_rows, pieces
 from .table import pointer, row_of
 from .tile import (
     THREADS,
@@ -31,13 +31,14 @@ from .tile import (
     tabled_span,
 )
 
-#: Blocks a thread handles at once in whole programs: four loads in flight.
+#: Blocks of eight elements that a thread handles together in whole programs, so that four loads are in
+#: flight.
 _BLOCKS = tl.constexpr(4)
 
 
 @triton.jit
 def _root(curvature, row, inside, span):
-    """sqrt(curvature), as an option."""
+    """sqrt(curvature), as an option (``tile`` says what an option is)."""
     if curvature is None:
         return ()
     else:
@@ -59,7 +60,7 @@ def _tile(row, inside, span, terms, out, theta, curvature):
 
 @triton.jit
 def _unit(root):
-    """|w| of Rademacher noise, as an option; absent: 1."""
+    """1 / root, which is |w| of Rademacher noise, as an option; where it is absent, |w| is 1."""
     if len(root) == 0:
         return ()
     else:
@@ -68,8 +69,8 @@ def _unit(root):
 
 @triton.jit
 def _add_rademacher4(t0, t1, t2, t3, u0, u1, u2, u3, seed, c, span, rounding, WORD: tl.constexpr):
-    # Where K is static, the compiler makes one of the four calls with the same block: 128 elements a Philox
-    # block.
+    # This is called once for each of the block's four words.  Where K is static, the compiler sees that all
+    # draw the same block, and draws it once for 128 elements.
     word = draw_rademacher(seed, tl.arange(0, THREADS), span)[WORD]
     t0 = add_rademacher(t0, c, u0, rounding, word, 0)
     t1 = add_rademacher(t1, c, u1, rounding, word, 1)
@@ -80,7 +81,10 @@ def _add_rademacher4(t0, t1, t2, t3, u0, u1, u2, u3, seed, c, span, rounding, WO
 
 @triton.jit
 def _whole_rademacher(span, terms, out, theta, curvature):
-    """A thread owns a Philox block: lane & 31 of tile lane >> 5, 16 bytes for 16 blocks of elements."""
+    """The program where all of its elements exist: each thread draws one Philox block for 128 elements.
+
+    It is block lane & 31 of tile lane >> 5, and its 16 bytes are the signs of 16 blocks of eight elements.
+    """
     lane = tl.arange(0, THREADS)
     more = (span, terms.rounding_seed)
     for word in tl.static_range(4):
@@ -126,7 +130,7 @@ def combine_kernel(
     DOMAIN: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr, LOW: tl.constexpr = None,
     HIGH: tl.constexpr = None,
 ):  # fmt: skip
-    """One tensor."""
+    """combine of one tensor."""
     span = span_of(offset, stream, mask, tl.program_id(0).to(tl.int64))
     terms = noise_of(seeds, coeffs, num_k, decay, rounding_seed, mask_seed, mask_keep, DOMAIN, K, LOW, HIGH)
     _program(span, numel, terms, out, theta, curvature, ALIGNED)
@@ -139,7 +143,7 @@ def combine_table_kernel(
     DTYPES: tl.constexpr, WIDTH: tl.constexpr, EACH: tl.constexpr = False,
     LOW: tl.constexpr = None, HIGH: tl.constexpr = None,
 ):  # fmt: skip
-    """Many tensors."""
+    """combine of the tensors in a table, in one launch."""
     row, pid = row_of(table, owner, WIDTH)
     numel, span = tabled_span(row, pointer(row, 7, DTYPES[2]), pid)
     coeffs = coeffs_of(coeffs, row, num_k, EACH)
@@ -149,28 +153,14 @@ def combine_table_kernel(
     _program(span, numel, terms, out, theta, curvature, ALIGNED)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "offset",
-        "stream",
-        "width",
-        "length",
-        "blocks",
-        "magic",
-        "shift",
-        "rows",
-        "num_k",
-        "mask_keep",
-    ],
-    do_not_specialize_on_alignment=["coeffs"],
-)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=["coeffs"])
 def combine_rows_kernel(
     out, theta, mask, curvature, offset: tl.int64, stream: tl.int64, width: tl.int64, length: tl.int64,
     blocks: tl.int64, magic: tl.int64, shift: tl.int32, rows: tl.int64,
     seeds, coeffs, num_k: tl.int32, decay, rounding_seed, mask_seed, mask_keep: tl.int32,
     DOMAIN: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """One tensor that is rows of a matrix."""
+    """combine of one tensor whose rows are parts of a matrix's rows (``Terms.widths``)."""
     terms = noise_of(seeds, coeffs, num_k, decay, rounding_seed, mask_seed, mask_keep, DOMAIN, K)
     args = (terms, out, theta, curvature)
     divisor = (blocks, magic, shift)

@@ -1,4 +1,4 @@
-"""Where kernels run: on the tensors' own device, or in Triton's interpreter."""
+"""Where kernels run: on the device of the tensors, or in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import torch
 
 from .arithmetic import INTERPRET
 
-#: The interpreter works on host memory and reads CUDA tensors through a copy.
+#: The types of device whose tensors kernels take.  The interpreter works on host memory, and on copies of
+#: CUDA tensors there.
 DEVICES = frozenset(("cpu", "cuda")) if INTERPRET.value else frozenset(("cuda",))
 
 
 def on_device(device: torch.device):
-    """Triton launches on the current device, which need not be the one that holds the tensors."""
+    """A context in which ``device`` is torch's current one, which is where Triton launches kernels."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,6 +1,4 @@
-"""fan_out: a pending combine of theta, then plus = round(theta + c z) and minus = round(theta - c z), in
-Triton.
-"""
+"""fan_out in Triton: a pending combine of theta, then plus and minus = round(theta +- c z), in one pass."""
 
 from __future__ import annotations
 
@@ -45,7 +43,7 @@ def fan_out_kernel(
     seed, coeff, seeds, coeffs, num_k: tl.int32, decay, rounding_seed,
     PENDING: tl.constexpr, DOMAIN: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """One tensor."""
+    """fan_out of one tensor."""
     span = span_of(offset, stream, None, tl.program_id(0).to(tl.int64))
     terms = noise_of(seeds, coeffs, num_k, decay, rounding_seed, None, None, DOMAIN, K)
     _program(span, numel, terms, theta, plus, minus, seed, coeff, PENDING, ALIGNED)
@@ -57,7 +55,7 @@ def fan_out_table_kernel(
     PENDING: tl.constexpr, DOMAIN: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr,
     DTYPES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Many tensors."""
+    """fan_out of the tensors in a table, in one launch."""
     row, pid = row_of(table, owner, WIDTH)
     numel, span = tabled_span(row, None, pid)
     terms = noise_of(seeds, coeffs, num_k, decay, rounding_seed, None, None, DOMAIN, K)

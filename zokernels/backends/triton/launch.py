@@ -1,4 +1,4 @@
-"""Launches: one for each tensor, or one for all tensors of a call through a table."""
+"""How kernels are launched: once for each tensor, or once for all tensors of a call, through a table."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ _DTYPES = {
     torch.uint8: tl.uint8,
 }
 
-#: Directions up to which a kernel is compiled for their number, which then stands unrolled; more run in a
-#: loop.
+#: Up to so many directions a kernel is compiled for their number, and its loop over them is unrolled.  For
+#: more there is one kernel with a loop.
 UNROLLED = 2
 
 
 def compile_options(warp_size: int = 32) -> dict[str, Any]:
-    """For devices whose warps have ``warp_size`` threads: 64 on AMD's CDNA, else 32.  A program always has
-    THREADS.
+    """Triton's options for devices whose warps have ``warp_size`` threads: 64 on AMD's CDNA, 32 elsewhere.
 
-    enable_fp_fusion=False: a product and a sum of the contract must stay two roundings.
+    A program has THREADS threads on all of them.  enable_fp_fusion=False keeps compilers from joining a
+    product and a sum into an fma, because the contract rounds both.
     """
     return {"num_warps": THREADS.value // warp_size, "enable_fp_fusion": False}
 
 
 @functools.cache
 def options(device: torch.device) -> dict[str, Any]:
-    """``compile_options`` of a device."""
+    """:func:`compile_options` for a device."""
     rocm = torch.version.hip is not None and device.type == "cuda"
     return compile_options(torch.cuda.get_device_properties(device).warp_size if rocm else 32)
 
@@ -49,28 +49,30 @@ Group = Sequence[Tensor] | None
 
 
 class Job(NamedTuple):
-    """One tensor of a call, or what an operation takes together with it."""
+    """The work of a call on one tensor."""
 
-    row: Row  # for the table kernel
-    args: tuple  # for the kernel of one tensor, in its order
-    #: Every block of eight lies on 16 bytes, so that whole programs move 16 bytes at a time; None: nothing is
-    #: moved.
+    row: Row  #: what the kernel for tables reads
+    args: tuple  #: the first arguments of the kernel for one tensor
+    #: Whether every block of eight elements begins at a multiple of 16 bytes, so that whole programs can load
+    #: and store 16 bytes at a time.  None for kernels that load and store no tensor.
     aligned: bool | None
 
 
 def dtypes(groups: Sequence[Group]) -> tuple[tl.dtype | None, ...]:
+    """Triton's dtype of each group of tensors; None for a group that is not there."""
     return tuple(_DTYPES[group[0].dtype] if group else None for group in groups)
 
 
 def programs(numel: int, offset: int) -> int:
-    """Programs of one tensor: the aligned spans of PROGRAM logical indices that it touches."""
+    """How many programs a tensor has: one for each aligned span of PROGRAM indices that it touches."""
     return (offset + numel - 1) // PROGRAM - offset // PROGRAM + 1
 
 
 def jobs(groups: Sequence[Group], sizes: Sequence[int], terms: Terms) -> list[Job]:
-    """The jobs of element-wise kernels; every group has a tensor for each size.
+    """The jobs of element-wise kernels, one for each tensor that has elements.
 
-    Masks are read by the byte.
+    Each of ``groups`` has a tensor for each of ``sizes``, or is not there.  uint8 tensors are masks, which
+    are read byte by byte, so their alignment does not matter.
     """
     found = []
     columns = [group or [None] * len(sizes) for group in groups]
@@ -88,10 +90,14 @@ def jobs(groups: Sequence[Group], sizes: Sequence[int], terms: Terms) -> list[Jo
 def launch(
     device: torch.device, kernels: tuple[Any, Any], jobs: list[Job], args: dict, **table_args: object
 ) -> None:
-    """One launch of the second kernel, over a table, for all jobs of one alignment; of the first for a single
-    job.
+    """Runs ``jobs``: those of one alignment in one launch of the second kernel, over a table of them.
 
-    ``args``: what both kernels take besides; of coefficients [tensors, K] each job gets its row.
+    A job that is the only one of its alignment is a launch of the first kernel.  So is each, where a CUDA
+    graph is captured and the table does not exist yet.
+
+    Args:
+        args: what both kernels take besides.  Of coefficients [tensors, K] each job gets the row of its
+        tensor. table_args: what the second kernel takes besides that.
     """
     coeffs = args.get("coeffs")
     each = coeffs is not None and coeffs.dim() == 2
@@ -114,24 +120,30 @@ def launch(
                 kernels[0][(job.row[0],)](*job.args, **own, **options(device))
 
 
-def elementwise(kernels: tuple[Any, Any], groups: Sequence[Group], terms: Terms, **args: object) -> None:
-    """``launch`` with a tensor of each group to a job, the parameters first, and the noise of ``terms``."""
-    leaders = groups[0]
+def noise_args(groups: Sequence[Group], terms: Terms) -> dict[str, Any]:
+    """The arguments of a kernel for the noise of ``terms``, but for its coefficients, streams and offsets."""
     num_k = terms.seeds.numel()
     rounds = any(group and group[0].dtype not in (torch.float32, torch.uint8) for group in groups)
-    noise = {
+    return {
         "seeds": terms.seeds,
-        "coeffs": terms.coeffs,
         "num_k": num_k,
         "decay": terms.decay,
         "rounding_seed": terms.rounding_seed if rounds else None,
         "DOMAIN": DISTS[terms.dist],
         "K": num_k if num_k <= UNROLLED else None,
     }
-    found = jobs(groups, [t.numel() for t in leaders], terms)
-    launch(leaders[0].device, kernels, found, {**noise, **args}, DTYPES=dtypes(groups))
+
+
+def elementwise(kernels: tuple[Any, Any], groups: Sequence[Group], terms: Terms, **args: object) -> None:
+    """:func:`launch` of jobs that have a tensor of each group, with the noise of ``terms``.
+
+    The parameters are the first group.  ``args`` are other arguments of both kernels.
+    """
+    found = jobs(groups, [t.numel() for t in groups[0]], terms)
+    args = {**noise_args(groups, terms), "coeffs": terms.coeffs, **args}
+    launch(groups[0][0].device, kernels, found, args, DTYPES=dtypes(groups))
 
 
 def masked(kernels: tuple[Any, Any], groups: Sequence[Group], terms: Terms, **args: object) -> None:
-    """``elementwise`` of kernels that take masks."""
+    """:func:`elementwise` for kernels that take masks."""
     elementwise(kernels, groups, terms, mask_seed=terms.mask_seed, mask_keep=terms.mask_keep, **args)

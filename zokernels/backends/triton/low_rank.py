@@ -1,8 +1,8 @@
 """low_rank: theta = round(decay * theta + sum_k c_k L_k R_k^T), one pass, in Triton.
 
-A program owns ROWS x COLUMNS of one matrix; a thread has eight neighbouring columns of several rows, so that
-a value of a factor serves several elements.  The order of the sums is part of the contract: fmas, no matrix
-instructions."""
+A program owns ROWS x COLUMNS elements of one matrix.  A thread has eight neighbouring columns of several
+rows, so that a value of a factor serves several elements.  The sums are fmas in the order of the contract, so
+instructions for products of matrices, which sum in an order of their own, cannot be used."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from .rounding import round_nearest, round_stochastic, to_float
 from .table import pointer, row_of
 from .tile import coeffs_of, zeros_like
 
-#: Fewer than the threads of a program: then Triton loads a factor's values where they are used, and not
-#: through shared memory.
+#: A program's part of a matrix.  Either is smaller than its number of threads; Triton then loads the values
+#: of a factor in the threads that use them, and not through shared memory.
 ROWS, COLUMNS = 64, 64
 
 _ROWS, _COLUMNS = tl.constexpr(ROWS), tl.constexpr(COLUMNS)
@@ -32,8 +32,9 @@ _ROUNDING = tl.constexpr(DOMAIN_ROUNDING)
 
 @triton.jit
 def _fields(seed, index, n, stream, ALIGNED: tl.constexpr):
-    """16 bits for each element, uint32 [ROWS, COLUMNS]; ``index``: the logical index of the first, row
-    length ``n``.
+    """A 16-bit field of the rounding domain for each element, uint32 [ROWS, COLUMNS].
+
+    ``index``: the logical index of the first element.  A row of the matrix has ``n`` elements.
     """
     low, domain = stream_words(stream, _ROUNDING)
     if ALIGNED:  # eight columns are one block
@@ -51,25 +52,12 @@ def _fields(seed, index, n, stream, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _program(
-    out,
-    theta,
-    left,
-    right,
-    m,
-    n,
-    rank,
-    offset,
-    stream,
-    pid,
-    coeffs,
-    num_k,
-    decay,
-    rounding_seed,
+    out, theta, left, right, m, n, rank, offset, stream, pid, coeffs, num_k, decay, rounding_seed,
     ALIGNED: tl.constexpr,
-):
+):  # fmt: skip
     offset, stream = int64(offset), int64(stream)
     if ALIGNED:
-        n = n // 8 * 8  # n itself, and now the compiler knows
+        n = n // 8 * 8  # this is n itself, but the compiler now knows that it is a multiple of 8
     across = tl.cdiv(n, _COLUMNS)
     top, first = pid // across * _ROWS, pid % across * _COLUMNS
     start = top * n + first
@@ -82,7 +70,8 @@ def _program(
     acc = to_float(tl.load(theta + element, mask=inside, other=0.0))
     if decay is not None:
         acc = tl.load(decay) * acc
-    # Beyond the edge the last row and column are read again: cheaper than a mask, and never stored.
+    # Rows and columns beyond the edge read the factors of the last one: that is cheaper than a mask, and
+    # nothing that comes of it is stored.
     left += tl.minimum(top + row, m - 1) * rank
     right += tl.minimum(first + column, n - 1) * rank
     for k in range(num_k):
@@ -109,7 +98,7 @@ def low_rank_kernel(
     out, theta, left, right, m: tl.int64, n: tl.int64, rank: tl.int64, offset: tl.int64, stream: tl.int64,
     coeffs, num_k: tl.int32, decay, rounding_seed, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """One matrix."""
+    """low_rank of one matrix."""
     pid = tl.program_id(0).to(tl.int64)
     _program(
         out, theta, left, right, m, n, rank, offset, stream, pid, coeffs, num_k, decay, rounding_seed, ALIGNED
@@ -121,15 +110,10 @@ def low_rank_table_kernel(
     table, owner, coeffs, num_k: tl.int32, decay, rounding_seed, ALIGNED: tl.constexpr,
     DTYPES: tl.constexpr, WIDTH: tl.constexpr, EACH: tl.constexpr = False,
 ):  # fmt: skip
-    """Many matrices."""
+    """low_rank of the matrices in a table, in one launch."""
     row, pid = row_of(table, owner, WIDTH)
-    m, n, rank, offset, stream = (
-        tl.load(row + 2),
-        tl.load(row + 3),
-        tl.load(row + 4),
-        tl.load(row + 5),
-        tl.load(row + 6),
-    )
+    m, n, rank = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
+    offset, stream = tl.load(row + 5), tl.load(row + 6)
     out, theta = pointer(row, 7, DTYPES[0]), pointer(row, 8, DTYPES[1])
     left, right = pointer(row, 9, DTYPES[2]), pointer(row, 10, DTYPES[3])
     coeffs = coeffs_of(coeffs, row, num_k, EACH)

@@ -1,7 +1,8 @@
 """z of contract ``zk1`` from Philox words, in Triton.
 
-normal: word p gives the radius and word p + 1 the angle of the pair (2p, 2p + 1), Box-Muller in polynomials.
-rademacher: +1 or -1 by one bit of the block's 16 bytes.
+Normal noise: word p gives the radius and word p + 1 the angle of the pair (2p, 2p + 1), by the method of Box
+and Muller with polynomials.  Rademacher noise: one bit of the block's 16 bytes says whether it is +1 or -1.
+The reference (``reference/noise.py``) says the same in PyTorch.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _SIN0, _SIN1, _SIN2, _SIN3 = (_f32(bits) for bits in contract.NORMAL_SIN)
 
 @triton.jit
 def join8(x0, x1, x2, x3, x4, x5, x6, x7):
-    """Eight [B] tensors as one [B, 8].  A join adds the fastest axis inside a thread: no data moves."""
+    """Eight [B] tensors as one [B, 8].  A join adds an axis inside of each thread, so no data moves."""
     even = tl.join(tl.join(x0, x4), tl.join(x2, x6))
     odd = tl.join(tl.join(x1, x5), tl.join(x3, x7))
     return tl.join(even, odd).reshape(x0.shape[0], 8)
@@ -36,6 +37,7 @@ def join8(x0, x1, x2, x3, x4, x5, x6, x7):
 
 @triton.jit
 def _signed_radius(v, mantissa):
+    """The radius that a word stands for, with the sign that is the word's highest bit."""
     n = v.to(tl.int32, bitcast=True).to(tl.float32)
     bits = n.to(tl.uint32, bitcast=True)
     m = ((bits & mantissa) | 0x3F800000).to(tl.float32, bitcast=True)
@@ -50,7 +52,7 @@ def _signed_radius(v, mantissa):
 
 @triton.jit
 def _turned(r, t):
-    """The two normals of a radius with its sign and an angle."""
+    """The two normals that a radius with a sign and an angle give."""
     y = t * t
     cos = fma(_COS3, y, _COS2)
     cos = fma(cos, y, _COS1)
@@ -62,10 +64,11 @@ def _turned(r, t):
 
 
 def _turn_two() -> str:
-    """PTX of ``_turned`` for two radii, $4 and $6, and their angles, $5 and $7: each instruction does both.
+    """PTX of :func:`_turned` for two radii, $4 and $6, and their angles, $5 and $7: an instruction serves
+    both.
 
-    The radii stay single: an instruction for two takes both halves of the fp32 pipe, of which one multiplies
-    for Philox, too (csrc/cuda/pair.cuh)."""
+    The radii are computed one by one.  An instruction for two takes both halves of the fp32 pipe, and one
+    half is needed for Philox's products at that time (csrc/cuda/pair.cuh)."""
     lines = [".reg .b64 r, t, y, cos, sin, k;", "mov.b64 r, {$4, $6};", "mov.b64 t, {$5, $7};"]
     lines += ["mul.rn.f32x2 y, t, t;"]
     for name, coefficients in (("cos", contract.NORMAL_COS), ("sin", contract.NORMAL_SIN)):
@@ -83,10 +86,10 @@ _TURN_TWO = tl.constexpr(_turn_two())
 
 @triton.jit
 def _normal_pairs(v, w, x, mantissa):
-    """The normals of the radius v with the angle w, and of w with x.
+    """The two normals of radius v and angle w, and the two of radius w and angle x.
 
-    sm_100 has instructions for two fp32 numbers.  Elsewhere the second pair comes after the first is done,
-    which takes fewer registers.
+    sm_100 has instructions for two fp32 numbers at once.  Elsewhere the second pair is computed after the
+    first, which takes fewer registers.
     """
     t0, t1 = w.to(tl.int16).to(tl.float32), x.to(tl.int16).to(tl.float32)
     if PTX and not INTERPRET and cuda_capability_geq(10, 0) and not cuda_capability_geq(11, 0):
@@ -107,7 +110,10 @@ def _normal_pairs(v, w, x, mantissa):
 
 @triton.jit
 def normal8(w0, w1, w2, w3, mantissa):
-    """Words [B] of each block to its eight normals, eight fp32 [B].  ``mantissa``: the scalar 0x007fffff."""
+    """The eight normals of each block, as eight fp32 [B], from its four words [B].
+
+    ``mantissa``: the scalar 0x007fffff, in a register (``tile.mantissa`` says why).
+    """
     v0, v1, v2, v3 = w0 | 1, w1 | 1, w2 | 1, w3 | 1
     z0, z1, z2, z3 = _normal_pairs(v0, v1, v2, mantissa)
     z4, z5, z6, z7 = _normal_pairs(v2, v3, v0, mantissa)
@@ -116,17 +122,22 @@ def normal8(w0, w1, w2, w3, mantissa):
 
 @triton.jit
 def normal(w0, w1, w2, w3, mantissa):
-    """normal8 as fp32 [B, 8]."""
+    """:func:`normal8` as one tensor, fp32 [B, 8]."""
     return join8(*normal8(w0, w1, w2, w3, mantissa))
 
 
 @triton.jit
 def add_rademacher(acc, c, unit, rounding, word, byte: tl.constexpr):
-    """acc + c w for acc [B, 8] and the bits of one byte of ``word`` [B]; w = z * unit, or z where ``unit``,
-    an option (``tile``), is absent.  ``rounding``: an option, present where Philox is computed for each
-    element, too.
+    """acc + c w for acc [B, 8], where the signs of w are the bits of one byte of ``word`` [B].
 
-    c * (+-1) is exact, so the fma of the contract is an addition of c with its sign bit flipped.
+    c * (+-1) is exact, so the fma of the contract is an addition of c, with its sign bit flipped where z is
+    -1.
+
+    Args:
+        unit: |w|, as an option (``tile``); where it is absent, |w| is 1.
+        rounding: the rounding seed, as an option.  With it Philox is computed for each element, too, and sums
+        are
+            kept apart (``arithmetic.add_apart``).
     """
     flip = (word[:, None] << (31 - 8 * byte - tl.arange(0, 8))[None, :].to(tl.uint32)) & 0x80000000
     signed = (c.to(tl.uint32, bitcast=True) ^ flip).to(tl.float32, bitcast=True)
@@ -140,8 +151,9 @@ def add_rademacher(acc, c, unit, rounding, word, byte: tl.constexpr):
 
 @triton.jit
 def rademacher(block, byte):
-    """z fp32 [B, 8] from one ``byte`` [B] of each row's Philox block: what add_rademacher adds, for
-    masked edges.
+    """z, fp32 [B, 8], from byte number ``byte`` [B] of each row's Philox block.
+
+    It is what :func:`add_rademacher` adds; this form is for the edges of tensors.
     """
     word = tl.where(byte < 8, tl.where(byte < 4, block[0], block[1]), tl.where(byte < 12, block[2], block[3]))
     bit = (8 * (byte & 3))[:, None] + tl.arange(0, 8)[None, :]
@@ -150,12 +162,12 @@ def rademacher(block, byte):
 
 @triton.jit
 def uniform16(w0, w1, w2, w3):
-    """Words [B] of each block to its eight 16-bit fields, uint32 [B, 8]: the mask and rounding domains."""
+    """The eight 16-bit fields of each block of a mask or rounding domain, uint32 [B, 8], from its words."""
     return join8(w0 & 0xFFFF, w0 >> 16, w1 & 0xFFFF, w1 >> 16, w2 & 0xFFFF, w2 >> 16, w3 & 0xFFFF, w3 >> 16)
 
 
 @triton.jit
 def field16(w0, w1, w2, w3, at):
-    """Field ``at`` in 0..7 of each block, with words and ``at`` of one shape."""
+    """Field number ``at``, from 0 to 7, of each block; the words and ``at`` have one shape."""
     word = tl.where(at < 4, tl.where(at < 2, w0, w1), tl.where(at < 6, w2, w3))
     return (word >> 16 * (at & 1)) & 0xFFFF

@@ -1,4 +1,4 @@
-"""Philox4x32-10 (Salmon et al., SC'11) in Triton: counter (block, stream and domain), key = seed."""
+"""Philox4x32-10 (Salmon et al., SC'11) in Triton: the seed is the key, and block, stream and domain count."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ _ROUNDS = tl.constexpr(PHILOX_ROUNDS)
 
 @triton.jit
 def words(x):
-    """(low, high) uint32 words of an int64."""
+    """The (low, high) words, uint32, of an int64."""
     return x.to(tl.uint32), (x >> 32).to(tl.uint32)
 
 
 @triton.jit
 def stream_words(stream, DOMAIN: tl.constexpr):
-    """Counter words 2 and 3 of an int64 stream: its low word; and its upper 24 bits above the domain."""
+    """Counter words 2 and 3: the low word of an int64 stream, and its upper 24 bits above the domain."""
     low, high = words(stream)
     return low, (high << 8) | DOMAIN
 
 
 @triton.jit
 def philox(c0, c1, c2, c3, seed):
-    """Four uint32 words a block.  The counter is uint32, the seed int64; each may be a scalar or a tensor.
+    """The four uint32 words of each block.
 
-    What is scalar stays scalar until it meets a tensor.  With scalar seed, block_hi, stream and domain the
-    key schedule and three products of the first two rounds are computed once per thread, not once per block.
+    The counter is uint32 and the seed int64; each may be a scalar or a tensor.  Scalars stay scalars until
+    they meet a tensor.  Where only the low word of the block's number is a tensor, the keys of all rounds and
+    three products of the first two rounds are so computed once in a thread, and not for each block.
     """
     k0, k1 = words(seed)
     for _ in tl.static_range(_ROUNDS):

@@ -1,8 +1,9 @@
 """project: inner products of tensors with noise, in the order of docs/contract.md, in Triton.
 
-A tile of 4096 is 32 segments of 16 blocks of eight.  Of each segment a thread has blocks c, c + 4, c + 8 and
-c + 12: one chain of fmas down each of four columns; and of the segments it has the even or the odd ones.  So
-chains stay inside threads, and a sum of each thread goes to memory."""
+A tile of 4096 elements is 32 segments of 16 blocks of eight.  Eight threads share a tile.  A thread has the
+even or the odd segments, and of each of them the blocks c, c + 4, c + 8 and c + 12, along which it makes four
+chains of fmas, one for each pair of columns.  So no chain needs a value of another thread, and each thread
+writes one partial sum."""
 
 from __future__ import annotations
 
@@ -20,9 +21,9 @@ from .noise import normal8
 from .table import pointer, table_of
 from .tile import THREADS, Span, draw, draw_rademacher, edges, load, mantissa
 
-#: Threads of a tile.
+#: Threads that share a tile, and so the partial sums of a tile.
 COLUMNS = 8
-#: Tiles and logical indices of a program.
+#: Tiles of a program, and its logical indices.
 _TILES = THREADS.value // COLUMNS
 _PROGRAM = tl.constexpr(_TILES * TILE)
 _PROGRAM_SHIFT = tl.constexpr((_TILES * TILE).bit_length() - 1)
@@ -31,7 +32,7 @@ _COLUMNS, _NORMAL = tl.constexpr(COLUMNS), tl.constexpr(DOMAIN_NORMAL)
 
 @triton.jit
 def _halves(x):
-    """[B, 8] as its even and its odd columns, [B, 4]."""
+    """The even and the odd columns of [B, 8], each as [B, 4]."""
     return x.reshape(x.shape[0], 4, 2).split()
 
 
@@ -49,7 +50,7 @@ def _normals(seed, row, span, normals):
 
 @triton.jit
 def _signed(x, words, byte):
-    """x z, exactly: x with its sign bit flipped where that of the block's ``byte`` says so."""
+    """x z for Rademacher noise, exactly: x with its sign flipped where the block's ``byte`` says so."""
     low, high = tl.where((byte & 4) != 0, words[1], words[0]), tl.where((byte & 4) != 0, words[3], words[2])
     word = tl.where(byte >= 8, high, low) >> (8 * (byte & 3))
     flip = (word[:, None] << (31 - tl.arange(0, 8))[None, :].to(tl.uint32)) & 0x80000000
@@ -61,8 +62,8 @@ def _load(x, row, span, numel, WHOLE: tl.constexpr):
     if WHOLE:
         return load(x, row, None, span)
     elif x.dtype.element_ty == tl.float32:
-        # By halves of a block, as whole blocks are: a thread then has rows of its own, and the kernel fits
-        # the registers.
+        # Halves of a block are loaded apart, as ``load`` does it for whole programs.  A thread then has whole
+        # rows, and the kernel needs no more registers than there are.
         begin, stop = edges(span, numel, _PROGRAM)
         at = row[:, None] * 8 + tl.arange(0, 4)[None, :]
         low = tl.load(x + span.start + at, mask=(at >= begin) & (at < stop), other=0.0)
@@ -78,7 +79,7 @@ def _load(x, row, span, numel, WHOLE: tl.constexpr):
 
 @triton.jit
 def _segments(span, numel, WHOLE: tl.constexpr):
-    """Pairs of segments to go through: of a tensor inside one tile those that it touches."""
+    """The pairs of segments to go through: all, or those that a tensor inside of one tile touches."""
     if WHOLE:
         return 0, 16
     else:
@@ -90,7 +91,7 @@ def _segments(span, numel, WHOLE: tl.constexpr):
 
 @triton.jit
 def _sums(tensor, numel, span, seed, normals, WHOLE: tl.constexpr):
-    """float64 [THREADS]: what each thread's chains come to."""
+    """The partial sum of each thread, float64 [THREADS]."""
     lane = tl.arange(0, THREADS)
     first = (lane >> 3) * 512 + ((lane >> 2) & 1) * 16 + (lane & 3)  # block of the first segment and row
     signs = ()
@@ -123,8 +124,9 @@ def project_table_kernel(
     partial, columns: tl.int64, table, owner, seeds, num_k: tl.int32,
     DOMAIN: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Direction program_id % num_k: programs of one part of x are neighbours, and all but one find it in
-    the cache.
+    """A program sums one part of x for one direction, number program_id % num_k.
+
+    So the programs of the same part of x are neighbours, and all but the first find it in the cache.
     """
     k = tl.program_id(0) % num_k
     pid = tl.program_id(0) // num_k

@@ -1,9 +1,10 @@
-"""Tensors that are rows of matrices (``Terms.widths``): the element-wise kernels with another map of their
-blocks.
+"""Element-wise kernels for tensors whose rows are parts of a matrix's rows (``Terms.widths``).
 
-A program owns ROW_BLOCKS Philox blocks of rows, ``blocks`` of each row.  Where everything is aligned to eight
-they are the blocks of the memory, and a load is one of 16 bytes; the row of a block is a product and a shift.
-A block of Rademacher signs is drawn for each eight elements, not shared among 128."""
+The tiles are those of ``tile``; only the map from blocks to logical indices differs.  A program owns
+ROW_BLOCKS blocks of eight elements, and each row has ``blocks`` of them.  Where width, length and offset are
+multiples of eight, these are also the blocks of the memory, so loads are of 16 bytes.  The row of a block is
+found by a product and a shift.  Rademacher noise draws a Philox block for each eight elements; in one piece,
+128 elements share one."""
 
 from __future__ import annotations
 
@@ -15,21 +16,29 @@ import triton
 import triton.language as tl
 
 from ...checks import fail
-from ...contract import DISTS
 from ..terms import Terms, row_blocks
 from .arithmetic import int64
 from .device import on_device
-from .launch import UNROLLED, Group, options
+from .launch import Group, noise_args, options
 from .tile import PROGRAM, THREADS, Span, moved
 
-#: Of a program, as many as in one piece.
+#: Blocks of eight elements of a program: as many as for tensors in one piece.
 ROW_BLOCKS = PROGRAM // 8
 
 _ROW_BLOCKS = tl.constexpr(ROW_BLOCKS)
 
 
+#: The arguments of kernels over rows that are numbers, of whose values no kernel is compiled apart.
+NUMBERS = [
+    "offset", "stream", "width", "length", "blocks", "magic", "shift", "rows", "num_k", "mask_keep",
+]  # fmt: skip
+
+
 class Divisor(NamedTuple):
-    """Blocks of a row, uint32 each: n // count is umulhi(2 n, magic) >> shift (proof: csrc/cuda/table.h)."""
+    """A division by the number of blocks of a row: n // count is umulhi(2 n, magic) >> shift, all uint32.
+
+    csrc/cuda/table.h has the proof.
+    """
 
     count: Any
     magic: Any
@@ -51,7 +60,7 @@ def _quotient(n, blocks):
 def _whole_rows(
     TILE: tl.constexpr, base, column, begin, skipped, stream, mask, blocks, BLOCKS: tl.constexpr, args
 ):
-    # All blocks have the upper counter word of the first.
+    # The upper word of the counter is the same for all blocks.
     for first in range(0, _ROW_BLOCKS, BLOCKS * THREADS):
         row = first + tl.arange(0, BLOCKS * THREADS)
         ahead = column + row.to(tl.uint32)
@@ -85,7 +94,10 @@ def each_row_tile(
     TILE: tl.constexpr, offset, stream, mask, width, length, divisor, rows, ALIGNED: tl.constexpr,
     BLOCKS: tl.constexpr, args,
 ):  # fmt: skip
-    """TILE(row, inside, span, *args) as in ``tile``; BLOCKS: blocks of a thread in a whole program."""
+    """Calls TILE(row, inside, span, *args) for every tile of the program, as ``tile.each_tile`` does.
+
+    BLOCKS: how many blocks a thread has at once in a whole program.
+    """
     blocks = Divisor(divisor[0].to(tl.uint32), divisor[1].to(tl.uint32), divisor[2].to(tl.uint32))
     base = tl.program_id(0).to(tl.int64) * _ROW_BLOCKS
     offset, stream, length = int64(offset), int64(stream), int64(length)
@@ -108,18 +120,12 @@ def each_row_tile(
 
 
 def masked_rows(kernel: Any, groups: Sequence[Group], terms: Terms, **args: object) -> None:
-    """One launch of ``kernel`` for each tensor that is rows."""
-    leaders, num_k = groups[0], terms.seeds.numel()
-    rounds = any(group and group[0].dtype not in (torch.float32, torch.uint8) for group in groups)
+    """Launches ``kernel`` once for each tensor that is rows; ``args`` are further arguments of it."""
+    leaders = groups[0]
     noise = {
-        "seeds": terms.seeds,
-        "num_k": num_k,
-        "decay": terms.decay,
-        "rounding_seed": terms.rounding_seed if rounds else None,
+        **noise_args(groups, terms),
         "mask_seed": terms.mask_seed,
         "mask_keep": terms.mask_keep,
-        "DOMAIN": DISTS[terms.dist],
-        "K": num_k if num_k <= UNROLLED else None,
         **args,
     }
     with on_device(leaders[0].device):
@@ -141,7 +147,7 @@ def masked_rows(kernel: Any, groups: Sequence[Group], terms: Terms, **args: obje
 
 
 def pieces(groups: Sequence[Group], terms: Terms) -> tuple[list[Group], Terms] | None:
-    """The tensors that lie in one piece; None where there are none."""
+    """The tensors of ``groups`` that lie in one piece, and their terms; None where there are none."""
     at = [i for i, width in enumerate(terms.widths or [0] * len(terms.offsets)) if not width]
     if len(at) == len(terms.offsets):
         return list(groups), terms
@@ -149,7 +155,7 @@ def pieces(groups: Sequence[Group], terms: Terms) -> tuple[list[Group], Terms] |
         return None
     pick = lambda values: [values[i] for i in at] if values else values
     coeffs = terms.coeffs
-    if coeffs.dim() == 2:  # by slices: an index would be copied from the host
+    if coeffs.dim() == 2:  # by slices, because an index would be copied from the host to the device
         coeffs = torch.cat([coeffs[i : i + 1] for i in at])
     own = {"streams": pick(terms.streams), "offsets": pick(terms.offsets), "masks": pick(terms.masks)}
     terms = terms._replace(coeffs=coeffs, **own, curvature=pick(terms.curvature), widths=None, lengths=None)

@@ -1,6 +1,4 @@
-"""derive_seed: word0 | word1 << 32 of Philox(key = run_seed, counter = (step_lo, step_hi, k, 0)), in
-Triton.
-"""
+"""derive_seed in Triton: two words of Philox(key = run_seed, counter = (step_lo, step_hi, k, 0))."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""spread: out[k] = round(x + c_k z_k), one read of x for many k, in Triton."""
+"""spread in Triton: out[k] = round(x + c_k z_k) for many k, with one read of x."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .device import on_device
 from .launch import jobs, options
 from .tile import each_tile, load, noise, noise_of, rounded, span_of, store
 
-#: Programs that keep the largest devices busy: where x has fewer, each takes only a part of the directions.
+#: As many programs as keep the largest devices busy.  Where x has fewer, the directions are shared out, too.
 BUSY = 1024
 
 
@@ -31,7 +31,7 @@ def spread_kernel(
     out, x, numel: tl.int64, offset: tl.int64, stream: tl.int64,
     seeds, coeffs, num_k: tl.int32, each: tl.int32, DOMAIN: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Directions [each * program_id(1), ...) of the elements of program_id(0)."""
+    """spread of one tensor.  The grid has its elements on axis 0 and directions, ``each`` at a time, on 1."""
     span = span_of(offset, stream, None, tl.program_id(0).to(tl.int64))
     terms = noise_of(seeds, coeffs, num_k, None, None, None, None, DOMAIN, None)
     first = tl.program_id(1) * each

@@ -1,6 +1,4 @@
-"""squares: sum of rint(z^2 * 2^20) over the elements of several tensors, in Triton: integers, in any
-order.
-"""
+"""squares in Triton: the sum of rint(z^2 * 2^20): integers, so that any order gives the same bits."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ def _program(span, numel, seeds, num_k, total):
             row = first + tl.arange(0, THREADS)
             w0, w1, w2, w3 = draw(seed, row, span, _NORMAL)
             z = normal8(w0, w1, w2, w3, mantissa(num_k))
-            eight = tl.zeros((THREADS,), tl.int32)  # a square is at most 43 * 2^20
+            eight = tl.zeros((THREADS,), tl.int32)  # int32 holds eight squares of at most 43 * 2^20
             for i in tl.static_range(8):
                 inside = (8 * row + i >= begin) & (8 * row + i < end)
                 eight += tl.where(inside, rint(z[i] * z[i] * _SCALE).to(tl.int32), 0)
@@ -41,13 +39,13 @@ def _program(span, numel, seeds, num_k, total):
 
 @triton.jit(do_not_specialize=["numel", "offset", "stream", "num_k"])
 def squares_kernel(numel: tl.int64, offset: tl.int64, stream: tl.int64, seeds, num_k: tl.int32, total):
-    """One tensor."""
+    """squares of one tensor."""
     _program(span_of(offset, stream, None, tl.program_id(0).to(tl.int64)), numel, seeds, num_k, total)
 
 
 @triton.jit(do_not_specialize=["num_k"])
 def squares_table_kernel(table, owner, seeds, num_k: tl.int32, total, WIDTH: tl.constexpr):
-    """Many tensors."""
+    """squares of the tensors in a table, in one launch."""
     row, pid = row_of(table, owner, WIDTH)
     numel, span = tabled_span(row, None, pid)
     _program(span, numel, seeds, num_k, total)

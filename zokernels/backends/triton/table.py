@@ -1,6 +1,6 @@
-"""Tables of the tensors of a call, so that one launch serves them all.
+"""Tables of the tensors of a call, in device memory, so that one launch serves all of them.
 
-The device copies are kept between calls: a step with the same tensors copies nothing to the device.
+Tables are kept between calls, so a step with the same tensors as the last copies nothing to the device.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Of one tensor: its number of programs, its number in the call, and then what the kernel reads, addresses
-#: last.
+#: What a table has of one tensor: how many programs it has, its number in the call, and then what the kernel
+#: reads, the addresses last.
 Row = tuple[int, ...]
 
-#: Tables kept: more than the modules of OPT-13B (330), which exact restoring perturbs one by one.  One takes
-#: 4 bytes for 16384 elements and about 60 for a tensor: a table of each module together 0.02% of bf16
-#: parameters.
+#: How many tables are kept: more than OPT-13B has modules (330), which restore="exact" perturbs one by one.
+#: A table takes 4 bytes for 16,384 elements and about 60 for a tensor.  One for each module of a bf16 model
+#: takes 0.02 % of the model.
 KEPT = 512
 
 
 class Table(NamedTuple):
-    rows: Tensor  # int64 [n, width]: a Row with its first program in the place of their number
-    owner: Tensor  # int32 [programs]: the row of each program
-    cuda_stream: int  # the stream whose allocations they are
+    rows: Tensor  #: int64 [n, width]: each is a Row, with the number of its first program in the first column
+    owner: Tensor  #: int32 [programs]: the row that each program works on
+    cuda_stream: int  #: the CUDA stream on which both were allocated
 
 
 @triton.jit
@@ -40,17 +40,21 @@ def row_of(table, owner, WIDTH: tl.constexpr):
 
 @triton.jit
 def pointer(row, COLUMN: tl.constexpr, DTYPE: tl.constexpr):
-    """The address in a row's column; None where DTYPE is: assign it to a name of its own, since Triton 3.6
-    has no tuples with None."""
+    """The pointer in a row's column; None where DTYPE is None.
+
+    Assign it to a name of its own: Triton 3.6 has no tuples with None.
+    """
     if DTYPE is None:
-        return  # of `return None` Triton 3.6 would try to make a tensor
+        return  # not `return None`, of which Triton 3.6 would try to make a tensor
     else:
         return tl.load(row + COLUMN).to(tl.pointer_type(DTYPE))
 
 
 def build(device: torch.device, rows: tuple[Row, ...]) -> Table:
-    """The copy waits for its end, so that any stream may read the table; it is paid once for new
-    addresses.
+    """A new table on ``device``.
+
+    The copy to the device waits for its end, so that every stream may read the table afterwards.  This is
+    paid once for tensors at new addresses.
     """
     table = torch.tensor(rows, dtype=torch.int64)
     counts = table[:, 0].clone()
@@ -69,10 +73,11 @@ _lock = threading.Lock()
 
 
 def table_of(device: torch.device, rows: tuple[Row, ...]) -> Table | None:
-    """The table of ``rows``, or None where it would have to be built while a CUDA graph is captured.
+    """The table of ``rows``; None where it would have to be built while a CUDA graph is captured.
 
-    The key is everything that a table holds, so none is ever stale.  What a graph has captured is kept for
-    good."""
+    Tables are found by all that they hold, so none is ever out of date.  Those that a graph has captured are
+    kept for good, because the graph reads them whenever it is replayed.
+    """
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     with _lock:
         table = _tables.get((device, rows))

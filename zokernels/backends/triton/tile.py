@@ -1,19 +1,18 @@
-"""What the element-wise kernels share: which elements a program owns, and their loads, noise, masks and
-rounding.
+"""What element-wise kernels share: which elements a program owns, and how it loads, draws, masks and rounds.
 
-A program owns PROGRAM consecutive logical indices that begin at a multiple of PROGRAM, whatever the offset:
-so blocks of eight normals and Rademacher tiles lie whole in one program, and the high word of its block index
-is one scalar.  A thread owns whole blocks of eight elements, and a block is one 16-byte access (two in fp32).
+A program owns PROGRAM consecutive logical indices, from a multiple of PROGRAM on, whatever the offset of the
+tensor is.  So no block of eight normals and no Rademacher tile is divided between programs, and the high word
+of the blocks' numbers is one scalar.  A thread owns whole blocks of eight elements.  A block is one access of
+16 bytes, or two in fp32.
 
-A tile is a number of such blocks: ``row`` int32 [B] are their numbers in the program, a value of every
-element is [B, 8], and ``inside`` bool [B, 8] says which elements exist; None: all, and the pointers lie on 16
-bytes.
+A tile is some of these blocks, B in number.  ``row``, int32 [B], are their numbers in the program.  A value
+of each element is a tensor [B, 8].  ``inside``, bool [B, 8], says which of the elements exist.  ``inside`` is
+None where all exist and the pointers are multiples of 16 bytes.
 
-An option is a value that a kernel may be compiled without: the tuple ``(value,)`` where there is one, else
-    ``()``.  It
-is what None is for the arguments of a kernel.  Functions cannot return None within a tuple: Triton 3.6 tries
-to make a tensor of it.  ``len(option)`` is known to the compiler, so a branch on it is taken when the kernel
-is compiled."""
+An option is a value that a kernel may be compiled without: the tuple ``(value,)`` where there is one, and
+``()`` where there is none.  The compiler knows ``len(option)``, so it decides a branch on it.  None would not
+do: Triton 3.6 tries to make a tensor of a None that a function returns within a tuple.  Arguments of a kernel
+can be None."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ from .philox import philox, stream_words, words
 from .rounding import round_integer, round_nearest, round_stochastic, to_float
 
 NUM_WARPS = 4
-#: One Rademacher tile of 4096 a warp.
+#: Logical indices of a program: for each warp a Rademacher tile of 4096.
 PROGRAM = 4096 * NUM_WARPS
 
 _PROGRAM, _PROGRAM_SHIFT = tl.constexpr(PROGRAM), tl.constexpr(PROGRAM.bit_length() - 1)
@@ -39,34 +38,33 @@ THREADS = tl.constexpr(32 * NUM_WARPS)
 
 
 class Span(NamedTuple):
-    """The elements of one program."""
+    """Where the elements of one program are."""
 
-    index: Any  # int64: the first logical index, a multiple of PROGRAM
-    # int64: that element's place in the tensor, negative where the tensor begins inside the program
-    start: Any
-    stream: Any  # int64, of 56 bits
-    mask: Any  # a uint8 pointer to the packed mask of the first block, as an option
-    #: Philox blocks from index / 8 to those of a tile, in the order of its ``row``, as an option; absent:
-    #: ``row``.
+    index: Any  #: int64: the program's first logical index, a multiple of PROGRAM
+    start: Any  #: int64: the place of that element in the tensor, negative where the tensor begins after it
+    stream: Any  #: int64, of 56 bits
+    mask: Any  #: a pointer to the byte of the packed mask for the first block, as an option
+    #: How many blocks after index / 8 each block of a tile comes, [B], as an option.  Where it is absent, it
+    #: is ``row``.
     block: Any
 
 
 class Noise(NamedTuple):
-    """``backends.terms.Terms`` in a kernel."""
+    """The fields of ``backends.terms.Terms`` inside of a kernel."""
 
-    seeds: Any  # K int64 values, or a pointer to num_k of them
-    coeffs: Any  # as seeds, fp32
-    num_k: Any  # int32, as an option; absent: the kernel is compiled for the number of directions
-    decay: Any  # fp32, as an option
-    rounding_seed: Any  # int64, as an option; absent: to nearest
-    random_mask: Any  # (mask_seed int64, mask_keep int32), or ()
-    mantissa: Any  # of ``normal``, as an option; absent: Rademacher noise
-    bounds: Any  # of int8 tensors: (low, high), or () for other dtypes
+    seeds: Any  #: K int64 values, or a pointer to num_k of them
+    coeffs: Any  #: fp32, in the same form
+    num_k: Any  #: int32, as an option; it is absent where the kernel is compiled for the number of directions
+    decay: Any  #: fp32, as an option
+    rounding_seed: Any  #: int64, as an option; where it is absent, rounding is to nearest
+    random_mask: Any  #: (mask_seed int64, mask_keep int32), or ()
+    mantissa: Any  #: what :func:`mantissa` gives, as an option; where it is absent, noise is Rademacher noise
+    bounds: Any  #: (low, high) for int8 tensors; () for other dtypes
 
 
 @triton.jit
 def moved(ptr, count):
-    """The pointer ``count`` elements further, as an option."""
+    """The pointer ``count`` elements after ``ptr``, as an option."""
     if ptr is None:
         return ()
     else:
@@ -75,6 +73,7 @@ def moved(ptr, count):
 
 @triton.jit
 def span_of(offset, stream, mask, pid):
+    """The span of program ``pid`` of a tensor; ``mask``: the pointer to its packed mask, or None."""
     offset, stream = int64(offset), int64(stream)
     index = ((offset >> _PROGRAM_SHIFT) + pid) << _PROGRAM_SHIFT
     return Span(index, index - offset, stream, moved(mask, (index >> 3) - (offset >> 3)), ())
@@ -82,14 +81,14 @@ def span_of(offset, stream, mask, pid):
 
 @triton.jit
 def tabled_span(row, mask, pid):
-    """numel and span of a row of ``launch.jobs``."""
+    """numel of a tensor in a table (``launch.jobs``), and the span of its program ``pid``."""
     numel = tl.load(row + 2)
     return numel, span_of(tl.load(row + 3), tl.load(row + 4), mask, pid)
 
 
 @triton.jit
 def coeffs_of(coeffs, row, num_k, EACH: tl.constexpr):
-    """The row's own of coefficients [tensors, K], where EACH."""
+    """The coefficients of a row's tensor: where EACH, its own of [tensors, K]; else those of all."""
     if EACH:
         return coeffs + tl.load(row + 1) * num_k
     else:
@@ -98,7 +97,7 @@ def coeffs_of(coeffs, row, num_k, EACH: tl.constexpr):
 
 @triton.jit
 def _scalar(ptr):
-    """The number at a pointer, as an option."""
+    """The number that a pointer points to, as an option."""
     if ptr is None:
         return ()
     else:
@@ -107,9 +106,11 @@ def _scalar(ptr):
 
 @triton.jit
 def mantissa(num_k):
-    """0x007fffff in a register.  LOP3 takes one immediate, so two constants in (n & a) | b would cost a
-    second LOP3 for each radius, 0.5 instructions per normal; ptxas does not know that num_k is not
-    negative."""
+    """The constant 0x007fffff in a register, for ``noise.normal8``.
+
+    (n & a) | b is one instruction, LOP3, if at most one of a and b is an immediate; with two it is a second
+    LOP3 for each radius, 0.5 instructions for a normal.  ptxas does not know that num_k is not negative, so
+    to it this is no constant."""
     return 0x007FFFFF | (num_k >> 31).to(tl.uint32)
 
 
@@ -134,7 +135,7 @@ def noise_of(
 
 @triton.jit
 def is_whole(span, numel, ALIGNED: tl.constexpr):
-    """Whether all elements of the program exist and lie on 16 bytes."""
+    """Whether all elements of the program exist, and its blocks begin at multiples of 16 bytes."""
     if ALIGNED:
         return (span.start >= 0) & (span.start + _PROGRAM <= numel)
     else:
@@ -143,8 +144,9 @@ def is_whole(span, numel, ALIGNED: tl.constexpr):
 
 @triton.jit
 def each_tile(TILE: tl.constexpr, span, numel, ALIGNED: tl.constexpr, BLOCKS: tl.constexpr, args):
-    """TILE(row, inside, span, *args) for every tile of the program; BLOCKS: blocks of a thread in a whole
-    one.
+    """Calls TILE(row, inside, span, *args) for every tile of the program.
+
+    BLOCKS: how many blocks a thread has at once in a whole program.
     """
     if is_whole(span, numel, ALIGNED):
         for first in range(0, _PROGRAM // 8, BLOCKS * THREADS):
@@ -155,13 +157,13 @@ def each_tile(TILE: tl.constexpr, span, numel, ALIGNED: tl.constexpr, BLOCKS: tl
 
 @triton.jit
 def edges(span, numel, program: tl.constexpr = _PROGRAM):
-    """(first, last + 1) of those of a program's elements that exist."""
+    """The range (first, last + 1) of those elements of a program that exist."""
     return tl.maximum(-span.start, 0).to(tl.int32), tl.minimum(numel - span.start, program).to(tl.int32)
 
 
 @triton.jit
 def each_edge_tile(TILE: tl.constexpr, span, numel, args):
-    """As each_tile, for the edges of a tensor and for pointers off 16 bytes."""
+    """:func:`each_tile` for the edges of a tensor, and for pointers that are no multiples of 16 bytes."""
     begin, end = edges(span, numel)
     for first in range(begin // (8 * THREADS) * THREADS, (end + 7) // 8, THREADS):
         row = first + tl.arange(0, THREADS)
@@ -171,7 +173,7 @@ def each_edge_tile(TILE: tl.constexpr, span, numel, args):
 
 @triton.jit
 def load(ptr, row, inside, span):
-    """fp32 [B, 8] of the tensor at ``ptr``."""
+    """The elements of a tile of the tensor at ``ptr``, fp32 [B, 8]."""
     base = ptr + span.start
     if inside is not None:
         return to_float(tl.load(base + (row[:, None] * 8 + tl.arange(0, 8)[None, :]), mask=inside, other=1.0))
@@ -210,7 +212,7 @@ def _block(row, span):
 
 @triton.jit
 def draw(seed, row, span, DOMAIN: tl.constexpr):
-    """Philox words of the blocks ``row``."""
+    """The Philox words of a tile's blocks."""
     block_lo, block_hi = words(span.index >> 3)
     stream, domain = stream_words(span.stream, DOMAIN)
     return philox(block_lo + _block(row, span).to(tl.uint32), block_hi, stream, domain, seed)
@@ -218,7 +220,7 @@ def draw(seed, row, span, DOMAIN: tl.constexpr):
 
 @triton.jit
 def draw_rademacher(seed, block, span):
-    """Philox words of the Rademacher blocks with numbers ``block`` in the program: 32 a tile of 4096."""
+    """The Philox words of the Rademacher blocks ``block``, numbered in the program, 32 to a tile of 4096."""
     block_lo, block_hi = words(span.index >> 7)
     stream, domain = stream_words(span.stream, _RADEMACHER)
     return philox(block_lo + block.to(tl.uint32), block_hi, stream, domain, seed)
@@ -232,7 +234,7 @@ def _uniform16(seed, row, span, DOMAIN: tl.constexpr):
 
 @triton.jit
 def noise(seed, row, span, terms):
-    """z, fp32 [B, 8]."""
+    """z of a tile, fp32 [B, 8]."""
     if len(terms.mantissa) == 1:
         w0, w1, w2, w3 = draw(seed, row, span, _NORMAL)
         return normal(w0, w1, w2, w3, terms.mantissa[0])
@@ -243,13 +245,15 @@ def noise(seed, row, span, terms):
 
 @triton.jit
 def zeros_like(x, count):
-    """Zeros to sum up ``count`` terms on, an option; absent: the loop stands unrolled.
+    """Zeros of the shape of ``x``, for a loop that adds up ``count`` terms, an option (absent: it is
+    unrolled).
 
-    Constants would get another layout than the terms of a loop, each of which would then pass through shared
-    memory: 46 instructions an element instead of 35 in momentum with one direction."""
+    In a loop they must not be constants.  Triton would give these another layout than the terms, and each
+    term would pass through shared memory: momentum with one direction took 46 instructions for an element,
+    not 35."""
     if len(count) == 0:
         return tl.zeros_like(x)
-    else:  # the compiler does not know that a count is not negative
+    else:  # zeros, but the compiler does not know that a count is not negative
         return (x.to(tl.uint32, bitcast=True) & (count[0] >> 31).to(tl.uint32)).to(tl.float32, bitcast=True)
 
 
@@ -263,7 +267,7 @@ def weighted(z, root):
 
 @triton.jit
 def accumulate(acc, row, span, terms, root):
-    """acc + sum_k c_k w_k, a chain of fmas; w = z / root, or z without the option ``root``."""
+    """acc + sum_k c_k w_k, as a chain of fmas.  w is z / root, or z where the option ``root`` is absent."""
     if len(terms.num_k) == 1:
         for k in range(terms.num_k[0]):
             w = weighted(noise(tl.load(terms.seeds + k), row, span, terms), root)
@@ -284,8 +288,8 @@ def decayed(x, terms):
 
 @triton.jit
 def _packed(row, inside, span):
-    # Without the hint a thread would load the bytes of neighbouring blocks, and pass them on through shared
-    # memory.
+    # Without this hint a thread would load the bytes of several neighbouring blocks, and hand them to their
+    # threads through shared memory.
     row = tl.max_contiguous(row, 1)
     if inside is None:
         byte = tl.load(span.mask[0] + row)
@@ -296,7 +300,7 @@ def _packed(row, inside, span):
 
 @triton.jit
 def kept(row, inside, span, terms):
-    """bool [B, 8], as an option: the elements that the masks keep; absent: all."""
+    """Which elements the masks keep, bool [B, 8], as an option; it is absent where all are kept."""
     if len(terms.random_mask) == 0:
         if len(span.mask) == 0:
             return ()
@@ -320,7 +324,7 @@ def choose(keep, x, otherwise):
 
 @triton.jit
 def rounded(acc, dtype: tl.constexpr, row, span, terms, DOMAIN: tl.constexpr = _ROUNDING):
-    """fp32 to ``dtype``, once."""
+    """``acc`` in ``dtype``: the one rounding of an operation."""
     if dtype == tl.float32:
         return acc
     elif len(terms.rounding_seed) == 0:

@@ -1,6 +1,6 @@
-"""update: theta and a rule's state from G = sum_k c_k z_k, one pass, in Triton.
+"""update in Triton: theta and the state of a rule from G = sum_k c_k z_k, in one pass.
 
-Formulas: ``functional.update_``.
+The docstring of :func:`zokernels.update_` has the formulas.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..terms import Terms
 from .arithmetic import fma, negated
 from .launch import masked
 from .rounding import round_nearest
-from .rows import each_row_tile, masked_rows, pieces
+from .rows import NUMBERS, each_row_tile, masked_rows, pieces
 from .table import pointer, row_of
 from .tile import (
     accumulate,
@@ -36,11 +36,12 @@ from .tile import (
 
 _FIRST, _SECOND = tl.constexpr(DOMAIN_STATE), tl.constexpr(DOMAIN_STATE + 1)
 
-#: Values of hyper, but for those of each seed.
+#: How many hyper-parameters each rule has, without those that adam_window has for each seed.
 VALUES = {"momentum": 4, "adam": 8, "adam_window": 2, "sign": 2, "hizoo": 2}
 
-# A rule: (the new theta, the new first and second state as options), from theta, decayed theta ``base``, the
-# old states and hyper as a tuple.
+# A rule takes theta, ``base`` (decay * theta), its old states, and ``hyper``, a tuple of its
+# hyper-parameters.  It gives the new theta, and the new first and second state as options.  All are fp32 [B,
+# 8], and rounded later.
 
 
 @triton.jit
@@ -162,7 +163,7 @@ def update_kernel(
     seeds, coeffs, num_k: tl.int32, decay, rounding_seed, mask_seed, mask_keep: tl.int32, hyper,
     RULE: tl.constexpr, VALUES: tl.constexpr, DOMAIN: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """One tensor."""
+    """update of one tensor."""
     span = span_of(offset, stream, mask, tl.program_id(0).to(tl.int64))
     terms = noise_of(seeds, coeffs, num_k, decay, rounding_seed, mask_seed, mask_keep, DOMAIN, K)
     _program(span, numel, terms, theta, first, second, hyper, RULE, VALUES, ALIGNED)
@@ -174,7 +175,7 @@ def update_table_kernel(
     RULE: tl.constexpr, VALUES: tl.constexpr, DOMAIN: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr,
     DTYPES: tl.constexpr, WIDTH: tl.constexpr, EACH: tl.constexpr = False,
 ):  # fmt: skip
-    """Many tensors."""
+    """update of the tensors in a table, in one launch."""
     row, pid = row_of(table, owner, WIDTH)
     numel, span = tabled_span(row, pointer(row, 8, DTYPES[3]), pid)
     coeffs = coeffs_of(coeffs, row, num_k, EACH)
@@ -185,28 +186,14 @@ def update_table_kernel(
     _program(span, numel, terms, theta, first, second, hyper, RULE, VALUES, ALIGNED)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "offset",
-        "stream",
-        "width",
-        "length",
-        "blocks",
-        "magic",
-        "shift",
-        "rows",
-        "num_k",
-        "mask_keep",
-    ],
-    do_not_specialize_on_alignment=["coeffs"],
-)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=["coeffs"])
 def update_rows_kernel(
     theta, first, second, mask, offset: tl.int64, stream: tl.int64, width: tl.int64, length: tl.int64,
     blocks: tl.int64, magic: tl.int64, shift: tl.int32, rows: tl.int64,
     seeds, coeffs, num_k: tl.int32, decay, rounding_seed, mask_seed, mask_keep: tl.int32, hyper,
     RULE: tl.constexpr, VALUES: tl.constexpr, DOMAIN: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """One tensor that is rows of a matrix."""
+    """update of one tensor whose rows are parts of a matrix's rows (``Terms.widths``)."""
     terms = noise_of(seeds, coeffs, num_k, decay, rounding_seed, mask_seed, mask_keep, DOMAIN, K)
     values = ()
     for i in tl.static_range(VALUES):
@@ -222,8 +209,8 @@ def update_rows_kernel(
 def update(
     params: list[Tensor], first: list[Tensor], second: list[Tensor], rule: str, hyper: Tensor, terms: Terms
 ) -> None:
-    # A window has many seeds, and a second coefficient of each, for its square: the loop reads them as it
-    # goes.
+    # A window has many seeds, and each has a second coefficient, for its square.  So its kernel has a loop
+    # that reads them, and is not compiled for their number.
     own = {"K": None} if rule == "adam_window" else {}
     own |= {"hyper": hyper, "RULE": rule, "VALUES": VALUES[rule]}
     if terms.widths:

@@ -1,7 +1,7 @@
-"""encode, decode and decode_fan_out (formats: ``zokernels.wire``) in Triton.
+"""encode, decode and decode_fan_out in Triton; ``zokernels/wire.py`` describes the formats.
 
-Codes of 16 bits are tensors of their dtype, of 8 bits int8 ones with scale bytes behind, at the next multiple
-of 256."""
+A buffer of 16-bit codes is a tensor of their dtype.  One of 8-bit codes is an int8 tensor, with the scale
+bytes of the blocks behind the codes, from the next multiple of 256 on."""
 
 from __future__ import annotations
 
@@ -21,20 +21,28 @@ from .table import pointer, row_of
 from .tile import accumulate, decayed, each_tile, load, noise, noise_of, rounded, span_of, store, tabled_span
 
 _ALIGN, _BLOCK = tl.constexpr(ALIGN), tl.constexpr(BLOCK)
-#: Blocks of 32 that a program of encode takes.
+#: How many blocks of 32 elements a program of encode takes.
 _BLOCKS = 64
 
 
 @triton.jit
 def _scale(byte):
-    """2^(byte - 127) of a byte in an int32; NaN for 255."""
+    """The scale 2^(byte - 127), fp32, of a byte in an int32; NaN for byte 255.
+
+    2^-127 is subnormal: its exponent bits are 0 and the highest bit of its mantissa is 1.  That bit also
+    makes a NaN of the exponent 255.
+    """
     lowest = tl.where((byte == 0) | (byte == 255), 0x00400000, 0)
     return ((byte << 23) | lowest).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _e4m3(code):
-    """int8 codes to fp32: the bits in their places, with an exponent that is 120 too small."""
+    """fp32 numbers from E4M3 codes, int8.
+
+    The bits of a code are put into their places in fp32.  The exponent is then too small by 120, the
+    difference of the biases, and a product with 2^120 mends it, for subnormal codes, too.
+    """
     wide = code.to(tl.int32)  # its sign is that of the number
     rest = (wide << 20) & 0x07F00000
     bits = tl.where(rest == 0x07F00000, 0x7FC00000, rest | (wide & -0x80000000))
@@ -52,12 +60,12 @@ def _codes(ptr, row, inside, span):
 
 @triton.jit
 def _decoded(wire, row, inside, span, numel, EMAX: tl.constexpr):
-    """fp32 [B, 8]; EMAX: that of the format, None without scales."""
+    """The decoded elements of a tile, fp32 [B, 8].  EMAX: the format's; None for formats without scales."""
     if EMAX is None:
         return load(wire, row, inside, span)
     else:
         codes = _codes(wire, row, inside, span)
-        # A row of eight lies in one block of 32.
+        # All eight elements of a row lie in one block of 32, so there is one scale for a row.
         first = (span.index - span.start) >> 5
         scales = wire + (numel + (_ALIGN - 1)) // _ALIGN * _ALIGN + ((span.index >> 5) - first)
         at = tl.max_contiguous(row, 1) >> 2
@@ -107,7 +115,7 @@ def decode_kernel(
     seed, coeff, seeds, coeffs, num_k: tl.int32, decay, rounding_seed,
     EMAX: tl.constexpr, DOMAIN: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """One tensor; without ``minus``, ``plus`` is theta."""
+    """decode_fan_out of one tensor; without ``minus`` decode, whose output is ``plus``."""
     span = span_of(offset, stream, None, tl.program_id(0).to(tl.int64))
     terms = noise_of(seeds, coeffs, num_k, decay, rounding_seed, None, None, DOMAIN, K)
     _program(span, numel, terms, plus, minus, wire, seed, coeff, EMAX, ALIGNED)
@@ -119,7 +127,7 @@ def decode_table_kernel(
     EMAX: tl.constexpr, DOMAIN: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr,
     DTYPES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Many tensors."""
+    """The same for the tensors in a table, in one launch."""
     row, pid = row_of(table, owner, WIDTH)
     numel, span = tabled_span(row, None, pid)
     terms = noise_of(seeds, coeffs, num_k, decay, rounding_seed, None, None, DOMAIN, K)
@@ -130,18 +138,18 @@ def decode_table_kernel(
 
 @triton.jit
 def _e4m3_code(y):
-    """fp32 to the nearest code, ties to even, saturating; int32."""
+    """The nearest E4M3 code of fp32 numbers, in an int32: ties to even, and at most 448."""
     bits = y.to(tl.uint32, bitcast=True)
     magnitude = tl.minimum(bits & 0x7FFFFFFF, 0x43E00000)  # 448
     normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - 960
-    # Below 2^-6 adding 2^14 rounds to a multiple of 2^-9, the subnormal unit.
+    # Codes below 2^-6 are subnormal, multiples of 2^-9.  Adding 2^14 rounds to such a multiple.
     tiny = (magnitude.to(tl.float32, bitcast=True) + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
     return (tl.where(magnitude < 0x3C800000, tiny, normal) | ((bits >> 24) & 0x80)).to(tl.int32)
 
 
 @triton.jit
 def _int8_code(y):
-    """64 y to the nearest integer in [-127, 127]: the last bits of a sum with 1.5 * 2^23."""
+    """64 y, at most 127 in magnitude, as the nearest integer: the last bits of its sum with 1.5 * 2^23."""
     x = tl.minimum(tl.maximum(y * 64.0, -127.0), 127.0)
     return (x + 1.5 * 2.0**23).to(tl.int32, bitcast=True)
 
@@ -150,7 +158,7 @@ def _int8_code(y):
 def encode_kernel(
     out, theta, numel: tl.int64, offset: tl.int64, blocks: tl.int64, EMAX: tl.constexpr, BLOCKS: tl.constexpr
 ):
-    """BLOCKS blocks of 32 of one tensor."""
+    """encode of one tensor; a program takes BLOCKS blocks of 32 elements."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     at = block[:, None] * _BLOCK - (offset & (_BLOCK - 1)) + tl.arange(0, _BLOCK)[None, :]
     inside = (at >= 0) & (at < numel)
@@ -160,7 +168,7 @@ def encode_kernel(
         if dtype == tl.float16:
             bits = x.to(tl.uint32, bitcast=True)
             magnitude = bits & 0x7FFFFFFF
-            over = (magnitude > 0x477FE000) & (magnitude < 0x7F800000)
+            over = (magnitude > 0x477FE000) & (magnitude < 0x7F800000)  # above 65504, and no infinity or NaN
             x = tl.where(over, (bits & 0x80000000) | 0x477FE000, bits).to(tl.float32, bitcast=True)
         tl.store(out + at, round_nearest(x, dtype), mask=inside)
     else:

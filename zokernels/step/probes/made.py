@@ -57,23 +57,9 @@ class Part:
     """
 
     __slots__ = (
-        *(
-            "_found",
-            "_planned",
-            "_prints",
-            "_step",
-            "bucket",
-            "guards",
-            "ids",
-            "key",
-            "kinds",
-            "members",
-            "numel",
-            "plan",
-            "seen",
-            "thetas",
-        ),
-    )
+        "_found", "_planned", "_prints", "_step", "bucket", "guards", "ids", "key",
+        "kinds", "members", "numel", "plan", "seen", "thetas",
+    )  # fmt: skip
 
     def __init__(self, bucket: int, members: Members) -> None:
         self.bucket, self.members, self.ids = bucket, members, tuple(map(id, members.params))

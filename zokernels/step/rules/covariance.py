@@ -59,7 +59,7 @@ class CovarianceDescent(Rule):
             fail(optimizer.op, "estimator, direction", "LeaveOneOut and RankOneCovariance", parts)
 
     def axes(self, optimizer: OptimizerView, bucket: Bucket) -> list[Tensor]:
-        """a of each parameter of ``bucket``."""
+        """The axis a of each parameter of ``bucket``."""
         found = []
         for p, stream in zip(bucket.params, bucket.streams, strict=True):
             state = optimizer.state[p]
@@ -94,7 +94,7 @@ class CovarianceDescent(Rule):
             self._turn(bucket, i, seeds, g, on)
 
     def _turn(self, bucket: Bucket, i: int, seeds: Tensor, g: Tensor, on: Tensor) -> None:
-        """The step of a of parameter ``i``."""
+        """Takes the step of the axis a of parameter ``i``."""
         assert isinstance(bucket.noise, CovarianceNoise)
         group, one = bucket.group, bucket.members.picked([i])
         (p,) = one.params

@@ -48,7 +48,7 @@ class SGD(Rule):
         bucket.noise.update(bucket.members, seeds, coeffs, **rounding)
 
     def _from_tensors(self, bucket: Bucket, g: Tensor, finite: Tensor) -> Tensor:
-        """The c_k, on the bucket's device."""
+        """The coefficients c_k of the update, fp32 [q], on the bucket's device."""
         back = bucket.way_back(g)
         toward = lambda: (
             decay_of(bucket.group, g) * back - learning_rate(bucket.group, g) * g.double()
@@ -57,7 +57,7 @@ class SGD(Rule):
         return to_device(where(finite, toward, back.float), bucket.device)
 
     def _from_numbers(self, bucket: Bucket, g: list[float], finite: bool) -> Tensor:
-        """The same bits, in fewer operations: of numbers that the host knows."""
+        """:meth:`_from_tensors` where the host knows all numbers: the same bits, in fewer operations."""
         at, lr = bucket.at, bucket.group["lr"]
         decay = 1 - lr * bucket.group["weight_decay"]
         if finite:
