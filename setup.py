@@ -1,7 +1,8 @@
 """Builds the native libraries with CMake; everything else about the package stands in pyproject.toml.
 
 ZOKERNELS_CUDA=auto|0|1   build the CUDA library where nvcc is found (auto), never, or fail without it
-TORCH_CUDA_ARCH_LIST      architectures, as torch's extensions take them (default: "8.0;9.0;10.0;12.0+PTX")
+TORCH_CUDA_ARCH_LIST      architectures, as torch's extensions take them (default: "8.0;9.0;10.0;12.0+PTX";
+                          `make test` takes "9.0+PTX")
 ZOKERNELS_PYTHONS         more interpreters for the host module, separated by ":" (default: the building one)
 CMAKE_TOOLCHAIN_FILE      CMake's own: another compiler or architecture, built in a folder of its own
 SOURCE_DATE_EPOCH         time stamps in wheel and sdist: the same bytes from the same sources
