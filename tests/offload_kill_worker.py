@@ -3,8 +3,8 @@ METHOD RANKS``.  WIRE is a wire format, "none", or "master" for fp32 weights who
 
 One process forks a child for each rank of an attempt, kills one of them with SIGKILL after a random time,
 each rank in turn, and the others, which find themselves without it, a random time later.  It lets the last
-attempt finish.  Prints the number of attempts that were killed: as many as were asked for, and more until they
-have left enough different states.
+attempt finish.  Prints the number of attempts that were killed: as many as were asked for, and more until
+they have left enough different states.
 """
 
 from __future__ import annotations

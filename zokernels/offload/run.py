@@ -174,7 +174,7 @@ class Run:
             self._lock = AppendedFile(self.op, self.log)
             if mark is not None and self._lock.sha256() != mark["sha256"]:
                 self._unlock()
-                fail(self.op, self.log, "the log that this run closed", "another run's", RuntimeError)
+                fail(self.op, str(self.log), "the log that this run closed", "another run's", RuntimeError)
         return mark
 
     def _unlock(self) -> None:
