@@ -4,7 +4,8 @@ METHOD RANKS``.  WIRE is a wire format, "none", or "master" for fp32 weights who
 One process forks a child for each rank of an attempt, kills one of them with SIGKILL after a random time,
 each rank in turn, and the others, which find themselves without it, a random time later.  It lets the last
 attempt finish.  Prints the number of attempts that were killed: as many as were asked for, and more until
-they have left enough different states."""
+they have left enough different states.
+"""
 
 from __future__ import annotations
 
@@ -67,6 +68,8 @@ def run(
     ) as engine:
         training(model, steps, method, **mesh)
         engine.save(folder / "saved" if rank == 0 else folder.parent / f"saved-{rank}")
+    if ranks > 1:
+        dist.barrier()  # no rank goes while another still needs it
 
 
 def tower_on_meta() -> torch.nn.Module:

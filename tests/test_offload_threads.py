@@ -15,6 +15,7 @@ from offload_cases import same_bits, tower, train
 
 from zokernels import offload
 from zokernels.files.appending import AppendedFile
+from zokernels.offload.lockstep import Lockstep
 from zokernels.optim import ZOSGD
 from zokernels.trajectory.recorder import Recorder
 
@@ -229,3 +230,16 @@ def test_a_file_is_closed_while_another_thread_syncs_it(tmp_path, monkeypatch):
     file.end += 1
     with pytest.raises(OSError, match="Bad file descriptor"):
         file.sync()
+
+
+def test_a_run_of_sides_that_was_not_forgotten_is_over():
+    """As an exception of another thread leaves it, which falls into the last line of a run."""
+    lockstep = Lockstep(lambda key, sides: None, [torch.device("cpu")])
+    assert lockstep._run(lambda side: side, 2) == [0, 1]
+    assert lockstep.current is None
+    assert not lockstep.in_own_thread
+    assert lockstep.run(lambda side: (side, lockstep.current), 2) == [(0, 0), (1, 1)]
+    with pytest.raises(RuntimeError, match="a step inside a step"):
+        lockstep.run(lambda side: lockstep.run(lambda inner: inner, 1), 2)
+    assert lockstep.current is None
+    lockstep.close()

@@ -191,7 +191,10 @@ class SharedFiles(FileStore):
     def spans(self, block: Block) -> list[tuple[int, int]]:
         return [self._group.span(block.nbytes)]
 
-    def gather(self, block: Block, data: Tensor) -> None:
+    def gather(self, block: Block, data: Tensor, is_whole: bool) -> None:
+        if is_whole:  # the first rank may not replace the file before
+            mine = torch.zeros(1, dtype=torch.uint8, device=data.device)
+            return self._group.exchange(mine.repeat(self._group.count), mine)
         self._group.gather(data, block.nbytes)
 
     def _replace(self, block: Block, data: Tensor, updates: int) -> Direct:
@@ -234,8 +237,8 @@ class PartFiles(SharedFiles):
         parts = block.parts(self._group.rank, self._group.count)
         return {id(e.param): e.of(data).view(-1)[part] for e, part in parts}
 
-    def gather(self, block: Block, data: Tensor) -> None:
-        pass  # wire bytes are gathered
+    def gather(self, block: Block, data: Tensor, is_whole: bool) -> None:
+        pass  # wire bytes are gathered, and who writes a block has the parts of all
 
     def _replace(self, block: Block, data: Tensor, updates: int) -> Direct:
         self._group.collect(block, self.views(block, data), data, first_alone=True)

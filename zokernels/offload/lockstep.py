@@ -56,7 +56,15 @@ class Lockstep:
     @property
     def current(self) -> int | None:
         """The side that runs, while :meth:`run` does."""
-        return self._running.index if self._running else None
+        side = self._side
+        return None if side is None else side.index
+
+    @property
+    def _side(self) -> _Side | None:
+        """The side that runs; None when all have ended, also where another thread's exception cut off
+        :meth:`run` before it forgot them.
+        """
+        return None if all(s.done or s.cancelled for s in self._sides) else self._running
 
     def _rng_state(self) -> RngState:
         return RngState(self._devices, self.generators)
@@ -64,7 +72,8 @@ class Lockstep:
     @property
     def in_own_thread(self) -> bool:
         """Whether the calling thread is that of the side that runs."""
-        return self._running is not None and self._running.thread == threading.get_ident()
+        side = self._side
+        return side is not None and side.thread == threading.get_ident()
 
     def run(self, function: Callable[[int], Any], count: int) -> list[Any]:
         """[function(0), ..., function(count - 1)].  The first is called in this thread.
@@ -74,7 +83,7 @@ class Lockstep:
         """
         if not count:
             return []
-        if self._running:
+        if self._side is not None:
             raise RuntimeError("offload: a step inside a step")
         try:
             return self._run(function, count)

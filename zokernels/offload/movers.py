@@ -248,8 +248,10 @@ class FileStore:
         """What this process reads of weights and states, as :meth:`Block.views` has them."""
         return block.views(data)
 
-    def gather(self, block: Block, data: Tensor) -> None:
-        """Brings what other processes have read into ``data``."""
+    def gather(self, block: Block, data: Tensor, is_whole: bool) -> None:
+        """Brings what other processes have read into ``data``, and waits until they have read all of it where
+        each has.
+        """
 
     def read(self, block: Block, data: Tensor) -> None:
         self.complete(block, data, self.read_span(block, data))
@@ -279,8 +281,7 @@ class FileStore:
 
     def complete(self, block: Block, data: Tensor, read: Span) -> None:
         """Makes a block of what :meth:`read_span` has read, which is in ``data``, of any device."""
-        if not read.is_whole:
-            self.gather(block, data)
+        self.gather(block, data, read.is_whole)
         if not self.reader.has_states(block):
             block.begin_states(data)  # the file is older than they are
 
