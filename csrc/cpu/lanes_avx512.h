@@ -78,6 +78,12 @@ ZK_HD F16 clamp(F16 x, F16 low, F16 high) {
   return {_mm512_min_ps(_mm512_max_ps(x.v, low.v), high.v)};
 }  // max(NaN, b) is b
 ZK_HD U16 nearest_int(F16 x) { return {_mm512_cvtps_epi32(x.v)}; }
+// Whether a NaN is among eight registers: a comparison for two of them, and a branch.
+ZK_HD bool may_be_nan(const F16 x[8]) {
+  unsigned found = 0;
+  for (int i = 0; i < 8; i += 2) found |= _mm512_cmp_ps_mask(x[i].v, x[i + 1].v, _CMP_UNORD_Q);
+  return found != 0;
+}
 ZK_HD U16 floor_int(F16 x) {
   return {_mm512_cvt_roundps_epi32(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
 }

@@ -12,12 +12,11 @@
 namespace zk::cpu {
 
 // The chains of a sum over the columns of x (docs/contract.md), and the columns of out that are taken at a time.
-// What is packed is filled with zeros up to a multiple of these; a row of a right factor up to one of kRanks.
-constexpr int64_t kChains = 64, kColumns = 128, kRanks = 16;
-// Up to this rank the columns of a right factor are taken one by one, and else side by side in registers.
-constexpr int64_t kFewRanks = 8;
-// Rows that are taken at a time, so that what is read of the factors serves all of them; and those of a chunk.
-constexpr int64_t kRows = 4, kChunk = 64;
+// What is packed is filled with zeros up to a multiple of these.
+constexpr int64_t kChains = 64, kColumns = 128;
+// Rows and columns of a right factor that are taken at a time, so that what is loaded serves several fmas; and the
+// rows of a chunk.
+constexpr int64_t kRows = 4, kRanks = 4, kChunk = 64;
 // Floats of a left factor that are packed at a time: a quarter of a second cache. With smaller blocks rows of out
 // are written in shorter runs: 4096 floats take 1.8 times as long for 49152 columns at rank 1.
 constexpr int64_t kBlock = 65536;
@@ -27,11 +26,10 @@ struct SharedRows {
   const void* x;
   void* out;
   const float* left;    // [m, rank]
-  const float* right;   // up to kFewRanks: [rank, x_stride], packed; else [x_stride, right_stride]
+  const float* right;   // [rank, x_stride], packed
   const float* bias;    // [m], or null
   const float* coeffs;  // of each row
-  int64_t right_stride, x_stride;
-  int64_t rows, m, n, rank;
+  int64_t x_stride, rows, m, n, rank;
   bool add;  // out is read
   DType dtype;
   float *floats, *sums, *block, *bias_block;  // scratch, aligned to 64 bytes (Workspace)
@@ -68,14 +66,10 @@ struct FirstIndices<0, I...> {
   using Type = Indices<I...>;
 };
 
+// Whether a NaN may be among eight registers: where it is not cheap to know, one may.
 template <class F>
-ZK_HD F sum_of_four(const F c[4]) {
-  return add(add(c[0], c[1]), add(c[2], c[3]));
-}
-
-template <class F>
-ZK_HD F sum_of_neighbours(const F c[8]) {
-  return add(sum_of_four(c), sum_of_four(c + 4));
+ZK_HD bool may_be_nan(const F*) {
+  return true;
 }
 
 // Where element i is among the packed ones.
@@ -105,114 +99,95 @@ struct Vectors {
   }
 };
 
-// `count` registers in a row: neighbouring elements are added, `times` times. The sums lie in the first elements.
-template <class L>
-ZK_HD void sum_neighbours(typename Vectors<L>::Lanes* v, int count, int times) {
+// `Count` registers in a row: neighbouring elements are added, `Times` times. The sums lie in the first elements.
+template <class L, int Count, int Times>
+ZK_HD void sum_neighbours(typename Vectors<L>::Lanes* v) {
   using V = Vectors<L>;
-  for (int t = 0; t < times; ++t) {
-    const int half = count > 1 ? count / 2 : 1;
+  if constexpr (Times > 0) {
+    constexpr int half = Count > 1 ? Count / 2 : 1;
+#pragma GCC unroll 32
     for (int i = 0; i < half; ++i) {
-      const auto a = v[2 * i < count ? 2 * i : 0], b = v[2 * i + 1 < count ? 2 * i + 1 : 0];
+      const auto a = v[2 * i < Count ? 2 * i : 0], b = v[2 * i + 1 < Count ? 2 * i + 1 : 0];
       v[i] = V::template every_second<0>(a, b) + V::template every_second<1>(a, b);
     }
-    count = half;
+    sum_neighbours<L, half, Times - 1>(v);
   }
 }
 
-// Sums over the columns of `Rows` rows of x with the one column of right. A register holds the chains of even or
-// of odd columns.
-template <class L, int Rows>
-ZK_HD void inner_of_one(const float* x, const float* right, int64_t stride, float* sums, int64_t rank) {
+// Sums over the columns of `Rows` rows of x with `Ranks` columns of right, which are packed [Ranks, stride].  A
+// register holds chains of even or of odd columns.  One register's chains of all rows and ranks are summed at a
+// time, so that what is loaded serves Rows or Ranks fmas.
+template <class L, int Rows, int Ranks>
+ZK_HD void inner_block(const float* x, const float* right, int64_t stride, float* sums, int64_t rank) {
   using F = typename L::F;
-  constexpr int registers = kChains / L::width;
-  F chain[Rows][registers];
-  for (int i = 0; i < Rows; ++i) {
-    for (int r = 0; r < registers; ++r) chain[i][r] = Splat<F>::of(0.0f);
-  }
-  for (int64_t at = 0; at < stride; at += kChains) {
-    for (int r = 0; r < registers; ++r) {
-      const F b = L::load_row(right + at + r * L::width);
+  using Lanes = typename Vectors<L>::Lanes;
+  constexpr int registers = kChains / L::width, cells = Rows * Ranks, count = cells * registers / 2;
+  const auto chains = [&](int r, F* chain) ZK_INLINE {
+#pragma GCC unroll 32
+    for (int c = 0; c < cells; ++c) chain[c] = Splat<F>::of(0.0f);
+    for (int64_t at = r * L::width; at < stride; at += kChains) {
+      F b[Ranks];
+#pragma GCC unroll 32
+      for (int k = 0; k < Ranks; ++k) b[k] = L::load_row(right + k * stride + at);
+#pragma GCC unroll 32
       for (int i = 0; i < Rows; ++i) {
-        chain[i][r] = fma(L::load_row(x + i * stride + at + r * L::width), b, chain[i][r]);
+        const F value = L::load_row(x + i * stride + at);
+#pragma GCC unroll 32
+        for (int k = 0; k < Ranks; ++k) chain[i * Ranks + k] = fma(value, b[k], chain[i * Ranks + k]);
       }
     }
-  }
-  // The sums of two neighbours each, kChains / 2 of a row.
-  F pairs[Rows * registers / 2];
-  for (int i = 0; i < Rows; ++i) {
-    for (int r = 0; r < registers; r += 2) {
-      pairs[(i * registers + r) / 2] = add(chain[i][r], chain[i][r + 1]);
+  };
+  // Even and odd columns are neighbours: of each cell kChains / 2 sums are left.
+  Lanes pairs[count];
+  for (int r = 0; r < registers; r += 2) {
+    F even[cells], odd[cells];
+    chains(r, even);
+    chains(r + 1, odd);
+#pragma GCC unroll 32
+    for (int c = 0; c < cells; ++c) {
+      const F sum = add(even[c], odd[c]);
+      __builtin_memcpy(&pairs[(c * registers + r) / 2], &sum, sizeof(sum));
     }
   }
+  alignas(64) float all[cells < L::width ? L::width : cells];
   if constexpr (L::width == 1) {
-    for (int i = 0; i < Rows; ++i) {
-      float all[kChains / 2];
-      for (int k = 0; k < kChains / 2; ++k) L::store_row(all + k, pairs[i * kChains / 2 + k]);
-      for (int n = kChains / 4; n > 0; n /= 2) {
-        for (int k = 0; k < n; ++k) all[k] = all[2 * k] + all[2 * k + 1];
-      }
-      sums[i * rank] = all[0];
+    auto* v = reinterpret_cast<float*>(pairs);
+    for (int n = count / 2; n >= cells; n /= 2) {
+      for (int k = 0; k < n; ++k) v[k] = v[2 * k] + v[2 * k + 1];
     }
+    for (int c = 0; c < cells; ++c) all[c] = v[c];
   } else {
-    constexpr int count = Rows * registers / 2;
-    typename Vectors<L>::Lanes v[count];
-    __builtin_memcpy(v, pairs, sizeof(v));
-    sum_neighbours<L>(v, count, 5);  // kChains / 2 is 2^5
-    for (int i = 0; i < Rows; ++i) sums[i * rank] = v[0][i];
+    sum_neighbours<L, count, 5>(pairs);  // kChains / 2 is 2^5
+    for (int i = 0; i * L::width < cells; ++i) __builtin_memcpy(all + i * L::width, &pairs[i], sizeof(Lanes));
   }
-}
-
-// The same with a register for a chain of L::width numbers of the rank; four neighbouring chains at a time.
-template <class L, int Rows>
-ZK_HD void inner_of_many(const SharedRows& op, const float* x, float* sums) {
-  using F = typename L::F;
-  for (int64_t rank = 0; rank < op.rank; rank += L::width) {
-    F group[Rows][kChains / 4];
-    for (int g = 0; g < kChains / 4; ++g) {
-      F chain[Rows][4];
-      for (int i = 0; i < Rows; ++i) {
-        for (int q = 0; q < 4; ++q) chain[i][q] = Splat<F>::of(0.0f);
-      }
-      for (int64_t at = 4 * g; at < op.x_stride; at += kChains) {
-        const float* b = op.right + at * op.right_stride + rank;
-        const float* from = x + place<L>(at);
-        for (int q = 0; q < 4; ++q) {
-          const F value = L::load_row(b + q * op.right_stride);
-          // place(at + q) - place(at), where four columns lie in one run
-          const int column = L::width == 1 ? q : q % 2 * L::width + q / 2;
-          for (int i = 0; i < Rows; ++i) {
-            chain[i][q] = fma(Splat<F>::of(from[i * op.x_stride + column]), value, chain[i][q]);
-          }
-        }
-      }
-      for (int i = 0; i < Rows; ++i) group[i][g] = sum_of_four(chain[i]);
-    }
-    for (int i = 0; i < Rows; ++i) {
-      alignas(64) float all[L::width];
-      L::store_row(all, add(sum_of_neighbours(group[i]), sum_of_neighbours(group[i] + 8)));
-      for (int64_t j = 0; j < L::width && rank + j < op.rank; ++j) sums[i * op.rank + rank + j] = all[j];
-    }
+  for (int i = 0; i < Rows; ++i) {
+    for (int k = 0; k < Ranks; ++k) sums[i * rank + k] = all[i * Ranks + k];
   }
 }
 
 // Adds to 8 L::width columns of a row what `product` has for them; `bias` is packed, or null.
 template <class L, DType D>
 ZK_HD void add_to(const SharedRows& op, typename Storage<L, D>::T* out, const float* bias, float coeff,
-                  const typename L::F product[8]) {
+                  typename L::F product[8]) {
   using F = typename L::F;
-  F y[8];
+  const F c = Splat<F>::of(coeff);
+  if (bias != nullptr) {
+#pragma GCC unroll 8
+    for (int v = 0; v < 8; ++v) product[v] = add(product[v], L::load_row(bias + v * L::width));
+  }
+  if (D != DType::f32 && may_be_nan(product)) {  // rounding does not look for NaNs
+    for (int v = 0; v < 8; ++v) product[v] = without_payload(product[v]);
+  }
   if (op.add) {
+    F y[8];
     Storage<L, D>::load(out, y);
+#pragma GCC unroll 8
+    for (int v = 0; v < 8; ++v) product[v] = fma(c, product[v], y[v]);
   } else {
-    for (int v = 0; v < 8; ++v) y[v] = Splat<F>::of(0.0f);
+#pragma GCC unroll 8
+    for (int v = 0; v < 8; ++v) product[v] = fma(c, product[v], Splat<F>::of(0.0f));
   }
-  for (int v = 0; v < 8; ++v) {
-    F z = product[v];
-    if (bias != nullptr) z = add(z, L::load_row(bias + v * L::width));
-    if constexpr (D != DType::f32) z = without_payload(z);  // rounding does not look for NaNs
-    y[v] = fma(Splat<F>::of(coeff), z, y[v]);
-  }
-  Storage<L, D>::template store<false>(out, y, {});
+  Storage<L, D>::template store<false>(out, product, {});
 }
 
 // What the sums of `Rows` rows from `row` on and columns [at, at + 8 L::width) of a block give, added to `count`
@@ -223,30 +198,39 @@ ZK_HD void outer(const SharedRows& op, int64_t row, int64_t at, int64_t stride,
   using F = typename L::F;
   using T = typename Storage<L, D>::T;
   constexpr int64_t step = 8 * L::width;
-  const float* sums = op.sums + row * op.rank;
+  const float *sums = op.sums + row * op.rank, *a = op.block + at;
   F product[Rows][8];
+#pragma GCC unroll 4
   for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 8
     for (int v = 0; v < 8; ++v) product[i][v] = Splat<F>::of(0.0f);
   }
-  for (int64_t j = 0; j < op.rank; ++j) {
-    const float* a = op.block + j * stride + at;
+  for (int64_t j = 0; j < op.rank; ++j, ++sums, a += stride) {
     F sum[Rows];
-    for (int i = 0; i < Rows; ++i) sum[i] = Splat<F>::of(sums[i * op.rank + j]);
+#pragma GCC unroll 4
+    for (int i = 0; i < Rows; ++i) sum[i] = Splat<F>::of(sums[i * op.rank]);
+#pragma GCC unroll 8
     for (int v = 0; v < 8; ++v) {
       const F value = L::load_row(a + v * L::width);
+#pragma GCC unroll 4
       for (int i = 0; i < Rows; ++i) product[i][v] = fma(sum[i], value, product[i][v]);
     }
   }
   const float* bias = op.bias == nullptr ? nullptr : op.bias_block + at;
+#pragma GCC unroll 4
   for (int i = 0; i < Rows; ++i) {
     T* here = out + i * op.m;
     if (count == step) {
       add_to<L, D>(op, here, bias, op.coeffs[row + i], product[i]);
     } else {
       alignas(64) T rest[step] = {};
-      __builtin_memcpy(rest, here, count * sizeof(T));
+      if (op.add) __builtin_memcpy(rest, here, count * sizeof(T));
       add_to<L, D>(op, rest, bias, op.coeffs[row + i], product[i]);
-      __builtin_memcpy(here, rest, count * sizeof(T));
+      if (count == step / 2) {  // of a size that is known, no function is called
+        __builtin_memcpy(here, rest, step / 2 * sizeof(T));
+      } else {
+        __builtin_memcpy(here, rest, count * sizeof(T));
+      }
     }
   }
 }
@@ -358,19 +342,21 @@ ZK_HD void inner(const SharedRows& op, int64_t row) {
     to_floats<L, D>(x, op.n, op.x_stride, op.floats + i * op.x_stride);
   }
   float* sums = op.sums + row * op.rank;
-  if (op.rank <= kFewRanks) {
-    for (int64_t j = 0; j < op.rank; ++j) {
-      inner_of_one<L, Rows>(op.floats, op.right + j * op.x_stride, op.x_stride, sums + j, op.rank);
+  int64_t j = 0;
+  if constexpr (Rows > 1) {
+    for (; j + kRanks <= op.rank; j += kRanks) {
+      inner_block<L, Rows, kRanks>(op.floats, op.right + j * op.x_stride, op.x_stride, sums + j, op.rank);
     }
-  } else {
-    inner_of_many<L, Rows>(op, op.floats, sums);
+  }
+  for (; j < op.rank; ++j) {
+    inner_block<L, Rows, 1>(op.floats, op.right + j * op.x_stride, op.x_stride, sums + j, op.rank);
   }
 }
 
 template <class L, DType D>
 void run(const SharedRows& op) {
   using T = typename Storage<L, D>::T;
-  constexpr int rows = L::width == 16 ? kRows : 1;
+  constexpr int rows = L::width > 1 ? kRows : 1;
   int64_t row = 0;
   for (; row + rows <= op.rows; row += rows) inner<L, D, rows>(op, row);
   for (; row < op.rows; ++row) inner<L, D, 1>(op, row);
@@ -451,15 +437,6 @@ class Workspace {
   std::vector<float*> parts_;
 };
 
-// A right factor [n, rank] as [rows, stride], with zeros in the rest.
-void pad_rows(const float* from, int64_t n, int64_t rank, int64_t rows, int64_t stride, float* to) {
-  for (int64_t i = 0; i < rows; ++i, to += stride) {
-    const int64_t count = i < n ? rank : 0;
-    std::copy_n(from + i * rank, count, to);
-    std::fill(to + count, to + stride, 0.0f);
-  }
-}
-
 void low_rank_linear_cpu(Tensor out, Tensor x, Tensor left, Tensor right, Tensor coeffs,
                          std::vector<int64_t> rows, std::optional<Tensor> bias, bool add, std::string isa) {
   check_low_rank_linear(out, x, left, right, coeffs, rows, bias);
@@ -469,12 +446,8 @@ void low_rank_linear_cpu(Tensor out, Tensor x, Tensor left, Tensor right, Tensor
   all.n = x.size(1);
   all.rank = left.size(2);
   all.x_stride = padded(all.n, kChains);
-  const bool few = all.rank <= kFewRanks;
-  all.right_stride = few ? all.rank : padded(all.rank, kRanks);
   all.dtype = dtype_of(out);
   all.add = add;
-  // A right factor of the right size is read where it lies.
-  const bool whole = !few && all.right_stride == all.rank && all.x_stride == all.n;
   std::vector<int64_t> starts;  // how many rows lie before each member
   const int64_t members = static_cast<int64_t>(rows.size());
   int64_t total = 0;
@@ -491,7 +464,7 @@ void low_rank_linear_cpu(Tensor out, Tensor x, Tensor left, Tensor right, Tensor
   const auto pack = ZK_KERNEL_OF(pack_factor, isa);
   torch::stable::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) {
     const Workspace space({kRows * all.x_stride, kChunk * all.rank, all.rank * block, bias ? block : 0,
-                           kChunk, whole ? 0 : all.right_stride * all.x_stride});
+                           kChunk, all.rank * all.x_stride});
     // Neighbouring members may share a factor.
     const auto of_member = [&](const Tensor& factor, int64_t p) {
       return data<float>(factor) + p * factor.size(0) / members * (factor.numel() / factor.size(0));
@@ -521,13 +494,7 @@ void low_rank_linear_cpu(Tensor out, Tensor x, Tensor left, Tensor right, Tensor
       if (own_left != piece.left || own_bias != piece.bias || own_right != packed) finish();
       piece.left = own_left;
       piece.bias = own_bias;
-      if (whole) {
-        piece.right = own_right;
-      } else if (own_right != packed && few) {
-        pack(own_right, all.n, all.rank, all.x_stride, space.part(5));
-      } else if (own_right != packed) {
-        pad_rows(own_right, all.n, all.rank, all.x_stride, all.right_stride, space.part(5));
-      }
+      if (own_right != packed) pack(own_right, all.n, all.rank, all.x_stride, space.part(5));
       packed = own_right;
       for (const float coeff = canonical_nan(data<float>(coeffs)[p]); row < stop;) {
         const int64_t count = std::min(stop - row, kChunk - piece.rows);

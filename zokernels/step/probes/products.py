@@ -80,6 +80,9 @@ class Learned:
         #: needed them more than once.
         self.used: dict[tuple[int, int], Tensor] = {}
         self.again: set[tuple[int, int]] = set()
+        #: The weights whose ``F.linear`` without a bias a forward has taken as a product, by id and by
+        #: whether all rows had one point.
+        self.linears: dict[tuple[int, bool], Tensor] = {}
         #: Memory of factors, by what it is for: the whole of it, and tensors in it by their shape.  Only the
         #: CPU's is used again: other devices have allocators that do so, while fresh memory of the system
         #: costs more than the numbers that are drawn into it.
@@ -158,6 +161,8 @@ class Products:
         self.count = len(points)
         #: Whether all rows have one point.  A first forward of one member is treated as one of several.
         self.is_one = self.count == 1 and look is None
+        if look is not None:  # what is found out now decides anew
+            learned.linears.clear()
         self.seen: dict[int, None] = {}
         self._terms: dict[int, list[MemberTerms]] = {}
         self._drawn: set[tuple[tuple[int, int], int]] = set()
@@ -179,6 +184,8 @@ class Products:
     # What torch tells of functions -------------------------------------------------------------------------
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func is F.linear and not kwargs and (out := self._linear_again(*args)) is not None:
+            return out
         special = SPECIAL.get(func)
         if special is METADATA:
             return plainly(func, args, kwargs)
@@ -207,6 +214,29 @@ class Products:
                 if out is not NotImplemented:
                     return out
             return self._dense(func, args, kwargs, [self.owners.params[p] for p in mine])
+
+    def _linear_again(self, x: Any, weight: Any, bias: Any = None) -> Tensor | None:
+        """``F.linear`` where a forward of the run has had it with this weight: nothing is decided again.
+
+        None: something is not as it was then.
+        """
+        at = id(weight)
+        known = self.learned.linears.get((at, self.is_one))
+        if known is not weight or at not in self.owners.params or bias is not None:
+            return None
+        if type(x) is not Tensor or x.dim() < 2 or self.look is not None or torch.is_grad_enabled():
+            return None
+        with torch._C.DisableTorchFunctionSubclass():
+            if x.dtype is not weight.dtype or torch.is_autocast_enabled(x.device.type):
+                return None
+            if self.is_one:
+                counts: list[int] | None = [x.shape[0]]
+            else:
+                counts = None if self.cohort is None else self.cohort.counts_of(x.shape[0])
+            if counts is None:
+                return None
+            self.seen[at] = None
+            return self.product(x, weight, None, counts, swapped=False, noisy=False)
 
     def uncover(self, param: Tensor) -> None:
         raise HiddenParameters(
@@ -573,7 +603,11 @@ def _product(forward: Products, func: Any, x: Any, weight: Any, bias: Any, swapp
 def _linear(forward: Products, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if kwargs:
         args = tuple(inspect.getcallargs(_linear_arguments, *args, **kwargs).values())
-    return _product(forward, func, args[0], args[1], args[2] if len(args) > 2 else None, False)
+    x, weight, bias = args if len(args) > 2 else (*args, None)
+    out = _product(forward, func, x, weight, bias, False)
+    if bias is None and forward.look is None and out is not NotImplemented:
+        forward.learned.linears[id(weight), forward.is_one] = weight
+    return out
 
 
 def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> None: ...
