@@ -114,7 +114,7 @@ def listed(op: str, params: ParamsT) -> ParamsT:
         return params
     found: list[Any] = list(params)
     if not found:
-        got = "none" if isinstance(params, (list, tuple)) else "a generator that was used up before"
+        got = "none" if isinstance(params, (list, tuple)) else "a generator that gave none (used up before, or all parameters are frozen)"
         fail(op, "params", "parameters (model.named_parameters())", got)
     return found
 
