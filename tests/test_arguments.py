@@ -230,7 +230,7 @@ def test_parameters_that_are_used_up(model):
     list(params)
     with named("ZOSGD: params: ") as error:
         ZOSGD(params, lr=0.1)
-    assert "a generator that gave none (used up before" in str(error.value)
+    assert "a generator that gave none (it was used up before" in str(error.value)
     with named("ZOSGD: params: "):
         ZOSGD([], lr=0.1)
 

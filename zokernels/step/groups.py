@@ -114,7 +114,8 @@ def listed(op: str, params: ParamsT) -> ParamsT:
         return params
     found: list[Any] = list(params)
     if not found:
-        got = "none" if isinstance(params, (list, tuple)) else "a generator that gave none (used up before, or all parameters are frozen)"
+        got = "a generator that gave none (it was used up before, or all parameters are frozen)"
+        got = "none" if isinstance(params, (list, tuple)) else got
         fail(op, "params", "parameters (model.named_parameters())", got)
     return found
 
