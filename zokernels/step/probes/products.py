@@ -222,7 +222,7 @@ class Products:
         """
         at = id(weight)
         known = self.learned.linears.get((at, self.is_one))
-        if known is not weight or at not in self.owners.params or bias is not None:
+        if known is None or known is not weight or at not in self.owners.params or bias is not None:
             return None
         if type(x) is not Tensor or x.dim() < 2 or self.look is not None or torch.is_grad_enabled():
             return None
