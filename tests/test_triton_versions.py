@@ -78,10 +78,11 @@ def test_kernels(runs, folder, tests):
     text = output.read().decode(errors="replace")
     if code:
         pytest.fail(f"{folder}, {tests}:\n{text[-20000:]}", pytrace=False)
-    passed = re.search(r"(\d+) passed", text.splitlines()[-1])
-    assert passed, text[-2000:]
-    assert int(passed[1]) > 60
-    assert "skipped" not in text.splitlines()[-1], text[-2000:]
+    # Behind pytest's last line Triton 3.9 may tell of objects that Python did not free at its end.
+    summary = [line for line in text.splitlines() if re.search(r"\d+ passed.* in \d", line)]
+    assert summary, text[-2000:]
+    assert int(re.search(r"(\d+) passed", summary[-1])[1]) > 60
+    assert "skipped" not in summary[-1], text[-2000:]
 
 
 def test_what_is_supported_is_what_is_tested():

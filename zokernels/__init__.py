@@ -24,11 +24,31 @@ zokernels.backends         the kernels (CUDA, Triton, CPU) and which of them is 
 
 from typing import TYPE_CHECKING, Any
 
-from . import functional
 from .backends import BackendUnavailable, backend
 from .blackbox import BlackBox
 from .contract import CONTRACT, stream_of, streams_of
-from .functional import *  # noqa: F403  # the operations, by functional.__all__
+from .functional import (
+    combine,
+    combine_,
+    decode,
+    decode_fan_out,
+    derive_seed,
+    encode,
+    fan_out_,
+    low_rank,
+    low_rank_,
+    low_rank_linear_,
+    noise,
+    pack_mask,
+    plan,
+    project,
+    quantized_linear,
+    requantize,
+    requantize_,
+    spread,
+    squared_norm,
+    update_,
+)
 from .span import Span, gram
 from .version import __version__
 from .wire import is_lossless, wire_bytes
@@ -48,13 +68,32 @@ __all__ = [
     "Span",
     "__version__",
     "backend",
+    "combine",
+    "combine_",
+    "decode",
+    "decode_fan_out",
+    "derive_seed",
+    "encode",
+    "fan_out_",
     "gram",
     "is_lossless",
+    "low_rank",
+    "low_rank_",
+    "low_rank_linear_",
+    "noise",
+    "pack_mask",
+    "plan",
+    "project",
+    "quantized_linear",
+    "requantize",
+    "requantize_",
+    "spread",
+    "squared_norm",
     "stream_of",
     "streams_of",
+    "update_",
     "wire_bytes",
 ]
-__all__ += functional.__all__
 
 #: Folders and modules that are imported when they are first asked for: ``zokernels.optim.ZOSGD``.
 _LATER = ("distributed", "es", "integrations", "offload", "optim", "quantize", "trajectory")

@@ -140,7 +140,8 @@ def entries(text: str) -> dict[str, str]:
     """The text of each of a module's kernels, by their (mangled) names."""
     found = list(_ENTRY.finditer(text))
     ends = [match.start() for match in found[1:]] + [len(text)]
-    return {match[1]: text[match.start() : end] for match, end in zip(found, ends, strict=True)}
+    # A module may have none; there is an end then all the same.
+    return {match[1]: text[match.start() : end] for match, end in zip(found, ends, strict=False)}
 
 
 def parse(text: str) -> dict[str, Kernel]:
