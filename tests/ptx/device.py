@@ -89,7 +89,7 @@ class _Operation:
 
     def __init__(self, device: Device, operation: Any) -> None:
         self._schema, self._device, self._operation = operation._schema, device, operation
-        self.default = self
+        self.default = self._op = self  # by the names of torch's own
 
     def __call__(self, *args: Any) -> Any:
         return self._device.call_operation(self._operation, args)
