@@ -31,7 +31,7 @@ from zokernels.optim import (
 from zokernels.step.cohort import members_within
 from zokernels.step.directions.low_rank import Factored
 from zokernels.step.probes.functions import HiddenParameters
-from zokernels.step.probes.products import Learned, Products
+from zokernels.step.probes.products import Learned
 from zokernels.trajectory import read, replay_
 
 KINDS = {
@@ -198,15 +198,27 @@ def test_no_perturbed_weight_is_made():
     assert max(sizes) == 50 * 3  # the left factor of rank 3 of the embedding [50, 24]
 
 
+class Forgetful(Learned):
+    """Knows of no parameter that it is used, and of no memory: factors are drawn one by one, into fresh
+    memory.
+    """
+
+    used = property(lambda self: {}, lambda self, value: None)
+
+    def empty(self, what, shape, device):
+        return torch.empty(shape, device=device)
+
+
 @pytest.mark.parametrize("name", ["LOZO", "EGGROLL", "SubZero", "TeZO"])
 @pytest.mark.parametrize("batched", [False, True])
-def test_factors_drawn_together_and_into_old_memory_are_those_drawn_alone(name, batched, monkeypatch):
+def test_factors_drawn_together_and_into_old_memory_are_those_drawn_alone(name, batched):
     """From a run's second forward on factors are drawn in one call, or into the memory of those before."""
 
-    def run():
+    def run(learned):
         torch.manual_seed(2)
         model, x = Model(), torch.randint(50, (3, 7))
         optimizer = METHODS[name](model.named_parameters(), restore="products", cohort=6 if batched else None)
+        optimizer.learned = learned
         losses = []
         for _ in range(3):
             if batched:
@@ -216,11 +228,7 @@ def test_factors_drawn_together_and_into_old_memory_are_those_drawn_alone(name, 
             losses.append(torch.stack(list(optimizer.last_losses)))
         return [*losses, *(p.detach() for p in model.parameters())]
 
-    together = run()
-    with monkeypatch.context() as patched:
-        patched.setattr(Products, "_draw_together", lambda *_: False)
-        patched.setattr(Learned, "empty", lambda _, what, shape, device: torch.empty(shape, device=device))
-        alone = run()
+    together, alone = run(Learned()), run(Forgetful())
     assert len({loss.item() for losses in together[:3] for loss in losses}) > 10
     for a, b in zip(together, alone, strict=True):
         assert torch.equal(a, b)

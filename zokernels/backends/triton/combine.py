@@ -9,7 +9,7 @@ from torch import Tensor
 from ..registry import implements
 from ..terms import Terms
 from .launch import masked
-from .noise import add_rademacher
+from .noise import add_rademacher, word_of
 from .rows import NUMBERS, each_row_tile, masked_rows, pieces
 from .table import pointer, row_of
 from .tile import (
@@ -68,10 +68,7 @@ def _unit(root):
 
 
 @triton.jit
-def _add_rademacher4(t0, t1, t2, t3, u0, u1, u2, u3, seed, c, span, rounding, WORD: tl.constexpr):
-    # This is called once for each of the block's four words.  Where K is static, the compiler sees that all
-    # draw the same block, and draws it once for 128 elements.
-    word = draw_rademacher(seed, tl.arange(0, THREADS), span)[WORD]
+def _add_rademacher4(t0, t1, t2, t3, u0, u1, u2, u3, word, c, rounding):
     t0 = add_rademacher(t0, c, u0, rounding, word, 0)
     t1 = add_rademacher(t1, c, u1, rounding, word, 1)
     t2 = add_rademacher(t2, c, u2, rounding, word, 2)
@@ -83,12 +80,17 @@ def _add_rademacher4(t0, t1, t2, t3, u0, u1, u2, u3, seed, c, span, rounding, WO
 def _whole_rademacher(span, terms, out, theta, curvature):
     """The program where all of its elements exist: each thread draws one Philox block for 128 elements.
 
-    It is block lane & 31 of tile lane >> 5, and its 16 bytes are the signs of 16 blocks of eight elements.
+    It is block lane & 31 of tile lane >> 5, and its 16 bytes are the signs of 16 blocks of eight elements, a
+    word those of four.  The words are a loop.  Unrolled they would take the compiler three seconds, because
+    its passes compare each access with all other instructions.
     """
     lane = tl.arange(0, THREADS)
-    more = (span, terms.rounding_seed)
-    for word in tl.static_range(4):
-        r0 = (lane >> 5) * 512 + (lane & 31) + 128 * word
+    drawn = ()
+    if len(terms.num_k) == 0:
+        for k in tl.static_range(len(terms.seeds)):
+            drawn += (draw_rademacher(terms.seeds[k], lane, span),)
+    for at in range(4):
+        r0 = (lane >> 5) * 512 + (lane & 31) + 128 * at
         r1, r2, r3 = r0 + 32, r0 + 64, r0 + 96
         a0, a1 = decayed(load(theta, r0, None, span), terms), decayed(load(theta, r1, None, span), terms)
         a2, a3 = decayed(load(theta, r2, None, span), terms), decayed(load(theta, r3, None, span), terms)
@@ -97,12 +99,17 @@ def _whole_rademacher(span, terms, out, theta, curvature):
         t0, t1, t2, t3 = a0, a1, a2, a3
         if len(terms.num_k) == 1:
             for k in range(terms.num_k[0]):
-                seed, c = tl.load(terms.seeds + k), tl.load(terms.coeffs + k)
-                t0, t1, t2, t3 = _add_rademacher4(t0, t1, t2, t3, u0, u1, u2, u3, seed, c, *more, word)
+                word = word_of(draw_rademacher(tl.load(terms.seeds + k), lane, span), at)
+                c = tl.load(terms.coeffs + k)
+                t0, t1, t2, t3 = _add_rademacher4(
+                    t0, t1, t2, t3, u0, u1, u2, u3, word, c, terms.rounding_seed
+                )
         else:
             for k in tl.static_range(len(terms.seeds)):
-                seed, c = terms.seeds[k], terms.coeffs[k]
-                t0, t1, t2, t3 = _add_rademacher4(t0, t1, t2, t3, u0, u1, u2, u3, seed, c, *more, word)
+                word, c = word_of(drawn[k], at), terms.coeffs[k]
+                t0, t1, t2, t3 = _add_rademacher4(
+                    t0, t1, t2, t3, u0, u1, u2, u3, word, c, terms.rounding_seed
+                )
         _finish(t0, a0, r0, None, span, terms, out)
         _finish(t1, a1, r1, None, span, terms, out)
         _finish(t2, a2, r2, None, span, terms, out)
