@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import sys
 import warnings
 
 import pytest
@@ -203,9 +202,10 @@ def test_what_fits_is_chosen_and_said(monkeypatch):
     model = bench_offload.build("opt-175b", torch.bfloat16, layers=3)
     made = blocks_of("stream", model, model.blocks(True))
     cuda, chosen = torch.device("cuda", 0), {}
+    for what in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, what, lambda device: 10**9)
     for free in (24e9, 18e9, 12.5e9, 10e9, 4e9):
-        module = sys.modules[fitting.__module__]
-        monkeypatch.setattr(module, "free_bytes", lambda device: int(free))  # noqa: B023
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free), 80 * 10**9))  # noqa: B023
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             slots, scratch = fitting("stream", model, made, cuda, None, None, None, None)

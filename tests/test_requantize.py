@@ -9,7 +9,6 @@ from helpers import DISTS, add_extras, check_backend, placed, random_call
 import zokernels
 from zokernels.backends.reference.noise import uniform16
 from zokernels.contract import DOMAIN_ROUNDING
-from zokernels.ops import requantize
 from zokernels.quantize import pack_int4
 
 BOUNDS = [(-127, 127), (-128, 127), (-8, 7), (0, 1), (100, 120)]
@@ -135,10 +134,12 @@ def test_many_tensors_and_threads(cpu_kernel, rng):
     check_backend(run, args, threads=(1, 3))
 
 
-def packed_case(rng, monkeypatch, device="cpu"):
-    """A call on packed integers, beside the same call on int8 ones: offsets, masks, rows of coefficients."""
-    monkeypatch.setattr(requantize, "_PIECE", rng.choice([13, 64, 1 << 18]))
+def packed_case(rng, device="cpu", more=0):
+    """A call on packed integers, beside the same call on int8 ones: offsets, masks, rows of coefficients.
+
+    The second tensor has ``more`` elements than the others."""
     sizes = [2 * rng.randrange(0, 100) for _ in range(3)]
+    sizes[1] += more
     integers = [torch.randint(-8, 8, (n,), dtype=torch.int8, device=device) for n in sizes]
     coeffs = torch.randn(*rng.choice([(2,), (3, 2)])) * 3
     options = {"streams": [5, 6, 7], "offsets": [rng.randrange(2**40) for _ in sizes], "low": -7, "high": 7}
@@ -154,8 +155,8 @@ def packed_case(rng, monkeypatch, device="cpu"):
     return integers, options
 
 
-def check_packed(rng, monkeypatch, device="cpu"):
-    integers, options = packed_case(rng, monkeypatch, device)
+def check_packed(rng, device="cpu", more=0):
+    integers, options = packed_case(rng, device, more)
     packed = [pack_int4(q) for q in integers]
     out = [torch.full_like(p, 0xAB) for p in packed]
     before = [p.clone() for p in packed]
@@ -168,17 +169,22 @@ def check_packed(rng, monkeypatch, device="cpu"):
 
 
 @pytest.mark.parametrize("repeat", range(3))
-def test_packed_integers_get_the_bits_of_int8(cpu_backend, rng, monkeypatch, repeat):
+def test_packed_integers_get_the_bits_of_int8(cpu_backend, rng, repeat):
     for _ in range(2):
-        check_packed(rng, monkeypatch)
+        check_packed(rng)
+
+
+def test_packed_integers_of_several_pieces(cpu_backend, rng):
+    """Of 2^18 bytes each: 2^19 integers."""
+    check_packed(rng, more=3 << 18)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["cuda", "triton", "reference"])
-def test_packed_integers_get_the_bits_of_int8_on_a_gpu(backend, rng, monkeypatch):
+def test_packed_integers_get_the_bits_of_int8_on_a_gpu(backend, rng):
     with zokernels.backend(backend):
         for _ in range(6):
-            check_packed(rng, monkeypatch, "cuda")
+            check_packed(rng, "cuda")
 
 
 BAD_PACKED = {

@@ -146,7 +146,7 @@ def test_frozen_at_first_and_inference_mode():
 # --- what a capture would freeze: no GPU needed to see the errors ---
 
 
-def test_errors_of_a_capture(monkeypatch):
+def test_errors_of_a_capture():
     p = nn.Parameter(torch.ones(4))
     plain, opt, cpu_lr, fresh = (
         ZOSGD([p], lr=lr, capturable=capturable)
@@ -154,7 +154,8 @@ def test_errors_of_a_capture(monkeypatch):
     )
     for warm in (plain, opt, cpu_lr):
         warm.step(lambda: p.sum())
-    monkeypatch.setattr("zokernels.step.step.is_capturing", lambda devices: True)
+    for optimizer in (plain, opt, cpu_lr, fresh):
+        optimizer.is_capturing = lambda devices: True
     with pytest.raises(RuntimeError, match="capturable: expected True where a CUDA graph is captured"):
         plain.step(lambda: p.sum())
     with pytest.raises(RuntimeError, match="step: expected one step before the capture"):

@@ -82,6 +82,7 @@ class StepOptimizer(torch.optim.Optimizer):
     part = False
     #: True if forwards are at theta, of dual numbers whose tangents are the directions.
     tangents = False
+    is_capturing = staticmethod(is_capturing)
 
     def __init__(
         self,
@@ -395,7 +396,7 @@ class StepOptimizer(torch.optim.Optimizer):
     ) -> Tensor:
         buckets = self.plan()
         devices = list(dict.fromkeys([b.device for b in buckets]))
-        capturing = is_capturing(devices)
+        capturing = self.is_capturing(devices)
         rng = self._rng(buckets, devices, capturing)
         watch = self.watch
         if looking := watch.is_looking and isinstance(rng, RngState):
