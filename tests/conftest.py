@@ -102,6 +102,21 @@ def pytest_configure(config):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_make_parametrize_id(val, argname):
+    """A dict, list or tuple is named by what is in it where that is short.  pytest would number them."""
+    if isinstance(val, dict):
+        text = ",".join(f"{key}={value}" for key, value in val.items())
+    elif isinstance(val, (list, tuple)):
+        text = ",".join(map(str, val))
+    else:
+        return None
+    return (
+        text
+        if 0 < len(text) <= 40 and text.isascii() and text.isprintable() and " at 0x" not in text
+        else None
+    )
+
+
 def pytest_collection_modifyitems(config, items):
     if hasattr(config, "workerinput"):
         place = {f"test_{name}": i for i, name in enumerate(LONGEST)}

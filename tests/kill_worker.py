@@ -7,14 +7,12 @@ begins anew."""
 
 from __future__ import annotations
 
-import os
 import pathlib
 import random
-import signal
 import sys
 import time
-import traceback
 
+import forked
 import torch
 
 from zokernels.optim import ZOSGD
@@ -36,28 +34,16 @@ def train(log: pathlib.Path | None, out: pathlib.Path) -> None:
 
 def attempt(log: pathlib.Path, out: pathlib.Path, rng: random.Random | None) -> bool:
     """Whether the child was killed."""
-    begin = log.stat().st_size if log.exists() else 0
-    if (child := os.fork()) == 0:
-        code = 1
-        try:
-            train(log, out)
-            code = 0
-        except BaseException:  # the child must not return into the parent's loop
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    if rng is not None:
+    size = lambda: log.stat().st_size if log.exists() else 0
+    begin = size()
+
+    def wait(child: int) -> None:
         target = begin + rng.randrange(60)
-        while (log.stat().st_size if log.exists() else 0) < target and os.waitid(
-            os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT
-        ) is None:
+        while size() < target and forked.end_of(child) is None:
             pass
         time.sleep(rng.random() * 2e-3)
-        os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
-    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
-        raise SystemExit(1)
-    return os.WIFSIGNALED(status)
+
+    return forked.attempt(lambda: train(log, out), None if rng is None else wait)
 
 
 def main(folder: str, kills: str, seed: str) -> None:

@@ -9,14 +9,15 @@ they have left enough different states.
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import random
 import signal
 import sys
 import time
-import traceback
 
+import forked
 import torch
 import torch.distributed as dist
 from offload_cases import tower, train
@@ -100,21 +101,9 @@ def attempt(
     children = []
     (meet := folder.parent / "meet").unlink(missing_ok=True)
     for rank in range(ranks):
-        if (child := os.fork()) == 0:
-            code = 1
-            try:
-                run(folder, base, STEPS // ranks, wire, method, rank, ranks, os.fspath(meet))
-                code = 0
-            except BaseException:  # the child must not return into the parent's loop
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        children.append(child)
-    ended = lambda: [
-        end
-        for child in children
-        if (end := os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None
-    ]
+        args = folder, base, STEPS // ranks, wire, method, rank, ranks, os.fspath(meet)
+        children.append(forked.fork(functools.partial(run, *args)))
+    ended = lambda: [end for child in children if (end := forked.end_of(child)) is not None]
     until = float("inf") if wait is None else time.monotonic() + wait[0]
     while time.monotonic() < until and len(ended()) < (ranks if wait is None else 1):
         time.sleep(1e-3)

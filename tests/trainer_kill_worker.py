@@ -9,15 +9,13 @@ Prints the number of children that were killed.
 
 from __future__ import annotations
 
-import os
 import pathlib
 import random
 import shutil
-import signal
 import sys
 import time
-import traceback
 
+import forked
 import torch
 import transformers
 from hf_cases import opt, rows, same, trainer, weights
@@ -46,27 +44,15 @@ def train(place: pathlib.Path, offload: dict | None, **options: object) -> None:
         made.engine.close()
 
 
-def attempt(place: pathlib.Path, offload: dict, wait: float | None) -> bool:
+def attempt(place: pathlib.Path, offload: dict, seconds: float | None) -> bool:
     """Whether the child was killed."""
-    if (child := os.fork()) == 0:
-        code = 1
-        try:
-            train(place, offload)
-            code = 0
-        except BaseException:  # the child must not return into the parent's loop
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    if wait is not None:
-        end = time.monotonic() + wait
-        ended = lambda: os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-        while time.monotonic() < end and not ended():
+
+    def wait(child: int) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and forked.end_of(child) is None:
             time.sleep(1e-3)
-        os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
-    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
-        raise SystemExit(1)
-    return os.WIFSIGNALED(status)
+
+    return forked.attempt(lambda: train(place, offload), None if seconds is None else wait)
 
 
 def main(folder: str, kills: str, seed: str) -> None:
