@@ -110,8 +110,8 @@ TRITON_CEILINGS = {
     "combine, bf16, normal": (31.6, 23.1, 20.8),
     "combine, bf16, normal, stochastic": (40.0, 30.4, 28.1),
     "combine, bf16, normal, K = 2, stochastic": (71.0, 50.3, 45.7),
-    "combine, bf16, rademacher": (5.9, 5.7, 5.2),
-    "combine, bf16, rademacher, stochastic": (18.0, 15.8, 15.6),
+    "combine, bf16, rademacher": (6.1, 5.9, 5.4),
+    "combine, bf16, rademacher, stochastic": (16.6, 15.5, 15.1),
 }
 
 
@@ -127,11 +127,9 @@ def test_the_pipe_that_decides(found, kernel, architecture):
 @pytest.mark.parametrize("architecture", gpu_pipes.ARCHITECTURES)
 @pytest.mark.parametrize("kernel", TRITON, ids=lambda k: k.name)
 def test_triton_is_within_five_percent_of_cuda(found, kernel, architecture):
-    """But for signs with stochastic rounding on sm_80, six: a bound of twice what its memory moves."""
     same = next(k for k in CUDA if k.name == kernel.name)
-    percent = 6 if (architecture, kernel.name) == (80, "combine, bf16, rademacher, stochastic") else 5
     bounds = (found[k, architecture].cycles.bound for k in (kernel, same))
-    assert next(bounds) <= (1 + percent / 100) * next(bounds)
+    assert next(bounds) <= 1.05 * next(bounds)
 
 
 @pytest.mark.parametrize("architecture", gpu_pipes.ARCHITECTURES)

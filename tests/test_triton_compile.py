@@ -100,12 +100,11 @@ def test_a_product_without_rounding_is_found():
     assert fusible(Kernel) == ["mul.f32 %r1, %r2, %r3;", "add.f64 %d1, %d2, %d3; }"]
 
 
-def per_element(kernel, dist) -> float:
+def per_element(kernel, dtype) -> float:
+    """A thread writes all of its elements in one or several passes of a loop."""
     function = sass(kernel)
-    # Normals: four passes of a loop, unless the compiler unrolled it; Rademacher: straight code.
-    stores = function.hot_count(disassembly.WIDE_STORE)
-    trips = 4 if dist == "normal" and stores < ELEMENTS // 8 else 1
-    figure = function.executed(trips) / ELEMENTS
+    accesses = ELEMENTS * (4 if dtype == "fp32" else 2) // 16
+    figure = function.executed(accesses // function.hot_count(disassembly.WIDE_STORE)) / ELEMENTS
     show(function.mix().most_common(12), figure)
     return figure
 
@@ -184,7 +183,8 @@ def test_variant_compiles_to_what_it_should(arch, variant):
     check(kernel, SPILLED * (arch == 100))
     assert function.hot_count("LDS|STS|LDSM|BAR|SHFL") == 0
     bytes_each = 16 * ELEMENTS // (4 if dtype == "fp32" else 8)
-    assert (wide := function.hot_count(disassembly.WIDE_STORE)) in (bytes_each // 16, bytes_each // 64)
+    wide = function.hot_count(disassembly.WIDE_STORE)
+    assert wide in (bytes_each // 16, bytes_each // 32, bytes_each // 64)  # of one, two or four passes
     assert function.hot_count(disassembly.WIDE_LOAD) == wide
     assert function.hot_count(r"STG") == wide
 
@@ -235,11 +235,11 @@ def test_count_by_hand():
         ("bf16", "normal", 1, {"table": True}, 24.0),
         ("fp32", "normal", 1, {"table": True, "decay": True}, 24.0),
         ("fp16", "normal", 1, {"rounding": True}, 40.0),
-        ("bf16", "rademacher", 1, {"table": True}, 6.0),
+        ("bf16", "rademacher", 1, {"table": True}, 6.1),
     ],
 )
 def test_instructions_per_element(dtype, dist, k, extra, ceiling):
-    figure = per_element(combine_kernel(90, dtype, dist, k, **extra), dist)
+    figure = per_element(combine_kernel(90, dtype, dist, k, **extra), dtype)
     floor = 14 if dist == "normal" else 3  # fewer would mean that the count lost the kernel
     assert floor < figure <= ceiling
 
@@ -247,11 +247,11 @@ def test_instructions_per_element(dtype, dist, k, extra, ceiling):
 @pytest.mark.parametrize("dist", ["normal", "rademacher"])
 def test_no_product_and_sum_are_contracted(dist):
     """The fmas of the contract and no others: 14 a pair and one an element, 32 elements a loop;
-    Rademacher has none.
+    Rademacher has none, and 64 elements a loop.
     """
     function = sass(combine_kernel(90, "fp32", dist, 1, decay=True))
     assert function.hot_count("FFMA") == (32 * 7 + 32 if dist == "normal" else 0)
-    assert function.hot_count("FADD") == (0 if dist == "normal" else ELEMENTS)
+    assert function.hot_count("FADD") == (0 if dist == "normal" else 64)
 
 
 def test_directions_known_at_run_time_cost_one_loop_each():

@@ -150,18 +150,12 @@ def add_rademacher(acc, c, unit, rounding, word, byte: tl.constexpr):
 
 
 @triton.jit
-def word_of(block, at):
-    """Word number ``at`` of each row's Philox block."""
-    return tl.where(at < 2, tl.where(at < 1, block[0], block[1]), tl.where(at < 3, block[2], block[3]))
-
-
-@triton.jit
 def rademacher(block, byte):
     """z, fp32 [B, 8], from byte number ``byte`` [B] of each row's Philox block.
 
     It is what :func:`add_rademacher` adds; this form is for the edges of tensors.
     """
-    word = word_of(block, byte >> 2)
+    word = tl.where(byte < 8, tl.where(byte < 4, block[0], block[1]), tl.where(byte < 12, block[2], block[3]))
     bit = (8 * (byte & 3))[:, None] + tl.arange(0, 8)[None, :]
     return 1.0 - 2.0 * ((word[:, None] >> bit.to(tl.uint32)) & 1).to(tl.float32)
 
