@@ -85,7 +85,9 @@ def test_no_product_and_sum_are_contracted(kernel, target):
     assert loop.count(amdgcn.WIDE_LOAD) == loop.count(amdgcn.WIDE_STORE) == 8
     rademacher = kernel(target, "combine_table_kernel", "fp32")
     assert rademacher.count(amdgcn.FMA) == 8
-    assert rademacher.count(r"v_(dual_|pk_)?add_f32|v_(dual_)?sub_f32") >= 128
+    assert (
+        rademacher.count(r"v_(dual_|pk_)?add_f32|v_(dual_)?sub_f32") >= 64
+    )  # half of its elements: two passes
 
 
 #: Instructions an element in whole tiles: kernel, dtypes, elements of a loop, and the ceilings for the two
