@@ -407,6 +407,58 @@ def test_all_signals_are_held_back_and_all_handlers_run():
             signal.signal(number, handler)
 
 
+def test_a_block_that_never_ended_holds_no_signal_back():
+    """An exception that strikes just before its end leaves the handlers with it, until somebody looks."""
+
+    def left(inside=lambda: None):
+        uninterrupted().__enter__()
+        inside()
+
+    raised = lambda: signal.raise_signal(signal.SIGUSR1)
+    before = signal.signal(signal.SIGUSR1, _raise)
+    try:
+        left()
+        assert signal.getsignal(signal.SIGUSR1) is not _raise
+        with pytest.raises(Preempted):  # the next signal
+            raised()
+        assert signal.getsignal(signal.SIGUSR1) is _raise
+        left(raised)
+        with pytest.raises(Preempted), uninterrupted():  # the next block, for what came meanwhile
+            pytest.fail("the block has begun")
+        assert signal.getsignal(signal.SIGUSR1) is _raise
+        left()
+        with pytest.raises(Preempted):  # noqa: PT012
+            with uninterrupted():
+                raised()  # which this block holds back, as if the other had ended
+                assert signal.getsignal(signal.SIGUSR1) is not _raise
+            pytest.fail("the signal is lost")
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_another_threads_block_leaves_this_ones_alone():
+    before, told = signal.signal(signal.SIGUSR1, _raise), []
+
+    def elsewhere():
+        with uninterrupted():
+            told.append(signal.getsignal(signal.SIGUSR1))
+
+    try:
+        with pytest.raises(Preempted):  # noqa: PT012
+            with uninterrupted():
+                thread = threading.Thread(target=elsewhere)
+                thread.start()
+                thread.join()
+                signal.raise_signal(signal.SIGUSR1)
+                assert told[0] is not _raise
+                told.append("held")
+            pytest.fail("the signal is lost")
+        assert told[1:] == ["held"]
+        assert signal.getsignal(signal.SIGUSR1) is _raise
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 def test_signals_that_an_exception_has_kept_from_being_given_back(monkeypatch):
     """An exception of another thread just when a step ends: handlers are the user's again all the same."""
     run, leave, raised = make("exact"), uninterrupted.__exit__, []

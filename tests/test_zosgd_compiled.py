@@ -3,6 +3,7 @@ points.
 """
 
 import copy
+import gc
 import subprocess
 import sys
 import warnings
@@ -192,6 +193,26 @@ def test_compiled_after_the_first_step():
         if t == 4:
             compiled = counter.frame_count
     assert counter.frame_count == compiled > 0
+
+
+def test_what_gc_freeze_hides_is_found():
+    """An engine freezes what it has made: compiled functions are among it."""
+    counter, plain = CompileCounter(), layers()
+    model = compile_layers(layers(), backend=counter)
+    with torch.no_grad():
+        model(tokens())
+    counts = []
+    gc.freeze()
+    frozen = gc.get_freeze_count()
+    opt = ZOSGD(model.named_parameters(), lr=1e-4, eps=EPS)
+    reference = ZOSGD(plain.named_parameters(), lr=1e-4, eps=EPS)
+    for _ in range(3):
+        opt.step(lambda: language_loss(model))
+        reference.step(lambda: language_loss(plain))
+        assert torch.equal(torch.stack(opt.last_losses), torch.stack(reference.last_losses))
+        counts.append(counter.frame_count)
+    assert counts == counts[:1] * 3
+    assert gc.get_freeze_count() >= frozen  # they are frozen as before
 
 
 def test_a_process_of_its_own_stays_compiled():

@@ -6,7 +6,9 @@ import functools
 import importlib
 import os
 import signal
+import sys
 import threading
+import types
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from threading import get_ident
@@ -123,16 +125,30 @@ class uninterrupted:
 
     So none of them, whether Ctrl-C, a SIGTERM whose handler calls sys.exit() or an alarm whose handler
     raises, can fall between a weight write and its record.  Only the main thread runs handlers; in any other
-    this does nothing, nor does it inside another such block, which holds them all."""
+    this does nothing, nor does it inside another such block, which holds them all.
+
+    An exception that another thread injects can strike just before the block ends, and so keep it from
+    ending.  The next signal, or the next block, finds that the function which made this one has returned, and
+    ends it then."""
 
     _held: list[tuple[int, Any]] = []  # noqa: RUF012  before the block begins; each has its own
     _pending: list[int] = []  # noqa: RUF012
+
+    def __init__(self) -> None:
+        maker = sys._getframe(1)
+        self._maker = id(maker), maker.f_code  # the frame itself would refer to itself through this block
 
     def __enter__(self) -> uninterrupted:
         self._held, self._pending = [], []
         self._thread = get_ident()
         found = _handled()(_signal.getsignal, _NUMBERS)
-        if not found or getattr(found[0][1], "__func__", None) is uninterrupted._hold:
+        if found and getattr(found[0][1], "__func__", None) is uninterrupted._hold:
+            outer = found[0][1].__self__
+            if outer._thread != self._thread or not outer._is_left():
+                return self
+            outer.__exit__()
+            found = _handled()(_signal.getsignal, _NUMBERS)
+        if not found:
             return self
         try:
             for one in found:
@@ -159,6 +175,17 @@ class uninterrupted:
 
     def _hold(self, number: int, frame: object) -> None:
         self._pending.append(number)
+        if self._is_left():
+            self.__exit__()
+
+    def _is_left(self) -> bool:
+        """Whether the function that made this block has returned.  To be asked in the block's thread."""
+        frame: types.FrameType | None = sys._getframe(1)
+        while frame is not None:
+            if id(frame) == self._maker[0] and frame.f_code is self._maker[1]:
+                return False
+            frame = frame.f_back
+        return True
 
     def __exit__(self, *exception: object) -> None:
         """Puts all handlers back, and then lets them run; of several that raise, the first one's error is

@@ -43,6 +43,7 @@ class Compiled:
         if self._compiled != frames.FRAME_COUNTER:  # a search takes a tenth of a second
             if not _torch_compile_was_called():
                 return
+            _skip_ours()
             self._compiled, self._params = frames.FRAME_COUNTER, None
             found: dict[int, tuple[Any, set[int]]] = {}
             for context, function in _functions():
@@ -57,8 +58,6 @@ class Compiled:
 
     def watched(self) -> AbstractContextManager[None]:
         """Inside, the forward of a thread is told when it enters a compiled function."""
-        if "torch._dynamo.trace_rules" in sys.modules:
-            _skip_ours()
         return self._hooked() if self.regions else nullcontext()
 
     @contextmanager
@@ -105,7 +104,7 @@ def _torch_compile_was_called() -> bool:
 def _functions() -> Iterator[tuple[Any, Any]]:
     """All functions that torch.compile has made, each with its context, and what it is made of as second."""
     source = sys.modules["torch._dynamo.eval_frame"].__file__
-    for wrapper in gc.get_objects():
+    for wrapper in _objects():
         if type(wrapper) is types.FunctionType and wrapper.__code__.co_filename == source:
             made_of = getattr(wrapper, "_torchdynamo_orig_callable", None)
             names = wrapper.__code__.co_freevars
@@ -113,6 +112,22 @@ def _functions() -> Iterator[tuple[Any, Any]]:
                 context = wrapper.__closure__[names.index("self")].cell_contents
                 if getattr(context, "enter_exit_hooks", None) is not None and callable(context.callback):
                     yield context, made_of
+
+
+def _objects() -> list[Any]:
+    """What Python's garbage collector knows of, and what ``gc.freeze()`` has hidden from it, as engines do
+    when they are ready.
+
+    Python lists frozen objects for nobody, so they are let go for a moment, and frozen again together with
+    what is there now.
+    """
+    if not gc.get_freeze_count():
+        return gc.get_objects()
+    gc.unfreeze()
+    try:
+        return gc.get_objects()
+    finally:
+        gc.freeze()
 
 
 def _held_by(value: Any) -> set[int]:
