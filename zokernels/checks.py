@@ -24,7 +24,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: Of optimizer states.
+#: What the states of an optimizer may be kept in.
 STATE_DTYPES = (torch.float32, torch.bfloat16)
 
 

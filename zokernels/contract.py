@@ -134,7 +134,7 @@ def stream_of(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=STREAM_BITS // 8).digest(), "little")
 
 
-# As torch.compiler.assume_constant_result does, which imports the compiler: a graph holds the number.
+# So a graph holds the number.  torch.compiler.assume_constant_result sets the same, but imports the compiler.
 stream_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

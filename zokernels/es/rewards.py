@@ -11,7 +11,7 @@ from typing import Any
 
 from ..checks import fail
 
-#: Of one prompt (as it was given) and the text that an engine made of it: a number, of which more is better.
+#: A function of one prompt, as it was given, and of the text that an engine made of it.  More is better.
 Reward = Callable[[Any, str], float]
 
 

@@ -79,7 +79,7 @@ class Run:
             "lr": settings.lr, "eps": settings.sigma, "weight_decay": settings.weight_decay,
             "dist": settings.dist, "rounding": settings.rounding,
         }  # fmt: skip
-        # Of an optimizer over the base's mapped memory, which takes no step: it says what a log of it is.
+        # This optimizer over the base's mapped memory takes no step.  It says what the log is of.
         self.optimizer = StepOptimizer(
             [(name, t.detach().requires_grad_(name in self.names)) for name, t in floats.items()],
             options, seed=settings.seed, restore="exact", estimator=settings.estimator, rule=SGD(),

@@ -47,7 +47,7 @@ class Update(NamedTuple):
         return {"decay": self.decay, "rounding": self.rounding, "rounding_seed": self.rounding_seed}
 
 
-#: Of no noise.
+#: The seeds and coefficients where no noise is added.
 NOTHING: tuple[tuple[int, ...], tuple[float, ...]] = ((), ())
 
 

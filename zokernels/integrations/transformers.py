@@ -372,7 +372,7 @@ class ZOTrainerMixin(TrainerArguments):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._since = None
         args, kwargs = self._from_last_whole(*args, **kwargs)
-        # Of the instance: so it stands before that of any class of the user's.
+        # It is set on the instance, so that it also stands before the method of a class of the user's.
         self.training_step = self._keep  # type: ignore[method-assign]
         self.accelerator.backward = self._collect
         try:

@@ -89,7 +89,7 @@ class WorkerExtension:
     methods want ``enable_prefix_caching=False``; :class:`Engine` empties it.
     """
 
-    # Of vLLM's worker.
+    # vLLM's worker, into which this class is mixed, has these.
     model_runner: Any
     vllm_config: Any
     model_config: Any

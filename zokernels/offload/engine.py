@@ -40,13 +40,13 @@ from .stored import StoredModel
 from .timeline import Timeline
 from .visit import SidePoints, Visit, WireVisit
 
-#: Whose updates are passes over weights, and over states that travel with them.
+#: The rules whose updates are passes over weights, and over states that travel with them.
 _RULES = frozenset(
     (SGD, Conservative, Recalling, Floored, Momentum, Adam, Sign, Curvature, MomentumWindow, AdamWindow)
 )
-#: Whose noise needs no weights, and is drawn on the host and on the device alike.
+#: The directions whose noise needs no weights, and is drawn on the host and on the device alike.
 _DENSE = frozenset((Direction, IntegerSteps))
-#: Whose noise needs no weights but those that it is added to, and what is kept of these.
+#: The directions whose noise needs no weights but those that it is added to, and what is kept of these.
 _DIRECTIONS = _DENSE | {RandomMask, MagnitudeMask, GivenMask, Sphere, CurvedDirection}
 _DIRECTIONS |= {KeptRight, KeptLeft, FreshFactors, TemporalFactor, Subspace}
 

@@ -102,7 +102,7 @@ def _of_steps(model: nn.Module, made: Sequence[Block], device: torch.device) -> 
     """Of a model in memory: its weights, and the copies that steps take."""
     params = list(model.parameters())
     weights = {id(t): t for t in (*params, *model.buffers(), *(e.param for b in made for e in b.entries))}
-    # As much as a block is kept besides, of what other blocks come between.
+    # A step keeps as much again of parameters between whose uses other blocks come.
     block = max(LIMIT[device.type], *(scratch_bytes([p]) for p in params))
     copy = min(scratch_bytes(params), max(2 * block, _compiled(model, params)))
     return Footprint(0, 0, 0, resident=sum(t.nbytes for t in weights.values()), copy=copy)

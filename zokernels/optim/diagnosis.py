@@ -164,8 +164,8 @@ class _Measured:
         ladder = [self._differences(factor, 0) for factor in FACTORS]
         sizes = [_rms(d) for d in ladder]
         straight = [_cosine(a, b) for a, b in itertools.pairwise(ladder)]
-        # With d(e) = 2 e g + noise, 4 d(e) - d(4 e) is noise alone, of 17 times the variance of one.  Noise
-        # is the same at the next pair of eps; what bends grows with the third power of eps there.
+        # If d(e) = 2 e g + noise, then 4 d(e) - d(4 e) is noise alone, with 17 times the variance of d's.  At
+        # the next pair of eps noise is the same, while what bends has grown with the third power of eps.
         rounding, after = (_rms(4 * a - b) / math.sqrt(17) for a, b in itertools.pairwise(ladder[:3]))
         if flat := not sizes[0]:  # nothing of losses in coarse steps is seen at so small an eps
             rounding = max(rounding, after)

@@ -373,7 +373,7 @@ class Bayesian(OneSided):
         noise = torch.full_like(y[0], self.noise**2)
         axes = torch.arange(self.directions, device=y.device)
         for sample in range(self.samples):
-            # Of equal variances the last, as an eigensolver orders the axes.
+            # Where variances are equal, the last axis is taken, as an eigensolver orders them.
             last = self.directions - 1 - variance.flip(0).argmax()
             here = axes == (last if sample >= self.directions else sample)
             residual = y - mean

@@ -36,7 +36,7 @@ ROUNDINGS = ("stochastic", "nearest")
 #: How the weights come back after the forwards of a step.
 Restore = Literal["exact", "inplace", "products"]
 RESTORES = get_args(Restore)
-#: Of fp32, in which kernels take the numbers of a step.
+#: The largest number of fp32, in which kernels take the numbers of a step.
 _LARGEST = torch.finfo(torch.float32).max
 
 

@@ -36,6 +36,6 @@ class ForwardHook:
 
     def remove(self) -> None:
         self._handle.remove()
-        # Inside a `catch_warnings` that began since, or after one that ended, the list is another.
+        # The list is another one inside a `catch_warnings` that began since, and after one that has ended.
         if self._quiet and _FILTER in warnings.filters:
             warnings.filters.remove(_FILTER)  # type: ignore[attr-defined]

@@ -116,8 +116,8 @@ def _shard(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> Sh
         return Shard(local, start, 0, 0, 0)
     partial = [d for d, (n, m) in enumerate(zip(local, shape, strict=True)) if n != m]
     runs = all(int(k[-1]) - int(k[0]) + 1 == len(k) for k in left)
-    # As a matrix of the dimensions before the last one that is cut, and of the rest, it has rows in one
-    # piece.
+    # The shard is taken as a matrix: its rows are the dimensions before the last one that is cut, and the rest
+    # is one piece of a row.
     last = partial[-1] if partial else 0
     if not runs or (len(partial) > 1 and math.prod(local[: partial[-2]]) != 1) or len(partial) > 2:
         fail("shard", "placements", "a shard that is rows of one matrix", f"{placements} of shape {shape}")

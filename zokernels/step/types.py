@@ -92,7 +92,7 @@ class Bucket:
     #: Seeds and coefficients that the update adds to its own: the next step's perturbation
     #: (:class:`TwoPass`).
     ahead: tuple[Tensor, Tensor] | None = None
-    #: Of :attr:`params`, kept from step to step; a bucket of others has another or none.
+    #: The plan of :attr:`params`, which is kept from step to step.  None where nothing can be kept.
     plan: Plan | None = field(default=None, init=False)
 
     @property

@@ -20,7 +20,7 @@ from .roles import OptimizerView, home_of
 from .shard import is_sharded
 
 HALF = (torch.bfloat16, torch.float16)
-#: After so many steps in a row without any difference of losses.
+#: A warning comes after so many steps in a row whose losses do not differ.
 _ZEROS = 5
 #: How many steps of a process are looked at for random numbers of the closure.
 _LOOKS = 4

@@ -40,8 +40,8 @@ class Record(NamedTuple):
 
     step: int
     finite: bool
-    #: Of the two-pass form: whether the update added the next step's perturbation, and whether the step began
-    #: with one.
+    #: In the two-pass form these say whether the update added the next step's perturbation, and whether the
+    #: step began with one.
     two_pass: bool
     carried: bool
     #: The rule's choice among its trials.  The update's g is this times :attr:`gradients`.

@@ -29,7 +29,7 @@ from .format import Log, Record, read
 from .rebuilding import is_sgd, match, optimizer_of
 from .settings import check_base
 
-#: Of fp32.
+#: The largest number that fp32 has.
 _LARGEST = torch.finfo(torch.float32).max
 
 #: How many steps' passes wait at a time.

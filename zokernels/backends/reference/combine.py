@@ -93,7 +93,8 @@ class Chunk:
         """The elements that the masks keep, bool [n]; None where all are kept."""
         kept = None
         if self.terms.masks:
-            # Of a packed mask, which begins with the tensor's first block of eight, or each row's own.
+            # The byte of the first element in a packed mask, which begins with the tensor's first block of
+            # eight, or in that of each row.
             place = (self.logical >> 3) - (self.terms.offsets[self.index] >> 3)
             if self.width:
                 assert self.terms.lengths is not None

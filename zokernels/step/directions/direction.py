@@ -15,8 +15,8 @@ from ..types import Bucket, Seeds
 class Direction:
     """What z is: here, dense noise.  Once a step, before anything moves, it gives each bucket its noise."""
 
-    #: After how many steps something is drawn or measured anew, by the host's count; None: never, and so it
-    #: can be part of a CUDA graph.
+    #: The number of steps, which the host counts, after which something is drawn or measured anew.  None
+    #: means never, so that the direction can be part of a CUDA graph.
     refresh: int | None = None
     #: True if z of one parameter depends on no other parameter.
     separate = True

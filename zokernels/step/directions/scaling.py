@@ -132,7 +132,7 @@ class TensorScale(Direction):
                 fail("TensorScale", "sizes", "names of the optimizer's parameters", repr(unknown[0]))
             yield from ((p, number(p, own.get(names[id(p)], 1.0))) for p in params)
             return
-        # Of the whole layer, those of its weights that a subset leaves out of this step included.
+        # The whole layer is measured, with those of its weights that a subset leaves out of this step.
         sums: dict[str | None, Tensor] = {}
         counts: dict[str | None, int] = {}
         for p in (

@@ -42,7 +42,7 @@ class Sensitivity(SGD):
                 fail("Sensitivity", name, "a number in (0, 1]", repr(value))
         check_number("Sensitivity", "first", first, positive=True)
         self.ratio, self.rate, self.pace, self.first = ratio, rate, pace, first
-        #: Of the step: which tensors take part (bool [T]), and their probabilities (float64 [T]).
+        #: Which tensors take part in the step (bool [T]), and their probabilities (float64 [T]).
         self.sample: tuple[Tensor, Tensor] | None = None
 
     folds_restore = False
