@@ -116,7 +116,7 @@ def _shard(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> Sh
         return Shard(local, start, 0, 0, 0)
     partial = [d for d, (n, m) in enumerate(zip(local, shape, strict=True)) if n != m]
     runs = all(int(k[-1]) - int(k[0]) + 1 == len(k) for k in left)
-    # The shard is taken as a matrix: its rows are the dimensions before the last one that is cut, and the rest
+    # The shard is taken as a matrix, whose rows are the dimensions before the last one that is cut.  The rest
     # is one piece of a row.
     last = partial[-1] if partial else 0
     if not runs or (len(partial) > 1 and math.prod(local[: partial[-2]]) != 1) or len(partial) > 2:

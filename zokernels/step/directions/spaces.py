@@ -61,7 +61,7 @@ class ActivationSpace(LowRank):
     rank: int = 16
     iterations: int = 3
     scaled: bool = False
-    #: What the step has drawn: streams by id of the parameter, and A, with the size of each column, by stream.
+    #: What the step has drawn: streams by id of the parameter, and by stream A, with the size of each column.
     streams: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
     bases: dict[int, tuple[Tensor, Tensor]] = field(
         default_factory=dict, init=False, repr=False, compare=False
