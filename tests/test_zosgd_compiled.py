@@ -204,15 +204,16 @@ def test_what_gc_freeze_hides_is_found():
     counts = []
     gc.freeze()
     frozen = gc.get_freeze_count()
-    opt = ZOSGD(model.named_parameters(), lr=1e-4, eps=EPS)
-    reference = ZOSGD(plain.named_parameters(), lr=1e-4, eps=EPS)
-    for _ in range(3):
+    for t in range(6):
+        if t % 3 == 0:  # the second one finds what the first has found
+            opt = ZOSGD(model.named_parameters(), lr=1e-4, eps=EPS)
+            reference = ZOSGD(plain.named_parameters(), lr=1e-4, eps=EPS)
         opt.step(lambda: language_loss(model))
         reference.step(lambda: language_loss(plain))
         assert torch.equal(torch.stack(opt.last_losses), torch.stack(reference.last_losses))
         counts.append(counter.frame_count)
-    assert counts == counts[:1] * 3
-    assert gc.get_freeze_count() >= frozen  # they are frozen as before
+    assert counts == counts[:1] * 6
+    assert gc.get_freeze_count() > frozen // 2  # frozen as before, but for those that are gone
 
 
 def test_a_process_of_its_own_stays_compiled():

@@ -8,6 +8,7 @@ import functools
 import gc
 import sys
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import get_ident
@@ -101,33 +102,43 @@ def _torch_compile_was_called() -> bool:
     return cache_info is None or cache_info().currsize > 0
 
 
+#: All functions of torch.compile that have been found, and how many objects were frozen then.
+_known: weakref.WeakSet[types.FunctionType] = weakref.WeakSet()
+_frozen = 0
+
+
 def _functions() -> Iterator[tuple[Any, Any]]:
     """All functions that torch.compile has made, each with its context, and what it is made of as second."""
     source = sys.modules["torch._dynamo.eval_frame"].__file__
-    for wrapper in _objects():
-        if type(wrapper) is types.FunctionType and wrapper.__code__.co_filename == source:
-            made_of = getattr(wrapper, "_torchdynamo_orig_callable", None)
-            names = wrapper.__code__.co_freevars
-            if made_of is not None and "self" in names and wrapper.__closure__:
-                context = wrapper.__closure__[names.index("self")].cell_contents
-                if getattr(context, "enter_exit_hooks", None) is not None and callable(context.callback):
-                    yield context, made_of
+    _known.update(
+        [o for o in _objects() if type(o) is types.FunctionType and o.__code__.co_filename == source]
+    )
+    for wrapper in list(_known):
+        made_of = getattr(wrapper, "_torchdynamo_orig_callable", None)
+        names = wrapper.__code__.co_freevars
+        if made_of is not None and "self" in names and wrapper.__closure__:
+            context = wrapper.__closure__[names.index("self")].cell_contents
+            if getattr(context, "enter_exit_hooks", None) is not None and callable(context.callback):
+                yield context, made_of
 
 
 def _objects() -> list[Any]:
-    """What Python's garbage collector knows of, and what ``gc.freeze()`` has hidden from it, as engines do
-    when they are ready.
+    """What Python's garbage collector knows of, and what ``gc.freeze()`` has hidden from it since the last
+    call, as engines do when they are ready.
 
     Python lists frozen objects for nobody, so they are let go for a moment, and frozen again together with
     what is there now.
     """
-    if not gc.get_freeze_count():
+    global _frozen
+    if gc.get_freeze_count() <= _frozen:
+        _frozen = gc.get_freeze_count()
         return gc.get_objects()
     gc.unfreeze()
     try:
         return gc.get_objects()
     finally:
         gc.freeze()
+        _frozen = gc.get_freeze_count()
 
 
 def _held_by(value: Any) -> set[int]:
