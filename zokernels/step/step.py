@@ -82,6 +82,7 @@ class StepOptimizer(torch.optim.Optimizer):
     part = False
     #: True if forwards are at theta, of dual numbers whose tangents are the directions.
     tangents = False
+    #: Whether a CUDA graph is being captured, on any of the devices given.
     is_capturing = staticmethod(is_capturing)
 
     def __init__(
